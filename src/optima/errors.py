@@ -1,0 +1,21 @@
+"""Every error a user can cause. The message names the input at fault and what to do about it."""
+
+
+class OptimaError(Exception):
+    """Base of all errors that OPTIMA raises on purpose."""
+
+
+class RecipeError(OptimaError, ValueError):
+    """A recipe, option or pattern that cannot be carried out."""
+
+
+class ModelError(OptimaError):
+    """A model or checkpoint that cannot be read, understood or written."""
+
+
+class CalibrationError(OptimaError):
+    """Text or activations that cannot be used for calibration."""
+
+
+class NumericalError(OptimaError):
+    """A matrix or weight that no method can work with (NaN, Inf, indefinite)."""

@@ -1,0 +1,133 @@
+"""The rows to solve: many small quadratic programs that share one Hessian.
+
+Shapes: R rows, D inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from optima.errors import NumericalError, RecipeError
+from optima.qp.hessian import Hessian
+
+
+class Status(IntEnum):
+    """How a row ended. Data, not an exception: the caller counts and reports."""
+
+    CONVERGED = 0
+    ITERATION_LIMIT = 1
+    STAGNATED = 2
+
+
+@dataclass(frozen=True)
+class RowProblem:
+    """minimise 1/2 (v - w)^T H (v - w) over v with v = 0 off keep and, optionally, lower <= v <= upper.
+
+    This is the program of OPTIMA (arXiv 2512.13886) with the linear term written as g = H w: w is the
+    unconstrained optimum, the dense row when the layer's outputs are to be reproduced.
+
+    Attributes:
+        target_RD: w, float32 or float64.
+        keep_RD: boolean, True = the weight survives.
+        start_RD: where to start, zero off keep; the better of this and ``keep * target`` is used.
+        lower_RD: lower bounds on kept weights.
+        upper_RD: upper bounds on kept weights.
+    """
+
+    target_RD: Tensor
+    keep_RD: Tensor
+    start_RD: Tensor | None = None
+    lower_RD: Tensor | None = None
+    upper_RD: Tensor | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """True if any bound was given."""
+        return self.lower_RD is not None or self.upper_RD is not None
+
+    def rows(self, index: slice | Tensor) -> RowProblem:
+        """The sub-problem of the rows that ``index`` selects."""
+
+        def pick(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor[index]
+
+        return RowProblem(
+            self.target_RD[index], self.keep_RD[index], pick(self.start_RD), pick(self.lower_RD), pick(self.upper_RD)
+        )
+
+    def clamp(self, weight_RD: Tensor) -> Tensor:
+        """``weight_RD`` moved to the nearest feasible point."""
+        if self.bounded:
+            weight_RD = torch.clamp(weight_RD, self.lower_RD, self.upper_RD)
+        return weight_RD.masked_fill(~self.keep_RD, 0.0)
+
+
+@dataclass(frozen=True)
+class RowSolution:
+    """What a solver returns, with the certificate computed independently in float64.
+
+    Attributes:
+        weight_RD: the solution, zero off keep, in the target's dtype.
+        error_R: 1/2 (v - w)^T H (v - w), float64.
+        gap_R: certified bound on the relative suboptimality, float64; see ``optima.qp.certificate``.
+        status_R: ``Status`` values, int8.
+        iterations_R: iterations spent on each row, int32 (0 for a direct solve).
+    """
+
+    weight_RD: Tensor
+    error_R: Tensor
+    gap_R: Tensor
+    status_R: Tensor
+    iterations_R: Tensor
+
+
+def make_problem(
+    hessian: Hessian,
+    target_RD: Tensor,
+    keep_RD: Tensor,
+    start_RD: Tensor | None = None,
+    lower_RD: Tensor | None = None,
+    upper_RD: Tensor | None = None,
+) -> RowProblem:
+    """Check and normalise the rows of one layer.
+
+    Low-precision weights become float32. A dead input has no influence, so its pruned weight costs nothing
+    (its target becomes 0) and its kept weight stays as it is.
+
+    Raises:
+        RecipeError: on wrong shapes, a start or bounds that contradict keep or each other.
+        NumericalError: on NaN or Inf in the weights.
+    """
+    num_inputs = hessian.num_inputs
+    tensors = {"weight": target_RD, "keep": keep_RD, "start": start_RD, "lower": lower_RD, "upper": upper_RD}
+    for name, tensor in tensors.items():
+        if tensor is not None and (tensor.ndim != 2 or tensor.shape != (target_RD.shape[0], num_inputs)):
+            raise RecipeError(
+                f"{name} has shape {tuple(tensor.shape)} but the weight has {target_RD.shape[0]} rows "
+                f"and the hessian {num_inputs} inputs"
+            )
+    if keep_RD.dtype != torch.bool:
+        raise RecipeError(f"keep must be boolean (True = the weight survives), got {keep_RD.dtype}")
+    dtype = torch.float64 if target_RD.dtype == torch.float64 else torch.float32
+    for name in ("weight", "start"):
+        tensor = tensors[name]
+        if tensor is not None and not tensor.isfinite().all():
+            raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint first")
+    keep_RD = keep_RD.to(hessian.device)
+    target_RD = target_RD.detach().to(hessian.device, dtype)
+    target_RD = target_RD.masked_fill(hessian.dead_D & ~keep_RD, 0.0)
+
+    def bound(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().to(hessian.device, dtype).masked_fill(~keep_RD, 0.0)
+
+    lower_RD, upper_RD = bound(lower_RD), bound(upper_RD)
+    if lower_RD is not None and upper_RD is not None and bool((lower_RD > upper_RD).any()):
+        raise RecipeError("a lower bound exceeds its upper bound: swap them or widen the range")
+    problem = RowProblem(target_RD, keep_RD, None, lower_RD, upper_RD)
+    if start_RD is not None:
+        problem = replace(problem, start_RD=problem.clamp(start_RD.detach().to(hessian.device, dtype)))
+    return problem

@@ -1,0 +1,1 @@
+"""Mask selectors: one file a method."""
