@@ -1,0 +1,201 @@
+"""What a run would prune and cost, from the model's configuration alone: no weights are loaded.
+
+Shapes: O outputs, D inputs, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+from optima.calibration.activations import capture_block_inputs
+from optima.calibration.hessian import SharedInputs
+from optima.errors import ModelError
+from optima.models.blocks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
+from optima.models.source import Source, load_config, model_class
+from optima.patterns import Pattern, check_pattern
+from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
+from optima.recipe import Recipe
+
+# Iterations of shared-inverse CG that a typical row takes to a certified gap of 1e-4 (benchmarks/qp.py).
+TYPICAL_ITERATIONS = 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be done.
+
+    Attributes:
+        blocks: the blocks with the linears that would be pruned (on the meta device).
+        pattern: the pattern asked for.
+        num_parameters: of the whole model.
+        pruned_parameters: weights in the linears to prune.
+        memory_bytes: predicted peak on the device beyond the model's weights and the stored block inputs; an
+            accelerator also holds ``block_bytes``.
+        block_bytes: the largest block's weights.
+        inputs_bytes: stored block inputs (main memory).
+        model_bytes: the model's weights (main memory).
+        operations: floating-point operations of the run, forward passes included.
+        notes: what will not be pruned.
+    """
+
+    blocks: list[Block]
+    pattern: Pattern
+    num_parameters: int
+    pruned_parameters: int
+    memory_bytes: int
+    block_bytes: int
+    inputs_bytes: int
+    model_bytes: int
+    operations: float
+    notes: list[str]
+
+
+def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
+    """The model's modules on the meta device: shapes and names, no weights.
+
+    Raises:
+        ModelError: if the configuration cannot be read or built.
+    """
+    config = load_config(source)
+    kind = model_class(config, source)
+    with torch.device("meta"):
+        if kind in (AutoModel, AutoModelForCausalLM):
+            model = kind.from_config(config, trust_remote_code=source.trust_remote_code)
+        else:
+            model = kind(config)
+    return model.eval(), config
+
+
+def check_model(model: nn.Module, recipe: Recipe) -> list[Block]:
+    """The blocks and linears that ``recipe`` prunes in ``model``, checked against its pattern and lengths.
+
+    Raises:
+        ModelError: if nothing matches, or sequences are longer than the model's positions.
+        RecipeError: if the pattern does not divide a linear's inputs.
+    """
+    blocks = select_linears(find_blocks(model), recipe.targets, recipe.ignore)
+    pattern = recipe.make_pattern(recipe.make_selector())
+    for block in blocks:
+        for linear in block.linears:
+            check_pattern(pattern, linear.shape[1], linear.name)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(positions, int) and recipe.max_seq_length > positions:
+        raise ModelError(
+            f"max_seq_length {recipe.max_seq_length} exceeds the model's {positions} positions: "
+            f"use --max-seq-length {positions}"
+        )
+    return blocks
+
+
+def make_plan(source: Source, recipe: Recipe) -> Plan:
+    """Plan pruning ``source`` by ``recipe`` without loading weights."""
+    model, config = skeleton(source)
+    blocks = check_model(model, recipe)
+    groups = shared_inputs(model, blocks)
+    hidden = getattr(config.get_text_config(), "hidden_size", 0)
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else (config.dtype or torch.float32)
+    return Plan(
+        blocks=blocks,
+        pattern=recipe.make_pattern(recipe.make_selector()),
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        pruned_parameters=sum(linear.weight_OD.numel() for block in blocks for linear in block.linears),
+        memory_bytes=predict_memory(groups, blocks, recipe, dtype.itemsize),
+        block_bytes=max(block.num_bytes for block in blocks) * dtype.itemsize // next(model.parameters()).itemsize,
+        inputs_bytes=recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
+        model_bytes=sum(p.numel() for p in model.parameters()) * dtype.itemsize,
+        operations=sum(_operations(g, block, recipe) for g, block in zip(groups, blocks, strict=True)),
+        notes=uncovered_notes(blocks),
+    )
+
+
+def uncovered_notes(blocks: Sequence[Block]) -> list[str]:
+    """One line for each matrix of a block that no linear module holds, so that nothing is left out silently."""
+    return [
+        f"{name} ({size:,} weights) is not a linear module and is left dense, here and in every block like it"
+        for name, size in uncovered_parameters(blocks[0]).items()
+    ]
+
+
+Groups = list[list[Linear]]
+
+
+def predict_memory(groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, itemsize: int) -> int:
+    """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
+    return max(
+        max(_calibration_bytes(block, own, recipe, itemsize), _solve_bytes(own))
+        for block, own in zip(blocks, groups, strict=True)
+    )
+
+
+def shared_inputs(model: nn.Module, blocks: Sequence[Block]) -> list[Groups]:
+    """For each block of a skeleton, its linears grouped by the input they share.
+
+    The blocks run forward on the meta device, called as the model's own forward pass calls them; only what surrounds
+    the blocks is given (uninitialised) memory for it.
+    """
+    inside = {id(module) for block in blocks for module in block.module.modules()}
+    for module in model.modules():
+        if id(module) not in inside:
+            module.to_empty(device="cpu", recurse=False)
+    store = capture_block_inputs(model, blocks, [torch.zeros(1, 8, dtype=torch.int64)])
+    result: list[Groups] = []
+    for block in blocks:
+        shared = SharedInputs()
+        with ExitStack() as stack:
+            for linear in block.linears:
+                stack.callback(linear.module.register_forward_pre_hook(_observe(shared, linear.name)).remove)
+            store.run(block, 0, torch.device("meta"))
+        groups: dict[str, list[Linear]] = {}
+        for linear in block.linears:
+            groups.setdefault(shared.leader.get(linear.name, linear.name), []).append(linear)
+        result.append(list(groups.values()))
+    return result
+
+
+def _observe(shared: SharedInputs, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
+        shared.find(name, args[0])
+
+    return observe
+
+
+def _calibration_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int) -> int:
+    """Hessians of all distinct inputs, and one batch's activations, which reference counting keeps short-lived."""
+    tokens = recipe.batch_size * recipe.max_seq_length
+    linears = linears_of(block.module, block.name)
+    widths = [linear.shape[0] for linear in linears] + [group[0].shape[1] for group in groups]
+    activations = tokens * sum(widths) * itemsize
+    inputs = [group[0].shape[1] for group in groups]
+    widest = max(inputs, default=0)
+    product = widest**2 * 12 + (0 if itemsize == 4 else tokens * widest * 4)
+    return sum(8 * size**2 for size in inputs) + product + activations
+
+
+def _solve_bytes(groups: Groups) -> int:
+    """Hessians still waiting, the factorisation of one, and the work space of one linear."""
+    peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
+    for group in groups:
+        outputs, inputs = max(linear.shape for linear in group)
+        factorisation = inputs**2 * (4 * 8 + 4 + 4)
+        weights = outputs * inputs * (4 * 4 + 1)
+        workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
+        peak = max(peak, waiting + factorisation + weights + workspace)
+        waiting -= 8 * inputs**2
+    return peak
+
+
+def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
+    """Two forward passes, the Hessians, and the solver's products."""
+    tokens = recipe.num_calibration_samples * recipe.max_seq_length
+    forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
+    hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
+    sizes = [linear.shape for group in groups for linear in group]
+    products = 0 if recipe.solver == "none" else 2 * TYPICAL_ITERATIONS + 4
+    return forward + hessians + sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)

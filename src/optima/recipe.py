@@ -1,0 +1,167 @@
+"""The recipe: a complete, validated configuration of a run. The CLI's options and a recipe file's keys are its fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from optima.errors import RecipeError
+from optima.patterns import Pattern, Unstructured, parse_nm
+from optima.qp.base import RowSolver, make_solver
+from optima.selectors.base import Selector, make_selector
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_SPARSITY = 0.5
+
+
+def _option(default: Any, text: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to prune and how. Every field has a default; the metadata of each field is its documentation.
+
+    Raises:
+        RecipeError: on construction, for any value that cannot be carried out.
+    """
+
+    sparsity: float | None = _option(None, f"fraction of weights to prune (default {DEFAULT_SPARSITY})")
+    pattern: str | None = _option(None, "n:m, keep n of every m consecutive inputs (2:4), instead of a sparsity")
+    scope: str | None = _option(None, "rank weights within each row or the whole layer (default: as published)")
+    selector: str = _option("wanda", "mask selector: magnitude, wanda or sparsegpt")
+    solver: str = _option("shared-inverse-cg", "row solver, or none to keep the selector's own weights")
+    gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
+    damping: float = _option(0.01, "ridge, relative to the mean diagonal of the hessian")
+    dataset: list[str] = _option(["allenai/c4"], "hub id or local .txt/.jsonl/.json/.parquet; several allowed")
+    dataset_config: str | None = _option(None, "configuration of a hub dataset (default for allenai/c4: en)")
+    split: str = _option("train", "split of the dataset")
+    text_column: str = _option("text", "column that holds the text")
+    num_calibration_samples: int = _option(128, "number of calibration sequences")
+    max_seq_length: int = _option(2048, "tokens in each calibration sequence")
+    batch_size: int = _option(8, "sequences in one forward pass")
+    seed: int = _option(0, "seed of the choice of calibration text")
+    targets: list[str] = _option([".*"], "regexes; linears whose full name matches one are pruned")
+    ignore: list[str] = _option(["lm_head", "embed"], "regexes; linears whose name matches one are left alone")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
+    dtype: str = _option("auto", "load the model as auto (the checkpoint's own), float32, bfloat16 or float16")
+    trust_remote_code: bool = _option(False, "run modelling code that comes with the checkpoint")
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and self.pattern is not None:
+            raise RecipeError("give either sparsity or pattern, not both")
+        if self.pattern is not None and self.scope is not None:
+            raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"unknown dtype {self.dtype!r}: known dtypes are {', '.join(DTYPES)}")
+        if not 0.0 <= self.damping <= 1.0:
+            raise RecipeError(f"damping must be between 0 and 1, got {self.damping}: for example 0.01")
+        for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.dataset:
+            raise RecipeError("dataset is empty: name a hub id or a local text file")
+        for name in ("targets", "ignore"):
+            for regex in getattr(self, name):
+                try:
+                    re.compile(regex)
+                except re.error as error:
+                    raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
+        # Building them checks their names and values.
+        self.make_solver()
+        self.make_pattern(self.make_selector())
+
+    def make_selector(self) -> Selector:
+        """The mask selector."""
+        return make_selector(self.selector)
+
+    def make_solver(self) -> RowSolver | None:
+        """The row solver, None if the selector's weights are kept."""
+        return make_solver(self.solver, self.gap)
+
+    def make_pattern(self, selector: Selector) -> Pattern:
+        """The pattern; an unstructured one takes the selector's published scope unless the recipe names one."""
+        if self.pattern is not None:
+            return parse_nm(self.pattern)
+        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        return Unstructured(sparsity, self.scope or selector.published_scope)  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to YAML and to the report."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
+    """Build a recipe from plain values; missing keys take their defaults.
+
+    Raises:
+        RecipeError: on unknown keys, wrong types or values; the message names ``source``.
+    """
+    types = {f.name: str(f.type) for f in dataclasses.fields(Recipe)}
+    unknown = [key for key in values if key not in types]
+    if unknown:
+        raise RecipeError(f"{source}: unknown key {', '.join(map(repr, unknown))}: known keys are {', '.join(types)}")
+    return Recipe(**{key: _coerce(key, value, source) for key, value in values.items()})
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a YAML recipe.
+
+    Raises:
+        RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe {path} must hold keys and values, such as 'sparsity: 0.5'")
+    return recipe_from_dict(values, f"recipe {path}")
+
+
+def _coerce(key: str, value: Any, source: str) -> Any:
+    """``value`` as the type of field ``key``: YAML reads 1e-4 as text, and one string may stand for a list of one."""
+    default = {f.name: f for f in dataclasses.fields(Recipe)}[key]
+    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
+    wanted = _plain_type(default)
+    nullable = default.default is None
+    if value is None and nullable:
+        return None
+    if wanted is list and isinstance(value, str):
+        return [value]
+    if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    # 2:4 unquoted is a base-60 integer in YAML 1.1.
+    if key == "pattern" and isinstance(value, int):
+        raise RecipeError(f'{source}: quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
+    well_typed = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+    if wanted is list:
+        well_typed = well_typed and all(isinstance(item, str) for item in value)
+    if not well_typed:
+        raise RecipeError(f"{source}: {key} must be {kind[wanted]}, got {value!r}")
+    return value
+
+
+def _plain_type(option: dataclasses.Field[Any]) -> type:
+    name = str(option.type if isinstance(option.type, str) else option.type)
+    for word, kind in (("list", list), ("bool", bool), ("int", int), ("float", float)):
+        if word in name:
+            return kind
+    return str

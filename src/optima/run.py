@@ -1,0 +1,203 @@
+"""One run from a checkpoint to a sparse checkpoint: every check first, then the pipeline, then the atomic write."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optima.calibration.text import TextSource, calibration_tokens, data_hash, load_documents
+from optima.errors import CalibrationError, NumericalError, RecipeError
+from optima.memory import PeakMemory
+from optima.models.blocks import Block, Linear
+from optima.models.checkpoint import explain_write_errors, output_directory, write_checkpoint
+from optima.models.source import Source, find_source, load_model, load_tokenizer
+from optima.pipeline import Dump, Pruner
+from optima.plan import check_model, skeleton, uncovered_notes
+from optima.qp import Hessian
+from optima.recipe import Recipe
+from optima.reporting.markdown import render_markdown
+from optima.reporting.progress import make_progress
+from optima.reporting.record import Report, RunRecord, library_versions
+
+DUMP_DIRECTORY = "layers"
+
+
+def prune(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Tensor | Sequence[str] | None = None,
+    overwrite: bool = False,
+    dump_layers: str | None = None,
+) -> Report:
+    """Prune a model in one shot.
+
+    Args:
+        model: a hub id, a local directory, a GGUF file, or a model in memory (pruned in place).
+        recipe: what to do; the default prunes 50% with Wanda's mask and re-solves the weights.
+        output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
+            in memory.
+        tokenizer: for a model in memory; a path brings its own.
+        calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset.
+        overwrite: replace ``output_dir`` if it exists.
+        dump_layers: regex; the Hessian and dense weight of every linear whose name matches are written to
+            ``output_dir/layers``, for benchmarks and research.
+
+    Returns:
+        The report: what was lost where.
+
+    Raises:
+        OptimaError: for anything that cannot be done, before the long work begins wherever it can be known.
+            Nothing is left half-written; a model in memory is left partly pruned if the run is interrupted.
+    """
+    started = time.perf_counter()
+    recipe = recipe or Recipe()
+    device = find_device(recipe.device)
+    if isinstance(model, PreTrainedModel):
+        source, structure = None, model
+    else:
+        source = find_source(str(model), recipe.trust_remote_code)
+        structure = skeleton(source)[0]
+        if output_dir is None:
+            raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
+    check_model(structure, recipe)
+    with ExitStack() as stack:
+        directory = None
+        if output_dir is not None:
+            num_bytes = sum(p.numel() * p.element_size() for p in structure.parameters())
+            directory = stack.enter_context(output_directory(Path(output_dir), overwrite, num_bytes))
+        if source is not None and tokenizer is None:
+            tokenizer = load_tokenizer(source)
+        tokens = find_tokens(recipe, tokenizer, calibration)
+        network = structure if source is None else load_model(source, recipe.dtype)
+        blocks = check_model(network, recipe)
+        check_finite(blocks)
+        memory = PeakMemory(device)
+        dump = None if directory is None or dump_layers is None else _dump_into(directory / DUMP_DIRECTORY, dump_layers)
+        progress = stack.enter_context(make_progress())
+        pruner = Pruner(recipe, device, progress, dump, notes=uncovered_notes(blocks))
+        pruner.run(network.eval(), blocks, tokens.split(recipe.batch_size))
+        run = RunRecord(
+            model=source.name if source else type(network).__name__,
+            recipe=recipe.to_dict(),
+            versions=library_versions(),
+            seed=recipe.seed,
+            data_hash=data_hash(tokens),
+            num_tokens=tokens.numel(),
+            device=describe_device(device),
+            dtype=str(network.dtype).removeprefix("torch."),
+            peak_memory_bytes=memory.peak(),
+            seconds=time.perf_counter() - started,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            notes=tuple(pruner.notes),
+        )
+        report = Report(run, tuple(pruner.records))
+        if directory is not None:
+            with explain_write_errors(Path(str(output_dir))):
+                _write(network, tokenizer, source, recipe, report, directory)
+    return report
+
+
+def _write(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source: Source | None,
+    recipe: Recipe,
+    report: Report,
+    directory: Path,
+) -> None:
+    write_checkpoint(network, tokenizer, source, directory)
+    report.save(directory)
+    (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
+    recipe.save(directory / "recipe.yaml")
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the first CUDA device if there is one.
+
+    Raises:
+        RecipeError: if there is no such device, or it has no float64 (the certificate needs it).
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r} is not supported (no float64 for the certificate): use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RecipeError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use auto or cpu")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the device for the report."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+def find_tokens(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Sequence[str] | None
+) -> Tensor:
+    """Calibration token ids, (samples, length) int64.
+
+    Raises:
+        CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
+    """
+    if isinstance(calibration, Tensor):
+        if calibration.ndim != 2 or calibration.is_floating_point() or not calibration.numel():
+            raise CalibrationError(
+                f"calibration must be token ids of shape (samples, length), got {tuple(calibration.shape)} "
+                f"{calibration.dtype}"
+            )
+        return calibration.cpu().long()
+    if tokenizer is None:
+        raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
+    if calibration is None:
+        calibration = load_documents(text_source(recipe), limit=16 * recipe.num_calibration_samples, seed=recipe.seed)
+    return calibration_tokens(calibration, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
+
+
+def text_source(recipe: Recipe) -> TextSource:
+    """The recipe's dataset; allenai/c4 is read in English unless the recipe says otherwise."""
+    config = recipe.dataset_config
+    if config is None and recipe.dataset == ["allenai/c4"]:
+        config = "en"
+    return TextSource(tuple(recipe.dataset), config, recipe.split, recipe.text_column)
+
+
+def check_finite(blocks: Sequence[Block]) -> None:
+    """Raise ``NumericalError`` naming the first linear whose weight has NaN or Inf."""
+    for block in blocks:
+        for linear in block.linears:
+            if not linear.weight_OD.isfinite().all():
+                raise NumericalError(
+                    f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
+                    f"with --ignore '{re.escape(linear.name)}'"
+                )
+
+
+def _dump_into(directory: Path, regex: str) -> Dump:
+    """Write the Hessian and the dense weight of each linear whose name matches."""
+    directory.mkdir()
+
+    def dump(linear: Linear, hessian: Hessian) -> None:
+        if re.search(regex, linear.name):
+            tensors = {"hessian": hessian.matrix_DD.float(), "weight": linear.weight_OD}
+            file = directory / f"{linear.name}.safetensors"
+            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+
+    return dump
