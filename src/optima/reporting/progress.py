@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Column
 from rich.text import Text
 
-from optima.reporting.record import LinearRecord, geometric_mean
+from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
 _logger = logging.getLogger("optima")
 
@@ -135,7 +135,7 @@ class RichProgress:
         assert self._display is not None, "start comes first"
         self._errors.append(record.error)
         error = f"{geometric_mean(self._errors):.4f}"
-        self._display.update(self._task, advance=1, linear=record.name, error=error)
+        self._display.update(self._task, advance=1, linear=name_in_block(record), error=error)
 
     def message(self, text: str) -> None:
         """See ``Progress``."""

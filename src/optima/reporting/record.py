@@ -144,7 +144,7 @@ class Report:
         The file appears whole or not at all. In the recipe tuples become lists and paths become text.
         """
         file = path if path.suffix == ".json" else path / REPORT_NAME
-        text = json.dumps(_to_json(self), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(plain_values(self), indent=2, allow_nan=False) + "\n"
         unfinished = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             unfinished.write_text(text, encoding="utf-8")
@@ -199,6 +199,11 @@ def _version(distribution: str) -> str:
         return "not installed"  # a source tree on sys.path
 
 
+def name_in_block(linear: LinearRecord) -> str:
+    """The linear's name without the path of its block: ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
+    return linear.name.split(f".{linear.block}.", 1)[-1]
+
+
 def weighted_sparsity(linears: Iterable[LinearRecord]) -> float:
     """Share of the linears' weights that is pruned, 0 for no linears."""
     sizes = [(linear.sparsity, math.prod(linear.shape)) for linear in linears]
@@ -222,17 +227,16 @@ def geometric_mean(errors: Iterable[float]) -> float:
     return math.exp(math.fsum(map(math.log, lost)) / len(lost)) if lost else 0.0
 
 
-def _to_json(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
+    """``value`` as JSON and YAML hold it: records become objects, tuples lists, paths text, see the file's top."""
     if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _to_json(getattr(value, field.name)) for field in fields(value)}
+        return {field.name: plain_values(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
-        return {str(key): _to_json(item) for key, item in value.items()}
+        return {str(key): plain_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(item) for item in value]
+        return [plain_values(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
-        return next(
-            text for text, number in _NON_FINITE.items() if number == value or (value != value and text == "NaN")
-        )
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return str(value) if isinstance(value, PurePath) else value
 
 
