@@ -60,14 +60,13 @@ def _headline(report: Report) -> list[str]:
     solvers = sorted({linear.solver for linear in linears if _solved(linear)})
     method = " + ".join([str(run.recipe.get("selector", "unnamed selector")), *solvers])
     patterns = ", ".join(sorted({linear.pattern for linear in linears}))
-    lines = [
-        f"**{report.sparsity:.2%} of the weights of {len(linears)} linears pruned** (pattern {patterns}) by **{method}**."
-    ]
+    share = f"{report.sparsity:.2%} of the weights of {len(linears)} linears pruned"
+    lines = [f"**{share}** (pattern {patterns}) by **{method}**."]
     mask, selector, result = (_mean(linears, name) for name in ("error_mask", "error_selector", "error"))
     steps = [f"{_error(mask)} by the mask alone"]
     if any(map(_updated, linears)):
         steps.append(f"{_error(selector)} by the selector's own weights")
-    change = f", {_change(selector, result)} from the selector's" if solvers else ""
+    change = f" ({_change(selector, result)} from the selector's)" if solvers else ""
     lines.append(f"Mean relative error: {', '.join(steps)}, **{_error(result)} in the result**{change}.")
     return [*lines, _certificate(report)]
 
@@ -274,7 +273,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int =
     """A Markdown table with aligned columns, the first ``num_left`` to the left; empty columns are left out."""
     if not rows:
         return ""
-    columns = [(title, *(row[i].replace("|", "\\|") for row in rows)) for i, title in enumerate(header)]
+    columns = [[cell.replace("|", "\\|") for cell in column] for column in zip(header, *rows, strict=True)]
     aligned = []
     for i, (title, *cells) in enumerate(columns):
         if not any(cells):

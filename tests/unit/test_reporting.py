@@ -1,0 +1,351 @@
+import io
+import json
+import logging
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from optima.errors import OptimaError
+from optima.reporting.markdown import render_markdown
+from optima.reporting.progress import QuietProgress, RichProgress, TimeLeft, make_progress
+from optima.reporting.record import (
+    SCHEMA_VERSION,
+    LinearRecord,
+    Report,
+    RunRecord,
+    geometric_mean,
+    library_versions,
+    load_report,
+)
+
+LINEAR = LinearRecord(
+    block=0,
+    name="model.layers.0.mlp.up_proj",
+    shape=(8, 4),
+    pattern="0.5 per row",
+    sparsity=0.5,
+    error_mask=0.2,
+    error_selector=0.2,
+    error=0.1,
+    solver="shared-inverse-cg",
+    gap_max=5e-5,
+    gap_median=1e-5,
+    iterations_mean=6.5,
+    iterations_max=9,
+    rows=8,
+    rows_not_converged=0,
+    damping=0.01,
+    seconds=0.25,
+)
+RUN = RunRecord(
+    model="tiny/model",
+    recipe={"selector": "wanda", "solver": "shared-inverse-cg", "gap": 1e-4, "targets": [".*"]},
+    versions={"optima": "0.1.0", "torch": "2.6"},
+    seed=0,
+    data_hash="abc",
+    num_tokens=1024,
+    device="cpu",
+    dtype="float32",
+    peak_memory_bytes=3 * 2**30,
+    seconds=62.0,
+    created="2025-01-01T00:00:00+00:00",
+    notes=(),
+)
+
+
+def linear(name: str = "mlp.up_proj", block: int = 0, **changes: object) -> LinearRecord:
+    return replace(LINEAR, block=block, name=f"model.layers.{block}.{name}", **changes)
+
+
+def report(*linears: LinearRecord, **changes: object) -> Report:
+    return Report(replace(RUN, **changes), linears or (LINEAR,))
+
+
+def unsolved(**changes: object) -> LinearRecord:
+    nothing = {"solver": "none", "gap_max": None, "gap_median": None, "iterations_mean": 0.0, "iterations_max": 0}
+    return linear(**{**nothing, "error": 0.2, **changes})
+
+
+def section(text: str, title: str) -> list[str]:
+    """Lines under ``## title`` up to the next heading."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0].strip().splitlines()
+
+
+class TestRecord:
+    def test_directory_round_trip(self, tmp_path: Path) -> None:
+        original = report(linear(), unsolved(block=1), notes=("one", "two"))
+        assert original.save(tmp_path) == tmp_path / "report.json"
+        assert load_report(tmp_path) == original
+        assert load_report(tmp_path / "report.json") == original
+        assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+    def test_file_round_trip(self, tmp_path: Path) -> None:
+        file = tmp_path / "other.json"
+        assert report().save(file) == file
+        assert load_report(file) == report()
+
+    def test_numbers_that_json_cannot_hold_survive(self, tmp_path: Path) -> None:
+        original = report(linear(gap_max=math.inf, error=math.nan, error_mask=-math.inf))
+        text = original.save(tmp_path).read_text()
+
+        def refuse(constant: str) -> float:
+            raise AssertionError(f"{constant} is not JSON")
+
+        json.loads(text, parse_constant=refuse)
+        loaded = load_report(tmp_path).linears[0]
+        assert loaded.gap_max == math.inf
+        assert loaded.error_mask == -math.inf
+        assert math.isnan(loaded.error)
+
+    def test_recipe_is_stored_as_plain_values(self, tmp_path: Path) -> None:
+        report(recipe={"path": Path("a") / "b", "pair": (1, 2.5), "none": None}).save(tmp_path)
+        assert load_report(tmp_path).run.recipe == {"path": str(Path("a") / "b"), "pair": [1, 2.5], "none": None}
+
+    def test_failed_save_leaves_the_old_report_alone(self, tmp_path: Path) -> None:
+        report().save(tmp_path)
+        with pytest.raises(TypeError):
+            report(recipe={"bad": object()}).save(tmp_path)
+        assert load_report(tmp_path) == report()
+        assert len(list(tmp_path.iterdir())) == 1
+
+    def test_totals(self) -> None:
+        big = linear(block=1, shape=(8, 12), sparsity=0.75, error=0.4, gap_max=2e-4, rows_not_converged=3)
+        totals = report(linear(), big, unsolved(block=2, error=0.0, shape=(8, 8), sparsity=0.0))
+        assert totals.sparsity == pytest.approx((0.5 * 32 + 0.75 * 96) / (32 + 96 + 64))
+        assert totals.error_geomean == pytest.approx(math.sqrt(0.1 * 0.4))
+        assert totals.gap_max == 2e-4
+        assert totals.rows_not_converged == 3
+        assert totals.rows == 24
+
+    def test_totals_of_nothing(self) -> None:
+        empty = Report(RUN, ())
+        assert (empty.sparsity, empty.error_geomean, empty.gap_max, empty.rows_not_converged) == (0.0, 0.0, None, 0)
+        assert report(unsolved()).gap_max is None
+
+    @pytest.mark.parametrize("gaps", [(math.nan, 1.0), (1.0, math.nan)])
+    def test_a_gap_that_is_not_a_number_is_not_hidden(self, gaps: tuple[float, float]) -> None:
+        assert math.isnan(report(*(linear(gap_max=gap) for gap in gaps)).gap_max)
+
+    def test_geometric_mean(self) -> None:
+        assert geometric_mean([1e-300, 1e300]) == pytest.approx(1.0)
+        assert geometric_mean([0.0]) == 0.0
+        assert geometric_mean([math.inf, 1.0]) == math.inf
+        assert math.isnan(geometric_mean([math.nan, 1.0]))
+
+    def test_library_versions(self) -> None:
+        versions = library_versions()
+        assert list(versions) == ["optima", "python", "torch", "transformers", "safetensors"]
+        assert all(versions.values())
+
+
+class TestLoadErrors:
+    @staticmethod
+    def edited(folder: Path, edit: object) -> Path:
+        file = report().save(folder)
+        content = json.loads(file.read_text())
+        edit(content)  # type: ignore[operator]
+        file.write_text(json.dumps(content))
+        return folder
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(OptimaError, match=r"cannot read the report .*output directory"):
+            load_report(tmp_path)
+
+    @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe"])
+    def test_not_json(self, tmp_path: Path, text: bytes) -> None:
+        (tmp_path / "report.json").write_bytes(text)
+        with pytest.raises(OptimaError, match="is not JSON"):
+            load_report(tmp_path)
+
+    @pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 2}', '{"schema_version": true}', "3"])
+    def test_other_schema(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "report.json").write_text(text)
+        with pytest.raises(OptimaError, match=f"reads {SCHEMA_VERSION}"):
+            load_report(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("edit", "message"),
+        [
+            (lambda c: c["run"].pop("seed"), r"report\.run has no seed"),
+            (lambda c: c["run"].update(extra=1), r"report\.run has unknown extra"),
+            (lambda c: c["run"].update(notes="text"), r"report\.run\.notes must be"),
+            (lambda c: c["run"].update(seed=True), r"report\.run\.seed must be int"),
+            (lambda c: c["run"].update(versions={"torch": 2}), r"report\.run\.versions\.torch must be str"),
+            (lambda c: c.update(run=None), r"report\.run must be an object"),
+            (lambda c: c["linears"][0].update(error=None), r"report\.linears\[0\]\.error must be float"),
+            (lambda c: c["linears"][0].update(error="big"), r"report\.linears\[0\]\.error must be float"),
+            (lambda c: c["linears"][0].update(shape=[1, 2, 3]), r"report\.linears\[0\]\.shape must be"),
+        ],
+    )
+    def test_malformed_content_names_the_field(self, tmp_path: Path, edit: object, message: str) -> None:
+        with pytest.raises(OptimaError, match=message):
+            load_report(self.edited(tmp_path, edit))
+
+    def test_whole_numbers_are_floats_too(self, tmp_path: Path) -> None:
+        loaded = load_report(self.edited(tmp_path, lambda content: content["linears"][0].update(error=0)))
+        assert loaded.linears[0].error == 0.0
+        assert isinstance(loaded.linears[0].error, float)
+
+
+class TestMarkdown:
+    def test_headline_of_a_certified_run(self) -> None:
+        text = render_markdown(report(linear(), linear(block=1)))
+        assert text.startswith("# Pruning report: `tiny/model`\n")
+        assert (
+            "**50.00% of the weights of 2 linears pruned** (pattern 0.5 per row) by **wanda + shared-inverse-cg**"
+            in text
+        )
+        assert "0.2000 by the mask alone, **0.1000 in the result** (-50.0% from the selector's)" in text
+        assert "asked gap of 1.0e-04: **all 16 rows** that a solver worked on; the largest gap is **5.0e-05**" in text
+        assert "Warning" not in text
+        assert section(text, "Notes") == ["None: nothing was skipped and nothing deviated from the recipe."]
+
+    def test_rows_that_did_not_converge_come_first(self) -> None:
+        text = render_markdown(report(linear(), linear("mlp.down_proj", rows_not_converged=3, gap_max=2e-3)))
+        opening = text.split("\n## ")[0]
+        assert "**13 of 16 rows**" in opening
+        assert "**Warning:** 3 rows did not converge" in opening
+        assert "`model.layers.0.mlp.down_proj`." in opening
+
+    def test_no_certificate(self) -> None:
+        assert "**some rows have no certificate at all**" in render_markdown(report(linear(gap_max=math.inf)))
+
+    def test_a_solver_that_did_worse_is_called_out(self) -> None:
+        worse = linear(error_selector=0.09)
+        assert "worse than the selector's own weights: `model.layers.0.mlp.up_proj`" in render_markdown(report(worse))
+        assert "Warning" not in render_markdown(report(linear(error_selector=0.1 - 1e-6)))
+
+    def test_errors_that_are_not_finite_lead(self) -> None:
+        text = render_markdown(report(linear(error=0.5), linear(block=1, error=math.nan)))
+        assert "**Warning:** the error is not a finite number: `model.layers.1.mlp.up_proj`" in text
+        assert "model.layers.1" in section(text, "Worst linears")[2]
+
+    def test_selector_alone_claims_nothing(self) -> None:
+        text = render_markdown(report(unsolved(), recipe={"selector": "sparsegpt", "solver": "none", "gap": 1e-4}))
+        assert "by **sparsegpt**." in text
+        assert "nothing is certified" in text
+        header = section(text, "By kind of linear")[0]
+        assert "mask" in header
+        for column in ("gap", "iterations", "change", "not converged"):
+            assert column not in header
+
+    def test_selector_column_is_there_if_the_selector_moves_weights(self) -> None:
+        assert "selector" not in section(render_markdown(report()), "Every linear")[0]
+        moved = render_markdown(report(linear(error_selector=0.15)))
+        assert "selector" in section(moved, "Every linear")[0]
+        assert "0.1500 by the selector's own weights" in moved
+
+    def test_nothing_pruned(self) -> None:
+        text = render_markdown(Report(RUN, ()))
+        assert "**Nothing was pruned.**" in text
+        assert "Worst linears" not in text
+
+    def test_kinds_are_short_names_where_those_are_unique(self) -> None:
+        names = [
+            "attention.self.query",
+            "attention.output.dense",
+            "output.dense",
+            "mlp.experts.0.up",
+            "mlp.experts.1.up",
+        ]
+        text = render_markdown(report(*(linear(name, block) for block in (0, 1) for name in names)))
+        kinds = [line.split("|")[1].strip() for line in section(text, "By kind of linear") if line.startswith("| `")]
+        assert kinds == ["`query`", "`attention.output.dense`", "`output.dense`", "`up`"]
+
+    def test_worst_linears_are_sorted(self) -> None:
+        text = render_markdown(report(*(linear(block=block, error=0.01 * (block + 1)) for block in range(9))))
+        lines = section(text, "Worst linears")[2:]
+        assert [line.split("`")[1].split(".")[2] for line in lines] == ["8", "7", "6", "5", "4"]
+
+    def test_block_table_has_a_line_a_block_and_blanks_where_a_kind_is_absent(self) -> None:
+        text = render_markdown(report(linear(), linear("mlp.down_proj", 7, error=0.4)))
+        lines = [
+            [cell.strip() for cell in line.split("|")[1:-1]]
+            for line in section(text, "Error of the result, block by block")
+        ]
+        assert lines[0] == ["block", "`up_proj`", "`down_proj`", "mean"]
+        assert lines[2:] == [["0", "0.1000", "", "0.1000"], ["7", "", "0.4000", "0.4000"]]
+
+    def test_tables_are_rectangular_and_aligned(self) -> None:
+        text = render_markdown(report(linear(), linear("mlp.a|b", 12, rows_not_converged=1), unsolved(block=3)))
+        tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
+        assert len(tables) == 5
+        for lines in tables:
+            assert len({len(line) for line in lines}) == 1
+            assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
+
+    def test_recipe_can_be_run_again(self) -> None:
+        text = render_markdown(report())
+        fenced = "\n".join(section(text, "Recipe")).removeprefix("```yaml\n").removesuffix("```")
+        assert yaml.safe_load(fenced) == RUN.recipe
+
+    def test_notes_stay_one_line_each(self) -> None:
+        assert section(render_markdown(report(notes=("a\nb", "c"))), "Notes") == ["- a b", "- c"]
+
+
+class TestProgress:
+    def test_quiet_prints_nothing(self, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+        with caplog.at_level(logging.WARNING, "optima"), make_progress(False) as progress:
+            progress.start(1, 1)
+            progress.block(0)
+            progress.linear(LINEAR)
+            progress.message("damping raised")
+        assert capfd.readouterr() == ("", "")
+        assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
+            ("optima", "WARNING", "damping raised")
+        ]
+
+    def test_quiet_where_stderr_is_not_a_terminal(self) -> None:
+        assert isinstance(make_progress(), QuietProgress)
+        assert isinstance(make_progress(True), RichProgress)
+
+    @pytest.mark.parametrize("width", [60, 120])
+    def test_display_is_one_line(self, width: int) -> None:
+        screen = io.StringIO()
+        with RichProgress(Console(file=screen, force_terminal=True, width=width, color_system=None)) as progress:
+            progress.start(2, 2)
+            for block in range(2):
+                progress.block(block)
+                progress.linear(linear(block=block))
+            progress.message("note [with] brackets")
+        text = screen.getvalue()
+        assert "block 2/2" in text
+        assert "error 0.1000" in text
+        assert "note [with] brackets" in text
+        assert "done" in text
+        # Cursor-up would mean that the line wrapped.
+        assert "\x1b[1A" not in text
+
+    def test_interrupt_restores_the_cursor_and_does_not_claim_to_be_done(self) -> None:
+        screen = io.StringIO()
+        progress = RichProgress(Console(file=screen, force_terminal=True, width=100, color_system=None))
+
+        def interrupted() -> None:
+            with progress:
+                progress.start(2, 1)
+                progress.block(0)
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+        text = screen.getvalue()
+        assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+        assert "done" not in text
+        progress.close()
+
+    def test_time_left_counts_whole_blocks_from_where_the_run_began(self) -> None:
+        now = 100.0
+        left = TimeLeft(6, lambda: now)
+        left.block(2)
+        assert left.seconds() is None
+        now = 110.0
+        left.block(3)
+        assert left.seconds() == pytest.approx(30.0)
+        now = 115.0
+        assert left.seconds() == pytest.approx(25.0)
+        now = 200.0
+        assert left.seconds() == 0.0
