@@ -1,0 +1,61 @@
+# Everything a visitor or CI runs. Each target makes the environment that it needs; a second call is quick.
+PYTHON ?= python3#     any Python from 3.10; used only to make the environments
+JOBS ?= 2#             processes of `make test`, one thread each
+PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k certificate -x"
+
+VENV := .venv
+DEMO_VENV := .venv-demo
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install demo test test-slow check format clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
+
+install: $(VENV)/.installed ## make the development environment in .venv
+
+demo: $(DEMO_VENV)/.installed ## prune a real model with and without OPTIMA and compare
+	$(DEMO_VENV)/bin/python -m optima demo
+
+# Tests build or carry all they need: a reach for the hub is a mistake that must show.
+test test-slow: export HF_HUB_OFFLINE = 1
+
+# One thread a process: more would fight over the same cores.
+test: export OMP_NUM_THREADS = 1
+test: export MKL_NUM_THREADS = 1
+test: $(VENV)/.installed ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed ## the tests on real models, minutes long
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+check: $(VENV)/.installed ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed ## repair what lint and format can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove build products and caches
+	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environments and the demo's output too
+	rm -rf $(VENV) $(DEMO_VENV) demo-output
+
+# The stamp is written last, so an interrupted install is taken up again.
+$(VENV)/.installed: EXTRA := dev
+$(DEMO_VENV)/.installed: EXTRA := demo
+$(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than 3.10: name another with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) has no venv module: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
+	@echo "Installing into $(@D), minutes the first time"
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
+	@touch $@

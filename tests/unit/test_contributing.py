@@ -1,0 +1,51 @@
+"""The code that CONTRIBUTING.md tells people to copy works."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from optima.patterns import NM, Pattern, Unstructured
+from optima.qp import BatchedCholesky, Hessian, solve
+
+PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
+
+
+def load(name: str) -> Any:
+    """The class ``name`` out of the page's code."""
+    for code in re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL):
+        if f"class {name}" in code:
+            namespace: dict[str, Any] = {"__name__": "contributing"}
+            exec(compile(code, str(PAGE), "exec"), namespace)
+            return namespace[name]
+    raise AssertionError(f"{PAGE.name} has no class {name}")
+
+
+@pytest.fixture
+def hessian() -> Hessian:
+    inputs_TD = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    return Hessian(inputs_TD.T @ inputs_TD / 64)
+
+
+@pytest.fixture
+def weight_OD() -> torch.Tensor:
+    return torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), NM(2, 4)])
+def test_selector(hessian: Hessian, weight_OD: torch.Tensor, pattern: Pattern) -> None:
+    selection = load("RelativeImportance")().select(weight_OD, hessian, pattern)
+    assert selection.keep_OD.sum(dim=1).tolist() == [8] * 6
+    dead_OD = load("RelativeImportance")().select(torch.zeros_like(weight_OD), hessian, pattern).keep_OD
+    assert dead_OD.sum(dim=1).tolist() == [8] * 6
+
+
+def test_solver(hessian: Hessian, weight_OD: torch.Tensor) -> None:
+    keep_OD = torch.rand(weight_OD.shape, generator=torch.Generator().manual_seed(2)) > 0.5
+    solution = solve(hessian, weight_OD, keep_OD, solver=load("RowByRow")())
+    oracle = solve(hessian, weight_OD.double(), keep_OD, solver=BatchedCholesky(gap=1e-9))
+    assert solution.gap_R.max() <= 1e-4
+    torch.testing.assert_close(solution.weight_RD.double(), oracle.weight_RD, rtol=1e-4, atol=1e-5)
+    assert not solution.weight_RD[~keep_OD].any()
