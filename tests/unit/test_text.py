@@ -1,0 +1,249 @@
+"""Reading text and packing its tokens, with a tiny tokenizer and files made here."""
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from optima.calibration import text as text_module
+from optima.calibration.text import (
+    SpecialTokens,
+    TextSource,
+    calibration_tokens,
+    data_hash,
+    load_documents,
+    pack,
+    read_documents,
+    special_tokens,
+)
+from optima.errors import CalibrationError
+
+LINES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "the fox\n\nthe dog"]
+TEMPLATES = {"none": None, "bos": "<s> $A", "bert": "[CLS] $A [SEP]", "eos": "$A </s>"}
+SPECIAL = ["<s>", "</s>", "[CLS]", "[SEP]"]
+
+
+def make_tokenizer(template: str, **options) -> PreTrainedTokenizerFast:
+    """A byte-level BPE: id 0..3 are the special tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        LINES,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
+    )
+    if TEMPLATES[template] is not None:
+        ids = [(token, backend.token_to_id(token)) for token in SPECIAL]
+        backend.post_processor = processors.TemplateProcessing(single=TEMPLATES[template], special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
+
+
+TOKENIZERS = {template: make_tokenizer(template) for template in TEMPLATES}
+
+
+def plain_ids(text: str) -> list[int]:
+    return TOKENIZERS["none"](text)["input_ids"]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_jsonl(path: Path, texts: list[str | None], **columns) -> str:
+    path.write_text("".join(json.dumps({"text": text, **columns}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+class TestReadDocuments:
+    def test_each_kind_of_file(self, here: Path) -> None:
+        (here / "a.txt").write_text("été\n\n\nlast line\n", encoding="utf-8")
+        write_jsonl(here / "b.jsonl", ["one\ntwo", "", None], n=1)
+        (here / "c.json").write_text(json.dumps([{"text": "three"}, {"text": "four"}]))
+        pq.write_table(pa.table({"text": ["five", "six"]}), here / "d.parquet")
+        documents = load_documents(TextSource(("a.txt", "b.jsonl", "c.json", "d.parquet")))
+        assert documents == ["été\n\n\nlast line\n", "one\ntwo", "", "", "three", "four", "five", "six"]
+
+    def test_leaves_nothing_behind(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cache = here / "cache"
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
+        name = write_jsonl(here / "b.jsonl", ["one"])
+        load_documents(TextSource((name,)))
+        assert [path.name for path in here.iterdir()] == ["b.jsonl"]
+
+    def test_reads_no_more_than_asked(self, here: Path) -> None:
+        write_jsonl(here / "a.jsonl", ["one", "two", "three"])
+        assert load_documents(TextSource(("a.jsonl", "missing.txt")), limit=2) == ["one", "two"]
+
+    def test_seed_shuffles_all_local_files_together(self, here: Path) -> None:
+        texts = [str(i) for i in range(40)]
+        source = TextSource((write_jsonl(here / "a.jsonl", texts[:20]), write_jsonl(here / "b.jsonl", texts[20:])))
+        assert load_documents(source) == texts
+        shuffled = load_documents(source, seed=0)
+        assert sorted(shuffled) == sorted(texts)
+        assert shuffled == load_documents(source, seed=0)
+        assert shuffled != load_documents(source, seed=1)
+        assert {int(text) < 20 for text in shuffled[:10]} == {True, False}
+
+    def test_directory_is_read_as_the_hub_is(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", here / "cache")
+        (here / "data").mkdir()
+        write_jsonl(here / "data" / "train.jsonl", ["one", "two"])
+        write_jsonl(here / "data" / "test.jsonl", ["three"])
+        source = TextSource((str(here / "data"),), split="test")
+        assert load_documents(source) == ["three"]
+        local = write_jsonl(here / "local.jsonl", ["a", "b", "c"])
+        turns = load_documents(TextSource((str(here / "data"), local)), seed=3)
+        assert sorted(turns) == ["a", "b", "c", "one", "two"]
+        assert [text in "abc" for text in turns] == [True, False, True, False, True]
+        with pytest.raises(CalibrationError, match=r"split nope.*Available splits: \['train', 'test'\].*--split"):
+            load_documents(TextSource((str(here / "data"),), split="nope"))
+        with pytest.raises(CalibrationError, match=r"config en.*--dataset-config"):
+            load_documents(TextSource((str(here / "data"),), config="en"))
+
+    @pytest.mark.parametrize("content", ["", "\n", "[]"])
+    def test_file_without_records(self, here: Path, content: str) -> None:
+        (here / "a.json").write_text(content)
+        assert load_documents(TextSource(("a.json",))) == []
+
+    def test_unreachable_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreachable(*args, **kwargs):
+            raise ConnectionError("Couldn't reach 'some/dataset' on the Hub")
+
+        monkeypatch.setattr(text_module, "load_dataset", unreachable)
+        with pytest.raises(CalibrationError, match=r"'some/dataset' \(config en, split train\).*network.*local"):
+            load_documents(TextSource(("some/dataset",), config="en"))
+
+    @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "missing.parquet"])
+    def test_missing_file(self, here: Path, name: str) -> None:
+        with pytest.raises(CalibrationError, match=rf"{name}.* cannot be read: .*check the file"):
+            load_documents(TextSource((name,)))
+
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [("a.jsonl", b'{"text": "x"\nnot json\n'), ("a.parquet", b"text"), ("a.txt", b"\xe9"), ("a.csv", b"text\nx\n")],
+    )
+    def test_unreadable_file(self, here: Path, name: str, content: bytes) -> None:
+        (here / name).write_bytes(content)
+        with pytest.raises(
+            CalibrationError, match=rf"dataset '{name}' cannot be read: .*\.txt/\.jsonl/\.json/\.parquet"
+        ):
+            load_documents(TextSource((name,)))
+
+    def test_wrong_column_lists_the_columns(self, here: Path) -> None:
+        name = write_jsonl(here / "a.jsonl", ["one"], count=1)
+        with pytest.raises(CalibrationError, match=r"no column 'body'.*--text-column: text, count"):
+            load_documents(TextSource((name,), text_column="body"))
+        with pytest.raises(CalibrationError, match=r"'count'.*holds int, not text.*: text, count"):
+            load_documents(TextSource((name,), text_column="count"))
+
+
+class TestSpecialTokens:
+    @pytest.mark.parametrize(
+        ("template", "expected"), [("none", ([], [])), ("bos", ([0], [])), ("bert", ([2], [3])), ("eos", ([], [1]))]
+    )
+    def test_found(self, template: str, expected: tuple[list[int], list[int]]) -> None:
+        assert special_tokens(TOKENIZERS[template]) == expected
+
+    def test_ambiguous_tokenizer_is_refused(self) -> None:
+        backend = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
+        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        with pytest.raises(CalibrationError, match="cannot tell which special tokens"):
+            special_tokens(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
+class TestCalibrationTokens:
+    @pytest.mark.parametrize("template", list(TEMPLATES))
+    @settings(deadline=None)
+    @given(
+        documents=st.lists(st.text(max_size=40), max_size=6),
+        num_samples=st.integers(1, 3),
+        max_seq_length=st.integers(3, 12),
+    )
+    def test_windows_hold_the_text_in_order(
+        self, template: str, documents: list[str], num_samples: int, max_seq_length: int
+    ) -> None:
+        tokenizer = TOKENIZERS[template]
+        before, after = special_tokens(tokenizer)
+        length = max_seq_length - len(before) - len(after)
+        ids = [i for text in documents if text.strip() for i in plain_ids(text + "\n\n")]
+        if len(ids) < num_samples * length:
+            with pytest.raises(CalibrationError, match=rf"has {len(ids)} tokens.*need {num_samples * length}"):
+                calibration_tokens(documents, tokenizer, num_samples, max_seq_length)
+            return
+        tokens_NL = calibration_tokens(documents, tokenizer, num_samples, max_seq_length)
+        assert tokens_NL.shape == (num_samples, max_seq_length)
+        assert tokens_NL.dtype == torch.int64
+        for n, window in enumerate(tokens_NL.tolist()):
+            assert window == before + ids[n * length : (n + 1) * length] + after
+
+    def test_no_text(self) -> None:
+        with pytest.raises(
+            CalibrationError, match=r"has 0 tokens.*2 samples of 8 tokens need 14: give more text, or lower"
+        ):
+            calibration_tokens([], TOKENIZERS["bos"], 2, 8)
+
+    def test_no_room_for_text(self) -> None:
+        with pytest.raises(CalibrationError, match=r"no room for text.*raise --max-seq-length"):
+            calibration_tokens(LINES, TOKENIZERS["bert"], 1, 2)
+
+    def test_one_text_is_not_a_list(self) -> None:
+        with pytest.raises(CalibrationError, match="put it in a list"):
+            calibration_tokens("some text", TOKENIZERS["bos"], 1, 8)
+
+    def test_stops_reading_when_there_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 1)
+
+        def documents():
+            yield from LINES
+            raise AssertionError("read on")
+
+        assert calibration_tokens(documents(), TOKENIZERS["bos"], 1, 8).shape == (1, 8)
+
+    def test_same_whatever_the_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        whole = calibration_tokens(LINES * 9, TOKENIZERS["bos"], 4, 16)
+        monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 50)
+        assert torch.equal(calibration_tokens(LINES * 9, TOKENIZERS["bos"], 4, 16), whole)
+
+    def test_long_text_is_neither_truncated_nor_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
+        tokenizer = make_tokenizer("bos", model_max_length=8)
+        tokenizer.backend_tokenizer.enable_truncation(8)  # as sentence encoders publish it
+        tokenizer.backend_tokenizer.enable_padding(length=32)
+        logger = logging.getLogger("transformers")
+        logger.addHandler(caplog.handler)
+        try:
+            tokens_NL = calibration_tokens([" ".join(LINES)], tokenizer, 2, 16)
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert tokens_NL[:, 1:].flatten().tolist() == plain_ids(" ".join(LINES) + "\n\n")[:30]
+        assert not caplog.records
+
+
+def test_pack_drops_the_remainder() -> None:
+    tokens_NL = pack(range(10, 17), SpecialTokens([0], [1]), 5)
+    assert tokens_NL.tolist() == [[0, 10, 11, 12, 1], [0, 13, 14, 15, 1]]
+
+
+def test_data_hash_is_of_the_int64_bytes() -> None:
+    tokens = torch.tensor([[1, 2], [3, 70000]])
+    expected = hashlib.sha256(b"".join(i.to_bytes(8, "little") for i in (1, 2, 3, 70000))).hexdigest()
+    assert data_hash(tokens) == data_hash(tokens.int()) == data_hash(tokens.T.contiguous().T) == expected
+    assert data_hash(tokens.T) != expected
+
+
+def test_read_documents_is_lazy(here: Path) -> None:
+    documents = read_documents(TextSource(("missing.txt",)))
+    with pytest.raises(CalibrationError):
+        next(documents)
