@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import HfArgumentParser
 
 from optima.errors import OptimaError
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = {"prune": _prune, "eval": _eval, "plan": _plan, "report": _report, "demo": _demo}[command]
         run(arguments)
     except OptimaError as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]optima: error:[/] {_escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(
+            f"[bold red]optima: error:[/] {escape(str(error))}", highlight=False
+        )
         return 2
     except KeyboardInterrupt:
         print("optima: interrupted, nothing was left half-written", file=sys.stderr)
@@ -147,7 +150,3 @@ def _quiet_libraries() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -72,7 +72,9 @@ class Pruner:
                 inputs.run(block, batch, self.device)
         for hessian, linears in collector.finish(self.recipe.damping):
             if hessian is None:
-                self.notes.extend(f"{linear.name} was not pruned: no calibration token reached it" for linear in linears)
+                self.notes.extend(
+                    f"{linear.name} was not pruned: no calibration token reached it" for linear in linears
+                )
             else:
                 yield hessian, linears
 

@@ -70,11 +70,17 @@ def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
             model = kind.from_config(config, trust_remote_code=source.trust_remote_code)
         else:
             model = kind(config)
+    model.tie_weights()
     return model.eval(), config
 
 
-def check_model(model: nn.Module, recipe: Recipe) -> list[Block]:
-    """The blocks and linears that ``recipe`` prunes in ``model``, checked against its pattern and lengths.
+def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
+    """The blocks and linears that ``recipe`` prunes in ``model``, checked against its pattern and ``length``.
+
+    Args:
+        model: the model, or its skeleton.
+        recipe: what to prune.
+        length: tokens in a calibration sequence.
 
     Raises:
         ModelError: if nothing matches, or sequences are longer than the model's positions.
@@ -86,10 +92,10 @@ def check_model(model: nn.Module, recipe: Recipe) -> list[Block]:
         for linear in block.linears:
             check_pattern(pattern, linear.shape[1], linear.name)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and recipe.max_seq_length > positions:
+    if isinstance(positions, int) and length > positions:
         raise ModelError(
-            f"max_seq_length {recipe.max_seq_length} exceeds the model's {positions} positions: "
-            f"use --max-seq-length {positions}"
+            f"calibration sequences of {length} tokens exceed the model's {positions} positions: "
+            f"use --max-seq-length {positions} or less"
         )
     return blocks
 
@@ -97,22 +103,33 @@ def check_model(model: nn.Module, recipe: Recipe) -> list[Block]:
 def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Plan pruning ``source`` by ``recipe`` without loading weights."""
     model, config = skeleton(source)
-    blocks = check_model(model, recipe)
+    blocks = check_model(model, recipe, recipe.max_seq_length)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    block_parameters = max(sum(p.numel() for p in block.module.parameters()) for block in blocks)
     groups = shared_inputs(model, blocks)
     hidden = getattr(config.get_text_config(), "hidden_size", 0)
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype != "auto" else (config.dtype or torch.float32)
+    dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
     return Plan(
         blocks=blocks,
         pattern=recipe.make_pattern(recipe.make_selector()),
-        num_parameters=sum(p.numel() for p in model.parameters()),
+        num_parameters=num_parameters,
         pruned_parameters=sum(linear.weight_OD.numel() for block in blocks for linear in block.linears),
         memory_bytes=predict_memory(groups, blocks, recipe, dtype.itemsize),
-        block_bytes=max(block.num_bytes for block in blocks) * dtype.itemsize // next(model.parameters()).itemsize,
+        block_bytes=block_parameters * dtype.itemsize,
         inputs_bytes=recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
-        model_bytes=sum(p.numel() for p in model.parameters()) * dtype.itemsize,
+        model_bytes=num_parameters * dtype.itemsize,
         operations=sum(_operations(g, block, recipe) for g, block in zip(groups, blocks, strict=True)),
         notes=uncovered_notes(blocks),
     )
+
+
+def _dtype(value: Any) -> torch.dtype:
+    """A configuration's dtype, which may be missing or given by name."""
+    if value is None:
+        return torch.float32
+    found = getattr(torch, value) if isinstance(value, str) else value
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def uncovered_notes(blocks: Sequence[Block]) -> list[str]:
@@ -144,6 +161,9 @@ def shared_inputs(model: nn.Module, blocks: Sequence[Block]) -> list[Groups]:
     for module in model.modules():
         if id(module) not in inside:
             module.to_empty(device="cpu", recurse=False)
+            for buffer in module.buffers(recurse=False):
+                # Buffers can hold indices, which must be valid; parameters' values do not matter here.
+                buffer.zero_()
     store = capture_block_inputs(model, blocks, [torch.zeros(1, 8, dtype=torch.int64)])
     result: list[Groups] = []
     for block in blocks:

@@ -1,4 +1,4 @@
-"""The recipe: a complete, validated configuration of a run. The CLI's options and a recipe file's keys are its fields."""
+"""The recipe: a complete, validated configuration of a run. Its fields are the CLI's options and a file's keys."""
 
 from __future__ import annotations
 
@@ -68,12 +68,8 @@ class Recipe:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
-        for name in ("targets", "ignore"):
-            for regex in getattr(self, name):
-                try:
-                    re.compile(regex)
-                except re.error as error:
-                    raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
+        _check_regexes("targets", self.targets)
+        _check_regexes("ignore", self.ignore)
         # Building them checks their names and values.
         self.make_solver()
         self.make_pattern(self.make_selector())
@@ -100,6 +96,14 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Write the recipe as YAML."""
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _check_regexes(name: str, regexes: list[str]) -> None:
+    for regex in regexes:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
 
 
 def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
@@ -160,7 +164,7 @@ def _coerce(key: str, value: Any, source: str) -> Any:
 
 
 def _plain_type(option: dataclasses.Field[Any]) -> type:
-    name = str(option.type if isinstance(option.type, str) else option.type)
+    name = str(option.type)
     for word, kind in (("list", list), ("bool", bool), ("int", int), ("float", float)):
         if word in name:
             return kind

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import TextSource, calibration_tokens, data_hash, load_documents
+from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.memory import PeakMemory
 from optima.models.blocks import Block, Linear
@@ -64,14 +64,17 @@ def prune(
     started = time.perf_counter()
     recipe = recipe or Recipe()
     device = find_device(recipe.device)
+    source: Source | None = None
+    structure: nn.Module
     if isinstance(model, PreTrainedModel):
-        source, structure = None, model
+        structure = model
     else:
         source = find_source(str(model), recipe.trust_remote_code)
         structure = skeleton(source)[0]
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
-    check_model(structure, recipe)
+    length = calibration.shape[-1] if isinstance(calibration, Tensor) else recipe.max_seq_length
+    check_model(structure, recipe, length)
     with ExitStack() as stack:
         directory = None
         if output_dir is not None:
@@ -80,8 +83,8 @@ def prune(
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
         tokens = find_tokens(recipe, tokenizer, calibration)
-        network = structure if source is None else load_model(source, recipe.dtype)
-        blocks = check_model(network, recipe)
+        network = model if isinstance(model, PreTrainedModel) else _load(source, recipe)
+        blocks = check_model(network, recipe, length)
         check_finite(blocks)
         memory = PeakMemory(device)
         dump = None if directory is None or dump_layers is None else _dump_into(directory / DUMP_DIRECTORY, dump_layers)
@@ -107,6 +110,11 @@ def prune(
             with explain_write_errors(Path(str(output_dir))):
                 _write(network, tokenizer, source, recipe, report, directory)
     return report
+
+
+def _load(source: Source | None, recipe: Recipe) -> PreTrainedModel:
+    assert source is not None
+    return load_model(source, recipe.dtype)
 
 
 def _write(
@@ -138,7 +146,8 @@ def find_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise RecipeError(f"device {name!r} is not supported (no float64 for the certificate): use cpu or cuda")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f"device {name!r} is not there: {torch.cuda.device_count()} CUDA devices found; use auto or cpu")
+        count = torch.cuda.device_count()
+        raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")
     return device
 
 
@@ -150,7 +159,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def find_tokens(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Sequence[str] | None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Iterable[str] | None
 ) -> Tensor:
     """Calibration token ids, (samples, length) int64.
 
@@ -167,7 +176,7 @@ def find_tokens(
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
     if calibration is None:
-        calibration = load_documents(text_source(recipe), limit=16 * recipe.num_calibration_samples, seed=recipe.seed)
+        calibration = read_documents(text_source(recipe), recipe.seed)
     return calibration_tokens(calibration, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
 
 

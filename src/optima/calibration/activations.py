@@ -55,7 +55,7 @@ class BlockInputs:
         return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
 
 
-class _AllCaptured(Exception):
+class _AllCaptured(Exception):  # noqa: N818 - not an error
     """Stops the model's forward pass after its last block."""
 
 

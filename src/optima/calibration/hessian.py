@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from optima.errors import CalibrationError
@@ -50,7 +51,8 @@ class HessianAccumulator:
 
 def _describe_bad(inputs_TD: Tensor, name: str, first_sample: int, samples: int) -> str:
     if inputs_TD.shape[0] % samples:
-        return f"the inputs of {name} contain NaN or Inf in calibration samples {first_sample} to {first_sample + samples - 1}"
+        last = first_sample + samples - 1
+        return f"the inputs of {name} contain NaN or Inf in calibration samples {first_sample} to {last}"
     by_sample = inputs_TD.reshape(samples, -1)
     # Finite inputs can still overflow float32 when squared.
     good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)

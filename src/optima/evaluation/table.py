@@ -50,9 +50,7 @@ def evaluate_models(
     place = find_device(device)
     sources = [find_source(model, trust_remote_code) for model in models]
     documents = load_documents(TextSource(tuple(dataset), dataset_config, split, text_column))
-    windows = [
-        evaluation_windows(documents, load_tokenizer(source), max_seq_length, max_windows) for source in sources
-    ]
+    windows = [evaluation_windows(documents, load_tokenizer(source), max_seq_length, max_windows) for source in sources]
     results = []
     for source, tokens in zip(sources, windows, strict=True):
         model = load_model(source, dtype)

@@ -53,11 +53,6 @@ class Block:
     module: nn.Module
     linears: tuple[Linear, ...]
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the block's parameters."""
-        return sum(p.numel() * p.element_size() for p in self.module.parameters())
-
 
 def find_blocks(model: nn.Module) -> list[Block]:
     """The model's stack of blocks: its largest list of same-class modules that contain linears.
@@ -100,9 +95,13 @@ def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
 
 def _is_stack(stack: nn.ModuleList) -> bool:
     same_class = len({type(module) for module in stack}) == 1
-    return same_class and any(isinstance(m, (nn.Linear, Conv1D)) for layer in stack for m in layer.modules()) and (
-        # A list of bare linears (experts, heads) is not a stack of blocks.
-        not isinstance(stack[0], (nn.Linear, Conv1D))
+    return (
+        same_class
+        and any(isinstance(m, (nn.Linear, Conv1D)) for layer in stack for m in layer.modules())
+        and (
+            # A list of bare linears (experts, heads) is not a stack of blocks.
+            not isinstance(stack[0], (nn.Linear, Conv1D))
+        )
     )
 
 

@@ -63,7 +63,9 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
             return Source(name, str(path.parent), path.name, trust_remote_code)
         parts = name.split("/")
         if path.is_absolute() or len(parts) < 3:
-            raise ModelError(f"there is no file {name}: give a local GGUF file, or owner/repository/file.gguf on the hub")
+            raise ModelError(
+                f"there is no file {name}: give a local GGUF file, or owner/repository/file.gguf on the hub"
+            )
         return Source(name, "/".join(parts[:2]), "/".join(parts[2:]), trust_remote_code)
     if path.is_dir():
         _check_directory(path)
@@ -142,7 +144,8 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     except READ_ERRORS as error:
         raise ModelError(_unreadable(source, "weights", error)) from error
     assert isinstance(model, PreTrainedModel)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def _dequantize_arguments() -> dict[str, Any]:

@@ -52,6 +52,11 @@ def render_markdown(report: Report) -> str:
     return "\n\n".join(f"{title}\n\n{body}".strip() for title, body in sections.items() if body) + "\n"
 
 
+def render_summary(report: Report) -> str:
+    """The first lines of the report, as plain text for a terminal."""
+    return _bullets(_headline(report) + _warnings(report)).replace("**", "").replace("`", "")
+
+
 def _headline(report: Report) -> list[str]:
     """What came out: sparsity and method, error, certificate."""
     linears, run = report.linears, report.run

