@@ -14,7 +14,12 @@ class RowSolver(Protocol):
 
     A solver never sees a model, a block or a file. The work space of ``solve`` grows with the rows it is given;
     ``optima.qp.rows.solve_rows`` chooses how many.
+
+    Attributes:
+        name: what recipes and reports call it.
     """
+
+    name: str
 
     def prepare(self, hessian: Hessian) -> Any:
         """Everything that depends on the Hessian alone."""

@@ -32,6 +32,8 @@ class BatchedCholesky:
     gap: float = 1e-4
     dtype: torch.dtype = torch.float64
 
+    name = "cholesky"
+
     def prepare(self, hessian: Hessian) -> Hessian:
         """Nothing but the Hessian is shared."""
         return hessian

@@ -1,23 +1,41 @@
 """The layer Hessian that every row shares, and its one factorisation.
 
-Shapes: D inputs, R rows.
+Shapes: D inputs, R rows, K random directions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
+from optima.qp.products import SharedFactor, SharedMatrix
 
 # Damping tried after plain Cholesky fails with none at all; relative to the mean of the diagonal.
 SMALLEST_DAMPING = 1e-8
 # An eigenvalue below -INDEFINITE * the largest one is not rounding of X^T X.
 INDEFINITE = 1e-4
-# Cholesky "succeeds" on numerically singular matrices; past this condition estimate the inverse is noise.
+# Asymmetry beyond rounding, in units of sqrt(H_ii H_jj).
+ASYMMETRIC = 1e-2
+# Cholesky "succeeds" on numerically singular matrices; past this condition the inverse is noise.
 LARGEST_CONDITION = 1e13
+# Float32 iterations lose no digit that refinement cannot restore below this condition.
+FLOAT32_CONDITION = 1e7
+
+
+Shared = TypeVar("Shared", SharedMatrix, SharedFactor)
+
+
+class Factorisation(NamedTuple):
+    """Damped H, its lower Cholesky factor, and the relative damping that it took."""
+
+    damped_DD: Tensor
+    factor_DD: Tensor
+    damping: float
 
 
 class Hessian:
@@ -28,45 +46,62 @@ class Hessian:
     share of the diagonal so that the factor exists, and left out of every error.
 
     Args:
-        matrix_DD: X^T X / T, symmetric positive semidefinite, float32 or float64, undamped.
+        matrix_DD: X^T X / T, symmetric positive semidefinite, float32 or float64, undamped. Not copied: do not
+            change it while this object is in use.
         damping: ridge relative to the mean diagonal of the live inputs (lambda in SparseGPT's ``percdamp``).
 
     Raises:
         NumericalError: if the matrix has NaN/Inf, is not symmetric, or is indefinite beyond rounding.
-        RecipeError: if it is not square or damping is negative.
+        RecipeError: if it is not a square float matrix or damping is out of range.
     """
 
     def __init__(self, matrix_DD: Tensor, damping: float = 0.01) -> None:
         if matrix_DD.ndim != 2 or matrix_DD.shape[0] != matrix_DD.shape[1]:
             raise RecipeError(f"the hessian must be a square matrix, got shape {tuple(matrix_DD.shape)}")
+        if matrix_DD.dtype not in (torch.float32, torch.float64):
+            raise RecipeError(f"the hessian must be float32 or float64, got {matrix_DD.dtype}: accumulate it in float32")
         if not 0.0 <= damping <= 1.0:
             raise RecipeError(f"damping must be between 0 and 1, got {damping}: for example 0.01")
-        matrix_DD = matrix_DD.detach().double()
-        diagonal_D = matrix_DD.diagonal()
-        if not matrix_DD.isfinite().all():
-            raise NumericalError("the hessian contains NaN or Inf: check the calibration activations")
-        largest = float(diagonal_D.abs().max()) if diagonal_D.numel() else 0.0
-        if diagonal_D.numel() and float(diagonal_D.min()) < 0.0:
-            raise NumericalError("the hessian has a negative diagonal entry, so it is not X^T X of real inputs")
-        if float((matrix_DD - matrix_DD.mT).abs().amax() if diagonal_D.numel() else 0.0) > 1e-3 * largest:
-            raise NumericalError("the hessian is not symmetric: pass X^T X / T")
-        self.matrix_DD = matrix_DD
+        self._matrix_DD = matrix_DD.detach()
         self.requested_damping = damping
+        self._shared: dict[tuple[str, torch.dtype], SharedMatrix | SharedFactor] = {}
+        if matrix_DD.numel():
+            self._refuse_unusable()
+
+    def _refuse_unusable(self) -> None:
+        lowest, highest = self._matrix_DD.aminmax()
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise NumericalError("the hessian contains NaN or Inf: check the calibration activations")
+        if float(self.diagonal_D.min()) < 0.0:
+            raise NumericalError("the hessian has a negative diagonal entry, so it is not X^T X of real inputs")
+        # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
+        generator = torch.Generator().manual_seed(0)
+        signs_KD = torch.randint(0, 2, (4, self.num_inputs), generator=generator).mul_(2).sub_(1).to(self._matrix_DD)
+        scale_D = self.diagonal_D.clamp_min(max(float(self.diagonal_D.max()) * 1e-30, 1e-60)).rsqrt().to(self._matrix_DD.dtype)
+        signs_KD = signs_KD * scale_D
+        asymmetry_KD = (signs_KD @ self._matrix_DD - (self._matrix_DD @ signs_KD.mT).mT) * scale_D
+        if float(asymmetry_KD.abs().max()) > ASYMMETRIC:
+            raise NumericalError("the hessian is not symmetric: pass X^T X / T")
 
     @property
     def num_inputs(self) -> int:
         """D."""
-        return self.matrix_DD.shape[0]
+        return self._matrix_DD.shape[0]
 
     @property
     def device(self) -> torch.device:
         """Where the matrix and everything derived from it lives."""
-        return self.matrix_DD.device
+        return self._matrix_DD.device
+
+    @cached_property
+    def matrix_DD(self) -> Tensor:
+        """Undamped H in float64."""
+        return self._matrix_DD.double()
 
     @cached_property
     def diagonal_D(self) -> Tensor:
         """Undamped diagonal, float64: the mean square of each input."""
-        return self.matrix_DD.diagonal().clone()
+        return self._matrix_DD.diagonal().double().clone()
 
     @cached_property
     def dead_D(self) -> Tensor:
@@ -80,13 +115,14 @@ class Hessian:
         return float(live_D.mean()) if live_D.numel() else 1.0
 
     @cached_property
-    def _factor(self) -> tuple[Tensor, float]:
-        """Lower Cholesky factor and the relative damping that it took."""
+    def factorisation(self) -> Factorisation:
+        """The one Cholesky factorisation, with more damping than requested only if it cannot be had otherwise."""
         damping = self.requested_damping
         while True:
-            factor_DD, info = torch.linalg.cholesky_ex(self.damped(damping))
-            if not int(info) and _condition(factor_DD) <= LARGEST_CONDITION:
-                return factor_DD, damping
+            damped_DD = self.damped(damping)
+            factor_DD, info = torch.linalg.cholesky_ex(damped_DD)
+            if not int(info) and _condition(damped_DD, factor_DD) <= LARGEST_CONDITION:
+                return Factorisation(damped_DD, factor_DD, damping)
             self._refuse_indefinite()
             if damping >= 1.0:
                 raise NumericalError("the hessian cannot be factorised even with damping 1: check its entries")
@@ -105,24 +141,24 @@ class Hessian:
         """H + damping * mean(diag H) * I in float64, dead inputs decoupled; shape (D, D)."""
         diagonal_D = self.diagonal_D + damping * self.mean_diagonal
         diagonal_D = torch.where(self.dead_D, self.mean_diagonal, diagonal_D)
-        matrix_DD = self.matrix_DD.clone()
+        matrix_DD = self._matrix_DD.to(torch.float64, copy=True)
         matrix_DD.diagonal().copy_(diagonal_D)
         return matrix_DD
 
     @property
     def factor_DD(self) -> Tensor:
         """Lower Cholesky factor L of the damped H, float64."""
-        return self._factor[0]
+        return self.factorisation.factor_DD
 
     @property
     def damping(self) -> float:
         """The damping in force: the requested one, or larger if the Cholesky needed it."""
-        return self._factor[1]
+        return self.factorisation.damping
 
-    @cached_property
+    @property
     def damped_DD(self) -> Tensor:
         """The damped H that all solvers and the certificate use, float64."""
-        return self.damped(self.damping)
+        return self.factorisation.damped_DD
 
     @cached_property
     def inverse_DD(self) -> Tensor:
@@ -131,12 +167,46 @@ class Hessian:
 
     @cached_property
     def condition(self) -> float:
-        """Cheap lower estimate of the condition number of the damped H, from the diagonal of its factor."""
-        return _condition(self.factor_DD)
+        """Cheap estimate of the condition number of the damped H scaled to a unit diagonal.
+
+        Scaled, because every method here is indifferent to the units of the inputs: rounding errors of products and of
+        Cholesky factors scale along with them.
+        """
+        return _condition(self.damped_DD, self.factor_DD)
+
+    @property
+    def working_dtype(self) -> torch.dtype:
+        """Precision in which iterations converge: float32, or float64 where the condition number demands it."""
+        return torch.float32 if self.condition <= FLOAT32_CONDITION else torch.float64
+
+    def operator(self, dtype: torch.dtype) -> SharedMatrix:
+        """The damped H in units of its mean diagonal, ready to multiply rows in ``dtype``; made once."""
+        return self._share("operator", dtype, lambda: SharedMatrix(self.damped_DD, 1.0 / self.mean_diagonal, dtype))
+
+    def preconditioner(self, dtype: torch.dtype) -> SharedMatrix:
+        """K in the same units, ready to multiply rows; made once. Below float64 only a few digits of it are right."""
+        return self._share("preconditioner", dtype, lambda: SharedMatrix(self._inverse(dtype), self.mean_diagonal, dtype))
+
+    def whitener(self, dtype: torch.dtype) -> SharedFactor:
+        """L in the same units, ready to apply L^-1 to rows; made once."""
+        return self._share("whitener", dtype, lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
+
+    def _share(self, kind: str, dtype: torch.dtype, make: Callable[[], Shared]) -> Shared:
+        if (kind, dtype) not in self._shared:
+            self._shared[kind, dtype] = make()
+        return cast(Shared, self._shared[kind, dtype])
+
+    def _inverse(self, dtype: torch.dtype) -> Tensor:
+        """K in float64 where that is at hand or needed, else inverted in float32, which costs half."""
+        if dtype == torch.float64 or "inverse_DD" in vars(self):
+            return self.inverse_DD
+        return torch.cholesky_inverse(self.factor_DD.float())
 
 
-def _condition(factor_DD: Tensor) -> float:
+def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:
+    """D max_i H_ii / L_ii^2: the second factor is 1 / (1 - R^2) of input i on those before it, a bound from below on
+    the largest eigenvalue of the scaled inverse; D bounds that of the scaled matrix from above."""
     if not factor_DD.numel():
         return 1.0
-    diagonal_D = factor_DD.diagonal()
-    return float((diagonal_D.max() / diagonal_D.min()) ** 2)
+    share_D = factor_DD.diagonal().square() / damped_DD.diagonal()
+    return len(share_D) / float(share_D.min())

@@ -1,7 +1,9 @@
-"""Iterative refinement: a fast inner solve in low precision, restarted from float64 residuals until certified.
+"""Iterative refinement: a fast inner solve, restarted from float64 residuals until every row is certified.
 
-The inner solver is given a residual and returns a correction; what decides convergence is the certificate, computed
-here from scratch (Wilkinson's scheme; see Higham, Accuracy and Stability of Numerical Algorithms, ch. 12).
+The inner solver is given residuals and returns corrections; what decides convergence is the certificate, computed from
+scratch (Wilkinson's scheme; see Higham, Accuracy and Stability of Numerical Algorithms, ch. 12). Only the first residual
+is taken in the working precision: an error in it costs another round, never a wrong answer. Rows that stall in float32
+go on in float64.
 
 Shapes: R rows, D inputs, A rows still active.
 """
@@ -14,79 +16,162 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optima.qp.certificate import Certificate, certify
+from optima.qp.certificate import Certificate, certify, energy, weight_scale
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution, Status
 
-MAX_ROUNDS = 8
-# A round that does not shrink the bound by this factor has hit the working precision.
+MAX_ROUNDS = 10
+# A round that does not shrink the bound by this factor has hit its precision.
 STAGNATION = 0.5
+# A row that gained less than this over its start is compared with it in float64.
+CLOSE = 0.99
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Where an inner solver starts, in units of H's mean diagonal and of each row's own ``weight_scale``.
+
+    Attributes:
+        residual_RD: negative gradient on the kept weights, zero elsewhere, in the precision to work in.
+        keep_RD: the mask, boolean.
+        error_R: E at this point, float64, relative to the row's energy.
+    """
+
+    residual_RD: Tensor
+    keep_RD: Tensor
+    error_R: Tensor
 
 
 @dataclass(frozen=True)
 class Correction:
-    """An inner solver's answer: add it to the weight."""
+    """An inner solver's answer, in the same units.
+
+    Attributes:
+        step_RD: add it to the weight; zero off keep.
+        iterations_R: iterations spent, int32.
+        extension_RD: residual to assume off keep in the certificate, zero on keep; None for zero.
+    """
 
     step_RD: Tensor
     iterations_R: Tensor
+    extension_RD: Tensor | None = None
 
 
 class Inner(Protocol):
-    """Approximately solves H_SS step_S = residual_S for each row."""
+    """Approximately solves H_SS step_S = residual_S for each row, in the residuals' dtype."""
 
-    def __call__(self, residual_RD: Tensor, keep_RD: Tensor, error_R: Tensor) -> Correction:
-        """``error_R`` is E at the point of the residual, which turns a bound into a relative gap."""
+    def __call__(self, residuals: Residuals) -> Correction:
+        """One round of work."""
         ...
 
 
 def refine(hessian: Hessian, problem: RowProblem, inner: Inner, gap: float) -> RowSolution:
     """Alternate ``inner`` and the certificate until every row's certified gap is at most ``gap`` or stalls."""
-    weight_RD, certificate = best_start(hessian, problem)
-    best = certificate
-    iterations_R = torch.zeros_like(best.error_R, dtype=torch.int32)
-    status_R = torch.full_like(iterations_R, Status.CONVERGED, dtype=torch.int8)
-    active = (best.gap_R > gap).nonzero()[:, 0]
+    rounds = _Rounds(hessian, problem, gap)
+    rounds.first(inner)
     for _ in range(MAX_ROUNDS):
-        if not active.numel():
+        if not len(rounds.active):
             break
-        rows = problem.rows(active)
-        correction = inner(certificate.residual_RD, rows.keep_RD, certificate.error_R)
-        iterations_R[active] += correction.iterations_R
-        candidate_AD = weight_RD[active] + correction.step_RD.to(weight_RD.dtype)
-        candidate_AD = torch.where(candidate_AD.isfinite(), candidate_AD, weight_RD[active])
-        certificate = certify(hessian, rows, candidate_AD)
-        better_A = certificate.error_R <= best.error_R[active]
-        stalled_A = certificate.bound_R > STAGNATION * best.bound_R[active]
-        improved = active[better_A]
-        weight_RD[improved] = candidate_AD[better_A]
-        best.error_R[improved] = certificate.error_R[better_A]
-        best.bound_R[improved] = certificate.bound_R[better_A]
-        best.gap_R[improved] = certificate.gap_R[better_A]
-        open_A = best.gap_R[active] > gap
-        status_R[active[open_A & stalled_A]] = Status.STAGNATED
-        again_A = open_A & ~stalled_A
-        active = active[again_A]
-        certificate = _rows(certificate, again_A)
-    status_R[active] = Status.ITERATION_LIMIT
-    return RowSolution(weight_RD, best.error_R, best.gap_R, status_R, iterations_R)
+        rounds.next(inner)
+    return rounds.solution()
 
 
-def best_start(hessian: Hessian, problem: RowProblem) -> tuple[Tensor, Certificate]:
-    """Row by row, the better of the masked target and the given start, with its certificate."""
+class _Rounds:
+    """The best weight of every row so far, its certificate, and which rows go on."""
+
+    def __init__(self, hessian: Hessian, problem: RowProblem, gap: float) -> None:
+        self.hessian, self.problem, self.gap = hessian, problem, gap
+        self.scale_R = weight_scale(hessian, energy(hessian, problem))
+        self.energy_R = hessian.mean_diagonal * self.scale_R.square()
+        self.dtype = hessian.working_dtype
+        self.float64_rows = len(self.scale_R) if self.dtype == torch.float64 else 0
+
+    def first(self, inner: Inner) -> None:
+        """From the start, of which the residual is known to working precision only."""
+        start_RD, residuals = best_start(self.hessian, self.problem, self.scale_R, self.dtype)
+        error_R = residuals.error_R * self.energy_R
+        correction = inner(residuals)
+        del residuals
+        self.iterations_R = correction.iterations_R
+        self.weight_RD = _add(start_RD, correction.step_RD, self.scale_R)
+        self.certificate = certify(self.hessian, self.problem, self.weight_RD, correction.extension_RD)
+        self._keep_better_start(start_RD, error_R)
+        self.status_R = torch.full_like(self.iterations_R, Status.CONVERGED, dtype=torch.int8)
+        self.active = (self.certificate.gap_R > self.gap).nonzero()[:, 0]
+
+    def _keep_better_start(self, start_RD: Tensor, error_R: Tensor) -> None:
+        """Rows that hardly gained: compare with their start in float64, so that no row ever gets worse."""
+        moved_R = self.iterations_R > 0
+        doubtful = (moved_R & ~(self.certificate.error_R < CLOSE * error_R)).nonzero()[:, 0]
+        if not len(doubtful):
+            return
+        start = certify(self.hessian, self.problem.rows(doubtful), start_RD[doubtful])
+        worse = self.certificate.error_R[doubtful] > start.error_R
+        self._replace(doubtful[worse], start_RD[doubtful[worse]], start.rows(worse))
+
+    def _replace(self, rows: Tensor, weight_AD: Tensor, certificate: Certificate) -> None:
+        self.weight_RD[rows] = weight_AD
+        for name in ("error_R", "bound_R", "gap_R", "residual_RD"):
+            getattr(self.certificate, name)[rows] = getattr(certificate, name)
+
+    def next(self, inner: Inner) -> None:
+        """Another round for the active rows, from their float64 residuals."""
+        active, best = self.active, self.certificate
+        rows, scale_A = self.problem.rows(active), self.scale_R[active]
+        unit_A = self.hessian.mean_diagonal * scale_A
+        residual_AD = (best.residual_RD[active] / unit_A[:, None]).to(self.dtype)
+        correction = inner(Residuals(residual_AD, rows.keep_RD, best.error_R[active] / self.energy_R[active]))
+        self.iterations_R[active] += correction.iterations_R
+        candidate_AD = _add(self.weight_RD[active], correction.step_RD, scale_A)
+        found = certify(self.hessian, rows, candidate_AD, correction.extension_RD)
+        stalled_A = ~(found.bound_R <= STAGNATION * best.bound_R[active])
+        better_A = (found.error_R <= best.error_R[active]) & (found.gap_R <= best.gap_R[active])
+        self._replace(active[better_A], candidate_AD[better_A], found.rows(better_A))
+        open_A = best.gap_R[active] > self.gap
+        if self.dtype == torch.float64:
+            self.status_R[active[open_A & stalled_A]] = Status.STAGNATED
+            open_A &= ~stalled_A
+        self.active = active[open_A]
+        if self.dtype == torch.float32 and bool((open_A & stalled_A).any()):
+            self.dtype = torch.float64
+            self.float64_rows = len(self.active)
+
+    def solution(self) -> RowSolution:
+        """The best of every row, and what became of it."""
+        self.status_R[self.active] = Status.ITERATION_LIMIT
+        certificate = self.certificate
+        note = f"float64 for {self.float64_rows} rows" if self.float64_rows else ""
+        return RowSolution(
+            self.weight_RD, certificate.error_R, certificate.gap_R, self.status_R, self.iterations_R, note=note
+        )
+
+
+def best_start(
+    hessian: Hessian, problem: RowProblem, scale_R: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Residuals]:
+    """Row by row, the better of the masked target and the given start, with its residual in precision ``dtype``."""
     masked_RD = problem.clamp(problem.target_RD)
-    certificate = certify(hessian, problem, masked_RD)
+    residuals = _residuals(hessian, problem, masked_RD, scale_R, dtype)
     if problem.start_RD is None:
-        return masked_RD, certificate
-    other = certify(hessian, problem, problem.start_RD)
-    warm_R = other.error_R < certificate.error_R
-    pairs = zip(_fields(other), _fields(certificate), strict=True)
-    chosen = [torch.where(warm_R.view(-1, *[1] * (a.ndim - 1)), a, b) for a, b in pairs]
-    return torch.where(warm_R[:, None], problem.start_RD, masked_RD), Certificate(*chosen)
+        return masked_RD, residuals
+    other = _residuals(hessian, problem, problem.start_RD, scale_R, dtype)
+    warm_R = other.error_R < residuals.error_R
+    start_RD = torch.where(warm_R[:, None], problem.start_RD, masked_RD)
+    residual_RD = torch.where(warm_R[:, None], other.residual_RD, residuals.residual_RD)
+    return start_RD, Residuals(residual_RD, problem.keep_RD, torch.minimum(other.error_R, residuals.error_R))
 
 
-def _fields(certificate: Certificate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return certificate.error_R, certificate.bound_R, certificate.gap_R, certificate.residual_RD
+def _residuals(
+    hessian: Hessian, problem: RowProblem, weight_RD: Tensor, scale_R: Tensor, dtype: torch.dtype
+) -> Residuals:
+    difference_RD = (problem.target_RD - weight_RD).to(dtype).div_(scale_R.to(dtype)[:, None])
+    residual_RD = hessian.operator(dtype)(difference_RD)
+    error_R = 0.5 * torch.linalg.vecdot(difference_RD, residual_RD).double().clamp_min(0.0)
+    return Residuals(residual_RD.mul_(problem.keep_RD.to(dtype)), problem.keep_RD, error_R)
 
 
-def _rows(certificate: Certificate, index: Tensor) -> Certificate:
-    return Certificate(*(tensor[index] for tensor in _fields(certificate)))
+def _add(weight_RD: Tensor, step_RD: Tensor, scale_R: Tensor) -> Tensor:
+    """weight + scale * step, rounded once to the weight's dtype; a step that is not finite is not taken."""
+    sum_RD = step_RD.double().mul_(scale_R[:, None]).add_(weight_RD).to(weight_RD.dtype)
+    finite_R = torch.linalg.vecdot(sum_RD, sum_RD).isfinite()
+    return sum_RD if bool(finite_R.all()) else torch.where(finite_R[:, None], sum_RD, weight_RD)

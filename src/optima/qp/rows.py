@@ -5,19 +5,24 @@ Shapes: R rows of the layer, D inputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from optima.qp.base import RowSolver
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
+from optima.qp.products import full_precision
 
-# Work space per row and input while solving: six working-precision buffers and four float64 ones.
-BYTES_PER_ENTRY = 6 * 4 + 4 * 8
+__all__ = ["BYTES_PER_ENTRY", "DEFAULT_BUDGET_BYTES", "full_precision", "rows_per_chunk", "solve_rows"]
+
+# Work space per row and input while solving: six buffers, of float64 where the condition number demands it, and masks.
+BYTES_PER_ENTRY = 6 * 8 + 8
 DEFAULT_BUDGET_BYTES = 512 * 2**20
+# On a CPU the buffers of a chunk stay in the last level of cache: 24 bytes an entry.
+CACHE_ENTRIES = 2**20
+# Fewer rows than this leave products short of their full speed.
+SMALLEST_CACHED_CHUNK = 256
 
 
 def rows_per_chunk(num_inputs: int, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> int:
@@ -29,40 +34,48 @@ def solve_rows(
     solver: RowSolver, hessian: Hessian, problem: RowProblem, budget_bytes: int = DEFAULT_BUDGET_BYTES
 ) -> RowSolution:
     """Prepare once, solve every row, chunk by chunk; halve the chunk when the device runs out of memory."""
-    with full_precision():
+    with full_precision(), torch.no_grad():
         state = solver.prepare(hessian)
-        total = problem.target_RD.shape[0]
-        chunk = rows_per_chunk(hessian.num_inputs, budget_bytes)
+        total = len(problem.target_RD)
+        chunk = _chunk(hessian, total, budget_bytes)
         parts: list[RowSolution] = []
-        begin = 0
+        begin = halvings = 0
         while begin < total or not parts:
             try:
                 parts.append(solver.solve(state, problem.rows(slice(begin, begin + chunk))))
             except torch.OutOfMemoryError:
                 if chunk == 1:
                     raise
-                chunk = max(min(chunk, total) // 2, 1)
+                chunk = (chunk + 1) // 2
+                halvings += 1
                 torch.cuda.empty_cache()
                 continue
             begin += chunk
-    return _concatenate(parts)
-
-
-def _concatenate(parts: list[RowSolution]) -> RowSolution:
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    return RowSolution(
-        join("weight_RD"), join("error_R"), join("gap_R"), join("status_R"), join("iterations_R")
+    solution = _concatenate(parts)
+    note = f"out of memory: rows in chunks of {chunk} instead" if halvings else ""
+    return replace(
+        solution,
+        solver=solution.solver or solver.name,
+        note="; ".join(filter(None, [solution.note, note])),
+        halvings=halvings,
     )
 
 
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _chunk(hessian: Hessian, total: int, budget_bytes: int) -> int:
+    """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size."""
+    chunk = rows_per_chunk(hessian.num_inputs, budget_bytes)
+    if hessian.device.type == "cpu":
+        chunk = min(chunk, max(CACHE_ENTRIES // max(hessian.num_inputs, 1), SMALLEST_CACHED_CHUNK))
+    pieces = max(-(-total // chunk), 1)
+    return max(-(-total // pieces), 1)
+
+
+def _concatenate(parts: list[RowSolution]) -> RowSolution:
+    names = ("weight_RD", "error_R", "gap_R", "status_R", "iterations_R")
+    notes = dict.fromkeys(part.note for part in parts if part.note)
+    return RowSolution(
+        *(torch.cat([getattr(part, name) for part in parts]) for name in names),
+        solver=parts[0].solver,
+        note="; ".join(notes),
+        chunk_rows=max(len(part.gap_R) for part in parts),
+    )

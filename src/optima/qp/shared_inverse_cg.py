@@ -2,7 +2,12 @@
 
 Row r solves H_SS step_S = residual_S with preconditioner K_SS, K = H^-1. One iteration of every row is two dense
 products, P H and R K; the mask makes them act on each row's own S. H's ill-conditioning cancels: the preconditioned
-eigenvalues are 1 / (1 - s_i^2), s_i the canonical correlations of kept and pruned inputs.
+eigenvalues are 1 / (1 - s_i^2), s_i the canonical correlations of kept and pruned inputs, so none is below 1.
+
+That known end of the spectrum is what the stopping test lives on: the Gauss-Radau rule with a node at 1 bounds the
+remaining error by ratio_k * 1/2 r^T K r, ratio_k <= 1 from the coefficients of CG alone (Golub and Meurant, Matrices,
+Moments and Quadrature, 2010; the recurrence is Meurant and Tichy's, Numerical Algorithms 62, 2013, eq. 3.5). The same
+recurrence, kept on vectors, builds the extension of the residual that proves the bound to the certificate.
 
 The preconditioner's product may be rounded (bfloat16), which asks for the flexible form of CG's beta (Notay 2000).
 
@@ -11,30 +16,23 @@ Shapes: R rows in the batch, D inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from optima.qp.certificate import ENERGY_FLOOR
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.refinement import Correction, refine
+from optima.qp.products import SharedMatrix
+from optima.qp.refinement import Correction, Residuals, refine
 
-# float32 CG is safe up to about 1 / eps32; beyond it the products run in float64.
-FLOAT32_CONDITION = 1e6
 # Aim a little below the tolerance, so that the certificate seldom asks for another round.
-AIM = 0.7
+AIM = 0.9
 # Rows that are done leave the batch when at most this share of it is still open.
 COMPACT = 0.8
-
-
-@dataclass(frozen=True)
-class State:
-    """H and K in the precision of the iterations."""
-
-    hessian: Hessian
-    operator_DD: Tensor
-    preconditioner_DD: Tensor
+# Then the residual is recomputed from scratch, in float64.
+MAX_ITERATIONS = 100
 
 
 @dataclass(frozen=True)
@@ -47,90 +45,115 @@ class SharedInverseCG:
     """
 
     gap: float = 1e-4
-    max_iterations: int = 200
+    max_iterations: int = MAX_ITERATIONS
 
-    def prepare(self, hessian: Hessian) -> State:
+    name = "shared-inverse-cg"
+
+    def prepare(self, hessian: Hessian) -> Hessian:
         """Factorise once and cast H and K for the iterations."""
-        dtype = torch.float32 if hessian.condition <= FLOAT32_CONDITION else torch.float64
-        inverse_DD = hessian.inverse_DD
-        fast = dtype == torch.float32 and bfloat16_is_fast(hessian.device)
-        return State(hessian, hessian.damped_DD.to(dtype), inverse_DD.to(torch.bfloat16 if fast else dtype))
+        dtype = hessian.working_dtype
+        hessian.operator(dtype)
+        hessian.preconditioner(preconditioner_dtype(hessian.device, dtype))
+        return hessian
 
-    def solve(self, state: State, problem: RowProblem) -> RowSolution:
+    def solve(self, state: Hessian, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``. The problem must have no bounds."""
         assert not problem.bounded, "bounds need the bounded solver"
 
-        def inner(residual_RD: Tensor, keep_RD: Tensor, error_R: Tensor) -> Correction:
-            batch = _Batch(state, residual_RD, keep_RD, error_R)
-            return batch.run(AIM * self.gap, self.max_iterations)
+        def inner(residuals: Residuals) -> Correction:
+            dtype = residuals.residual_RD.dtype
+            preconditioner = state.preconditioner(preconditioner_dtype(state.device, dtype))
+            return _Batch(state.operator(dtype), preconditioner, residuals).run(AIM * self.gap, self.max_iterations)
 
-        return refine(state.hessian, problem, inner, self.gap)
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """True if the device multiplies bfloat16 matrices in hardware."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return device.type == "cpu" and supported is not None and bool(supported())
+        return refine(state, problem, inner, self.gap)
 
 
-@dataclass
+def preconditioner_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 where it multiplies an order of magnitude faster than float32, as on CUDA from 8.0 up.
+
+    On a CPU it is at best twice as fast, which its rounding takes back in iterations (up to a fifth more).
+    """
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast and dtype == torch.float32 else dtype
+
+
 class _Batch:
-    """The rows still iterating, and where their steps go when they leave."""
+    """The rows still iterating, and where their results go when they leave.
 
-    state: State
-    residual_RD: Tensor
-    keep_RD: Tensor
-    error_R: Tensor
-    scale_R: Tensor = field(init=False)
+    ``residual`` holds r on the kept set and, on the pruned set, the extension that the certificate will use.
+    """
 
-    def __post_init__(self) -> None:
-        dtype = self.state.operator_DD.dtype
-        # Normalised rows keep float32 clear of under- and overflow whatever the layer's units.
-        self.scale_R = self.residual_RD.abs().amax(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
-        self.residual_RD = (self.residual_RD / self.scale_R[:, None]).to(dtype)
-        self.error_R = self.error_R / self.scale_R.square()
-        self.keep_RD = self.keep_RD.to(dtype)
+    def __init__(self, operator: SharedMatrix, preconditioner: SharedMatrix, residuals: Residuals) -> None:
+        self.operator, self.preconditioner = operator, preconditioner
+        self.flexible = preconditioner.dtype != operator.dtype
+        self.residual = residuals.residual_RD
+        self.keep = residuals.keep_RD.to(self.residual.dtype)
+        self.error = residuals.error_R
+        self.step = torch.zeros_like(self.residual)
+        self.rows = torch.arange(len(self.residual), device=self.residual.device)
+        preconditioned = preconditioner(self.residual).mul_(self.keep)
+        self.slope = torch.linalg.vecdot(self.residual, preconditioned)
+        self.direction = preconditioned
+        self.ratio = torch.ones_like(self.slope)
+        self.left: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def run(self, tolerance: float, max_iterations: int) -> Correction:
-        """Iterate until each row's own estimate of its gap is below ``tolerance``."""
-        step_RD = torch.zeros_like(self.residual_RD)
-        iterations_R = torch.zeros(step_RD.shape[0], dtype=torch.int32, device=step_RD.device)
-        rows = torch.arange(step_RD.shape[0], device=step_RD.device)
-        residual, keep, error, step = self.residual_RD, self.keep_RD, self.error_R, torch.zeros_like(step_RD)
-        preconditioned = self._precondition(residual, keep)
-        direction = preconditioned.clone()
-        slope = torch.linalg.vecdot(residual, preconditioned)
-        check_every = 1 if step.device.type == "cpu" else 4
+        """Iterate until each row's own bound on its gap is below ``tolerance``."""
+        iterations_R = torch.zeros(len(self.rows), dtype=torch.int32, device=self.rows.device)
+        # Asking a GPU for a count stalls it.
+        check_every = 1 if self.residual.device.type == "cpu" else 4
         for iteration in range(max_iterations):
             if iteration % check_every == 0:
-                bound = 0.5 * slope.double()
-                # A slope that is not positive is a breakdown: the row has reached the working precision.
-                going = (bound > tolerance * (error - bound).clamp_min(0.0)) & (slope > 0)
+                going = self._going(tolerance)
                 count = int(going.sum())
                 if count == 0:
                     break
-                if count <= COMPACT * len(rows):
-                    step_RD[rows[~going]] = step[~going]
-                    rows, error, slope = rows[going], error[going], slope[going]
-                    residual, keep, step, direction = residual[going], keep[going], step[going], direction[going]
-            image = direction @ self.state.operator_DD
-            curvature = torch.linalg.vecdot(direction, image)
-            moving = (slope > 0) & (curvature > 0)
-            alpha = torch.where(moving, slope / curvature, 0.0)
-            step.addcmul_(direction, alpha[:, None])
-            residual.addcmul_(image.mul_(keep), alpha[:, None], value=-1.0)
-            error = error - 0.5 * (alpha * slope).double()
-            iterations_R[rows] += moving.to(torch.int32)
-            preconditioned = self._precondition(residual, keep)
-            # Flexible beta: -z'(H p) / p'(H p) equals z'(r - r_old) / r_old'z_old without storing r_old.
-            beta = torch.where(moving, -torch.linalg.vecdot(preconditioned, image) / curvature, 0.0)
-            slope = torch.linalg.vecdot(residual, preconditioned)
-            direction.mul_(beta[:, None]).add_(preconditioned)
-        step_RD[rows] = step
-        return Correction(step_RD.double() * self.scale_R[:, None], iterations_R)
+                if count <= COMPACT * len(self.rows):
+                    self._let_go(going)
+            iterations_R[self.rows] += self._iterate()
+        return self._result(iterations_R)
 
-    def _precondition(self, residual: Tensor, keep: Tensor) -> Tensor:
-        preconditioner_DD = self.state.preconditioner_DD
-        return (residual.to(preconditioner_DD.dtype) @ preconditioner_DD).to(residual.dtype).mul_(keep)
+    def _result(self, iterations_R: Tensor) -> Correction:
+        """Every row's step and extension, in the order of the rows."""
+        if not self.left:
+            return Correction(self.step, iterations_R, self._extension(self.residual, self.keep))
+        self._let_go(torch.zeros_like(self.rows, dtype=torch.bool))
+        rows, step, extension = (torch.cat(tensors) for tensors in zip(*self.left, strict=True))
+        back = rows.argsort()
+        return Correction(step[back], iterations_R, extension[back])
+
+    @staticmethod
+    def _extension(residual: Tensor, keep: Tensor) -> Tensor:
+        return residual.sub_(residual * keep)
+
+    def _going(self, tolerance: float) -> Tensor:
+        bound = 0.5 * (self.ratio * self.slope).double()
+        # A slope that is not positive is a breakdown: the row has reached the working precision.
+        return (bound > tolerance * (self.error - bound).clamp_min(ENERGY_FLOOR)) & (self.slope > 0)
+
+    def _let_go(self, going: Tensor) -> None:
+        gone = ~going
+        self.left.append((self.rows[gone], self.step[gone], self._extension(self.residual[gone], self.keep[gone])))
+        for name in ("rows", "error", "slope", "ratio", "residual", "keep", "step", "direction"):
+            setattr(self, name, getattr(self, name)[going])
+
+    def _iterate(self) -> Tensor:
+        """One iteration of every row; returns 1 for rows that moved."""
+        image = self.operator(self.direction)
+        curvature = torch.linalg.vecdot(self.direction, image)
+        moving = (self.slope > 0) & (curvature > 0)
+        alpha = torch.where(moving, self.slope / curvature, 0.0)
+        self.step.addcmul_(self.direction, alpha[:, None])
+        self.residual.addcmul_(image, alpha[:, None], value=-1.0)
+        self.error = self.error - 0.5 * (alpha * self.slope).double()
+        preconditioned = self.preconditioner(self.residual * self.keep).mul_(self.keep)
+        slope = torch.linalg.vecdot(self.residual, preconditioned)
+        growth = torch.where(moving, slope / self.slope, 0.0)
+        # Flexible beta: -z'(H p) / p'(H p) equals z'(r - r_old) / r_old'z_old without storing r_old.
+        beta = -torch.linalg.vecdot(preconditioned, image) / curvature if self.flexible else growth
+        self.direction = torch.addcmul(preconditioned, self.direction, torch.where(moving, beta, 0.0)[:, None])
+        excess = (self.ratio - alpha).clamp_min(0.0)
+        self.ratio = torch.where(moving, excess / (excess + growth.clamp_min(0.0)), self.ratio).nan_to_num(1.0)
+        self.residual.lerp_(self.residual * self.keep, self.ratio[:, None])
+        self.slope = slope
+        return moving.to(torch.int32)
