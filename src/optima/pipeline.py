@@ -104,6 +104,8 @@ class Pruner:
             problem = make_problem(hessian, weight_OD, selection.keep_OD, selection.weight_OD)
             solution = solve_rows(solver, hessian, problem)
             result_OD = solution.weight_RD
+            if solution.note:
+                self.notes.append(f"{linear.name}: {solution.note}")
         linear.write(result_OD)
         if hessian.damping != self.recipe.damping:
             self.notes.append(f"{linear.name}: damping raised to {hessian.damping:g} to factorise its hessian")
@@ -116,7 +118,7 @@ class Pruner:
             error_mask=error_mask,
             error_selector=error_selector,
             error=error(linear.weight_OD.to(self.device)),
-            solver=self.recipe.solver,
+            solver="none" if solution is None else solution.solver,
             gap_max=None if solution is None else float(solution.gap_R.max()),
             gap_median=None if solution is None else float(solution.gap_R.median()),
             iterations_mean=0.0 if solution is None else float(solution.iterations_R.double().mean()),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from optima.errors import CalibrationError
 from optima.models.blocks import Linear
 from optima.qp.hessian import Hessian
+from optima.qp.products import gram
 
 
 class HessianAccumulator:
@@ -31,7 +32,7 @@ class HessianAccumulator:
             CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
         """
         inputs_TD = inputs_TD.float()
-        product_DD = inputs_TD.mT @ inputs_TD
+        product_DD = gram(inputs_TD)
         # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
         if not product_DD.diagonal().isfinite().all():
             raise CalibrationError(_describe_bad(inputs_TD, name, first_sample, samples))

@@ -72,6 +72,14 @@ def multiply(rows_RD: Tensor, matrix: Tensor) -> Tensor:
     return F.linear(rows_RD.to_mkldnn(), matrix).to_dense()
 
 
+def gram(inputs_TD: Tensor) -> Tensor:
+    """X^T X of float32 inputs, twice as fast through oneDNN as through ``torch.mm`` on the machine above."""
+    if not _packs(inputs_TD):
+        return inputs_TD.mT @ inputs_TD
+    packed = inputs_TD.mT.contiguous().to_mkldnn()
+    return F.linear(packed, packed).to_dense()
+
+
 def _scaled(matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """``factor * matrix_DD`` in ``dtype``, without a temporary of its size."""
     scaled_DD = torch.empty_like(matrix_DD, dtype=dtype)

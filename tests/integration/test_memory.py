@@ -1,0 +1,64 @@
+"""Peak memory of pruning stays within what the plan predicted, measured in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import torch
+torch.set_num_threads(1)
+from transformers import LlamaConfig, LlamaForCausalLM
+from optima.calibration.activations import capture_block_inputs
+from optima.memory import PeakMemory
+from optima.pipeline import Pruner
+from optima.plan import check_model, predict_memory, shared_inputs
+from optima.recipe import Recipe
+from optima.reporting.progress import QuietProgress
+
+config = LlamaConfig(
+    hidden_size={hidden}, intermediate_size={intermediate}, num_hidden_layers=2, num_attention_heads=8,
+    num_key_value_heads=4, vocab_size=64, max_position_embeddings=512,
+)
+recipe = Recipe(sparsity=0.5, selector="{selector}", batch_size={batch}, max_seq_length={length}, device="cpu")
+with torch.device("meta"):
+    skeleton = LlamaForCausalLM(config)
+blocks = check_model(skeleton, recipe, recipe.max_seq_length)
+predicted = predict_memory(shared_inputs(skeleton, blocks), blocks, recipe, itemsize=4)
+
+def prune(layers):
+    torch.manual_seed(0)
+    config.num_hidden_layers = layers
+    model = LlamaForCausalLM(config).eval()
+    blocks = check_model(model, recipe, recipe.max_seq_length)
+    batches = list(torch.randint(0, 64, ({samples}, {length})).split({batch}))
+    stored = capture_block_inputs(model, blocks, batches).num_bytes
+    memory = PeakMemory(torch.device("cpu"))
+    Pruner(recipe, torch.device("cpu"), QuietProgress()).run(model, blocks, batches)
+    return memory.peak() - memory.baseline - stored
+
+prune(1)  # the first run also pays for the libraries' own buffers
+print(predicted, prune(2))
+"""
+
+
+SIZES = {
+    "solve-bound": {"hidden": 512, "intermediate": 2048, "selector": "wanda", "batch": 2, "length": 128, "samples": 4},
+    "sparsegpt": {"hidden": 512, "intermediate": 1408, "selector": "sparsegpt", "batch": 2, "length": 128, "samples": 4},
+    "activation-bound": {
+        "hidden": 256, "intermediate": 512, "selector": "wanda", "batch": 16, "length": 512, "samples": 16
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_peak_memory_is_within_the_plan(sizes: dict[str, object]) -> None:
+    script = SCRIPT.format(**sizes)
+    result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    predicted, measured = map(int, result.stdout.split())
+    print(f"predicted {predicted / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")
+    assert measured <= 1.2 * predicted
+    # A prediction that is far too high would make users believe that their card is too small.
+    assert measured >= 0.3 * predicted

