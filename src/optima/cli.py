@@ -48,7 +48,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     prune.add_argument("model", help="hub id, local directory, or GGUF file")
     prune.add_argument("--output-dir", required=True, help="where the sparse checkpoint and its report are written")
     prune.add_argument("--overwrite", action="store_true", help="replace the output directory if it exists")
-    prune.add_argument("--dump-layers", metavar="REGEX", help="write hessian and weight of matching linears to layers/")
+    prune.add_argument("--dump-layer", metavar="REGEX", help="write hessian and weight of matching linears to layers/")
 
     plan = commands.add_parser("plan", help="show what would be pruned, and the cost", dataclass_types=[Recipe])
     plan.add_argument("model", help="hub id, local directory, or GGUF file; its weights are not loaded")
@@ -104,9 +104,9 @@ def _prune(arguments: dict[str, Any]) -> None:
     from optima.run import prune
 
     model, output_dir = arguments.pop("model"), arguments.pop("output_dir")
-    overwrite, dump_layers = arguments.pop("overwrite"), arguments.pop("dump_layers")
+    overwrite, dump_layer = arguments.pop("overwrite"), arguments.pop("dump_layer")
     recipe = _recipe(arguments)
-    report = prune(model, recipe, output_dir=output_dir, overwrite=overwrite, dump_layers=dump_layers)
+    report = prune(model, recipe, output_dir=output_dir, overwrite=overwrite, dump_layer=dump_layer)
     print(render_summary(report))
     print(f"checkpoint and report: {output_dir} (report.md, report.json)")
 

@@ -39,7 +39,7 @@ def prune(
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: Tensor | Sequence[str] | None = None,
     overwrite: bool = False,
-    dump_layers: str | None = None,
+    dump_layer: str | None = None,
 ) -> Report:
     """Prune a model in one shot.
 
@@ -51,7 +51,7 @@ def prune(
         tokenizer: for a model in memory; a path brings its own.
         calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset.
         overwrite: replace ``output_dir`` if it exists.
-        dump_layers: regex; the Hessian and dense weight of every linear whose name matches are written to
+        dump_layer: regex; the Hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
 
     Returns:
@@ -87,7 +87,7 @@ def prune(
         blocks = check_model(network, recipe, length)
         check_finite(blocks)
         memory = PeakMemory(device)
-        dump = None if directory is None or dump_layers is None else _dump_into(directory / DUMP_DIRECTORY, dump_layers)
+        dump = None if directory is None or dump_layer is None else _dump_into(directory / DUMP_DIRECTORY, dump_layer)
         progress = stack.enter_context(make_progress())
         pruner = Pruner(recipe, device, progress, dump, notes=uncovered_notes(blocks))
         pruner.run(network.eval(), blocks, tokens.split(recipe.batch_size))
