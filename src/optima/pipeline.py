@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 from optima.calibration.activations import BlockInputs, capture_block_inputs
 from optima.calibration.hessian import HessianCollector
 from optima.models.blocks import Block, Linear
-from optima.patterns import Pattern
-from optima.qp import Hessian, RowSolver, Status, make_problem, solve_rows
-from optima.qp.rows import full_precision, rows_per_chunk
+from optima.qp import Hessian, RowSolution, Status, make_problem, solve_rows
+from optima.qp.products import full_precision
+from optima.qp.rows import rows_per_chunk
 from optima.recipe import Recipe
 from optima.reporting.progress import Progress
 from optima.reporting.record import LinearRecord
-from optima.selectors.base import Selector
+from optima.selectors.base import Selection
 
 Dump = Callable[[Linear, Hessian], None]
 
@@ -47,11 +48,14 @@ class Pruner:
     records: list[LinearRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self._selector = self.recipe.make_selector()
+        self._solver = self.recipe.make_solver()
+        self._pattern = self.recipe.make_pattern(self._selector)
+
     @torch.no_grad()
     def run(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> None:
         """Prune ``blocks`` (all of the model's, in order) with the calibration token ``batches``, (B, L) each."""
-        selector, solver = self.recipe.make_selector(), self.recipe.make_solver()
-        pattern = self.recipe.make_pattern(selector)
         inputs = capture_block_inputs(model, blocks, batches)
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
         for block in blocks:
@@ -59,7 +63,7 @@ class Pruner:
             with on_device(block.module, self.device):
                 for hessian, linears in self._calibrate(block, inputs):
                     for linear in linears:
-                        self._prune(block, linear, hessian, selector, solver, pattern)
+                        self._prune(block, linear, hessian)
                 self._propagate(block, inputs)
 
     def _calibrate(self, block: Block, inputs: BlockInputs) -> Iterator[tuple[Hessian, list[Linear]]]:
@@ -72,69 +76,75 @@ class Pruner:
                 inputs.run(block, batch, self.device)
         for hessian, linears in collector.finish(self.recipe.damping):
             if hessian is None:
-                self.notes.extend(
-                    f"{linear.name} was not pruned: no calibration token reached it" for linear in linears
-                )
+                skipped = (f"{linear.name} was not pruned: no calibration token reached it" for linear in linears)
+                self.notes.extend(skipped)
             else:
                 yield hessian, linears
 
-    def _prune(
-        self,
-        block: Block,
-        linear: Linear,
-        hessian: Hessian,
-        selector: Selector,
-        solver: RowSolver | None,
-        pattern: Pattern,
-    ) -> None:
-        """Select, solve and write back one linear."""
-        started = time.perf_counter()
+    def _prune(self, block: Block, linear: Linear, hessian: Hessian) -> None:
+        """Select, solve and write back one linear, and record what was lost."""
         if self.dump is not None:
             self.dump(linear, hessian)
+        started = time.perf_counter()
         weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
         with full_precision():
-            selection = selector.select(weight_OD.clone(), hessian, pattern)
+            selection = self._selector.select(weight_OD.clone(), hessian, self._pattern)
+        solution = self._solve(weight_OD, hessian, selection)
         masked_OD = weight_OD * selection.keep_OD
-        result_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
+        selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
+        linear.write(selected_OD if solution is None else solution.weight_RD)
         error = RelativeError(hessian, weight_OD)
         error_mask = error(masked_OD)
-        error_selector = error_mask if selection.weight_OD is None else error(result_OD)
-        solution = None
-        if solver is not None:
-            problem = make_problem(hessian, weight_OD, selection.keep_OD, selection.weight_OD)
-            solution = solve_rows(solver, hessian, problem)
-            result_OD = solution.weight_RD
-            if solution.note:
-                self.notes.append(f"{linear.name}: {solution.note}")
-        linear.write(result_OD)
-        if hessian.damping != self.recipe.damping:
-            self.notes.append(f"{linear.name}: damping raised to {hessian.damping:g} to factorise its hessian")
         record = LinearRecord(
             block=block.index,
             name=linear.name,
             shape=linear.shape,
-            pattern=str(pattern),
-            sparsity=1.0 - float(selection.keep_OD.float().mean(dtype=torch.float64)),
+            pattern=str(self._pattern),
+            sparsity=1.0 - float(selection.keep_OD.double().mean()),
             error_mask=error_mask,
-            error_selector=error_selector,
+            error_selector=error_mask if selection.weight_OD is None else error(selected_OD),
             error=error(linear.weight_OD.to(self.device)),
-            solver="none" if solution is None else solution.solver,
-            gap_max=None if solution is None else float(solution.gap_R.max()),
-            gap_median=None if solution is None else float(solution.gap_R.median()),
-            iterations_mean=0.0 if solution is None else float(solution.iterations_R.double().mean()),
-            iterations_max=0 if solution is None else int(solution.iterations_R.max()),
+            **certified(solution),
             rows=linear.shape[0],
-            rows_not_converged=0 if solution is None else int((solution.status_R != Status.CONVERGED).sum()),
             damping=hessian.damping,
             seconds=time.perf_counter() - started,
         )
+        self._note(linear, hessian, solution)
         self.records.append(record)
         self.progress.linear(record)
+
+    def _solve(self, weight_OD: Tensor, hessian: Hessian, selection: Selection) -> RowSolution | None:
+        """Re-solve the kept weights of every row, from the selector's weights where they are better."""
+        if self._solver is None:
+            return None
+        problem = make_problem(hessian, weight_OD, selection.keep_OD, selection.weight_OD)
+        return solve_rows(self._solver, hessian, problem)
+
+    def _note(self, linear: Linear, hessian: Hessian, solution: RowSolution | None) -> None:
+        if hessian.damping != self.recipe.damping:
+            self.notes.append(f"{linear.name}: damping raised to {hessian.damping:g} to factorise its hessian")
+        if solution is not None and solution.note:
+            self.notes.append(f"{linear.name}: {solution.note}")
 
     def _propagate(self, block: Block, inputs: BlockInputs) -> None:
         """Replace each batch's hidden states by the pruned block's outputs."""
         for batch in range(len(inputs.hidden)):
             inputs.hidden[batch] = inputs.run(block, batch, self.device).cpu()
+
+
+def certified(solution: RowSolution | None) -> dict[str, Any]:
+    """What the solver did and proved, as fields of a ``LinearRecord``."""
+    if solution is None:
+        nothing = {"iterations_mean": 0.0, "iterations_max": 0, "rows_not_converged": 0}
+        return {"solver": "none", "gap_max": None, "gap_median": None} | nothing
+    return {
+        "solver": solution.solver,
+        "gap_max": float(solution.gap_R.max()),
+        "gap_median": float(solution.gap_R.median()),
+        "iterations_mean": float(solution.iterations_R.double().mean()),
+        "iterations_max": int(solution.iterations_R.max()),
+        "rows_not_converged": int((solution.status_R != Status.CONVERGED).sum()),
+    }
 
 
 class RelativeError:
