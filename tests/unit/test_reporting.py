@@ -239,6 +239,10 @@ class TestMarkdown:
         assert "selector" in section(moved, "Every linear")[0]
         assert "0.1500 by the selector's own weights" in moved
 
+    def test_a_run_that_lost_nothing_has_no_change_to_state(self) -> None:
+        text = render_markdown(report(linear(error_mask=0.0, error_selector=0.0, error=0.0)))
+        assert "**0.0000 in the result**." in text
+
     def test_nothing_pruned(self) -> None:
         text = render_markdown(Report(RUN, ()))
         assert "**Nothing was pruned.**" in text

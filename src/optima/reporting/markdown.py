@@ -71,7 +71,7 @@ def _headline(report: Report) -> list[str]:
     steps = [f"{_error(mask)} by the mask alone"]
     if any(map(_updated, linears)):
         steps.append(f"{_error(selector)} by the selector's own weights")
-    change = f" ({_change(selector, result)} from the selector's)" if solvers else ""
+    change = f" ({_change(selector, result)} from the selector's)" if solvers and selector else ""
     lines.append(f"Mean relative error: {', '.join(steps)}, **{_error(result)} in the result**{change}.")
     return [*lines, _certificate(report)]
 
@@ -110,7 +110,7 @@ def _run_table(report: Report) -> str:
         ["run", " "],
         [
             ["weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the pruned linears"],
-            ["calibration", f"{run.num_tokens:,} tokens, seed {run.seed}, hash {run.data_hash}"],
+            ["calibration", f"{run.num_tokens:,} tokens, seed {run.seed}, hash {run.data_hash[:16]}"],
             ["device, dtype", f"{run.device}, {run.dtype}"],
             ["peak memory", _bytes(run.peak_memory_bytes)],
             ["time", f"{_time(run.seconds)}, {_time(sum(linear.seconds for linear in linears))} of it on linears"],
