@@ -1,0 +1,192 @@
+"""One Hessian for each distinct input, equal to X^T X / T of inputs captured independently."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+from tiny import make_llama, make_tokens
+from torch import Tensor, nn
+
+from optima import Recipe, prune
+from optima.calibration.hessian import HessianCollector
+from optima.errors import CalibrationError
+from optima.models.blocks import Block, Linear, find_blocks, linears_of
+from optima.qp import Hessian
+
+GROUPS = [
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    ["self_attn.o_proj"],
+    ["mlp.gate_proj", "mlp.up_proj"],
+    ["mlp.down_proj"],
+]
+
+
+def captured_inputs(model: nn.Module, linears: tuple[Linear, ...], batches: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Inputs of every linear over all batches, (T, D) float64."""
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    for linear in linears:
+        linear.module.register_forward_hook(
+            lambda module, args, output, name=linear.name: seen[name].append(args[0].double().flatten(0, -2))
+        )
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch)
+    return {name: torch.cat(tensors) for name, tensors in seen.items()}
+
+
+def collect(
+    model: nn.Module, linears: tuple[Linear, ...], batches: tuple[Tensor, ...]
+) -> list[tuple[Hessian | None, list[Linear]]]:
+    collector = HessianCollector(linears)
+    for batch in batches:
+        with collector.batch(samples=len(batch)), torch.no_grad():
+            model(input_ids=batch)
+    return list(collector.finish(damping=0.01))
+
+
+def first_block() -> tuple[nn.Module, Block]:
+    model = make_llama()
+    return model, find_blocks(model)[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 8])  # 2 leaves a last batch of one
+def test_equals_the_definition(batch_size: int) -> None:
+    model, block = first_block()
+    batches = make_tokens(5, 16).split(batch_size)
+    collected = collect(model, block.linears, batches)
+    assert [[linear.name.removeprefix(f"{block.name}.") for linear in linears] for _, linears in collected] == GROUPS
+    inputs = captured_inputs(model, block.linears, batches)
+    for hessian, linears in collected:
+        assert hessian is not None
+        assert hessian.requested_damping == 0.01
+        for linear in linears:
+            inputs_TD = inputs[linear.name]
+            assert len(inputs_TD) == 5 * 16
+            expected_DD = inputs_TD.T @ inputs_TD / len(inputs_TD)
+            torch.testing.assert_close(hessian.matrix_DD, expected_DD, rtol=1e-5, atol=1e-6 * float(expected_DD.max()))
+
+
+def test_only_the_linears_asked_for_are_observed() -> None:
+    model, block = first_block()
+    linears = tuple(linear for linear in block.linears if linear.name.endswith(("k_proj", "v_proj", "up_proj")))
+    collected = collect(model, linears, make_tokens().split(2))
+    assert [[linear.name[-6:] for linear in linears] for _, linears in collected] == [["k_proj", "v_proj"], ["p_proj"]]
+    assert not any(module._forward_pre_hooks for module in model.modules()), "hooks are gone"
+
+
+def test_hooks_are_gone_after_an_error() -> None:
+    model, block = first_block()
+    collector = HessianCollector(block.linears)
+    with pytest.raises(KeyboardInterrupt), collector.batch(samples=1):
+        raise KeyboardInterrupt
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Widths(nn.Module):
+    """Linears of one width whose inputs may or may not be the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.same, self.view, self.equal, self.other = (nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = nn.functional.one_hot(input_ids, 4).float()
+        result = self.first(hidden) + self.same(hidden) + self.view(hidden[:]) + self.equal(hidden.clone())
+        del hidden  # a new tensor may now take its place in memory
+        return self.other(result * 2)
+
+
+def test_the_same_tensor_is_shared_and_an_equal_one_is_not() -> None:
+    model = Widths()
+    batches = torch.randint(4, (6, 3), generator=torch.Generator().manual_seed(0)).split(4)
+    collected = collect(model, tuple(linears_of(model, "m")), batches)
+    assert [[linear.name for linear in linears] for _, linears in collected] == [
+        ["m.first", "m.same", "m.view"],
+        ["m.equal"],
+        ["m.other"],
+    ]
+    first, equal, other = (hessian for hessian, _ in collected)
+    assert first is not None
+    assert equal is not None
+    assert other is not None
+    assert torch.equal(first.matrix_DD, equal.matrix_DD)
+    assert not torch.allclose(first.matrix_DD, other.matrix_DD)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
+@pytest.mark.parametrize("sample", [0, 3, 4])
+def test_bad_input_is_named(bad: float, sample: int) -> None:
+    """1e30 is finite, but its square is not, in float32."""
+    linear = Linear("block.linear", nn.Linear(4, 2))
+    inputs = torch.rand(5, 6, 4)
+    inputs[sample, 2, 1] = bad
+    collector = HessianCollector([linear])
+    with pytest.raises(CalibrationError, match=rf"inputs of block\.linear .* \(first in calibration sample {sample}\)"):
+        for batch in inputs.split(2):
+            with collector.batch(samples=len(batch)):
+                linear.module(batch)
+
+
+def test_bad_input_of_a_routed_linear_names_the_samples_of_its_batch() -> None:
+    """An expert is given some tokens of the batch; which sample they came from is not known any more."""
+    linear = Linear("block.expert", nn.Linear(4, 2))
+    collector = HessianCollector([linear])
+    with collector.batch(samples=2):
+        linear.module(torch.rand(7, 4))
+    with (
+        pytest.raises(CalibrationError, match=r"inputs of block\.expert .* in calibration samples 2 to 3"),
+        collector.batch(samples=2),
+    ):
+        linear.module(torch.full((5, 4), torch.nan))
+
+
+def test_low_precision_inputs_are_accumulated_in_more() -> None:
+    """Ten thousand equal products: a bfloat16 sum would stop growing at 256."""
+    linear = Linear("x", nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))
+    collector = HessianCollector([linear])
+    for _ in range(10):
+        with collector.batch(samples=1), torch.no_grad():
+            linear.module(torch.ones(1000, 1, dtype=torch.bfloat16))
+    ((hessian, _),) = collector.finish(0.01)
+    assert hessian is not None
+    assert hessian.matrix_DD.tolist() == [[1.0]]
+
+
+def test_linear_that_is_never_called_has_none() -> None:
+    model, block = first_block()
+    unused = Linear("unused", nn.Linear(4, 4))
+    *_, (hessian, linears) = collect(model, (*block.linears, unused), make_tokens().split(2))
+    assert hessian is None
+    assert linears == [unused]
+
+
+def test_linear_that_is_given_no_token_has_none() -> None:
+    linear = Linear("x", nn.Linear(4, 2))
+    collector = HessianCollector([linear])
+    with collector.batch(samples=1):
+        linear.module(torch.zeros(0, 4))
+    ((hessian, _),) = collector.finish(0.01)
+    assert hessian is None
+
+
+def test_linear_that_is_called_twice_sees_all_its_tokens() -> None:
+    linear = Linear("x", nn.Linear(2, 2))
+    collector = HessianCollector([linear])
+    with collector.batch(samples=1):
+        linear.module(torch.tensor([[2.0, 0.0]]))
+        linear.module(torch.tensor([[0.0, 2.0]]))
+    ((hessian, _),) = collector.finish(0.01)
+    assert hessian is not None
+    assert hessian.matrix_DD.tolist() == [[2.0, 0.0], [0.0, 2.0]]
+
+
+def test_pipeline_leaves_a_linear_that_is_never_called_and_says_so() -> None:
+    model = make_llama()
+    model.model.layers[1].adapter = nn.Linear(32, 8)
+    before = model.model.layers[1].adapter.weight.detach().clone()
+    report = prune(model, Recipe(), calibration=make_tokens())
+    assert torch.equal(model.model.layers[1].adapter.weight, before)
+    assert any("model.layers.1.adapter was not pruned" in note for note in report.run.notes)
+    assert "model.layers.1.adapter" not in {linear.name for linear in report.linears}

@@ -1,0 +1,151 @@
+"""Exact counts, whatever the shape, the sparsity and the ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from optima.errors import RecipeError
+from optima.patterns import NM, Unstructured, check_pattern, parse_nm, top_scores
+
+SPARSITIES = st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)
+SIZES = st.integers(1, 40)
+
+
+def scores(outputs: int, inputs: int, seed: int, distinct: int | None = None) -> Tensor:
+    """Random scores; ``distinct`` values only, so that there are ties."""
+    generator = torch.Generator().manual_seed(seed)
+    if distinct is None:
+        return torch.rand(outputs, inputs, generator=generator, dtype=torch.float64)
+    return torch.randint(distinct, (outputs, inputs), generator=generator).double()
+
+
+@settings(deadline=None)
+@given(
+    outputs=SIZES, inputs=SIZES, sparsity=SPARSITIES, seed=st.integers(0, 99), distinct=st.sampled_from([None, 1, 3])
+)
+def test_row_counts_are_exact(outputs: int, inputs: int, sparsity: float, seed: int, distinct: int | None) -> None:
+    score_OD = scores(outputs, inputs, seed, distinct)
+    keep_OD = top_scores(score_OD, Unstructured(sparsity, "row"))
+    assert keep_OD.dtype == torch.bool
+    assert keep_OD.shape == score_OD.shape
+    assert ((~keep_OD).sum(dim=1) == round(sparsity * inputs)).all()
+    for score_D, keep_D in zip(score_OD, keep_OD, strict=True):
+        check_highest_are_kept(score_D, keep_D)
+
+
+@settings(deadline=None)
+@given(
+    outputs=SIZES, inputs=SIZES, sparsity=SPARSITIES, seed=st.integers(0, 99), distinct=st.sampled_from([None, 1, 3])
+)
+def test_layer_count_is_exact(outputs: int, inputs: int, sparsity: float, seed: int, distinct: int | None) -> None:
+    score_OD = scores(outputs, inputs, seed, distinct)
+    keep_OD = top_scores(score_OD, Unstructured(sparsity, "layer"))
+    assert (~keep_OD).sum() == round(sparsity * outputs * inputs)
+    check_highest_are_kept(score_OD.flatten(), keep_OD.flatten())
+
+
+@settings(deadline=None)
+@given(
+    outputs=SIZES,
+    groups=st.integers(1, 9),
+    nm=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (5, 16)]),
+    seed=st.integers(0, 99),
+    distinct=st.sampled_from([None, 1, 3]),
+)
+def test_nm_counts_are_exact(outputs: int, groups: int, nm: tuple[int, int], seed: int, distinct: int | None) -> None:
+    n, m = nm
+    score_OD = scores(outputs, groups * m, seed, distinct)
+    keep_OD = top_scores(score_OD, NM(n, m))
+    for score_M, keep_M in zip(score_OD.reshape(-1, m), keep_OD.reshape(-1, m), strict=True):
+        assert keep_M.sum() == n
+        check_highest_are_kept(score_M, keep_M)
+
+
+def check_highest_are_kept(score_N: Tensor, keep_N: Tensor) -> None:
+    """No pruned score is above a kept one, and of equal scores the first are pruned first."""
+    if not keep_N.any() or keep_N.all():
+        return
+    threshold = score_N[keep_N].min()
+    assert score_N[~keep_N].max() <= threshold
+    tied_N = keep_N[score_N == threshold]
+    assert (tied_N.sort(stable=True).values == tied_N).all()
+
+
+def test_ties_are_broken_by_position() -> None:
+    score_OD = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 2.0, 0.0, 0.0]])
+    expected = [[False, False, True, True], [False, True, False, True]]
+    assert top_scores(score_OD, Unstructured(0.5, "row")).tolist() == expected
+    assert top_scores(score_OD, NM(2, 4)).tolist() == expected
+    assert top_scores(score_OD, Unstructured(0.5, "layer")).tolist() == [
+        [False, True, True, True],
+        [False, True, False, False],
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_views_and_input_are_left_alone(dtype: torch.dtype) -> None:
+    score_DO = scores(8, 6, 0, distinct=4).to(dtype)
+    before = score_DO.clone()
+    keep_OD = top_scores(score_DO.mT, Unstructured(0.5))
+    assert torch.equal(keep_OD, top_scores(score_DO.mT.contiguous(), Unstructured(0.5)))
+    assert torch.equal(score_DO, before)
+
+
+def test_infinite_scores_are_ordered_too() -> None:
+    score_OD = torch.tensor([[torch.inf, 0.0, -torch.inf, 1.0]])
+    assert top_scores(score_OD, Unstructured(0.5)).tolist() == [[True, False, False, True]]
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "layer"), NM(2, 4)], ids=str)
+def test_empty_linear(shape: tuple[int, int], pattern: Unstructured | NM) -> None:
+    assert top_scores(torch.zeros(shape), pattern).shape == shape
+
+
+class TestValues:
+    @pytest.mark.parametrize("sparsity", [0.0, 1.0, -0.1, 1.5, float("nan"), float("inf")])
+    def test_sparsity_is_strictly_between_0_and_1(self, sparsity: float) -> None:
+        with pytest.raises(RecipeError, match="strictly between 0 and 1, got"):
+            Unstructured(sparsity)
+
+    def test_unknown_scope_lists_the_known(self) -> None:
+        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer"):
+            Unstructured(0.5, "column")  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (0, 0)])
+    def test_nm_keeps_some_and_prunes_some(self, n: int, m: int) -> None:
+        with pytest.raises(RecipeError, match=f"pattern {n}:{m} keeps n of m weights and needs 0 < n < m"):
+            NM(n, m)
+
+    def test_text_and_sparsity(self) -> None:
+        assert str(Unstructured(0.5)) == "0.5 per row"
+        assert str(Unstructured(0.25, "layer")) == "0.25 per layer"
+        assert str(NM(3, 4)) == "3:4"
+        assert NM(3, 4).sparsity == 0.25
+
+
+class TestParse:
+    @pytest.mark.parametrize("text", ["2:4", " 2 : 4 ", "02:4"])
+    def test_reads(self, text: str) -> None:
+        assert parse_nm(text) == NM(2, 4)
+
+    @pytest.mark.parametrize("text", ["", "2", "2:", ":4", "2:4:8", "-2:4", "2.0:4", "a:b", "2/4"])
+    def test_not_of_the_form(self, text: str) -> None:
+        with pytest.raises(RecipeError, match="is not of the form n:m"):
+            parse_nm(text)
+
+    @pytest.mark.parametrize("text", ["4:4", "4:2", "0:4"])
+    def test_impossible(self, text: str) -> None:
+        with pytest.raises(RecipeError, match="needs 0 < n < m"):
+            parse_nm(text)
+
+
+def test_check_names_the_linear_and_the_option() -> None:
+    check_pattern(NM(2, 4), 12, "a.b")
+    check_pattern(Unstructured(0.5), 13, "a.b")
+    with pytest.raises(RecipeError, match="divisible by 4, but a.b has 13: .* --ignore 'a"):
+        check_pattern(NM(2, 4), 13, "a.b")
