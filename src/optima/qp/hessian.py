@@ -59,7 +59,9 @@ class Hessian:
         if matrix_DD.ndim != 2 or matrix_DD.shape[0] != matrix_DD.shape[1]:
             raise RecipeError(f"the hessian must be a square matrix, got shape {tuple(matrix_DD.shape)}")
         if matrix_DD.dtype not in (torch.float32, torch.float64):
-            raise RecipeError(f"the hessian must be float32 or float64, got {matrix_DD.dtype}: accumulate it in float32")
+            raise RecipeError(
+                f"the hessian must be float32 or float64, got {matrix_DD.dtype}: accumulate it in float32"
+            )
         if not 0.0 <= damping <= 1.0:
             raise RecipeError(f"damping must be between 0 and 1, got {damping}: for example 0.01")
         self._matrix_DD = matrix_DD.detach()
@@ -77,7 +79,11 @@ class Hessian:
         # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
         generator = torch.Generator().manual_seed(0)
         signs_KD = torch.randint(0, 2, (4, self.num_inputs), generator=generator).mul_(2).sub_(1).to(self._matrix_DD)
-        scale_D = self.diagonal_D.clamp_min(max(float(self.diagonal_D.max()) * 1e-30, 1e-60)).rsqrt().to(self._matrix_DD.dtype)
+        scale_D = (
+            self.diagonal_D.clamp_min(max(float(self.diagonal_D.max()) * 1e-30, 1e-60))
+            .rsqrt()
+            .to(self._matrix_DD.dtype)
+        )
         signs_KD = signs_KD * scale_D
         asymmetry_KD = (signs_KD @ self._matrix_DD - (self._matrix_DD @ signs_KD.mT).mT) * scale_D
         if float(asymmetry_KD.abs().max()) > ASYMMETRIC:
@@ -185,7 +191,9 @@ class Hessian:
 
     def preconditioner(self, dtype: torch.dtype) -> SharedMatrix:
         """K in the same units, ready to multiply rows; made once. Below float64 only a few digits of it are right."""
-        return self._share("preconditioner", dtype, lambda: SharedMatrix(self._inverse(dtype), self.mean_diagonal, dtype))
+        return self._share(
+            "preconditioner", dtype, lambda: SharedMatrix(self._inverse(dtype), self.mean_diagonal, dtype)
+        )
 
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to apply L^-1 to rows; made once."""

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from optima.qp.certificate import Certificate, certify, energy, weight_scale
+from optima.qp.certificate import Certificate, Verifier
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution, Status
 
@@ -25,20 +25,21 @@ MAX_ROUNDS = 10
 STAGNATION = 0.5
 # A row that gained less than this over its start is compared with it in float64.
 CLOSE = 0.99
+ALL = slice(None)
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """Where an inner solver starts, in units of H's mean diagonal and of each row's own ``weight_scale``.
+    """Where an inner solver starts, in the units of ``certificate.Verifier``.
 
     Attributes:
         residual_RD: negative gradient on the kept weights, zero elsewhere, in the precision to work in.
-        keep_RD: the mask, boolean.
+        mask_RD: the mask as 0 and 1 of the same dtype.
         error_R: E at this point, float64, relative to the row's energy.
     """
 
     residual_RD: Tensor
-    keep_RD: Tensor
+    mask_RD: Tensor
     error_R: Tensor
 
 
@@ -81,49 +82,82 @@ class _Rounds:
 
     def __init__(self, hessian: Hessian, problem: RowProblem, gap: float) -> None:
         self.hessian, self.problem, self.gap = hessian, problem, gap
-        self.scale_R = weight_scale(hessian, energy(hessian, problem))
-        self.energy_R = hessian.mean_diagonal * self.scale_R.square()
+        self.verifier = Verifier(hessian, problem)
         self.dtype = hessian.working_dtype
-        self.float64_rows = len(self.scale_R) if self.dtype == torch.float64 else 0
+        self.float64_rows = len(problem.keep_RD) if self.dtype == torch.float64 else 0
 
     def first(self, inner: Inner) -> None:
         """From the start, of which the residual is known to working precision only."""
-        start_RD, residuals = best_start(self.hessian, self.problem, self.scale_R, self.dtype)
-        error_R = residuals.error_R * self.energy_R
+        residuals = self._best_start()
+        start_error_R = residuals.error_R * self.energy_unit
         correction = inner(residuals)
         del residuals
         self.iterations_R = correction.iterations_R
-        self.weight_RD = _add(start_RD, correction.step_RD, self.scale_R)
-        self.certificate = certify(self.hessian, self.problem, self.weight_RD, correction.extension_RD)
-        self._keep_better_start(start_RD, error_R)
+        self.weight_RD = _add(self._start(), correction.step_RD, self.verifier.scale_R)
+        self.best = self.verifier(self.weight_RD, correction.extension_RD)
+        self._keep_better_start(start_error_R)
         self.status_R = torch.full_like(self.iterations_R, Status.CONVERGED, dtype=torch.int8)
-        self.active = (self.certificate.gap_R > self.gap).nonzero()[:, 0]
+        self.active = (self.best.gap_R > self.gap).nonzero()[:, 0]
 
-    def _keep_better_start(self, start_RD: Tensor, error_R: Tensor) -> None:
+    @property
+    def energy_unit(self) -> Tensor:
+        """Errors in solvers' units times this are errors."""
+        return self.hessian.mean_diagonal * self.verifier.scale_R.square()
+
+    def _best_start(self) -> Residuals:
+        """Decide row by row between the masked target and the given start; the residual of the better one."""
+        self.warm_R: Tensor | None = None
+        residuals = self._residuals(self._start())
+        if self.problem.start_RD is None:
+            return residuals
+        other = self._residuals(self.problem.start_RD)
+        self.warm_R = other.error_R < residuals.error_R
+        residual_RD = torch.where(self.warm_R[:, None], other.residual_RD, residuals.residual_RD)
+        error_R = torch.where(self.warm_R, other.error_R, residuals.error_R)
+        return Residuals(residual_RD, self.verifier.mask_RD, error_R)
+
+    def _start(self, rows: slice | Tensor = ALL) -> Tensor:
+        """The weights that these rows start from: made again when needed, which costs less than to hold them."""
+        problem = self.problem
+        masked_RD = problem.target_RD[rows] * self.verifier.mask_RD[rows].to(problem.target_RD.dtype)
+        if problem.bounded:
+            masked_RD = problem.rows(rows).clamp(masked_RD)
+        if problem.start_RD is None or self.warm_R is None:
+            return masked_RD
+        return torch.where(self.warm_R[rows, None], problem.start_RD[rows], masked_RD)
+
+    def _residuals(self, weight_RD: Tensor) -> Residuals:
+        scale_R1 = self.verifier.scale_R.to(self.dtype)[:, None]
+        difference_RD = (self.problem.target_RD - weight_RD).to(self.dtype).div_(scale_R1)
+        residual_RD = self.hessian.operator(self.dtype)(difference_RD)
+        error_R = 0.5 * torch.linalg.vecdot(difference_RD, residual_RD).double().clamp_min(0.0)
+        return Residuals(residual_RD.mul_(self.verifier.mask_RD), self.verifier.mask_RD, error_R)
+
+    def _keep_better_start(self, start_error_R: Tensor) -> None:
         """Rows that hardly gained: compare with their start in float64, so that no row ever gets worse."""
-        moved_R = self.iterations_R > 0
-        doubtful = (moved_R & ~(self.certificate.error_R < CLOSE * error_R)).nonzero()[:, 0]
-        if not len(doubtful):
-            return
-        start = certify(self.hessian, self.problem.rows(doubtful), start_RD[doubtful])
-        worse = self.certificate.error_R[doubtful] > start.error_R
-        self._replace(doubtful[worse], start_RD[doubtful[worse]], start.rows(worse))
+        gained_R = self.best.error_R < CLOSE * start_error_R
+        doubtful = ((self.iterations_R > 0) & ~gained_R).nonzero()[:, 0]
+        if len(doubtful):
+            start_AD = self._start(doubtful)
+            start = self.verifier(start_AD, rows=doubtful)
+            worse = self.best.error_R[doubtful] > start.error_R
+            self._replace(doubtful[worse], start_AD[worse], start.rows(worse))
 
     def _replace(self, rows: Tensor, weight_AD: Tensor, certificate: Certificate) -> None:
         self.weight_RD[rows] = weight_AD
         for name in ("error_R", "bound_R", "gap_R", "residual_RD"):
-            getattr(self.certificate, name)[rows] = getattr(certificate, name)
+            getattr(self.best, name)[rows] = getattr(certificate, name)
 
     def next(self, inner: Inner) -> None:
-        """Another round for the active rows, from their float64 residuals."""
-        active, best = self.active, self.certificate
-        rows, scale_A = self.problem.rows(active), self.scale_R[active]
-        unit_A = self.hessian.mean_diagonal * scale_A
-        residual_AD = (best.residual_RD[active] / unit_A[:, None]).to(self.dtype)
-        correction = inner(Residuals(residual_AD, rows.keep_RD, best.error_R[active] / self.energy_R[active]))
+        """Another round for the active rows, from residuals known to float64."""
+        active, best = self.active, self.best
+        error_A = best.error_R[active] / self.energy_unit[active]
+        mask_AD = self.verifier.mask_RD[active].to(self.dtype)
+        correction = inner(Residuals(best.residual_RD[active].to(self.dtype), mask_AD, error_A))
         self.iterations_R[active] += correction.iterations_R
-        candidate_AD = _add(self.weight_RD[active], correction.step_RD, scale_A)
-        found = certify(self.hessian, rows, candidate_AD, correction.extension_RD)
+        candidate_AD = _add(self.weight_RD[active], correction.step_RD, self.verifier.scale_R[active])
+        extension_AD = correction.extension_RD
+        found = self.verifier(candidate_AD, extension_AD if extension_AD is None else extension_AD.to(mask_AD), active)
         stalled_A = ~(found.bound_R <= STAGNATION * best.bound_R[active])
         better_A = (found.error_R <= best.error_R[active]) & (found.gap_R <= best.gap_R[active])
         self._replace(active[better_A], candidate_AD[better_A], found.rows(better_A))
@@ -139,39 +173,14 @@ class _Rounds:
     def solution(self) -> RowSolution:
         """The best of every row, and what became of it."""
         self.status_R[self.active] = Status.ITERATION_LIMIT
-        certificate = self.certificate
         note = f"float64 for {self.float64_rows} rows" if self.float64_rows else ""
         return RowSolution(
-            self.weight_RD, certificate.error_R, certificate.gap_R, self.status_R, self.iterations_R, note=note
+            self.weight_RD, self.best.error_R, self.best.gap_R, self.status_R, self.iterations_R, note=note
         )
 
 
-def best_start(
-    hessian: Hessian, problem: RowProblem, scale_R: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Residuals]:
-    """Row by row, the better of the masked target and the given start, with its residual in precision ``dtype``."""
-    masked_RD = problem.clamp(problem.target_RD)
-    residuals = _residuals(hessian, problem, masked_RD, scale_R, dtype)
-    if problem.start_RD is None:
-        return masked_RD, residuals
-    other = _residuals(hessian, problem, problem.start_RD, scale_R, dtype)
-    warm_R = other.error_R < residuals.error_R
-    start_RD = torch.where(warm_R[:, None], problem.start_RD, masked_RD)
-    residual_RD = torch.where(warm_R[:, None], other.residual_RD, residuals.residual_RD)
-    return start_RD, Residuals(residual_RD, problem.keep_RD, torch.minimum(other.error_R, residuals.error_R))
-
-
-def _residuals(
-    hessian: Hessian, problem: RowProblem, weight_RD: Tensor, scale_R: Tensor, dtype: torch.dtype
-) -> Residuals:
-    difference_RD = (problem.target_RD - weight_RD).to(dtype).div_(scale_R.to(dtype)[:, None])
-    residual_RD = hessian.operator(dtype)(difference_RD)
-    error_R = 0.5 * torch.linalg.vecdot(difference_RD, residual_RD).double().clamp_min(0.0)
-    return Residuals(residual_RD.mul_(problem.keep_RD.to(dtype)), problem.keep_RD, error_R)
-
-
 def _add(weight_RD: Tensor, step_RD: Tensor, scale_R: Tensor) -> Tensor:
-    """weight + scale * step, rounded once to the weight's dtype; a step that is not finite is not taken."""
-    sum_RD = step_RD.double().mul_(scale_R[:, None]).add_(weight_RD).to(weight_RD.dtype)
+    """weight + scale * step in the weight's dtype; a step that is not finite is not taken."""
+    sum_RD = torch.addcmul(weight_RD, step_RD.to(weight_RD.dtype), scale_R.to(weight_RD.dtype)[:, None])
     finite_R = torch.linalg.vecdot(sum_RD, sum_RD).isfinite()
     return sum_RD if bool(finite_R.all()) else torch.where(finite_R[:, None], sum_RD, weight_RD)

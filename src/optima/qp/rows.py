@@ -12,7 +12,7 @@ import torch
 from optima.qp.base import RowSolver
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.products import full_precision
+from optima.qp.products import full_precision, keep_freed_memory
 
 __all__ = ["BYTES_PER_ENTRY", "DEFAULT_BUDGET_BYTES", "full_precision", "rows_per_chunk", "solve_rows"]
 
@@ -20,7 +20,7 @@ __all__ = ["BYTES_PER_ENTRY", "DEFAULT_BUDGET_BYTES", "full_precision", "rows_pe
 BYTES_PER_ENTRY = 6 * 8 + 8
 DEFAULT_BUDGET_BYTES = 512 * 2**20
 # On a CPU the buffers of a chunk stay in the last level of cache: 24 bytes an entry.
-CACHE_ENTRIES = 2**20
+CACHE_ENTRIES = 2**22
 # Fewer rows than this leave products short of their full speed.
 SMALLEST_CACHED_CHUNK = 256
 
@@ -34,6 +34,7 @@ def solve_rows(
     solver: RowSolver, hessian: Hessian, problem: RowProblem, budget_bytes: int = DEFAULT_BUDGET_BYTES
 ) -> RowSolution:
     """Prepare once, solve every row, chunk by chunk; halve the chunk when the device runs out of memory."""
+    keep_freed_memory()
     with full_precision(), torch.no_grad():
         state = solver.prepare(hessian)
         total = len(problem.target_RD)

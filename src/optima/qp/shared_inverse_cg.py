@@ -87,7 +87,7 @@ class _Batch:
         self.operator, self.preconditioner = operator, preconditioner
         self.flexible = preconditioner.dtype != operator.dtype
         self.residual = residuals.residual_RD
-        self.keep = residuals.keep_RD.to(self.residual.dtype)
+        self.keep = residuals.mask_RD
         self.error = residuals.error_R
         self.step = torch.zeros_like(self.residual)
         self.rows = torch.arange(len(self.residual), device=self.residual.device)
@@ -138,7 +138,10 @@ class _Batch:
             setattr(self, name, getattr(self, name)[going])
 
     def _iterate(self) -> Tensor:
-        """One iteration of every row; returns 1 for rows that moved."""
+        """One iteration of every row; returns 1 for rows that moved.
+
+        Six buffers of the rows' size are live at most: residual, mask, step, direction and the two of a product.
+        """
         image = self.operator(self.direction)
         curvature = torch.linalg.vecdot(self.direction, image)
         moving = (self.slope > 0) & (curvature > 0)
@@ -146,12 +149,15 @@ class _Batch:
         self.step.addcmul_(self.direction, alpha[:, None])
         self.residual.addcmul_(image, alpha[:, None], value=-1.0)
         self.error = self.error - 0.5 * (alpha * self.slope).double()
+        if not self.flexible:
+            del image
         preconditioned = self.preconditioner(self.residual * self.keep).mul_(self.keep)
         slope = torch.linalg.vecdot(self.residual, preconditioned)
         growth = torch.where(moving, slope / self.slope, 0.0)
         # Flexible beta: -z'(H p) / p'(H p) equals z'(r - r_old) / r_old'z_old without storing r_old.
         beta = -torch.linalg.vecdot(preconditioned, image) / curvature if self.flexible else growth
-        self.direction = torch.addcmul(preconditioned, self.direction, torch.where(moving, beta, 0.0)[:, None])
+        beta = torch.where(moving, beta, 0.0)[:, None]
+        torch.addcmul(preconditioned, self.direction, beta, out=self.direction)
         excess = (self.ratio - alpha).clamp_min(0.0)
         self.ratio = torch.where(moving, excess / (excess + growth.clamp_min(0.0)), self.ratio).nan_to_num(1.0)
         self.residual.lerp_(self.residual * self.keep, self.ratio[:, None])
