@@ -14,8 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # Diagonal block of a triangular solve: small beside D, wide enough for products at full speed.
 BLOCK = 128
@@ -78,7 +77,7 @@ def multiply(rows_RD: Tensor, matrix: Tensor) -> Tensor:
         return rows_RD @ matrix.mT
     if not len(rows_RD):
         return rows_RD.new_empty(0, matrix.shape[0])
-    return F.linear(rows_RD.to_mkldnn(), matrix).to_dense()
+    return nn.functional.linear(rows_RD.to_mkldnn(), matrix).to_dense()
 
 
 def gram(inputs_TD: Tensor) -> Tensor:
@@ -86,7 +85,7 @@ def gram(inputs_TD: Tensor) -> Tensor:
     if not _packs(inputs_TD):
         return inputs_TD.mT @ inputs_TD
     packed = inputs_TD.mT.contiguous().to_mkldnn()
-    return F.linear(packed, packed).to_dense()
+    return nn.functional.linear(packed, packed).to_dense()
 
 
 def _scaled(matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
@@ -99,7 +98,7 @@ def _scaled(matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 
 def _packs(matrix: Tensor) -> bool:
     small = matrix.shape[-1] < SMALLEST_PACKED or not matrix.numel()
-    available = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    available = torch.backends.mkldnn.is_available()
     return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and bool(available) and not small
 
 

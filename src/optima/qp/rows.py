@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from optima.qp.base import RowSolver
 from optima.qp.hessian import Hessian
@@ -72,10 +73,16 @@ def _chunk(hessian: Hessian, total: int, budget_bytes: int) -> int:
 
 
 def _concatenate(parts: list[RowSolution]) -> RowSolution:
-    names = ("weight_RD", "error_R", "gap_R", "status_R", "iterations_R")
+    def join(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
     notes = dict.fromkeys(part.note for part in parts if part.note)
     return RowSolution(
-        *(torch.cat([getattr(part, name) for part in parts]) for name in names),
+        join("weight_RD"),
+        join("error_R"),
+        join("gap_R"),
+        join("status_R"),
+        join("iterations_R"),
         solver=parts[0].solver,
         note="; ".join(notes),
         chunk_rows=max(len(part.gap_R) for part in parts),

@@ -127,9 +127,10 @@ class _Batch:
         return residual.sub_(residual * keep)
 
     def _going(self, tolerance: float) -> Tensor:
-        bound = 0.5 * (self.ratio * self.slope).double()
+        bound: Tensor = 0.5 * (self.ratio * self.slope).double()
         # A slope that is not positive is a breakdown: the row has reached the working precision.
-        return (bound > tolerance * (self.error - bound).clamp_min(ENERGY_FLOOR)) & (self.slope > 0)
+        going: Tensor = (bound > tolerance * (self.error - bound).clamp_min(ENERGY_FLOOR)) & (self.slope > 0)
+        return going
 
     def _let_go(self, going: Tensor) -> None:
         gone = ~going
@@ -144,7 +145,7 @@ class _Batch:
         """
         image = self.operator(self.direction)
         curvature = torch.linalg.vecdot(self.direction, image)
-        moving = (self.slope > 0) & (curvature > 0)
+        moving: Tensor = (self.slope > 0) & (curvature > 0)
         alpha = torch.where(moving, self.slope / curvature, 0.0)
         self.step.addcmul_(self.direction, alpha[:, None])
         self.residual.addcmul_(image, alpha[:, None], value=-1.0)
