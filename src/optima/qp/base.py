@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from optima.errors import RecipeError
@@ -14,12 +15,12 @@ class RowSolver(Protocol):
 
     A solver never sees a model, a block or a file. The work space of ``solve`` grows with the rows it is given;
     ``optima.qp.rows.solve_rows`` chooses how many.
-
-    Attributes:
-        name: what recipes and reports call it.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What recipes and reports call it."""
+        ...
 
     def prepare(self, hessian: Hessian) -> Any:
         """Everything that depends on the Hessian alone."""
@@ -39,7 +40,7 @@ def make_solver(name: str, gap: float) -> RowSolver | None:
     from optima.qp.cholesky import BatchedCholesky
     from optima.qp.shared_inverse_cg import SharedInverseCG
 
-    solvers = {"shared-inverse-cg": SharedInverseCG, "cholesky": BatchedCholesky}
+    solvers: dict[str, Callable[..., RowSolver]] = {"shared-inverse-cg": SharedInverseCG, "cholesky": BatchedCholesky}
     if not gap > 0:
         raise RecipeError(f"gap must be positive, got {gap}: for example 1e-4")
     if name == "none":

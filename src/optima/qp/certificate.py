@@ -84,7 +84,7 @@ class Verifier:
         if problem.bounded:
             target_RD = torch.maximum(target_RD.abs(), problem.clamp(target_RD).abs())
         weight_D = hessian.damped_DD.diagonal().masked_fill(hessian.dead_D, 0.0)
-        self.energy_R = 0.5 * (target_RD.double().square_() @ weight_D)
+        self.energy_R = 0.5 * (target_RD.double().square() @ weight_D)
         size_R = (self.energy_R / hessian.mean_diagonal).sqrt().clamp_min(SMALLEST_SCALE)
         self.scale_R = size_R.log2().round().exp2()
 

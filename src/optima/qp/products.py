@@ -33,7 +33,7 @@ class SharedMatrix:
 
     def __init__(self, matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._matrix_DD = _pack(_scaled(matrix_DD, factor, dtype))
+        self._matrix_DD = _pack(scaled(matrix_DD, factor, dtype))
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
         """``rows_RD @ matrix_DD`` in the dtype of the rows."""
@@ -45,7 +45,7 @@ class SharedFactor:
 
     def __init__(self, factor_DD: Tensor, factor: float, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        factor_DD = _scaled(factor_DD, factor, dtype)
+        factor_DD = scaled(factor_DD, factor, dtype)
         width = BLOCK if _packs(factor_DD) else max(len(factor_DD), 1)
         self._blocks = [slice(begin, min(begin + width, len(factor_DD))) for begin in range(0, len(factor_DD), width)]
         self._diagonal_BB = [factor_DD[block, block].clone() for block in self._blocks]
@@ -88,7 +88,7 @@ def gram(inputs_TD: Tensor) -> Tensor:
     return nn.functional.linear(packed, packed).to_dense()
 
 
-def _scaled(matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+def scaled(matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     """``factor * matrix_DD`` in ``dtype``, without a temporary of its size."""
     scaled_DD = torch.empty_like(matrix_DD, dtype=dtype)
     for source, destination in zip(matrix_DD.split(BLOCK), scaled_DD.split(BLOCK), strict=True):
