@@ -28,9 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = {"prune": _prune, "eval": _eval, "plan": _plan, "report": _report, "demo": _demo}[command]
         run(arguments)
     except OptimaError as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"[bold red]optima: error:[/] {escape(str(error))}", highlight=False
-        )
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]optima: error:[/] {escape(str(error))}", highlight=False)
         return 2
     except KeyboardInterrupt:
         print("optima: interrupted, nothing was left half-written", file=sys.stderr)
@@ -96,7 +94,7 @@ def _recipe_defaults(argv: Sequence[str]) -> dict[str, Any]:
 
 def _recipe(arguments: dict[str, Any]) -> Recipe:
     arguments.pop("recipe")
-    return recipe_from_dict(arguments, "options")
+    return recipe_from_dict(arguments)
 
 
 def _prune(arguments: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Recipe:
     trust_remote_code: bool = _option(False, "run modelling code that comes with the checkpoint")
 
     def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            object.__setattr__(self, option.name, _typed(option, getattr(self, option.name)))
         if self.sparsity is not None and self.pattern is not None:
             raise RecipeError("give either sparsity or pattern, not both")
         if self.pattern is not None and self.scope is not None:
@@ -106,17 +109,20 @@ def _check_regexes(name: str, regexes: list[str]) -> None:
             raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
 
 
-def recipe_from_dict(values: dict[str, Any], source: str = "recipe") -> Recipe:
+def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recipe:
     """Build a recipe from plain values; missing keys take their defaults.
 
     Raises:
-        RecipeError: on unknown keys, wrong types or values; the message names ``source``.
+        RecipeError: on unknown keys, wrong types or values; the message names ``source``, if it is given.
     """
-    types = {f.name: str(f.type) for f in dataclasses.fields(Recipe)}
-    unknown = [key for key in values if key not in types]
-    if unknown:
-        raise RecipeError(f"{source}: unknown key {', '.join(map(repr, unknown))}: known keys are {', '.join(types)}")
-    return Recipe(**{key: _coerce(key, value, source) for key, value in values.items()})
+    known = [option.name for option in dataclasses.fields(Recipe)]
+    unknown = [key for key in values if key not in known]
+    try:
+        if unknown:
+            raise RecipeError(f"unknown key {', '.join(map(repr, unknown))}: known keys are {', '.join(known)}")
+        return Recipe(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}" if source else str(error)) from error
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -137,29 +143,25 @@ def load_recipe(path: str | Path) -> Recipe:
     return recipe_from_dict(values, f"recipe {path}")
 
 
-def _coerce(key: str, value: Any, source: str) -> Any:
-    """``value`` as the type of field ``key``: YAML reads 1e-4 as text, and one string may stand for a list of one."""
-    default = {f.name: f for f in dataclasses.fields(Recipe)}[key]
+def _typed(option: dataclasses.Field[Any], value: Any) -> Any:
+    """``value`` as the type of a field: YAML reads 1e-4 as text, and one string may stand for a list of one."""
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
-    wanted = _plain_type(default)
-    nullable = default.default is None
-    if value is None and nullable:
+    wanted = _plain_type(option)
+    if value is None and option.default is None:
         return None
-    if wanted is list and isinstance(value, str):
-        return [value]
+    if wanted is list and isinstance(value, (str, tuple)):
+        value = [value] if isinstance(value, str) else list(value)
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+        with contextlib.suppress(ValueError):
             return float(value)
-        except ValueError:
-            pass
     # 2:4 unquoted is a base-60 integer in YAML 1.1.
-    if key == "pattern" and isinstance(value, int):
-        raise RecipeError(f'{source}: quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
+    if option.name == "pattern" and isinstance(value, int):
+        raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
     well_typed = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
     if wanted is list:
         well_typed = well_typed and all(isinstance(item, str) for item in value)
     if not well_typed:
-        raise RecipeError(f"{source}: {key} must be {kind[wanted]}, got {value!r}")
+        raise RecipeError(f"{option.name} must be {kind[wanted]}, got {value!r}")
     return value
 
 

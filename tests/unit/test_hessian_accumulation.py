@@ -42,7 +42,7 @@ def collect(
     collector = HessianCollector(linears)
     for batch in batches:
         with collector.batch(samples=len(batch)), torch.no_grad():
-            model(input_ids=batch)
+            model(batch)
     return list(collector.finish(damping=0.01))
 
 
@@ -122,11 +122,8 @@ def test_bad_input_is_named(bad: float, sample: int) -> None:
     linear = Linear("block.linear", nn.Linear(4, 2))
     inputs = torch.rand(5, 6, 4)
     inputs[sample, 2, 1] = bad
-    collector = HessianCollector([linear])
     with pytest.raises(CalibrationError, match=rf"inputs of block\.linear .* \(first in calibration sample {sample}\)"):
-        for batch in inputs.split(2):
-            with collector.batch(samples=len(batch)):
-                linear.module(batch)
+        collect(linear.module, (linear,), inputs.split(2))
 
 
 def test_bad_input_of_a_routed_linear_names_the_samples_of_its_batch() -> None:

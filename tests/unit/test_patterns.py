@@ -147,5 +147,5 @@ class TestParse:
 def test_check_names_the_linear_and_the_option() -> None:
     check_pattern(NM(2, 4), 12, "a.b")
     check_pattern(Unstructured(0.5), 13, "a.b")
-    with pytest.raises(RecipeError, match="divisible by 4, but a.b has 13: .* --ignore 'a"):
+    with pytest.raises(RecipeError, match=r"divisible by 4, but a\.b has 13: .* --ignore 'a"):
         check_pattern(NM(2, 4), 13, "a.b")

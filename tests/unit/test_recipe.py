@@ -1,0 +1,219 @@
+"""A recipe is complete and valid, or there is none: wherever its values come from."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optima import Recipe, load_recipe
+from optima.errors import RecipeError
+from optima.patterns import NM, Unstructured
+from optima.qp import BatchedCholesky, SharedInverseCG
+from optima.recipe import recipe_from_dict
+
+FIELDS = [option.name for option in dataclasses.fields(Recipe)]
+
+
+def read(tmp_path: Path, text: str) -> Recipe:
+    file = tmp_path / "run.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(file)
+
+
+def refused(tmp_path: Path, text: str) -> str:
+    """The message with which a recipe file is refused; it names the file."""
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, text)
+    assert str(tmp_path / "run.yaml") in str(caught.value)
+    return str(caught.value)
+
+
+class TestYaml:
+    @settings(deadline=None)
+    @given(
+        sparsity=st.none() | st.floats(0.01, 0.99),
+        selector=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
+        solver=st.sampled_from(["shared-inverse-cg", "cholesky", "none"]),
+        gap=st.floats(1e-300, 1.0),
+        damping=st.floats(0.0, 1.0),
+        dataset=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=3),
+        seed=st.integers(),
+    )
+    def test_round_trip(self, tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
+        recipe = Recipe(**values)
+        file = tmp_path_factory.getbasetemp() / "round-trip.yaml"
+        recipe.save(file)
+        assert load_recipe(file) == recipe
+
+    def test_round_trip_of_a_pattern_and_lists(self, tmp_path: Path) -> None:
+        recipe = Recipe(pattern="2:4", targets=[r"layers\.\d+", "#x"], ignore=[], trust_remote_code=True)
+        recipe.save(tmp_path / "r.yaml")
+        assert load_recipe(tmp_path / "r.yaml") == recipe
+        assert list(yaml.safe_load((tmp_path / "r.yaml").read_text())) == FIELDS
+
+    def test_missing_keys_take_their_defaults(self, tmp_path: Path) -> None:
+        assert read(tmp_path, "sparsity: 0.6") == Recipe(sparsity=0.6)
+        assert read(tmp_path, "sparsity: null\ndataset_config:") == Recipe()
+
+    @pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0e-4", "'1e-4'"])
+    def test_1e_4_is_a_number(self, tmp_path: Path, text: str) -> None:
+        assert read(tmp_path, f"gap: {text}").gap == 1e-4
+
+    def test_whole_number_for_a_number(self, tmp_path: Path) -> None:
+        damping = read(tmp_path, "damping: 1").damping
+        assert damping == 1.0
+        assert isinstance(damping, float)
+
+    def test_one_text_for_a_list(self, tmp_path: Path) -> None:
+        recipe = read(tmp_path, "dataset: a.txt\ntargets: mlp")
+        assert (recipe.dataset, recipe.targets) == (["a.txt"], ["mlp"])
+
+    @pytest.mark.parametrize("text", ["2:4", "4:8", "1:2"])
+    def test_unquoted_pattern_says_to_quote_it(self, tmp_path: Path, text: str) -> None:
+        assert 'quote the pattern, as in pattern: "2:4"' in refused(tmp_path, f"pattern: {text}")
+
+    def test_quoted_pattern(self, tmp_path: Path) -> None:
+        assert read(tmp_path, "pattern: '2:4'").pattern == "2:4"
+
+    def test_unknown_key_lists_the_known(self, tmp_path: Path) -> None:
+        message = refused(tmp_path, "sparsty: 0.5\nsparsity: 0.5\n3: x")
+        assert "unknown key 'sparsty', 3: known keys are " in message
+        assert all(name in message for name in FIELDS)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("sparsity: half", "sparsity must be a number, got 'half'"),
+            ("sparsity: true", "sparsity must be a number, got True"),
+            ("sparsity: [0.5]", "sparsity must be a number, got [0.5]"),
+            ("gap: null", "gap must be a number, got None"),
+            ("selector: 3", "selector must be text, got 3"),
+            ("selector: null", "selector must be text, got None"),
+            ("pattern: 2.4", "pattern must be text, got 2.4"),
+            ("seed: 1.5", "seed must be a whole number, got 1.5"),
+            ("batch_size: '8'", "batch_size must be a whole number, got '8'"),
+            ("batch_size: yes", "batch_size must be a whole number, got True"),
+            ("trust_remote_code: 1", "trust_remote_code must be true or false, got 1"),
+            ("trust_remote_code: 'yes'", "trust_remote_code must be true or false, got 'yes'"),
+            ("dataset: [a.txt, 3]", "dataset must be a list of texts, got ['a.txt', 3]"),
+            ("dataset: null", "dataset must be a list of texts, got None"),
+            ("targets: {a: b}", "targets must be a list of texts, got {'a': 'b'}"),
+        ],
+    )
+    def test_wrong_type(self, tmp_path: Path, text: str, message: str) -> None:
+        assert message in refused(tmp_path, text)
+
+    @pytest.mark.parametrize("text", ["", "# only a comment", "- sparsity", "sparsity", "3"])
+    def test_no_keys_and_values(self, tmp_path: Path, text: str) -> None:
+        assert "must hold keys and values" in refused(tmp_path, text)
+
+    def test_no_yaml(self, tmp_path: Path) -> None:
+        assert "is not valid YAML" in refused(tmp_path, "sparsity: [0.5")
+
+    def test_no_text(self, tmp_path: Path) -> None:
+        (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+        with pytest.raises(RecipeError, match="is not valid YAML"):
+            load_recipe(tmp_path / "run.yaml")
+
+    @pytest.mark.parametrize("name", ["missing.yaml", "."])
+    def test_no_file(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(RecipeError, match="cannot be read: (No such file|Is a directory)"):
+            load_recipe(tmp_path / name)
+
+    def test_yaml_runs_no_code(self, tmp_path: Path) -> None:
+        refused(tmp_path, "!!python/object/apply:os.mkdir [here]")
+
+
+BAD_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"sparsity": 0.0}, "sparsity must be strictly between 0 and 1, got 0.0"),
+    ({"sparsity": 1}, "sparsity must be strictly between 0 and 1, got 1.0"),
+    ({"sparsity": 1.5}, "sparsity must be strictly between 0 and 1, got 1.5"),
+    ({"sparsity": float("nan")}, "sparsity must be strictly between 0 and 1, got nan"),
+    ({"pattern": "2-4"}, "pattern '2-4' is not of the form n:m"),
+    ({"pattern": "4:4"}, "needs 0 < n < m"),
+    ({"sparsity": 0.5, "pattern": "2:4"}, "give either sparsity or pattern, not both"),
+    ({"pattern": "2:4", "scope": "row"}, "scope is for unstructured sparsity"),
+    ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer"),
+    ({"selector": "wonda"}, "unknown selector 'wonda': known selectors are magnitude, wanda, sparsegpt"),
+    ({"solver": "cg"}, "unknown solver 'cg': known solvers are shared-inverse-cg"),
+    ({"dtype": "int8"}, "unknown dtype 'int8': known dtypes are auto, float32, bfloat16, float16"),
+    ({"gap": 0}, "gap must be positive, got 0.0"),
+    ({"gap": -1e-4}, "gap must be positive"),
+    ({"gap": float("nan")}, "gap must be positive"),
+    ({"gap": 0, "solver": "none"}, "gap must be positive"),
+    ({"damping": -0.1}, "damping must be between 0 and 1, got -0.1"),
+    ({"damping": 1.1}, "damping must be between 0 and 1"),
+    ({"damping": float("nan")}, "damping must be between 0 and 1"),
+    ({"num_calibration_samples": 0}, "num_calibration_samples must be at least 1, got 0"),
+    ({"max_seq_length": -1}, "max_seq_length must be at least 1"),
+    ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"dataset": []}, "dataset is empty"),
+    ({"targets": ["("]}, "targets: '(' is not a regular expression"),
+    ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
+    ({"batch_size": 2.0}, "batch_size must be a whole number, got 2.0"),
+]
+
+
+class TestValues:
+    @pytest.mark.parametrize(("values", "message"), BAD_VALUES, ids=lambda item: str(item)[:40])
+    def test_bad_value(self, values: dict[str, Any], message: str, tmp_path: Path) -> None:
+        for make in (lambda: Recipe(**values), lambda: recipe_from_dict(values)):
+            with pytest.raises(RecipeError) as caught:
+                make()
+            assert message in str(caught.value)
+        assert message in refused(tmp_path, yaml.safe_dump(values))
+
+    def test_one_text_for_a_list_in_python_too(self) -> None:
+        """A text is a sequence of texts: its letters must not become patterns."""
+        recipe = Recipe(targets="q_proj", ignore="up", dataset="a.txt")  # type: ignore[arg-type]
+        assert (recipe.targets, recipe.ignore, recipe.dataset) == (["q_proj"], ["up"], ["a.txt"])
+        assert Recipe(targets=("a", "b")).targets == ["a", "b"]  # type: ignore[arg-type]
+
+    def test_is_frozen_and_shares_no_list(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            Recipe().sparsity = 0.6  # type: ignore[misc]
+        assert Recipe().targets is not Recipe().targets
+
+    def test_every_field_is_documented(self) -> None:
+        assert all(option.metadata["help"] for option in dataclasses.fields(Recipe))
+
+
+class TestMaking:
+    @pytest.mark.parametrize(
+        ("values", "pattern"),
+        [
+            ({}, Unstructured(0.5, "row")),
+            ({"sparsity": 0.6}, Unstructured(0.6, "row")),
+            ({"selector": "magnitude"}, Unstructured(0.5, "layer")),
+            ({"selector": "sparsegpt"}, Unstructured(0.5, "layer")),
+            ({"selector": "sparsegpt", "scope": "row"}, Unstructured(0.5, "row")),
+            ({"scope": "layer"}, Unstructured(0.5, "layer")),
+            ({"pattern": "2:4"}, NM(2, 4)),
+        ],
+        ids=str,
+    )
+    def test_pattern_as_published_unless_asked_otherwise(
+        self, values: dict[str, Any], pattern: Unstructured | NM
+    ) -> None:
+        recipe = Recipe(**values)
+        assert recipe.make_pattern(recipe.make_selector()) == pattern
+
+    def test_solver(self) -> None:
+        assert Recipe(solver="none").make_solver() is None
+        assert isinstance(Recipe(solver="cholesky").make_solver(), BatchedCholesky)
+        solver = Recipe(gap=1e-6).make_solver()
+        assert isinstance(solver, SharedInverseCG)
+        assert solver.gap == 1e-6
+
+
+def test_ready_made_recipes_are_valid() -> None:
+    files = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    assert files
+    for file in files:
+        load_recipe(file)
