@@ -46,7 +46,9 @@ print(predicted, prune(2))
 
 SIZES = {
     "solve-bound": {"hidden": 512, "intermediate": 2048, "selector": "wanda", "batch": 2, "length": 128, "samples": 4},
-    "sparsegpt": {"hidden": 512, "intermediate": 1408, "selector": "sparsegpt", "batch": 2, "length": 128, "samples": 4},
+    "sparsegpt": {
+        "hidden": 512, "intermediate": 1408, "selector": "sparsegpt", "batch": 2, "length": 128, "samples": 4
+    },
     "activation-bound": {
         "hidden": 256, "intermediate": 512, "selector": "wanda", "batch": 16, "length": 512, "samples": 16
     },
