@@ -178,7 +178,6 @@ def test_selectors_and_solvers_end_to_end(options: dict[str, str]) -> None:
 
 
 def test_bfloat16_and_sharing_of_tied_weights(tmp_path: Path) -> None:
-    model_class, config_class, arguments = FAMILIES["gemma3"]
     model = build("gemma3").to(torch.bfloat16)
     assert model.config.tie_word_embeddings
     embedding = model.get_input_embeddings().weight.clone()
