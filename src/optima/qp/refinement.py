@@ -10,7 +10,7 @@ Shapes: R rows, D inputs, A rows still active.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -36,11 +36,17 @@ class Residuals:
         residual_RD: negative gradient on the kept weights, zero elsewhere, in the precision to work in.
         mask_RD: the mask as 0 and 1 of the same dtype.
         error_R: E at this point, float64, relative to the row's energy.
+        weight_RD: this point; None if the problem has no bounds, and then it does not matter.
+        lower_RD: lower bounds, 0 where pruned, -inf where there is none; None with ``weight_RD``.
+        upper_RD: upper bounds likewise.
     """
 
     residual_RD: Tensor
     mask_RD: Tensor
     error_R: Tensor
+    weight_RD: Tensor | None = None
+    lower_RD: Tensor | None = None
+    upper_RD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Correction:
     """An inner solver's answer, in the same units.
 
     Attributes:
-        step_RD: add it to the weight; zero off keep.
+        step_RD: add it to the weight; zero off keep. Of a bounded problem, the new weight itself, so that weights on
+            their bounds are there exactly.
         iterations_R: iterations spent, int32.
         extension_RD: residual to assume off keep in the certificate, zero on keep; None for zero.
     """
@@ -90,10 +97,10 @@ class _Rounds:
         """From the start, of which the residual is known to working precision only."""
         residuals = self._best_start()
         start_error_R = residuals.error_R * self.energy_unit
-        correction = inner(residuals)
+        correction = inner(self._with_bounds(residuals, self._start(), ALL))
         del residuals
         self.iterations_R = correction.iterations_R
-        self.weight_RD = _add(self._start(), correction.step_RD, self.verifier.scale_R)
+        self.weight_RD = self._apply(correction, self._start(), ALL)
         self.best = self.verifier(self.weight_RD, correction.extension_RD)
         self._keep_better_start(start_error_R)
         self.status_R = torch.full_like(self.iterations_R, Status.CONVERGED, dtype=torch.int8)
@@ -153,9 +160,10 @@ class _Rounds:
         active, best = self.active, self.best
         error_A = best.error_R[active] / self.energy_unit[active]
         mask_AD = self.verifier.mask_RD[active].to(self.dtype)
-        correction = inner(Residuals(best.residual_RD[active].to(self.dtype), mask_AD, error_A))
+        residuals = Residuals(best.residual_RD[active].to(self.dtype), mask_AD, error_A)
+        correction = inner(self._with_bounds(residuals, self.weight_RD[active], active))
         self.iterations_R[active] += correction.iterations_R
-        candidate_AD = _add(self.weight_RD[active], correction.step_RD, self.verifier.scale_R[active])
+        candidate_AD = self._apply(correction, self.weight_RD[active], active)
         extension_AD = correction.extension_RD
         found = self.verifier(candidate_AD, extension_AD if extension_AD is None else extension_AD.to(mask_AD), active)
         stalled_A = ~(found.bound_R <= STAGNATION * best.bound_R[active])
@@ -178,9 +186,29 @@ class _Rounds:
             self.weight_RD, self.best.error_R, self.best.gap_R, self.status_R, self.iterations_R, note=note
         )
 
+    def _with_bounds(self, residuals: Residuals, weight_AD: Tensor, rows: slice | Tensor) -> Residuals:
+        """``residuals`` at ``weight_AD`` with what a solver needs to stay within the bounds, in its units."""
+        if not self.problem.bounded:
+            return residuals
+        problem, scale_A1 = self.problem.rows(rows), self.verifier.scale_R[rows, None].to(weight_AD.dtype)
+        infinite_AD = torch.where(problem.keep_RD, torch.inf, 0.0).to(weight_AD.dtype)
+        lower_AD = -infinite_AD if problem.lower_RD is None else problem.lower_RD / scale_A1
+        upper_AD = infinite_AD if problem.upper_RD is None else problem.upper_RD / scale_A1
+        dtype = residuals.residual_RD.dtype
+        return replace(
+            residuals,
+            weight_RD=(weight_AD / scale_A1).to(dtype),
+            lower_RD=lower_AD.to(dtype),
+            upper_RD=upper_AD.to(dtype),
+        )
 
-def _add(weight_RD: Tensor, step_RD: Tensor, scale_R: Tensor) -> Tensor:
-    """weight + scale * step in the weight's dtype; a step that is not finite is not taken."""
-    sum_RD = torch.addcmul(weight_RD, step_RD.to(weight_RD.dtype), scale_R.to(weight_RD.dtype)[:, None])
-    finite_R = torch.linalg.vecdot(sum_RD, sum_RD).isfinite()
-    return sum_RD if bool(finite_R.all()) else torch.where(finite_R[:, None], sum_RD, weight_RD)
+    def _apply(self, correction: Correction, weight_AD: Tensor, rows: slice | Tensor) -> Tensor:
+        """The corrected weight in its own dtype; a correction that is not finite is not taken."""
+        scale_A1 = self.verifier.scale_R[rows, None].to(weight_AD.dtype)
+        change_AD = correction.step_RD.to(weight_AD.dtype)
+        if self.problem.bounded:
+            new_AD = self.problem.rows(rows).clamp(change_AD * scale_A1)
+        else:
+            new_AD = torch.addcmul(weight_AD, change_AD, scale_A1)
+        finite_A = new_AD.sum(dim=1).isfinite()
+        return new_AD if bool(finite_A.all()) else torch.where(finite_A[:, None], new_AD, weight_AD)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.qp.batch import RowBatch
 from optima.qp.certificate import ENERGY_FLOOR
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
@@ -29,8 +30,6 @@ from optima.qp.refinement import Correction, Residuals, refine
 
 # Aim a little below the tolerance, so that the certificate seldom asks for another round.
 AIM = 0.9
-# Rows that are done leave the batch when at most this share of it is still open.
-COMPACT = 0.8
 # Then the residual is recomputed from scratch, in float64.
 MAX_ITERATIONS = 100
 
@@ -77,54 +76,28 @@ def preconditioner_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtyp
     return torch.bfloat16 if fast and dtype == torch.float32 else dtype
 
 
-class _Batch:
-    """The rows still iterating, and where their results go when they leave.
+class _Batch(RowBatch):
+    """``residual`` holds r on the kept set and, on the pruned set, the extension that the certificate will use."""
 
-    ``residual`` holds r on the kept set and, on the pruned set, the extension that the certificate will use.
-    """
+    row_tensors = ("error", "slope", "ratio", "residual", "mask", "step", "direction")
+    results = ("step", "residual")
 
     def __init__(self, operator: SharedMatrix, preconditioner: SharedMatrix, residuals: Residuals) -> None:
+        super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
         self.operator, self.preconditioner = operator, preconditioner
         self.flexible = preconditioner.dtype != operator.dtype
-        self.residual = residuals.residual_RD
-        self.keep = residuals.mask_RD
-        self.error = residuals.error_R
+        self.residual, self.mask, self.error = residuals.residual_RD, residuals.mask_RD, residuals.error_R
         self.step = torch.zeros_like(self.residual)
-        self.rows = torch.arange(len(self.residual), device=self.residual.device)
-        preconditioned = preconditioner(self.residual).mul_(self.keep)
-        self.slope = torch.linalg.vecdot(self.residual, preconditioned)
-        self.direction = preconditioned
+        self.direction = preconditioner(self.residual).mul_(self.mask)
+        self.slope = torch.linalg.vecdot(self.residual, self.direction)
         self.ratio = torch.ones_like(self.slope)
-        self.left: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def run(self, tolerance: float, max_iterations: int) -> Correction:
         """Iterate until each row's own bound on its gap is below ``tolerance``."""
-        iterations_R = torch.zeros(len(self.rows), dtype=torch.int32, device=self.rows.device)
-        # Asking a GPU for a count stalls it.
-        check_every = 1 if self.residual.device.type == "cpu" else 4
-        for iteration in range(max_iterations):
-            if iteration % check_every == 0:
-                going = self._going(tolerance)
-                count = int(going.sum())
-                if count == 0:
-                    break
-                if count <= COMPACT * len(self.rows):
-                    self._let_go(going)
-            iterations_R[self.rows] += self._iterate()
-        return self._result(iterations_R)
-
-    def _result(self, iterations_R: Tensor) -> Correction:
-        """Every row's step and extension, in the order of the rows."""
-        if not self.left:
-            return Correction(self.step, iterations_R, self._extension(self.residual, self.keep))
-        self._let_go(torch.zeros_like(self.rows, dtype=torch.bool))
-        rows, step, extension = (torch.cat(tensors) for tensors in zip(*self.left, strict=True))
-        back = rows.argsort()
-        return Correction(step[back], iterations_R, extension[back])
-
-    @staticmethod
-    def _extension(residual: Tensor, keep: Tensor) -> Tensor:
-        return residual.sub_(residual * keep)
+        mask_RD = self.mask
+        self.iterate(lambda: self._going(tolerance), self._iterate, max_iterations)
+        step_RD, residual_RD = self.collect()
+        return Correction(step_RD, self.iterations_R, extension_RD=residual_RD.sub_(residual_RD * mask_RD))
 
     def _going(self, tolerance: float) -> Tensor:
         bound: Tensor = 0.5 * (self.ratio * self.slope).double()
@@ -132,14 +105,8 @@ class _Batch:
         going: Tensor = (bound > tolerance * (self.error - bound).clamp_min(ENERGY_FLOOR)) & (self.slope > 0)
         return going
 
-    def _let_go(self, going: Tensor) -> None:
-        gone = ~going
-        self.left.append((self.rows[gone], self.step[gone], self._extension(self.residual[gone], self.keep[gone])))
-        for name in ("rows", "error", "slope", "ratio", "residual", "keep", "step", "direction"):
-            setattr(self, name, getattr(self, name)[going])
-
     def _iterate(self) -> Tensor:
-        """One iteration of every row; returns 1 for rows that moved.
+        """One iteration of every row; returns True for rows that moved.
 
         Six buffers of the rows' size are live at most: residual, mask, step, direction and the two of a product.
         """
@@ -152,7 +119,7 @@ class _Batch:
         self.error = self.error - 0.5 * (alpha * self.slope).double()
         if not self.flexible:
             del image
-        preconditioned = self.preconditioner(self.residual * self.keep).mul_(self.keep)
+        preconditioned = self.preconditioner(self.residual * self.mask).mul_(self.mask)
         slope = torch.linalg.vecdot(self.residual, preconditioned)
         growth = torch.where(moving, slope / self.slope, 0.0)
         # Flexible beta: -z'(H p) / p'(H p) equals z'(r - r_old) / r_old'z_old without storing r_old.
@@ -161,6 +128,6 @@ class _Batch:
         torch.addcmul(preconditioned, self.direction, beta, out=self.direction)
         excess = (self.ratio - alpha).clamp_min(0.0)
         self.ratio = torch.where(moving, excess / (excess + growth.clamp_min(0.0)), self.ratio).nan_to_num(1.0)
-        self.residual.lerp_(self.residual * self.keep, self.ratio[:, None])
+        self.residual.lerp_(self.residual * self.mask, self.ratio[:, None])
         self.slope = slope
-        return moving.to(torch.int32)
+        return moving

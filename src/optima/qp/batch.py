@@ -1,0 +1,67 @@
+"""Rows that iterate together: those that are done leave when that pays, and everything comes back in order.
+
+Shapes: R rows in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+# Rows that are done leave the batch when at most this share of it is still open.
+COMPACT = 0.8
+
+
+class RowBatch:
+    """Base of iterative solvers' working sets. A subclass names its tensors of one entry (or row) per row.
+
+    Attributes:
+        row_tensors: attributes to shrink when rows leave.
+        results: those of them that are wanted back at the end.
+    """
+
+    row_tensors: ClassVar[tuple[str, ...]] = ()
+    results: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self.rows = torch.arange(count, device=device)
+        self.iterations_R = torch.zeros(count, dtype=torch.int32, device=device)
+        # Asking a GPU for a count stalls it.
+        self._check_every = 1 if device.type == "cpu" else 4
+        self._left: list[tuple[Tensor, ...]] = []
+
+    def iterate(self, going: Callable[[], Tensor], step: Callable[[], Tensor], max_iterations: int) -> None:
+        """Call ``step`` until ``going`` says False for every row.
+
+        Args:
+            going: True for rows that are not done.
+            step: one iteration; returns True for rows that moved.
+            max_iterations: give up after so many.
+        """
+        for iteration in range(max_iterations):
+            if iteration % self._check_every == 0:
+                going_R = going()
+                count = int(going_R.sum())
+                if count == 0:
+                    return
+                if count <= COMPACT * len(self.rows):
+                    self._shrink(going_R)
+            self.iterations_R[self.rows] += step().to(torch.int32)
+
+    def collect(self) -> tuple[Tensor, ...]:
+        """The results of all rows in their original order; the batch is empty afterwards."""
+        if not self._left:
+            return tuple(getattr(self, name) for name in self.results)
+        self._shrink(torch.zeros_like(self.rows, dtype=torch.bool))
+        rows, *tensors = (torch.cat(parts) for parts in zip(*self._left, strict=True))
+        back = rows.argsort()
+        return tuple(tensor[back] for tensor in tensors)
+
+    def _shrink(self, going_R: Tensor) -> None:
+        self._left.append((self.rows[~going_R], *(getattr(self, name)[~going_R] for name in self.results)))
+        self.rows = self.rows[going_R]
+        for name in self.row_tensors:
+            setattr(self, name, getattr(self, name)[going_R])

@@ -1,0 +1,189 @@
+"""Bounds on the kept weights: conjugate gradients on faces, joined by projected gradients, for all rows at once.
+
+After GPCG (More and Toraldo, SIAM J. Optim. 1, 1991) and MPRGP with preconditioning in face (Dostal, Domoradova and
+Sadowska, Comput. Optim. Appl. 48, 2011). The free set F of a row holds its kept weights strictly between their bounds.
+An iteration moves a row along one direction, to the minimum of E on the feasible part of the ray:
+
+* on a face: conjugate gradient on F, preconditioned by K_FF. The shared inverse preconditions *every* face (K_FF is at
+  least H_FF^-1, whatever F), so nothing is factorised again when F changes, and a face takes a handful of iterations.
+* projection: where that ran into a bound, the rest of it, projected on the feasible set: binds many weights at once.
+* gradient: P(v + step D^-1 r) - v with D = diag(H) and step at most 1 / lambda_max(D^-1/2 H D^-1/2): releases bound
+  weights whose multiplier has the wrong sign, when those outweigh the free gradient.
+
+No step raises E, and a gradient step contracts E - E* by 1 - lambda_min / lambda_max of the scaled H. It is taken at
+the latest after ``LONGEST_RUN`` changes of face, and a run on one face is conjugate gradient, which converges to the
+face's minimum, where a gradient step is due unless that is the solution. So every row converges (docs/mathematics.md).
+
+Shapes: R rows in the batch, D inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optima.qp.batch import RowBatch
+from optima.qp.certificate import ENERGY_FLOOR
+from optima.qp.hessian import Hessian
+from optima.qp.problem import RowProblem, RowSolution
+from optima.qp.products import SharedMatrix
+from optima.qp.refinement import Correction, Residuals, refine
+
+AIM = 0.9
+MAX_ITERATIONS = 300
+# Changes of face between two gradient steps.
+LONGEST_RUN = 4
+POWER_ITERATIONS = 30
+# Power iteration approaches the largest eigenvalue from below.
+EIGENVALUE_MARGIN = 1.2
+
+
+@dataclass(frozen=True)
+class State:
+    """H and the extreme eigenvalues of it scaled to a unit diagonal."""
+
+    hessian: Hessian
+    largest: float
+    smallest: float
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """Solve rows with bounds to a certified relative gap; rows without bounds are a special case.
+
+    Args:
+        gap: certified relative gap at which a row stops.
+        max_iterations: per round of refinement.
+    """
+
+    gap: float = 1e-4
+    max_iterations: int = MAX_ITERATIONS
+
+    name = "bounded"
+
+    def prepare(self, hessian: Hessian) -> State:
+        """Factorise once, and estimate the spectrum that the gradient step and the stopping test need."""
+        dtype = hessian.working_dtype
+        scale_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).sqrt().to(dtype)
+        largest = _largest_eigenvalue(hessian.operator(dtype), 1.0 / scale_D)
+        return State(hessian, largest, 1.0 / _largest_eigenvalue(hessian.preconditioner(dtype), scale_D))
+
+    def solve(self, state: State, problem: RowProblem) -> RowSolution:
+        """See ``RowSolver``."""
+
+        def inner(residuals: Residuals) -> Correction:
+            return _Batch(state, residuals).run(AIM * self.gap, self.max_iterations)
+
+        return refine(state.hessian, problem, inner, self.gap)
+
+
+def _largest_eigenvalue(matrix: SharedMatrix, scale_D: Tensor) -> float:
+    """Of diag(scale) M diag(scale), by power iteration, with a margin."""
+    generator = torch.Generator().manual_seed(0)
+    vector_1D = torch.randn(1, len(scale_D), generator=generator, dtype=torch.float64).to(scale_D)
+    norm = 1.0
+    for _ in range(POWER_ITERATIONS):
+        vector_1D = vector_1D / torch.linalg.vector_norm(vector_1D).clamp_min(torch.finfo(scale_D.dtype).tiny)
+        vector_1D = matrix(vector_1D * scale_D) * scale_D
+        norm = float(torch.linalg.vector_norm(vector_1D))
+    return EIGENVALUE_MARGIN * max(norm, torch.finfo(scale_D.dtype).tiny)
+
+
+class _Batch(RowBatch):
+    """``residual`` is the negative gradient on kept weights; ``direction`` stays feasible for a while."""
+
+    row_tensors = ("weight", "residual", "mask", "lower", "upper", "direction", "on_face", "changes", "error", "bound")
+    results = ("weight",)
+
+    def __init__(self, state: State, residuals: Residuals) -> None:
+        super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
+        hessian, dtype = state.hessian, residuals.residual_RD.dtype
+        self.operator, self.preconditioner = hessian.operator(dtype), hessian.preconditioner(dtype)
+        self.diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
+        self.state = state
+        assert residuals.weight_RD is not None
+        assert residuals.lower_RD is not None
+        assert residuals.upper_RD is not None
+        self.weight, self.lower, self.upper = residuals.weight_RD, residuals.lower_RD, residuals.upper_RD
+        self.residual, self.mask, self.error = residuals.residual_RD, residuals.mask_RD, residuals.error_R
+        self.direction = torch.zeros_like(self.residual)
+        self.changes = torch.zeros_like(self.rows)
+        self.on_face = torch.zeros_like(self.rows, dtype=torch.bool)
+        nothing = torch.zeros_like(self.residual[:, 0])
+        self._turn(nothing, torch.zeros_like(self.on_face), None, nothing)
+
+    def run(self, tolerance: float, max_iterations: int) -> Correction:
+        """Iterate until each row's own bound on its gap is below ``tolerance``."""
+        self.iterate(lambda: self._going(tolerance), self._iterate, max_iterations)
+        (weight_RD,) = self.collect()
+        return Correction(weight_RD, self.iterations_R)
+
+    def _going(self, tolerance: float) -> Tensor:
+        bound = self.bound.double()
+        going: Tensor = bound > tolerance * (self.error - bound).clamp_min(ENERGY_FLOOR)
+        return going
+
+    def _iterate(self) -> Tensor:
+        """Move every row along its direction, then choose the next; returns True for rows that moved."""
+        image = self.operator(self.direction)
+        descent = torch.linalg.vecdot(self.residual, self.direction)
+        curvature = torch.linalg.vecdot(self.direction, image)
+        full = torch.where((descent > 0) & (curvature > 0), descent / curvature, 0.0)
+        limit = self._move(full)
+        alpha = torch.minimum(full, limit)
+        self.residual.addcmul_(image * self.mask, alpha[:, None], value=-1.0)
+        self.error = self.error - (alpha * (descent - 0.5 * alpha * curvature)).double()
+        self._turn(full - alpha, self.on_face & (full > limit), image, curvature)
+        return alpha > 0
+
+    def _move(self, full: Tensor) -> Tensor:
+        """Step by ``full`` or to the first bound on the way, and return how far that is."""
+        ahead = torch.where(self.direction > 0, self.upper, self.lower)
+        room = torch.where(self.direction == 0, torch.inf, (ahead - self.weight) / self.direction)
+        limit = room.amin(dim=1) if room.shape[1] else torch.full_like(full, torch.inf)
+        limit = limit.clamp_min(0.0)
+        moved = torch.addcmul(self.weight, self.direction, torch.minimum(full, limit)[:, None])
+        arrived = room <= torch.minimum(full, limit)[:, None] * (1 + 4 * torch.finfo(room.dtype).eps)
+        self.weight = torch.where(arrived, ahead, self._project(moved))
+        return limit
+
+    def _project(self, weight: Tensor) -> Tensor:
+        return torch.clamp(weight, self.lower, self.upper)
+
+    def _turn(self, rest: Tensor, hit: Tensor, image: Tensor | None, curvature: Tensor) -> None:
+        """Measure each row's state and choose its next direction."""
+        free, wrong = self._split()
+        inner_residual = self.residual * free
+        face = self.preconditioner(inner_residual).mul_(free)
+        slope = torch.linalg.vecdot(inner_residual, face).clamp_min(0.0)
+        free_norm = torch.linalg.vecdot(inner_residual, inner_residual / self.diagonal_D)
+        wrong_norm = torch.linalg.vecdot(wrong, wrong / self.diagonal_D)
+        # |free + wrong|_K at most the sum of the two norms, the second by the smallest eigenvalue of the scaled H.
+        self.bound = 0.5 * (slope.sqrt() + (wrong_norm / self.state.smallest).sqrt()).square()
+        self.changes += hit
+        remainder = self._project(torch.addcmul(self.weight, self.direction, rest[:, None])) - self.weight
+        project = hit & (torch.linalg.vecdot(self.residual, remainder) > 0) & (self.changes < LONGEST_RUN)
+        gradient = ~project & ((wrong_norm > free_norm) | (self.changes >= LONGEST_RUN))
+        if image is not None:
+            # Conjugate only where the face is the same as before.
+            beta = -torch.linalg.vecdot(face, image) / curvature
+            same = self.on_face & ~hit & (curvature > 0)
+            face.addcmul_(self.direction, torch.where(same, beta, 0.0)[:, None])
+        self.direction = torch.where(project[:, None], remainder, face)
+        if bool(gradient.any()):
+            self.direction = torch.where(gradient[:, None], self._gradient_step(), self.direction)
+        self.changes.masked_fill_(gradient, 0)
+        self.on_face = ~(project | gradient)
+
+    def _gradient_step(self) -> Tensor:
+        step = self.residual / (self.state.largest * self.diagonal_D)
+        return self._project(self.weight + step) - self.weight
+
+    def _split(self) -> tuple[Tensor, Tensor]:
+        """The mask of free weights, and the residual of bound ones that pushes back inside."""
+        at_lower, at_upper = self.weight <= self.lower, self.weight >= self.upper
+        free = ~(at_lower | at_upper)
+        inward = (at_lower & ~at_upper & (self.residual > 0)) | (at_upper & ~at_lower & (self.residual < 0))
+        return free.to(self.residual.dtype), self.residual * inward
