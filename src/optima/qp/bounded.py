@@ -28,25 +28,13 @@ from optima.qp.batch import RowBatch
 from optima.qp.certificate import ENERGY_FLOOR
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.products import SharedMatrix
 from optima.qp.refinement import Correction, Residuals, refine
+from optima.qp.spectrum import Spectrum
 
 AIM = 0.9
 MAX_ITERATIONS = 300
 # Changes of face between two gradient steps.
 LONGEST_RUN = 4
-POWER_ITERATIONS = 30
-# Power iteration approaches the largest eigenvalue from below.
-EIGENVALUE_MARGIN = 1.2
-
-
-@dataclass(frozen=True)
-class State:
-    """H and the extreme eigenvalues of it scaled to a unit diagonal."""
-
-    hessian: Hessian
-    largest: float
-    smallest: float
 
 
 @dataclass(frozen=True)
@@ -63,14 +51,11 @@ class Bounded:
 
     name = "bounded"
 
-    def prepare(self, hessian: Hessian) -> State:
-        """Factorise once, and estimate the spectrum that the gradient step and the stopping test need."""
-        dtype = hessian.working_dtype
-        scale_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).sqrt().to(dtype)
-        largest = _largest_eigenvalue(hessian.operator(dtype), 1.0 / scale_D)
-        return State(hessian, largest, 1.0 / _largest_eigenvalue(hessian.preconditioner(dtype), scale_D))
+    def prepare(self, hessian: Hessian) -> Spectrum:
+        """Factorise once; the gradient step and the stopping test need the spectrum."""
+        return Spectrum(hessian)
 
-    def solve(self, state: State, problem: RowProblem) -> RowSolution:
+    def solve(self, state: Spectrum, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
@@ -79,16 +64,11 @@ class Bounded:
         return refine(state.hessian, problem, inner, self.gap)
 
 
-def _largest_eigenvalue(matrix: SharedMatrix, scale_D: Tensor) -> float:
-    """Of diag(scale) M diag(scale), by power iteration, with a margin."""
-    generator = torch.Generator().manual_seed(0)
-    vector_1D = torch.randn(1, len(scale_D), generator=generator, dtype=torch.float64).to(scale_D)
-    norm = 1.0
-    for _ in range(POWER_ITERATIONS):
-        vector_1D = vector_1D / torch.linalg.vector_norm(vector_1D).clamp_min(torch.finfo(scale_D.dtype).tiny)
-        vector_1D = matrix(vector_1D * scale_D) * scale_D
-        norm = float(torch.linalg.vector_norm(vector_1D))
-    return EIGENVALUE_MARGIN * max(norm, torch.finfo(scale_D.dtype).tiny)
+def split(weight: Tensor, lower: Tensor, upper: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask (0 and 1) of weights strictly inside their bounds, and the residual of the others that pushes inside."""
+    at_lower, at_upper = weight <= lower, weight >= upper
+    inward = (at_lower & ~at_upper & (residual > 0)) | (at_upper & ~at_lower & (residual < 0))
+    return (~(at_lower | at_upper)).to(residual.dtype), residual * inward
 
 
 class _Batch(RowBatch):
@@ -97,16 +77,12 @@ class _Batch(RowBatch):
     row_tensors = ("weight", "residual", "mask", "lower", "upper", "direction", "on_face", "changes", "error", "bound")
     results = ("weight",)
 
-    def __init__(self, state: State, residuals: Residuals) -> None:
+    def __init__(self, state: Spectrum, residuals: Residuals) -> None:
         super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
         hessian, dtype = state.hessian, residuals.residual_RD.dtype
         self.operator, self.preconditioner = hessian.operator(dtype), hessian.preconditioner(dtype)
-        self.diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
-        self.state = state
-        assert residuals.weight_RD is not None
-        assert residuals.lower_RD is not None
-        assert residuals.upper_RD is not None
-        self.weight, self.lower, self.upper = residuals.weight_RD, residuals.lower_RD, residuals.upper_RD
+        self.state, self.diagonal_D = state, state.diagonal_D.to(dtype)
+        self.weight, self.lower, self.upper = residuals.box()
         self.residual, self.mask, self.error = residuals.residual_RD, residuals.mask_RD, residuals.error_R
         self.direction = torch.zeros_like(self.residual)
         self.changes = torch.zeros_like(self.rows)
@@ -154,7 +130,7 @@ class _Batch(RowBatch):
 
     def _turn(self, rest: Tensor, hit: Tensor, image: Tensor | None, curvature: Tensor) -> None:
         """Measure each row's state and choose its next direction."""
-        free, wrong = self._split()
+        free, wrong = split(self.weight, self.lower, self.upper, self.residual)
         inner_residual = self.residual * free
         face = self.preconditioner(inner_residual).mul_(free)
         slope = torch.linalg.vecdot(inner_residual, face).clamp_min(0.0)
@@ -180,10 +156,3 @@ class _Batch(RowBatch):
     def _gradient_step(self) -> Tensor:
         step = self.residual / (self.state.largest * self.diagonal_D)
         return self._project(self.weight + step) - self.weight
-
-    def _split(self) -> tuple[Tensor, Tensor]:
-        """The mask of free weights, and the residual of bound ones that pushes back inside."""
-        at_lower, at_upper = self.weight <= self.lower, self.weight >= self.upper
-        free = ~(at_lower | at_upper)
-        inward = (at_lower & ~at_upper & (self.residual > 0)) | (at_upper & ~at_lower & (self.residual < 0))
-        return free.to(self.residual.dtype), self.residual * inward

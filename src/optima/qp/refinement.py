@@ -48,6 +48,13 @@ class Residuals:
     lower_RD: Tensor | None = None
     upper_RD: Tensor | None = None
 
+    def box(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Weight, lower and upper bounds. Without bounds, weights count from this point, which is then 0."""
+        if self.weight_RD is not None and self.lower_RD is not None and self.upper_RD is not None:
+            return self.weight_RD, self.lower_RD, self.upper_RD
+        infinite_RD = torch.where(self.mask_RD > 0, torch.inf, 0.0).to(self.mask_RD)
+        return torch.zeros_like(self.mask_RD), -infinite_RD, infinite_RD
+
 
 @dataclass(frozen=True)
 class Correction:
