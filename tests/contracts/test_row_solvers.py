@@ -1,0 +1,1 @@
+"""Every row solver against the contract."""

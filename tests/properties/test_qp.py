@@ -1,0 +1,1 @@
+"""Properties of the QP engine that hold for every problem."""

@@ -1,0 +1,1 @@
+"""Degenerate input of the QP engine, each with a defined answer."""

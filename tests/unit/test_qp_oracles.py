@@ -1,0 +1,1 @@
+"""The QP engine against solvers that are not ours."""
