@@ -1,21 +1,40 @@
-"""Batched quadratic programs that share one Hessian, solved to a certified relative gap. Usable on its own."""
+"""Batched quadratic programs that share one Hessian, solved to a certified relative gap. Usable on its own.
+
+    solution = solve(hessian, weight=weight, keep=keep)
+
+or, to solve many batches of rows that share a Hessian,
+
+    hessian = Hessian(matrix)               # factorised once, when first needed
+    solver = SharedInverseCG(gap=1e-4)
+    state = solver.prepare(hessian)
+    for weight, keep in batches:
+        solution = solver.solve(state, make_problem(hessian, weight, keep))
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from optima.qp.base import RowSolver, make_solver
+from optima.errors import RecipeError
+from optima.qp.auto import Auto
+from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
+from optima.qp.bounded import Bounded
 from optima.qp.certificate import Certificate, certify
 from optima.qp.cholesky import BatchedCholesky
 from optima.qp.hessian import Hessian
-from optima.qp.problem import RowProblem, RowSolution, Status, make_problem
+from optima.qp.pdhg import RestartedPDHG
+from optima.qp.problem import RowProblem, RowSolution, Status, make_problem, target_of
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, solve_rows
 from optima.qp.shared_inverse_cg import SharedInverseCG
 
 __all__ = [
+    "SOLVER_NAMES",
+    "Auto",
     "BatchedCholesky",
+    "Bounded",
     "Certificate",
     "Hessian",
+    "RestartedPDHG",
     "RowProblem",
     "RowSolution",
     "RowSolver",
@@ -26,37 +45,51 @@ __all__ = [
     "make_solver",
     "solve",
     "solve_rows",
+    "target_of",
 ]
 
 
 def solve(
     hessian: Hessian | Tensor,
-    weight: Tensor,
-    keep: Tensor,
+    weight: Tensor | None = None,
+    keep: Tensor | None = None,
     *,
+    linear_term: Tensor | None = None,
+    lower: Tensor | None = None,
+    upper: Tensor | None = None,
     start: Tensor | None = None,
     solver: RowSolver | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
 ) -> RowSolution:
-    """Re-solve the kept weights of every row of ``weight``.
+    """Re-solve the kept weights of every row.
 
-    For each row w: minimise 1/2 (v - w)^T H (v - w) with v = 0 off keep.
+    For each row: minimise 1/2 v^T H v - g^T v with v = 0 off keep and lower <= v <= upper, where g = H w for the dense
+    row w in ``weight``, which makes it 1/2 (v - w)^T H (v - w), or g is given as ``linear_term``.
 
     Args:
-        hessian: X^T X / T, shape (D, D), or a ``Hessian`` (which carries the damping; default 0.01).
+        hessian: X^T X / T, shape (D, D), float32 or float64, or a ``Hessian``, which carries the damping (else 0.01).
         weight: dense rows, shape (R, D), float64, float32, bfloat16 or float16; any strides.
-        keep: boolean, shape (R, D), True = the weight survives.
+        keep: boolean, shape (R, D), True = the weight survives. Required.
+        linear_term: g, shape (R, D), instead of ``weight``, float64 or float32. Gaps are then relative to the distance
+            from the unconstrained optimum, f(v*) - min f. Damping changes H but not a linear term that is given.
+        lower: lower bounds on kept weights, shape (R, D); -inf where there is none.
+        upper: upper bounds likewise.
         start: a warm start, zero off keep; used row by row where it is better than the masked weight.
-        solver: defaults to ``SharedInverseCG(gap=1e-4)``.
+        solver: defaults to ``Auto(gap=1e-4)``.
         budget_bytes: work space for one chunk of rows.
 
     Returns:
-        The solution with its certificate. ``weight_RD`` is float32 (float64 for a float64 weight).
+        The solution with its certificate. ``weight_RD`` is float32 (float64 for a float64 weight or a linear term).
 
     Raises:
         RecipeError: on wrong shapes or dtypes.
         NumericalError: on NaN, Inf or an indefinite hessian.
     """
+    if keep is None or (weight is None) == (linear_term is None):
+        raise RecipeError("solve needs keep and one of weight and linear_term")
     hessian = hessian if isinstance(hessian, Hessian) else Hessian(hessian)
-    problem = make_problem(hessian, weight, keep, start)
-    return solve_rows(solver or SharedInverseCG(), hessian, problem, budget_bytes)
+    if linear_term is not None:
+        weight = target_of(hessian, linear_term)
+    assert weight is not None
+    problem = make_problem(hessian, weight, keep, start, lower, upper)
+    return solve_rows(solver or Auto(), hessian, problem, budget_bytes)

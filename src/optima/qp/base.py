@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
+
 from optima.errors import RecipeError
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
@@ -22,6 +24,11 @@ class RowSolver(Protocol):
         """What recipes and reports call it."""
         ...
 
+    @property
+    def supports_bounds(self) -> bool:
+        """True if it can hold weights between bounds."""
+        ...
+
     def prepare(self, hessian: Hessian) -> Any:
         """Everything that depends on the Hessian alone."""
         ...
@@ -31,23 +38,31 @@ class RowSolver(Protocol):
         ...
 
 
+SOLVER_NAMES = ("auto", "shared-inverse-cg", "cholesky", "bounded", "pdhg", "none")
+
+
 def make_solver(name: str, gap: float) -> RowSolver | None:
     """The solver called ``name`` that stops at certified relative gap ``gap``; None for ``none``.
 
     Raises:
         RecipeError: if the name is unknown or the gap is not positive.
     """
+    from optima.qp.auto import Auto
+    from optima.qp.bounded import Bounded
     from optima.qp.cholesky import BatchedCholesky
+    from optima.qp.pdhg import RestartedPDHG
     from optima.qp.shared_inverse_cg import SharedInverseCG
 
-    solvers: dict[str, Callable[..., RowSolver]] = {"shared-inverse-cg": SharedInverseCG, "cholesky": BatchedCholesky}
     if not gap > 0:
         raise RecipeError(f"gap must be positive, got {gap}: for example 1e-4")
-    if name == "none":
-        return None
+    solvers: dict[str, Callable[[], RowSolver | None]] = {
+        "auto": lambda: Auto(gap),
+        "shared-inverse-cg": lambda: SharedInverseCG(gap),
+        "cholesky": lambda: BatchedCholesky(gap, torch.float32),
+        "bounded": lambda: Bounded(gap),
+        "pdhg": lambda: RestartedPDHG(gap),
+        "none": lambda: None,
+    }
     if name not in solvers:
-        raise RecipeError(f"unknown solver {name!r}: known solvers are {', '.join([*solvers, 'none'])}")
-    return solvers[name](gap=gap)
-
-
-SOLVER_NAMES = ("shared-inverse-cg", "cholesky", "none")
+        raise RecipeError(f"unknown solver {name!r}: known solvers are {', '.join(solvers)}")
+    return solvers[name]()

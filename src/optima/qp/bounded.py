@@ -50,6 +50,7 @@ class Bounded:
     max_iterations: int = MAX_ITERATIONS
 
     name = "bounded"
+    supports_bounds = True
 
     def prepare(self, hessian: Hessian) -> Spectrum:
         """Factorise once; the gradient step and the stopping test need the spectrum."""

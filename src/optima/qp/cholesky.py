@@ -65,14 +65,14 @@ class BatchedCholesky:
     dtype: torch.dtype = torch.float64
 
     name = "cholesky"
+    supports_bounds = False
 
     def prepare(self, hessian: Hessian) -> State:
         """Nothing is shared but H and, once a row prunes less than it keeps, its inverse."""
         return State(hessian)
 
     def solve(self, state: State, problem: RowProblem) -> RowSolution:
-        """See ``RowSolver``. The problem must have no bounds."""
-        assert not problem.bounded, "bounds need the bounded solver"
+        """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
             dtype = torch.promote_types(self.dtype, residuals.residual_RD.dtype)

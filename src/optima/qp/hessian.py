@@ -195,6 +195,11 @@ class Hessian:
             "preconditioner", dtype, lambda: SharedMatrix(self._inverse(dtype), self.mean_diagonal, dtype)
         )
 
+    @property
+    def has_preconditioner(self) -> bool:
+        """True once K has been made, for a solver or a selector."""
+        return "inverse_DD" in vars(self) or any(kind == "preconditioner" for kind, _ in self._shared)
+
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to apply L^-1 to rows; made once."""
         return self._share("whitener", dtype, lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))

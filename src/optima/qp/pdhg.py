@@ -54,6 +54,7 @@ class RestartedPDHG:
     max_iterations: int = MAX_ITERATIONS
 
     name = "pdhg"
+    supports_bounds = True
 
     def prepare(self, hessian: Hessian) -> Spectrum:
         """The largest eigenvalue of the scaled H."""
@@ -122,8 +123,9 @@ class _Batch(RowBatch):
 
     def _optimality(self, point: Tensor, residual: Tensor) -> Tensor:
         """How far a projected gradient step would move: 0 at the optimum only."""
-        moved: Tensor = torch.clamp(point + residual / self.diagonal_D, self.lower, self.upper) - point
-        return torch.linalg.vecdot(moved, moved * self.diagonal_D).clamp_min(0.0).sqrt()
+        moved = torch.clamp(point + residual / self.diagonal_D, self.lower, self.upper) - point
+        norm: Tensor = torch.linalg.vecdot(moved, moved * self.diagonal_D).clamp_min(0.0).sqrt()
+        return norm
 
     def _restart(self) -> None:
         """Rows that have made enough progress, or none for too long, start afresh from their better point."""

@@ -115,7 +115,7 @@ def make_problem(
     tensors = {"weight": target_RD, "keep": keep_RD, "start": start_RD, "lower": lower_RD, "upper": upper_RD}
     for name, tensor in tensors.items():
         if tensor is not None:
-            _check_rows(name, tensor, (target_RD.shape[0], hessian.num_inputs))
+            _check_rows(name, tensor, (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs))
     if keep_RD.dtype != torch.bool:
         raise RecipeError(f"keep must be boolean (True = the weight survives), got {keep_RD.dtype}")
     dtype = torch.float64 if target_RD.dtype == torch.float64 else torch.float32
@@ -147,7 +147,21 @@ def _check_rows(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
     if not tensor.is_floating_point():
         raise RecipeError(f"{name} must be a float tensor, got {tensor.dtype}")
     lowest, highest = tensor.aminmax()
-    if name in ("weight", "start") and not (lowest.isfinite() and highest.isfinite()):
+    if name in ("weight", "start", "linear_term") and not (lowest.isfinite() and highest.isfinite()):
         raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint first")
     if lowest.isnan():
         raise NumericalError(f"{name} contains NaN: use an infinity where a weight has no bound")
+
+
+def target_of(hessian: Hessian, linear_term_RD: Tensor) -> Tensor:
+    """The unconstrained optimum w = K g of 1/2 v^T H v - g^T v, float64: what ``make_problem`` wants for a given g.
+
+    Raises:
+        RecipeError: on wrong shapes, or where g pulls on a dead input, for then nothing bounds the weight.
+        NumericalError: on NaN or Inf.
+    """
+    _check_rows("linear_term", linear_term_RD, (len(linear_term_RD) if linear_term_RD.ndim else 0, hessian.num_inputs))
+    linear_term_RD = linear_term_RD.detach().to(hessian.device, torch.float64)
+    if bool((linear_term_RD[:, hessian.dead_D] != 0).any()):
+        raise RecipeError("linear_term is not zero at a dead input (H_ii = 0), where it has no minimum: set it to zero")
+    return torch.cholesky_solve(linear_term_RD.mT, hessian.factor_DD).mT.contiguous()

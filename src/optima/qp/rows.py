@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from optima.errors import RecipeError
 from optima.qp.base import RowSolver
 from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
@@ -34,7 +35,13 @@ def rows_per_chunk(num_inputs: int, budget_bytes: int = DEFAULT_BUDGET_BYTES) ->
 def solve_rows(
     solver: RowSolver, hessian: Hessian, problem: RowProblem, budget_bytes: int = DEFAULT_BUDGET_BYTES
 ) -> RowSolution:
-    """Prepare once, solve every row, chunk by chunk; halve the chunk when the device runs out of memory."""
+    """Prepare once, solve every row, chunk by chunk; halve the chunk when the device runs out of memory.
+
+    Raises:
+        RecipeError: if the problem has bounds and the solver knows none.
+    """
+    if problem.bounded and not solver.supports_bounds:
+        raise RecipeError(f"solver {solver.name} knows no bounds: choose auto, bounded or pdhg")
     keep_freed_memory()
     with full_precision(), torch.no_grad():
         state = solver.prepare(hessian)

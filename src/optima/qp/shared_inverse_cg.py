@@ -47,6 +47,7 @@ class SharedInverseCG:
     max_iterations: int = MAX_ITERATIONS
 
     name = "shared-inverse-cg"
+    supports_bounds = False
 
     def prepare(self, hessian: Hessian) -> Hessian:
         """Factorise once and cast H and K for the iterations."""
@@ -56,8 +57,7 @@ class SharedInverseCG:
         return hessian
 
     def solve(self, state: Hessian, problem: RowProblem) -> RowSolution:
-        """See ``RowSolver``. The problem must have no bounds."""
-        assert not problem.bounded, "bounds need the bounded solver"
+        """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
             dtype = residuals.residual_RD.dtype
