@@ -36,11 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _ExactParser(HfArgumentParser):
+    """Abbreviated options would escape the look for --recipe, --pattern and --sparsity below."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     from optima.evaluation.perplexity import PROTOCOL
 
     parser = argparse.ArgumentParser(prog="optima", description=sys.modules["optima"].__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, parser_class=HfArgumentParser)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_ExactParser)
 
     prune = commands.add_parser("prune", help="prune a model in one shot", dataclass_types=[Recipe])
     prune.add_argument("model", help="hub id, local directory, or GGUF file")

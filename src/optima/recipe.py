@@ -13,8 +13,8 @@ import yaml
 
 from optima.errors import RecipeError
 from optima.patterns import Pattern, Unstructured, parse_nm
-from optima.qp.base import RowSolver, make_solver
-from optima.selectors.base import Selector, make_selector
+from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
+from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
@@ -37,9 +37,10 @@ class Recipe:
     sparsity: float | None = _option(None, f"fraction of weights to prune (default {DEFAULT_SPARSITY})")
     pattern: str | None = _option(None, "n:m, keep n of every m consecutive inputs (2:4), instead of a sparsity")
     scope: str | None = _option(None, "rank weights within each row or the whole layer (default: as published)")
-    selector: str = _option("wanda", "mask selector: magnitude, wanda or sparsegpt")
-    solver: str = _option("shared-inverse-cg", "row solver, or none to keep the selector's own weights")
+    selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}")
+    solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (none keeps the selector's own weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
+    max_change: float | None = _option(None, "most a surviving weight may move, in units of its row's root mean square")
     damping: float = _option(0.01, "ridge, relative to the mean diagonal of the hessian")
     dataset: list[str] = _option(["allenai/c4"], "hub id or local .txt/.jsonl/.json/.parquet; several allowed")
     dataset_config: str | None = _option(None, "configuration of a hub dataset (default for allenai/c4: en)")
@@ -71,10 +72,15 @@ class Recipe:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
-        _check_regexes("targets", self.targets)
-        _check_regexes("ignore", self.ignore)
+        check_regexes("targets", self.targets)
+        check_regexes("ignore", self.ignore)
         # Building them checks their names and values.
-        self.make_solver()
+        solver = self.make_solver()
+        if self.max_change is not None:
+            if not self.max_change > 0.0:
+                raise RecipeError(f"max_change must be positive, got {self.max_change}: for example 0.5")
+            if solver is None or not solver.supports_bounds:
+                raise RecipeError(f"solver {self.solver} cannot hold max_change: use solver auto or bounded")
         self.make_pattern(self.make_selector())
 
     def make_selector(self) -> Selector:
@@ -101,7 +107,8 @@ class Recipe:
         path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
-def _check_regexes(name: str, regexes: list[str]) -> None:
+def check_regexes(name: str, regexes: list[str]) -> None:
+    """Raise ``RecipeError`` if one of the ``regexes`` of the option ``name`` is none."""
     for regex in regexes:
         try:
             re.compile(regex)

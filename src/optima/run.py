@@ -23,7 +23,7 @@ from optima.models.source import Source, find_source, load_model, load_tokenizer
 from optima.pipeline import Dump, Pruner
 from optima.plan import check_model, skeleton, uncovered_notes
 from optima.qp import Hessian
-from optima.recipe import Recipe
+from optima.recipe import Recipe, check_regexes
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
@@ -74,7 +74,9 @@ def prune(
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     length = calibration.shape[-1] if isinstance(calibration, Tensor) else recipe.max_seq_length
-    check_model(structure, recipe, length)
+    planned = check_model(structure, recipe, length)
+    if dump_layer is not None:
+        _check_dump(dump_layer, output_dir, planned)
     with ExitStack() as stack:
         directory = None
         if output_dir is not None:
@@ -83,6 +85,7 @@ def prune(
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
         tokens = find_tokens(recipe, tokenizer, calibration)
+        check_vocabulary(tokens, structure)
         network = model if isinstance(model, PreTrainedModel) else _load(source, recipe)
         blocks = check_model(network, recipe, length)
         check_finite(blocks)
@@ -180,6 +183,20 @@ def find_tokens(
     return calibration_tokens(calibration, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
 
 
+def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
+    """Raise ``CalibrationError`` if ``tokens`` hold an id that ``model`` (or its skeleton) has no embedding for."""
+    assert isinstance(model, PreTrainedModel)
+    embedding_VE = model.get_input_embeddings().weight
+    assert isinstance(embedding_VE, Tensor)
+    vocabulary = embedding_VE.shape[0]
+    lowest, largest = int(tokens.min()), int(tokens.max())
+    if lowest < 0 or largest >= vocabulary:
+        raise CalibrationError(
+            f"the calibration tokens run from {lowest} to {largest}, but the model has a vocabulary of {vocabulary}: "
+            "use the tokenizer that was published with the model"
+        )
+
+
 def text_source(recipe: Recipe) -> TextSource:
     """The recipe's dataset; allenai/c4 is read in English unless the recipe says otherwise."""
     config = recipe.dataset_config
@@ -199,14 +216,27 @@ def check_finite(blocks: Sequence[Block]) -> None:
                 )
 
 
+def _check_dump(regex: str, output_dir: str | Path | None, blocks: Sequence[Block]) -> None:
+    """Raise ``RecipeError`` if there is nowhere to dump to, or nothing to dump."""
+    check_regexes("dump_layer", [regex])
+    if output_dir is None:
+        raise RecipeError("dump_layer needs an output_dir to write to")
+    if not any(re.search(regex, linear.name) for block in blocks for linear in block.linears):
+        raise RecipeError(
+            f"dump_layer {regex!r} matches none of the linears to prune: list them with optima plan, "
+            f"the first is {next(linear.name for block in blocks for linear in block.linears)}"
+        )
+
+
 def _dump_into(directory: Path, regex: str) -> Dump:
     """Write the Hessian and the dense weight of each linear whose name matches."""
-    directory.mkdir()
 
     def dump(linear: Linear, hessian: Hessian) -> None:
         if re.search(regex, linear.name):
             tensors = {"hessian": hessian.matrix_DD.float(), "weight": linear.weight_OD}
             file = directory / f"{linear.name}.safetensors"
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+            with explain_write_errors(file):
+                directory.mkdir(exist_ok=True)
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
 
     return dump

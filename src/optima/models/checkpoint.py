@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -29,24 +29,25 @@ def output_directory(path: Path, overwrite: bool, num_bytes: int) -> Iterator[Pa
     """A temporary sibling of ``path`` that takes its place when the context ends without an error.
 
     Args:
-        path: the final directory.
+        path: the final directory; it and its parents need not exist.
         overwrite: replace it if it exists.
         num_bytes: space that will be needed, checked now.
 
     Raises:
-        ModelError: if ``path`` exists, or its disk is read-only or too full. Nothing is written then.
+        ModelError: if ``path`` exists or cannot be replaced, or its disk is read-only or too full. Nothing is written
+            then.
     """
-    path = path.expanduser().absolute()
-    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if occupied and not overwrite:
-        raise ModelError(f"{path} exists: choose another --output-dir, or replace it with --overwrite")
+    path = Path(os.path.abspath(path.expanduser()))
+    new_parents = [parent for parent in path.parents if not parent.exists()]
+    partial = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
-    except OSError as error:
-        raise ModelError(f"cannot write beside {path} ({error.strerror}): choose another --output-dir") from error
-    try:
-        free = shutil.disk_usage(path.parent).free
+        try:
+            _check_replaceable(path, overwrite)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.partial-"))
+            free = shutil.disk_usage(path.parent).free
+        except OSError as error:
+            raise ModelError(f"cannot write beside {path} ({error.strerror}): choose another --output-dir") from error
         if free < num_bytes:
             raise ModelError(
                 f"{path.parent} has {free / 2**30:.1f} GiB free and the checkpoint needs {num_bytes / 2**30:.1f} GiB: "
@@ -56,7 +57,22 @@ def output_directory(path: Path, overwrite: bool, num_bytes: int) -> Iterator[Pa
         with explain_write_errors(path):
             _take_place(partial, path)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not path.exists():
+            for parent in new_parents:
+                with suppress(OSError):
+                    parent.rmdir()
+
+
+def _check_replaceable(path: Path, overwrite: bool) -> None:
+    """Raise ``ModelError`` if ``path`` is in use, or is a directory that cannot be renamed."""
+    if path.is_mount() or Path.cwd().is_relative_to(path):
+        what = "a mount point" if path.is_mount() else "or holds the current directory"
+        raise ModelError(f"{path} is {what}, which cannot be replaced: choose a directory below it")
+    occupied = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
+    if occupied and not overwrite:
+        raise ModelError(f"{path} exists: choose another --output-dir, or replace it with --overwrite")
 
 
 @contextmanager
@@ -74,13 +90,17 @@ def _take_place(partial: Path, path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     partial.chmod(0o777 & ~umask)
-    if not path.exists():
+    if not os.path.lexists(path):
         partial.rename(path)
         return
     retired = path.with_name(f"{partial.name}-replaced")
     path.rename(retired)
-    partial.rename(path)
-    if retired.is_dir():
+    try:
+        partial.rename(path)
+    except BaseException:
+        retired.rename(path)
+        raise
+    if retired.is_dir() and not retired.is_symlink():
         shutil.rmtree(retired)
     else:
         retired.unlink()

@@ -22,6 +22,8 @@ from transformers import (
 from optima.errors import ModelError
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
+OPTIONAL_PARTS = ("pooler",)
 # Errors by which transformers and its readers say that a checkpoint is missing, incomplete or not understood.
 READ_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
 
@@ -138,11 +140,22 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     if getattr(config, "quantization_config", None) and not source.gguf_file:
         raise ModelError(f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result")
     try:
-        model = model_class(config, source).from_pretrained(
-            source.path, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **arguments
+        model, loading = model_class(config, source).from_pretrained(
+            source.path,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            output_loading_info=True,
+            **arguments,
         )
     except READ_ERRORS as error:
         raise ModelError(_unreadable(source, "weights", error)) from error
+    # The library fills weights that are missing with random numbers.
+    missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in OPTIONAL_PARTS))
+    if missing:
+        names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
+        raise ModelError(
+            f"the checkpoint {source.name} lacks {len(missing)} weights of {type(model).__name__} ({names}): "
+            "download it again, or name its architecture in config.json"
+        )
     assert isinstance(model, PreTrainedModel)
     model.eval()
     return model
