@@ -117,7 +117,11 @@ class Pruner:
         """Re-solve the kept weights of every row, from the selector's weights where they are better."""
         if self._solver is None:
             return None
-        problem = make_problem(hessian, weight_OD, selection.keep_OD, selection.weight_OD)
+        lower_OD = upper_OD = None
+        if self.recipe.max_change is not None:
+            room_O1 = self.recipe.max_change * weight_OD.square().mean(dim=1, keepdim=True).sqrt()
+            lower_OD, upper_OD = weight_OD - room_O1, weight_OD + room_O1
+        problem = make_problem(hessian, weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
         return solve_rows(self._solver, hessian, problem)
 
     def _note(self, linear: Linear, hessian: Hessian, solution: RowSolution | None) -> None:
