@@ -1,0 +1,293 @@
+"""One Llama-3-8B block, end to end, on one GPU: seconds, TFLOP/s and peak memory per linear, and the whole model.
+
+    python benchmarks/gpu.py                          # full size; needs a GPU with 10 GiB
+    python benchmarks/gpu.py --device cpu --scale eighth   # every size divided by 8: what the memory will be
+    python benchmarks/gpu.py --device cpu --scale tiny     # divided by 64: that the script runs
+
+For each distinct input of the block (of q, k, v; of o; of gate, up; of down): accumulate the hessian over 128 x 2,048
+tokens of LLM-like activations, factorise it, and for each linear choose Wanda's mask at 50 %, re-solve the kept
+weights to a certified gap of 1e-4 and cast them to bfloat16. Weights are random; the whole block's are on the device.
+The whole model is 32 such blocks and two forward passes of each over the tokens, measured on one batch.
+
+Memory: at 14,336 inputs a D x D matrix takes 1.53 GiB in float64 and 0.77 GiB in float32. The goal of 10 GiB leaves
+room for about five float64 ones at any moment, next to 0.41 GiB of block weights, so accumulation holds the sum
+(float64) and one product (float32); the engine may hold the hessian, its factor and one more in float64 while it
+factorises, and the operator (float32) and the preconditioner (bfloat16) while it iterates.
+
+Shapes: T tokens, O outputs (rows), D inputs, K common factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from harness.memory import TensorPeak
+from harness.table import Claim, machine, show_claims, wide_console
+from harness.timing import synchronise, use_threads
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from optima.calibration.hessian import HessianAccumulator
+from optima.patterns import Unstructured
+from optima.qp import Hessian, RowProblem, RowSolution, SharedInverseCG, Status, make_problem, solve_rows
+from optima.qp.rows import DEFAULT_BUDGET_BYTES
+from optima.selectors.base import make_selector
+
+BLOCKS = 32
+SEQUENCES, LENGTH, SEQUENCES_PER_BATCH = 128, 2048, 4
+HIDDEN, KEY_VALUE, INTERMEDIATE, HEADS = 4096, 1024, 14336, 32
+SHRINK = {"full": 1, "eighth": 8, "tiny": 64}
+GOAL_MINUTES, GOAL_GIB = 15.0, 10.0
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The block divided by ``shrink`` in every dimension, tokens included, so that ratios of sizes stay."""
+
+    shrink: int
+
+    @property
+    def groups(self) -> dict[str, tuple[int, dict[str, int]]]:
+        """Distinct input -> (D, linear -> O)."""
+        hidden, key_value, intermediate = (size // self.shrink for size in (HIDDEN, KEY_VALUE, INTERMEDIATE))
+        return {
+            "attention": (hidden, {"q_proj": hidden, "k_proj": key_value, "v_proj": key_value}),
+            "attention output": (hidden, {"o_proj": hidden}),
+            "mlp": (hidden, {"gate_proj": intermediate, "up_proj": intermediate}),
+            "mlp output": (intermediate, {"down_proj": hidden}),
+        }
+
+    @property
+    def tokens(self) -> int:
+        return SEQUENCES * LENGTH // self.shrink
+
+    @property
+    def batch_tokens(self) -> int:
+        return SEQUENCES_PER_BATCH * LENGTH // self.shrink
+
+
+@dataclass(frozen=True)
+class Line:
+    """One linear. ``hessian_seconds`` and ``prepare_seconds`` are on the first linear of those that share an input."""
+
+    name: str
+    outputs: int
+    inputs: int
+    hessian_seconds: float
+    prepare_seconds: float
+    mask_seconds: float
+    solve_seconds: float
+    hessian_tflops: float
+    solve_tflops: float
+    peak_bytes: int
+    peak_phase: str
+    iterations: float
+    gap: float
+    open_rows: int
+
+    @property
+    def seconds(self) -> float:
+        return self.hessian_seconds + self.prepare_seconds + self.mask_seconds + self.solve_seconds
+
+
+@dataclass
+class Clock:
+    """Wall time of device work."""
+
+    device: torch.device
+
+    def __call__(self, function: Callable[[], object]) -> float:
+        synchronise(self.device)
+        begin = time.perf_counter()
+        function()
+        synchronise(self.device)
+        return time.perf_counter() - begin
+
+
+def activations(size: int, shape: Shape, device: torch.device) -> Iterator[Tensor]:
+    """Batches (T, D) in bfloat16: power-law common factors, noise, and a few massive inputs."""
+    generator = torch.Generator(device).manual_seed(size)
+
+    def normal(*dimensions: int) -> Tensor:
+        return torch.randn(*dimensions, generator=generator, device=device)
+
+    factors = min(128, max(size // 4, 1))
+    strength_K = torch.arange(1, factors + 1, device=device) ** -0.5
+    loading_KD = normal(factors, size) * strength_K[:, None]
+    scale_D = (0.5 * normal(size)).exp()
+    scale_D[:: max(size // 8, 1)] *= 30.0
+    for _ in range(0, shape.tokens, shape.batch_tokens):
+        inputs_TD = normal(shape.batch_tokens, size).addmm_(normal(shape.batch_tokens, factors), loading_KD)
+        yield inputs_TD.mul_(scale_D).bfloat16()
+
+
+def accumulate(size: int, shape: Shape, clock: Clock) -> tuple[Hessian, float]:
+    """The hessian of one distinct input, and the seconds spent on it (not on making activations up)."""
+    accumulator, seconds = HessianAccumulator(), 0.0
+    for inputs_TD in activations(size, shape, clock.device):
+        seconds += clock(lambda inputs_TD=inputs_TD: accumulator.add(inputs_TD, "benchmark", 0, 1))
+    return accumulator.finish(damping=0.01), seconds
+
+
+def prune(
+    weight_OD: Tensor, hessian: Hessian, shape: Shape, gap: float, clock: Clock, memory: TensorPeak
+) -> tuple[RowSolution, float, float]:
+    """Mask, solve and cast one linear; returns the solution and the seconds of mask and solve."""
+    problems: list[RowProblem] = []
+    solutions: list[RowSolution] = []
+
+    def mask() -> None:
+        selection = make_selector("wanda").select(weight_OD.float(), hessian, Unstructured(0.5))
+        problems.append(make_problem(hessian, weight_OD, selection.keep_OD))
+
+    def solve() -> None:
+        budget = DEFAULT_BUDGET_BYTES // shape.shrink**2
+        solutions.append(solve_rows(SharedInverseCG(gap), hessian, problems[0], budget))
+        weight_OD.copy_(solutions[0].weight_RD)
+
+    memory.phase("mask")
+    mask_seconds = clock(mask)
+    memory.phase("solve")
+    solve_seconds = clock(solve)
+    return solutions[0], mask_seconds, solve_seconds
+
+
+def run_block(shape: Shape, gap: float, clock: Clock) -> list[Line]:
+    """Every linear of one block, in order, the block's weights on the device throughout."""
+    groups = shape.groups
+    generator = torch.Generator(clock.device).manual_seed(0)
+    weights = {
+        name: torch.randn(outputs, size, generator=generator, device=clock.device).mul_(0.02).bfloat16()
+        for size, linears in groups.values()
+        for name, outputs in linears.items()
+    }
+    lines = []
+    for size, linears in groups.values():
+        hessian: Hessian | None = None
+        for name, outputs in linears.items():
+            hessian_seconds = prepare_seconds = 0.0
+            with TensorPeak(clock.device, list(weights.values())) as memory:
+                if hessian is None:
+                    memory.phase("hessian")
+                    hessian, hessian_seconds = accumulate(size, shape, clock)
+                    memory.phase("factor")
+                    prepare_seconds = clock(lambda hessian=hessian: SharedInverseCG(gap).prepare(hessian))
+                solution, mask_seconds, solve_seconds = prune(weights[name], hessian, shape, gap, clock, memory)
+            products = 4.0 * size**2 * float(solution.iterations_R.double().sum())
+            accumulation = 2.0 * shape.tokens * size**2
+            line = Line(
+                name, outputs, size, hessian_seconds, prepare_seconds, mask_seconds, solve_seconds,
+                accumulation / hessian_seconds / 1e12 if hessian_seconds else 0.0, products / solve_seconds / 1e12,
+                *memory.highest, float(solution.iterations_R.float().mean()), float(solution.gap_R.max()),
+                int((solution.status_R != Status.CONVERGED).sum()),
+            )  # fmt: skip
+            lines.append(line)
+            del solution
+        del hessian
+    return lines
+
+
+def forward_seconds(shape: Shape, clock: Clock) -> float:
+    """One pass of a block over all tokens: its linears and its attention, in bfloat16, timed on one batch."""
+    device, dtype = clock.device, torch.bfloat16
+    heads = max(HEADS // shape.shrink, 1)
+    length = LENGTH // shape.shrink
+    weights = [
+        torch.randn(outputs, size, device=device, dtype=dtype) * 0.02
+        for size, linears in shape.groups.values()
+        for outputs in linears.values()
+    ]
+    inputs = {
+        size: torch.randn(shape.batch_tokens, size, device=device, dtype=dtype) for size, _ in shape.groups.values()
+    }
+    head_size = HIDDEN // shape.shrink // heads
+    query = torch.randn(shape.batch_tokens // length, heads, length, head_size, device=device, dtype=dtype)
+
+    def forward() -> None:
+        for weight in weights:
+            functional.linear(inputs[weight.shape[1]], weight)
+        functional.scaled_dot_product_attention(query, query, query, is_causal=True)
+
+    forward()
+    return clock(forward) * shape.tokens / shape.batch_tokens
+
+
+def show(lines: list[Line]) -> Table:
+    table = Table(title="one Llama-3-8B block", title_justify="left")
+    columns = (
+        "linear", "outputs", "inputs", "hessian s", "factor s", "mask s", "solve s", "hessian TFLOP/s",
+        "solve TFLOP/s", "peak GiB", "reached in", "iterations", "gap", "rows open",
+    )  # fmt: skip
+    for column in columns:
+        table.add_column(column, justify="left" if column == "linear" else "right")
+    for line in lines:
+        table.add_row(
+            line.name, str(line.outputs), str(line.inputs),
+            f"{line.hessian_seconds:.3f}", f"{line.prepare_seconds:.3f}",
+            f"{line.mask_seconds:.3f}", f"{line.solve_seconds:.3f}", f"{line.hessian_tflops:.3g}",
+            f"{line.solve_tflops:.3g}", f"{line.peak_bytes / GIB:.3g}", line.peak_phase,
+            f"{line.iterations:.1f}", f"{line.gap:.1e}",
+            str(line.open_rows),
+        )  # fmt: skip
+    return table
+
+
+def judge(lines: list[Line], passes: float, shape: Shape, device: torch.device, gap: float) -> list[Claim]:
+    """The goals, which only a full-size run on a GPU can bear out; a block of an eighth predicts the memory."""
+    full = shape.shrink == 1 and device.type == "cuda"
+    minutes = BLOCKS * (sum(line.seconds for line in lines) + 2 * passes) / 60
+    time_figure = f"{minutes:.2f} min, of it {2 * BLOCKS * passes / 60:.2f} forward passes"
+    peak = max(line.peak_bytes for line in lines) / GIB
+    memory_figure = f"{peak:.2f} GiB"
+    if shape.shrink == SHRINK["eighth"]:
+        memory_figure = f"{peak * shape.shrink**2:.2f} GiB of tensors, predicted from 1/{shape.shrink} of every size"
+    worst, open_rows = max(line.gap for line in lines), sum(line.open_rows for line in lines)
+    return [
+        Claim(f"32 blocks under {GOAL_MINUTES:g} minutes", minutes < GOAL_MINUTES if full else None, time_figure),
+        Claim(f"under {GOAL_GIB:g} GiB", peak < GOAL_GIB if full else None, memory_figure),
+        Claim(f"every row certified to {gap:g}", worst <= gap and not open_rows, f"{worst:.1e}, {open_rows} rows open"),
+    ]
+
+
+def main(arguments: list[str] | None = None) -> list[Claim]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--scale", default="full", choices=SHRINK)
+    parser.add_argument("--gap", type=float, default=1e-4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--output", type=Path, help="also write the figures as JSON")
+    options = parser.parse_args(arguments)
+    use_threads(options.threads)
+    device, shape, console = torch.device(options.device), Shape(SHRINK[options.scale]), wide_console()
+    if device.type == "cpu" and shape.shrink == 1:
+        parser.error("the full size takes hours on a CPU: use --scale eighth or tiny, or --device cuda")
+    header = machine(device, options.threads)
+    console.print(header)
+    clock = Clock(device)
+    if device.type == "cuda":
+        warm_up = Shape(SHRINK["tiny"])
+        run_block(warm_up, options.gap, clock)  # library handles and kernels are loaded outside the clock
+    lines = run_block(shape, options.gap, clock)
+    passes = forward_seconds(shape, clock)
+    claims = judge(lines, passes, shape, device, options.gap)
+    console.print(show(lines))
+    show_claims(console, claims)
+    if options.output:
+        record = {
+            "machine": header, "scale": options.scale, "forward_seconds": passes,
+            "linears": [asdict(line) for line in lines], "claims": [asdict(claim) for claim in claims],
+        }  # fmt: skip
+        options.output.write_text(json.dumps(record, indent=2) + "\n")
+    return claims
+
+
+if __name__ == "__main__":
+    main()

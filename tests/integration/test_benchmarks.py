@@ -1,0 +1,81 @@
+"""Every benchmark script runs, with shapes so small that only its working is tested, never its timing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+FULL_SIZE_ONLY = "NOT RUN"
+
+
+def run(script: str, *arguments: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), "--threads", "1", *arguments]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture
+def dump(tmp_path: Path) -> Path:
+    """A layer as `optima prune --dump-layer` writes it."""
+    generator = torch.Generator().manual_seed(0)
+    inputs_TD = torch.randn(256, 48, generator=generator)
+    weight_OD = torch.randn(24, 48, generator=generator).bfloat16()
+    directory = tmp_path / "layers"
+    directory.mkdir()
+    save_file({"hessian": inputs_TD.T @ inputs_TD / 256, "weight": weight_OD}, directory / "block.0.linear.safetensors")
+    return directory
+
+
+def test_qp_compares_methods_on_dumped_and_synthetic_layers(dump: Path, tmp_path: Path) -> None:
+    output = tmp_path / "qp.json"
+    arguments = ["--dump-dir", str(dump), "--synthetic", "80", "--rows", "24", "--repeats", "1"]
+    run("qp.py", *arguments, "--peers", "diagonal", "cholesky", "--output", str(output))
+    entries = json.loads(output.read_text())["entries"]
+    assert {entry["case"] for entry in entries} == {"block.0.linear", "synthetic-80"}
+    for entry in entries:
+        if entry["target"] is not None:
+            assert entry["gap_true"] <= 1.5 * entry["target"], entry
+        if entry["gap_certified"] is not None:
+            assert entry["gap_certified"] <= entry["target"], entry
+
+
+def test_qp_writes_markdown(tmp_path: Path) -> None:
+    output = tmp_path / "qp.md"
+    run("qp.py", "--synthetic", "64", "--rows", "16", "--repeats", "1", "--peers", "cholesky", "--output", str(output))
+    assert "| Cholesky float32 |" in output.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("mpax") is None, reason="needs the bench extra")
+def test_qp_runs_mpax_to_the_true_gap(tmp_path: Path) -> None:
+    output = tmp_path / "qp.json"
+    arguments = ["--synthetic", "64", "--rows", "16", "--mpax-rows", "8", "--repeats", "1", "--peers", "mpax"]
+    run("qp.py", *arguments, "--output", str(output))
+    entries = {entry["method"]: entry for entry in json.loads(output.read_text())["entries"]}
+    for form in ("dense", "repaired"):
+        assert entries[f"MPAX {form}, true gap 1e-4"]["gap_true"] <= 1e-4
+
+
+def test_certificate_holds_on_generated_and_dumped_rows(dump: Path) -> None:
+    printed = run("certificate.py", "--rows", "800", "--batch", "50", "--dump-dir", str(dump), "--real-rows", "8")
+    assert "PASS  the certificate held on" in printed
+
+
+def test_gpu_script_runs_a_tiny_block_on_the_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    printed = run("gpu.py", "--device", "cpu", "--scale", "tiny", "--output", str(output))
+    record = json.loads(output.read_text())
+    assert [line["name"] for line in record["linears"]] == [
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
+    assert all(line["peak_bytes"] > 0 and line["open_rows"] == 0 for line in record["linears"])
+    assert f"{FULL_SIZE_ONLY}  32 blocks under 15 minutes" in printed
