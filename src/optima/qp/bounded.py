@@ -88,7 +88,7 @@ class _Batch(RowBatch):
         self.direction = torch.zeros_like(self.residual)
         self.changes = torch.zeros_like(self.rows)
         self.on_face = torch.zeros_like(self.rows, dtype=torch.bool)
-        nothing = torch.zeros_like(self.residual[:, 0])
+        nothing = self.residual.new_zeros(len(self.residual))
         self._turn(nothing, torch.zeros_like(self.on_face), None, nothing)
 
     def run(self, tolerance: float, max_iterations: int) -> Correction:

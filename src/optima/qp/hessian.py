@@ -76,6 +76,10 @@ class Hessian:
             raise NumericalError("the hessian contains NaN or Inf: check the calibration activations")
         if float(self.diagonal_D.min()) < 0.0:
             raise NumericalError("the hessian has a negative diagonal entry, so it is not X^T X of real inputs")
+        if bool(self._matrix_DD[self.dead_D].any()):
+            raise NumericalError(
+                "the hessian has a zero on its diagonal and other entries beside it, so it is not X^T X of real inputs"
+            )
         # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
         generator = torch.Generator().manual_seed(0)
         signs_KD = torch.randint(0, 2, (4, self.num_inputs), generator=generator).mul_(2).sub_(1).to(self._matrix_DD)

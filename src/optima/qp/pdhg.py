@@ -89,7 +89,7 @@ class _Batch(RowBatch):
         self.start_RD, self.lower, self.upper = start, lower - start, upper - start
         self.point, self.average = torch.zeros_like(self.mask), torch.zeros_like(self.mask)
         self.residual, self.average_residual = self.residual_start.clone(), self.residual_start.clone()
-        self.count, self.total = torch.zeros_like(self.mask[:, 0]), torch.zeros_like(self.mask[:, 0])
+        self.count, self.total = self.mask.new_zeros(2, len(self.mask)).unbind()
         self.anchor = self._optimality(self.point, self.residual)
         self.last = self.anchor
 
