@@ -1,1 +1,284 @@
-"""Properties of the QP engine that hold for every problem."""
+"""Properties of the QP engine that hold for every problem.
+
+Shapes: R rows, D inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from qp_reference import ROUNDING, Array, Reference, make_matrix, make_rows, reference
+from torch import Tensor
+
+from optima.qp import (
+    Auto,
+    BatchedCholesky,
+    Bounded,
+    Hessian,
+    RestartedPDHG,
+    RowProblem,
+    RowSolution,
+    RowSolver,
+    SharedInverseCG,
+    certify,
+    make_problem,
+    solve_rows,
+)
+from optima.qp.certificate import Verifier
+
+GAP = 1e-5
+SOLVERS: list[RowSolver] = [
+    SharedInverseCG(GAP),
+    BatchedCholesky(GAP),
+    BatchedCholesky(GAP, torch.float32),
+    Bounded(GAP),
+    RestartedPDHG(1e-2),
+    Auto(GAP),
+]
+settings.register_profile("qp", derandomize=True, deadline=None, max_examples=60, database=None)
+quick = settings(settings.get_profile("qp"))
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A drawn problem: shown in full by hypothesis, so that a failure can be typed in again."""
+
+    num_inputs: int
+    rows: int
+    tokens: int
+    spread: float
+    kept: float
+    damping: float
+    double: bool
+    room: float | None
+    seed: int
+
+    @property
+    def matrix_DD(self) -> Tensor:
+        return make_matrix(self.num_inputs, self.tokens, self.seed, self.spread)
+
+    def make(self) -> tuple[Hessian, RowProblem, Reference]:
+        hessian = Hessian(self.matrix_DD, self.damping)
+        weight_RD, keep_RD = make_rows(self.rows, self.num_inputs, self.seed + 1, self.kept)
+        problem = make_problem(hessian, weight_RD.double() if self.double else weight_RD, keep_RD)
+        if self.room is not None:
+            room_RD = self.room * torch.rand(weight_RD.shape, generator=self.generator).to(problem.target_RD)
+            keep = problem.keep_RD.to(room_RD)
+            problem = replace(
+                problem, lower_RD=(weight_RD - room_RD) * keep, upper_RD=(weight_RD + 0.3 * room_RD) * keep
+            )
+        return hessian, problem, reference(self.matrix_DD, hessian.damping, problem)
+
+    @property
+    def generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self.seed)
+
+    def candidate(self, problem: RowProblem) -> Tensor:
+        """Some feasible weight."""
+        noise_RD = torch.randn(problem.target_RD.shape, generator=self.generator).to(problem.target_RD)
+        return problem.clamp(problem.target_RD + 0.3 * noise_RD)
+
+
+def layers(bounds: bool = False) -> st.SearchStrategy[Layer]:
+    return st.builds(
+        Layer,
+        num_inputs=st.integers(1, 40),
+        rows=st.integers(1, 6),
+        tokens=st.sampled_from([3, 20, 200]),
+        spread=st.sampled_from([0.0, 1.0, 3.0]),
+        kept=st.sampled_from([0.1, 0.5, 0.9]),
+        damping=st.sampled_from([1e-3, 1e-2, 1.0]),
+        double=st.booleans(),
+        room=st.sampled_from([0.01, 0.3, 5.0]) if bounds else st.none(),
+        seed=st.integers(0, 10**6),
+    )
+
+
+def solvers(bounds: bool = False) -> st.SearchStrategy[RowSolver]:
+    return st.sampled_from([solver for solver in SOLVERS if solver.supports_bounds or not bounds])
+
+
+def gap_of(solver: RowSolver) -> float:
+    gap = getattr(solver, "gap")  # noqa: B009  (every solver here has one; the protocol does not ask for it)
+    assert isinstance(gap, float)
+    return gap
+
+
+def excess(truth: Reference, weight_RD: Tensor) -> Array:
+    """E - E*, as far as float64 tells."""
+    error: Array = truth.loss(weight_RD) - truth.loss(truth.optimum()) - ROUNDING * truth.energy_R
+    return error
+
+
+def assert_certified(solution: RowSolution, problem: RowProblem, truth: Reference) -> None:
+    assert torch.equal(problem.clamp(solution.weight_RD), solution.weight_RD), "not feasible"
+    assert (truth.loss(solution.weight_RD) <= truth.allowance(solution.gap_R.numpy())).all()
+
+
+def assert_same_optimum(one_RD: Tensor, other_RD: Tensor, truth: Reference, gap_R: Array) -> None:
+    """Both within their gap of the optimum: by strong convexity this close to each other, at most."""
+    room_R = 4 * (truth.allowance(gap_R) - truth.loss(truth.optimum()))
+    assert (truth.distance(one_RD, other_RD) <= room_R).all()
+
+
+def worst(*solutions: RowSolution) -> Array:
+    return np.max([solution.gap_R.numpy() for solution in solutions], axis=0)
+
+
+@quick
+@given(layers(), solvers())
+def test_certified_gap_is_at_least_the_true_gap(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    assert_certified(solve_rows(solver, hessian, problem), problem, truth)
+
+
+@quick
+@given(layers(bounds=True), solvers(bounds=True))
+def test_certified_gap_with_bounds(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    assert_certified(solve_rows(solver, hessian, problem), problem, truth)
+
+
+@quick
+@given(layers() | layers(bounds=True))
+def test_any_feasible_weight_is_certified(layer: Layer) -> None:
+    hessian, problem, truth = layer.make()
+    weight_RD = layer.candidate(problem)
+    certificate = certify(hessian, problem, weight_RD)
+    np.testing.assert_allclose(certificate.error_R, truth.loss(weight_RD), rtol=1e-9, atol=0)
+    assert (excess(truth, weight_RD) <= certificate.bound_R.numpy()).all()
+
+
+@quick
+@given(layers(), st.sampled_from([1e-3, 1.0, 1e3]))
+def test_any_extension_keeps_the_guarantee(layer: Layer, size: float) -> None:
+    hessian, problem, truth = layer.make()
+    weight_RD = layer.candidate(problem)
+    verifier = Verifier(hessian, problem)
+    extension_RD = size * torch.randn(weight_RD.shape, generator=layer.generator).to(verifier.mask_RD)
+    certificate = verifier(weight_RD, extension_RD * ~problem.keep_RD)
+    assert (excess(truth, weight_RD) <= certificate.bound_R.numpy()).all()
+
+
+@quick
+@given(layers(), solvers())
+def test_the_order_of_rows_does_not_matter(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    order = torch.randperm(layer.rows, generator=layer.generator)
+    plain, permuted = (solve_rows(solver, hessian, each) for each in (problem, problem.rows(order)))
+    back = order.argsort()
+    gap_R = np.maximum(plain.gap_R.numpy(), permuted.gap_R[back].numpy())
+    assert_same_optimum(plain.weight_RD, permuted.weight_RD[back], truth, gap_R)
+
+
+@quick
+@given(layers(), solvers())
+def test_the_order_of_inputs_does_not_matter(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    order = torch.randperm(layer.num_inputs, generator=layer.generator)
+    shuffled = Hessian(layer.matrix_DD[order][:, order], layer.damping)
+    other = make_problem(shuffled, problem.target_RD[:, order], problem.keep_RD[:, order])
+    plain, permuted = solve_rows(solver, hessian, problem), solve_rows(solver, shuffled, other)
+    assert_same_optimum(plain.weight_RD, permuted.weight_RD[:, order.argsort()], truth, worst(plain, permuted))
+
+
+@quick
+@given(layers(), solvers(), st.floats(1e-6, 1e6))
+def test_the_unit_of_the_activations_does_not_matter(layer: Layer, solver: RowSolver, factor: float) -> None:
+    hessian, problem, truth = layer.make()
+    scaled = Hessian(layer.matrix_DD.double() * factor, layer.damping)
+    plain, other = solve_rows(solver, hessian, problem), solve_rows(solver, scaled, problem)
+    assert_same_optimum(plain.weight_RD, other.weight_RD, truth, worst(plain, other))
+    np.testing.assert_allclose(other.error_R / factor, truth.loss(other.weight_RD), rtol=1e-9, atol=1e-300)
+
+
+@quick
+@given(layers() | layers(bounds=True), solvers(bounds=True), st.floats(1e-6, 1e6))
+def test_the_unit_of_the_weights_does_not_matter(layer: Layer, solver: RowSolver, factor: float) -> None:
+    hessian, problem, _ = layer.make()
+    # In float64, so that the scaled problem is the same one.
+    problem = RowProblem(*(_double(problem, name) for name in ("target_RD", "keep_RD")))
+    scaled = replace(problem, target_RD=problem.target_RD * factor)
+    plain, other = solve_rows(solver, hessian, problem), solve_rows(solver, hessian, scaled)
+    truth = reference(layer.matrix_DD, hessian.damping, problem)
+    assert_same_optimum(plain.weight_RD, other.weight_RD / factor, truth, worst(plain, other))
+
+
+@quick
+@given(layers(), st.integers(-20, 20), st.sampled_from([SOLVERS[0], SOLVERS[1]]))
+def test_powers_of_two_change_no_bit(layer: Layer, power: int, solver: RowSolver) -> None:
+    """Solvers work in units that are powers of two of the row's size, so this scaling is exact all the way."""
+    hessian, problem, _ = layer.make()
+    factor = 2.0**power
+    plain = solve_rows(solver, hessian, problem)
+    other = solve_rows(solver, hessian, replace(problem, target_RD=problem.target_RD * factor))
+    assert torch.equal(plain.weight_RD * factor, other.weight_RD)
+    assert torch.equal(plain.gap_R, other.gap_R)
+
+
+@quick
+@given(layers() | layers(bounds=True), solvers(bounds=True))
+def test_more_kept_weights_never_lose_more(layer: Layer, solver: RowSolver) -> None:
+    """Nested masks: up to the gap that was asked for, the errors are in order."""
+    hessian, problem, truth = layer.make()
+    fewer_RD = problem.keep_RD & (torch.rand(problem.keep_RD.shape, generator=layer.generator) < 0.6)
+    # A bounded weight that is pruned goes to 0, which must have been allowed before.
+    open_problem = RowProblem(problem.target_RD, problem.keep_RD)
+    more = solve_rows(solver, hessian, open_problem)
+    fewer = solve_rows(solver, hessian, replace(open_problem, keep_RD=fewer_RD))
+    room_R = more.gap_R.numpy() * np.maximum(fewer.error_R.numpy(), 1e-8 * truth.energy_R)
+    assert (more.error_R.numpy() <= fewer.error_R.numpy() + room_R + ROUNDING * truth.energy_R).all()
+
+
+@quick
+@given(layers(bounds=True), solvers(bounds=True))
+def test_more_room_never_loses_more(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    assert problem.lower_RD is not None
+    assert problem.upper_RD is not None
+    wider = replace(problem, lower_RD=problem.lower_RD - 0.1, upper_RD=problem.upper_RD + 0.1)
+    keep = problem.keep_RD.to(problem.target_RD)
+    wider = replace(wider, lower_RD=wider.lower_RD * keep, upper_RD=wider.upper_RD * keep)
+    more, fewer = solve_rows(solver, hessian, wider), solve_rows(solver, hessian, problem)
+    room_R = more.gap_R.numpy() * np.maximum(fewer.error_R.numpy(), 1e-8 * truth.energy_R)
+    assert (more.error_R.numpy() <= fewer.error_R.numpy() + room_R + ROUNDING * truth.energy_R).all()
+
+
+@quick
+@given(layers(), solvers())
+def test_a_solution_is_its_own_solution(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    first = solve_rows(solver, hessian, problem)
+    again = solve_rows(solver, hessian, replace(problem, start_RD=first.weight_RD))
+    assert (again.error_R <= first.error_R * (1 + 1e-12)).all()
+    assert_same_optimum(first.weight_RD, again.weight_RD, truth, worst(first, again))
+
+
+@quick
+@given(layers(bounds=True), solvers(bounds=True))
+def test_a_bounded_solution_is_its_own_solution(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    first = solve_rows(solver, hessian, problem)
+    again = solve_rows(solver, hessian, replace(problem, start_RD=first.weight_RD))
+    assert (again.error_R <= first.error_R * (1 + 1e-12)).all()
+    assert_same_optimum(first.weight_RD, again.weight_RD, truth, worst(first, again))
+
+
+@quick
+@given(layers() | layers(bounds=True), solvers(bounds=True))
+def test_never_worse_than_a_feasible_start(layer: Layer, solver: RowSolver) -> None:
+    hessian, problem, truth = layer.make()
+    start_RD = layer.candidate(problem)
+    solution = solve_rows(solver, hessian, replace(problem, start_RD=start_RD))
+    before_R = np.minimum(truth.loss(start_RD), truth.loss(problem.clamp(problem.target_RD)))
+    assert (truth.loss(solution.weight_RD) <= before_R * (1 + 1e-12)).all()
+
+
+def _double(problem: RowProblem, name: str) -> Tensor:
+    tensor = getattr(problem, name)
+    assert isinstance(tensor, Tensor)
+    return tensor.double() if tensor.is_floating_point() else tensor

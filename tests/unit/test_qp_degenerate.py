@@ -137,7 +137,18 @@ def test_one_massive_activation(solver: RowSolver) -> None:
     solved(solver, matrix_DD * scale_D * scale_D[:, None])
 
 
-@pytest.mark.parametrize("solver", [SharedInverseCG(), BatchedCholesky(), Bounded()], ids=lambda solver: solver.name)
+DUAL = "the dual loses cond(H)^2 eps: from about 1e8 on, rows that prune less than they keep stop early (and say so)"
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        SharedInverseCG(),
+        pytest.param(BatchedCholesky(), marks=pytest.mark.xfail(reason=DUAL, strict=True)),
+        Bounded(),
+    ],
+    ids=["shared-inverse-cg", "cholesky", "bounded"],
+)
 def test_no_damping_where_the_hessian_is_singular(solver: RowSolver) -> None:
     """The damping that it took is recorded, and it is what the problem was solved with."""
     hessian, _ = solved(solver, make_matrix(20, 5, seed=9).double(), damping=0.0, dtype=torch.float64)

@@ -25,6 +25,8 @@ MAX_ROUNDS = 10
 STAGNATION = 0.5
 # A row that gained less than this over its start is compared with it in float64.
 CLOSE = 0.99
+# What float64 leaves of E, relative to the row's energy.
+ROUNDING = 1e-13
 ALL = slice(None)
 
 
@@ -132,13 +134,18 @@ class _Rounds:
 
     def _start(self, rows: slice | Tensor = ALL) -> Tensor:
         """The weights that these rows start from: made again when needed, which costs less than to hold them."""
+        masked_RD, *given = self._starts(rows)
+        if not given or self.warm_R is None:
+            return masked_RD
+        return torch.where(self.warm_R[rows, None], given[0], masked_RD)
+
+    def _starts(self, rows: slice | Tensor) -> list[Tensor]:
+        """The masked target, and the start that was given if there is one."""
         problem = self.problem
         masked_RD = problem.target_RD[rows] * self.verifier.mask_RD[rows].to(problem.target_RD.dtype)
         if problem.bounded:
             masked_RD = problem.rows(rows).clamp(masked_RD)
-        if problem.start_RD is None or self.warm_R is None:
-            return masked_RD
-        return torch.where(self.warm_R[rows, None], problem.start_RD[rows], masked_RD)
+        return [masked_RD] if problem.start_RD is None else [masked_RD, problem.start_RD[rows]]
 
     def _residuals(self, weight_RD: Tensor) -> Residuals:
         scale_R1 = self.verifier.scale_R.to(self.dtype)[:, None]
@@ -148,11 +155,10 @@ class _Rounds:
         return Residuals(residual_RD.mul_(self.verifier.mask_RD), self.verifier.mask_RD, error_R)
 
     def _keep_better_start(self, start_error_R: Tensor) -> None:
-        """Rows that hardly gained: compare with their start in float64, so that no row ever gets worse."""
+        """Rows that hardly gained: compare with both starts in float64, so that no row ever gets worse."""
         gained_R = self.best.error_R < CLOSE * start_error_R
-        doubtful = ((self.iterations_R > 0) & ~gained_R).nonzero()[:, 0]
-        if len(doubtful):
-            start_AD = self._start(doubtful)
+        doubtful = (~gained_R).nonzero()[:, 0]
+        for start_AD in self._starts(doubtful) if len(doubtful) else []:
             start = self.verifier(start_AD, rows=doubtful)
             worse = self.best.error_R[doubtful] > start.error_R
             self._replace(doubtful[worse], start_AD[worse], start.rows(worse))
@@ -174,7 +180,8 @@ class _Rounds:
         extension_AD = correction.extension_RD
         found = self.verifier(candidate_AD, extension_AD if extension_AD is None else extension_AD.to(mask_AD), active)
         stalled_A = ~(found.bound_R <= STAGNATION * best.bound_R[active])
-        better_A = (found.error_R <= best.error_R[active]) & (found.gap_R <= best.gap_R[active])
+        noise_A = ROUNDING * self.verifier.energy_R[active]
+        better_A = (found.error_R <= best.error_R[active] + noise_A) & (found.gap_R <= best.gap_R[active])
         self._replace(active[better_A], candidate_AD[better_A], found.rows(better_A))
         open_A = best.gap_R[active] > self.gap
         if self.dtype == torch.float64:
