@@ -18,7 +18,7 @@ from optima.calibration.activations import capture_block_inputs
 from optima.calibration.hessian import SharedInputs
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
-from optima.models.source import Source, load_config, model_class
+from optima.models.source import Source, explain_read_errors, load_config, model_class
 from optima.patterns import Pattern, check_pattern
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
@@ -65,7 +65,7 @@ def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
     """
     config = load_config(source)
     kind = model_class(config, source)
-    with torch.device("meta"):
+    with explain_read_errors(source, "configuration"), torch.device("meta"):
         if kind in (AutoModel, AutoModelForCausalLM):
             model = kind.from_config(config, trust_remote_code=source.trust_remote_code)
         else:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import logging
+import textwrap
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,11 +26,22 @@ from transformers import (
 
 from optima.errors import ModelError
 
+_logger = logging.getLogger("optima")
+
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
 # Errors by which transformers and its readers say that a checkpoint is missing, incomplete or not understood.
-READ_ERRORS = (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError)
+READ_ERRORS = (
+    *(OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError),
+    *(SafetensorError, StrictDataclassError),
+)
+REMEDIES = {
+    "model": "check the spelling, the network and, for a private model, your login",
+    "configuration": "check config.json, and whether a newer release of transformers knows the model",
+    "weights": "check that the checkpoint is complete and in safetensors or GGUF format",
+    "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
+}
 
 
 @dataclass(frozen=True)
@@ -96,18 +112,22 @@ def load_config(source: Source) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
     Raises:
-        ModelError: if it cannot be found or read.
+        ModelError: if it cannot be found or read, or the checkpoint is quantized.
     """
-    try:
+    with explain_read_errors(source, "model"):
         config = AutoConfig.from_pretrained(source.path, **source.arguments)
-    except READ_ERRORS as error:
-        raise ModelError(_unreadable(source, "model", error)) from error
     assert isinstance(config, PretrainedConfig)
+    if getattr(config, "quantization_config", None) and not source.gguf_file:
+        raise ModelError(f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result")
     return config
 
 
 def model_class(config: PretrainedConfig, source: Source) -> Any:
-    """The class that the checkpoint was saved from, so that its heads are kept; an Auto class where none is named."""
+    """The class that the checkpoint was saved from, so that its heads are kept; an Auto class where none is named.
+
+    Raises:
+        ModelError: if the class is named, but the library has none of that name.
+    """
     if source.gguf_file:
         return AutoModelForCausalLM
     names = config.architectures or []
@@ -115,9 +135,14 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
         # Remote code registers itself with the Auto classes.
         auto_map = getattr(config, "auto_map", {})
         return AutoModelForCausalLM if "AutoModelForCausalLM" in auto_map else AutoModel
-    if names and hasattr(transformers, names[0]):
-        return getattr(transformers, names[0])
-    return AutoModel
+    if not names:
+        return AutoModel
+    if not hasattr(transformers, names[0]):
+        raise ModelError(
+            f"{source.name} is a {names[0]}, which transformers {transformers.__version__} does not have: install a "
+            "newer release, or correct architectures in config.json"
+        )
+    return getattr(transformers, names[0])
 
 
 def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
@@ -137,28 +162,38 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     else:
         arguments["use_safetensors"] = True
         arguments["config"] = config
-    if getattr(config, "quantization_config", None) and not source.gguf_file:
-        raise ModelError(f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result")
-    try:
-        model, loading = model_class(config, source).from_pretrained(
+    kind = model_class(config, source)
+    with explain_read_errors(source, "weights"):
+        model, loading = kind.from_pretrained(
             source.path,
             dtype=dtype if dtype == "auto" else getattr(torch, dtype),
             output_loading_info=True,
             **arguments,
         )
-    except READ_ERRORS as error:
-        raise ModelError(_unreadable(source, "weights", error)) from error
-    # The library fills weights that are missing with random numbers.
-    missing = sorted(name for name in loading["missing_keys"] if not any(part in name for part in OPTIONAL_PARTS))
-    if missing:
-        names = ", ".join(missing[:3]) + (" ..." if len(missing) > 3 else "")
-        raise ModelError(
-            f"the checkpoint {source.name} lacks {len(missing)} weights of {type(model).__name__} ({names}): "
-            "download it again, or name its architecture in config.json"
-        )
     assert isinstance(model, PreTrainedModel)
+    _check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
     model.eval()
     return model
+
+
+def _check_complete(source: Source, model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """The library fills missing weights with random numbers, and drops those that it has no place for."""
+    missing = [name for name in missing if not any(part in name for part in OPTIONAL_PARTS)]
+    if missing:
+        raise ModelError(
+            f"the checkpoint {source.name} lacks weights of {type(model).__name__} ({_some(missing)}): download it "
+            "again, or correct architectures in config.json"
+        )
+    if unexpected := list(unexpected):
+        lost = f"{source.name} has weights that {type(model).__name__} has no place for ({_some(unexpected)})"
+        if not model.config.architectures:
+            raise ModelError(f"{lost}: name its architecture in config.json")
+        _logger.warning("%s: they are left out", lost)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _dequantize_arguments() -> dict[str, Any]:
@@ -173,20 +208,22 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: if it is missing or unreadable.
     """
-    try:
+    with explain_read_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
-    except READ_ERRORS as error:
-        raise ModelError(_unreadable(source, "tokenizer", error)) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not len(tokenizer):
         raise ModelError(f"{source.name} has no tokenizer: copy its tokenizer files beside the weights")
     return tokenizer
 
 
-def _unreadable(source: Source, what: str, error: Exception) -> str:
-    detail = json.dumps(str(error).strip().split("\n")[0])[1:-1] or type(error).__name__
-    remedies = {
-        "model": "check the spelling, the network and, for a private model, your login",
-        "weights": "check that the checkpoint is complete and in safetensors or GGUF format",
-        "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
-    }
-    return f"the {what} of {source.name} cannot be read ({detail}): {remedies[what]}"
+@contextmanager
+def explain_read_errors(source: Source, what: str) -> Iterator[None]:
+    """Turn a failure to read one of ``REMEDIES`` into a ``ModelError`` that names the source and the remedy."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
+        detail = textwrap.shorten(kind + str(error), 300, placeholder=" ...") or type(error).__name__
+        remedy = REMEDIES[what]
+        if "trust_remote_code" in str(error):
+            remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
+        raise ModelError(f"the {what} of {source.name} cannot be read ({detail}): {remedy}") from error

@@ -1,0 +1,572 @@
+"""Bad input: a clear error before the long work begins, exit status 2, and nothing written.
+
+Cheap checks are tested on a checkpoint whose weights are garbage: had they been read first, that would be the error.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny import (
+    POSITIONS,
+    TEXT,
+    VOCAB,
+    make_bert,
+    make_llama,
+    make_tokenizer,
+    make_tokens,
+    save_model,
+    save_text,
+    snapshot,
+)
+
+from optima import Recipe, prune
+from optima.cli import main
+from optima.errors import CalibrationError, RecipeError
+from optima.models.checkpoint import output_directory
+from optima.pipeline import Pruner
+
+Refused = Callable[..., str]
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a model, its tokenizer and a text."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    save_model(Path("model"))
+    save_text(Path("text.txt"))
+    return tmp_path / "here"
+
+
+def prune_arguments(*options: str, model: str = "model") -> list[str]:
+    size = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "2"]
+    return ["prune", model, "--output-dir", "out", "--dataset", "text.txt", *size, *options]
+
+
+@pytest.fixture
+def late(root: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Prune, expecting a refusal that leaves the disk as it was; returns the message."""
+
+    def refused(*options: str, model: str = "model", arguments: list[str] | None = None) -> str:
+        before = snapshot(root.parent)
+        code = main(arguments or prune_arguments(*options, model=model))
+        output, message = capsys.readouterr()
+        assert code == 2, message
+        assert output == ""
+        assert message.startswith("optima: error: ")
+        assert "Traceback" not in message
+        assert snapshot(root.parent) == before
+        return message.removeprefix("optima: error: ").strip()
+
+    return refused
+
+
+@pytest.fixture
+def cheap(root: Path, late: Refused) -> Refused:
+    """The same, with garbage for weights."""
+    (root / "model" / WEIGHTS).write_bytes(b"garbage")
+    return late
+
+
+class TestModel:
+    @pytest.mark.parametrize("name", ["./missing", "/missing/model", "~/missing", "a/b/c"])
+    def test_no_such_directory(self, cheap: Refused, name: str) -> None:
+        assert f"there is no directory {name}" in cheap(model=name)
+
+    def test_unknown_on_the_hub(self, cheap: Refused) -> None:
+        message = cheap(model="nobody/nothing")
+        assert message.startswith("the model of nobody/nothing cannot be read")
+        assert "check the spelling, the network" in message
+
+    @pytest.mark.parametrize("name", ["./missing.gguf", "missing.gguf"])
+    def test_no_such_gguf(self, cheap: Refused, name: str) -> None:
+        assert f"there is no file {name}" in cheap(model=name)
+
+    def test_gguf_that_is_none(self, cheap: Refused, root: Path) -> None:
+        (root / "bad.gguf").write_bytes(b"garbage")
+        assert "of bad.gguf cannot be read" in cheap(model="bad.gguf")
+
+    def test_no_config(self, cheap: Refused, root: Path) -> None:
+        (root / "model" / "config.json").unlink()
+        assert "model has no config.json: it is not a Hugging Face model directory" in cheap()
+        (root / "model" / "a.gguf").touch()
+        assert "name the GGUF file itself (a.gguf)" in cheap()
+
+    @pytest.mark.parametrize("config", ["{", "[]", "{}", '{"model_type": "martian"}'])
+    def test_config_that_is_none(self, cheap: Refused, root: Path, config: str) -> None:
+        (root / "model" / "config.json").write_text(config)
+        assert cheap().startswith("the model of model cannot be read")
+
+    def test_config_that_contradicts_itself(self, cheap: Refused, root: Path) -> None:
+        edit_config(root, num_attention_heads=5)
+        message = cheap()
+        assert message.startswith("the model of model cannot be read")
+        assert "(32) is not a multiple of the number of attention heads (5)" in message
+
+    def test_config_that_cannot_be_built(self, cheap: Refused, root: Path) -> None:
+        edit_config(root, hidden_act="martian")
+        assert cheap().startswith("the configuration of model cannot be read (KeyError 'martian'): check config.json")
+
+    def test_class_that_the_library_lacks(self, cheap: Refused, root: Path) -> None:
+        edit_config(root, architectures=["MartianForCausalLM"])
+        assert "model is a MartianForCausalLM, which transformers" in cheap()
+
+    def test_no_weights(self, cheap: Refused, root: Path) -> None:
+        (root / "model" / WEIGHTS).unlink()
+        assert cheap() == "model has a config.json but no .safetensors weights"
+
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "adapter.bin"])
+    def test_pickle_only(self, cheap: Refused, root: Path, name: str) -> None:
+        (root / "model" / WEIGHTS).rename(root / "model" / name)
+        message = cheap()
+        assert "only as pickle files, which can run any code" in message
+        assert "safetensors first" in message
+
+    def test_encoder_decoder(self, cheap: Refused, root: Path) -> None:
+        config = hf.T5Config(vocab_size=VOCAB, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=24)
+        save_model(root / "t5", hf.T5ForConditionalGeneration(config))
+        assert "T5ForConditionalGeneration is an encoder-decoder" in cheap(model="t5")
+
+    def test_remote_code_runs_only_if_asked(self, cheap: Refused, root: Path) -> None:
+        edit_config(root, model_type="martian", auto_map={"AutoConfig": "martian.MartianConfig"})
+        (root / "model" / "martian.py").write_text("raise SystemExit('the code ran')")
+        assert "if you trust the code that comes with it, run it with --trust-remote-code" in cheap()
+
+    def test_quantized(self, cheap: Refused, root: Path) -> None:
+        edit_config(root, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+        assert "model is quantized: prune the unquantized checkpoint" in cheap()
+
+    def test_no_tokenizer(self, cheap: Refused, root: Path) -> None:
+        for file in (root / "model").glob("tokenizer*"):
+            file.unlink()
+        assert "tokenizer" in cheap()
+
+
+def edit_config(root: Path, **values: object) -> None:
+    file = root / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+class TestText:
+    @pytest.mark.parametrize("text", ["", " \n\n\t"])
+    def test_empty(self, cheap: Refused, root: Path, text: str) -> None:
+        save_text(root / "text.txt", text)
+        assert "the calibration text has 0 tokens, but 4 samples of 16 tokens need 60" in cheap()
+
+    def test_too_short(self, cheap: Refused, root: Path) -> None:
+        save_text(root / "text.txt", "the fox")
+        ids = make_tokenizer()("the fox\n\n", add_special_tokens=False)["input_ids"]
+        message = cheap()
+        assert f"has {len(ids)} tokens, but 4 samples of 16 tokens need 60" in message
+        assert "--num-calibration-samples or --max-seq-length" in message
+
+    @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "nobody/nothing"])
+    def test_no_such_dataset(self, cheap: Refused, name: str) -> None:
+        assert f"dataset '{name}'" in cheap("--dataset", name)
+
+    def test_unsupported_file(self, cheap: Refused, root: Path) -> None:
+        (root / "text.csv").write_text("text\nhello\n")
+        assert "'.csv' are not supported" in cheap("--dataset", "text.csv")
+
+    def test_binary_file(self, cheap: Refused, root: Path) -> None:
+        (root / "text.txt").write_bytes(b"\xff\xfe\x00\x80")
+        assert "dataset 'text.txt' cannot be read" in cheap()
+
+    def test_wrong_column_lists_the_columns(self, cheap: Refused, root: Path) -> None:
+        (root / "text.jsonl").write_text(json.dumps({"body": TEXT, "id": 3}) + "\n")
+        assert "has no column 'text': name one of its columns with --text-column: body, id" in cheap(
+            "--dataset", "text.jsonl"
+        )
+
+    def test_tokens_of_another_model(self, cheap: Refused, root: Path) -> None:
+        edit_config(root, vocab_size=100)
+        assert "but the model has a vocabulary of 100: use the tokenizer that was published" in cheap()
+
+    def test_token_ids_given_in_python(self) -> None:
+        with pytest.raises(CalibrationError, match=f"run from 0 to {VOCAB}, but the model has a vocabulary of {VOCAB}"):
+            prune(make_llama(), calibration=torch.tensor([[0, VOCAB]]))
+        with pytest.raises(CalibrationError, match="run from -1 to 0"):
+            prune(make_llama(), calibration=torch.tensor([[0, -1]]))
+        with pytest.raises(CalibrationError, match=r"shape \(samples, length\), got \(3,\)"):
+            prune(make_llama(), calibration=torch.tensor([0, 1, 2]))
+        with pytest.raises(CalibrationError, match="needs its tokenizer"):
+            prune(make_llama(), Recipe(max_seq_length=8))
+
+
+class TestOptions:
+    @pytest.mark.parametrize("sparsity", ["0", "1", "1.5", "-0.5", "nan"])
+    def test_sparsity(self, cheap: Refused, sparsity: str) -> None:
+        assert "sparsity must be strictly between 0 and 1, got" in cheap("--sparsity", sparsity)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--sparsity", "0.5", "--pattern", "2:4"], "either sparsity or pattern, not both"),
+            (["--pattern", "2/4"], "pattern '2/4' is not of the form n:m"),
+            (["--pattern", "4:4"], "needs 0 < n < m"),
+            # All other linears have 32 inputs.
+            (["--pattern", "2:32"], "divisible by 32, but model.layers.0.mlp.down_proj has 48"),
+            (["--selector", "wonda"], "known selectors are magnitude, wanda, sparsegpt"),
+            (["--solver", "cg"], "unknown solver 'cg': known solvers are "),
+            (["--dtype", "int8"], "known dtypes are auto, float32, bfloat16, float16"),
+            (["--device", "gpu"], "unknown device 'gpu': use auto, cpu, cuda or cuda:N"),
+            (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+            (["--device", "meta"], "device 'meta' is not supported"),
+            (["--gap", "0"], "gap must be positive"),
+            (["--damping", "2"], "damping must be between 0 and 1"),
+            (["--batch-size", "0"], "batch_size must be at least 1"),
+            (["--targets", "("], "'(' is not a regular expression"),
+            (["--max-seq-length", "65"], f"exceed the model's {POSITIONS} positions: use --max-seq-length {POSITIONS}"),
+            (["--max-seq-length", "1"], "no room for text beside the tokenizer's special tokens (1)"),
+            (["--recipe", "missing.yaml"], "recipe missing.yaml cannot be read: No such file"),
+            (["--dump-layer", "("], "'(' is not a regular expression"),
+            (["--dump-layer", "nothing"], "dump_layer 'nothing' matches none of the linears to prune"),
+        ],
+        ids=lambda item: " ".join(item) if isinstance(item, list) else "",
+    )
+    def test_refused(self, cheap: Refused, options: list[str], message: str) -> None:
+        assert message in cheap(*options)
+
+    def test_pattern_that_would_fit_without_one_linear(self, root: Path) -> None:
+        """The remedy that the message of the pattern names."""
+        assert main(prune_arguments("--pattern", "2:32", "--ignore", "down_proj")) == 0
+
+    @pytest.mark.parametrize("options", [["--targets", "q_porj"], ["--ignore", "layers"]], ids=" ".join)
+    def test_nothing_matches_lists_what_is_there(self, cheap: Refused, options: list[str]) -> None:
+        message = cheap(*options)
+        assert "no linear matches targets" in message
+        for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+            assert name in message
+
+    def test_unknown_key_of_a_recipe(self, cheap: Refused, root: Path) -> None:
+        (root / "run.yaml").write_text("sparsty: 0.5")
+        message = cheap("--recipe", "run.yaml")
+        assert message.startswith("recipe run.yaml: unknown key 'sparsty': known keys are sparsity, pattern, ")
+
+    @pytest.mark.parametrize(
+        "options", [["--sparsity", "half"], ["--seed", "1.5"], ["--sparsty", "1"], ["--reci", "x"]]
+    )
+    def test_refused_by_the_parser(self, root: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
+        before = snapshot(root)
+        with pytest.raises(SystemExit) as stopped:
+            main(prune_arguments(*options))
+        assert stopped.value.code == 2
+        assert options[0] in capsys.readouterr().err
+        assert snapshot(root) == before
+
+    def test_python_only(self, root: Path) -> None:
+        with pytest.raises(RecipeError, match="output_dir is missing"):
+            prune("model")
+        with pytest.raises(RecipeError, match="dump_layer needs an output_dir"):
+            prune(make_llama(), calibration=make_tokens(), dump_layer="q_proj")
+
+
+class TestOutput:
+    @pytest.mark.parametrize("kind", ["file", "directory", "hidden", "link", "dangling link"])
+    def test_exists(self, cheap: Refused, root: Path, kind: str) -> None:
+        make_occupied(root, kind)
+        assert "out exists: choose another --output-dir, or replace it with --overwrite" in cheap()
+
+    @pytest.mark.parametrize("kind", ["file", "directory", "hidden", "link", "dangling link", "empty"])
+    def test_overwrite_replaces(self, root: Path, kind: str) -> None:
+        make_occupied(root, kind)
+        assert main(prune_arguments("--overwrite")) == 0
+        assert not (root / "out").is_symlink()
+        assert {"config.json", WEIGHTS, "report.json"} <= {path.name for path in (root / "out").iterdir()}
+        assert not (root / "out" / "old").exists()
+        assert not list(root.glob(".out*"))
+        assert (root / "elsewhere").exists() == (kind == "link"), "what a link points at is not ours"
+
+    def test_empty_directory_is_free(self, root: Path) -> None:
+        make_occupied(root, "empty")
+        assert main(prune_arguments()) == 0
+
+    def test_failing_to_replace_leaves_the_old(
+        self, late: Refused, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_occupied(root, "directory")
+        rename = Path.rename
+
+        def fail(self: Path, target: Path) -> Path:
+            if self.name.startswith(".out.partial-") and Path(target).name == "out" and (self / WEIGHTS).exists():
+                raise OSError(errno.EIO, "Input/output error")
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail)
+        assert "Input/output error" in late("--overwrite")
+
+    @pytest.mark.parametrize("option", ["text.txt/out", "text.txt/a/b/out"])
+    def test_below_a_file(self, cheap: Refused, option: str) -> None:
+        assert "cannot write beside" in cheap("--output-dir", option)
+
+    @pytest.mark.parametrize("option", [".", "..", "/", "../here"])
+    def test_current_directory_and_mount_points(self, cheap: Refused, option: str) -> None:
+        assert "cannot be replaced: choose a directory below it" in cheap("--output-dir", option, "--overwrite")
+
+    def test_new_parents_are_removed_again(self, cheap: Refused) -> None:
+        assert "the weights of model cannot be read" in cheap("--output-dir", "a/b/out")
+
+    @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+    def test_read_only(self, cheap: Refused, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+        monkeypatch.setattr("tempfile.mkdtemp", raising(OSError(code, "not for you")))
+        message = cheap("--output-dir", "a/out")
+        assert "cannot write beside" in message
+        assert "(not for you): choose another --output-dir" in message
+
+    def test_full_disk(self, cheap: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+        usage = shutil.disk_usage(".")
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
+        assert "GiB free and the checkpoint needs" in cheap()
+
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "transformers.PreTrainedModel.save_pretrained",
+            "transformers.PreTrainedTokenizerBase.save_pretrained",
+            "optima.reporting.record.Report.save",
+            "optima.recipe.Recipe.save",
+            "optima.run.save_file",  # --dump-layer
+            "shutil.copyfile",
+        ],
+    )
+    @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwrite"])
+    def test_disk_fills_up_while_writing(
+        self, late: Refused, root: Path, monkeypatch: pytest.MonkeyPatch, target: str, existing: bool
+    ) -> None:
+        if existing:
+            make_occupied(root, "directory")
+        monkeypatch.setattr(target, raising(OSError(errno.ENOSPC, "No space left on device")))
+        message = late("--output-dir", "out" if existing else "a/out", "--overwrite", "--dump-layer", "q_proj")
+        assert message.startswith("writing ")
+        assert "No space left on device" in message
+        assert "nothing was left behind; free some space" in message
+
+    def test_safetensors_fail_while_writing(self, late: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", raising(SafetensorError("I/O error")))
+        assert "failed (I/O error)" in late()
+
+    def test_space_is_checked_for_the_weights(self, tmp_path: Path) -> None:
+        free = shutil.disk_usage(tmp_path).free
+        with output_directory(tmp_path / "out", False, free // 2) as partial:
+            (partial / "file").touch()
+        assert snapshot(tmp_path) == {"out": None, "out/file": b""}
+
+
+def make_occupied(root: Path, kind: str) -> None:
+    out = root / "out"
+    if kind == "file":
+        out.write_text("old")
+    elif "link" in kind:
+        out.symlink_to(root / "elsewhere")
+        if kind == "link":
+            (root / "elsewhere").mkdir()
+            (root / "elsewhere" / "old").touch()
+    else:
+        out.mkdir()
+        if kind != "empty":
+            (out / ("old" if kind == "directory" else ".old")).touch()
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+class TestWeights:
+    def test_garbage(self, cheap: Refused) -> None:
+        message = cheap()
+        assert message.startswith("the weights of model cannot be read")
+        assert "check that the checkpoint is complete" in message
+
+    @pytest.mark.parametrize("kept", [4, 100, 0.5, 0.99])
+    def test_truncated(self, late: Refused, root: Path, kept: float) -> None:
+        content = (root / "model" / WEIGHTS).read_bytes()
+        size = int(kept * len(content)) if kept < 1 else int(kept)
+        (root / "model" / WEIGHTS).write_bytes(content[:size])
+        assert late().startswith("the weights of model cannot be read")
+
+    def test_a_shard_is_missing(self, late: Refused, root: Path) -> None:
+        make_llama().save_pretrained(root / "sharded", max_shard_size="20KB")
+        make_tokenizer().save_pretrained(root / "sharded")
+        shards = sorted((root / "sharded").glob("*.safetensors"))
+        assert len(shards) > 1
+        shards[1].unlink()
+        assert late(model="sharded").startswith("the weights of sharded cannot be read")
+
+    @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])
+    def test_a_weight_is_missing(self, late: Refused, root: Path, name: str) -> None:
+        edit_weights(root, lambda tensors: tensors.pop(name))
+        assert f"the checkpoint model lacks weights of LlamaForCausalLM ({name})" in late()
+
+    def test_weights_of_another_model(self, late: Refused, root: Path) -> None:
+        save_file({"x": torch.zeros(3)}, root / "model" / WEIGHTS, metadata={"format": "pt"})
+        assert "lacks weights of LlamaForCausalLM (lm_head.weight, " in late()
+
+    def test_weights_that_have_no_place(self, late: Refused, root: Path) -> None:
+        """Without the name of its class a model loses its head, which must not happen in silence."""
+        edit_config(root, architectures=None)
+        message = late()
+        assert "model has weights that LlamaModel has no place for (lm_head.weight): name its architecture" in message
+
+    def test_extra_weights_are_left_out_and_said(self, root: Path, caplog: pytest.LogCaptureFixture) -> None:
+        edit_weights(root, lambda tensors: tensors.update(extra=torch.zeros(3)))
+        assert main(prune_arguments()) == 0
+        assert "has no place for (extra): they are left out" in caplog.text
+
+    def test_wrong_shape(self, late: Refused, root: Path) -> None:
+        edit_config(root, intermediate_size=40)
+        assert late().startswith("the weights of model cannot be read")
+
+    def test_encoder_without_its_pooler_is_complete(self, root: Path) -> None:
+        bert = make_bert()
+        save_model(root / "bert", bert, "bert")
+        tensors = {name: t for name, t in bert.state_dict().items() if "pooler" not in name}
+        save_file(tensors, root / "bert" / WEIGHTS, metadata={"format": "pt"})
+        assert main(prune_arguments(model="bert")) == 0
+
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+    def test_bad_weight_names_the_linear(self, late: Refused, root: Path, bad: float) -> None:
+        name = "model.layers.1.mlp.up_proj"
+        edit_weights(root, lambda tensors: tensors[f"{name}.weight"][3].fill_(bad))
+        message = late()
+        assert f"the weight of {name} contains NaN or Inf" in message
+        assert r"--ignore 'model\.layers\.1\.mlp\.up_proj'" in message
+
+    def test_overflow_names_the_linear_and_the_first_sample(self, late: Refused, root: Path) -> None:
+        edit_weights(root, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e30))
+        assert "the inputs of model.layers.0.mlp.down_proj contain NaN or Inf (first in calibration sample 0)" in late()
+
+    def test_bad_embedding_names_the_sample_that_has_the_token(self, late: Refused, root: Path) -> None:
+        tokenizer = make_tokenizer()
+        (bad,) = tokenizer("~", add_special_tokens=False)["input_ids"]
+        (plain,) = tokenizer("Q", add_special_tokens=False)["input_ids"]
+        assert plain != bad
+        # Windows of a BOS and 15 tokens; 35 is in the third, in the second batch of two.
+        save_text(root / "text.txt", "Q" * 35 + "~" + "Q" * 100)
+        edit_weights(root, lambda tensors: tensors["model.embed_tokens.weight"][bad].fill_(torch.nan))
+        message = late("--num-calibration-samples", "5")
+        assert "the inputs of model.layers.0.self_attn.q_proj contain NaN or Inf" in message
+        assert "(first in calibration sample 2)" in message
+
+
+def edit_weights(root: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(root / "model" / WEIGHTS)
+    edit(tensors)
+    save_file(tensors, root / "model" / WEIGHTS, metadata={"format": "pt"})
+
+
+class TestInterrupt:
+    @pytest.mark.parametrize(
+        "target",
+        [
+            "optima.run.load_tokenizer",
+            "optima.run.load_model",
+            "optima.run.save_file",
+            "optima.pipeline.Pruner._propagate",
+            "transformers.PreTrainedModel.save_pretrained",
+            "optima.models.checkpoint._take_place",
+        ],
+    )
+    def test_leaves_nothing(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
+    ) -> None:
+        before = snapshot(root)
+        monkeypatch.setattr(target, raising(KeyboardInterrupt()))
+        assert main(prune_arguments("--output-dir", "a/out", "--dump-layer", "q_proj")) == 130
+        assert capsys.readouterr().err == "optima: interrupted, nothing was left half-written\n"
+        assert snapshot(root) == before
+
+    def test_in_the_middle_of_pruning(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_occupied(root, "directory")
+        before = snapshot(root)
+        original, calls = Pruner._prune, []
+
+        def interrupt(self: Pruner, *args: object) -> None:
+            calls.append(args)
+            if len(calls) == 10:
+                raise KeyboardInterrupt
+            original(self, *args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(Pruner, "_prune", interrupt)
+        assert main(prune_arguments("--overwrite")) == 130
+        assert len(calls) == 10
+        assert snapshot(root) == before
+
+    def test_signal(self, root: Path) -> None:
+        save_text(root / "text.txt", TEXT * 300)
+        before = snapshot(root)
+        # Long enough to be interrupted between the first linear and the last.
+        options = ["--num-calibration-samples", "3000", "--batch-size", "1", "--dump-layer", r"0\.self_attn\.q"]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "optima", *prune_arguments(*options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            # A test run in the background ignores the signal, and its children would too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        while not list(root.glob(".out.partial-*/layers/*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, message = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert output == ""
+        assert message == "optima: interrupted, nothing was left half-written\n"
+        assert snapshot(root) == before
+
+
+class TestOtherCommands:
+    def test_plan(self, cheap: Refused) -> None:
+        assert "there is no directory ./missing" in cheap(arguments=["plan", "./missing"])
+        assert f"exceed the model's {POSITIONS} positions" in cheap(arguments=["plan", "model"])
+        options = ["--max-seq-length", "16", "--targets", "nothing"]
+        assert "no linear matches" in cheap(arguments=["plan", "model", *options])
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["./missing"], "there is no directory ./missing"),
+            (["model", "--dataset", "missing.txt"], "dataset 'missing.txt'"),
+            (["model", "--max-seq-length", "5000"], "but one window of 5000 tokens needs 4999"),
+            (["model", "--max-windows", "0"], "--max-windows must be at least 1"),
+            (["model", "--device", "gpu"], "unknown device 'gpu'"),
+            (["model", "./missing"], "there is no directory ./missing"),
+        ],
+        ids=lambda item: " ".join(item) if isinstance(item, list) else "",
+    )
+    def test_eval(self, cheap: Refused, options: list[str], message: str) -> None:
+        arguments = ["eval", options[0], "--dataset", "text.txt", "--max-seq-length", "16", *options[1:]]
+        if options[1:] == ["./missing"]:
+            arguments = ["eval", *options, "--dataset", "text.txt"]
+        assert message in cheap(arguments=arguments)
+
+    def test_eval_of_garbage(self, cheap: Refused) -> None:
+        arguments = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16"]
+        assert "the weights of model cannot be read" in cheap(arguments=arguments)
+
+    def test_eval_of_an_encoder(self, late: Refused, root: Path) -> None:
+        save_model(root / "bert", make_bert(), "bert")
+        arguments = ["eval", "bert", "--dataset", "text.txt", "--max-seq-length", "16"]
+        assert "BertModel is no causal language model" in late(arguments=arguments)
+
+    def test_report(self, cheap: Refused) -> None:
+        assert "cannot read the report model/report.json" in cheap(arguments=["report", "model"])
+        assert "is not JSON" in cheap(arguments=["report", "text.txt"])
