@@ -202,7 +202,7 @@ class TestMarkdown:
         assert "0.2000 by the mask alone, **0.1000 in the result** (-50.0% from the selector's)" in text
         assert "asked gap of 1.0e-04: **all 16 rows** that a solver worked on; the largest gap is **5.0e-05**" in text
         assert "Warning" not in text
-        assert section(text, "Notes") == ["None: nothing was skipped and nothing deviated from the recipe."]
+        assert section(text, "Notes") == ["None: no linear was skipped and no setting was changed on the way."]
 
     def test_rows_that_did_not_converge_come_first(self) -> None:
         text = render_markdown(report(linear(), linear("mlp.down_proj", rows_not_converged=3, gap_max=2e-3)))

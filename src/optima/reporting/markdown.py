@@ -43,7 +43,7 @@ def render_markdown(report: Report) -> str:
         "": _run_table(report),
         "## By kind of linear": f"{_kind_table(linears)}\n\n{READING}" if linears else "",
         "## Worst linears": _records_table(sorted(linears, key=_badness)[:NUM_WORST]),
-        "## Notes": _bullets(report.run.notes) or "None: nothing was skipped and nothing deviated from the recipe.",
+        "## Notes": _bullets(report.run.notes) or "None: no linear was skipped and no setting was changed on the way.",
         "## Error of the result, block by block": _block_table(linears),
         "## Every linear": _records_table(linears),
         "## Recipe": f"```yaml\n{recipe}```",
