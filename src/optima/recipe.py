@@ -38,9 +38,9 @@ class Recipe:
     pattern: str | None = _option(None, "n:m, keep n of every m consecutive inputs (2:4), instead of a sparsity")
     scope: str | None = _option(None, "rank weights within each row or the whole layer (default: as published)")
     selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}")
-    solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (none keeps the selector's own weights)")
+    solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
-    max_change: float | None = _option(None, "most a surviving weight may move, in units of its row's root mean square")
+    max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
     damping: float = _option(0.01, "ridge, relative to the mean diagonal of the hessian")
     dataset: list[str] = _option(["allenai/c4"], "hub id or local .txt/.jsonl/.json/.parquet; several allowed")
     dataset_config: str | None = _option(None, "configuration of a hub dataset (default for allenai/c4: en)")
@@ -75,12 +75,7 @@ class Recipe:
         check_regexes("targets", self.targets)
         check_regexes("ignore", self.ignore)
         # Building them checks their names and values.
-        solver = self.make_solver()
-        if self.max_change is not None:
-            if not self.max_change > 0.0:
-                raise RecipeError(f"max_change must be positive, got {self.max_change}: for example 0.5")
-            if solver is None or not solver.supports_bounds:
-                raise RecipeError(f"solver {self.solver} cannot hold max_change: use solver auto or bounded")
+        _check_max_change(self.max_change, self.make_solver())
         self.make_pattern(self.make_selector())
 
     def make_selector(self) -> Selector:
