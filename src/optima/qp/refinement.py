@@ -41,6 +41,7 @@ class Residuals:
         weight_RD: this point; None if the problem has no bounds, and then it does not matter.
         lower_RD: lower bounds, 0 where pruned, -inf where there is none; None with ``weight_RD``.
         upper_RD: upper bounds likewise.
+        repeated: True from the second round on, where what was fast has not been enough.
     """
 
     residual_RD: Tensor
@@ -49,6 +50,7 @@ class Residuals:
     weight_RD: Tensor | None = None
     lower_RD: Tensor | None = None
     upper_RD: Tensor | None = None
+    repeated: bool = False
 
     def box(self) -> tuple[Tensor, Tensor, Tensor]:
         """Weight, lower and upper bounds. Without bounds, weights count from this point, which is then 0."""
@@ -173,7 +175,7 @@ class _Rounds:
         active, best = self.active, self.best
         error_A = best.error_R[active] / self.energy_unit[active]
         mask_AD = self.verifier.mask_RD[active].to(self.dtype)
-        residuals = Residuals(best.residual_RD[active].to(self.dtype), mask_AD, error_A)
+        residuals = Residuals(best.residual_RD[active].to(self.dtype), mask_AD, error_A, repeated=True)
         correction = inner(self._with_bounds(residuals, self.weight_RD[active], active))
         self.iterations_R[active] += correction.iterations_R
         candidate_AD = self._apply(correction, self.weight_RD[active], active)

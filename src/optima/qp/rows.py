@@ -52,14 +52,15 @@ def solve_rows(
         while begin < total or not parts:
             try:
                 parts.append(solver.solve(state, problem.rows(slice(begin, begin + chunk))))
+                begin += chunk
+                continue
             except torch.OutOfMemoryError:
                 if chunk == 1:
                     raise
-                chunk = (chunk + 1) // 2
-                halvings += 1
-                torch.cuda.empty_cache()
-                continue
-            begin += chunk
+            # Only here, after the exception and the frames it held are gone, is their memory free again.
+            chunk = (chunk + 1) // 2
+            halvings += 1
+            torch.cuda.empty_cache()
     solution = _concatenate(parts)
     note = f"out of memory: rows in chunks of {chunk} instead" if halvings else ""
     return replace(

@@ -61,7 +61,8 @@ class SharedInverseCG:
 
         def inner(residuals: Residuals) -> Correction:
             dtype = residuals.residual_RD.dtype
-            preconditioner = state.preconditioner(preconditioner_dtype(state.device, dtype))
+            fast_dtype = dtype if residuals.repeated else preconditioner_dtype(state.device, dtype)
+            preconditioner = state.preconditioner(fast_dtype)
             return _Batch(state.operator(dtype), preconditioner, residuals).run(AIM * self.gap, self.max_iterations)
 
         return refine(state, problem, inner, self.gap)
