@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from row_solver_contract import BoundedSolverContract, RowSolverContract
 
-from optima.qp import BatchedCholesky, RowSolver, SharedInverseCG
-from optima.qp.bounded import Bounded
-from optima.qp.pdhg import RestartedPDHG
+from optima.qp import (
+    SOLVER_NAMES,
+    Auto,
+    BatchedCholesky,
+    Bounded,
+    RestartedPDHG,
+    RowSolver,
+    SharedInverseCG,
+    make_solver,
+)
 
 
 class TestSharedInverseCG(RowSolverContract):
@@ -38,8 +46,28 @@ class TestBounded(BoundedSolverContract):
         return Bounded(gap=gap)
 
 
+class TestBoundedTight(TestBounded):
+    gap = 1e-6
+
+
 class TestPDHG(BoundedSolverContract):
     gap = 1e-2
 
     def make(self, gap: float) -> RowSolver:
         return RestartedPDHG(gap=gap)
+
+
+class TestAuto(BoundedSolverContract):
+    def make(self, gap: float) -> RowSolver:
+        return Auto(gap=gap)
+
+
+@pytest.mark.parametrize("name", [name for name in SOLVER_NAMES if name != "none"])
+def test_every_registered_solver_inherits_the_contract(name: str) -> None:
+    solver = make_solver(name, 1e-3)
+    assert solver is not None
+    contracts = [value for key, value in globals().items() if key.startswith("Test")]
+    made = [contract().make(1e-3) for contract in contracts]
+    assert any(type(solver) is type(other) for other in made)
+    bounded = [contract for contract, other in zip(contracts, made, strict=True) if type(solver) is type(other)]
+    assert all(issubclass(contract, BoundedSolverContract) == solver.supports_bounds for contract in bounded)
