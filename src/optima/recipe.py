@@ -111,6 +111,15 @@ def check_regexes(name: str, regexes: list[str]) -> None:
             raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
 
 
+def _check_max_change(max_change: float | None, solver: RowSolver | None) -> None:
+    if max_change is None:
+        return
+    if not max_change > 0.0:
+        raise RecipeError(f"max_change must be positive, got {max_change}: for example 0.5")
+    if solver is None or not solver.supports_bounds:
+        raise RecipeError("max_change needs a solver that holds bounds: use solver auto or bounded")
+
+
 def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recipe:
     """Build a recipe from plain values; missing keys take their defaults.
 
