@@ -101,15 +101,17 @@ class Verifier:
         Returns:
             The certificate, but with ``residual_RD`` in H's working dtype and the units above.
         """
-        device_entries = BLOCK_ENTRIES.get(weight_RD.device.type, DEVICE_BLOCK_ENTRIES)
-        size = max(device_entries // max(self.hessian.num_inputs, 1), 1)
-        parts = []
-        for begin in range(0, max(len(weight_RD), 1), size):
+        entries = BLOCK_ENTRIES.get(weight_RD.device.type, DEVICE_BLOCK_ENTRIES)
+        residual_RD = torch.empty_like(weight_RD, dtype=self.mask_RD.dtype)
+        facts = torch.empty(3, len(weight_RD), dtype=torch.float64, device=weight_RD.device)
+        size = max(entries // max(self.hessian.num_inputs, 1), 1)
+        for begin in range(0, len(weight_RD), size):
             block = slice(begin, begin + size)
             extension_BD = None if extension_RD is None else extension_RD[block]
-            parts.append(self._certify(weight_RD[block], extension_BD, block if rows is None else rows[block]))
-        names = ("error_R", "bound_R", "gap_R", "residual_RD")
-        return parts[0] if len(parts) == 1 else Certificate(*(torch.cat([getattr(p, n) for p in parts]) for n in names))
+            found = self._certify(weight_RD[block], extension_BD, block if rows is None else rows[block])
+            residual_RD[block] = found.residual_RD
+            facts[:, block] = torch.stack([found.error_R, found.bound_R, found.gap_R])
+        return Certificate(facts[0], facts[1], facts[2], residual_RD)
 
     def _certify(self, weight_BD: Tensor, extension_BD: Tensor | None, rows: slice | Tensor) -> Certificate:
         hessian, problem, scale_B = self.hessian, self.problem.rows(rows), self.scale_R[rows]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
-from optima.qp.products import SharedFactor, SharedMatrix
+from optima.qp.products import SharedFactor, SharedMatrix, scaled
 
 # Damping tried after plain Cholesky fails with none at all; relative to the mean of the diagonal.
 SMALLEST_DAMPING = 1e-8
@@ -191,13 +191,13 @@ class Hessian:
 
     def operator(self, dtype: torch.dtype) -> SharedMatrix:
         """The damped H in units of its mean diagonal, ready to multiply rows in ``dtype``; made once."""
-        return self._share("operator", dtype, lambda: SharedMatrix(self.damped_DD, 1.0 / self.mean_diagonal, dtype))
+        return self._share(
+            "operator", dtype, lambda: SharedMatrix(scaled(self.damped_DD, 1.0 / self.mean_diagonal, dtype))
+        )
 
     def preconditioner(self, dtype: torch.dtype) -> SharedMatrix:
         """K in the same units, ready to multiply rows; made once. Below float64 only a few digits of it are right."""
-        return self._share(
-            "preconditioner", dtype, lambda: SharedMatrix(self._inverse(dtype), self.mean_diagonal, dtype)
-        )
+        return self._share("preconditioner", dtype, lambda: SharedMatrix(self._inverse(dtype)))
 
     @property
     def has_preconditioner(self) -> bool:
@@ -206,7 +206,9 @@ class Hessian:
 
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to apply L^-1 to rows; made once."""
-        return self._share("whitener", dtype, lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
+        return self._share(
+            "whitener", dtype, lambda: SharedFactor(scaled(self.factor_DD, self.mean_diagonal**-0.5, dtype))
+        )
 
     def _share(self, kind: str, dtype: torch.dtype, make: Callable[[], Shared]) -> Shared:
         if (kind, dtype) not in self._shared:
@@ -214,10 +216,10 @@ class Hessian:
         return cast(Shared, self._shared[kind, dtype])
 
     def _inverse(self, dtype: torch.dtype) -> Tensor:
-        """K in float64 where that is at hand or needed, else inverted in float32, which costs half."""
+        """K in units of the mean diagonal: from float64 where that is at hand or needed; float32 costs half."""
         if dtype == torch.float64 or "inverse_DD" in vars(self):
-            return self.inverse_DD
-        return torch.cholesky_inverse(self.factor_DD.float())
+            return scaled(self.inverse_DD, self.mean_diagonal, dtype)
+        return torch.cholesky_inverse(scaled(self.factor_DD, self.mean_diagonal**-0.5, torch.float32)).to(dtype)
 
 
 def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:

@@ -26,14 +26,12 @@ class SharedMatrix:
     """A symmetric D x D matrix that multiplies rows from the right.
 
     Args:
-        matrix_DD: the matrix, any float dtype.
-        factor: multiplies it, once.
-        dtype: precision of the products: float64, float32 or bfloat16.
+        matrix_DD: the matrix, in the precision of the products: float64, float32 or bfloat16.
     """
 
-    def __init__(self, matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._matrix_DD = _pack(scaled(matrix_DD, factor, dtype))
+    def __init__(self, matrix_DD: Tensor) -> None:
+        self.dtype = matrix_DD.dtype
+        self._matrix_DD = _pack(matrix_DD)
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
         """``rows_RD @ matrix_DD`` in the dtype of the rows."""
@@ -43,9 +41,8 @@ class SharedMatrix:
 class SharedFactor:
     """A lower triangular D x D factor L of which the inverse is applied to rows: rows L^-T."""
 
-    def __init__(self, factor_DD: Tensor, factor: float, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        factor_DD = scaled(factor_DD, factor, dtype)
+    def __init__(self, factor_DD: Tensor) -> None:
+        self.dtype = factor_DD.dtype
         width = BLOCK if _packs(factor_DD) else max(len(factor_DD), 1)
         self._blocks = [slice(begin, min(begin + width, len(factor_DD))) for begin in range(0, len(factor_DD), width)]
         self._diagonal_BB = [factor_DD[block, block].clone() for block in self._blocks]

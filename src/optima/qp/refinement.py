@@ -112,7 +112,10 @@ class _Rounds:
         del residuals
         self.iterations_R = correction.iterations_R
         self.weight_RD = self._apply(correction, self._start(), ALL)
-        self.best = self.verifier(self.weight_RD, correction.extension_RD)
+        extension_RD = correction.extension_RD
+        del correction
+        self.best = self.verifier(self.weight_RD, extension_RD)
+        del extension_RD
         self._keep_better_start(start_error_R)
         self.status_R = torch.full_like(self.iterations_R, Status.CONVERGED, dtype=torch.int8)
         self.active = (self.best.gap_R > self.gap).nonzero()[:, 0]
