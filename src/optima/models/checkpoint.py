@@ -29,7 +29,7 @@ def output_directory(path: Path, overwrite: bool, num_bytes: int) -> Iterator[Pa
     """A temporary sibling of ``path`` that takes its place when the context ends without an error.
 
     Args:
-        path: the final directory; it and its parents need not exist.
+        path: the final directory, or a link to it; it and its parents need not exist.
         overwrite: replace it if it exists.
         num_bytes: space that will be needed, checked now.
 
@@ -37,7 +37,7 @@ def output_directory(path: Path, overwrite: bool, num_bytes: int) -> Iterator[Pa
         ModelError: if ``path`` exists or cannot be replaced, or its disk is read-only or too full. Nothing is written
             then.
     """
-    path = Path(os.path.abspath(path.expanduser()))
+    path = path.expanduser().resolve()
     new_parents = [parent for parent in path.parents if not parent.exists()]
     partial = None
     try:
@@ -70,7 +70,7 @@ def _check_replaceable(path: Path, overwrite: bool) -> None:
     if path.is_mount() or Path.cwd().is_relative_to(path):
         what = "a mount point" if path.is_mount() else "or holds the current directory"
         raise ModelError(f"{path} is {what}, which cannot be replaced: choose a directory below it")
-    occupied = os.path.lexists(path) and (not path.is_dir() or any(path.iterdir()))
+    occupied = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if occupied and not overwrite:
         raise ModelError(f"{path} exists: choose another --output-dir, or replace it with --overwrite")
 
@@ -90,7 +90,7 @@ def _take_place(partial: Path, path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     partial.chmod(0o777 & ~umask)
-    if not os.path.lexists(path):
+    if not path.exists():
         partial.rename(path)
         return
     retired = path.with_name(f"{partial.name}-replaced")
@@ -100,7 +100,7 @@ def _take_place(partial: Path, path: Path) -> None:
     except BaseException:
         retired.rename(path)
         raise
-    if retired.is_dir() and not retired.is_symlink():
+    if retired.is_dir():
         shutil.rmtree(retired)
     else:
         retired.unlink()

@@ -1,0 +1,281 @@
+"""The commands on good input, in this process where that is possible."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import LINES, make_bert, make_llama, make_tokenizer, save_model, save_text, snapshot
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import optima
+from optima import Recipe, load_recipe, load_report
+from optima.cli import main
+
+WEIGHTS = "model.safetensors"
+SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a model, its tokenizer and two texts."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"))
+    save_text(Path("text.txt"))
+    documents = [{"text": f"{LINES[i % 3]} {i} " * 5} for i in range(30)]
+    Path("text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return tmp_path
+
+
+def prune(*options: str, model: str = "model", out: str = "out") -> dict[str, Tensor]:
+    """The weights of the checkpoint that ``optima prune`` writes to ``out``."""
+    assert main(["prune", model, "--output-dir", out, "--dataset", "text.jsonl", *SIZE, *options]) == 0
+    return load_file(Path(out) / WEIGHTS)
+
+
+def is_target(name: str) -> bool:
+    return ".layers." in name and name.endswith("_proj.weight")
+
+
+class TestPrune:
+    def test_writes_an_ordinary_checkpoint(self, root: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        source = load_file("model/model.safetensors")
+        before = snapshot(root)
+        weights = prune("--sparsity", "0.5")
+        output, message = capfd.readouterr()
+        assert "50.00% of the weights of 14 linears pruned" in output
+        assert "checkpoint and report: out (report.md, report.json)" in output
+        assert message == "", "no progress where there is no terminal, and no advice of libraries"
+        after = snapshot(root)
+        assert {name: content for name, content in after.items() if not name.startswith("out")} == before
+
+        assert weights.keys() == source.keys()
+        for name, weight in weights.items():
+            assert weight.dtype == source[name].dtype
+            if is_target(name):
+                assert ((weight == 0).sum(dim=1) == weight.shape[1] // 2).all()
+            else:
+                assert torch.equal(weight, source[name]), name
+        model = AutoModelForCausalLM.from_pretrained("out")
+        assert torch.equal(model.model.layers[0].mlp.up_proj.weight, weights["model.layers.0.mlp.up_proj.weight"])
+        text = "The quick brown fox"
+        assert AutoTokenizer.from_pretrained("out")(text)["input_ids"] == make_tokenizer()(text)["input_ids"]
+        config = json.loads(Path("out/config.json").read_text())
+        assert config == json.loads(Path("model/config.json").read_text())
+
+    def test_every_file_is_there(self, root: Path) -> None:
+        (root / "model" / "chat_template.jinja").write_text("{{ messages }}")
+        (root / "model" / "README.md").write_text("the model's card, which is not ours")
+        (root / "model" / ".git").mkdir()
+        prune()
+        files = {path.name for path in Path("out").iterdir()}
+        tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+        ours = {"report.json", "report.md", "recipe.yaml"}
+        assert files == {"config.json", "generation_config.json", WEIGHTS} | tokenizer | ours
+
+    def test_report_is_of_this_run(self) -> None:
+        prune("--seed", "3", "--pattern", "2:4", "--gap", "1e-5")
+        report = load_report(Path("out"))
+        assert report.run.model == "model"
+        assert report.run.seed == 3
+        assert report.run.num_tokens == 4 * 16
+        assert report.run.recipe == load_recipe("out/recipe.yaml").to_dict()
+        assert [linear.name for linear in report.linears[:2]] == [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.0.self_attn.k_proj",
+        ]
+        for linear in report.linears:
+            assert linear.pattern == "2:4"
+            assert linear.sparsity == 0.5
+            assert linear.error <= linear.error_mask
+            assert linear.gap_max is not None
+            assert linear.gap_max <= 1e-5
+
+    def test_the_saved_recipe_gives_the_same_bits(self) -> None:
+        options = ["--selector", "sparsegpt", "--sparsity", "0.6", "--seed", "5", "--dataset", "text.jsonl", "text.txt"]
+        prune(*options)
+        assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
+        for name in (WEIGHTS, "recipe.yaml", "config.json", "tokenizer.json"):
+            assert Path("again", name).read_bytes() == Path("out", name).read_bytes(), name
+        first, second = load_report(Path("out")), load_report(Path("again"))
+        assert first.run.data_hash == second.run.data_hash
+
+        prune("--recipe", "out/recipe.yaml", "--dataset", "text.jsonl", "--seed", "6", out="other")
+        assert load_report(Path("other")).run.data_hash != first.run.data_hash
+
+    def test_python_gives_the_same_bits(self) -> None:
+        prune("--selector", "wanda")
+        recipe = load_recipe("out/recipe.yaml")
+        optima.prune("model", recipe, output_dir="python")
+        assert Path("python", WEIGHTS).read_bytes() == Path("out", WEIGHTS).read_bytes()
+
+    @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
+    def test_dtype_is_the_sources_unless_asked_otherwise(self, root: Path, dtype: str) -> None:
+        save_model(root / "half", make_llama().to(torch.bfloat16))
+        weights = prune("--dtype", dtype, model="half")
+        expected = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        assert {weight.dtype for weight in weights.values()} == {expected}
+        assert all((w == 0).sum(dim=1).eq(w.shape[1] // 2).all() for name, w in weights.items() if is_target(name))
+
+    def test_targets_and_ignore(self) -> None:
+        source = load_file("model/model.safetensors")
+        weights = prune("--targets", "mlp", r"q_proj$", "--ignore", "gate", r"layers\.1")
+        changed = {name for name, weight in weights.items() if not torch.equal(weight, source[name])}
+        assert changed == {
+            f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+        }
+
+    def test_solver_none_keeps_the_selectors_weights(self) -> None:
+        source = load_file("model/model.safetensors")
+        weights = prune("--solver", "none")
+        for name, weight in weights.items():
+            assert torch.equal(weight, source[name] * (weight != 0)), name
+
+    def test_encoder(self, root: Path) -> None:
+        save_model(root / "bert", make_bert(), "bert")
+        prune("--targets", "output", model="bert")
+        weight = AutoModel.from_pretrained("out").encoder.layer[1].output.dense.weight
+        assert ((weight == 0).sum(dim=1) == weight.shape[1] // 2).all()
+
+    def test_dump_layer(self) -> None:
+        source = load_file("model/model.safetensors")
+        prune("--dump-layer", r"layers\.1\.mlp\.(up|down)")
+        assert sorted(path.name for path in Path("out/layers").iterdir()) == [
+            "model.layers.1.mlp.down_proj.safetensors",
+            "model.layers.1.mlp.up_proj.safetensors",
+        ]
+        dump = load_file("out/layers/model.layers.1.mlp.down_proj.safetensors")
+        assert torch.equal(dump["weight"], source["model.layers.1.mlp.down_proj.weight"])
+        hessian_DD = dump["hessian"]
+        assert hessian_DD.shape == (48, 48)
+        assert torch.allclose(hessian_DD, hessian_DD.T)
+        assert torch.linalg.eigvalsh(hessian_DD.double())[0] > -1e-6 * hessian_DD.diagonal().max()
+
+    def test_output_in_new_directories(self) -> None:
+        prune(out="a/b/out/")
+        assert [path.name for path in Path("a/b").iterdir()] == ["out"]
+
+
+class TestRecipeOnTheCommandLine:
+    @pytest.mark.parametrize(
+        ("file", "options", "expected"),
+        [
+            ({"sparsity": 0.7, "gap": "1e-3"}, [], {"sparsity": 0.7, "gap": 1e-3}),
+            ({"sparsity": 0.7}, ["--sparsity", "0.3"], {"sparsity": 0.3}),
+            ({"sparsity": 0.7, "scope": "layer"}, ["--pattern", "2:4"], {"pattern": "2:4"}),
+            ({"sparsity": 0.7}, ["--pattern=2:4"], {"pattern": "2:4"}),
+            ({"pattern": "2:4"}, ["--sparsity", "0.3"], {"sparsity": 0.3}),
+            ({"pattern": "2:4"}, ["--pattern", "4:8"], {"pattern": "4:8"}),
+            ({"selector": "magnitude", "solver": "none"}, ["--solver", "cholesky"],
+             {"selector": "magnitude", "solver": "cholesky"}),
+            ({"targets": ["mlp", "q_proj"], "ignore": "up"}, ["--targets", "k_proj"],
+             {"targets": ["k_proj"], "ignore": ["up"]}),
+            ({"ignore": []}, [], {"ignore": []}),
+            ({"damping": 0}, ["--damping", "0.1"], {"damping": 0.1}),
+        ],
+    )  # fmt: skip
+    def test_overrides_the_file(
+        self, root: Path, file: dict[str, object], options: list[str], expected: dict[str, object]
+    ) -> None:
+        values = {"dataset": "text.txt", "num_calibration_samples": 4, "max_seq_length": 16} | file
+        (root / "run.yaml").write_text(yaml.safe_dump(values))
+        assert main(["prune", "model", "--output-dir", "out", "--recipe=run.yaml", *options]) == 0
+        size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16}
+        assert load_recipe("out/recipe.yaml") == Recipe(**size | expected)  # type: ignore[arg-type]
+
+
+class TestPlan:
+    @pytest.fixture(autouse=True)
+    def wide(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "120")
+
+    def test_prints_every_linear_without_weights(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (root / "model" / WEIGHTS).write_bytes(b"garbage")
+        before = snapshot(root)
+        assert main(["plan", "model", "--max-seq-length", "16", "--sparsity", "0.6"]) == 0
+        output = capsys.readouterr().out
+        for name, shape in {
+            "self_attn.q_proj": "32 x 32",
+            "self_attn.k_proj": "16 x 32",
+            "self_attn.v_proj": "16 x 32",
+            "self_attn.o_proj": "32 x 32",
+            "mlp.gate_proj": "48 x 32",
+            "mlp.up_proj": "48 x 32",
+            "mlp.down_proj": "32 x 48",
+        }.items():
+            (line,) = (line for line in output.splitlines() if name in line)
+            assert "0-1" in line
+            assert shape in line
+            assert "0.6 per row" in line
+        assert f"{2 * 32 * (3 * 32 + 3 * 48):,} of " in output
+        assert snapshot(root) == before
+
+    def test_takes_the_options_of_prune(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (root / "run.yaml").write_text('pattern: "2:4"\nmax_seq_length: 16')
+        assert main(["plan", "model", "--recipe", "run.yaml", "--targets", r"layers\.1\.mlp"]) == 0
+        output = capsys.readouterr().out
+        assert output.count("2:4") == 3
+        assert "q_proj" not in output
+
+
+class TestReport:
+    def test_prints_what_was_written(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prune()
+        written = Path("out/report.md").read_text()
+        for path in ("out", "out/report.json"):
+            capsys.readouterr()
+            assert main(["report", path]) == 0
+            assert capsys.readouterr().out.strip() == written.strip()
+
+
+class TestEval:
+    def test_one_table_for_all_models(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "120")
+        prune()
+        capfd.readouterr()
+        arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "7", "--batch-size", "3"]
+        assert main(["eval", "model", "out", *arguments]) == 0
+        output, message = capfd.readouterr()
+        assert message == ""
+        rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
+        assert [row[1].strip() for row in rows] == ["model", "out"]
+        assert [row[3].strip() for row in rows] == ["7", "7"]
+        assert all(200 < float(row[2]) < 500 for row in rows), "random weights: about the vocabulary's size"
+
+
+class TestHelp:
+    def test_module(self) -> None:
+        result = subprocess.run([sys.executable, "-m", "optima", "--help"], capture_output=True, text=True, check=True)
+        assert result.stdout.startswith("usage: optima")
+        assert all(command in result.stdout for command in ("prune", "plan", "eval", "report", "demo"))
+        assert result.stderr == ""
+
+    def help(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--help"])
+        assert stopped.value.code == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    @pytest.mark.parametrize("command", ["prune", "plan"])
+    def test_every_field_of_the_recipe_is_an_option(self, capsys: pytest.CaptureFixture[str], command: str) -> None:
+        text = self.help(capsys, command)
+        for option in dataclasses.fields(Recipe):
+            assert f"--{option.name.replace('_', '-')}" in text
+            assert option.metadata["help"] in text
+
+    def test_eval_states_its_protocol(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert "non-overlapping windows" in self.help(capsys, "eval")
+
+    def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            main([])
+        assert stopped.value.code == 2
+        assert "usage: optima" in capsys.readouterr().err
