@@ -118,7 +118,7 @@ class _Rounds:
         del extension_RD
         self._keep_better_start(start_error_R)
         self.status_R = torch.full_like(self.iterations_R, Status.CONVERGED, dtype=torch.int8)
-        self.active = (self.best.gap_R > self.gap).nonzero()[:, 0]
+        self.active = (~(self.best.gap_R <= self.gap)).nonzero()[:, 0]
 
     @property
     def energy_unit(self) -> Tensor:
@@ -188,7 +188,7 @@ class _Rounds:
         noise_A = ROUNDING * self.verifier.energy_R[active]
         better_A = (found.error_R <= best.error_R[active] + noise_A) & (found.gap_R <= best.gap_R[active])
         self._replace(active[better_A], candidate_AD[better_A], found.rows(better_A))
-        open_A = best.gap_R[active] > self.gap
+        open_A = ~(best.gap_R[active] <= self.gap)
         if self.dtype == torch.float64:
             self.status_R[active[open_A & stalled_A]] = Status.STAGNATED
             open_A &= ~stalled_A
