@@ -5,6 +5,7 @@ Shapes: O outputs, D inputs, T tokens.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -83,7 +84,7 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
         length: tokens in a calibration sequence.
 
     Raises:
-        ModelError: if nothing matches, or sequences are longer than the model's positions.
+        ModelError: if nothing matches, or the model does not read token sequences as long as these.
         RecipeError: if the pattern does not divide a linear's inputs.
     """
     blocks = select_linears(find_blocks(model), recipe.targets, recipe.ignore)
@@ -91,13 +92,34 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
     for block in blocks:
         for linear in block.linears:
             check_pattern(pattern, linear.shape[1], linear.name)
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and length > positions:
+    if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
+        raise ModelError(
+            f"{type(model).__name__} reads no tokens (it reads {', '.join(parameters)}): prune a language model"
+        )
+    positions = num_positions(model)
+    if positions is not None and length > positions:
         raise ModelError(
             f"calibration sequences of {length} tokens exceed the model's {positions} positions: "
             f"use --max-seq-length {positions} or less"
         )
     return blocks
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model has positions for; None if it names no limit."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # XLNet says -1
+        return None
+    # RoBERTa's family counts positions from behind the padding's.
+    unused = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return positions - max(unused, default=0)
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

@@ -142,6 +142,22 @@ class TestModel:
         save_model(root / "t5", hf.T5ForConditionalGeneration(config))
         assert "T5ForConditionalGeneration is an encoder-decoder" in cheap(model="t5")
 
+    def test_model_of_images(self, cheap: Refused, root: Path) -> None:
+        config = hf.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        save_model(root / "vit", hf.ViTModel(config))
+        message = cheap(model="vit")
+        assert message.startswith("ViTModel reads no tokens (it reads pixel_values, ")
+        assert cheap(arguments=["plan", "vit", "--max-seq-length", "16"]) == message
+
+    def test_positions_behind_the_paddings(self, late: Refused, root: Path) -> None:
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = hf.RobertaConfig(vocab_size=VOCAB, max_position_embeddings=POSITIONS, **sizes)
+        save_model(root / "roberta", hf.RobertaModel(config))
+        usable = POSITIONS - 2
+        message = late("--max-seq-length", str(usable + 1), model="roberta")
+        assert f"sequences of {usable + 1} tokens exceed the model's {usable} positions" in message
+        assert main(prune_arguments("--max-seq-length", str(usable), model="roberta")) == 0
+
     def test_remote_code_runs_only_if_asked(self, cheap: Refused, root: Path) -> None:
         edit_config(root, model_type="martian", auto_map={"AutoConfig": "martian.MartianConfig"})
         (root / "model" / "martian.py").write_text("raise SystemExit('the code ran')")

@@ -156,6 +156,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"dataset": []}, "dataset is empty"),
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
     ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
+    ({"max_change": 0, "solver": "bounded"}, "max_change must be positive, got 0.0"),
+    ({"max_change": 0.5, "solver": "none"}, "max_change needs a solver that holds bounds"),
     ({"batch_size": 2.0}, "batch_size must be a whole number, got 2.0"),
 ]
 
