@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -77,15 +77,6 @@ def windows(num_windows: int = 5, length: int = 23) -> Tensor:
 def plain_perplexity(model: PreTrainedModel, tokens_NL: Tensor) -> float:
     logits_NLV = model(tokens_NL).logits.double()
     return cross_entropy(logits_NLV[:, :-1].flatten(0, 1), tokens_NL[:, 1:].flatten()).exp().item()
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products: threads of parallel test processes would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tiny import LINES, TEMPLATES, make_tokenizer
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from optima.calibration import text as text_module
@@ -26,27 +27,6 @@ from optima.calibration.text import (
     special_tokens,
 )
 from optima.errors import CalibrationError
-
-LINES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "the fox\n\nthe dog"]
-TEMPLATES = {"none": None, "bos": "<s> $A", "bert": "[CLS] $A [SEP]", "eos": "$A </s>"}
-SPECIAL = ["<s>", "</s>", "[CLS]", "[SEP]"]
-
-
-def make_tokenizer(template: str, **options) -> PreTrainedTokenizerFast:
-    """A byte-level BPE: id 0..3 are the special tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        LINES,
-        trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
-    )
-    if TEMPLATES[template] is not None:
-        ids = [(token, backend.token_to_id(token)) for token in SPECIAL]
-        backend.post_processor = processors.TemplateProcessing(single=TEMPLATES[template], special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **options)
-
 
 TOKENIZERS = {template: make_tokenizer(template) for template in TEMPLATES}
 
