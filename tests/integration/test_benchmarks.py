@@ -65,19 +65,9 @@ def test_qp_runs_mpax_to_the_true_gap(tmp_path: Path) -> None:
         assert entries[f"MPAX {form}, true gap 1e-4"]["gap_true"] <= 1e-4
 
 
-SYMMETRIC = ("white", "llm", "rank-deficient", "duplicated", "dead", "scaled", "ill-conditioned")
-
-
 def test_certificate_holds_on_generated_and_dumped_rows(dump: Path) -> None:
-    arguments = ["--rows", "800", "--batch", "50", "--dump-dir", str(dump), "--real-rows", "8"]
-    assert "PASS  the certificate held on" in run("certificate.py", *arguments, "--spectra", *SYMMETRIC)
-
-
-@pytest.mark.xfail(
-    strict=True, reason="a Hessian asymmetric by rounding is not symmetrised, so tiny gaps are too small"
-)
-def test_certificate_holds_where_the_triangles_of_the_hessian_round_differently() -> None:
-    run("certificate.py", "--rows", "8000", "--batch", "50", "--spectra", "asymmetric")
+    arguments = ["--rows", "1600", "--batch", "50", "--dump-dir", str(dump), "--real-rows", "8"]
+    assert "PASS  the certificate held on" in run("certificate.py", *arguments)
 
 
 def test_gpu_script_runs_a_tiny_block_on_the_cpu(tmp_path: Path) -> None:

@@ -128,7 +128,8 @@ class Verifier:
             free_BD = free_BD + extension_BD
         whitened_BD = hessian.whitener(free_BD.dtype)(free_BD).double()
         norm_B = torch.linalg.vecdot(whitened_BD, whitened_BD)
-        if free_BD.dtype == torch.float32:
+        # Either may have been rounded: the residual where rows are kept in float32, the product where it is whitened.
+        if torch.float32 in (self.mask_RD.dtype, free_BD.dtype):
             norm_B *= WHITENING_MARGIN
         bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + slack_B)
         return Certificate(error_B, bound_B, self._relative(bound_B, error_B, rows), residual_BD)

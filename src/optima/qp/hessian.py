@@ -23,6 +23,8 @@ INDEFINITE = 1e-4
 ASYMMETRIC = 1e-2
 # Cholesky "succeeds" on numerically singular matrices; past this condition the inverse is noise.
 LARGEST_CONDITION = 1e13
+# Side of the tiles in which the triangles are averaged.
+TILE = 1024
 # Float32 iterations lose no digit that refinement cannot restore below this condition.
 FLOAT32_CONDITION = 1e7
 
@@ -152,6 +154,7 @@ class Hessian:
         diagonal_D = self.diagonal_D + damping * self.mean_diagonal
         diagonal_D = torch.where(self.dead_D, self.mean_diagonal, diagonal_D)
         matrix_DD = self._matrix_DD.to(torch.float64, copy=True)
+        _symmetrise(matrix_DD)
         matrix_DD.diagonal().copy_(diagonal_D)
         return matrix_DD
 
@@ -229,3 +232,15 @@ def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:
         return 1.0
     share_D = factor_DD.diagonal().square() / damped_DD.diagonal()
     return len(share_D) / float(share_D.min())
+
+
+def _symmetrise(matrix_DD: Tensor) -> None:
+    """Average the triangles in place, tile by tile: a Cholesky reads one of them, products read both."""
+    size = len(matrix_DD)
+    for row in range(0, size, TILE):
+        for column in range(row, size, TILE):
+            upper = matrix_DD[row : row + TILE, column : column + TILE]
+            lower = matrix_DD[column : column + TILE, row : row + TILE]
+            average = (upper + lower.mT).mul_(0.5)
+            upper.copy_(average)
+            lower.copy_(average.mT)
