@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,9 @@ SPECIAL = ["<s>", "</s>", "[CLS]", "[SEP]"]
 VOCAB = 300
 POSITIONS = 64
 TEXT = " ".join(LINES) * 20
+WEIGHTS = "model.safetensors"
+
+Refused = Callable[..., str]  # runs a command, expecting a refusal; returns the message
 
 
 def make_tokenizer(template: str = "bos", **options: object) -> PreTrainedTokenizerFast:
@@ -88,3 +92,9 @@ def snapshot(directory: Path) -> dict[str, bytes | None]:
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in sorted(directory.rglob("*"))
     }
+
+
+def prune_arguments(*options: str, model: str = "model") -> list[str]:
+    """``optima prune model --output-dir out`` on text.txt, a few tokens; later options override."""
+    size = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "2"]
+    return ["prune", model, "--output-dir", "out", "--dataset", "text.txt", *size, *options]

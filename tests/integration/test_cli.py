@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import LINES, make_bert, make_llama, make_tokenizer, save_model, save_text, snapshot
+from tiny import LINES, WEIGHTS, make_bert, make_llama, make_tokenizer, save_model, save_text, snapshot
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -20,7 +20,6 @@ import optima
 from optima import Recipe, load_recipe, load_report
 from optima.cli import main
 
-WEIGHTS = "model.safetensors"
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
 
 
