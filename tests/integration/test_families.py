@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from optima import Recipe, prune
 from optima.calibration.activations import capture_block_inputs
+from optima.errors import ModelError
 from optima.models.blocks import find_blocks
 from optima.models.source import find_source
 from optima.plan import make_plan
@@ -211,6 +212,14 @@ def test_reloads_where_optima_is_not_installed(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     assert torch.allclose(torch.load(tmp_path / "logits.pt"), outputs(model), atol=1e-5)
+
+
+def test_models_that_share_one_block_are_refused() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=VOCAB, embedding_size=16, hidden_size=32, intermediate_size=48, num_attention_heads=4
+    )
+    with pytest.raises(ModelError, match="exactly once"):
+        prune(transformers.AlbertModel(config).eval(), Recipe(sparsity=0.5), calibration=tokens())
 
 
 def test_same_seed_same_bits() -> None:

@@ -10,7 +10,7 @@ from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima import Recipe, prune
-from optima.calibration.hessian import HessianCollector
+from optima.calibration.hessian import HessianCollector, SharedInputs
 from optima.errors import CalibrationError
 from optima.models.blocks import Block, Linear, find_blocks, linears_of
 from optima.qp import Hessian
@@ -187,3 +187,11 @@ def test_pipeline_leaves_a_linear_that_is_never_called_and_says_so() -> None:
     assert torch.equal(model.model.layers[1].adapter.weight, before)
     assert any("model.layers.1.adapter was not pruned" in note for note in report.run.notes)
     assert "model.layers.1.adapter" not in {linear.name for linear in report.linears}
+
+
+def test_a_tensor_changed_in_place_is_another_input() -> None:
+    shared, inputs = SharedInputs(), torch.ones(2, 3)
+    assert shared.find("a", inputs) == "a"
+    assert shared.find("b", inputs) == "a"
+    inputs.mul_(3)
+    assert shared.find("c", inputs) == "c"

@@ -76,22 +76,18 @@ def capture_block_inputs(model: nn.Module, blocks: Sequence[Block], batches: Seq
     store = BlockInputs(calls=[[] for _ in blocks])
     # The embedding is the first parameter of every model of the library.
     device = next(model.parameters()).device
-    wrap = _output_form(model, blocks[0], batches[0][:1].to(device))
+    probe = batches[0][:1, :8].to(device)
+    wrap = _output_form(model, blocks[0], probe)
+    _check_called_once(model, blocks, probe, wrap)
     with _replaced(blocks, lambda index: _recorder(store, index, len(blocks), wrap)):
-        for number, tokens in enumerate(batches):
+        for tokens in batches:
             _run_until_captured(model, tokens.to(device))
-            if any(len(calls) != number + 1 for calls in store.calls):
-                raise ModelError(
-                    f"{type(model).__name__} does not call each of {blocks[0].name} .. {blocks[-1].name} exactly once "
-                    "in a forward pass (shared or skipped layers), which this tool cannot prune"
-                )
     return store
 
 
 def _run_until_captured(model: nn.Module, tokens: Tensor) -> None:
-    arguments = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
     try:
-        model(input_ids=tokens, **arguments)
+        model(input_ids=tokens, **_no_cache(model))
     except _AllCaptured:
         return
     raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
@@ -115,6 +111,32 @@ def _output_form(model: nn.Module, block: Block, tokens: Tensor) -> Callable[[Te
         rest = outputs[0][1:]
         return lambda hidden: (hidden, *rest)
     return lambda hidden: hidden
+
+
+def _check_called_once(
+    model: nn.Module, blocks: Sequence[Block], tokens: Tensor, wrap: Callable[[Tensor], Any]
+) -> None:
+    """Refuse models that share, skip or reorder blocks: a whole forward pass over a few tokens shows it."""
+    called: list[int] = []
+
+    def counter(index: int) -> Callable[..., Any]:
+        def count(*args: Any, **kwargs: Any) -> Any:
+            called.append(index)
+            return wrap(args[0] if args else kwargs["hidden_states"])
+
+        return count
+
+    with _replaced(blocks, counter):
+        model(input_ids=tokens, **_no_cache(model))
+    if called != list(range(len(blocks))):
+        raise ModelError(
+            f"{type(model).__name__} does not call each of {blocks[0].name} .. {blocks[-1].name} exactly once, in "
+            "order, in a forward pass (shared or skipped layers), which this tool cannot prune"
+        )
+
+
+def _no_cache(model: nn.Module) -> dict[str, Any]:
+    return {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
 
 
 def _recorder(store: BlockInputs, index: int, count: int, wrap: Callable[[Tensor], Any]) -> Callable[..., Any]:

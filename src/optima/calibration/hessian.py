@@ -72,16 +72,18 @@ class SharedInputs:
 
     def __init__(self) -> None:
         self.leader: dict[str, str] = {}
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: list[tuple[Tensor, int, str]] = []
         self._first_batch = True
 
     def find(self, name: str, inputs: Tensor) -> str:
         """The first linear that is given the same inputs as the linear ``name``: itself, if it is the first."""
         if name not in self.leader:
-            same = (other for tensor, other in self._seen if _is_same(tensor, inputs))
+            # A tensor that was changed in place since is another input.
+            seen = ((tensor, other) for tensor, version, other in self._seen if version == inputs._version)
+            same = (other for tensor, other in seen if _is_same(tensor, inputs))
             self.leader[name] = next(same, name)
             if self._first_batch:
-                self._seen.append((inputs, self.leader[name]))
+                self._seen.append((inputs, inputs._version, self.leader[name]))
         return self.leader[name]
 
     def end_batch(self) -> None:
