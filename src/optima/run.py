@@ -233,7 +233,7 @@ def _dump_into(directory: Path, regex: str) -> Dump:
 
     def dump(linear: Linear, hessian: Hessian) -> None:
         if re.search(regex, linear.name):
-            tensors = {"hessian": hessian.matrix_DD.float(), "weight": linear.weight_OD}
+            tensors = {"hessian": hessian.matrix_DD, "weight": linear.weight_OD}
             file = directory / f"{linear.name}.safetensors"
             with explain_write_errors(file):
                 directory.mkdir(exist_ok=True)
