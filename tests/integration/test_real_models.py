@@ -85,10 +85,12 @@ def test_certificate_holds_against_an_independent_oracle(pruned_gemma: Path) -> 
 
 def oracle_error(hessian: torch.Tensor, dense: torch.Tensor, keep: torch.Tensor) -> float:
     """min 1/2 (v - w)^T (H + ridge) (v - w) over v = 0 off keep, from the Schur complement on the pruned set."""
-    matrix = hessian.double().numpy()
+    # A dead input (the first block's MLP has one) takes no part, in the damping either.
+    live = (hessian.diagonal() > 0).numpy()
+    matrix = hessian.double().numpy()[np.ix_(live, live)]
     matrix = matrix + 0.01 * matrix.diagonal().mean() * np.eye(len(matrix))
-    kept, pruned = keep.numpy(), ~keep.numpy()
-    lost = dense.double().numpy()[pruned]
+    kept, pruned = keep.numpy()[live], ~keep.numpy()[live]
+    lost = dense.double().numpy()[live][pruned]
     cross = matrix[np.ix_(kept, pruned)]
     schur = matrix[np.ix_(pruned, pruned)] - cross.T @ np.linalg.solve(matrix[np.ix_(kept, kept)], cross)
     return 0.5 * float(lost @ schur @ lost)
