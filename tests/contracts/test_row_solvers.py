@@ -11,6 +11,7 @@ from optima.qp import (
     Auto,
     BatchedCholesky,
     Bounded,
+    LowRankCG,
     RestartedPDHG,
     RowSolver,
     SharedInverseCG,
@@ -24,6 +25,15 @@ class TestSharedInverseCG(RowSolverContract):
 
 
 class TestSharedInverseCGTight(TestSharedInverseCG):
+    gap = 1e-6
+
+
+class TestLowRankCG(RowSolverContract):
+    def make(self, gap: float) -> RowSolver:
+        return LowRankCG(gap=gap)
+
+
+class TestLowRankCGTight(TestLowRankCG):
     gap = 1e-6
 
 

@@ -22,6 +22,7 @@ from optima.qp.bounded import Bounded
 from optima.qp.certificate import Certificate, certify
 from optima.qp.cholesky import BatchedCholesky
 from optima.qp.hessian import Hessian
+from optima.qp.low_rank_cg import LowRankCG
 from optima.qp.pdhg import RestartedPDHG
 from optima.qp.problem import RowProblem, RowSolution, Status, make_problem, target_of
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, solve_rows
@@ -34,6 +35,7 @@ __all__ = [
     "Bounded",
     "Certificate",
     "Hessian",
+    "LowRankCG",
     "RestartedPDHG",
     "RowProblem",
     "RowSolution",

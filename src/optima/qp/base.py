@@ -38,7 +38,7 @@ class RowSolver(Protocol):
         ...
 
 
-SOLVER_NAMES = ("auto", "shared-inverse-cg", "cholesky", "bounded", "pdhg", "none")
+SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "pdhg", "none")
 
 
 def make_solver(name: str, gap: float) -> RowSolver | None:
@@ -50,6 +50,7 @@ def make_solver(name: str, gap: float) -> RowSolver | None:
     from optima.qp.auto import Auto
     from optima.qp.bounded import Bounded
     from optima.qp.cholesky import BatchedCholesky
+    from optima.qp.low_rank_cg import LowRankCG
     from optima.qp.pdhg import RestartedPDHG
     from optima.qp.shared_inverse_cg import SharedInverseCG
 
@@ -57,6 +58,7 @@ def make_solver(name: str, gap: float) -> RowSolver | None:
         raise RecipeError(f"gap must be positive, got {gap}: for example 1e-4")
     solvers: dict[str, Callable[[], RowSolver | None]] = {
         "auto": lambda: Auto(gap),
+        "low-rank-cg": lambda: LowRankCG(gap),
         "shared-inverse-cg": lambda: SharedInverseCG(gap),
         "cholesky": lambda: BatchedCholesky(gap, torch.float32),
         "bounded": lambda: Bounded(gap),

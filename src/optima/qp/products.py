@@ -31,7 +31,7 @@ class SharedMatrix:
 
     def __init__(self, matrix_DD: Tensor) -> None:
         self.dtype = matrix_DD.dtype
-        self._matrix_DD = _pack(matrix_DD)
+        self._matrix_DD = pack(matrix_DD)
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
         """``rows_RD @ matrix_DD`` in the dtype of the rows."""
@@ -46,7 +46,7 @@ class SharedFactor:
         width = BLOCK if _packs(factor_DD) else max(len(factor_DD), 1)
         self._blocks = [slice(begin, min(begin + width, len(factor_DD))) for begin in range(0, len(factor_DD), width)]
         self._diagonal_BB = [factor_DD[block, block].clone() for block in self._blocks]
-        self._below = [_pack(factor_DD[block.stop :, block].contiguous()) for block in self._blocks]
+        self._below = [pack(factor_DD[block.stop :, block].contiguous()) for block in self._blocks]
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
         """Each row r becomes L^-1 r, by substitution on diagonal blocks and products below them."""
@@ -94,12 +94,13 @@ def scaled(matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 
 
 def _packs(matrix: Tensor) -> bool:
-    small = matrix.shape[-1] < SMALLEST_PACKED or not matrix.numel()
+    small = matrix.numel() < SMALLEST_PACKED**2
     available = torch.backends.mkldnn.is_available()
     return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and bool(available) and not small
 
 
-def _pack(matrix: Tensor) -> Tensor:
+def pack(matrix: Tensor) -> Tensor:
+    """``matrix`` in the layout in which ``multiply`` is fastest."""
     return matrix.to_mkldnn() if _packs(matrix) else matrix
 
 

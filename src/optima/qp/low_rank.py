@@ -1,0 +1,85 @@
+"""H seen as a factor model: a few factors that all inputs share, plus noise of each input's own (docs/mathematics.md).
+
+    H ~ Psi + U U^T,    Psi diagonal,  U of D x F
+
+Activations of a transformer are like that, and unlike H itself the model restricts to any kept set S without a new
+factorisation: H_SS ~ Psi_S + U_S U_S^T, inverted by Woodbury's formula with one F x F system per row.
+
+Shapes: R rows, D inputs, F factors, V vectors of the subspace iteration, Q = F (F + 1) / 2 pairs of factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from optima.qp.hessian import Hessian
+from optima.qp.products import multiply, pack
+
+FACTORS = 32
+# Vectors beyond the factors, and rounds, of the subspace iteration: the model need not be the best one.
+OVERSAMPLING = 8
+ROUNDS = 3
+# Least share of its variance that an input has to itself.
+SMALLEST_NOISE = 1e-4
+
+
+class LowRankModel:
+    """The factor model of one Hessian, in units of its mean diagonal.
+
+    Attributes:
+        noise_D: the diagonal of Psi.
+        factors_DF: U.
+    """
+
+    def __init__(self, hessian: Hessian, dtype: torch.dtype) -> None:
+        diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
+        scaled_DF = _nystrom(hessian, diagonal_D.rsqrt(), min(FACTORS, -(-hessian.num_inputs // 4)))
+        # What the factors leave of the unit diagonal. It is positive: the approximation is below H.
+        self.noise_D = diagonal_D * (1.0 - scaled_DF.square().sum(dim=1)).clamp_min(SMALLEST_NOISE)
+        self.factors_DF = scaled_DF * diagonal_D.sqrt()[:, None]
+        self._factors_FD = pack(self.factors_DF.mT.contiguous())
+        self._factors_DF = pack(self.factors_DF)
+        count = self.factors_DF.shape[1]
+        left_Q, right_Q = torch.triu_indices(count, count, device=diagonal_D.device)
+        pairs_DQ = self.factors_DF[:, left_Q] * self.factors_DF[:, right_Q]
+        self._pairs_QD = pack(pairs_DQ.mT.contiguous())
+        position_FF = torch.zeros(count, count, dtype=torch.int64, device=diagonal_D.device)
+        position_FF[left_Q, right_Q] = position_FF[right_Q, left_Q] = torch.arange(len(left_Q), device=left_Q.device)
+        self._position = position_FF.flatten()
+
+    def restrict(self, weight_RD: Tensor) -> Tensor:
+        """(I + U_S^T Psi_S^-1 U_S)^-1 of each row, (R, F, F); ``weight_RD`` is 1 / Psi on the kept set and 0 off it."""
+        count = self.factors_DF.shape[1]
+        gram_RFF = multiply(weight_RD, self._pairs_QD)[:, self._position].view(-1, count, count)
+        gram_RFF.diagonal(dim1=1, dim2=2).add_(1.0)
+        return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram_RFF)[0])
+
+    def solve(self, residual_RD: Tensor, weight_RD: Tensor, core_RFF: Tensor) -> Tensor:
+        """(Psi_S + U_S U_S^T)^-1 residual_S of each row, zero off the kept set: Woodbury's formula."""
+        solution_RD = residual_RD * weight_RD
+        score_RF = multiply(solution_RD, self._factors_FD)
+        score_RF = (core_RFF * score_RF[:, None, :]).sum(dim=2)
+        return solution_RD.addcmul_(multiply(score_RF, self._factors_DF), weight_RD, value=-1.0)
+
+
+def _nystrom(hessian: Hessian, scale_D: Tensor, count: int) -> Tensor:
+    """U with U U^T close to C = diag(scale) H diag(scale) and, up to rounding, below it; (D, F).
+
+    Nystrom's approximation (C Q) (Q^T C Q)^-1 (C Q)^T on an approximate top eigenspace Q, found by subspace iteration
+    (Halko, Martinsson and Tropp, SIAM Review 53, 2011, sec. 5.5).
+    """
+    operator = hessian.operator(scale_D.dtype)
+    size = len(scale_D)
+    generator = torch.Generator().manual_seed(0)
+    width = min(count + OVERSAMPLING, size)
+    image_VD = torch.randn(width, size, generator=generator, dtype=torch.float64).to(scale_D)
+    basis_VD = image_VD
+    for _ in range(ROUNDS + 1):
+        basis_VD = torch.linalg.qr(image_VD.mT).Q.mT
+        image_VD = operator(basis_VD * scale_D) * scale_D
+    core_VV = basis_VD.double() @ image_VD.double().mT
+    value_V, vector_VV = torch.linalg.eigh(0.5 * (core_VV + core_VV.mT))
+    top_VF = vector_VV[:, width - count :] * value_V[width - count :].clamp_min(1e-30).rsqrt()
+    factors_DF: Tensor = image_VD.mT @ top_VF.to(image_VD)
+    return factors_DF
