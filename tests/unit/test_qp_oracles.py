@@ -19,6 +19,7 @@ from optima.qp import (
     BatchedCholesky,
     Bounded,
     Hessian,
+    LowRankCG,
     RowProblem,
     RowSolver,
     SharedInverseCG,
@@ -73,7 +74,9 @@ def assert_agree(problem: RowProblem, truth: Reference, theirs_RD: Array, ours_R
     assert not ours_RD[~problem.keep_RD].any()
 
 
-@pytest.mark.parametrize("solver", [SharedInverseCG(GAP), BatchedCholesky(GAP), Bounded(GAP), Auto(GAP)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [SharedInverseCG(GAP), LowRankCG(GAP), BatchedCholesky(GAP), Bounded(GAP), Auto(GAP)], ids=str
+)
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.8])
 def test_unbounded_rows_against_scipy(solver: RowSolver, kept: float) -> None:
     hessian, problem, truth = make_layer(8, 64, seed=1, kept=kept)

@@ -20,6 +20,8 @@ FACTORS = 32
 # Vectors beyond the factors, and rounds, of the subspace iteration: the model need not be the best one.
 OVERSAMPLING = 8
 ROUNDS = 3
+# Rows whose systems are factorised together: bounds the temporaries.
+BLOCK_ROWS = 512
 # Least share of its variance that an input has to itself.
 SMALLEST_NOISE = 1e-4
 
@@ -35,32 +37,39 @@ class LowRankModel:
     def __init__(self, hessian: Hessian, dtype: torch.dtype) -> None:
         diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
         scaled_DF = _nystrom(hessian, diagonal_D.rsqrt(), min(FACTORS, -(-hessian.num_inputs // 4)))
+        # A dead input shares nothing, not even rounding.
+        scaled_DF = scaled_DF * ~hessian.dead_D[:, None]
         # What the factors leave of the unit diagonal. It is positive: the approximation is below H.
         self.noise_D = diagonal_D * (1.0 - scaled_DF.square().sum(dim=1)).clamp_min(SMALLEST_NOISE)
         self.factors_DF = scaled_DF * diagonal_D.sqrt()[:, None]
-        self._factors_FD = pack(self.factors_DF.mT.contiguous())
-        self._factors_DF = pack(self.factors_DF)
+        weighted_DF = self.factors_DF / self.noise_D[:, None]
+        self._weighted_FD, self._weighted_DF = pack(weighted_DF.mT.contiguous()), pack(weighted_DF)
         count = self.factors_DF.shape[1]
         left_Q, right_Q = torch.triu_indices(count, count, device=diagonal_D.device)
-        pairs_DQ = self.factors_DF[:, left_Q] * self.factors_DF[:, right_Q]
-        self._pairs_QD = pack(pairs_DQ.mT.contiguous())
+        self._pairs_QD = pack((self.factors_DF[:, left_Q] * weighted_DF[:, right_Q]).mT.contiguous())
         position_FF = torch.zeros(count, count, dtype=torch.int64, device=diagonal_D.device)
         position_FF[left_Q, right_Q] = position_FF[right_Q, left_Q] = torch.arange(len(left_Q), device=left_Q.device)
         self._position = position_FF.flatten()
 
-    def restrict(self, weight_RD: Tensor) -> Tensor:
-        """(I + U_S^T Psi_S^-1 U_S)^-1 of each row, (R, F, F); ``weight_RD`` is 1 / Psi on the kept set and 0 off it."""
+    def restrict(self, mask_RD: Tensor) -> Tensor:
+        """(I + U_S^T Psi_S^-1 U_S)^-1 of each row's kept set, (R, F, F)."""
         count = self.factors_DF.shape[1]
-        gram_RFF = multiply(weight_RD, self._pairs_QD)[:, self._position].view(-1, count, count)
-        gram_RFF.diagonal(dim1=1, dim2=2).add_(1.0)
-        return torch.cholesky_inverse(torch.linalg.cholesky_ex(gram_RFF)[0])
+        core_RFF = mask_RD.new_empty(len(mask_RD), count, count)
+        for rows, core in zip(mask_RD.split(BLOCK_ROWS), core_RFF.split(BLOCK_ROWS), strict=True):
+            gram = multiply(rows, self._pairs_QD)[:, self._position].view(len(rows), count, count)
+            gram.diagonal(dim1=1, dim2=2).add_(1.0)
+            core.copy_(torch.cholesky_inverse(torch.linalg.cholesky_ex(gram)[0]))
+        return core_RFF
 
-    def solve(self, residual_RD: Tensor, weight_RD: Tensor, core_RFF: Tensor) -> Tensor:
-        """(Psi_S + U_S U_S^T)^-1 residual_S of each row, zero off the kept set: Woodbury's formula."""
-        solution_RD = residual_RD * weight_RD
-        score_RF = multiply(solution_RD, self._factors_FD)
+    def solve(self, residual_RD: Tensor, mask_RD: Tensor, core_RFF: Tensor) -> Tensor:
+        """(Psi_S + U_S U_S^T)^-1 residual_S of each row, zero off the kept set, for a residual that is zero off it.
+
+        Woodbury's formula, Psi^-1 r - Psi^-1 U core U^T Psi^-1 r.
+        """
+        score_RF = multiply(residual_RD, self._weighted_FD)
         score_RF = (core_RFF * score_RF[:, None, :]).sum(dim=2)
-        return solution_RD.addcmul_(multiply(score_RF, self._factors_DF), weight_RD, value=-1.0)
+        solution_RD = residual_RD / self.noise_D
+        return solution_RD.addcmul_(multiply(score_RF, self._weighted_DF), mask_RD, value=-1.0)
 
 
 def _nystrom(hessian: Hessian, scale_D: Tensor, count: int) -> Tensor:

@@ -77,9 +77,9 @@ class LowRankCG:
 
 
 class _Batch(RowBatch):
-    """``residual`` is r on the kept set and of no use off it; ``weight`` is 1 / Psi on the kept set and 0 off it."""
+    """``core`` is what the factor model needs of each row's kept set."""
 
-    row_tensors = ("error", "slope", "ratio", "accepted", "residual", "weight", "core", "step", "direction")
+    row_tensors = ("error", "slope", "ratio", "accepted", "residual", "mask", "core", "step", "direction")
     results = ("step",)
 
     def __init__(self, state: State, residuals: Residuals) -> None:
@@ -87,11 +87,10 @@ class _Batch(RowBatch):
         dtype = residuals.residual_RD.dtype
         self.operator, self.whitener = state.hessian.operator(dtype), state.hessian.whitener(dtype)
         self.model = state.model(dtype)
-        self.residual, self.error = residuals.residual_RD, residuals.error_R
-        self.weight = residuals.mask_RD / self.model.noise_D
-        self.core = self.model.restrict(self.weight)
+        self.residual, self.mask, self.error = residuals.residual_RD, residuals.mask_RD, residuals.error_R
+        self.core = self.model.restrict(self.mask)
         self.step = torch.zeros_like(self.residual)
-        self.direction = self.model.solve(self.residual, self.weight, self.core)
+        self.direction = self.model.solve(self.residual, self.mask, self.core)
         self.slope = torch.linalg.vecdot(self.residual, self.direction)
         self.ratio = torch.full_like(self.error, FIRST_RATIO)
         self.accepted = torch.zeros_like(self.error, dtype=torch.bool)
@@ -108,7 +107,7 @@ class _Batch(RowBatch):
         claims = (~open_ & ~self.accepted).nonzero()[:, 0]
         # Measure when enough rows could leave.
         if len(claims) and int(open_.sum()) <= COMPACT * len(open_):
-            whitened = self.whitener(self.residual[claims] * (self.weight[claims] * self.model.noise_D))
+            whitened = self.whitener(self.residual[claims])
             bound = 0.5 * torch.linalg.vecdot(whitened, whitened).double()
             slope = self.slope[claims].double()
             self.ratio[claims] = torch.where(slope > 0, 2.0 * bound / slope, FIRST_RATIO)
@@ -128,10 +127,10 @@ class _Batch(RowBatch):
         moving: Tensor = (self.slope > 0) & (curvature > 0)
         alpha = torch.where(moving, self.slope / curvature, 0.0)
         self.step.addcmul_(self.direction, alpha[:, None])
-        self.residual.addcmul_(image, alpha[:, None], value=-1.0)
+        self.residual.addcmul_(image.mul_(self.mask), alpha[:, None], value=-1.0)
         del image
         self.error = self.error - 0.5 * (alpha * self.slope).double()
-        preconditioned = self.model.solve(self.residual, self.weight, self.core)
+        preconditioned = self.model.solve(self.residual, self.mask, self.core)
         slope = torch.linalg.vecdot(self.residual, preconditioned)
         beta = torch.where(moving, slope / self.slope, 0.0)
         torch.addcmul(preconditioned, self.direction, beta[:, None], out=self.direction)
