@@ -17,11 +17,11 @@ import argparse
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from harness.cases import llm_like_hessian, load_cases
+from harness.cases import SOLVERS, llm_like_hessian, load_cases, solver_of
 from harness.table import wide_console
 from harness.timing import use_threads
 from qp_peers.direct import cholesky_rows
@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from optima.patterns import NM, Unstructured, top_scores
-from optima.qp import Hessian, RowProblem, SharedInverseCG, certify, make_problem, solve_rows
+from optima.qp import Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
 from optima.qp.certificate import ENERGY_FLOOR
 
 SPECTRA = ("white", "llm", "rank-deficient", "duplicated", "dead", "scaled", "ill-conditioned", "asymmetric")
@@ -141,7 +141,7 @@ def random_keep(rows: int, size: int, generator: torch.Generator) -> Tensor:
     return score_RD.argsort(dim=1).argsort(dim=1) < count_R1
 
 
-def generated(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowProblem, SharedInverseCG]]:
+def generated(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowProblem, RowSolver]]:
     """Batches of rows until there are as many as asked for."""
     generator, batch = torch.Generator().manual_seed(options.seed), options.batch
     for number in range(-(-options.rows // batch)):
@@ -159,10 +159,13 @@ def generated(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowPr
             problem = make_problem(hessian, weight_RD, keep_RD, start_RD)
         gap = pick([1.0, 1e-1, 1e-2, 1e-4, 1e-6], generator)
         limit = int(pick([1, 2, 3, 5, 200], generator))
-        yield kind, hessian, problem, SharedInverseCG(gap, max_iterations=limit)
+        solver = solver_of(options.solver, gap)
+        if hasattr(solver, "max_iterations"):
+            solver = replace(solver, max_iterations=limit)
+        yield kind, hessian, problem, solver
 
 
-def real(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowProblem, SharedInverseCG]]:
+def real(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowProblem, RowSolver]]:
     """The first rows of each dumped layer, at several sparsities, dampings and gaps."""
     cpu = torch.device("cpu")
     for case in load_cases(options.dump_dir, options.match, cpu, options.real_rows):
@@ -172,13 +175,14 @@ def real(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowProblem
             for pattern in (Unstructured(0.5), Unstructured(0.8), NM(2, 4)):
                 problem = make_problem(hessian, case.weight_OD, top_scores(score_RD, pattern))
                 for gap in (1e-1, 1e-3, 1e-5):
-                    yield case.name, hessian, problem, SharedInverseCG(gap)
+                    yield case.name, hessian, problem, solver_of(options.solver, gap)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=150_000, help="generated rows; each is checked at two points")
     parser.add_argument("--batch", type=int, default=400, help="rows that share a hessian")
+    parser.add_argument("--solver", default="shared-inverse-cg", choices=SOLVERS, help="whose certificates")
     parser.add_argument("--spectra", nargs="+", default=SPECTRA, choices=SPECTRA, help="kinds of generated hessians")
     parser.add_argument("--dump-dir", type=Path, help="real layers, one safetensors file per linear")
     parser.add_argument("--match", default="", help="regex on the names of dumped layers")

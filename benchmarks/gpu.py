@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from harness.cases import SOLVERS, solver_of
 from harness.memory import TensorPeak
 from harness.table import Claim, machine, show_claims, wide_console
 from harness.timing import synchronise, use_threads
@@ -36,7 +37,7 @@ from torch.nn import functional
 
 from optima.calibration.hessian import HessianAccumulator
 from optima.patterns import Unstructured
-from optima.qp import Hessian, RowProblem, RowSolution, SharedInverseCG, Status, make_problem, solve_rows
+from optima.qp import Hessian, RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.selectors.base import make_selector
 
@@ -138,7 +139,7 @@ def accumulate(size: int, shape: Shape, clock: Clock) -> tuple[Hessian, float]:
 
 
 def prune(
-    weight_OD: Tensor, hessian: Hessian, shape: Shape, gap: float, clock: Clock, memory: TensorPeak
+    weight_OD: Tensor, hessian: Hessian, shape: Shape, solver: RowSolver, clock: Clock, memory: TensorPeak
 ) -> tuple[RowSolution, float, float]:
     """Mask, solve and cast one linear; returns the solution and the seconds of mask and solve."""
     problems: list[RowProblem] = []
@@ -150,7 +151,7 @@ def prune(
 
     def solve() -> None:
         budget = DEFAULT_BUDGET_BYTES // shape.shrink**2
-        solutions.append(solve_rows(SharedInverseCG(gap), hessian, problems[0], budget))
+        solutions.append(solve_rows(solver, hessian, problems[0], budget))
         weight_OD.copy_(solutions[0].weight_RD)
 
     memory.phase("mask")
@@ -160,7 +161,7 @@ def prune(
     return solutions[0], mask_seconds, solve_seconds
 
 
-def run_block(shape: Shape, gap: float, clock: Clock) -> list[Line]:
+def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
     """Every linear of one block, in order, the block's weights on the device throughout."""
     groups = shape.groups
     generator = torch.Generator(clock.device).manual_seed(0)
@@ -179,8 +180,8 @@ def run_block(shape: Shape, gap: float, clock: Clock) -> list[Line]:
                     memory.phase("hessian")
                     hessian, hessian_seconds = accumulate(size, shape, clock)
                     memory.phase("factor")
-                    prepare_seconds = clock(lambda hessian=hessian: SharedInverseCG(gap).prepare(hessian))
-                solution, mask_seconds, solve_seconds = prune(weights[name], hessian, shape, gap, clock, memory)
+                    prepare_seconds = clock(lambda hessian=hessian: solver.prepare(hessian))
+                solution, mask_seconds, solve_seconds = prune(weights[name], hessian, shape, solver, clock, memory)
             products = 4.0 * size**2 * float(solution.iterations_R.double().sum())
             accumulation = 2.0 * shape.tokens * size**2
             line = Line(
@@ -261,6 +262,7 @@ def main(arguments: list[str] | None = None) -> list[Claim]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", default="full", choices=SHRINK)
+    parser.add_argument("--solver", default="shared-inverse-cg", choices=SOLVERS)
     parser.add_argument("--gap", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
@@ -271,11 +273,11 @@ def main(arguments: list[str] | None = None) -> list[Claim]:
         parser.error("the full size takes hours on a CPU: use --scale eighth or tiny, or --device cuda")
     header = machine(device, options.threads)
     console.print(header)
-    clock = Clock(device)
+    clock, solver = Clock(device), solver_of(options.solver, options.gap)
     if device.type == "cuda":
         warm_up = Shape(SHRINK["tiny"])
-        run_block(warm_up, options.gap, clock)  # library handles and kernels are loaded outside the clock
-    lines = run_block(shape, options.gap, clock)
+        run_block(warm_up, solver, clock)  # library handles and kernels are loaded outside the clock
+    lines = run_block(shape, solver, clock)
     passes = forward_seconds(shape, clock)
     claims = judge(lines, passes, shape, device, options.gap)
     console.print(show(lines))

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from harness import claims, table
-from harness.cases import Case, load_cases, synthetic_case
+from harness.cases import SOLVERS, Case, load_cases, solver_of, synthetic_case
 from harness.table import Entry, power
 from harness.timing import MatmulRate, Timed, profiled, timed, use_threads
 from harness.wall_time import wall_time
@@ -58,7 +58,7 @@ class Bench:
 
     def _prepare(self) -> Hessian:
         hessian = Hessian(self.case.hessian_DD)
-        SharedInverseCG().prepare(hessian)
+        solver_of(self.options.solver, 1e-4).prepare(hessian)
         return hessian
 
     @cached_property
@@ -116,8 +116,8 @@ class Bench:
 
 
 def ours(bench: Bench, gap: float) -> Entry:
-    """shared-inverse-cg to a certified gap, and where its time goes."""
-    solver, rows = SharedInverseCG(gap), bench.case.num_rows
+    """Ours to a certified gap, and where its time goes."""
+    solver, rows = solver_of(bench.options.solver, gap), bench.case.num_rows
 
     def solve(hessian: Hessian | None = None) -> RowSolution:
         return solve_rows(solver, hessian or Hessian(bench.case.hessian_DD), bench.problem)
@@ -127,11 +127,11 @@ def ours(bench: Bench, gap: float) -> Entry:
     profiled(lambda: solve(bench.hessian), bench.device)  # the meter's own first use is slow
     profile = profiled(lambda: solve(bench.hessian), bench.device)
     entry = Entry(
-        bench.case.name, bench.case.num_inputs, f"{claims.OURS} {power(gap)}", rows, run.seconds,
+        bench.case.name, bench.case.num_inputs, f"{solver.name} {power(gap)}", rows, run.seconds,
         bench.prepare_seconds, run.repeats, gap, gap, 1.0, iterations(run.result.iterations_R),
         float(run.result.gap_R.max()), bench.true_gap(run.result.weight_RD), profile.product_share,
         profile.dense_share, profile.floor_seconds(bench.rate) / alone.seconds, profile.rate_share(bench.rate, rows),
-        note=f"{100 * profile.dense_share:.0f}% in products and triangular solves",
+        ours=True, note=f"{100 * profile.dense_share:.0f}% in products and triangular solves",
     )  # fmt: skip
     bench.ours[gap] = entry
     return entry
@@ -188,7 +188,7 @@ def one_by_one(bench: Bench, name: str, solve: Solve, tightest: float) -> Entry:
 
 def floor(bench: Bench, gap: float) -> Entry:
     """(e) The products of ours at ``gap``, replayed alone."""
-    solver = SharedInverseCG(gap)
+    solver = solver_of(bench.options.solver, gap)
     profile = profiled(lambda: solve_rows(solver, bench.hessian, bench.problem), bench.device)
     seconds = profile.floor_seconds(bench.rate)
     return bench.entry(f"products of ours {power(gap)} alone", bench.case.num_rows, seconds, gap, note="no preparation")
@@ -246,6 +246,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--gaps", type=float, nargs="+", default=[1e-2, 1e-4, 1e-6])
+    parser.add_argument("--solver", default="shared-inverse-cg", choices=SOLVERS, help="which of ours")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--few-rows", type=int, default=3, help="rows for OSQP and PIQP")
     parser.add_argument("--mpax-rows", type=int, default=64, help="rows for MPAX; rows/s is compared")

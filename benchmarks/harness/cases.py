@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.patterns import Unstructured
-from optima.qp import Hessian, RowProblem, make_problem
+from optima.qp import SOLVER_NAMES, Hessian, RowProblem, RowSolver, make_problem, make_solver
 from optima.selectors.base import make_selector
 
 
@@ -42,6 +42,16 @@ class Case:
         """The rows under Wanda's mask, which prunes the same number of weights in each."""
         selection = make_selector("wanda").select(self.weight_OD, hessian, Unstructured(sparsity, "row"))
         return make_problem(hessian, self.weight_OD, selection.keep_OD)
+
+
+SOLVERS = [name for name in SOLVER_NAMES if name != "none"]
+
+
+def solver_of(name: str, gap: float) -> RowSolver:
+    """One of ``SOLVERS`` at a certified gap."""
+    solver = make_solver(name, gap)
+    assert solver is not None
+    return solver
 
 
 def load_cases(directory: Path, pattern: str, device: torch.device, max_rows: int | None = None) -> list[Case]:

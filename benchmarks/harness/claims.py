@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from harness.table import Claim, Entry, power
 
-OURS = "shared-inverse-cg"
 # The promises are about these sizes.
 SIZES = range(640, 2049)
 
@@ -53,7 +52,7 @@ def _paper(entries: Sequence[Entry], form: str) -> Claim:
     peers = [entry for entry in entries if entry.method == f"MPAX {form}, eps 1e-2"]
     found: list[tuple[float, str]] = []
     for peer in peers:
-        ours = [entry for entry in entries if entry.case == peer.case and entry.method.startswith(OURS)]
+        ours = [entry for entry in entries if entry.case == peer.case and entry.ours]
         good = [entry for entry in ours if _tighter(entry, peer, 1000.0)]
         speed = max((entry.rows_per_second / peer.rows_per_second for entry in good), default=0.0)
         found.append((speed, peer.case))
@@ -69,7 +68,7 @@ def _tighter(ours: Entry, peer: Entry, factor: float) -> bool:
 
 
 def _at_least(entries: Sequence[Entry], text: str, field: str, threshold: float) -> Claim:
-    ours = [entry for entry in entries if entry.method.startswith(OURS) and getattr(entry, field) is not None]
+    ours = [entry for entry in entries if entry.ours and getattr(entry, field) is not None]
     if not ours:
         return Claim(text, None, "no such entry in this run")
     worst = min(ours, key=lambda entry: getattr(entry, field))

@@ -46,6 +46,7 @@ class Entry:
     floor_share: float | None = None
     rate_share: float | None = None
     lower_bound: bool = False
+    ours: bool = False
     note: str = ""
 
     @property
