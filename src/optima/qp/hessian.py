@@ -209,9 +209,7 @@ class Hessian:
 
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to apply L^-1 to rows; made once."""
-        return self._share(
-            "whitener", dtype, lambda: SharedFactor(scaled(self.factor_DD, self.mean_diagonal**-0.5, dtype))
-        )
+        return self._share("whitener", dtype, lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
 
     def _share(self, kind: str, dtype: torch.dtype, make: Callable[[], Shared]) -> Shared:
         if (kind, dtype) not in self._shared:

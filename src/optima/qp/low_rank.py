@@ -16,7 +16,8 @@ from torch import Tensor
 from optima.qp.hessian import Hessian
 from optima.qp.products import multiply, pack
 
-FACTORS = 32
+# Factors: most of them, and fewer for few inputs, where the rows' systems weigh more than the iterations they save.
+FACTORS, INPUTS_PER_FACTOR = 32, 26
 # Vectors beyond the factors, and rounds, of the subspace iteration: the model need not be the best one.
 OVERSAMPLING = 8
 ROUNDS = 3
@@ -36,7 +37,7 @@ class LowRankModel:
 
     def __init__(self, hessian: Hessian, dtype: torch.dtype) -> None:
         diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
-        scaled_DF = _nystrom(hessian, diagonal_D.rsqrt(), min(FACTORS, -(-hessian.num_inputs // 4)))
+        scaled_DF = _nystrom(hessian, diagonal_D.rsqrt(), min(FACTORS, -(-hessian.num_inputs // INPUTS_PER_FACTOR)))
         # A dead input shares nothing, not even rounding.
         scaled_DF = scaled_DF * ~hessian.dead_D[:, None]
         # What the factors leave of the unit diagonal. It is positive: the approximation is below H.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 # Diagonal block of a triangular solve: small beside D, wide enough for products at full speed.
-BLOCK = 128
+BLOCK = 256
 # Below this size the conversions cost more than oneDNN saves.
 SMALLEST_PACKED = 64
 
@@ -39,23 +39,42 @@ class SharedMatrix:
 
 
 class SharedFactor:
-    """A lower triangular D x D factor L of which the inverse is applied to rows: rows L^-T."""
+    """A lower triangular D x D factor L of which the inverse is applied to rows: rows L^-T.
 
-    def __init__(self, factor_DD: Tensor) -> None:
-        self.dtype = factor_DD.dtype
-        width = BLOCK if _packs(factor_DD) else max(len(factor_DD), 1)
-        self._blocks = [slice(begin, min(begin + width, len(factor_DD))) for begin in range(0, len(factor_DD), width)]
-        self._diagonal_BB = [factor_DD[block, block].clone() for block in self._blocks]
-        self._below = [pack(factor_DD[block.stop :, block].contiguous()) for block in self._blocks]
+    Triangular solves of MKL do not scale to two threads, oneDNN's products do: where those are used, substitution goes
+    block by block, and diagonal blocks are inverted beforehand, in the precision of ``factor_DD``.
+
+    Args:
+        factor_DD: L.
+        unit: multiplies it, once.
+        dtype: precision of the products.
+    """
+
+    def __init__(self, factor_DD: Tensor, unit: float, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._factor_DD: Tensor | None = None
+        self._blocks: list[tuple[slice, Tensor, Tensor]] = []
+        if not _packs(torch.empty_like(factor_DD, dtype=dtype)):
+            self._factor_DD = scaled(factor_DD, unit, dtype)
+            return
+        for begin in range(0, len(factor_DD), BLOCK):
+            block = slice(begin, min(begin + BLOCK, len(factor_DD)))
+            identity = torch.eye(block.stop - begin, dtype=factor_DD.dtype)
+            inverse = torch.linalg.solve_triangular(factor_DD[block, block], identity, upper=False)
+            below = scaled(factor_DD[block.stop :, block], unit, dtype)
+            self._blocks.append((block, pack(scaled(inverse, 1.0 / unit, dtype)), pack(below)))
 
     def __call__(self, rows_RD: Tensor) -> Tensor:
-        """Each row r becomes L^-1 r, by substitution on diagonal blocks and products below them."""
+        """Each row r becomes L^-1 r."""
         rows_RD = rows_RD.to(self.dtype, copy=True)
-        for block, diagonal_BB, below in zip(self._blocks, self._diagonal_BB, self._below, strict=True):
-            solved_RB = torch.linalg.solve_triangular(diagonal_BB.mT, rows_RD[:, block], upper=True, left=False)
+        if self._factor_DD is not None:
+            solved_RD: Tensor = torch.linalg.solve_triangular(self._factor_DD.mT, rows_RD, upper=True, left=False)
+            return solved_RD
+        for block, inverse, below in self._blocks:
+            solved_RB = multiply(rows_RD[:, block].contiguous(), inverse)
             rows_RD[:, block] = solved_RB
             if block.stop < rows_RD.shape[1]:
-                rows_RD[:, block.stop :] -= multiply(solved_RB.contiguous(), below)
+                rows_RD[:, block.stop :] -= multiply(solved_RB, below)
         return rows_RD
 
 
@@ -85,12 +104,12 @@ def gram(inputs_TD: Tensor) -> Tensor:
     return nn.functional.linear(packed, packed).to_dense()
 
 
-def scaled(matrix_DD: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """``factor * matrix_DD`` in ``dtype``, without a temporary of its size."""
-    scaled_DD = torch.empty_like(matrix_DD, dtype=dtype)
-    for source, destination in zip(matrix_DD.split(BLOCK), scaled_DD.split(BLOCK), strict=True):
+def scaled(matrix: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """``factor * matrix`` in ``dtype``, contiguous, without a temporary of its size."""
+    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for source, destination in zip(matrix.split(BLOCK), result.split(BLOCK), strict=True):
         destination.copy_(source * factor)
-    return scaled_DD
+    return result
 
 
 def _packs(matrix: Tensor) -> bool:
