@@ -23,7 +23,7 @@ from optima.qp.rows import rows_per_chunk
 from optima.recipe import Recipe
 from optima.reporting.progress import Progress
 from optima.reporting.record import LinearRecord
-from optima.selectors.base import Selection
+from optima.selectors.base import Layer, Selection
 
 Dump = Callable[[Linear, Hessian], None]
 
@@ -88,7 +88,7 @@ class Pruner:
         started = time.perf_counter()
         weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
         with full_precision():
-            selection = self._selector.select(weight_OD.clone(), hessian, self._pattern)
+            selection = self._selector.select(Layer(linear.name, weight_OD.clone(), hessian), self._pattern)
         solution = self._solve(weight_OD, hessian, selection)
         masked_OD = weight_OD * selection.keep_OD
         selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from layers import layer_of
 
 from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian, solve
@@ -36,9 +37,9 @@ def weight_OD() -> torch.Tensor:
 
 @pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), NM(2, 4)])
 def test_selector(hessian: Hessian, weight_OD: torch.Tensor, pattern: Pattern) -> None:
-    selection = load("RelativeImportance")().select(weight_OD, hessian, pattern)
+    selection = load("RelativeImportance")().select(layer_of(weight_OD, hessian), pattern)
     assert selection.keep_OD.sum(dim=1).tolist() == [8] * 6
-    dead_OD = load("RelativeImportance")().select(torch.zeros_like(weight_OD), hessian, pattern).keep_OD
+    dead_OD = load("RelativeImportance")().select(layer_of(torch.zeros_like(weight_OD), hessian), pattern).keep_OD
     assert dead_OD.sum(dim=1).tolist() == [8] * 6
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
+from layers import DAMPING, layer_of, make_layer
 from torch import Tensor
 
 from optima.errors import RecipeError
@@ -16,7 +18,6 @@ from optima.selectors.magnitude import Magnitude
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.wanda import Wanda
 
-DAMPING = 0.01
 PATTERNS = [
     Unstructured(0.5, "row"),
     Unstructured(0.5, "layer"),
@@ -25,23 +26,6 @@ PATTERNS = [
     NM(2, 4),
     NM(4, 8),
 ]
-
-
-def make_layer(
-    outputs: int = 20, inputs: int = 48, dead: tuple[int, ...] = (), dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
-    """(weight_OD, inputs_TD): correlated inputs on scales that differ a hundredfold."""
-    generator = torch.Generator().manual_seed(outputs * inputs)
-    mixing_DD = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64) / inputs**0.5
-    inputs_TD = torch.randn(200, inputs, generator=generator, dtype=torch.float64) @ (torch.eye(inputs) + mixing_DD)
-    inputs_TD *= torch.logspace(-1, 1, inputs, dtype=torch.float64)[torch.randperm(inputs, generator=generator)]
-    inputs_TD[:, list(dead)] = 0
-    weight_OD = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
-    return weight_OD.to(dtype), inputs_TD
-
-
-def hessian_of(inputs_TD: Tensor, damping: float = DAMPING) -> Hessian:
-    return Hessian(inputs_TD.T @ inputs_TD / len(inputs_TD), damping)
 
 
 def lowest(score_RN: Tensor, count: int) -> Tensor:
@@ -112,7 +96,7 @@ def check_counts(keep_OD: Tensor, pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_magnitude(pattern: Pattern) -> None:
     weight_OD, inputs_TD = make_layer()
-    selection = Magnitude().select(weight_OD, hessian_of(inputs_TD), pattern)
+    selection = Magnitude().select(layer_of(weight_OD, inputs_TD), pattern)
     assert torch.equal(selection.keep_OD, plain_keep(weight_OD.abs(), pattern))
     assert selection.weight_OD is None
 
@@ -122,7 +106,7 @@ def test_magnitude(pattern: Pattern) -> None:
 def test_wanda(pattern: Pattern, dead: tuple[int, ...]) -> None:
     """|W_ij| times the norm of input j over all tokens, compared within each output (or wider, if asked)."""
     weight_OD, inputs_TD = make_layer(dead=dead)
-    selection = Wanda().select(weight_OD, hessian_of(inputs_TD), pattern)
+    selection = Wanda().select(layer_of(weight_OD, inputs_TD), pattern)
     norm_D = torch.stack([column.norm(p=2) for column in inputs_TD.T])
     assert torch.equal(selection.keep_OD, plain_keep(weight_OD.abs() * norm_D, pattern))
     assert selection.weight_OD is None
@@ -130,7 +114,7 @@ def test_wanda(pattern: Pattern, dead: tuple[int, ...]) -> None:
 
 def test_wanda_ignores_damping() -> None:
     weight_OD, inputs_TD = make_layer()
-    first, second = (Wanda().select(weight_OD, hessian_of(inputs_TD, d), NM(2, 4)).keep_OD for d in (0.0, 1.0))
+    first, second = (Wanda().select(layer_of(weight_OD, inputs_TD, d), NM(2, 4)).keep_OD for d in (0.0, 1.0))
     assert torch.equal(first, second)
 
 
@@ -140,7 +124,7 @@ def test_wanda_ignores_damping() -> None:
 def test_sparsegpt(pattern: Pattern, blocksize: int) -> None:
     weight_OD, inputs_TD = make_layer()
     before = weight_OD.clone()
-    selection = SparseGPT(blocksize).select(weight_OD, hessian_of(inputs_TD), pattern)
+    selection = SparseGPT(blocksize).select(layer_of(weight_OD, inputs_TD), pattern)
     keep_OD, expected_OD = plain_sparsegpt(weight_OD, inputs_TD, pattern, blocksize)
     assert torch.equal(selection.keep_OD, keep_OD)
     assert selection.weight_OD is not None
@@ -153,7 +137,7 @@ def test_sparsegpt(pattern: Pattern, blocksize: int) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_sparsegpt_with_dead_inputs(pattern: Pattern, dead: tuple[int, ...]) -> None:
     weight_OD, inputs_TD = make_layer(dead=dead)
-    selection = SparseGPT(16).select(weight_OD, hessian_of(inputs_TD), pattern)
+    selection = SparseGPT(16).select(layer_of(weight_OD, inputs_TD), pattern)
     keep_OD, expected_OD = plain_sparsegpt(weight_OD, inputs_TD, pattern, 16)
     assert torch.equal(selection.keep_OD, keep_OD)
     assert selection.weight_OD is not None
@@ -163,7 +147,7 @@ def test_sparsegpt_with_dead_inputs(pattern: Pattern, dead: tuple[int, ...]) -> 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_sparsegpt_block_of_one_row(pattern: Pattern) -> None:
     weight_OD, inputs_TD = make_layer(outputs=1, inputs=24)
-    selection = SparseGPT(8).select(weight_OD, hessian_of(inputs_TD), pattern)
+    selection = SparseGPT(8).select(layer_of(weight_OD, inputs_TD), pattern)
     keep_OD, expected_OD = plain_sparsegpt(weight_OD, inputs_TD, pattern, 8)
     assert torch.equal(selection.keep_OD, keep_OD)
     torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-9, atol=1e-9)
@@ -172,7 +156,7 @@ def test_sparsegpt_block_of_one_row(pattern: Pattern) -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_sparsegpt_beats_its_mask_alone(pattern: Pattern) -> None:
     weight_OD, inputs_TD = make_layer()
-    selection = SparseGPT(16).select(weight_OD, hessian_of(inputs_TD), pattern)
+    selection = SparseGPT(16).select(layer_of(weight_OD, inputs_TD), pattern)
     assert selection.weight_OD is not None
     masked = loss(weight_OD * selection.keep_OD, weight_OD, inputs_TD)
     assert loss(selection.weight_OD, weight_OD, inputs_TD) < 0.9 * masked
@@ -203,7 +187,7 @@ class TestEverySelector:
     @pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(0.01), Unstructured(0.99, "layer")], ids=str)
     def test_exactly_the_pattern(self, name: str, pattern: Pattern, shape: tuple[int, int]) -> None:
         weight_OD, inputs_TD = make_layer(*shape, dead=(1,), dtype=torch.float32)
-        selection = SELECTORS[name]().select(weight_OD, hessian_of(inputs_TD), pattern)
+        selection = SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), pattern)
         assert selection.keep_OD.dtype == torch.bool
         check_counts(selection.keep_OD, pattern)
         if selection.weight_OD is not None:
@@ -213,21 +197,21 @@ class TestEverySelector:
     @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
     def test_float32_agrees_with_float64(self, name: str, pattern: Pattern) -> None:
         weight_OD, inputs_TD = make_layer(40, 64, dtype=torch.float32)
-        hessian = hessian_of(inputs_TD)
-        single = SELECTORS[name]().select(weight_OD, hessian, pattern)
-        double = SELECTORS[name]().select(weight_OD.double(), hessian, pattern)
+        layer = layer_of(weight_OD, inputs_TD)
+        single = SELECTORS[name]().select(layer, pattern)
+        double = SELECTORS[name]().select(replace(layer, weight_OD=weight_OD.double()), pattern)
         assert torch.equal(single.keep_OD, double.keep_OD)
         if single.weight_OD is not None and double.weight_OD is not None:
             torch.testing.assert_close(single.weight_OD.double(), double.weight_OD, rtol=1e-4, atol=1e-4)
 
     def test_same_input_same_bits(self, name: str) -> None:
         weight_OD, inputs_TD = make_layer(dtype=torch.float32)
-        first, second = (SELECTORS[name]().select(weight_OD, hessian_of(inputs_TD), NM(2, 4)) for _ in range(2))
+        first, second = (SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), NM(2, 4)) for _ in range(2))
         assert torch.equal(first.keep_OD, second.keep_OD)
         if first.weight_OD is not None and second.weight_OD is not None:
             assert torch.equal(first.weight_OD, second.weight_OD)
 
     def test_all_weights_equal_and_all_inputs_dead(self, name: str) -> None:
-        hessian = Hessian(torch.zeros(8, 8))
+        layer = layer_of(torch.ones(4, 8), Hessian(torch.zeros(8, 8)))
         for pattern in (Unstructured(0.5), NM(2, 4)):
-            check_counts(SELECTORS[name]().select(torch.ones(4, 8), hessian, pattern).keep_OD, pattern)
+            check_counts(SELECTORS[name]().select(layer, pattern).keep_OD, pattern)

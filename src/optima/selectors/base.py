@@ -6,13 +6,31 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.patterns import Pattern, Scope
 from optima.qp.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a selector sees of one linear.
+
+    Attributes:
+        name: full name of the linear, for messages and for masks that are looked up by name.
+        weight_OD: the dense weight, float32 or float64, on the Hessian's device; the selector must not change it.
+        hessian: of the linear's inputs.
+        gradient_OD: root mean square over calibration samples of the gradient of the block output's l2 norm, for
+            selectors that need it.
+    """
+
+    name: str
+    weight_OD: Tensor
+    hessian: Hessian
+    gradient_OD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -29,16 +47,31 @@ class Selection:
 
 
 class Selector(Protocol):
-    """Chooses which weights survive. Sees one weight, its Hessian and a pattern: never a model or a file."""
+    """Chooses which weights survive. Sees one layer and a pattern: never a model or a file.
+
+    A selector that scores with gradients has, beyond this, ``needs_gradient = True`` (see ``NeedsGradient``).
+    """
 
     @property
     def published_scope(self) -> Scope:
         """Scope of unstructured sparsity in the method's paper, used when the recipe names none."""
         ...
 
-    def select(self, weight_OD: Tensor, hessian: Hessian, pattern: Pattern) -> Selection:
-        """Choose the survivors of ``weight_OD`` (float32 or float64, on the Hessian's device)."""
+    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+        """Choose the survivors among the weights of ``layer``."""
         ...
+
+
+@runtime_checkable
+class NeedsGradient(Protocol):
+    """A selector that says whether it needs ``Layer.gradient_OD``, which costs a backward pass through every block."""
+
+    needs_gradient: bool
+
+
+def needs_gradient(selector: Selector) -> bool:
+    """Whether ``selector`` needs gradients: one that does not say does not."""
+    return isinstance(selector, NeedsGradient) and selector.needs_gradient
 
 
 def make_selector(name: str) -> Selector:

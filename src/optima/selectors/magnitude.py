@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from optima.patterns import Pattern, Scope, top_scores
-from optima.qp.hessian import Hessian
-from optima.selectors.base import Selection
+from optima.selectors.base import Layer, Selection
 
 
 @dataclass(frozen=True)
@@ -17,6 +14,6 @@ class Magnitude:
 
     published_scope: Scope = "layer"
 
-    def select(self, weight_OD: Tensor, hessian: Hessian, pattern: Pattern) -> Selection:
+    def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        return Selection(top_scores(weight_OD.abs(), pattern))
+        return Selection(top_scores(layer.weight_OD.abs(), pattern))

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from optima.patterns import NM, Pattern, Scope, Unstructured, keep_all_but_lowest, top_scores
-from optima.qp.hessian import Hessian
-from optima.selectors.base import Selection
+from optima.selectors.base import Layer, Selection
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,10 @@ class SparseGPT:
     blocksize: int = 128
     published_scope: Scope = "layer"
 
-    def select(self, weight_OD: Tensor, hessian: Hessian, pattern: Pattern) -> Selection:
+    def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        upper_DD = torch.linalg.cholesky(hessian.inverse_DD, upper=True).to(weight_OD.dtype)
-        weight_OD = weight_OD.masked_fill(hessian.dead_D, 0.0)
+        upper_DD = torch.linalg.cholesky(layer.hessian.inverse_DD, upper=True).to(layer.weight_OD.dtype)
+        weight_OD = layer.weight_OD.masked_fill(layer.hessian.dead_D, 0.0)
         keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)
         num_inputs = weight_OD.shape[1]
         blocksize = self.blocksize

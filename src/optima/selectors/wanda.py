@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from optima.patterns import Pattern, Scope, top_scores
-from optima.qp.hessian import Hessian
-from optima.selectors.base import Selection
+from optima.selectors.base import Layer, Selection
 
 
 @dataclass(frozen=True)
@@ -17,7 +14,7 @@ class Wanda:
 
     published_scope: Scope = "row"
 
-    def select(self, weight_OD: Tensor, hessian: Hessian, pattern: Pattern) -> Selection:
+    def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        score_OD = weight_OD.abs() * hessian.diagonal_D.sqrt().to(weight_OD.dtype)
+        score_OD = layer.weight_OD.abs() * layer.hessian.diagonal_D.sqrt().to(layer.weight_OD.dtype)
         return Selection(top_scores(score_OD, pattern))
