@@ -7,40 +7,59 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from optima.errors import RecipeError
 
-Scope = Literal["row", "layer"]
+Scope = Literal["row", "layer", "group"]
+SCOPES = get_args(Scope)
+GROUP_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Prune a fraction of the weights, ranked within each row or over the whole linear.
+    """Prune a fraction of the weights, ranked within each row, within groups of columns, or over the whole linear.
+
+    A linear of ``size`` weights loses ``round(sparsity * size)`` of them in every scope. Where rows or groups cannot
+    all lose the same whole number, their counts are differences of cumulative counts, so they differ by at most one.
 
     Attributes:
         sparsity: fraction of weights to prune, strictly between 0 and 1.
-        scope: ``row`` prunes the same number in every output row (Wanda), ``layer`` ranks all weights together.
+        scope: ``row`` meets it in every output row (Wanda), ``group`` in every ``group_size`` consecutive inputs over
+            all rows (SparseGPT, Thanos), ``layer`` ranks all weights together.
+        group_size: inputs in a group; the last group holds what is left. No matter in the other scopes.
     """
 
     sparsity: float
     scope: Scope = "row"
+    group_size: int = GROUP_SIZE
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sparsity < 1.0:
             raise RecipeError(f"sparsity must be strictly between 0 and 1, got {self.sparsity}: for example 0.5")
-        if self.scope not in ("row", "layer"):
-            raise RecipeError(f"unknown scope {self.scope!r}: known scopes are row, layer")
+        if self.scope not in SCOPES:
+            raise RecipeError(f"unknown scope {self.scope!r}: known scopes are {', '.join(SCOPES)}")
+        if self.group_size < 1:
+            raise RecipeError(f"group_size must be at least 1, got {self.group_size}: for example {GROUP_SIZE}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:g} per {self.scope}"
+        return f"{self.sparsity:g} per {self.scope}" + (f" of {self.group_size}" if self.scope == "group" else "")
 
     def pruned_count(self, size: int) -> int:
         """Number of weights to prune out of ``size``."""
         return round(self.sparsity * size)
+
+    def pruned_in_rows(self, num_rows: int, num_inputs: int) -> Tensor:
+        """Number of weights to prune in each row, int64 of shape (num_rows,), which sum to that of the linear."""
+        sizes = torch.arange(num_rows + 1, dtype=torch.float64) * num_inputs
+        return (self.sparsity * sizes).round().long().diff()
+
+    def pruned_in_columns(self, num_rows: int, begin: int, end: int) -> int:
+        """Number of weights to prune in columns ``begin`` to ``end`` of all rows; consecutive ranges add up."""
+        return self.pruned_count(num_rows * end) - self.pruned_count(num_rows * begin)
 
 
 @dataclass(frozen=True)
@@ -104,14 +123,24 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
     if isinstance(pattern, NM):
         grouped = score_OD.reshape(-1, pattern.m)
         return keep_all_but_lowest(grouped, pattern.m - pattern.n).reshape(num_outputs, num_inputs)
-    if pattern.scope == "layer":
-        flat = score_OD.reshape(1, -1)
-        return keep_all_but_lowest(flat, pattern.pruned_count(flat.numel())).reshape(num_outputs, num_inputs)
-    return keep_all_but_lowest(score_OD, pattern.pruned_count(num_inputs))
+    if pattern.scope == "row":
+        return keep_all_but_lowest(score_OD, pattern.pruned_in_rows(num_outputs, num_inputs))
+    width = num_inputs if pattern.scope == "layer" else pattern.group_size
+    keep_OD = torch.empty_like(score_OD, dtype=torch.bool)
+    for begin in range(0, num_inputs, width or 1):
+        end = min(begin + width, num_inputs)
+        group = score_OD[:, begin:end]
+        count = pattern.pruned_in_columns(num_outputs, begin, end)
+        keep_OD[:, begin:end] = keep_all_but_lowest(group.reshape(1, -1), count).reshape(group.shape)
+    return keep_OD
 
 
-def keep_all_but_lowest(score_RN: Tensor, count: int) -> Tensor:
-    """True everywhere but at the ``count`` lowest scores of each row."""
-    lowest = score_RN.argsort(dim=1, stable=True)[:, :count]
-    keep_RN = torch.ones_like(score_RN, dtype=torch.bool)
-    return keep_RN.scatter_(1, lowest, False)
+def keep_all_but_lowest(score_RN: Tensor, count: int | Tensor) -> Tensor:
+    """True everywhere but at the ``count`` lowest scores of each row; a tensor gives each row its own count."""
+    order_RN = score_RN.argsort(dim=1, stable=True)
+    if isinstance(count, int):
+        keep_RN = torch.ones_like(score_RN, dtype=torch.bool)
+        return keep_RN.scatter_(1, order_RN[:, :count], False)
+    count_R1 = count.to(score_RN.device)[:, None]
+    rank_N = torch.arange(score_RN.shape[1], device=score_RN.device)
+    return torch.empty_like(score_RN, dtype=torch.bool).scatter_(1, order_RN, rank_N >= count_R1)

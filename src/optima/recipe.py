@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from optima.errors import RecipeError
-from optima.patterns import Pattern, Unstructured, parse_nm
+from optima.patterns import GROUP_SIZE, SCOPES, Pattern, Unstructured, parse_nm
 from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
 
@@ -36,7 +36,8 @@ class Recipe:
 
     sparsity: float | None = _option(None, f"fraction of weights to prune (default {DEFAULT_SPARSITY})")
     pattern: str | None = _option(None, "n:m, keep n of every m consecutive inputs (2:4), instead of a sparsity")
-    scope: str | None = _option(None, "rank weights within each row or the whole layer (default: as published)")
+    scope: str | None = _option(None, f"rank weights within each: {', '.join(SCOPES)} (default: as published)")
+    group_size: int = _option(GROUP_SIZE, "inputs in a group, for scope group")
     selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}")
     solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
@@ -91,7 +92,8 @@ class Recipe:
         if self.pattern is not None:
             return parse_nm(self.pattern)
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        return Unstructured(sparsity, self.scope or selector.published_scope)  # type: ignore[arg-type]
+        scope = self.scope or selector.published_scope
+        return Unstructured(sparsity, scope, self.group_size)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to YAML and to the report."""

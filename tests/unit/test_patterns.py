@@ -32,7 +32,8 @@ def test_row_counts_are_exact(outputs: int, inputs: int, sparsity: float, seed: 
     keep_OD = top_scores(score_OD, Unstructured(sparsity, "row"))
     assert keep_OD.dtype == torch.bool
     assert keep_OD.shape == score_OD.shape
-    assert ((~keep_OD).sum(dim=1) == round(sparsity * inputs)).all()
+    check_spread((~keep_OD).sum(dim=1), sparsity, inputs)
+    assert (~keep_OD).sum() == round(sparsity * outputs * inputs)
     for score_D, keep_D in zip(score_OD, keep_OD, strict=True):
         check_highest_are_kept(score_D, keep_D)
 
@@ -51,8 +52,49 @@ def test_layer_count_is_exact(outputs: int, inputs: int, sparsity: float, seed: 
 @settings(deadline=None)
 @given(
     outputs=SIZES,
+    inputs=SIZES,
+    sparsity=SPARSITIES,
+    group_size=st.integers(1, 50),
+    seed=st.integers(0, 99),
+    distinct=st.sampled_from([None, 1, 3]),
+)
+def test_group_counts_are_exact(
+    outputs: int, inputs: int, sparsity: float, group_size: int, seed: int, distinct: int | None
+) -> None:
+    score_OD = scores(outputs, inputs, seed, distinct)
+    keep_OD = top_scores(score_OD, Unstructured(sparsity, "group", group_size))
+    assert (~keep_OD).sum() == round(sparsity * outputs * inputs)
+    for score_OG, keep_OG in zip(score_OD.split(group_size, 1), keep_OD.split(group_size, 1), strict=True):
+        check_spread((~keep_OG).sum()[None], sparsity, keep_OG.numel())
+        check_highest_are_kept(score_OG.flatten(), keep_OG.flatten())
+
+
+def check_spread(pruned_N: Tensor, sparsity: float, size: int) -> None:
+    """Each of several equal parts loses its share of the whole, but for what rounding moves between neighbours."""
+    assert (pruned_N - sparsity * size).abs().max() <= 1 + 1e-9
+    assert pruned_N.max() - pruned_N.min() <= 1
+
+
+def test_one_group_is_the_layer_and_rows_of_whole_shares_are_alike() -> None:
+    score_OD = scores(9, 20, 0)
+    layer_OD = top_scores(score_OD, Unstructured(0.37, "layer"))
+    assert torch.equal(top_scores(score_OD, Unstructured(0.37, "group", 20)), layer_OD)
+    assert torch.equal(top_scores(score_OD, Unstructured(0.37, "group")), layer_OD)
+    assert ((~top_scores(score_OD, Unstructured(0.6, "row"))).sum(dim=1) == 12).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100_000])
+def test_rows_of_a_large_linear_add_up(rows: int) -> None:
+    counts_R = Unstructured(0.6, "row").pruned_in_rows(rows, 28_672)
+    assert counts_R.sum() == round(0.6 * rows * 28_672)
+    assert set(counts_R.tolist()) <= {17_203, 17_204}
+
+
+@settings(deadline=None)
+@given(
+    outputs=SIZES,
     groups=st.integers(1, 9),
-    nm=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (5, 16)]),
+    nm=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8), (3, 8), (5, 16), (1, 3)]),
     seed=st.integers(0, 99),
     distinct=st.sampled_from([None, 1, 3]),
 )
@@ -101,7 +143,9 @@ def test_infinite_scores_are_ordered_too() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.5, "layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "pattern", [Unstructured(0.5), Unstructured(0.5, "layer"), Unstructured(0.5, "group"), NM(2, 4)], ids=str
+)
 def test_empty_linear(shape: tuple[int, int], pattern: Unstructured | NM) -> None:
     assert top_scores(torch.zeros(shape), pattern).shape == shape
 
@@ -113,8 +157,12 @@ class TestValues:
             Unstructured(sparsity)
 
     def test_unknown_scope_lists_the_known(self) -> None:
-        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer"):
+        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer, group"):
             Unstructured(0.5, "column")  # type: ignore[arg-type]
+
+    def test_group_size_is_positive(self) -> None:
+        with pytest.raises(RecipeError, match="group_size must be at least 1, got 0"):
+            Unstructured(0.5, "group", 0)
 
     @pytest.mark.parametrize(("n", "m"), [(0, 4), (4, 4), (5, 4), (0, 0)])
     def test_nm_keeps_some_and_prunes_some(self, n: int, m: int) -> None:
@@ -124,6 +172,7 @@ class TestValues:
     def test_text_and_sparsity(self) -> None:
         assert str(Unstructured(0.5)) == "0.5 per row"
         assert str(Unstructured(0.25, "layer")) == "0.25 per layer"
+        assert str(Unstructured(0.25, "group", 64)) == "0.25 per group of 64"
         assert str(NM(3, 4)) == "3:4"
         assert NM(3, 4).sparsity == 0.25
 

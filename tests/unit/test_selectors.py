@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,18 +24,36 @@ PATTERNS = [
     Unstructured(0.5, "layer"),
     Unstructured(0.7, "row"),
     Unstructured(0.3, "layer"),
+    Unstructured(0.6, "group", 16),
+    Unstructured(0.45, "group", 20),
     NM(2, 4),
     NM(4, 8),
+    NM(1, 4),
+    NM(3, 8),
 ]
 
 
-def lowest(score_RN: Tensor, count: int) -> Tensor:
+def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:
     """Mask of each row's ``count`` lowest scores, the first of equals first: plain Python, to be independent."""
     mask_RN = torch.zeros_like(score_RN, dtype=torch.bool)
     for row, score_N in enumerate(score_RN.tolist()):
-        for index in sorted(range(len(score_N)), key=lambda i: (score_N[i], i))[:count]:
+        own = count if isinstance(count, int) else count[row]
+        for index in sorted(range(len(score_N)), key=lambda i: (score_N[i], i))[:own]:
             mask_RN[row, index] = True
     return mask_RN
+
+
+def steps(sparsity: float, sizes: list[int]) -> list[int]:
+    """How many more weights are pruned of each size than of the one before, the first of which is 0."""
+    return [round(sparsity * after) - round(sparsity * before) for before, after in pairwise(sizes)]
+
+
+def row_counts(pattern: Unstructured, outputs: int, inputs: int) -> list[int]:
+    return steps(pattern.sparsity, [row * inputs for row in range(outputs + 1)])
+
+
+def group_edges(pattern: Unstructured, inputs: int) -> list[int]:
+    return [*range(0, inputs, pattern.group_size if pattern.scope == "group" else inputs), inputs]
 
 
 def plain_keep(score_OD: Tensor, pattern: Pattern) -> Tensor:
@@ -42,8 +61,12 @@ def plain_keep(score_OD: Tensor, pattern: Pattern) -> Tensor:
     if isinstance(pattern, NM):
         return ~lowest(score_OD.reshape(-1, pattern.m), pattern.m - pattern.n).reshape(outputs, inputs)
     if pattern.scope == "row":
-        return ~lowest(score_OD, round(pattern.sparsity * inputs))
-    return ~lowest(score_OD.reshape(1, -1), round(pattern.sparsity * outputs * inputs)).reshape(outputs, inputs)
+        return ~lowest(score_OD, row_counts(pattern, outputs, inputs))
+    edges = group_edges(pattern, inputs)
+    counts = steps(pattern.sparsity, [outputs * edge for edge in edges])
+    groups = [score_OD[:, begin:end].reshape(1, -1) for begin, end in pairwise(edges)]
+    masks = [lowest(group, count).reshape(outputs, -1) for group, count in zip(groups, counts, strict=True)]
+    return ~torch.cat(masks, dim=1)
 
 
 def plain_sparsegpt(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +83,11 @@ def plain_sparsegpt(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, bloc
     weight_OD[:, dead] = 0
     inverses = [torch.linalg.inv(hessian_DD[j:, j:]) for j in range(inputs)]
     pruned_OD = torch.zeros_like(weight_OD, dtype=torch.bool)
-    width = blocksize if isinstance(pattern, Unstructured) else pattern.m
+    width = blocksize
+    if isinstance(pattern, NM):
+        width = pattern.m
+    elif pattern.scope == "group":
+        width = pattern.group_size
     for j in range(inputs):
         if j % width == 0:
             block = range(j, min(j + width, inputs))
@@ -69,9 +96,10 @@ def plain_sparsegpt(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, bloc
             if isinstance(pattern, NM):
                 pruned_OD[:, j:end] = lowest(score_OB, pattern.m - pattern.n)
             elif pattern.scope == "row":
-                pruned_OD[:, j:end] = lowest(score_OB, round(pattern.sparsity * end) - round(pattern.sparsity * j))
+                shares = [count / inputs for count in row_counts(pattern, outputs, inputs)]
+                pruned_OD[:, j:end] = lowest(score_OB, [round(share * end) - round(share * j) for share in shares])
             else:
-                count = round(pattern.sparsity * outputs * end) - round(pattern.sparsity * outputs * j)
+                (count,) = steps(pattern.sparsity, [outputs * j, outputs * end])
                 pruned_OD[:, j:end] = lowest(score_OB.reshape(1, -1), count).reshape(outputs, -1)
         error_O = weight_OD[:, j] * pruned_OD[:, j] / inverses[j][0, 0]
         weight_OD[:, j:] -= error_O[:, None] * inverses[j][0]
@@ -87,10 +115,14 @@ def check_counts(keep_OD: Tensor, pattern: Pattern) -> None:
     outputs, inputs = keep_OD.shape
     if isinstance(pattern, NM):
         assert (keep_OD.reshape(-1, pattern.m).sum(dim=1) == pattern.n).all()
-    elif pattern.scope == "row":
-        assert ((~keep_OD).sum(dim=1) == round(pattern.sparsity * inputs)).all()
-    else:
-        assert (~keep_OD).sum() == round(pattern.sparsity * outputs * inputs)
+        return
+    assert (~keep_OD).sum() == round(pattern.sparsity * outputs * inputs)
+    if pattern.scope == "row":
+        assert (~keep_OD).sum(dim=1).tolist() == row_counts(pattern, outputs, inputs)
+    if pattern.scope == "group":
+        edges = group_edges(pattern, inputs)
+        found = [int((~keep_OD[:, begin:end]).sum()) for begin, end in pairwise(edges)]
+        assert found == steps(pattern.sparsity, [outputs * edge for edge in edges])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -165,7 +197,7 @@ def test_sparsegpt_beats_its_mask_alone(pattern: Pattern) -> None:
 def test_published_settings() -> None:
     assert SparseGPT() == SparseGPT(blocksize=128)
     scopes = {name: make_selector(name).published_scope for name in SELECTOR_NAMES}
-    assert scopes == {"magnitude": "layer", "wanda": "row", "sparsegpt": "layer"}
+    assert scopes == {"magnitude": "layer", "wanda": "row", "sparsegpt": "group"}
 
 
 def test_unknown_selector_lists_the_known() -> None:

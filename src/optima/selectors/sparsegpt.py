@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Scope, Unstructured, keep_all_but_lowest, top_scores
+from optima.patterns import GROUP_SIZE, NM, Pattern, Scope, Unstructured, keep_all_but_lowest, top_scores
 from optima.selectors.base import Layer, Selection
 
 
@@ -21,15 +21,17 @@ from optima.selectors.base import Layer, Selection
 class SparseGPT:
     """Mask and update as published: the mask of a block of columns is chosen from the already updated weights.
 
-    Unstructured sparsity is reached in every block: over all its rows (scope ``layer``, as published) or within
-    each row (scope ``row``). N:M masks are chosen every m columns.
+    Unstructured sparsity is reached in every block of columns: over all its rows (scope ``group``, as published) or
+    within each row (scope ``row``). A sweep that never looks back cannot rank the columns of different blocks, so scope
+    ``layer`` means groups of ``blocksize``. N:M masks are chosen every m columns.
 
     Args:
-        blocksize: columns whose mask is chosen together and whose updates are applied lazily.
+        blocksize: columns whose mask is chosen together and whose updates are applied lazily; scope ``group`` brings
+            its own.
     """
 
-    blocksize: int = 128
-    published_scope: Scope = "layer"
+    blocksize: int = GROUP_SIZE
+    published_scope: Scope = "group"
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -40,6 +42,8 @@ class SparseGPT:
         blocksize = self.blocksize
         if isinstance(pattern, NM):
             blocksize = max(blocksize // pattern.m, 1) * pattern.m
+        elif pattern.scope == "group":
+            blocksize = pattern.group_size
         for begin in range(0, num_inputs, blocksize):
             end = min(begin + blocksize, num_inputs)
             upper_BB = upper_DD[begin:end, begin:end]
@@ -57,13 +61,15 @@ def _saliency(weight_OB: Tensor, upper_BB: Tensor) -> Tensor:
 
 
 def _block_mask(score_OB: Tensor, pattern: Unstructured, begin: int, num_inputs: int) -> Tensor:
-    """Mask of columns begin..; counts are differences of cumulative counts, so that whole rows come out exact."""
+    """Mask of columns begin..; counts are differences of cumulative counts, so that the whole comes out exact."""
     rows, width = score_OB.shape
-    if pattern.scope == "layer":
-        count = pattern.pruned_count(rows * (begin + width)) - pattern.pruned_count(rows * begin)
-        return keep_all_but_lowest(score_OB.reshape(1, -1), count).reshape(rows, width)
-    count = pattern.pruned_count(begin + width) - pattern.pruned_count(begin)
-    return keep_all_but_lowest(score_OB, count)
+    end = begin + width
+    if pattern.scope == "row":
+        total_O = pattern.pruned_in_rows(rows, num_inputs).double()
+        count_O = (total_O * end / num_inputs).round() - (total_O * begin / num_inputs).round()
+        return keep_all_but_lowest(score_OB, count_O)
+    count = pattern.pruned_in_columns(rows, begin, end)
+    return keep_all_but_lowest(score_OB.reshape(1, -1), count).reshape(rows, width)
 
 
 def _sweep(weight_OB: Tensor, keep_OB: Tensor, upper_BB: Tensor, pattern: Pattern) -> Tensor:
