@@ -27,7 +27,7 @@ from torch import Tensor
 from optima.qp.batch import RowBatch
 from optima.qp.certificate import ENERGY_FLOOR
 from optima.qp.hessian import Hessian
-from optima.qp.problem import RowProblem, RowSolution
+from optima.qp.problem import RowProblem, RowSolution, concatenate
 from optima.qp.refinement import Correction, Residuals, refine
 from optima.qp.spectrum import Spectrum
 
@@ -35,6 +35,9 @@ AIM = 0.9
 MAX_ITERATIONS = 300
 # Changes of face between two gradient steps.
 LONGEST_RUN = 4
+# Bounds take buffers (weight, lower, upper, room ...): rows are solved in so many pieces that all of them fit what the
+# other solvers need for all rows at once. Smaller pieces than this many entries (rows x inputs) would save nothing.
+PIECES, SMALLEST_PIECE = 3, 2**15
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ class Bounded:
         def inner(residuals: Residuals) -> Correction:
             return _Batch(state, residuals).run(AIM * self.gap, self.max_iterations)
 
-        return refine(state.hessian, problem, inner, self.gap)
+        rows, num_inputs = problem.keep_RD.shape
+        size = max(-(-rows // PIECES), SMALLEST_PIECE // max(num_inputs, 1), 1)
+        pieces = [slice(begin, begin + size) for begin in range(0, max(rows, 1), size)]
+        return concatenate([refine(state.hessian, problem.rows(piece), inner, self.gap) for piece in pieces])
 
 
 def split(weight: Tensor, lower: Tensor, upper: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

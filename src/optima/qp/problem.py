@@ -95,6 +95,27 @@ class RowSolution:
     halvings: int = 0
 
 
+def concatenate(parts: list[RowSolution]) -> RowSolution:
+    """One solution of the rows of all ``parts``, in order; at least one part."""
+    if len(parts) == 1:
+        return replace(parts[0], chunk_rows=len(parts[0].gap_R))
+
+    def join(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    notes = dict.fromkeys(part.note for part in parts if part.note)
+    return RowSolution(
+        join("weight_RD"),
+        join("error_R"),
+        join("gap_R"),
+        join("status_R"),
+        join("iterations_R"),
+        solver=parts[0].solver,
+        note="; ".join(notes),
+        chunk_rows=max(len(part.gap_R) for part in parts),
+    )
+
+
 def make_problem(
     hessian: Hessian,
     target_RD: Tensor,

@@ -75,6 +75,14 @@ class Correction:
     iterations_R: Tensor
     extension_RD: Tensor | None = None
 
+    def usable_extension(self, dtype: torch.dtype) -> Tensor | None:
+        """The extension in ``dtype``, zero in rows where it is not finite: any is valid, but not NaN."""
+        if self.extension_RD is None:
+            return None
+        extension_RD = self.extension_RD.to(dtype)
+        finite_R = extension_RD.sum(dim=1).isfinite()
+        return extension_RD if bool(finite_R.all()) else torch.where(finite_R[:, None], extension_RD, 0.0)
+
 
 class Inner(Protocol):
     """Approximately solves H_SS step_S = residual_S for each row, in the residuals' dtype."""
@@ -112,7 +120,7 @@ class _Rounds:
         del residuals
         self.iterations_R = correction.iterations_R
         self.weight_RD = self._apply(correction, self._start(), ALL)
-        extension_RD = correction.extension_RD
+        extension_RD = correction.usable_extension(self.dtype)
         del correction
         self.best = self.verifier(self.weight_RD, extension_RD)
         del extension_RD
@@ -182,8 +190,7 @@ class _Rounds:
         correction = inner(self._with_bounds(residuals, self.weight_RD[active], active))
         self.iterations_R[active] += correction.iterations_R
         candidate_AD = self._apply(correction, self.weight_RD[active], active)
-        extension_AD = correction.extension_RD
-        found = self.verifier(candidate_AD, extension_AD if extension_AD is None else extension_AD.to(mask_AD), active)
+        found = self.verifier(candidate_AD, correction.usable_extension(self.dtype), active)
         stalled_A = ~(found.bound_R <= STAGNATION * best.bound_R[active])
         noise_A = ROUNDING * self.verifier.energy_R[active]
         better_A = (found.error_R <= best.error_R[active] + noise_A) & (found.gap_R <= best.gap_R[active])

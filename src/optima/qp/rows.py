@@ -8,12 +8,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.qp.base import RowSolver
 from optima.qp.hessian import Hessian
-from optima.qp.problem import RowProblem, RowSolution
+from optima.qp.problem import RowProblem, RowSolution, concatenate
 from optima.qp.products import full_precision, keep_freed_memory
 
 __all__ = ["BYTES_PER_ENTRY", "DEFAULT_BUDGET_BYTES", "full_precision", "rows_per_chunk", "solve_rows"]
@@ -61,7 +60,7 @@ def solve_rows(
             chunk = (chunk + 1) // 2
             halvings += 1
             torch.cuda.empty_cache()
-    solution = _concatenate(parts)
+    solution = concatenate(parts)
     note = f"out of memory: rows in chunks of {chunk} instead" if halvings else ""
     return replace(
         solution,
@@ -78,20 +77,3 @@ def _chunk(hessian: Hessian, total: int, budget_bytes: int) -> int:
         chunk = min(chunk, max(CACHE_ENTRIES // max(hessian.num_inputs, 1), SMALLEST_CACHED_CHUNK))
     pieces = max(-(-total // chunk), 1)
     return max(-(-total // pieces), 1)
-
-
-def _concatenate(parts: list[RowSolution]) -> RowSolution:
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
-    notes = dict.fromkeys(part.note for part in parts if part.note)
-    return RowSolution(
-        join("weight_RD"),
-        join("error_R"),
-        join("gap_R"),
-        join("status_R"),
-        join("iterations_R"),
-        solver=parts[0].solver,
-        note="; ".join(notes),
-        chunk_rows=max(len(part.gap_R) for part in parts),
-    )
