@@ -143,7 +143,7 @@ def iterations(iterations_R: Tensor) -> str:
 
 
 def diagonal(bench: Bench, gap: float, needed_R: Tensor) -> list[Entry]:
-    """(b) Diagonal CG strengthened, its stop by certificate (a product in the faster dtype) and oracle; as published."""
+    """(b) Diagonal CG strengthened, stopped by certificate (a product in the faster dtype) or oracle; as published."""
     rows, size = bench.case.num_rows, bench.case.num_inputs
     dtypes = (torch.float32, torch.bfloat16)
     check_dtype = min(dtypes, key=lambda dtype: bench.rate.seconds((rows, size, size, dtype)))

@@ -47,9 +47,7 @@ def fixed(hessian: Hessian, problem: RowProblem, iterations: int) -> PeerSolutio
     return PeerSolution(weight_RD, count_R)
 
 
-def iterations_to(
-    hessian: Hessian, problem: RowProblem, gap: float, first: int, true_gap: TrueGap[[Tensor], float]
-) -> int:
+def iterations_to(hessian: Hessian, problem: RowProblem, gap: float, first: int, true_gap: TrueGap) -> int:
     """Fewest iterations from ``first`` up that bring every row to a true gap of ``gap`` (untimed)."""
     for iterations in range(first, first + EXTRA):
         if true_gap(fixed(hessian, problem, iterations).weight_RD) <= gap:
