@@ -86,16 +86,19 @@ def _recipe_defaults(argv: Sequence[str]) -> dict[str, Any]:
     """Values of the recipe file named in ``argv``, as defaults that the other options override."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe")
-    path = finder.parse_known_args(list(argv))[0].recipe
-    if path is None:
+    finder.add_argument("--pattern", nargs="*")
+    finder.add_argument("--sparsity", nargs="?", const="")
+    given = finder.parse_known_args(list(argv))[0]
+    if given.recipe is None:
         return {}
-    values = load_recipe(path).to_dict()
-    given = {argument.split("=")[0] for argument in argv}
+    values = load_recipe(given.recipe).to_dict()
     # The two ways to say how sparse exclude each other; the command line decides which one counts.
-    if "--pattern" in given:
-        values |= {"sparsity": None, "scope": None}
-    if "--sparsity" in given:
-        values["pattern"] = None
+    if given.pattern is not None:
+        values["sparsity"] = None
+        if all(":" in entry.rpartition("=")[2] for entry in given.pattern):
+            values["scope"] = None  # n:m has none
+    if given.sparsity is not None:
+        values["pattern"] = []
     return values
 
 

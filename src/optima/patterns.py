@@ -6,6 +6,7 @@ Shapes: O outputs (rows), D inputs, G groups of m consecutive inputs.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -95,6 +96,111 @@ def parse_nm(text: str) -> NM:
     if match is None:
         raise RecipeError(f"pattern {text!r} is not of the form n:m (n kept of m inputs): for example 2:4")
     return NM(int(match[1]), int(match[2]))
+
+
+@dataclass(frozen=True)
+class PatternTable:
+    """Which pattern each linear takes: that of the first entry whose regex matches its full name, else the default.
+
+    Attributes:
+        entries: regex (``re.search``) and pattern, in the order in which they are tried.
+        default: the pattern of linears that no entry matches; None if there is none.
+    """
+
+    entries: tuple[tuple[str, Pattern], ...] = ()
+    default: Pattern | None = None
+
+    @property
+    def patterns(self) -> list[Pattern]:
+        """Every pattern in the table."""
+        return [pattern for _, pattern in self.entries] + ([] if self.default is None else [self.default])
+
+    def of(self, name: str) -> Pattern:
+        """The pattern of the linear ``name``.
+
+        Raises:
+            RecipeError: if no entry matches and there is no default.
+        """
+        for regex, pattern in self.entries:
+            if re.search(regex, name):
+                return pattern
+        if self.default is None:
+            raise RecipeError(
+                f"no entry of pattern matches {name}: add one without a regex, such as 0.5, for all other linears, "
+                f"or leave it out with --ignore '{re.escape(name)}'"
+            )
+        return self.default
+
+    def assign(self, linears: Mapping[str, int]) -> dict[str, Pattern]:
+        """The pattern of every linear, checked against its number of inputs.
+
+        Args:
+            linears: full name and number of inputs of each linear to prune.
+
+        Raises:
+            RecipeError: if a linear has no pattern or one that does not fit it, or an entry decides nothing.
+        """
+        assigned = {name: self.of(name) for name in linears}
+        for name, pattern in assigned.items():
+            check_pattern(pattern, linears[name], name)
+        waiting = list(linears)
+        for regex, _ in self.entries:
+            left = [name for name in waiting if not re.search(regex, name)]
+            if len(left) == len(waiting):
+                raise RecipeError(
+                    f"pattern entry {regex!r} decides nothing: it matches none of the linears to prune, or earlier "
+                    f"entries took them all; list them with optima plan, the first is {next(iter(linears))}"
+                )
+            waiting = left
+        return assigned
+
+
+def parse_table(texts: Sequence[str], scope: Scope, group_size: int = GROUP_SIZE) -> PatternTable:
+    """Read entries of the form ``n:m``, ``0.6``, ``REGEX=n:m`` or ``REGEX=0.6``.
+
+    Args:
+        texts: the entries; those without a regex are the default, of which there may be one.
+        scope: of the unstructured entries.
+        group_size: of the unstructured entries, for scope ``group``.
+
+    Raises:
+        RecipeError: naming the entry that cannot be read, its regex or its value.
+    """
+    entries: list[tuple[str, Pattern]] = []
+    default: Pattern | None = None
+    for text in texts:
+        # A regex may contain "=", a pattern cannot.
+        regex, separator, value = text.rpartition("=")
+        pattern = _parse_pattern(value.strip(), text, scope, group_size)
+        if separator:
+            _check_regex(regex, text)
+            entries.append((regex, pattern))
+        elif default is not None:
+            raise RecipeError(f"pattern has two entries for all linears, {default} and {pattern}: keep one of them")
+        else:
+            default = pattern
+    return PatternTable(tuple(entries), default)
+
+
+def _parse_pattern(value: str, entry: str, scope: Scope, group_size: int) -> Pattern:
+    if ":" in value:
+        return parse_nm(value)
+    try:
+        sparsity = float(value)
+    except ValueError as error:
+        raise RecipeError(
+            f"pattern {entry!r} is not of the form n:m (2:4), a sparsity (0.6), or REGEX= and one of these (mlp=2:4)"
+        ) from error
+    return Unstructured(sparsity, scope, group_size)
+
+
+def _check_regex(regex: str, entry: str) -> None:
+    if not regex:
+        raise RecipeError(f"pattern {entry!r} has no regex before '=': leave out the '=' to mean all linears")
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise RecipeError(f"pattern {entry!r}: {regex!r} is not a regular expression: {error}") from error
 
 
 def check_pattern(pattern: Pattern, num_inputs: int, name: str) -> None:

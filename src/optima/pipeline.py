@@ -51,7 +51,7 @@ class Pruner:
     def __post_init__(self) -> None:
         self._selector = self.recipe.make_selector()
         self._solver = self.recipe.make_solver()
-        self._pattern = self.recipe.make_pattern(self._selector)
+        self._patterns = self.recipe.make_patterns(self._selector)
 
     @torch.no_grad()
     def run(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> None:
@@ -86,9 +86,10 @@ class Pruner:
         if self.dump is not None:
             self.dump(linear, hessian)
         started = time.perf_counter()
+        pattern = self._patterns.of(linear.name)
         weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
         with full_precision():
-            selection = self._selector.select(Layer(linear.name, weight_OD.clone(), hessian), self._pattern)
+            selection = self._selector.select(Layer(linear.name, weight_OD.clone(), hessian), pattern)
         solution = self._solve(weight_OD, hessian, selection)
         masked_OD = weight_OD * selection.keep_OD
         selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
@@ -99,7 +100,8 @@ class Pruner:
             block=block.index,
             name=linear.name,
             shape=linear.shape,
-            pattern=str(self._pattern),
+            pattern=str(pattern),
+            sparsity_asked=pattern.sparsity,
             sparsity=1.0 - float(selection.keep_OD.double().mean()),
             error_mask=error_mask,
             error_selector=error_mask if selection.weight_OD is None else error(selected_OD),

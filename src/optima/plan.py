@@ -20,7 +20,7 @@ from optima.calibration.hessian import SharedInputs
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
 from optima.models.source import Source, explain_read_errors, load_config, model_class
-from optima.patterns import Pattern, check_pattern
+from optima.patterns import Pattern
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
 
@@ -34,7 +34,7 @@ class Plan:
 
     Attributes:
         blocks: the blocks with the linears that would be pruned (on the meta device).
-        pattern: the pattern asked for.
+        patterns: the pattern of each linear, by its full name.
         num_parameters: of the whole model.
         pruned_parameters: weights in the linears to prune.
         memory_bytes: predicted peak on the device beyond the model's weights and the stored block inputs; an
@@ -47,7 +47,7 @@ class Plan:
     """
 
     blocks: list[Block]
-    pattern: Pattern
+    patterns: dict[str, Pattern]
     num_parameters: int
     pruned_parameters: int
     memory_bytes: int
@@ -56,6 +56,12 @@ class Plan:
     model_bytes: int
     operations: float
     notes: list[str]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights of all linears to prune that the patterns ask to prune."""
+        sizes = {linear.name: linear.weight_OD.numel() for block in self.blocks for linear in block.linears}
+        return sum(self.patterns[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
@@ -85,13 +91,10 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
 
     Raises:
         ModelError: if nothing matches, or the model does not read token sequences as long as these.
-        RecipeError: if the pattern does not divide a linear's inputs.
+        RecipeError: if a linear has no pattern, or one that does not divide its inputs.
     """
     blocks = select_linears(find_blocks(model), recipe.targets, recipe.ignore)
-    pattern = recipe.make_pattern(recipe.make_selector())
-    for block in blocks:
-        for linear in block.linears:
-            check_pattern(pattern, linear.shape[1], linear.name)
+    find_patterns(blocks, recipe)
     if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
         raise ModelError(
             f"{type(model).__name__} reads no tokens (it reads {', '.join(parameters)}): prune a language model"
@@ -103,6 +106,12 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
             f"use --max-seq-length {positions} or less"
         )
     return blocks
+
+
+def find_patterns(blocks: Sequence[Block], recipe: Recipe) -> dict[str, Pattern]:
+    """The pattern of each linear by its full name, checked against the linear's inputs."""
+    table = recipe.make_patterns(recipe.make_selector())
+    return table.assign({linear.name: linear.shape[1] for block in blocks for linear in block.linears})
 
 
 def num_positions(model: nn.Module) -> int | None:
@@ -133,7 +142,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
     return Plan(
         blocks=blocks,
-        pattern=recipe.make_pattern(recipe.make_selector()),
+        patterns=find_patterns(blocks, recipe),
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.weight_OD.numel() for block in blocks for linear in block.linears),
         memory_bytes=predict_memory(groups, blocks, recipe, dtype.itemsize),

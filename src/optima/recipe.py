@@ -12,12 +12,16 @@ from typing import Any
 import yaml
 
 from optima.errors import RecipeError
-from optima.patterns import GROUP_SIZE, SCOPES, Pattern, Unstructured, parse_nm
+from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, parse_table
 from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
+PATTERN_HELP = (
+    "instead of a sparsity: n:m, keep n of every m consecutive inputs (2:4), a sparsity, or REGEX=2:4 and REGEX=0.6 "
+    "for the linears whose full name matches; the first match counts, an entry without a regex is for all others"
+)
 
 
 def _option(default: Any, text: str) -> Any:
@@ -35,7 +39,7 @@ class Recipe:
     """
 
     sparsity: float | None = _option(None, f"fraction of weights to prune (default {DEFAULT_SPARSITY})")
-    pattern: str | None = _option(None, "n:m, keep n of every m consecutive inputs (2:4), instead of a sparsity")
+    pattern: list[str] = _option([], PATTERN_HELP)
     scope: str | None = _option(None, f"rank weights within each: {', '.join(SCOPES)} (default: as published)")
     group_size: int = _option(GROUP_SIZE, "inputs in a group, for scope group")
     selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}")
@@ -60,10 +64,11 @@ class Recipe:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             object.__setattr__(self, option.name, _typed(option, getattr(self, option.name)))
-        if self.sparsity is not None and self.pattern is not None:
-            raise RecipeError("give either sparsity or pattern, not both")
-        if self.pattern is not None and self.scope is not None:
-            raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
+        if self.sparsity is not None and self.pattern:
+            raise RecipeError(
+                f"give either sparsity or pattern, not both: pattern {' '.join(self.pattern)} {self.sparsity:g} prunes "
+                f"{self.sparsity:g} where no other entry matches"
+            )
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown dtype {self.dtype!r}: known dtypes are {', '.join(DTYPES)}")
         if not 0.0 <= self.damping <= 1.0:
@@ -77,7 +82,9 @@ class Recipe:
         check_regexes("ignore", self.ignore)
         # Building them checks their names and values.
         _check_max_change(self.max_change, self.make_solver())
-        self.make_pattern(self.make_selector())
+        table = self.make_patterns(self.make_selector())
+        if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
+            raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
 
     def make_selector(self) -> Selector:
         """The mask selector."""
@@ -87,13 +94,11 @@ class Recipe:
         """The row solver, None if the selector's weights are kept."""
         return make_solver(self.solver, self.gap)
 
-    def make_pattern(self, selector: Selector) -> Pattern:
-        """The pattern; an unstructured one takes the selector's published scope unless the recipe names one."""
-        if self.pattern is not None:
-            return parse_nm(self.pattern)
+    def make_patterns(self, selector: Selector) -> PatternTable:
+        """The patterns; unstructured ones take the selector's published scope unless the recipe names one."""
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         scope = self.scope or selector.published_scope
-        return Unstructured(sparsity, scope, self.group_size)  # type: ignore[arg-type]
+        return parse_table(self.pattern or [str(sparsity)], scope, self.group_size)  # type: ignore[arg-type]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to YAML and to the report."""
@@ -160,6 +165,8 @@ def _typed(option: dataclasses.Field[Any], value: Any) -> Any:
     """``value`` as the type of a field: YAML reads 1e-4 as text, and one string may stand for a list of one."""
     kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
     wanted = _plain_type(option)
+    if option.name == "pattern":
+        value = _pattern_texts(value)
     if value is None and option.default is None:
         return None
     if wanted is list and isinstance(value, (str, tuple)):
@@ -167,15 +174,21 @@ def _typed(option: dataclasses.Field[Any], value: Any) -> Any:
     if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         with contextlib.suppress(ValueError):
             return float(value)
-    # 2:4 unquoted is a base-60 integer in YAML 1.1.
-    if option.name == "pattern" and isinstance(value, int):
-        raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
     well_typed = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
     if wanted is list:
         well_typed = well_typed and all(isinstance(item, str) for item in value)
     if not well_typed:
         raise RecipeError(f"{option.name} must be {kind[wanted]}, got {value!r}")
     return value
+
+
+def _pattern_texts(value: Any) -> Any:
+    """A sparsity may be written as a number, and null means that there is none."""
+    items = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    # 2:4 unquoted is a base-60 integer in YAML 1.1.
+    if any(isinstance(item, int) for item in items):
+        raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
+    return [str(item) if isinstance(item, float) else item for item in items]
 
 
 def _plain_type(option: dataclasses.Field[Any]) -> type:

@@ -186,6 +186,12 @@ class TestOptions:
             (["--sparsity", "0.5", "--pattern", "2:4"], "either sparsity or pattern, not both"),
             (["--pattern", "2/4"], "pattern '2/4' is not of the form n:m"),
             (["--pattern", "4:4"], "needs 0 < n < m"),
+            (["--pattern", "mlp=2:4"], "no entry of pattern matches model.layers.0.self_attn.q_proj"),
+            (["--pattern", "mlp=2:32", "0.5"], "divisible by 32, but model.layers.0.mlp.down_proj has 48"),
+            (["--pattern", "mpl=2:4", "0.5"], "pattern entry 'mpl' decides nothing"),
+            (["--pattern", "(=2:4", "0.5"], "'(' is not a regular expression"),
+            (["--pattern", "0.5", "2:4"], "two entries for all linears"),
+            (["--scope", "group", "--group-size", "0"], "group_size must be at least 1, got 0"),
             # All other linears have 32 inputs.
             (["--pattern", "2:32"], "divisible by 32, but model.layers.0.mlp.down_proj has 48"),
             (["--selector", "wonda"], "known selectors are magnitude, wanda, sparsegpt"),

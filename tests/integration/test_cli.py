@@ -132,6 +132,21 @@ class TestPrune:
             f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
         }
 
+    def test_a_pattern_for_each_target(self) -> None:
+        weights = prune("--pattern", "mlp.*=1:4", "self_attn.[qk]=0.6", "0.5", "--scope", "group", "--group-size", "8")
+        for name, weight in weights.items():
+            if not is_target(name):
+                continue
+            if ".mlp." in name:
+                assert ((weight != 0).reshape(-1, 4).sum(dim=1) == 1).all()
+            else:
+                sparsity = 0.6 if "q_proj" in name or "k_proj" in name else 0.5
+                counts = [round(sparsity * weight[:, : 8 * i].numel()) for i in range(5)]
+                assert [int((weight[:, : 8 * i] == 0).sum()) for i in range(5)] == counts
+        report = load_report(Path("out"))
+        assert {linear.pattern for linear in report.linears} == {"1:4", "0.6 per group of 8", "0.5 per group of 8"}
+        assert report.sparsity == pytest.approx(report.sparsity_asked, abs=1e-3)
+
     def test_solver_none_keeps_the_selectors_weights(self) -> None:
         source = load_file("model/model.safetensors")
         weights = prune("--solver", "none")
@@ -173,6 +188,9 @@ class TestRecipeOnTheCommandLine:
             ({"sparsity": 0.7}, ["--pattern=2:4"], {"pattern": "2:4"}),
             ({"pattern": "2:4"}, ["--sparsity", "0.3"], {"sparsity": 0.3}),
             ({"pattern": "2:4"}, ["--pattern", "4:8"], {"pattern": "4:8"}),
+            ({"sparsity": 0.7, "scope": "layer"}, ["--pattern", "mlp=2:4", "0.5"],
+             {"pattern": ["mlp=2:4", "0.5"], "scope": "layer"}),
+            ({"pattern": ["mlp=2:4", "0.5"]}, ["--sparsity", "0.3"], {"sparsity": 0.3}),
             ({"selector": "magnitude", "solver": "none"}, ["--solver", "cholesky"],
              {"selector": "magnitude", "solver": "cholesky"}),
             ({"targets": ["mlp", "q_proj"], "ignore": "up"}, ["--targets", "k_proj"],
@@ -223,6 +241,16 @@ class TestPlan:
         output = capsys.readouterr().out
         assert output.count("2:4") == 3
         assert "q_proj" not in output
+
+    def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
+        options = ["--pattern", r"1\.mlp=1:4", "mlp=3:8", "0.5"]
+        assert main(["plan", "model", "--max-seq-length", "16", *options]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        (first, second) = (line for line in lines if "down_proj" in line)
+        assert "3:8" in first
+        assert "1:4" in second
+        assert all("0.5 per row" in line for line in lines if "_proj" in line and "self_attn" in line)
+        assert any(line.startswith("sparsity of all of them") and "61.25%" in line for line in lines)
 
 
 class TestReport:

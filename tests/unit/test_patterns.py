@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import NM, Unstructured, check_pattern, parse_nm, top_scores
+from optima.patterns import NM, PatternTable, Unstructured, check_pattern, parse_nm, parse_table, top_scores
 
 SPARSITIES = st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)
 SIZES = st.integers(1, 40)
@@ -198,3 +198,66 @@ def test_check_names_the_linear_and_the_option() -> None:
     check_pattern(Unstructured(0.5), 13, "a.b")
     with pytest.raises(RecipeError, match=r"divisible by 4, but a\.b has 13: .* --ignore 'a"):
         check_pattern(NM(2, 4), 13, "a.b")
+
+
+LINEARS = {"layers.0.self_attn.q_proj": 32, "layers.0.mlp.up_proj": 32, "layers.0.mlp.down_proj": 48}
+Q, UP, DOWN = LINEARS
+
+
+def table(*entries: str) -> PatternTable:
+    return parse_table(entries, "row")
+
+
+class TestTable:
+    def test_reads_every_form(self) -> None:
+        read = parse_table(["mlp.*=2:4", "self_attn = 0.5", "0.6"], "group", 64)
+        assert read.entries == (("mlp.*", NM(2, 4)), ("self_attn ", Unstructured(0.5, "group", 64)))
+        assert read.default == Unstructured(0.6, "group", 64)
+        assert read.patterns == [NM(2, 4), Unstructured(0.5, "group", 64), Unstructured(0.6, "group", 64)]
+
+    def test_a_regex_may_hold_what_separates(self) -> None:
+        assert table("(?=x)a:b=1:4").entries == (("(?=x)a:b", NM(1, 4)),)
+
+    def test_first_match_wins_and_the_default_is_for_the_rest(self) -> None:
+        assigned = table("0.7", "down=1:4", "mlp=3:8", "layers.0.mlp|attn=0.5").assign(LINEARS)
+        assert assigned == {Q: Unstructured(0.5), UP: NM(3, 8), DOWN: NM(1, 4)}
+        assert table("0.7", "up_proj$=2:4").assign(LINEARS)[Q] == Unstructured(0.7)
+
+    def test_no_match_and_no_default(self) -> None:
+        with pytest.raises(RecipeError, match=r"no entry of pattern matches layers\.0\.self_attn\.q_proj: add one"):
+            table("mlp=2:4").assign(LINEARS)
+
+    def test_each_linear_is_checked_against_its_own_pattern(self) -> None:
+        table("down=5:16", "0.5").assign(LINEARS)
+        with pytest.raises(RecipeError, match=r"pattern 5:32 .* but layers\.0\.mlp\.down_proj has 48"):
+            table("up=5:32", "down=5:32", "0.5").assign(LINEARS)
+
+    @pytest.mark.parametrize("entries", [("0.5", "mpl=2:4"), ("mlp=2:4", "up_proj=1:4", "0.5")], ids=["typo", "late"])
+    def test_an_entry_that_decides_nothing(self, entries: tuple[str, ...]) -> None:
+        with pytest.raises(RecipeError, match=r"'(mpl|up_proj)' decides nothing: .* the first is layers\.0\.self_attn"):
+            table(*entries).assign(LINEARS)
+
+    @pytest.mark.parametrize(
+        ("entry", "message"),
+        [
+            ("half", "pattern 'half' is not of the form n:m (2:4), a sparsity (0.6), or REGEX="),
+            ("", "pattern '' is not of the form"),
+            ("mlp", "pattern 'mlp' is not of the form"),
+            ("mlp=", "pattern 'mlp=' is not of the form"),
+            ("mlp=2/4", "pattern 'mlp=2/4' is not of the form"),
+            ("mlp=2:4:8", "pattern '2:4:8' is not of the form n:m"),
+            ("mlp=4:2", "pattern 4:2 keeps n of m weights"),
+            ("mlp=1.5", "sparsity must be strictly between 0 and 1, got 1.5"),
+            ("mlp=nan", "sparsity must be strictly between 0 and 1, got nan"),
+            ("=2:4", "pattern '=2:4' has no regex before '='"),
+            ("(=2:4", "pattern '(=2:4': '(' is not a regular expression"),
+        ],
+    )
+    def test_unreadable(self, entry: str, message: str) -> None:
+        with pytest.raises(RecipeError) as caught:
+            table("0.5", entry)
+        assert message in str(caught.value)
+
+    def test_two_defaults(self) -> None:
+        with pytest.raises(RecipeError, match=r"two entries for all linears, 0\.5 per row and 2:4: keep one"):
+            table("0.5", "2:4")

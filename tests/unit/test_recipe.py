@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from optima import Recipe, load_recipe
 from optima.errors import RecipeError
-from optima.patterns import NM, Unstructured
+from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import BatchedCholesky, SharedInverseCG
 from optima.recipe import recipe_from_dict
 
@@ -52,7 +52,7 @@ class TestYaml:
         assert load_recipe(file) == recipe
 
     def test_round_trip_of_a_pattern_and_lists(self, tmp_path: Path) -> None:
-        recipe = Recipe(pattern="2:4", targets=[r"layers\.\d+", "#x"], ignore=[], trust_remote_code=True)
+        recipe = Recipe(pattern=["mlp=2:4", "0.5"], targets=[r"layers\.\d+", "#x"], ignore=[], trust_remote_code=True)
         recipe.save(tmp_path / "r.yaml")
         assert load_recipe(tmp_path / "r.yaml") == recipe
         assert list(yaml.safe_load((tmp_path / "r.yaml").read_text())) == FIELDS
@@ -74,12 +74,17 @@ class TestYaml:
         recipe = read(tmp_path, "dataset: a.txt\ntargets: mlp")
         assert (recipe.dataset, recipe.targets) == (["a.txt"], ["mlp"])
 
-    @pytest.mark.parametrize("text", ["2:4", "4:8", "1:2"])
+    @pytest.mark.parametrize("text", ["2:4", "4:8", "1:2", "[2:4]", "['mlp=2:4', 1:4]"])
     def test_unquoted_pattern_says_to_quote_it(self, tmp_path: Path, text: str) -> None:
         assert 'quote the pattern, as in pattern: "2:4"' in refused(tmp_path, f"pattern: {text}")
 
     def test_quoted_pattern(self, tmp_path: Path) -> None:
-        assert read(tmp_path, "pattern: '2:4'").pattern == "2:4"
+        assert read(tmp_path, "pattern: '2:4'").pattern == ["2:4"]
+
+    def test_pattern_as_a_list_a_number_or_nothing(self, tmp_path: Path) -> None:
+        assert read(tmp_path, "pattern:\n  - mlp=2:4\n  - 0.6").pattern == ["mlp=2:4", "0.6"]
+        assert read(tmp_path, "pattern: 0.6").pattern == ["0.6"]
+        assert read(tmp_path, "pattern: null\nsparsity: 0.6") == Recipe(sparsity=0.6)
 
     def test_unknown_key_lists_the_known(self, tmp_path: Path) -> None:
         message = refused(tmp_path, "sparsty: 0.5\nsparsity: 0.5\n3: x")
@@ -95,7 +100,8 @@ class TestYaml:
             ("gap: null", "gap must be a number, got None"),
             ("selector: 3", "selector must be text, got 3"),
             ("selector: null", "selector must be text, got None"),
-            ("pattern: 2.4", "pattern must be text, got 2.4"),
+            ("pattern: 2.4", "sparsity must be strictly between 0 and 1, got 2.4"),
+            ("pattern: {a: b}", "pattern must be a list of texts, got [{'a': 'b'}]"),
             ("seed: 1.5", "seed must be a whole number, got 1.5"),
             ("batch_size: '8'", "batch_size must be a whole number, got '8'"),
             ("batch_size: yes", "batch_size must be a whole number, got True"),
@@ -138,7 +144,11 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": "2-4"}, "pattern '2-4' is not of the form n:m"),
     ({"pattern": "4:4"}, "needs 0 < n < m"),
     ({"sparsity": 0.5, "pattern": "2:4"}, "give either sparsity or pattern, not both"),
+    ({"sparsity": 0.5, "pattern": ["mlp=2:4"]}, "pattern mlp=2:4 0.5 prunes 0.5 where no other entry matches"),
     ({"pattern": "2:4", "scope": "row"}, "scope is for unstructured sparsity"),
+    ({"pattern": ["a=2:4", "1:4"], "scope": "row"}, "scope is for unstructured sparsity"),
+    ({"pattern": ["0.5", "(=2:4"]}, "pattern '(=2:4': '(' is not a regular expression"),
+    ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
     ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group"),
     ({"group_size": 0}, "group_size must be at least 1, got 0"),
     ({"selector": "wonda"}, "unknown selector 'wonda': known selectors are magnitude, wanda, sparsegpt"),
@@ -199,6 +209,7 @@ class TestMaking:
             ({"selector": "sparsegpt", "scope": "row"}, Unstructured(0.5, "row")),
             ({"scope": "layer"}, Unstructured(0.5, "layer")),
             ({"pattern": "2:4"}, NM(2, 4)),
+            ({"pattern": ["0.6"], "scope": "layer"}, Unstructured(0.6, "layer")),
         ],
         ids=str,
     )
@@ -206,7 +217,13 @@ class TestMaking:
         self, values: dict[str, Any], pattern: Unstructured | NM
     ) -> None:
         recipe = Recipe(**values)
-        assert recipe.make_pattern(recipe.make_selector()) == pattern
+        assert recipe.make_patterns(recipe.make_selector()) == PatternTable((), pattern)
+
+    def test_pattern_for_each_target(self) -> None:
+        recipe = Recipe(pattern=["mlp=2:4", "0.6"], scope="group")
+        patterns = recipe.make_patterns(recipe.make_selector())
+        assert patterns.of("layers.0.mlp.up_proj") == NM(2, 4)
+        assert patterns.of("layers.0.self_attn.q_proj") == Unstructured(0.6, "group")
 
     def test_solver(self) -> None:
         assert Recipe(solver="none").make_solver() is None

@@ -27,6 +27,7 @@ LINEAR = LinearRecord(
     name="model.layers.0.mlp.up_proj",
     shape=(8, 4),
     pattern="0.5 per row",
+    sparsity_asked=0.5,
     sparsity=0.5,
     error_mask=0.2,
     error_selector=0.2,
@@ -203,6 +204,17 @@ class TestMarkdown:
         assert "asked gap of 1.0e-04: **all 16 rows** that a solver worked on; the largest gap is **5.0e-05**" in text
         assert "Warning" not in text
         assert section(text, "Notes") == ["None: no linear was skipped and no setting was changed on the way."]
+
+    def test_patterns_and_the_sparsity_asked(self) -> None:
+        asked = linear("mlp.down_proj", pattern="1:4", sparsity_asked=0.75, sparsity=0.7)
+        text = render_markdown(report(linear(), asked))
+        assert "(pattern 0.5 per row, 1:4)" in text
+        assert "60.0000%, asked 62.5000%" in text
+        assert "pattern" in section(text, "Every linear")[0]
+        assert " 1:4 |" in section(text, "Every linear")[3]
+        assert "pattern" not in section(render_markdown(report()), "Every linear")[0]
+        many = [linear(block=i, pattern=f"0.{i + 1} per row") for i in range(7)]
+        assert "(7 patterns)" in render_markdown(report(*many))
 
     def test_rows_that_did_not_converge_come_first(self) -> None:
         text = render_markdown(report(linear(), linear("mlp.down_proj", rows_not_converged=3, gap_max=2e-3)))

@@ -64,9 +64,10 @@ def _headline(report: Report) -> list[str]:
         return ["**Nothing was pruned.**"]
     solvers = sorted({linear.solver for linear in linears if _solved(linear)})
     method = " + ".join([str(run.recipe.get("selector", "unnamed selector")), *solvers])
-    patterns = ", ".join(sorted({linear.pattern for linear in linears}))
+    patterns = sorted({linear.pattern for linear in linears})
+    shown = f"pattern {', '.join(patterns)}" if len(patterns) <= NUM_NAMED else f"{len(patterns)} patterns"
     share = f"{report.sparsity:.2%} of the weights of {len(linears)} linears pruned"
-    lines = [f"**{share}** (pattern {patterns}) by **{method}**."]
+    lines = [f"**{share}** ({shown}) by **{method}**."]
     mask, selector, result = (_mean(linears, name) for name in ("error_mask", "error_selector", "error"))
     steps = [f"{_error(mask)} by the mask alone"]
     if any(map(_updated, linears)):
@@ -110,6 +111,7 @@ def _run_table(report: Report) -> str:
         ["run", " "],
         [
             ["weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the pruned linears"],
+            ["sparsity", f"{report.sparsity:.4%}, asked {report.sparsity_asked:.4%}"],
             ["calibration", f"{run.num_tokens:,} tokens, seed {run.seed}, hash {run.data_hash[:16]}"],
             ["device, dtype", f"{run.device}, {run.dtype}"],
             ["peak memory", _bytes(run.peak_memory_bytes)],
@@ -131,13 +133,16 @@ def _kind_table(linears: Linears) -> str:
 
 def _records_table(linears: Linears) -> str:
     mixed = len({linear.solver for linear in linears}) > 1
+    several = len({linear.pattern for linear in linears}) > 1
 
     def row(linear: LinearRecord) -> list[str]:
+        what = [_code(linear.name), _shape(linear), linear.pattern if several else ""]
         rest = [_gap(linear.gap_median), f"{linear.damping:g}", linear.solver if mixed else ""]
-        return [_code(linear.name), _shape(linear), *_cells([linear]), *rest]
+        return [*what, *_cells([linear]), *rest]
 
     return _table(
-        ["linear", "shape", *_COLUMNS, "gap median", "damping", "solver"], [row(linear) for linear in linears]
+        ["linear", "shape", "pattern", *_COLUMNS, "gap median", "damping", "solver"],
+        [row(linear) for linear in linears],
     )
 
 

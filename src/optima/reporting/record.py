@@ -38,6 +38,7 @@ class LinearRecord:
         name: full module name.
         shape: (outputs, inputs).
         pattern: the sparsity pattern asked for, as text.
+        sparsity_asked: share of the weights that the pattern asks to prune.
         sparsity: share of the weights that is pruned, counted from ``keep``.
         error_mask: error of the mask alone, the surviving weights at their dense values.
         error_selector: error of the selector's own weights; equal to ``error_mask`` when it only selects.
@@ -57,6 +58,7 @@ class LinearRecord:
     name: str
     shape: tuple[int, int]
     pattern: str
+    sparsity_asked: float
     sparsity: float
     error_mask: float
     error_selector: float
@@ -117,6 +119,11 @@ class Report:
     def sparsity(self) -> float:
         """Share of all weights of the pruned linears that is pruned."""
         return weighted_sparsity(self.linears)
+
+    @property
+    def sparsity_asked(self) -> float:
+        """Share of all weights of the pruned linears that their patterns ask to prune."""
+        return _weighted((linear.sparsity_asked, linear) for linear in self.linears)
 
     @property
     def error_geomean(self) -> float:
@@ -206,9 +213,14 @@ def name_in_block(linear: LinearRecord) -> str:
 
 def weighted_sparsity(linears: Iterable[LinearRecord]) -> float:
     """Share of the linears' weights that is pruned, 0 for no linears."""
-    sizes = [(linear.sparsity, math.prod(linear.shape)) for linear in linears]
+    return _weighted((linear.sparsity, linear) for linear in linears)
+
+
+def _weighted(values: Iterable[tuple[float, LinearRecord]]) -> float:
+    """Mean of the values weighted by the sizes of their linears, 0 for none."""
+    sizes = [(value, math.prod(linear.shape)) for value, linear in values]
     total = sum(size for _, size in sizes)
-    return math.fsum(sparsity * size for sparsity, size in sizes) / total if total else 0.0
+    return math.fsum(value * size for value, size in sizes) / total if total else 0.0
 
 
 def largest_gap(linears: Iterable[LinearRecord]) -> float | None:
