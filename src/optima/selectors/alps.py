@@ -1,0 +1,178 @@
+"""ALPS: operator splitting with a growing penalty finds the mask, conjugate gradient re-solves the weights.
+
+Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS 2024
+(arXiv 2406.07831), algorithms 1 and 2. In units in which the damped H has a unit diagonal, with G = H W^T:
+
+    B = (H + rho I)^-1 (G - V + rho D),  D = P(B + V / rho),  V = V + rho (B - D)                        (eq. 5)
+
+P keeps the largest magnitudes that the pattern allows. Every 3 iterations rho grows by 1.3, 1.2 or 1.1 as the support
+of D changes by more than 10%, 0.5% or one weight of the k kept ones (eq. 26 in the appendix); the loop ends when it
+does not change, or after 30 iterations by less than 0.03%. If it moves too little at the first check, rho was too
+large: it is divided by 5. Then 10 iterations of conjugate gradient on the support; diagonal preconditioning is the
+identity in these units.
+
+Shapes: O outputs (rows), D inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optima.patterns import Pattern, Scope, top_scores
+from optima.qp.hessian import Hessian
+from optima.qp.products import SharedMatrix, multiply, pack
+from optima.selectors.base import Layer, Selection
+from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
+
+# Growth of rho for a change of the support beyond this fraction of the kept weights.
+GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
+SHRINK = 5.0
+LARGEST_PENALTY = 1e6
+CHECK_EVERY = 3
+# From this iteration on, a change of the support below this fraction ends the loop.
+SETTLED_AFTER, SETTLED = 30, 3e-4
+
+
+class Eigen(NamedTuple):
+    """The damped H in units of a unit diagonal, and its eigendecomposition, float64."""
+
+    matrix_DD: Tensor
+    norm_D: Tensor
+    value_D: Tensor
+    vector_DD: Tensor
+
+
+def eigendecomposition(hessian: Hessian) -> Eigen:
+    """Of the damped H scaled to a unit diagonal."""
+    matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
+    return Eigen(matrix_DD, norm_D, *torch.linalg.eigh(matrix_DD))
+
+
+@dataclass(frozen=True)
+class ALPS:
+    """Mask and update as published. Cost: one eigendecomposition a Hessian, then one or two products an iteration.
+
+    Args:
+        penalty: rho at the start.
+        max_iterations: of the splitting.
+        cg_iterations: of conjugate gradient on the support.
+    """
+
+    penalty: float = 0.1
+    max_iterations: int = 300
+    cg_iterations: int = 10
+    published_scope: Scope = "layer"
+    _eigen: Callable[[Hessian], Eigen] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_eigen", PerHessian(eigendecomposition))
+
+    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+        """See ``Selector``."""
+        eigen = self._eigen(layer.hessian)
+        dense_OD = scaled_weight(layer, eigen.norm_D)
+        operator = SharedMatrix(eigen.matrix_DD.to(dense_OD.dtype))
+        target_OD = operator(dense_OD)
+        splitting = _Splitting(ShiftedInverse(eigen, dense_OD), target_OD, dense_OD, pattern, self.penalty)
+        weight_OD = splitting.run(self.max_iterations)
+        keep_OD = top_scores(weight_OD.abs(), pattern)
+        weight_OD = conjugate_gradient(operator, target_OD, weight_OD * keep_OD, keep_OD, self.cg_iterations)
+        return Selection(keep_OD, weight_OD / eigen.norm_D.to(weight_OD.dtype))
+
+
+class ShiftedInverse:
+    """(H + rho I)^-1 from the eigendecomposition, in the dtype of the rows that it will multiply.
+
+    Forming the matrix takes 2 D^3 operations at each change of rho and spares 2 O D^2 in every iteration: which is
+    cheaper depends on the shape of the layer.
+    """
+
+    def __init__(self, eigen: Eigen, rows_OD: Tensor) -> None:
+        self._vector_DD = eigen.vector_DD.to(rows_OD.dtype)
+        self._value_D = eigen.value_D.to(rows_OD.dtype)
+        self._to_rows = pack(self._vector_DD)
+        self._forms = rows_OD.shape[1] <= CHECK_EVERY * rows_OD.shape[0]
+        self._to_eigen = self._to_rows if self._forms else pack(self._vector_DD.mT.contiguous())
+
+    def at(self, penalty: float) -> Callable[[Tensor], Tensor]:
+        """Multiplies rows by (H + penalty I)^-1."""
+        share_D = 1.0 / (self._value_D + penalty)
+        if self._forms:
+            return SharedMatrix(multiply(self._vector_DD * share_D, self._to_rows))
+        return lambda rows_OD: multiply(multiply(rows_OD, self._to_eigen).mul_(share_D), self._to_rows)
+
+
+class _Splitting:
+    """The state of algorithm 1: the fit B, its projection D and the dual V, O x D each."""
+
+    def __init__(
+        self, inverse: ShiftedInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern, penalty: float
+    ) -> None:
+        self.inverse, self.target_OD, self.dense_OD, self.pattern = inverse, target_OD, dense_OD, pattern
+        self.penalty, self.grown = penalty, False
+        self._restart()
+        self.keep_OD = self.checked_OD
+
+    def _restart(self) -> None:
+        self.checked_OD = top_scores(self.dense_OD.abs(), self.pattern)
+        self.projection_OD = self.dense_OD * self.checked_OD
+        self.dual_OD = torch.zeros_like(self.dense_OD)
+
+    def run(self, max_iterations: int) -> Tensor:
+        """Iterate until the support settles; returns the last B."""
+        solve = self.inverse.at(self.penalty)
+        for iteration in range(max_iterations):
+            rho = self.penalty
+            weight_OD = solve(torch.add(self.target_OD, self.projection_OD, alpha=rho).sub_(self.dual_OD))
+            # B + V / rho, which the projection splits into D and the new V / rho
+            sum_OD = torch.add(weight_OD, self.dual_OD, alpha=1.0 / rho)
+            self.keep_OD = top_scores(sum_OD.abs(), self.pattern)
+            torch.mul(sum_OD, self.keep_OD, out=self.projection_OD)
+            torch.sub(sum_OD, self.projection_OD, out=self.dual_OD).mul_(rho)
+            if (iteration + 1) % CHECK_EVERY:
+                continue
+            if self._settled(iteration):
+                break
+            solve = self.inverse.at(self.penalty)
+        return weight_OD
+
+    def _settled(self, iteration: int) -> bool:
+        """Update rho by the change of the support since the last check; True if the loop should end."""
+        changed = int((self.keep_OD != self.checked_OD).sum())
+        fraction = changed / max(int(self.keep_OD.sum()), 1)
+        checked_OD = self.keep_OD
+        if changed and (self.grown or fraction > GROWTH[1][0]):
+            self.grown = True
+            self.penalty = min(self.penalty * next(rate for limit, rate in GROWTH if fraction > limit), LARGEST_PENALTY)
+        elif self.grown:
+            return True
+        else:
+            self.penalty /= SHRINK
+            if changed:
+                self._restart()
+        self.checked_OD = checked_OD
+        return iteration >= SETTLED_AFTER and fraction < SETTLED
+
+
+def conjugate_gradient(
+    operator: SharedMatrix, target_OD: Tensor, start_OD: Tensor, keep_OD: Tensor, iterations: int
+) -> Tensor:
+    """Each row's H_SS v_S = g_S from ``start_OD``, without preconditioner (algorithm 2)."""
+    weight_OD = start_OD
+    residual_OD = (target_OD - operator(weight_OD)).mul_(keep_OD)
+    direction_OD = residual_OD.clone()
+    energy_O = torch.linalg.vecdot(residual_OD, residual_OD)
+    for _ in range(iterations):
+        image_OD = operator(direction_OD)
+        curvature_O = torch.linalg.vecdot(direction_OD, image_OD)
+        step_O1 = torch.where(curvature_O > 0, energy_O / curvature_O, 0.0)[:, None]
+        weight_OD = torch.addcmul(weight_OD, step_O1, direction_OD)
+        residual_OD.addcmul_(step_O1, image_OD.mul_(keep_OD), value=-1.0)
+        energy_O, before_O = torch.linalg.vecdot(residual_OD, residual_OD), energy_O
+        direction_OD.mul_(torch.where(before_O > 0, energy_O / before_O, 0.0)[:, None]).add_(residual_OD)
+    return weight_OD

@@ -1,0 +1,57 @@
+"""The layer in units in which H has a unit diagonal: ||X (V - W)^T|| is the same with H_ij / (n_i n_j) and W_ij n_j.
+
+|W_ij n_j| is then Wanda's score, which is why splitting methods project in these units (Boza 2024, section 3.3).
+
+Shapes: O outputs (rows), D inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from optima.qp.hessian import Hessian
+from optima.selectors.base import Layer
+
+T = TypeVar("T")
+
+
+class UnitDiagonal(NamedTuple):
+    """H / (n n^T) with n = sqrt(diag H), float64; a dead input is decoupled and has n = 1."""
+
+    matrix_DD: Tensor
+    norm_D: Tensor
+
+
+def unit_diagonal(matrix_DD: Tensor, dead_D: Tensor) -> UnitDiagonal:
+    """Scale a copy of a Hessian (damped or not) to a unit diagonal."""
+    norm_D = matrix_DD.diagonal().sqrt().masked_fill(dead_D, 1.0)
+    scaled_DD = matrix_DD / norm_D[:, None] / norm_D
+    scaled_DD.diagonal().fill_(1.0)
+    return UnitDiagonal(scaled_DD, norm_D)
+
+
+def scaled_weight(layer: Layer, norm_D: Tensor) -> Tensor:
+    """W n, in the weight's dtype; weights of dead inputs vanish."""
+    return (layer.weight_OD * norm_D.to(layer.weight_OD.dtype)).masked_fill_(layer.hessian.dead_D, 0.0)
+
+
+class PerHessian(Generic[T]):
+    """Something made once for all linears that share a Hessian, and dropped with it.
+
+    Args:
+        make: builds it; what it returns must not hold the Hessian.
+    """
+
+    def __init__(self, make: Callable[[Hessian], T]) -> None:
+        self._make = make
+        self._made: WeakKeyDictionary[Hessian, T] = WeakKeyDictionary()
+
+    def __call__(self, hessian: Hessian) -> T:
+        """What belongs to ``hessian``."""
+        if hessian not in self._made:
+            self._made[hessian] = self._make(hessian)
+        return self._made[hessian]
