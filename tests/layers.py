@@ -1,14 +1,29 @@
-"""Layers that tests of selectors are run on."""
+"""Layers that tests of selectors are run on, and masks in plain Python to compare with."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian
 from optima.selectors.base import Layer
 
 DAMPING = 0.01
+PATTERNS = [
+    Unstructured(0.5, "row"),
+    Unstructured(0.5, "layer"),
+    Unstructured(0.7, "row"),
+    Unstructured(0.3, "layer"),
+    Unstructured(0.6, "group", 16),
+    Unstructured(0.45, "group", 20),
+    NM(2, 4),
+    NM(4, 8),
+    NM(1, 4),
+    NM(3, 8),
+]
 
 
 def make_layer(
@@ -31,3 +46,57 @@ def hessian_of(inputs_TD: Tensor, damping: float = DAMPING) -> Hessian:
 def layer_of(weight_OD: Tensor, inputs: Tensor | Hessian, damping: float = DAMPING, name: str = "linear") -> Layer:
     """A layer from its weight and its inputs (T x D), or their Hessian."""
     return Layer(name, weight_OD, inputs if isinstance(inputs, Hessian) else hessian_of(inputs, damping))
+
+
+def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:
+    """Mask of each row's ``count`` lowest scores, the first of equals first: plain Python, to be independent."""
+    mask_RN = torch.zeros_like(score_RN, dtype=torch.bool)
+    for row, score_N in enumerate(score_RN.tolist()):
+        own = count if isinstance(count, int) else count[row]
+        for index in sorted(range(len(score_N)), key=lambda i: (score_N[i], i))[:own]:
+            mask_RN[row, index] = True
+    return mask_RN
+
+
+def steps(sparsity: float, sizes: list[int]) -> list[int]:
+    """How many more weights are pruned of each size than of the one before, the first of which is 0."""
+    return [round(sparsity * after) - round(sparsity * before) for before, after in pairwise(sizes)]
+
+
+def row_counts(pattern: Unstructured, outputs: int, inputs: int) -> list[int]:
+    return steps(pattern.sparsity, [row * inputs for row in range(outputs + 1)])
+
+
+def group_edges(pattern: Unstructured, inputs: int) -> list[int]:
+    return [*range(0, inputs, pattern.group_size if pattern.scope == "group" else inputs), inputs]
+
+
+def plain_keep(score_OD: Tensor, pattern: Pattern) -> Tensor:
+    outputs, inputs = score_OD.shape
+    if isinstance(pattern, NM):
+        return ~lowest(score_OD.reshape(-1, pattern.m), pattern.m - pattern.n).reshape(outputs, inputs)
+    if pattern.scope == "row":
+        return ~lowest(score_OD, row_counts(pattern, outputs, inputs))
+    edges = group_edges(pattern, inputs)
+    counts = steps(pattern.sparsity, [outputs * edge for edge in edges])
+    groups = [score_OD[:, begin:end].reshape(1, -1) for begin, end in pairwise(edges)]
+    masks = [lowest(group, count).reshape(outputs, -1) for group, count in zip(groups, counts, strict=True)]
+    return ~torch.cat(masks, dim=1)
+
+
+def check_counts(keep_OD: Tensor, pattern: Pattern) -> None:
+    outputs, inputs = keep_OD.shape
+    if isinstance(pattern, NM):
+        assert (keep_OD.reshape(-1, pattern.m).sum(dim=1) == pattern.n).all()
+        return
+    assert (~keep_OD).sum() == round(pattern.sparsity * outputs * inputs)
+    if pattern.scope == "row":
+        assert (~keep_OD).sum(dim=1).tolist() == row_counts(pattern, outputs, inputs)
+    if pattern.scope == "group":
+        edges = group_edges(pattern, inputs)
+        found = [int((~keep_OD[:, begin:end]).sum()) for begin, end in pairwise(edges)]
+        assert found == steps(pattern.sparsity, [outputs * edge for edge in edges])
+
+
+def loss(weight_OD: Tensor, dense_OD: Tensor, inputs_TD: Tensor) -> float:
+    return float((inputs_TD @ (weight_OD.double() - dense_OD.double()).T).square().sum())

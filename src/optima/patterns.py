@@ -18,6 +18,8 @@ from optima.errors import RecipeError
 Scope = Literal["row", "layer", "group"]
 SCOPES = get_args(Scope)
 GROUP_SIZE = 128
+# Up to this many columns, comparing all pairs is the fastest way to rank them.
+SMALLEST_SELECTED = 16
 
 
 @dataclass(frozen=True)
@@ -243,10 +245,44 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
 
 def keep_all_but_lowest(score_RN: Tensor, count: int | Tensor) -> Tensor:
     """True everywhere but at the ``count`` lowest scores of each row; a tensor gives each row its own count."""
-    order_RN = score_RN.argsort(dim=1, stable=True)
     if isinstance(count, int):
-        keep_RN = torch.ones_like(score_RN, dtype=torch.bool)
-        return keep_RN.scatter_(1, order_RN[:, :count], False)
-    count_R1 = count.to(score_RN.device)[:, None]
+        few = score_RN.shape[1] <= SMALLEST_SELECTED
+        return _keep_by_rank(score_RN, count) if few else _keep_by_threshold(score_RN, count, count)
+    count_R1 = count.to(score_RN.device, torch.int64)[:, None]
+    least, most = map(int, count.aminmax()) if count.numel() else (0, 0)
+    if most - least <= 1:
+        return _keep_by_threshold(score_RN, count_R1, most)
+    order_RN = score_RN.argsort(dim=1, stable=True)
     rank_N = torch.arange(score_RN.shape[1], device=score_RN.device)
     return torch.empty_like(score_RN, dtype=torch.bool).scatter_(1, order_RN, rank_N >= count_R1)
+
+
+def _keep_by_rank(score_RN: Tensor, count: int) -> Tensor:
+    """For a few columns: each element's rank is the number of comparisons that it wins, the later of equals winning."""
+    columns = [column.contiguous() for column in score_RN.unbind(1)]
+    ranks = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
+    for later, ours in enumerate(columns):
+        for earlier, theirs in enumerate(columns[:later]):
+            wins = theirs <= ours
+            ranks[later] += wins
+            ranks[earlier] += ~wins
+    return torch.stack([rank >= count for rank in ranks], dim=1) if ranks else torch.empty_like(score_RN).bool()
+
+
+def _keep_by_threshold(score_RN: Tensor, count: int | Tensor, most: int) -> Tensor:
+    """A selection is linear in the number of scores where a sort is not; ``count`` is ``most`` or one less."""
+    num_rows, size = score_RN.shape
+    if not most or not num_rows:
+        return torch.ones_like(score_RN, dtype=torch.bool)
+    if score_RN.device.type == "cpu":
+        threshold_R1 = score_RN.kthvalue(most, dim=1, keepdim=True).values
+    else:  # kthvalue gives a row to one block of threads
+        threshold_R1 = score_RN.sort(dim=1).values[:, most - 1 : most]
+    keep_RN = score_RN > threshold_R1
+    spare_R1 = size - count - keep_RN.sum(dim=1, keepdim=True)
+    tied = (spare_R1[:, 0] > 0).nonzero()[:, 0]
+    if len(tied):
+        equal = score_RN[tied] == threshold_R1[tied]
+        from_the_end = equal.flip(1).cumsum(dim=1).flip(1)
+        keep_RN[tied] |= equal & (from_the_end <= spare_R1[tied])
+    return keep_RN

@@ -2,71 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
-from itertools import pairwise
-
 import pytest
 import torch
-from layers import DAMPING, layer_of, make_layer
+from layers import DAMPING, PATTERNS, layer_of, loss, lowest, make_layer, plain_keep, row_counts, steps
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import NM, Pattern, Unstructured
-from optima.qp import Hessian
-from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
+from optima.patterns import NM, Pattern
+from optima.selectors.base import SELECTOR_NAMES, make_selector
 from optima.selectors.magnitude import Magnitude
+from optima.selectors.ria import RIA
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.wanda import Wanda
-
-PATTERNS = [
-    Unstructured(0.5, "row"),
-    Unstructured(0.5, "layer"),
-    Unstructured(0.7, "row"),
-    Unstructured(0.3, "layer"),
-    Unstructured(0.6, "group", 16),
-    Unstructured(0.45, "group", 20),
-    NM(2, 4),
-    NM(4, 8),
-    NM(1, 4),
-    NM(3, 8),
-]
-
-
-def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:
-    """Mask of each row's ``count`` lowest scores, the first of equals first: plain Python, to be independent."""
-    mask_RN = torch.zeros_like(score_RN, dtype=torch.bool)
-    for row, score_N in enumerate(score_RN.tolist()):
-        own = count if isinstance(count, int) else count[row]
-        for index in sorted(range(len(score_N)), key=lambda i: (score_N[i], i))[:own]:
-            mask_RN[row, index] = True
-    return mask_RN
-
-
-def steps(sparsity: float, sizes: list[int]) -> list[int]:
-    """How many more weights are pruned of each size than of the one before, the first of which is 0."""
-    return [round(sparsity * after) - round(sparsity * before) for before, after in pairwise(sizes)]
-
-
-def row_counts(pattern: Unstructured, outputs: int, inputs: int) -> list[int]:
-    return steps(pattern.sparsity, [row * inputs for row in range(outputs + 1)])
-
-
-def group_edges(pattern: Unstructured, inputs: int) -> list[int]:
-    return [*range(0, inputs, pattern.group_size if pattern.scope == "group" else inputs), inputs]
-
-
-def plain_keep(score_OD: Tensor, pattern: Pattern) -> Tensor:
-    outputs, inputs = score_OD.shape
-    if isinstance(pattern, NM):
-        return ~lowest(score_OD.reshape(-1, pattern.m), pattern.m - pattern.n).reshape(outputs, inputs)
-    if pattern.scope == "row":
-        return ~lowest(score_OD, row_counts(pattern, outputs, inputs))
-    edges = group_edges(pattern, inputs)
-    counts = steps(pattern.sparsity, [outputs * edge for edge in edges])
-    groups = [score_OD[:, begin:end].reshape(1, -1) for begin, end in pairwise(edges)]
-    masks = [lowest(group, count).reshape(outputs, -1) for group, count in zip(groups, counts, strict=True)]
-    return ~torch.cat(masks, dim=1)
 
 
 def plain_sparsegpt(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksize: int) -> tuple[Tensor, Tensor]:
@@ -107,24 +54,6 @@ def plain_sparsegpt(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, bloc
     return ~pruned_OD, weight_OD
 
 
-def loss(weight_OD: Tensor, dense_OD: Tensor, inputs_TD: Tensor) -> float:
-    return float((inputs_TD @ (weight_OD.double() - dense_OD.double()).T).square().sum())
-
-
-def check_counts(keep_OD: Tensor, pattern: Pattern) -> None:
-    outputs, inputs = keep_OD.shape
-    if isinstance(pattern, NM):
-        assert (keep_OD.reshape(-1, pattern.m).sum(dim=1) == pattern.n).all()
-        return
-    assert (~keep_OD).sum() == round(pattern.sparsity * outputs * inputs)
-    if pattern.scope == "row":
-        assert (~keep_OD).sum(dim=1).tolist() == row_counts(pattern, outputs, inputs)
-    if pattern.scope == "group":
-        edges = group_edges(pattern, inputs)
-        found = [int((~keep_OD[:, begin:end]).sum()) for begin, end in pairwise(edges)]
-        assert found == steps(pattern.sparsity, [outputs * edge for edge in edges])
-
-
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_magnitude(pattern: Pattern) -> None:
     weight_OD, inputs_TD = make_layer()
@@ -141,6 +70,19 @@ def test_wanda(pattern: Pattern, dead: tuple[int, ...]) -> None:
     selection = Wanda().select(layer_of(weight_OD, inputs_TD), pattern)
     norm_D = torch.stack([column.norm(p=2) for column in inputs_TD.T])
     assert torch.equal(selection.keep_OD, plain_keep(weight_OD.abs() * norm_D, pattern))
+    assert selection.weight_OD is None
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_ria(pattern: Pattern) -> None:
+    """The share of a weight in its row plus that in its column, times the root of the norm of its input."""
+    weight_OD, inputs_TD = make_layer(dead=(3,))
+    weight_OD[2] = 0
+    weight_OD[:, 5] = 0
+    size_OD = weight_OD.abs()
+    share_OD = torch.nan_to_num(size_OD / size_OD.sum(1, keepdim=True)) + torch.nan_to_num(size_OD / size_OD.sum(0))
+    selection = RIA().select(layer_of(weight_OD, inputs_TD), pattern)
+    assert torch.equal(selection.keep_OD, plain_keep(share_OD * inputs_TD.norm(dim=0).sqrt(), pattern))
     assert selection.weight_OD is None
 
 
@@ -197,53 +139,12 @@ def test_sparsegpt_beats_its_mask_alone(pattern: Pattern) -> None:
 def test_published_settings() -> None:
     assert SparseGPT() == SparseGPT(blocksize=128)
     scopes = {name: make_selector(name).published_scope for name in SELECTOR_NAMES}
-    assert scopes == {"magnitude": "layer", "wanda": "row", "sparsegpt": "group"}
+    assert scopes == {
+        "magnitude": "layer", "wanda": "row", "ria": "layer", "sparsegpt": "group", "thanos": "layer",
+        "admm": "layer", "alps": "layer",
+    }  # fmt: skip
 
 
 def test_unknown_selector_lists_the_known() -> None:
-    with pytest.raises(RecipeError, match="unknown selector 'wonda': known selectors are magnitude, wanda, sparsegpt"):
+    with pytest.raises(RecipeError, match="unknown selector 'wonda': known selectors are magnitude, wanda, ria"):
         make_selector("wonda")
-
-
-SELECTORS: dict[str, Callable[[], Selector]] = {
-    "magnitude": Magnitude,
-    "wanda": Wanda,
-    "sparsegpt": SparseGPT,
-    "sparsegpt-16": lambda: SparseGPT(16),
-}
-
-
-@pytest.mark.parametrize("name", SELECTORS)
-class TestEverySelector:
-    @pytest.mark.parametrize("shape", [(7, 32), (32, 8), (3, 40), (1, 8)], ids=str)
-    @pytest.mark.parametrize("pattern", [*PATTERNS, Unstructured(0.01), Unstructured(0.99, "layer")], ids=str)
-    def test_exactly_the_pattern(self, name: str, pattern: Pattern, shape: tuple[int, int]) -> None:
-        weight_OD, inputs_TD = make_layer(*shape, dead=(1,), dtype=torch.float32)
-        selection = SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), pattern)
-        assert selection.keep_OD.dtype == torch.bool
-        check_counts(selection.keep_OD, pattern)
-        if selection.weight_OD is not None:
-            assert selection.weight_OD.dtype == torch.float32
-            assert selection.weight_OD.isfinite().all()
-
-    @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-    def test_float32_agrees_with_float64(self, name: str, pattern: Pattern) -> None:
-        weight_OD, inputs_TD = make_layer(40, 64, dtype=torch.float32)
-        layer = layer_of(weight_OD, inputs_TD)
-        single = SELECTORS[name]().select(layer, pattern)
-        double = SELECTORS[name]().select(replace(layer, weight_OD=weight_OD.double()), pattern)
-        assert torch.equal(single.keep_OD, double.keep_OD)
-        if single.weight_OD is not None and double.weight_OD is not None:
-            torch.testing.assert_close(single.weight_OD.double(), double.weight_OD, rtol=1e-4, atol=1e-4)
-
-    def test_same_input_same_bits(self, name: str) -> None:
-        weight_OD, inputs_TD = make_layer(dtype=torch.float32)
-        first, second = (SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), NM(2, 4)) for _ in range(2))
-        assert torch.equal(first.keep_OD, second.keep_OD)
-        if first.weight_OD is not None and second.weight_OD is not None:
-            assert torch.equal(first.weight_OD, second.weight_OD)
-
-    def test_all_weights_equal_and_all_inputs_dead(self, name: str) -> None:
-        layer = layer_of(torch.ones(4, 8), Hessian(torch.zeros(8, 8)))
-        for pattern in (Unstructured(0.5), NM(2, 4)):
-            check_counts(SELECTORS[name]().select(layer, pattern).keep_OD, pattern)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Scope, Unstructured, top_scores
+from optima.patterns import Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
 from optima.selectors.base import Layer, Selection

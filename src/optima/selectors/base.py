@@ -80,14 +80,26 @@ def make_selector(name: str) -> Selector:
     Raises:
         RecipeError: if the name is unknown.
     """
+    from optima.selectors.admm import ADMM
+    from optima.selectors.alps import ALPS
     from optima.selectors.magnitude import Magnitude
+    from optima.selectors.ria import RIA
     from optima.selectors.sparsegpt import SparseGPT
+    from optima.selectors.thanos import Thanos
     from optima.selectors.wanda import Wanda
 
-    selectors: dict[str, type[Selector]] = {"magnitude": Magnitude, "wanda": Wanda, "sparsegpt": SparseGPT}
+    selectors: dict[str, type[Selector]] = {
+        "magnitude": Magnitude,
+        "wanda": Wanda,
+        "ria": RIA,
+        "sparsegpt": SparseGPT,
+        "thanos": Thanos,
+        "admm": ADMM,
+        "alps": ALPS,
+    }
     if name not in selectors:
         raise RecipeError(f"unknown selector {name!r}: known selectors are {', '.join(selectors)}")
     return selectors[name]()
 
 
-SELECTOR_NAMES = ("magnitude", "wanda", "sparsegpt")
+SELECTOR_NAMES = ("magnitude", "wanda", "ria", "sparsegpt", "thanos", "admm", "alps")

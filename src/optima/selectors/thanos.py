@@ -74,7 +74,8 @@ class Thanos:
         """Indices of the rows with the largest loss if they were removed, w H w^T."""
         weight_OD = layer.weight_OD.double()
         loss_O = torch.linalg.vecdot(weight_OD, weight_OD @ layer.hessian.matrix_DD)
-        return loss_O.topk(math.ceil(self.outlier_rows * len(loss_O))).indices
+        outlier_O: Tensor = loss_O.topk(math.ceil(self.outlier_rows * len(loss_O))).indices
+        return outlier_O
 
 
 class _ResidualMask:

@@ -1,0 +1,155 @@
+"""What every selector owes its callers, for every pattern and scope."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from layers import PATTERNS, check_counts, layer_of, make_layer
+from torch import Tensor
+
+from optima.patterns import NM, Pattern, Unstructured
+from optima.qp import Hessian
+from optima.selectors.admm import ADMM
+from optima.selectors.alps import ALPS
+from optima.selectors.base import Layer, Selection, Selector
+from optima.selectors.magnitude import Magnitude
+from optima.selectors.ria import RIA
+from optima.selectors.sparsegpt import SparseGPT
+from optima.selectors.thanos import Thanos
+from optima.selectors.wanda import Wanda
+
+SELECTORS: dict[str, Callable[[], Selector]] = {
+    "magnitude": Magnitude,
+    "wanda": Wanda,
+    "ria": RIA,
+    "sparsegpt": SparseGPT,
+    "sparsegpt-16": lambda: SparseGPT(16),
+    "thanos": Thanos,
+    "thanos-16": lambda: Thanos(16, 16),
+    "admm": ADMM,
+    "alps": ALPS,
+}
+EXTREMES = [Unstructured(0.01), Unstructured(0.99, "layer")]
+SHAPES = [(7, 32), (32, 8), (3, 40), (1, 8)]
+
+
+def check(selection: Selection, layer: Layer, pattern: Pattern) -> None:
+    """Exact counts, a boolean mask, and finite weights of the layer's dtype, zero off the mask."""
+    assert selection.keep_OD.dtype == torch.bool
+    assert selection.keep_OD.shape == layer.weight_OD.shape
+    check_counts(selection.keep_OD, pattern)
+    if selection.weight_OD is not None:
+        assert selection.weight_OD.dtype == layer.weight_OD.dtype
+        assert selection.weight_OD.isfinite().all()
+        assert not selection.weight_OD[~selection.keep_OD].any()
+
+
+def check_same(first: Selection, second: Selection, tolerance: float = 0.0) -> None:
+    assert torch.equal(first.keep_OD, second.keep_OD)
+    assert (first.weight_OD is None) == (second.weight_OD is None)
+    if first.weight_OD is not None and second.weight_OD is not None:
+        torch.testing.assert_close(first.weight_OD.double(), second.weight_OD.double(), rtol=tolerance, atol=tolerance)
+
+
+def degenerate(kind: str) -> Layer:
+    """Layers in which scores tie, vanish or cannot be told apart."""
+    weight_OD, inputs_TD = make_layer(6, 16, dtype=torch.float32)
+    if kind == "equal weights":
+        weight_OD = torch.ones_like(weight_OD)
+    elif kind == "rows of zeros":
+        weight_OD[[0, 3]] = 0
+    elif kind == "all zero":
+        weight_OD = torch.zeros_like(weight_OD)
+    elif kind == "columns of zeros":
+        weight_OD[:, [1, 2, 3]] = 0
+    elif kind == "dead inputs":
+        inputs_TD[:, 4:9] = 0
+    elif kind == "all inputs dead":
+        inputs_TD = torch.zeros_like(inputs_TD)
+    elif kind == "duplicated inputs":
+        inputs_TD[:, 8:] = inputs_TD[:, :8]
+    elif kind == "duplicated weights and inputs":
+        inputs_TD[:, 8:], weight_OD[:, 8:] = inputs_TD[:, :8], weight_OD[:, :8]
+    elif kind == "one token":
+        inputs_TD = inputs_TD[:1]
+    else:
+        raise AssertionError(kind)
+    return layer_of(weight_OD, inputs_TD)
+
+
+DEGENERATE = [
+    "equal weights", "rows of zeros", "all zero", "columns of zeros", "dead inputs", "all inputs dead",
+    "duplicated inputs", "duplicated weights and inputs", "one token",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+class TestEverySelector:
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    @pytest.mark.parametrize("pattern", [*PATTERNS, *EXTREMES], ids=str)
+    def test_exactly_the_pattern(self, name: str, pattern: Pattern, shape: tuple[int, int]) -> None:
+        weight_OD, inputs_TD = make_layer(*shape, dead=(1,), dtype=torch.float32)
+        layer = layer_of(weight_OD, inputs_TD)
+        check(SELECTORS[name]().select(layer, pattern), layer, pattern)
+
+    @pytest.mark.parametrize("kind", DEGENERATE)
+    @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+    def test_degenerate_layers(self, name: str, pattern: Pattern, kind: str) -> None:
+        layer = degenerate(kind)
+        selector = SELECTORS[name]()
+        selection = selector.select(layer, pattern)
+        check(selection, layer, pattern)
+        check_same(selection, selector.select(degenerate(kind), pattern))
+
+    @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+    def test_float32_agrees_with_float64(self, name: str, pattern: Pattern) -> None:
+        weight_OD, inputs_TD = make_layer(40, 64, dtype=torch.float32)
+        layer = layer_of(weight_OD, inputs_TD)
+        single = SELECTORS[name]().select(layer, pattern)
+        double = SELECTORS[name]().select(replace(layer, weight_OD=weight_OD.double()), pattern)
+        check_same(single, double, tolerance=1e-4)
+
+    @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+    def test_same_input_same_bits_and_nothing_changed(self, name: str, pattern: Pattern) -> None:
+        weight_OD, inputs_TD = make_layer(dtype=torch.float32)
+        layer = layer_of(weight_OD.clone(), inputs_TD)
+        first = SELECTORS[name]().select(layer, pattern)
+        assert torch.equal(layer.weight_OD, weight_OD), "the weight is the caller's"
+        check_same(first, SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), pattern))
+
+    @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+    def test_strides_do_not_matter(self, name: str, pattern: Pattern) -> None:
+        weight_OD, inputs_TD = make_layer(dtype=torch.float32)
+        transposed_OD = weight_OD.T.contiguous().T
+        wide_OD = torch.zeros(20, 96)
+        wide_OD[:, ::2] = weight_OD
+        expected = SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), pattern)
+        for other_OD in (transposed_OD, wide_OD[:, ::2]):
+            assert not other_OD.is_contiguous()
+            found = SELECTORS[name]().select(layer_of(other_OD, inputs_TD), pattern)
+            check_same(found, expected, tolerance=1e-5)
+
+    def test_the_name_is_of_no_matter(self, name: str) -> None:
+        weight_OD, inputs_TD = make_layer(dtype=torch.float32)
+        first, second = (
+            SELECTORS[name]().select(layer_of(weight_OD, inputs_TD, name=linear), NM(2, 4)) for linear in ("a", "b")
+        )
+        check_same(first, second)
+
+    def test_all_weights_equal_and_all_inputs_dead(self, name: str) -> None:
+        layer = layer_of(torch.ones(4, 8), Hessian(torch.zeros(8, 8)))
+        for pattern in (Unstructured(0.5), NM(2, 4)):
+            check(SELECTORS[name]().select(layer, pattern), layer, pattern)
+
+    def test_moved_weights_beat_the_mask_alone(self, name: str) -> None:
+        weight_OD, inputs_TD = make_layer(40, 64)
+        selection = SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), Unstructured(0.5))
+        if selection.weight_OD is not None:
+
+            def loss(pruned_OD: Tensor) -> Tensor:
+                return (inputs_TD @ (pruned_OD - weight_OD).T).norm()
+
+            assert loss(selection.weight_OD) < 0.9 * loss(weight_OD * selection.keep_OD)

@@ -1,0 +1,227 @@
+"""ADMM, ALPS and Thanos against a few lines of float64 written from their papers.
+
+The references work with columns (D x O), explicit inverses and one row at a time: they share no code with the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layers import DAMPING, PATTERNS, hessian_of, layer_of, loss, lowest, make_layer, plain_keep, row_counts, steps
+from torch import Tensor
+
+from optima.patterns import NM, Pattern, Unstructured
+from optima.selectors.admm import ADMM
+from optima.selectors.alps import ALPS
+from optima.selectors.thanos import Thanos
+
+DEAD = (0, 7, 8, 47)
+
+
+def unit_problem(weight_OD: Tensor, inputs_TD: Tensor, damping: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(X^T X / T + damping, scaled to a unit diagonal; W^T in those units; the norms)."""
+    dead = inputs_TD.abs().sum(0) == 0
+    hessian_DD = inputs_TD.T @ inputs_TD / len(inputs_TD)
+    mean = hessian_DD.diagonal()[~dead].mean()
+    hessian_DD = hessian_DD + damping * mean * torch.eye(len(dead))
+    hessian_DD[dead, dead] = 1
+    norm_D = hessian_DD.diagonal().sqrt()
+    weight_DO = (weight_OD * ~dead * norm_D).T
+    return hessian_DD / norm_D[:, None] / norm_D[None, :], weight_DO, norm_D
+
+
+def plain_admm(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    hessian_DD, dense_DO, norm_D = unit_problem(weight_OD, inputs_TD, damping=0)
+    eye_DD = torch.eye(len(hessian_DD), dtype=torch.float64)
+    hessian_DD = hessian_DD + 0.1 * eye_DD
+    weight_DO, dual_DO = dense_DO, torch.zeros_like(dense_DO)
+    for step in range(1, 21):
+        score_OD = (weight_DO + dual_DO).T.abs()
+        share = pattern.sparsity * (1 - (1 - step / 15) ** 3)
+        if step == 15:
+            keep_OD = plain_keep(score_OD, pattern)
+        elif step < 15 and isinstance(pattern, NM):
+            score_OD[plain_keep(score_OD, pattern)] = torch.inf
+            keep_OD = plain_keep(score_OD, Unstructured(share, "layer"))
+        elif step < 15:
+            keep_OD = plain_keep(score_OD, replace(pattern, sparsity=share))
+        kept_DO = (weight_DO + dual_DO) * keep_OD.T
+        dual_DO = dual_DO + weight_DO - kept_DO
+        weight_DO = torch.linalg.solve(hessian_DD + eye_DD, hessian_DD @ dense_DO + kept_DO - dual_DO)
+    return keep_OD, ((weight_DO + dual_DO) * keep_OD.T).T / norm_D
+
+
+def plain_alps(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    hessian_DD, dense_DO, norm_D = unit_problem(weight_OD, inputs_TD, DAMPING)
+
+    def project(matrix_DO: Tensor) -> Tensor:
+        return matrix_DO * plain_keep(matrix_DO.T.abs(), pattern).T
+
+    rho, grown = 0.1, False
+    sparse_DO = project(dense_DO)
+    dual_DO = torch.zeros_like(dense_DO)
+    before_DO = sparse_DO != 0
+    for iteration in range(1, 301):
+        shifted_DD = hessian_DD + rho * torch.eye(len(hessian_DD), dtype=torch.float64)
+        fit_DO = torch.linalg.solve(shifted_DD, hessian_DD @ dense_DO - dual_DO + rho * sparse_DO)
+        sparse_DO = project(fit_DO + dual_DO / rho)
+        dual_DO = dual_DO + rho * (fit_DO - sparse_DO)
+        if iteration % 3:
+            continue
+        now_DO = sparse_DO != 0
+        changed = float((now_DO != before_DO).sum())
+        share = changed / ((1 - pattern.sparsity) * dense_DO.numel())
+        before_DO = now_DO
+        if share > 0.005 or (changed and grown):
+            rho, grown = rho * (1.3 if share > 0.1 else 1.2 if share > 0.005 else 1.1), True
+        elif changed:
+            rho, sparse_DO, dual_DO = rho / 5, project(dense_DO), torch.zeros_like(dense_DO)
+        elif grown:
+            break
+        else:
+            rho = rho / 5
+        if iteration > 30 and share < 3e-4:
+            break
+    fit_DO = project(fit_DO)
+    support_DO = fit_DO != 0
+    for row in range(dense_DO.shape[1]):  # ten steps of textbook conjugate gradient
+        (index,) = support_DO[:, row].nonzero(as_tuple=True)
+        matrix, solution = hessian_DD[index][:, index], fit_DO[index, row]
+        residual = (hessian_DD @ dense_DO[:, row])[index] - matrix @ solution
+        direction = residual
+        for _ in range(10):
+            step = residual @ residual / (direction @ matrix @ direction)
+            solution, old = solution + step * direction, residual
+            residual = residual - step * (matrix @ direction)
+            direction = residual + (residual @ residual) / (old @ old) * direction
+        fit_DO[index, row] = solution
+    return support_DO.T, fit_DO.T / norm_D
+
+
+def plain_thanos(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksize: int) -> tuple[Tensor, Tensor]:
+    """Each row on its own; H of the columns from j on is inverted anew at every block."""
+    dead = inputs_TD.abs().sum(0) == 0
+    hessian_DD = hessian_of(inputs_TD).damped(DAMPING)
+    weight_OD = weight_OD * ~dead
+    outputs, inputs = weight_OD.shape
+    pruned_OD = torch.zeros_like(weight_OD, dtype=torch.bool)
+    if isinstance(pattern, Unstructured) and pattern.scope == "group":
+        blocksize = pattern.group_size
+    for j in range(0, inputs, blocksize):
+        end = min(j + blocksize, inputs)
+        score_OD = weight_OD[:, j:].abs() * inputs_TD[:, j:].norm(dim=0)
+        if isinstance(pattern, NM):
+            mask_OD = ~plain_keep(score_OD[:, : end - j], pattern)
+        elif pattern.scope == "layer":
+            left = round(pattern.sparsity * outputs * inputs) - int(pruned_OD.sum())
+            mask_OD = lowest(score_OD.reshape(1, -1), left).reshape(score_OD.shape)
+        elif pattern.scope == "row":
+            counts = row_counts(pattern, outputs, inputs)
+            left_O = [count - int(row.sum()) for count, row in zip(counts, pruned_OD, strict=True)]
+            mask_OD = lowest(score_OD, left_O)
+        else:
+            (count,) = steps(pattern.sparsity, [outputs * j, outputs * end])
+            mask_OD = lowest(score_OD[:, : end - j].reshape(1, -1), count).reshape(outputs, -1)
+        pruned_OD[:, j:end] = mask_OD[:, : end - j]
+        inverse_DD = torch.linalg.inv(hessian_DD[j:, j:])
+        for row in range(outputs):
+            (index,) = pruned_OD[row, j:end].nonzero(as_tuple=True)
+            multiplier = torch.linalg.solve(inverse_DD[index][:, index], weight_OD[row, j + index])
+            weight_OD[row, j:] -= multiplier @ inverse_DD[index]
+            weight_OD[row, j + index] = 0
+    return ~pruned_OD, weight_OD
+
+
+@pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_admm(pattern: Pattern, dead: tuple[int, ...]) -> None:
+    weight_OD, inputs_TD = make_layer(dead=dead)
+    selection = ADMM().select(layer_of(weight_OD, inputs_TD), pattern)
+    keep_OD, expected_OD = plain_admm(weight_OD, inputs_TD, pattern)
+    assert torch.equal(selection.keep_OD, keep_OD)
+    torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-9, atol=1e-9)
+
+
+def test_admm_prunes_gradually() -> None:
+    """The first masks prune less than asked for; the public copies' unstructured schedule does not."""
+    score_OD = make_layer()[0].abs()
+    pruned = [int((~ADMM()._mask(score_OD, Unstructured(0.5, "layer"), step)).sum()) for step in range(1, 16)]
+    assert pruned == [round(0.5 * (1 - (1 - step / 15) ** 3) * score_OD.numel()) for step in range(1, 16)]
+    assert pruned[0] < 0.2 * pruned[-1]
+
+
+def test_admm_follows_its_schedule_to_another_mask() -> None:
+    weight_OD, inputs_TD = make_layer(40, 64)
+    pattern = Unstructured(0.6, "layer")
+    gradual, at_once = (
+        ADMM(gradual_iterations=count).select(layer_of(weight_OD, inputs_TD), pattern) for count in (15, 1)
+    )
+    assert not torch.equal(gradual.keep_OD, at_once.keep_OD)
+    assert gradual.weight_OD is not None
+    assert at_once.weight_OD is not None
+    assert loss(gradual.weight_OD, weight_OD, inputs_TD) < loss(at_once.weight_OD, weight_OD, inputs_TD)
+
+
+@pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_alps(pattern: Pattern, dead: tuple[int, ...]) -> None:
+    weight_OD, inputs_TD = make_layer(dead=dead)
+    selection = ALPS().select(layer_of(weight_OD, inputs_TD), pattern)
+    keep_OD, expected_OD = plain_alps(weight_OD, inputs_TD, pattern)
+    assert torch.equal(selection.keep_OD, keep_OD)
+    torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("rows", [4, 80])
+def test_alps_forms_the_inverse_or_not(rows: int) -> None:
+    """One row in sixteen inputs, or more rows than inputs: two ways to multiply by the shifted inverse."""
+    weight_OD, inputs_TD = make_layer(rows, 64)
+    selection = ALPS().select(layer_of(weight_OD, inputs_TD), NM(2, 4))
+    assert torch.equal(selection.keep_OD, plain_alps(weight_OD, inputs_TD, NM(2, 4))[0])
+
+
+@pytest.mark.parametrize("blocksize", [48, 16, 12, 20])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_thanos(pattern: Pattern, blocksize: int) -> None:
+    weight_OD, inputs_TD = make_layer(dead=(3, 40))
+    before = weight_OD.clone()
+    selection = Thanos(blocksize, blocksize).select(layer_of(weight_OD, inputs_TD), pattern)
+    width = blocksize // pattern.m * pattern.m if isinstance(pattern, NM) else blocksize
+    keep_OD, expected_OD = plain_thanos(weight_OD, inputs_TD, pattern, width)
+    assert torch.equal(selection.keep_OD, keep_OD)
+    torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-9, atol=1e-9)
+    assert torch.equal(weight_OD, before), "the dense weight is the caller's"
+
+
+def test_thanos_solves_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_OD, inputs_TD = make_layer()
+    whole = Thanos().select(layer_of(weight_OD, inputs_TD), Unstructured(0.5, "layer"))
+    monkeypatch.setattr("optima.selectors.thanos.CHUNK_BYTES", 8 * 25**2 * 3)
+    pieces = Thanos().select(layer_of(weight_OD, inputs_TD), Unstructured(0.5, "layer"))
+    assert torch.equal(whole.keep_OD, pieces.keep_OD)
+    torch.testing.assert_close(whole.weight_OD, pieces.weight_OD, rtol=1e-12, atol=1e-12)
+
+
+def test_thanos_leaves_outlier_rows_dense() -> None:
+    weight_OD, inputs_TD = make_layer()
+    selection = Thanos(outlier_rows=0.1).select(layer_of(weight_OD, inputs_TD), NM(2, 4))
+    largest = (inputs_TD @ weight_OD.T).norm(dim=0).topk(2).indices
+    dense = selection.keep_OD.all(dim=1)
+    assert sorted(dense.nonzero()[:, 0].tolist()) == sorted(largest.tolist())
+    assert selection.weight_OD is not None
+    torch.testing.assert_close(selection.weight_OD[dense], weight_OD[dense])
+    assert (selection.keep_OD[~dense].reshape(-1, 4).sum(dim=1) == 2).all()
+
+
+@pytest.mark.parametrize("selector", [ADMM(), ALPS()], ids=lambda selector: type(selector).__name__)
+def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS) -> None:
+    weight_OD, inputs_TD = make_layer()
+    layer = layer_of(weight_OD, inputs_TD)
+    first = selector.select(layer, NM(2, 4))
+    assert torch.equal(selector.select(layer, NM(2, 4)).keep_OD, first.keep_OD)
+    cache = selector._eigen if isinstance(selector, ALPS) else selector._system
+    assert len(cache._made) == 1  # type: ignore[attr-defined]
+    del layer
+    assert not len(cache._made)  # type: ignore[attr-defined]
