@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -107,10 +107,12 @@ class PatternTable:
     Attributes:
         entries: regex (``re.search``) and pattern, in the order in which they are tried.
         default: the pattern of linears that no entry matches; None if there is none.
+        shares: sparsity of each linear by its full name, instead of its unstructured pattern's.
     """
 
     entries: tuple[tuple[str, Pattern], ...] = ()
     default: Pattern | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def patterns(self) -> list[Pattern]:
@@ -123,15 +125,19 @@ class PatternTable:
         Raises:
             RecipeError: if no entry matches and there is no default.
         """
-        for regex, pattern in self.entries:
-            if re.search(regex, name):
-                return pattern
-        if self.default is None:
+        pattern = next((pattern for regex, pattern in self.entries if re.search(regex, name)), self.default)
+        if pattern is None:
             raise RecipeError(
                 f"no entry of pattern matches {name}: add one without a regex, such as 0.5, for all other linears, "
                 f"or leave it out with --ignore '{re.escape(name)}'"
             )
-        return self.default
+        if isinstance(pattern, Unstructured) and name in self.shares:
+            return replace(pattern, sparsity=self.shares[name])
+        return pattern
+
+    def share(self, shares: Mapping[str, float]) -> PatternTable:
+        """The table with the sparsity that an allocation gave to each linear."""
+        return replace(self, shares=shares)
 
     def assign(self, linears: Mapping[str, int]) -> dict[str, Pattern]:
         """The pattern of every linear, checked against its number of inputs.

@@ -26,6 +26,7 @@ from optima.reporting.record import LinearRecord
 from optima.selectors.base import Layer, Selection
 
 Dump = Callable[[Linear, Hessian], None]
+Visit = Callable[[Block, Linear, Hessian | None], None]
 
 
 @dataclass
@@ -57,29 +58,51 @@ class Pruner:
     def run(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> None:
         """Prune ``blocks`` (all of the model's, in order) with the calibration token ``batches``, (B, L) each."""
         inputs = capture_block_inputs(model, blocks, batches)
+        self._allocate(blocks, BlockInputs(list(inputs.hidden), inputs.calls))
+        self._walk(blocks, inputs, self._visit)
+
+    def _allocate(self, blocks: Sequence[Block], inputs: BlockInputs) -> None:
+        """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""
+        allocation = self.recipe.make_allocation()
+        if allocation is None:
+            return
+
+        def survey(block: Block, linear: Linear, hessian: Hessian | None) -> None:
+            if hessian is not None:
+                weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
+                with full_precision():
+                    allocation.observe(block.index, Layer(linear.name, weight_OD, hessian))
+
+        self._walk(blocks, inputs, survey)
+        self._patterns = self._patterns.share(allocation.allocate())
+
+    def _walk(self, blocks: Sequence[Block], inputs: BlockInputs, visit: Visit) -> None:
+        """Visit each linear of each block, calibrated; ``inputs`` become the outputs of the blocks as visited."""
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
         for block in blocks:
             self.progress.block(block.index)
             with on_device(block.module, self.device):
                 for hessian, linears in self._calibrate(block, inputs):
                     for linear in linears:
-                        self._prune(block, linear, hessian)
+                        visit(block, linear, hessian)
                 self._propagate(block, inputs)
 
-    def _calibrate(self, block: Block, inputs: BlockInputs) -> Iterator[tuple[Hessian, list[Linear]]]:
-        """One Hessian for each distinct input, with the linears that share it."""
+    def _calibrate(self, block: Block, inputs: BlockInputs) -> Iterator[tuple[Hessian | None, list[Linear]]]:
+        """One Hessian for each distinct input, with the linears that share it; None for those never reached."""
         if not block.linears:
             return
         collector = HessianCollector(block.linears)
         for batch, hidden in enumerate(inputs.hidden):
             with collector.batch(samples=len(hidden)), full_precision():
                 inputs.run(block, batch, self.device)
-        for hessian, linears in collector.finish(self.recipe.damping):
-            if hessian is None:
-                skipped = (f"{linear.name} was not pruned: no calibration token reached it" for linear in linears)
-                self.notes.extend(skipped)
-            else:
-                yield hessian, linears
+        yield from collector.finish(self.recipe.damping)
+
+    def _visit(self, block: Block, linear: Linear, hessian: Hessian | None) -> None:
+        """Prune a linear if it can be."""
+        if hessian is None:
+            self.notes.append(f"{linear.name} was not pruned: no calibration token reached it")
+        else:
+            self._prune(block, linear, hessian)
 
     def _prune(self, block: Block, linear: Linear, hessian: Hessian) -> None:
         """Select, solve and write back one linear, and record what was lost."""

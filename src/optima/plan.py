@@ -26,6 +26,10 @@ from optima.recipe import Recipe
 
 # Iterations of shared-inverse CG that a typical row takes to a certified gap of 1e-4 (benchmarks/qp.py).
 TYPICAL_ITERATIONS = 20
+SURVEY_NOTE = (
+    "allocation {} takes each linear's sparsity from calibration: the same for all is shown, and the operations count "
+    "a second pass for the survey"
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Plan:
 
     Attributes:
         blocks: the blocks with the linears that would be pruned (on the meta device).
-        patterns: the pattern of each linear, by its full name.
+        patterns: the pattern of each linear, by its full name; all alike where an allocation is still to be made.
         num_parameters: of the whole model.
         pruned_parameters: weights in the linears to prune.
         memory_bytes: predicted peak on the device beyond the model's weights and the stored block inputs; an
@@ -43,7 +47,7 @@ class Plan:
         inputs_bytes: stored block inputs (main memory).
         model_bytes: the model's weights (main memory).
         operations: floating-point operations of the run, forward passes included.
-        notes: what will not be pruned.
+        notes: what will not be pruned, and what only calibration can tell.
     """
 
     blocks: list[Block]
@@ -139,6 +143,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     block_parameters = max(sum(p.numel() for p in block.module.parameters()) for block in blocks)
     groups = shared_inputs(model, blocks)
     hidden = getattr(config.get_text_config(), "hidden_size", 0)
+    # A survey carries the dense model's block inputs beside those that pruning starts from.
+    surveyed = recipe.allocation != "uniform"
+    copies = 2 if surveyed else 1
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
     return Plan(
         blocks=blocks,
@@ -147,10 +154,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.weight_OD.numel() for block in blocks for linear in block.linears),
         memory_bytes=predict_memory(groups, blocks, recipe, dtype.itemsize),
         block_bytes=block_parameters * dtype.itemsize,
-        inputs_bytes=recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
+        inputs_bytes=copies * recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
         operations=sum(_operations(g, block, recipe) for g, block in zip(groups, blocks, strict=True)),
-        notes=uncovered_notes(blocks),
+        notes=uncovered_notes(blocks) + ([SURVEY_NOTE.format(recipe.allocation)] if surveyed else []),
     )
 
 
@@ -243,10 +250,11 @@ def _solve_bytes(groups: Groups) -> int:
 
 
 def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
-    """Two forward passes, the Hessians, and the solver's products."""
+    """Two forward passes and the Hessians, twice where an allocation surveys them, and the solver's products."""
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
     hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
     sizes = [linear.shape for group in groups for linear in group]
     products = 0 if recipe.solver == "none" else 2 * TYPICAL_ITERATIONS + 4
-    return forward + hessians + sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
+    passes = 1 if recipe.allocation == "uniform" else 2
+    return passes * (forward + hessians) + sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)

@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
+from optima.allocation import ALLOCATION_NAMES, Allocation, LeastError, Owl, make_allocation
 from optima.errors import RecipeError
-from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, parse_table
+from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
 from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
 
@@ -21,6 +22,10 @@ DEFAULT_SPARSITY = 0.5
 PATTERN_HELP = (
     "instead of a sparsity: n:m, keep n of every m consecutive inputs (2:4), a sparsity, or REGEX=2:4 and REGEX=0.6 "
     "for the linears whose full name matches; the first match counts, an entry without a regex is for all others"
+)
+SPREAD_HELP = (
+    "how far a linear's sparsity may depart from the global one: lambda of owl (default "
+    f"{Owl.spread}), the bound of error (default {LeastError.spread})"
 )
 
 
@@ -42,6 +47,9 @@ class Recipe:
     pattern: list[str] = _option([], PATTERN_HELP)
     scope: str | None = _option(None, f"rank weights within each: {', '.join(SCOPES)} (default: as published)")
     group_size: int = _option(GROUP_SIZE, "inputs in a group, for scope group")
+    allocation: str = _option("uniform", f"how linears share one sparsity: {', '.join(ALLOCATION_NAMES)}")
+    allocation_spread: float | None = _option(None, SPREAD_HELP)
+    outlier_multiple: float = _option(5.0, "allocation owl: a weight is an outlier from this many times the mean score")
     selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}")
     solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
@@ -85,6 +93,7 @@ class Recipe:
         table = self.make_patterns(self.make_selector())
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
+        self.make_allocation()
 
     def make_selector(self) -> Selector:
         """The mask selector."""
@@ -99,6 +108,17 @@ class Recipe:
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         scope = self.scope or selector.published_scope
         return parse_table(self.pattern or [str(sparsity)], scope, self.group_size)  # type: ignore[arg-type]
+
+    def make_allocation(self) -> Allocation | None:
+        """What shares out the sparsity over the linears; None if all have the same."""
+        pattern = self.make_patterns(self.make_selector()).default
+        if self.allocation in ALLOCATION_NAMES[1:] and (len(self.pattern) > 1 or not isinstance(pattern, Unstructured)):
+            raise RecipeError(
+                f"allocation {self.allocation} shares out one unstructured sparsity, not pattern "
+                f"{' '.join(self.pattern)}: use --sparsity, or allocation uniform"
+            )
+        sparsity = pattern.sparsity if pattern else DEFAULT_SPARSITY
+        return make_allocation(self.allocation, sparsity, self.allocation_spread, self.outlier_multiple)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to YAML and to the report."""

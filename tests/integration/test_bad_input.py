@@ -191,6 +191,14 @@ class TestOptions:
             (["--pattern", "mpl=2:4", "0.5"], "pattern entry 'mpl' decides nothing"),
             (["--pattern", "(=2:4", "0.5"], "'(' is not a regular expression"),
             (["--pattern", "0.5", "2:4"], "two entries for all linears"),
+            (["--allocation", "owl", "--pattern", "2:4"], "shares out one unstructured sparsity, not pattern 2:4: use"),
+            (
+                ["--allocation", "error", "--pattern", "mlp=0.6", "0.5"],
+                "one unstructured sparsity, not pattern mlp=0.6",
+            ),
+            (["--allocation", "even"], "unknown allocation 'even': known allocations are uniform, owl, error"),
+            (["--allocation", "owl", "--allocation-spread", "0"], "allocation_spread must be strictly between 0 and 1"),
+            (["--allocation-spread", "0.1"], "allocation_spread is for allocation owl or error"),
             (["--scope", "group", "--group-size", "0"], "group_size must be at least 1, got 0"),
             # All other linears have 32 inputs.
             (["--pattern", "2:32"], "divisible by 32, but model.layers.0.mlp.down_proj has 48"),

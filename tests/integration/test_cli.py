@@ -147,6 +147,30 @@ class TestPrune:
         assert {linear.pattern for linear in report.linears} == {"1:4", "0.6 per group of 8", "0.5 per group of 8"}
         assert report.sparsity == pytest.approx(report.sparsity_asked, abs=1e-3)
 
+    @pytest.mark.parametrize("allocation", ["owl", "error"])
+    def test_allocation_meets_the_global_sparsity(self, allocation: str) -> None:
+        weights = prune("--sparsity", "0.6", "--allocation", allocation, "--outlier-multiple", "2")
+        report = load_report(Path("out"))
+        total = 0
+        for linear in report.linears:
+            weight = weights[f"{linear.name}.weight"]
+            pruned = int((weight == 0).sum())
+            assert pruned == round(linear.sparsity_asked * weight.numel())
+            assert linear.pattern == f"{linear.sparsity_asked:g} per row"
+            total += weight.numel()
+        assert report.sparsity_asked == pytest.approx(0.6, abs=1e-9)
+        assert abs(report.sparsity - 0.6) * total <= len(report.linears)
+        assert len({linear.sparsity_asked for linear in report.linears}) > 1
+        assert report.run.notes == ()
+        assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
+        assert Path("again", WEIGHTS).read_bytes() == Path("out", WEIGHTS).read_bytes()
+
+    def test_the_survey_leaves_no_trace(self) -> None:
+        """With a spread that moves no weight, the bits are those of the uniform allocation."""
+        uniform = prune("--sparsity", "0.6")
+        surveyed = prune("--sparsity", "0.6", "--allocation", "owl", "--allocation-spread", "1e-9", out="owl")
+        assert all(torch.equal(weight, surveyed[name]) for name, weight in uniform.items())
+
     def test_solver_none_keeps_the_selectors_weights(self) -> None:
         source = load_file("model/model.safetensors")
         weights = prune("--solver", "none")
@@ -241,6 +265,12 @@ class TestPlan:
         output = capsys.readouterr().out
         assert output.count("2:4") == 3
         assert "q_proj" not in output
+
+    def test_says_that_an_allocation_needs_calibration(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["plan", "model", "--max-seq-length", "16", "--allocation", "error"]) == 0
+        output = capsys.readouterr().out
+        assert output.count("0.5 per row") == 7
+        assert "note: allocation error takes each linear's sparsity from calibration" in output
 
     def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--pattern", r"1\.mlp=1:4", "mlp=3:8", "0.5"]

@@ -179,13 +179,14 @@ def test_linear_that_is_called_twice_sees_all_its_tokens() -> None:
     assert hessian.matrix_DD.tolist() == [[2.0, 0.0], [0.0, 2.0]]
 
 
-def test_pipeline_leaves_a_linear_that_is_never_called_and_says_so() -> None:
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+def test_pipeline_leaves_a_linear_that_is_never_called_and_says_so(allocation: str) -> None:
     model = make_llama()
     model.model.layers[1].adapter = nn.Linear(32, 8)
     before = model.model.layers[1].adapter.weight.detach().clone()
-    report = prune(model, Recipe(), calibration=make_tokens())
+    report = prune(model, Recipe(allocation=allocation), calibration=make_tokens())
     assert torch.equal(model.model.layers[1].adapter.weight, before)
-    assert any("model.layers.1.adapter was not pruned" in note for note in report.run.notes)
+    assert sum("model.layers.1.adapter was not pruned" in note for note in report.run.notes) == 1
     assert "model.layers.1.adapter" not in {linear.name for linear in report.linears}
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima import Recipe, load_recipe
+from optima.allocation import LeastError, Owl
 from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import BatchedCholesky, SharedInverseCG
@@ -224,6 +225,11 @@ class TestMaking:
         patterns = recipe.make_patterns(recipe.make_selector())
         assert patterns.of("layers.0.mlp.up_proj") == NM(2, 4)
         assert patterns.of("layers.0.self_attn.q_proj") == Unstructured(0.6, "group")
+
+    def test_allocation(self) -> None:
+        assert Recipe(pattern="2:4").make_allocation() is None
+        assert Recipe(allocation="owl", pattern="0.6").make_allocation() == Owl(0.6)
+        assert Recipe(allocation="error", allocation_spread=0.1).make_allocation() == LeastError(0.5, 0.1)
 
     def test_solver(self) -> None:
         assert Recipe(solver="none").make_solver() is None

@@ -213,8 +213,8 @@ class TestMarkdown:
         assert "pattern" in section(text, "Every linear")[0]
         assert " 1:4 |" in section(text, "Every linear")[3]
         assert "pattern" not in section(render_markdown(report()), "Every linear")[0]
-        many = [linear(block=i, pattern=f"0.{i + 1} per row") for i in range(7)]
-        assert "(7 patterns)" in render_markdown(report(*many))
+        many = [linear(block=i, pattern=f"0.{i + 1} per row", sparsity_asked=(i + 1) / 10) for i in range(7)]
+        assert "(7 patterns, from 10.0% to 70.0% a linear)" in render_markdown(report(*many))
 
     def test_rows_that_did_not_converge_come_first(self) -> None:
         text = render_markdown(report(linear(), linear("mlp.down_proj", rows_not_converged=3, gap_max=2e-3)))

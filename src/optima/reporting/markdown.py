@@ -65,7 +65,10 @@ def _headline(report: Report) -> list[str]:
     solvers = sorted({linear.solver for linear in linears if _solved(linear)})
     method = " + ".join([str(run.recipe.get("selector", "unnamed selector")), *solvers])
     patterns = sorted({linear.pattern for linear in linears})
-    shown = f"pattern {', '.join(patterns)}" if len(patterns) <= NUM_NAMED else f"{len(patterns)} patterns"
+    asked = sorted(linear.sparsity_asked for linear in linears)
+    shown = f"pattern {', '.join(patterns)}"
+    if len(patterns) > NUM_NAMED:
+        shown = f"{len(patterns)} patterns, from {asked[0]:.1%} to {asked[-1]:.1%} a linear"
     share = f"{report.sparsity:.2%} of the weights of {len(linears)} linears pruned"
     lines = [f"**{share}** ({shown}) by **{method}**."]
     mask, selector, result = (_mean(linears, name) for name in ("error_mask", "error_selector", "error"))
