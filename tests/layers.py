@@ -44,8 +44,10 @@ def hessian_of(inputs_TD: Tensor, damping: float = DAMPING) -> Hessian:
 
 
 def layer_of(weight_OD: Tensor, inputs: Tensor | Hessian, damping: float = DAMPING, name: str = "linear") -> Layer:
-    """A layer from its weight and its inputs (T x D), or their Hessian."""
-    return Layer(name, weight_OD, inputs if isinstance(inputs, Hessian) else hessian_of(inputs, damping))
+    """A layer from its weight and its inputs (T x D), or their Hessian; its gradient is random."""
+    hessian = inputs if isinstance(inputs, Hessian) else hessian_of(inputs, damping)
+    gradient_OD = torch.rand(weight_OD.shape, generator=torch.Generator().manual_seed(2)) / 100
+    return Layer(name, weight_OD, hessian, gradient_OD)
 
 
 def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:

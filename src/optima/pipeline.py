@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.calibration.activations import BlockInputs, capture_block_inputs
+from optima.calibration.gradient import regional_gradients
 from optima.calibration.hessian import HessianCollector
 from optima.models.blocks import Block, Linear
 from optima.qp import Hessian, RowSolution, Status, make_problem, solve_rows
@@ -23,7 +24,7 @@ from optima.qp.rows import rows_per_chunk
 from optima.recipe import Recipe
 from optima.reporting.progress import Progress
 from optima.reporting.record import LinearRecord
-from optima.selectors.base import Layer, Selection
+from optima.selectors.base import ExpectsTargets, Layer, Selection, Selector, Target, needs_gradient
 
 Dump = Callable[[Linear, Hessian], None]
 Visit = Callable[[Block, Linear, Hessian | None], None]
@@ -53,10 +54,13 @@ class Pruner:
         self._selector = self.recipe.make_selector()
         self._solver = self.recipe.make_solver()
         self._patterns = self.recipe.make_patterns(self._selector)
+        # Of the block at hand, by the linear's name; empty unless the selector needs them.
+        self._gradients: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def run(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> None:
         """Prune ``blocks`` (all of the model's, in order) with the calibration token ``batches``, (B, L) each."""
+        expect_targets(self._selector, blocks)
         inputs = capture_block_inputs(model, blocks, batches)
         self._allocate(blocks, BlockInputs(list(inputs.hidden), inputs.calls))
         self._walk(blocks, inputs, self._visit)
@@ -95,6 +99,9 @@ class Pruner:
         for batch, hidden in enumerate(inputs.hidden):
             with collector.batch(samples=len(hidden)), full_precision():
                 inputs.run(block, batch, self.device)
+        if needs_gradient(self._selector):
+            with full_precision():
+                self._gradients = regional_gradients(block, inputs, self.device)
         yield from collector.finish(self.recipe.damping)
 
     def _visit(self, block: Block, linear: Linear, hessian: Hessian | None) -> None:
@@ -112,7 +119,8 @@ class Pruner:
         pattern = self._patterns.of(linear.name)
         weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
         with full_precision():
-            selection = self._selector.select(Layer(linear.name, weight_OD.clone(), hessian), pattern)
+            layer = Layer(linear.name, weight_OD.clone(), hessian, self._gradients.get(linear.name))
+            selection = self._selector.select(layer, pattern)
         solution = self._solve(weight_OD, hessian, selection)
         masked_OD = weight_OD * selection.keep_OD
         selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
@@ -159,6 +167,13 @@ class Pruner:
         """Replace each batch's hidden states by the pruned block's outputs."""
         for batch in range(len(inputs.hidden)):
             inputs.hidden[batch] = inputs.run(block, batch, self.device).cpu()
+
+
+def expect_targets(selector: Selector, blocks: Sequence[Block]) -> None:
+    """Tell a selector that asks for it of every linear to prune."""
+    if isinstance(selector, ExpectsTargets):
+        linears = [linear for block in blocks for linear in block.linears]
+        selector.expect([Target(linear.name, linear.shape, linear.transposed) for linear in linears])
 
 
 def certified(solution: RowSolution | None) -> dict[str, Any]:

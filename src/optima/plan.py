@@ -19,10 +19,13 @@ from optima.calibration.activations import capture_block_inputs
 from optima.calibration.hessian import SharedInputs
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
+from optima.models.masks import MaskFiles
 from optima.models.source import Source, explain_read_errors, load_config, model_class
 from optima.patterns import Pattern
+from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
+from optima.selectors.external import External
 
 # Iterations of shared-inverse CG that a typical row takes to a certified gap of 1e-4 (benchmarks/qp.py).
 TYPICAL_ITERATIONS = 20
@@ -95,9 +98,12 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
 
     Raises:
         ModelError: if nothing matches, or the model does not read token sequences as long as these.
-        RecipeError: if a linear has no pattern, or one that does not divide its inputs.
+        RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
     """
     blocks = select_linears(find_blocks(model), recipe.targets, recipe.ignore)
+    if recipe.mask_from is not None:
+        matrices = (name for name, module in model.named_modules() if getattr(module, "weight", None) is not None)
+        MaskFiles(recipe.mask_from).check_names(list(matrices))
     find_patterns(blocks, recipe)
     if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
         raise ModelError(
@@ -113,9 +119,14 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
 
 
 def find_patterns(blocks: Sequence[Block], recipe: Recipe) -> dict[str, Pattern]:
-    """The pattern of each linear by its full name, checked against the linear's inputs."""
-    table = recipe.make_patterns(recipe.make_selector())
-    return table.assign({linear.name: linear.shape[1] for block in blocks for linear in block.linears})
+    """The pattern of each linear by its full name, checked against the linear's inputs and any external mask."""
+    selector = recipe.make_selector()
+    expect_targets(selector, blocks)
+    table = recipe.make_patterns(selector)
+    patterns = table.assign({linear.name: linear.shape[1] for block in blocks for linear in block.linears})
+    if isinstance(selector, External):
+        selector.check(patterns)
+    return patterns
 
 
 def num_positions(model: nn.Module) -> int | None:

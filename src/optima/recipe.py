@@ -13,9 +13,11 @@ import yaml
 
 from optima.allocation import ALLOCATION_NAMES, Allocation, LeastError, Owl, make_allocation
 from optima.errors import RecipeError
+from optima.models.masks import MaskFiles
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
 from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
+from optima.selectors.external import External
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
@@ -50,7 +52,8 @@ class Recipe:
     allocation: str = _option("uniform", f"how linears share one sparsity: {', '.join(ALLOCATION_NAMES)}")
     allocation_spread: float | None = _option(None, SPREAD_HELP)
     outlier_multiple: float = _option(5.0, "allocation owl: a weight is an outlier from this many times the mean score")
-    selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}")
+    selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}, or package.module:Class")
+    mask_from: str | None = _option(None, "for selector external: a pruned checkpoint, or a safetensors file of masks")
     solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
@@ -97,6 +100,10 @@ class Recipe:
 
     def make_selector(self) -> Selector:
         """The mask selector."""
+        if self.selector == "external" and self.mask_from is not None:
+            return External(MaskFiles(self.mask_from))
+        if self.mask_from is not None:
+            raise RecipeError(f"mask_from is for selector external, not {self.selector}: leave out one of them")
         return make_selector(self.selector)
 
     def make_solver(self) -> RowSolver | None:
@@ -105,12 +112,18 @@ class Recipe:
 
     def make_patterns(self, selector: Selector) -> PatternTable:
         """The patterns; unstructured ones take the selector's published scope unless the recipe names one."""
+        if isinstance(selector, External) and self.sparsity is None and not self.pattern:
+            if self.scope is not None:
+                raise RecipeError("scope needs a sparsity or a pattern to check external masks against: leave it out")
+            return selector.table()
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         scope = self.scope or selector.published_scope
         return parse_table(self.pattern or [str(sparsity)], scope, self.group_size)  # type: ignore[arg-type]
 
     def make_allocation(self) -> Allocation | None:
         """What shares out the sparsity over the linears; None if all have the same."""
+        if self.selector == "external" and self.allocation != ALLOCATION_NAMES[0]:
+            raise RecipeError(f"external masks have their own sparsities: leave out allocation {self.allocation}")
         pattern = self.make_patterns(self.make_selector()).default
         if self.allocation in ALLOCATION_NAMES[1:] and (len(self.pattern) > 1 or not isinstance(pattern, Unstructured)):
             raise RecipeError(

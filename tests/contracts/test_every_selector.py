@@ -14,7 +14,8 @@ from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
-from optima.selectors.base import Layer, Selection, Selector
+from optima.selectors.base import SELECTOR_NAMES, Layer, Selection, Selector
+from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.ria import RIA
 from optima.selectors.sparsegpt import SparseGPT
@@ -25,6 +26,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "ria": RIA,
+    "gradient": Gradient,
     "sparsegpt": SparseGPT,
     "sparsegpt-16": lambda: SparseGPT(16),
     "thanos": Thanos,
@@ -80,6 +82,11 @@ def degenerate(kind: str) -> Layer:
     return layer_of(weight_OD, inputs_TD)
 
 
+def test_no_selector_is_left_out() -> None:
+    """External masks have tests of their own."""
+    assert {name.partition("-")[0] for name in SELECTORS} == set(SELECTOR_NAMES) - {"external", "optima"}
+
+
 DEGENERATE = [
     "equal weights", "rows of zeros", "all zero", "columns of zeros", "dead inputs", "all inputs dead",
     "duplicated inputs", "duplicated weights and inputs", "one token",
@@ -131,6 +138,14 @@ class TestEverySelector:
             assert not other_OD.is_contiguous()
             found = SELECTORS[name]().select(layer_of(other_OD, inputs_TD), pattern)
             check_same(found, expected, tolerance=1e-5)
+
+    def test_numbers_on_another_scale(self, name: str) -> None:
+        """Inputs a million times smaller: the same mask, but for the gradient, which is on a scale of its own."""
+        weight_OD, inputs_TD = make_layer(dtype=torch.float32)
+        expected, found = (
+            SELECTORS[name]().select(layer_of(weight_OD, scale * inputs_TD), NM(2, 4)) for scale in (1.0, 1e-6)
+        )
+        assert name == "gradient" or torch.equal(expected.keep_OD, found.keep_OD)
 
     def test_the_name_is_of_no_matter(self, name: str) -> None:
         weight_OD, inputs_TD = make_layer(dtype=torch.float32)

@@ -202,7 +202,7 @@ class TestOptions:
             (["--scope", "group", "--group-size", "0"], "group_size must be at least 1, got 0"),
             # All other linears have 32 inputs.
             (["--pattern", "2:32"], "divisible by 32, but model.layers.0.mlp.down_proj has 48"),
-            (["--selector", "wonda"], "known selectors are magnitude, wanda, ria, sparsegpt"),
+            (["--selector", "wonda"], "known selectors are magnitude, wanda, ria"),
             (["--solver", "cg"], "unknown solver 'cg': known solvers are "),
             (["--dtype", "int8"], "known dtypes are auto, float32, bfloat16, float16"),
             (["--device", "gpu"], "unknown device 'gpu': use auto, cpu, cuda or cuda:N"),

@@ -152,7 +152,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
     ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group"),
     ({"group_size": 0}, "group_size must be at least 1, got 0"),
-    ({"selector": "wonda"}, "unknown selector 'wonda': known selectors are magnitude, wanda, ria, sparsegpt"),
+    ({"selector": "wonda"}, "unknown selector 'wonda': known selectors are magnitude, wanda, ria"),
     ({"solver": "cg"}, "unknown solver 'cg': known solvers are "),
     ({"dtype": "int8"}, "unknown dtype 'int8': known dtypes are auto, float32, bfloat16, float16"),
     ({"gap": 0}, "gap must be positive, got 0.0"),

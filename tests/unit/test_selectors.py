@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from layers import DAMPING, PATTERNS, layer_of, loss, lowest, make_layer, plain_keep, row_counts, steps
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import NM, Pattern
-from optima.selectors.base import SELECTOR_NAMES, make_selector
+from optima.patterns import NM, Pattern, Unstructured
+from optima.recipe import Recipe
+from optima.selectors.base import SELECTORS, make_selector, needs_gradient
+from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.ria import RIA
 from optima.selectors.sparsegpt import SparseGPT
@@ -86,6 +92,21 @@ def test_ria(pattern: Pattern) -> None:
     assert selection.weight_OD is None
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_gradient(pattern: Pattern) -> None:
+    weight_OD, inputs_TD = make_layer(dead=(3,))
+    layer = layer_of(weight_OD, inputs_TD)
+    assert layer.gradient_OD is not None
+    score_OD = (100 * layer.gradient_OD.double() + inputs_TD.square().mean(0).sqrt()) * weight_OD.abs()
+    assert torch.equal(Gradient().select(layer, pattern).keep_OD, plain_keep(score_OD, pattern))
+    with pytest.raises(RecipeError, match="needs the gradient of linear"):
+        Gradient().select(replace(layer, gradient_OD=None), pattern)
+
+
+def test_only_the_gradient_selector_needs_gradients() -> None:
+    assert [name for name in SELECTORS if needs_gradient(make_selector(name))] == ["gradient"]
+
+
 def test_wanda_ignores_damping() -> None:
     weight_OD, inputs_TD = make_layer()
     first, second = (Wanda().select(layer_of(weight_OD, inputs_TD, d), NM(2, 4)).keep_OD for d in (0.0, 1.0))
@@ -138,13 +159,68 @@ def test_sparsegpt_beats_its_mask_alone(pattern: Pattern) -> None:
 
 def test_published_settings() -> None:
     assert SparseGPT() == SparseGPT(blocksize=128)
-    scopes = {name: make_selector(name).published_scope for name in SELECTOR_NAMES}
+    scopes = {name: make_selector(name).published_scope for name in SELECTORS}
     assert scopes == {
-        "magnitude": "layer", "wanda": "row", "ria": "layer", "sparsegpt": "group", "thanos": "layer",
-        "admm": "layer", "alps": "layer",
+        "magnitude": "layer", "wanda": "row", "ria": "layer", "gradient": "row", "sparsegpt": "group",
+        "thanos": "layer", "admm": "layer", "alps": "layer",
     }  # fmt: skip
 
 
 def test_unknown_selector_lists_the_known() -> None:
     with pytest.raises(RecipeError, match="unknown selector 'wonda': known selectors are magnitude, wanda, ria"):
         make_selector("wonda")
+
+
+OWN = """
+from dataclasses import dataclass
+
+from optima.patterns import top_scores
+from optima.selectors.base import Selection
+
+
+class Mine:
+    published_scope = "row"
+
+    def select(self, layer, pattern):
+        return Selection(top_scores(layer.weight_OD, pattern))
+
+
+class Needy(Mine):
+    def __init__(self, threshold):
+        self.threshold = threshold
+
+
+class Empty:
+    pass
+"""
+
+
+class TestOwnSelector:
+    @pytest.fixture(autouse=True)
+    def module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "own_selectors.py").write_text(OWN)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delitem(sys.modules, "own_selectors", raising=False)
+
+    def test_found_in_the_current_directory(self) -> None:
+        weight_OD, inputs_TD = make_layer()
+        path = list(sys.path)
+        selector = Recipe(selector="own_selectors:Mine").make_selector()
+        assert sys.path == path
+        selection = selector.select(layer_of(weight_OD, inputs_TD), Unstructured(0.5))
+        assert torch.equal(selection.keep_OD, plain_keep(weight_OD, Unstructured(0.5)))
+        assert not needs_gradient(selector)
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("no_such_module:Mine", "no_such_module cannot be imported"),
+            ("own_selectors:Yours", "own_selectors has no Yours"),
+            ("own_selectors:Needy", "cannot be made without arguments"),
+            ("own_selectors:Empty", "is no selector: it needs published_scope and select"),
+            (":Mine", "cannot be imported"),
+        ],
+    )
+    def test_refused(self, name: str, message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            Recipe(selector=name)

@@ -50,9 +50,40 @@ class BlockInputs:
     def run(self, block: Block, batch: int, device: torch.device) -> Tensor:
         """The block's output on a batch, on ``device``."""
         call = self.calls[block.index][batch]
-        args, kwargs = _to_device((call.args, call.kwargs), device)
-        output = block.module(self.hidden[batch].to(device), *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+        return _run(block, self.hidden[batch], call.args, call.kwargs, device)
+
+    def run_sample(self, block: Block, batch: int, sample: int, device: torch.device) -> Tensor:
+        """The block's output on one sequence of a batch, (1, L, E) on ``device``.
+
+        Raises:
+            ModelError: if the block is called with a tensor that cannot be taken apart into samples.
+        """
+        call, hidden = self.calls[block.index][batch], self.hidden[batch]
+        samples = len(hidden)
+
+        def take(item: Any) -> Any:
+            return _take_sample(item, sample, samples) if isinstance(item, Tensor) else item
+
+        args, kwargs = _map((call.args, call.kwargs), take)
+        return _run(block, hidden[sample : sample + 1], args, kwargs, device)
+
+
+def _run(block: Block, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device) -> Tensor:
+    args, kwargs = _to_device((args, kwargs), device)
+    output = block.module(hidden.to(device), *args, **kwargs)
+    return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+
+def _take_sample(tensor: Tensor, sample: int, samples: int) -> Tensor:
+    """One sample's part of a call argument; what is there once serves all."""
+    if samples == 1 or tensor.ndim < 2 or tensor.shape[0] == 1:
+        return tensor
+    if tensor.shape[0] != samples:
+        raise ModelError(
+            f"a block of this model is called with a tensor of shape {tuple(tensor.shape)}, which cannot be taken "
+            f"apart into {samples} samples: use --batch-size 1"
+        )
+    return tensor[sample : sample + 1]
 
 
 class _AllCaptured(Exception):  # noqa: N818 - not an error

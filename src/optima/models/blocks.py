@@ -28,9 +28,20 @@ class Linear:
     @property
     def weight_OD(self) -> Tensor:
         """The weight as outputs x inputs: a view of the module's parameter."""
+        weight = self.parameter.detach()
+        return weight.mT if self.transposed else weight
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight as the module stores it."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
-        return weight.detach().mT if isinstance(self.module, Conv1D) else weight.detach()
+        return weight
+
+    @property
+    def transposed(self) -> bool:
+        """True if the module stores its weight as inputs x outputs."""
+        return isinstance(self.module, Conv1D)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -5,6 +5,10 @@ Shapes: O outputs (rows), D inputs.
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -23,8 +27,8 @@ class Layer:
         name: full name of the linear, for messages and for masks that are looked up by name.
         weight_OD: the dense weight, float32 or float64, on the Hessian's device; the selector must not change it.
         hessian: of the linear's inputs.
-        gradient_OD: root mean square over calibration samples of the gradient of the block output's l2 norm, for
-            selectors that need it.
+        gradient_OD: root mean square over calibration samples of the gradient of the block output's l2 norm, by the
+            root of the sample's tokens as in H; for selectors that need it.
     """
 
     name: str
@@ -46,10 +50,12 @@ class Selection:
     weight_OD: Tensor | None = None
 
 
+@runtime_checkable
 class Selector(Protocol):
     """Chooses which weights survive. Sees one layer and a pattern: never a model or a file.
 
-    A selector that scores with gradients has, beyond this, ``needs_gradient = True`` (see ``NeedsGradient``).
+    A selector that scores with gradients has, beyond this, ``needs_gradient = True`` (see ``NeedsGradient``); one that
+    must know all linears beforehand has ``expect`` (see ``ExpectsTargets``).
     """
 
     @property
@@ -74,32 +80,77 @@ def needs_gradient(selector: Selector) -> bool:
     return isinstance(selector, NeedsGradient) and selector.needs_gradient
 
 
+@dataclass(frozen=True)
+class Target:
+    """A linear that will be pruned.
+
+    Attributes:
+        name: its full name.
+        shape: (outputs, inputs).
+        transposed: True if the model stores its weight as inputs x outputs.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool = False
+
+
+@runtime_checkable
+class ExpectsTargets(Protocol):
+    """A selector that is told of every linear before the first is pruned."""
+
+    def expect(self, targets: Sequence[Target]) -> None:
+        """Remember ``targets``."""
+        ...
+
+
+SELECTORS = {
+    "magnitude": "magnitude:Magnitude",
+    "wanda": "wanda:Wanda",
+    "ria": "ria:RIA",
+    "gradient": "gradient:Gradient",
+    "sparsegpt": "sparsegpt:SparseGPT",
+    "thanos": "thanos:Thanos",
+    "admm": "admm:ADMM",
+    "alps": "alps:ALPS",
+}
+SELECTOR_NAMES = (*SELECTORS, "external")
+
+
 def make_selector(name: str) -> Selector:
-    """The selector called ``name``.
+    """The selector called ``name``, or an instance of the class that ``package.module:Class`` names.
+
+    Modules are looked for in the current directory too.
 
     Raises:
-        RecipeError: if the name is unknown.
+        RecipeError: if the name is unknown, or does not lead to a selector.
     """
-    from optima.selectors.admm import ADMM
-    from optima.selectors.alps import ALPS
-    from optima.selectors.magnitude import Magnitude
-    from optima.selectors.ria import RIA
-    from optima.selectors.sparsegpt import SparseGPT
-    from optima.selectors.thanos import Thanos
-    from optima.selectors.wanda import Wanda
-
-    selectors: dict[str, type[Selector]] = {
-        "magnitude": Magnitude,
-        "wanda": Wanda,
-        "ria": RIA,
-        "sparsegpt": SparseGPT,
-        "thanos": Thanos,
-        "admm": ADMM,
-        "alps": ALPS,
-    }
-    if name not in selectors:
-        raise RecipeError(f"unknown selector {name!r}: known selectors are {', '.join(selectors)}")
-    return selectors[name]()
+    if name in SELECTORS:
+        return _load(f"optima.selectors.{SELECTORS[name]}")
+    if ":" in name:
+        return _load(name)
+    if name == "external":
+        raise RecipeError("selector external takes its masks from mask_from: name a checkpoint or a file of masks")
+    known = ", ".join(SELECTOR_NAMES)
+    raise RecipeError(f"unknown selector {name!r}: known selectors are {known}, or your own as package.module:Class")
 
 
-SELECTOR_NAMES = ("magnitude", "wanda", "ria", "sparsegpt", "thanos", "admm", "alps")
+def _load(path: str) -> Selector:
+    module_name, _, class_name = path.partition(":")
+    here = os.getcwd()
+    sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise RecipeError(f"selector {path}: {module_name} cannot be imported ({error})") from error
+    finally:
+        sys.path.remove(here)
+    if class_name not in vars(module):
+        raise RecipeError(f"selector {path}: {module_name} has no {class_name}")
+    try:
+        selector = vars(module)[class_name]()
+    except TypeError as error:
+        raise RecipeError(f"selector {path} cannot be made without arguments ({error})") from error
+    if not isinstance(selector, Selector):
+        raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(layer, pattern)")
+    return selector

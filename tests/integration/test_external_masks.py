@@ -1,0 +1,181 @@
+"""Masks made elsewhere: used as they are, or refused before any long work with the name of the tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import WEIGHTS, Refused, make_llama, make_tokens, prune_arguments, save_model
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from optima import Recipe, prune
+from optima.cli import main
+from optima.errors import RecipeError
+from optima.selectors.external import External
+
+UP = "model.layers.0.mlp.up_proj"
+EXTERNAL = ["--selector", "external", "--mask-from"]
+
+
+def make_masks(nm: tuple[int, int] = (2, 4), suffix: str = "") -> dict[str, Tensor]:
+    """A random N:M mask for every linear of the tiny model."""
+    generator = torch.Generator().manual_seed(0)
+    masks = {}
+    for name, weight in make_llama().state_dict().items():
+        if ".layers." in name and name.endswith("_proj.weight"):
+            order = torch.rand(*weight.shape[:-1], weight.shape[-1] // nm[1], nm[1], generator=generator).argsort(-1)
+            masks[name.removesuffix(".weight") + suffix] = (order < nm[0]).reshape(weight.shape)
+    return masks
+
+
+def saved(masks: dict[str, Tensor], file: str = "masks.safetensors") -> str:
+    save_file({name: mask.contiguous() for name, mask in masks.items()}, file)
+    return file
+
+
+def pruned(*options: str) -> dict[str, Tensor]:
+    assert main(prune_arguments("--overwrite", *options)) == 0
+    return load_file(Path("out") / WEIGHTS)
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight"])
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+@pytest.mark.parametrize("options", [[], ["--pattern", "2:4"], ["--sparsity", "0.5"], ["--solver", "none"]], ids=str)
+def test_masks_from_a_file(root: Path, suffix: str, dtype: torch.dtype, options: list[str]) -> None:
+    masks = make_masks(suffix=suffix)
+    weights = pruned(*EXTERNAL, saved({name: mask.to(dtype) for name, mask in masks.items()}), *options)
+    for name, mask in masks.items():
+        assert torch.equal(weights[name.removesuffix(".weight") + ".weight"] != 0, mask)
+    patterns = {linear["pattern"] for linear in json.loads(Path("out/report.json").read_text())["linears"]}
+    assert patterns == {options[1] if "--pattern" in options else "0.5 per layer" if "0.5" in options else "external"}
+
+
+def test_masks_from_the_zeros_of_a_checkpoint(root: Path) -> None:
+    """The mask of another run, weights re-solved: the same zeros."""
+    first = pruned("--selector", "magnitude", "--sparsity", "0.6", "--solver", "none")
+    Path("out").rename("theirs")
+    second = pruned(*EXTERNAL, "theirs")
+    for name, weight in first.items():
+        if "_proj" in name:
+            assert torch.equal(weight != 0, second[name] != 0)
+            assert not torch.equal(weight, second[name])
+
+
+def test_masks_of_a_model_that_stores_weights_transposed(root: Path) -> None:
+    """GPT-2's masks are D x O as its weights are; c_proj of the attention is square, so only the model can tell. Its
+    checkpoint names linears without the prefix of the model with a head.
+    """
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=300, n_positions=64)
+    model = GPT2LMHeadModel(config).eval()
+    masks = {}
+    for name, weight in model.state_dict().items():
+        if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+            masks[name.removeprefix("transformer.")] = torch.rand(weight.shape) < 0.5
+    recipe = Recipe(selector="external", mask_from=saved(masks), max_seq_length=16)
+    prune(model, recipe, calibration=make_tokens())
+    for name, mask in masks.items():
+        assert torch.equal(model.state_dict()[f"transformer.{name}"] != 0, mask)
+
+
+def test_masks_for_a_part_of_the_model(root: Path) -> None:
+    masks = {name: mask for name, mask in make_masks((3, 8)).items() if "mlp" in name}
+    weights = pruned(*EXTERNAL, saved(masks), "--targets", "mlp")
+    for name, mask in masks.items():
+        assert torch.equal(weights[f"{name}.weight"] != 0, mask)
+    assert (weights["model.layers.0.self_attn.q_proj.weight"] != 0).all()
+
+
+def test_plan_shows_what_the_masks_prune(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(make_masks((1, 4)))
+    assert main(["plan", "model", "--max-seq-length", "16", *EXTERNAL, file]) == 0
+    output = capsys.readouterr().out
+    assert "external" in output
+    assert "75" in output
+
+
+class TestRefused:
+    """With garbage for weights: nothing is loaded before the masks are checked."""
+
+    def test_missing_mask(self, cheap: Refused) -> None:
+        masks = make_masks()
+        del masks[UP]
+        message = cheap(*EXTERNAL, saved(masks))
+        assert f"no mask for {UP} (it has model.layers.0.mlp.down_proj, " in message
+        assert f"--ignore '{UP}'" in message
+
+    def test_unknown_name(self, cheap: Refused) -> None:
+        masks = make_masks() | {"model.layers.7.mlp.up_proj": torch.ones(48, 32, dtype=torch.bool)}
+        assert "the model has no linear model.layers.7.mlp.up_proj: rename" in cheap(*EXTERNAL, saved(masks))
+
+    def test_wrong_shape(self, cheap: Refused) -> None:
+        masks = make_masks()
+        masks[UP] = masks[UP].T
+        message = cheap(*EXTERNAL, saved(masks))
+        assert f"mask of {UP} has shape (32, 48), but the model stores its weight as (48, 32)" in message
+
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            (["--pattern", "2:4"], "is not 2:4: 1 groups keep another number, first 3 in row 5, group 2"),
+            (["--sparsity", "0.5"], "is not 0.5 per layer: columns 0 to 32 prune 767 weights, not 768"),
+            (["--sparsity", "0.5", "--scope", "row"], "is not 0.5 per row: row 5 prunes 15, not 16"),
+            (["--sparsity", "0.5", "--scope", "group", "--group-size", "8"], "columns 8 to 16 prune 191 weights, not"),
+        ],
+        ids=str,
+    )
+    def test_wrong_count(self, cheap: Refused, options: list[str], problem: str) -> None:
+        masks = make_masks()
+        pruned_D = (~masks[UP][5, 8:12]).nonzero()
+        masks[UP][5, 8 + int(pruned_D[0])] = True
+        message = cheap(*EXTERNAL, saved(masks), *options)
+        assert f"the external mask of {UP} is not " in message
+        assert problem in message
+        assert "to take the mask as it is" in message
+
+    def test_nothing_pruned(self, cheap: Refused) -> None:
+        masks = make_masks()
+        masks[UP][:] = True
+        assert f"mask of {UP} prunes nothing: leave the linear out" in cheap(*EXTERNAL, saved(masks))
+
+    def test_values_that_are_no_mask(self, cheap: Refused) -> None:
+        masks = make_masks()
+        file = saved(masks | {UP: masks[UP].to(torch.uint8) * 255})
+        assert f"{UP} has values above 1: a mask is 0 (pruned) or 1 (kept)" in cheap(*EXTERNAL, file)
+
+    def test_weights_where_masks_should_be(self, cheap: Refused) -> None:
+        masks = make_masks()
+        assert f"{UP} is F32, not bool or uint8" in cheap(*EXTERNAL, saved(masks | {UP: masks[UP].float()}))
+
+    @pytest.mark.parametrize("path", ["missing", "missing.safetensors", "empty"])
+    def test_nothing_there(self, cheap: Refused, root: Path, path: str) -> None:
+        (root / "empty").mkdir()
+        assert f"mask_from {path} is neither a directory with .safetensors nor such a file" in cheap(*EXTERNAL, path)
+
+    def test_file_that_is_not_safetensors(self, cheap: Refused) -> None:
+        assert "text.txt is not a safetensors file" in cheap(*EXTERNAL, "text.txt")
+
+    def test_options_that_contradict(self, cheap: Refused) -> None:
+        assert "takes its masks from mask_from" in cheap("--selector", "external")
+        assert "mask_from is for selector external, not wanda" in cheap("--mask-from", "masks.safetensors")
+        assert "have their own sparsities" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "owl")
+        assert "scope needs a sparsity or a pattern" in cheap(*EXTERNAL, "masks.safetensors", "--scope", "row")
+
+
+def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:
+    save_model(Path("dense"))
+    assert "prunes nothing" in late(*EXTERNAL, "dense")
+
+
+def test_two_masks_for_one_linear(root: Path) -> None:
+    masks = make_masks()
+    mask = masks.pop(UP)
+    masks |= {"layers.0.mlp.up_proj": mask, f"text.{UP}": mask.clone(), "mlp.up_proj": mask.clone()}
+    selector = Recipe(selector="external", mask_from=saved(masks)).make_selector()
+    assert isinstance(selector, External)
+    with pytest.raises(RecipeError, match=f"more than one mask for {UP}"):
+        selector.masks.shape(UP)

@@ -1,0 +1,103 @@
+"""Regional gradients against a plain loop over samples, and the pipeline that computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny import VOCAB, make_bert, make_llama, make_tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optima import Recipe, prune
+from optima.calibration.activations import capture_block_inputs
+from optima.calibration.gradient import regional_gradients
+from optima.errors import ModelError
+from optima.models.blocks import Block, find_blocks
+
+CPU = torch.device("cpu")
+
+
+def make(kind: str, **settings: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=VOCAB, **settings)
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config).eval()
+    return model
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": make_llama,
+    "bert": make_bert,
+    "gpt2": lambda: make("GPT2", n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "mixtral": lambda: make(
+        "Mixtral", hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2,
+    ),
+}  # fmt: skip
+
+
+def first_block(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
+    blocks = find_blocks(model)
+    with torch.no_grad():
+        inputs = capture_block_inputs(model, blocks, make_tokens().split(batch_size))
+        return regional_gradients(blocks[0], inputs, CPU)
+
+
+def plain(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
+    """The model's own forward pass on one sample after the other; the block's output as a hook sees it."""
+    outputs: list[Any] = []
+    block.module.register_forward_hook(lambda module, args, output: outputs.append(output))
+    squares: dict[str, list[Tensor]] = {}
+    for tokens_L in make_tokens():
+        model.zero_grad()
+        model(input_ids=tokens_L[None])
+        output = outputs.pop()
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.square().sum().div(hidden.shape[1]).sqrt().backward()
+        for linear in block.linears:
+            assert linear.parameter.grad is not None
+            gradient = linear.parameter.grad.T if linear.transposed else linear.parameter.grad
+            squares.setdefault(linear.name, []).append(gradient.square())
+    return {name: torch.stack(values).mean(dim=0).sqrt() for name, values in squares.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("kind", MODELS)
+def test_against_a_plain_loop(kind: str, batch_size: int) -> None:
+    model = MODELS[kind]()
+    required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    found = first_block(model, batch_size)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
+    expected = plain(model, find_blocks(model)[0])
+    assert found.keys() == expected.keys()
+    for name, gradient_OD in expected.items():
+        torch.testing.assert_close(found[name], gradient_OD, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_samples_that_cannot_be_taken_apart() -> None:
+    """Bloom's position biases come as batch x heads."""
+    model = make("Bloom", hidden_size=32, n_layer=1, n_head=4)
+    with pytest.raises(ModelError, match="cannot be taken apart into 2 samples: use --batch-size 1"):
+        first_block(model, batch_size=2)
+    assert first_block(model, batch_size=1)
+
+
+def test_bfloat16_weights_have_float32_gradients() -> None:
+    model = make_llama().bfloat16()
+    for gradient_OD in first_block(model, 2).values():
+        assert gradient_OD.dtype == torch.float32
+        assert gradient_OD.isfinite().all()
+
+
+def test_the_pipeline_gives_the_selector_its_gradients() -> None:
+    kept = {}
+    for selector in ("gradient", "wanda"):
+        model = make_llama()
+        prune(model, Recipe(selector=selector, solver="none", max_seq_length=16), calibration=make_tokens())
+        kept[selector] = {linear.name: linear.weight_OD != 0 for linear in find_blocks(model)[0].linears}
+    for name in kept["wanda"]:
+        assert kept["gradient"][name].sum() == kept["wanda"][name].sum()
+    assert any(not torch.equal(kept["gradient"][name], kept["wanda"][name]) for name in kept["wanda"])
