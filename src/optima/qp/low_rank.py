@@ -18,13 +18,13 @@ from optima.qp.products import multiply, pack
 
 # Factors: most of them, and fewer for few inputs, where the rows' systems weigh more than the iterations they save.
 FACTORS, INPUTS_PER_FACTOR = 32, 26
-# Vectors beyond the factors, and rounds, of the subspace iteration: the model need not be the best one.
+# Of the fit: vectors beyond the factors, most turns, and the mean relative change of the noise that ends it sooner.
 OVERSAMPLING = 8
-ROUNDS = 3
+TURNS, SETTLED = 12, 0.004
 # Rows whose systems are factorised together: bounds the temporaries.
 BLOCK_ROWS = 512
 # Least share of its variance that an input has to itself.
-SMALLEST_NOISE = 1e-4
+SMALLEST_NOISE = 0.01
 
 
 class LowRankModel:
@@ -37,15 +37,12 @@ class LowRankModel:
 
     def __init__(self, hessian: Hessian, dtype: torch.dtype) -> None:
         diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
-        scaled_DF = _nystrom(hessian, diagonal_D.rsqrt(), min(FACTORS, -(-hessian.num_inputs // INPUTS_PER_FACTOR)))
-        # A dead input shares nothing, not even rounding.
-        scaled_DF = scaled_DF * ~hessian.dead_D[:, None]
-        # What the factors leave of the unit diagonal. It is positive: the approximation is below H.
-        self.noise_D = diagonal_D * (1.0 - scaled_DF.square().sum(dim=1)).clamp_min(SMALLEST_NOISE)
+        count = min(FACTORS, -(-hessian.num_inputs // INPUTS_PER_FACTOR))
+        noise_D, scaled_DF = _factor_analysis(hessian, diagonal_D.rsqrt(), count)
+        self.noise_D = diagonal_D * noise_D
         self.factors_DF = scaled_DF * diagonal_D.sqrt()[:, None]
         weighted_DF = self.factors_DF / self.noise_D[:, None]
         self._weighted_FD, self._weighted_DF = pack(weighted_DF.mT.contiguous()), pack(weighted_DF)
-        count = self.factors_DF.shape[1]
         left_Q, right_Q = torch.triu_indices(count, count, device=diagonal_D.device)
         self._pairs_QD = pack((self.factors_DF[:, left_Q] * weighted_DF[:, right_Q]).mT.contiguous())
         position_FF = torch.zeros(count, count, dtype=torch.int64, device=diagonal_D.device)
@@ -73,23 +70,39 @@ class LowRankModel:
         return solution_RD.addcmul_(multiply(score_RF, self._weighted_DF), mask_RD, value=-1.0)
 
 
-def _nystrom(hessian: Hessian, scale_D: Tensor, count: int) -> Tensor:
-    """U with U U^T close to C = diag(scale) H diag(scale) and, up to rounding, below it; (D, F).
+def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """psi_D and U, (D, F), with psi + U U^T close to C = diag(scale) H diag(scale), and of the same diagonal.
 
-    Nystrom's approximation (C Q) (Q^T C Q)^-1 (C Q)^T on an approximate top eigenspace Q, found by subspace iteration
-    (Halko, Martinsson and Tropp, SIAM Review 53, 2011, sec. 5.5).
+    The likelihood is largest where U spans the top eigenspace of S = psi^-1/2 C psi^-1/2, each eigenvector as long as
+    its eigenvalue exceeds the mean of those that are left out, and psi is the rest of the diagonal (Lawley, Proc. R.
+    Soc. Edinburgh 60, 1940; Joreskog, Psychometrika 32, 1967). The two conditions are met in turns, the eigenspace by
+    one step of subspace iteration each time.
     """
-    operator = hessian.operator(scale_D.dtype)
-    size = len(scale_D)
+    operator, size = hessian.operator(scale_D.dtype), len(scale_D)
     generator = torch.Generator().manual_seed(0)
     width = min(count + OVERSAMPLING, size)
-    image_VD = torch.randn(width, size, generator=generator, dtype=torch.float64).to(scale_D)
-    basis_VD = image_VD
-    for _ in range(ROUNDS + 1):
-        basis_VD = torch.linalg.qr(image_VD.mT).Q.mT
-        image_VD = operator(basis_VD * scale_D) * scale_D
-    core_VV = basis_VD.double() @ image_VD.double().mT
-    value_V, vector_VV = torch.linalg.eigh(0.5 * (core_VV + core_VV.mT))
-    top_VF = vector_VV[:, width - count :] * value_V[width - count :].clamp_min(1e-30).rsqrt()
-    factors_DF: Tensor = image_VD.mT @ top_VF.to(image_VD)
-    return factors_DF
+    basis_VD = torch.randn(width, size, generator=generator, dtype=torch.float64).to(scale_D)
+    noise_D = torch.ones_like(scale_D)
+    for turn in range(TURNS):
+        whitening_D = scale_D * noise_D.rsqrt()
+        basis_VD, value_V = _orthonormal(operator(basis_VD * whitening_D) * whitening_D)
+        value_F = value_V[width - count :]
+        rest = (noise_D.reciprocal().sum(dtype=torch.float64) - value_F.sum()) / max(size - count, 1)
+        length_F = (value_F - rest).clamp_min(0.0).sqrt().to(basis_VD)
+        # A dead input shares nothing, not even rounding.
+        factors_DF = (basis_VD[width - count :] * length_F[:, None]).mT * (noise_D.sqrt() * ~hessian.dead_D)[:, None]
+        if turn:  # the first basis is random: its image has no eigenvalues
+            last_D, noise_D = noise_D, (1.0 - factors_DF.square().sum(dim=1)).clamp_min(SMALLEST_NOISE)
+            if float((noise_D / last_D).log().abs().mean()) <= SETTLED:
+                break
+    return noise_D, factors_DF
+
+
+def _orthonormal(image_VD: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the rows' span, in the order of their principal axes, and the lengths along those.
+
+    Of the image of an orthonormal basis, these are estimates of eigenvectors and eigenvalues.
+    """
+    square_V, rotation_VV = torch.linalg.eigh(image_VD.double() @ image_VD.double().mT)
+    square_V = square_V.clamp_min(float(square_V[-1]) * 1e-14 if len(square_V) else 0.0)
+    return (rotation_VV * square_V.rsqrt()).mT.to(image_VD) @ image_VD, square_V.sqrt()
