@@ -167,7 +167,7 @@ def _product_shape(name: str, args: Any) -> Shape | None:
         left, right = args[0], args[1]
     elif name in ("addmm", "addmm_", "baddbmm", "baddbmm_"):
         left, right = args[1], args[2]
-    elif name == "mkldnn_linear":
+    elif name in ("mkldnn_linear", "_linear_pointwise"):
         return args[0].shape[0], args[0].shape[1], args[1].shape[0], args[0].dtype
     else:
         return None

@@ -72,8 +72,10 @@ class Auto:
         """See ``RowSolver``; ``solver`` of the solution names the choice and ``note`` the reason."""
         if problem.bounded:
             return _explain(state.solve(Bounded(self.gap), problem), "the weights have bounds")
-        iterative = self._iterative(problem.keep_RD)
-        direct_R, reason = self._choose(state.hessian, problem.keep_RD, iterative)
+        # A sum of floats: torch adds booleans an order of magnitude slower.
+        kept_R = problem.keep_RD.to(torch.float32).sum(dim=1).double()
+        iterative = self._iterative(kept_R, state.hessian.num_inputs)
+        direct_R, reason = self._choose(state.hessian, kept_R, iterative)
         solvers = (iterative, BatchedCholesky(self.gap, torch.float32))
         parts = []
         for solver, rows in zip(solvers, ((~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]), strict=True):
@@ -82,16 +84,15 @@ class Auto:
             parts.append((rows, state.solve(solver, problem.rows(rows))))
         return _merge(parts, reason)
 
-    def _iterative(self, keep_RD: Tensor) -> LowRankCG | SharedInverseCG:
+    def _iterative(self, kept_R: Tensor, num_inputs: int) -> LowRankCG | SharedInverseCG:
         """The better of the two for these rows."""
-        pruned = 1.0 - float(keep_RD.mean(dtype=torch.float32)) if keep_RD.numel() else 0.0
-        low_rank = keep_RD.shape[1] >= LOW_RANK_INPUTS and pruned >= LOW_RANK_PRUNED
+        pruned = 1.0 - float(kept_R.mean()) / num_inputs if len(kept_R) and num_inputs else 0.0
+        low_rank = num_inputs >= LOW_RANK_INPUTS and pruned >= LOW_RANK_PRUNED
         return LowRankCG(self.gap) if low_rank else SharedInverseCG(self.gap)
 
-    def _choose(self, hessian: Hessian, keep_RD: Tensor, iterative: LowRankCG | SharedInverseCG) -> tuple[Tensor, str]:
+    def _choose(self, hessian: Hessian, kept_R: Tensor, iterative: LowRankCG | SharedInverseCG) -> tuple[Tensor, str]:
         """Which rows to solve directly, and why."""
-        num_inputs = float(keep_RD.shape[1])
-        kept_R = keep_RD.sum(dim=1).double()
+        num_inputs = float(hessian.num_inputs)
         size_R = torch.minimum(kept_R, num_inputs - kept_R)
         dual_R = 2 * kept_R > num_inputs
         direct_R = FACTOR * size_R**3 + GATHER * size_R**2 + torch.where(dual_R, 4 * num_inputs**2, 0.0)
