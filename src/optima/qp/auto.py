@@ -5,7 +5,7 @@ Measured (float32, one core of a Zen 5 server, to a certified gap of 1e-4, Gemma
 * Cholesky is faster than CG up to about 12, 13, 64, 100 and 200 weights on the smaller of a row's two sets for 64, 128,
   640, 1024 and 2048 inputs: a tenth of them. Where all rows are solved by their kept set it also saves the inverse.
 * Low-rank CG takes half the products of shared-inverse CG per iteration, and at 50 % and more pruned no more iterations
-  but in attention outputs (1.6 times). At 30 % it takes 1.1 to 2.2 times as many. For few inputs its systems of factors
+  (in attention outputs a tenth more). At 30 % it takes 1.1 to 1.6 times as many. For few inputs its systems of factors
   cost more than it saves.
 
 Shapes: R rows, D inputs.
