@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import layer_of
 
-from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian, solve
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -33,14 +31,6 @@ def hessian() -> Hessian:
 @pytest.fixture
 def weight_OD() -> torch.Tensor:
     return torch.randn(6, 16, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.mark.parametrize("pattern", [Unstructured(0.5, "row"), NM(2, 4)])
-def test_selector(hessian: Hessian, weight_OD: torch.Tensor, pattern: Pattern) -> None:
-    selection = load("RelativeImportance")().select(layer_of(weight_OD, hessian), pattern)
-    assert selection.keep_OD.sum(dim=1).tolist() == [8] * 6
-    dead_OD = load("RelativeImportance")().select(layer_of(torch.zeros_like(weight_OD), hessian), pattern).keep_OD
-    assert dead_OD.sum(dim=1).tolist() == [8] * 6
 
 
 def test_solver(hessian: Hessian, weight_OD: torch.Tensor) -> None:

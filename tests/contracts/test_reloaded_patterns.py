@@ -1,0 +1,29 @@
+"""Every N:M mask is a valid one after its checkpoint is saved and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_llama, make_tokens
+from transformers import AutoModelForCausalLM
+
+from optima import Recipe, prune
+from optima.models.blocks import find_blocks
+from optima.selectors.base import SELECTORS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:8"])
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_reloaded(selector: str, pattern: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    kept, group = map(int, pattern.split(":"))
+    recipe = Recipe(selector=selector, pattern=[pattern], max_seq_length=16)
+    prune(make_llama().to(dtype), recipe, calibration=make_tokens(), output_dir=tmp_path / "out")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert reloaded.dtype == dtype
+    for block in find_blocks(reloaded):
+        for linear in block.linears:
+            count_G = (linear.weight_OD != 0).reshape(-1, group).sum(dim=1)
+            assert (count_G == kept).all(), linear.name

@@ -1,0 +1,66 @@
+"""The tutorial of docs/selectors.md works, and its table names every selector."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from layers import PATTERNS, hessian_of, layer_of, make_layer, plain_keep
+from tiny import make_llama, make_tokens
+
+from optima import Recipe, prune
+from optima.models.blocks import find_blocks
+from optima.patterns import NM, Pattern
+from optima.selectors.base import SELECTOR_NAMES
+
+PAGE = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's two files, in the current directory."""
+    codes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    for name, code in zip(("surgeon", "settings"), codes, strict=True):
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_it_is_20_lines() -> None:
+    assert len(Path("surgeon.py").read_text().splitlines()) <= 20
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_your_own_selector(pattern: Pattern) -> None:
+    weight_OD, inputs_TD = make_layer(dead=(3, 5))
+    selection = Recipe(selector="surgeon:Surgeon").make_selector().select(layer_of(weight_OD, inputs_TD), pattern)
+    inverse_DD = torch.linalg.inv(hessian_of(inputs_TD).damped(0.01))
+    score_OD = weight_OD**2 / inverse_DD.diagonal()
+    score_OD[:, [3, 5]] = 0
+    assert torch.equal(selection.keep_OD, plain_keep(score_OD, pattern))
+
+
+def test_it_prunes_a_model() -> None:
+    model = make_llama()
+    report = prune(
+        model, Recipe(selector="surgeon:Surgeon", pattern=["2:4"], max_seq_length=16), calibration=make_tokens()
+    )
+    assert report.run.recipe["selector"] == "surgeon:Surgeon"
+    for block in find_blocks(model):
+        for linear in block.linears:
+            assert ((linear.weight_OD != 0).reshape(-1, 4).sum(dim=1) == 2).all()
+
+
+def test_settings_of_a_built_in_selector() -> None:
+    weight_OD, inputs_TD = make_layer()
+    selector = Recipe(selector="settings:outliers").make_selector()
+    assert selector.select(layer_of(weight_OD, inputs_TD), NM(2, 4)).keep_OD.all(dim=1).sum() == 2
+
+
+def test_the_table_names_every_selector() -> None:
+    rows = re.findall(r"^\| `([a-z]+)` \|", PAGE, re.MULTILINE)
+    assert len(rows) == len(set(rows))
+    assert set(SELECTOR_NAMES) - {"optima"} <= set(rows) <= set(SELECTOR_NAMES)
