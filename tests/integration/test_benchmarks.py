@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL_SIZE_ONLY = "NOT RUN"
@@ -79,3 +79,15 @@ def test_gpu_script_runs_a_tiny_block_on_the_cpu(tmp_path: Path) -> None:
     ]
     assert all(line["peak_bytes"] > 0 and line["open_rows"] == 0 for line in record["linears"])
     assert f"{FULL_SIZE_ONLY}  32 blocks under 15 minutes" in printed
+
+
+def test_allocation_compares_on_dumped_layers(dump: Path, tmp_path: Path) -> None:
+    layer = load_file(dump / "block.0.linear.safetensors")
+    save_file(layer | {"weight": layer["weight"] ** 3}, dump / "block.1.linear.safetensors")
+    output = tmp_path / "allocation.json"
+    printed = run("allocation.py", "--dump-dir", str(dump), "--sparsities", "0.6", "--output", str(output))
+    assert "| 60% | error |" in printed
+    uniform, owl, error = json.loads(output.read_text())["entries"]
+    assert sum(error["errors"].values()) < sum(uniform["errors"].values())
+    for entry in (uniform, owl, error):
+        assert abs(entry["reached"] - 0.6) * 2 * 24 * 48 <= 2
