@@ -198,7 +198,7 @@ def test_thanos(pattern: Pattern, blocksize: int) -> None:
 def test_thanos_solves_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     weight_OD, inputs_TD = make_layer()
     whole = Thanos().select(layer_of(weight_OD, inputs_TD), Unstructured(0.5, "layer"))
-    monkeypatch.setattr("optima.selectors.thanos.CHUNK_BYTES", 8 * 25**2 * 3)
+    monkeypatch.setattr("optima.selectors.thanos.CHUNK_BYTES", {"cpu": 8 * 25**2 * 3})
     pieces = Thanos().select(layer_of(weight_OD, inputs_TD), Unstructured(0.5, "layer"))
     assert torch.equal(whole.keep_OD, pieces.keep_OD)
     torch.testing.assert_close(whole.weight_OD, pieces.weight_OD, rtol=1e-12, atol=1e-12)
