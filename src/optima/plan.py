@@ -25,6 +25,7 @@ from optima.patterns import Pattern
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
+from optima.selectors.base import needs_gradient
 from optima.selectors.external import External
 
 # Iterations of shared-inverse CG that a typical row takes to a certified gap of 1e-4 (benchmarks/qp.py).
@@ -194,10 +195,14 @@ Groups = list[list[Linear]]
 
 def predict_memory(groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, itemsize: int) -> int:
     """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
-    return max(
-        max(_calibration_bytes(block, own, recipe, itemsize), _solve_bytes(own))
-        for block, own in zip(blocks, groups, strict=True)
-    )
+    gradients = needs_gradient(recipe.make_selector())
+
+    def peak(block: Block, own: Groups) -> int:
+        held = 4 * sum(linear.weight_OD.numel() for linear in block.linears) if gradients else 0
+        backward = _backward_bytes(block, own, recipe, itemsize) if gradients else 0
+        return max(_calibration_bytes(block, own, recipe, itemsize), held + backward, held + _solve_bytes(own))
+
+    return max(peak(block, own) for block, own in zip(blocks, groups, strict=True))
 
 
 def shared_inputs(model: nn.Module, blocks: Sequence[Block]) -> list[Groups]:
@@ -245,6 +250,14 @@ def _calibration_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: i
     widest = max(inputs, default=0)
     product = widest**2 * 12 + (0 if itemsize == 4 else tokens * widest * 4)
     return sum(8 * size**2 for size in inputs) + product + activations
+
+
+def _backward_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int) -> int:
+    """Gradients of all weights, beside the hessians, and the activations of one sample, which wait for the backward."""
+    weights = sum(linear.weight_OD.numel() for linear in block.linears)
+    widths = sum(sum(linear.shape) for linear in linears_of(block.module, block.name))
+    hessians = sum(8 * group[0].shape[1] ** 2 for group in groups)
+    return weights * itemsize + hessians + 2 * recipe.max_seq_length * widths * itemsize
 
 
 def _solve_bytes(groups: Groups) -> int:
