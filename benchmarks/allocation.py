@@ -3,8 +3,8 @@
     optima prune MODEL --output-dir OUT --dump-layer .
     python benchmarks/allocation.py --dump-dir OUT/layers
 
-Prints a Markdown table: sum, geometric mean and largest of the relative reconstruction errors on dense inputs (gap 1e-2),
-and the time of the survey. Every dumped linear takes part.
+Prints a Markdown table: sum, geometric mean and largest of the relative reconstruction errors on dense inputs, weights
+solved to a gap of 1e-2, and the time of the survey. Every dumped linear takes part.
 """
 
 from __future__ import annotations
