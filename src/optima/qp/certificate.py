@@ -126,8 +126,7 @@ class Verifier:
         free_BD, slack_B = _split_multipliers(hessian, problem, weight_BD, residual_BD, scale_B)
         if extension_BD is not None:
             free_BD = free_BD + extension_BD
-        whitened_BD = hessian.whitener(free_BD.dtype)(free_BD).double()
-        norm_B = torch.linalg.vecdot(whitened_BD, whitened_BD)
+        norm_B = hessian.whitener(free_BD.dtype).squared_norm(free_BD)
         # Either may have been rounded: the residual where rows are kept in float32, the product where it is whitened.
         if torch.float32 in (self.mask_RD.dtype, free_BD.dtype):
             norm_B *= WHITENING_MARGIN

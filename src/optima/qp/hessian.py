@@ -23,8 +23,8 @@ INDEFINITE = 1e-4
 ASYMMETRIC = 1e-2
 # Cholesky "succeeds" on numerically singular matrices; past this condition the inverse is noise.
 LARGEST_CONDITION = 1e13
-# Side of the tiles in which the triangles are averaged.
-TILE = 1024
+# Side of the tiles in which the triangles are averaged: two of them stay in the cache while one is transposed.
+TILE = 128
 # Float32 iterations lose no digit that refinement cannot restore below this condition.
 FLOAT32_CONDITION = 1e7
 
@@ -208,7 +208,7 @@ class Hessian:
         return "inverse_DD" in vars(self) or any(kind == "preconditioner" for kind, _ in self._shared)
 
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
-        """L in the same units, ready to apply L^-1 to rows; made once."""
+        """L in the same units, ready to measure L^-1 r of rows; made once."""
         return self._share("whitener", dtype, lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
 
     def _share(self, kind: str, dtype: torch.dtype, make: Callable[[], Shared]) -> Shared:

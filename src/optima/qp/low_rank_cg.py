@@ -107,8 +107,7 @@ class _Batch(RowBatch):
         claims = (~open_ & ~self.accepted).nonzero()[:, 0]
         # Measure when enough rows could leave.
         if len(claims) and int(open_.sum()) <= COMPACT * len(open_):
-            whitened = self.whitener(self.residual[claims])
-            bound = 0.5 * torch.linalg.vecdot(whitened, whitened).double()
+            bound = 0.5 * self.whitener.squared_norm(self.residual[claims])
             slope = self.slope[claims].double()
             self.ratio[claims] = torch.where(slope > 0, 2.0 * bound / slope, FIRST_RATIO)
             missed = self._exceeds(bound, self.error[claims], tolerance) & (slope > 0)

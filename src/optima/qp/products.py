@@ -44,7 +44,7 @@ class SharedMatrix:
 
 
 class SharedFactor:
-    """A lower triangular D x D factor L of which the inverse is applied to rows: rows L^-T.
+    """A lower triangular D x D factor L that measures rows: ||L^-1 r||.
 
     Triangular solves of MKL do not scale to two threads, oneDNN's products do: where those are used, substitution goes
     block by block, and diagonal blocks are inverted beforehand, in the precision of ``factor_DD``.
@@ -58,7 +58,7 @@ class SharedFactor:
     def __init__(self, factor_DD: Tensor, unit: float, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self._factor_DD: Tensor | None = None
-        self._blocks: list[tuple[slice, Tensor, Tensor]] = []
+        self._blocks: list[tuple[int, Tensor, Tensor]] = []
         if not _packs(torch.empty_like(factor_DD, dtype=dtype)):
             self._factor_DD = scaled(factor_DD, unit, dtype)
             return
@@ -67,20 +67,23 @@ class SharedFactor:
             identity = torch.eye(block.stop - begin, dtype=factor_DD.dtype)
             inverse = torch.linalg.solve_triangular(factor_DD[block, block], identity, upper=False)
             below = scaled(factor_DD[block.stop :, block], unit, dtype)
-            self._blocks.append((block, pack(scaled(inverse, 1.0 / unit, dtype)), pack(below)))
+            self._blocks.append((len(identity), pack(scaled(inverse, 1.0 / unit, dtype)), pack(below)))
 
-    def __call__(self, rows_RD: Tensor) -> Tensor:
-        """Each row r becomes L^-1 r."""
-        rows_RD = rows_RD.to(self.dtype, copy=True)
+    def squared_norm(self, rows_RD: Tensor) -> Tensor:
+        """||L^-1 r||^2 of each row r, added up in float64, (R,)."""
+        rows_RD = rows_RD.to(self.dtype)
         if self._factor_DD is not None:
-            solved_RD: Tensor = torch.linalg.solve_triangular(self._factor_DD.mT, rows_RD, upper=True, left=False)
-            return solved_RD
-        for block, inverse, below in self._blocks:
-            solved_RB = multiply(rows_RD[:, block], inverse)
-            rows_RD[:, block] = solved_RB
-            if block.stop < rows_RD.shape[1]:
-                rows_RD[:, block.stop :] -= multiply(solved_RB, below)
-        return rows_RD
+            solved_RD = torch.linalg.solve_triangular(self._factor_DD.mT, rows_RD, upper=True, left=False).double()
+            norm_R: Tensor = torch.linalg.vecdot(solved_RD, solved_RD)
+            return norm_R
+        norm_R = rows_RD.new_zeros(len(rows_RD), dtype=torch.float64)
+        for size, inverse, below in self._blocks:
+            solved_RB = multiply(rows_RD[:, :size], inverse)
+            norm_R += torch.linalg.vecdot(solved_RB, solved_RB)
+            if rows_RD.shape[1] > size:
+                product_RD = multiply(solved_RB, below)
+                rows_RD = torch.sub(rows_RD[:, size:], product_RD, out=product_RD)
+        return norm_R
 
 
 def keep_freed_memory() -> None:
