@@ -253,7 +253,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--gaps", type=float, nargs="+", default=[1e-2, 1e-4, 1e-6])
-    parser.add_argument("--solver", default="shared-inverse-cg", choices=SOLVERS, help="which of ours")
+    parser.add_argument("--solver", default="auto", choices=SOLVERS, help="which of ours")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--few-rows", type=int, default=3, help="rows for OSQP and PIQP")
     parser.add_argument("--mpax-rows", type=int, default=64, help="rows for MPAX; rows/s is compared")
