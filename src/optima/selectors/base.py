@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -135,16 +136,27 @@ def make_selector(name: str) -> Selector:
     raise RecipeError(f"unknown selector {name!r}: known selectors are {known}, or your own as package.module:Class")
 
 
+@contextmanager
+def _current_directory_importable() -> Iterator[None]:
+    """An installed command does not look for modules there."""
+    here = os.getcwd()
+    known = here in sys.path or "" in sys.path
+    if not known:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if not known:
+            sys.path.remove(here)
+
+
 def _load(path: str) -> Selector:
     module_name, _, class_name = path.partition(":")
-    here = os.getcwd()
-    sys.path.append(here)
     try:
-        module = importlib.import_module(module_name)
+        with _current_directory_importable():
+            module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise RecipeError(f"selector {path}: {module_name} cannot be imported ({error})") from error
-    finally:
-        sys.path.remove(here)
     if class_name not in vars(module):
         raise RecipeError(f"selector {path}: {module_name} has no {class_name}")
     try:
