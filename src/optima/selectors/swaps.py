@@ -1,0 +1,359 @@
+"""Swap refinement: exchange one kept and one pruned weight of a row for as long as that lowers the row's optimum.
+
+Prices are those of the *re-optimised* weights; SparseSwaps (arXiv 2512.10922) prices swaps with frozen ones. For a row
+with kept set S, optimum v and negative gradient r, let a_i = (H_SS^-1)_ii, c_ij = (H_SS^-1 H_Sj)_i, and d_j the
+variance of input j that S leaves unexplained. Removing i and adding j changes twice the optimal error by exactly
+
+    v_i^2 / a_i - (r_j + v_i c_ij / a_i)^2 / (d_j + c_ij^2 / a_i).                          (docs/mathematics.md)
+
+These numbers are one small matrix a row, the principal pivot transform of H on S, restricted to a few candidates; a
+swap is two pivots of it (Tsatsomeros, Principal pivot transforms, 2000). With K = H^-1 a swap lowers the error only if
+
+    |v_i| < |r_j| sqrt(K_jj) (sqrt(K_ii) + sqrt(K_ii - 1 / H_ii)),
+
+so that candidates are ranked by the two sides, and a set that holds every weight which passes the test for some partner
+proves that no swap is left: the row is at a one-swap optimum.
+
+Shapes: O outputs, R rows of a chunk, A rows still active, D inputs, N most weights kept by a row, B candidates,
+G groups of an N:M pattern.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from optima.patterns import NM, Pattern, Unstructured
+from optima.qp.hessian import Hessian
+
+# Growth of the number of candidates once those tried leave no swap and prove nothing.
+WIDEN = 4
+# Numbers in the kept-set matrices of one chunk of rows.
+CHUNK_ENTRIES = 2**25
+LARGEST_CHUNK = 512
+# A swap counts as one if it lowers the row's error by more than this fraction; below, rounding decides.
+LEAST_GAIN = {torch.float32: 1e-5, torch.float64: 1e-9}
+
+
+@dataclass(frozen=True)
+class Refined:
+    """The outcome, row by row.
+
+    Attributes:
+        keep_OD: the refined mask, with the same number of kept weights in every row (in every N:M group).
+        weight_OD: the optimal weights on it, in the dtype of the dense weights.
+        error_O: 1/2 (v - w)^T H (v - w) on it, float64; never above that of the mask that was given.
+        swaps_O: swaps made, int64.
+        optimal_O: True where it is proven that no single swap lowers the error any more.
+    """
+
+    keep_OD: Tensor
+    weight_OD: Tensor
+    error_O: Tensor
+    swaps_O: Tensor
+    optimal_O: Tensor
+
+    def __str__(self) -> str:
+        proven = int(self.optimal_O.sum())
+        return f"{int(self.swaps_O.sum())} swaps; {proven} of {len(self.optimal_O)} rows proven one-swap optimal"
+
+
+@dataclass(frozen=True)
+class SwapRefinement:
+    """Greedy swaps in rounds: candidates, swaps among them from the best down, new optimum, new candidates.
+
+    Args:
+        rounds: most rounds; rows that are not done then count as not proven optimal.
+        candidates: weights of a row considered in the first round. Where they leave no swap but do not prove that there
+            is none, the next round takes four times as many.
+        most_candidates: no round takes more; None for all inputs, with which every row can be proven.
+    """
+
+    rounds: int = 20
+    candidates: int = 64
+    most_candidates: int | None = None
+
+    def refine(self, hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Pattern) -> Refined:
+        """Refine the mask ``keep_OD`` of the dense weights ``weight_OD``; exact counts stay as they are."""
+        if not keep_OD.numel():
+            nothing_O = keep_OD.sum(dim=1)
+            return Refined(keep_OD, weight_OD, nothing_O.double(), nothing_O, nothing_O == 0)
+        weight_OD = weight_OD.masked_fill(hessian.dead_D, 0.0)
+        dtype = torch.float64 if weight_OD.dtype == torch.float64 else hessian.working_dtype
+        system = _System(hessian, dtype, pattern)
+        # Rows of similar counts go together, so that little is padded.
+        count_O, order_O = keep_OD.sum(dim=1).sort(stable=True)
+        chunk = max(min(CHUNK_ENTRIES // max(int(count_O[-1]), 1) ** 2, LARGEST_CHUNK), 1)
+        parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in order_O.split(chunk)]
+        back_O = order_O.argsort()
+        return Refined(*(torch.cat([getattr(part, entry.name) for part in parts])[back_O] for entry in fields(Refined)))
+
+
+class _System:
+    """H in units of a unit diagonal, what bounds the effect of a swap, and which inputs may exchange their weights.
+
+    Attributes:
+        num_inputs: D.
+        norm_D: an input's unit, float64.
+        unit_DD: H in those units, float64.
+        bordered: the same in the working precision, with one more input that stands for "none".
+        reach_D: sqrt(K_ii) + sqrt(K_ii - 1 / H_ii).
+        gain_D: sqrt(K_jj).
+        group_D: swaps stay within a group of inputs, so that the pattern's counts stay exact.
+        width: inputs in a group if groups are small enough to be tried whole, else None.
+    """
+
+    def __init__(self, hessian: Hessian, dtype: torch.dtype, pattern: Pattern) -> None:
+        size = hessian.num_inputs
+        self.norm_D = hessian.damped_DD.diagonal().sqrt()
+        self.unit_DD = hessian.damped_DD / self.norm_D / self.norm_D[:, None]
+        self.bordered = torch.zeros(size + 1, size + 1, dtype=dtype, device=hessian.device)
+        self.bordered[:size, :size] = self.unit_DD
+        spread_D = (hessian.inverse_DD.diagonal() * self.norm_D.square()).clamp_min(1.0)
+        self.reach_D = spread_D.sqrt() + (spread_D - 1.0).sqrt()
+        self.gain_D = spread_D.sqrt()
+        self.width = pattern.m if isinstance(pattern, NM) else None
+        wide = pattern.group_size if isinstance(pattern, Unstructured) and pattern.scope == "group" else size
+        self.num_inputs = size
+        self.group_D = torch.arange(size + 1, device=hessian.device) // max(self.width or wide, 1)
+
+
+class _Rows:
+    """One chunk of rows: the best mask of each so far, and what has been proven of it."""
+
+    def __init__(self, options: SwapRefinement, system: _System, dense_RD: Tensor, keep_RD: Tensor) -> None:
+        self.options, self.system, self.dtype = options, system, dense_RD.dtype
+        self.dense_RD = dense_RD.double() * system.norm_D
+        self.keep_RD = keep_RD.clone()
+        self.weight_RD = torch.zeros_like(self.dense_RD)
+        self.error_R = torch.full_like(self.dense_RD[:, 0], torch.inf)
+        self.swaps_R = torch.zeros_like(self.error_R, dtype=torch.int64)
+        self.optimal_R = torch.zeros_like(self.error_R, dtype=torch.bool)
+        self.rounds = options.rounds
+
+    def run(self) -> Refined:
+        """Few candidates first; rows that they leave open go on with more."""
+        rows = torch.arange(len(self.keep_RD), device=self.keep_RD.device)
+        most = min(self.options.most_candidates or self.system.num_inputs, self.system.num_inputs)
+        candidates = min(self.options.candidates, most)
+        while len(rows):
+            rows = self._swap_among(rows, candidates)
+            if candidates == most or not self.rounds:
+                break
+            candidates = min(candidates * WIDEN, most)
+        weight_RD = (self.weight_RD / self.system.norm_D).to(self.dtype)
+        return Refined(self.keep_RD, weight_RD, self.error_R, self.swaps_R, self.optimal_R)
+
+    def _swap_among(self, rows: Tensor, candidates: int) -> Tensor:
+        """Swap in ``rows`` until none moves; returns those without a swap and without a proof that there is none."""
+        keep_AD, swaps_A, unproven = self.keep_RD[rows], torch.zeros_like(rows), [rows[:0]]
+        while len(rows):
+            optimum = solve(self.system, self.dense_RD[rows], keep_AD)
+            # Where rounding has made a loss of a swap, the row stays as it was.
+            same_A = (keep_AD == self.keep_RD[rows]).all(dim=1)
+            taken_A = same_A | (optimum.error_A < self.error_R[rows])
+            rows, optimum, swaps_A = rows[taken_A], optimum.of(taken_A), swaps_A[taken_A]
+            self.keep_RD[rows], self.weight_RD[rows] = optimum.keep_AD, optimum.weight_AD
+            self.error_R[rows] = optimum.error_A
+            self.swaps_R[rows] += swaps_A
+            if not self.rounds:
+                return rows
+            self.rounds -= 1
+            keep_AD, swaps_A, complete_A = swap(self.system, optimum, candidates)
+            moved_A = swaps_A > 0
+            self.optimal_R[rows] = complete_A & ~moved_A
+            unproven.append(rows[~complete_A & ~moved_A])
+            rows, keep_AD, swaps_A = rows[moved_A], keep_AD[moved_A], swaps_A[moved_A]
+        return torch.cat(unproven)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """The optimal weights of rows on their masks, in units of a unit diagonal.
+
+    Attributes:
+        keep_AD: the masks.
+        index_AN: kept inputs of each row, ascending, then D for "none".
+        factor_ANN: lower Cholesky factor of H on them, the identity where there is none.
+        weight_AD: the optimum, float64.
+        residual_AD: negative gradient there, float64: zero on the kept set.
+        error_A: 1/2 (v - w)^T H (v - w), float64.
+    """
+
+    keep_AD: Tensor
+    index_AN: Tensor
+    factor_ANN: Tensor
+    weight_AD: Tensor
+    residual_AD: Tensor
+    error_A: Tensor
+
+    def of(self, rows_A: Tensor) -> Optimum:
+        """The same for some of the rows."""
+        if bool(rows_A.all()):
+            return self
+        return Optimum(*(getattr(self, entry.name)[rows_A] for entry in fields(self)))
+
+
+def solve(system: _System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
+    """By Cholesky of every row's own matrix, with one step of refinement from float64 residuals."""
+    count_A1 = keep_AD.sum(dim=1, keepdim=True)
+    most = int(count_A1.max())
+    index_AN = (~keep_AD).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
+    none_AN = torch.arange(most, device=keep_AD.device) >= count_A1
+    index_AN = index_AN.masked_fill(none_AN, system.num_inputs)
+    matrix_ANN = gather_square(system.bordered, index_AN)
+    matrix_ANN.diagonal(dim1=1, dim2=2).add_(none_AN.to(matrix_ANN.dtype))
+    factor_ANN, info_A = torch.linalg.cholesky_ex(matrix_ANN)
+    if bool(info_A.any()):
+        factor_ANN = torch.linalg.cholesky(matrix_ANN.double()).to(matrix_ANN.dtype)
+    weight_AD = torch.zeros_like(dense_AD)
+    residual_AD = dense_AD @ system.unit_DD
+    for _ in range(2):
+        padded_AD = torch.nn.functional.pad(residual_AD, (0, 1))
+        kept_AN1 = padded_AD.gather(1, index_AN)[:, :, None].to(matrix_ANN.dtype)
+        half_AN1 = torch.linalg.solve_triangular(factor_ANN, kept_AN1, upper=False)
+        step_AN = torch.linalg.solve_triangular(factor_ANN.mT, half_AN1, upper=True)[:, :, 0].double()
+        padded_AD.zero_().scatter_(1, index_AN, step_AN.masked_fill_(none_AN, 0.0))
+        weight_AD = weight_AD + padded_AD[:, :-1]
+        residual_AD = (dense_AD - weight_AD) @ system.unit_DD
+    error_A = 0.5 * torch.linalg.vecdot(dense_AD - weight_AD, residual_AD).clamp_min(0.0)
+    return Optimum(keep_AD, index_AN, factor_ANN, weight_AD, residual_AD, error_A)
+
+
+def gather_square(matrix_DD: Tensor, index_AN: Tensor) -> Tensor:
+    """``matrix_DD`` on each row's indices, rows and columns, (A, N, N)."""
+    if matrix_DD.device.type != "cpu":
+        return matrix_DD[index_AN[:, :, None], index_AN[:, None, :]]
+    # Twice as fast as indexing with two tensors.
+    result_ANN = matrix_DD.new_empty(*index_AN.shape, index_AN.shape[1])
+    for index_N, result_NN in zip(index_AN, result_ANN, strict=True):
+        torch.index_select(matrix_DD.index_select(0, index_N), 1, index_N, out=result_NN)
+    return result_ANN
+
+
+def swap(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best swaps among ``candidates`` weights of each row, one after the other.
+
+    Returns:
+        The new masks (A, D); the number of swaps in each row; True where the candidates include every weight that
+        could take part in a swap which lowers the error.
+    """
+    chosen_AB, complete_A = _choose(system, optimum, candidates)
+    tableau = Tableau.of(system, optimum, chosen_AB)
+    swaps_A = tableau.improve(optimum.error_A)
+    keep_AD = torch.nn.functional.pad(optimum.keep_AD, (0, 1)).scatter(1, chosen_AB, tableau.kept_AB)[:, :-1]
+    return keep_AD, swaps_A, complete_A
+
+
+def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor]:
+    """The inputs most likely to swap, by the two sides of the necessary condition, and whether they are all."""
+    keep_AD = optimum.keep_AD
+    cost_AD = (optimum.weight_AD.abs() / system.reach_D).masked_fill(~keep_AD, torch.inf)
+    gain_AD = (optimum.residual_AD.abs() * system.gain_D).masked_fill(keep_AD, -torch.inf)
+    if system.width is not None:
+        width = system.width
+        cost_AG, gain_AG = cost_AD.unflatten(1, (-1, width)).amin(2), gain_AD.unflatten(1, (-1, width)).amax(2)
+        chosen = (gain_AG - cost_AG).topk(min(max(candidates // width, 1), cost_AG.shape[1]), dim=1)
+        chosen_AB = (chosen.indices[:, :, None] * width + torch.arange(width, device=keep_AD.device)).flatten(1)
+        return chosen_AB, (gain_AG > cost_AG).sum(dim=1) <= chosen.indices.shape[1]
+    size = keep_AD.shape[1]
+    half = min(-(-candidates // 2), size) if candidates < size else size
+    cheap = cost_AD.topk(half, dim=1, largest=False)
+    strong = gain_AD.topk(half, dim=1)
+    possible_A = (cost_AD < gain_AD.amax(dim=1, keepdim=True)).sum(dim=1) <= half
+    possible_A &= (gain_AD > cost_AD.amin(dim=1, keepdim=True)).sum(dim=1) <= half
+    none = torch.full_like(cheap.indices, size)
+    chosen = torch.cat(
+        [cheap.indices.where(cheap.values.isfinite(), none), strong.indices.where(strong.values.isfinite(), none)], 1
+    )
+    return chosen, possible_A
+
+
+@dataclass
+class Tableau:
+    """Principal pivot transform of H on a row's kept set, restricted to candidates.
+
+    Attributes:
+        matrix_ABB: (H_SS^-1) between kept candidates, H_SS^-1 H_SP between kept and pruned ones, and the Schur
+            complement H_PP - H_PS H_SS^-1 H_SP between pruned ones.
+        value_AB: the weight of a kept candidate, the negative gradient of a pruned one.
+        kept_AB: True for candidates that are kept.
+        group_AB: group of each candidate; -1 for "none".
+    """
+
+    matrix_ABB: Tensor
+    value_AB: Tensor
+    kept_AB: Tensor
+    group_AB: Tensor
+
+    @staticmethod
+    def of(system: _System, optimum: Optimum, chosen_AB: Tensor) -> Tableau:
+        """At the optimum of the rows."""
+        pad = torch.nn.functional.pad
+        index_AN = optimum.index_AN
+        kept_AB = pad(optimum.keep_AD, (0, 1)).gather(1, chosen_AB)
+        none_AB = chosen_AB == system.num_inputs
+        unit_ANB = (index_AN[:, :, None] == chosen_AB[:, None, :]).to(system.bordered.dtype)
+        column_ANB = torch.where(
+            kept_AB[:, None, :], unit_ANB, system.bordered[index_AN[:, :, None], chosen_AB[:, None, :]]
+        )
+        solved_ANB = torch.linalg.solve_triangular(optimum.factor_ANN, column_ANB, upper=False)
+        matrix_ABB = solved_ANB.mT @ solved_ANB
+        pruned_ABB = ~kept_AB[:, :, None] & ~kept_AB[:, None, :]
+        own_ABB = system.bordered[chosen_AB[:, :, None], chosen_AB[:, None, :]]
+        matrix_ABB = torch.where(pruned_ABB, own_ABB - matrix_ABB, matrix_ABB)
+        diagonal_AB = matrix_ABB.diagonal(dim1=1, dim2=2)
+        diagonal_AB.clamp_min_(torch.finfo(matrix_ABB.dtype).eps).masked_fill_(none_AB, 1.0)
+        value_AD = torch.where(optimum.keep_AD, optimum.weight_AD, optimum.residual_AD)
+        value_AB = pad(value_AD, (0, 1)).gather(1, chosen_AB).to(matrix_ABB.dtype)
+        return Tableau(matrix_ABB, value_AB, kept_AB, system.group_D[chosen_AB].masked_fill(none_AB, -1))
+
+    def improve(self, error_A: Tensor) -> Tensor:
+        """Make the best swap of every row until none lowers its error by ``LEAST_GAIN``; returns the swaps made."""
+        least_A = 2.0 * LEAST_GAIN[self.matrix_ABB.dtype] * error_A
+        swaps_A = torch.zeros_like(error_A, dtype=torch.int64)
+        part, rows = replace(self), torch.arange(len(error_A), device=error_A.device)
+        for _ in range(self.kept_AB.shape[1]):
+            change_A, out_A, in_A = part.best_swap()
+            going_A = change_A.double() < -least_A[rows]
+            part = Tableau(*(getattr(part, entry.name)[going_A] for entry in fields(part)))
+            rows = rows[going_A]
+            if not len(rows):
+                break
+            part.pivot(out_A[going_A])
+            part.pivot(in_A[going_A])
+            swaps_A[rows] += 1
+            self.kept_AB[rows] = part.kept_AB
+        return swaps_A
+
+    def best_swap(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Change of twice the error, and the candidates that leave and enter, for each row's best swap."""
+        own_AB = self.matrix_ABB.diagonal(dim1=1, dim2=2)
+        share_AB = self.value_AB / own_AB
+        gain_ABB = (self.value_AB[:, None, :] + share_AB[:, :, None] * self.matrix_ABB).square_()
+        gain_ABB /= self.matrix_ABB.square().div_(own_AB[:, :, None]).add_(own_AB[:, None, :])
+        change_ABB = (share_AB * self.value_AB)[:, :, None] - gain_ABB
+        allowed_ABB = self.kept_AB[:, :, None] & ~self.kept_AB[:, None, :]
+        allowed_ABB &= (self.group_AB[:, :, None] == self.group_AB[:, None, :]) & (self.group_AB >= 0)[:, None, :]
+        best = change_ABB.masked_fill_(~allowed_ABB, torch.inf).flatten(1).min(dim=1)
+        size = own_AB.shape[1]
+        return best.values, best.indices // size, best.indices % size
+
+    def pivot(self, chosen_A: Tensor) -> None:
+        """Remove the chosen candidate of each row if it is kept, add it if it is pruned."""
+        rows = torch.arange(len(chosen_A), device=chosen_A.device)
+        column_AB, value_A = self.matrix_ABB[rows, :, chosen_A], self.value_AB[rows, chosen_A]
+        pivot_A, was_kept_A1 = column_AB[rows, chosen_A], self.kept_AB[rows, chosen_A][:, None]
+        other_AB = torch.where(self.kept_AB == was_kept_A1, 0.0, column_AB)
+        scaled_AB2 = torch.stack([-column_AB, 2.0 * other_AB], dim=2) / pivot_A[:, None, None]
+        self.matrix_ABB.baddbmm_(scaled_AB2, torch.stack([column_AB, other_AB], dim=1))
+        gains_AB = torch.where(was_kept_A1 & ~self.kept_AB, column_AB, -column_AB)
+        self.value_AB.addcmul_(gains_AB, (value_A / pivot_A)[:, None])
+        self.value_AB[rows, chosen_A] = value_A / pivot_A
+        new_AB = torch.where(self.kept_AB, -column_AB, column_AB) / pivot_A[:, None]
+        self.matrix_ABB[rows, :, chosen_A] = new_AB
+        self.matrix_ABB[rows, chosen_A, :] = new_AB
+        self.matrix_ABB[rows, chosen_A, chosen_A] = 1.0 / pivot_A
+        self.kept_AB[rows, chosen_A] = ~was_kept_A1[:, 0]
