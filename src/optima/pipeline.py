@@ -18,6 +18,7 @@ from optima.calibration.activations import BlockInputs, capture_block_inputs
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.hessian import HessianCollector
 from optima.models.blocks import Block, Linear
+from optima.patterns import Pattern
 from optima.qp import Hessian, RowSolution, Status, make_problem, solve_rows
 from optima.qp.products import full_precision
 from optima.qp.rows import rows_per_chunk
@@ -25,6 +26,7 @@ from optima.recipe import Recipe
 from optima.reporting.progress import Progress
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import ExpectsTargets, Layer, Selection, Selector, Target, needs_gradient
+from optima.selectors.swaps import Refined
 
 Dump = Callable[[Linear, Hessian], None]
 Visit = Callable[[Block, Linear, Hessian | None], None]
@@ -52,6 +54,7 @@ class Pruner:
 
     def __post_init__(self) -> None:
         self._selector = self.recipe.make_selector()
+        self._refinement = self.recipe.make_refinement()
         self._solver = self.recipe.make_solver()
         self._patterns = self.recipe.make_patterns(self._selector)
         # Of the block at hand, by the linear's name; empty unless the selector needs them.
@@ -121,6 +124,7 @@ class Pruner:
         with full_precision():
             layer = Layer(linear.name, weight_OD.clone(), hessian, self._gradients.get(linear.name))
             selection = self._selector.select(layer, pattern)
+            selection, refined = self._refine(weight_OD, hessian, selection, pattern)
         solution = self._solve(weight_OD, hessian, selection)
         masked_OD = weight_OD * selection.keep_OD
         selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
@@ -141,10 +145,21 @@ class Pruner:
             rows=linear.shape[0],
             damping=hessian.damping,
             seconds=time.perf_counter() - started,
+            swaps=None if refined is None else int(refined.swaps_O.sum()),
+            rows_swap_optimal=None if refined is None else int(refined.optimal_O.sum()),
         )
         self._note(linear, hessian, solution)
         self.records.append(record)
         self.progress.linear(record)
+
+    def _refine(
+        self, weight_OD: Tensor, hessian: Hessian, selection: Selection, pattern: Pattern
+    ) -> tuple[Selection, Refined | None]:
+        """Improve the selector's mask by swaps if the recipe asks for it."""
+        if self._refinement is None:
+            return selection, None
+        refined = self._refinement.refine(hessian, weight_OD, selection.keep_OD, pattern)
+        return Selection(refined.keep_OD, refined.weight_OD), refined
 
     def _solve(self, weight_OD: Tensor, hessian: Hessian, selection: Selection) -> RowSolution | None:
         """Re-solve the kept weights of every row, from the selector's weights where they are better."""

@@ -18,9 +18,11 @@ from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, 
 from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
 from optima.selectors.external import External
+from optima.selectors.swaps import SwapRefinement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
+REFINEMENTS = ("none", "swaps")
 PATTERN_HELP = (
     "instead of a sparsity: n:m, keep n of every m consecutive inputs (2:4), a sparsity, or REGEX=2:4 and REGEX=0.6 "
     "for the linears whose full name matches; the first match counts, an entry without a regex is for all others"
@@ -54,6 +56,10 @@ class Recipe:
     outlier_multiple: float = _option(5.0, "allocation owl: a weight is an outlier from this many times the mean score")
     selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}, or package.module:Class")
     mask_from: str | None = _option(None, "for selector external: a pruned checkpoint, or a safetensors file of masks")
+    refine: str = _option(
+        "none", f"improve the selector's mask: {', '.join(REFINEMENTS)} of a kept and a pruned weight"
+    )
+    refine_candidates: int = _option(64, "weights of a row tried in a round of swaps; 0: as many as a proof takes")
     solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
@@ -97,6 +103,7 @@ class Recipe:
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
         self.make_allocation()
+        self._check_refine()
 
     def make_selector(self) -> Selector:
         """The mask selector."""
@@ -105,6 +112,24 @@ class Recipe:
         if self.mask_from is not None:
             raise RecipeError(f"mask_from is for selector external, not {self.selector}: leave out one of them")
         return make_selector(self.selector)
+
+    def _check_refine(self) -> None:
+        if self.refine not in REFINEMENTS:
+            raise RecipeError(f"unknown refine {self.refine!r}: known ones are {', '.join(REFINEMENTS)}")
+        if self.refine_candidates and self.refine_candidates < 2:
+            raise RecipeError(
+                f"refine_candidates must be 0 or at least 2, got {self.refine_candidates}: for example 64"
+            )
+        if self.refine != "none" and self.selector == "external" and self.sparsity is None and not self.pattern:
+            raise RecipeError("refine needs to know what pattern to keep: name the sparsity or pattern of the masks")
+
+    def make_refinement(self) -> SwapRefinement | None:
+        """What improves the selector's mask; None if nothing does."""
+        if self.refine == "none":
+            return None
+        if not self.refine_candidates:
+            return SwapRefinement()
+        return SwapRefinement(candidates=self.refine_candidates, most_candidates=self.refine_candidates)
 
     def make_solver(self) -> RowSolver | None:
         """The row solver, None if the selector's weights are kept."""

@@ -17,6 +17,7 @@ from optima.selectors.alps import ALPS
 from optima.selectors.base import SELECTOR_NAMES, Layer, Selection, Selector
 from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
+from optima.selectors.optima import Optima
 from optima.selectors.ria import RIA
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.thanos import Thanos
@@ -33,6 +34,7 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "thanos-16": lambda: Thanos(16, 16),
     "admm": ADMM,
     "alps": ALPS,
+    "optima": Optima,
 }
 EXTREMES = [Unstructured(0.01), Unstructured(0.99, "layer")]
 SHAPES = [(7, 32), (32, 8), (3, 40), (1, 8)]

@@ -228,3 +228,20 @@ def test_same_seed_same_bits() -> None:
     prune(second, Recipe(sparsity=0.6), calibration=tokens())
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_swaps_refine_a_selector_and_are_reported(pattern: str) -> None:
+    errors = {}
+    for refine in ("none", "swaps"):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).eval()
+        recipe = Recipe(pattern=[pattern], selector="wanda", refine=refine, refine_candidates=0, targets=["layers.0"])
+        tokens = torch.randint(0, VOCAB, (8, 32), generator=torch.Generator().manual_seed(1))
+        report = prune(model, recipe, calibration=tokens)
+        errors[refine] = [linear.error for linear in report.linears]
+        for linear in report.linears:
+            refined = refine == "swaps"
+            assert linear.rows_swap_optimal == (linear.rows if refined else None)
+            assert (linear.swaps is not None) == refined
+    assert sum(errors["swaps"]) < 0.97 * sum(errors["none"])

@@ -17,6 +17,7 @@ from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import BatchedCholesky, SharedInverseCG
 from optima.recipe import recipe_from_dict
+from optima.selectors.swaps import SwapRefinement
 
 FIELDS = [option.name for option in dataclasses.fields(Recipe)]
 
@@ -244,3 +245,15 @@ def test_ready_made_recipes_are_valid() -> None:
     assert files
     for file in files:
         load_recipe(file)
+
+
+def test_refine() -> None:
+    assert Recipe().make_refinement() is None
+    assert Recipe(refine="swaps").make_refinement() == SwapRefinement(candidates=64, most_candidates=64)
+    assert Recipe(refine="swaps", refine_candidates=0).make_refinement() == SwapRefinement()
+    with pytest.raises(RecipeError, match="known ones are none, swaps"):
+        Recipe(refine="swap")
+    with pytest.raises(RecipeError, match="refine_candidates must be 0 or at least 2"):
+        Recipe(refine="swaps", refine_candidates=1)
+    with pytest.raises(RecipeError, match="name the sparsity or pattern"):
+        Recipe(refine="swaps", selector="external", mask_from="masks.safetensors")

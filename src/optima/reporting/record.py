@@ -51,7 +51,9 @@ class LinearRecord:
         rows: rows of the linear (its outputs).
         rows_not_converged: rows whose certified gap did not reach the one asked for.
         damping: damping used, after any escalation, relative to the mean of the Hessian's diagonal.
-        seconds: time of selection and solve.
+        seconds: time of selection, refinement and solve.
+        swaps: swaps made by the refinement of the mask; None if it was not refined.
+        rows_swap_optimal: rows of which it is proven that no single swap lowers the error; None likewise.
     """
 
     block: int
@@ -72,6 +74,8 @@ class LinearRecord:
     rows_not_converged: int
     damping: float
     seconds: float
+    swaps: int | None = None
+    rows_swap_optimal: int | None = None
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,7 @@ SELECTORS = {
     "thanos": "thanos:Thanos",
     "admm": "admm:ADMM",
     "alps": "alps:ALPS",
+    "optima": "optima:Optima",
 }
 SELECTOR_NAMES = (*SELECTORS, "external")
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from optima.patterns import NM, Pattern, Unstructured
 from optima.qp.hessian import Hessian
+from optima.qp.products import keep_freed_memory
 
 # Growth of the number of candidates once those tried leave no swap and prove nothing.
 WIDEN = 4
@@ -65,7 +66,7 @@ class SwapRefinement:
     """Greedy swaps in rounds: candidates, swaps among them from the best down, new optimum, new candidates.
 
     Args:
-        rounds: most rounds; rows that are not done then count as not proven optimal.
+        rounds: most rounds; rows that are not done then are not proven optimal.
         candidates: weights of a row considered in the first round. Where they leave no swap but do not prove that there
             is none, the next round takes four times as many.
         most_candidates: no round takes more; None for all inputs, with which every row can be proven.
@@ -77,6 +78,7 @@ class SwapRefinement:
 
     def refine(self, hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Pattern) -> Refined:
         """Refine the mask ``keep_OD`` of the dense weights ``weight_OD``; exact counts stay as they are."""
+        keep_freed_memory()
         if not keep_OD.numel():
             nothing_O = keep_OD.sum(dim=1)
             return Refined(keep_OD, weight_OD, nothing_O.double(), nothing_O, nothing_O == 0)

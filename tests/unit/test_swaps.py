@@ -1,0 +1,127 @@
+"""Swap refinement against brute force: every single swap of every row, re-solved in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layers import PATTERNS, check_counts, hessian_of, make_layer
+from torch import Tensor
+
+from optima.patterns import NM, Pattern, Unstructured, top_scores
+from optima.qp import Hessian
+from optima.selectors.swaps import LEAST_GAIN, SwapRefinement
+
+
+def optimal_error(hessian_DD: Tensor, weight_D: Tensor, keep_D: Tensor) -> float:
+    """1/2 (v - w)^T H (v - w) for the best v on ``keep_D``."""
+    kept = keep_D.nonzero()[:, 0]
+    solved_D = torch.zeros_like(weight_D)
+    solved_D[kept] = torch.linalg.solve(hessian_DD[kept][:, kept], (hessian_DD @ weight_D)[kept])
+    difference_D = solved_D - weight_D
+    return 0.5 * float(difference_D @ hessian_DD @ difference_D)
+
+
+def partners(keep_D: Tensor, pattern: Pattern) -> Iterator[Tensor]:
+    """Every mask that differs from ``keep_D`` by one swap that the pattern allows."""
+    width = len(keep_D)
+    if isinstance(pattern, NM):
+        width = pattern.m
+    elif pattern.scope == "group":
+        width = pattern.group_size
+    for leaving in keep_D.nonzero()[:, 0].tolist():
+        for entering in (~keep_D).nonzero()[:, 0].tolist():
+            if leaving // width == entering // width:
+                other_D = keep_D.clone()
+                other_D[leaving], other_D[entering] = False, True
+                yield other_D
+
+
+def best_neighbour(hessian: Hessian, weight_D: Tensor, keep_D: Tensor, pattern: Pattern) -> float:
+    errors = [optimal_error(hessian.damped_DD, weight_D, other_D) for other_D in partners(keep_D, pattern)]
+    return min(errors, default=float("inf"))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("candidates", [4, 16, 1000])
+def test_proven_rows_have_no_better_swap(pattern: Pattern, candidates: int) -> None:
+    weight_OD, inputs_TD = make_layer(5, 40, dead=(3,))
+    hessian = hessian_of(inputs_TD)
+    keep_OD = top_scores(weight_OD.abs(), pattern)
+    refined = SwapRefinement(rounds=200, candidates=candidates).refine(hessian, weight_OD, keep_OD, pattern)
+    assert refined.optimal_O.all(), "with all inputs as candidates every row can be proven"
+    check_counts(refined.keep_OD, pattern)
+    weight_OD = weight_OD.masked_fill(hessian.dead_D, 0.0)
+    for row in range(5):
+        error = optimal_error(hessian.damped_DD, weight_OD[row], refined.keep_OD[row])
+        assert float(refined.error_O[row]) == pytest.approx(error, rel=1e-9)
+        neighbour = best_neighbour(hessian, weight_OD[row], refined.keep_OD[row], pattern)
+        assert neighbour >= error * (1.0 - 2.0 * LEAST_GAIN[torch.float64])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_a_budget_never_raises_a_row(pattern: Pattern) -> None:
+    weight_OD, inputs_TD = make_layer(12, 40, dtype=torch.float32)
+    hessian = hessian_of(inputs_TD)
+    keep_OD = top_scores(weight_OD.abs(), pattern)
+    before = torch.tensor(
+        [optimal_error(hessian.damped_DD, w, k) for w, k in zip(weight_OD.double(), keep_OD, strict=True)]
+    )
+    last_O = before.double()
+    for rounds in range(4):
+        refined = SwapRefinement(rounds, candidates=8, most_candidates=8).refine(hessian, weight_OD, keep_OD, pattern)
+        assert torch.equal(refined.keep_OD.sum(1), keep_OD.sum(1))
+        assert (refined.error_O <= last_O * (1 + 1e-6)).all()
+        assert refined.weight_OD.dtype == torch.float32
+        assert not refined.weight_OD[~refined.keep_OD].any()
+        last_O = refined.error_O
+    assert int(refined.swaps_O.sum()) > 0
+    assert (last_O < before).any()
+
+
+def test_no_round_leaves_the_mask_and_finds_its_optimum() -> None:
+    weight_OD, inputs_TD = make_layer(6, 32)
+    hessian = hessian_of(inputs_TD)
+    keep_OD = top_scores(weight_OD.abs(), Unstructured(0.5, "layer"))
+    refined = SwapRefinement(rounds=0).refine(hessian, weight_OD, keep_OD, Unstructured(0.5, "layer"))
+    assert torch.equal(refined.keep_OD, keep_OD)
+    assert not refined.optimal_O.any()
+    errors = [optimal_error(hessian.damped_DD, w, k) for w, k in zip(weight_OD, keep_OD, strict=True)]
+    assert refined.error_O.tolist() == pytest.approx(errors, rel=1e-9)
+
+
+def test_rows_that_keep_nothing_or_everything() -> None:
+    weight_OD, inputs_TD = make_layer(3, 16)
+    keep_OD = torch.zeros_like(weight_OD, dtype=torch.bool)
+    keep_OD[1] = True
+    keep_OD[2, :5] = True
+    refined = SwapRefinement().refine(hessian_of(inputs_TD), weight_OD, keep_OD, Unstructured(0.5, "layer"))
+    assert torch.equal(refined.keep_OD[:2], keep_OD[:2])
+    assert refined.optimal_O.all()
+    assert torch.allclose(refined.weight_OD[1], weight_OD[1])
+
+
+def test_an_empty_layer() -> None:
+    refined = SwapRefinement().refine(Hessian(torch.eye(4)), torch.zeros(0, 4), torch.zeros(0, 4).bool(), NM(2, 4))
+    assert refined.keep_OD.shape == (0, 4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), inputs=st.sampled_from([4, 8, 12]), rank=st.integers(1, 12), log=st.integers(-3, 3))
+def test_any_layer_is_proven_and_never_worse(seed: int, inputs: int, rank: int, log: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs_TD = torch.randn(rank, inputs, generator=generator, dtype=torch.float64) * 10.0**log
+    inputs_TD[:, 0] = inputs_TD[:, -1]
+    weight_OD = torch.randn(3, inputs, generator=generator, dtype=torch.float64)
+    hessian = hessian_of(inputs_TD)
+    keep_OD = torch.rand(3, inputs, generator=generator) < 0.5
+    refined = SwapRefinement(rounds=100).refine(hessian, weight_OD, keep_OD, Unstructured(0.5, "layer"))
+    assert refined.optimal_O.all()
+    for row in range(3):
+        before = optimal_error(hessian.damped_DD, weight_OD[row], keep_OD[row])
+        assert float(refined.error_O[row]) <= before * (1 + 1e-9) + 1e-15
+        neighbour = best_neighbour(hessian, weight_OD[row], refined.keep_OD[row], Unstructured(0.5, "layer"))
+        assert neighbour >= float(refined.error_O[row]) * (1.0 - 1e-6) - 1e-15
