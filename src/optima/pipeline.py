@@ -66,7 +66,7 @@ class Pruner:
         expect_targets(self._selector, blocks)
         inputs = capture_block_inputs(model, blocks, batches)
         self._allocate(blocks, BlockInputs(list(inputs.hidden), inputs.calls))
-        self._walk(blocks, inputs, self._visit)
+        self._walk(blocks, inputs, self._visit, gradients=needs_gradient(self._selector))
 
     def _allocate(self, blocks: Sequence[Block], inputs: BlockInputs) -> None:
         """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""
@@ -83,18 +83,20 @@ class Pruner:
         self._walk(blocks, inputs, survey)
         self._patterns = self._patterns.share(allocation.allocate())
 
-    def _walk(self, blocks: Sequence[Block], inputs: BlockInputs, visit: Visit) -> None:
+    def _walk(self, blocks: Sequence[Block], inputs: BlockInputs, visit: Visit, gradients: bool = False) -> None:
         """Visit each linear of each block, calibrated; ``inputs`` become the outputs of the blocks as visited."""
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
         for block in blocks:
             self.progress.block(block.index)
             with on_device(block.module, self.device):
-                for hessian, linears in self._calibrate(block, inputs):
+                for hessian, linears in self._calibrate(block, inputs, gradients):
                     for linear in linears:
                         visit(block, linear, hessian)
                 self._propagate(block, inputs)
 
-    def _calibrate(self, block: Block, inputs: BlockInputs) -> Iterator[tuple[Hessian | None, list[Linear]]]:
+    def _calibrate(
+        self, block: Block, inputs: BlockInputs, gradients: bool
+    ) -> Iterator[tuple[Hessian | None, list[Linear]]]:
         """One Hessian for each distinct input, with the linears that share it; None for those never reached."""
         if not block.linears:
             return
@@ -102,7 +104,7 @@ class Pruner:
         for batch, hidden in enumerate(inputs.hidden):
             with collector.batch(samples=len(hidden)), full_precision():
                 inputs.run(block, batch, self.device)
-        if needs_gradient(self._selector):
+        if gradients:
             with full_precision():
                 self._gradients = regional_gradients(block, inputs, self.device)
         yield from collector.finish(self.recipe.damping)

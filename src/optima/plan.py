@@ -274,11 +274,18 @@ def _solve_bytes(groups: Groups) -> int:
 
 
 def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
-    """Two forward passes and the Hessians, twice where an allocation surveys them, and the solver's products."""
+    """Two forward passes and the Hessians, twice where an allocation surveys them, the solver's products, and a forward
+    and backward pass for gradients.
+    """
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
     hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
     sizes = [linear.shape for group in groups for linear in group]
     products = 0 if recipe.solver == "none" else 2 * TYPICAL_ITERATIONS + 4
     passes = 1 if recipe.allocation == "uniform" else 2
-    return passes * (forward + hessians) + sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
+    backward = 1.5 * forward if needs_gradient(recipe.make_selector()) else 0.0
+    return (
+        backward
+        + passes * (forward + hessians)
+        + sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
+    )

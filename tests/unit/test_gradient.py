@@ -92,6 +92,19 @@ def test_bfloat16_weights_have_float32_gradients() -> None:
         assert gradient_OD.isfinite().all()
 
 
+def test_a_survey_takes_no_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def spy(block: Block, *args: Any) -> dict[str, Tensor]:
+        calls.append(block.name)
+        return regional_gradients(block, *args)
+
+    monkeypatch.setattr("optima.pipeline.regional_gradients", spy)
+    recipe = Recipe(selector="gradient", allocation="owl", max_seq_length=16)
+    prune(make_llama(), recipe, calibration=make_tokens())
+    assert calls == ["model.layers.0", "model.layers.1"]
+
+
 def test_the_pipeline_gives_the_selector_its_gradients() -> None:
     kept = {}
     for selector in ("gradient", "wanda"):
