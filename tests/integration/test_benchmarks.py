@@ -91,3 +91,15 @@ def test_allocation_compares_on_dumped_layers(dump: Path, tmp_path: Path) -> Non
     assert sum(error["errors"].values()) < sum(uniform["errors"].values())
     for entry in (uniform, owl, error):
         assert abs(entry["reached"] - 0.6) * 2 * 24 * 48 <= 2
+
+
+def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -> None:
+    output = tmp_path / "selectors.json"
+    arguments = ["--dump-dir", str(dump), "--patterns", "0.5", "2:4", "--output", str(output)]
+    printed = run("mask_selectors.py", *arguments, "--methods", "wanda", "alps", "optima", "alps+swaps", "--candidates", "0")
+    assert "| alps+swaps |" in printed
+    entries = {(entry["method"], entry["pattern"]): entry for entry in json.loads(output.read_text())}
+    for pattern in ("0.5", "2:4"):
+        refined = entries["alps+swaps", pattern]
+        assert refined["rows_swap_optimal"] == refined["rows"] == 24
+        assert refined["error"] <= entries["alps", pattern]["error"] * (1 + 1e-3)
