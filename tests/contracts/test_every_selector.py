@@ -86,7 +86,7 @@ def degenerate(kind: str) -> Layer:
 
 def test_no_selector_is_left_out() -> None:
     """External masks have tests of their own."""
-    assert {name.partition("-")[0] for name in SELECTORS} == set(SELECTOR_NAMES) - {"external", "optima"}
+    assert {name.partition("-")[0] for name in SELECTORS} == set(SELECTOR_NAMES) - {"external"}
 
 
 DEGENERATE = [
