@@ -96,7 +96,9 @@ def test_allocation_compares_on_dumped_layers(dump: Path, tmp_path: Path) -> Non
 def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -> None:
     output = tmp_path / "selectors.json"
     arguments = ["--dump-dir", str(dump), "--patterns", "0.5", "2:4", "--output", str(output)]
-    printed = run("mask_selectors.py", *arguments, "--methods", "wanda", "alps", "optima", "alps+swaps", "--candidates", "0")
+    printed = run(
+        "mask_selectors.py", *arguments, "--methods", "wanda", "alps", "optima", "alps+swaps", "--candidates", "0"
+    )
     assert "| alps+swaps |" in printed
     entries = {(entry["method"], entry["pattern"]): entry for entry in json.loads(output.read_text())}
     for pattern in ("0.5", "2:4"):
