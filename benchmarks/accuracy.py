@@ -1,110 +1,281 @@
-"""Perplexity and layer error of every method at every pattern, on one model: the table of the README.
+"""Perplexity, layer error and zero-shot accuracy of every method at every pattern, on one model.
 
-    python benchmarks/accuracy.py MODEL --calibration c4.jsonl --evaluation wikitext2_test.txt
+    python benchmarks/accuracy.py MODEL --calibration c4.jsonl --evaluation wikitext2_test.txt --output accuracy.json
 
-Prints a Markdown table (and writes it with --output as JSON): dense, magnitude, Wanda, SparseGPT, and the same masks
-with the surviving weights re-solved. Each result is measured on a fresh copy of the model.
+A method is a selector (its published update), a selector with +solve (its mask, the surviving weights re-solved) or
+with +swaps+solve (the mask refined by swaps before). Each is measured on a fresh copy of the model. Prints Markdown.
+
+A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
+places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
+import subprocess
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
 from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
+from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.evaluation.zeroshot import load_tasks, zero_shot
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.run import find_device
+from optima.patterns import SCOPES
+from optima.reporting.record import library_versions, plain_values
+from optima.run import describe_device, find_device
+from optima.selectors.base import SELECTORS
 
-METHODS = {
-    "magnitude": {"selector": "magnitude", "solver": "none"},
-    "Wanda": {"selector": "wanda", "solver": "none"},
-    "SparseGPT": {"selector": "sparsegpt", "solver": "none"},
-    "Wanda + OPTIMA": {"selector": "wanda", "solver": "shared-inverse-cg"},
-    "SparseGPT + OPTIMA": {"selector": "sparsegpt", "solver": "shared-inverse-cg"},
-}
+DENSE = "dense"
+OWN = "optima"  # has no published update: its weights come from the solve
+METHODS = [
+    *(name for name in SELECTORS if name != OWN),
+    *(f"{name}+solve" for name in SELECTORS),
+    *(f"{name}+swaps+solve" for name in SELECTORS),
+]
+PATTERNS = ["0.5", "0.6", "0.7", "2:4"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every run shares."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokens_NL: Tensor
+    windows_NL: Tensor
+    options: argparse.Namespace
+
+    def recipe(self, method: str, pattern: str) -> Recipe:
+        name, *steps = method.split("+")
+        options = self.options
+        return Recipe(
+            selector=name,
+            pattern=[pattern],
+            scope=None if ":" in pattern else options.scope,
+            refine="swaps" if "swaps" in steps else "none",
+            solver="auto" if "solve" in steps else "none",
+            gap=options.gap,
+            damping=options.damping,
+            seed=options.seed,
+            device=options.device,
+        )
+
+    def settings(self, method: str, pattern: str) -> dict[str, Any]:
+        """All that decides a result but the code: results of equal settings stand for each other."""
+        options = self.options
+        evaluation = {
+            "model": Path(options.model).name,
+            "windows": list(self.windows_NL.shape),
+            "evaluation_hash": data_hash(self.windows_NL),
+            "tasks": {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in options.tasks.items()},
+            "task_limit": options.task_limit,
+        }
+        if method == DENSE:
+            return evaluation
+        recipe = self.recipe(method, pattern)
+        names = ["selector", "pattern", "scope", "refine", "refine_candidates", "solver", "damping", "seed"]
+        asked = {name: getattr(recipe, name) for name in [*names, *(["gap"] if recipe.solver != "none" else [])]}
+        return asked | {
+            "calibration_hash": data_hash(self.tokens_NL),
+            "calibration": list(self.tokens_NL.shape),
+            **evaluation,
+        }
+
+    def run(self, method: str, pattern: str) -> dict[str, Any]:
+        """Prune a copy of the model and measure it."""
+        device = find_device(self.options.device)
+        result: dict[str, Any] = {"method": method, "pattern": pattern}
+        sparse = self.model
+        if method != DENSE:
+            sparse = copy.deepcopy(self.model)
+            started = time.perf_counter()
+            report = prune(sparse, self.recipe(method, pattern), calibration=self.tokens_NL)
+            linears = report.linears
+            result |= {
+                "error": report.error_geomean,
+                "gap_max": report.gap_max,
+                "rows_not_converged": report.rows_not_converged,
+                "linears_worse_than_selector": [
+                    r.name for r in report.linears if r.error > r.error_selector * 1.000001
+                ],
+                "swaps": sum(r.swaps or 0 for r in linears),
+                "sparsity": report.sparsity,
+                "notes": report.run.notes,
+                "seconds": time.perf_counter() - started,
+                "seconds_in_linears": sum(r.seconds for r in linears),
+            }
+        result["perplexity"] = perplexity(sparse, self.windows_NL, device=device)
+        if self.options.tasks:
+            started = time.perf_counter()
+            result["tasks"] = zero_shot(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
+            result["seconds_in_tasks"] = time.perf_counter() - started
+        return result | {"settings": self.settings(method, pattern), "made_with": made_with(self.options)}
 
 
 def main() -> None:
+    parser = make_parser()
+    options = parser.parse_args()
+    options.tasks = dict(options.tasks)
+    torch.set_num_threads(options.threads)
+    if options.output and options.output.exists() and options.resume is None:
+        parser.error(f"{options.output} exists: go on from it with --resume, or name another file")
+    try:
+        results = known_results(options)
+        bench = make_bench(options)
+        runs = [(DENSE, "-"), *((method, pattern) for pattern in options.patterns for method in options.methods)]
+        for method, pattern in runs:
+            if find(results, bench, method, pattern) is None:
+                results.append(plain_values(bench.run(method, pattern)))
+                print(json.dumps(results[-1]), flush=True)
+            save(results, options.output)
+    except OptimaError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print_tables(results, bench)
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="hub id, local directory or GGUF file")
     parser.add_argument("--calibration", nargs="+", required=True, help="text to calibrate on")
     parser.add_argument("--evaluation", nargs="+", required=True, help="text to measure perplexity on")
-    parser.add_argument("--patterns", nargs="+", default=["0.5", "0.6", "2:4"], help="sparsities and n:m patterns")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--num-calibration-samples", type=int, default=64)
-    parser.add_argument("--max-seq-length", type=int, default=512)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--max-windows", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="sparsities and n:m patterns")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="see above")
+    parser.add_argument("--scope", choices=SCOPES, help="of all methods' sparsities (default: as published)")
     parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
+    parser.add_argument("--num-calibration-samples", type=int, default=64)
+    parser.add_argument("--max-seq-length", type=int, default=512, help="tokens in a calibration sequence")
+    parser.add_argument("--window", type=int, default=1024, help="tokens in a window of the evaluation text")
+    parser.add_argument("--max-windows", type=int, default=20)
+    parser.add_argument("--tasks", nargs="+", type=named_file, default=[], metavar="NAME=FILE", help="lm-eval's tasks")
+    parser.add_argument("--task-limit", type=int, help="use the first items of each task only")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the results as JSON after every run")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-
-    source = find_source(arguments.model)
-    tokenizer, model = load_tokenizer(source), load_model(source)
-    documents = read_documents(TextSource(tuple(arguments.calibration)), arguments.seed)
-    tokens = calibration_tokens(documents, tokenizer, arguments.num_calibration_samples, arguments.max_seq_length)
-    text = read_documents(TextSource(tuple(arguments.evaluation)))
-    windows = evaluation_windows(list(text), tokenizer, arguments.window, arguments.max_windows)
-    device = find_device(arguments.device)
-
-    results: list[dict[str, Any]] = []
-    dense = perplexity(model, windows, device=device)
-    print(f"dense: {dense:.2f}  ({len(windows)} windows of {arguments.window}; calibration {data_hash(tokens)[:12]})")
-    for pattern in arguments.patterns:
-        for method in arguments.methods:
-            results.append(run_one(model, tokens, windows, method, pattern, arguments))
-            if arguments.output:
-                arguments.output.write_text(json.dumps({"dense": dense, "results": results}, indent=2))
-    print_table(dense, results, arguments.patterns, arguments.methods)
+    parser.add_argument("--resume", nargs="*", type=Path, metavar="FILE", help="keep the results of --output and these")
+    return parser
 
 
-def run_one(
-    model: Any, tokens: torch.Tensor, windows: torch.Tensor, method: str, pattern: str, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    sparse = copy.deepcopy(model)
-    chosen = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    recipe = Recipe(
-        **METHODS[method], **chosen, damping=arguments.damping, seed=arguments.seed, device=arguments.device
-    )
-    started = time.perf_counter()
-    report = prune(sparse, recipe, calibration=tokens)
-    seconds = time.perf_counter() - started
-    worse = [r.name for r in report.linears if r.error > r.error_selector * (1 + 1e-6)]
-    result = {
-        "method": method,
-        "pattern": pattern,
-        "perplexity": perplexity(sparse, windows, device=find_device(arguments.device)),
-        "error": report.error_geomean,
-        "gap_max": report.gap_max,
-        "rows_not_converged": report.rows_not_converged,
-        "linears_worse_than_selector": worse,
-        "seconds": seconds,
-        "seconds_in_linears": sum(r.seconds for r in report.linears),
+def named_file(text: str) -> tuple[str, Path]:
+    name, _, file = text.partition("=")
+    if not file:
+        raise argparse.ArgumentTypeError(f"{text} is not NAME=FILE, as in piqa=piqa_validation.jsonl")
+    return name, Path(file)
+
+
+def make_bench(options: argparse.Namespace) -> Bench:
+    """Read all that is needed, so that a mistake shows before the first long run."""
+    if options.tasks:
+        load_tasks(options.tasks)
+    source = find_source(options.model)
+    tokenizer = load_tokenizer(source)
+    documents = read_documents(TextSource(tuple(options.calibration)), options.seed)
+    tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
+    text = list(read_documents(TextSource(tuple(options.evaluation))))
+    windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
+    bench = Bench(load_model(source), tokenizer, tokens_NL, windows_NL, options)
+    for pattern in options.patterns:
+        for method in options.methods:
+            bench.recipe(method, pattern)  # checks itself
+    return bench
+
+
+def made_with(options: argparse.Namespace) -> dict[str, Any]:
+    """Versions, commit and machine: kept with a result, but no part of what it stands for."""
+    versions = library_versions() | ({"lm_eval": version("lm_eval")} if options.tasks else {})
+    return {
+        "versions": versions,
+        "commit": commit(),
+        "threads": torch.get_num_threads(),
+        "device": describe_device(find_device(options.device)),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-    print(json.dumps(result), flush=True)
-    return result
 
 
-def print_table(dense: float, results: list[dict[str, Any]], patterns: list[str], methods: list[str]) -> None:
-    cells = {(r["method"], r["pattern"]): r for r in results}
-    print("\n| perplexity (error) | " + " | ".join(patterns) + " |")
+def commit() -> str | None:
+    """The checked-out commit, with a plus if tracked files were changed; None outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def known_results(options: argparse.Namespace) -> list[dict[str, Any]]:
+    files = list(options.resume or [])
+    if options.resume is not None and options.output and options.output.exists():
+        files.insert(0, options.output)
+    results: list[dict[str, Any]] = []
+    for file in files:
+        results += [result for result in json.loads(file.read_text()) if result not in results]
+    return results
+
+
+def find(results: Sequence[dict[str, Any]], bench: Bench, method: str, pattern: str) -> dict[str, Any] | None:
+    wanted = plain_values(bench.settings(method, pattern))
+    for result in results:
+        if result["method"] == method and result["pattern"] == pattern and result["settings"] == wanted:
+            return result
+    return None
+
+
+def save(results: list[dict[str, Any]], output: Path | None) -> None:
+    """Whole or not at all: a run that is cut off while it writes must not lose what the earlier ones found."""
+    if output is not None:
+        unfinished = output.with_name(f".{output.name}.unfinished")
+        unfinished.write_text(json.dumps(results, indent=1) + "\n")
+        unfinished.replace(output)
+
+
+def print_tables(results: Sequence[dict[str, Any]], bench: Bench) -> None:
+    print(f"\nCalibration {data_hash(bench.tokens_NL)[:12]}, {list(bench.windows_NL.shape)} tokens evaluated.")
+    print_table("perplexity (layer error)", loss, results, bench)
+    for task in bench.options.tasks:
+        print_table(f"{task}: acc / acc_norm, %", lambda result, task=task: accuracy(result, task), results, bench)
+    print_table(
+        "seconds to prune", lambda result: f"{result['seconds']:.0f}" if "seconds" in result else "", results, bench
+    )
+
+
+def loss(result: dict[str, Any]) -> str:
+    # float: JSON holds an infinite number as text.
+    error = f" ({float(result['error']):.4f})" if "error" in result else ""
+    return f"{float(result['perplexity']):.2f}{error}"
+
+
+def seconds(result: dict[str, Any]) -> str:
+    return f"{result['seconds']:.0f}" if "seconds" in result else ""
+
+
+def accuracy(result: dict[str, Any], task: str) -> str:
+    found = result["tasks"][task]
+    return " / ".join(f"{100 * found[metric]:.1f}" for metric in ("acc", "acc_norm") if metric in found)
+
+
+def print_table(
+    title: str, cell: Callable[[dict[str, Any]], str], results: Sequence[dict[str, Any]], bench: Bench
+) -> None:
+    """One row a method, one column a pattern."""
+    patterns = bench.options.patterns
+    print(f"\n| {title} | " + " | ".join(patterns) + " |")
     print("| --- |" + " ---: |" * len(patterns))
-    print("| dense | " + " | ".join(f"{dense:.2f}" for _ in patterns) + " |")
-    for method in methods:
-        row = [f"{cells[method, p]['perplexity']:.2f} ({cells[method, p]['error']:.4f})" for p in patterns]
-        print(f"| {method} | " + " | ".join(row) + " |")
+    for method in [DENSE, *bench.options.methods]:
+        found = [find(results, bench, method, "-" if method == DENSE else pattern) for pattern in patterns]
+        print(f"| {method} | " + " | ".join("" if result is None else cell(result) for result in found) + " |")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny import make_tokenizer, save_model, save_text
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL_SIZE_ONLY = "NOT RUN"
@@ -105,3 +106,56 @@ def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -
         refined = entries["alps+swaps", pattern]
         assert refined["rows_swap_optimal"] == refined["rows"] == 24
         assert refined["error"] <= entries["alps", pattern]["error"] * (1 + 1e-3)
+
+
+@pytest.fixture
+def accuracy(tmp_path: Path) -> list[str]:
+    """Arguments of accuracy.py with a tiny model, and two patterns."""
+    text = str(save_text(tmp_path / "text.txt"))
+    size = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--window", "16", "--max-windows", "2"]
+    model = save_model(tmp_path / "model")
+    make_tokenizer(bos_token="<s>").save_pretrained(model)  # lm-eval needs the name of one
+    return [str(model), "--calibration", text, "--evaluation", text, *size, "--patterns", "0.5", "2:4"]
+
+
+def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], tmp_path: Path) -> None:
+    output, other = tmp_path / "accuracy.json", tmp_path / "other.json"
+    run("accuracy.py", *accuracy, "--methods", "wanda+solve", "--output", str(output))
+    run("accuracy.py", *accuracy, "--methods", "optima+swaps+solve", "--output", str(other))
+    first, second = json.loads(output.read_text()), json.loads(other.read_text())
+    methods = ["wanda", "wanda+solve", "optima+swaps+solve"]
+    resumed = ["--output", str(output), "--resume", str(other)]
+    printed = run("accuracy.py", *accuracy, "--methods", *methods, *resumed)
+    results = json.loads(output.read_text())
+    kept = [result["made_with"] for result in results]
+    assert all(result["made_with"] in kept for result in first + second)
+    made = [result for result in results if result not in first + second]
+    assert [(result["method"], result["pattern"]) for result in made] == [("wanda", "0.5"), ("wanda", "2:4")]
+    errors = {(result["method"], result["pattern"]): result.get("error") for result in results}
+    for pattern in ("0.5", "2:4"):
+        assert errors["wanda", pattern] > errors["wanda+solve", pattern] > errors["optima+swaps+solve", pattern]
+    assert sum(line.startswith("| wanda |") for line in printed.splitlines()) == 2  # perplexity and seconds
+    other_settings = run("accuracy.py", *accuracy, "--methods", "wanda", *resumed, "--damping", "0.1")
+    assert len(json.loads(output.read_text())) == len(results) + 2, other_settings
+
+
+def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "accuracy.json"
+    output.write_text("[]")
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), *accuracy, "--output", str(output)]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert finished.returncode == 2
+    assert "--resume" in finished.stderr
+    assert output.read_text() == "[]"
+
+
+def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval.models.huggingface", reason="needs the bench extra", exc_type=ImportError)
+    task, output = tmp_path / "piqa.jsonl", tmp_path / "accuracy.json"
+    item = {"goal": "Pack the box.", "sol1": "with jugs", "sol2": "with the lazy dog", "label": 1}
+    task.write_text("".join(json.dumps(item | {"label": i % 2}) + "\n" for i in range(4)))
+    arguments = ["--methods", "magnitude", "--tasks", f"piqa={task}", "--task-limit", "2", "--output", str(output)]
+    assert "| piqa: acc / acc_norm, % | 0.5 | 2:4 |" in run("accuracy.py", *accuracy, *arguments)
+    for result in json.loads(output.read_text()):
+        assert result["tasks"]["piqa"]["items"] == 2
+        assert result["tasks"]["piqa"]["acc"] == 0.5  # the same two choices, each the right one once

@@ -103,7 +103,7 @@ def perplexity(
         model.to(device)  # type: ignore[arg-type]
     num_windows, length = tokens_NL.shape
     total, done = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model):
         probe_1L = tokens_NL[:1, :PROBE_LENGTH].to(model.device)
         vocabulary = check_causal(model, probe_1L)
         body = find_body(model, probe_1L)
@@ -294,7 +294,7 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """No dropout inside; every module is back in its own mode afterwards."""
     in_training = [module for module in model.modules() if module.training]
     model.eval()
