@@ -11,6 +11,9 @@ On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-thet
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
 a one-swap optimum (``optima.selectors.swaps`` finds little to improve), for the price of products.
 
+Rows are pruned alike. Ranking the whole layer leaves a lower reconstruction error and a worse model: rows whose outputs
+have little energy are starved, though what follows may need them as much as the others (docs/benchmarks.md).
+
 Shapes: O outputs (rows), D inputs.
 """
 
@@ -26,7 +29,7 @@ from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
 from optima.selectors.base import Layer, Selection
 
-# Scores from which a threshold is taken while the mask is still moving.
+# Scores of a layer from which a threshold is taken while the mask is still moving.
 SAMPLE = 2**15
 
 
@@ -47,7 +50,7 @@ class Optima:
     stages: int = 20
     iterations: int = 6
     theta: float = 0.75
-    published_scope: Scope = "layer"
+    published_scope: Scope = "row"
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -72,9 +75,14 @@ class Optima:
             solve = shifted_inverse(matrix_DD, rho)
             # The multiplier is rho U: it does not jump when rho does.
             dual_OD /= ratio if stage else 1.0
+            threshold = None
             for _ in range(self.iterations):
                 sum_OD = solve(torch.sub(projection_OD, dual_OD).mul_(rho).add_(target_OD)).add_(dual_OD)
-                torch.mul(sum_OD, rough_mask(sum_OD.abs(), pattern), out=projection_OD)
+                score_OD = sum_OD.abs()
+                if threshold is None:
+                    threshold = rough_threshold(score_OD, pattern)
+                keep_OD = top_scores(score_OD, pattern) if threshold is None else score_OD > threshold
+                torch.mul(sum_OD, keep_OD, out=projection_OD)
                 torch.sub(sum_OD, projection_OD, out=dual_OD)
         return top_scores(sum_OD.abs(), pattern)
 
@@ -86,11 +94,15 @@ def shifted_inverse(matrix_DD: Tensor, penalty: float) -> SharedMatrix:
     return SharedMatrix(torch.cholesky_inverse(torch.linalg.cholesky(shifted_DD)))
 
 
-def rough_mask(score_OD: Tensor, pattern: Pattern) -> Tensor:
-    """``top_scores`` but for scope ``layer``, where a threshold from a sample of a large layer is near enough."""
-    step = score_OD.numel() // SAMPLE
-    if not isinstance(pattern, Unstructured) or pattern.scope != "layer" or step < 2:
-        return top_scores(score_OD, pattern)
+def rough_threshold(score_OD: Tensor, pattern: Pattern) -> Tensor | None:
+    """Above it is what the pattern keeps, nearly; None where only exact masks will do.
+
+    A stage keeps its threshold, which costs more to find than an iteration: only the last mask has to be exact.
+    """
+    if not isinstance(pattern, Unstructured) or pattern.scope == "group" or not score_OD.numel():
+        return None
+    if pattern.scope == "row":
+        return score_OD.kthvalue(max(pattern.pruned_count(score_OD.shape[1]), 1), dim=1, keepdim=True).values
     # An odd step that is no multiple of the width visits all columns.
-    sample = score_OD.flatten()[:: step | 1]
-    return score_OD > sample.kthvalue(max(pattern.pruned_count(len(sample)), 1)).values
+    sample = score_OD.flatten()[:: (score_OD.numel() // SAMPLE) | 1]
+    return sample.kthvalue(max(pattern.pruned_count(len(sample)), 1)).values
