@@ -162,7 +162,7 @@ def test_published_settings() -> None:
     scopes = {name: make_selector(name).published_scope for name in SELECTORS}
     assert scopes == {
         "magnitude": "layer", "wanda": "row", "ria": "layer", "gradient": "row", "sparsegpt": "group",
-        "thanos": "layer", "admm": "layer", "alps": "layer", "optima": "layer",
+        "thanos": "layer", "admm": "layer", "alps": "layer", "optima": "row",
     }  # fmt: skip
 
 
