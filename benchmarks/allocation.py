@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from harness.cases import Case, load_cases
-from torch import Tensor
 
 from optima.allocation import ALLOCATION_NAMES, make_allocation
 from optima.patterns import Unstructured
+from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
 from optima.selectors.base import Layer
 from optima.selectors.wanda import Wanda
@@ -73,19 +73,13 @@ def measure(cases: Sequence[Case], name: str, sparsity: float, spread: float | N
         layer = Layer(case.name, case.weight_OD, hessian)
         keep_OD = Wanda().select(layer, Unstructured(shares[case.name])).keep_OD
         solution = solve_rows(Auto(gap=1e-2), hessian, make_problem(hessian, case.weight_OD, keep_OD))
-        errors[case.name] = energy(case.weight_OD - solution.weight_RD, hessian) / energy(case.weight_OD, hessian)
+        errors[case.name] = RelativeError(hessian, case.weight_OD)(solution.weight_RD)
         pruned, total = pruned + int((~keep_OD).sum()), total + keep_OD.numel()
     reached = pruned / total
     return {
         "allocation": name, "sparsity": sparsity, "reached": reached, "seconds": seconds, "errors": errors,
         "shares": shares,
     }  # fmt: skip
-
-
-def energy(weight_OD: Tensor, hessian: Hessian) -> float:
-    """Mean square of the linear's output."""
-    weight_OD = weight_OD.double()
-    return float(torch.linalg.vecdot(weight_OD @ hessian.matrix_DD, weight_OD).sum())
 
 
 def print_table(entries: Sequence[dict[str, Any]]) -> None:

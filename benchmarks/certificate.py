@@ -31,6 +31,7 @@ from torch import Tensor
 from optima.patterns import NM, Unstructured, top_scores
 from optima.qp import Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
 from optima.qp.certificate import ENERGY_FLOOR
+from optima.selectors.wanda import wanda_score
 
 SPECTRA = ("white", "llm", "rank-deficient", "duplicated", "dead", "scaled", "ill-conditioned", "asymmetric")
 
@@ -171,7 +172,7 @@ def real(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowProblem
     for case in load_cases(options.dump_dir, options.match, cpu, options.real_rows):
         for damping in (1e-2, 1e-4):
             hessian = Hessian(case.hessian_DD, damping)
-            score_RD = case.weight_OD.abs() * hessian.diagonal_D.sqrt().float()
+            score_RD = wanda_score(case.weight_OD, hessian)
             for pattern in (Unstructured(0.5), Unstructured(0.8), NM(2, 4)):
                 problem = make_problem(hessian, case.weight_OD, top_scores(score_RD, pattern))
                 for gap in (1e-1, 1e-3, 1e-5):

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from harness.cases import Case, load_cases
 from harness.timing import use_threads
-from torch import Tensor
 
 from optima.patterns import Pattern, parse_table
+from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
 from optima.selectors.base import Layer, Selector, make_selector
 from optima.selectors.swaps import SwapRefinement
@@ -104,17 +104,12 @@ def measure(
     seconds = time.perf_counter() - started
     keep_OD = keep_OD if refined is None else refined.keep_OD
     solution = solve_rows(Auto(), layer.hessian, make_problem(layer.hessian, layer.weight_OD, keep_OD))
-    lost = energy(layer.weight_OD.double() - solution.weight_RD, layer.hessian)
-    error = lost / energy(layer.weight_OD.double(), layer.hessian)
+    error = RelativeError(layer.hessian, layer.weight_OD)(solution.weight_RD)
     rows = len(keep_OD)
     if refined is None:
         return Entry(method, text, layer.name, error, seconds, rows=rows)
     swaps_made, proven = int(refined.swaps_O.sum()), int(refined.optimal_O.sum())
     return Entry(method, text, layer.name, error, seconds, swaps_made, rows, proven)
-
-
-def energy(weight_OD: Tensor, hessian: Hessian) -> float:
-    return float(torch.linalg.vecdot(weight_OD @ hessian.matrix_DD, weight_OD).sum())
 
 
 def print_table(entries: Sequence[Entry], patterns: Sequence[str], methods: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from optima.qp.auto import Auto
 from optima.qp.problem import make_problem
 from optima.qp.rows import rows_per_chunk
 from optima.selectors.base import Layer
+from optima.selectors.wanda import wanda_score
 
 ALLOCATION_NAMES = ("uniform", "owl", "error")
 # No linear is left dense or empty, however far the global sparsity and the spread reach.
@@ -96,7 +97,7 @@ class Owl:
             self._end_block()
         self._sizes.setdefault(block, {})[layer.name] = layer.weight_OD.numel()
         # A block's scores wait for its mean in main memory.
-        self._scores.append(_wanda_score(layer.weight_OD, layer).float().flatten().cpu())
+        self._scores.append(wanda_score(layer.weight_OD, layer.hessian).float().flatten().cpu())
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
@@ -199,7 +200,7 @@ def error_curve(layer: Layer, sparsities: Sequence[float], num_rows: int) -> lis
     share_R = (torch.arange(num_rows, dtype=torch.float64, device=cost_O.device) + 0.5) / num_rows
     index_R = torch.searchsorted(cost_O.cumsum(0) / cost, share_R).clamp_max(len(cost_O) - 1)
     weight_RD = layer.weight_OD[index_R]
-    score_RD = _wanda_score(weight_RD, layer)
+    score_RD = wanda_score(weight_RD, layer.hessian)
     solver = Auto(gap=1e-2)
     state = solver.prepare(layer.hessian)
     errors = []
@@ -213,7 +214,7 @@ def error_curve(layer: Layer, sparsities: Sequence[float], num_rows: int) -> lis
 
 def _removal_cost(weight_RD: Tensor, layer: Layer, pattern: Unstructured) -> Tensor:
     """Each row's cost of removing the weights that Wanda prunes, each as if it were the only one; float64."""
-    gone_RD = ~top_scores(_wanda_score(weight_RD, layer), pattern) & ~layer.hessian.dead_D
+    gone_RD = ~top_scores(wanda_score(weight_RD, layer.hessian), pattern) & ~layer.hessian.dead_D
     return (weight_RD.double().square() / layer.hessian.inverse_DD.diagonal() * gone_RD).sum(dim=1)
 
 
@@ -271,7 +272,3 @@ def _exponential(errors: Sequence[float], fine: int) -> Tensor:
     """Errors at evenly spaced points interpolated to ``fine`` points, piecewise exponential, never falling."""
     log_P = torch.tensor(errors, dtype=torch.float64).clamp_min(1e-30).log().cummax(0).values
     return torch.nn.functional.interpolate(log_P[None, None], fine, mode="linear", align_corners=True)[0, 0].exp()
-
-
-def _wanda_score(weight_OD: Tensor, layer: Layer) -> Tensor:
-    return weight_OD.abs() * layer.hessian.diagonal_D.sqrt().to(weight_OD.dtype)

@@ -25,7 +25,7 @@ from optima.qp.bounded import Bounded
 from optima.qp.cholesky import BatchedCholesky
 from optima.qp.hessian import Hessian
 from optima.qp.low_rank_cg import LowRankCG
-from optima.qp.problem import RowProblem, RowSolution
+from optima.qp.problem import RowProblem, RowSolution, concatenate
 from optima.qp.shared_inverse_cg import SharedInverseCG
 
 # Costs in operations of a dense float32 product, fitted to the measurements above: small batched factorisations run at
@@ -118,16 +118,13 @@ def _explain(solution: RowSolution, reason: str) -> RowSolution:
 
 def _merge(parts: list[tuple[Tensor, RowSolution]], reason: str) -> RowSolution:
     back = torch.cat([rows for rows, _ in parts]).argsort()
-
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(solution, name) for _, solution in parts])[back]
-
+    joined = concatenate([solution for _, solution in parts])
     return RowSolution(
-        join("weight_RD"),
-        join("error_R"),
-        join("gap_R"),
-        join("status_R"),
-        join("iterations_R"),
+        joined.weight_RD[back],
+        joined.error_R[back],
+        joined.gap_R[back],
+        joined.status_R[back],
+        joined.iterations_R[back],
         solver="+".join(solution.solver for _, solution in parts),
-        note="; ".join(filter(None, [reason, *(solution.note for _, solution in parts)])),
+        note="; ".join(filter(None, [reason, joined.note])),
     )

@@ -20,7 +20,7 @@ G groups of an N:M pattern.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from optima.patterns import NM, Pattern, Unstructured
 from optima.qp.hessian import Hessian
 from optima.qp.products import keep_freed_memory
+from optima.selectors.unit_diagonal import unit_diagonal
 
 # Growth of the number of candidates once those tried leave no swap and prove nothing.
 WIDEN = 4
@@ -55,10 +56,6 @@ class Refined:
     error_O: Tensor
     swaps_O: Tensor
     optimal_O: Tensor
-
-    def __str__(self) -> str:
-        proven = int(self.optimal_O.sum())
-        return f"{int(self.swaps_O.sum())} swaps; {proven} of {len(self.optimal_O)} rows proven one-swap optimal"
 
 
 @dataclass(frozen=True)
@@ -109,8 +106,7 @@ class _System:
 
     def __init__(self, hessian: Hessian, dtype: torch.dtype, pattern: Pattern) -> None:
         size = hessian.num_inputs
-        self.norm_D = hessian.damped_DD.diagonal().sqrt()
-        self.unit_DD = hessian.damped_DD / self.norm_D / self.norm_D[:, None]
+        self.unit_DD, self.norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
         self.bordered = torch.zeros(size + 1, size + 1, dtype=dtype, device=hessian.device)
         self.bordered[:size, :size] = self.unit_DD
         spread_D = (hessian.inverse_DD.diagonal() * self.norm_D.square()).clamp_min(1.0)
@@ -316,7 +312,7 @@ class Tableau:
         """Make the best swap of every row until none lowers its error by ``LEAST_GAIN``; returns the swaps made."""
         least_A = 2.0 * LEAST_GAIN[self.matrix_ABB.dtype] * error_A
         swaps_A = torch.zeros_like(error_A, dtype=torch.int64)
-        part, rows = replace(self), torch.arange(len(error_A), device=error_A.device)
+        part, rows = self, torch.arange(len(error_A), device=error_A.device)
         for _ in range(self.kept_AB.shape[1]):
             change_A, out_A, in_A = part.best_swap()
             going_A = change_A.double() < -least_A[rows]

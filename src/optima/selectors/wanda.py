@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from optima.patterns import Pattern, Scope, top_scores
+from optima.qp.hessian import Hessian
 from optima.selectors.base import Layer, Selection
 
 
@@ -16,5 +19,9 @@ class Wanda:
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        score_OD = layer.weight_OD.abs() * layer.hessian.diagonal_D.sqrt().to(layer.weight_OD.dtype)
-        return Selection(top_scores(score_OD, pattern))
+        return Selection(top_scores(wanda_score(layer.weight_OD, layer.hessian), pattern))
+
+
+def wanda_score(weight_OD: Tensor, hessian: Hessian) -> Tensor:
+    """|W_ij| ||X_j|| of any rows of a layer, in their dtype."""
+    return weight_OD.abs() * hessian.diagonal_D.sqrt().to(weight_OD.dtype)
