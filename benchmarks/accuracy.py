@@ -78,6 +78,7 @@ class Bench:
         options = self.options
         evaluation = {
             "model": Path(options.model).name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "windows": list(self.windows_NL.shape),
             "evaluation_hash": data_hash(self.windows_NL),
             "tasks": {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in options.tasks.items()},
@@ -163,6 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tasks", nargs="+", type=named_file, default=[], metavar="NAME=FILE", help="lm-eval's tasks")
     parser.add_argument("--task-limit", type=int, help="use the first items of each task only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="of the model: auto (the checkpoint's own), bfloat16, float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the results as JSON after every run")
@@ -187,7 +189,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     text = list(read_documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
-    bench = Bench(load_model(source), tokenizer, tokens_NL, windows_NL, options)
+    bench = Bench(load_model(source, options.dtype), tokenizer, tokens_NL, windows_NL, options)
     for pattern in options.patterns:
         for method in options.methods:
             bench.recipe(method, pattern)  # checks itself
