@@ -1,4 +1,4 @@
-"""ADMM, ALPS and Thanos against a few lines of float64 written from their papers.
+"""ADMM, ALPS, Thanos and Optima against a few lines of float64 written from their papers.
 
 The references work with columns (D x O), explicit inverses and one row at a time: they share no code with the package.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
+from optima.selectors.optima import Optima, nth_lowest
 from optima.selectors.thanos import Thanos
 
 DEAD = (0, 7, 8, 47)
@@ -134,6 +135,32 @@ def plain_thanos(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksi
     return ~pruned_OD, weight_OD
 
 
+def plain_optima(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> Tensor:
+    """Cost of a removal between w^2 H_ii and w^2 / K_ii; thresholds of unstructured masks live for six iterations."""
+    damped_DD = hessian_of(inputs_TD).damped(DAMPING)
+    dead = inputs_TD.abs().sum(0) == 0
+    unit_D = damped_DD.diagonal() ** 0.125 / torch.linalg.inv(damped_DD).diagonal() ** 0.375
+    hessian_DD = damped_DD / unit_D[:, None] / unit_D[None, :]
+    dense_DO = (weight_OD * ~dead * unit_D).T
+    eye_DD = torch.eye(len(unit_D), dtype=torch.float64)
+    held = isinstance(pattern, Unstructured) and pattern.scope != "group"
+    stages = 13 if isinstance(pattern, NM) else 20
+    sparse_DO = dense_DO * plain_keep(dense_DO.T.abs(), pattern).T
+    multiplier_DO = torch.zeros_like(dense_DO)
+    for iteration in range(3 * stages):
+        rho = 0.3 * (2.0 / 0.3) ** (iteration // 3 / (stages - 1))
+        right_DO = hessian_DD @ dense_DO + rho * sparse_DO - multiplier_DO
+        sum_DO = torch.linalg.solve(hessian_DD + rho * eye_DD, right_DO) + multiplier_DO / rho
+        score_OD = sum_DO.T.abs()
+        if held and iteration % 6 == 0:
+            rows = score_OD if pattern.scope == "row" else score_OD.reshape(1, -1)
+            threshold = rows.sort(dim=1).values[:, round(pattern.sparsity * rows.shape[1]) - 1, None]
+        keep_OD = score_OD > threshold if held else plain_keep(score_OD, pattern)
+        sparse_DO = sum_DO * keep_OD.T
+        multiplier_DO = rho * (sum_DO - sparse_DO)
+    return plain_keep(score_OD, pattern)
+
+
 @pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_admm(pattern: Pattern, dead: tuple[int, ...]) -> None:
@@ -182,6 +209,24 @@ def test_alps_forms_the_inverse_or_not(rows: int) -> None:
     assert torch.equal(selection.keep_OD, plain_alps(weight_OD, inputs_TD, NM(2, 4))[0])
 
 
+@pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
+@pytest.mark.parametrize("rows", [12, 20])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_optima(pattern: Pattern, rows: int, dead: tuple[int, ...]) -> None:
+    """Few rows, and enough to form the shifted inverse."""
+    weight_OD, inputs_TD = make_layer(rows, dead=dead)
+    selection = Optima().select(layer_of(weight_OD, inputs_TD), pattern)
+    assert torch.equal(selection.keep_OD, plain_optima(weight_OD, inputs_TD, pattern))
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_comparators_find_every_order_statistic(size: int) -> None:
+    score_OGM = torch.randint(0, 5, (6, 7, size), generator=torch.Generator().manual_seed(size)).float()
+    for count in range(1, size):
+        expected_OG = score_OGM.sort(dim=2).values[:, :, count - 1]
+        assert torch.equal(nth_lowest(score_OGM, count), expected_OG)
+
+
 @pytest.mark.parametrize("blocksize", [48, 16, 12, 20])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_thanos(pattern: Pattern, blocksize: int) -> None:
@@ -215,13 +260,13 @@ def test_thanos_leaves_outlier_rows_dense() -> None:
     assert (selection.keep_OD[~dense].reshape(-1, 4).sum(dim=1) == 2).all()
 
 
-@pytest.mark.parametrize("selector", [ADMM(), ALPS()], ids=lambda selector: type(selector).__name__)
-def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS) -> None:
+@pytest.mark.parametrize("selector", [ADMM(), ALPS(), Optima()], ids=lambda selector: type(selector).__name__)
+def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS | Optima) -> None:
     weight_OD, inputs_TD = make_layer()
     layer = layer_of(weight_OD, inputs_TD)
     first = selector.select(layer, NM(2, 4))
     assert torch.equal(selector.select(layer, NM(2, 4)).keep_OD, first.keep_OD)
-    cache = selector._eigen if isinstance(selector, ALPS) else selector._system
+    cache = selector._system if isinstance(selector, ADMM) else selector._eigen
     assert len(cache._made) == 1  # type: ignore[attr-defined]
     del layer
     assert not len(cache._made)  # type: ignore[attr-defined]

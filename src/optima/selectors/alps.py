@@ -18,15 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.patterns import Pattern, Scope, top_scores
 from optima.qp.hessian import Hessian
-from optima.qp.products import SharedMatrix, multiply, pack
+from optima.qp.products import SharedMatrix
 from optima.selectors.base import Layer, Selection
+from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
 
 # Growth of rho for a change of the support beyond this fraction of the kept weights.
@@ -38,19 +38,9 @@ CHECK_EVERY = 3
 SETTLED_AFTER, SETTLED = 30, 3e-4
 
 
-class Eigen(NamedTuple):
-    """The damped H in units of a unit diagonal, and its eigendecomposition, float64."""
-
-    matrix_DD: Tensor
-    norm_D: Tensor
-    value_D: Tensor
-    vector_DD: Tensor
-
-
-def eigendecomposition(hessian: Hessian) -> Eigen:
-    """Of the damped H scaled to a unit diagonal."""
-    matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
-    return Eigen(matrix_DD, norm_D, *torch.linalg.eigh(matrix_DD))
+def prepare(hessian: Hessian) -> Eigen:
+    """The damped H scaled to a unit diagonal, float64."""
+    return eigendecomposition(*unit_diagonal(hessian.damped_DD, hessian.dead_D))
 
 
 @dataclass(frozen=True)
@@ -70,7 +60,7 @@ class ALPS:
     _eigen: Callable[[Hessian], Eigen] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_eigen", PerHessian(eigendecomposition))
+        object.__setattr__(self, "_eigen", PerHessian(prepare))
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -78,33 +68,12 @@ class ALPS:
         dense_OD = scaled_weight(layer, eigen.norm_D)
         operator = SharedMatrix(eigen.matrix_DD.to(dense_OD.dtype))
         target_OD = operator(dense_OD)
-        splitting = _Splitting(ShiftedInverse(eigen, dense_OD), target_OD, dense_OD, pattern, self.penalty)
+        inverse = ShiftedInverse(eigen, dense_OD, CHECK_EVERY)
+        splitting = _Splitting(inverse, target_OD, dense_OD, pattern, self.penalty)
         weight_OD = splitting.run(self.max_iterations)
         keep_OD = top_scores(weight_OD.abs(), pattern)
         weight_OD = conjugate_gradient(operator, target_OD, weight_OD * keep_OD, keep_OD, self.cg_iterations)
         return Selection(keep_OD, weight_OD / eigen.norm_D.to(weight_OD.dtype))
-
-
-class ShiftedInverse:
-    """(H + rho I)^-1 from the eigendecomposition, in the dtype of the rows that it will multiply.
-
-    Forming the matrix takes 2 D^3 operations at each change of rho and spares 2 O D^2 in every iteration: which is
-    cheaper depends on the shape of the layer.
-    """
-
-    def __init__(self, eigen: Eigen, rows_OD: Tensor) -> None:
-        self._vector_DD = eigen.vector_DD.to(rows_OD.dtype)
-        self._value_D = eigen.value_D.to(rows_OD.dtype)
-        self._to_rows = pack(self._vector_DD)
-        self._forms = rows_OD.shape[1] <= CHECK_EVERY * rows_OD.shape[0]
-        self._to_eigen = self._to_rows if self._forms else pack(self._vector_DD.mT.contiguous())
-
-    def at(self, penalty: float) -> Callable[[Tensor], Tensor]:
-        """Multiplies rows by (H + penalty I)^-1."""
-        share_D = 1.0 / (self._value_D + penalty)
-        if self._forms:
-            return SharedMatrix(multiply(self._vector_DD * share_D, self._to_rows))
-        return lambda rows_OD: multiply(multiply(rows_OD, self._to_eigen).mul_(share_D), self._to_rows)
 
 
 class _Splitting:

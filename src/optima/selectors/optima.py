@@ -14,93 +14,131 @@ a one-swap optimum (``optima.selectors.swaps`` finds little to improve), for the
 Rows are pruned alike. Ranking the whole layer leaves a lower reconstruction error and a worse model: rows whose outputs
 have little energy are starved, though what follows may need them as much as the others (docs/benchmarks.md).
 
-Shapes: O outputs (rows), D inputs.
+Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from optima.patterns import Pattern, Scope, Unstructured, top_scores
+from optima.patterns import NM, Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
 from optima.selectors.base import Layer, Selection
+from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.selectors.unit_diagonal import PerHessian, scaled_weight
 
 # Scores of a layer from which a threshold is taken while the mask is still moving.
 SAMPLE = 2**15
+# Stages that share their thresholds: one costs more to find than an iteration.
+STAGES_PER_THRESHOLD = 2
+# Above this size of a group, passing its scores through comparators is no faster than exact selection.
+LARGEST_COMPARED = 8
 
 
 @dataclass(frozen=True)
 class Optima:
-    """The mask only: a solver finds its weights. Cost: ``stages`` inverses, and a product in each of their iterations.
+    """The mask only: a solver finds its weights.
+
+    Cost: an eigendecomposition a Hessian, then a product in each of ``stages * iterations`` iterations, and one of
+    D x D matrices in each stage (two products an iteration where the layer has few rows).
 
     Args:
         first_penalty: rho of the first stage.
         last_penalty: rho of the last one; the stages between are spaced geometrically.
         stages: number of penalties.
+        group_stages: the same for N:M patterns, whose small groups settle sooner.
         iterations: of the splitting in each stage.
         theta: 0 for units of a unit diagonal, 1 for units in which K has a unit diagonal.
     """
 
-    first_penalty: float = 0.2
-    last_penalty: float = 3.0
+    first_penalty: float = 0.3
+    last_penalty: float = 2.0
     stages: int = 20
-    iterations: int = 6
+    group_stages: int = 13
+    iterations: int = 3
     theta: float = 0.75
     published_scope: Scope = "row"
+    _eigen: Callable[[Hessian], Eigen] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_eigen", PerHessian(self._prepare))
+
+    def _prepare(self, hessian: Hessian) -> Eigen:
+        """H in units between the two prices, float64."""
+        own_D, left_D = hessian.damped_DD.diagonal(), 1.0 / hessian.inverse_DD.diagonal()
+        unit_D = (own_D.pow(1.0 - self.theta) * left_D.pow(self.theta)).sqrt()
+        return eigendecomposition((hessian.damped_DD / unit_D / unit_D[:, None]), unit_D)
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        hessian, dtype = layer.hessian, layer.weight_OD.dtype
-        unit_D = self._units(hessian)
-        matrix_DD = (hessian.damped_DD / unit_D / unit_D[:, None]).to(dtype)
-        dense_OD = (layer.weight_OD.contiguous() * unit_D.to(dtype)).masked_fill_(hessian.dead_D, 0.0)
-        return Selection(self._split(matrix_DD, dense_OD, pattern))
+        eigen = self._eigen(layer.hessian)
+        dense_OD = scaled_weight(layer, eigen.norm_D)
+        target_OD = SharedMatrix(eigen.matrix_DD.to(dense_OD.dtype))(dense_OD)
+        inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
+        return Selection(self._split(inverse, target_OD, dense_OD, pattern))
 
-    def _units(self, hessian: Hessian) -> Tensor:
-        """float64; the price of a weight w is (w unit)^2."""
-        own_D, left_D = hessian.damped_DD.diagonal(), 1.0 / hessian.inverse_DD.diagonal()
-        return (own_D.pow(1.0 - self.theta) * left_D.pow(self.theta)).sqrt()
-
-    def _split(self, matrix_DD: Tensor, dense_OD: Tensor, pattern: Pattern) -> Tensor:
-        target_OD = SharedMatrix(matrix_DD)(dense_OD)
+    def _split(self, inverse: ShiftedInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern) -> Tensor:
         projection_OD = dense_OD * top_scores(dense_OD.abs(), pattern)
         dual_OD = torch.zeros_like(dense_OD)
-        ratio = (self.last_penalty / self.first_penalty) ** (1.0 / max(self.stages - 1, 1))
-        for stage in range(self.stages):
+        stages = self.group_stages if isinstance(pattern, NM) else self.stages
+        ratio = (self.last_penalty / self.first_penalty) ** (1.0 / max(stages - 1, 1))
+        mask = RoughMask(pattern)
+        for stage in range(stages):
             rho = self.first_penalty * ratio**stage
-            solve = shifted_inverse(matrix_DD, rho)
+            solve = inverse.at(rho)
             # The multiplier is rho U: it does not jump when rho does.
             dual_OD /= ratio if stage else 1.0
-            threshold = None
-            for _ in range(self.iterations):
+            for iteration in range(self.iterations):
                 sum_OD = solve(torch.sub(projection_OD, dual_OD).mul_(rho).add_(target_OD)).add_(dual_OD)
-                score_OD = sum_OD.abs()
-                if threshold is None:
-                    threshold = rough_threshold(score_OD, pattern)
-                keep_OD = top_scores(score_OD, pattern) if threshold is None else score_OD > threshold
+                keep_OD = mask(sum_OD.abs(), renew=iteration == 0 and stage % STAGES_PER_THRESHOLD == 0)
                 torch.mul(sum_OD, keep_OD, out=projection_OD)
                 torch.sub(sum_OD, projection_OD, out=dual_OD)
         return top_scores(sum_OD.abs(), pattern)
 
 
-def shifted_inverse(matrix_DD: Tensor, penalty: float) -> SharedMatrix:
-    """(matrix + penalty I)^-1 in its precision: the penalty is large enough for it to be well conditioned."""
-    shifted_DD = matrix_DD.clone()
-    shifted_DD.diagonal().add_(penalty)
-    return SharedMatrix(torch.cholesky_inverse(torch.linalg.cholesky(shifted_DD)))
+class RoughMask:
+    """What a pattern keeps, nearly: only the last mask of a splitting has to have exact counts.
 
-
-def rough_threshold(score_OD: Tensor, pattern: Pattern) -> Tensor | None:
-    """Above it is what the pattern keeps, nearly; None where only exact masks will do.
-
-    A stage keeps its threshold, which costs more to find than an iteration: only the last mask has to be exact.
+    Unstructured sparsity keeps its thresholds until they are renewed, and a layer's is taken from a sample of its
+    scores; equal scores of an N:M group go together.
     """
-    if not isinstance(pattern, Unstructured) or pattern.scope == "group" or not score_OD.numel():
-        return None
+
+    def __init__(self, pattern: Pattern) -> None:
+        self._pattern = pattern
+        self._threshold: Tensor | None = None
+
+    def __call__(self, score_OD: Tensor, renew: bool) -> Tensor:
+        """Boolean, True = kept."""
+        pattern = self._pattern
+        if not score_OD.numel():
+            return score_OD > 0
+        if isinstance(pattern, NM) and pattern.m <= LARGEST_COMPARED:
+            score_OGM = score_OD.reshape(len(score_OD), -1, pattern.m)
+            return (score_OGM > nth_lowest(score_OGM, pattern.m - pattern.n)[:, :, None]).flatten(1)
+        if not isinstance(pattern, Unstructured) or pattern.scope == "group":
+            return top_scores(score_OD, pattern)
+        if renew or self._threshold is None:
+            self._threshold = rough_threshold(score_OD, pattern)
+        return torch.gt(score_OD, self._threshold)
+
+
+def nth_lowest(score_OGM: Tensor, count: int) -> Tensor:
+    """The ``count``-th lowest score of each group, by comparators on whole columns: each pass sinks the next lowest."""
+    columns = list(score_OGM.permute(2, 0, 1).contiguous().unbind())
+    for done in range(count):
+        for i in range(len(columns) - 1, done, -1):
+            low, high = torch.minimum(columns[i - 1], columns[i]), torch.maximum(columns[i - 1], columns[i])
+            columns[i - 1], columns[i] = low, high
+    return columns[count - 1]
+
+
+def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
+    """A score, of each row if rows are pruned alike, above which are nearly as many as the pattern keeps."""
     if pattern.scope == "row":
         return score_OD.kthvalue(max(pattern.pruned_count(score_OD.shape[1]), 1), dim=1, keepdim=True).values
     # An odd step that is no multiple of the width visits all columns.
