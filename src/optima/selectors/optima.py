@@ -30,7 +30,7 @@ from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
 from optima.selectors.base import Layer, Selection
 from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
-from optima.selectors.unit_diagonal import PerHessian, scaled_weight
+from optima.selectors.unit_diagonal import PerHessian, price_unit, scaled_weight
 
 # Scores of a layer from which a threshold is taken while the mask is still moving.
 SAMPLE = 2**15
@@ -70,8 +70,7 @@ class Optima:
 
     def _prepare(self, hessian: Hessian) -> Eigen:
         """H in units between the two prices, float64."""
-        own_D, left_D = hessian.damped_DD.diagonal(), 1.0 / hessian.inverse_DD.diagonal()
-        unit_D = (own_D.pow(1.0 - self.theta) * left_D.pow(self.theta)).sqrt()
+        unit_D = price_unit(hessian, self.theta)
         return eigendecomposition((hessian.damped_DD / unit_D / unit_D[:, None]), unit_D)
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:

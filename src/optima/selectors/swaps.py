@@ -20,14 +20,15 @@ G groups of an N:M pattern.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Unstructured
+from optima.patterns import NM, Pattern
 from optima.qp.hessian import Hessian
 from optima.qp.products import keep_freed_memory
+from optima.selectors.exchange import exchange, group_width
 from optima.selectors.unit_diagonal import unit_diagonal
 
 # Growth of the number of candidates once those tried leave no swap and prove nothing.
@@ -60,10 +61,13 @@ class Refined:
 
 @dataclass(frozen=True)
 class SwapRefinement:
-    """Greedy swaps in rounds: candidates, swaps among them from the best down, new optimum, new candidates.
+    """Swaps in bulk first (``optima.selectors.exchange``), then one by one at exact prices.
+
+    The latter go in rounds: candidates, swaps among them from the best down, new optimum, new candidates.
 
     Args:
-        rounds: most rounds; rows that are not done then are not proven optimal.
+        rounds: most rounds at exact prices; 0 leaves the mask as it is. Rows that are not done then are not proven
+            optimal.
         candidates: weights of a row considered in the first round. Where they leave no swap but do not prove that there
             is none, the next round takes four times as many.
         most_candidates: no round takes more; None for all inputs, with which every row can be proven.
@@ -80,6 +84,9 @@ class SwapRefinement:
             nothing_O = keep_OD.sum(dim=1)
             return Refined(keep_OD, weight_OD, nothing_O.double(), nothing_O, nothing_O == 0)
         weight_OD = weight_OD.masked_fill(hessian.dead_D, 0.0)
+        swaps_O = keep_OD.new_zeros(len(keep_OD), dtype=torch.int64)
+        if self.rounds:
+            keep_OD, swaps_O = exchange(hessian, weight_OD, keep_OD, pattern)
         dtype = torch.float64 if weight_OD.dtype == torch.float64 else hessian.working_dtype
         system = _System(hessian, dtype, pattern)
         # Rows of similar counts go together, so that little is padded.
@@ -87,7 +94,10 @@ class SwapRefinement:
         chunk = max(min(CHUNK_ENTRIES // max(int(count_O[-1]), 1) ** 2, LARGEST_CHUNK), 1)
         parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in order_O.split(chunk)]
         back_O = order_O.argsort()
-        return Refined(*(torch.cat([getattr(part, entry.name) for part in parts])[back_O] for entry in fields(Refined)))
+        refined = Refined(
+            *(torch.cat([getattr(part, entry.name) for part in parts])[back_O] for entry in fields(Refined))
+        )
+        return replace(refined, swaps_O=refined.swaps_O + swaps_O)
 
 
 class _System:
@@ -113,9 +123,8 @@ class _System:
         self.reach_D = spread_D.sqrt() + (spread_D - 1.0).sqrt()
         self.gain_D = spread_D.sqrt()
         self.width = pattern.m if isinstance(pattern, NM) else None
-        wide = pattern.group_size if isinstance(pattern, Unstructured) and pattern.scope == "group" else size
         self.num_inputs = size
-        self.group_D = torch.arange(size + 1, device=hessian.device) // max(self.width or wide, 1)
+        self.group_D = torch.arange(size + 1, device=hessian.device) // group_width(pattern, size)
 
 
 class _Rows:

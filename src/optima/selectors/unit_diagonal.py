@@ -34,6 +34,17 @@ def unit_diagonal(matrix_DD: Tensor, dead_D: Tensor) -> UnitDiagonal:
     return UnitDiagonal(scaled_DD, norm_D)
 
 
+def price_unit(hessian: Hessian, theta: float = 0.75) -> Tensor:
+    """u with u_i^2 = H_ii^(1-theta) K_ii^(-theta), float64, K the inverse of the damped H.
+
+    Removing a weight v from a row that keeps the inputs S costs twice the error v^2 / a, a = (H_SS^-1)_ii, which lies
+    between 1 / H_ii (no other input can make up for it) and K_ii (all others do): v^2 u_i^2 is between the two. Adding
+    input j gains r_j^2 / d, d what S leaves unexplained of it, between 1 / K_jj and H_jj: r_j^2 / u_j^2 likewise.
+    """
+    own_D, left_D = hessian.damped_DD.diagonal(), 1.0 / hessian.inverse_DD.diagonal()
+    return (own_D.pow(1.0 - theta) * left_D.pow(theta)).sqrt()
+
+
 def scaled_weight(layer: Layer, norm_D: Tensor) -> Tensor:
     """W n, in the weight's dtype; weights of dead inputs vanish."""
     return (layer.weight_OD * norm_D.to(layer.weight_OD.dtype)).masked_fill_(layer.hessian.dead_D, 0.0)
