@@ -23,6 +23,7 @@ from optima.selectors.swaps import SwapRefinement
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 REFINEMENTS = ("none", "swaps")
+PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
 PATTERN_HELP = (
     "instead of a sparsity: n:m, keep n of every m consecutive inputs (2:4), a sparsity, or REGEX=2:4 and REGEX=0.6 "
     "for the linears whose full name matches; the first match counts, an entry without a regex is for all others"
@@ -128,7 +129,7 @@ class Recipe:
         if self.refine == "none":
             return None
         if not self.refine_candidates:
-            return SwapRefinement()
+            return SwapRefinement(PROOF_ROUNDS)
         return SwapRefinement(candidates=self.refine_candidates, most_candidates=self.refine_candidates)
 
     def make_solver(self) -> RowSolver | None:

@@ -16,7 +16,7 @@ from optima.allocation import LeastError, Owl
 from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import BatchedCholesky, SharedInverseCG
-from optima.recipe import recipe_from_dict
+from optima.recipe import PROOF_ROUNDS, recipe_from_dict
 from optima.selectors.swaps import SwapRefinement
 
 FIELDS = [option.name for option in dataclasses.fields(Recipe)]
@@ -250,7 +250,7 @@ def test_ready_made_recipes_are_valid() -> None:
 def test_refine() -> None:
     assert Recipe().make_refinement() is None
     assert Recipe(refine="swaps").make_refinement() == SwapRefinement(candidates=64, most_candidates=64)
-    assert Recipe(refine="swaps", refine_candidates=0).make_refinement() == SwapRefinement()
+    assert Recipe(refine="swaps", refine_candidates=0).make_refinement() == SwapRefinement(PROOF_ROUNDS)
     with pytest.raises(RecipeError, match="known ones are none, swaps"):
         Recipe(refine="swap")
     with pytest.raises(RecipeError, match="refine_candidates must be 0 or at least 2"):

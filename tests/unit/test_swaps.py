@@ -13,6 +13,7 @@ from torch import Tensor
 
 from optima.patterns import NM, Pattern, Unstructured, top_scores
 from optima.qp import Hessian
+from optima.selectors.exchange import best_pairs, exchange, group_width
 from optima.selectors.swaps import LEAST_GAIN, SwapRefinement
 
 
@@ -80,6 +81,42 @@ def test_a_budget_never_raises_a_row(pattern: Pattern) -> None:
         last_O = refined.error_O
     assert int(refined.swaps_O.sum()) > 0
     assert (last_O < before).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_exchange_lowers_errors_and_keeps_counts(pattern: Pattern, dtype: torch.dtype) -> None:
+    weight_OD, inputs_TD = make_layer(24, 80, dead=(3,), dtype=dtype)
+    weight_OD[:, 3] = 0.0
+    hessian = hessian_of(inputs_TD)
+    keep_OD = top_scores(weight_OD.abs(), pattern)
+    given_OD = keep_OD.clone()
+    better_OD, swaps_O = exchange(hessian, weight_OD, keep_OD, pattern)
+    assert torch.equal(keep_OD, given_OD), "the mask is the caller's"
+    check_counts(better_OD, pattern)
+    width = group_width(pattern, 80)
+    for before, after in zip(keep_OD.split(width, dim=1), better_OD.split(width, dim=1), strict=True):
+        assert torch.equal(before.sum(1), after.sum(1))
+    moved_O = (keep_OD != better_OD).any(dim=1)
+    assert torch.equal(moved_O, swaps_O > 0)
+    assert moved_O.sum() > 12
+    for row in range(24):
+        before, after = (
+            optimal_error(hessian.damped_DD, weight_OD[row].double(), mask_OD[row]) for mask_OD in (keep_OD, better_OD)
+        )
+        assert after < before if moved_O[row] else after == before
+
+
+def test_pairs_go_from_the_best_down_within_their_groups() -> None:
+    keep_AD = torch.tensor([[True, False, True, False, True, False, False], [True] * 7])
+    price_AD = torch.tensor([[3.0, 9.0, 1.0, 2.0, 0.5, 4.0, 8.0], [1.0] * 7])
+    cost_AD, worth_AD = price_AD.masked_fill(~keep_AD, torch.inf), price_AD.masked_fill(keep_AD, -torch.inf)
+    gain_AP, leaving_AP, entering_AP = best_pairs(cost_AD, worth_AD, 4)
+    assert gain_AP[0, :3].tolist() == [9.0 - 1.0, 8.0 - 0.5, 2.0 - 3.0]
+    assert leaving_AP[0, :3].tolist() == [2, 4, 0]
+    assert entering_AP[0, :3].tolist() == [1, 6, 3]
+    assert not (gain_AP[0, 3:] > 0).any()
+    assert not (gain_AP[1] > 0).any(), "a row that keeps everything has no pairs"
 
 
 def test_no_round_leaves_the_mask_and_finds_its_optimum() -> None:

@@ -73,7 +73,7 @@ class SwapRefinement:
         most_candidates: no round takes more; None for all inputs, with which every row can be proven.
     """
 
-    rounds: int = 20
+    rounds: int = 8
     candidates: int = 64
     most_candidates: int | None = None
 
