@@ -159,3 +159,11 @@ def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
     for result in json.loads(output.read_text()):
         assert result["tasks"]["piqa"]["items"] == 2
         assert result["tasks"]["piqa"]["acc"] == 0.5  # the same two choices, each the right one once
+
+
+@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
+def test_headroom_ends_below_every_start(dump: Path, pattern: str) -> None:
+    printed = run("headroom.py", "--dump-dir", str(dump), "--pattern", pattern, "--rows", "2", "--proposals", "20000")
+    (row,) = [line for line in printed.splitlines() if line.startswith("| block.0.linear")]
+    optima, _, greedy, annealed = map(float, row.split("|")[2:6])
+    assert annealed <= greedy <= optima

@@ -278,6 +278,14 @@ def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor,
     return chosen, possible_A
 
 
+def full_tableau(hessian: Hessian, weight_AD: Tensor, keep_AD: Tensor, pattern: Pattern) -> tuple[Tableau, float]:
+    """The tableau of all inputs, float64, and the largest optimal error of the rows, to study what swaps can do."""
+    system = _System(hessian, torch.float64, pattern)
+    optimum = solve(system, weight_AD.double() * system.norm_D, keep_AD)
+    every_AB = torch.arange(system.num_inputs, device=keep_AD.device).expand(len(keep_AD), -1)
+    return Tableau.of(system, optimum, every_AB), float(optimum.error_A.max())
+
+
 @dataclass
 class Tableau:
     """Principal pivot transform of H on a row's kept set, restricted to candidates.
