@@ -141,7 +141,7 @@ class Pruner:
             sparsity_asked=pattern.sparsity,
             sparsity=1.0 - float(selection.keep_OD.double().mean()),
             error_mask=error_mask,
-            error_selector=error_mask if selection.weight_OD is None else error(selected_OD),
+            error_selector=error_mask if selection.weight_OD is None else error(selected_OD.to(linear.weight_OD.dtype)),
             error=error(linear.weight_OD.to(self.device)),
             **certified(solution),
             rows=linear.shape[0],
