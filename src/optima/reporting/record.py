@@ -41,7 +41,7 @@ class LinearRecord:
         sparsity_asked: share of the weights that the pattern asks to prune.
         sparsity: share of the weights that is pruned, counted from ``keep``.
         error_mask: error of the mask alone, the surviving weights at their dense values.
-        error_selector: error of the selector's own weights, cast like the others; equal to ``error_mask`` when it only selects.
+        error_selector: error of the selector's own weights, cast likewise; ``error_mask`` when it only selects.
         error: error of the result as cast to the checkpoint's dtype.
         solver: the solver that ran, or ``none``.
         gap_max: largest certified gap of a row; None when no solver ran.
