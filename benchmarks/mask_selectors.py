@@ -5,6 +5,7 @@
 
 Every mask is followed by the same certified solve. Prints, for each pattern, the geometric mean over the linears of the
 relative reconstruction error, its ratio to that of ALPS, and the seconds of selection (and refinement, after a "+").
+With --held-out-dir, layers dumped from other text, it also prints the error there of the weights that were fitted here.
 What every row solver needs of a Hessian anyway, its factor and inverse, is made before the clock starts; what a method
 needs beyond that is made once for all linears that share their inputs, as in a run, and is in its seconds.
 """
@@ -16,12 +17,13 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from harness.cases import Case, load_cases
 from harness.timing import use_threads
+from torch import Tensor
 
 from optima.patterns import Pattern, parse_table
 from optima.pipeline import RelativeError
@@ -45,6 +47,7 @@ class Entry:
     linear: str
     error: float
     seconds: float
+    error_held_out: float | None = None
     swaps: int = 0
     rows: int = 0
     rows_swap_optimal: int = 0
@@ -53,6 +56,7 @@ class Entry:
 def main(arguments: list[str] | None = None) -> list[Entry]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dump-dir", type=Path, required=True, help="layers that optima prune --dump-layer wrote")
+    parser.add_argument("--held-out-dir", type=Path, help="the same layers, dumped from other text")
     parser.add_argument("--match", default="", help="regular expression that chooses layers by name")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.6", "0.7", "2:4"], help="sparsities, n:m patterns")
     parser.add_argument("--scope", choices=["row", "layer"], help="of all methods (default: each one's own)")
@@ -66,7 +70,10 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
     use_threads(options.threads)
     swaps = SwapRefinement(options.rounds, options.candidates or 64, options.candidates or None)
     entries: list[Entry] = []
-    for group in sharing(load_cases(options.dump_dir, options.match, torch.device("cpu"))):
+    cpu = torch.device("cpu")
+    other = load_cases(options.held_out_dir, options.match, cpu) if options.held_out_dir else []
+    held_out = {case.name: Hessian(case.hessian_DD, options.damping) for case in other}
+    for group in sharing(load_cases(options.dump_dir, options.match, cpu)):
         for text in options.patterns:
             for method in options.methods:
                 name, _, refined = method.partition("+")
@@ -77,11 +84,18 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
                 assert hessian.inverse_DD is not None
                 for case in group:
                     layer = Layer(case.name, case.weight_OD, hessian)
-                    entries.append(measure(method, text, layer, selector, pattern, swaps if refined else None))
+                    entry, weight_OD = measure(method, text, layer, selector, pattern, swaps if refined else None)
+                    if case.name in held_out:
+                        error = RelativeError(held_out[case.name], case.weight_OD)(weight_OD)
+                        entry = replace(entry, error_held_out=error)
+                    entries.append(entry)
         print(f"{', '.join(case.name for case in group)}: done", flush=True)
         if options.output:
             options.output.write_text(json.dumps([asdict(entry) for entry in entries], indent=1) + "\n")
-    print_table(entries, options.patterns, options.methods)
+    print_table("error (of ALPS's) / seconds", entries, options)
+    if held_out:
+        there = [replace(entry, error=entry.error_held_out) for entry in entries if entry.error_held_out is not None]
+        print_table("held-out error (of ALPS's) / seconds", there, options)
     return entries
 
 
@@ -96,8 +110,8 @@ def sharing(cases: Sequence[Case]) -> Iterator[list[Case]]:
 
 def measure(
     method: str, text: str, layer: Layer, selector: Selector, pattern: Pattern, swaps: SwapRefinement | None
-) -> Entry:
-    """Select, refine, solve."""
+) -> tuple[Entry, Tensor]:
+    """Select, refine, solve; also returns the weights."""
     started = time.perf_counter()
     keep_OD = selector.select(layer, pattern).keep_OD
     refined = None if swaps is None else swaps.refine(layer.hessian, layer.weight_OD, keep_OD, pattern)
@@ -107,17 +121,18 @@ def measure(
     error = RelativeError(layer.hessian, layer.weight_OD)(solution.weight_RD)
     rows = len(keep_OD)
     if refined is None:
-        return Entry(method, text, layer.name, error, seconds, rows=rows)
+        return Entry(method, text, layer.name, error, seconds, rows=rows), solution.weight_RD
     swaps_made, proven = int(refined.swaps_O.sum()), int(refined.optimal_O.sum())
-    return Entry(method, text, layer.name, error, seconds, swaps_made, rows, proven)
+    entry = Entry(method, text, layer.name, error, seconds, None, swaps_made, rows, proven)
+    return entry, solution.weight_RD
 
 
-def print_table(entries: Sequence[Entry], patterns: Sequence[str], methods: Sequence[str]) -> None:
-    print("\n| error (of ALPS's) / seconds | " + " | ".join(patterns) + " |")
-    print("| --- |" + " ---: |" * len(patterns))
-    for method in methods:
+def print_table(title: str, entries: Sequence[Entry], options: argparse.Namespace) -> None:
+    print(f"\n| {title} | " + " | ".join(options.patterns) + " |")
+    print("| --- |" + " ---: |" * len(options.patterns))
+    for method in options.methods:
         cells = []
-        for pattern in patterns:
+        for pattern in options.patterns:
             mean, seconds = summary(entries, method, pattern)
             peer = summary(entries, PEER, pattern)[0]
             ratio = f" ({mean / peer:.3f})" if peer else ""

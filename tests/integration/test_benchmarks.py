@@ -98,14 +98,25 @@ def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -
     output = tmp_path / "selectors.json"
     arguments = ["--dump-dir", str(dump), "--patterns", "0.5", "2:4", "--output", str(output)]
     printed = run(
-        "mask_selectors.py", *arguments, "--methods", "wanda", "alps", "optima", "alps+swaps", "--candidates", "0"
+        "mask_selectors.py",
+        *arguments,
+        "--held-out-dir",
+        str(dump),
+        "--methods",
+        "wanda",
+        "alps",
+        "optima",
+        "alps+swaps",
+        "--candidates",
+        "0",
     )
-    assert "| alps+swaps |" in printed
+    assert printed.count("| alps+swaps |") == 2, "here, and held out"
     entries = {(entry["method"], entry["pattern"]): entry for entry in json.loads(output.read_text())}
     for pattern in ("0.5", "2:4"):
         refined = entries["alps+swaps", pattern]
         assert refined["rows_swap_optimal"] == refined["rows"] == 24
         assert refined["error"] <= entries["alps", pattern]["error"] * (1 + 1e-3)
+        assert refined["error_held_out"] == pytest.approx(refined["error"]), "the other text is the same here"
 
 
 @pytest.fixture
