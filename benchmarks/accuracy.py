@@ -248,9 +248,7 @@ def print_tables(results: Sequence[dict[str, Any]], bench: Bench) -> None:
     print_table("perplexity (layer error)", loss, results, bench)
     for task in bench.options.tasks:
         print_table(f"{task}: acc / acc_norm, %", lambda result, task=task: accuracy(result, task), results, bench)
-    print_table(
-        "seconds to prune", lambda result: f"{result['seconds']:.0f}" if "seconds" in result else "", results, bench
-    )
+    print_table("seconds to prune", seconds, results, bench)
 
 
 def loss(result: dict[str, Any]) -> str:
