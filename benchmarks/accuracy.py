@@ -69,6 +69,7 @@ class Bench:
             solver="auto" if "solve" in steps else "none",
             gap=options.gap,
             damping=options.damping,
+            sink_weight=options.sink_weight,
             seed=options.seed,
             device=options.device,
         )
@@ -90,6 +91,7 @@ class Bench:
         names = ["selector", "pattern", "scope", "refine", "refine_candidates", "solver", "damping", "seed"]
         asked = {name: getattr(recipe, name) for name in [*names, *(["gap"] if recipe.solver != "none" else [])]}
         return asked | {
+            "sink_weight": recipe.used_sink_weight,
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
             **evaluation,
@@ -156,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="see above")
     parser.add_argument("--scope", choices=SCOPES, help="of all methods' sparsities (default: as published)")
     parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--sink-weight", type=float, help="of all methods (default: the recipe's)")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
     parser.add_argument("--max-seq-length", type=int, default=512, help="tokens in a calibration sequence")

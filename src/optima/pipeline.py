@@ -1,6 +1,6 @@
 """The whole story on one page: capture block inputs, then for each block calibrate, select, solve, write, propagate.
 
-Shapes: O outputs, D inputs.
+Shapes: O outputs, D inputs, B sequences in a batch, L tokens in a sequence, E hidden size.
 """
 
 from __future__ import annotations
@@ -100,10 +100,11 @@ class Pruner:
         """One Hessian for each distinct input, with the linears that share it; None for those never reached."""
         if not block.linears:
             return
-        collector = HessianCollector(block.linears)
-        for batch, hidden in enumerate(inputs.hidden):
-            with collector.batch(samples=len(hidden)), full_precision():
+        collector = HessianCollector(block.linears, self.recipe.used_sink_weight)
+        for batch, hidden_BLE in enumerate(inputs.hidden):
+            with collector.batch(*hidden_BLE.shape[:2]), full_precision():
                 inputs.run(block, batch, self.device)
+        self._note_sinks(block, collector)
         if gradients:
             with full_precision():
                 self._gradients = regional_gradients(block, inputs, self.device)
@@ -179,6 +180,13 @@ class Pruner:
             self.notes.append(f"{linear.name}: damping raised to {hessian.damping:g} to factorise its hessian")
         if solution is not None and solution.note:
             self.notes.append(f"{linear.name}: {solution.note}")
+
+    def _note_sinks(self, block: Block, collector: HessianCollector) -> None:
+        if collector.without_sinks:
+            names = ", ".join(sorted(collector.without_sinks))
+            note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
+            if note not in self.notes:  # an allocation's survey saw the same
+                self.notes.append(note)
 
     def _propagate(self, block: Block, inputs: BlockInputs) -> None:
         """Replace each batch's hidden states by the pruned block's outputs."""

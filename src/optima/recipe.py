@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,11 @@ PATTERN_HELP = (
 SPREAD_HELP = (
     "how far a linear's sparsity may depart from the global one: lambda of owl (default "
     f"{Owl.spread}), the bound of error (default {LeastError.spread})"
+)
+SINK_WEIGHT = 0.2
+SINK_HELP = (
+    "weight of a sequence's first token (the attention sink) in the hessian, relative to all its tokens together; 0: "
+    f"that of any other (default {SINK_WEIGHT}; with solver none 0, as published)"
 )
 
 
@@ -65,6 +71,7 @@ class Recipe:
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
     damping: float = _option(0.01, "ridge, relative to the mean diagonal of the hessian")
+    sink_weight: float | None = _option(None, SINK_HELP)
     dataset: list[str] = _option(["allenai/c4"], "hub id or local .txt/.jsonl/.json/.parquet; several allowed")
     dataset_config: str | None = _option(None, "configuration of a hub dataset (default for allenai/c4: en)")
     split: str = _option("train", "split of the dataset")
@@ -91,6 +98,8 @@ class Recipe:
             raise RecipeError(f"unknown dtype {self.dtype!r}: known dtypes are {', '.join(DTYPES)}")
         if not 0.0 <= self.damping <= 1.0:
             raise RecipeError(f"damping must be between 0 and 1, got {self.damping}: for example 0.01")
+        if self.sink_weight is not None and not 0.0 <= self.sink_weight < math.inf:
+            raise RecipeError(f"sink_weight must be 0 or more, got {self.sink_weight}: for example {SINK_WEIGHT}")
         for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -131,6 +140,13 @@ class Recipe:
         if not self.refine_candidates:
             return SwapRefinement(PROOF_ROUNDS)
         return SwapRefinement(candidates=self.refine_candidates, most_candidates=self.refine_candidates)
+
+    @property
+    def used_sink_weight(self) -> float:
+        """``sink_weight``, or its default: published updates are left as published."""
+        if self.sink_weight is not None:
+            return self.sink_weight
+        return SINK_WEIGHT if self.make_solver() else 0.0
 
     def make_solver(self) -> RowSolver | None:
         """The row solver, None if the selector's weights are kept."""

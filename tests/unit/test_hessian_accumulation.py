@@ -37,11 +37,11 @@ def captured_inputs(model: nn.Module, linears: tuple[Linear, ...], batches: tupl
 
 
 def collect(
-    model: nn.Module, linears: tuple[Linear, ...], batches: tuple[Tensor, ...]
+    model: nn.Module, linears: tuple[Linear, ...], batches: tuple[Tensor, ...], sink_weight: float = 0.0
 ) -> list[tuple[Hessian | None, list[Linear]]]:
-    collector = HessianCollector(linears)
+    collector = HessianCollector(linears, sink_weight)
     for batch in batches:
-        with collector.batch(samples=len(batch)), torch.no_grad():
+        with collector.batch(*batch.shape[:2]), torch.no_grad():
             model(batch)
     return list(collector.finish(damping=0.01))
 
@@ -68,6 +68,48 @@ def test_equals_the_definition(batch_size: int) -> None:
             torch.testing.assert_close(hessian.matrix_DD, expected_DD, rtol=1e-5, atol=1e-6 * float(expected_DD.max()))
 
 
+@pytest.mark.parametrize(
+    ("sink_weight", "counts_as"), [(0.0, 1.0), (1 / 32, 1.0), (1 / 16, 1.0), (0.5, 8.0), (3, 48.0)]
+)
+def test_first_tokens_weigh_more(sink_weight: float, counts_as: float) -> None:
+    model, block = first_block()
+    batches = make_tokens(5, 16).split(2)
+    inputs = captured_inputs(model, block.linears, batches)
+    weight_T1 = torch.ones(5, 16, dtype=torch.float64)
+    weight_T1[:, 0] = counts_as
+    weight_T1 = weight_T1.reshape(-1, 1)
+    for hessian, linears in collect(model, block.linears, batches, sink_weight):
+        assert hessian is not None
+        inputs_TD = inputs[linears[0].name]
+        expected_DD = (weight_T1 * inputs_TD).T @ inputs_TD / weight_T1.sum()
+        torch.testing.assert_close(hessian.matrix_DD, expected_DD, rtol=1e-5, atol=1e-6 * float(expected_DD.max()))
+
+
+def test_first_tokens_of_flattened_inputs_are_found() -> None:
+    """As in OPT, whose MLP is given (B * L, D)."""
+    linear = Linear("x", nn.Linear(4, 2))
+    inputs_BLD = torch.rand(3, 5, 4, generator=torch.Generator().manual_seed(0))
+    hessians = []
+    for inputs in (inputs_BLD, inputs_BLD.flatten(0, 1)):
+        collector = HessianCollector([linear], sink_weight=1.0)
+        with collector.batch(samples=3, length=5):
+            linear.module(inputs)
+        assert not collector.without_sinks
+        hessians += [hessian for hessian, _ in collector.finish(0.01)]
+    assert torch.equal(hessians[0].matrix_DD, hessians[1].matrix_DD)
+
+
+def test_first_tokens_that_cannot_be_told_weigh_as_the_others_and_it_is_said() -> None:
+    linear = Linear("block.expert", nn.Linear(4, 2))
+    inputs_TD = torch.rand(7, 4, generator=torch.Generator().manual_seed(0))
+    collector = HessianCollector([linear], sink_weight=1.0)
+    with collector.batch(samples=2, length=6):
+        linear.module(inputs_TD)
+    assert collector.without_sinks == {"block.expert"}
+    ((hessian, _),) = collector.finish(0.01)
+    torch.testing.assert_close(hessian.matrix_DD, inputs_TD.double().mT @ inputs_TD.double() / 7, rtol=1e-5, atol=1e-6)
+
+
 def test_only_the_linears_asked_for_are_observed() -> None:
     model, block = first_block()
     linears = tuple(linear for linear in block.linears if linear.name.endswith(("k_proj", "v_proj", "up_proj")))
@@ -79,7 +121,7 @@ def test_only_the_linears_asked_for_are_observed() -> None:
 def test_hooks_are_gone_after_an_error() -> None:
     model, block = first_block()
     collector = HessianCollector(block.linears)
-    with pytest.raises(KeyboardInterrupt), collector.batch(samples=1):
+    with pytest.raises(KeyboardInterrupt), collector.batch(samples=1, length=2):
         raise KeyboardInterrupt
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -130,11 +172,11 @@ def test_bad_input_of_a_routed_linear_names_the_samples_of_its_batch() -> None:
     """An expert is given some tokens of the batch; which sample they came from is not known any more."""
     linear = Linear("block.expert", nn.Linear(4, 2))
     collector = HessianCollector([linear])
-    with collector.batch(samples=2):
+    with collector.batch(samples=2, length=6):
         linear.module(torch.rand(7, 4))
     with (
         pytest.raises(CalibrationError, match=r"inputs of block\.expert .* in calibration samples 2 to 3"),
-        collector.batch(samples=2),
+        collector.batch(samples=2, length=6),
     ):
         linear.module(torch.full((5, 4), torch.nan))
 
@@ -144,7 +186,7 @@ def test_low_precision_inputs_are_accumulated_in_more() -> None:
     linear = Linear("x", nn.Linear(1, 1, bias=False, dtype=torch.bfloat16))
     collector = HessianCollector([linear])
     for _ in range(10):
-        with collector.batch(samples=1), torch.no_grad():
+        with collector.batch(samples=1, length=1000), torch.no_grad():
             linear.module(torch.ones(1000, 1, dtype=torch.bfloat16))
     ((hessian, _),) = collector.finish(0.01)
     assert hessian is not None
@@ -162,7 +204,7 @@ def test_linear_that_is_never_called_has_none() -> None:
 def test_linear_that_is_given_no_token_has_none() -> None:
     linear = Linear("x", nn.Linear(4, 2))
     collector = HessianCollector([linear])
-    with collector.batch(samples=1):
+    with collector.batch(samples=1, length=2):
         linear.module(torch.zeros(0, 4))
     ((hessian, _),) = collector.finish(0.01)
     assert hessian is None
@@ -171,7 +213,7 @@ def test_linear_that_is_given_no_token_has_none() -> None:
 def test_linear_that_is_called_twice_sees_all_its_tokens() -> None:
     linear = Linear("x", nn.Linear(2, 2))
     collector = HessianCollector([linear])
-    with collector.batch(samples=1):
+    with collector.batch(samples=1, length=2):
         linear.module(torch.tensor([[2.0, 0.0]]))
         linear.module(torch.tensor([[0.0, 2.0]]))
     ((hessian, _),) = collector.finish(0.01)

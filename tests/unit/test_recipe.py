@@ -163,6 +163,9 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"damping": -0.1}, "damping must be between 0 and 1, got -0.1"),
     ({"damping": 1.1}, "damping must be between 0 and 1"),
     ({"damping": float("nan")}, "damping must be between 0 and 1"),
+    ({"sink_weight": -0.1}, "sink_weight must be 0 or more, got -0.1"),
+    ({"sink_weight": float("nan")}, "sink_weight must be 0 or more"),
+    ({"sink_weight": float("inf")}, "sink_weight must be 0 or more"),
     ({"num_calibration_samples": 0}, "num_calibration_samples must be at least 1, got 0"),
     ({"max_seq_length": -1}, "max_seq_length must be at least 1"),
     ({"batch_size": 0}, "batch_size must be at least 1"),
@@ -257,3 +260,12 @@ def test_refine() -> None:
         Recipe(refine="swaps", refine_candidates=1)
     with pytest.raises(RecipeError, match="name the sparsity or pattern"):
         Recipe(refine="swaps", selector="external", mask_from="masks.safetensors")
+
+
+def test_published_updates_are_left_as_published() -> None:
+    """The first token of a sequence weighs more where the weights are ours."""
+    assert Recipe(solver="none").used_sink_weight == 0.0
+    assert Recipe().used_sink_weight > 0.0
+    for solver in ("none", "auto"):
+        assert Recipe(solver=solver, sink_weight=0.5).used_sink_weight == 0.5
+        assert Recipe(solver=solver, sink_weight=0).used_sink_weight == 0.0

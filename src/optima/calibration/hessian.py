@@ -1,6 +1,12 @@
 """Accumulate one Hessian for each distinct input of a block's linears, while the block runs forward.
 
-Shapes: T tokens, D inputs.
+*Attention sinks.* Most heads of most language models attend to the first token of a sequence when they have nothing
+better to attend to (Xiao et al., arXiv 2309.17453), whatever that token is, and blocks treat it as no other (massive
+activations: Sun et al., arXiv 2402.17762). An error there reaches every later token, so it may count as more than one
+token (cf. IntactKV, arXiv 2403.01241: it leaves the keys and values of such tokens unquantised). Where every sequence
+begins with BOS, its input is one vector: to keep the outputs that belong to it takes one of the free weights of a row.
+
+Shapes: B sequences, L tokens in a sequence, T tokens, D inputs.
 """
 
 from __future__ import annotations
@@ -19,14 +25,16 @@ from optima.qp.products import gram
 
 
 class HessianAccumulator:
-    """X^T X over the tokens seen so far: float32 products of each batch, summed in float64."""
+    """X^T S X over the tokens seen so far, S their weights: float32 products of each batch, summed in float64."""
 
     def __init__(self) -> None:
         self.sum_DD: Tensor | None = None
-        self.num_tokens = 0
+        self.total_weight = 0.0
 
     def add(self, inputs_TD: Tensor, name: str, first_sample: int, samples: int) -> None:
         """Add the inputs of ``samples`` sequences of equal length, the first of which is number ``first_sample``.
+
+        Each token weighs 1.
 
         Raises:
             CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
@@ -40,13 +48,19 @@ class HessianAccumulator:
             self.sum_DD = product_DD.double()
         else:
             self.sum_DD += product_DD
-        self.num_tokens += inputs_TD.shape[0]
+        self.total_weight += inputs_TD.shape[0]
+
+    def add_weight(self, inputs_TD: Tensor, weight: float) -> None:
+        """Let tokens that were added weigh more, each by ``weight``."""
+        assert self.sum_DD is not None
+        self.sum_DD.add_(gram(inputs_TD.float()), alpha=weight)
+        self.total_weight += weight * inputs_TD.shape[0]
 
     def finish(self, damping: float) -> Hessian:
-        """H = X^T X / T, and the accumulator is empty again."""
+        """H = X^T S X / tr S, and the accumulator is empty again."""
         assert self.sum_DD is not None
-        matrix_DD = self.sum_DD.div_(self.num_tokens)
-        self.sum_DD = None
+        matrix_DD = self.sum_DD.div_(self.total_weight)
+        self.sum_DD, self.total_weight = None, 0.0
         return Hessian(matrix_DD, damping)
 
 
@@ -100,19 +114,32 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
 
 
 class HessianCollector:
-    """Hooks on a block's linears that accumulate one Hessian for each distinct input."""
+    """Hooks on a block's linears that accumulate one Hessian for each distinct input.
 
-    def __init__(self, linears: Sequence[Linear]) -> None:
+    Args:
+        linears: the linears.
+        sink_weight: of the first token of each sequence, relative to all tokens of the sequence together: it counts as
+            ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
+
+    Attributes:
+        without_sinks: names of linears that were given something else than one input a token (the experts of a
+            mixture, say), so that the first tokens could not be told from the others.
+    """
+
+    def __init__(self, linears: Sequence[Linear], sink_weight: float = 0.0) -> None:
+        self.without_sinks: set[str] = set()
         self._linears = linears
+        self._sink_weight = sink_weight
         self._shared = SharedInputs()
         self._accumulators: dict[str, HessianAccumulator] = {}
         self._first_sample = 0
         self._samples = 0
+        self._length = 0
 
     @contextmanager
-    def batch(self, samples: int) -> Iterator[None]:
-        """Observe one forward pass over ``samples`` sequences inside this context."""
-        self._samples = samples
+    def batch(self, samples: int, length: int) -> Iterator[None]:
+        """Observe one forward pass over ``samples`` sequences of ``length`` tokens inside this context."""
+        self._samples, self._length = samples, length
         with ExitStack() as stack:
             for linear in self._linears:
                 handle = linear.module.register_forward_pre_hook(self._hook(linear.name))
@@ -134,6 +161,17 @@ class HessianCollector:
             inputs = args[0]
             if inputs.numel() and self._shared.find(name, inputs) == name:
                 accumulator = self._accumulators.setdefault(name, HessianAccumulator())
-                accumulator.add(inputs.reshape(-1, inputs.shape[-1]), name, self._first_sample, self._samples)
+                inputs_TD = inputs.reshape(-1, inputs.shape[-1])
+                accumulator.add(inputs_TD, name, self._first_sample, self._samples)
+                self._weigh_sinks(accumulator, inputs_TD, name)
 
         return observe
+
+    def _weigh_sinks(self, accumulator: HessianAccumulator, inputs_TD: Tensor, name: str) -> None:
+        extra = self._sink_weight * self._length - 1.0
+        if extra <= 0.0:
+            return
+        if inputs_TD.shape[0] == self._samples * self._length:
+            accumulator.add_weight(inputs_TD[:: self._length], extra)
+        else:
+            self.without_sinks.add(name)
