@@ -91,7 +91,7 @@ class Bench:
         names = ["selector", "pattern", "scope", "refine", "refine_candidates", "solver", "damping", "seed"]
         asked = {name: getattr(recipe, name) for name in [*names, *(["gap"] if recipe.solver != "none" else [])]}
         return asked | {
-            "sink_weight": recipe.used_sink_weight,
+            "sink_weight": recipe.sink_weight,
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
             **evaluation,

@@ -96,13 +96,7 @@ class Recipe:
             )
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown dtype {self.dtype!r}: known dtypes are {', '.join(DTYPES)}")
-        if not 0.0 <= self.damping <= 1.0:
-            raise RecipeError(f"damping must be between 0 and 1, got {self.damping}: for example 0.01")
-        if self.sink_weight is not None and not 0.0 <= self.sink_weight < math.inf:
-            raise RecipeError(f"sink_weight must be 0 or more, got {self.sink_weight}: for example {SINK_WEIGHT}")
-        for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check_calibration()
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
         check_regexes("targets", self.targets)
@@ -114,6 +108,17 @@ class Recipe:
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
         self.make_allocation()
         self._check_refine()
+
+    def _check_calibration(self) -> None:
+        if not 0.0 <= self.damping <= 1.0:
+            raise RecipeError(f"damping must be between 0 and 1, got {self.damping}: for example 0.01")
+        if self.sink_weight is None:
+            object.__setattr__(self, "sink_weight", 0.0 if self.make_solver() is None else SINK_WEIGHT)
+        elif not 0.0 <= self.sink_weight < math.inf:
+            raise RecipeError(f"sink_weight must be 0 or more, got {self.sink_weight}: for example {SINK_WEIGHT}")
+        for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def make_selector(self) -> Selector:
         """The mask selector."""
@@ -140,13 +145,6 @@ class Recipe:
         if not self.refine_candidates:
             return SwapRefinement(PROOF_ROUNDS)
         return SwapRefinement(candidates=self.refine_candidates, most_candidates=self.refine_candidates)
-
-    @property
-    def used_sink_weight(self) -> float:
-        """``sink_weight``, or its default: published updates are left as published."""
-        if self.sink_weight is not None:
-            return self.sink_weight
-        return SINK_WEIGHT if self.make_solver() else 0.0
 
     def make_solver(self) -> RowSolver | None:
         """The row solver, None if the selector's weights are kept."""

@@ -16,7 +16,7 @@ from optima.allocation import LeastError, Owl
 from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import BatchedCholesky, SharedInverseCG
-from optima.recipe import PROOF_ROUNDS, recipe_from_dict
+from optima.recipe import PROOF_ROUNDS, SINK_WEIGHT, recipe_from_dict
 from optima.selectors.swaps import SwapRefinement
 
 FIELDS = [option.name for option in dataclasses.fields(Recipe)]
@@ -263,9 +263,9 @@ def test_refine() -> None:
 
 
 def test_published_updates_are_left_as_published() -> None:
-    """The first token of a sequence weighs more where the weights are ours."""
-    assert Recipe(solver="none").used_sink_weight == 0.0
-    assert Recipe().used_sink_weight > 0.0
+    """The first token of a sequence weighs more only where a solver finds the weights, or if that is asked for."""
+    assert Recipe(solver="none").sink_weight == 0.0
+    assert Recipe().sink_weight == SINK_WEIGHT
     for solver in ("none", "auto"):
-        assert Recipe(solver=solver, sink_weight=0.5).used_sink_weight == 0.5
-        assert Recipe(solver=solver, sink_weight=0).used_sink_weight == 0.0
+        assert Recipe(solver=solver, sink_weight=0.5).sink_weight == 0.5
+        assert Recipe(solver=solver, sink_weight=0).sink_weight == 0.0

@@ -27,7 +27,8 @@ CAST_ALLOWANCE = 1e-5
 Linears = Sequence[LinearRecord]
 
 READING = """\
-How to read it: errors are relative reconstruction errors `||X (V - W)^T||^2 / ||X W^T||^2` on the calibration inputs.
+How to read it: errors are relative reconstruction errors `||X (V - W)^T||^2 / ||X W^T||^2` on the calibration inputs,
+in which the first token of a sequence weighs as much of it as the recipe's *sink_weight* says (0: as any other).
 *mask* keeps the survivors at their dense values, *selector* has the selector's own update, *result* is as written, in
 the checkpoint's dtype; *change* is result against selector. Means are geometric over linears. A row's *gap* is
 a proven bound on how far it lies above the optimum of its damped problem, relative to that optimum, before the cast.
