@@ -238,3 +238,26 @@ def test_a_tensor_changed_in_place_is_another_input() -> None:
     assert shared.find("b", inputs) == "a"
     inputs.mul_(3)
     assert shared.find("c", inputs) == "c"
+
+
+class Routed(nn.Module):
+    """An MLP with an expert that is given some of the tokens."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.mlp, self.expert = mlp, nn.Linear(32, 32)
+
+    def forward(self, hidden_BLD: Tensor) -> Tensor:
+        return self.mlp(hidden_BLD) + nn.functional.pad(self.expert(hidden_BLD[:, 1:]), (0, 0, 1, 0))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "owl"])
+@pytest.mark.parametrize("sink_weight", [None, 0])
+def test_pipeline_says_where_the_sink_weight_does_not_count(allocation: str, sink_weight: float | None) -> None:
+    model = make_llama()
+    model.model.layers[1].mlp = Routed(model.model.layers[1].mlp)
+    report = prune(model, Recipe(allocation=allocation, sink_weight=sink_weight), calibration=make_tokens(4, 64))
+    about = [note for note in report.run.notes if "sink_weight" in note]
+    assert len(about) == (sink_weight is None)
+    assert all("layers.1" in note and "model.layers.1.mlp.expert:" in note for note in about)
+    assert "model.layers.1.mlp.expert" in {linear.name for linear in report.linears}
