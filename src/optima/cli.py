@@ -13,7 +13,7 @@ from rich.markup import escape
 from transformers import HfArgumentParser
 
 from optima.errors import OptimaError
-from optima.recipe import DTYPES, Recipe, load_recipe, recipe_from_dict
+from optima.recipe import DTYPES, Recipe, load_recipe, read_recipe, recipe_from_dict
 
 RECIPE_HELP = "YAML file with any of these options; those given on the command line override it"
 
@@ -91,7 +91,9 @@ def _recipe_defaults(argv: Sequence[str]) -> dict[str, Any]:
     given = finder.parse_known_args(list(argv))[0]
     if given.recipe is None:
         return {}
-    values = load_recipe(given.recipe).to_dict()
+    # Only what the file names: the other defaults may depend on options that override it.
+    named = read_recipe(given.recipe)
+    values = {name: value for name, value in load_recipe(given.recipe).to_dict().items() if name in named}
     # The two ways to say how sparse exclude each other; the command line decides which one counts.
     if given.pattern is not None:
         values["sparsity"] = None

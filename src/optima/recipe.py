@@ -222,6 +222,15 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
     """
+    return recipe_from_dict(read_recipe(path), f"recipe {path}")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML recipe as they stand in the file, unchecked.
+
+    Raises:
+        RecipeError: if the file cannot be read, is not YAML, or holds something else than keys and values.
+    """
     path = Path(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -231,7 +240,7 @@ def load_recipe(path: str | Path) -> Recipe:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} must hold keys and values, such as 'sparsity: 0.5'")
-    return recipe_from_dict(values, f"recipe {path}")
+    return values
 
 
 def _typed(option: dataclasses.Field[Any], value: Any) -> Any:

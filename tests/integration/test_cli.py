@@ -217,6 +217,8 @@ class TestRecipeOnTheCommandLine:
             ({"pattern": ["mlp=2:4", "0.5"]}, ["--sparsity", "0.3"], {"sparsity": 0.3}),
             ({"selector": "magnitude", "solver": "none"}, ["--solver", "cholesky"],
              {"selector": "magnitude", "solver": "cholesky"}),
+            ({"solver": "none", "sink_weight": 0.5}, ["--solver", "cholesky"],
+             {"solver": "cholesky", "sink_weight": 0.5}),
             ({"targets": ["mlp", "q_proj"], "ignore": "up"}, ["--targets", "k_proj"],
              {"targets": ["k_proj"], "ignore": ["up"]}),
             ({"ignore": []}, [], {"ignore": []}),
