@@ -13,7 +13,7 @@ from rich.markup import escape
 from transformers import HfArgumentParser
 
 from optima.errors import OptimaError
-from optima.recipe import DTYPES, Recipe, load_recipe, read_recipe, recipe_from_dict
+from optima.recipe import DTYPES, Recipe, read_recipe, recipe_from_dict
 
 RECIPE_HELP = "YAML file with any of these options; those given on the command line override it"
 
@@ -93,7 +93,8 @@ def _recipe_defaults(argv: Sequence[str]) -> dict[str, Any]:
         return {}
     # Only what the file names: the other defaults may depend on options that override it.
     named = read_recipe(given.recipe)
-    values = {name: value for name, value in load_recipe(given.recipe).to_dict().items() if name in named}
+    checked = recipe_from_dict(named, f"recipe {given.recipe}").to_dict()
+    values = {name: checked[name] for name in named}
     # The two ways to say how sparse exclude each other; the command line decides which one counts.
     if given.pattern is not None:
         values["sparsity"] = None

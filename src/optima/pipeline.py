@@ -183,7 +183,7 @@ class Pruner:
 
     def _note_sinks(self, block: Block, collector: HessianCollector) -> None:
         if collector.without_sinks:
-            names = ", ".join(sorted(collector.without_sinks))
+            names = ", ".join(collector.without_sinks)
             note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
             if note not in self.notes:  # an allocation's survey saw the same
                 self.notes.append(note)

@@ -183,7 +183,7 @@ def test_headroom_ends_below_every_start(dump: Path, pattern: str) -> None:
 def test_sinks_are_kept_better_the_more_they_weigh(accuracy: list[str]) -> None:
     arguments = accuracy[: accuracy.index("--num-calibration-samples")]
     size = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--max-windows", "2"]
-    printed = run("sinks.py", *arguments, *size, "--pattern", "0.5", "--sink-weights", "0", "10", "--threads", "1")
+    printed = run("sinks.py", *arguments, *size, "--pattern", "0.5", "--sink-weights", "0", "10")
     rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ") and "_proj" in line]
     assert len(rows) == 7
     for _, _, _, _, first, others, first_weighed, others_weighed, _ in rows:

@@ -105,7 +105,7 @@ def test_first_tokens_that_cannot_be_told_weigh_as_the_others_and_it_is_said() -
     collector = HessianCollector([linear], sink_weight=1.0)
     with collector.batch(samples=2, length=6):
         linear.module(inputs_TD)
-    assert collector.without_sinks == {"block.expert"}
+    assert collector.without_sinks == ["block.expert"]
     ((hessian, _),) = collector.finish(0.01)
     torch.testing.assert_close(hessian.matrix_DD, inputs_TD.double().mT @ inputs_TD.double() / 7, rtol=1e-5, atol=1e-6)
 
@@ -241,14 +241,15 @@ def test_a_tensor_changed_in_place_is_another_input() -> None:
 
 
 class Routed(nn.Module):
-    """An MLP with an expert that is given some of the tokens."""
+    """An MLP with two linears that are given some of the tokens, the same ones."""
 
     def __init__(self, mlp: nn.Module) -> None:
         super().__init__()
-        self.mlp, self.expert = mlp, nn.Linear(32, 32)
+        self.mlp, self.expert, self.twin = mlp, nn.Linear(32, 32), nn.Linear(32, 32)
 
     def forward(self, hidden_BLD: Tensor) -> Tensor:
-        return self.mlp(hidden_BLD) + nn.functional.pad(self.expert(hidden_BLD[:, 1:]), (0, 0, 1, 0))
+        some_BLD = hidden_BLD[:, 1:]
+        return self.mlp(hidden_BLD) + nn.functional.pad(self.expert(some_BLD) + self.twin(some_BLD), (0, 0, 1, 0))
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "owl"])
@@ -259,5 +260,5 @@ def test_pipeline_says_where_the_sink_weight_does_not_count(allocation: str, sin
     report = prune(model, Recipe(allocation=allocation, sink_weight=sink_weight), calibration=make_tokens(4, 64))
     about = [note for note in report.run.notes if "sink_weight" in note]
     assert len(about) == (sink_weight is None)
-    assert all("layers.1" in note and "model.layers.1.mlp.expert:" in note for note in about)
+    assert all("layers.1" in note and "model.layers.1.mlp.expert, model.layers.1.mlp.twin:" in note for note in about)
     assert "model.layers.1.mlp.expert" in {linear.name for linear in report.linears}

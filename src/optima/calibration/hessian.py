@@ -121,17 +121,14 @@ class HessianCollector:
         sink_weight: of the first token of each sequence, relative to all tokens of the sequence together: it counts as
             ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
 
-    Attributes:
-        without_sinks: names of linears that were given something else than one input a token (the experts of a
-            mixture, say), so that the first tokens could not be told from the others.
     """
 
     def __init__(self, linears: Sequence[Linear], sink_weight: float = 0.0) -> None:
-        self.without_sinks: set[str] = set()
         self._linears = linears
         self._sink_weight = sink_weight
         self._shared = SharedInputs()
         self._accumulators: dict[str, HessianAccumulator] = {}
+        self._leaders_without_sinks: set[str] = set()
         self._first_sample = 0
         self._samples = 0
         self._length = 0
@@ -147,6 +144,15 @@ class HessianCollector:
             yield
         self._first_sample += samples
         self._shared.end_batch()
+
+    @property
+    def without_sinks(self) -> list[str]:
+        """Names of the linears whose first tokens could not be told from the others.
+
+        They were given something else than one input a token: the experts of a mixture, say.
+        """
+        leader = self._shared.leader
+        return [linear.name for linear in self._linears if leader.get(linear.name) in self._leaders_without_sinks]
 
     def finish(self, damping: float) -> Iterator[tuple[Hessian | None, list[Linear]]]:
         """Each distinct input's Hessian with the linears that share it; None for linears that were never called."""
@@ -174,4 +180,4 @@ class HessianCollector:
         if inputs_TD.shape[0] == self._samples * self._length:
             accumulator.add_weight(inputs_TD[:: self._length], extra)
         else:
-            self.without_sinks.add(name)
+            self._leaders_without_sinks.add(name)
