@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
+from optima.allocation import ALLOCATION_NAMES
 from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
@@ -65,6 +66,7 @@ class Bench:
             selector=name,
             pattern=[pattern],
             scope=None if ":" in pattern else options.scope,
+            allocation=options.allocation,
             refine="swaps" if "swaps" in steps else "none",
             solver="auto" if "solve" in steps else "none",
             gap=options.gap,
@@ -83,15 +85,14 @@ class Bench:
             "windows": list(self.windows_NL.shape),
             "evaluation_hash": data_hash(self.windows_NL),
             "tasks": {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in options.tasks.items()},
-            "task_limit": options.task_limit,
+            "task_limit": options.task_limit if options.tasks else None,
         }
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        names = ["selector", "pattern", "scope", "refine", "refine_candidates", "solver", "damping", "seed"]
-        asked = {name: getattr(recipe, name) for name in [*names, *(["gap"] if recipe.solver != "none" else [])]}
-        return asked | {
-            "sink_weight": recipe.sink_weight,
+        names = ["selector", "pattern", "scope", "allocation", "refine", "refine_candidates", "solver"]
+        names += ["damping", "sink_weight", "seed", *(["gap"] if recipe.solver != "none" else [])]
+        return {name: getattr(recipe, name) for name in names} | {
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
             **evaluation,
@@ -157,6 +158,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="sparsities and n:m patterns")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="see above")
     parser.add_argument("--scope", choices=SCOPES, help="of all methods' sparsities (default: as published)")
+    parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of all methods' sparsities")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--sink-weight", type=float, help="of all methods (default: the recipe's)")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
@@ -232,8 +234,11 @@ def known_results(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def find(results: Sequence[dict[str, Any]], bench: Bench, method: str, pattern: str) -> dict[str, Any] | None:
     wanted = plain_values(bench.settings(method, pattern))
+    without_tasks = {"tasks": {}, "task_limit": None}
     for result in results:
-        if result["method"] == method and result["pattern"] == pattern and result["settings"] == wanted:
+        # One that has tasks besides stands for one that has none.
+        settings = result["settings"] | ({} if wanted["tasks"] else without_tasks)
+        if result["method"] == method and result["pattern"] == pattern and settings == wanted:
             return result
     return None
 

@@ -215,7 +215,7 @@ def error_curve(layer: Layer, sparsities: Sequence[float], num_rows: int) -> lis
 def _removal_cost(weight_RD: Tensor, layer: Layer, pattern: Unstructured) -> Tensor:
     """Each row's cost of removing the weights that Wanda prunes, each as if it were the only one; float64."""
     gone_RD = ~top_scores(wanda_score(weight_RD, layer.hessian), pattern) & ~layer.hessian.dead_D
-    return (weight_RD.double().square() / layer.hessian.inverse_DD.diagonal() * gone_RD).sum(dim=1)
+    return (weight_RD.double().square() / layer.hessian.inverse_diagonal_D * gone_RD).sum(dim=1)
 
 
 def _energy(weight_RD: Tensor, layer: Layer) -> Tensor:

@@ -25,7 +25,7 @@ from optima.patterns import Pattern
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
-from optima.selectors.base import needs_gradient
+from optima.selectors.base import Memory, memory_of, needs_gradient
 from optima.selectors.external import External
 
 # Iterations of shared-inverse CG that a typical row takes to a certified gap of 1e-4 (benchmarks/qp.py).
@@ -195,12 +195,13 @@ Groups = list[list[Linear]]
 
 def predict_memory(groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, itemsize: int) -> int:
     """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
-    gradients = needs_gradient(recipe.make_selector())
+    selector = recipe.make_selector()
+    gradients, memory = needs_gradient(selector), memory_of(selector)
 
     def peak(block: Block, own: Groups) -> int:
         held = 4 * sum(linear.weight_OD.numel() for linear in block.linears) if gradients else 0
         backward = _backward_bytes(block, own, recipe, itemsize) if gradients else 0
-        return max(_calibration_bytes(block, own, recipe, itemsize), held + backward, held + _solve_bytes(own))
+        return max(_calibration_bytes(block, own, recipe, itemsize), held + backward, held + _solve_bytes(own, memory))
 
     return max(peak(block, own) for block, own in zip(blocks, groups, strict=True))
 
@@ -260,15 +261,18 @@ def _backward_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int)
     return weights * itemsize + hessians + 2 * recipe.max_seq_length * widths * itemsize
 
 
-def _solve_bytes(groups: Groups) -> int:
-    """Hessians still waiting, the factorisation of one, and the work space of one linear."""
+def _solve_bytes(groups: Groups, memory: Memory) -> int:
+    """Hessians still waiting, the factorisation of one, and the work space of one linear: its selector's, then the
+    solver's.
+    """
     peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
     for group in groups:
         outputs, inputs = max(linear.shape for linear in group)
-        factorisation = inputs**2 * (4 * 8 + 4 + 4)
+        selection = memory.per_square * inputs**2 + (2 * 4 + memory.per_weight) * outputs * inputs
+        factorisation = inputs**2 * (4 * 8 + 4 + 4 + memory.kept_per_square)
         weights = outputs * inputs * (4 * 4 + 1)
         workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
-        peak = max(peak, waiting + factorisation + weights + workspace)
+        peak = max(peak, waiting + selection, waiting + factorisation + weights + workspace)
         waiting -= 8 * inputs**2
     return peak
 

@@ -170,6 +170,9 @@ def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
     for result in json.loads(output.read_text()):
         assert result["tasks"]["piqa"]["items"] == 2
         assert result["tasks"]["piqa"]["acc"] == 0.5  # the same two choices, each the right one once
+    before = output.read_text()
+    run("accuracy.py", *accuracy, "--methods", "magnitude", "--output", str(output), "--resume")
+    assert output.read_text() == before, "results with tasks stand for results without"
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])

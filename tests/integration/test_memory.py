@@ -54,6 +54,8 @@ SIZES = {
     "sparsegpt": {
         "hidden": 512, "intermediate": 1408, "selector": "sparsegpt", "batch": 2, "length": 128, "samples": 4
     },
+    "optima": {"hidden": 512, "intermediate": 2048, "selector": "optima", "batch": 2, "length": 128, "samples": 4},
+    "alps, wide": {"hidden": 256, "intermediate": 2816, "selector": "alps", "batch": 2, "length": 128, "samples": 4},
     "activation-bound": {
         "hidden": 256, "intermediate": 512, "selector": "wanda", "batch": 16, "length": 512, "samples": 16
     },

@@ -266,7 +266,7 @@ def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS | 
     layer = layer_of(weight_OD, inputs_TD)
     first = selector.select(layer, NM(2, 4))
     assert torch.equal(selector.select(layer, NM(2, 4)).keep_OD, first.keep_OD)
-    cache = selector._system if isinstance(selector, ADMM) else selector._eigen
-    assert len(cache._made) == 1  # type: ignore[attr-defined]
+    made = selector._system._made  # type: ignore[attr-defined]
+    assert [len(systems) for systems in made.values()] == [1]
     del layer
-    assert not len(cache._made)  # type: ignore[attr-defined]
+    assert not len(made)

@@ -27,6 +27,7 @@ from optima.qp import (
     solve,
     solve_rows,
 )
+from optima.qp.hessian import COLUMNS
 
 GAP = 1e-9
 Array = NDArray[np.float64]
@@ -149,3 +150,11 @@ def test_the_reference_of_other_tests_agrees_with_clarabel() -> None:
     truth = reference(matrix_DD, 0.01, problem)
     theirs_RD = np.stack([clarabel_row(truth, row) for row in range(10)])
     np.testing.assert_allclose(truth.optimum(), theirs_RD, atol=1e-7)
+
+
+@pytest.mark.parametrize("num_inputs", [0, 1, COLUMNS, COLUMNS + 44])
+def test_the_inverses_diagonal_against_numpy(num_inputs: int) -> None:
+    hessian = Hessian(make_matrix(num_inputs, tokens=max(2 * num_inputs, 1), seed=0), 0.01)
+    diagonal_D = np.diag(np.linalg.inv(hessian.damped_DD.numpy()))
+    np.testing.assert_allclose(hessian.inverse_diagonal_D.numpy(), diagonal_D, rtol=1e-9)
+    assert "inverse_DD" not in vars(hessian), "all of the inverse was made for its diagonal"

@@ -1,6 +1,6 @@
 """The layer Hessian that every row shares, and its one factorisation.
 
-Shapes: D inputs, R rows, K random directions.
+Shapes: D inputs, R rows, K random directions, N inputs from the first of C columns on.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ INDEFINITE = 1e-4
 ASYMMETRIC = 1e-2
 # Cholesky "succeeds" on numerically singular matrices; past this condition the inverse is noise.
 LARGEST_CONDITION = 1e13
+# Columns of the inverse of L that are in memory at once while only the diagonal of K is wanted.
+COLUMNS = 256
 # Side of the tiles in which the triangles are averaged: two of them stay in the cache while one is transposed.
 TILE = 128
 # Float32 iterations lose no digit that refinement cannot restore below this condition.
@@ -177,6 +179,19 @@ class Hessian:
     def inverse_DD(self) -> Tensor:
         """K = (damped H)^-1 in float64: the preconditioner, and the matrix OBS-type selectors work with."""
         return torch.cholesky_inverse(self.factor_DD)
+
+    @cached_property
+    def inverse_diagonal_D(self) -> Tensor:
+        """Diagonal of K, float64: from K if it has been made, else the squared norms of the columns of L^-1."""
+        if "inverse_DD" in vars(self):
+            return self.inverse_DD.diagonal()
+        diagonal_D = torch.empty_like(self.diagonal_D)
+        for begin in range(0, self.num_inputs, COLUMNS):
+            columns = diagonal_D[begin : begin + COLUMNS]
+            below_NN = self.factor_DD[begin:, begin:]
+            identity_NC = torch.eye(len(below_NN), len(columns), dtype=below_NN.dtype, device=self.device)
+            columns.copy_(torch.linalg.solve_triangular(below_NN, identity_NC, upper=False).square_().sum(dim=0))
+        return diagonal_D
 
     @cached_property
     def condition(self) -> float:

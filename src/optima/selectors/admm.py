@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,16 +24,16 @@ from torch import Tensor
 from optima.patterns import Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
-from optima.selectors.base import Layer, Selection
+from optima.selectors.base import Layer, Memory, Selection
 from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
 
 
 class _System(NamedTuple):
-    """What all linears with one Hessian share, in units of a unit diagonal, float64."""
+    """What all linears with one Hessian share, in units of a unit diagonal and the weights' dtype."""
 
     norm_D: Tensor
-    matrix_DD: Tensor
-    inverse_DD: Tensor
+    matrix: SharedMatrix
+    shifted_inverse: SharedMatrix
 
 
 @dataclass(frozen=True)
@@ -52,26 +52,26 @@ class ADMM:
     penalty: float = 1.0
     ridge: float = 0.1
     published_scope: Scope = "layer"
-    _system: Callable[[Hessian], _System] = field(init=False, repr=False, compare=False)
+    memory: ClassVar[Memory] = Memory(per_square=28, per_weight=40, kept_per_square=8)
+    _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_system", PerHessian(self._prepare))
 
-    def _prepare(self, hessian: Hessian) -> _System:
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
         matrix_DD, norm_D = unit_diagonal(hessian.damped(0.0), hessian.dead_D)
         matrix_DD.diagonal().add_(self.ridge)
-        shifted_DD = matrix_DD.clone()
-        shifted_DD.diagonal().add_(self.penalty)
-        return _System(norm_D, matrix_DD, torch.cholesky_inverse(torch.linalg.cholesky(shifted_DD)))
+        matrix = SharedMatrix(matrix_DD.to(dtype, copy=True))
+        matrix_DD.diagonal().add_(self.penalty)
+        inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(matrix_DD))
+        return _System(norm_D.to(dtype), matrix, SharedMatrix(inverse_DD.to(dtype)))
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        norm_D, matrix_DD, inverse_DD = self._system(layer.hessian)
-        dtype = layer.weight_OD.dtype
-        solve = SharedMatrix(inverse_DD.to(dtype))
+        norm_D, matrix, solve = self._system(layer.hessian, layer.weight_OD.dtype)
         # W + U; the dual U starts at zero, and after the projection it is what was cut off.
         sum_OD = scaled_weight(layer, norm_D)
-        target_OD = SharedMatrix(matrix_DD.to(dtype))(sum_OD)
+        target_OD = matrix(sum_OD)
         for iteration in range(self.iterations):
             if iteration < self.gradual_iterations:
                 keep_OD = self._mask(sum_OD.abs(), pattern, iteration + 1)
@@ -79,7 +79,7 @@ class ADMM:
             # Z - U = 2 Z - (Z + U)
             right_OD = torch.add(target_OD, kept_OD, alpha=2.0 * self.penalty).sub_(sum_OD, alpha=self.penalty)
             sum_OD = solve(right_OD).add_(sum_OD.sub_(kept_OD))
-        return Selection(keep_OD, sum_OD * keep_OD / norm_D.to(dtype))
+        return Selection(keep_OD, sum_OD * keep_OD / norm_D)
 
     def _mask(self, score_OD: Tensor, pattern: Pattern, step: int) -> Tensor:
         """The mask of the schedule's ``step``: fewer weights are pruned than in the end, the same way."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,8 @@ from torch import Tensor
 from optima.patterns import Pattern, Scope, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
-from optima.selectors.base import Layer, Selection
-from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.shifted_inverse import Eigen, ShiftedInverse
 from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
 
 # Growth of rho for a change of the support beyond this fraction of the kept weights.
@@ -38,9 +39,18 @@ CHECK_EVERY = 3
 SETTLED_AFTER, SETTLED = 30, 3e-4
 
 
-def prepare(hessian: Hessian) -> Eigen:
-    """The damped H scaled to a unit diagonal, float64."""
-    return eigendecomposition(*unit_diagonal(hessian.damped_DD, hessian.dead_D))
+class _System(NamedTuple):
+    """The damped H scaled to a unit diagonal and its eigendecomposition (made in float64), in the weights' dtype."""
+
+    norm_D: Tensor
+    operator: SharedMatrix
+    eigen: Eigen
+
+
+def _prepare(hessian: Hessian, dtype: torch.dtype) -> _System:
+    matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
+    value_D, vector_DD = torch.linalg.eigh(matrix_DD)
+    return _System(norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), Eigen(value_D.to(dtype), vector_DD.to(dtype)))
 
 
 @dataclass(frozen=True)
@@ -57,23 +67,23 @@ class ALPS:
     max_iterations: int = 300
     cg_iterations: int = 10
     published_scope: Scope = "layer"
-    _eigen: Callable[[Hessian], Eigen] = field(init=False, repr=False, compare=False)
+    memory: ClassVar[Memory] = Memory(per_square=64, per_weight=50, kept_per_square=8)
+    _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_eigen", PerHessian(prepare))
+        object.__setattr__(self, "_system", PerHessian(_prepare))
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        eigen = self._eigen(layer.hessian)
-        dense_OD = scaled_weight(layer, eigen.norm_D)
-        operator = SharedMatrix(eigen.matrix_DD.to(dense_OD.dtype))
+        norm_D, operator, eigen = self._system(layer.hessian, layer.weight_OD.dtype)
+        dense_OD = scaled_weight(layer, norm_D)
         target_OD = operator(dense_OD)
         inverse = ShiftedInverse(eigen, dense_OD, CHECK_EVERY)
         splitting = _Splitting(inverse, target_OD, dense_OD, pattern, self.penalty)
         weight_OD = splitting.run(self.max_iterations)
         keep_OD = top_scores(weight_OD.abs(), pattern)
         weight_OD = conjugate_gradient(operator, target_OD, weight_OD * keep_OD, keep_OD, self.cg_iterations)
-        return Selection(keep_OD, weight_OD / eigen.norm_D.to(weight_OD.dtype))
+        return Selection(keep_OD, weight_OD / norm_D)
 
 
 class _Splitting:

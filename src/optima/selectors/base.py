@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -56,7 +56,8 @@ class Selector(Protocol):
     """Chooses which weights survive. Sees one layer and a pattern: never a model or a file.
 
     A selector that scores with gradients has, beyond this, ``needs_gradient = True`` (see ``NeedsGradient``); one that
-    must know all linears beforehand has ``expect`` (see ``ExpectsTargets``).
+    must know all linears beforehand has ``expect`` (see ``ExpectsTargets``); one that takes much memory has ``memory``
+    (see ``StatesMemory``).
     """
 
     @property
@@ -79,6 +80,37 @@ class NeedsGradient(Protocol):
 def needs_gradient(selector: Selector) -> bool:
     """Whether ``selector`` needs gradients: one that does not say does not."""
     return isinstance(selector, NeedsGradient) and selector.needs_gradient
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Most that a selector has in memory while it selects, in bytes; the Hessian and the weights are not counted.
+
+    Attributes:
+        per_square: for each entry of a D x D matrix, with what it lets the Hessian prepare.
+        per_weight: for each weight.
+        kept_per_square: of ``per_square``, what lives on as long as the Hessian, beside its factorisation.
+    """
+
+    per_square: int
+    per_weight: int
+    kept_per_square: int = 0
+
+
+# Scores and a mask; for a selector that does not say.
+SCORES = Memory(per_square=0, per_weight=12)
+
+
+@runtime_checkable
+class StatesMemory(Protocol):
+    """A selector that says what it takes, so that a plan can count it."""
+
+    memory: ClassVar[Memory]
+
+
+def memory_of(selector: Selector) -> Memory:
+    """What ``selector`` takes: one that does not say is taken to hold scores and a mask."""
+    return selector.memory if isinstance(selector, StatesMemory) else SCORES
 
 
 @dataclass(frozen=True)

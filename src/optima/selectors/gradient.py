@@ -10,10 +10,11 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from optima.errors import RecipeError
 from optima.patterns import Pattern, Scope, top_scores
-from optima.selectors.base import Layer, Selection
+from optima.selectors.base import Layer, Memory, Selection
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Gradient:
 
     alpha: float = 100.0
     published_scope: Scope = "row"
+    memory: ClassVar[Memory] = Memory(per_square=0, per_weight=16)
     needs_gradient: bool = True
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.patterns import NM, Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
-from optima.qp.products import SharedMatrix
-from optima.selectors.base import Layer, Selection
-from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.shifted_inverse import Eigen, ShiftedInverse
 from optima.selectors.unit_diagonal import PerHessian, price_unit, scaled_weight
 
 # Scores of a layer from which a threshold is taken while the mask is still moving.
@@ -38,6 +38,13 @@ SAMPLE = 2**15
 STAGES_PER_THRESHOLD = 2
 # Above this size of a group, passing its scores through comparators is no faster than exact selection.
 LARGEST_COMPARED = 8
+
+
+class _System(NamedTuple):
+    """Units between the two prices, and the eigendecomposition of the damped H in them, in the weights' dtype."""
+
+    unit_D: Tensor
+    eigen: Eigen
 
 
 @dataclass(frozen=True)
@@ -63,21 +70,24 @@ class Optima:
     iterations: int = 3
     theta: float = 0.75
     published_scope: Scope = "row"
-    _eigen: Callable[[Hessian], Eigen] = field(init=False, repr=False, compare=False)
+    memory: ClassVar[Memory] = Memory(per_square=36, per_weight=35, kept_per_square=4)
+    _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_eigen", PerHessian(self._prepare))
+        object.__setattr__(self, "_system", PerHessian(self._prepare))
 
-    def _prepare(self, hessian: Hessian) -> Eigen:
-        """H in units between the two prices, float64."""
-        unit_D = price_unit(hessian, self.theta)
-        return eigendecomposition((hessian.damped_DD / unit_D / unit_D[:, None]), unit_D)
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
+        # In float32 eigenvalues are off by their largest, at most D, times 1e-7: nothing beside rho.
+        unit_D = price_unit(hessian, self.theta).to(dtype)
+        matrix_DD = hessian.damped_DD.to(dtype, copy=True).div_(unit_D).div_(unit_D[:, None])
+        return _System(unit_D, Eigen(*torch.linalg.eigh(matrix_DD)))
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        eigen = self._eigen(layer.hessian)
-        dense_OD = scaled_weight(layer, eigen.norm_D)
-        target_OD = SharedMatrix(eigen.matrix_DD.to(dense_OD.dtype))(dense_OD)
+        hessian, dtype = layer.hessian, layer.weight_OD.dtype
+        unit_D, eigen = self._system(hessian, dtype)
+        dense_OD = scaled_weight(layer, unit_D)
+        target_OD = hessian.operator(dtype)(dense_OD / unit_D).mul_(hessian.mean_diagonal / unit_D)
         inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
         return Selection(self._split(inverse, target_OD, dense_OD, pattern))
 

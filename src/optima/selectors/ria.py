@@ -10,9 +10,10 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from optima.patterns import Pattern, Scope, top_scores
-from optima.selectors.base import Layer, Selection
+from optima.selectors.base import Layer, Memory, Selection
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RIA:
 
     power: float = 0.5
     published_scope: Scope = "layer"
+    memory: ClassVar[Memory] = Memory(per_square=0, per_weight=20)
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""

@@ -8,24 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from optima.qp.products import SharedMatrix, multiply, pack
 
 
 class Eigen(NamedTuple):
-    """The damped H in units of the inputs, H_ij / (n_i n_j), and its eigendecomposition, all in one dtype."""
+    """Eigenvalues and eigenvectors (columns) of the damped H in units of the inputs, in the dtype of the rows."""
 
-    matrix_DD: Tensor
-    norm_D: Tensor
     value_D: Tensor
     vector_DD: Tensor
-
-
-def eigendecomposition(matrix_DD: Tensor, norm_D: Tensor) -> Eigen:
-    """Of ``matrix_DD``, which is H in units ``norm_D`` already."""
-    return Eigen(matrix_DD, norm_D.to(matrix_DD.dtype), *torch.linalg.eigh(matrix_DD))
 
 
 class ShiftedInverse:
@@ -35,14 +27,13 @@ class ShiftedInverse:
     cheaper depends on the shape of the layer.
 
     Args:
-        eigen: of H.
+        eigen: of H, in the dtype of the rows.
         rows_OD: rows as they will be multiplied.
         products: with the same rho, before it changes.
     """
 
     def __init__(self, eigen: Eigen, rows_OD: Tensor, products: int) -> None:
-        self._vector_DD = eigen.vector_DD.to(rows_OD.dtype)
-        self._value_D = eigen.value_D.to(rows_OD.dtype)
+        self._value_D, self._vector_DD = eigen
         self._to_rows = pack(self._vector_DD)
         self._forms = rows_OD.shape[1] <= products * rows_OD.shape[0]
         self._to_eigen = self._to_rows if self._forms else pack(self._vector_DD.mT.contiguous())

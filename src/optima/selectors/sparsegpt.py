@@ -9,12 +9,13 @@ Shapes: O outputs (rows), D inputs, B columns of one block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from optima.patterns import GROUP_SIZE, NM, Pattern, Scope, Unstructured, keep_all_but_lowest, top_scores
-from optima.selectors.base import Layer, Selection
+from optima.selectors.base import Layer, Memory, Selection
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class SparseGPT:
 
     blocksize: int = GROUP_SIZE
     published_scope: Scope = "group"
+    memory: ClassVar[Memory] = Memory(per_square=36, per_weight=14, kept_per_square=8)
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""

@@ -119,7 +119,7 @@ class _System:
         self.unit_DD, self.norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
         self.bordered = torch.zeros(size + 1, size + 1, dtype=dtype, device=hessian.device)
         self.bordered[:size, :size] = self.unit_DD
-        spread_D = (hessian.inverse_DD.diagonal() * self.norm_D.square()).clamp_min(1.0)
+        spread_D = (hessian.inverse_diagonal_D * self.norm_D.square()).clamp_min(1.0)
         self.reach_D = spread_D.sqrt() + (spread_D - 1.0).sqrt()
         self.gain_D = spread_D.sqrt()
         self.width = pattern.m if isinstance(pattern, NM) else None

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from optima.qp.hessian import Hessian
@@ -41,7 +42,7 @@ def price_unit(hessian: Hessian, theta: float = 0.75) -> Tensor:
     between 1 / H_ii (no other input can make up for it) and K_ii (all others do): v^2 u_i^2 is between the two. Adding
     input j gains r_j^2 / d, d what S leaves unexplained of it, between 1 / K_jj and H_jj: r_j^2 / u_j^2 likewise.
     """
-    own_D, left_D = hessian.damped_DD.diagonal(), 1.0 / hessian.inverse_DD.diagonal()
+    own_D, left_D = hessian.damped_DD.diagonal(), 1.0 / hessian.inverse_diagonal_D
     return (own_D.pow(1.0 - theta) * left_D.pow(theta)).sqrt()
 
 
@@ -51,18 +52,19 @@ def scaled_weight(layer: Layer, norm_D: Tensor) -> Tensor:
 
 
 class PerHessian(Generic[T]):
-    """Something made once for all linears that share a Hessian, and dropped with it.
+    """Something made once for all linears that share a Hessian and a dtype, and dropped with the Hessian.
 
     Args:
-        make: builds it; what it returns must not hold the Hessian.
+        make: builds it, in the dtype of the weights; what it returns must not hold the Hessian.
     """
 
-    def __init__(self, make: Callable[[Hessian], T]) -> None:
+    def __init__(self, make: Callable[[Hessian, torch.dtype], T]) -> None:
         self._make = make
-        self._made: WeakKeyDictionary[Hessian, T] = WeakKeyDictionary()
+        self._made: WeakKeyDictionary[Hessian, dict[torch.dtype, T]] = WeakKeyDictionary()
 
-    def __call__(self, hessian: Hessian) -> T:
+    def __call__(self, hessian: Hessian, dtype: torch.dtype) -> T:
         """What belongs to ``hessian``."""
-        if hessian not in self._made:
-            self._made[hessian] = self._make(hessian)
-        return self._made[hessian]
+        made = self._made.setdefault(hessian, {})
+        if dtype not in made:
+            made[dtype] = self._make(hessian, dtype)
+        return made[dtype]
