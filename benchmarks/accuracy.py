@@ -7,6 +7,7 @@ with +swaps+solve (the mask refined by swaps before). Each is measured on a fres
 
 A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
 places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
+--known-only runs nothing at all: it prints the tables of the results at hand.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def main() -> None:
         results = known_results(options)
         bench = make_bench(options)
         runs = [(DENSE, "-"), *((method, pattern) for pattern in options.patterns for method in options.methods)]
-        for method, pattern in runs:
+        for method, pattern in [] if options.known_only else runs:
             if find(results, bench, method, pattern) is None:
                 results.append(plain_values(bench.run(method, pattern)))
                 print(json.dumps(results[-1]), flush=True)
@@ -174,6 +175,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the results as JSON after every run")
     parser.add_argument("--resume", nargs="*", type=Path, metavar="FILE", help="keep the results of --output and these")
+    parser.add_argument("--known-only", action="store_true", help="run nothing; print what --resume finds")
     return parser
 
 

@@ -173,6 +173,9 @@ def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
     before = output.read_text()
     run("accuracy.py", *accuracy, "--methods", "magnitude", "--output", str(output), "--resume")
     assert output.read_text() == before, "results with tasks stand for results without"
+    known = run("accuracy.py", *accuracy, "--methods", "wanda", "magnitude", "--resume", str(output), "--known-only")
+    assert "| wanda |  |  |" in known
+    assert output.read_text() == before
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
