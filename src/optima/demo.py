@@ -39,7 +39,7 @@ def run_demo(output_dir: Path, console: Console) -> None:
     console.print(f"calibrating on {tokens.numel():,} tokens of the Python documentation, evaluating on other pages\n")
 
     rows = [("dense", perplexity(model, windows, device=device), "-", "-")]
-    for name, solver in (("Wanda", "none"), ("Wanda + OPTIMA", "shared-inverse-cg")):
+    for name, solver in (("Wanda", "none"), ("Wanda + OPTIMA", "auto")):
         console.print(f"pruning to 50%: {name}")
         sparse = copy.deepcopy(model)
         recipe = Recipe(sparsity=0.5, selector="wanda", solver=solver, max_seq_length=LENGTH)

@@ -28,8 +28,10 @@ from optima.recipe import Recipe
 from optima.selectors.base import Memory, memory_of, needs_gradient
 from optima.selectors.external import External
 
-# Iterations of shared-inverse CG that a typical row takes to a certified gap of 1e-4 (benchmarks/qp.py).
+# Iterations that a row takes to a certified gap of 1e-4, at most 22 on average over a linear (benchmarks/qp.py).
 TYPICAL_ITERATIONS = 20
+# Beside the iterations: targets, start and certificate.
+OTHER_PRODUCTS = 4
 SURVEY_NOTE = (
     "allocation {} takes each linear's sparsity from calibration: the same for all is shown, and the operations count "
     "a second pass for the survey"
@@ -285,7 +287,8 @@ def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
     forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
     hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
     sizes = [linear.shape for group in groups for linear in group]
-    products = 0 if recipe.solver == "none" else 2 * TYPICAL_ITERATIONS + 4
+    per_iteration = 2 if recipe.solver == "shared-inverse-cg" else 1
+    products = 0 if recipe.solver == "none" else per_iteration * TYPICAL_ITERATIONS + OTHER_PRODUCTS
     passes = 1 if recipe.allocation == "uniform" else 2
     backward = 1.5 * forward if needs_gradient(recipe.make_selector()) else 0.0
     return (

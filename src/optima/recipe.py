@@ -67,7 +67,7 @@ class Recipe:
         "none", f"improve the selector's mask: {', '.join(REFINEMENTS)} of a kept and a pruned weight"
     )
     refine_candidates: int = _option(64, "weights of a row tried in a round of swaps; 0: as many as a proof takes")
-    solver: str = _option("shared-inverse-cg", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
+    solver: str = _option("auto", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
     damping: float = _option(0.01, "ridge, relative to the mean diagonal of the hessian")

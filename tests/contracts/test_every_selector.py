@@ -11,7 +11,7 @@ from layers import PATTERNS, check_counts, layer_of, make_layer
 from torch import Tensor
 
 from optima.patterns import NM, Pattern, Unstructured
-from optima.qp import Hessian
+from optima.qp import BatchedCholesky, Hessian, solve
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
 from optima.selectors.base import SELECTOR_NAMES, Layer, Selection, Selector
@@ -36,6 +36,8 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "alps": ALPS,
     "optima": Optima,
 }
+# Their many iterations end in one of several masks that are as good.
+MAGNIFY_ROUNDING = ("optima",)
 EXTREMES = [Unstructured(0.01), Unstructured(0.99, "layer")]
 SHAPES = [(7, 32), (32, 8), (3, 40), (1, 8)]
 
@@ -49,6 +51,15 @@ def check(selection: Selection, layer: Layer, pattern: Pattern) -> None:
         assert selection.weight_OD.dtype == layer.weight_OD.dtype
         assert selection.weight_OD.isfinite().all()
         assert not selection.weight_OD[~selection.keep_OD].any()
+
+
+def check_as_good(first_OD: Tensor, second_OD: Tensor, layer: Layer) -> None:
+    assert (first_OD != second_OD).double().mean() < 0.01
+    first, second = (
+        solve(layer.hessian, layer.weight_OD.double(), keep_OD, solver=BatchedCholesky()).error_R.sum()
+        for keep_OD in (first_OD, second_OD)
+    )
+    assert 0.998 < first / second < 1.002
 
 
 def check_same(first: Selection, second: Selection, tolerance: float = 0.0) -> None:
@@ -119,7 +130,10 @@ class TestEverySelector:
         layer = layer_of(weight_OD, inputs_TD)
         single = SELECTORS[name]().select(layer, pattern)
         double = SELECTORS[name]().select(replace(layer, weight_OD=weight_OD.double()), pattern)
-        check_same(single, double, tolerance=1e-4)
+        if name in MAGNIFY_ROUNDING:
+            check_as_good(single.keep_OD, double.keep_OD, layer)
+        else:
+            check_same(single, double, tolerance=1e-4)
 
     @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
     def test_same_input_same_bits_and_nothing_changed(self, name: str, pattern: Pattern) -> None:

@@ -15,7 +15,7 @@ from optima import Recipe, load_recipe
 from optima.allocation import LeastError, Owl
 from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
-from optima.qp import BatchedCholesky, SharedInverseCG
+from optima.qp import Auto, BatchedCholesky
 from optima.recipe import PROOF_ROUNDS, SINK_WEIGHT, recipe_from_dict
 from optima.selectors.swaps import SwapRefinement
 
@@ -41,7 +41,7 @@ class TestYaml:
     @given(
         sparsity=st.none() | st.floats(0.01, 0.99),
         selector=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),
-        solver=st.sampled_from(["shared-inverse-cg", "cholesky", "none"]),
+        solver=st.sampled_from(["auto", "shared-inverse-cg", "cholesky", "none"]),
         gap=st.floats(1e-300, 1.0),
         damping=st.floats(0.0, 1.0),
         dataset=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=3),
@@ -239,7 +239,7 @@ class TestMaking:
         assert Recipe(solver="none").make_solver() is None
         assert isinstance(Recipe(solver="cholesky").make_solver(), BatchedCholesky)
         solver = Recipe(gap=1e-6).make_solver()
-        assert isinstance(solver, SharedInverseCG)
+        assert isinstance(solver, Auto)
         assert solver.gap == 1e-6
 
 

@@ -69,9 +69,9 @@ class Auto:
         return State(hessian)
 
     def solve(self, state: State, problem: RowProblem) -> RowSolution:
-        """See ``RowSolver``; ``solver`` of the solution names the choice and ``note`` the reason."""
+        """See ``RowSolver``; ``solver`` of the solution names the choice and ``reason`` why."""
         if problem.bounded:
-            return _explain(state.solve(Bounded(self.gap), problem), "the weights have bounds")
+            return replace(state.solve(Bounded(self.gap), problem), reason="the weights have bounds")
         # A sum of floats: torch adds booleans an order of magnitude slower.
         kept_R = problem.keep_RD.to(torch.float32).sum(dim=1).double()
         iterative = self._iterative(kept_R, state.hessian.num_inputs)
@@ -80,7 +80,7 @@ class Auto:
         parts = []
         for solver, rows in zip(solvers, ((~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]), strict=True):
             if len(rows) == len(direct_R):
-                return _explain(state.solve(solver, problem), reason)
+                return replace(state.solve(solver, problem), reason=reason)
             parts.append((rows, state.solve(solver, problem.rows(rows))))
         return _merge(parts, reason)
 
@@ -112,10 +112,6 @@ class Auto:
         return chosen_R, f"cholesky for {count} of {total} rows, which keep or prune few weights"
 
 
-def _explain(solution: RowSolution, reason: str) -> RowSolution:
-    return replace(solution, note="; ".join(filter(None, [f"{solution.solver}: {reason}", solution.note])))
-
-
 def _merge(parts: list[tuple[Tensor, RowSolution]], reason: str) -> RowSolution:
     back = torch.cat([rows for rows, _ in parts]).argsort()
     joined = concatenate([solution for _, solution in parts])
@@ -125,6 +121,7 @@ def _merge(parts: list[tuple[Tensor, RowSolution]], reason: str) -> RowSolution:
         joined.gap_R[back],
         joined.status_R[back],
         joined.iterations_R[back],
-        solver="+".join(solution.solver for _, solution in parts),
-        note="; ".join(filter(None, [reason, joined.note])),
+        solver=joined.solver,
+        reason=reason,
+        note=joined.note,
     )

@@ -77,9 +77,10 @@ class RowSolution:
         gap_R: certified bound on the relative suboptimality, float64; see ``optima.qp.certificate``.
         status_R: ``Status`` values, int8.
         iterations_R: iterations spent on each row, int32 (0 for a direct solve).
-        solver: name of the solver that ran.
-        note: what a reader of the report should know: why this solver, where the precision was raised, what had to
-            be halved; empty if nothing.
+        solver: name of the solver that ran; of several, joined by a plus.
+        reason: why this solver, where another might have been chosen; empty if not.
+        note: what a reader of the report should know: where the precision was raised, what had to be halved; empty if
+            nothing.
         chunk_rows: most rows that were solved together.
         halvings: times the chunk was halved because the device ran out of memory.
     """
@@ -90,6 +91,7 @@ class RowSolution:
     status_R: Tensor
     iterations_R: Tensor
     solver: str = ""
+    reason: str = ""
     note: str = ""
     chunk_rows: int = 0
     halvings: int = 0
@@ -103,6 +105,8 @@ def concatenate(parts: list[RowSolution]) -> RowSolution:
     def join(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
+    solvers = dict.fromkeys(name for part in parts for name in part.solver.split("+"))
+    reasons = dict.fromkeys(part.reason for part in parts if part.reason)
     notes = dict.fromkeys(part.note for part in parts if part.note)
     return RowSolution(
         join("weight_RD"),
@@ -110,7 +114,8 @@ def concatenate(parts: list[RowSolution]) -> RowSolution:
         join("gap_R"),
         join("status_R"),
         join("iterations_R"),
-        solver=parts[0].solver,
+        solver="+".join(solvers),
+        reason="; ".join(reasons),
         note="; ".join(notes),
         chunk_rows=max(len(part.gap_R) for part in parts),
     )
