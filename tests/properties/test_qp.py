@@ -41,8 +41,7 @@ SOLVERS: list[RowSolver] = [
     Auto(GAP),
     LowRankCG(GAP),
 ]
-settings.register_profile("qp", derandomize=True, deadline=None, max_examples=60, database=None)
-quick = settings(settings.get_profile("qp"))
+quick = settings(max_examples=60)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ def mean_of(sparsity_N: Tensor, sizes: list[int]) -> float:
     return float(sparsity_N @ size_N / size_N.sum())
 
 
-@settings(deadline=None, derandomize=True)
 @given(sizes=SIZES, mean=SPARSITIES, spread=st.floats(0.0, 2.0), seed=st.integers(0, 99))
 def test_with_mean(sizes: list[int], mean: float, spread: float, seed: int) -> None:
     value_N = spread * random(seed, len(sizes))
@@ -48,7 +47,6 @@ def curves(seed: int, linears: int, grid_P: Tensor, convex: bool) -> Tensor:
     return random(seed, linears, len(grid_P)).cumsum(1)
 
 
-@settings(deadline=None, derandomize=True)
 @given(
     sizes=SIZES,
     share=st.floats(0.0, 1.0),
@@ -72,7 +70,7 @@ def test_least_sum_meets_the_mean_within_the_grid(
     assert (more >= sparsities - rounding).all(), "a higher global sparsity makes no linear denser"
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(1, 1000), min_size=1, max_size=6), share=st.floats(0.0, 1.0), seed=st.integers(0, 99))
 def test_least_sum_is_the_optimum_of_the_linear_program(sizes: list[int], share: float, seed: int) -> None:
     """Minimise the sum of t_l, t_l above every segment of its linear's convex curve, at the asked mean."""
@@ -108,7 +106,7 @@ def interpolate(grid_P: Tensor, curve_P: Tensor, x: float) -> float:
     return float(curve_P[place] + share * (curve_P[place + 1] - curve_P[place]))
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(max_examples=30)
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6),
     mean=st.floats(0.05, 0.95),

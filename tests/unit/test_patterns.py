@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,7 +23,6 @@ def scores(outputs: int, inputs: int, seed: int, distinct: int | None = None) ->
     return torch.randint(distinct, (outputs, inputs), generator=generator).double()
 
 
-@settings(deadline=None)
 @given(
     outputs=SIZES, inputs=SIZES, sparsity=SPARSITIES, seed=st.integers(0, 99), distinct=st.sampled_from([None, 1, 3])
 )
@@ -38,7 +37,6 @@ def test_row_counts_are_exact(outputs: int, inputs: int, sparsity: float, seed: 
         check_highest_are_kept(score_D, keep_D)
 
 
-@settings(deadline=None)
 @given(
     outputs=SIZES, inputs=SIZES, sparsity=SPARSITIES, seed=st.integers(0, 99), distinct=st.sampled_from([None, 1, 3])
 )
@@ -49,7 +47,6 @@ def test_layer_count_is_exact(outputs: int, inputs: int, sparsity: float, seed: 
     check_highest_are_kept(score_OD.flatten(), keep_OD.flatten())
 
 
-@settings(deadline=None)
 @given(
     outputs=SIZES,
     inputs=SIZES,
@@ -90,7 +87,6 @@ def test_rows_of_a_large_linear_add_up(rows: int) -> None:
     assert set(counts_R.tolist()) <= {17_203, 17_204}
 
 
-@settings(deadline=None)
 @given(
     outputs=SIZES,
     groups=st.integers(1, 9),

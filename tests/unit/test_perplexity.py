@@ -102,7 +102,7 @@ class TestValue:
         assert perplexity(model, windows(), batch_size=2) == pytest.approx(expected, rel=1e-5)
         assert warnings() == []  # no fallback
 
-    @settings(deadline=None, max_examples=25)
+    @settings(max_examples=25)
     @given(num_windows=st.integers(1, 4), length=st.integers(2, 12), batch_size=st.integers(1, 5))
     def test_any_shape(self, num_windows: int, length: int, batch_size: int) -> None:
         model, tokens_NL = llama(torch.float64), windows(num_windows, length)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from optima import Recipe, load_recipe
@@ -37,7 +37,6 @@ def refused(tmp_path: Path, text: str) -> str:
 
 
 class TestYaml:
-    @settings(deadline=None)
     @given(
         sparsity=st.none() | st.floats(0.01, 0.99),
         selector=st.sampled_from(["magnitude", "wanda", "sparsegpt"]),

@@ -146,7 +146,7 @@ def test_an_empty_layer() -> None:
     assert refined.keep_OD.shape == (0, 4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 10_000), inputs=st.sampled_from([4, 8, 12]), rank=st.integers(1, 12), log=st.integers(-3, 3))
 def test_any_layer_is_proven_and_never_worse(seed: int, inputs: int, rank: int, log: int) -> None:
     generator = torch.Generator().manual_seed(seed)

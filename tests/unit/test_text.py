@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import LINES, TEMPLATES, make_tokenizer
 from tokenizers import Tokenizer, models, processors
@@ -146,7 +146,6 @@ class TestSpecialTokens:
 
 class TestCalibrationTokens:
     @pytest.mark.parametrize("template", list(TEMPLATES))
-    @settings(deadline=None)
     @given(
         documents=st.lists(st.text(max_size=40), max_size=6),
         num_samples=st.integers(1, 3),
