@@ -77,7 +77,7 @@ class Optima:
         object.__setattr__(self, "_system", PerHessian(self._prepare))
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
-        # In float32 eigenvalues are off by their largest, at most D, times 1e-7: nothing beside rho.
+        # Float32 is off by its precision times the largest eigenvalue (59 .. 1,349 in Gemma 3 270M): little beside rho.
         unit_D = price_unit(hessian, self.theta).to(dtype)
         matrix_DD = hessian.damped_DD.to(dtype, copy=True).div_(unit_D).div_(unit_D[:, None])
         return _System(unit_D, Eigen(*torch.linalg.eigh(matrix_DD)))
