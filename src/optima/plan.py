@@ -25,7 +25,7 @@ from optima.patterns import Pattern
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
-from optima.selectors.base import Memory, memory_of, needs_gradient
+from optima.selectors.base import Cost, cost_of, needs_gradient
 from optima.selectors.external import External
 
 # Iterations that a row takes to a certified gap of 1e-4, at most 22 on average over a linear (benchmarks/qp.py).
@@ -198,12 +198,12 @@ Groups = list[list[Linear]]
 def predict_memory(groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, itemsize: int) -> int:
     """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
     selector = recipe.make_selector()
-    gradients, memory = needs_gradient(selector), memory_of(selector)
+    gradients, cost = needs_gradient(selector), cost_of(selector)
 
     def peak(block: Block, own: Groups) -> int:
         held = 4 * sum(linear.weight_OD.numel() for linear in block.linears) if gradients else 0
         backward = _backward_bytes(block, own, recipe, itemsize) if gradients else 0
-        return max(_calibration_bytes(block, own, recipe, itemsize), held + backward, held + _solve_bytes(own, memory))
+        return max(_calibration_bytes(block, own, recipe, itemsize), held + backward, held + _solve_bytes(own, cost))
 
     return max(peak(block, own) for block, own in zip(blocks, groups, strict=True))
 
@@ -263,15 +263,15 @@ def _backward_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int)
     return weights * itemsize + hessians + 2 * recipe.max_seq_length * widths * itemsize
 
 
-def _solve_bytes(groups: Groups, memory: Memory) -> int:
+def _solve_bytes(groups: Groups, cost: Cost) -> int:
     """Hessians still waiting, the factorisation of one, and the work space of one linear: its selector's, then the
     solver's.
     """
     peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
     for group in groups:
         outputs, inputs = max(linear.shape for linear in group)
-        selection = memory.per_square * inputs**2 + (2 * 4 + memory.per_weight) * outputs * inputs
-        factorisation = inputs**2 * (4 * 8 + 4 + 4 + memory.kept_per_square)
+        selection = cost.per_square * inputs**2 + (2 * 4 + cost.per_weight) * outputs * inputs
+        factorisation = inputs**2 * (4 * 8 + 4 + 4 + cost.kept_per_square)
         weights = outputs * inputs * (4 * 4 + 1)
         workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
         peak = max(peak, waiting + selection, waiting + factorisation + weights + workspace)
@@ -280,17 +280,19 @@ def _solve_bytes(groups: Groups, memory: Memory) -> int:
 
 
 def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
-    """Two forward passes and the Hessians, twice where an allocation surveys them, the solver's products, and a forward
-    and backward pass for gradients.
+    """Two forward passes and the Hessians, twice where an allocation surveys them, the selector's and the solver's
+    products, and a forward and backward pass for gradients.
     """
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
     hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
     sizes = [linear.shape for group in groups for linear in group]
     per_iteration = 2 if recipe.solver == "shared-inverse-cg" else 1
-    products = 0 if recipe.solver == "none" else per_iteration * TYPICAL_ITERATIONS + OTHER_PRODUCTS
+    solve = 0 if recipe.solver == "none" else per_iteration * TYPICAL_ITERATIONS + OTHER_PRODUCTS
+    selector = recipe.make_selector()
+    products = cost_of(selector).products + solve
     passes = 1 if recipe.allocation == "uniform" else 2
-    backward = 1.5 * forward if needs_gradient(recipe.make_selector()) else 0.0
+    backward = 1.5 * forward if needs_gradient(selector) else 0.0
     return (
         backward
         + passes * (forward + hessians)

@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optima.qp.products import ROUND_ROWS
+
 # Rows that are done leave the batch when at most this share of it is still open.
 COMPACT = 0.8
 
@@ -48,7 +50,7 @@ class RowBatch:
                 if count == 0:
                     return
                 if count <= COMPACT * len(self.rows):
-                    self._shrink(going_R)
+                    self._shrink(_rounded(going_R, count))
             self.iterations_R[self.rows] += step().to(torch.int32)
 
     def collect(self) -> tuple[Tensor, ...]:
@@ -65,3 +67,9 @@ class RowBatch:
         self.rows = self.rows[going_R]
         for name in self.row_tensors:
             setattr(self, name, getattr(self, name)[going_R])
+
+
+def _rounded(going_R: Tensor, count: int) -> Tensor:
+    """The ``count`` rows of ``going_R``, and of many the first of the others up to a round number."""
+    spare = -count % ROUND_ROWS
+    return going_R | ((~going_R).cumsum(dim=0) <= spare) if spare and count > ROUND_ROWS else going_R

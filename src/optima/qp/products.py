@@ -25,6 +25,8 @@ SMALLEST_PACKED = 64
 PLAIN_ROWS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # The packed layout depends on how many rows are expected.
 TYPICAL_ROWS = 512
+# oneDNN compiles a product for every number of rows and keeps it, half a MiB each: numbers should repeat.
+ROUND_ROWS = 64
 
 
 class SharedMatrix:
@@ -76,6 +78,8 @@ class SharedFactor:
             solved_RD = torch.linalg.solve_triangular(self._factor_DD.mT, rows_RD, upper=True, left=False).double()
             norm_R: Tensor = torch.linalg.vecdot(solved_RD, solved_RD)
             return norm_R
+        count = len(rows_RD)
+        rows_RD = nn.functional.pad(rows_RD, (0, 0, 0, -count % ROUND_ROWS))
         norm_R = rows_RD.new_zeros(len(rows_RD), dtype=torch.float64)
         for size, inverse, below in self._blocks:
             solved_RB = multiply(rows_RD[:, :size], inverse)
@@ -83,7 +87,7 @@ class SharedFactor:
             if rows_RD.shape[1] > size:
                 product_RD = multiply(solved_RB, below)
                 rows_RD = torch.sub(rows_RD[:, size:], product_RD, out=product_RD)
-        return norm_R
+        return norm_R[:count]
 
 
 def keep_freed_memory() -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 from optima.patterns import Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
-from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.base import Cost, Layer, Selection
 from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
 
 
@@ -52,7 +52,7 @@ class ADMM:
     penalty: float = 1.0
     ridge: float = 0.1
     published_scope: Scope = "layer"
-    memory: ClassVar[Memory] = Memory(per_square=28, per_weight=40, kept_per_square=8)
+    cost: ClassVar[Cost] = Cost(per_square=28, per_weight=40, kept_per_square=8, products=21)
     _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

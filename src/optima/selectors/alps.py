@@ -26,7 +26,7 @@ from torch import Tensor
 from optima.patterns import Pattern, Scope, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
-from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.base import Cost, Layer, Selection
 from optima.selectors.shifted_inverse import Eigen, ShiftedInverse
 from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
 
@@ -67,7 +67,7 @@ class ALPS:
     max_iterations: int = 300
     cg_iterations: int = 10
     published_scope: Scope = "layer"
-    memory: ClassVar[Memory] = Memory(per_square=64, per_weight=50, kept_per_square=8)
+    cost: ClassVar[Cost] = Cost(per_square=64, per_weight=50, kept_per_square=8, products=75)
     _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

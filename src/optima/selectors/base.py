@@ -56,8 +56,8 @@ class Selector(Protocol):
     """Chooses which weights survive. Sees one layer and a pattern: never a model or a file.
 
     A selector that scores with gradients has, beyond this, ``needs_gradient = True`` (see ``NeedsGradient``); one that
-    must know all linears beforehand has ``expect`` (see ``ExpectsTargets``); one that takes much memory has ``memory``
-    (see ``StatesMemory``).
+    must know all linears beforehand has ``expect`` (see ``ExpectsTargets``); one that holds or computes much has
+    ``cost`` (see ``StatesCost``).
     """
 
     @property
@@ -83,34 +83,36 @@ def needs_gradient(selector: Selector) -> bool:
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Most that a selector has in memory while it selects, in bytes; the Hessian and the weights are not counted.
+class Cost:
+    """What a selector takes: most bytes at a time, without the Hessian's own and the weights', and operations.
 
     Attributes:
-        per_square: for each entry of a D x D matrix, with what it lets the Hessian prepare.
-        per_weight: for each weight.
+        per_square: bytes for each entry of a D x D matrix, with what it lets the Hessian prepare.
+        per_weight: bytes for each weight.
         kept_per_square: of ``per_square``, what lives on as long as the Hessian, beside its factorisation.
+        products: of the weights with a D x D matrix, typically.
     """
 
     per_square: int
     per_weight: int
     kept_per_square: int = 0
+    products: int = 0
 
 
 # Scores and a mask; for a selector that does not say.
-SCORES = Memory(per_square=0, per_weight=12)
+SCORES = Cost(per_square=0, per_weight=12)
 
 
 @runtime_checkable
-class StatesMemory(Protocol):
+class StatesCost(Protocol):
     """A selector that says what it takes, so that a plan can count it."""
 
-    memory: ClassVar[Memory]
+    cost: ClassVar[Cost]
 
 
-def memory_of(selector: Selector) -> Memory:
+def cost_of(selector: Selector) -> Cost:
     """What ``selector`` takes: one that does not say is taken to hold scores and a mask."""
-    return selector.memory if isinstance(selector, StatesMemory) else SCORES
+    return selector.cost if isinstance(selector, StatesCost) else SCORES
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from optima.errors import RecipeError
 from optima.patterns import Pattern, Scope, top_scores
-from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.base import Cost, Layer, Selection
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Gradient:
 
     alpha: float = 100.0
     published_scope: Scope = "row"
-    memory: ClassVar[Memory] = Memory(per_square=0, per_weight=16)
+    cost: ClassVar[Cost] = Cost(per_square=0, per_weight=16)
     needs_gradient: bool = True
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from optima.patterns import NM, Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
-from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.base import Cost, Layer, Selection
 from optima.selectors.shifted_inverse import Eigen, ShiftedInverse
 from optima.selectors.unit_diagonal import PerHessian, price_unit, scaled_weight
 
@@ -70,7 +70,7 @@ class Optima:
     iterations: int = 3
     theta: float = 0.75
     published_scope: Scope = "row"
-    memory: ClassVar[Memory] = Memory(per_square=36, per_weight=35, kept_per_square=4)
+    cost: ClassVar[Cost] = Cost(per_square=36, per_weight=35, kept_per_square=4, products=61)
     _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

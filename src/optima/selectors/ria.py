@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optima.patterns import Pattern, Scope, top_scores
-from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.base import Cost, Layer, Selection
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class RIA:
 
     power: float = 0.5
     published_scope: Scope = "layer"
-    memory: ClassVar[Memory] = Memory(per_square=0, per_weight=20)
+    cost: ClassVar[Cost] = Cost(per_square=0, per_weight=20)
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""

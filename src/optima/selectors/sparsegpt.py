@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optima.patterns import GROUP_SIZE, NM, Pattern, Scope, Unstructured, keep_all_but_lowest, top_scores
-from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.base import Cost, Layer, Selection
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SparseGPT:
 
     blocksize: int = GROUP_SIZE
     published_scope: Scope = "group"
-    memory: ClassVar[Memory] = Memory(per_square=36, per_weight=14, kept_per_square=8)
+    cost: ClassVar[Cost] = Cost(per_square=36, per_weight=14, kept_per_square=8, products=1)
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""

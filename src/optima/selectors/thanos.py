@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from optima.patterns import NM, Pattern, Scope, Unstructured, keep_all_but_lowest, top_scores
-from optima.selectors.base import Layer, Memory, Selection
+from optima.selectors.base import Cost, Layer, Selection
 
 # Work space of the batched systems; on a CPU they stay in the cache, which takes two thirds of the time away.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
@@ -42,7 +42,7 @@ class Thanos:
     nm_blocksize: int = 512
     outlier_rows: float = 0.0
     published_scope: Scope = "layer"
-    memory: ClassVar[Memory] = Memory(per_square=45, per_weight=30, kept_per_square=8)
+    cost: ClassVar[Cost] = Cost(per_square=45, per_weight=30, kept_per_square=8, products=1)
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
