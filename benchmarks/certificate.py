@@ -183,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=150_000, help="generated rows; each is checked at two points")
     parser.add_argument("--batch", type=int, default=400, help="rows that share a hessian")
-    parser.add_argument("--solver", default="shared-inverse-cg", choices=SOLVERS, help="whose certificates")
+    parser.add_argument("--solver", default="auto", choices=SOLVERS, help="whose certificates")
     parser.add_argument("--spectra", nargs="+", default=SPECTRA, choices=SPECTRA, help="kinds of generated hessians")
     parser.add_argument("--dump-dir", type=Path, help="real layers, one safetensors file per linear")
     parser.add_argument("--match", default="", help="regex on the names of dumped layers")

@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> list[Claim]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", default="full", choices=SHRINK)
-    parser.add_argument("--solver", default="shared-inverse-cg", choices=SOLVERS)
+    parser.add_argument("--solver", default="auto", choices=SOLVERS)
     parser.add_argument("--gap", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")

@@ -270,8 +270,10 @@ def _solve_bytes(groups: Groups, cost: Cost) -> int:
     peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
     for group in groups:
         outputs, inputs = max(linear.shape for linear in group)
-        selection = cost.per_square * inputs**2 + (2 * 4 + cost.per_weight) * outputs * inputs
         factorisation = inputs**2 * (4 * 8 + 4 + 4 + cost.kept_per_square)
+        # The second linear of a group finds what the first one's solver has left.
+        squares = max(cost.per_square * inputs**2, factorisation if len(group) > 1 else 0)
+        selection = squares + outputs * inputs * (2 * 4 + cost.per_weight)
         weights = outputs * inputs * (4 * 4 + 1)
         workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
         peak = max(peak, waiting + selection, waiting + factorisation + weights + workspace)
@@ -287,10 +289,8 @@ def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
     forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
     hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
     sizes = [linear.shape for group in groups for linear in group]
-    per_iteration = 2 if recipe.solver == "shared-inverse-cg" else 1
-    solve = 0 if recipe.solver == "none" else per_iteration * TYPICAL_ITERATIONS + OTHER_PRODUCTS
     selector = recipe.make_selector()
-    products = cost_of(selector).products + solve
+    products = cost_of(selector).products + _solver_products(recipe)
     passes = 1 if recipe.allocation == "uniform" else 2
     backward = 1.5 * forward if needs_gradient(selector) else 0.0
     return (
@@ -298,3 +298,11 @@ def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
         + passes * (forward + hessians)
         + sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
     )
+
+
+def _solver_products(recipe: Recipe) -> int:
+    """Products of a row with a D x D matrix, typically."""
+    if recipe.solver in ("none", "cholesky"):
+        return 0 if recipe.solver == "none" else OTHER_PRODUCTS
+    one = recipe.solver == "low-rank-cg" or (recipe.solver == "auto" and recipe.max_change is None)
+    return (1 if one else 2) * TYPICAL_ITERATIONS + OTHER_PRODUCTS

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from optima.calibration.activations import capture_block_inputs
 from optima.errors import ModelError
 from optima.models.blocks import find_blocks
 from optima.models.source import find_source
-from optima.plan import make_plan
+from optima.plan import Plan, make_plan
 
 VOCAB = 101
 SMALL = {"vocab_size": VOCAB, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -169,6 +170,20 @@ def test_plan_needs_no_weights(family: str, tmp_path: Path) -> None:
     assert plan.num_parameters == sum(p.numel() for p in model.parameters())
     planned = {linear.name: linear.shape for block in plan.blocks for linear in block.linears}
     assert planned == {linear.name: linear.shape for block in find_blocks(model) for linear in block.linears}
+
+
+def test_plan_counts_what_is_computed(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+
+    def planned(**options: Any) -> Plan:
+        return make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16, **options))
+
+    solvers = ["none", "cholesky", "low-rank-cg", "shared-inverse-cg"]
+    assert sorted(solvers, key=lambda solver: planned(solver=solver).operations) == solvers
+    assert planned().operations == planned(solver="low-rank-cg").operations
+    assert planned(max_change=0.5).operations == planned(solver="bounded").operations > planned().operations
+    assert planned(selector="optima").operations > planned(selector="sparsegpt").operations > planned().operations
+    assert planned(selector="alps").memory_bytes >= planned(selector="optima").memory_bytes >= planned().memory_bytes
 
 
 @pytest.mark.parametrize("options", [{"selector": "sparsegpt"}, {"selector": "magnitude"}, {"solver": "cholesky"}])

@@ -158,3 +158,5 @@ def test_the_inverses_diagonal_against_numpy(num_inputs: int) -> None:
     diagonal_D = np.diag(np.linalg.inv(hessian.damped_DD.numpy()))
     np.testing.assert_allclose(hessian.inverse_diagonal_D.numpy(), diagonal_D, rtol=1e-9)
     assert "inverse_DD" not in vars(hessian), "all of the inverse was made for its diagonal"
+    inverted = Hessian(hessian.matrix_DD, 0.01)
+    assert torch.equal(inverted.inverse_DD.diagonal(), inverted.inverse_diagonal_D)

@@ -49,8 +49,10 @@ class RowBatch:
                 count = int(going_R.sum())
                 if count == 0:
                     return
-                if count <= COMPACT * len(self.rows):
-                    self._shrink(_rounded(going_R, count))
+                # oneDNN keeps what it compiles for each number of rows: of many rows, a round number stays.
+                spare = -count % ROUND_ROWS if count > ROUND_ROWS else 0
+                if count + spare <= COMPACT * len(self.rows):
+                    self._shrink(going_R | ((~going_R).cumsum(dim=0) <= spare) if spare else going_R)
             self.iterations_R[self.rows] += step().to(torch.int32)
 
     def collect(self) -> tuple[Tensor, ...]:
@@ -67,9 +69,3 @@ class RowBatch:
         self.rows = self.rows[going_R]
         for name in self.row_tensors:
             setattr(self, name, getattr(self, name)[going_R])
-
-
-def _rounded(going_R: Tensor, count: int) -> Tensor:
-    """The ``count`` rows of ``going_R``, and of many the first of the others up to a round number."""
-    spare = -count % ROUND_ROWS
-    return going_R | ((~going_R).cumsum(dim=0) <= spare) if spare and count > ROUND_ROWS else going_R

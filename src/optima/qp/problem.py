@@ -77,8 +77,8 @@ class RowSolution:
         gap_R: certified bound on the relative suboptimality, float64; see ``optima.qp.certificate``.
         status_R: ``Status`` values, int8.
         iterations_R: iterations spent on each row, int32 (0 for a direct solve).
-        solver: name of the solver that ran; of several, joined by a plus.
-        reason: why this solver, where another might have been chosen; empty if not.
+        solver: name of the solver that ran; of several, in alphabetical order, joined by a plus.
+        reason: why this solver, where another might have been chosen, for each chunk of rows; empty if not.
         note: what a reader of the report should know: where the precision was raised, what had to be halved; empty if
             nothing.
         chunk_rows: most rows that were solved together.
@@ -105,7 +105,7 @@ def concatenate(parts: list[RowSolution]) -> RowSolution:
     def join(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
-    solvers = dict.fromkeys(name for part in parts for name in part.solver.split("+"))
+    solvers = sorted({name for part in parts for name in part.solver.split("+")})
     reasons = dict.fromkeys(part.reason for part in parts if part.reason)
     notes = dict.fromkeys(part.note for part in parts if part.note)
     return RowSolution(

@@ -25,7 +25,7 @@ SMALLEST_PACKED = 64
 PLAIN_ROWS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # The packed layout depends on how many rows are expected.
 TYPICAL_ROWS = 512
-# oneDNN compiles a product for every number of rows and keeps it, half a MiB each: numbers should repeat.
+# oneDNN compiles a product for every number of rows and keeps a thousand, half a MiB each: numbers should repeat.
 ROUND_ROWS = 64
 
 
@@ -79,7 +79,8 @@ class SharedFactor:
             norm_R: Tensor = torch.linalg.vecdot(solved_RD, solved_RD)
             return norm_R
         count = len(rows_RD)
-        rows_RD = nn.functional.pad(rows_RD, (0, 0, 0, -count % ROUND_ROWS))
+        if missing := -count % ROUND_ROWS:
+            rows_RD = nn.functional.pad(rows_RD, (0, 0, 0, missing))
         norm_R = rows_RD.new_zeros(len(rows_RD), dtype=torch.float64)
         for size, inverse, below in self._blocks:
             solved_RB = multiply(rows_RD[:, :size], inverse)

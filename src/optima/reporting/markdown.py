@@ -63,7 +63,7 @@ def _headline(report: Report) -> list[str]:
     linears, run = report.linears, report.run
     if not linears:
         return ["**Nothing was pruned.**"]
-    solvers = sorted({linear.solver for linear in linears if _solved(linear)})
+    solvers = sorted({name for linear in linears if _solved(linear) for name in linear.solver.split("+")})
     method = " + ".join([str(run.recipe.get("selector", "unnamed selector")), *solvers])
     patterns = sorted({linear.pattern for linear in linears})
     asked = sorted(linear.sparsity_asked for linear in linears)

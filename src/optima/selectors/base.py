@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -57,7 +57,7 @@ class Selector(Protocol):
 
     A selector that scores with gradients has, beyond this, ``needs_gradient = True`` (see ``NeedsGradient``); one that
     must know all linears beforehand has ``expect`` (see ``ExpectsTargets``); one that holds or computes much has
-    ``cost`` (see ``StatesCost``).
+    ``cost`` (see ``Cost``).
     """
 
     @property
@@ -84,7 +84,7 @@ def needs_gradient(selector: Selector) -> bool:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a selector takes: most bytes at a time, without the Hessian's own and the weights', and operations.
+    """What a selector takes, for a plan: most bytes at a time, without the Hessian and the weights, and operations.
 
     Attributes:
         per_square: bytes for each entry of a D x D matrix, with what it lets the Hessian prepare.
@@ -103,16 +103,10 @@ class Cost:
 SCORES = Cost(per_square=0, per_weight=12)
 
 
-@runtime_checkable
-class StatesCost(Protocol):
-    """A selector that says what it takes, so that a plan can count it."""
-
-    cost: ClassVar[Cost]
-
-
 def cost_of(selector: Selector) -> Cost:
     """What ``selector`` takes: one that does not say is taken to hold scores and a mask."""
-    return selector.cost if isinstance(selector, StatesCost) else SCORES
+    cost = getattr(selector, "cost", None)
+    return cost if isinstance(cost, Cost) else SCORES
 
 
 @dataclass(frozen=True)

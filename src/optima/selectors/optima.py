@@ -28,10 +28,14 @@ from torch import Tensor
 
 from optima.patterns import NM, Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
+from optima.qp.products import scaled
 from optima.selectors.base import Cost, Layer, Selection
 from optima.selectors.shifted_inverse import Eigen, ShiftedInverse
 from optima.selectors.unit_diagonal import PerHessian, price_unit, scaled_weight
 
+# Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
+# little, or they are found in float64, which takes half as much memory again.
+ROUNDING = 0.01
 # Scores of a layer from which a threshold is taken while the mask is still moving.
 SAMPLE = 2**15
 # Stages that share their thresholds: one costs more to find than an iteration.
@@ -77,17 +81,26 @@ class Optima:
         object.__setattr__(self, "_system", PerHessian(self._prepare))
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
-        # Float32 is off by its precision times the largest eigenvalue (59 .. 1,349 in Gemma 3 270M): little beside rho.
-        unit_D = price_unit(hessian, self.theta).to(dtype)
-        matrix_DD = hessian.damped_DD.to(dtype, copy=True).div_(unit_D).div_(unit_D[:, None])
-        return _System(unit_D, Eigen(*torch.linalg.eigh(matrix_DD)))
+        # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
+        unit_D = price_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
+        eigen = self._decompose(hessian, unit_D, dtype)
+        if len(unit_D) and torch.finfo(dtype).eps * float(eigen.value_D[-1]) > ROUNDING * self.first_penalty:
+            value_D, vector_DD = self._decompose(hessian, unit_D, torch.float64)
+            eigen = Eigen(value_D.to(dtype), vector_DD.to(dtype))
+        return _System(unit_D.to(dtype), eigen)
+
+    @staticmethod
+    def _decompose(hessian: Hessian, unit_D: Tensor, dtype: torch.dtype) -> Eigen:
+        unit_D = unit_D.to(dtype)
+        matrix_DD = scaled(hessian.damped_DD, 1.0 / hessian.mean_diagonal, dtype)
+        return Eigen(*torch.linalg.eigh(matrix_DD.div_(unit_D).div_(unit_D[:, None])))
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         hessian, dtype = layer.hessian, layer.weight_OD.dtype
         unit_D, eigen = self._system(hessian, dtype)
         dense_OD = scaled_weight(layer, unit_D)
-        target_OD = hessian.operator(dtype)(dense_OD / unit_D).mul_(hessian.mean_diagonal / unit_D)
+        target_OD = hessian.operator(dtype)(dense_OD / unit_D).div_(unit_D)
         inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
         return Selection(self._split(inverse, target_OD, dense_OD, pattern))
 

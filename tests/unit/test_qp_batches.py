@@ -1,0 +1,72 @@
+"""Rows that leave a batch, rows that are added up in pieces, and which solver rows get.
+
+Shapes: R rows, D inputs.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from qp_reference import make_layer, make_matrix, make_rows
+from torch import Tensor
+
+from optima.qp import Auto, Hessian, make_problem, solve_rows
+from optima.qp.batch import RowBatch
+from optima.qp.products import ROUND_ROWS, SharedFactor
+
+
+class Countdown(RowBatch):
+    """Row r is done after r iterations."""
+
+    row_tensors = ("left", "name")
+    results = ("name",)
+
+    def __init__(self, left_R: Tensor) -> None:
+        super().__init__(len(left_R), left_R.device)
+        self.left, self.name = left_R.clone(), torch.arange(len(left_R))
+        self.sizes: list[int] = []
+
+    def step(self) -> Tensor:
+        self.sizes.append(len(self.rows))
+        self.left -= 1
+        return self.left >= 0
+
+
+def test_many_rows_stay_in_round_numbers_and_come_back_in_order() -> None:
+    count = 3 * ROUND_ROWS + 7
+    left_R = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % 60
+    batch = Countdown(left_R)
+    batch.iterate(lambda: batch.left > 0, batch.step, 1000)
+    (name_R,) = batch.collect()
+    assert torch.equal(name_R, torch.arange(count))
+    assert torch.equal(batch.iterations_R.long(), left_R), "no row stopped early"
+    sizes = list(dict.fromkeys(batch.sizes))
+    assert sizes[0] == count
+    assert all(size % ROUND_ROWS == 0 for size in sizes[1:] if size > ROUND_ROWS), sizes
+    assert all(after <= 0.8 * before for before, after in pairwise(sizes)), "it pays to leave"
+
+
+@pytest.mark.parametrize("rows", [0, 1, ROUND_ROWS - 1, ROUND_ROWS, ROUND_ROWS + 1])
+def test_norms_in_pieces_against_float64(rows: int) -> None:
+    factor_DD = Hessian(make_matrix(300, 600, seed=0)).factor_DD
+    rows_RD = torch.randn(rows, 300, generator=torch.Generator().manual_seed(1))
+    expected_R = torch.linalg.solve_triangular(factor_DD, rows_RD.double().mT, upper=False).square().sum(dim=0)
+    found_R = SharedFactor(factor_DD, 1.0, torch.float32).squared_norm(rows_RD)
+    torch.testing.assert_close(found_R, expected_R, rtol=1e-3, atol=0)
+
+
+def test_auto_names_its_choice_and_says_why() -> None:
+    hessian = Hessian(make_matrix(640, 1280, seed=0))
+    weight_RD, keep_RD = make_rows(80, 640, seed=1)
+    keep_RD[:3] = False
+    keep_RD[:3, :5] = True
+    solution = solve_rows(Auto(), hessian, make_problem(hessian, weight_RD, keep_RD))
+    assert solution.solver == "cholesky+low-rank-cg"
+    assert solution.reason == "cholesky for 3 of 80 rows, which keep or prune few weights"
+    assert not solution.note, "a choice is nothing that a reader of the report must know"
+    hessian, problem, _ = make_layer(4, 24)
+    bound_RD = torch.full_like(problem.target_RD, 10.0) * problem.keep_RD
+    bounded = make_problem(hessian, problem.target_RD, problem.keep_RD, None, -bound_RD, bound_RD)
+    assert solve_rows(Auto(), hessian, bounded).reason == "the weights have bounds"
