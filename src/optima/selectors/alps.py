@@ -27,7 +27,7 @@ from optima.patterns import Pattern, Scope, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import SharedMatrix
 from optima.selectors.base import Cost, Layer, Selection
-from optima.selectors.shifted_inverse import Eigen, ShiftedInverse
+from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
 
 # Growth of rho for a change of the support beyond this fraction of the kept weights.
@@ -49,8 +49,7 @@ class _System(NamedTuple):
 
 def _prepare(hessian: Hessian, dtype: torch.dtype) -> _System:
     matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
-    value_D, vector_DD = torch.linalg.eigh(matrix_DD)
-    return _System(norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), Eigen(value_D.to(dtype), vector_DD.to(dtype)))
+    return _System(norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), eigendecomposition(matrix_DD, dtype))
 
 
 @dataclass(frozen=True)

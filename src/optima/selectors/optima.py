@@ -30,7 +30,7 @@ from optima.patterns import NM, Pattern, Scope, Unstructured, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import scaled
 from optima.selectors.base import Cost, Layer, Selection
-from optima.selectors.shifted_inverse import Eigen, ShiftedInverse
+from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.selectors.unit_diagonal import PerHessian, price_unit, scaled_weight
 
 # Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
@@ -83,17 +83,10 @@ class Optima:
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
         # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
         unit_D = price_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
-        eigen = self._decompose(hessian, unit_D, dtype)
+        eigen = eigendecomposition(_in_units(hessian, unit_D.to(dtype)), dtype)
         if len(unit_D) and torch.finfo(dtype).eps * float(eigen.value_D[-1]) > ROUNDING * self.first_penalty:
-            value_D, vector_DD = self._decompose(hessian, unit_D, torch.float64)
-            eigen = Eigen(value_D.to(dtype), vector_DD.to(dtype))
+            eigen = eigendecomposition(_in_units(hessian, unit_D), dtype)
         return _System(unit_D.to(dtype), eigen)
-
-    @staticmethod
-    def _decompose(hessian: Hessian, unit_D: Tensor, dtype: torch.dtype) -> Eigen:
-        unit_D = unit_D.to(dtype)
-        matrix_DD = scaled(hessian.damped_DD, 1.0 / hessian.mean_diagonal, dtype)
-        return Eigen(*torch.linalg.eigh(matrix_DD.div_(unit_D).div_(unit_D[:, None])))
 
     def select(self, layer: Layer, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -121,6 +114,12 @@ class Optima:
                 torch.mul(sum_OD, keep_OD, out=projection_OD)
                 torch.sub(sum_OD, projection_OD, out=dual_OD)
         return top_scores(sum_OD.abs(), pattern)
+
+
+def _in_units(hessian: Hessian, unit_D: Tensor) -> Tensor:
+    """The damped H over its mean diagonal, in these units and their dtype."""
+    matrix_DD = scaled(hessian.damped_DD, 1.0 / hessian.mean_diagonal, unit_D.dtype)
+    return matrix_DD.div_(unit_D).div_(unit_D[:, None])
 
 
 class RoughMask:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from optima.qp.products import SharedMatrix, multiply, pack
@@ -18,6 +19,12 @@ class Eigen(NamedTuple):
 
     value_D: Tensor
     vector_DD: Tensor
+
+
+def eigendecomposition(matrix_DD: Tensor, dtype: torch.dtype) -> Eigen:
+    """Made in the dtype of ``matrix_DD``, which is H in units of the inputs already, and cast to that of the rows."""
+    value_D, vector_DD = torch.linalg.eigh(matrix_DD)
+    return Eigen(value_D.to(dtype), vector_DD.to(dtype))
 
 
 class ShiftedInverse:
