@@ -110,13 +110,37 @@ def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -
         "--candidates",
         "0",
     )
-    assert printed.count("| alps+swaps |") == 2, "here, and held out"
-    entries = {(entry["method"], entry["pattern"]): entry for entry in json.loads(output.read_text())}
+    assert printed.count("| alps+swaps |") == 3, "here, against no swaps, and held out"
+    entries = {(entry["method"], entry["pattern"]): entry for entry in json.loads(output.read_text())["entries"]}
     for pattern in ("0.5", "2:4"):
         refined = entries["alps+swaps", pattern]
         assert refined["rows_swap_optimal"] == refined["rows"] == 24
         assert refined["error"] <= entries["alps", pattern]["error"] * (1 + 1e-3)
         assert refined["error_held_out"] == pytest.approx(refined["error"]), "the other text is the same here"
+
+
+def test_selectors_goes_on_from_earlier_results_of_the_same_options(dump: Path, tmp_path: Path) -> None:
+    output = tmp_path / "selectors.json"
+    some = ["mask_selectors.py", "--rows", "5", "--patterns", "0.5"]
+    run(*some, "--dump-dir", str(dump), "--output", str(output), "--methods", "wanda")
+    (first,) = json.loads(output.read_text())["entries"]
+    assert first["rows"] == 5
+    more = ["--resume", str(output), "--output", str(output), "--methods", "wanda", "wanda+swaps"]
+    run(*some, "--dump-dir", str(dump), *more)
+    entries = json.loads(output.read_text())["entries"]
+    assert [entry["method"] for entry in entries] == ["wanda", "wanda+swaps"]
+    assert entries[0] == first, "kept, not measured again"
+    assert entries[1]["error"] < first["error"]
+    printed = run(*some, "--resume", str(output), "--known-only", "--methods", "wanda", "wanda+swaps")
+    assert f"| wanda+swaps | {entries[1]['error'] / first['error']:.3f} |" in printed
+    refused = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "mask_selectors.py"), "--resume", str(output), "--known-only"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert refused.returncode == 2
+    assert "--rows 5, not None" in refused.stderr
 
 
 @pytest.fixture
