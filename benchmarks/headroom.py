@@ -25,7 +25,8 @@ from optima.patterns import NM, Pattern, parse_table
 from optima.qp import Hessian
 from optima.selectors.base import Layer, make_selector
 from optima.selectors.exchange import group_width
-from optima.selectors.swaps import SwapRefinement, Tableau, full_tableau
+from optima.selectors.swaps import SwapRefinement, full_tableau
+from optima.selectors.tableau import Tableau
 
 COLUMNS = ("optima", "alps, greedy swaps", "optima, greedy swaps", "annealed")
 REBUILD = 500  # accepted swaps after which rounding has had its time

@@ -25,7 +25,7 @@ from optima.patterns import Pattern
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
-from optima.selectors.base import Cost, cost_of, needs_gradient
+from optima.selectors.base import cost_of, needs_gradient
 from optima.selectors.external import External
 
 # Iterations that a row takes to a certified gap of 1e-4, at most 22 on average over a linear (benchmarks/qp.py).
@@ -160,17 +160,18 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     # A survey carries the dense model's block inputs beside those that pruning starts from.
     surveyed = recipe.allocation != "uniform"
     copies = 2 if surveyed else 1
+    patterns = find_patterns(blocks, recipe)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
     return Plan(
         blocks=blocks,
-        patterns=find_patterns(blocks, recipe),
+        patterns=patterns,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.weight_OD.numel() for block in blocks for linear in block.linears),
         memory_bytes=predict_memory(groups, blocks, recipe, dtype.itemsize),
         block_bytes=block_parameters * dtype.itemsize,
         inputs_bytes=copies * recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
-        operations=sum(_operations(g, block, recipe) for g, block in zip(groups, blocks, strict=True)),
+        operations=sum(_operations(g, block, recipe, patterns) for g, block in zip(groups, blocks, strict=True)),
         notes=uncovered_notes(blocks) + ([SURVEY_NOTE.format(recipe.allocation)] if surveyed else []),
     )
 
@@ -197,13 +198,16 @@ Groups = list[list[Linear]]
 
 def predict_memory(groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, itemsize: int) -> int:
     """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
-    selector = recipe.make_selector()
-    gradients, cost = needs_gradient(selector), cost_of(selector)
+    gradients, patterns = needs_gradient(recipe.make_selector()), find_patterns(blocks, recipe)
 
     def peak(block: Block, own: Groups) -> int:
         held = 4 * sum(linear.weight_OD.numel() for linear in block.linears) if gradients else 0
         backward = _backward_bytes(block, own, recipe, itemsize) if gradients else 0
-        return max(_calibration_bytes(block, own, recipe, itemsize), held + backward, held + _solve_bytes(own, cost))
+        return max(
+            _calibration_bytes(block, own, recipe, itemsize),
+            held + backward,
+            held + _solve_bytes(own, recipe, patterns),
+        )
 
     return max(peak(block, own) for block, own in zip(blocks, groups, strict=True))
 
@@ -263,10 +267,11 @@ def _backward_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int)
     return weights * itemsize + hessians + 2 * recipe.max_seq_length * widths * itemsize
 
 
-def _solve_bytes(groups: Groups, cost: Cost) -> int:
-    """Hessians still waiting, the factorisation of one, and the work space of one linear: its selector's, then the
-    solver's.
+def _solve_bytes(groups: Groups, recipe: Recipe, patterns: dict[str, Pattern]) -> int:
+    """Hessians still waiting, the factorisation of one, and the work space of one linear: its selector's, that of the
+    swaps, then the solver's.
     """
+    cost, refinement = cost_of(recipe.make_selector()), recipe.make_refinement()
     peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
     for group in groups:
         outputs, inputs = max(linear.shape for linear in group)
@@ -276,14 +281,22 @@ def _solve_bytes(groups: Groups, cost: Cost) -> int:
         selection = squares + outputs * inputs * (2 * 4 + cost.per_weight)
         weights = outputs * inputs * (4 * 4 + 1)
         workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
+        if refinement is not None:
+            kept = max(kept_of_row(linear, patterns) for linear in group)
+            workspace += refinement.work_bytes(outputs, inputs, kept)
         peak = max(peak, waiting + selection, waiting + factorisation + weights + workspace)
         waiting -= 8 * inputs**2
     return peak
 
 
-def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
+def kept_of_row(linear: Linear, patterns: dict[str, Pattern]) -> int:
+    """Weights that survive in a row, on average where they are not the same in all."""
+    return round((1.0 - patterns[linear.name].sparsity) * linear.shape[1])
+
+
+def _operations(groups: Groups, block: Block, recipe: Recipe, patterns: dict[str, Pattern]) -> float:
     """Two forward passes and the Hessians, twice where an allocation surveys them, the selector's and the solver's
-    products, and a forward and backward pass for gradients.
+    products, the swaps, and a forward and backward pass for gradients.
     """
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
@@ -293,11 +306,11 @@ def _operations(groups: Groups, block: Block, recipe: Recipe) -> float:
     products = cost_of(selector).products + _solver_products(recipe)
     passes = 1 if recipe.allocation == "uniform" else 2
     backward = 1.5 * forward if needs_gradient(selector) else 0.0
-    return (
-        backward
-        + passes * (forward + hessians)
-        + sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
-    )
+    linears = sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
+    refinement = recipe.make_refinement()
+    if refinement is not None:
+        linears += sum(refinement.operations(*linear.shape, kept_of_row(linear, patterns)) for linear in block.linears)
+    return backward + passes * (forward + hessians) + linears
 
 
 def _solver_products(recipe: Recipe) -> int:

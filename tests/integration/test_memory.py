@@ -23,8 +23,8 @@ config = LlamaConfig(
     num_key_value_heads=4, vocab_size=64, max_position_embeddings=512,
 )
 recipe = Recipe(
-    sparsity=0.5, selector="{selector}", allocation="{allocation}", batch_size={batch}, max_seq_length={length},
-    device="cpu",
+    sparsity=0.5, selector="{selector}", allocation="{allocation}", refine="{refine}", batch_size={batch},
+    max_seq_length={length}, device="cpu",
 )
 # A survey carries block inputs of its own, which the plan counts as such.
 stores = 1 if recipe.allocation == "uniform" else 2
@@ -56,6 +56,10 @@ SIZES = {
     },
     "optima": {"hidden": 512, "intermediate": 2048, "selector": "optima", "batch": 2, "length": 128, "samples": 4},
     "alps, wide": {"hidden": 256, "intermediate": 2816, "selector": "alps", "batch": 2, "length": 128, "samples": 4},
+    "swaps": {
+        "hidden": 128, "intermediate": 1024, "selector": "wanda", "batch": 2, "length": 128, "samples": 4,
+        "refine": "swaps",
+    },
     "activation-bound": {
         "hidden": 256, "intermediate": 512, "selector": "wanda", "batch": 16, "length": 512, "samples": 16
     },
@@ -68,7 +72,7 @@ SIZES = {
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_peak_memory_is_within_the_plan(sizes: dict[str, object]) -> None:
-    script = SCRIPT.format(**{"allocation": "uniform"} | sizes)
+    script = SCRIPT.format(**{"allocation": "uniform", "refine": "none"} | sizes)
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     predicted, measured = map(int, result.stdout.split())
     print(f"predicted {predicted / 2**20:.0f} MiB, measured {measured / 2**20:.0f} MiB")

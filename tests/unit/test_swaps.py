@@ -13,8 +13,10 @@ from torch import Tensor
 
 from optima.patterns import NM, Pattern, Unstructured, top_scores
 from optima.qp import Hessian
+from optima.selectors import swaps
 from optima.selectors.exchange import best_pairs, exchange, group_width
-from optima.selectors.swaps import LEAST_GAIN, SwapRefinement
+from optima.selectors.swaps import SwapRefinement
+from optima.selectors.tableau import LEAST_GAIN
 
 
 def optimal_error(hessian_DD: Tensor, weight_D: Tensor, keep_D: Tensor) -> float:
@@ -61,6 +63,18 @@ def test_proven_rows_have_no_better_swap(pattern: Pattern, candidates: int) -> N
         assert float(refined.error_O[row]) == pytest.approx(error, rel=1e-9)
         neighbour = best_neighbour(hessian, weight_OD[row], refined.keep_OD[row], pattern)
         assert neighbour >= error * (1.0 - 2.0 * LEAST_GAIN[torch.float64])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_rows_priced_in_parts_take_the_same_swaps(pattern: Pattern, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight_OD, inputs_TD = make_layer(12, 40)
+    hessian = hessian_of(inputs_TD)
+    keep_OD = top_scores(weight_OD.abs(), pattern)
+    whole = SwapRefinement(rounds=200).refine(hessian, weight_OD, keep_OD, pattern)
+    monkeypatch.setattr(swaps, "TABLEAU_ENTRIES", 3 * 80 * 80)
+    parts = SwapRefinement(rounds=200).refine(hessian, weight_OD, keep_OD, pattern)
+    assert torch.equal(parts.keep_OD, whole.keep_OD)
+    assert torch.equal(parts.swaps_O, whole.swaps_O)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)

@@ -1,15 +1,10 @@
 """Swap refinement: exchange one kept and one pruned weight of a row for as long as that lowers the row's optimum.
 
-Prices are those of the *re-optimised* weights; SparseSwaps (arXiv 2512.10922) prices swaps with frozen ones. For a row
-with kept set S, optimum v and negative gradient r, let a_i = (H_SS^-1)_ii, c_ij = (H_SS^-1 H_Sj)_i, and d_j the
-variance of input j that S leaves unexplained. Removing i and adding j changes twice the optimal error by exactly
+Prices are those of the *re-optimised* weights (``optima.selectors.tableau``); SparseSwaps (arXiv 2512.10922) prices
+swaps with frozen ones. With v a row's optimum on its mask, r the negative gradient there and K = H^-1, a swap of i for
+j lowers the error only if
 
-    v_i^2 / a_i - (r_j + v_i c_ij / a_i)^2 / (d_j + c_ij^2 / a_i).                          (docs/mathematics.md)
-
-These numbers are one small matrix a row, the principal pivot transform of H on S, restricted to a few candidates; a
-swap is two pivots of it (Tsatsomeros, Principal pivot transforms, 2000). With K = H^-1 a swap lowers the error only if
-
-    |v_i| < |r_j| sqrt(K_jj) (sqrt(K_ii) + sqrt(K_ii - 1 / H_ii)),
+    |v_i| < |r_j| sqrt(K_jj) (sqrt(K_ii) + sqrt(K_ii - 1 / H_ii)),                           (docs/mathematics.md)
 
 so that candidates are ranked by the two sides, and a set that holds every weight which passes the test for some partner
 proves that no swap is left: the row is at a one-swap optimum.
@@ -20,6 +15,7 @@ G groups of an N:M pattern.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -29,15 +25,19 @@ from optima.patterns import NM, Pattern
 from optima.qp.hessian import Hessian
 from optima.qp.products import keep_freed_memory
 from optima.selectors.exchange import exchange, group_width
+from optima.selectors.tableau import Tableau
 from optima.selectors.unit_diagonal import unit_diagonal
 
 # Growth of the number of candidates once those tried leave no swap and prove nothing.
 WIDEN = 4
-# Numbers in the kept-set matrices of one chunk of rows.
+# Numbers in the kept-set matrices of one chunk of rows, and in the tableaus of as many of them as are priced together.
 CHUNK_ENTRIES = 2**25
 LARGEST_CHUNK = 512
-# A swap counts as one if it lowers the row's error by more than this fraction; below, rounding decides.
-LEAST_GAIN = {torch.float32: 1e-5, torch.float64: 1e-9}
+TABLEAU_ENTRIES = 2**23
+# Products of a row with H in an exchange, typically: few rows take all of its rounds.
+EXCHANGE_PRODUCTS = 40
+# Rounds at exact prices that a row takes part in, typically, however many are allowed.
+TYPICAL_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,47 @@ class SwapRefinement:
         system = _System(hessian, dtype, pattern)
         # Rows of similar counts go together, so that little is padded.
         count_O, order_O = keep_OD.sum(dim=1).sort(stable=True)
-        chunk = max(min(CHUNK_ENTRIES // max(int(count_O[-1]), 1) ** 2, LARGEST_CHUNK), 1)
-        parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in order_O.split(chunk)]
+        chunks = order_O.split(_rows_per_chunk(int(count_O[-1])))
+        parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in chunks]
         back_O = order_O.argsort()
         refined = Refined(
             *(torch.cat([getattr(part, entry.name) for part in parts])[back_O] for entry in fields(Refined))
         )
         return replace(refined, swaps_O=refined.swaps_O + swaps_O)
+
+    def work_bytes(self, outputs: int, inputs: int, kept: int) -> int:
+        """Most bytes at a time in float32, without the Hessian's factorisation, the dense weights and the row solver.
+
+        Args:
+            outputs, inputs: of the linear.
+            kept: weights that survive in a row.
+        """
+        rows, tried = min(_rows_per_chunk(kept), outputs), self._tried(inputs)
+        priced = min(_rows_per_tableau(tried, kept), rows)
+        # A matrix, its factor and the triangular solver's copy; then the factor, its columns and the tableaus.
+        solving = 12 * rows * kept**2
+        pricing = 4 * rows * kept**2 + priced * tried * (20 * kept + 24 * tried)
+        exchanging = 40 * outputs * inputs
+        return 12 * inputs**2 + max(exchanging, 12 * outputs * inputs + max(solving, pricing))
+
+    def operations(self, outputs: int, inputs: int, kept: int) -> float:
+        """The exchange's solves, then a factorisation and a tableau in every round, typically."""
+        tried = min(self.candidates, self._tried(inputs))
+        exact = kept**3 / 3.0 + kept**2 * tried + 2.0 * kept * tried**2
+        return outputs * (2.0 * EXCHANGE_PRODUCTS * inputs**2 + min(self.rounds, TYPICAL_ROUNDS) * exact)
+
+    def _tried(self, inputs: int) -> int:
+        """Most columns of a tableau."""
+        most = min(self.most_candidates or inputs, inputs)
+        return most if most < inputs else 2 * inputs
+
+
+def _rows_per_chunk(kept: int) -> int:
+    return max(min(CHUNK_ENTRIES // max(kept, 1) ** 2, LARGEST_CHUNK), 1)
+
+
+def _rows_per_tableau(tried: int, kept: int) -> int:
+    return max(TABLEAU_ENTRIES // (tried * max(tried, kept, 1)), 1)
 
 
 class _System:
@@ -202,6 +236,11 @@ class Optimum:
             return self
         return Optimum(*(getattr(self, entry.name)[rows_A] for entry in fields(self)))
 
+    def split(self, rows: int) -> Iterator[Optimum]:
+        """The same in parts of at most ``rows`` rows."""
+        for part in zip(*(getattr(self, entry.name).split(rows) for entry in fields(self)), strict=True):
+            yield Optimum(*part)
+
 
 def solve(system: _System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
     """By Cholesky of every row's own matrix, with one step of refinement from float64 residuals."""
@@ -248,10 +287,14 @@ def swap(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Te
         could take part in a swap which lowers the error.
     """
     chosen_AB, complete_A = _choose(system, optimum, candidates)
-    tableau = Tableau.of(system, optimum, chosen_AB)
-    swaps_A = tableau.improve(optimum.error_A)
-    keep_AD = torch.nn.functional.pad(optimum.keep_AD, (0, 1)).scatter(1, chosen_AB, tableau.kept_AB)[:, :-1]
-    return keep_AD, swaps_A, complete_A
+    rows = _rows_per_tableau(chosen_AB.shape[1], optimum.index_AN.shape[1])
+    swaps, kept = [], []
+    for part, chosen in zip(optimum.split(rows), chosen_AB.split(rows), strict=True):
+        tableau = tableau_of(system, part, chosen)
+        swaps.append(tableau.improve(part.error_A))
+        kept.append(tableau.kept_AB)
+    keep_AD = torch.nn.functional.pad(optimum.keep_AD, (0, 1)).scatter(1, chosen_AB, torch.cat(kept))[:, :-1]
+    return keep_AD, torch.cat(swaps), complete_A
 
 
 def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor]:
@@ -278,97 +321,31 @@ def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor,
     return chosen, possible_A
 
 
+def tableau_of(system: _System, optimum: Optimum, chosen_AB: Tensor) -> Tableau:
+    """The tableau of the chosen inputs at the optimum of the rows."""
+    pad = torch.nn.functional.pad
+    index_AN = optimum.index_AN
+    kept_AB = pad(optimum.keep_AD, (0, 1)).gather(1, chosen_AB)
+    none_AB = chosen_AB == system.num_inputs
+    unit_ANB = (index_AN[:, :, None] == chosen_AB[:, None, :]).to(system.bordered.dtype)
+    column_ANB = torch.where(
+        kept_AB[:, None, :], unit_ANB, system.bordered[index_AN[:, :, None], chosen_AB[:, None, :]]
+    )
+    solved_ANB = torch.linalg.solve_triangular(optimum.factor_ANN, column_ANB, upper=False)
+    matrix_ABB = solved_ANB.mT @ solved_ANB
+    pruned_ABB = ~kept_AB[:, :, None] & ~kept_AB[:, None, :]
+    own_ABB = system.bordered[chosen_AB[:, :, None], chosen_AB[:, None, :]]
+    matrix_ABB = torch.where(pruned_ABB, own_ABB - matrix_ABB, matrix_ABB)
+    diagonal_AB = matrix_ABB.diagonal(dim1=1, dim2=2)
+    diagonal_AB.clamp_min_(torch.finfo(matrix_ABB.dtype).eps).masked_fill_(none_AB, 1.0)
+    value_AD = torch.where(optimum.keep_AD, optimum.weight_AD, optimum.residual_AD)
+    value_AB = pad(value_AD, (0, 1)).gather(1, chosen_AB).to(matrix_ABB.dtype)
+    return Tableau(matrix_ABB, value_AB, kept_AB, system.group_D[chosen_AB].masked_fill(none_AB, -1))
+
+
 def full_tableau(hessian: Hessian, weight_AD: Tensor, keep_AD: Tensor, pattern: Pattern) -> tuple[Tableau, float]:
     """The tableau of all inputs, float64, and the largest optimal error of the rows, to study what swaps can do."""
     system = _System(hessian, torch.float64, pattern)
     optimum = solve(system, weight_AD.double() * system.norm_D, keep_AD)
     every_AB = torch.arange(system.num_inputs, device=keep_AD.device).expand(len(keep_AD), -1)
-    return Tableau.of(system, optimum, every_AB), float(optimum.error_A.max())
-
-
-@dataclass
-class Tableau:
-    """Principal pivot transform of H on a row's kept set, restricted to candidates.
-
-    Attributes:
-        matrix_ABB: (H_SS^-1) between kept candidates, H_SS^-1 H_SP between kept and pruned ones, and the Schur
-            complement H_PP - H_PS H_SS^-1 H_SP between pruned ones.
-        value_AB: the weight of a kept candidate, the negative gradient of a pruned one.
-        kept_AB: True for candidates that are kept.
-        group_AB: group of each candidate; -1 for "none".
-    """
-
-    matrix_ABB: Tensor
-    value_AB: Tensor
-    kept_AB: Tensor
-    group_AB: Tensor
-
-    @staticmethod
-    def of(system: _System, optimum: Optimum, chosen_AB: Tensor) -> Tableau:
-        """At the optimum of the rows."""
-        pad = torch.nn.functional.pad
-        index_AN = optimum.index_AN
-        kept_AB = pad(optimum.keep_AD, (0, 1)).gather(1, chosen_AB)
-        none_AB = chosen_AB == system.num_inputs
-        unit_ANB = (index_AN[:, :, None] == chosen_AB[:, None, :]).to(system.bordered.dtype)
-        column_ANB = torch.where(
-            kept_AB[:, None, :], unit_ANB, system.bordered[index_AN[:, :, None], chosen_AB[:, None, :]]
-        )
-        solved_ANB = torch.linalg.solve_triangular(optimum.factor_ANN, column_ANB, upper=False)
-        matrix_ABB = solved_ANB.mT @ solved_ANB
-        pruned_ABB = ~kept_AB[:, :, None] & ~kept_AB[:, None, :]
-        own_ABB = system.bordered[chosen_AB[:, :, None], chosen_AB[:, None, :]]
-        matrix_ABB = torch.where(pruned_ABB, own_ABB - matrix_ABB, matrix_ABB)
-        diagonal_AB = matrix_ABB.diagonal(dim1=1, dim2=2)
-        diagonal_AB.clamp_min_(torch.finfo(matrix_ABB.dtype).eps).masked_fill_(none_AB, 1.0)
-        value_AD = torch.where(optimum.keep_AD, optimum.weight_AD, optimum.residual_AD)
-        value_AB = pad(value_AD, (0, 1)).gather(1, chosen_AB).to(matrix_ABB.dtype)
-        return Tableau(matrix_ABB, value_AB, kept_AB, system.group_D[chosen_AB].masked_fill(none_AB, -1))
-
-    def improve(self, error_A: Tensor) -> Tensor:
-        """Make the best swap of every row until none lowers its error by ``LEAST_GAIN``; returns the swaps made."""
-        least_A = 2.0 * LEAST_GAIN[self.matrix_ABB.dtype] * error_A
-        swaps_A = torch.zeros_like(error_A, dtype=torch.int64)
-        part, rows = self, torch.arange(len(error_A), device=error_A.device)
-        for _ in range(self.kept_AB.shape[1]):
-            change_A, out_A, in_A = part.best_swap()
-            going_A = change_A.double() < -least_A[rows]
-            part = Tableau(*(getattr(part, entry.name)[going_A] for entry in fields(part)))
-            rows = rows[going_A]
-            if not len(rows):
-                break
-            part.pivot(out_A[going_A])
-            part.pivot(in_A[going_A])
-            swaps_A[rows] += 1
-            self.kept_AB[rows] = part.kept_AB
-        return swaps_A
-
-    def best_swap(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Change of twice the error, and the candidates that leave and enter, for each row's best swap."""
-        own_AB = self.matrix_ABB.diagonal(dim1=1, dim2=2)
-        share_AB = self.value_AB / own_AB
-        gain_ABB = (self.value_AB[:, None, :] + share_AB[:, :, None] * self.matrix_ABB).square_()
-        gain_ABB /= self.matrix_ABB.square().div_(own_AB[:, :, None]).add_(own_AB[:, None, :])
-        change_ABB = (share_AB * self.value_AB)[:, :, None] - gain_ABB
-        allowed_ABB = self.kept_AB[:, :, None] & ~self.kept_AB[:, None, :]
-        allowed_ABB &= (self.group_AB[:, :, None] == self.group_AB[:, None, :]) & (self.group_AB >= 0)[:, None, :]
-        best = change_ABB.masked_fill_(~allowed_ABB, torch.inf).flatten(1).min(dim=1)
-        size = own_AB.shape[1]
-        return best.values, best.indices // size, best.indices % size
-
-    def pivot(self, chosen_A: Tensor) -> None:
-        """Remove the chosen candidate of each row if it is kept, add it if it is pruned."""
-        rows = torch.arange(len(chosen_A), device=chosen_A.device)
-        column_AB, value_A = self.matrix_ABB[rows, :, chosen_A], self.value_AB[rows, chosen_A]
-        pivot_A, was_kept_A1 = column_AB[rows, chosen_A], self.kept_AB[rows, chosen_A][:, None]
-        other_AB = torch.where(self.kept_AB == was_kept_A1, 0.0, column_AB)
-        scaled_AB2 = torch.stack([-column_AB, 2.0 * other_AB], dim=2) / pivot_A[:, None, None]
-        self.matrix_ABB.baddbmm_(scaled_AB2, torch.stack([column_AB, other_AB], dim=1))
-        gains_AB = torch.where(was_kept_A1 & ~self.kept_AB, column_AB, -column_AB)
-        self.value_AB.addcmul_(gains_AB, (value_A / pivot_A)[:, None])
-        self.value_AB[rows, chosen_A] = value_A / pivot_A
-        new_AB = torch.where(self.kept_AB, -column_AB, column_AB) / pivot_A[:, None]
-        self.matrix_ABB[rows, :, chosen_A] = new_AB
-        self.matrix_ABB[rows, chosen_A, :] = new_AB
-        self.matrix_ABB[rows, chosen_A, chosen_A] = 1.0 / pivot_A
-        self.kept_AB[rows, chosen_A] = ~was_kept_A1[:, 0]
+    return tableau_of(system, optimum, every_AB), float(optimum.error_A.max())

@@ -30,7 +30,7 @@ class UnitDiagonal(NamedTuple):
 def unit_diagonal(matrix_DD: Tensor, dead_D: Tensor) -> UnitDiagonal:
     """Scale a copy of a Hessian (damped or not) to a unit diagonal."""
     norm_D = matrix_DD.diagonal().sqrt().masked_fill(dead_D, 1.0)
-    scaled_DD = matrix_DD / norm_D[:, None] / norm_D
+    scaled_DD = (matrix_DD / norm_D[:, None]).div_(norm_D)
     scaled_DD.diagonal().fill_(1.0)
     return UnitDiagonal(scaled_DD, norm_D)
 
