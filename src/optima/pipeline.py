@@ -100,7 +100,8 @@ class Pruner:
         """One Hessian for each distinct input, with the linears that share it; None for those never reached."""
         if not block.linears:
             return
-        collector = HessianCollector(block.linears, self.recipe.sink_weight or 0.0)
+        assert self.recipe.sink_weight is not None, "a recipe fills in its default"
+        collector = HessianCollector(block.linears, self.recipe.sink_weight)
         for batch, hidden_BLE in enumerate(inputs.hidden):
             with collector.batch(*hidden_BLE.shape[:2]), full_precision():
                 inputs.run(block, batch, self.device)

@@ -96,6 +96,8 @@ class Recipe:
             )
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown dtype {self.dtype!r}: known dtypes are {', '.join(DTYPES)}")
+        if self.sink_weight is None:
+            object.__setattr__(self, "sink_weight", 0.0 if self.make_solver() is None else SINK_WEIGHT)
         self._check_calibration()
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
@@ -112,9 +114,8 @@ class Recipe:
     def _check_calibration(self) -> None:
         if not 0.0 <= self.damping <= 1.0:
             raise RecipeError(f"damping must be between 0 and 1, got {self.damping}: for example 0.01")
-        if self.sink_weight is None:
-            object.__setattr__(self, "sink_weight", 0.0 if self.make_solver() is None else SINK_WEIGHT)
-        elif not 0.0 <= self.sink_weight < math.inf:
+        assert self.sink_weight is not None
+        if not 0.0 <= self.sink_weight < math.inf:
             raise RecipeError(f"sink_weight must be 0 or more, got {self.sink_weight}: for example {SINK_WEIGHT}")
         for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
             if getattr(self, name) < 1:
