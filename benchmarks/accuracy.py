@@ -91,8 +91,9 @@ class Bench:
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        names = ["selector", "pattern", "scope", "allocation", "refine", "refine_candidates", "solver"]
-        names += ["damping", "sink_weight", "seed", *(["gap"] if recipe.solver != "none" else [])]
+        names = ["selector", "pattern", "scope", "allocation", "refine", "solver", "damping", "sink_weight", "seed"]
+        names += ["gap"] if recipe.solver != "none" else []
+        names += ["refine_candidates"] if recipe.refine != "none" else []
         return {name: getattr(recipe, name) for name in names} | {
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),

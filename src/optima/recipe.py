@@ -66,7 +66,7 @@ class Recipe:
     refine: str = _option(
         "none", f"improve the selector's mask: {', '.join(REFINEMENTS)} of a kept and a pruned weight"
     )
-    refine_candidates: int = _option(64, "weights of a row tried in a round of swaps; 0: as many as a proof takes")
+    refine_candidates: int = _option(256, "weights of a row tried in a round of swaps; 0: as many as a proof takes")
     solver: str = _option("auto", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
@@ -134,7 +134,7 @@ class Recipe:
             raise RecipeError(f"unknown refine {self.refine!r}: known ones are {', '.join(REFINEMENTS)}")
         if self.refine_candidates and self.refine_candidates < 2:
             raise RecipeError(
-                f"refine_candidates must be 0 or at least 2, got {self.refine_candidates}: for example 64"
+                f"refine_candidates must be 0 or at least 2, got {self.refine_candidates}: for example 256"
             )
         if self.refine != "none" and self.selector == "external" and self.sparsity is None and not self.pattern:
             raise RecipeError("refine needs to know what pattern to keep: name the sparsity or pattern of the masks")

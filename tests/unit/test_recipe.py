@@ -251,7 +251,7 @@ def test_ready_made_recipes_are_valid() -> None:
 
 def test_refine() -> None:
     assert Recipe().make_refinement() is None
-    assert Recipe(refine="swaps").make_refinement() == SwapRefinement(candidates=64, most_candidates=64)
+    assert Recipe(refine="swaps").make_refinement() == SwapRefinement(candidates=256, most_candidates=256)
     assert Recipe(refine="swaps", refine_candidates=0).make_refinement() == SwapRefinement(PROOF_ROUNDS)
     with pytest.raises(RecipeError, match="known ones are none, swaps"):
         Recipe(refine="swap")
