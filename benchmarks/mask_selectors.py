@@ -73,9 +73,7 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
     parser.add_argument("--scope", choices=["row", "layer"], help="of all methods (default: each one's own)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="selectors, with +swaps for a refined mask")
     parser.add_argument("--rows", type=int, help="evenly spaced rows of a linear to refine, solve and measure")
-    parser.add_argument(
-        "--candidates", type=int, default=256, help="of a row in a round of swaps; 0: prove all rows"
-    )
+    parser.add_argument("--candidates", type=int, default=256, help="of a row in a round of swaps; 0: prove all rows")
     parser.add_argument("--rounds", type=int, default=8, help="most rounds of swaps at exact prices")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=2)
