@@ -9,20 +9,24 @@ then the ratio of errors with and without refinement.
 With --held-out-dir, layers dumped from other text, it also prints the error there of the weights that were fitted here.
 What every row solver needs of a Hessian anyway, its factor and inverse, is made before the clock starts; what a method
 needs beyond that is made once for all linears that share their inputs, as in a run, and is in its seconds.
-Swaps are slow: --rows chooses the mask of the whole linear, then refines, solves and measures some of its rows only.
+Swaps are slow: --rows chooses the mask of the whole linear, then refines, solves and measures some of its rows only,
+and prints no seconds. A cell of fewer linears than the others says of how many, in [].
 --resume FILE keeps what --output wrote under the same options, however it ended, and goes on from there; --known-only
 prints it for the linears that --match names, and needs no layers.
+
+Shapes: O outputs, R measured rows, D inputs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,6 +39,7 @@ from optima.errors import OptimaError, RecipeError
 from optima.patterns import Pattern, parse_table
 from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
+from optima.recipe import PROOF_ROUNDS
 from optima.selectors.base import Layer, Selector, make_selector
 from optima.selectors.swaps import SwapRefinement
 
@@ -58,7 +63,11 @@ class Entry:
     swaps: int = 0
     rows: int = 0
     rows_swap_optimal: int = 0
+    data: str = ""  # see ``fingerprint``
 
+
+# By method, pattern and linear.
+Entries = dict[tuple[str, str, str], Entry]
 
 # Options that decide an entry: files of other ones cannot be resumed.
 DECIDING = ("scope", "rows", "candidates", "rounds", "damping")
@@ -74,84 +83,120 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
     parser.add_argument("--methods", nargs="+", default=METHODS, help="selectors, with +swaps for a refined mask")
     parser.add_argument("--rows", type=int, help="evenly spaced rows of a linear to refine, solve and measure")
     parser.add_argument("--candidates", type=int, default=256, help="of a row in a round of swaps; 0: prove all rows")
-    parser.add_argument("--rounds", type=int, default=8, help="most rounds of swaps at exact prices")
+    parser.add_argument("--rounds", type=int, help="most rounds of swaps at exact prices (default: the recipe's)")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="write the results as JSON, after every group of linears")
     parser.add_argument("--resume", nargs="+", type=Path, default=[], metavar="FILE", help="keep the results of these")
     parser.add_argument("--known-only", action="store_true", help="run nothing; print what --resume finds")
     options = parser.parse_args(arguments)
+    if options.rounds is None:
+        options.rounds = SwapRefinement().rounds if options.candidates else PROOF_ROUNDS
     use_threads(options.threads)
+    if not options.known_only and options.dump_dir is None:
+        parser.error("--dump-dir is needed, but with --known-only")
+    if options.output and options.output.exists() and options.output not in options.resume:
+        parser.error(f"{options.output} exists: go on from it with --resume {options.output}, or name another file")
     try:
         entries = known_entries(options)
+        if not options.known_only:
+            run(entries, options)
     except OptimaError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    if not options.known_only:
-        if options.dump_dir is None:
-            parser.error("--dump-dir is needed, but with --known-only")
-        run(entries, options)
-    tables = [entry for entry in entries if re.search(options.match, entry.linear)]
-    print(f"\n{len({entry.linear for entry in tables})} linears")
-    print_table("error (of ALPS's) / seconds", tables, options)
-    print_refinement(tables, options)
-    there = [replace(entry, error=entry.error_held_out) for entry in tables if entry.error_held_out is not None]
+    asked = [
+        entry
+        for entry in entries.values()
+        if entry.method in options.methods
+        and entry.pattern in options.patterns
+        and re.search(options.match, entry.linear)
+    ]
+    print(f"\n{len({entry.linear for entry in asked})} linears")
+    print_table("error (of ALPS's)", asked, options)
+    print_refinement(asked, options)
+    there = [replace(entry, error=entry.error_held_out) for entry in asked if entry.error_held_out is not None]
     if there:
-        print_table("held-out error (of ALPS's) / seconds", there, options)
-    return entries
+        print_table("held-out error (of ALPS's)", there, options)
+    return list(entries.values())
 
 
-def run(entries: list[Entry], options: argparse.Namespace) -> None:
+def run(entries: Entries, options: argparse.Namespace) -> None:
     """Add what is missing to ``entries``, and write them after every group of linears."""
     swaps = SwapRefinement(options.rounds, options.candidates or 64, options.candidates or None)
-    known = {(entry.method, entry.pattern, entry.linear) for entry in entries}
     cpu = torch.device("cpu")
     other = load_cases(options.held_out_dir, options.match, cpu) if options.held_out_dir else []
-    held_out = {case.name: Hessian(case.hessian_DD, options.damping) for case in other}
+    held_out = {case.name: case for case in other}
     for group in sharing(load_cases(options.dump_dir, options.match, cpu)):
+        data = {case.name: fingerprint(case, held_out.get(case.name)) for case in group}
         for text, method in itertools.product(options.patterns, options.methods):
-            cases = [case for case in group if (method, text, case.name) not in known]
+            cases = [case for case in group if is_missing(entries.get((method, text, case.name)), data[case.name])]
+            if not cases:
+                continue
             name, _, refined = method.partition("+")
             selector = make_selector(name)
             pattern = parse_table([text], options.scope or selector.published_scope).default
             assert pattern is not None
             hessian = Hessian(group[0].hessian_DD, options.damping)
-            if cases:
-                assert hessian.inverse_DD is not None, "made before the clock starts"
+            assert hessian.inverse_DD is not None, "made before the clock starts"
             for case in cases:
                 layer = Layer(case.name, case.weight_OD, hessian)
                 refinement = swaps if refined else None
                 entry, weight_RD, rows_R = measure(method, text, layer, selector, pattern, refinement, options.rows)
                 if case.name in held_out:
-                    error = RelativeError(held_out[case.name], case.weight_OD[rows_R])(weight_RD)
+                    elsewhere = Hessian(held_out[case.name].hessian_DD, options.damping)
+                    error = RelativeError(elsewhere, case.weight_OD[rows_R])(weight_RD)
                     entry = replace(entry, error_held_out=error)
-                entries.append(entry)
+                entries[method, text, case.name] = replace(entry, data=data[case.name])
         print(f"{', '.join(case.name for case in group)}: done", flush=True)
         if options.output:
             save(entries, options)
 
 
-def known_entries(options: argparse.Namespace) -> list[Entry]:
+def fingerprint(case: Case, held_out: Case | None) -> str:
+    """Of the numbers that an entry is measured on."""
+    tensors = [case.hessian_DD, case.weight_OD, *([] if held_out is None else [held_out.hessian_DD])]
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()[:16]
+
+
+def is_missing(entry: Entry | None, data: str) -> bool:
+    """Whether a linear is still to be measured.
+
+    Raises:
+        RecipeError: if it was measured, but on other numbers.
+    """
+    if entry is not None and entry.data != data:
+        raise RecipeError(f"{entry.linear} was measured on another model or other text: leave its file out of --resume")
+    return entry is None
+
+
+def known_entries(options: argparse.Namespace) -> Entries:
     """What earlier runs found.
 
     Raises:
         RecipeError: if one of them had other options.
     """
-    entries: list[Entry] = []
+    entries: Entries = {}
     for file in options.resume:
+        if not file.exists():
+            raise RecipeError(f"{file} does not exist: leave it out of --resume")
         found = json.loads(file.read_text())
         for name in DECIDING:
             if found["options"][name] != getattr(options, name):
                 here = getattr(options, name)
                 raise RecipeError(f"{file} was made with --{name} {found['options'][name]}, not {here}: give the same")
-        entries += [Entry(**entry) for entry in found["entries"]]
+        for values in found["entries"]:
+            entry = Entry(**values)
+            entries[entry.method, entry.pattern, entry.linear] = entry
     return entries
 
 
-def save(entries: Sequence[Entry], options: argparse.Namespace) -> None:
+def save(entries: Entries, options: argparse.Namespace) -> None:
     """Whole or not at all: a run that is cut off while it writes must not lose what the earlier ones found."""
     found = {
         "options": {name: getattr(options, name) for name in DECIDING},
-        "entries": [asdict(entry) for entry in entries],
+        "entries": [asdict(entry) for entry in entries.values()],
     }
     unfinished = options.output.with_name(f".{options.output.name}.unfinished")
     unfinished.write_text(json.dumps(found, indent=1) + "\n")
@@ -194,15 +239,19 @@ def measure(
 
 
 def print_table(title: str, entries: Sequence[Entry], options: argparse.Namespace) -> None:
-    print(f"\n| {title} | " + " | ".join(options.patterns) + " |")
+    every = len({entry.linear for entry in entries})
+    print(f"\n| {title}{'' if options.rows else ' / seconds'} | " + " | ".join(options.patterns) + " |")
     print("| --- |" + " ---: |" * len(options.patterns))
     for method in options.methods:
         cells = []
         for pattern in options.patterns:
-            mean, seconds = summary(entries, method, pattern)
+            errors = errors_of(entries, method, pattern)
             ratio = ratio_of(entries, method, PEER, pattern)
-            of_peer = "" if ratio is None else f" ({ratio:.3f})"
-            cells.append(f"{mean:.5f}{of_peer} / {seconds:.0f} s" if mean else "")
+            cell = f"{geometric_mean(errors.values()):.5f}" if errors else ""
+            cell += "" if ratio is None else f" ({ratio:.3f})"
+            if errors and not options.rows:
+                cell += f" / {seconds_of(entries, method, pattern):.0f} s"
+            cells.append(cell + (f" [{len(errors)}]" if 0 < len(errors) < every else ""))
         print(f"| {method} | " + " | ".join(cells) + " |")
 
 
@@ -227,15 +276,16 @@ def errors_of(entries: Sequence[Entry], method: str, pattern: str) -> dict[str, 
 def ratio_of(entries: Sequence[Entry], method: str, other: str, pattern: str) -> float | None:
     """Geometric mean of one method's errors over another's, on the linears that both were measured on."""
     mine, peer = errors_of(entries, method, pattern), errors_of(entries, other, pattern)
-    logs = [math.log(mine[linear] / peer[linear]) for linear in mine.keys() & peer.keys()]
-    return math.exp(math.fsum(logs) / len(logs)) if logs else None
+    ratios = [mine[linear] / peer[linear] for linear in mine.keys() & peer.keys()]
+    return geometric_mean(ratios) if ratios else None
 
 
-def summary(entries: Sequence[Entry], method: str, pattern: str) -> tuple[float, float]:
-    """Geometric mean of the errors, and the sum of the seconds; zeros where nothing was measured."""
-    logs = [math.log(error) for error in errors_of(entries, method, pattern).values()]
-    seconds = [entry.seconds for entry in entries if entry.method == method and entry.pattern == pattern]
-    return (math.exp(math.fsum(logs) / len(logs)) if logs else 0.0), math.fsum(seconds)
+def geometric_mean(values: Collection[float]) -> float:
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def seconds_of(entries: Sequence[Entry], method: str, pattern: str) -> float:
+    return math.fsum(entry.seconds for entry in entries if entry.method == method and entry.pattern == pattern)
 
 
 if __name__ == "__main__":

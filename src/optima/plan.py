@@ -6,6 +6,7 @@ Shapes: O outputs, D inputs, T tokens.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
 from optima.models.masks import MaskFiles
 from optima.models.source import Source, explain_read_errors, load_config, model_class
-from optima.patterns import Pattern
+from optima.patterns import Pattern, Unstructured
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
@@ -167,7 +168,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         patterns=patterns,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.weight_OD.numel() for block in blocks for linear in block.linears),
-        memory_bytes=predict_memory(groups, blocks, recipe, dtype.itemsize),
+        memory_bytes=predict_memory(groups, blocks, recipe, patterns, dtype.itemsize),
         block_bytes=block_parameters * dtype.itemsize,
         inputs_bytes=copies * recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
@@ -196,9 +197,11 @@ def uncovered_notes(blocks: Sequence[Block]) -> list[str]:
 Groups = list[list[Linear]]
 
 
-def predict_memory(groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, itemsize: int) -> int:
+def predict_memory(
+    groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, patterns: dict[str, Pattern], itemsize: int
+) -> int:
     """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
-    gradients, patterns = needs_gradient(recipe.make_selector()), find_patterns(blocks, recipe)
+    gradients = needs_gradient(recipe.make_selector())
 
     def peak(block: Block, own: Groups) -> int:
         held = 4 * sum(linear.weight_OD.numel() for linear in block.linears) if gradients else 0
@@ -282,16 +285,20 @@ def _solve_bytes(groups: Groups, recipe: Recipe, patterns: dict[str, Pattern]) -
         weights = outputs * inputs * (4 * 4 + 1)
         workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
         if refinement is not None:
-            kept = max(kept_of_row(linear, patterns) for linear in group)
-            workspace += refinement.work_bytes(outputs, inputs, kept)
+            kept = [kept_of_rows(linear, patterns[linear.name]) for linear in group]
+            workspace += max(refinement.work_bytes(outputs, inputs, *counts) for counts in kept)
         peak = max(peak, waiting + selection, waiting + factorisation + weights + workspace)
         waiting -= 8 * inputs**2
     return peak
 
 
-def kept_of_row(linear: Linear, patterns: dict[str, Pattern]) -> int:
-    """Weights that survive in a row, on average where they are not the same in all."""
-    return round((1.0 - patterns[linear.name].sparsity) * linear.shape[1])
+def kept_of_rows(linear: Linear, pattern: Pattern) -> tuple[int, int]:
+    """The least and the most weights that a row can keep."""
+    inputs = linear.shape[1]
+    if isinstance(pattern, Unstructured) and pattern.scope != "row":
+        return 0, inputs
+    kept = (1.0 - pattern.sparsity) * inputs
+    return math.floor(kept), math.ceil(kept)
 
 
 def _operations(groups: Groups, block: Block, recipe: Recipe, patterns: dict[str, Pattern]) -> float:
@@ -309,7 +316,9 @@ def _operations(groups: Groups, block: Block, recipe: Recipe, patterns: dict[str
     linears = sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
     refinement = recipe.make_refinement()
     if refinement is not None:
-        linears += sum(refinement.operations(*linear.shape, kept_of_row(linear, patterns)) for linear in block.linears)
+        for linear in block.linears:
+            kept = round((1.0 - patterns[linear.name].sparsity) * linear.shape[1])
+            linears += refinement.operations(*linear.shape, kept)
     return backward + passes * (forward + hessians) + linears
 
 

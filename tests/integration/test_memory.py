@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optima.calibration.activations import capture_block_inputs
 from optima.memory import PeakMemory
 from optima.pipeline import Pruner
-from optima.plan import check_model, predict_memory, shared_inputs
+from optima.plan import check_model, find_patterns, predict_memory, shared_inputs
 from optima.recipe import Recipe
 from optima.reporting.progress import QuietProgress
 
@@ -31,7 +31,8 @@ stores = 1 if recipe.allocation == "uniform" else 2
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
 blocks = check_model(skeleton, recipe, recipe.max_seq_length)
-predicted = predict_memory(shared_inputs(skeleton, blocks), blocks, recipe, itemsize=4)
+patterns = find_patterns(blocks, recipe)
+predicted = predict_memory(shared_inputs(skeleton, blocks), blocks, recipe, patterns, itemsize=4)
 
 def prune(layers):
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ G groups of an N:M pattern.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -33,11 +33,13 @@ WIDEN = 4
 # Numbers in the kept-set matrices of one chunk of rows, and in the tableaus of as many of them as are priced together.
 CHUNK_ENTRIES = 2**25
 LARGEST_CHUNK = 512
+# Most kept weights of a chunk's rows, relative to the fewest: rows are padded to the former.
+PADDING = 1.25
 TABLEAU_ENTRIES = 2**23
 # Products of a row with H in an exchange, typically: few rows take all of its rounds.
 EXCHANGE_PRODUCTS = 40
-# Rounds at exact prices that a row takes part in, typically, however many are allowed.
-TYPICAL_ROUNDS = 8
+# Rounds at exact prices that a row takes part in, typically: with the first candidates, and with each wider set.
+FIRST_ROUNDS, WIDER_ROUNDS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,8 @@ class SwapRefinement:
             keep_OD, swaps_O = exchange(hessian, weight_OD, keep_OD, pattern)
         dtype = torch.float64 if weight_OD.dtype == torch.float64 else hessian.working_dtype
         system = _System(hessian, dtype, pattern)
-        # Rows of similar counts go together, so that little is padded.
         count_O, order_O = keep_OD.sum(dim=1).sort(stable=True)
-        chunks = order_O.split(_rows_per_chunk(int(count_O[-1])))
+        chunks = order_O.split(chunk_sizes(count_O.tolist()))
         parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in chunks]
         back_O = order_O.argsort()
         refined = Refined(
@@ -99,39 +100,50 @@ class SwapRefinement:
         )
         return replace(refined, swaps_O=refined.swaps_O + swaps_O)
 
-    def work_bytes(self, outputs: int, inputs: int, kept: int) -> int:
+    def work_bytes(self, outputs: int, inputs: int, least_kept: int, most_kept: int) -> int:
         """Most bytes at a time in float32, without the Hessian's factorisation, the dense weights and the row solver.
 
         Args:
             outputs, inputs: of the linear.
-            kept: weights that survive in a row.
+            least_kept, most_kept: weights that survive in a row.
         """
-        rows, tried = min(_rows_per_chunk(kept), outputs), self._tried(inputs)
-        priced = min(_rows_per_tableau(tried, kept), rows)
-        # A matrix, its factor and the triangular solver's copy; then the factor, its columns and the tableaus.
-        solving = 12 * rows * kept**2
-        pricing = 4 * rows * kept**2 + priced * tried * (20 * kept + 24 * tried)
+        half = -(-min(self.most_candidates or 2 * inputs, 2 * inputs) // 2)
+        tried = min(half, most_kept) + min(half, inputs - least_kept)
+        rows = min(max(min(CHUNK_ENTRIES // max(most_kept, 1) ** 2, LARGEST_CHUNK), 1), outputs)
+        priced = min(_rows_per_tableau(tried, most_kept), rows)
+        # A matrix and the indices that gather it, or its factor; then the factor, its columns and the tableaus.
+        solving = 12 * rows * most_kept**2
+        pricing = 4 * rows * most_kept**2 + priced * tried * (20 * most_kept + 24 * tried)
         exchanging = 40 * outputs * inputs
         return 12 * inputs**2 + max(exchanging, 12 * outputs * inputs + max(solving, pricing))
 
     def operations(self, outputs: int, inputs: int, kept: int) -> float:
         """The exchange's solves, then a factorisation and a tableau in every round, typically."""
-        tried = min(self.candidates, self._tried(inputs))
-        exact = kept**3 / 3.0 + kept**2 * tried + 2.0 * kept * tried**2
-        return outputs * (2.0 * EXCHANGE_PRODUCTS * inputs**2 + min(self.rounds, TYPICAL_ROUNDS) * exact)
+        exact, tried, rounds = 0.0, min(self.candidates, inputs), min(self.rounds, FIRST_ROUNDS)
+        while rounds:
+            exact += rounds * (kept**3 / 3.0 + kept**2 * tried + 2.0 * kept * tried**2)
+            if tried >= min(self.most_candidates or inputs, inputs):
+                break
+            tried, rounds = min(tried * WIDEN, inputs), min(self.rounds, WIDER_ROUNDS)
+        return outputs * (2.0 * EXCHANGE_PRODUCTS * inputs**2 + exact)
 
-    def _tried(self, inputs: int) -> int:
-        """Most columns of a tableau."""
-        most = min(self.most_candidates or inputs, inputs)
-        return most if most < inputs else 2 * inputs
 
-
-def _rows_per_chunk(kept: int) -> int:
-    return max(min(CHUNK_ENTRIES // max(kept, 1) ** 2, LARGEST_CHUNK), 1)
+def chunk_sizes(counts: Sequence[int]) -> list[int]:
+    """Rows of each chunk, their counts of kept weights ascending: few enough to fit, alike enough to be padded."""
+    sizes: list[int] = []
+    smallest = 0
+    for count in counts:
+        alike = count <= max(PADDING * smallest, smallest + 8)
+        if sizes and alike and sizes[-1] < min(LARGEST_CHUNK, CHUNK_ENTRIES // max(count, 1) ** 2):
+            sizes[-1] += 1
+        else:
+            sizes.append(1)
+            smallest = count
+    return sizes
 
 
 def _rows_per_tableau(tried: int, kept: int) -> int:
-    return max(TABLEAU_ENTRIES // (tried * max(tried, kept, 1)), 1)
+    return max(TABLEAU_ENTRIES // max(tried * max(tried, kept), 1), 1)
 
 
 class _System:
@@ -203,6 +215,7 @@ class _Rows:
                 return rows
             self.rounds -= 1
             keep_AD, swaps_A, complete_A = swap(self.system, optimum, candidates)
+            del optimum  # the next one needs its memory
             moved_A = swaps_A > 0
             self.optimal_R[rows] = complete_A & ~moved_A
             unproven.append(rows[~complete_A & ~moved_A])
@@ -271,7 +284,7 @@ def solve(system: _System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
 def gather_square(matrix_DD: Tensor, index_AN: Tensor) -> Tensor:
     """``matrix_DD`` on each row's indices, rows and columns, (A, N, N)."""
     if matrix_DD.device.type != "cpu":
-        return matrix_DD[index_AN[:, :, None], index_AN[:, None, :]]
+        return matrix_DD.take(index_AN[:, :, None] * len(matrix_DD) + index_AN[:, None, :])
     # Twice as fast as indexing with two tensors.
     result_ANN = matrix_DD.new_empty(*index_AN.shape, index_AN.shape[1])
     for index_N, result_NN in zip(index_AN, result_ANN, strict=True):
@@ -288,13 +301,13 @@ def swap(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Te
     """
     chosen_AB, complete_A = _choose(system, optimum, candidates)
     rows = _rows_per_tableau(chosen_AB.shape[1], optimum.index_AN.shape[1])
-    swaps, kept = [], []
-    for part, chosen in zip(optimum.split(rows), chosen_AB.split(rows), strict=True):
-        tableau = tableau_of(system, part, chosen)
-        swaps.append(tableau.improve(part.error_A))
-        kept.append(tableau.kept_AB)
-    keep_AD = torch.nn.functional.pad(optimum.keep_AD, (0, 1)).scatter(1, chosen_AB, torch.cat(kept))[:, :-1]
-    return keep_AD, torch.cat(swaps), complete_A
+    swaps_parts, kept_parts = [], []
+    for part, part_AB in zip(optimum.split(rows), chosen_AB.split(rows), strict=True):
+        tableau = tableau_of(system, part, part_AB)
+        swaps_parts.append(tableau.improve(part.error_A))
+        kept_parts.append(tableau.kept_AB)
+    keep_AD = torch.nn.functional.pad(optimum.keep_AD, (0, 1)).scatter(1, chosen_AB, torch.cat(kept_parts))[:, :-1]
+    return keep_AD, torch.cat(swaps_parts), complete_A
 
 
 def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor]:
@@ -310,15 +323,13 @@ def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor,
         return chosen_AB, (gain_AG > cost_AG).sum(dim=1) <= chosen.indices.shape[1]
     size = keep_AD.shape[1]
     half = min(-(-candidates // 2), size) if candidates < size else size
-    cheap = cost_AD.topk(half, dim=1, largest=False)
-    strong = gain_AD.topk(half, dim=1)
+    count_A = keep_AD.sum(dim=1)
+    cheap = cost_AD.topk(min(half, int(count_A.max())), dim=1, largest=False)
+    strong = gain_AD.topk(min(half, size - int(count_A.min())), dim=1)
     possible_A = (cost_AD < gain_AD.amax(dim=1, keepdim=True)).sum(dim=1) <= half
     possible_A &= (gain_AD > cost_AD.amin(dim=1, keepdim=True)).sum(dim=1) <= half
-    none = torch.full_like(cheap.indices, size)
-    chosen = torch.cat(
-        [cheap.indices.where(cheap.values.isfinite(), none), strong.indices.where(strong.values.isfinite(), none)], 1
-    )
-    return chosen, possible_A
+    chosen_AB = torch.cat([part.indices.masked_fill(~part.values.isfinite(), size) for part in (cheap, strong)], dim=1)
+    return chosen_AB, possible_A
 
 
 def tableau_of(system: _System, optimum: Optimum, chosen_AB: Tensor) -> Tableau:
