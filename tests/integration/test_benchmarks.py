@@ -133,14 +133,18 @@ def test_selectors_goes_on_from_earlier_results_of_the_same_options(dump: Path, 
     assert entries[1]["error"] < first["error"]
     printed = run(*some, "--resume", str(output), "--known-only", "--methods", "wanda", "wanda+swaps")
     assert f"| wanda+swaps | {entries[1]['error'] / first['error']:.3f} |" in printed
-    refused = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "mask_selectors.py"), "--resume", str(output), "--known-only"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert refused.returncode == 2
-    assert "--rows 5, not None" in refused.stderr
+    layer = load_file(dump / "block.0.linear.safetensors")
+    save_file(layer | {"weight": 2.0 * layer["weight"]}, dump / "block.0.linear.safetensors")
+    again = ["--resume", str(output), "--dump-dir", str(dump), "--methods", "wanda"]
+    for arguments, message in (
+        (["--resume", str(output), "--known-only"], "--rows 5, not None"),
+        ([*some[1:], *again], "measured on another model or other text"),
+        ([*some[1:], "--dump-dir", str(dump), "--output", str(output)], "exists: go on from it with --resume"),
+    ):
+        command = [sys.executable, str(BENCHMARKS / "mask_selectors.py"), "--threads", "1", *arguments]
+        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert message in refused.stderr
 
 
 @pytest.fixture
