@@ -35,7 +35,7 @@ from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks, zero_shot
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.patterns import SCOPES
+from optima.patterns import SCOPES, Unstructured
 from optima.reporting.record import library_versions, plain_values
 from optima.run import describe_device, find_device
 from optima.selectors.base import SELECTORS
@@ -91,10 +91,13 @@ class Bench:
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        names = ["selector", "pattern", "scope", "allocation", "refine", "solver", "damping", "sink_weight", "seed"]
+        applied = recipe.make_patterns(recipe.make_selector()).default
+        names = ["selector", "pattern", "allocation", "refine", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
         names += ["refine_candidates"] if recipe.refine != "none" else []
         return {name: getattr(recipe, name) for name in names} | {
+            # As applied: what a selector published may change.
+            "scope": applied.scope if isinstance(applied, Unstructured) else None,
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
             **evaluation,

@@ -36,7 +36,7 @@ from harness.timing import use_threads
 from torch import Tensor
 
 from optima.errors import OptimaError, RecipeError
-from optima.patterns import Pattern, parse_table
+from optima.patterns import SCOPES, Pattern, parse_table
 from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
 from optima.recipe import PROOF_ROUNDS
@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
     parser.add_argument("--held-out-dir", type=Path, help="the same layers, dumped from other text")
     parser.add_argument("--match", default="", help="regular expression that chooses layers by name")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.6", "0.7", "2:4"], help="sparsities, n:m patterns")
-    parser.add_argument("--scope", choices=["row", "layer"], help="of all methods (default: each one's own)")
+    parser.add_argument("--scope", choices=SCOPES, help="of all methods (default: each one's own)")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="selectors, with +swaps for a refined mask")
     parser.add_argument("--rows", type=int, help="evenly spaced rows of a linear to refine, solve and measure")
     parser.add_argument("--candidates", type=int, default=256, help="of a row in a round of swaps; 0: prove all rows")

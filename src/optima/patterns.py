@@ -15,16 +15,20 @@ from torch import Tensor
 
 from optima.errors import RecipeError
 
-Scope = Literal["row", "layer", "group"]
+Scope = Literal["row", "layer", "group", "balanced"]
 SCOPES = get_args(Scope)
 GROUP_SIZE = 128
+# Scope ``balanced`` divides a row's scores by its threshold to this power: 0 would be scope layer, 1 nearly scope row.
+BALANCE = 0.7
+# Thresholds below this part of the largest count as this part of it: a row may have more zeros than it loses weights.
+SMALLEST_THRESHOLD = 1e-6
 # Up to this many columns, comparing all pairs is the fastest way to rank them.
 SMALLEST_SELECTED = 16
 
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Prune a fraction of the weights, ranked within each row, within groups of columns, or over the whole linear.
+    """Prune a fraction of the weights, ranked within rows, groups of columns or the whole linear, or in between.
 
     A linear of ``size`` weights loses ``round(sparsity * size)`` of them in every scope. Where rows or groups cannot
     all lose the same whole number, their counts are differences of cumulative counts, so they differ by at most one.
@@ -32,7 +36,8 @@ class Unstructured:
     Attributes:
         sparsity: fraction of weights to prune, strictly between 0 and 1.
         scope: ``row`` meets it in every output row (Wanda), ``group`` in every ``group_size`` consecutive inputs over
-            all rows (SparseGPT, Thanos), ``layer`` ranks all weights together.
+            all rows (SparseGPT, Thanos), ``layer`` ranks all weights together, ``balanced`` does so once the scores of
+            each row are divided by the row's threshold in scope ``row`` to the power 0.7: rows differ, but less.
         group_size: inputs in a group; the last group holds what is left. No matter in the other scopes.
     """
 
@@ -49,6 +54,8 @@ class Unstructured:
             raise RecipeError(f"group_size must be at least 1, got {self.group_size}: for example {GROUP_SIZE}")
 
     def __str__(self) -> str:
+        if self.scope == "balanced":
+            return f"{self.sparsity:g} balanced"
         return f"{self.sparsity:g} per {self.scope}" + (f" of {self.group_size}" if self.scope == "group" else "")
 
     def pruned_count(self, size: int) -> int:
@@ -239,7 +246,8 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
         return keep_all_but_lowest(grouped, pattern.m - pattern.n).reshape(num_outputs, num_inputs)
     if pattern.scope == "row":
         return keep_all_but_lowest(score_OD, pattern.pruned_in_rows(num_outputs, num_inputs))
-    width = num_inputs if pattern.scope == "layer" else pattern.group_size
+    score_OD = across_rows(score_OD, pattern)
+    width = pattern.group_size if pattern.scope == "group" else num_inputs
     keep_OD = torch.empty_like(score_OD, dtype=torch.bool)
     for begin in range(0, num_inputs, width or 1):
         end = min(begin + width, num_inputs)
@@ -247,6 +255,22 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
         count = pattern.pruned_in_columns(num_outputs, begin, end)
         keep_OD[:, begin:end] = keep_all_but_lowest(group.reshape(1, -1), count).reshape(group.shape)
     return keep_OD
+
+
+def across_rows(score_OD: Tensor, pattern: Unstructured) -> Tensor:
+    """The scores as those of different rows are compared: in units of their rows if the scope is ``balanced``."""
+    return score_OD / row_units(score_OD, pattern) if pattern.scope == "balanced" else score_OD
+
+
+def row_units(score_OD: Tensor, pattern: Unstructured) -> Tensor:
+    """What scope ``balanced`` divides the scores of each row by, positive, float32 or wider, of shape (O, 1)."""
+    if not score_OD.numel():
+        return torch.ones_like(score_OD[:, :1])
+    score_OD = score_OD.to(torch.promote_types(score_OD.dtype, torch.float32))
+    threshold_O1 = _kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
+    finite = torch.finfo(score_OD.dtype)
+    least = (threshold_O1.max() * SMALLEST_THRESHOLD).clamp(finite.tiny, finite.max)
+    return threshold_O1.clamp(least, torch.full_like(least, finite.max)).pow_(BALANCE)
 
 
 def keep_all_but_lowest(score_RN: Tensor, count: int | Tensor) -> Tensor:
@@ -280,10 +304,7 @@ def _keep_by_threshold(score_RN: Tensor, count: int | Tensor, most: int) -> Tens
     num_rows, size = score_RN.shape
     if not most or not num_rows:
         return torch.ones_like(score_RN, dtype=torch.bool)
-    if score_RN.device.type == "cpu":
-        threshold_R1 = score_RN.kthvalue(most, dim=1, keepdim=True).values
-    else:  # kthvalue gives a row to one block of threads
-        threshold_R1 = score_RN.sort(dim=1).values[:, most - 1 : most]
+    threshold_R1 = _kth_lowest(score_RN, most)
     keep_RN = score_RN > threshold_R1
     spare_R1 = size - count - keep_RN.sum(dim=1, keepdim=True)
     tied = (spare_R1[:, 0] > 0).nonzero()[:, 0]
@@ -292,3 +313,9 @@ def _keep_by_threshold(score_RN: Tensor, count: int | Tensor, most: int) -> Tens
         from_the_end = equal.flip(1).cumsum(dim=1).flip(1)
         keep_RN[tied] |= equal & (from_the_end <= spare_R1[tied])
     return keep_RN
+
+
+def _kth_lowest(score_RN: Tensor, k: int) -> Tensor:
+    if score_RN.device.type == "cpu":
+        return score_RN.kthvalue(k, dim=1, keepdim=True).values
+    return score_RN.sort(dim=1).values[:, k - 1 : k]  # kthvalue gives a row to one block of threads

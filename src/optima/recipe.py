@@ -56,7 +56,7 @@ class Recipe:
 
     sparsity: float | None = _option(None, f"fraction of weights to prune (default {DEFAULT_SPARSITY})")
     pattern: list[str] = _option([], PATTERN_HELP)
-    scope: str | None = _option(None, f"rank weights within each: {', '.join(SCOPES)} (default: as published)")
+    scope: str | None = _option(None, f"what a sparsity is ranked over: {', '.join(SCOPES)} (default: as published)")
     group_size: int = _option(GROUP_SIZE, "inputs in a group, for scope group")
     allocation: str = _option("uniform", f"how linears share one sparsity: {', '.join(ALLOCATION_NAMES)}")
     allocation_spread: float | None = _option(None, SPREAD_HELP)

@@ -10,7 +10,7 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from optima.allocation import DENSEST, SPARSEST, least_sum, with_mean
-from optima.patterns import Unstructured, top_scores
+from optima.patterns import SCOPES, Unstructured, top_scores
 
 SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=8)
 SPARSITIES = st.floats(0.001, 0.999)
@@ -110,7 +110,7 @@ def interpolate(grid_P: Tensor, curve_P: Tensor, x: float) -> float:
 @given(
     shapes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=6),
     mean=st.floats(0.05, 0.95),
-    scope=st.sampled_from(["row", "layer", "group"]),
+    scope=st.sampled_from(SCOPES),
     seed=st.integers(0, 99),
 )
 def test_masks_meet_the_global_count_to_a_weight_a_linear(

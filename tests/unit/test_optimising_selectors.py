@@ -9,7 +9,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from layers import DAMPING, PATTERNS, hessian_of, layer_of, loss, lowest, make_layer, plain_keep, row_counts, steps
+from layers import (
+    DAMPING,
+    PATTERNS,
+    hessian_of,
+    layer_of,
+    loss,
+    lowest,
+    make_layer,
+    plain_keep,
+    plain_row_units,
+    row_counts,
+    steps,
+)
 from torch import Tensor
 
 from optima.patterns import NM, Pattern, Unstructured
@@ -117,9 +129,11 @@ def plain_thanos(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksi
         score_OD = weight_OD[:, j:].abs() * inputs_TD[:, j:].norm(dim=0)
         if isinstance(pattern, NM):
             mask_OD = ~plain_keep(score_OD[:, : end - j], pattern)
-        elif pattern.scope == "layer":
+        elif pattern.scope in ("layer", "balanced"):
             left = round(pattern.sparsity * outputs * inputs) - int(pruned_OD.sum())
-            mask_OD = lowest(score_OD.reshape(1, -1), left).reshape(score_OD.shape)
+            mask_OD = lowest((score_OD / plain_row_units(score_OD, pattern)).reshape(1, -1), left).reshape(
+                score_OD.shape
+            )
         elif pattern.scope == "row":
             counts = row_counts(pattern, outputs, inputs)
             left_O = [count - int(row.sum()) for count, row in zip(counts, pruned_OD, strict=True)]
@@ -155,8 +169,10 @@ def plain_optima(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> Tens
         sum_DO = torch.linalg.solve(hessian_DD + rho * eye_DD, right_DO) + multiplier_DO / rho
         score_OD = sum_DO.T.abs()
         if held and iteration % 6 == 0:
-            rows = score_OD if pattern.scope == "row" else score_OD.reshape(1, -1)
-            threshold = rows.sort(dim=1).values[:, round(pattern.sparsity * rows.shape[1]) - 1, None]
+            unit_O1 = plain_row_units(score_OD, pattern)
+            rows = score_OD if pattern.scope == "row" else (score_OD / unit_O1).reshape(1, -1)
+            unit_O1 = unit_O1 * (1 + 1e-14)  # so that rounding cannot lift a score above itself
+            threshold = unit_O1 * rows.sort(dim=1).values[:, round(pattern.sparsity * rows.shape[1]) - 1, None]
         keep_OD = score_OD > threshold if held else plain_keep(score_OD, pattern)
         sparse_DO = sum_DO * keep_OD.T
         multiplier_DO = rho * (sum_DO - sparse_DO)

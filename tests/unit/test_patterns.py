@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import NM, PatternTable, Unstructured, check_pattern, parse_nm, parse_table, top_scores
+from optima.patterns import NM, SCOPES, PatternTable, Unstructured, check_pattern, parse_nm, parse_table, top_scores
 
 SPARSITIES = st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)
 SIZES = st.integers(1, 40)
@@ -64,6 +64,38 @@ def test_group_counts_are_exact(
     for score_OG, keep_OG in zip(score_OD.split(group_size, 1), keep_OD.split(group_size, 1), strict=True):
         check_spread((~keep_OG).sum()[None], sparsity, keep_OG.numel())
         check_highest_are_kept(score_OG.flatten(), keep_OG.flatten())
+
+
+@given(
+    outputs=SIZES,
+    inputs=SIZES,
+    sparsity=SPARSITIES,
+    seed=st.integers(0, 99),
+    distinct=st.sampled_from([None, 1, 3]),
+    zeros=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_balanced_count_is_exact(
+    outputs: int, inputs: int, sparsity: float, seed: int, distinct: int | None, zeros: float
+) -> None:
+    score_OD = scores(outputs, inputs, seed, distinct)
+    score_OD *= torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed)) >= zeros
+    keep_OD = top_scores(score_OD, Unstructured(sparsity, "balanced"))
+    assert (~keep_OD).sum() == round(sparsity * outputs * inputs)
+    for score_D, keep_D in zip(score_OD, keep_OD, strict=True):
+        check_highest_are_kept(score_D, keep_D)
+
+
+def test_balanced_is_between_row_and_layer() -> None:
+    score_OD = scores(40, 200, 0) * torch.logspace(-1, 1, 40, dtype=torch.float64)[:, None]
+    kept = {scope: top_scores(score_OD, Unstructured(0.5, scope)).sum(dim=1).double().std() for scope in SCOPES}
+    assert kept["row"] == 0
+    assert 0.1 * kept["layer"] < kept["balanced"] < 0.7 * kept["layer"]
+
+
+def test_balanced_rows_that_lose_infinite_scores_are_exact_too() -> None:
+    score_OD = torch.full((3, 8), torch.inf)
+    score_OD[1, :6] = 1.0
+    assert (~top_scores(score_OD, Unstructured(0.5, "balanced"))).sum() == 12
 
 
 def check_spread(pruned_N: Tensor, sparsity: float, size: int) -> None:
@@ -139,9 +171,7 @@ def test_infinite_scores_are_ordered_too() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
-@pytest.mark.parametrize(
-    "pattern", [Unstructured(0.5), Unstructured(0.5, "layer"), Unstructured(0.5, "group"), NM(2, 4)], ids=str
-)
+@pytest.mark.parametrize("pattern", [*(Unstructured(0.5, scope) for scope in SCOPES), NM(2, 4)], ids=str)
 def test_empty_linear(shape: tuple[int, int], pattern: Unstructured | NM) -> None:
     assert top_scores(torch.zeros(shape), pattern).shape == shape
 
@@ -153,7 +183,7 @@ class TestValues:
             Unstructured(sparsity)
 
     def test_unknown_scope_lists_the_known(self) -> None:
-        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer, group"):
+        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer, group, balanced"):
             Unstructured(0.5, "column")  # type: ignore[arg-type]
 
     def test_group_size_is_positive(self) -> None:
@@ -169,6 +199,7 @@ class TestValues:
         assert str(Unstructured(0.5)) == "0.5 per row"
         assert str(Unstructured(0.25, "layer")) == "0.25 per layer"
         assert str(Unstructured(0.25, "group", 64)) == "0.25 per group of 64"
+        assert str(Unstructured(0.25, "balanced")) == "0.25 balanced"
         assert str(NM(3, 4)) == "3:4"
         assert NM(3, 4).sparsity == 0.25
 

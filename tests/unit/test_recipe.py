@@ -150,7 +150,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": ["a=2:4", "1:4"], "scope": "row"}, "scope is for unstructured sparsity"),
     ({"pattern": ["0.5", "(=2:4"]}, "pattern '(=2:4': '(' is not a regular expression"),
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
-    ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group"),
+    ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group, balanced"),
     ({"group_size": 0}, "group_size must be at least 1, got 0"),
     ({"selector": "wonda"}, "unknown selector 'wonda': known selectors are magnitude, wanda, ria"),
     ({"solver": "cg"}, "unknown solver 'cg': known solvers are "),

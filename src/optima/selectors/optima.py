@@ -11,8 +11,8 @@ On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-thet
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
 a one-swap optimum (``optima.selectors.swaps`` finds little to improve), for the price of products.
 
-Rows are pruned alike. Ranking the whole layer leaves a lower reconstruction error and a worse model: rows whose outputs
-have little energy are starved, though what follows may need them as much as the others (docs/benchmarks.md).
+Its scope is ``balanced``. Ranking the whole layer leaves the lowest reconstruction error and a worse model: rows whose
+outputs have little energy are starved, though what follows may need them as much as the others (docs/benchmarks.md).
 
 Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 """
@@ -20,13 +20,13 @@ Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Scope, Unstructured, top_scores
+from optima.patterns import NM, Pattern, Scope, Unstructured, row_units, top_scores
 from optima.qp.hessian import Hessian
 from optima.qp.products import scaled
 from optima.selectors.base import Cost, Layer, Selection
@@ -73,7 +73,7 @@ class Optima:
     group_stages: int = 13
     iterations: int = 3
     theta: float = 0.75
-    published_scope: Scope = "row"
+    published_scope: Scope = "balanced"
     cost: ClassVar[Cost] = Cost(per_square=36, per_weight=35, kept_per_square=4, products=61)
     _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
 
@@ -159,9 +159,14 @@ def nth_lowest(score_OGM: Tensor, count: int) -> Tensor:
 
 
 def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """A score, of each row if rows are pruned alike, above which are nearly as many as the pattern keeps."""
+    """A score, of each row unless the layer is ranked as one, above which are nearly as many as the pattern keeps."""
     if pattern.scope == "row":
         return score_OD.kthvalue(max(pattern.pruned_count(score_OD.shape[1]), 1), dim=1, keepdim=True).values
+    if pattern.scope == "balanced":
+        unit_O1 = row_units(score_OD, pattern)
+        threshold = rough_threshold(score_OD / unit_O1, replace(pattern, scope="layer"))
+        # A little above, or rounding would decide whether the score it was taken from is.
+        return unit_O1 * (threshold * (1.0 + 8.0 * torch.finfo(score_OD.dtype).eps))
     # An odd step that is no multiple of the width visits all columns.
     sample = score_OD.flatten()[:: (score_OD.numel() // SAMPLE) | 1]
     return sample.kthvalue(max(pattern.pruned_count(len(sample)), 1)).values

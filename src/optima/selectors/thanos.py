@@ -20,7 +20,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Scope, Unstructured, keep_all_but_lowest, top_scores
+from optima.patterns import NM, Pattern, Scope, Unstructured, across_rows, keep_all_but_lowest, top_scores
 from optima.selectors.base import Cost, Layer, Selection
 
 # Work space of the batched systems; on a CPU they stay in the cache, which takes two thirds of the time away.
@@ -105,7 +105,8 @@ class _ResidualMask:
             keep_OB = keep_all_but_lowest(score_OD, self._left_O)[:, :width]
             self._left_O = self._left_O - (~keep_OB).sum(dim=1).to(self._left_O)
             return keep_OB.clone()
-        keep_OB = keep_all_but_lowest(score_OD.reshape(1, -1), self._left).reshape(score_OD.shape)[:, :width]
+        score_1N = across_rows(score_OD, pattern).reshape(1, -1)
+        keep_OB = keep_all_but_lowest(score_1N, self._left).reshape(score_OD.shape)[:, :width]
         self._left -= int((~keep_OB).sum())
         return keep_OB.clone()
 
