@@ -131,9 +131,8 @@ def plain_thanos(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksi
             mask_OD = ~plain_keep(score_OD[:, : end - j], pattern)
         elif pattern.scope in ("layer", "balanced"):
             left = round(pattern.sparsity * outputs * inputs) - int(pruned_OD.sum())
-            mask_OD = lowest((score_OD / plain_row_units(score_OD, pattern)).reshape(1, -1), left).reshape(
-                score_OD.shape
-            )
+            score_OD = score_OD / plain_row_units(score_OD, pattern)
+            mask_OD = lowest(score_OD.reshape(1, -1), left).reshape(score_OD.shape)
         elif pattern.scope == "row":
             counts = row_counts(pattern, outputs, inputs)
             left_O = [count - int(row.sum()) for count, row in zip(counts, pruned_OD, strict=True)]

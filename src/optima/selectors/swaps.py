@@ -109,7 +109,7 @@ class SwapRefinement:
         """
         half = -(-min(self.most_candidates or 2 * inputs, 2 * inputs) // 2)
         tried = min(half, most_kept) + min(half, inputs - least_kept)
-        rows = min(max(min(CHUNK_ENTRIES // max(most_kept, 1) ** 2, LARGEST_CHUNK), 1), outputs)
+        rows = min(_rows_that_fit(most_kept), outputs)
         priced = min(_rows_per_tableau(tried, most_kept), rows)
         # A matrix and the indices that gather it, or its factor; then the factor, its columns and the tableaus.
         solving = 12 * rows * most_kept**2
@@ -128,13 +128,17 @@ class SwapRefinement:
         return outputs * (2.0 * EXCHANGE_PRODUCTS * inputs**2 + exact)
 
 
+def _rows_that_fit(kept: int) -> int:
+    return max(min(LARGEST_CHUNK, CHUNK_ENTRIES // max(kept, 1) ** 2), 1)
+
+
 def chunk_sizes(counts: Sequence[int]) -> list[int]:
     """Rows of each chunk, their counts of kept weights ascending: few enough to fit, alike enough to be padded."""
     sizes: list[int] = []
     smallest = 0
     for count in counts:
         alike = count <= max(PADDING * smallest, smallest + 8)
-        if sizes and alike and sizes[-1] < min(LARGEST_CHUNK, CHUNK_ENTRIES // max(count, 1) ** 2):
+        if sizes and alike and sizes[-1] < _rows_that_fit(count):
             sizes[-1] += 1
         else:
             sizes.append(1)
