@@ -31,13 +31,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima import Recipe, prune
 from optima.allocation import ALLOCATION_NAMES
 from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
+from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks, zero_shot
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.reporting.record import library_versions, plain_values
-from optima.run import describe_device, find_device
 from optima.selectors.base import SELECTORS
 
 DENSE = "dense"

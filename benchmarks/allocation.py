@@ -25,7 +25,7 @@ from optima.allocation import ALLOCATION_NAMES, make_allocation
 from optima.patterns import Unstructured
 from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
-from optima.selectors.base import Layer
+from optima.selectors.base import LinearTask
 from optima.selectors.wanda import Wanda
 
 
@@ -64,14 +64,14 @@ def measure(cases: Sequence[Case], name: str, sparsity: float, spread: float | N
     shares = {case.name: sparsity for case in cases}
     if allocation is not None:
         for case in cases:
-            allocation.observe(block_of(case), Layer(case.name, case.weight_OD, Hessian(case.hessian_DD, damping)))
+            allocation.observe(block_of(case), LinearTask(case.name, case.weight_OD, Hessian(case.hessian_DD, damping)))
         shares = allocation.allocate()
     seconds = time.perf_counter() - started
     errors, pruned, total = {}, 0, 0
     for case in cases:
         hessian = Hessian(case.hessian_DD, damping)
-        layer = Layer(case.name, case.weight_OD, hessian)
-        keep_OD = Wanda().select(layer, Unstructured(shares[case.name])).keep_OD
+        task = LinearTask(case.name, case.weight_OD, hessian)
+        keep_OD = Wanda().select(task, Unstructured(shares[case.name])).keep_OD
         solution = solve_rows(Auto(gap=1e-2), hessian, make_problem(hessian, case.weight_OD, keep_OD))
         errors[case.name] = RelativeError(hessian, case.weight_OD)(solution.weight_RD)
         pruned, total = pruned + int((~keep_OD).sum()), total + keep_OD.numel()

@@ -35,11 +35,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from optima.calibration.hessian import HessianAccumulator
+from optima.calibration.statistics import HessianAccumulator
 from optima.patterns import Unstructured
 from optima.qp import Hessian, RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
-from optima.selectors.base import Layer, make_selector
+from optima.selectors.base import LinearTask, make_selector
 
 BLOCKS = 32
 SEQUENCES, LENGTH, SEQUENCES_PER_BATCH = 128, 2048, 4
@@ -146,7 +146,7 @@ def prune(
     solutions: list[RowSolution] = []
 
     def mask() -> None:
-        selection = make_selector("wanda").select(Layer("linear", weight_OD.float(), hessian), Unstructured(0.5))
+        selection = make_selector("wanda").select(LinearTask("linear", weight_OD.float(), hessian), Unstructured(0.5))
         problems.append(make_problem(hessian, weight_OD, selection.keep_OD))
 
     def solve() -> None:

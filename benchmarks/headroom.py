@@ -23,10 +23,10 @@ from torch import Tensor
 
 from optima.patterns import NM, Pattern, parse_table
 from optima.qp import Hessian
-from optima.selectors.base import Layer, make_selector
-from optima.selectors.exchange import group_width
-from optima.selectors.swaps import SwapRefinement, full_tableau
-from optima.selectors.tableau import Tableau
+from optima.selectors.base import LinearTask, make_selector
+from optima.swaps.exchange import group_width
+from optima.swaps.pivots import Tableau
+from optima.swaps.search import SwapRefinement, full_tableau
 
 COLUMNS = ("optima", "alps, greedy swaps", "optima, greedy swaps", "annealed")
 REBUILD = 500  # accepted swaps after which rounding has had its time
@@ -62,9 +62,9 @@ def main(arguments: list[str] | None = None) -> list[list[float]]:
 def measure(case: Case, pattern: Pattern, options: argparse.Namespace) -> list[float]:
     """Geometric means of the errors over rows, relative to ALPS's, in the order of ``COLUMNS``."""
     hessian, weight_OD = Hessian(case.hessian_DD, options.damping), case.weight_OD.double()
-    layer = Layer(case.name, case.weight_OD, hessian)
+    task = LinearTask(case.name, case.weight_OD, hessian)
     rows = torch.linspace(0, case.num_rows - 1, min(options.rows, case.num_rows)).long()
-    keep = {name: make_selector(name).select(layer, pattern).keep_OD[rows] for name in ("alps", "optima")}
+    keep = {name: make_selector(name).select(task, pattern).keep_OD[rows] for name in ("alps", "optima")}
     as_given, greedy = SwapRefinement(rounds=0), SwapRefinement(rounds=1000)
 
     def errors(refinement: SwapRefinement, keep_RD: Tensor) -> Tensor:

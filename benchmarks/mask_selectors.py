@@ -40,8 +40,8 @@ from optima.patterns import SCOPES, Pattern, parse_table
 from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
 from optima.recipe import PROOF_ROUNDS
-from optima.selectors.base import Layer, Selector, make_selector
-from optima.selectors.swaps import SwapRefinement
+from optima.selectors.base import LinearTask, Selector, make_selector
+from optima.swaps.search import SwapRefinement
 
 METHODS = [
     "magnitude", "wanda", "ria", "sparsegpt", "thanos", "admm", "alps", "optima", "wanda+swaps", "alps+swaps",
@@ -138,9 +138,9 @@ def run(entries: Entries, options: argparse.Namespace) -> None:
             hessian = Hessian(group[0].hessian_DD, options.damping)
             assert hessian.inverse_DD is not None, "made before the clock starts"
             for case in cases:
-                layer = Layer(case.name, case.weight_OD, hessian)
+                task = LinearTask(case.name, case.weight_OD, hessian)
                 refinement = swaps if refined else None
-                entry, weight_RD, rows_R = measure(method, text, layer, selector, pattern, refinement, options.rows)
+                entry, weight_RD, rows_R = measure(method, text, task, selector, pattern, refinement, options.rows)
                 if case.name in held_out:
                     elsewhere = Hessian(held_out[case.name].hessian_DD, options.damping)
                     error = RelativeError(elsewhere, case.weight_OD[rows_R])(weight_RD)
@@ -215,7 +215,7 @@ def sharing(cases: Sequence[Case]) -> Iterator[list[Case]]:
 def measure(
     method: str,
     text: str,
-    layer: Layer,
+    task: LinearTask,
     selector: Selector,
     pattern: Pattern,
     swaps: SwapRefinement | None,
@@ -223,15 +223,15 @@ def measure(
 ) -> tuple[Entry, Tensor, Tensor]:
     """Select, refine, solve; also returns the weights, and which rows they are."""
     started = time.perf_counter()
-    keep_OD = selector.select(layer, pattern).keep_OD
+    keep_OD = selector.select(task, pattern).keep_OD
     rows_R = torch.linspace(0, len(keep_OD) - 1, min(most_rows or len(keep_OD), len(keep_OD))).round().long()
-    keep_RD, dense_RD = keep_OD[rows_R], layer.weight_OD[rows_R]
-    refined = None if swaps is None else swaps.refine(layer.hessian, dense_RD, keep_RD, pattern)
+    keep_RD, dense_RD = keep_OD[rows_R], task.weight_OD[rows_R]
+    refined = None if swaps is None else swaps.refine(task.hessian, dense_RD, keep_RD, pattern)
     seconds = time.perf_counter() - started
     keep_RD = keep_RD if refined is None else refined.keep_OD
-    solution = solve_rows(Auto(), layer.hessian, make_problem(layer.hessian, dense_RD, keep_RD))
-    error = RelativeError(layer.hessian, dense_RD)(solution.weight_RD)
-    entry = Entry(method, text, layer.name, error, seconds, rows=len(rows_R))
+    solution = solve_rows(Auto(), task.hessian, make_problem(task.hessian, dense_RD, keep_RD))
+    error = RelativeError(task.hessian, dense_RD)(solution.weight_RD)
+    entry = Entry(method, text, task.name, error, seconds, rows=len(rows_R))
     if refined is not None:
         swaps_made, proven = int(refined.swaps_O.sum()), int(refined.optimal_O.sum())
         entry = replace(entry, swaps=swaps_made, rows_swap_optimal=proven)

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from optima import Recipe, prune
 from optima.calibration.text import TextSource, calibration_tokens, read_documents
 from optima.evaluation.perplexity import evaluation_windows
-from optima.models.blocks import Linear, find_blocks
 from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.stacks import Linear, find_blocks
 
 # Sums over windows of energies at the first token and at all others, (measurements, 2) float64, by the linear's name.
 Energies = dict[str, Tensor]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian
-from optima.selectors.base import Layer
+from optima.selectors.base import LinearTask
 
 DAMPING = 0.01
 PATTERNS = [
@@ -44,11 +44,11 @@ def hessian_of(inputs_TD: Tensor, damping: float = DAMPING) -> Hessian:
     return Hessian(inputs_TD.T @ inputs_TD / len(inputs_TD), damping)
 
 
-def layer_of(weight_OD: Tensor, inputs: Tensor | Hessian, damping: float = DAMPING, name: str = "linear") -> Layer:
+def layer_of(weight_OD: Tensor, inputs: Tensor | Hessian, damping: float = DAMPING, name: str = "linear") -> LinearTask:
     """A layer from its weight and its inputs (T x D), or their Hessian; its gradient is random."""
     hessian = inputs if isinstance(inputs, Hessian) else hessian_of(inputs, damping)
     gradient_OD = torch.rand(weight_OD.shape, generator=torch.Generator().manual_seed(2)) / 100
-    return Layer(name, weight_OD, hessian, gradient_OD)
+    return LinearTask(name, weight_OD, hessian, gradient_OD)
 
 
 def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:

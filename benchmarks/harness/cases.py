@@ -19,7 +19,7 @@ from torch import Tensor
 from optima.errors import RecipeError
 from optima.patterns import Unstructured
 from optima.qp import SOLVER_NAMES, Hessian, RowProblem, RowSolver, make_problem, make_solver
-from optima.selectors.base import Layer, make_selector
+from optima.selectors.base import LinearTask, make_selector
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class Case:
 
     def problem(self, hessian: Hessian, sparsity: float) -> RowProblem:
         """The rows under Wanda's mask, which prunes the same number of weights in each."""
-        layer = Layer(self.name, self.weight_OD, hessian)
-        selection = make_selector("wanda").select(layer, Unstructured(sparsity, "row"))
+        task = LinearTask(self.name, self.weight_OD, hessian)
+        selection = make_selector("wanda").select(task, Unstructured(sparsity, "row"))
         return make_problem(hessian, self.weight_OD, selection.keep_OD)
 
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import Unstructured, top_scores
+from optima.patterns import Unstructured
 from optima.qp.auto import Auto
 from optima.qp.problem import make_problem
 from optima.qp.rows import rows_per_chunk
-from optima.selectors.base import Layer
+from optima.selectors.base import LinearTask
+from optima.selectors.ranking import top_scores
 from optima.selectors.wanda import wanda_score
 
 ALLOCATION_NAMES = ("uniform", "owl", "error")
@@ -32,7 +33,7 @@ SPARSEST, DENSEST = 0.99, 0.01
 class Allocation(Protocol):
     """Shares out a global sparsity. Sees one layer at a time: never a model or a file."""
 
-    def observe(self, block: int, layer: Layer) -> None:
+    def observe(self, block: int, task: LinearTask) -> None:
         """Take note of a dense layer of the block number ``block``."""
         ...
 
@@ -91,13 +92,13 @@ class Owl:
     _ratios: list[float] = field(default_factory=list, init=False)
     _scores: list[Tensor] = field(default_factory=list, init=False)
 
-    def observe(self, block: int, layer: Layer) -> None:
+    def observe(self, block: int, task: LinearTask) -> None:
         """See ``Allocation``. The layers of a block must come one after the other."""
         if block not in self._sizes:
             self._end_block()
-        self._sizes.setdefault(block, {})[layer.name] = layer.weight_OD.numel()
+        self._sizes.setdefault(block, {})[task.name] = task.weight_OD.numel()
         # A block's scores wait for its mean in main memory.
-        self._scores.append(wanda_score(layer.weight_OD, layer.hessian).float().flatten().cpu())
+        self._scores.append(wanda_score(task.weight_OD, task.hessian).float().flatten().cpu())
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
@@ -169,10 +170,10 @@ class LeastError:
         highest = min(self.sparsity + self.spread, max(SPARSEST, self.sparsity))
         self._measured_P = torch.linspace(lowest, highest, self.points, dtype=torch.float64)
 
-    def observe(self, block: int, layer: Layer) -> None:
+    def observe(self, block: int, task: LinearTask) -> None:
         """See ``Allocation``."""
-        self._sizes[layer.name] = layer.weight_OD.numel()
-        self._errors[layer.name] = error_curve(layer, self._measured_P.tolist(), self.rows)
+        self._sizes[task.name] = task.weight_OD.numel()
+        self._errors[task.name] = error_curve(task, self._measured_P.tolist(), self.rows)
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
@@ -183,7 +184,7 @@ class LeastError:
         return dict(zip(self._sizes, sparsities, strict=True))
 
 
-def error_curve(layer: Layer, sparsities: Sequence[float], num_rows: int) -> list[float]:
+def error_curve(task: LinearTask, sparsities: Sequence[float], num_rows: int) -> list[float]:
     """Estimate of a layer's relative reconstruction error at each sparsity, from ``num_rows`` of its rows.
 
     Wanda's mask within each row, weights solved to a gap of 1 part in 100. Rows are drawn in proportion to the cost of
@@ -191,37 +192,37 @@ def error_curve(layer: Layer, sparsities: Sequence[float], num_rows: int) -> lis
     follow within a factor of two: 32 rows of 14 linears of Gemma 3 270M came within 4% of all.
     """
     middle = Unstructured(sparsities[len(sparsities) // 2], "row")
-    chunks = layer.weight_OD.split(rows_per_chunk(layer.hessian.num_inputs))
-    cost_O = torch.cat([_removal_cost(weight_RD, layer, middle) for weight_RD in chunks])
-    dense, cost = sum(float(_energy(weight_RD, layer).sum()) for weight_RD in chunks), float(cost_O.sum())
+    chunks = task.weight_OD.split(rows_per_chunk(task.hessian.num_inputs))
+    cost_O = torch.cat([_removal_cost(weight_RD, task, middle) for weight_RD in chunks])
+    dense, cost = sum(float(_energy(weight_RD, task).sum()) for weight_RD in chunks), float(cost_O.sum())
     if not dense or not cost:
         return [0.0] * len(sparsities)
     # Systematic sampling: one row at the middle of each equal share of the cost.
     share_R = (torch.arange(num_rows, dtype=torch.float64, device=cost_O.device) + 0.5) / num_rows
     index_R = torch.searchsorted(cost_O.cumsum(0) / cost, share_R).clamp_max(len(cost_O) - 1)
-    weight_RD = layer.weight_OD[index_R]
-    score_RD = wanda_score(weight_RD, layer.hessian)
+    weight_RD = task.weight_OD[index_R]
+    score_RD = wanda_score(weight_RD, task.hessian)
     solver = Auto(gap=1e-2)
-    state = solver.prepare(layer.hessian)
+    state = solver.prepare(task.hessian)
     errors = []
     for sparsity in sparsities:
         keep_RD = top_scores(score_RD, Unstructured(sparsity, "row"))
-        solution = solver.solve(state, make_problem(layer.hessian, weight_RD, keep_RD))
-        error_R = _energy(weight_RD - solution.weight_RD, layer)
+        solution = solver.solve(state, make_problem(task.hessian, weight_RD, keep_RD))
+        error_R = _energy(weight_RD - solution.weight_RD, task)
         errors.append(float((error_R / cost_O[index_R]).mean()) * cost / dense)
     return errors
 
 
-def _removal_cost(weight_RD: Tensor, layer: Layer, pattern: Unstructured) -> Tensor:
+def _removal_cost(weight_RD: Tensor, task: LinearTask, pattern: Unstructured) -> Tensor:
     """Each row's cost of removing the weights that Wanda prunes, each as if it were the only one; float64."""
-    gone_RD = ~top_scores(wanda_score(weight_RD, layer.hessian), pattern) & ~layer.hessian.dead_D
-    return (weight_RD.double().square() / layer.hessian.inverse_diagonal_D * gone_RD).sum(dim=1)
+    gone_RD = ~top_scores(wanda_score(weight_RD, task.hessian), pattern) & ~task.hessian.dead_D
+    return (weight_RD.double().square() / task.hessian.inverse_diagonal_D * gone_RD).sum(dim=1)
 
 
-def _energy(weight_RD: Tensor, layer: Layer) -> Tensor:
+def _energy(weight_RD: Tensor, task: LinearTask) -> Tensor:
     """Mean square of each row's output, w^T H w, float64."""
     weight_RD = weight_RD.double()
-    energy_R: Tensor = torch.linalg.vecdot(weight_RD @ layer.hessian.matrix_DD, weight_RD)
+    energy_R: Tensor = torch.linalg.vecdot(weight_RD @ task.hessian.matrix_DD, weight_RD)
     return energy_R
 
 

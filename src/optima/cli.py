@@ -125,7 +125,7 @@ def _prune(arguments: dict[str, Any]) -> None:
 def _plan(arguments: dict[str, Any]) -> None:
     from optima.models.source import find_source
     from optima.plan import make_plan
-    from optima.reporting.plan_table import print_plan
+    from optima.plan_table import print_plan
 
     model = arguments.pop("model")
     recipe = _recipe(arguments)

@@ -9,11 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from optima.calibration.text import calibration_tokens
+from optima.device import find_device
 from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.recipe import Recipe
-from optima.run import find_device, prune
+from optima.run import prune
 
 NUM_SAMPLES = 32
 LENGTH = 512

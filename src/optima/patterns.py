@@ -1,7 +1,4 @@
-"""Sparsity patterns, and the top-k that applies them to a score with exact counts.
-
-Shapes: O outputs (rows), D inputs, G groups of m consecutive inputs.
-"""
+"""Sparsity patterns, and the table that gives each linear its own. No torch: recipes are checked before it loads."""
 
 from __future__ import annotations
 
@@ -10,20 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-import torch
-from torch import Tensor
-
 from optima.errors import RecipeError
 
 Scope = Literal["row", "layer", "group", "balanced"]
 SCOPES = get_args(Scope)
 GROUP_SIZE = 128
-# Scope ``balanced`` divides a row's scores by its threshold to this power: 0 would be scope layer, 1 nearly scope row.
-BALANCE = 0.7
-# Thresholds below this part of the largest count as this part of it: a row may have more zeros than it loses weights.
-SMALLEST_THRESHOLD = 1e-6
-# Up to this many columns, comparing all pairs is the fastest way to rank them.
-SMALLEST_SELECTED = 16
 
 
 @dataclass(frozen=True)
@@ -61,11 +49,6 @@ class Unstructured:
     def pruned_count(self, size: int) -> int:
         """Number of weights to prune out of ``size``."""
         return round(self.sparsity * size)
-
-    def pruned_in_rows(self, num_rows: int, num_inputs: int) -> Tensor:
-        """Number of weights to prune in each row, int64 of shape (num_rows,), which sum to that of the linear."""
-        sizes = torch.arange(num_rows + 1, dtype=torch.float64) * num_inputs
-        return (self.sparsity * sizes).round().long().diff()
 
     def pruned_in_columns(self, num_rows: int, begin: int, end: int) -> int:
         """Number of weights to prune in columns ``begin`` to ``end`` of all rows; consecutive ranges add up."""
@@ -227,95 +210,8 @@ def check_pattern(pattern: Pattern, num_inputs: int, name: str) -> None:
         )
 
 
-def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
-    """Keep the highest scores that ``pattern`` allows.
-
-    Counts are exact and ties are broken by position (the first of equals is pruned first), so the result is
-    the same on every device.
-
-    Args:
-        score_OD: importance of each weight, any float dtype; higher is kept.
-        pattern: what to keep.
-
-    Returns:
-        keep_OD: boolean, True = the weight survives.
-    """
-    num_outputs, num_inputs = score_OD.shape
+def group_width(pattern: Pattern, num_inputs: int) -> int:
+    """Inputs within which a pattern's counts are exact: weights may be exchanged inside a group of so many."""
     if isinstance(pattern, NM):
-        grouped = score_OD.reshape(-1, pattern.m)
-        return keep_all_but_lowest(grouped, pattern.m - pattern.n).reshape(num_outputs, num_inputs)
-    if pattern.scope == "row":
-        return keep_all_but_lowest(score_OD, pattern.pruned_in_rows(num_outputs, num_inputs))
-    score_OD = across_rows(score_OD, pattern)
-    width = pattern.group_size if pattern.scope == "group" else num_inputs
-    keep_OD = torch.empty_like(score_OD, dtype=torch.bool)
-    for begin in range(0, num_inputs, width or 1):
-        end = min(begin + width, num_inputs)
-        group = score_OD[:, begin:end]
-        count = pattern.pruned_in_columns(num_outputs, begin, end)
-        keep_OD[:, begin:end] = keep_all_but_lowest(group.reshape(1, -1), count).reshape(group.shape)
-    return keep_OD
-
-
-def across_rows(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """The scores as those of different rows are compared: in units of their rows if the scope is ``balanced``."""
-    return score_OD / row_units(score_OD, pattern) if pattern.scope == "balanced" else score_OD
-
-
-def row_units(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """What scope ``balanced`` divides the scores of each row by, positive, float32 or wider, of shape (O, 1)."""
-    if not score_OD.numel():
-        return torch.ones_like(score_OD[:, :1])
-    score_OD = score_OD.to(torch.promote_types(score_OD.dtype, torch.float32))
-    threshold_O1 = _kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
-    finite = torch.finfo(score_OD.dtype)
-    least = (threshold_O1.max() * SMALLEST_THRESHOLD).clamp(finite.tiny, finite.max)
-    return threshold_O1.clamp(least, torch.full_like(least, finite.max)).pow_(BALANCE)
-
-
-def keep_all_but_lowest(score_RN: Tensor, count: int | Tensor) -> Tensor:
-    """True everywhere but at the ``count`` lowest scores of each row; a tensor gives each row its own count."""
-    if isinstance(count, int):
-        few = score_RN.shape[1] <= SMALLEST_SELECTED
-        return _keep_by_rank(score_RN, count) if few else _keep_by_threshold(score_RN, count, count)
-    count_R1 = count.to(score_RN.device, torch.int64)[:, None]
-    least, most = map(int, count.aminmax()) if count.numel() else (0, 0)
-    if most - least <= 1:
-        return _keep_by_threshold(score_RN, count_R1, most)
-    order_RN = score_RN.argsort(dim=1, stable=True)
-    rank_N = torch.arange(score_RN.shape[1], device=score_RN.device)
-    return torch.empty_like(score_RN, dtype=torch.bool).scatter_(1, order_RN, rank_N >= count_R1)
-
-
-def _keep_by_rank(score_RN: Tensor, count: int) -> Tensor:
-    """For a few columns: each element's rank is the number of comparisons that it wins, the later of equals winning."""
-    columns = [column.contiguous() for column in score_RN.unbind(1)]
-    ranks = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
-    for later, ours in enumerate(columns):
-        for earlier, theirs in enumerate(columns[:later]):
-            wins = theirs <= ours
-            ranks[later] += wins
-            ranks[earlier] += ~wins
-    return torch.stack([rank >= count for rank in ranks], dim=1) if ranks else torch.empty_like(score_RN).bool()
-
-
-def _keep_by_threshold(score_RN: Tensor, count: int | Tensor, most: int) -> Tensor:
-    """A selection is linear in the number of scores where a sort is not; ``count`` is ``most`` or one less."""
-    num_rows, size = score_RN.shape
-    if not most or not num_rows:
-        return torch.ones_like(score_RN, dtype=torch.bool)
-    threshold_R1 = _kth_lowest(score_RN, most)
-    keep_RN = score_RN > threshold_R1
-    spare_R1 = size - count - keep_RN.sum(dim=1, keepdim=True)
-    tied = (spare_R1[:, 0] > 0).nonzero()[:, 0]
-    if len(tied):
-        equal = score_RN[tied] == threshold_R1[tied]
-        from_the_end = equal.flip(1).cumsum(dim=1).flip(1)
-        keep_RN[tied] |= equal & (from_the_end <= spare_R1[tied])
-    return keep_RN
-
-
-def _kth_lowest(score_RN: Tensor, k: int) -> Tensor:
-    if score_RN.device.type == "cpu":
-        return score_RN.kthvalue(k, dim=1, keepdim=True).values
-    return score_RN.sort(dim=1).values[:, k - 1 : k]  # kthvalue gives a row to one block of threads
+        return pattern.m
+    return pattern.group_size if pattern.scope == "group" else max(num_inputs, 1)

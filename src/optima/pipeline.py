@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.activations import BlockInputs, capture_block_inputs
+from optima.calibration.capture import BlockInputs, capture_block_inputs
 from optima.calibration.gradient import regional_gradients
-from optima.calibration.hessian import HessianCollector
-from optima.models.blocks import Block, Linear
+from optima.calibration.statistics import HessianCollector
+from optima.device import full_precision, on_device
+from optima.models.stacks import Block, Linear
 from optima.patterns import Pattern
 from optima.qp import Hessian, RowSolution, Status, make_problem, solve_rows
-from optima.qp.products import full_precision
 from optima.qp.rows import rows_per_chunk
 from optima.recipe import Recipe
 from optima.reporting.progress import Progress
 from optima.reporting.record import LinearRecord
-from optima.selectors.base import ExpectsTargets, Layer, Selection, Selector, Target, needs_gradient
-from optima.selectors.swaps import Refined
+from optima.selectors.base import ExpectsTargets, LinearTask, Selection, Selector, Target, needs_gradient
+from optima.swaps.search import Refined
 
 Dump = Callable[[Linear, Hessian], None]
 Visit = Callable[[Block, Linear, Hessian | None], None]
@@ -78,7 +77,7 @@ class Pruner:
             if hessian is not None:
                 weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
                 with full_precision():
-                    allocation.observe(block.index, Layer(linear.name, weight_OD, hessian))
+                    allocation.observe(block.index, LinearTask(linear.name, weight_OD, hessian))
 
         self._walk(blocks, inputs, survey)
         self._patterns = self._patterns.share(allocation.allocate())
@@ -126,8 +125,8 @@ class Pruner:
         pattern = self._patterns.of(linear.name)
         weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
         with full_precision():
-            layer = Layer(linear.name, weight_OD.clone(), hessian, self._gradients.get(linear.name))
-            selection = self._selector.select(layer, pattern)
+            task = LinearTask(linear.name, weight_OD.clone(), hessian, self._gradients.get(linear.name))
+            selection = self._selector.select(task, pattern)
             selection, refined = self._refine(weight_OD, hessian, selection, pattern)
         solution = self._solve(weight_OD, hessian, selection)
         masked_OD = weight_OD * selection.keep_OD
@@ -237,14 +236,3 @@ class RelativeError:
             difference = dense.double() - weight
             total += float(torch.linalg.vecdot(difference, difference @ self._hessian.matrix_DD).sum())
         return max(total, 0.0)
-
-
-@contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module lives on ``device`` inside this context and returns to where it was."""
-    home = next(module.parameters()).device
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)

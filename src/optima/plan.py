@@ -16,12 +16,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
 
-from optima.calibration.activations import capture_block_inputs
-from optima.calibration.hessian import SharedInputs
+from optima.calibration.capture import capture_block_inputs
+from optima.calibration.statistics import SharedInputs
 from optima.errors import ModelError
-from optima.models.blocks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
 from optima.models.masks import MaskFiles
 from optima.models.source import Source, explain_read_errors, load_config, model_class
+from optima.models.stacks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk

@@ -19,7 +19,7 @@ from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, 
 from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
 from optima.selectors.external import External
-from optima.selectors.swaps import SwapRefinement
+from optima.swaps.search import SwapRefinement
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5

@@ -9,17 +9,16 @@ from contextlib import ExitStack
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
+from optima.device import PeakMemory, describe_device, find_device
 from optima.errors import CalibrationError, NumericalError, RecipeError
-from optima.memory import PeakMemory
-from optima.models.blocks import Block, Linear
 from optima.models.checkpoint import explain_write_errors, output_directory, write_checkpoint
 from optima.models.source import Source, find_source, load_model, load_tokenizer
+from optima.models.stacks import Block, Linear
 from optima.pipeline import Dump, Pruner
 from optima.plan import check_model, skeleton, uncovered_notes
 from optima.qp import Hessian
@@ -132,33 +131,6 @@ def _write(
     report.save(directory)
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml")
-
-
-def find_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is the first CUDA device if there is one.
-
-    Raises:
-        RecipeError: if there is no such device, or it has no float64 (the certificate needs it).
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise RecipeError(f"device {name!r} is not supported (no float64 for the certificate): use cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")
-    return device
-
-
-def describe_device(device: torch.device) -> str:
-    """Name of the device for the report."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
 
 
 def find_tokens(

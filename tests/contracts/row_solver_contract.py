@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.qp import Hessian, RowProblem, RowSolution, RowSolver, Status, certify, make_problem, solve_rows
-from optima.qp.refinement import MAX_ROUNDS
+from optima.qp.restarts import MAX_ROUNDS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INPUTS = (1, 2, 23, 96)

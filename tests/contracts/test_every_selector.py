@@ -14,7 +14,7 @@ from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import BatchedCholesky, Hessian, solve
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
-from optima.selectors.base import SELECTOR_NAMES, Layer, Selection, Selector
+from optima.selectors.base import SELECTOR_NAMES, LinearTask, Selection, Selector
 from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.optima import Optima
@@ -42,21 +42,21 @@ EXTREMES = [Unstructured(0.01), Unstructured(0.99, "layer")]
 SHAPES = [(7, 32), (32, 8), (3, 40), (1, 8)]
 
 
-def check(selection: Selection, layer: Layer, pattern: Pattern) -> None:
+def check(selection: Selection, task: LinearTask, pattern: Pattern) -> None:
     """Exact counts, a boolean mask, and finite weights of the layer's dtype, zero off the mask."""
     assert selection.keep_OD.dtype == torch.bool
-    assert selection.keep_OD.shape == layer.weight_OD.shape
+    assert selection.keep_OD.shape == task.weight_OD.shape
     check_counts(selection.keep_OD, pattern)
     if selection.weight_OD is not None:
-        assert selection.weight_OD.dtype == layer.weight_OD.dtype
+        assert selection.weight_OD.dtype == task.weight_OD.dtype
         assert selection.weight_OD.isfinite().all()
         assert not selection.weight_OD[~selection.keep_OD].any()
 
 
-def check_as_good(first_OD: Tensor, second_OD: Tensor, layer: Layer) -> None:
+def check_as_good(first_OD: Tensor, second_OD: Tensor, task: LinearTask) -> None:
     assert (first_OD != second_OD).double().mean() < 0.01
     first, second = (
-        solve(layer.hessian, layer.weight_OD.double(), keep_OD, solver=BatchedCholesky()).error_R.sum()
+        solve(task.hessian, task.weight_OD.double(), keep_OD, solver=BatchedCholesky()).error_R.sum()
         for keep_OD in (first_OD, second_OD)
     )
     assert 0.995 < first / second < 1.005
@@ -69,7 +69,7 @@ def check_same(first: Selection, second: Selection, tolerance: float = 0.0) -> N
         torch.testing.assert_close(first.weight_OD.double(), second.weight_OD.double(), rtol=tolerance, atol=tolerance)
 
 
-def degenerate(kind: str) -> Layer:
+def degenerate(kind: str) -> LinearTask:
     """Layers in which scores tie, vanish or cannot be told apart."""
     weight_OD, inputs_TD = make_layer(6, 16, dtype=torch.float32)
     if kind == "equal weights":
@@ -112,35 +112,35 @@ class TestEverySelector:
     @pytest.mark.parametrize("pattern", [*PATTERNS, *EXTREMES], ids=str)
     def test_exactly_the_pattern(self, name: str, pattern: Pattern, shape: tuple[int, int]) -> None:
         weight_OD, inputs_TD = make_layer(*shape, dead=(1,), dtype=torch.float32)
-        layer = layer_of(weight_OD, inputs_TD)
-        check(SELECTORS[name]().select(layer, pattern), layer, pattern)
+        task = layer_of(weight_OD, inputs_TD)
+        check(SELECTORS[name]().select(task, pattern), task, pattern)
 
     @pytest.mark.parametrize("kind", DEGENERATE)
     @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
     def test_degenerate_layers(self, name: str, pattern: Pattern, kind: str) -> None:
-        layer = degenerate(kind)
+        task = degenerate(kind)
         selector = SELECTORS[name]()
-        selection = selector.select(layer, pattern)
-        check(selection, layer, pattern)
+        selection = selector.select(task, pattern)
+        check(selection, task, pattern)
         check_same(selection, selector.select(degenerate(kind), pattern))
 
     @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
     def test_float32_agrees_with_float64(self, name: str, pattern: Pattern) -> None:
         weight_OD, inputs_TD = make_layer(40, 64, dtype=torch.float32)
-        layer = layer_of(weight_OD, inputs_TD)
-        single = SELECTORS[name]().select(layer, pattern)
-        double = SELECTORS[name]().select(replace(layer, weight_OD=weight_OD.double()), pattern)
+        task = layer_of(weight_OD, inputs_TD)
+        single = SELECTORS[name]().select(task, pattern)
+        double = SELECTORS[name]().select(replace(task, weight_OD=weight_OD.double()), pattern)
         if name in MAGNIFY_ROUNDING:
-            check_as_good(single.keep_OD, double.keep_OD, layer)
+            check_as_good(single.keep_OD, double.keep_OD, task)
         else:
             check_same(single, double, tolerance=1e-4)
 
     @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
     def test_same_input_same_bits_and_nothing_changed(self, name: str, pattern: Pattern) -> None:
         weight_OD, inputs_TD = make_layer(dtype=torch.float32)
-        layer = layer_of(weight_OD.clone(), inputs_TD)
-        first = SELECTORS[name]().select(layer, pattern)
-        assert torch.equal(layer.weight_OD, weight_OD), "the weight is the caller's"
+        task = layer_of(weight_OD.clone(), inputs_TD)
+        first = SELECTORS[name]().select(task, pattern)
+        assert torch.equal(task.weight_OD, weight_OD), "the weight is the caller's"
         check_same(first, SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), pattern))
 
     @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -171,9 +171,9 @@ class TestEverySelector:
         check_same(first, second)
 
     def test_all_weights_equal_and_all_inputs_dead(self, name: str) -> None:
-        layer = layer_of(torch.ones(4, 8), Hessian(torch.zeros(8, 8)))
+        task = layer_of(torch.ones(4, 8), Hessian(torch.zeros(8, 8)))
         for pattern in (Unstructured(0.5), NM(2, 4)):
-            check(SELECTORS[name]().select(layer, pattern), layer, pattern)
+            check(SELECTORS[name]().select(task, pattern), task, pattern)
 
     def test_moved_weights_beat_the_mask_alone(self, name: str) -> None:
         weight_OD, inputs_TD = make_layer(40, 64)

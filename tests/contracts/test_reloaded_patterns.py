@@ -10,7 +10,7 @@ from tiny import make_llama, make_tokens
 from transformers import AutoModelForCausalLM
 
 from optima import Recipe, prune
-from optima.models.blocks import find_blocks
+from optima.models.stacks import find_blocks
 from optima.selectors.base import SELECTORS
 
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima import Recipe, prune
-from optima.calibration.activations import capture_block_inputs
+from optima.calibration.capture import capture_block_inputs
 from optima.errors import ModelError
-from optima.models.blocks import find_blocks
 from optima.models.source import find_source
+from optima.models.stacks import find_blocks
 from optima.plan import Plan, make_plan
 
 VOCAB = 101

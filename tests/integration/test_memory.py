@@ -11,8 +11,8 @@ SCRIPT = """
 import torch
 torch.set_num_threads(1)
 from transformers import LlamaConfig, LlamaForCausalLM
-from optima.calibration.activations import capture_block_inputs
-from optima.memory import PeakMemory
+from optima.calibration.capture import capture_block_inputs
+from optima.device import PeakMemory
 from optima.pipeline import Pruner
 from optima.plan import check_model, find_patterns, predict_memory, shared_inputs
 from optima.recipe import Recipe

@@ -10,7 +10,8 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from optima.allocation import DENSEST, SPARSEST, least_sum, with_mean
-from optima.patterns import SCOPES, Unstructured, top_scores
+from optima.patterns import SCOPES, Unstructured
+from optima.selectors.ranking import top_scores
 
 SIZES = st.lists(st.integers(1, 10**9), min_size=1, max_size=8)
 SPARSITIES = st.floats(0.001, 0.999)

@@ -10,12 +10,13 @@ from layers import hessian_of, layer_of, make_layer
 
 from optima.allocation import LeastError, Owl, error_curve, make_allocation
 from optima.errors import RecipeError
-from optima.patterns import Unstructured, top_scores
+from optima.patterns import Unstructured
 from optima.qp import Hessian, solve
-from optima.selectors.base import Layer
+from optima.selectors.base import LinearTask
+from optima.selectors.ranking import top_scores
 
 
-def make_layers() -> list[tuple[int, Layer]]:
+def make_layers() -> list[tuple[int, LinearTask]]:
     """Three blocks of two linears of different sizes; the weights have tails of different weight."""
     layers = []
     for block, power in enumerate((1.0, 3.0, 2.0)):
@@ -29,17 +30,17 @@ def make_layers() -> list[tuple[int, Layer]]:
 def test_owl() -> None:
     """Share of |W_ij| ||X_j|| beyond M times the block's mean, scaled to a width of 2 lambda and centred."""
     owl = Owl(0.6, outlier_multiple=3.0, spread=0.1)
-    for block, layer in make_layers():
-        owl.observe(block, layer)
+    for block, task in make_layers():
+        owl.observe(block, task)
     found = owl.allocate()
 
     ratios, sizes = [], []
     for block in range(3):
         scores = []
-        for index, layer in make_layers():
+        for index, task in make_layers():
             if index == block:
-                norm_D = (layer.hessian.matrix_DD.diagonal() ** 0.5).tolist()
-                scores += [abs(w) * n for row in layer.weight_OD.tolist() for w, n in zip(row, norm_D, strict=True)]
+                norm_D = (task.hessian.matrix_DD.diagonal() ** 0.5).tolist()
+                scores += [abs(w) * n for row in task.weight_OD.tolist() for w, n in zip(row, norm_D, strict=True)]
         limit = 3.0 * sum(scores) / len(scores)
         ratios.append(sum(score > limit for score in scores) / len(scores))
         sizes.append(len(scores))
@@ -64,11 +65,11 @@ def test_alike_is_uniform(name: str) -> None:
     assert max(sparsities) - min(sparsities) < 0.02, "equal linears differ by one step of the grid at most"
 
 
-def true_error(layer: Layer, sparsity: float) -> float:
+def true_error(task: LinearTask, sparsity: float) -> float:
     """Of all rows, Wanda's mask, solved to the end."""
-    weight_OD, matrix_DD = layer.weight_OD, layer.hessian.matrix_DD
+    weight_OD, matrix_DD = task.weight_OD, task.hessian.matrix_DD
     keep_OD = top_scores(weight_OD.abs() * matrix_DD.diagonal().sqrt(), Unstructured(sparsity))
-    change_OD = weight_OD - solve(layer.hessian, weight_OD, keep_OD).weight_RD
+    change_OD = weight_OD - solve(task.hessian, weight_OD, keep_OD).weight_RD
     return float(((change_OD @ matrix_DD) * change_OD).sum() / ((weight_OD @ matrix_DD) * weight_OD).sum())
 
 
@@ -76,25 +77,25 @@ def true_error(layer: Layer, sparsity: float) -> float:
 @pytest.mark.parametrize("rows", [32, 5000])
 def test_error_curve(rows: int, dead: tuple[int, ...]) -> None:
     weight_OD, inputs_TD = make_layer(200, 48, dead)
-    layer = layer_of(weight_OD * torch.logspace(-2, 1, 200, dtype=torch.float64)[:, None], inputs_TD)
+    task = layer_of(weight_OD * torch.logspace(-2, 1, 200, dtype=torch.float64)[:, None], inputs_TD)
     sparsities = [0.4, 0.5, 0.6, 0.7]
-    found = error_curve(layer, sparsities, rows)
+    found = error_curve(task, sparsities, rows)
     # A share of 28.8 weights is 28 in some rows and 29 in others, not the same ones in the sample.
-    assert found == pytest.approx([true_error(layer, s) for s in sparsities], rel=0.1 if rows == 32 else 0.05)
+    assert found == pytest.approx([true_error(task, s) for s in sparsities], rel=0.1 if rows == 32 else 0.05)
 
 
 @pytest.mark.parametrize("sparsity", [0.6, 0.7])
 def test_least_error_lowers_the_sum(sparsity: float) -> None:
     layers = make_layers()
     allocation = LeastError(sparsity)
-    for block, layer in layers:
-        allocation.observe(block, layer)
+    for block, task in layers:
+        allocation.observe(block, task)
     found = allocation.allocate()
-    sizes = {layer.name: layer.weight_OD.numel() for _, layer in layers}
+    sizes = {task.name: task.weight_OD.numel() for _, task in layers}
     assert sum(found[n] * sizes[n] for n in sizes) == pytest.approx(sparsity * sum(sizes.values()), abs=1e-6)
     assert all(sparsity - 0.15 - 1e-9 <= value <= sparsity + 0.15 + 1e-9 for value in found.values())
-    shared = sum(true_error(layer, found[layer.name]) for _, layer in layers)
-    uniform = sum(true_error(layer, sparsity) for _, layer in layers)
+    shared = sum(true_error(task, found[task.name]) for _, task in layers)
+    uniform = sum(true_error(task, sparsity) for _, task in layers)
     assert shared < 0.97 * uniform
 
 
@@ -104,11 +105,11 @@ def test_extreme_sparsities_stay_inside(name: str, sparsity: float) -> None:
     allocation = make_allocation(name, sparsity, spread=0.2)
     assert allocation is not None
     layers = make_layers()
-    for block, layer in layers:
-        allocation.observe(block, layer)
+    for block, task in layers:
+        allocation.observe(block, task)
     found = allocation.allocate()
     assert all(0.0 < value < 1.0 for value in found.values())
-    sizes = {layer.name: layer.weight_OD.numel() for _, layer in layers}
+    sizes = {task.name: task.weight_OD.numel() for _, task in layers}
     assert sum(found[n] * sizes[n] for n in sizes) == pytest.approx(sparsity * sum(sizes.values()), abs=1e-6)
 
 
@@ -118,9 +119,9 @@ def test_linears_that_carry_nothing(name: str) -> None:
     allocation = make_allocation(name, 0.5)
     assert allocation is not None
     weight_OD, inputs_TD = make_layer()
-    allocation.observe(0, Layer("live", weight_OD, hessian_of(inputs_TD)))
-    allocation.observe(1, Layer("dead", weight_OD, Hessian(torch.zeros(48, 48))))
-    allocation.observe(2, Layer("zero", torch.zeros_like(weight_OD), hessian_of(inputs_TD)))
+    allocation.observe(0, LinearTask("live", weight_OD, hessian_of(inputs_TD)))
+    allocation.observe(1, LinearTask("dead", weight_OD, Hessian(torch.zeros(48, 48))))
+    allocation.observe(2, LinearTask("zero", torch.zeros_like(weight_OD), hessian_of(inputs_TD)))
     found = allocation.allocate()
     assert sum(found.values()) == pytest.approx(1.5, abs=1e-9)
     if name == "error":

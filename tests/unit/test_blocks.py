@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
-from optima.models.blocks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
+from optima.models.stacks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
 
 LLAMA_LINEARS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),

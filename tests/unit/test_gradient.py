@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima import Recipe, prune
-from optima.calibration.activations import capture_block_inputs
+from optima.calibration.capture import capture_block_inputs
 from optima.calibration.gradient import regional_gradients
 from optima.errors import ModelError
-from optima.models.blocks import Block, find_blocks
+from optima.models.stacks import Block, find_blocks
 
 CPU = torch.device("cpu")
 

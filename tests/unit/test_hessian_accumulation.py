@@ -10,9 +10,9 @@ from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima import Recipe, prune
-from optima.calibration.hessian import HessianCollector, SharedInputs
+from optima.calibration.statistics import HessianCollector, SharedInputs
 from optima.errors import CalibrationError
-from optima.models.blocks import Block, Linear, find_blocks, linears_of
+from optima.models.stacks import Block, Linear, find_blocks, linears_of
 from optima.qp import Hessian
 
 GROUPS = [

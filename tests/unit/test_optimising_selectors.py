@@ -28,7 +28,7 @@ from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import BatchedCholesky, Hessian, solve
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
-from optima.selectors.base import Layer
+from optima.selectors.base import LinearTask
 from optima.selectors.optima import Optima, nth_lowest
 from optima.selectors.thanos import Thanos
 
@@ -245,8 +245,8 @@ def test_optima_in_float32_where_inputs_are_collinear(noise: float, damping: flo
     hessian = hessian_of(inputs_TD, damping)
     errors = []
     for dtype in (torch.float32, torch.float64):
-        layer = Layer("linear", weight_OD.to(dtype), hessian)
-        keep_OD = Optima().select(layer, Unstructured(0.5)).keep_OD
+        task = LinearTask("linear", weight_OD.to(dtype), hessian)
+        keep_OD = Optima().select(task, Unstructured(0.5)).keep_OD
         errors.append(float(solve(hessian, weight_OD.double(), keep_OD, solver=BatchedCholesky()).error_R.sum()))
     # Iterations in float32 lose some of it where float64 is needed to see anything; a wrong spectrum loses all.
     assert errors[0] <= 20 * errors[1]
@@ -306,10 +306,10 @@ def test_thanos_leaves_outlier_rows_dense() -> None:
 @pytest.mark.parametrize("selector", [ADMM(), ALPS(), Optima()], ids=lambda selector: type(selector).__name__)
 def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS | Optima) -> None:
     weight_OD, inputs_TD = make_layer()
-    layer = layer_of(weight_OD, inputs_TD)
-    first = selector.select(layer, NM(2, 4))
-    assert torch.equal(selector.select(layer, NM(2, 4)).keep_OD, first.keep_OD)
+    task = layer_of(weight_OD, inputs_TD)
+    first = selector.select(task, NM(2, 4))
+    assert torch.equal(selector.select(task, NM(2, 4)).keep_OD, first.keep_OD)
     made = selector._system._made  # type: ignore[attr-defined]
     assert [len(systems) for systems in made.values()] == [1]
-    del layer
+    del task
     assert not len(made)

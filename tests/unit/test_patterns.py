@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import NM, SCOPES, PatternTable, Unstructured, check_pattern, parse_nm, parse_table, top_scores
+from optima.patterns import NM, SCOPES, PatternTable, Unstructured, check_pattern, parse_nm, parse_table
+from optima.selectors.ranking import pruned_in_rows, top_scores
 
 SPARSITIES = st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)
 SIZES = st.integers(1, 40)
@@ -114,7 +115,7 @@ def test_one_group_is_the_layer_and_rows_of_whole_shares_are_alike() -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 100_000])
 def test_rows_of_a_large_linear_add_up(rows: int) -> None:
-    counts_R = Unstructured(0.6, "row").pruned_in_rows(rows, 28_672)
+    counts_R = pruned_in_rows(Unstructured(0.6, "row"), rows, 28_672)
     assert counts_R.sum() == round(0.6 * rows * 28_672)
     assert set(counts_R.tolist()) <= {17_203, 17_204}
 

@@ -12,9 +12,9 @@ import torch
 from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
+from optima.linalg.products import ROUND_ROWS, SharedFactor
 from optima.qp import Auto, Hessian, make_problem, solve_rows
 from optima.qp.batch import RowBatch
-from optima.qp.products import ROUND_ROWS, SharedFactor
 
 
 class Countdown(RowBatch):

@@ -37,7 +37,7 @@ from optima.qp import (
     solve_rows,
 )
 from optima.qp.low_rank import FACTORS
-from optima.qp.refinement import Correction, Residuals, refine
+from optima.qp.restarts import Correction, Residuals, refine
 
 SOLVERS: list[RowSolver] = [
     *(SharedInverseCG(), LowRankCG(), BatchedCholesky(), Bounded(), RestartedPDHG(gap=1e-2), Auto()),

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from qp_reference import Reference, make_layer, make_matrix, make_rows, reference
 from scipy import sparse
 
+from optima.linalg.hessian import COLUMNS
 from optima.qp import (
     Auto,
     BatchedCholesky,
@@ -27,7 +28,6 @@ from optima.qp import (
     solve,
     solve_rows,
 )
-from optima.qp.hessian import COLUMNS
 
 GAP = 1e-9
 Array = NDArray[np.float64]

@@ -17,7 +17,7 @@ from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import Auto, BatchedCholesky
 from optima.recipe import PROOF_ROUNDS, SINK_WEIGHT, recipe_from_dict
-from optima.selectors.swaps import SwapRefinement
+from optima.swaps.search import SwapRefinement
 
 FIELDS = [option.name for option in dataclasses.fields(Recipe)]
 

@@ -175,7 +175,7 @@ def test_unknown_selector_lists_the_known() -> None:
 OWN = """
 from dataclasses import dataclass
 
-from optima.patterns import top_scores
+from optima.selectors.ranking import top_scores
 from optima.selectors.base import Selection
 
 

@@ -12,7 +12,7 @@ from layers import PATTERNS, hessian_of, layer_of, make_layer, plain_keep
 from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
-from optima.models.blocks import find_blocks
+from optima.models.stacks import find_blocks
 from optima.patterns import NM, Pattern
 from optima.selectors.base import SELECTOR_NAMES
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from layers import PATTERNS, check_counts, hessian_of, make_layer
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Unstructured, top_scores
+from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian
-from optima.selectors import swaps
-from optima.selectors.exchange import best_pairs, exchange, group_width
-from optima.selectors.swaps import SwapRefinement
-from optima.selectors.tableau import LEAST_GAIN
+from optima.selectors.ranking import top_scores
+from optima.swaps import search as swaps
+from optima.swaps.exchange import best_pairs, exchange, group_width
+from optima.swaps.pivots import LEAST_GAIN
+from optima.swaps.search import SwapRefinement
 
 
 def optimal_error(hessian_DD: Tensor, weight_D: Tensor, keep_D: Tensor) -> float:

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.activations import BlockInputs
-from optima.models.blocks import Block
+from optima.calibration.capture import BlockInputs
+from optima.models.stacks import Block
 
 
 def regional_gradients(block: Block, inputs: BlockInputs, device: torch.device) -> dict[str, Tensor]:

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from optima.calibration.text import TextSource, load_documents
+from optima.device import find_device
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.run import find_device
 
 
 @dataclass(frozen=True)

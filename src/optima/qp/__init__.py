@@ -16,12 +16,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from optima.errors import RecipeError
+from optima.linalg.hessian import Hessian
 from optima.qp.auto import Auto
 from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.qp.bounded import Bounded
 from optima.qp.certificate import Certificate, certify
 from optima.qp.cholesky import BatchedCholesky
-from optima.qp.hessian import Hessian
 from optima.qp.low_rank_cg import LowRankCG
 from optima.qp.pdhg import RestartedPDHG
 from optima.qp.problem import RowProblem, RowSolution, Status, make_problem, target_of

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optima.linalg.hessian import Hessian
 from optima.qp.base import RowSolver
 from optima.qp.bounded import Bounded
 from optima.qp.cholesky import BatchedCholesky
-from optima.qp.hessian import Hessian
 from optima.qp.low_rank_cg import LowRankCG
 from optima.qp.problem import RowProblem, RowSolution, concatenate
 from optima.qp.shared_inverse_cg import SharedInverseCG

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from optima.errors import RecipeError
-from optima.qp.hessian import Hessian
+from optima.linalg.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optima.qp.products import ROUND_ROWS
+from optima.linalg.products import ROUND_ROWS
 
 # Rows that are done leave the batch when at most this share of it is still open.
 COMPACT = 0.8

@@ -24,12 +24,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.linalg.hessian import Hessian
+from optima.linalg.spectrum import Spectrum
 from optima.qp.batch import RowBatch
 from optima.qp.certificate import ENERGY_FLOOR
-from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution, concatenate
-from optima.qp.refinement import Correction, Residuals, refine
-from optima.qp.spectrum import Spectrum
+from optima.qp.restarts import Correction, Residuals, refine
 
 AIM = 0.9
 MAX_ITERATIONS = 300

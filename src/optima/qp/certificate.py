@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.qp.hessian import Hessian
+from optima.linalg.hessian import Hessian
 from optima.qp.problem import RowProblem
 
 # A row whose optimum loses less than this share of its energy is exact for every purpose; the gap is

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from optima.qp.hessian import Hessian
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import scaled
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.products import scaled
-from optima.qp.refinement import Correction, Residuals, refine
+from optima.qp.restarts import Correction, Residuals, refine
 
 # Gathered systems and their factors hold at most D^2 numbers, or this many where D is small.
 SMALLEST_BATCH_ENTRIES = 2**20

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from optima.linalg.hessian import Hessian
 from optima.qp.batch import COMPACT, RowBatch
 from optima.qp.certificate import ENERGY_FLOOR
-from optima.qp.hessian import Hessian
 from optima.qp.low_rank import LowRankModel
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.refinement import Correction, Residuals, refine
+from optima.qp.restarts import Correction, Residuals, refine
 
 # Aim a little below the tolerance, so that the certificate seldom asks for another round.
 AIM = 0.9

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
-from optima.qp.hessian import Hessian
+from optima.linalg.hessian import Hessian
 
 
 class Status(IntEnum):

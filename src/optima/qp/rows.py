@@ -9,13 +9,12 @@ from dataclasses import replace
 
 import torch
 
+from optima.device import full_precision
 from optima.errors import RecipeError
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import keep_freed_memory
 from optima.qp.base import RowSolver
-from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution, concatenate
-from optima.qp.products import full_precision, keep_freed_memory
-
-__all__ = ["BYTES_PER_ENTRY", "DEFAULT_BUDGET_BYTES", "full_precision", "rows_per_chunk", "solve_rows"]
 
 # Work space per row and input while solving: six buffers, of float64 where the condition number demands it, and masks.
 BYTES_PER_ENTRY = 6 * 8 + 8

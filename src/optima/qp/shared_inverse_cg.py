@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import SharedMatrix
 from optima.qp.batch import RowBatch
 from optima.qp.certificate import ENERGY_FLOOR
-from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.products import SharedMatrix
-from optima.qp.refinement import Correction, Residuals, refine
+from optima.qp.restarts import Correction, Residuals, refine
 
 # Aim a little below the tolerance, so that the certificate seldom asks for another round.
 AIM = 0.9

@@ -21,11 +21,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from optima.patterns import Pattern, Scope, Unstructured, top_scores
-from optima.qp.hessian import Hessian
-from optima.qp.products import SharedMatrix
-from optima.selectors.base import Cost, Layer, Selection
-from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import SharedMatrix
+from optima.linalg.scaling import PerHessian, scaled_weight, unit_diagonal
+from optima.patterns import Pattern, Scope, Unstructured
+from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.ranking import top_scores
 
 
 class _System(NamedTuple):
@@ -66,11 +67,11 @@ class ADMM:
         inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(matrix_DD))
         return _System(norm_D.to(dtype), matrix, SharedMatrix(inverse_DD.to(dtype)))
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        norm_D, matrix, solve = self._system(layer.hessian, layer.weight_OD.dtype)
+        norm_D, matrix, solve = self._system(task.hessian, task.weight_OD.dtype)
         # W + U; the dual U starts at zero, and after the projection it is what was cut off.
-        sum_OD = scaled_weight(layer, norm_D)
+        sum_OD = scaled_weight(task.weight_OD, task.hessian, norm_D)
         target_OD = matrix(sum_OD)
         for iteration in range(self.iterations):
             if iteration < self.gradual_iterations:

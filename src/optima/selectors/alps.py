@@ -23,12 +23,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from optima.patterns import Pattern, Scope, top_scores
-from optima.qp.hessian import Hessian
-from optima.qp.products import SharedMatrix
-from optima.selectors.base import Cost, Layer, Selection
-from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
-from optima.selectors.unit_diagonal import PerHessian, scaled_weight, unit_diagonal
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import SharedMatrix
+from optima.linalg.scaling import PerHessian, scaled_weight, unit_diagonal
+from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.patterns import Pattern, Scope
+from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.ranking import top_scores
 
 # Growth of rho for a change of the support beyond this fraction of the kept weights.
 GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))
@@ -72,10 +73,10 @@ class ALPS:
     def __post_init__(self) -> None:
         object.__setattr__(self, "_system", PerHessian(_prepare))
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        norm_D, operator, eigen = self._system(layer.hessian, layer.weight_OD.dtype)
-        dense_OD = scaled_weight(layer, norm_D)
+        norm_D, operator, eigen = self._system(task.hessian, task.weight_OD.dtype)
+        dense_OD = scaled_weight(task.weight_OD, task.hessian, norm_D)
         target_OD = operator(dense_OD)
         inverse = ShiftedInverse(eigen, dense_OD, CHECK_EVERY)
         splitting = _Splitting(inverse, target_OD, dense_OD, pattern, self.penalty)

@@ -16,12 +16,12 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from optima.errors import RecipeError
+from optima.linalg.hessian import Hessian
 from optima.patterns import Pattern, Scope
-from optima.qp.hessian import Hessian
 
 
 @dataclass(frozen=True)
-class Layer:
+class LinearTask:
     """What a selector sees of one linear.
 
     Attributes:
@@ -65,14 +65,14 @@ class Selector(Protocol):
         """Scope of unstructured sparsity in the method's paper, used when the recipe names none."""
         ...
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """Choose the survivors among the weights of ``layer``."""
         ...
 
 
 @runtime_checkable
 class NeedsGradient(Protocol):
-    """A selector that says whether it needs ``Layer.gradient_OD``, which costs a backward pass through every block."""
+    """A selector that says whether it needs ``gradient_OD``, which costs a backward pass through every block."""
 
     needs_gradient: bool
 
@@ -193,5 +193,5 @@ def _load(path: str) -> Selector:
     except TypeError as error:
         raise RecipeError(f"selector {path} cannot be made without arguments ({error})") from error
     if not isinstance(selector, Selector):
-        raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(layer, pattern)")
+        raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(task, pattern)")
     return selector

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.patterns import NM, Pattern, PatternTable, Scope, Unstructured
-from optima.selectors.base import Layer, Selection, Target
+from optima.selectors.base import LinearTask, Selection, Target
+from optima.selectors.ranking import pruned_in_rows
 
 
 class Masks(Protocol):
@@ -77,12 +78,12 @@ class External:
         keep = self.masks.keep(name)
         return keep.mT if self._transposed(name) else keep
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        if layer.name not in self._targets:
-            outputs, inputs = layer.weight_OD.shape
-            self.expect([Target(layer.name, (outputs, inputs))])
-        return Selection(self.keep_OD(layer.name).to(layer.weight_OD.device))
+        if task.name not in self._targets:
+            outputs, inputs = task.weight_OD.shape
+            self.expect([Target(task.name, (outputs, inputs))])
+        return Selection(self.keep_OD(task.name).to(task.weight_OD.device))
 
     def _transposed(self, name: str) -> bool:
         return self._targets[name].transposed
@@ -135,7 +136,7 @@ def _broken(keep_OD: Tensor, pattern: Pattern) -> str:
         return f"{len(wrong)} groups keep another number, first {int(kept_G[wrong[0]])} in row {row}, group {group}"
     pruned_OD = ~keep_OD
     if pattern.scope == "row":
-        wanted_O, found_O = pattern.pruned_in_rows(num_outputs, num_inputs), pruned_OD.sum(dim=1)
+        wanted_O, found_O = pruned_in_rows(pattern, num_outputs, num_inputs), pruned_OD.sum(dim=1)
         wrong = (wanted_O != found_O).nonzero()[:, 0]
         first = int(wrong[0]) if len(wrong) else 0
         return f"row {first} prunes {int(found_O[first])}, not {int(wanted_O[first])}" if len(wrong) else ""

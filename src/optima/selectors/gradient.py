@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from optima.errors import RecipeError
-from optima.patterns import Pattern, Scope, top_scores
-from optima.selectors.base import Cost, Layer, Selection
+from optima.patterns import Pattern, Scope
+from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.ranking import top_scores
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Gradient:
     cost: ClassVar[Cost] = Cost(per_square=0, per_weight=16)
     needs_gradient: bool = True
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``.
 
         Raises:
             RecipeError: if the layer comes without its gradient.
         """
-        if layer.gradient_OD is None:
-            raise RecipeError(f"selector gradient needs the gradient of {layer.name}: give Layer its gradient_OD")
-        norm_D = layer.hessian.diagonal_D.sqrt().to(layer.weight_OD.dtype)
-        factor_OD = self.alpha * layer.gradient_OD.to(layer.weight_OD.dtype) + norm_D
-        return Selection(top_scores(factor_OD * layer.weight_OD.abs(), pattern))
+        if task.gradient_OD is None:
+            raise RecipeError(f"selector gradient needs the gradient of {task.name}: give LinearTask its gradient_OD")
+        norm_D = task.hessian.diagonal_D.sqrt().to(task.weight_OD.dtype)
+        factor_OD = self.alpha * task.gradient_OD.to(task.weight_OD.dtype) + norm_D
+        return Selection(top_scores(factor_OD * task.weight_OD.abs(), pattern))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from optima.patterns import Pattern, Scope, top_scores
-from optima.selectors.base import Layer, Selection
+from optima.patterns import Pattern, Scope
+from optima.selectors.base import LinearTask, Selection
+from optima.selectors.ranking import top_scores
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,6 @@ class Magnitude:
 
     published_scope: Scope = "layer"
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        return Selection(top_scores(layer.weight_OD.abs(), pattern))
+        return Selection(top_scores(task.weight_OD.abs(), pattern))

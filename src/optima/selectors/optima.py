@@ -9,7 +9,7 @@ Those work in units in which H has a unit diagonal, where P prices the removal o
 for it, w_i^2 H_ii. With all others making up for it the price is w_i^2 / K_ii, K = H^-1 (the optimal brain surgeon's).
 On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-theta) K_ii^(-theta) with theta = 3/4, and
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
-a one-swap optimum (``optima.selectors.swaps`` finds little to improve), for the price of products.
+a one-swap optimum (``optima.swaps.search`` finds little to improve), for the price of products.
 
 Its scope is ``balanced``. Ranking the whole layer leaves the lowest reconstruction error and a worse model: rows whose
 outputs have little energy are starved, though what follows may need them as much as the others (docs/benchmarks.md).
@@ -26,12 +26,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Scope, Unstructured, row_units, top_scores
-from optima.qp.hessian import Hessian
-from optima.qp.products import scaled
-from optima.selectors.base import Cost, Layer, Selection
-from optima.selectors.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
-from optima.selectors.unit_diagonal import PerHessian, price_unit, scaled_weight
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import scaled
+from optima.linalg.scaling import PerHessian, price_unit, scaled_weight
+from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.patterns import NM, Pattern, Scope, Unstructured
+from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.ranking import row_units, top_scores
 
 # Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
 # little, or they are found in float64, which takes half as much memory again.
@@ -88,11 +89,11 @@ class Optima:
             eigen = eigendecomposition(_in_units(hessian, unit_D), dtype)
         return _System(unit_D.to(dtype), eigen)
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        hessian, dtype = layer.hessian, layer.weight_OD.dtype
+        hessian, dtype = task.hessian, task.weight_OD.dtype
         unit_D, eigen = self._system(hessian, dtype)
-        dense_OD = scaled_weight(layer, unit_D)
+        dense_OD = scaled_weight(task.weight_OD, task.hessian, unit_D)
         target_OD = hessian.operator(dtype)(dense_OD / unit_D).div_(unit_D)
         inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
         return Selection(self._split(inverse, target_OD, dense_OD, pattern))

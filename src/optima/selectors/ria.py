@@ -12,8 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from optima.patterns import Pattern, Scope, top_scores
-from optima.selectors.base import Cost, Layer, Selection
+from optima.patterns import Pattern, Scope
+from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.ranking import top_scores
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,11 @@ class RIA:
     published_scope: Scope = "layer"
     cost: ClassVar[Cost] = Cost(per_square=0, per_weight=20)
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        size_OD = layer.weight_OD.abs()
+        size_OD = task.weight_OD.abs()
         row_O1, column_1D = size_OD.sum(dim=1, keepdim=True), size_OD.sum(dim=0, keepdim=True)
         # A row or column of zeros has no shares: its weights score zero.
         share_OD = (size_OD / row_O1 + size_OD / column_1D).nan_to_num_(nan=0.0)
-        norm_D = layer.hessian.diagonal_D.sqrt().to(size_OD.dtype)
+        norm_D = task.hessian.diagonal_D.sqrt().to(size_OD.dtype)
         return Selection(top_scores(share_OD * norm_D**self.power, pattern))

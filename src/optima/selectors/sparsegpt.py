@@ -14,8 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optima.patterns import GROUP_SIZE, NM, Pattern, Scope, Unstructured, across_rows, keep_all_but_lowest, top_scores
-from optima.selectors.base import Cost, Layer, Selection
+from optima.patterns import GROUP_SIZE, NM, Pattern, Scope, Unstructured
+from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,10 @@ class SparseGPT:
     published_scope: Scope = "group"
     cost: ClassVar[Cost] = Cost(per_square=36, per_weight=14, kept_per_square=8, products=1)
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        upper_DD = torch.linalg.cholesky(layer.hessian.inverse_DD, upper=True).to(layer.weight_OD.dtype)
-        weight_OD = layer.weight_OD.masked_fill(layer.hessian.dead_D, 0.0)
+        upper_DD = torch.linalg.cholesky(task.hessian.inverse_DD, upper=True).to(task.weight_OD.dtype)
+        weight_OD = task.weight_OD.masked_fill(task.hessian.dead_D, 0.0)
         keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)
         num_inputs = weight_OD.shape[1]
         blocksize = self.blocksize
@@ -67,7 +68,7 @@ def _block_mask(score_OB: Tensor, pattern: Unstructured, begin: int, num_inputs:
     rows, width = score_OB.shape
     end = begin + width
     if pattern.scope == "row":
-        total_O = pattern.pruned_in_rows(rows, num_inputs).double()
+        total_O = pruned_in_rows(pattern, rows, num_inputs).double()
         count_O = (total_O * end / num_inputs).round() - (total_O * begin / num_inputs).round()
         return keep_all_but_lowest(score_OB, count_O)
     count = pattern.pruned_in_columns(rows, begin, end)

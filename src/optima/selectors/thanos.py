@@ -20,8 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Scope, Unstructured, across_rows, keep_all_but_lowest, top_scores
-from optima.selectors.base import Cost, Layer, Selection
+from optima.patterns import NM, Pattern, Scope, Unstructured
+from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
 
 # Work space of the batched systems; on a CPU they stay in the cache, which takes two thirds of the time away.
 CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
@@ -44,14 +45,14 @@ class Thanos:
     published_scope: Scope = "layer"
     cost: ClassVar[Cost] = Cost(per_square=45, per_weight=30, kept_per_square=8, products=1)
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        hessian = layer.hessian
+        hessian = task.hessian
         upper_DD = torch.linalg.cholesky(hessian.inverse_DD, upper=True)
-        weight_OD = layer.weight_OD.masked_fill(hessian.dead_D, 0.0)
+        weight_OD = task.weight_OD.masked_fill(hessian.dead_D, 0.0)
         norm_D = hessian.diagonal_D.sqrt().to(weight_OD.dtype)
         keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)
-        outlier_O = self._outliers(layer) if isinstance(pattern, NM) else None
+        outlier_O = self._outliers(task) if isinstance(pattern, NM) else None
         num_inputs, width = weight_OD.shape[1], self._width(pattern)
         residual = _ResidualMask(weight_OD.shape, pattern)
         for begin in range(0, num_inputs, width):
@@ -72,10 +73,10 @@ class Thanos:
             return max(self.nm_blocksize // pattern.m, 1) * pattern.m
         return pattern.group_size if pattern.scope == "group" else self.blocksize
 
-    def _outliers(self, layer: Layer) -> Tensor:
+    def _outliers(self, task: LinearTask) -> Tensor:
         """Indices of the rows with the largest loss if they were removed, w H w^T."""
-        weight_OD = layer.weight_OD.double()
-        loss_O = torch.linalg.vecdot(weight_OD, weight_OD @ layer.hessian.matrix_DD)
+        weight_OD = task.weight_OD.double()
+        loss_O = torch.linalg.vecdot(weight_OD, weight_OD @ task.hessian.matrix_DD)
         outlier_O: Tensor = loss_O.topk(math.ceil(self.outlier_rows * len(loss_O))).indices
         return outlier_O
 
@@ -89,7 +90,7 @@ class _ResidualMask:
         self._column = 0
         if isinstance(pattern, Unstructured):
             self._left = pattern.pruned_count(shape.numel())
-            self._left_O = pattern.pruned_in_rows(self._num_rows, num_inputs)
+            self._left_O = pruned_in_rows(pattern, self._num_rows, num_inputs)
 
     def block(self, score_OD: Tensor, width: int) -> Tensor:
         """keep_OB of the first ``width`` columns, given the scores of all that remain."""

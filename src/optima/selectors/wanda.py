@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optima.patterns import Pattern, Scope, top_scores
-from optima.qp.hessian import Hessian
-from optima.selectors.base import Layer, Selection
+from optima.linalg.hessian import Hessian
+from optima.patterns import Pattern, Scope
+from optima.selectors.base import LinearTask, Selection
+from optima.selectors.ranking import top_scores
 
 
 @dataclass(frozen=True)
@@ -17,9 +18,9 @@ class Wanda:
 
     published_scope: Scope = "row"
 
-    def select(self, layer: Layer, pattern: Pattern) -> Selection:
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        return Selection(top_scores(wanda_score(layer.weight_OD, layer.hessian), pattern))
+        return Selection(top_scores(wanda_score(task.weight_OD, task.hessian), pattern))
 
 
 def wanda_score(weight_OD: Tensor, hessian: Hessian) -> Tensor:

@@ -1,6 +1,6 @@
 """Many swaps of a row at once, by estimated prices, accepted where the certificate proves that its error is lower.
 
-``optima.selectors.swaps`` prices a swap exactly, from a factorisation of every row. Here a round costs a solve of all
+``optima.swaps.search`` prices a swap exactly, from a factorisation of every row. Here a round costs a solve of all
 rows by the engine. A kept weight v_i is priced at v_i^2 u_i^2 and a pruned one is worth r_j^2 / u_j^2, r = H (w - v),
 with units u between the two extremes of either (see ``price_unit``). The cheapest leave for the most valuable, pair by
 pair; of the pairs that promise a gain a row tries the better half, and a third as many whenever they have not paid:
@@ -16,12 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern
+from optima.linalg.products import SharedMatrix
+from optima.linalg.scaling import price_unit
+from optima.patterns import Pattern, group_width
 from optima.qp import Auto, Hessian, make_problem, solve_rows
 from optima.qp.certificate import ENERGY_FLOOR
 from optima.qp.problem import RowSolution
-from optima.qp.products import SharedMatrix
-from optima.selectors.unit_diagonal import price_unit
 
 ROUNDS = 16
 # Prices of a round need no more; what a looser bound leaves unproven is not accepted.
@@ -68,13 +68,6 @@ def exchange(hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Patt
         if not len(rows):
             break
     return keep_OD, swaps_O
-
-
-def group_width(pattern: Pattern, num_inputs: int) -> int:
-    """Inputs that may exchange their weights: swaps stay within a group, so that the pattern's counts stay exact."""
-    if isinstance(pattern, NM):
-        return pattern.m
-    return pattern.group_size if pattern.scope == "group" else max(num_inputs, 1)
 
 
 def _solve(hessian: Hessian, weight_AD: Tensor, keep_AD: Tensor, start_AD: Tensor | None) -> RowSolution:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
-from optima.qp.products import SharedFactor, SharedMatrix, scaled
+from optima.linalg.products import SharedFactor, SharedMatrix, scaled
 
 # Damping tried after plain Cholesky fails with none at all; relative to the mean of the diagonal.
 SMALLEST_DAMPING = 1e-8

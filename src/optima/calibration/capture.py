@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.errors import ModelError
-from optima.models.blocks import Block
+from optima.models.stacks import Block
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from optima.linalg.hessian import Hessian
 from optima.qp.certificate import Certificate, Verifier
-from optima.qp.hessian import Hessian
 from optima.qp.problem import RowProblem, RowSolution, Status
 
 MAX_ROUNDS = 10

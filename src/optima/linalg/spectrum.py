@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from optima.qp.hessian import Hessian
-from optima.qp.products import SharedMatrix
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import SharedMatrix
 
 POWER_ITERATIONS = 30
 # Power iteration approaches the largest eigenvalue from below.

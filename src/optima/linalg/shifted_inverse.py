@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima.qp.products import SharedMatrix, multiply, pack
+from optima.linalg.products import SharedMatrix, multiply, pack
 
 
 class Eigen(NamedTuple):

@@ -9,10 +9,6 @@ Shapes: R rows, D inputs, B inputs of one diagonal block of a triangular factor.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -139,23 +135,3 @@ def pack(matrix: Tensor) -> Tensor:
     if not _packs(matrix):
         return matrix
     return torch.ops.mkldnn._reorder_linear_weight(matrix, TYPICAL_ROWS) if PLAIN_ROWS else matrix.to_mkldnn()
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch."""
-    backends: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
-    settings = [backend.matmul for backend in backends if hasattr(getattr(backend, "matmul", None), "fp32_precision")]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        overall = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the backends were set one by one, and torch has no single answer
-        overall = None
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        if overall is not None:
-            torch.set_float32_matmul_precision(overall)
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value

@@ -7,7 +7,7 @@ from itertools import groupby
 from rich.console import Console
 from rich.table import Table
 
-from optima.models.blocks import Block
+from optima.models.stacks import Block
 from optima.patterns import Pattern
 from optima.plan import Plan
 

@@ -1,6 +1,6 @@
 """Swap refinement: exchange one kept and one pruned weight of a row for as long as that lowers the row's optimum.
 
-Prices are those of the *re-optimised* weights (``optima.selectors.tableau``); SparseSwaps (arXiv 2512.10922) prices
+Prices are those of the *re-optimised* weights (``optima.swaps.pivots``); SparseSwaps (arXiv 2512.10922) prices
 swaps with frozen ones. With v a row's optimum on its mask, r the negative gradient there and K = H^-1, a swap of i for
 j lowers the error only if
 
@@ -21,12 +21,12 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern
-from optima.qp.hessian import Hessian
-from optima.qp.products import keep_freed_memory
-from optima.selectors.exchange import exchange, group_width
-from optima.selectors.tableau import Tableau
-from optima.selectors.unit_diagonal import unit_diagonal
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import keep_freed_memory
+from optima.linalg.scaling import unit_diagonal
+from optima.patterns import NM, Pattern, group_width
+from optima.swaps.exchange import exchange
+from optima.swaps.pivots import Tableau
 
 # Growth of the number of candidates once those tried leave no swap and prove nothing.
 WIDEN = 4
@@ -63,7 +63,7 @@ class Refined:
 
 @dataclass(frozen=True)
 class SwapRefinement:
-    """Swaps in bulk first (``optima.selectors.exchange``), then one by one at exact prices.
+    """Swaps in bulk first (``optima.swaps.exchange``), then one by one at exact prices.
 
     The latter go in rounds: candidates, swaps among them from the best down, new optimum, new candidates.
 

@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from optima.qp.hessian import Hessian
-from optima.selectors.base import Layer
+from optima.linalg.hessian import Hessian
 
 T = TypeVar("T")
 
@@ -46,9 +45,9 @@ def price_unit(hessian: Hessian, theta: float = 0.75) -> Tensor:
     return (own_D.pow(1.0 - theta) * left_D.pow(theta)).sqrt()
 
 
-def scaled_weight(layer: Layer, norm_D: Tensor) -> Tensor:
+def scaled_weight(weight_OD: Tensor, hessian: Hessian, norm_D: Tensor) -> Tensor:
     """W n, in the weight's dtype; weights of dead inputs vanish."""
-    return (layer.weight_OD * norm_D.to(layer.weight_OD.dtype)).masked_fill_(layer.hessian.dead_D, 0.0)
+    return (weight_OD * norm_D.to(weight_OD.dtype)).masked_fill_(hessian.dead_D, 0.0)
 
 
 class PerHessian(Generic[T]):

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from optima.errors import CalibrationError
-from optima.models.blocks import Linear
-from optima.qp.hessian import Hessian
-from optima.qp.products import gram
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import gram
+from optima.models.stacks import Linear
 
 
 class HessianAccumulator:

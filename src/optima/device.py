@@ -1,0 +1,112 @@
+"""Devices: find and describe them, move a block there and back, full precision, peak memory."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from optima.errors import RecipeError
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """Highest memory in use on ``device`` since construction, in bytes.
+
+    On a CPU this is the process's resident memory. Linux can restart its high-water mark; elsewhere, and where that is
+    not permitted, it covers the life of the process.
+
+    Attributes:
+        baseline: in use at construction.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self.baseline = torch.cuda.memory_allocated(device)
+        else:
+            with contextlib.suppress(OSError):
+                _CLEAR_REFS.write_text("5")
+            self.baseline = psutil.Process().memory_info().rss
+
+    def peak(self) -> int:
+        """The highest value until now."""
+        return torch.cuda.max_memory_allocated(self._device) if self._device.type == "cuda" else _process_peak()
+
+
+def _process_peak() -> int:
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def find_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` is the first CUDA device if there is one.
+
+    Raises:
+        RecipeError: if there is no such device, or it has no float64 (the certificate needs it).
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise RecipeError(f"device {name!r} is not supported (no float64 for the certificate): use cpu or cuda")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")
+    return device
+
+
+def describe_device(device: torch.device) -> str:
+    """Name of the device for the report."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)"
+
+
+@contextmanager
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """The module lives on ``device`` inside this context and returns to where it was."""
+    home = next(module.parameters()).device
+    module.to(device)
+    try:
+        yield
+    finally:
+        module.to(home)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch."""
+    backends: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
+    settings = [backend.matmul for backend in backends if hasattr(getattr(backend, "matmul", None), "fp32_precision")]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        overall = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the backends were set one by one, and torch has no single answer
+        overall = None
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if overall is not None:
+            torch.set_float32_matmul_precision(overall)
+        for setting, value in zip(settings, before, strict=True):
+            setting.fp32_precision = value

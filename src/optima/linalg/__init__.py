@@ -1,0 +1,1 @@
+"""Linear algebra that every method shares: the hessian, its factor, products, scalings."""
