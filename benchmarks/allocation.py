@@ -22,6 +22,7 @@ import torch
 from harness.cases import Case, load_cases
 
 from optima.allocation import ALLOCATION_NAMES, make_allocation
+from optima.linalg.statistics import Statistics
 from optima.patterns import Unstructured
 from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
@@ -64,13 +65,15 @@ def measure(cases: Sequence[Case], name: str, sparsity: float, spread: float | N
     shares = {case.name: sparsity for case in cases}
     if allocation is not None:
         for case in cases:
-            allocation.observe(block_of(case), LinearTask(case.name, case.weight_OD, Hessian(case.hessian_DD, damping)))
+            allocation.observe(
+                block_of(case), LinearTask(case.name, case.weight_OD, Statistics(Hessian(case.hessian_DD, damping)))
+            )
         shares = allocation.allocate()
     seconds = time.perf_counter() - started
     errors, pruned, total = {}, 0, 0
     for case in cases:
         hessian = Hessian(case.hessian_DD, damping)
-        task = LinearTask(case.name, case.weight_OD, hessian)
+        task = LinearTask(case.name, case.weight_OD, Statistics(hessian))
         keep_OD = Wanda().select(task, Unstructured(shares[case.name])).keep_OD
         solution = solve_rows(Auto(gap=1e-2), hessian, make_problem(hessian, case.weight_OD, keep_OD))
         errors[case.name] = RelativeError(hessian, case.weight_OD)(solution.weight_RD)

@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from optima.calibration.statistics import HessianAccumulator
+from optima.linalg.statistics import Statistics
 from optima.patterns import Unstructured
 from optima.qp import Hessian, RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
@@ -146,7 +147,9 @@ def prune(
     solutions: list[RowSolution] = []
 
     def mask() -> None:
-        selection = make_selector("wanda").select(LinearTask("linear", weight_OD.float(), hessian), Unstructured(0.5))
+        selection = make_selector("wanda").select(
+            LinearTask("linear", weight_OD.float(), Statistics(hessian)), Unstructured(0.5)
+        )
         problems.append(make_problem(hessian, weight_OD, selection.keep_OD))
 
     def solve() -> None:

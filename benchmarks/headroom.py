@@ -21,6 +21,7 @@ from harness.cases import Case, load_cases
 from harness.timing import use_threads
 from torch import Tensor
 
+from optima.linalg.statistics import Statistics
 from optima.patterns import NM, Pattern, parse_table
 from optima.qp import Hessian
 from optima.selectors.base import LinearTask, make_selector
@@ -62,7 +63,7 @@ def main(arguments: list[str] | None = None) -> list[list[float]]:
 def measure(case: Case, pattern: Pattern, options: argparse.Namespace) -> list[float]:
     """Geometric means of the errors over rows, relative to ALPS's, in the order of ``COLUMNS``."""
     hessian, weight_OD = Hessian(case.hessian_DD, options.damping), case.weight_OD.double()
-    task = LinearTask(case.name, case.weight_OD, hessian)
+    task = LinearTask(case.name, case.weight_OD, Statistics(hessian))
     rows = torch.linspace(0, case.num_rows - 1, min(options.rows, case.num_rows)).long()
     keep = {name: make_selector(name).select(task, pattern).keep_OD[rows] for name in ("alps", "optima")}
     as_given, greedy = SwapRefinement(rounds=0), SwapRefinement(rounds=1000)

@@ -36,6 +36,7 @@ from harness.timing import use_threads
 from torch import Tensor
 
 from optima.errors import OptimaError, RecipeError
+from optima.linalg.statistics import Statistics
 from optima.patterns import SCOPES, Pattern, parse_table
 from optima.pipeline import RelativeError
 from optima.qp import Auto, Hessian, make_problem, solve_rows
@@ -138,7 +139,7 @@ def run(entries: Entries, options: argparse.Namespace) -> None:
             hessian = Hessian(group[0].hessian_DD, options.damping)
             assert hessian.inverse_DD is not None, "made before the clock starts"
             for case in cases:
-                task = LinearTask(case.name, case.weight_OD, hessian)
+                task = LinearTask(case.name, case.weight_OD, Statistics(hessian))
                 refinement = swaps if refined else None
                 entry, weight_RD, rows_R = measure(method, text, task, selector, pattern, refinement, options.rows)
                 if case.name in held_out:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from optima.linalg.statistics import Statistics
 from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian
 from optima.selectors.base import LinearTask
@@ -48,7 +49,7 @@ def layer_of(weight_OD: Tensor, inputs: Tensor | Hessian, damping: float = DAMPI
     """A layer from its weight and its inputs (T x D), or their Hessian; its gradient is random."""
     hessian = inputs if isinstance(inputs, Hessian) else hessian_of(inputs, damping)
     gradient_OD = torch.rand(weight_OD.shape, generator=torch.Generator().manual_seed(2)) / 100
-    return LinearTask(name, weight_OD, hessian, gradient_OD)
+    return LinearTask(name, weight_OD, Statistics(hessian), gradient_OD)
 
 
 def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:

@@ -17,6 +17,7 @@ from optima.calibration.capture import BlockInputs, capture_block_inputs
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.statistics import HessianCollector
 from optima.device import full_precision, on_device
+from optima.linalg.statistics import Statistics
 from optima.models.stacks import Block, Linear
 from optima.patterns import Pattern
 from optima.qp import Hessian, RowSolution, Status, make_problem, solve_rows
@@ -77,7 +78,7 @@ class Pruner:
             if hessian is not None:
                 weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
                 with full_precision():
-                    allocation.observe(block.index, LinearTask(linear.name, weight_OD, hessian))
+                    allocation.observe(block.index, LinearTask(linear.name, weight_OD, Statistics(hessian)))
 
         self._walk(blocks, inputs, survey)
         self._patterns = self._patterns.share(allocation.allocate())
@@ -125,7 +126,7 @@ class Pruner:
         pattern = self._patterns.of(linear.name)
         weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
         with full_precision():
-            task = LinearTask(linear.name, weight_OD.clone(), hessian, self._gradients.get(linear.name))
+            task = LinearTask(linear.name, weight_OD.clone(), Statistics(hessian), self._gradients.get(linear.name))
             selection = self._selector.select(task, pattern)
             selection, refined = self._refine(weight_OD, hessian, selection, pattern)
         solution = self._solve(weight_OD, hessian, selection)

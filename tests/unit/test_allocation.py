@@ -10,6 +10,7 @@ from layers import hessian_of, layer_of, make_layer
 
 from optima.allocation import LeastError, Owl, error_curve, make_allocation
 from optima.errors import RecipeError
+from optima.linalg.statistics import Statistics
 from optima.patterns import Unstructured
 from optima.qp import Hessian, solve
 from optima.selectors.base import LinearTask
@@ -119,9 +120,9 @@ def test_linears_that_carry_nothing(name: str) -> None:
     allocation = make_allocation(name, 0.5)
     assert allocation is not None
     weight_OD, inputs_TD = make_layer()
-    allocation.observe(0, LinearTask("live", weight_OD, hessian_of(inputs_TD)))
-    allocation.observe(1, LinearTask("dead", weight_OD, Hessian(torch.zeros(48, 48))))
-    allocation.observe(2, LinearTask("zero", torch.zeros_like(weight_OD), hessian_of(inputs_TD)))
+    allocation.observe(0, LinearTask("live", weight_OD, Statistics(hessian_of(inputs_TD))))
+    allocation.observe(1, LinearTask("dead", weight_OD, Statistics(Hessian(torch.zeros(48, 48)))))
+    allocation.observe(2, LinearTask("zero", torch.zeros_like(weight_OD), Statistics(hessian_of(inputs_TD))))
     found = allocation.allocate()
     assert sum(found.values()) == pytest.approx(1.5, abs=1e-9)
     if name == "error":

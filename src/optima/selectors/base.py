@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
+from optima.linalg.statistics import Statistics
 from optima.patterns import Pattern, Scope
 
 
@@ -27,15 +28,20 @@ class LinearTask:
     Attributes:
         name: full name of the linear, for messages and for masks that are looked up by name.
         weight_OD: the dense weight, float32 or float64, on the Hessian's device; the selector must not change it.
-        hessian: of the linear's inputs.
+        statistics: of the linear's inputs.
         gradient_OD: root mean square over calibration samples of the gradient of the block output's l2 norm, by the
             root of the sample's tokens as in H; for selectors that need it.
     """
 
     name: str
     weight_OD: Tensor
-    hessian: Hessian
+    statistics: Statistics
     gradient_OD: Tensor | None = None
+
+    @property
+    def hessian(self) -> Hessian:
+        """Of the linear's inputs."""
+        return self.statistics.hessian
 
 
 @dataclass(frozen=True)

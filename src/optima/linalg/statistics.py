@@ -1,0 +1,46 @@
+"""What calibration finds for one group of linears that are given the same input.
+
+Shapes: T tokens, D inputs, O outputs, N tokens that weigh more than one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optima.linalg.hessian import Hessian
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The hessian H = X^T S X / tr S, and what is needed to tell it from the plain X^T X / T.
+
+    Attributes:
+        hessian: H, with its damping.
+        tokens: T, the tokens that reached the group.
+        extra_ND: inputs of the tokens that weigh more than one, each times the root of what it weighs beyond one, so
+            that X^T S X - X^T X is ``extra^T extra``; None if every token weighs one.
+        extra_weight: tr S - T.
+    """
+
+    hessian: Hessian
+    tokens: int = 0
+    extra_ND: Tensor | None = None
+    extra_weight: float = 0.0
+
+    def plain_loss(self, weighted_O: Tensor, change_OD: Tensor) -> Tensor:
+        """Each row's mean square change of output with every token alike, from that with S.
+
+        Args:
+            weighted_O: diag(change H change^T), H undamped.
+            change_OD: the change of the weights.
+        """
+        if self.extra_ND is None or not self.tokens:
+            return weighted_O
+        extra_ON = change_OD.to(self.extra_ND.dtype) @ self.extra_ND.mT
+        plain_O: Tensor = (
+            (self.tokens + self.extra_weight) * weighted_O - torch.linalg.vecdot(extra_ON, extra_ON)
+        ) / self.tokens
+        return plain_O.clamp_min(0.0)
