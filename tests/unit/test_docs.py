@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
 PROSE = [page for page in PAGES if page.name != "CHANGELOG.md"]
 MOST_WORDS = 20  # in a sentence, on average over a page
+LONGEST = 40  # words of the longest sentence
 WIDEST_CELL = 200  # characters of a table's cell
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
@@ -26,9 +27,9 @@ def read(page: Path) -> str:
 
 
 def sentences(markdown: str) -> list[str]:
-    """The prose of a page, without code, tables, formulas and references; a formula or a code in a sentence is a word."""
+    """The prose of a page, without code, tables and references; a formula or a code in a sentence is one word."""
     text = FENCE.sub("\n\n", markdown.partition("\n## References")[0])
-    text = re.sub(r"<!--.*?-->|^ {4,}.*$|^\|.*$|^#.*$|^!\[.*$", "\n\n", text, flags=re.MULTILINE)
+    text = re.sub(r"<!--.*?-->|^ {4,}.*$|^ *\|.*$|^#.*$|^!\[.*$", "\n\n", text, flags=re.MULTILINE)
     text = re.sub(r"\$[^$]+\$|`[^`]+`", "code", LINK.sub(r"\1", text))
     text = re.sub(r"^ *(?:[-*]|\d+\.) ", "\n\n", text, flags=re.MULTILINE)
     # A mark ends a sentence where a space follows: not in 2:4, 0.5 or pip install .
@@ -57,9 +58,14 @@ def test_sentences_are_short(page: Path) -> None:
     assert sum(counts) <= MOST_WORDS * len(counts), f"{sum(counts) / len(counts):.1f} words a sentence"
 
 
+@pytest.mark.parametrize("page", PROSE, ids=named)
+def test_no_sentence_is_endless(page: Path) -> None:
+    assert [sentence for sentence in sentences(read(page)) if words(sentence) > LONGEST] == []
+
+
 def test_the_measure_counts_sentences_and_not_what_stands_between_them() -> None:
-    page = "# A title\n\nOne two `a b c`, $x + y$. Six: seven eight!\n\n| a | b |\n\n* nine\n\n```\nten\n```\n\n    eleven\n"
-    assert [words(sentence) for sentence in sentences(page)] == [4, 1, 2, 1]
+    page = "# A title\n\nOne two `a b c`, $x + y$. Six: seven!\n\n| a | b |\n\n* eight\n\n```\nten\n```\n\n    code\n"
+    assert [words(sentence) for sentence in sentences(page)] == [4, 2, 1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
