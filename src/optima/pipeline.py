@@ -193,9 +193,11 @@ def expect_targets(selector: Selector, blocks: Sequence[Block]) -> None:
     """Tell a selector that asks for it of every linear to prune."""
     if isinstance(selector, ExpectsTargets):
         linears = [linear for block in blocks for linear in block.linears]
-        selector.expect(
-            [Target(linear.name, linear.shape, tuple(linear.parameter.shape) != linear.shape) for linear in linears]
-        )
+        selector.expect([Target(linear.name, linear.shape, _is_transposed(linear)) for linear in linears])
+
+
+def _is_transposed(linear: Linear) -> bool:
+    return linear.orient(torch.empty(1, 2)).shape == (2, 1)
 
 
 def certified(solution: RowSolution | None) -> dict[str, Any]:
