@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from optima.calibration.statistics import HessianAccumulator
+from optima.calibration.statistics import Accumulator
 from optima.linalg.statistics import Statistics
 from optima.patterns import Unstructured
 from optima.qp import Hessian, RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
@@ -133,10 +133,12 @@ def activations(size: int, shape: Shape, device: torch.device) -> Iterator[Tenso
 
 def accumulate(size: int, shape: Shape, clock: Clock) -> tuple[Hessian, float]:
     """The hessian of one distinct input, and the seconds spent on it (not on making activations up)."""
-    accumulator, seconds = HessianAccumulator(), 0.0
+    accumulator, seconds = Accumulator(), 0.0
     for inputs_TD in activations(size, shape, clock.device):
-        seconds += clock(lambda inputs_TD=inputs_TD: accumulator.add(inputs_TD, "benchmark", 0, 1))
-    return accumulator.finish(damping=0.01), seconds
+        seconds += clock(lambda inputs_TD=inputs_TD: accumulator.add(inputs_TD))
+    statistics = accumulator.finish(damping=0.01)
+    assert statistics is not None
+    return statistics.hessian, seconds
 
 
 def prune(

@@ -78,8 +78,8 @@ def measure(model: nn.Module, pruned: Sequence[dict[str, Linear]], windows_NL: T
 
     def hook(linear: Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs_LD, dense_OD = args[0][0].float(), linear.weight_OD.float()
-            errors = [inputs_LD @ (sparse[linear.name].weight_OD.float() - dense_OD).T for sparse in pruned]
+            inputs_LD, dense_OD = args[0][0].float(), linear.read().float()
+            errors = [inputs_LD @ (sparse[linear.name].read().float() - dense_OD).T for sparse in pruned]
             for index, values_LE in enumerate([inputs_LD, inputs_LD @ dense_OD.T, *errors]):
                 energy_L = values_LE.double().square().sum(dim=1)
                 energies[linear.name][index] += torch.stack([energy_L[0], energy_L[1:].mean()])

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,37 @@ def describe_device(device: torch.device) -> str:
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The module lives on ``device`` inside this context and returns to where it was."""
-    home = next(module.parameters()).device
+    home = next((parameter.device for parameter in module.parameters()), device)
     module.to(device)
     try:
         yield
     finally:
         module.to(home)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module is back in its own mode afterwards."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module.forward`` is ``forward`` inside. One that the module itself holds (accelerate's hooks) comes back."""
+    attributes = vars(module)
+    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        attributes.update(own)
 
 
 @contextmanager
