@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,3 +136,45 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(overall)
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+class Stopwatch:
+    """Seconds spent in each stage of a run. A stage inside another pauses it, so that no second counts twice.
+
+    Args:
+        device: waited for at both ends of a stage, or its work would count for whoever comes next.
+
+    Attributes:
+        seconds: of each stage so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._running: list[str] = []
+        self._since = 0.0
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Inside, time counts for ``stage``."""
+        self._switch()
+        self._running.append(stage)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def _switch(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._running:
+            stage = self._running[-1]
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now
