@@ -12,7 +12,7 @@ Shapes: R rows, D inputs, B rows in one batch, S padded size of a system.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,35 +20,10 @@ from torch import Tensor
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import scaled
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.restarts import Correction, Residuals, refine
+from optima.qp.restarts import Correction, Residuals, solve_with_restarts
 
 # Gathered systems and their factors hold at most D^2 numbers, or this many where D is small.
 SMALLEST_BATCH_ENTRIES = 2**20
-
-
-@dataclass
-class State:
-    """H and K as plain matrices in units of H's mean diagonal, in the precisions asked for so far."""
-
-    hessian: Hessian
-    _matrices: dict[tuple[str, torch.dtype], Tensor] = field(default_factory=dict)
-
-    def primal(self, dtype: torch.dtype) -> Tensor:
-        """The damped H."""
-        return self._get("primal", dtype)
-
-    def dual(self, dtype: torch.dtype) -> Tensor:
-        """K."""
-        return self._get("dual", dtype)
-
-    def _get(self, kind: str, dtype: torch.dtype) -> Tensor:
-        if (kind, dtype) not in self._matrices:
-            unit = self.hessian.mean_diagonal
-            matrix_DD, factor = (
-                (self.hessian.damped_DD, 1 / unit) if kind == "primal" else (self.hessian.inverse_DD, unit)
-            )
-            self._matrices[kind, dtype] = scaled(matrix_DD, factor, dtype)
-        return self._matrices[kind, dtype]
 
 
 @dataclass(frozen=True)
@@ -67,34 +42,40 @@ class BatchedCholesky:
     name = "cholesky"
     supports_bounds = False
 
-    def prepare(self, hessian: Hessian) -> State:
-        """Nothing is shared but H and, once a row prunes less than it keeps, its inverse."""
-        return State(hessian)
-
-    def solve(self, state: State, problem: RowProblem) -> RowSolution:
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
             dtype = torch.promote_types(self.dtype, residuals.residual_RD.dtype)
-            step_RD = solve_kept(state, residuals.residual_RD.to(dtype), residuals.mask_RD)
+            step_RD = solve_kept(hessian, residuals.residual_RD.to(dtype), residuals.mask_RD)
             iterations_R = torch.zeros(len(step_RD), dtype=torch.int32, device=step_RD.device)
             return Correction(step_RD.to(residuals.residual_RD.dtype), iterations_R)
 
-        return refine(state.hessian, problem, inner, self.gap)
+        return solve_with_restarts(hessian, problem, inner, self.gap)
 
 
-def solve_kept(state: State, residual_RD: Tensor, mask_RD: Tensor) -> Tensor:
+def solve_kept(hessian: Hessian, residual_RD: Tensor, mask_RD: Tensor) -> Tensor:
     """step with H_SS step_S = residual_S and zero elsewhere, for each row's own S; shape (R, D)."""
     keep_RD = mask_RD > 0
     primal_R = 2 * keep_RD.sum(dim=1) <= keep_RD.shape[1]
     dtype, step_RD = residual_RD.dtype, torch.zeros_like(residual_RD)
     if bool(primal_R.any()):
-        step_RD[primal_R] = solve_selected(state.primal(dtype), residual_RD[primal_R], keep_RD[primal_R])
+        step_RD[primal_R] = solve_selected(_primal(hessian, dtype), residual_RD[primal_R], keep_RD[primal_R])
     if not bool(primal_R.all()):
-        dual_DD, part_RD, part_mask_RD = state.dual(dtype), residual_RD[~primal_R], mask_RD[~primal_R].to(dtype)
+        dual_DD, part_RD, part_mask_RD = _dual(hessian, dtype), residual_RD[~primal_R], mask_RD[~primal_R].to(dtype)
         multiplier_RD = solve_selected(dual_DD, part_RD @ dual_DD, ~keep_RD[~primal_R])
         step_RD[~primal_R] = ((part_RD - multiplier_RD) @ dual_DD) * part_mask_RD
     return step_RD
+
+
+def _primal(hessian: Hessian, dtype: torch.dtype) -> Tensor:
+    """The damped H as a plain matrix in units of its mean diagonal."""
+    return hessian.memo(("primal", dtype), lambda: scaled(hessian.damped_DD, 1 / hessian.mean_diagonal, dtype))
+
+
+def _dual(hessian: Hessian, dtype: torch.dtype) -> Tensor:
+    """K in the same units."""
+    return hessian.memo(("dual", dtype), lambda: scaled(hessian.inverse_DD, hessian.mean_diagonal, dtype))
 
 
 def solve_selected(matrix_DD: Tensor, right_RD: Tensor, select_RD: Tensor) -> Tensor:
