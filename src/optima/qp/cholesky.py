@@ -6,24 +6,21 @@ Stork, 1993, for many weights at once). A row costs min(|S|, |P|)^3 / 3 operatio
 
 In float64 it is the oracle of the tests.
 
-Shapes: R rows, D inputs, B rows in one batch, S padded size of a system.
+Shapes: R rows, D inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from optima.linalg.gather import solve_selected
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import scaled
 from optima.qp.problem import RowProblem, RowSolution
 from optima.qp.restarts import Correction, Residuals, solve_with_restarts
-
-# Gathered systems and their factors hold at most D^2 numbers, or this many where D is small.
-SMALLEST_BATCH_ENTRIES = 2**20
 
 
 @dataclass(frozen=True)
@@ -60,10 +57,10 @@ def solve_kept(hessian: Hessian, residual_RD: Tensor, mask_RD: Tensor) -> Tensor
     primal_R = 2 * keep_RD.sum(dim=1) <= keep_RD.shape[1]
     dtype, step_RD = residual_RD.dtype, torch.zeros_like(residual_RD)
     if bool(primal_R.any()):
-        step_RD[primal_R] = solve_selected(_primal(hessian, dtype), residual_RD[primal_R], keep_RD[primal_R])
+        step_RD[primal_R] = solve_selected(_primal(hessian, dtype), residual_RD[primal_R], keep_RD[primal_R], True)
     if not bool(primal_R.all()):
         dual_DD, part_RD, part_mask_RD = _dual(hessian, dtype), residual_RD[~primal_R], mask_RD[~primal_R].to(dtype)
-        multiplier_RD = solve_selected(dual_DD, part_RD @ dual_DD, ~keep_RD[~primal_R])
+        multiplier_RD = solve_selected(dual_DD, part_RD @ dual_DD, ~keep_RD[~primal_R], True)
         step_RD[~primal_R] = ((part_RD - multiplier_RD) @ dual_DD) * part_mask_RD
     return step_RD
 
@@ -76,42 +73,3 @@ def _primal(hessian: Hessian, dtype: torch.dtype) -> Tensor:
 def _dual(hessian: Hessian, dtype: torch.dtype) -> Tensor:
     """K in the same units."""
     return hessian.memo(("dual", dtype), lambda: scaled(hessian.inverse_DD, hessian.mean_diagonal, dtype))
-
-
-def solve_selected(matrix_DD: Tensor, right_RD: Tensor, select_RD: Tensor) -> Tensor:
-    """x with matrix_SS x_S = right_S on each row's own selection S and zero elsewhere; zero where a factor fails."""
-    solution_RD = torch.zeros_like(right_RD)
-    for rows, size in _batches(select_RD.sum(dim=1), len(matrix_DD)):
-        solution_RD[rows] = _solve_batch(matrix_DD, right_RD[rows], select_RD[rows], size)
-    return solution_RD
-
-
-def _batches(count_R: Tensor, num_inputs: int) -> Iterator[tuple[Tensor, int]]:
-    """Rows in groups of equal count, then neighbours in count, with the size that their systems are padded to."""
-    order = count_R.argsort(stable=True)
-    sizes = count_R[order].tolist()
-    position = 0
-    while position < len(sizes):
-        entries = max(num_inputs**2, SMALLEST_BATCH_ENTRIES) // 2
-        # Counts ascend, so the last row of a batch is its largest; one step of growth is enough to bound it.
-        batch = max(entries // max(sizes[position], 1) ** 2, 1)
-        end = min(position + batch, len(sizes))
-        while end > position + 1 and (end - position) * sizes[end - 1] ** 2 > entries:
-            end -= max((end - position) // 8, 1)
-        if sizes[end - 1]:
-            yield order[position:end], sizes[end - 1]
-        position = end
-
-
-def _solve_batch(matrix_DD: Tensor, right_BD: Tensor, select_BD: Tensor, size: int) -> Tensor:
-    # Selected indices first (stable), then padding, which is decoupled below.
-    index_BS = select_BD.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :size]
-    real_BS = select_BD.gather(1, index_BS)
-    gathered_BSS = matrix_DD[index_BS[:, :, None], index_BS[:, None, :]]
-    if not bool(real_BS.all()):
-        gathered_BSS *= real_BS[:, :, None] & real_BS[:, None, :]
-        gathered_BSS.diagonal(dim1=1, dim2=2)[~real_BS] = 1.0
-    factor_BSS, info_B = torch.linalg.cholesky_ex(gathered_BSS)
-    solution_BS1 = torch.cholesky_solve((right_BD.gather(1, index_BS) * real_BS)[:, :, None], factor_BSS)
-    solution_BS = torch.where((info_B == 0)[:, None], solution_BS1[:, :, 0], 0.0) * real_BS
-    return torch.zeros_like(right_BD).scatter_(1, index_BS, solution_BS)
