@@ -24,7 +24,7 @@ from optima import Recipe, prune
 from optima.calibration.text import TextSource, calibration_tokens, read_documents
 from optima.evaluation.perplexity import evaluation_windows
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.models.stacks import Linear, find_blocks
+from optima.models.stacks import Linear, find_stacks
 
 # Sums over windows of energies at the first token and at all others, (measurements, 2) float64, by the linear's name.
 Energies = dict[str, Tensor]
@@ -68,7 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def find_linears(model: nn.Module) -> dict[str, Linear]:
-    return {linear.name: linear for block in find_blocks(model) for linear in block.linears}
+    (stack,) = find_stacks(model)
+    return {linear.name: linear for block in stack.blocks for linear in block.linears}
 
 
 @torch.no_grad()
@@ -78,8 +79,8 @@ def measure(model: nn.Module, pruned: Sequence[dict[str, Linear]], windows_NL: T
 
     def hook(linear: Linear) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs_LD, dense_OD = args[0][0].float(), linear.weight_OD.float()
-            errors = [inputs_LD @ (sparse[linear.name].weight_OD.float() - dense_OD).T for sparse in pruned]
+            inputs_LD, dense_OD = args[0][0].float(), linear.read().float()
+            errors = [inputs_LD @ (sparse[linear.name].read().float() - dense_OD).T for sparse in pruned]
             for index, values_LE in enumerate([inputs_LD, inputs_LD @ dense_OD.T, *errors]):
                 energy_L = values_LE.double().square().sum(dim=1)
                 energies[linear.name][index] += torch.stack([energy_L[0], energy_L[1:].mean()])

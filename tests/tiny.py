@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from optima.models.stacks import Block, find_stacks
 
 LINES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "the fox\n\nthe dog"]
 TEMPLATES = {"none": None, "bos": "<s> $A", "bert": "[CLS] $A [SEP]", "eos": "$A </s>"}
@@ -84,6 +86,12 @@ def save_text(file: Path, text: str = TEXT) -> Path:
     """A text file, long enough for a few tiny calibration sequences."""
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def blocks_of(model: nn.Module) -> tuple[Block, ...]:
+    """The model's blocks with all their linears."""
+    (stack,) = find_stacks(model)
+    return stack.blocks
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:

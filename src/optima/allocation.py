@@ -203,11 +203,10 @@ def error_curve(task: LinearTask, sparsities: Sequence[float], num_rows: int) ->
     weight_RD = task.weight_OD[index_R]
     score_RD = wanda_score(weight_RD, task.hessian)
     solver = Auto(gap=1e-2)
-    state = solver.prepare(task.hessian)
     errors = []
     for sparsity in sparsities:
         keep_RD = top_scores(score_RD, Unstructured(sparsity, "row"))
-        solution = solver.solve(state, make_problem(task.hessian, weight_RD, keep_RD))
+        solution = solver.solve(task.hessian, make_problem(task.hessian, weight_RD, keep_RD))
         error_R = _energy(weight_RD - solution.weight_RD, task)
         errors.append(float((error_R / cost_O[index_R]).mean()) * cost / dense)
     return errors

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,37 @@ def describe_device(device: torch.device) -> str:
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The module lives on ``device`` inside this context and returns to where it was."""
-    home = next(module.parameters()).device
+    home = next((parameter.device for parameter in module.parameters()), device)
     module.to(device)
     try:
         yield
     finally:
         module.to(home)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout inside; every module is back in its own mode afterwards."""
+    in_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module.forward`` is ``forward`` inside. One that the module itself holds (accelerate's hooks) comes back."""
+    attributes = vars(module)
+    own = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    attributes["forward"] = forward
+    try:
+        yield
+    finally:
+        del attributes["forward"]
+        attributes.update(own)
 
 
 @contextmanager
@@ -110,3 +136,45 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(overall)
         for setting, value in zip(settings, before, strict=True):
             setting.fp32_precision = value
+
+
+class Stopwatch:
+    """Seconds spent in each stage of a run. A stage inside another pauses it, so that no second counts twice.
+
+    Args:
+        device: waited for at both ends of a stage, or its work would count for whoever comes next.
+
+    Attributes:
+        seconds: of each stage so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._running: list[str] = []
+        self._since = 0.0
+        self.seconds: dict[str, float] = {}
+
+    @property
+    def total(self) -> float:
+        """Seconds of all stages."""
+        return sum(self.seconds.values())
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Inside, time counts for ``stage``."""
+        self._switch()
+        self._running.append(stage)
+        try:
+            yield
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def _switch(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._running:
+            stage = self._running[-1]
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+        self._since = now

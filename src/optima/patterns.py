@@ -75,6 +75,17 @@ class NM:
         return 1.0 - self.n / self.m
 
 
+@dataclass(frozen=True)
+class Given(Unstructured):
+    """The sparsity that an external mask happens to have: any, and of no pattern that is known."""
+
+    def __post_init__(self) -> None:
+        """Nothing is asked, so nothing can be wrong."""
+
+    def __str__(self) -> str:
+        return "external"
+
+
 Pattern = Unstructured | NM
 
 

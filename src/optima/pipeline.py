@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.capture import BlockInputs, capture_block_inputs
+from optima.calibration.capture import capture
 from optima.calibration.gradient import regional_gradients
-from optima.calibration.statistics import HessianCollector
+from optima.calibration.statistics import Found, observe
+from optima.calibration.streams import Streams
 from optima.device import full_precision, on_device
 from optima.linalg.statistics import Statistics
-from optima.models.stacks import Block, Linear
+from optima.models.stacks import Block, Linear, Stack
 from optima.patterns import Pattern
 from optima.qp import Hessian, RowSolution, Status, make_problem, solve_rows
 from optima.qp.rows import rows_per_chunk
@@ -61,14 +62,16 @@ class Pruner:
         self._gradients: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def run(self, model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor]) -> None:
-        """Prune ``blocks`` (all of the model's, in order) with the calibration token ``batches``, (B, L) each."""
-        expect_targets(self._selector, blocks)
-        inputs = capture_block_inputs(model, blocks, batches)
-        self._allocate(blocks, BlockInputs(list(inputs.hidden), inputs.calls))
-        self._walk(blocks, inputs, self._visit, gradients=needs_gradient(self._selector))
+    def run(self, model: nn.Module, stacks: Sequence[Stack], batches: Sequence[Tensor]) -> None:
+        """Prune ``stacks`` (all of the model's, in order) with the calibration token ``batches``, (B, L) each."""
+        for stack in stacks:
+            blocks = stack.blocks[: stack.needed]
+            expect_targets(self._selector, blocks)
+            streams = capture(model, stack, batches)
+            self._allocate(blocks, streams)
+            self._walk(blocks, streams, self._visit, gradients=needs_gradient(self._selector))
 
-    def _allocate(self, blocks: Sequence[Block], inputs: BlockInputs) -> None:
+    def _allocate(self, blocks: Sequence[Block], streams: Streams) -> None:
         """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""
         allocation = self.recipe.make_allocation()
         if allocation is None:
@@ -76,40 +79,36 @@ class Pruner:
 
         def survey(block: Block, linear: Linear, hessian: Hessian | None) -> None:
             if hessian is not None:
-                weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
+                weight_OD = linear.read().to(self.device, torch.float32, copy=True)
                 with full_precision():
                     allocation.observe(block.index, LinearTask(linear.name, weight_OD, Statistics(hessian)))
 
-        self._walk(blocks, inputs, survey)
+        self._walk(blocks, streams.copy(), survey)
         self._patterns = self._patterns.share(allocation.allocate())
 
-    def _walk(self, blocks: Sequence[Block], inputs: BlockInputs, visit: Visit, gradients: bool = False) -> None:
-        """Visit each linear of each block, calibrated; ``inputs`` become the outputs of the blocks as visited."""
+    def _walk(self, blocks: Sequence[Block], streams: Streams, visit: Visit, gradients: bool = False) -> None:
+        """Visit each linear of each block, calibrated; ``streams`` advance through the blocks as visited."""
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
         for block in blocks:
             self.progress.block(block.index)
             with on_device(block.module, self.device):
-                for hessian, linears in self._calibrate(block, inputs, gradients):
-                    for linear in linears:
-                        visit(block, linear, hessian)
-                self._propagate(block, inputs)
+                for found in self._calibrate(block, streams, gradients):
+                    for linear in found.linears:
+                        visit(block, linear, None if found.statistics is None else found.statistics.hessian)
+                if block is not blocks[-1]:
+                    streams.advance(block, self.device)
 
-    def _calibrate(
-        self, block: Block, inputs: BlockInputs, gradients: bool
-    ) -> Iterator[tuple[Hessian | None, list[Linear]]]:
-        """One Hessian for each distinct input, with the linears that share it; None for those never reached."""
-        if not block.linears:
-            return
+    def _calibrate(self, block: Block, streams: Streams, gradients: bool) -> Iterator[Found]:
+        """The statistics of each distinct input, with the linears that share it."""
         assert self.recipe.sink_weight is not None, "a recipe fills in its default"
-        collector = HessianCollector(block.linears, self.recipe.sink_weight)
-        for batch, hidden_BLE in enumerate(inputs.hidden):
-            with collector.batch(*hidden_BLE.shape[:2]), full_precision():
-                inputs.run(block, batch, self.device)
-        self._note_sinks(block, collector)
-        if gradients:
+        if gradients and block.linears:
             with full_precision():
-                self._gradients = regional_gradients(block, inputs, self.device)
-        yield from collector.finish(self.recipe.damping)
+                self._gradients = regional_gradients(block, streams, self.device)
+        untold: list[str] = []
+        for found in observe(block, streams, self.device, self.recipe.sink_weight, self.recipe.damping):
+            untold += [] if found.sinks_told else [linear.name for linear in found.linears]
+            yield found
+        self._note_sinks(block, untold)
 
     def _visit(self, block: Block, linear: Linear, hessian: Hessian | None) -> None:
         """Prune a linear if it can be."""
@@ -124,7 +123,7 @@ class Pruner:
             self.dump(linear, hessian)
         started = time.perf_counter()
         pattern = self._patterns.of(linear.name)
-        weight_OD = linear.weight_OD.to(self.device, torch.float32, copy=True)
+        weight_OD = linear.read().to(self.device, torch.float32, copy=True)
         with full_precision():
             task = LinearTask(linear.name, weight_OD.clone(), Statistics(hessian), self._gradients.get(linear.name))
             selection = self._selector.select(task, pattern)
@@ -143,8 +142,8 @@ class Pruner:
             sparsity_asked=pattern.sparsity,
             sparsity=1.0 - float(selection.keep_OD.double().mean()),
             error_mask=error_mask,
-            error_selector=error_mask if selection.weight_OD is None else error(selected_OD.to(linear.weight_OD.dtype)),
-            error=error(linear.weight_OD.to(self.device)),
+            error_selector=error_mask if selection.weight_OD is None else error(selected_OD.to(linear.read().dtype)),
+            error=error(linear.read().to(self.device)),
             **certified(solution),
             rows=linear.shape[0],
             damping=hessian.damping,
@@ -182,24 +181,23 @@ class Pruner:
         if solution is not None and solution.note:
             self.notes.append(f"{linear.name}: {solution.note}")
 
-    def _note_sinks(self, block: Block, collector: HessianCollector) -> None:
-        if collector.without_sinks:
-            names = ", ".join(collector.without_sinks)
+    def _note_sinks(self, block: Block, untold: Sequence[str]) -> None:
+        if untold:
+            names = ", ".join(untold)
             note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
             if note not in self.notes:  # an allocation's survey saw the same
                 self.notes.append(note)
-
-    def _propagate(self, block: Block, inputs: BlockInputs) -> None:
-        """Replace each batch's hidden states by the pruned block's outputs."""
-        for batch in range(len(inputs.hidden)):
-            inputs.hidden[batch] = inputs.run(block, batch, self.device).cpu()
 
 
 def expect_targets(selector: Selector, blocks: Sequence[Block]) -> None:
     """Tell a selector that asks for it of every linear to prune."""
     if isinstance(selector, ExpectsTargets):
         linears = [linear for block in blocks for linear in block.linears]
-        selector.expect([Target(linear.name, linear.shape, linear.transposed) for linear in linears])
+        selector.expect([Target(linear.name, linear.shape, _is_transposed(linear)) for linear in linears])
+
+
+def _is_transposed(linear: Linear) -> bool:
+    return linear.orient(torch.empty(1, 2)).shape == (2, 1)
 
 
 def certified(solution: RowSolution | None) -> dict[str, Any]:

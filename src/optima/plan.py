@@ -7,21 +7,28 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
-from optima.calibration.capture import capture_block_inputs
-from optima.calibration.statistics import SharedInputs
 from optima.errors import ModelError
 from optima.models.masks import MaskFiles
-from optima.models.source import Source, explain_read_errors, load_config, model_class
-from optima.models.stacks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
+from optima.models.skeleton import skeleton
+from optima.models.source import Source
+from optima.models.stacks import (
+    Block,
+    Linear,
+    Stack,
+    dense_notes,
+    find_stacks,
+    guess_groups,
+    linears_of,
+    select_linears,
+)
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
@@ -71,29 +78,12 @@ class Plan:
     @property
     def sparsity(self) -> float:
         """Share of the weights of all linears to prune that the patterns ask to prune."""
-        sizes = {linear.name: linear.weight_OD.numel() for block in self.blocks for linear in block.linears}
+        sizes = {linear.name: math.prod(linear.shape) for block in self.blocks for linear in block.linears}
         return sum(self.patterns[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
-    """The model's modules on the meta device: shapes and names, no weights.
-
-    Raises:
-        ModelError: if the configuration cannot be read or built.
-    """
-    config = load_config(source)
-    kind = model_class(config, source)
-    with explain_read_errors(source, "configuration"), torch.device("meta"):
-        if kind in (AutoModel, AutoModelForCausalLM):
-            model = kind.from_config(config, trust_remote_code=source.trust_remote_code)
-        else:
-            model = kind(config)
-    model.tie_weights()
-    return model.eval(), config
-
-
-def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
-    """The blocks and linears that ``recipe`` prunes in ``model``, checked against its pattern and ``length``.
+def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Stack]:
+    """The stacks and linears that ``recipe`` prunes in ``model``, checked against its pattern and ``length``.
 
     Args:
         model: the model, or its skeleton.
@@ -104,7 +94,10 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
         ModelError: if nothing matches, or the model does not read token sequences as long as these.
         RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
     """
-    blocks = select_linears(find_blocks(model), recipe.targets, recipe.ignore)
+    stacks = find_stacks(model)
+    # Other targets than all may mean routers.
+    stacks = select_linears(stacks, recipe.targets, recipe.ignore, routers=recipe.targets != [".*"])
+    blocks = [block for stack in stacks for block in stack.blocks]
     if recipe.mask_from is not None:
         matrices = (name for name, module in model.named_modules() if getattr(module, "weight", None) is not None)
         MaskFiles(recipe.mask_from).check_names(list(matrices))
@@ -119,7 +112,7 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Block]:
             f"calibration sequences of {length} tokens exceed the model's {positions} positions: "
             f"use --max-seq-length {positions} or less"
         )
-    return blocks
+    return stacks
 
 
 def find_patterns(blocks: Sequence[Block], recipe: Recipe) -> dict[str, Pattern]:
@@ -153,10 +146,11 @@ def num_positions(model: nn.Module) -> int | None:
 def make_plan(source: Source, recipe: Recipe) -> Plan:
     """Plan pruning ``source`` by ``recipe`` without loading weights."""
     model, config = skeleton(source)
-    blocks = check_model(model, recipe, recipe.max_seq_length)
+    stacks = check_model(model, recipe, recipe.max_seq_length)
+    blocks = [block for stack in stacks for block in stack.blocks]
     num_parameters = sum(p.numel() for p in model.parameters())
     block_parameters = max(sum(p.numel() for p in block.module.parameters()) for block in blocks)
-    groups = shared_inputs(model, blocks)
+    groups = [guess_groups(block) for block in blocks]
     hidden = getattr(config.get_text_config(), "hidden_size", 0)
     # A survey carries the dense model's block inputs beside those that pruning starts from.
     surveyed = recipe.allocation != "uniform"
@@ -167,13 +161,13 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         blocks=blocks,
         patterns=patterns,
         num_parameters=num_parameters,
-        pruned_parameters=sum(linear.weight_OD.numel() for block in blocks for linear in block.linears),
+        pruned_parameters=sum(math.prod(linear.shape) for block in blocks for linear in block.linears),
         memory_bytes=predict_memory(groups, blocks, recipe, patterns, dtype.itemsize),
         block_bytes=block_parameters * dtype.itemsize,
         inputs_bytes=copies * recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
         operations=sum(_operations(g, block, recipe, patterns) for g, block in zip(groups, blocks, strict=True)),
-        notes=uncovered_notes(blocks) + ([SURVEY_NOTE.format(recipe.allocation)] if surveyed else []),
+        notes=dense_notes(stacks) + ([SURVEY_NOTE.format(recipe.allocation)] if surveyed else []),
     )
 
 
@@ -186,14 +180,6 @@ def _dtype(value: Any) -> torch.dtype:
     return found
 
 
-def uncovered_notes(blocks: Sequence[Block]) -> list[str]:
-    """One line for each matrix of a block that no linear module holds, so that nothing is left out silently."""
-    return [
-        f"{name} ({size:,} weights) is not a linear module and is left dense, here and in every block like it"
-        for name, size in uncovered_parameters(blocks[0]).items()
-    ]
-
-
 Groups = list[list[Linear]]
 
 
@@ -204,7 +190,7 @@ def predict_memory(
     gradients = needs_gradient(recipe.make_selector())
 
     def peak(block: Block, own: Groups) -> int:
-        held = 4 * sum(linear.weight_OD.numel() for linear in block.linears) if gradients else 0
+        held = 4 * sum(math.prod(linear.shape) for linear in block.linears) if gradients else 0
         backward = _backward_bytes(block, own, recipe, itemsize) if gradients else 0
         return max(
             _calibration_bytes(block, own, recipe, itemsize),
@@ -213,41 +199,6 @@ def predict_memory(
         )
 
     return max(peak(block, own) for block, own in zip(blocks, groups, strict=True))
-
-
-def shared_inputs(model: nn.Module, blocks: Sequence[Block]) -> list[Groups]:
-    """For each block of a skeleton, its linears grouped by the input they share.
-
-    The blocks run forward on the meta device, called as the model's own forward pass calls them; only what surrounds
-    the blocks is given (uninitialised) memory for it.
-    """
-    inside = {id(module) for block in blocks for module in block.module.modules()}
-    for module in model.modules():
-        if id(module) not in inside:
-            module.to_empty(device="cpu", recurse=False)
-            for buffer in module.buffers(recurse=False):
-                # Buffers can hold indices, which must be valid; parameters' values do not matter here.
-                buffer.zero_()
-    store = capture_block_inputs(model, blocks, [torch.zeros(1, 8, dtype=torch.int64)])
-    result: list[Groups] = []
-    for block in blocks:
-        shared = SharedInputs()
-        with ExitStack() as stack:
-            for linear in block.linears:
-                stack.callback(linear.module.register_forward_pre_hook(_observe(shared, linear.name)).remove)
-            store.run(block, 0, torch.device("meta"))
-        groups: dict[str, list[Linear]] = {}
-        for linear in block.linears:
-            groups.setdefault(shared.leader.get(linear.name, linear.name), []).append(linear)
-        result.append(list(groups.values()))
-    return result
-
-
-def _observe(shared: SharedInputs, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-        shared.find(name, args[0])
-
-    return observe
 
 
 def _calibration_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int) -> int:
@@ -264,7 +215,7 @@ def _calibration_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: i
 
 def _backward_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int) -> int:
     """Gradients of all weights, beside the hessians, and the activations of one sample, which wait for the backward."""
-    weights = sum(linear.weight_OD.numel() for linear in block.linears)
+    weights = sum(math.prod(linear.shape) for linear in block.linears)
     widths = sum(sum(linear.shape) for linear in linears_of(block.module, block.name))
     hessians = sum(8 * group[0].shape[1] ** 2 for group in groups)
     return weights * itemsize + hessians + 2 * recipe.max_seq_length * widths * itemsize

@@ -16,7 +16,7 @@ from optima.allocation import ALLOCATION_NAMES, Allocation, LeastError, Owl, mak
 from optima.errors import RecipeError
 from optima.models.masks import MaskFiles
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
-from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
+from optima.qp import SOLVERS, RowSolver, make_solver
 from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
 from optima.selectors.external import External
 from optima.swaps.search import SwapRefinement
@@ -67,7 +67,7 @@ class Recipe:
         "none", f"improve the selector's mask: {', '.join(REFINEMENTS)} of a kept and a pruned weight"
     )
     refine_candidates: int = _option(256, "weights of a row tried in a round of swaps; 0: as many as a proof takes")
-    solver: str = _option("auto", f"row solver: {', '.join(SOLVER_NAMES)} (keep the selector's weights)")
+    solver: str = _option("auto", f"row solver: {', '.join(SOLVERS)}, none (keep the selector's weights)")
     gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
     damping: float = _option(0.01, "ridge, relative to the mean diagonal of the hessian")

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
-from optima.device import PeakMemory, describe_device, find_device
+from optima.device import PeakMemory, describe_device, evaluating, find_device
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.models.checkpoint import explain_write_errors, output_directory, write_checkpoint
+from optima.models.skeleton import skeleton
 from optima.models.source import Source, find_source, load_model, load_tokenizer
-from optima.models.stacks import Block, Linear
+from optima.models.stacks import Block, Linear, dense_notes
 from optima.pipeline import Dump, Pruner
-from optima.plan import check_model, skeleton, uncovered_notes
+from optima.plan import check_model
 from optima.qp import Hessian
 from optima.recipe import Recipe, check_regexes
 from optima.reporting.markdown import render_markdown
@@ -73,7 +74,7 @@ def prune(
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     length = calibration.shape[-1] if isinstance(calibration, Tensor) else recipe.max_seq_length
-    planned = check_model(structure, recipe, length)
+    planned = [block for stack in check_model(structure, recipe, length) for block in stack.blocks]
     if dump_layer is not None:
         _check_dump(dump_layer, output_dir, planned)
     with ExitStack() as stack:
@@ -86,13 +87,14 @@ def prune(
         tokens = find_tokens(recipe, tokenizer, calibration)
         check_vocabulary(tokens, structure)
         network = model if isinstance(model, PreTrainedModel) else _load(source, recipe)
-        blocks = check_model(network, recipe, length)
-        check_finite(blocks)
+        stacks = check_model(network, recipe, length)
+        check_finite([block for stack in stacks for block in stack.blocks])
         memory = PeakMemory(device)
         dump = None if directory is None or dump_layer is None else _dump_into(directory / DUMP_DIRECTORY, dump_layer)
         progress = stack.enter_context(make_progress())
-        pruner = Pruner(recipe, device, progress, dump, notes=uncovered_notes(blocks))
-        pruner.run(network.eval(), blocks, tokens.split(recipe.batch_size))
+        pruner = Pruner(recipe, device, progress, dump, notes=dense_notes(stacks))
+        with evaluating(network):
+            pruner.run(network, stacks, tokens.split(recipe.batch_size))
         run = RunRecord(
             model=source.name if source else type(network).__name__,
             recipe=recipe.to_dict(),
@@ -181,7 +183,7 @@ def check_finite(blocks: Sequence[Block]) -> None:
     """Raise ``NumericalError`` naming the first linear whose weight has NaN or Inf."""
     for block in blocks:
         for linear in block.linears:
-            if not linear.weight_OD.isfinite().all():
+            if not linear.read().isfinite().all():
                 raise NumericalError(
                     f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
                     f"with --ignore '{re.escape(linear.name)}'"
@@ -205,7 +207,7 @@ def _dump_into(directory: Path, regex: str) -> Dump:
 
     def dump(linear: Linear, hessian: Hessian) -> None:
         if re.search(regex, linear.name):
-            tensors = {"hessian": hessian.matrix_DD, "weight": linear.weight_OD}
+            tensors = {"hessian": hessian.matrix_DD, "weight": linear.read()}
             file = directory / f"{linear.name}.safetensors"
             with explain_write_errors(file):
                 directory.mkdir(exist_ok=True)

@@ -14,36 +14,41 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.capture import BlockInputs
+from optima.calibration.streams import Streams
+from optima.errors import ModelError
 from optima.models.stacks import Block
 
 
-def regional_gradients(block: Block, inputs: BlockInputs, device: torch.device) -> dict[str, Tensor]:
+def regional_gradients(block: Block, streams: Streams, device: torch.device) -> dict[str, Tensor]:
     """Root mean square over samples of the gradient of ||f(X)||_2 / sqrt(L), for every linear of the block.
 
     The norm is by the root of the tokens because H is a mean over tokens: the ratio of the two is then as published.
 
     Args:
         block: on ``device``.
-        inputs: its calibration inputs, run one sequence at a time.
+        streams: what enters the block, run one sequence at a time.
         device: where to compute.
 
     Returns:
         gradient_OD, float32, by the linear's full name; zero where no sample reached the linear.
+
+    Raises:
+        ModelError: if the block cannot be run on single sequences, or was made inside ``torch.inference_mode()``.
     """
-    sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
     weights = [linear.parameter for linear in block.linears]
+    if any(weight.is_inference() for weight in weights):
+        raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     samples = 0
-    with torch.enable_grad(), _differentiable(block.module, weights):
-        for batch, hidden in enumerate(inputs.hidden):
-            for sample in range(len(hidden)):
-                output_1LE = inputs.run_sample(block, batch, sample, device).float()
-                loss = torch.linalg.vector_norm(output_1LE) / output_1LE.shape[1] ** 0.5
+    with torch.inference_mode(False), torch.enable_grad(), _differentiable(block.module, weights):
+        sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
+        for batch, (count, length) in enumerate(streams.sizes):
+            for sample in range(count):
+                output_1LE = streams.run_sample(block, batch, sample, device).float()
+                loss = torch.linalg.vector_norm(output_1LE) / length**0.5
                 gradients = torch.autograd.grad(loss, weights, allow_unused=True)
                 for linear, gradient in zip(block.linears, gradients, strict=True):
                     if gradient is not None:
-                        gradient_OD = gradient.mT if linear.transposed else gradient
-                        sums[linear.name] += gradient_OD.float().square()
+                        sums[linear.name] += linear.orient(gradient).float().square()
                 samples += 1
     return {name: sum_OD.div_(samples).sqrt_() for name, sum_OD in sums.items()}
 

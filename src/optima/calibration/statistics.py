@@ -1,4 +1,4 @@
-"""Accumulate one Hessian for each distinct input of a block's linears, while the block runs forward.
+"""Accumulate the statistics of each distinct input of a block's linears, while the block runs forward.
 
 *Attention sinks.* Most heads of most language models attend to the first token of a sequence when they have nothing
 better to attend to (Xiao et al., arXiv 2309.17453), whatever that token is, and blocks treat it as no other (massive
@@ -6,178 +6,209 @@ activations: Sun et al., arXiv 2402.17762). An error there reaches every later t
 token (cf. IntactKV, arXiv 2403.01241: it leaves the keys and values of such tokens unquantised). Where every sequence
 begins with BOS, its input is one vector: to keep the outputs that belong to it takes one of the free weights of a row.
 
-Shapes: B sequences, L tokens in a sequence, T tokens, D inputs.
+Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens that weigh more than one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from optima.calibration.probe import identity
+from optima.calibration.streams import Streams
+from optima.device import full_precision
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import gram
-from optima.models.stacks import Linear
+from optima.linalg.statistics import Statistics
+from optima.models.stacks import Block, Linear
 
 
-class HessianAccumulator:
+@dataclass(frozen=True)
+class Found:
+    """What calibration found for linears that share their input.
+
+    Attributes:
+        statistics: of the input; None if no token reached the linears.
+        linears: the linears.
+        sinks_told: False if the first tokens of sequences could not be told from the others, as in the experts of a
+            mixture: they weigh as the others then.
+    """
+
+    statistics: Statistics | None
+    linears: tuple[Linear, ...]
+    sinks_told: bool = True
+
+
+class Accumulator:
     """X^T S X over the tokens seen so far, S their weights: float32 products of each batch, summed in float64."""
 
     def __init__(self) -> None:
         self.sum_DD: Tensor | None = None
+        self.tokens = 0
         self.total_weight = 0.0
+        self.extra: list[Tensor] = []
 
-    def add(self, inputs_TD: Tensor, name: str, first_sample: int, samples: int) -> None:
-        """Add the inputs of ``samples`` sequences of equal length, the first of which is number ``first_sample``.
-
-        Each token weighs 1.
-
-        Raises:
-            CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
-        """
-        inputs_TD = inputs_TD.float()
-        product_DD = gram(inputs_TD)
+    def add(self, inputs_TD: Tensor) -> bool:
+        """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf; nothing is added then."""
+        product_DD = gram(inputs_TD.float())
         # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
         if not product_DD.diagonal().isfinite().all():
-            raise CalibrationError(_describe_bad(inputs_TD, name, first_sample, samples))
+            return False
         if self.sum_DD is None:
             self.sum_DD = product_DD.double()
         else:
             self.sum_DD += product_DD
-        self.total_weight += inputs_TD.shape[0]
+        self.tokens += len(inputs_TD)
+        self.total_weight += len(inputs_TD)
+        return True
 
-    def add_weight(self, inputs_TD: Tensor, weight: float) -> None:
+    def add_weight(self, inputs_ND: Tensor, weight: float) -> None:
         """Let tokens that were added weigh more, each by ``weight``."""
         assert self.sum_DD is not None
-        self.sum_DD.add_(gram(inputs_TD.float()), alpha=weight)
-        self.total_weight += weight * inputs_TD.shape[0]
+        inputs_ND = inputs_ND.float()
+        self.sum_DD.add_(gram(inputs_ND), alpha=weight)
+        self.total_weight += weight * len(inputs_ND)
+        self.extra.append(inputs_ND * weight**0.5)
 
-    def finish(self, damping: float) -> Hessian:
-        """H = X^T S X / tr S, and the accumulator is empty again."""
-        assert self.sum_DD is not None
-        matrix_DD = self.sum_DD.div_(self.total_weight)
-        self.sum_DD, self.total_weight = None, 0.0
-        return Hessian(matrix_DD, damping)
-
-
-def _describe_bad(inputs_TD: Tensor, name: str, first_sample: int, samples: int) -> str:
-    if inputs_TD.shape[0] % samples:
-        last = first_sample + samples - 1
-        return f"the inputs of {name} contain NaN or Inf in calibration samples {first_sample} to {last}"
-    by_sample = inputs_TD.reshape(samples, -1)
-    # Finite inputs can still overflow float32 when squared.
-    good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)
-    sample = first_sample + int(good.to(torch.int8).argmin())
-    return (
-        f"the inputs of {name} contain NaN or Inf (first in calibration sample {sample}): load the model in another "
-        "dtype (--dtype bfloat16 or float32), or check its weights"
-    )
+    def finish(self, damping: float) -> Statistics | None:
+        """H = X^T S X / tr S and what it is made of; None if there were no tokens. The accumulator is used up."""
+        if self.sum_DD is None:
+            return None
+        hessian = Hessian(self.sum_DD.div_(self.total_weight), damping)
+        extra_ND = torch.cat(self.extra) if self.extra else None
+        return Statistics(hessian, self.tokens, extra_ND, self.total_weight - self.tokens)
 
 
-class SharedInputs:
-    """Recognises linears that are given the same tensor (q, k and v; gate and up), in the first batch.
+def observe(
+    block: Block,
+    streams: Streams,
+    device: torch.device,
+    sink_weight: float,
+    damping: float,
+    seconds: dict[str, float] | None = None,
+) -> Iterator[Found]:
+    """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
-    The identity of tensors tells, which is why the batch's inputs are held until its end; later batches rely on it.
-    """
-
-    def __init__(self) -> None:
-        self.leader: dict[str, str] = {}
-        self._seen: list[tuple[Tensor, int, str]] = []
-        self._first_batch = True
-
-    def find(self, name: str, inputs: Tensor) -> str:
-        """The first linear that is given the same inputs as the linear ``name``: itself, if it is the first."""
-        if name not in self.leader:
-            # A tensor that was changed in place since is another input.
-            seen = ((tensor, other) for tensor, version, other in self._seen if version == inputs._version)
-            same = (other for tensor, other in seen if _is_same(tensor, inputs))
-            self.leader[name] = next(same, name)
-            if self._first_batch:
-                self._seen.append((inputs, inputs._version, self.leader[name]))
-        return self.leader[name]
-
-    def end_batch(self) -> None:
-        """Let go of the inputs that were held."""
-        self._seen.clear()
-        self._first_batch = False
-
-
-def _is_same(first: Tensor, second: Tensor) -> bool:
-    if first is second:
-        return True
-    views = first.data_ptr() == second.data_ptr() != 0 and first.dtype == second.dtype
-    return views and first.shape == second.shape and first.stride() == second.stride()
-
-
-class HessianCollector:
-    """Hooks on a block's linears that accumulate one Hessian for each distinct input.
+    A pass over a batch ends with the input of the last linear: its product is for nobody. ``streams`` stay as they are.
 
     Args:
-        linears: the linears.
+        block: on ``device``, with the linears to prune.
+        streams: what enters the block.
+        device: where to compute.
         sink_weight: of the first token of each sequence, relative to all tokens of the sequence together: it counts as
             ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
+        damping: of the hessians.
+        seconds: the time of ``forward`` and ``hessian`` is added here.
 
+    Raises:
+        CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
     """
+    if not block.linears:
+        return
+    seconds = {} if seconds is None else seconds
+    watch = _Watch(streams, block, sink_weight)
+    started = time.perf_counter()
+    for batch in range(len(streams.hidden)):
+        with watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
+            streams.run(block, batch, device)
+    spent = time.perf_counter() - started
+    seconds["hessian"] = seconds.get("hessian", 0.0) + watch.seconds
+    seconds["forward"] = seconds.get("forward", 0.0) + spent - watch.seconds
+    for group in streams.groups(block):
+        accumulator = watch.accumulators.pop(group[0].name)
+        yield Found(accumulator.finish(damping), group, group[0].name not in watch.without_sinks)
 
-    def __init__(self, linears: Sequence[Linear], sink_weight: float = 0.0) -> None:
-        self._linears = linears
-        self._sink_weight = sink_weight
-        self._shared = SharedInputs()
-        self._accumulators: dict[str, HessianAccumulator] = {}
-        self._leaders_without_sinks: set[str] = set()
-        self._first_sample = 0
-        self._samples = 0
-        self._length = 0
+
+class _AllSeen(Exception):  # noqa: N818 - not an error
+    """Stops a block's forward pass before the product of its last linear."""
+
+
+class _Watch:
+    """Hooks on a block's linears that accumulate the inputs of each group's first."""
+
+    def __init__(self, streams: Streams, block: Block, sink_weight: float) -> None:
+        self._streams, self._block, self._sink_weight = streams, block, sink_weight
+        groups = streams.groups(block)
+        self._leader = {linear.name: group[0].name for group in groups for linear in group}
+        self.accumulators = {group[0].name: Accumulator() for group in groups}
+        self.without_sinks: set[str] = set()
+        self.seconds = 0.0
+        self._batch = 0
+        self._called: list[str] = []  # in this batch
+        self._last: str | None = None  # where the pass can end, known after the first batch
+        # Of the first batch: what each linear was given, and the tensors, so that no address is used twice.
+        self._given: dict[str, list[object]] = {}
+        self._held: list[Tensor] = []
 
     @contextmanager
-    def batch(self, samples: int, length: int) -> Iterator[None]:
-        """Observe one forward pass over ``samples`` sequences of ``length`` tokens inside this context."""
-        self._samples, self._length = samples, length
-        with ExitStack() as stack:
-            for linear in self._linears:
-                handle = linear.module.register_forward_pre_hook(self._hook(linear.name))
-                stack.callback(handle.remove)
+    def batch(self, batch: int) -> Iterator[None]:
+        """Watch one forward pass inside this context."""
+        self._batch = batch
+        self._called.clear()
+        with ExitStack() as hooks:
+            for linear in self._block.linears:
+                hooks.callback(linear.observe(self._see(linear.name)).remove)
             yield
-        self._first_sample += samples
-        self._shared.end_batch()
+        if batch == 0:
+            self._check_groups()
+            self._held.clear()
+            if sorted(self._called) == sorted(self._leader):
+                self._last = self._called[-1]
 
-    @property
-    def without_sinks(self) -> list[str]:
-        """Names of the linears whose first tokens could not be told from the others.
+    def _see(self, name: str) -> Callable[[Tensor], None]:
+        def see(inputs: Tensor) -> None:
+            self._called.append(name)
+            if inputs.numel():
+                if self._batch == 0:
+                    self._given.setdefault(name, []).append(identity(inputs))
+                    self._held.append(inputs)
+                if self._leader[name] == name:
+                    started = time.perf_counter()
+                    self._add(name, inputs)
+                    self.seconds += time.perf_counter() - started
+            if name == self._last and len(set(self._called)) == len(self._leader):
+                raise _AllSeen
 
-        They were given something else than one input a token: the experts of a mixture, say.
-        """
-        leader = self._shared.leader
-        return [linear.name for linear in self._linears if leader.get(linear.name) in self._leaders_without_sinks]
+        return see
 
-    def finish(self, damping: float) -> Iterator[tuple[Hessian | None, list[Linear]]]:
-        """Each distinct input's Hessian with the linears that share it; None for linears that were never called."""
-        groups: dict[str | None, list[Linear]] = {}
-        for linear in self._linears:
-            groups.setdefault(self._shared.leader.get(linear.name), []).append(linear)
-        for leader, linears in groups.items():
-            yield None if leader is None else self._accumulators.pop(leader).finish(damping), linears
+    def _add(self, name: str, inputs: Tensor) -> None:
+        accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]
+        inputs_TD = inputs.reshape(-1, inputs.shape[-1])
+        if not accumulator.add(inputs_TD):
+            raise CalibrationError(self._describe_bad(name, inputs_TD))
+        extra = self._sink_weight * length - 1.0
+        if extra > 0.0:
+            first_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
+            if first_ND is None:
+                self.without_sinks.add(name)
+            else:
+                accumulator.add_weight(first_ND, extra)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
-            inputs = args[0]
-            if inputs.numel() and self._shared.find(name, inputs) == name:
-                accumulator = self._accumulators.setdefault(name, HessianAccumulator())
-                inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-                accumulator.add(inputs_TD, name, self._first_sample, self._samples)
-                self._weigh_sinks(accumulator, inputs_TD, name)
+    def _check_groups(self) -> None:
+        """A few tokens told which linears share their input: on a whole batch it must be the same."""
+        for name, leader in self._leader.items():
+            if self._given.get(name) != self._given.get(leader):
+                raise CalibrationError(
+                    f"{leader} and {name} share their input over a few tokens, but not over a whole calibration "
+                    "sequence: leave one of them out with --ignore"
+                )
 
-        return observe
-
-    def _weigh_sinks(self, accumulator: HessianAccumulator, inputs_TD: Tensor, name: str) -> None:
-        extra = self._sink_weight * self._length - 1.0
-        if extra <= 0.0:
-            return
-        if inputs_TD.shape[0] == self._samples * self._length:
-            accumulator.add_weight(inputs_TD[:: self._length], extra)
-        else:
-            self._leaders_without_sinks.add(name)
+    def _describe_bad(self, name: str, inputs_TD: Tensor) -> str:
+        samples, length = self._streams.sizes[self._batch]
+        first = sum(count for count, _ in self._streams.sizes[: self._batch])
+        if len(inputs_TD) != samples * length or self._streams.probe.sequence_first:
+            return f"the inputs of {name} contain NaN or Inf in calibration samples {first} to {first + samples - 1}"
+        by_sample = inputs_TD.reshape(samples, -1).float()
+        # Finite inputs can still overflow float32 when squared.
+        good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)
+        return (
+            f"the inputs of {name} contain NaN or Inf (first in calibration sample "
+            f"{first + int(good.to(torch.int8).argmin())}): load the model in another dtype (--dtype bfloat16 or "
+            "float32), or check its weights"
+        )

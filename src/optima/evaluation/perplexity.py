@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.text import SEPARATOR, pack, special_tokens, text_length, token_ids
+from optima.device import evaluating, forward_replaced
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
 
 PROTOCOL = (
@@ -257,14 +258,8 @@ def _sliced(model: PreTrainedModel, body: nn.Module, tokens_BL: Tensor) -> Itera
         assert logits_BCV is not None
         return logits_BCV
 
-    attributes = vars(body)
-    own = {"forward": attributes["forward"]} if "forward" in attributes else {}  # accelerate's hooks are kept there
-    attributes["forward"] = replay
-    try:
+    with forward_replaced(body, replay):
         yield logits_of
-    finally:
-        del attributes["forward"]
-        attributes.update(own)
 
 
 class _Replay:
@@ -291,15 +286,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
     tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps)
     scale = b.float().nan_to_num(0, 0, 0).abs().max().item()
     return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; every module is back in its own mode afterwards."""
-    in_training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in in_training:
-            module.training = True

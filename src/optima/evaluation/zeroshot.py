@@ -22,8 +22,8 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.device import evaluating
 from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
-from optima.evaluation.perplexity import evaluating
 
 METRICS = ("acc", "acc_norm")
 BATCH_SIZE = 8

@@ -5,9 +5,9 @@ Shapes: D inputs, R rows, K random directions, N inputs from the first of C colu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cached_property
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ TILE = 128
 FLOAT32_CONDITION = 1e7
 
 
-Shared = TypeVar("Shared", SharedMatrix, SharedFactor)
+Made = TypeVar("Made")
 
 
 class Factorisation(NamedTuple):
@@ -70,7 +70,7 @@ class Hessian:
             raise RecipeError(f"damping must be between 0 and 1, got {damping}: for example 0.01")
         self._matrix_DD = matrix_DD.detach()
         self.requested_damping = damping
-        self._shared: dict[tuple[str, torch.dtype], SharedMatrix | SharedFactor] = {}
+        self._made: dict[Hashable, Any] = {}
         if matrix_DD.numel():
             self._refuse_unusable()
 
@@ -207,29 +207,35 @@ class Hessian:
         """Precision in which iterations converge: float32, or float64 where the condition number demands it."""
         return torch.float32 if self.condition <= FLOAT32_CONDITION else torch.float64
 
+    def memo(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What ``make`` returns, made once for ``key``: the one cache of whatever depends on H alone.
+
+        It is dropped with this object, which it must not refer to.
+        """
+        if key not in self._made:
+            self._made[key] = make()
+        made: Made = self._made[key]
+        return made
+
     def operator(self, dtype: torch.dtype) -> SharedMatrix:
         """The damped H in units of its mean diagonal, ready to multiply rows in ``dtype``; made once."""
-        return self._share(
-            "operator", dtype, lambda: SharedMatrix(scaled(self.damped_DD, 1.0 / self.mean_diagonal, dtype))
+        return self.memo(
+            ("operator", dtype), lambda: SharedMatrix(scaled(self.damped_DD, 1.0 / self.mean_diagonal, dtype))
         )
 
     def preconditioner(self, dtype: torch.dtype) -> SharedMatrix:
         """K in the same units, ready to multiply rows; made once. Below float64 only a few digits of it are right."""
-        return self._share("preconditioner", dtype, lambda: SharedMatrix(self._inverse(dtype)))
+        return self.memo(("preconditioner", dtype), lambda: SharedMatrix(self._inverse(dtype)))
 
     @property
     def has_preconditioner(self) -> bool:
         """True once K has been made, for a solver or a selector."""
-        return "inverse_DD" in vars(self) or any(kind == "preconditioner" for kind, _ in self._shared)
+        dtypes = (torch.float64, torch.float32, torch.bfloat16)
+        return "inverse_DD" in vars(self) or any(("preconditioner", dtype) in self._made for dtype in dtypes)
 
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to measure L^-1 r of rows; made once."""
-        return self._share("whitener", dtype, lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
-
-    def _share(self, kind: str, dtype: torch.dtype, make: Callable[[], Shared]) -> Shared:
-        if (kind, dtype) not in self._shared:
-            self._shared[kind, dtype] = make()
-        return cast(Shared, self._shared[kind, dtype])
+        return self.memo(("whitener", dtype), lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
 
     def _inverse(self, dtype: torch.dtype) -> Tensor:
         """K in units of the mean diagonal: from float64 where that is at hand or needed; float32 costs half."""

@@ -1,155 +1,330 @@
-"""Find what can be pruned in any transformer of the library, by its structure rather than by a list of names."""
+"""Find what can be pruned in any transformer of the library, by its structure rather than by a list of names.
+
+Shapes: O outputs, D inputs.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
+from optima.names import check_bounded, kind
+
+# What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
+EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
+ROUTERS = {"gate", "wg"}
+# Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
+TOGETHER = (
+    re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
+    re.compile(r"gate(_proj)?|up(_proj)?|w1|w3"),
+)
+
+
+class Linear(Protocol):
+    """Something prunable inside a block, whatever holds its weight."""
+
+    @property
+    def name(self) -> str:
+        """Full name in the model."""
+        ...
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter that holds the weight, as the model stores it."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, D)."""
+        ...
+
+    def orient(self, stored: Tensor) -> Tensor:
+        """This linear's part of a tensor like ``parameter`` (a mask, a gradient) as outputs x inputs: a view."""
+        ...
+
+    def read(self) -> Tensor:
+        """weight_OD: a view of the parameter, or a copy of it, without gradient."""
+        ...
+
+    def write(self, weight_OD: Tensor) -> None:
+        """Replace the weight, cast to the parameter's dtype and device."""
+        ...
+
+    def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show ``see`` the inputs of every call, (..., D), before it is computed, until the handle's ``remove()``."""
+        ...
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A prunable linear module inside a block.
+class ModuleLinear:
+    """A linear that is a module of its own: see ``Linear``.
 
     Attributes:
         name: full name of the module in the model.
-        module: ``nn.Linear``, or GPT-2's ``Conv1D``, which stores its weight transposed.
+        module: ``nn.Linear``, or GPT-2's ``Conv1D``, which stores its weight as inputs x outputs.
     """
 
     name: str
     module: nn.Module
 
     @property
-    def weight_OD(self) -> Tensor:
-        """The weight as outputs x inputs: a view of the module's parameter."""
-        weight = self.parameter.detach()
-        return weight.mT if self.transposed else weight
-
-    @property
     def parameter(self) -> Tensor:
-        """The weight as the module stores it."""
+        """See ``Linear``."""
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
 
     @property
-    def transposed(self) -> bool:
-        """True if the module stores its weight as inputs x outputs."""
-        return isinstance(self.module, Conv1D)
-
-    @property
     def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)."""
-        outputs, inputs = self.weight_OD.shape
+        """See ``Linear``."""
+        outputs, inputs = self.read().shape
         return int(outputs), int(inputs)
+
+    def orient(self, stored: Tensor) -> Tensor:
+        """See ``Linear``."""
+        return stored.mT if isinstance(self.module, Conv1D) else stored
+
+    def read(self) -> Tensor:
+        """See ``Linear``: a view."""
+        return self.orient(self.parameter.detach())
 
     @torch.no_grad()
     def write(self, weight_OD: Tensor) -> None:
-        """Replace the weight, cast to the parameter's dtype and device."""
-        self.weight_OD.copy_(weight_OD)
+        """See ``Linear``."""
+        self.read().copy_(weight_OD)
+
+    def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """See ``Linear``."""
+        return self.module.register_forward_pre_hook(lambda module, args: see(args[0]))
 
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder or encoder layer of the model, with its prunable linears in the order they are defined."""
+    """One decoder or encoder layer of the model: a member of a stack.
 
+    Attributes:
+        stack: name of its stack.
+        index: place in the stack.
+        name: full name of the module in the model.
+        module: the module.
+        linears: those to prune, in the order they are defined.
+        routers: names of the linears that send tokens to experts, or weigh an expert's output.
+        left: linears that ``select_linears`` left out.
+    """
+
+    stack: str
     index: int
     name: str
     module: nn.Module
     linears: tuple[Linear, ...]
+    routers: frozenset[str] = frozenset()
+    left: tuple[Linear, ...] = ()
 
 
-def find_blocks(model: nn.Module) -> list[Block]:
-    """The model's stack of blocks: its largest list of same-class modules that contain linears.
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that hidden states pass through, in order."""
+
+    name: str
+    blocks: tuple[Block, ...]
+
+    @property
+    def needed(self) -> int:
+        """How many of the first blocks must run: up to the last one with linears to prune."""
+        return max((block.index + 1 for block in self.blocks if block.linears), default=0)
+
+
+def find_stacks(model: nn.Module) -> list[Stack]:
+    """The model's stacks of blocks, for now one: its largest list of modules some of which contain linears.
+
+    A list is a stack by its role: that its members are called in order with hidden states is for a probe to see
+    (``optima.calibration.capture``). Their classes may differ, and some may have no linears.
 
     Raises:
         ModelError: if there is no such list, or the model has two stacks that feed each other (encoder-decoder).
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
         raise ModelError(
             f"{type(model).__name__} is an encoder-decoder, whose decoder depends on two stacks of blocks: "
             "prune a decoder-only or an encoder-only model"
         )
-    stacks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and _is_stack(module)
-    ]
+    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks = [(name, module) for name, module in lists if _may_be_stack(module)]
     if not stacks:
-        lists = [f"{name} ({len(m)})" for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
         raise ModelError(
-            f"no stack of transformer blocks in {type(model).__name__}: its module lists are {lists or 'none'}, "
+            f"no stack of transformer blocks in {type(model).__name__}: its module lists, none of which has members "
+            f"that contain linears, are {[f'{name} ({len(module)})' for name, module in lists] or 'none'}, "
             f"its children {[name for name, _ in model.named_children()]}"
         )
-    name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    name, members = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    counts = _expert_counts(config)
     blocks = []
-    for index, module in enumerate(stack):
+    for index, module in enumerate(members):
         prefix = f"{name}.{index}" if name else str(index)
-        blocks.append(Block(index, prefix, module, tuple(linears_of(module, prefix))))
-    return blocks
+        linears = tuple(linears_of(module, prefix))
+        routers = frozenset(f"{prefix}.{inner}" for inner in _routers(module, counts))
+        blocks.append(Block(name, index, prefix, module, linears, routers))
+    return [Stack(name, tuple(blocks))]
 
 
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
     """Every linear inside ``module``, whose full name is ``prefix``."""
     return [
-        Linear(f"{prefix}.{name}", child)
+        ModuleLinear(f"{prefix}.{name}", child)
         for name, child in module.named_modules()
         if isinstance(child, (nn.Linear, Conv1D))
     ]
 
 
-def _is_stack(stack: nn.ModuleList) -> bool:
-    same_class = len({type(module) for module in stack}) == 1
-    return (
-        same_class
-        and any(isinstance(m, (nn.Linear, Conv1D)) for layer in stack for m in layer.modules())
-        and (
-            # A list of bare linears (experts, heads) is not a stack of blocks.
-            not isinstance(stack[0], (nn.Linear, Conv1D))
-        )
-    )
+def _may_be_stack(members: nn.ModuleList) -> bool:
+    # A list of bare linears (experts, heads) is not a stack of blocks.
+    bare = any(isinstance(module, (nn.Linear, Conv1D)) for module in members)
+    return not bare and any(isinstance(m, (nn.Linear, Conv1D)) for block in members for m in block.modules())
 
 
-def select_linears(blocks: Sequence[Block], targets: Sequence[str], ignore: Sequence[str]) -> list[Block]:
-    """The blocks with only the linears whose full name matches a target and no ignored regex (``re.search``).
+def _expert_counts(config: Any) -> set[int]:
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    values = [value for name, value in vars(config or object).items() if EXPERT_COUNT.fullmatch(name)]
+    return {value for value in values if isinstance(value, int) and value > 1}
+
+
+def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
+    """Names inside the block of the linears that route.
+
+    One output is a gate. Otherwise the name says so (router), or a neighbour holds experts and either the name (gate,
+    wg) or the number of outputs does. The gate of an ordinary MLP is called gate_proj, and has no experts beside it.
+    """
+    modules = dict(block.named_modules())
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear):
+            continue
+        parts = name.split(".")
+        around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
+        beside_experts = any("expert" in child for parent in around for child, _ in _members(parent))
+        named = any("router" in part for part in parts) or (beside_experts and bool(ROUTERS & set(parts[-2:])))
+        if module.out_features == 1 or named or (beside_experts and module.out_features in counts):
+            yield name
+
+
+def _members(module: nn.Module) -> Iterator[tuple[str, object]]:
+    yield from module.named_children()
+    yield from module.named_parameters(recurse=False)
+
+
+def select_linears(
+    stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequence[str], routers: bool = False
+) -> list[Stack]:
+    """The stacks with only the linears whose full name matches a target and no ignored regex (``re.search``).
+
+    Args:
+        stacks: as ``find_stacks`` gives them.
+        targets: regexes.
+        ignore: regexes.
+        routers: whether targets may match routers; they are left dense otherwise.
 
     Raises:
-        ModelError: if nothing is left; the message lists what was there.
+        ModelError: if nothing is left (the message lists what was there), or two linears are one weight.
+        RecipeError: if a regex does not finish.
     """
-    selected = [
-        Block(
-            block.index,
-            block.name,
-            block.module,
-            tuple(
-                linear
-                for linear in block.linears
-                if any(re.search(regex, linear.name) for regex in targets)
-                and not any(re.search(regex, linear.name) for regex in ignore)
-            ),
+    names = [linear.name for stack in stacks for block in stack.blocks for linear in block.linears]
+    check_bounded([*targets, *ignore], names)
+
+    def wanted(name: str) -> bool:
+        return any(re.search(regex, name) for regex in targets) and not any(re.search(regex, name) for regex in ignore)
+
+    def select(block: Block) -> Block:
+        chosen = {linear.name for linear in block.linears if wanted(linear.name)} - (
+            frozenset() if routers else block.routers
         )
-        for block in blocks
-    ]
-    if not any(block.linears for block in selected):
-        kinds = sorted({linear.name.replace(f"{block.name}.", "", 1) for block in blocks for linear in block.linears})
+        linears = tuple(linear for linear in block.linears if linear.name in chosen)
+        left = tuple(linear for linear in block.linears if linear.name not in chosen)
+        return replace(block, linears=linears, left=left)
+
+    selected = [Stack(stack.name, tuple(select(block) for block in stack.blocks)) for stack in stacks]
+    if not any(stack.needed for stack in selected):
         raise ModelError(
             f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: "
-            f"the linears of each block ({blocks[0].name} ...) are {', '.join(kinds) or 'none'}"
+            f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}"
         )
+    _check_own_weights(selected)
     return selected
 
 
-def uncovered_parameters(block: Block) -> dict[str, int]:
-    """Matrices of a block that no linear module holds (fused experts, for example): full name and size."""
-    covered = {id(linear.module.weight) for linear in linears_of(block.module, block.name)}
-    return {
-        f"{block.name}.{name}": parameter.numel()
-        for name, parameter in block.module.named_parameters()
-        if parameter.ndim >= 2 and id(parameter) not in covered
-    }
+def _check_own_weights(stacks: Sequence[Stack]) -> None:
+    """A weight that two linears share would be pruned twice, the second time for inputs that are no longer its own."""
+    owners: dict[int, str] = {}
+    shared: list[tuple[str, str]] = []
+    for stack in stacks:
+        for linear in (linear for block in stack.blocks for linear in block.linears):
+            owner = owners.setdefault(id(linear.parameter), linear.name)
+            shared += [(owner, linear.name)] if owner != linear.name else []
+    if shared:
+        # What the pairs' names end in alike, and of that what all pairs have in common: a module that is shared.
+        ends = [_common(one.split(".")[::-1], other.split(".")[::-1])[::-1] for one, other in shared]
+        module = ".".join(_common(*ends)) or shared[0][1]
+        raise ModelError(
+            f"{shared[0][0]} and {shared[0][1]} are one weight, which two inputs would prune differently "
+            f"({len(shared)} such pairs): leave them out with --ignore '{re.escape(module)}'"
+        )
+
+
+def _common(*lists: Sequence[str]) -> list[str]:
+    """What all lists begin with."""
+    return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False))]
+
+
+def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
+    """Matrices of the blocks that no linear holds (fused experts, convolutions): (how many, weights) by kind."""
+    found: dict[str, tuple[int, int]] = {}
+    for block in blocks:
+        covered = {id(linear.parameter) for linear in (*block.linears, *block.left)}
+        for name, parameter in block.module.named_parameters():
+            if parameter.ndim >= 2 and id(parameter) not in covered:
+                count, weights = found.get(key := kind(f"{block.name}.{name}"), (0, 0))
+                found[key] = (count + 1, weights + parameter.numel())
+    return found
+
+
+def dense_notes(stacks: Sequence[Stack]) -> list[str]:
+    """What stays dense in stacks that ``select_linears`` gave, a line a kind, so that nothing is left out silently."""
+    blocks = [block for stack in stacks for block in stack.blocks]
+    notes = [
+        f"{name} ({weights:,} weights in {_times(count)}) is no linear module and stays dense"
+        for name, (count, weights) in uncovered(blocks).items()
+    ]
+    left, routers, pruned = Counter[str](), Counter[str](), Counter[str]()
+    for block in blocks:
+        for linear in block.left:
+            (routers if linear.name in block.routers else left)[kind(linear.name)] += 1
+        pruned.update(kind(linear.name) for linear in block.linears if linear.name in block.routers)
+    notes += [f"{name} ({_times(count)}) routes tokens and stays dense" for name, count in routers.items()]
+    notes += [f"{name} ({_times(count)}) routes tokens, and is pruned as targets ask" for name, count in pruned.items()]
+    if left:
+        names = ", ".join(f"{name} ({_times(count)})" for name, count in left.items())
+        notes.append(f"left dense by targets and ignore: {names}")
+    return notes
+
+
+def _times(count: int) -> str:
+    return "one place" if count == 1 else f"{count} places"
+
+
+def guess_groups(block: Block) -> list[list[Linear]]:
+    """The block's linears by the input that they are likely to share, from names alone: an estimate for a plan."""
+    groups: dict[tuple[object, ...], list[Linear]] = {}
+    for linear in block.linears:
+        parent, _, last = linear.name.rpartition(".")
+        role = next((number for number, regex in enumerate(TOGETHER) if regex.fullmatch(last)), linear.name)
+        groups.setdefault((parent, linear.shape[1], role), []).append(linear)
+    return list(groups.values())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.patterns import NM, Pattern, Unstructured
+from optima.patterns import NM, Given, Pattern, Unstructured, group_width
 
 # Scope ``balanced`` divides a row's scores by its threshold to this power: 0 would be scope layer, 1 nearly scope row.
 BALANCE = 0.7
@@ -116,3 +116,30 @@ def _kth_lowest(score_RN: Tensor, k: int) -> Tensor:
     if score_RN.device.type == "cpu":
         return score_RN.kthvalue(k, dim=1, keepdim=True).values
     return score_RN.sort(dim=1).values[:, k - 1 : k]  # kthvalue gives a row to one block of threads
+
+
+def count_error(keep_OD: Tensor, pattern: Pattern) -> str:
+    """How a mask misses the exact counts of ``pattern``; empty if it does not."""
+    num_outputs, num_inputs = keep_OD.shape
+    if isinstance(pattern, Given):
+        return ""
+    if isinstance(pattern, NM):
+        kept_G = keep_OD.reshape(-1, pattern.m).sum(dim=1)
+        wrong = (kept_G != pattern.n).nonzero()[:, 0]
+        if not len(wrong):
+            return ""
+        row, group = divmod(int(wrong[0]), num_inputs // pattern.m)
+        return f"{len(wrong)} groups keep another number, first {int(kept_G[wrong[0]])} in row {row}, group {group}"
+    pruned_OD = ~keep_OD
+    if pattern.scope == "row":
+        wanted_O, found_O = pruned_in_rows(pattern, num_outputs, num_inputs), pruned_OD.sum(dim=1).cpu()
+        wrong = (wanted_O != found_O).nonzero()[:, 0]
+        first = int(wrong[0]) if len(wrong) else 0
+        return f"row {first} prunes {int(found_O[first])}, not {int(wanted_O[first])}" if len(wrong) else ""
+    width = group_width(pattern, num_inputs)
+    for begin in range(0, num_inputs, width):
+        end = min(begin + width, num_inputs)
+        wanted, found = pattern.pruned_in_columns(num_outputs, begin, end), int(pruned_OD[:, begin:end].sum())
+        if wanted != found:
+            return f"columns {begin} to {end} prune {found} weights, not {wanted}"
+    return ""

@@ -1,0 +1,154 @@
+"""The activations between blocks: each batch's hidden states, and what every block is called with besides.
+
+Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optima.calibration.probe import Probe
+from optima.errors import ModelError
+from optima.models.stacks import Block, Linear
+
+
+@dataclass(frozen=True)
+class Call:
+    """Everything a block is called with besides its hidden states (positions, masks, rotary embeddings ...)."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Streams:
+    """The activation store of one stack.
+
+    Attributes:
+        probe: what the stack looks like when it runs.
+        sizes: (B, L) of each batch.
+        hidden: each batch's hidden states, on the CPU, in the model's dtype; usually (B, L, E).
+        calls: ``calls[block][batch]``, of the blocks that are needed; equal tensors are stored once.
+        carried: for each batch, what blocks returned for later ones besides hidden states, by (block, place).
+    """
+
+    probe: Probe
+    sizes: list[tuple[int, int]]
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+    carried: list[dict[tuple[int, int], Tensor]]
+
+    def copy(self) -> Streams:
+        """Streams that advance on their own; the calls are shared."""
+        return Streams(self.probe, self.sizes, list(self.hidden), self.calls, [dict(own) for own in self.carried])
+
+    def groups(self, block: Block) -> list[tuple[Linear, ...]]:
+        """The block's linears to prune, by the input that they share."""
+        return self.probe.groups[block.index]
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held by hidden states and distinct call arguments."""
+        tensors = {id(t): t for t in self.hidden}
+        for calls in self.calls:
+            for call in calls:
+                tensors |= {id(tensor): tensor for tensor in tensors_in((call.args, call.kwargs))}
+        return sum(t.numel() * t.element_size() for t in tensors.values())
+
+    def run(self, block: Block, batch: int, device: torch.device) -> Tensor:
+        """The block's output on a batch, on ``device``, where the block is."""
+        return hidden_of(self._run(block, batch, device))
+
+    def run_sample(self, block: Block, batch: int, sample: int, device: torch.device) -> Tensor:
+        """The block's output on one sequence of a batch, for example (1, L, E), on ``device``.
+
+        Raises:
+            ModelError: if the block is called with a tensor that cannot be taken apart into samples.
+        """
+        samples = self.sizes[batch][0]
+        if self.probe.sample_dim and samples > 1:
+            raise ModelError("the hidden states of this model are not batch first: use --batch-size 1")
+        return hidden_of(self._run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples)))
+
+    @torch.no_grad()
+    def advance(self, block: Block, device: torch.device) -> None:
+        """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out."""
+        wanted = self.probe.wanted_from(block.index)
+        for batch in range(len(self.hidden)):
+            output = self._run(block, batch, device)
+            self.hidden[batch] = hidden_of(output).cpu()
+            for place in wanted:
+                candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
+                self.carried[batch][block.index, place] = share(output[place], candidates)
+
+    def _run(
+        self, block: Block, batch: int, device: torch.device, part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    ) -> Any:
+        call = self.calls[block.index][batch]
+        args, kwargs = list(call.args), dict(call.kwargs)
+        for argument, source in self.probe.carried[block.index].items():
+            if isinstance(argument, int):
+                args[argument] = self.carried[batch][source]
+            else:
+                kwargs[argument] = self.carried[batch][source]
+        inputs = map_tensors((self.hidden[batch], args, kwargs), lambda tensor: part(tensor).to(device))
+        hidden, args, kwargs = inputs
+        return block.module(hidden, *args, **kwargs)
+
+
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block returned, bare or in front of others."""
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _take_sample(tensor: Tensor, sample: int, samples: int) -> Tensor:
+    """One sample's part of an argument; what is there once serves all. Gradients can be taken through it."""
+    tensor = tensor.clone() if tensor.is_inference() else tensor
+    if samples == 1 or tensor.ndim < 2 or tensor.shape[0] == 1:
+        return tensor
+    if tensor.shape[0] != samples:
+        raise ModelError(
+            f"a block of this model is called with a tensor of shape {tuple(tensor.shape)}, which cannot be taken "
+            f"apart into {samples} samples: use --batch-size 1"
+        )
+    return tensor[sample : sample + 1]
+
+
+def share(value: Any, candidates: Any) -> Any:
+    """``value`` on the CPU, with every tensor that equals one inside ``candidates`` replaced by that one."""
+    pool = list(tensors_in(candidates))
+
+    def convert(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        same = (t for t in pool if t.shape == tensor.shape and t.dtype == tensor.dtype and torch.equal(t, tensor))
+        return next(same, tensor)
+
+    return map_tensors(value, convert)
+
+
+def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor converted, also inside dicts, tuples and lists; other objects are passed on."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if type(value) is dict:
+        return {key: map_tensors(item, convert) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)([map_tensors(item, convert) for item in value])
+    return value
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside dicts, tuples and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)

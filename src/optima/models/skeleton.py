@@ -1,0 +1,26 @@
+"""A model's modules without its weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+
+from optima.models.source import Source, explain_read_errors, load_config, model_class
+
+
+def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
+    """The model's modules on the meta device, in evaluation mode: shapes and names, no weights.
+
+    Raises:
+        ModelError: if the configuration cannot be read or built.
+    """
+    config = load_config(source)
+    cls = model_class(config, source)
+    with explain_read_errors(source, "configuration"), torch.device("meta"):
+        if cls in (AutoModel, AutoModelForCausalLM):
+            model = cls.from_config(config, trust_remote_code=source.trust_remote_code)
+        else:
+            model = cls(config)
+    model.tie_weights()
+    return model.eval(), config
