@@ -141,15 +141,17 @@ def test_first_tokens_are_found_by_the_shape_of_a_call() -> None:
     def forward(block: Calls, hidden_BLD: Tensor) -> None:
         block.plain(hidden_BLD)
         block.flat(hidden_BLD.flatten(0, 1))
+        block.heads(hidden_BLD[:, None])  # one for all heads, as in DeepSeek
         for expert, wanted in zip(block.experts, (torch.ones(len(hidden_BLD)), torch.zeros(1)), strict=True):
             expert(hidden_BLD[: int(wanted.sum())].flatten(0, 1).flip(0))  # as many as there are, in another order
 
     experts = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
-    block = Calls(forward, plain=nn.Linear(4, 2), flat=nn.Linear(4, 2), experts=experts)
+    block = Calls(forward, **{name: nn.Linear(4, 2) for name in ("plain", "flat", "heads")}, experts=experts)
     collected = collect(Host(block, TABLE_VD), IDS.split(3), sink_weight=1.0)
-    plain, flat, expert, unused = collected
+    plain, flat, heads, expert, unused = collected
     assert torch.equal(hessian_DD(plain), hessian_DD(flat))
-    assert [found.sinks_told for found in collected[:3]] == [True, True, False]
+    assert torch.equal(hessian_DD(plain), hessian_DD(heads))
+    assert [found.sinks_told for found in collected[:4]] == [True, True, True, False]
     assert unused.statistics is None
     inputs_TD = TABLE_VD[IDS].flatten(0, 1).double()
     torch.testing.assert_close(hessian_DD(expert), inputs_TD.mT @ inputs_TD / len(inputs_TD), rtol=1e-5, atol=1e-6)
