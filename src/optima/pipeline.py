@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.build import allocation_of, patterns_of, refinement_of, resolved, selector_of, solver_of
 from optima.calibration.capture import capture
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.statistics import Found, observe
@@ -54,10 +55,11 @@ class Pruner:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._selector = self.recipe.make_selector()
-        self._refinement = self.recipe.make_refinement()
-        self._solver = self.recipe.make_solver()
-        self._patterns = self.recipe.make_patterns(self._selector)
+        self.recipe = resolved(self.recipe)
+        self._selector = selector_of(self.recipe)
+        self._refinement = refinement_of(self.recipe)
+        self._solver = solver_of(self.recipe)
+        self._patterns = patterns_of(self.recipe, self._selector)
         # Of the block at hand, by the linear's name; empty unless the selector needs them.
         self._gradients: dict[str, Tensor] = {}
 
@@ -73,7 +75,7 @@ class Pruner:
 
     def _allocate(self, blocks: Sequence[Block], streams: Streams) -> None:
         """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""
-        allocation = self.recipe.make_allocation()
+        allocation = allocation_of(self.recipe)
         if allocation is None:
             return
 
