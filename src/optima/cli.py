@@ -77,7 +77,7 @@ def _parse(argv: Sequence[str]) -> tuple[str, Arguments]:
     """The command and what was given to it."""
     for argument in argv:
         if "\0" in argument or any(0xD800 <= ord(letter) <= 0xDFFF for letter in argument):
-            raise OptimaError(f"the argument {ascii(argument)} holds bytes that are no text here: rename the file")
+            raise OptimaError(f"the argument {argument!a} holds bytes that are no text here: rename the file")
     parser, commands = _parsers()
     known, extra = parser.parse_known_args(argv)
     given = vars(known)
@@ -136,10 +136,11 @@ def _add_recipe(parser: _Parser) -> None:
     text = "YAML file with any of the options below; those given on the command line override it"
     parser.option(None, "--recipe", metavar="FILE", help=text)
     groups = {name: parser.add_argument_group(f"{name} ({about})") for name, about in GROUPS.items()}
+    defaults = Recipe()
     for field in dataclasses.fields(Recipe):
         metadata = field.metadata
         choices = ", ".join(metadata["choices"])
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()  # type: ignore[misc]
+        default = getattr(defaults, field.name)
         shown = metadata["shown"] or (" ".join(default) if isinstance(default, list) else default)
         text = f"{metadata['help']}{f': {choices}' if choices else ''}"
         settings: dict[str, Any]

@@ -91,14 +91,14 @@ class Pruner:
     def _walk(self, blocks: Sequence[Block], streams: Streams, visit: Visit, gradients: bool = False) -> None:
         """Visit each linear of each block, calibrated; ``streams`` advance through the blocks as visited."""
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
-        for block in blocks:
-            self.progress.block(block.index)
+        for done, block in enumerate(blocks, 1):
             with on_device(block.module, self.device):
                 for found in self._calibrate(block, streams, gradients):
                     for linear in found.linears:
                         visit(block, linear, None if found.statistics is None else found.statistics.hessian)
                 if block is not blocks[-1]:
                     streams.advance(block, self.device)
+            self.progress.block(done)
 
     def _calibrate(self, block: Block, streams: Streams, gradients: bool) -> Iterator[Found]:
         """The statistics of each distinct input, with the linears that share it."""
@@ -135,7 +135,7 @@ class Pruner:
         selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
         linear.write(selected_OD if solution is None else solution.weight_RD)
         error = RelativeError(hessian, weight_OD)
-        error_mask = error(masked_OD)
+        error_mask, error_result = error(masked_OD), error(linear.read().to(self.device))
         record = LinearRecord(
             block=block.index,
             name=linear.name,
@@ -145,7 +145,8 @@ class Pruner:
             sparsity=1.0 - float(selection.keep_OD.double().mean()),
             error_mask=error_mask,
             error_selector=error_mask if selection.weight_OD is None else error(selected_OD.to(linear.read().dtype)),
-            error=error(linear.read().to(self.device)),
+            error=error_result,
+            error_plain=error_result,
             **certified(solution),
             rows=linear.shape[0],
             damping=hessian.damping,

@@ -61,7 +61,7 @@ Swaps = Annotated[int, Field(ge=0)] | Literal["all"]
 def _option(
     group: str, default: Any, text: str, must: str = "text", *, choices: Sequence[str] = (), shown: str | None = None
 ) -> Any:
-    """A field: its group and its sentence of help, what its values must be, the names it takes, its default in words."""
+    """A field: its group and sentence of help, what its values must be, the names it takes, its default in words."""
     metadata = {"group": group, "help": text, "must": must, "choices": tuple(choices), "shown": shown}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -125,8 +125,8 @@ class Recipe:
         "solve", 0.01, "ridge, relative to the mean diagonal of the hessian", "a number from 0 to 1, such as 0.01"
     )
     rounding: str = _option(
-        "solve", "hessian", "how weights are rounded to the checkpoint's dtype: each to make up for the errors of those "
-        "before it, or to the nearest number", choices=ROUNDINGS,
+        "solve", "hessian", "how weights are rounded to the checkpoint's dtype: each to make up for the errors of "
+        "those before it, or to the nearest number", choices=ROUNDINGS,
     )  # fmt: skip
     sink_weight: Annotated[Number, Field(ge=0)] | None = _option(
         "calibration", None, "weight of a sequence's first token (the attention sink) in the hessian, relative to all "
@@ -343,8 +343,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         self._depth += 1
         if self._depth > DEEPEST:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {DEEPEST} levels", mark)
+            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {DEEPEST} levels")
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node

@@ -57,7 +57,9 @@ def _certificate(report: Report) -> list[str]:
     asked = report.run.recipe.get("gap")
     target = f" to the asked gap of {gap(asked)}" if isinstance(asked, int | float) else ""
     share = f"all {total:,} rows" if not missed else f"{total - missed:,} of {total:,} rows"
-    most = f"the largest gap is **{gap(found)}**" if math.isfinite(found) else "**some rows have no certificate at all**"
+    most = (
+        f"the largest gap is **{gap(found)}**" if math.isfinite(found) else "**some rows have no certificate at all**"
+    )
     lines = [f"Certified{target} before the cast: **{share}** that a solver worked on; {most}."]
     written = report.gap_written_max
     if written is not None:
