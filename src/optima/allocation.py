@@ -25,7 +25,7 @@ from optima.selectors.base import LinearTask
 from optima.selectors.ranking import top_scores
 from optima.selectors.wanda import wanda_score
 
-ALLOCATION_NAMES = ("uniform", "owl", "error")
+ALLOCATION_NAMES = ("uniform", "owl")
 # No linear is left dense or empty, however far the global sparsity and the spread reach.
 SPARSEST, DENSEST = 0.99, 0.01
 
@@ -48,7 +48,7 @@ def make_allocation(
     """The allocation called ``name``; None for ``uniform``, which needs no survey.
 
     Args:
-        name: ``uniform``, ``owl`` or ``error``.
+        name: ``uniform`` or ``owl``.
         sparsity: the global sparsity.
         spread: how far a linear may depart from it, see the methods; None is the method's own default.
         outlier_multiple: OWL's M.
@@ -64,10 +64,8 @@ def make_allocation(
         raise RecipeError(f"outlier_multiple must be positive, got {outlier_multiple}: for example 5")
     if name == "owl":
         return Owl(sparsity, outlier_multiple, Owl.spread if spread is None else spread)
-    if name == "error":
-        return LeastError(sparsity, LeastError.spread if spread is None else spread)
     if spread is not None:
-        raise RecipeError("allocation_spread is for allocation owl or error: uniform has none")
+        raise RecipeError("allocation_spread is for allocation owl: uniform has none")
     return None
 
 

@@ -14,6 +14,7 @@ from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.recipe import Recipe
+from optima.reporting.record import REPORT_NAME
 from optima.run import prune
 
 NUM_SAMPLES = 32
@@ -28,8 +29,8 @@ def run_demo(output_dir: Path, console: Console) -> None:
         ModelError: if the package that carries the model is not installed, or ``output_dir`` is in use.
     """
     sparse_dir = output_dir / "gemma-3-270m-50"
-    if sparse_dir.exists():
-        raise ModelError(f"{sparse_dir} exists: remove it, or choose another --output-dir")
+    if sparse_dir.exists() and not (sparse_dir / REPORT_NAME).exists():
+        raise ModelError(f"{sparse_dir} is no earlier output: remove it, or choose another --output-dir")
     console.print("Gemma 3 270M, from the Python package index: unpacking and loading (about a minute)")
     source = find_source(str(_model_file(output_dir)))
     tokenizer, model = load_tokenizer(source), load_model(source)
@@ -45,7 +46,7 @@ def run_demo(output_dir: Path, console: Console) -> None:
         sparse = copy.deepcopy(model)
         recipe = Recipe(sparsity=0.5, selector="wanda", solver=solver, max_seq_length=LENGTH)
         target = None if solver == "none" else sparse_dir
-        report = prune(sparse, recipe, output_dir=target, tokenizer=tokenizer, calibration=tokens)
+        report = prune(sparse, recipe, output_dir=target, tokenizer=tokenizer, calibration=tokens, overwrite=True)
         gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"
         rows.append((name, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
     table = Table("model", "perplexity", "error of a linear (geometric mean)", "certified gap (worst row)")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.build import allocation_of, patterns_of, refinement_of, resolved, selector_of, solver_of
 from optima.calibration.capture import capture
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.statistics import Found, observe
@@ -54,10 +55,11 @@ class Pruner:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._selector = self.recipe.make_selector()
-        self._refinement = self.recipe.make_refinement()
-        self._solver = self.recipe.make_solver()
-        self._patterns = self.recipe.make_patterns(self._selector)
+        self.recipe = resolved(self.recipe)
+        self._selector = selector_of(self.recipe)
+        self._refinement = refinement_of(self.recipe)
+        self._solver = solver_of(self.recipe)
+        self._patterns = patterns_of(self.recipe, self._selector)
         # Of the block at hand, by the linear's name; empty unless the selector needs them.
         self._gradients: dict[str, Tensor] = {}
 
@@ -73,7 +75,7 @@ class Pruner:
 
     def _allocate(self, blocks: Sequence[Block], streams: Streams) -> None:
         """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""
-        allocation = self.recipe.make_allocation()
+        allocation = allocation_of(self.recipe)
         if allocation is None:
             return
 
@@ -89,14 +91,14 @@ class Pruner:
     def _walk(self, blocks: Sequence[Block], streams: Streams, visit: Visit, gradients: bool = False) -> None:
         """Visit each linear of each block, calibrated; ``streams`` advance through the blocks as visited."""
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
-        for block in blocks:
-            self.progress.block(block.index)
+        for done, block in enumerate(blocks, 1):
             with on_device(block.module, self.device):
                 for found in self._calibrate(block, streams, gradients):
                     for linear in found.linears:
                         visit(block, linear, None if found.statistics is None else found.statistics.hessian)
                 if block is not blocks[-1]:
                     streams.advance(block, self.device)
+            self.progress.block(done)
 
     def _calibrate(self, block: Block, streams: Streams, gradients: bool) -> Iterator[Found]:
         """The statistics of each distinct input, with the linears that share it."""
@@ -133,7 +135,7 @@ class Pruner:
         selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
         linear.write(selected_OD if solution is None else solution.weight_RD)
         error = RelativeError(hessian, weight_OD)
-        error_mask = error(masked_OD)
+        error_mask, error_result = error(masked_OD), error(linear.read().to(self.device))
         record = LinearRecord(
             block=block.index,
             name=linear.name,
@@ -143,7 +145,8 @@ class Pruner:
             sparsity=1.0 - float(selection.keep_OD.double().mean()),
             error_mask=error_mask,
             error_selector=error_mask if selection.weight_OD is None else error(selected_OD.to(linear.read().dtype)),
-            error=error(linear.read().to(self.device)),
+            error=error_result,
+            error_plain=error_result,
             **certified(solution),
             rows=linear.shape[0],
             damping=hessian.damping,

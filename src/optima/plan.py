@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from optima.build import patterns_of, refinement_of, selector_of
 from optima.errors import ModelError
 from optima.models.masks import MaskFiles
 from optima.models.skeleton import skeleton
@@ -117,9 +118,9 @@ def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Stack]:
 
 def find_patterns(blocks: Sequence[Block], recipe: Recipe) -> dict[str, Pattern]:
     """The pattern of each linear by its full name, checked against the linear's inputs and any external mask."""
-    selector = recipe.make_selector()
+    selector = selector_of(recipe)
     expect_targets(selector, blocks)
-    table = recipe.make_patterns(selector)
+    table = patterns_of(recipe, selector)
     patterns = table.assign({linear.name: linear.shape[1] for block in blocks for linear in block.linears})
     if isinstance(selector, External):
         selector.check(patterns)
@@ -187,7 +188,7 @@ def predict_memory(
     groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, patterns: dict[str, Pattern], itemsize: int
 ) -> int:
     """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
-    gradients = needs_gradient(recipe.make_selector())
+    gradients = needs_gradient(selector_of(recipe))
 
     def peak(block: Block, own: Groups) -> int:
         held = 4 * sum(math.prod(linear.shape) for linear in block.linears) if gradients else 0
@@ -225,7 +226,7 @@ def _solve_bytes(groups: Groups, recipe: Recipe, patterns: dict[str, Pattern]) -
     """Hessians still waiting, the factorisation of one, and the work space of one linear: its selector's, that of the
     swaps, then the solver's.
     """
-    cost, refinement = cost_of(recipe.make_selector()), recipe.make_refinement()
+    cost, refinement = cost_of(selector_of(recipe)), refinement_of(recipe)
     peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
     for group in groups:
         outputs, inputs = max(linear.shape for linear in group)
@@ -260,12 +261,12 @@ def _operations(groups: Groups, block: Block, recipe: Recipe, patterns: dict[str
     forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
     hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
     sizes = [linear.shape for group in groups for linear in group]
-    selector = recipe.make_selector()
+    selector = selector_of(recipe)
     products = cost_of(selector).products + _solver_products(recipe)
     passes = 1 if recipe.allocation == "uniform" else 2
     backward = 1.5 * forward if needs_gradient(selector) else 0.0
     linears = sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
-    refinement = recipe.make_refinement()
+    refinement = refinement_of(recipe)
     if refinement is not None:
         for linear in block.linears:
             kept = round((1.0 - patterns[linear.name].sparsity) * linear.shape[1])

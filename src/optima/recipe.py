@@ -1,186 +1,275 @@
-"""The recipe: a complete, validated configuration of a run. Its fields are the CLI's options and a file's keys."""
+"""The recipe: a complete, validated configuration of a run. Its fields are the CLI's options and a file's keys.
+
+No torch is imported here: a recipe is checked, and the help printed, before the long start of the libraries.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
+import difflib
 import re
-from dataclasses import dataclass, field
+import reprlib
+from collections.abc import Iterable, Sequence
+from dataclasses import Field as DataclassField
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
 
-from optima.allocation import ALLOCATION_NAMES, Allocation, LeastError, Owl, make_allocation
 from optima.errors import RecipeError
-from optima.models.masks import MaskFiles
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
-from optima.qp import SOLVERS, RowSolver, make_solver
-from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
-from optima.selectors.external import External
-from optima.swaps.search import SwapRefinement
 
+# The names are here so that no method is imported to check one; a test holds them to the registries.
+SELECTOR_NAMES = (
+    "magnitude", "wanda", "ria", "gradient", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
+)  # fmt: skip
+SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "pdhg", "none")
+BOUNDED_SOLVERS = ("auto", "bounded")
+ALLOCATION_NAMES = ("uniform", "owl")
+ROUNDINGS = ("hessian", "nearest")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
-REFINEMENTS = ("none", "swaps")
-PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
-PATTERN_HELP = (
-    "instead of a sparsity: n:m, keep n of every m consecutive inputs (2:4), a sparsity, or REGEX=2:4 and REGEX=0.6 "
-    "for the linears whose full name matches; the first match counts, an entry without a regex is for all others"
-)
-SPREAD_HELP = (
-    "how far a linear's sparsity may depart from the global one: lambda of owl (default "
-    f"{Owl.spread}), the bound of error (default {LeastError.spread})"
-)
-SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS; other first tokens are many vectors to fit
-SINK_HELP = (
-    "weight of a sequence's first token (the attention sink) in the hessian, relative to all its tokens together; 0: "
-    f"that of any other (default {SINK_WEIGHT}; with solver none 0, as published)"
-)
+OWL_SPREAD = 0.08
+SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
+DEEPEST = 10  # levels of a recipe file, which needs three
+
+GROUPS = {
+    "mask": "which weights survive",
+    "solve": "what becomes of the survivors",
+    "calibration": "the text that decides",
+    "model": "what is pruned, and how it is read",
+    "run": "where it runs",
+}
 
 
-def _option(default: Any, text: str) -> Any:
+def _one_or_many(value: Any) -> Any:
+    """One text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[Number, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
+Flag = Annotated[bool, Strict()]
+Swaps = Annotated[int, Field(ge=0)] | Literal["all"]
+
+
+def _option(
+    group: str, default: Any, text: str, must: str = "text", *, choices: Sequence[str] = (), shown: str | None = None
+) -> Any:
+    """A field: its group and sentence of help, what its values must be, the names it takes, its default in words."""
+    metadata = {"group": group, "help": text, "must": must, "choices": tuple(choices), "shown": shown}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What to prune and how. Every field has a default; the metadata of each field is its documentation.
 
+    ``selector`` may be an object (see ``optima.selectors.base.Selector``) instead of a name.
+
     Raises:
-        RecipeError: on construction, for any value that cannot be carried out.
+        RecipeError: on construction, for any value that cannot be carried out; the message names it.
     """
 
-    sparsity: float | None = _option(None, f"fraction of weights to prune (default {DEFAULT_SPARSITY})")
-    pattern: list[str] = _option([], PATTERN_HELP)
-    scope: str | None = _option(None, f"what a sparsity is ranked over: {', '.join(SCOPES)} (default: as published)")
-    group_size: int = _option(GROUP_SIZE, "inputs in a group, for scope group")
-    allocation: str = _option("uniform", f"how linears share one sparsity: {', '.join(ALLOCATION_NAMES)}")
-    allocation_spread: float | None = _option(None, SPREAD_HELP)
-    outlier_multiple: float = _option(5.0, "allocation owl: a weight is an outlier from this many times the mean score")
-    selector: str = _option("wanda", f"mask selector: {', '.join(SELECTOR_NAMES)}, or package.module:Class")
-    mask_from: str | None = _option(None, "for selector external: a pruned checkpoint, or a safetensors file of masks")
-    refine: str = _option(
-        "none", f"improve the selector's mask: {', '.join(REFINEMENTS)} of a kept and a pruned weight"
+    sparsity: Fraction | None = _option(
+        "mask", None, "fraction of weights to prune", "a number strictly between 0 and 1, such as 0.5", shown="0.5"
     )
-    refine_candidates: int = _option(256, "weights of a row tried in a round of swaps; 0: as many as a proof takes")
-    solver: str = _option("auto", f"row solver: {', '.join(SOLVERS)}, none (keep the selector's weights)")
-    gap: float = _option(1e-4, "certified relative gap to the optimum at which a row stops")
-    max_change: float | None = _option(None, "most a surviving weight may move, in root mean squares of its row")
-    damping: float = _option(0.01, "ridge, relative to the mean diagonal of the hessian")
-    sink_weight: float | None = _option(None, SINK_HELP)
-    dataset: list[str] = _option(["allenai/c4"], "hub id or local .txt/.jsonl/.json/.parquet; several allowed")
-    dataset_config: str | None = _option(None, "configuration of a hub dataset (default for allenai/c4: en)")
-    split: str = _option("train", "split of the dataset")
-    text_column: str = _option("text", "column that holds the text")
-    num_calibration_samples: int = _option(128, "number of calibration sequences")
-    max_seq_length: int = _option(2048, "tokens in each calibration sequence")
-    batch_size: int = _option(8, "sequences in one forward pass")
-    seed: int = _option(0, "seed of the choice of calibration text")
-    targets: list[str] = _option([".*"], "regexes; linears whose full name matches one are pruned")
-    ignore: list[str] = _option(["lm_head", "embed"], "regexes; linears whose name matches one are left alone")
-    device: str = _option("auto", "auto, cpu, cuda or cuda:N")
-    dtype: str = _option("auto", "load the model as auto (the checkpoint's own), float32, bfloat16 or float16")
-    trust_remote_code: bool = _option(False, "run modelling code that comes with the checkpoint")
+    pattern: Texts = _option(
+        "mask", [], "instead of a sparsity: n:m keeps n of every m consecutive inputs (2:4); several, each for the "
+        "linears whose name a regex finds: REGEX=2:4, REGEX=0.6, and one without a regex for all others; the first "
+        "that matches counts", "a list of texts, such as ['mlp=2:4', '0.5']", shown="none",
+    )  # fmt: skip
+    scope: str | None = _option(
+        "mask", None, "what an unstructured sparsity is ranked over", choices=SCOPES, shown="the selector's published"
+    )
+    group_size: Count = _option(
+        "mask", GROUP_SIZE, "inputs in a group, for scope group", "a whole number of at least 1, such as 128"
+    )
+    allocation: str = _option("mask", "uniform", "how linears share one sparsity", choices=ALLOCATION_NAMES)
+    allocation_spread: Fraction | None = _option(
+        "mask", None, "how far a linear's sparsity may depart from the global one: lambda of owl",
+        "a number strictly between 0 and 1, such as 0.08", shown=f"{OWL_SPREAD} for owl",
+    )  # fmt: skip
+    outlier_multiple: Positive = _option(
+        "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean",
+        "a positive number, such as 5",
+    )  # fmt: skip
+    selector: Any = _option(
+        "mask", "wanda", "mask selector, or your own as package.module:Class with --trust-remote-code",
+        choices=SELECTOR_NAMES,
+    )  # fmt: skip
+    mask_from: str | None = _option(
+        "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none"
+    )
+    swaps: Swaps = _option(
+        "mask", 0, "improve the mask by swaps of a kept and a pruned weight: this many candidates of a row are tried "
+        "in a round (256 is good); all: as many as a proof takes; 0: none",
+        "0, a whole number of at least 2 such as 256, or all",
+    )  # fmt: skip
+    solver: str = _option("solve", "auto", "row solver; none keeps the selector's weights", choices=SOLVER_NAMES)
+    gap: Positive = _option(
+        "solve", 1e-4, "certified relative gap to the optimum at which a row stops", "a positive number, such as 1e-4"
+    )
+    max_change: Positive | None = _option(
+        "solve", None, "most a surviving weight may move, in root mean squares of its row",
+        "a positive number, such as 0.5", shown="no bound",
+    )  # fmt: skip
+    damping: Annotated[float, Field(ge=0, le=1)] = _option(
+        "solve", 0.01, "ridge, relative to the mean diagonal of the hessian", "a number from 0 to 1, such as 0.01"
+    )
+    rounding: str = _option(
+        "solve", "hessian", "how weights are rounded to the checkpoint's dtype: each to make up for the errors of "
+        "those before it, or to the nearest number", choices=ROUNDINGS,
+    )  # fmt: skip
+    sink_weight: Annotated[Number, Field(ge=0)] | None = _option(
+        "calibration", None, "weight of a sequence's first token (the attention sink) in the hessian, relative to all "
+        "its tokens together; 0: that of any other", "a number of at least 0, such as 0.04",
+        shown=f"{SINK_WEIGHT}; with solver none 0, as published",
+    )  # fmt: skip
+    dataset: Texts = _option(
+        "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files", "a list of texts"
+    )
+    dataset_config: str | None = _option(
+        "calibration", None, "configuration of a hub dataset", shown="for allenai/c4 en"
+    )
+    dataset_revision: str | None = _option(
+        "calibration", None, "commit, tag or branch of a hub dataset", shown="its newest"
+    )
+    split: str = _option("calibration", "train", "split of a hub dataset")
+    text_column: str = _option("calibration", "text", "column that holds the text")
+    num_calibration_samples: Count = _option(
+        "calibration", 128, "number of calibration sequences", "a whole number of at least 1, such as 128"
+    )
+    max_seq_length: Count = _option(
+        "calibration", 2048, "tokens in each calibration sequence", "a whole number of at least 1, such as 2048"
+    )
+    batch_size: Count = _option(
+        "calibration", 8, "sequences in one forward pass", "a whole number of at least 1, such as 8"
+    )
+    seed: Annotated[int, Field(ge=0)] = _option(
+        "calibration", 0, "seed of the choice of text", "a whole number of at least 0"
+    )
+    targets: Texts = _option(
+        "model", [".*"], "regexes; linears whose full name matches one are pruned", "a list of texts"
+    )
+    ignore: Texts = _option(
+        "model", ["lm_head", "embed"], "regexes; linears whose full name matches one are left alone; none if given "
+        "without a value", "a list of texts",
+    )  # fmt: skip
+    dtype: str = _option("model", "auto", "load the model as this; auto: the checkpoint's own", choices=DTYPES)
+    revision: str | None = _option("model", None, "commit, tag or branch of a hub model", shown="its newest")
+    trust_remote_code: Flag = _option(
+        "model", False, "run code that comes with the checkpoint, or that --selector names", "true or false"
+    )
+    device: str = _option("run", "auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
-        for option in dataclasses.fields(self):
-            object.__setattr__(self, option.name, _typed(option, getattr(self, option.name)))
+        for option in fields(self):
+            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+        self._check_selector()
+        self._check_mask(self.table(self.scope or SCOPES[0]))
+        if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
+            raise RecipeError(
+                f"max_change needs a solver that holds bounds: use solver {' or '.join(BOUNDED_SOLVERS)}, "
+                f"not {self.solver}"
+            )
+        if not self.dataset:
+            raise RecipeError("dataset is empty: name a hub id or a local text file")
+        check_regexes("targets", self.targets)
+        check_regexes("ignore", self.ignore)
+
+    def table(self, scope: str) -> PatternTable:
+        """The patterns that are asked for, the unstructured ones with ``scope``; external masks may ask for none."""
+        if self.as_given:
+            return PatternTable()
+        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        return parse_table(self.pattern or [str(sparsity)], scope, self.group_size)  # type: ignore[arg-type]
+
+    @property
+    def as_given(self) -> bool:
+        """True if external masks are taken as they are, whatever their pattern."""
+        return self.selector == "external" and self.sparsity is None and not self.pattern
+
+    def resolved(self, *, scope: str) -> Recipe:
+        """The recipe with its open defaults filled in as applied, so that a file of it means the same for ever.
+
+        Args:
+            scope: the selector's published scope, for a recipe that names none.
+        """
+        unstructured = any(isinstance(pattern, Unstructured) for pattern in self.table(SCOPES[0]).patterns)
+        defaults: dict[str, Any] = {
+            "sparsity": None if self.pattern or self.as_given else DEFAULT_SPARSITY,
+            "scope": scope if unstructured else None,
+            "allocation_spread": OWL_SPREAD if self.allocation == "owl" else None,
+            "sink_weight": 0.0 if self.solver == "none" else SINK_WEIGHT,
+            "dataset_config": "en" if self.dataset == ["allenai/c4"] else None,
+        }
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to YAML and to the report; a selector object is named by its class."""
+        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        values = {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
+        if not isinstance(self.selector, str):
+            kind = type(self.selector)
+            values["selector"] = f"{kind.__module__}:{kind.__qualname__}"
+        return values
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+
+    def _check_selector(self) -> None:
+        chosen = self.selector
+        if not isinstance(chosen, str):
+            if isinstance(chosen, type) or not all(hasattr(chosen, part) for part in ("select", "published_scope")):
+                raise RecipeError(
+                    f"selector must be a name, package.module:Class, or an object with published_scope and "
+                    f"select(task, pattern), got {_shown(chosen)}"
+                )
+        elif ":" in chosen:
+            if not self.trust_remote_code:
+                raise RecipeError(
+                    f"selector {chosen} loads and runs code: if you trust it, add --trust-remote-code "
+                    "(trust_remote_code: true); in Python, you can give the object instead"
+                )
+        elif chosen not in SELECTOR_NAMES:
+            raise RecipeError(f"{unknown('selector', chosen, SELECTOR_NAMES)}, or your own as package.module:Class")
+        if chosen == "external" and self.mask_from is None:
+            raise RecipeError("selector external takes its masks from mask_from: name a checkpoint or a file of masks")
+        if chosen != "external" and self.mask_from is not None:
+            raise RecipeError(f"mask_from is for selector external, not {_shown(chosen)}: leave out one of them")
+
+    def _check_mask(self, table: PatternTable) -> None:
         if self.sparsity is not None and self.pattern:
             raise RecipeError(
                 f"give either sparsity or pattern, not both: pattern {' '.join(self.pattern)} {self.sparsity:g} prunes "
                 f"{self.sparsity:g} where no other entry matches"
             )
-        if self.dtype not in DTYPES:
-            raise RecipeError(f"unknown dtype {self.dtype!r}: known dtypes are {', '.join(DTYPES)}")
-        if self.sink_weight is None:
-            object.__setattr__(self, "sink_weight", 0.0 if self.make_solver() is None else SINK_WEIGHT)
-        self._check_calibration()
-        if not self.dataset:
-            raise RecipeError("dataset is empty: name a hub id or a local text file")
-        check_regexes("targets", self.targets)
-        check_regexes("ignore", self.ignore)
-        # Building them checks their names and values.
-        _check_max_change(self.max_change, self.make_solver())
-        table = self.make_patterns(self.make_selector())
+        if self.as_given and (self.scope is not None or self.swaps):
+            name = "swaps needs" if self.scope is None else "scope needs"
+            raise RecipeError(f"{name} to know the pattern of the external masks: name their sparsity or pattern")
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
-        self.make_allocation()
-        self._check_refine()
-
-    def _check_calibration(self) -> None:
-        if not 0.0 <= self.damping <= 1.0:
-            raise RecipeError(f"damping must be between 0 and 1, got {self.damping}: for example 0.01")
-        assert self.sink_weight is not None
-        if not 0.0 <= self.sink_weight < math.inf:
-            raise RecipeError(f"sink_weight must be 0 or more, got {self.sink_weight}: for example {SINK_WEIGHT}")
-        for name in ("num_calibration_samples", "max_seq_length", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    def make_selector(self) -> Selector:
-        """The mask selector."""
-        if self.selector == "external" and self.mask_from is not None:
-            return External(MaskFiles(self.mask_from))
-        if self.mask_from is not None:
-            raise RecipeError(f"mask_from is for selector external, not {self.selector}: leave out one of them")
-        return make_selector(self.selector)
-
-    def _check_refine(self) -> None:
-        if self.refine not in REFINEMENTS:
-            raise RecipeError(f"unknown refine {self.refine!r}: known ones are {', '.join(REFINEMENTS)}")
-        if self.refine_candidates and self.refine_candidates < 2:
-            raise RecipeError(
-                f"refine_candidates must be 0 or at least 2, got {self.refine_candidates}: for example 256"
-            )
-        if self.refine != "none" and self.selector == "external" and self.sparsity is None and not self.pattern:
-            raise RecipeError("refine needs to know what pattern to keep: name the sparsity or pattern of the masks")
-
-    def make_refinement(self) -> SwapRefinement | None:
-        """What improves the selector's mask; None if nothing does."""
-        if self.refine == "none":
-            return None
-        if not self.refine_candidates:
-            return SwapRefinement(PROOF_ROUNDS)
-        return SwapRefinement(candidates=self.refine_candidates, most_candidates=self.refine_candidates)
-
-    def make_solver(self) -> RowSolver | None:
-        """The row solver, None if the selector's weights are kept."""
-        return make_solver(self.solver, self.gap)
-
-    def make_patterns(self, selector: Selector) -> PatternTable:
-        """The patterns; unstructured ones take the selector's published scope unless the recipe names one."""
-        if isinstance(selector, External) and self.sparsity is None and not self.pattern:
-            if self.scope is not None:
-                raise RecipeError("scope needs a sparsity or a pattern to check external masks against: leave it out")
-            return selector.table()
-        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        scope = self.scope or selector.published_scope
-        return parse_table(self.pattern or [str(sparsity)], scope, self.group_size)  # type: ignore[arg-type]
-
-    def make_allocation(self) -> Allocation | None:
-        """What shares out the sparsity over the linears; None if all have the same."""
-        if self.selector == "external" and self.allocation != ALLOCATION_NAMES[0]:
+        if self.swaps == 1:
+            raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
+        if self.allocation == "uniform":
+            if self.allocation_spread is not None:
+                raise RecipeError("allocation_spread is for allocation owl: uniform has none")
+        elif self.selector == "external":
             raise RecipeError(f"external masks have their own sparsities: leave out allocation {self.allocation}")
-        pattern = self.make_patterns(self.make_selector()).default
-        if self.allocation in ALLOCATION_NAMES[1:] and (len(self.pattern) > 1 or not isinstance(pattern, Unstructured)):
+        elif len(self.pattern) > 1 or not isinstance(table.default, Unstructured):
             raise RecipeError(
                 f"allocation {self.allocation} shares out one unstructured sparsity, not pattern "
                 f"{' '.join(self.pattern)}: use --sparsity, or allocation uniform"
             )
-        sparsity = pattern.sparsity if pattern else DEFAULT_SPARSITY
-        return make_allocation(self.allocation, sparsity, self.allocation_spread, self.outlier_multiple)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, as written to YAML and to the report."""
-        return dataclasses.asdict(self)
-
-    def save(self, path: Path) -> None:
-        """Write the recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
 
 
 def check_regexes(name: str, regexes: list[str]) -> None:
@@ -192,13 +281,12 @@ def check_regexes(name: str, regexes: list[str]) -> None:
             raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
 
 
-def _check_max_change(max_change: float | None, solver: RowSolver | None) -> None:
-    if max_change is None:
-        return
-    if not max_change > 0.0:
-        raise RecipeError(f"max_change must be positive, got {max_change}: for example 0.5")
-    if solver is None or not solver.supports_bounds:
-        raise RecipeError("max_change needs a solver that holds bounds: use solver auto or bounded")
+def unknown(what: str, value: str, known: Iterable[str]) -> str:
+    """An error's words for a name that is none of the ``known``, with the closest of them."""
+    known = list(known)
+    close = difflib.get_close_matches(value, known, 1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return f"unknown {what} {value!r}{meant}: known {what}s are {', '.join(known)}"
 
 
 def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recipe:
@@ -207,11 +295,14 @@ def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recip
     Raises:
         RecipeError: on unknown keys, wrong types or values; the message names ``source``, if it is given.
     """
-    known = [option.name for option in dataclasses.fields(Recipe)]
-    unknown = [key for key in values if key not in known]
+    known = [option.name for option in fields(Recipe)]
     try:
-        if unknown:
-            raise RecipeError(f"unknown key {', '.join(map(repr, unknown))}: known keys are {', '.join(known)}")
+        for key in values:
+            plain = str(key).replace("-", "_")
+            if key not in known and plain in known:
+                raise RecipeError(f"{key}: write {plain}")
+            if key not in known:
+                raise RecipeError(unknown("key", str(key), known))
         return Recipe(**values)
     except RecipeError as error:
         raise RecipeError(f"{source}: {error}" if source else str(error)) from error
@@ -230,11 +321,11 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """The keys and values of a YAML recipe as they stand in the file, unchecked.
 
     Raises:
-        RecipeError: if the file cannot be read, is not YAML, or holds something else than keys and values.
+        RecipeError: if the file cannot be read, is not YAML, or holds something else than keys and values, each once.
     """
-    path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # S506: _Loader is a SafeLoader.
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -244,24 +335,51 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def _typed(option: dataclasses.Field[Any], value: Any) -> Any:
-    """``value`` as the type of a field: YAML reads 1e-4 as text, and one string may stand for a list of one."""
-    kind = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list of texts"}
-    wanted = _plain_type(option)
-    if option.name == "pattern":
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last, and depths that no recipe has."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth += 1
+        if self._depth > DEEPEST:
+            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {DEEPEST} levels")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                text = f"the key {key.value!r} stands in line {lines[key.value]} and in line {line}: keep one"
+                raise yaml.MarkedYAMLError(None, None, text)
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+@cache
+def _adapters() -> dict[str, TypeAdapter[Any]]:
+    return {name: TypeAdapter(kind) for name, kind in get_type_hints(Recipe, include_extras=True).items()}
+
+
+def _checked(option: DataclassField[Any], value: Any) -> Any:
+    """``value`` as the type of a field: YAML reads 1e-4 as text, and a command line has nothing but texts."""
+    name, metadata = option.name, option.metadata
+    if name == "pattern":
         value = _pattern_texts(value)
-    if value is None and option.default is None:
-        return None
-    if wanted is list and isinstance(value, (str, tuple)):
-        value = [value] if isinstance(value, str) else list(value)
-    if wanted is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return float(value)
-    well_typed = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
-    if wanted is list:
-        well_typed = well_typed and all(isinstance(item, str) for item in value)
-    if not well_typed:
-        raise RecipeError(f"{option.name} must be {kind[wanted]}, got {value!r}")
+    elif name == "selector":
+        return value
+    must = metadata["must"]
+    if isinstance(value, bool) and option.default is not False:
+        raise RecipeError(f"{name} must be {must}, got {value}")
+    try:
+        value = _adapters()[name].validate_python(value)
+    except ValidationError as error:
+        raise RecipeError(f"{name} must be {must}, got {_shown(value)}") from error
+    if metadata["choices"] and value is not None and value not in metadata["choices"]:
+        raise RecipeError(unknown(name, value, metadata["choices"]))
     return value
 
 
@@ -274,9 +392,8 @@ def _pattern_texts(value: Any) -> Any:
     return [str(item) if isinstance(item, float) else item for item in items]
 
 
-def _plain_type(option: dataclasses.Field[Any]) -> type:
-    name = str(option.type)
-    for word, kind in (("list", list), ("bool", bool), ("int", int), ("float", float)):
-        if word in name:
-            return kind
-    return str
+def _shown(value: Any) -> str:
+    """``repr`` of bounded length: aliases make a small file a huge value."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 200
+    return short.repr(value)

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.build import resolved
 from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
 from optima.device import PeakMemory, describe_device, evaluating, find_device
 from optima.errors import CalibrationError, NumericalError, RecipeError
@@ -62,7 +63,7 @@ def prune(
             Nothing is left half-written; a model in memory is left partly pruned if the run is interrupted.
     """
     started = time.perf_counter()
-    recipe = recipe or Recipe()
+    recipe = resolved(recipe or Recipe())
     device = find_device(recipe.device)
     source: Source | None = None
     structure: nn.Module
@@ -84,7 +85,8 @@ def prune(
             directory = stack.enter_context(output_directory(Path(output_dir), overwrite, num_bytes))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
-        tokens = find_tokens(recipe, tokenizer, calibration)
+        documents = read_documents(text_source(recipe), recipe.seed) if calibration is None else None
+        tokens = find_tokens(recipe, tokenizer, documents if documents is not None else calibration)
         check_vocabulary(tokens, structure)
         network = model if isinstance(model, PreTrainedModel) else _load(source, recipe)
         stacks = check_model(network, recipe, length)
@@ -108,6 +110,8 @@ def prune(
             seconds=time.perf_counter() - started,
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             notes=tuple(pruner.notes),
+            dataset_revision=documents.revision if documents else None,
+            skipped_records=documents.skipped if documents else 0,
         )
         report = Report(run, tuple(pruner.records))
         if directory is not None:
@@ -152,8 +156,7 @@ def find_tokens(
         return calibration.cpu().long()
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
-    if calibration is None:
-        calibration = read_documents(text_source(recipe), recipe.seed)
+    assert calibration is not None
     return calibration_tokens(calibration, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
 
 
@@ -172,11 +175,10 @@ def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
 
 
 def text_source(recipe: Recipe) -> TextSource:
-    """The recipe's dataset; allenai/c4 is read in English unless the recipe says otherwise."""
-    config = recipe.dataset_config
-    if config is None and recipe.dataset == ["allenai/c4"]:
-        config = "en"
-    return TextSource(tuple(recipe.dataset), config, recipe.split, recipe.text_column)
+    """The resolved recipe's dataset."""
+    return TextSource(
+        tuple(recipe.dataset), recipe.dataset_config, recipe.split, recipe.text_column, recipe.dataset_revision
+    )
 
 
 def check_finite(blocks: Sequence[Block]) -> None:

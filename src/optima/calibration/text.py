@@ -6,6 +6,7 @@ Shapes: N windows, L tokens in each (special tokens included).
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from datasets import load_dataset
+from datasets import load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -39,13 +40,15 @@ class TextSource:
             ``.parquet`` files hold one per record.
         config: configuration of a hub dataset (``en``). Local files have none.
         split: split of a hub dataset. Local files have none and are read whole.
-        text_column: the column that holds the text; a null in it is an empty document.
+        text_column: the column that holds the text.
+        revision: commit, tag or branch of a hub dataset; None for its newest.
     """
 
     dataset: tuple[str, ...]
     config: str | None = None
     split: str = "train"
     text_column: str = "text"
+    revision: str | None = None
 
 
 class SpecialTokens(NamedTuple):
@@ -55,34 +58,105 @@ class SpecialTokens(NamedTuple):
     after: list[int]
 
 
-def load_documents(source: TextSource, limit: int | None = None, seed: int | None = None) -> list[str]:
-    """The first ``limit`` documents of ``read_documents``, all if None."""
-    return list(islice(read_documents(source, seed), limit))
-
-
-def read_documents(source: TextSource, seed: int | None = None) -> Iterator[str]:
-    """Read documents, no more of a hub dataset than is asked for.
+class Documents:
+    """The documents of a source, read as they are asked for and no more of a hub dataset than that.
 
     Args:
         source: where to read.
         seed: None reads the datasets one after the other in their own order. Otherwise the documents of all local
             files are shuffled together, each hub dataset is shuffled through a buffer, and they take turns.
 
-    Yields:
-        Documents, empty ones included.
+    Attributes:
+        skipped: records read so far that have nothing in the text column.
+        revision: commit of the hub dataset; None until it is read, for several of them and for local files.
 
     Raises:
-        CalibrationError: if a dataset, split, configuration or column cannot be read (when its turn comes).
+        CalibrationError: while iterating, if a dataset, split, configuration or column cannot be read, or if no
+            record of a file has text; when made, if a file is a device, a pipe or a directory.
     """
-    if seed is None:
+
+    def __init__(self, source: TextSource, seed: int | None = None) -> None:
         for name in source.dataset:
-            yield from _read_dataset(name, source)
-        return
-    documents = [text for name in source.dataset if _is_file(name) for text in _read_dataset(name, source)]
-    Random(seed).shuffle(documents)
-    streams = [_read_dataset(name, source, seed) for name in source.dataset if not _is_file(name)]
-    for turn in zip_longest(documents, *streams):
-        yield from (text for text in turn if text is not None)
+            _check_regular(name)
+        self.skipped = 0
+        self.revision: str | None = None
+        self._source = source
+        self._seed = seed
+
+    def __iter__(self) -> Iterator[str]:
+        """Documents, empty ones included."""
+        source, seed = self._source, self._seed
+        if seed is None:
+            for name in source.dataset:
+                yield from self._read(name)
+            return
+        documents = [text for name in source.dataset if _is_file(name) for text in self._read(name)]
+        Random(seed).shuffle(documents)
+        streams = [self._read(name) for name in source.dataset if not _is_file(name)]
+        for turn in zip_longest(documents, *streams):
+            yield from (text for text in turn if text is not None)
+
+    def _read(self, name: str) -> Iterator[str]:
+        """The documents of one dataset; local files are shuffled by the caller."""
+        source = self._source
+        try:
+            if not _is_file(name):
+                yield from self._texts(self._hub_records(name), name)
+            elif Path(name).suffix == ".txt":
+                yield Path(name).read_text(encoding="utf-8-sig")
+            else:
+                yield from self._texts(_file_records(Path(name)), name)
+        except READ_ERRORS as error:
+            place = "" if _is_file(name) else f" (config {source.config}, split {source.split})"
+            remedy = "the file" if _is_file(name) else "its name, --dataset-config and --split, and the network"
+            known = "/".join(LOADERS)
+            raise CalibrationError(
+                f"dataset {name!r}{place} cannot be read: {error}: check {remedy}, or give a local {known} file"
+            ) from error
+
+    def _hub_records(self, name: str) -> Iterable[dict[str, Any]]:
+        source = self._source
+        builder = load_dataset_builder(name, source.config, revision=source.revision)
+        # The hash of a dataset that lives on the hub is its commit.
+        if len(source.dataset) == 1 and re.fullmatch("[0-9a-f]{40}", str(builder.hash)):
+            self.revision = str(builder.hash)
+        records: Iterable[dict[str, Any]] = builder.as_streaming_dataset(split=source.split)
+        if self._seed is not None:
+            records = records.shuffle(seed=self._seed, buffer_size=SHUFFLE_BUFFER)  # type: ignore[attr-defined]
+        return records
+
+    def _texts(self, records: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
+        """The text of each record; one without is skipped and counted."""
+        column = self._source.text_column
+        found, missing, columns = False, 0, "none"
+        for record in records:
+            text, columns = record.get(column), ", ".join(record)
+            if text is None:
+                missing += 1
+                self.skipped += 1
+                if column not in record and not _is_file(name):
+                    break  # all records of a hub dataset have the same columns
+            elif isinstance(text, str):
+                found = True
+                yield text
+            else:
+                raise CalibrationError(
+                    f"column {column!r} of dataset {name!r} holds {type(text).__name__}, not text: name another of its "
+                    f"columns with --text-column: {columns}"
+                )
+        if missing and not found:
+            raise CalibrationError(
+                f"dataset {name!r} has no column {column!r} with text: name one of its columns with --text-column: "
+                f"{columns}"
+            )
+
+
+def load_documents(source: TextSource, limit: int | None = None, seed: int | None = None) -> list[str]:
+    """The first ``limit`` documents of ``source``, all if None."""
+    return list(islice(Documents(source, seed), limit))
+
+
+read_documents = Documents
 
 
 def calibration_tokens(
@@ -190,32 +264,16 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def _check_regular(name: str) -> None:
+    """Refuse what would be read for ever (also through a link) and a folder with the name of a file."""
+    path = Path(name)
+    folder = path.is_dir() and path.suffix not in LOADERS  # it may be laid out as hub datasets are
+    if path.exists() and not path.is_file() and not folder:
+        raise CalibrationError(f"dataset {name!r} is no regular file: give a file of text ({'/'.join(LOADERS)})")
+
+
 def _is_file(name: str) -> bool:
     return Path(name).suffix in LOADERS or Path(name).is_file()
-
-
-def _read_dataset(name: str, source: TextSource, seed: int | None = None) -> Iterator[str]:
-    """The documents of one dataset; ``seed`` shuffles a hub dataset, local files are shuffled by the caller."""
-    try:
-        if not _is_file(name):
-            yield from _texts(_hub_records(name, source, seed), name, source.text_column)
-        elif Path(name).suffix == ".txt":
-            yield Path(name).read_text(encoding="utf-8-sig")
-        else:
-            yield from _texts(_file_records(Path(name)), name, source.text_column)
-    except READ_ERRORS as error:
-        place = "" if _is_file(name) else f" (config {source.config}, split {source.split})"
-        remedy = "the file" if _is_file(name) else "its name, --dataset-config and --split, and the network"
-        raise CalibrationError(
-            f"dataset {name!r}{place} cannot be read: {error}: check {remedy}, or give a local {'/'.join(LOADERS)} file"
-        ) from error
-
-
-def _hub_records(name: str, source: TextSource, seed: int | None) -> Iterable[dict[str, Any]]:
-    records = load_dataset(name, source.config, split=source.split, streaming=True)
-    shuffled: Iterable[dict[str, Any]]
-    shuffled = records if seed is None else records.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    return shuffled
 
 
 def _file_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -231,19 +289,3 @@ def _file_records(path: Path) -> Iterator[dict[str, Any]]:
         except StopIteration:  # how the library says that there is no record at all
             return
         yield from records
-
-
-def _texts(records: Iterable[dict[str, Any]], name: str, column: str) -> Iterator[str]:
-    for record in records:
-        if column not in record:
-            raise CalibrationError(
-                f"dataset {name!r} has no column {column!r}: name one of its columns with --text-column: "
-                f"{', '.join(record)}"
-            )
-        text = record[column]
-        if text is not None and not isinstance(text, str):
-            raise CalibrationError(
-                f"column {column!r} of dataset {name!r} holds {type(text).__name__}, not text: name another of its "
-                f"columns with --text-column: {', '.join(record)}"
-            )
-        yield text or ""

@@ -30,10 +30,6 @@ from optima.calibration.text import SEPARATOR, pack, special_tokens, text_length
 from optima.device import evaluating, forward_replaced
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
 
-PROTOCOL = (
-    'documents joined by "\\n\\n" and tokenised once; non-overlapping windows of max-seq-length tokens, each with the '
-    "special tokens that the tokenizer adds (BOS at the front); exp of the mean negative log-likelihood of next tokens"
-)
 LOGITS_BYTES = 64 * 2**20  # float32 logits in memory at once: 64 positions of a vocabulary of 262k
 PROBE_LENGTH = 8  # tokens on which a model is checked before the long work
 

@@ -1,145 +1,93 @@
-"""What the user sees while a run goes on: a live line in a terminal, silence elsewhere."""
+"""What the user sees while a run goes on: a live line in a terminal, a plain line a block elsewhere."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
-from typing import Protocol
+from typing import TextIO
 
-from rich import progress as rich_progress
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Display
 from rich.table import Column
-from rich.text import Text
 
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
-_logger = logging.getLogger("optima")
 
+class Progress:
+    """Is told what a run does, and shows nothing of it. Leaving it, also by Ctrl-C, restores the terminal."""
 
-class Progress(Protocol):
-    """Is told what a run does. A context manager; leaving it, also by Ctrl-C, restores the terminal."""
-
-    def start(self, num_blocks: int, linears_per_block: int) -> None:
-        """The run prunes ``num_blocks`` blocks of at most ``linears_per_block`` linears."""
-        ...
-
-    def block(self, index: int) -> None:
-        """Block ``index`` (from 0) begins; those before it are done."""
-        ...
+    def start(self, num_blocks: int, linears_per_block: int, done: int = 0) -> None:
+        """A pass over ``num_blocks`` blocks of at most ``linears_per_block`` linears; ``done`` are so already."""
 
     def linear(self, record: LinearRecord) -> None:
         """A linear is pruned."""
-        ...
 
-    def message(self, text: str) -> None:
-        """Tell the user something that matters, such as a deviation from the recipe."""
-        ...
+    def block(self, done: int) -> None:
+        """A block is done, the ``done``-th."""
 
     def close(self) -> None:
-        """The run is over. Closing twice is allowed."""
-        ...
+        """The run is over."""
 
     def __enter__(self) -> Progress:
-        """Returns itself."""
-        ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Closes."""
-        ...
-
-
-class QuietProgress:
-    """Shows nothing. Messages go to the logger ``optima`` as warnings."""
-
-    def start(self, num_blocks: int, linears_per_block: int) -> None:
-        """See ``Progress``."""
-
-    def block(self, index: int) -> None:
-        """See ``Progress``."""
-
-    def linear(self, record: LinearRecord) -> None:
-        """See ``Progress``."""
-
-    def message(self, text: str) -> None:
-        """See ``Progress``."""
-        _logger.warning(text)
-
-    def close(self) -> None:
-        """See ``Progress``."""
-
-    def __enter__(self) -> QuietProgress:
-        """See ``Progress``."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """See ``Progress``."""
         self.close()
 
 
-class RichProgress:
-    """One live line on stderr: block, linear, bar, mean relative error so far, time used, time left.
+class LiveProgress(Progress):
+    """One live line on stderr: blocks done, bar, mean relative error so far, time used, time left, the last linear.
 
     Args:
-        console: where to draw, stderr by default.
-        clock: seconds from any origin; tests replace it.
+        console: where to draw.
     """
 
-    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._console = console or Console(stderr=True)
-        self._clock = clock
-        self._display: rich_progress.Progress | None = None
-        self._task = rich_progress.TaskID(0)
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._display: Display | None = None
+        self._per_block = 1
         self._errors: list[float] = []
-        self._linears_per_block = 0
-        self._estimate: TimeLeft | None = None
 
-    def start(self, num_blocks: int, linears_per_block: int) -> None:
+    def start(self, num_blocks: int, linears_per_block: int, done: int = 0) -> None:
         """See ``Progress``."""
         self.close()
-        self._errors = []
-        self._linears_per_block = linears_per_block
-        self._estimate = TimeLeft(num_blocks, self._clock)
-        self._display = rich_progress.Progress(
-            rich_progress.TextColumn("block {task.fields[block]}/{task.fields[blocks]}", markup=False),
-            rich_progress.BarColumn(bar_width=20),
-            rich_progress.TextColumn("error {task.fields[error]}", markup=False),
-            rich_progress.TimeElapsedColumn(Column(no_wrap=True)),
-            _TimeLeftColumn(self._estimate),
-            _LinearColumn(),
+        self._per_block, self._errors = max(linears_per_block, 1), []
+        self._display = Display(
+            TextColumn("block", table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20),
+            TextColumn("error {task.fields[error]}", markup=False, table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            # On a narrow terminal the name is what gets cut.
+            TextColumn("{task.fields[linear]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
             console=self._console,
+            speed_estimate_period=1e9,
         )
-        total = num_blocks * linears_per_block
-        self._task = self._display.add_task("", total=total, block=0, blocks=num_blocks, linear="", error="-")
+        self._display.add_task("", total=num_blocks, completed=done, linear="calibrating", error="-")
         self._display.start()
-
-    def block(self, index: int) -> None:
-        """See ``Progress``."""
-        assert self._display is not None, "start comes first"
-        assert self._estimate is not None
-        self._estimate.block(index)
-        # A block may hold fewer linears than the most: the bar catches up here.
-        completed = index * self._linears_per_block
-        self._display.update(self._task, block=index + 1, completed=completed, linear="calibrating")
 
     def linear(self, record: LinearRecord) -> None:
         """See ``Progress``."""
-        assert self._display is not None, "start comes first"
-        self._errors.append(record.error)
-        error = f"{geometric_mean(self._errors):.4f}"
-        self._display.update(self._task, advance=1, linear=name_in_block(record), error=error)
+        if self._display is not None:
+            self._errors.append(record.error)
+            error = f"{geometric_mean(self._errors):.4f}"
+            task = self._display.tasks[0]
+            self._display.update(task.id, advance=1 / self._per_block, linear=name_in_block(record), error=error)
 
-    def message(self, text: str) -> None:
+    def block(self, done: int) -> None:
         """See ``Progress``."""
-        self._console.print(Text(text))
+        if self._display is not None:
+            task = self._display.tasks[0]
+            linear = "done" if done == task.total else "calibrating"
+            self._display.update(task.id, completed=done, linear=linear)
 
     def close(self) -> None:
         """See ``Progress``."""
@@ -147,74 +95,46 @@ class RichProgress:
             self._display.stop()
             self._display = None
 
-    def __enter__(self) -> RichProgress:
-        """See ``Progress``."""
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """See ``Progress``."""
-        if self._display is not None and kind is None:
-            task = self._display.tasks[0]
-            self._display.update(self._task, completed=task.total, linear="done")
-        self.close()
-
-
-class TimeLeft:
-    """Time left, from whole blocks: they cost much the same, while the linears inside one do not.
+class LineProgress(Progress):
+    """One plain line a block, written at once: for logs, pipes and terminals that cannot draw.
 
     Args:
-        num_blocks: blocks of the run.
+        stream: where to write.
         clock: seconds from any origin.
     """
 
-    def __init__(self, num_blocks: int, clock: Callable[[], float]) -> None:
-        self._num_blocks = num_blocks
+    def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
+        self._stream = stream
         self._clock = clock
-        self._first: tuple[int, float] | None = None
-        self._finish: float | None = None
+        self._num_blocks = 0
+        self._first = 0
+        self._started = 0.0
+        self._errors: list[float] = []
 
-    def block(self, index: int) -> None:
-        """Block ``index`` begins; a resumed run begins past 0."""
-        now = self._clock()
-        if self._first is None:
-            self._first = (index, now)
-        elif index > self._first[0]:
-            seconds_per_block = (now - self._first[1]) / (index - self._first[0])
-            self._finish = now + seconds_per_block * (self._num_blocks - index)
+    def start(self, num_blocks: int, linears_per_block: int, done: int = 0) -> None:
+        """See ``Progress``."""
+        self._num_blocks, self._first, self._started, self._errors = num_blocks, done, self._clock(), []
 
-    def seconds(self) -> float | None:
-        """Seconds left; None until a block is done."""
-        return None if self._finish is None else max(self._finish - self._clock(), 0.0)
+    def linear(self, record: LinearRecord) -> None:
+        """See ``Progress``."""
+        self._errors.append(record.error)
 
-
-class _TimeLeftColumn(rich_progress.ProgressColumn):
-    max_refresh = 0.5
-
-    def __init__(self, estimate: TimeLeft) -> None:
-        super().__init__(Column(no_wrap=True))
-        self._estimate = estimate
-
-    def render(self, task: rich_progress.Task) -> Text:
-        """The time left as h:mm:ss."""
-        seconds = self._estimate.seconds()
-        return Text("-:--:-- left" if seconds is None else f"{timedelta(seconds=round(seconds))} left")
+    def block(self, done: int) -> None:
+        """See ``Progress``."""
+        elapsed = self._clock() - self._started
+        left = elapsed / max(done - self._first, 1) * (self._num_blocks - done)
+        error = f"{geometric_mean(self._errors):.4f}" if self._errors else "-"
+        line = f"block {done}/{self._num_blocks}  error {error}  {_time(elapsed)} elapsed  {_time(left)} left"
+        print(line, file=self._stream, flush=True)
 
 
-class _LinearColumn(rich_progress.ProgressColumn):
-    """On a narrow terminal the name is what gets cut: the one column that may shrink, without wrapping."""
-
-    def __init__(self) -> None:
-        super().__init__(Column(no_wrap=False))
-
-    def render(self, task: rich_progress.Task) -> Text:
-        """The linear at work."""
-        return Text(task.fields["linear"], no_wrap=True, overflow="ellipsis")
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
-def make_progress(enabled: bool | None = None) -> Progress:
-    """A live display if ``enabled``; by default only where stderr is a terminal that can draw one."""
-    if enabled is None:
-        enabled = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
-    return RichProgress() if enabled else QuietProgress()
+def make_progress() -> Progress:
+    """A live line where stderr is a terminal that can draw one, else a plain line a block."""
+    if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        return LiveProgress(Console(stderr=True))
+    return LineProgress(sys.stderr)

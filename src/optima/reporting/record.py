@@ -2,36 +2,39 @@
 
 ``report.json`` is standard JSON. A number that JSON cannot hold is written as the string ``"Infinity"``,
 ``"-Infinity"`` or ``"NaN"`` and read back as that number: an infinite gap means that a row has no certificate. ``null``
-means something else: no solver ran.
+means something else: no solver ran, or nothing is known.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path, PurePath
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic_core import from_json, to_json
 
 from optima.errors import OptimaError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 REPORT_NAME = "report.json"
+_WHOLE = ConfigDict(extra="forbid")  # a misspelt field is no other field
 
-_NON_FINITE = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-_Record = TypeVar("_Record")
+Int = Annotated[int, Strict()]
 
 
 @dataclass(frozen=True)
 class LinearRecord:
     """What was done to one linear, and what it lost.
 
-    The three errors are relative reconstruction errors ||X (V - W)^T||_F^2 / ||X W^T||_F^2 on the calibration inputs.
+    Errors are relative reconstruction errors ||X (V - W)^T||_F^2 / ||X W^T||_F^2 on the calibration inputs, tokens
+    weighted as in the hessian unless said otherwise. "As written" is in the checkpoint's dtype.
 
     Attributes:
         block: index of the block in the model.
@@ -39,43 +42,77 @@ class LinearRecord:
         shape: (outputs, inputs).
         pattern: the sparsity pattern asked for, as text.
         sparsity_asked: share of the weights that the pattern asks to prune.
-        sparsity: share of the weights that is pruned, counted from ``keep``.
+        sparsity: share of the weights that are zero as written.
         error_mask: error of the mask alone, the surviving weights at their dense values.
-        error_selector: error of the selector's own weights, cast likewise; ``error_mask`` when it only selects.
-        error: error of the result as cast to the checkpoint's dtype.
+        error_selector: error of the selector's own weights, cast; ``error_mask`` when it only selects.
+        error: error of the result as written.
+        error_plain: the same with every token alike; equal to ``error`` where no token is weighted.
         solver: the solver that ran, or ``none``.
-        gap_max: largest certified gap of a row; None when no solver ran.
-        gap_median: median certified gap of the rows; None when no solver ran.
+        gap_max: largest certified gap of a row, before the cast; None when no solver ran.
+        gap_median: median of the same.
         iterations_mean: iterations of a row, on average.
         iterations_max: iterations of the slowest row.
         rows: rows of the linear (its outputs).
         rows_not_converged: rows whose certified gap did not reach the one asked for.
-        damping: damping used, after any escalation, relative to the mean of the Hessian's diagonal.
-        seconds: time of selection, refinement and solve.
-        swaps: swaps made by the refinement of the mask; None if it was not refined.
+        damping: damping used, after any escalation, relative to the mean of the hessian's diagonal.
+        seconds: time of selection, swaps, solve and measurement.
+        gap_written_max: largest gap of a row as written; None when no solver ran.
+        gap_written_median: median of the same.
+        loss_written: damped loss of all rows as written above their certified lower bounds, relative to these.
+        tokens: calibration tokens that reached the linear.
+        swaps: swaps made in the mask; None if none were asked for.
         rows_swap_optimal: rows of which it is proven that no single swap lowers the error; None likewise.
     """
 
-    block: int
+    __pydantic_config__ = _WHOLE
+
+    block: Int
     name: str
-    shape: tuple[int, int]
+    shape: tuple[Int, Int]
     pattern: str
     sparsity_asked: float
     sparsity: float
     error_mask: float
     error_selector: float
     error: float
+    error_plain: float
     solver: str
     gap_max: float | None
     gap_median: float | None
     iterations_mean: float
-    iterations_max: int
-    rows: int
-    rows_not_converged: int
+    iterations_max: Int
+    rows: Int
+    rows_not_converged: Int
     damping: float
     seconds: float
-    swaps: int | None = None
-    rows_swap_optimal: int | None = None
+    gap_written_max: float | None = None
+    gap_written_median: float | None = None
+    loss_written: float | None = None
+    tokens: Int | None = None
+    swaps: Int | None = None
+    rows_swap_optimal: Int | None = None
+
+    @property
+    def size(self) -> int:
+        """Weights of the linear."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What a block took.
+
+    Attributes:
+        index: of the block in the model.
+        name: full module name.
+        seconds: by stage: read, forward, hessian, select, solve, write.
+    """
+
+    __pydantic_config__ = _WHOLE
+
+    index: Int
+    name: str
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -94,34 +131,49 @@ class RunRecord:
         peak_memory_bytes: peak memory of the device, or of the process on a CPU.
         seconds: wall time of the run.
         created: when the run ended, ISO 8601 in UTC.
-        notes: what was not done or deviated: escalated damping, skipped modules, halved chunks.
+        notes: what was not done or deviated: escalated damping, skipped modules.
+        stages: seconds of the whole run by stage, those of the blocks included.
+        model_revision: commit of a hub model; None if unknown.
+        model_fingerprint: hash of the source's weights; None if unknown.
+        dataset_revision: commit of a hub dataset; None if unknown.
+        skipped_records: records of the calibration text that had none in the text column.
     """
+
+    __pydantic_config__ = _WHOLE
 
     model: str
     recipe: dict[str, Any]
     versions: dict[str, str]
-    seed: int
+    seed: Int
     data_hash: str
-    num_tokens: int
+    num_tokens: Int
     device: str
     dtype: str
-    peak_memory_bytes: int
+    peak_memory_bytes: Int
     seconds: float
     created: str
     notes: tuple[str, ...]
+    stages: dict[str, float] = field(default_factory=dict)
+    model_revision: str | None = None
+    model_fingerprint: str | None = None
+    dataset_revision: str | None = None
+    skipped_records: Int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """The record of a run and of every linear it pruned."""
+    """The record of a run, of every linear it pruned and of every block it went through."""
+
+    __pydantic_config__ = _WHOLE
 
     run: RunRecord
     linears: tuple[LinearRecord, ...]
-    schema_version: int = SCHEMA_VERSION
+    blocks: tuple[BlockRecord, ...] = ()
+    schema_version: Int = SCHEMA_VERSION
 
     @property
     def sparsity(self) -> float:
-        """Share of all weights of the pruned linears that is pruned."""
+        """Share of all weights of the pruned linears that is zero as written."""
         return weighted_sparsity(self.linears)
 
     @property
@@ -146,8 +198,13 @@ class Report:
 
     @property
     def gap_max(self) -> float | None:
-        """Largest certified gap of any row; None when no solver ran."""
-        return largest_gap(self.linears)
+        """Largest certified gap of any row, before the cast; None when no solver ran."""
+        return largest(linear.gap_max for linear in self.linears)
+
+    @property
+    def gap_written_max(self) -> float | None:
+        """Largest gap of any row as written; None when no solver ran."""
+        return largest(linear.gap_written_max for linear in self.linears)
 
     def save(self, path: Path) -> Path:
         """Write the report and return its file: ``path`` itself if it ends in .json, else ``path/report.json``.
@@ -155,26 +212,26 @@ class Report:
         The file appears whole or not at all. In the recipe tuples become lists and paths become text.
         """
         file = path if path.suffix == ".json" else path / REPORT_NAME
-        text = json.dumps(plain_values(self), indent=2, allow_nan=False) + "\n"
+        content = to_json(self, indent=2, inf_nan_mode="strings") + b"\n"
         unfinished = file.with_name(f".{file.name}.{os.getpid()}")
         try:
-            unfinished.write_text(text, encoding="utf-8")
+            unfinished.write_bytes(content)
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
         return file
 
 
-def load_report(path: Path) -> Report:
+def load_report(path: str | Path) -> Report:
     """Read a report from its file, or from the directory that holds ``report.json``.
 
     Raises:
         OptimaError: if there is no report, it is not JSON, its schema version is another one, or a field is missing,
             unknown or of the wrong type (the message names it).
     """
-    file = path / REPORT_NAME if path.is_dir() else path
+    file = Path(path) / REPORT_NAME if Path(path).is_dir() else Path(path)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = from_json(file.read_bytes())
     except OSError as error:
         raise OptimaError(
             f"cannot read the report {file} ({error.strerror}): give report.json or the output directory of a run"
@@ -188,24 +245,28 @@ def load_report(path: Path) -> Report:
             "read it with the version that wrote it (under run.versions.optima), or run again"
         )
     try:
-        return _from_json(Report, content, "report")
-    except TypeError as error:
-        raise OptimaError(f"{file} is malformed: {error}; give the report.json of a run, unedited") from error
+        return _adapter().validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
+        problem = f"report{place}: {first['msg']}, got {str(first['input'])[:80]!r}"
+        raise OptimaError(f"{file} is malformed: {problem}; give the report.json of a run, unedited") from error
+
+
+@cache
+def _adapter() -> TypeAdapter[Report]:
+    return TypeAdapter(Report)
 
 
 def library_versions() -> dict[str, str]:
     """Versions of OPTIMA, Python and the libraries that decide the numbers."""
-    distributions = ("torch", "transformers", "safetensors")
-    return {
-        "optima": _version("optima-prune"),
-        "python": platform.python_version(),
-        **{name: _version(name) for name in distributions},
-    }
+    libraries = {name: _version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"optima": _version("optima-prune"), "python": platform.python_version(), **libraries}
 
 
-def _version(distribution: str) -> str:
+def _version(package: str) -> str:
     try:
-        return version(distribution)
+        return version(package)
     except PackageNotFoundError:
         return "not installed"  # a source tree on sys.path
 
@@ -216,21 +277,21 @@ def name_in_block(linear: LinearRecord) -> str:
 
 
 def weighted_sparsity(linears: Iterable[LinearRecord]) -> float:
-    """Share of the linears' weights that is pruned, 0 for no linears."""
+    """Share of the linears' weights that is zero as written, 0 for no linears."""
     return _weighted((linear.sparsity, linear) for linear in linears)
 
 
 def _weighted(values: Iterable[tuple[float, LinearRecord]]) -> float:
     """Mean of the values weighted by the sizes of their linears, 0 for none."""
-    sizes = [(value, math.prod(linear.shape)) for value, linear in values]
+    sizes = [(value, linear.size) for value, linear in values]
     total = sum(size for _, size in sizes)
     return math.fsum(value * size for value, size in sizes) / total if total else 0.0
 
 
-def largest_gap(linears: Iterable[LinearRecord]) -> float | None:
-    """Largest certified gap of any row, None when no solver ran on any of the linears."""
-    gaps = [linear.gap_max for linear in linears if linear.gap_max is not None]
-    return math.nan if any(map(math.isnan, gaps)) else max(gaps, default=None)
+def largest(values: Iterable[float | None]) -> float | None:
+    """The largest of the values that are known, NaN if one is; None for none."""
+    known = [value for value in values if value is not None]
+    return math.nan if any(map(math.isnan, known)) else max(known, default=None)
 
 
 def geometric_mean(errors: Iterable[float]) -> float:
@@ -241,51 +302,3 @@ def geometric_mean(errors: Iterable[float]) -> float:
     """
     lost = [error for error in errors if error != 0]
     return math.exp(math.fsum(map(math.log, lost)) / len(lost)) if lost else 0.0
-
-
-def plain_values(value: Any) -> Any:
-    """``value`` as JSON and YAML hold it: records become objects, tuples lists, paths text, see the file's top."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {field.name: plain_values(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_values(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return str(value) if isinstance(value, PurePath) else value
-
-
-def _from_json(record: type[_Record], content: Any, where: str) -> _Record:
-    """Build the dataclass ``record`` from ``content``; TypeError names the field that does not fit."""
-    if not isinstance(content, dict):
-        raise TypeError(f"{where} must be an object, got {content!r:.80}")
-    types = get_type_hints(record)
-    if missing := types.keys() - content.keys():
-        raise TypeError(f"{where} has no {', '.join(sorted(missing))}")
-    if unknown := content.keys() - types.keys():
-        raise TypeError(f"{where} has unknown {', '.join(sorted(unknown))}")
-    return record(**{name: _value(types[name], content[name], f"{where}.{name}") for name in types})
-
-
-def _value(kind: Any, content: Any, where: str) -> Any:
-    """``content`` as the annotated type ``kind``: a scalar, a record, or a tuple, dict or optional of these."""
-    arguments = get_args(kind)
-    if get_origin(kind) in (Union, UnionType):
-        present = next(argument for argument in arguments if argument is not NoneType)
-        return None if content is None else _value(present, content, where)
-    if hasattr(kind, "__dataclass_fields__"):
-        return _from_json(kind, content, where)
-    if get_origin(kind) is tuple and isinstance(content, list):
-        kinds = [arguments[0]] * len(content) if arguments[-1] is Ellipsis else list(arguments)
-        if len(kinds) == len(content):
-            return tuple(_value(kinds[i], item, f"{where}[{i}]") for i, item in enumerate(content))
-    if get_origin(kind) is dict and isinstance(content, dict):
-        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in content.items()}
-    if kind is Any or (kind in (int, str) and type(content) is kind):
-        return content
-    if kind is float and type(content) in (int, float):
-        return float(content)
-    if kind is float and isinstance(content, str) and content in _NON_FINITE:
-        return _NON_FINITE[content]
-    raise TypeError(f"{where} must be {getattr(kind, '__name__', kind)}, got {content!r:.80}")
