@@ -29,6 +29,7 @@ from optima.selectors.base import ExpectsTargets, LinearTask, Selection, Selecto
 from optima.swaps.search import Refined
 
 Dump = Callable[[Linear, Hessian], None]
+Commit = Callable[[Block, Sequence[LinearRecord]], None]
 Visit = Callable[[Block, Linear, Hessian | None], None]
 
 
@@ -41,6 +42,7 @@ class Pruner:
         device: where blocks are calibrated and solved.
         progress: is told of every linear.
         dump: called with each linear and its Hessian before it is pruned.
+        commit: called with each block once it is pruned.
         records: one entry a pruned linear.
         notes: what was not done, or deviated from the recipe.
     """
@@ -49,6 +51,7 @@ class Pruner:
     device: torch.device
     progress: Progress
     dump: Dump | None = None
+    commit: Commit | None = None
     records: list[LinearRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -66,7 +69,7 @@ class Pruner:
         expect_targets(self._selector, blocks)
         inputs = capture_block_inputs(model, blocks, batches)
         self._allocate(blocks, BlockInputs(list(inputs.hidden), inputs.calls))
-        self._walk(blocks, inputs, self._visit, gradients=needs_gradient(self._selector))
+        self._walk(blocks, inputs, self._visit, gradients=needs_gradient(self._selector), commit=self.commit)
 
     def _allocate(self, blocks: Sequence[Block], inputs: BlockInputs) -> None:
         """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""
@@ -83,7 +86,14 @@ class Pruner:
         self._walk(blocks, inputs, survey)
         self._patterns = self._patterns.share(allocation.allocate())
 
-    def _walk(self, blocks: Sequence[Block], inputs: BlockInputs, visit: Visit, gradients: bool = False) -> None:
+    def _walk(
+        self,
+        blocks: Sequence[Block],
+        inputs: BlockInputs,
+        visit: Visit,
+        gradients: bool = False,
+        commit: Commit | None = None,
+    ) -> None:
         """Visit each linear of each block, calibrated; ``inputs`` become the outputs of the blocks as visited."""
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
         for block in blocks:
@@ -93,6 +103,8 @@ class Pruner:
                     for linear in linears:
                         visit(block, linear, hessian)
                 self._propagate(block, inputs)
+            if commit is not None:
+                commit(block, [record for record in self.records if record.block == block.index])
 
     def _calibrate(
         self, block: Block, inputs: BlockInputs, gradients: bool

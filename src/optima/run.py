@@ -16,16 +16,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
 from optima.device import PeakMemory, describe_device, find_device
 from optima.errors import CalibrationError, NumericalError, RecipeError
-from optima.models.checkpoint import explain_write_errors, output_directory, write_checkpoint
+from optima.models.destination import Destination
+from optima.models.files import explain_write_errors, interruptible
 from optima.models.source import Source, find_source, load_model, load_tokenizer
-from optima.models.stacks import Block, Linear
-from optima.pipeline import Dump, Pruner
+from optima.models.stacks import Block, Linear, find_blocks
+from optima.models.writer import Writer, check_shared, prepare
+from optima.pipeline import Commit, Dump, Pruner
 from optima.plan import check_model, skeleton, uncovered_notes
 from optima.qp import Hessian
 from optima.recipe import Recipe, check_regexes
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
-from optima.reporting.record import Report, RunRecord, library_versions
+from optima.reporting.record import LinearRecord, Report, RunRecord, library_versions
 
 DUMP_DIRECTORY = "layers"
 
@@ -77,10 +79,12 @@ def prune(
     if dump_layer is not None:
         _check_dump(dump_layer, output_dir, planned)
     with ExitStack() as stack:
-        directory = None
+        destination = None
         if output_dir is not None:
             num_bytes = sum(p.numel() * p.element_size() for p in structure.parameters())
-            directory = stack.enter_context(output_directory(Path(output_dir), overwrite, num_bytes))
+            stack.enter_context(interruptible())
+            inputs = [source.local] if source is not None and source.local is not None else []
+            destination = stack.enter_context(Destination.open(output_dir, overwrite, inputs, num_bytes))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
         tokens = find_tokens(recipe, tokenizer, calibration)
@@ -88,10 +92,16 @@ def prune(
         network = model if isinstance(model, PreTrainedModel) else _load(source, recipe)
         blocks = check_model(network, recipe, length)
         check_finite(blocks)
+        names = [block.name for block in find_blocks(network)]
+        check_shared(network, names)
+        writer = None if destination is None else _writer(network, names, tokenizer, source, destination)
+        dump = None
+        if destination is not None and dump_layer is not None:
+            dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
         memory = PeakMemory(device)
-        dump = None if directory is None or dump_layer is None else _dump_into(directory / DUMP_DIRECTORY, dump_layer)
         progress = stack.enter_context(make_progress())
-        pruner = Pruner(recipe, device, progress, dump, notes=uncovered_notes(blocks))
+        notes = uncovered_notes(blocks) + ([] if destination is None else destination.notes)
+        pruner = Pruner(recipe, device, progress, dump, None if writer is None else _commit_to(writer), notes=notes)
         pruner.run(network.eval(), blocks, tokens.split(recipe.batch_size))
         run = RunRecord(
             model=source.name if source else type(network).__name__,
@@ -108,9 +118,8 @@ def prune(
             notes=tuple(pruner.notes),
         )
         report = Report(run, tuple(pruner.records))
-        if directory is not None:
-            with explain_write_errors(Path(str(output_dir))):
-                _write(network, tokenizer, source, recipe, report, directory)
+        if writer is not None:
+            writer.publish(lambda directory: _write_reports(recipe, report, directory))
     return report
 
 
@@ -119,15 +128,26 @@ def _load(source: Source | None, recipe: Recipe) -> PreTrainedModel:
     return load_model(source, recipe.dtype)
 
 
-def _write(
+def _writer(
     network: PreTrainedModel,
+    names: list[str],
     tokenizer: PreTrainedTokenizerBase | None,
     source: Source | None,
-    recipe: Recipe,
-    report: Report,
-    directory: Path,
-) -> None:
-    write_checkpoint(network, tokenizer, source, directory)
+    destination: Destination,
+) -> Writer:
+    prepare(network, tokenizer, source, destination.directory)
+    return Writer(network, names, destination.directory, destination.journal)
+
+
+def _commit_to(writer: Writer) -> Commit:
+    def commit(block: Block, records: Sequence[LinearRecord]) -> None:
+        tensors = block.module.state_dict(prefix=f"{block.name}.")
+        writer.commit(block.name, tensors, [record.name for record in records])
+
+    return commit
+
+
+def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:
     report.save(directory)
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml")
