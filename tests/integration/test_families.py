@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from tiny import load_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -129,7 +129,7 @@ def test_prune_save_reload(family: str, options: dict[str, object], tmp_path: Pa
         if name.removesuffix(".weight") not in pruned_names:
             assert torch.equal(tensor, dense[name]), f"{name} is not a target and changed"
     files = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"config.json", "report.json", "report.md", "recipe.yaml", "model.safetensors"} <= files
+    assert {"config.json", "report.json", "report.md", "recipe.yaml", "model.safetensors.index.json"} <= files
     assert not list(tmp_path.glob(".out*"))
 
 
@@ -210,7 +210,7 @@ def test_bfloat16_and_sharing_of_tied_weights(tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings
     embedding = model.get_input_embeddings().weight.clone()
     prune(model, Recipe(sparsity=0.5), output_dir=tmp_path / "out", calibration=tokens())
-    saved = load_file(tmp_path / "out" / "model.safetensors")
+    saved = load_weights(tmp_path / "out")
     assert "lm_head.weight" not in saved
     assert torch.equal(saved["model.embed_tokens.weight"], embedding)
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
