@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -80,6 +81,18 @@ def save_model(directory: Path, model: PreTrainedModel | None = None, template: 
     if template is not None:
         make_tokenizer(template).save_pretrained(directory)
     return directory
+
+
+def weight_files(directory: Path) -> dict[str, bytes]:
+    """The safetensors files of a checkpoint, and its index if it has one."""
+    return {path.name: path.read_bytes() for path in directory.glob("model*.safetensors*")}
+
+
+def load_weights(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, in one file or many."""
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
 
 
 def save_text(file: Path, text: str = TEXT) -> Path:
