@@ -19,7 +19,7 @@ def solved(matrix_DD: Tensor, damping: float, dtype: torch.dtype) -> tuple[Hessi
     hessian = Hessian(matrix_DD, damping)
     problem = make_problem(hessian, *make_rows(40, len(matrix_DD), seed=1))
     solution = solve_rows(Auto(), hessian, make_problem(hessian, problem.target_RD.to(dtype), problem.keep_RD))
-    return hessian, problem, problem.target_RD - solution.weight_RD, solution.error_R
+    return hessian, problem, problem.target_RD.double() - solution.weight_RD, solution.error_R
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -29,7 +29,7 @@ def test_loss_against_float64(damping: float, tokens: int, dtype: torch.dtype) -
     matrix_DD = make_matrix(96, tokens, seed=2)
     matrix_DD[5] = matrix_DD[:, 5] = 0.0
     hessian, _, change_OD, error_O = solved(matrix_DD, damping, dtype)
-    expected_O = torch.linalg.vecdot(change_OD.double() @ matrix_DD.double(), change_OD.double())
+    expected_O = torch.linalg.vecdot(change_OD @ matrix_DD.double(), change_OD)
     expected_O = expected_O.clamp_min(0.0)  # rounded to float32, a singular matrix has negative eigenvalues
     torch.testing.assert_close(hessian.undamped(2.0 * error_O, change_OD), expected_O, rtol=1e-6, atol=0.0)
     torch.testing.assert_close(hessian.loss(change_OD), expected_O, rtol=2e-4, atol=0.0)
