@@ -74,8 +74,7 @@ class Thanos:
 
     def _outliers(self, task: LinearTask) -> Tensor:
         """Indices of the rows with the largest loss if they were removed, w H w^T."""
-        weight_OD = task.weight_OD.double()
-        loss_O = torch.linalg.vecdot(weight_OD, weight_OD @ task.hessian.matrix_DD)
+        loss_O = task.hessian.loss(task.weight_OD)
         outlier_O: Tensor = loss_O.topk(math.ceil(self.outlier_rows * len(loss_O))).indices
         return outlier_O
 
