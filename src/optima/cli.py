@@ -118,6 +118,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     plan = add("plan", "show what would be pruned, and the cost", "MODEL [options]")
     plan.add_argument("model", metavar="MODEL", help="hub id, local directory, or GGUF file; no weights are loaded")
+    plan.add_argument("--measure", action="store_true", help="prune one random linear of each shape: seconds, memory")
     _add_recipe(plan)
 
     _add_eval(add("eval", "measure perplexity", "MODEL [MODEL ...] --dataset TEXT [options]", PROTOCOL))
@@ -206,16 +207,17 @@ def _prune(given: Arguments) -> None:
 
 
 def _plan(given: Arguments) -> None:
-    model = given.pop("model")
+    model, measured = given.pop("model"), given.pop("measure", False)
     recipe = _recipe(given)
     _quiet_libraries()
     from rich.console import Console
 
     from optima.models.source import find_source
-    from optima.plan import make_plan
+    from optima.plan import make_plan, measure
     from optima.plan_table import print_plan
 
-    print_plan(make_plan(find_source(model, recipe.trust_remote_code), recipe), model, Console(emoji=False))
+    plan = make_plan(find_source(model, recipe.trust_remote_code, recipe.revision), recipe)
+    print_plan(plan, measure(plan, recipe) if measured else None, model, Console(emoji=False))
 
 
 def _eval(given: Arguments) -> None:

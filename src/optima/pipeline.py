@@ -21,7 +21,7 @@ from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.reporting.progress import Progress
 from optima.reporting.record import BlockRecord, LinearRecord
-from optima.selectors.base import LinearTask, needs
+from optima.selectors.base import LinearTask, needs_of
 
 Dump = Callable[[Linear, Statistics], None]
 
@@ -115,7 +115,7 @@ class Job:
 
     def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> None:
         gradients = {}
-        if block.linears and "gradient" in needs(self.methods.selector):
+        if block.linears and "gradient" in needs_of(self.methods.selector):
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
         for found in self._observe(block, streams, clock):

@@ -8,7 +8,6 @@ Shapes: O outputs, D inputs, F factors of a random hessian.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optima.build import build
-from optima.device import PeakMemory, find_device
+from optima.device import PeakMemory, Stopwatch, find_device
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import gram
 from optima.linalg.statistics import Statistics
@@ -29,12 +28,13 @@ from optima.patterns import Pattern
 from optima.preflight import Preflight, preflight
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
-from optima.selectors.base import LinearTask, needs
+from optima.selectors.base import LinearTask, needs_of
 
 # Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
 # takes, the largest of the selectors.
 BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
-FACTORS = 64
+# Of a random hessian: common factors of the inputs, and what each input has to itself.
+FACTORS, OWN_SHARE = 64, 0.2
 SURVEY_NOTE = "allocation {} takes each linear's sparsity from calibration: the same for all is shown"
 
 
@@ -105,7 +105,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         found=found,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
-        work_bytes=max(_work_bytes(guess_groups(block), needs(build(recipe).selector)) for block in found.blocks),
+        work_bytes=max(_work_bytes(guess_groups(block), needs_of(build(recipe).selector)) for block in found.blocks),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=tokens * (hidden or 0) * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
@@ -137,48 +137,61 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     Products of activations are timed for a batch of the model's dtype and widths; attention and element-wise work of
     the blocks come on top.
     """
-    device, methods = find_device(recipe.device), build(recipe)
-    tokens = recipe.num_calibration_samples * recipe.max_seq_length
-    batch = min(recipe.batch_size * recipe.max_seq_length, tokens)
+    meter = _Meter(build(recipe), find_device(recipe.device))
+    memory = PeakMemory(meter.device)
+    samples, length = recipe.num_calibration_samples, recipe.max_seq_length
+    batch = min(recipe.batch_size or 8, samples) * length
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
-    timed: dict[tuple[object, ...], float] = {}
-    memory = PeakMemory(device)
-
-    def once(key: tuple[object, ...], work: Callable[[], object]) -> float:
-        if key not in timed:
-            work()
-            started = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            timed[key] = time.perf_counter() - started
-        return timed[key]
-
     for block in plan.found.blocks:
         for group in guess_groups(block):
             inputs = group[0].shape[1]
-            inputs_TD = torch.zeros(batch, inputs, device=device)
-            seconds["hessian"] += tokens / batch * once(("gram", inputs), lambda x=inputs_TD: gram(x))
+            seconds["hessian"] += samples * length / batch * meter.gram(batch, inputs)
             for linear in group:
-                outputs, pattern = linear.shape[0], plan.found.patterns[linear.name]
-                weight_OD = torch.zeros(linear.shape, dtype=linear.dtype, device=device)
-                product = once(("product", *linear.shape), lambda x=inputs_TD, w=weight_OD: x.to(w.dtype) @ w.mT)
-                seconds["forward"] += 2 * tokens / batch * product
-                seconds["linears"] += once(
-                    ("linear", *linear.shape, str(pattern)),
-                    lambda o=outputs, d=inputs, p=pattern: _prune_random(o, d, p, methods, device),
-                )
+                dtype = linear.read().dtype
+                seconds["forward"] += 2 * samples * length / batch * meter.product(batch, linear.shape, dtype)
+                seconds["linears"] += meter.prune(linear.shape, plan.found.patterns[linear.name], dtype)
     return Measured(seconds, memory.peak() - memory.baseline)
 
 
-def _prune_random(outputs: int, inputs: int, pattern: Pattern, methods: Methods, device: torch.device) -> None:
-    generator = torch.Generator().manual_seed(0)
+class _Meter:
+    """Seconds of work on random numbers, each kind timed once, after a warm-up."""
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
+    def __init__(self, methods: Methods, device: torch.device) -> None:
+        self.methods, self.device = methods, device
+        self._known: dict[tuple[object, ...], float] = {}
 
-    factors_FD = random(min(FACTORS, inputs), inputs)
-    hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
-    hessian_DD.diagonal().add_(0.2)
-    task = LinearTask("random", random(outputs, inputs), Statistics(Hessian(hessian_DD)), random(outputs, inputs).abs())
-    prune_linear(task, pattern, methods, torch.bfloat16)
+    def gram(self, tokens: int, inputs: int) -> float:
+        """A Gram matrix of one batch."""
+        inputs_TD = torch.zeros(tokens, inputs, device=self.device)
+        return self._once(("gram", inputs), lambda: gram(inputs_TD))
+
+    def product(self, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> float:
+        """A batch through a linear."""
+        weight_OD = torch.zeros(shape, dtype=dtype, device=self.device)
+        inputs_TD = torch.zeros(tokens, shape[1], dtype=dtype, device=self.device)
+        return self._once(("product", shape), lambda: inputs_TD @ weight_OD.mT)
+
+    def prune(self, shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> float:
+        """All that is done to a linear, with a hessian of its own."""
+        return self._once(("prune", shape, str(pattern)), lambda: self._prune(shape, pattern, dtype))
+
+    def _once(self, key: tuple[object, ...], work: Callable[[], object]) -> float:
+        if key not in self._known:
+            work()
+            clock = Stopwatch(self.device)
+            with clock("work"):
+                work()
+            self._known[key] = clock.total
+        return self._known[key]
+
+    def _prune(self, shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=generator).to(self.device)
+
+        factors_FD = random(min(FACTORS, shape[1]), shape[1])
+        hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
+        hessian_DD.diagonal().add_(OWN_SHARE)
+        task = LinearTask("random", random(*shape), Statistics(Hessian(hessian_DD)), random(*shape).abs())
+        prune_linear(task, pattern, self.methods, dtype)

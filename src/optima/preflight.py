@@ -16,7 +16,7 @@ from optima.linear import Methods
 from optima.models.masks import MaskFiles
 from optima.models.reading import check_length
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, select_linears
-from optima.patterns import Pattern
+from optima.patterns import Pattern, Unstructured
 from optima.recipe import Recipe, check_regexes
 from optima.selectors.external import External
 
@@ -48,7 +48,9 @@ class Preflight:
     def share(self, shares: dict[str, float]) -> None:
         """Give each linear with an unstructured pattern the sparsity that an allocation found for it."""
         for name, sparsity in shares.items():
-            self.patterns[name] = replace(self.patterns[name], sparsity=sparsity)  # type: ignore[call-arg]
+            pattern = self.patterns[name]
+            assert isinstance(pattern, Unstructured), "a recipe checks it"
+            self.patterns[name] = replace(pattern, sparsity=sparsity)
 
 
 def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int) -> Preflight:

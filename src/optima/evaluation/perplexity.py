@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.calibration.text import SEPARATOR, pack, special_tokens, text_length, token_ids
 from optima.device import evaluating, forward_replaced
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
+from optima.models.reading import check_length, check_vocabulary
 
 LOGITS_BYTES = 64 * 2**20  # float32 logits in memory at once: 64 positions of a vocabulary of 262k
 PROBE_LENGTH = 8  # tokens on which a model is checked before the long work
@@ -119,22 +120,12 @@ def perplexity(
 
 
 def check_windows(model: PreTrainedModel, tokens_NL: Tensor) -> None:
-    """Raise ``ModelError`` if ``model`` cannot read windows of this length or with these tokens."""
+    """Raise ``ModelError`` or ``CalibrationError`` if ``model`` cannot read windows of this length or these tokens."""
     length = tokens_NL.shape[1]
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length < 2:
         raise ModelError(f"windows of {length} token have no next token to predict: raise --max-seq-length")
-    if positions and length > positions > 0:
-        raise ModelError(
-            f"windows of {length} tokens are longer than the {positions} positions of {type(model).__name__}: "
-            f"lower --max-seq-length to at most {positions}"
-        )
-    largest, vocabulary = int(tokens_NL.max()), _num_embeddings(model)
-    if largest >= vocabulary:
-        raise ModelError(
-            f"the text has token {largest}, but {type(model).__name__} has a vocabulary of {vocabulary}: "
-            "use the tokenizer that was published with the model"
-        )
+    check_length(model, length)
+    check_vocabulary(model, tokens_NL)
 
 
 def check_causal(model: PreTrainedModel, probe_1L: Tensor) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from optima.models.source import Source, explain_read_errors, load_config, model_class
 
 
-def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
+def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
     """The model's modules on the meta device, in evaluation mode: shapes and names, no weights.
 
     Raises:
@@ -22,5 +21,6 @@ def skeleton(source: Source) -> tuple[nn.Module, PretrainedConfig]:
             model = cls.from_config(config, trust_remote_code=source.trust_remote_code)
         else:
             model = cls(config)
+    assert isinstance(model, PreTrainedModel)
     model.tie_weights()
     return model.eval(), config

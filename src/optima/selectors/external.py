@@ -38,7 +38,7 @@ class External:
     _linears: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def check(self, linear: Any, pattern: Pattern | None) -> Pattern:
-        """The pattern of a linear under its mask: the one asked for, or, if that is None, what the mask happens to have.
+        """The pattern of a linear under its mask: the one asked for or, if that is None, what the mask happens to have.
 
         Raises:
             RecipeError: if the mask is missing, has another shape, prunes nothing, or breaks the pattern.
