@@ -63,6 +63,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "bloom": ("BloomForCausalLM", "BloomConfig", V | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "olmo": ("OlmoForCausalLM", "OlmoConfig", LLAMA),
+    "gpt": ("OpenAIGPTLMHeadModel", "OpenAIGPTConfig", GPT2),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", LLAMA),
     "mpt": ("MptForCausalLM", "MptConfig", V | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
     # Encoders.

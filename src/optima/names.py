@@ -14,7 +14,7 @@ from optima.errors import RecipeError
 PATIENCE = 5.0
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 # One repeat of one character at most costs the square of a name's length; anything else is tried out first.
-SIMPLE = re.compile(r"(?:[\w\s.:^$-]|\\[.dwsbDWSB])*(?:[*+?](?:[\w\s.:^$-]|\\[.dwsbDWSB])*)?")
+SIMPLE = re.compile(r"(?:[\w\s.:^$|-]|\\[.dwsbDWSB])*(?:[*+?](?:[\w\s.:^$|-]|\\[.dwsbDWSB])*)?")
 TRIAL = """
 import json, re, sys
 regexes, names = json.load(sys.stdin)

@@ -86,7 +86,7 @@ def check_chain(model: nn.Module) -> None:
     batches = make_ids().split(2)
     expected: list[Tensor] = []
     handle = stack.blocks[-1].module.register_forward_hook(
-        lambda module, args, output: expected.append(output[0] if isinstance(output, tuple) else output)
+        lambda module, args, output: expected.append(output[0] if isinstance(output, (tuple, list)) else output)
     )
     with torch.no_grad():
         for batch in batches:

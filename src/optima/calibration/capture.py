@@ -84,6 +84,6 @@ def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:
         streams.calls[index].append(Call(*share((args, kwargs), pool)))
         if last:
             raise _AllCaptured
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
     return record

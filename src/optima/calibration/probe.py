@@ -5,7 +5,6 @@ Shapes: L tokens, D inputs, E hidden size.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -101,12 +100,10 @@ def forward(model: nn.Module, tokens: Tensor) -> None:
     """
     device = next(model.parameters()).device  # the embedding is the first parameter of every model of the library
     options = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
-    signature = inspect.signature(model.forward)
     try:
-        signature.bind(input_ids=tokens, **options)
-    except TypeError as error:
-        raise ModelError(f"{type(model).__name__} cannot run on token ids alone ({error})") from error
-    model(input_ids=tokens.to(device), **options)
+        model(input_ids=tokens.to(device), **options)
+    except (TypeError, ValueError) as error:  # what the library raises where other inputs are missing
+        raise ModelError(f"{type(model).__name__} cannot run on token ids alone: {error}") from error
 
 
 @torch.inference_mode(False)  # inside it, tensors do not count their changes
@@ -131,14 +128,19 @@ def look(model: nn.Module, stack: Stack, tokens_1L: Tensor) -> Probe:
             "once, in order, in a forward pass (shared or skipped blocks), which this tool cannot prune"
         )
     outputs = [output for *_, output in seen.blocks]
-    layout = _layout(model, outputs[0], tokens_1L.shape[1])
+    layout = _layout(model, hidden_of(outputs[0]), tokens_1L.shape[1])
     groups, routed = _groups(stack, seen, tokens_1L.shape[1])
     return Probe(groups, outputs, _carried(seen), *layout, routed)
 
 
-def _layout(model: nn.Module, output: Any, length: int) -> tuple[int, bool]:
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block returned, bare or in front of others."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
+
+
+def _layout(model: nn.Module, hidden: object, length: int) -> tuple[int, bool]:
     """``sample_dim`` and ``sequence_first``."""
-    hidden = output[0] if isinstance(output, tuple) else output
     counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
     if counts == (1, length):
         return 0, False
@@ -157,7 +159,7 @@ def _carried(seen: _Seen) -> list[dict[int | str, Place]]:
     for index, args, kwargs, output in seen.blocks:
         named: list[tuple[int | str, Any]] = [*enumerate(args[1:] if args else ()), *kwargs.items()]
         carried.append({key: returned[id(value)] for key, value in named if id(value) in returned})
-        for place, item in enumerate(output if isinstance(output, tuple) else ()):
+        for place, item in enumerate(output if isinstance(output, (tuple, list)) else ()):
             if place and isinstance(item, Tensor):
                 returned.setdefault(id(item), (index, place))
     return carried
@@ -204,7 +206,7 @@ def check_chain(model: nn.Module, stack: Stack, expected: Sequence[Any], found: 
         ModelError: naming the first block that differs: the model does something between its blocks.
     """
     for block, output, hidden in zip(stack.blocks, expected, found, strict=False):
-        own = (output[0] if isinstance(output, tuple) else output).float()
+        own = hidden_of(output).float()
         if own.shape == hidden.shape:
             scale = own.nan_to_num(0, 0, 0).abs().max().item()
             tolerance = max(1e-4, 8 * torch.finfo(hidden.dtype).eps) * scale

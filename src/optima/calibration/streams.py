@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optima.calibration.probe import Probe
+from optima.calibration.probe import Probe, hidden_of
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
 
@@ -99,12 +99,6 @@ class Streams:
         inputs = map_tensors((self.hidden[batch], args, kwargs), lambda tensor: part(tensor).to(device))
         hidden, args, kwargs = inputs
         return block.module(hidden, *args, **kwargs)
-
-
-def hidden_of(output: Any) -> Tensor:
-    """The hidden states that a block returned, bare or in front of others."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
 
 
 def _take_sample(tensor: Tensor, sample: int, samples: int) -> Tensor:

@@ -1,0 +1,43 @@
+"""Masks that someone else made, oriented as the model's linears."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from optima.errors import RecipeError
+from optima.models.masks import MaskFiles
+from optima.models.stacks import ModuleLinear
+
+KEEP_OD = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5  # square, and no whole number of bytes
+
+
+@pytest.mark.parametrize("module", [nn.Linear(5, 5), Conv1D(5, 5)], ids=["Linear", "Conv1D"])
+def test_a_mask_is_stored_as_the_weight_is(module: nn.Module, tmp_path: Path) -> None:
+    stored = KEEP_OD.mT.contiguous() if isinstance(module, Conv1D) else KEEP_OD
+    save_file({"x": stored}, tmp_path / "masks.safetensors")
+    masks = MaskFiles(str(tmp_path / "masks.safetensors"))
+    assert torch.equal(masks.keep("x"), stored)
+    assert torch.equal(masks.keep_OD(ModuleLinear("x", module)), KEEP_OD)
+
+
+def test_each_mask_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "masks.safetensors"
+    masks_OD = {name: torch.roll(KEEP_OD, shift, 0) for shift, name in enumerate("abc")}
+    save_file(masks_OD, file)
+    masks = MaskFiles(str(file))
+    linears = [ModuleLinear(name, nn.Linear(5, 5)) for name in masks_OD]
+    first = [masks.keep(linear.name) for linear in linears]
+    save_file({name: ~keep_OD for name, keep_OD in masks_OD.items()}, file)
+    assert all(torch.equal(masks.keep_OD(linear), keep) for linear, keep in zip(linears, first, strict=True))
+
+
+def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
+    save_file({"x": KEEP_OD[:4]}, tmp_path / "masks.safetensors")
+    with pytest.raises(RecipeError, match=r"mask of x has shape \(4, 5\), but the model stores its weight as \(5, 5\)"):
+        MaskFiles(str(tmp_path / "masks.safetensors")).keep_OD(ModuleLinear("x", nn.Linear(5, 5)))
