@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptimaError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]optima: error:[/] {escape(str(error))}", highlight=False)
         return 2
-    except KeyboardInterrupt:
-        print("optima: interrupted, nothing was left half-written", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        print(f"optima: {error}" if str(error) else "optima: interrupted", file=sys.stderr)
+        return int(getattr(error, "exit_code", 130))
     return 0
 
 
