@@ -1,0 +1,394 @@
+"""OUT is claimed by one run, appears only when whole, and what was there is never lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from tiny import snapshot
+
+from optima.errors import ModelError
+from optima.models import files
+from optima.models.destination import Destination, unfinished
+from optima.models.files import Interrupted, exchange, interruptible
+
+REPORT = json.dumps({"schema_version": 1, "run": {}, "linears": []})
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def claim(path: str | Path = "out", overwrite: bool = False, **options: object) -> AbstractContextManager[Destination]:
+    return Destination.open(path, overwrite, **options)  # type: ignore[arg-type]
+
+
+def run(path: str | Path = "out", overwrite: bool = False, meanwhile: Callable[[], object] = int) -> None:
+    with claim(path, overwrite) as destination:
+        (destination.directory / "new").write_text("new")
+        (destination.directory / "report.json").write_text(REPORT)
+        commit(destination)
+        meanwhile()
+
+
+def commit(destination: Destination) -> None:
+    with destination.journal.open("a") as journal:
+        journal.write('{"block": "a"}\n')
+
+
+def make_output(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "old").write_text("old")
+    (path / "report.json").write_text(REPORT)
+
+
+def refused(path: str | Path = "out", overwrite: bool = False, **options: object) -> str:
+    """The message of a refusal that changes nothing."""
+    before = snapshot(Path.cwd().parent)
+    with pytest.raises(ModelError) as error, claim(path, overwrite, **options):
+        pytest.fail("claimed")
+    assert snapshot(Path.cwd().parent) == before
+    return str(error.value)
+
+
+class TestStart:
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("kind", ["file", "fifo", "directory", "link to a directory", "hidden"])
+    def test_what_is_not_ours_is_never_replaced(self, here: Path, kind: str, overwrite: bool) -> None:
+        if kind == "file":
+            (here / "out").write_text(REPORT)
+        elif kind == "fifo":
+            os.mkfifo(here / "out")
+            with pytest.raises(ModelError, match="is no directory"), claim("out", overwrite):
+                pass
+            assert (here / "out").is_fifo()
+            return
+        else:
+            (here / "thesis").mkdir()
+            (here / "thesis" / (".tex" if kind == "hidden" else "report.json")).write_text('{"schema_version": "mine"}')
+            (here / "out").symlink_to("thesis") if "link" in kind else (here / "thesis").rename("out")
+        message = refused(overwrite=overwrite)
+        assert "choose another --output-dir" in message
+        assert ("exists" in message) or ("has no report.json of an earlier run" in message)
+
+    def test_a_device_is_never_replaced(self) -> None:
+        assert "is no directory" in refused("/dev/null", True)
+
+    def test_an_earlier_output_is_replaced_only_if_asked(self, here: Path) -> None:
+        make_output(here / "out")
+        assert "replace it with --overwrite" in refused()
+        run(overwrite=True)
+        assert snapshot(here).keys() == {"out", "out/new", "out/report.json"}
+
+    @pytest.mark.parametrize("out", ["in", "in/../in", "link", "above", "above/model", "."])
+    def test_an_input_is_never_replaced(self, here: Path, out: str) -> None:
+        for directory in (here / "in", here / "above"):
+            make_output(directory)
+        (here / "above" / "model").mkdir()
+        (here / "above" / "model" / "report.json").write_text(REPORT)
+        (here / "link").symlink_to("in")
+        (here / "linked-input").symlink_to("above/model")
+        message = refused(out, True, inputs=["link", "linked-input"])
+        assert "which this run reads" in message or "holds the current directory" in message
+
+    @pytest.mark.parametrize("path", ["/", "/proc", ".", ".."])
+    def test_mount_points_and_the_current_directory(self, path: str) -> None:
+        with pytest.raises(ModelError, match="cannot be replaced: choose a directory below it"), claim(path, True):
+            pass
+
+    @pytest.mark.parametrize(
+        "path", ["a\0b", "a\udcff", "a" * 256, "a/" * 3000, "~nobody-of-that-name/out", "loop/out"]
+    )
+    def test_names_that_no_file_can_have(self, here: Path, path: str) -> None:
+        (here / "loop").symlink_to("loop")
+        message = refused(path)
+        assert "choose another --output-dir" in message
+        message.encode("utf-8")
+
+    @pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "a" * 240])
+    def test_names_as_long_as_they_may_be(self, here: Path, name: str) -> None:
+        run(name)
+        assert (here / name / "new").exists()
+        assert os.listdir(here) == [name]
+
+    def test_a_current_directory_that_was_deleted(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (here / "gone").mkdir()
+        monkeypatch.chdir(here / "gone")
+        (here / "gone").rmdir()
+        with pytest.raises(ModelError, match="cannot be used"), claim():
+            pass
+        run(here / "out")
+        assert (here / "out" / "new").exists()
+
+    @pytest.mark.parametrize("path", ["file/out", "file/a/b/out"])
+    def test_below_a_file(self, here: Path, path: str) -> None:
+        (here / "file").touch()
+        assert "choose another --output-dir" in refused(path)
+
+    @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+    def test_read_only(self, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+        def refuse(self: Path, *args: object, **options: object) -> None:
+            raise OSError(code, "not for you")
+
+        monkeypatch.setattr(Path, "mkdir", refuse)
+        assert "cannot write beside" in refused("a/out")
+
+    def test_space_is_checked_first(self) -> None:
+        assert "GiB free and the checkpoint needs" in refused("a/out", num_bytes=2 * shutil.disk_usage(".").free)
+
+    def test_a_foreign_directory_of_that_name(self, here: Path) -> None:
+        (here / ".out.optima-partial").mkdir()
+        (here / ".out.optima-partial" / "thesis").touch()
+        assert "no run of optima left it" in refused()
+
+
+class TestTwoRuns:
+    def test_the_second_is_refused_and_told_of_the_first(self, here: Path) -> None:
+        with claim(run={"command": "optima prune"}) as destination:
+            with pytest.raises(ModelError) as error, claim(here / "a" / ".." / "out"):
+                pass
+            for part in ("another run is writing", "optima prune", str(os.getpid())):
+                assert part in str(error.value)
+            (destination.directory / "new").touch()
+        assert (here / "out" / "new").exists()
+
+    def test_in_another_process(self, here: Path) -> None:
+        with claim():
+            child = os.fork()
+            if child == 0:
+                try:
+                    with claim():
+                        os._exit(0)
+                except ModelError:
+                    os._exit(7)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+    def test_different_outputs_do_not_meet(self, here: Path) -> None:
+        with claim("a"):
+            run("b")
+        assert (here / "a").is_dir()
+        assert (here / "b").is_dir()
+
+
+class TestEnd:
+    def test_nothing_is_under_the_name_before(self, here: Path) -> None:
+        run("a/b/out", meanwhile=lambda: pytest.fail("there") if Path("a/b/out").exists() else None)
+        assert snapshot(here).keys() == {"a", "a/b", "a/b/out", "a/b/out/new", "a/b/out/report.json"}
+
+    def test_an_empty_directory_is_free(self, here: Path) -> None:
+        (here / "out").mkdir()
+        run()
+        assert (here / "out" / "new").exists()
+
+    def test_a_link_stays_and_what_it_points_at_is_written(self, here: Path) -> None:
+        (here / "out").symlink_to("elsewhere")
+        run()
+        assert (here / "out").is_symlink()
+        assert (here / "elsewhere" / "new").exists()
+
+    @pytest.mark.parametrize("overwrite", [False, True])
+    @pytest.mark.parametrize("kind", ["directory", "file", "output"])
+    def test_what_appeared_during_the_run_stays(self, here: Path, kind: str, overwrite: bool) -> None:
+        def appear() -> None:
+            if kind == "file":
+                Path("out").write_text("thesis")
+            elif kind == "output":
+                make_output(Path("out"))
+            else:
+                Path("out").mkdir()
+                Path("out", "thesis").write_text("thesis")
+
+        if kind == "output" and overwrite:
+            run(overwrite=True, meanwhile=appear)
+            assert (here / "out" / "new").exists()
+            return
+        with pytest.raises(ModelError, match=r"the finished checkpoint is in .*out\.1"):
+            run(overwrite=overwrite, meanwhile=appear)
+        assert (here / "out.1" / "new").exists()
+        assert not (here / "out" / "new").exists() if kind != "file" else (here / "out").read_text() == "thesis"
+        assert set(os.listdir(here)) == {"out", "out.1"}
+
+    @pytest.mark.parametrize("can_exchange", [True, False])
+    def test_a_swap_that_fails_leaves_both(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+    ) -> None:
+        make_output(here / "out")
+
+        def fail(first: Path, second: Path) -> bool:
+            if can_exchange:
+                raise OSError(errno.EIO, "Input/output error")
+            return False
+
+        monkeypatch.setattr(files, "exchange", fail)
+        if not can_exchange:
+            rename = Path.rename
+
+            def refuse(self: Path, target: Path) -> Path:
+                if self.name == "model" and target.name == "out":
+                    raise OSError(errno.EIO, "Input/output error")
+                return rename(self, target)
+
+            monkeypatch.setattr(Path, "rename", refuse)
+        with pytest.raises(ModelError, match=r"Input/output error.*is in .*out\.1"):
+            run(overwrite=True)
+        assert (here / "out" / "old").exists()
+        assert (here / "out.1" / "new").exists()
+
+    def test_without_an_exchange_there_are_two_renames(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(files, "exchange", lambda first, second: False)
+        make_output(here / "out")
+        run(overwrite=True)
+        assert snapshot(here).keys() == {"out", "out/new", "out/report.json"}
+
+    def test_a_kill_between_the_two_renames_is_undone(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        make_output(here / "out")
+        if os.fork() == 0:
+            files.exchange = lambda first, second: False  # type: ignore[assignment]
+            rename = Path.rename
+            Path.rename = lambda self, to: os._exit(0) if self.name == "model" else rename(self, to)  # type: ignore[method-assign]
+            run(overwrite=True)
+        os.wait()
+        assert not (here / "out").exists()
+        with pytest.raises(ModelError, match="exists"):
+            run()
+        assert (here / "out" / "old").exists()
+        run(overwrite=True)
+        assert (here / "out" / "new").exists()
+
+    def test_exchange_is_one_step(self, here: Path) -> None:
+        for name in "ab":
+            (here / name).mkdir()
+            (here / name / name).touch()
+        if not exchange(here / "a", here / "b"):
+            pytest.skip("this file system cannot exchange")
+        assert (here / "a" / "b").exists()
+        assert (here / "b" / "a").exists()
+        with pytest.raises(FileNotFoundError):
+            exchange(here / "a", here / "missing")
+
+    def test_an_old_output_that_cannot_be_deleted_is_named(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        make_output(here / "out")
+
+        def refuse(path: Path) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+        monkeypatch.setattr(shutil, "rmtree", refuse)
+        run(overwrite=True)
+        assert (here / "out" / "new").exists()
+        assert ".out.optima-partial cannot be deleted (Permission denied)" in caplog.text
+
+
+def fail(error: BaseException, path: str = "out", blocks: int = 1) -> None:
+    with claim(path, run={"command": "optima prune"}) as destination:
+        (destination.directory / "config.json").touch()
+        for _ in range(blocks):
+            commit(destination)
+        raise error
+
+
+class TestFailure:
+    @pytest.mark.parametrize(
+        "error", [ModelError("no"), KeyboardInterrupt(), FileNotFoundError("x"), ZeroDivisionError()]
+    )
+    def test_before_the_first_block_leaves_nothing(self, here: Path, error: BaseException) -> None:
+        with pytest.raises(type(error)):
+            fail(error, "a/b/out", blocks=0)
+        assert not list(here.iterdir())
+
+    @pytest.mark.parametrize("error", [ModelError("no"), KeyboardInterrupt()])
+    def test_after_it_keeps_what_was_done_and_says_so(
+        self, here: Path, caplog: pytest.LogCaptureFixture, error: BaseException
+    ) -> None:
+        with pytest.raises(type(error)):
+            fail(error)
+        assert ".out.optima-partial keeps what was done" in caplog.text
+        found = unfinished(here / "out")
+        assert found is not None
+        assert found.blocks == ({"block": "a"},)
+        assert found.run["command"] == "optima prune"
+        assert not (here / "out").exists()
+        with claim() as destination:
+            assert "optima prune" in destination.notes[0]
+            assert "1 blocks done" in destination.notes[0]
+            assert not destination.journal.exists()
+        assert unfinished(here / "out") is None
+
+    def test_a_refused_run_leaves_the_unfinished_one(self, here: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            fail(KeyboardInterrupt())
+        make_output(here / "out")
+        assert "exists" in refused()
+        assert unfinished(here / "out") is not None
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 5}'])
+    def test_a_run_file_that_was_torn(self, here: Path, content: str) -> None:
+        partial = here / ".out.optima-partial"
+        (partial / "model").mkdir(parents=True)
+        (partial / "run.json").write_text(content)
+        (partial / "journal.jsonl").write_text('{"block": "a"}\n{"blo')
+        found = unfinished(here / "out")
+        assert found is not None
+        assert len(found.blocks) == 1
+        run()
+        assert os.listdir(here) == ["out"]
+
+    def test_an_empty_partial_directory(self, here: Path) -> None:
+        (here / ".out.optima-partial").mkdir()
+        run()
+        assert os.listdir(here) == ["out"]
+
+
+class TestSignals:
+    @pytest.fixture(autouse=True)
+    def handlers(self) -> Iterator[None]:
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_clean_up_as_ctrl_c_does(self, here: Path, number: int) -> None:
+        def stop_twice() -> None:
+            try:
+                signal.raise_signal(number)
+            finally:
+                # While the first is cleaned up after: not heeded.
+                signal.raise_signal(number)
+
+        with pytest.raises(Interrupted) as error, interruptible(), claim():
+            stop_twice()
+        assert error.value.exit_code == 128 + number
+        assert isinstance(error.value, KeyboardInterrupt)
+        assert not list(here.iterdir())
+        assert signal.getsignal(number) == signal.SIG_DFL
+
+    @pytest.mark.parametrize("handler", [signal.SIG_IGN, lambda number, frame: None])
+    def test_handlers_of_others_stay(self, handler: signal.Handlers) -> None:
+        signal.signal(signal.SIGHUP, handler)
+        with interruptible():
+            assert signal.getsignal(signal.SIGHUP) == handler
+            signal.raise_signal(signal.SIGHUP)
+
+    def test_another_thread_installs_none(self) -> None:
+        def enter() -> None:
+            with interruptible():
+                found.append(signal.getsignal(signal.SIGTERM))
+
+        found: list[object] = []
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+        assert found == [signal.SIG_DFL]
