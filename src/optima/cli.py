@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt as error:
-        print(f"optima: {error or 'interrupted'}, nothing was left half-written", file=sys.stderr)
+        print(f"optima: {str(error) or 'interrupted'}, nothing was left half-written", file=sys.stderr)
         return int(getattr(error, "exit_code", 130))
     return 0
 
