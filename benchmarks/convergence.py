@@ -26,7 +26,7 @@ from torch import Tensor
 
 from optima.qp import BatchedCholesky, Hessian, RowProblem, certify
 from optima.qp.certificate import ENERGY_FLOOR
-from optima.qp.low_rank import LowRankModel
+from optima.qp.preconditioners import FactorModel
 
 SHARED, LOW_RANK, JACOBI, CERTIFIED = "#0b5fa5", "#8a3ffc", "#d1701f", "#2a9d5c"
 LOWEST, HIGHEST = 1e-10, 30.0
@@ -54,10 +54,10 @@ def curves(case: Case, num_rows: int, sparsity: float, iterations: int) -> Curve
     hessian = Hessian(case.hessian_DD)
     problem = Case(case.name, case.hessian_DD, case.weight_OD[index].double()).problem(hessian, sparsity)
     solver = BatchedCholesky(gap=ORACLE_GAP, dtype=torch.float64)
-    optimum_RD = solver.solve(solver.prepare(hessian), problem).weight_RD
+    optimum_RD = solver.solve(hessian, problem).weight_RD
     diagonal_D = hessian.damped_DD.diagonal()
     shared_NR, certified_NR = descend(hessian, problem, optimum_RD, lambda r_RD: r_RD @ hessian.inverse_DD, iterations)
-    model, mask_RD = LowRankModel(hessian, torch.float64), problem.keep_RD.double()
+    model, mask_RD = FactorModel(hessian, torch.float64), problem.keep_RD.double()
     core_RFF = model.restrict(mask_RD)
     low_rank_NR, _ = descend(
         hessian, problem, optimum_RD, lambda r_RD: model.solve(r_RD, mask_RD, core_RFF), iterations

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness.cases import SOLVERS, solver_of
+from harness.cases import solver_of
 from harness.memory import TensorPeak
 from harness.table import Claim, machine, show_claims, wide_console
 from harness.timing import synchronise, use_threads
@@ -38,7 +38,7 @@ from torch.nn import functional
 from optima.calibration.statistics import Accumulator
 from optima.linalg.statistics import Statistics
 from optima.patterns import Unstructured
-from optima.qp import Hessian, RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
+from optima.qp import SOLVERS, Hessian, RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.selectors.base import LinearTask, make_selector
 
@@ -185,7 +185,7 @@ def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
                     memory.phase("hessian")
                     hessian, hessian_seconds = accumulate(size, shape, clock)
                     memory.phase("factor")
-                    prepare_seconds = clock(lambda hessian=hessian: solver.prepare(hessian))
+                    prepare_seconds = clock(lambda hessian=hessian: hessian.operator(hessian.working_dtype))
                 solution, mask_seconds, solve_seconds = prune(weights[name], hessian, shape, solver, clock, memory)
             products = 4.0 * size**2 * float(solution.iterations_R.double().sum())
             accumulation = 2.0 * shape.tokens * size**2
@@ -267,7 +267,7 @@ def main(arguments: list[str] | None = None) -> list[Claim]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--scale", default="full", choices=SHRINK)
-    parser.add_argument("--solver", default="auto", choices=SOLVERS)
+    parser.add_argument("--solver", default="auto", choices=list(SOLVERS))
     parser.add_argument("--gap", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")

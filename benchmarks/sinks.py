@@ -24,7 +24,7 @@ from optima import Recipe, prune
 from optima.calibration.text import TextSource, calibration_tokens, read_documents
 from optima.evaluation.perplexity import evaluation_windows
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.models.stacks import Linear, find_blocks
+from optima.models.stacks import Linear, find_stacks
 
 # Sums over windows of energies at the first token and at all others, (measurements, 2) float64, by the linear's name.
 Energies = dict[str, Tensor]
@@ -68,7 +68,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def find_linears(model: nn.Module) -> dict[str, Linear]:
-    return {linear.name: linear for block in find_blocks(model) for linear in block.linears}
+    (stack,) = find_stacks(model)
+    return {linear.name: linear for block in stack.blocks for linear in block.linears}
 
 
 @torch.no_grad()

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from optima.models.stacks import Block, find_stacks
 
 LINES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "the fox\n\nthe dog"]
 TEMPLATES = {"none": None, "bos": "<s> $A", "bert": "[CLS] $A [SEP]", "eos": "$A </s>"}
@@ -80,10 +83,28 @@ def save_model(directory: Path, model: PreTrainedModel | None = None, template: 
     return directory
 
 
+def weight_files(directory: Path) -> dict[str, bytes]:
+    """The safetensors files of a checkpoint, and its index if it has one."""
+    return {path.name: path.read_bytes() for path in directory.glob("model*.safetensors*")}
+
+
+def load_weights(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, in one file or many."""
+    return {
+        name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
 def save_text(file: Path, text: str = TEXT) -> Path:
     """A text file, long enough for a few tiny calibration sequences."""
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def blocks_of(model: nn.Module) -> tuple[Block, ...]:
+    """The model's blocks with all their linears."""
+    (stack,) = find_stacks(model)
+    return stack.blocks
 
 
 def snapshot(directory: Path) -> dict[str, bytes | None]:

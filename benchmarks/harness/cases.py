@@ -19,7 +19,7 @@ from torch import Tensor
 from optima.errors import RecipeError
 from optima.linalg.statistics import Statistics
 from optima.patterns import Unstructured
-from optima.qp import SOLVER_NAMES, Hessian, RowProblem, RowSolver, make_problem, make_solver
+from optima.qp import Hessian, RowProblem, RowSolver, make_problem, make_solver
 from optima.selectors.base import LinearTask, make_selector
 
 
@@ -46,11 +46,8 @@ class Case:
         return make_problem(hessian, self.weight_OD, selection.keep_OD)
 
 
-SOLVERS = [name for name in SOLVER_NAMES if name != "none"]
-
-
 def solver_of(name: str, gap: float) -> RowSolver:
-    """One of ``SOLVERS`` at a certified gap."""
+    """One of optima.qp.SOLVERS at a certified gap."""
     solver = make_solver(name, gap)
     assert solver is not None
     return solver

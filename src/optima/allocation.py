@@ -1,72 +1,36 @@
-"""How one global sparsity is shared out over the linears, from a survey of the dense model's layers.
+"""How one global sparsity is shared out over the linears, from a survey of the dense model.
 
-Every method observes each layer once and then gives every linear its sparsity; the mean, weighted by the numbers of
-weights, is the global sparsity.
+Every method observes each linear once and then gives it its sparsity; the mean, weighted by the numbers of weights, is
+the global sparsity.
 
-Shapes: O outputs, D inputs, R sampled rows, N blocks or linears, P points of a curve.
+Shapes: O outputs, D inputs, N blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from optima.errors import RecipeError
-from optima.patterns import Unstructured
-from optima.qp.auto import Auto
-from optima.qp.problem import make_problem
-from optima.qp.rows import rows_per_chunk
 from optima.selectors.base import LinearTask
-from optima.selectors.ranking import top_scores
 from optima.selectors.wanda import wanda_score
 
-ALLOCATION_NAMES = ("uniform", "owl")
 # No linear is left dense or empty, however far the global sparsity and the spread reach.
 SPARSEST, DENSEST = 0.99, 0.01
 
 
 class Allocation(Protocol):
-    """Shares out a global sparsity. Sees one layer at a time: never a model or a file."""
+    """Shares out a global sparsity. Sees one linear at a time: never a model or a file."""
 
     def observe(self, block: int, task: LinearTask) -> None:
-        """Take note of a dense layer of the block number ``block``."""
+        """Take note of a dense linear of the block number ``block``."""
         ...
 
     def allocate(self) -> dict[str, float]:
         """Full name and sparsity of every linear observed; their weighted mean is the global sparsity."""
         ...
-
-
-def make_allocation(
-    name: str, sparsity: float, spread: float | None = None, outlier_multiple: float = 5.0
-) -> Allocation | None:
-    """The allocation called ``name``; None for ``uniform``, which needs no survey.
-
-    Args:
-        name: ``uniform`` or ``owl``.
-        sparsity: the global sparsity.
-        spread: how far a linear may depart from it, see the methods; None is the method's own default.
-        outlier_multiple: OWL's M.
-
-    Raises:
-        RecipeError: if the name is unknown or a value is out of range.
-    """
-    if name not in ALLOCATION_NAMES:
-        raise RecipeError(f"unknown allocation {name!r}: known allocations are {', '.join(ALLOCATION_NAMES)}")
-    if spread is not None and not 0.0 < spread < 1.0:
-        raise RecipeError(f"allocation_spread must be strictly between 0 and 1, got {spread}: for example 0.1")
-    if not 0.0 < outlier_multiple < float("inf"):
-        raise RecipeError(f"outlier_multiple must be positive, got {outlier_multiple}: for example 5")
-    if name == "owl":
-        return Owl(sparsity, outlier_multiple, Owl.spread if spread is None else spread)
-    if spread is not None:
-        raise RecipeError("allocation_spread is for allocation owl: uniform has none")
-    return None
 
 
 @dataclass
@@ -91,7 +55,7 @@ class Owl:
     _scores: list[Tensor] = field(default_factory=list, init=False)
 
     def observe(self, block: int, task: LinearTask) -> None:
-        """See ``Allocation``. The layers of a block must come one after the other."""
+        """See ``Allocation``. The linears of a block must come one after the other."""
         if block not in self._sizes:
             self._end_block()
         self._sizes.setdefault(block, {})[task.name] = task.weight_OD.numel()
@@ -138,136 +102,3 @@ def with_mean(value_N: Tensor, size_N: Tensor, mean: float) -> Tensor:
         middle = 0.5 * (below + above)
         below, above = (middle, above) if excess(middle) < 0.0 else (below, middle)
     return (value_N + above).clamp(lowest, highest)
-
-
-@dataclass
-class LeastError:
-    """The allocation with the least sum of relative reconstruction errors, from measured curves.
-
-    A linear's curve of error against sparsity is measured on a sample of its rows: Wanda's mask at each of a few
-    sparsities and the exact solve of its weights. The same rows at every sparsity make a smooth curve. Between the
-    points the error is taken as exponential, which it nearly is; on the lower convex hull of each curve the greedy
-    choice of the cheapest weights is optimal.
-
-    Args:
-        sparsity: the global sparsity S.
-        spread: each linear's sparsity is within this of S.
-        rows: rows sampled of each linear.
-        points: sparsities measured, evenly spaced over the range.
-    """
-
-    sparsity: float
-    spread: float = 0.15
-    rows: int = 32
-    points: int = 5
-    _sizes: dict[str, int] = field(default_factory=dict, init=False)
-    _errors: dict[str, list[float]] = field(default_factory=dict, init=False)
-
-    def __post_init__(self) -> None:
-        lowest = max(self.sparsity - self.spread, min(DENSEST, self.sparsity))
-        highest = min(self.sparsity + self.spread, max(SPARSEST, self.sparsity))
-        self._measured_P = torch.linspace(lowest, highest, self.points, dtype=torch.float64)
-
-    def observe(self, block: int, task: LinearTask) -> None:
-        """See ``Allocation``."""
-        self._sizes[task.name] = task.weight_OD.numel()
-        self._errors[task.name] = error_curve(task, self._measured_P.tolist(), self.rows)
-
-    def allocate(self) -> dict[str, float]:
-        """See ``Allocation``."""
-        fine = 20 * (self.points - 1) + 1
-        grid_P = torch.linspace(float(self._measured_P[0]), float(self._measured_P[-1]), fine, dtype=torch.float64)
-        curve_NP = torch.stack([_exponential(errors, fine) for errors in self._errors.values()])
-        sparsities = least_sum(grid_P, curve_NP, list(self._sizes.values()), self.sparsity)
-        return dict(zip(self._sizes, sparsities, strict=True))
-
-
-def error_curve(task: LinearTask, sparsities: Sequence[float], num_rows: int) -> list[float]:
-    """Estimate of a layer's relative reconstruction error at each sparsity, from ``num_rows`` of its rows.
-
-    Wanda's mask within each row, weights solved to a gap of 1 part in 100. Rows are drawn in proportion to the cost of
-    removing their pruned weights one at a time, w_j^2 / (H^-1)_jj (optimal brain surgeon), which all rows' true errors
-    follow within a factor of two: 32 rows of 14 linears of Gemma 3 270M came within 4% of all.
-    """
-    middle = Unstructured(sparsities[len(sparsities) // 2], "row")
-    chunks = task.weight_OD.split(rows_per_chunk(task.hessian.num_inputs))
-    cost_O = torch.cat([_removal_cost(weight_RD, task, middle) for weight_RD in chunks])
-    dense, cost = sum(float(_energy(weight_RD, task).sum()) for weight_RD in chunks), float(cost_O.sum())
-    if not dense or not cost:
-        return [0.0] * len(sparsities)
-    # Systematic sampling: one row at the middle of each equal share of the cost.
-    share_R = (torch.arange(num_rows, dtype=torch.float64, device=cost_O.device) + 0.5) / num_rows
-    index_R = torch.searchsorted(cost_O.cumsum(0) / cost, share_R).clamp_max(len(cost_O) - 1)
-    weight_RD = task.weight_OD[index_R]
-    score_RD = wanda_score(weight_RD, task.hessian)
-    solver = Auto(gap=1e-2)
-    state = solver.prepare(task.hessian)
-    errors = []
-    for sparsity in sparsities:
-        keep_RD = top_scores(score_RD, Unstructured(sparsity, "row"))
-        solution = solver.solve(state, make_problem(task.hessian, weight_RD, keep_RD))
-        error_R = _energy(weight_RD - solution.weight_RD, task)
-        errors.append(float((error_R / cost_O[index_R]).mean()) * cost / dense)
-    return errors
-
-
-def _removal_cost(weight_RD: Tensor, task: LinearTask, pattern: Unstructured) -> Tensor:
-    """Each row's cost of removing the weights that Wanda prunes, each as if it were the only one; float64."""
-    gone_RD = ~top_scores(wanda_score(weight_RD, task.hessian), pattern) & ~task.hessian.dead_D
-    return (weight_RD.double().square() / task.hessian.inverse_diagonal_D * gone_RD).sum(dim=1)
-
-
-def _energy(weight_RD: Tensor, task: LinearTask) -> Tensor:
-    """Mean square of each row's output, w^T H w, float64."""
-    weight_RD = weight_RD.double()
-    energy_R: Tensor = torch.linalg.vecdot(weight_RD @ task.hessian.matrix_DD, weight_RD)
-    return energy_R
-
-
-def least_sum(grid_P: Tensor, curve_NP: Tensor, sizes: Sequence[int], mean: float) -> list[float]:
-    """One sparsity a curve such that the curves sum to the least and the sparsities' weighted mean is ``mean``.
-
-    Args:
-        grid_P: increasing sparsities, float64, around ``mean``.
-        curve_NP: each linear's errors there, float64, finite.
-        sizes: weights of each linear.
-        mean: the weighted mean to meet.
-
-    Returns:
-        The optimum over the curves' lower convex hulls: the segments of all hulls are taken in the order of their
-        cost per weight until the mean is met, the last of them in part.
-    """
-    segments: list[tuple[float, int, float]] = []
-    for linear, (curve_P, size) in enumerate(zip(curve_NP, sizes, strict=True)):
-        corners = _lower_hull(grid_P.tolist(), curve_P.tolist())
-        for (before, low), (after, high) in pairwise(corners):
-            segments.append(((high - low) / (after - before) / size, linear, after - before))
-    # Slopes grow along a hull, so a stable sort keeps each linear's own order.
-    segments.sort(key=lambda segment: segment[0])
-    sparsities = [float(grid_P[0])] * len(sizes)
-    left = (mean - float(grid_P[0])) * sum(sizes)
-    for _, linear, width in segments:
-        step = min(width, max(left, 0.0) / sizes[linear])
-        sparsities[linear] += step
-        left -= step * sizes[linear]
-    return sparsities
-
-
-def _lower_hull(x: Sequence[float], y: Sequence[float]) -> list[tuple[float, float]]:
-    """Corners of the lower convex hull of points with increasing ``x``."""
-    hull: list[tuple[float, float]] = []
-    for point in zip(x, y, strict=True):
-        while len(hull) > 1 and _turns_down(hull[-2], hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def _turns_down(first: tuple[float, float], second: tuple[float, float], third: tuple[float, float]) -> bool:
-    return (second[1] - first[1]) * (third[0] - first[0]) >= (third[1] - first[1]) * (second[0] - first[0])
-
-
-def _exponential(errors: Sequence[float], fine: int) -> Tensor:
-    """Errors at evenly spaced points interpolated to ``fine`` points, piecewise exponential, never falling."""
-    log_P = torch.tensor(errors, dtype=torch.float64).clamp_min(1e-30).log().cummax(0).values
-    return torch.nn.functional.interpolate(log_P[None, None], fine, mode="linear", align_corners=True)[0, 0].exp()

@@ -1,56 +1,63 @@
-"""From a recipe to the objects that carry it out."""
+"""From a recipe to what carries it out, built once a run: the one place where names become methods."""
 
 from __future__ import annotations
 
-from optima.allocation import Allocation, make_allocation
+from optima.allocation import Allocation, Owl
+from optima.linear import Methods
 from optima.models.masks import MaskFiles
-from optima.patterns import PatternTable
-from optima.qp.base import RowSolver, make_solver
-from optima.recipe import DEFAULT_SPARSITY, Recipe
-from optima.selectors.base import Selector, make_selector
+from optima.patterns import SCOPES, PatternTable
+from optima.qp import make_solver
+from optima.recipe import OWL_SPREAD, Recipe
+from optima.selectors.base import Selector, load_foreign, make_selector
 from optima.selectors.external import External
 from optima.swaps.search import SwapRefinement
 
 PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
 
 
-def selector_of(recipe: Recipe) -> Selector:
-    """The mask selector."""
-    if not isinstance(recipe.selector, str):
-        chosen: Selector = recipe.selector
-        return chosen
-    if recipe.selector == "external":
+def build(recipe: Recipe) -> Methods:
+    """What is done to every linear.
+
+    Raises:
+        RecipeError: if a method of the user's own cannot be loaded.
+    """
+    return Methods(
+        selector=_selector(recipe),
+        swaps=_swaps(recipe.swaps),
+        solver=None if recipe.solver == "none" else make_solver(recipe.solver, recipe.gap),
+        max_change=recipe.max_change,
+        rounding=recipe.rounding,
+    )
+
+
+def _selector(recipe: Recipe) -> Selector:
+    name = recipe.selector
+    if not isinstance(name, str):
+        own: Selector = name
+        return own
+    if name == "external":
         assert recipe.mask_from is not None, "a recipe checks it"
         return External(MaskFiles(recipe.mask_from))
-    return make_selector(recipe.selector)
+    # A recipe allows code of the user's own only where it is trusted.
+    return load_foreign(name, current_directory=True) if ":" in name else make_selector(name)
 
 
-def refinement_of(recipe: Recipe) -> SwapRefinement | None:
-    """What improves the selector's mask; None if nothing does."""
-    if recipe.swaps == "all":
+def _swaps(candidates: int | str) -> SwapRefinement | None:
+    if candidates == "all":
         return SwapRefinement(PROOF_ROUNDS)
-    return SwapRefinement(candidates=recipe.swaps, most_candidates=recipe.swaps) if recipe.swaps else None
+    assert isinstance(candidates, int)
+    return SwapRefinement(candidates=candidates, most_candidates=candidates) if candidates else None
 
 
-def solver_of(recipe: Recipe) -> RowSolver | None:
-    """The row solver, None if the selector's weights are kept."""
-    return make_solver(recipe.solver, recipe.gap)
-
-
-def patterns_of(recipe: Recipe, selector: Selector) -> PatternTable:
+def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
     """The patterns; unstructured ones take the selector's published scope unless the recipe names one."""
-    if isinstance(selector, External) and recipe.as_given:
-        return selector.table()
     return recipe.table(recipe.scope or selector.published_scope)
 
 
-def allocation_of(recipe: Recipe) -> Allocation | None:
+def build_allocation(recipe: Recipe) -> Allocation | None:
     """What shares out the sparsity over the linears; None if all have the same."""
-    default = recipe.table("row").default
-    sparsity = default.sparsity if default else DEFAULT_SPARSITY
-    return make_allocation(recipe.allocation, sparsity, recipe.allocation_spread, recipe.outlier_multiple)
-
-
-def resolved(recipe: Recipe) -> Recipe:
-    """The recipe with its open defaults filled in as applied."""
-    return recipe.resolved(scope=selector_of(recipe).published_scope)
+    if recipe.allocation == "uniform":
+        return None
+    default = recipe.table(SCOPES[0]).default
+    assert default is not None, "a recipe checks it"
+    return Owl(default.sparsity, recipe.outlier_multiple, recipe.allocation_spread or OWL_SPREAD)

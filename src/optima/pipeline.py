@@ -1,238 +1,135 @@
-"""The whole story on one page: capture block inputs, then for each block calibrate, select, solve, write, propagate.
-
-Shapes: O outputs, D inputs, B sequences in a batch, L tokens in a sequence, E hidden size.
-"""
+"""The whole story on one page: for each block observe, prune its linears, carry the outputs on, commit it to disk."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor, nn
 
-from optima.build import allocation_of, patterns_of, refinement_of, resolved, selector_of, solver_of
-from optima.calibration.capture import capture
+from optima.allocation import Allocation
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.statistics import Found, observe
 from optima.calibration.streams import Streams
-from optima.device import full_precision, on_device
+from optima.device import Stopwatch, full_precision
 from optima.linalg.statistics import Statistics
+from optima.linear import Methods, prune_linear
 from optima.models.stacks import Block, Linear, Stack
+from optima.models.weights import Resident
+from optima.models.writer import Writer
 from optima.patterns import Pattern
-from optima.qp import Hessian, RowSolution, Status, make_problem, solve_rows
-from optima.qp.rows import rows_per_chunk
-from optima.recipe import Recipe
 from optima.reporting.progress import Progress
-from optima.reporting.record import LinearRecord
-from optima.selectors.base import ExpectsTargets, LinearTask, Selection, Selector, Target, needs_gradient
-from optima.swaps.search import Refined
+from optima.reporting.record import BlockRecord, LinearRecord
+from optima.selectors.base import LinearTask, needs
 
-Dump = Callable[[Linear, Hessian], None]
-Visit = Callable[[Block, Linear, Hessian | None], None]
+Dump = Callable[[Linear, Statistics], None]
 
 
 @dataclass
-class Pruner:
-    """Prunes the blocks of a model in place, one block on the device at a time.
+class Job:
+    """What a run does to each block, and what has become of those done so far.
 
     Attributes:
-        recipe: what to do.
+        methods: what is done to each linear.
+        patterns: the pattern of each linear by its full name.
         device: where blocks are calibrated and solved.
-        progress: is told of every linear.
-        dump: called with each linear and its Hessian before it is pruned.
-        records: one entry a pruned linear.
+        damping: of the hessians, relative to their mean diagonal.
+        sink_weight: of the first token of each sequence, see ``optima.calibration.statistics``.
+        progress: is told of every linear and block.
+        weights: brings blocks to the device.
+        writer: commits blocks to disk; None for a model that stays in memory.
+        dump: called with each linear and its statistics before it is pruned.
+        linears, blocks: the records so far.
         notes: what was not done, or deviated from the recipe.
     """
 
-    recipe: Recipe
+    methods: Methods
+    patterns: Mapping[str, Pattern]
     device: torch.device
-    progress: Progress
+    damping: float
+    sink_weight: float
+    progress: Progress = field(default_factory=Progress)
+    weights: Resident = field(default_factory=Resident)
+    writer: Writer | None = None
     dump: Dump | None = None
-    records: list[LinearRecord] = field(default_factory=list)
+    linears: list[LinearRecord] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.recipe = resolved(self.recipe)
-        self._selector = selector_of(self.recipe)
-        self._refinement = refinement_of(self.recipe)
-        self._solver = solver_of(self.recipe)
-        self._patterns = patterns_of(self.recipe, self._selector)
-        # Of the block at hand, by the linear's name; empty unless the selector needs them.
-        self._gradients: dict[str, Tensor] = {}
+        self.clock = Stopwatch(self.device)  # of what happens outside the blocks
+
+    def stages(self) -> dict[str, float]:
+        """Seconds of each stage so far."""
+        total = Counter(self.clock.seconds)
+        for block in self.blocks:
+            total.update(block.seconds)
+        return dict(total)
 
     @torch.no_grad()
-    def run(self, model: nn.Module, stacks: Sequence[Stack], batches: Sequence[Tensor]) -> None:
-        """Prune ``stacks`` (all of the model's, in order) with the calibration token ``batches``, (B, L) each."""
-        for stack in stacks:
-            blocks = stack.blocks[: stack.needed]
-            expect_targets(self._selector, blocks)
-            streams = capture(model, stack, batches)
-            self._allocate(blocks, streams)
-            self._walk(blocks, streams, self._visit, gradients=needs_gradient(self._selector))
-
-    def _allocate(self, blocks: Sequence[Block], streams: Streams) -> None:
-        """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""
-        allocation = allocation_of(self.recipe)
-        if allocation is None:
-            return
-
-        def survey(block: Block, linear: Linear, hessian: Hessian | None) -> None:
-            if hessian is not None:
-                weight_OD = linear.read().to(self.device, torch.float32, copy=True)
-                with full_precision():
-                    allocation.observe(block.index, LinearTask(linear.name, weight_OD, Statistics(hessian)))
-
-        self._walk(blocks, streams.copy(), survey)
-        self._patterns = self._patterns.share(allocation.allocate())
-
-    def _walk(self, blocks: Sequence[Block], streams: Streams, visit: Visit, gradients: bool = False) -> None:
-        """Visit each linear of each block, calibrated; ``streams`` advance through the blocks as visited."""
+    def prune(self, stack: Stack, streams: Streams) -> None:
+        """Prune the linears of ``stack``; ``streams`` hold the inputs of its first block."""
+        blocks = stack.blocks[: stack.needed]
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
-        for done, block in enumerate(blocks, 1):
-            with on_device(block.module, self.device):
-                for found in self._calibrate(block, streams, gradients):
+        for block in blocks:
+            clock = Stopwatch(self.device)
+            first = len(self.linears)
+            with self.weights.on(block, self.device, clock):
+                self._prune(block, streams, clock)
+                if block is not blocks[-1]:
+                    with clock("forward"):
+                        streams.advance(block, self.device)
+            if self.writer is not None:
+                with clock("write"):
+                    names = [record.name for record in self.linears[first:]]
+                    self.writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), names)
+            self.blocks.append(BlockRecord(block.index, block.name, clock.seconds))
+            self.progress.block(block.index + 1)
+
+    @torch.no_grad()
+    def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
+        """Each linear's share of one sparsity, from a pass over the dense blocks; ``streams`` are used up."""
+        blocks = stack.blocks[: stack.needed]
+        for block in blocks:
+            with self.weights.on(block, self.device, self.clock):
+                for found in self._observe(block, streams, self.clock):
+                    if found.statistics is None:
+                        continue
                     for linear in found.linears:
-                        visit(block, linear, None if found.statistics is None else found.statistics.hessian)
+                        weight_OD = linear.read().to(self.device, torch.float32, copy=True)
+                        allocation.observe(block.index, LinearTask(linear.name, weight_OD, found.statistics))
                 if block is not blocks[-1]:
                     streams.advance(block, self.device)
-            self.progress.block(done)
+        return allocation.allocate()
 
-    def _calibrate(self, block: Block, streams: Streams, gradients: bool) -> Iterator[Found]:
-        """The statistics of each distinct input, with the linears that share it."""
-        assert self.recipe.sink_weight is not None, "a recipe fills in its default"
-        if gradients and block.linears:
-            with full_precision():
-                self._gradients = regional_gradients(block, streams, self.device)
-        untold: list[str] = []
-        for found in observe(block, streams, self.device, self.recipe.sink_weight, self.recipe.damping):
-            untold += [] if found.sinks_told else [linear.name for linear in found.linears]
+    def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
+        """The statistics of each distinct input; all have been gathered when the first is given."""
+        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock):
+            if not found.sinks_told:
+                names = ", ".join(linear.name for linear in found.linears)
+                note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
+                if note not in self.notes:  # a survey saw the same
+                    self.notes.append(note)
             yield found
-        self._note_sinks(block, untold)
 
-    def _visit(self, block: Block, linear: Linear, hessian: Hessian | None) -> None:
-        """Prune a linear if it can be."""
-        if hessian is None:
-            self.notes.append(f"{linear.name} was not pruned: no calibration token reached it")
-        else:
-            self._prune(block, linear, hessian)
-
-    def _prune(self, block: Block, linear: Linear, hessian: Hessian) -> None:
-        """Select, solve and write back one linear, and record what was lost."""
-        if self.dump is not None:
-            self.dump(linear, hessian)
-        started = time.perf_counter()
-        pattern = self._patterns.of(linear.name)
-        weight_OD = linear.read().to(self.device, torch.float32, copy=True)
-        with full_precision():
-            task = LinearTask(linear.name, weight_OD.clone(), Statistics(hessian), self._gradients.get(linear.name))
-            selection = self._selector.select(task, pattern)
-            selection, refined = self._refine(weight_OD, hessian, selection, pattern)
-        solution = self._solve(weight_OD, hessian, selection)
-        masked_OD = weight_OD * selection.keep_OD
-        selected_OD = masked_OD if selection.weight_OD is None else selection.weight_OD
-        linear.write(selected_OD if solution is None else solution.weight_RD)
-        error = RelativeError(hessian, weight_OD)
-        error_mask, error_result = error(masked_OD), error(linear.read().to(self.device))
-        record = LinearRecord(
-            block=block.index,
-            name=linear.name,
-            shape=linear.shape,
-            pattern=str(pattern),
-            sparsity_asked=pattern.sparsity,
-            sparsity=1.0 - float(selection.keep_OD.double().mean()),
-            error_mask=error_mask,
-            error_selector=error_mask if selection.weight_OD is None else error(selected_OD.to(linear.read().dtype)),
-            error=error_result,
-            error_plain=error_result,
-            **certified(solution),
-            rows=linear.shape[0],
-            damping=hessian.damping,
-            seconds=time.perf_counter() - started,
-            swaps=None if refined is None else int(refined.swaps_O.sum()),
-            rows_swap_optimal=None if refined is None else int(refined.optimal_O.sum()),
-        )
-        self._note(linear, hessian, solution)
-        self.records.append(record)
-        self.progress.linear(record)
-
-    def _refine(
-        self, weight_OD: Tensor, hessian: Hessian, selection: Selection, pattern: Pattern
-    ) -> tuple[Selection, Refined | None]:
-        """Improve the selector's mask by swaps if the recipe asks for it."""
-        if self._refinement is None:
-            return selection, None
-        refined = self._refinement.refine(hessian, weight_OD, selection.keep_OD, pattern)
-        return Selection(refined.keep_OD, refined.weight_OD), refined
-
-    def _solve(self, weight_OD: Tensor, hessian: Hessian, selection: Selection) -> RowSolution | None:
-        """Re-solve the kept weights of every row, from the selector's weights where they are better."""
-        if self._solver is None:
-            return None
-        lower_OD = upper_OD = None
-        if self.recipe.max_change is not None:
-            room_O1 = self.recipe.max_change * weight_OD.square().mean(dim=1, keepdim=True).sqrt()
-            lower_OD, upper_OD = weight_OD - room_O1, weight_OD + room_O1
-        problem = make_problem(hessian, weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
-        return solve_rows(self._solver, hessian, problem)
-
-    def _note(self, linear: Linear, hessian: Hessian, solution: RowSolution | None) -> None:
-        if hessian.damping != self.recipe.damping:
-            self.notes.append(f"{linear.name}: damping raised to {hessian.damping:g} to factorise its hessian")
-        if solution is not None and solution.note:
-            self.notes.append(f"{linear.name}: {solution.note}")
-
-    def _note_sinks(self, block: Block, untold: Sequence[str]) -> None:
-        if untold:
-            names = ", ".join(untold)
-            note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
-            if note not in self.notes:  # an allocation's survey saw the same
-                self.notes.append(note)
-
-
-def expect_targets(selector: Selector, blocks: Sequence[Block]) -> None:
-    """Tell a selector that asks for it of every linear to prune."""
-    if isinstance(selector, ExpectsTargets):
-        linears = [linear for block in blocks for linear in block.linears]
-        selector.expect(
-            [Target(linear.name, linear.shape, tuple(linear.parameter.shape) != linear.shape) for linear in linears]
-        )
-
-
-def certified(solution: RowSolution | None) -> dict[str, Any]:
-    """What the solver did and proved, as fields of a ``LinearRecord``."""
-    if solution is None:
-        nothing = {"iterations_mean": 0.0, "iterations_max": 0, "rows_not_converged": 0}
-        return {"solver": "none", "gap_max": None, "gap_median": None} | nothing
-    return {
-        "solver": solution.solver,
-        "gap_max": float(solution.gap_R.max()),
-        "gap_median": float(solution.gap_R.median()),
-        "iterations_mean": float(solution.iterations_R.double().mean()),
-        "iterations_max": int(solution.iterations_R.max()),
-        "rows_not_converged": int((solution.status_R != Status.CONVERGED).sum()),
-    }
-
-
-class RelativeError:
-    """||X (V - W)^T||_F^2 / ||X W^T||_F^2 from the undamped Hessian, in float64; 0 where both vanish."""
-
-    def __init__(self, hessian: Hessian, dense_OD: Tensor) -> None:
-        self._hessian = hessian
-        self._dense_OD = dense_OD
-        self._energy = self._quadratic(torch.zeros_like(dense_OD))
-
-    def __call__(self, weight_OD: Tensor) -> float:
-        """The relative reconstruction error of ``weight_OD``."""
-        error = self._quadratic(weight_OD)
-        return 0.0 if error == 0.0 else error / self._energy if self._energy else float("inf")
-
-    def _quadratic(self, weight_OD: Tensor) -> float:
-        total = 0.0
-        chunk = rows_per_chunk(self._hessian.num_inputs)
-        for dense, weight in zip(self._dense_OD.split(chunk), weight_OD.split(chunk), strict=True):
-            difference = dense.double() - weight
-            total += float(torch.linalg.vecdot(difference, difference @ self._hessian.matrix_DD).sum())
-        return max(total, 0.0)
+    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> None:
+        gradients = {}
+        if block.linears and "gradient" in needs(self.methods.selector):
+            with clock("gradient"), full_precision():
+                gradients = regional_gradients(block, streams, self.device)
+        for found in self._observe(block, streams, clock):
+            for linear in found.linears:
+                if found.statistics is None:
+                    self.notes.append(f"{linear.name} was not pruned: no calibration token reached it")
+                    continue
+                if self.dump is not None:
+                    self.dump(linear, found.statistics)
+                stored = linear.read()
+                weight_OD = stored.to(self.device, torch.float32, copy=True)
+                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name))
+                result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock)
+                linear.write(result.weight_OD)
+                self.linears.append(replace(result.record, block=block.index))
+                self.notes.extend(result.notes)
+                self.progress.linear(self.linears[-1])

@@ -1,50 +1,41 @@
-"""What a run would prune and cost, from the model's configuration alone: no weights are loaded.
+"""What a run would prune and take, from the model's configuration alone: no weights are loaded.
 
-Shapes: O outputs, D inputs, T tokens.
+Memory is one stated upper bound. ``measure`` says what this machine really takes, by pruning random linears of the
+model's shapes.
+
+Shapes: O outputs, D inputs, F factors of a random hessian.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import PretrainedConfig
+from torch import Tensor
 
-from optima.build import patterns_of, refinement_of, selector_of
-from optima.errors import ModelError
-from optima.models.masks import MaskFiles
+from optima.build import build
+from optima.device import PeakMemory, find_device
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import gram
+from optima.linalg.statistics import Statistics
+from optima.linear import Methods, prune_linear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
-from optima.models.stacks import (
-    Block,
-    Linear,
-    Stack,
-    dense_notes,
-    find_stacks,
-    guess_groups,
-    linears_of,
-    select_linears,
-)
-from optima.patterns import Pattern, Unstructured
-from optima.pipeline import expect_targets
-from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
+from optima.models.stacks import Linear, guess_groups
+from optima.patterns import Pattern
+from optima.preflight import Preflight, preflight
+from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
-from optima.selectors.base import cost_of, needs_gradient
-from optima.selectors.external import External
+from optima.selectors.base import LinearTask, needs
 
-# Iterations that a row takes to a certified gap of 1e-4, at most 22 on average over a linear (benchmarks/qp.py).
-TYPICAL_ITERATIONS = 20
-# Beside the iterations: targets, start and certificate.
-OTHER_PRODUCTS = 4
-SURVEY_NOTE = (
-    "allocation {} takes each linear's sparsity from calibration: the same for all is shown, and the operations count "
-    "a second pass for the survey"
-)
+# Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
+# takes, the largest of the selectors.
+BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
+FACTORS = 64
+SURVEY_NOTE = "allocation {} takes each linear's sparsity from calibration: the same for all is shown"
 
 
 @dataclass(frozen=True)
@@ -52,123 +43,73 @@ class Plan:
     """What would be done.
 
     Attributes:
-        blocks: the blocks with the linears that would be pruned (on the meta device).
-        patterns: the pattern of each linear, by its full name; all alike where an allocation is still to be made.
+        found: stacks, linears and patterns (on the meta device), and what stays dense.
         num_parameters: of the whole model.
         pruned_parameters: weights in the linears to prune.
-        memory_bytes: predicted peak on the device beyond the model's weights and the stored block inputs; an
+        work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work. An
             accelerator also holds ``block_bytes``.
         block_bytes: the largest block's weights.
         inputs_bytes: stored block inputs (main memory).
         model_bytes: the model's weights (main memory).
-        operations: floating-point operations of the run, forward passes included.
         notes: what will not be pruned, and what only calibration can tell.
     """
 
-    blocks: list[Block]
-    patterns: dict[str, Pattern]
+    found: Preflight
     num_parameters: int
     pruned_parameters: int
-    memory_bytes: int
+    work_bytes: int
     block_bytes: int
     inputs_bytes: int
     model_bytes: int
-    operations: float
-    notes: list[str]
+    notes: tuple[str, ...]
 
     @property
     def sparsity(self) -> float:
         """Share of the weights of all linears to prune that the patterns ask to prune."""
-        sizes = {linear.name: math.prod(linear.shape) for block in self.blocks for linear in block.linears}
-        return sum(self.patterns[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
+        sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in self.found.linears}
+        pruned = sum(self.found.patterns[name].sparsity * size for name, size in sizes.items())
+        return pruned / sum(sizes.values())
 
 
-def check_model(model: nn.Module, recipe: Recipe, length: int) -> list[Stack]:
-    """The stacks and linears that ``recipe`` prunes in ``model``, checked against its pattern and ``length``.
+@dataclass(frozen=True)
+class Measured:
+    """What a run takes on this machine.
 
-    Args:
-        model: the model, or its skeleton.
-        recipe: what to prune.
-        length: tokens in a calibration sequence.
-
-    Raises:
-        ModelError: if nothing matches, or the model does not read token sequences as long as these.
-        RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
+    Attributes:
+        seconds: of its stages, whole run: ``forward``, ``hessian`` and ``linears``.
+        work_bytes: peak work space of one linear, its hessian included.
     """
-    stacks = find_stacks(model)
-    # Other targets than all may mean routers.
-    stacks = select_linears(stacks, recipe.targets, recipe.ignore, routers=recipe.targets != [".*"])
-    blocks = [block for stack in stacks for block in stack.blocks]
-    if recipe.mask_from is not None:
-        matrices = (name for name, module in model.named_modules() if getattr(module, "weight", None) is not None)
-        MaskFiles(recipe.mask_from).check_names(list(matrices))
-    find_patterns(blocks, recipe)
-    if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
-        raise ModelError(
-            f"{type(model).__name__} reads no tokens (it reads {', '.join(parameters)}): prune a language model"
-        )
-    positions = num_positions(model)
-    if positions is not None and length > positions:
-        raise ModelError(
-            f"calibration sequences of {length} tokens exceed the model's {positions} positions: "
-            f"use --max-seq-length {positions} or less"
-        )
-    return stacks
 
-
-def find_patterns(blocks: Sequence[Block], recipe: Recipe) -> dict[str, Pattern]:
-    """The pattern of each linear by its full name, checked against the linear's inputs and any external mask."""
-    selector = selector_of(recipe)
-    expect_targets(selector, blocks)
-    table = patterns_of(recipe, selector)
-    patterns = table.assign({linear.name: linear.shape[1] for block in blocks for linear in block.linears})
-    if isinstance(selector, External):
-        selector.check(patterns)
-    return patterns
-
-
-def num_positions(model: nn.Module) -> int | None:
-    """The longest sequence that the model has positions for; None if it names no limit."""
-    config = getattr(model, "config", None)
-    if isinstance(config, PretrainedConfig):
-        config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:  # XLNet says -1
-        return None
-    # RoBERTa's family counts positions from behind the padding's.
-    unused = [
-        module.padding_idx + 1
-        for name, module in model.named_modules()
-        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None
-    ]
-    return positions - max(unused, default=0)
+    seconds: dict[str, float]
+    work_bytes: int
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:
-    """Plan pruning ``source`` by ``recipe`` without loading weights."""
+    """Plan pruning ``source`` by ``recipe`` without loading weights.
+
+    Raises:
+        OptimaError: whatever a run would be refused for that its configuration shows.
+    """
     model, config = skeleton(source)
-    stacks = check_model(model, recipe, recipe.max_seq_length)
-    blocks = [block for stack in stacks for block in stack.blocks]
+    found = preflight(model, recipe, build(recipe), recipe.max_seq_length)
     num_parameters = sum(p.numel() for p in model.parameters())
-    block_parameters = max(sum(p.numel() for p in block.module.parameters()) for block in blocks)
-    groups = [guess_groups(block) for block in blocks]
-    hidden = getattr(config.get_text_config(), "hidden_size", 0)
+    hidden = getattr(config.get_text_config(), "hidden_size", None)
+    dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
     # A survey carries the dense model's block inputs beside those that pruning starts from.
     surveyed = recipe.allocation != "uniform"
-    copies = 2 if surveyed else 1
-    patterns = find_patterns(blocks, recipe)
-    dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
+    tokens = recipe.num_calibration_samples * recipe.max_seq_length * (2 if surveyed else 1)
+    notes = [*found.notes, *([SURVEY_NOTE.format(recipe.allocation)] if surveyed else [])]
+    if hidden is None:
+        notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
-        blocks=blocks,
-        patterns=patterns,
+        found=found,
         num_parameters=num_parameters,
-        pruned_parameters=sum(math.prod(linear.shape) for block in blocks for linear in block.linears),
-        memory_bytes=predict_memory(groups, blocks, recipe, patterns, dtype.itemsize),
-        block_bytes=block_parameters * dtype.itemsize,
-        inputs_bytes=copies * recipe.num_calibration_samples * recipe.max_seq_length * hidden * dtype.itemsize,
+        pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
+        work_bytes=max(_work_bytes(guess_groups(block), needs(build(recipe).selector)) for block in found.blocks),
+        block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
+        inputs_bytes=tokens * (hidden or 0) * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
-        operations=sum(_operations(g, block, recipe, patterns) for g, block in zip(groups, blocks, strict=True)),
-        notes=dense_notes(stacks) + ([SURVEY_NOTE.format(recipe.allocation)] if surveyed else []),
+        notes=tuple(notes),
     )
 
 
@@ -181,102 +122,63 @@ def _dtype(value: Any) -> torch.dtype:
     return found
 
 
-Groups = list[list[Linear]]
-
-
-def predict_memory(
-    groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, patterns: dict[str, Pattern], itemsize: int
-) -> int:
-    """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
-    gradients = needs_gradient(selector_of(recipe))
-
-    def peak(block: Block, own: Groups) -> int:
-        held = 4 * sum(math.prod(linear.shape) for linear in block.linears) if gradients else 0
-        backward = _backward_bytes(block, own, recipe, itemsize) if gradients else 0
-        return max(
-            _calibration_bytes(block, own, recipe, itemsize),
-            held + backward,
-            held + _solve_bytes(own, recipe, patterns),
-        )
-
-    return max(peak(block, own) for block, own in zip(blocks, groups, strict=True))
-
-
-def _calibration_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int) -> int:
-    """Hessians of all distinct inputs, and one batch's activations, which reference counting keeps short-lived."""
-    tokens = recipe.batch_size * recipe.max_seq_length
-    linears = linears_of(block.module, block.name)
-    widths = [linear.shape[0] for linear in linears] + [group[0].shape[1] for group in groups]
-    activations = tokens * sum(widths) * itemsize
-    inputs = [group[0].shape[1] for group in groups]
-    widest = max(inputs, default=0)
-    product = widest**2 * 12 + (0 if itemsize == 4 else tokens * widest * 4)
-    return sum(8 * size**2 for size in inputs) + product + activations
-
-
-def _backward_bytes(block: Block, groups: Groups, recipe: Recipe, itemsize: int) -> int:
-    """Gradients of all weights, beside the hessians, and the activations of one sample, which wait for the backward."""
-    weights = sum(math.prod(linear.shape) for linear in block.linears)
-    widths = sum(sum(linear.shape) for linear in linears_of(block.module, block.name))
-    hessians = sum(8 * group[0].shape[1] ** 2 for group in groups)
-    return weights * itemsize + hessians + 2 * recipe.max_seq_length * widths * itemsize
-
-
-def _solve_bytes(groups: Groups, recipe: Recipe, patterns: dict[str, Pattern]) -> int:
-    """Hessians still waiting, the factorisation of one, and the work space of one linear: its selector's, that of the
-    swaps, then the solver's.
-    """
-    cost, refinement = cost_of(selector_of(recipe)), refinement_of(recipe)
-    peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
-    for group in groups:
-        outputs, inputs = max(linear.shape for linear in group)
-        factorisation = inputs**2 * (4 * 8 + 4 + 4 + cost.kept_per_square)
-        # The second linear of a group finds what the first one's solver has left.
-        squares = max(cost.per_square * inputs**2, factorisation if len(group) > 1 else 0)
-        selection = squares + outputs * inputs * (2 * 4 + cost.per_weight)
-        weights = outputs * inputs * (4 * 4 + 1)
-        workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
-        if refinement is not None:
-            kept = [kept_of_rows(linear, patterns[linear.name]) for linear in group]
-            workspace += max(refinement.work_bytes(outputs, inputs, *counts) for counts in kept)
-        peak = max(peak, waiting + selection, waiting + factorisation + weights + workspace)
-        waiting -= 8 * inputs**2
-    return peak
-
-
-def kept_of_rows(linear: Linear, pattern: Pattern) -> tuple[int, int]:
-    """The least and the most weights that a row can keep."""
-    inputs = linear.shape[1]
-    if isinstance(pattern, Unstructured) and pattern.scope != "row":
-        return 0, inputs
-    kept = (1.0 - pattern.sparsity) * inputs
-    return math.floor(kept), math.ceil(kept)
-
-
-def _operations(groups: Groups, block: Block, recipe: Recipe, patterns: dict[str, Pattern]) -> float:
-    """Two forward passes and the Hessians, twice where an allocation surveys them, the selector's and the solver's
-    products, the swaps, and a forward and backward pass for gradients.
-    """
-    tokens = recipe.num_calibration_samples * recipe.max_seq_length
-    forward = 4.0 * tokens * sum(parameter.numel() for parameter in block.module.parameters())
-    hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
+def _work_bytes(groups: list[list[Linear]], selector_needs: frozenset[str]) -> int:
+    """Upper bound for one block: every hessian waits in float64 while the largest linear is worked with."""
     sizes = [linear.shape for group in groups for linear in group]
-    selector = selector_of(recipe)
-    products = cost_of(selector).products + _solver_products(recipe)
-    passes = 1 if recipe.allocation == "uniform" else 2
-    backward = 1.5 * forward if needs_gradient(selector) else 0.0
-    linears = sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
-    refinement = refinement_of(recipe)
-    if refinement is not None:
-        for linear in block.linears:
-            kept = round((1.0 - patterns[linear.name].sparsity) * linear.shape[1])
-            linears += refinement.operations(*linear.shape, kept)
-    return backward + passes * (forward + hessians) + linears
+    waiting = sum(8 * group[0].shape[1] ** 2 for group in groups)
+    work = max((BYTES_PER_SQUARE * d * d + BYTES_PER_WEIGHT * o * d for o, d in sizes), default=0)
+    gradients = 12 * sum(o * d for o, d in sizes) if "gradient" in selector_needs else 0
+    return waiting + work + gradients + DEFAULT_BUDGET_BYTES
 
 
-def _solver_products(recipe: Recipe) -> int:
-    """Products of a row with a D x D matrix, typically."""
-    if recipe.solver in ("none", "cholesky"):
-        return 0 if recipe.solver == "none" else OTHER_PRODUCTS
-    one = recipe.solver == "low-rank-cg" or (recipe.solver == "auto" and recipe.max_change is None)
-    return (1 if one else 2) * TYPICAL_ITERATIONS + OTHER_PRODUCTS
+def measure(plan: Plan, recipe: Recipe) -> Measured:
+    """Prune one random linear of each shape and multiply one batch, and scale up to the run.
+
+    Products of activations are timed for a batch of the model's dtype and widths; attention and element-wise work of
+    the blocks come on top.
+    """
+    device, methods = find_device(recipe.device), build(recipe)
+    tokens = recipe.num_calibration_samples * recipe.max_seq_length
+    batch = min(recipe.batch_size * recipe.max_seq_length, tokens)
+    seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
+    timed: dict[tuple[object, ...], float] = {}
+    memory = PeakMemory(device)
+
+    def once(key: tuple[object, ...], work: Callable[[], object]) -> float:
+        if key not in timed:
+            work()
+            started = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            timed[key] = time.perf_counter() - started
+        return timed[key]
+
+    for block in plan.found.blocks:
+        for group in guess_groups(block):
+            inputs = group[0].shape[1]
+            inputs_TD = torch.zeros(batch, inputs, device=device)
+            seconds["hessian"] += tokens / batch * once(("gram", inputs), lambda x=inputs_TD: gram(x))
+            for linear in group:
+                outputs, pattern = linear.shape[0], plan.found.patterns[linear.name]
+                weight_OD = torch.zeros(linear.shape, dtype=linear.dtype, device=device)
+                product = once(("product", *linear.shape), lambda x=inputs_TD, w=weight_OD: x.to(w.dtype) @ w.mT)
+                seconds["forward"] += 2 * tokens / batch * product
+                seconds["linears"] += once(
+                    ("linear", *linear.shape, str(pattern)),
+                    lambda o=outputs, d=inputs, p=pattern: _prune_random(o, d, p, methods, device),
+                )
+    return Measured(seconds, memory.peak() - memory.baseline)
+
+
+def _prune_random(outputs: int, inputs: int, pattern: Pattern, methods: Methods, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    factors_FD = random(min(FACTORS, inputs), inputs)
+    hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
+    hessian_DD.diagonal().add_(0.2)
+    task = LinearTask("random", random(outputs, inputs), Statistics(Hessian(hessian_DD)), random(outputs, inputs).abs())
+    prune_linear(task, pattern, methods, torch.bfloat16)

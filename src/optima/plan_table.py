@@ -9,20 +9,20 @@ from rich.table import Table
 
 from optima.models.stacks import Block
 from optima.patterns import Pattern
-from optima.plan import Plan
+from optima.plan import Measured, Plan
 
 
-def print_plan(plan: Plan, name: str, console: Console) -> None:
-    """Print ``plan`` as a table (blocks alike in one group) and a few lines on memory and operations."""
+def print_plan(plan: Plan, measured: Measured | None, name: str, console: Console) -> None:
+    """Print ``plan`` as a table (blocks alike in one group) and a few lines on memory and time."""
     table = Table(title=f"{name}: what would be pruned", title_justify="left")
     for heading in ("blocks", "linear", "outputs x inputs", "sparsity"):
         table.add_column(heading)
-    for _, same in groupby(plan.blocks, key=lambda block: _structure(plan, block)):
+    for _, same in groupby(plan.found.blocks, key=lambda block: _structure(plan, block)):
         blocks = list(same)
         span = f"{blocks[0].index}" if len(blocks) == 1 else f"{blocks[0].index}-{blocks[-1].index}"
         for linear in blocks[0].linears:
             outputs, inputs = linear.shape
-            name_in_blocks, pattern = linear.name.replace(blocks[0].name, "*"), plan.patterns[linear.name]
+            name_in_blocks, pattern = linear.name.replace(blocks[0].name, "*"), plan.found.patterns[linear.name]
             table.add_row(span, name_in_blocks, f"{outputs} x {inputs}", str(pattern))
         table.add_section()
     console.print(table)
@@ -32,9 +32,14 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         "sparsity of all of them": f"{plan.sparsity:.2%}",
         "model (main memory)": _size(plan.model_bytes),
         "block inputs (main memory)": _size(plan.inputs_bytes),
-        "work space (device, peak)": f"{_size(plan.memory_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
-        "operations": f"{plan.operations / 1e12:.1f} TFLOP ({plan.operations / 1e12 / 0.2:.0f} s at 0.2 TFLOP/s)",
+        "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
     }
+    if measured is None:
+        lines["time"] = "not measured: add --measure (it prunes one random linear of each shape)"
+    else:
+        lines["measured here"] = f"{_size(measured.work_bytes)} at most for a linear, its hessian included"
+        stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in measured.seconds.items())
+        lines["time here"] = f"{sum(measured.seconds.values()):.0f} s ({stages}) beside attention and element-wise work"
     for key, value in lines.items():
         console.print(f"{key:28s} {value}", highlight=False)
     for note in plan.notes:
@@ -44,7 +49,8 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
 def _structure(plan: Plan, block: Block) -> list[tuple[str, tuple[int, int], Pattern]]:
     """What the lines of a block show."""
     return [
-        (linear.name.removeprefix(block.name), linear.shape, plan.patterns[linear.name]) for linear in block.linears
+        (linear.name.removeprefix(block.name), linear.shape, plan.found.patterns[linear.name])
+        for linear in block.linears
     ]
 
 

@@ -150,9 +150,10 @@ class Recipe:
     max_seq_length: Count = _option(
         "calibration", 2048, "tokens in each calibration sequence", "a whole number of at least 1, such as 2048"
     )
-    batch_size: Count = _option(
-        "calibration", 8, "sequences in one forward pass", "a whole number of at least 1, such as 8"
-    )
+    batch_size: Count | None = _option(
+        "calibration", None, "sequences in one forward pass", "a whole number of at least 1, such as 8",
+        shown="8; on a CPU as many as have 2,048 tokens",
+    )  # fmt: skip
     seed: Annotated[int, Field(ge=0)] = _option(
         "calibration", 0, "seed of the choice of text", "a whole number of at least 0"
     )

@@ -1,35 +1,62 @@
-"""One run from a checkpoint to a sparse checkpoint: every check first, then the pipeline, then the atomic write."""
+"""One run from a checkpoint to a sparse checkpoint: every check first, then the pipeline, then the output's name."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.build import resolved
-from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
+from optima.build import build, build_allocation
+from optima.calibration.capture import capture
+from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, find_device
-from optima.errors import CalibrationError, NumericalError, RecipeError
-from optima.models.checkpoint import explain_write_errors, output_directory, write_checkpoint
+from optima.errors import ModelError, RecipeError
+from optima.linalg.statistics import Statistics
+from optima.linear import Methods
+from optima.models.destination import Destination
+from optima.models.files import explain_write_errors, interruptible
+from optima.models.reading import check_vocabulary
 from optima.models.skeleton import skeleton
-from optima.models.source import Source, find_source, load_model, load_tokenizer
-from optima.models.stacks import Block, Linear, dense_notes
-from optima.pipeline import Dump, Pruner
-from optima.plan import check_model
-from optima.qp import Hessian
-from optima.recipe import Recipe, check_regexes
+from optima.models.source import (
+    Source,
+    commit_of,
+    find_source,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    note_of_dtype,
+)
+from optima.models.stacks import Linear
+from optima.models.writer import Writer, check_shared, prepare
+from optima.pipeline import Dump, Job
+from optima.preflight import (
+    Calibration,
+    Preflight,
+    check_dump,
+    check_finite,
+    chosen_stacks,
+    find_calibration,
+    preflight,
+    sequence_length,
+)
+from optima.recipe import Recipe
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
 
 DUMP_DIRECTORY = "layers"
+# Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
+CPU_TOKENS = 2048
+BATCH_SIZE = 8
 
 
 def prune(
@@ -51,8 +78,8 @@ def prune(
             in memory.
         tokenizer: for a model in memory; a path brings its own.
         calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset.
-        overwrite: replace ``output_dir`` if it exists.
-        dump_layer: regex; the Hessian and dense weight of every linear whose name matches are written to
+        overwrite: replace ``output_dir`` if it holds an earlier output.
+        dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
 
     Returns:
@@ -63,153 +90,137 @@ def prune(
             Nothing is left half-written; a model in memory is left partly pruned if the run is interrupted.
     """
     started = time.perf_counter()
-    recipe = resolved(recipe or Recipe())
-    device = find_device(recipe.device)
-    source: Source | None = None
-    structure: nn.Module
-    if isinstance(model, PreTrainedModel):
-        structure = model
-    else:
-        source = find_source(str(model), recipe.trust_remote_code)
-        structure = skeleton(source)[0]
-        if output_dir is None:
-            raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
-    length = calibration.shape[-1] if isinstance(calibration, Tensor) else recipe.max_seq_length
-    planned = [block for stack in check_model(structure, recipe, length) for block in stack.blocks]
-    if dump_layer is not None:
-        _check_dump(dump_layer, output_dir, planned)
+    checked = _check(model, recipe, output_dir, calibration, dump_layer)
+    recipe, source, found = checked.recipe, checked.source, checked.found
     with ExitStack() as stack:
-        directory = None
+        destination = None
         if output_dir is not None:
-            num_bytes = sum(p.numel() * p.element_size() for p in structure.parameters())
-            directory = stack.enter_context(output_directory(Path(output_dir), overwrite, num_bytes))
+            stack.enter_context(interruptible())
+            destination = stack.enter_context(_claim(checked, output_dir, overwrite))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
-        documents = read_documents(text_source(recipe), recipe.seed) if calibration is None else None
-        tokens = find_tokens(recipe, tokenizer, documents if documents is not None else calibration)
-        check_vocabulary(tokens, structure)
-        network = model if isinstance(model, PreTrainedModel) else _load(source, recipe)
-        stacks = check_model(network, recipe, length)
-        check_finite([block for stack in stacks for block in stack.blocks])
-        memory = PeakMemory(device)
-        dump = None if directory is None or dump_layer is None else _dump_into(directory / DUMP_DIRECTORY, dump_layer)
-        progress = stack.enter_context(make_progress())
-        pruner = Pruner(recipe, device, progress, dump, notes=dense_notes(stacks))
-        with evaluating(network):
-            pruner.run(network, stacks, tokens.split(recipe.batch_size))
-        run = RunRecord(
-            model=source.name if source else type(network).__name__,
-            recipe=recipe.to_dict(),
-            versions=library_versions(),
-            seed=recipe.seed,
-            data_hash=data_hash(tokens),
-            num_tokens=tokens.numel(),
-            device=describe_device(device),
-            dtype=str(network.dtype).removeprefix("torch."),
-            peak_memory_bytes=memory.peak(),
-            seconds=time.perf_counter() - started,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            notes=tuple(pruner.notes),
-            dataset_revision=documents.revision if documents else None,
-            skipped_records=documents.skipped if documents else 0,
-        )
-        report = Report(run, tuple(pruner.records))
-        if directory is not None:
-            with explain_write_errors(Path(str(output_dir))):
-                _write(network, tokenizer, source, recipe, report, directory)
+        text = find_calibration(recipe, tokenizer, calibration)
+        check_vocabulary(checked.structure, text.tokens_NL)
+        network = _network(checked)
+        job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
+        job.notes.extend(found.notes)
+        job.progress = stack.enter_context(make_progress())
+        if destination is not None:
+            job.notes.extend(destination.notes)
+            prepare(network, tokenizer, source, destination.directory)
+            names = [block.name for block in found.blocks]
+            job.writer = Writer(network, names, destination.directory, destination.journal)
+            if dump_layer is not None:
+                job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+        memory = PeakMemory(checked.device)
+        _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size or BATCH_SIZE), job)
+        report = _report(network, checked, text, job, memory.peak(), time.perf_counter() - started)
+        if job.writer is not None:
+            job.writer.publish(lambda directory: _write_reports(recipe, report, directory))
     return report
 
 
-def _load(source: Source | None, recipe: Recipe) -> PreTrainedModel:
-    assert source is not None
-    return load_model(source, recipe.dtype)
+@dataclass(frozen=True)
+class _Checked:
+    """What is known of a run before anything is opened."""
+
+    recipe: Recipe
+    methods: Methods
+    device: torch.device
+    source: Source | None
+    structure: PreTrainedModel
+    found: Preflight
 
 
-def _write(
-    network: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    source: Source | None,
-    recipe: Recipe,
-    report: Report,
-    directory: Path,
-) -> None:
-    write_checkpoint(network, tokenizer, source, directory)
+def _check(model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None) -> _Checked:
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
+    device, methods = find_device(recipe.device), build(recipe)
+    length = sequence_length(recipe, calibration)
+    if isinstance(model, PreTrainedModel):
+        source, structure = None, model
+    elif isinstance(model, str | Path):
+        source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
+        structure = skeleton(source)[0]
+        if output_dir is None:
+            raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
+    else:
+        raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
+    batch_size = recipe.batch_size or (max(CPU_TOKENS // length, 1) if device.type == "cpu" else BATCH_SIZE)
+    recipe = replace(recipe.resolved(scope=methods.selector.published_scope), batch_size=batch_size)
+    found = preflight(structure, recipe, methods, length)
+    check_shared(structure, [block.name for block in found.blocks])
+    if dump_layer is not None:
+        check_dump(dump_layer, output_dir is not None, found.linears)
+    return _Checked(recipe, methods, device, source, structure, found)
+
+
+def _claim(checked: _Checked, output_dir: str | Path, overwrite: bool) -> AbstractContextManager[Destination]:
+    inputs = [] if checked.source is None or checked.source.local is None else [checked.source.local]
+    num_bytes = sum(p.numel() * p.element_size() for p in checked.structure.parameters())
+    return Destination.open(output_dir, overwrite, inputs, num_bytes, {"recipe": checked.recipe.to_dict()})
+
+
+def _network(checked: _Checked) -> PreTrainedModel:
+    """The model with its weights."""
+    if checked.source is None:
+        return checked.structure
+    return load_model(checked.source, checked.recipe.dtype)
+
+
+def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job) -> None:
+    stacks = chosen_stacks(network, checked.recipe)
+    check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
+    allocation = build_allocation(checked.recipe)
+    with evaluating(network):
+        for stack in stacks:
+            with job.clock("forward"):
+                streams = capture(network, stack, batches)
+            if allocation is not None:
+                checked.found.share(job.survey(stack, streams.copy(), allocation))
+            job.prune(stack, streams)
+
+
+def _report(
+    network: PreTrainedModel, checked: _Checked, text: Calibration, job: Job, peak_bytes: int, seconds: float
+) -> Report:
+    source, recipe = checked.source, checked.recipe
+    note = None if source is None else note_of_dtype(source, network.dtype)
+    run = RunRecord(
+        model=source.name if source else type(network).__name__,
+        model_revision=None if source is None else commit_of(source),
+        model_fingerprint=None if source is None else fingerprint(source),
+        recipe=recipe.to_dict(),
+        versions=library_versions(),
+        seed=recipe.seed,
+        data_hash=data_hash(text.tokens_NL),
+        num_tokens=text.tokens_NL.numel(),
+        dataset_revision=text.revision,
+        skipped_records=text.skipped,
+        device=describe_device(checked.device),
+        dtype=str(network.dtype).removeprefix("torch."),
+        peak_memory_bytes=peak_bytes,
+        seconds=seconds,
+        stages=job.stages(),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        notes=(*job.notes, *([note] if note else [])),
+    )
+    return Report(run, tuple(job.linears), tuple(job.blocks))
+
+
+def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:
     report.save(directory)
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml")
 
 
-def find_tokens(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, calibration: Tensor | Iterable[str] | None
-) -> Tensor:
-    """Calibration token ids, (samples, length) int64.
-
-    Raises:
-        CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
-    """
-    if isinstance(calibration, Tensor):
-        if calibration.ndim != 2 or calibration.is_floating_point() or not calibration.numel():
-            raise CalibrationError(
-                f"calibration must be token ids of shape (samples, length), got {tuple(calibration.shape)} "
-                f"{calibration.dtype}"
-            )
-        return calibration.cpu().long()
-    if tokenizer is None:
-        raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
-    assert calibration is not None
-    return calibration_tokens(calibration, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
-
-
-def check_vocabulary(tokens: Tensor, model: nn.Module) -> None:
-    """Raise ``CalibrationError`` if ``tokens`` hold an id that ``model`` (or its skeleton) has no embedding for."""
-    assert isinstance(model, PreTrainedModel)
-    embedding_VE = model.get_input_embeddings().weight
-    assert isinstance(embedding_VE, Tensor)
-    vocabulary = embedding_VE.shape[0]
-    lowest, largest = int(tokens.min()), int(tokens.max())
-    if lowest < 0 or largest >= vocabulary:
-        raise CalibrationError(
-            f"the calibration tokens run from {lowest} to {largest}, but the model has a vocabulary of {vocabulary}: "
-            "use the tokenizer that was published with the model"
-        )
-
-
-def text_source(recipe: Recipe) -> TextSource:
-    """The resolved recipe's dataset."""
-    return TextSource(
-        tuple(recipe.dataset), recipe.dataset_config, recipe.split, recipe.text_column, recipe.dataset_revision
-    )
-
-
-def check_finite(blocks: Sequence[Block]) -> None:
-    """Raise ``NumericalError`` naming the first linear whose weight has NaN or Inf."""
-    for block in blocks:
-        for linear in block.linears:
-            if not linear.read().isfinite().all():
-                raise NumericalError(
-                    f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
-                    f"with --ignore '{re.escape(linear.name)}'"
-                )
-
-
-def _check_dump(regex: str, output_dir: str | Path | None, blocks: Sequence[Block]) -> None:
-    """Raise ``RecipeError`` if there is nowhere to dump to, or nothing to dump."""
-    check_regexes("dump_layer", [regex])
-    if output_dir is None:
-        raise RecipeError("dump_layer needs an output_dir to write to")
-    if not any(re.search(regex, linear.name) for block in blocks for linear in block.linears):
-        raise RecipeError(
-            f"dump_layer {regex!r} matches none of the linears to prune: list them with optima plan, "
-            f"the first is {next(linear.name for block in blocks for linear in block.linears)}"
-        )
-
-
 def _dump_into(directory: Path, regex: str) -> Dump:
-    """Write the Hessian and the dense weight of each linear whose name matches."""
+    """Write the hessian and the dense weight of each linear whose name matches."""
 
-    def dump(linear: Linear, hessian: Hessian) -> None:
+    def dump(linear: Linear, statistics: Statistics) -> None:
         if re.search(regex, linear.name):
-            tensors = {"hessian": hessian.matrix_DD, "weight": linear.read()}
+            tensors = {"hessian": statistics.hessian.matrix_DD, "weight": linear.read()}
             file = directory / f"{linear.name}.safetensors"
             with explain_write_errors(file):
                 directory.mkdir(exist_ok=True)

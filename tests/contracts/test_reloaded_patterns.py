@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_llama, make_tokens
+from tiny import blocks_of, make_llama, make_tokens
 from transformers import AutoModelForCausalLM
 
 from optima import Recipe, prune
-from optima.models.stacks import find_blocks
 from optima.selectors.base import SELECTORS
 
 
@@ -23,7 +22,7 @@ def test_reloaded(selector: str, pattern: str, dtype: torch.dtype, tmp_path: Pat
     prune(make_llama().to(dtype), recipe, calibration=make_tokens(), output_dir=tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert reloaded.dtype == dtype
-    for block in find_blocks(reloaded):
+    for block in blocks_of(reloaded):
         for linear in block.linears:
-            count_G = (linear.weight_OD != 0).reshape(-1, group).sum(dim=1)
+            count_G = (linear.read() != 0).reshape(-1, group).sum(dim=1)
             assert (count_G == kept).all(), linear.name

@@ -7,7 +7,7 @@ import torch
 from row_solver_contract import BoundedSolverContract, RowSolverContract
 
 from optima.qp import (
-    SOLVER_NAMES,
+    SOLVERS,
     Auto,
     BatchedCholesky,
     Bounded,
@@ -72,7 +72,7 @@ class TestAuto(BoundedSolverContract):
         return Auto(gap=gap)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVER_NAMES if name != "none"])
+@pytest.mark.parametrize("name", SOLVERS)
 def test_every_registered_solver_inherits_the_contract(name: str) -> None:
     solver = make_solver(name, 1e-3)
     assert solver is not None

@@ -13,7 +13,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny import LINES, WEIGHTS, make_bert, make_llama, make_tokenizer, save_model, save_text, snapshot
+from tiny import (
+    LINES,
+    WEIGHTS,
+    load_weights,
+    make_bert,
+    make_llama,
+    make_tokenizer,
+    save_model,
+    save_text,
+    snapshot,
+    weight_files,
+)
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -39,7 +50,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prune(*options: str, model: str = "model", out: str = "out") -> dict[str, Tensor]:
     """The weights of the checkpoint that ``optima prune`` writes to ``out``."""
     assert main(["prune", model, "--output-dir", out, "--dataset", "text.jsonl", *SIZE, *options]) == 0
-    return load_file(Path(out) / WEIGHTS)
+    return load_weights(Path(out))
 
 
 def is_target(name: str) -> bool:
@@ -80,7 +91,7 @@ class TestPrune:
         files = {path.name for path in Path("out").iterdir()}
         tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
         ours = {"report.json", "report.md", "recipe.yaml"}
-        assert files == {"config.json", "generation_config.json", WEIGHTS} | tokenizer | ours
+        assert files == {"config.json", "generation_config.json"} | tokenizer | ours | weight_files(Path("out")).keys()
 
     def test_report_is_of_this_run(self) -> None:
         prune("--seed", "3", "--pattern", "2:4", "--gap", "1e-5")
@@ -105,7 +116,8 @@ class TestPrune:
         options = ["--selector", "sparsegpt", "--sparsity", "0.6", "--seed", "5", "--dataset", "text.jsonl", "text.txt"]
         prune(*options)
         assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
-        for name in (WEIGHTS, "recipe.yaml", "config.json", "tokenizer.json"):
+        assert weight_files(Path("again")) == weight_files(Path("out"))
+        for name in ("recipe.yaml", "config.json", "tokenizer.json"):
             assert Path("again", name).read_bytes() == Path("out", name).read_bytes(), name
         first, second = load_report(Path("out")), load_report(Path("again"))
         assert first.run.data_hash == second.run.data_hash
@@ -117,7 +129,7 @@ class TestPrune:
         prune("--selector", "wanda")
         recipe = load_recipe("out/recipe.yaml")
         optima.prune("model", recipe, output_dir="python")
-        assert Path("python", WEIGHTS).read_bytes() == Path("out", WEIGHTS).read_bytes()
+        assert weight_files(Path("python")) == weight_files(Path("out"))
 
     @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
     def test_dtype_is_the_sources_unless_asked_otherwise(self, root: Path, dtype: str) -> None:
@@ -165,7 +177,7 @@ class TestPrune:
         assert len({linear.sparsity_asked for linear in report.linears}) > 1
         assert report.run.notes == ()
         assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
-        assert Path("again", WEIGHTS).read_bytes() == Path("out", WEIGHTS).read_bytes()
+        assert weight_files(Path("again")) == weight_files(Path("out"))
 
     def test_the_survey_leaves_no_trace(self) -> None:
         """With a spread that moves no weight, the bits are those of the uniform allocation."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny import WEIGHTS, Refused, make_llama, make_tokens, prune_arguments, save_model
+from safetensors.torch import save_file
+from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -39,7 +39,7 @@ def saved(masks: dict[str, Tensor], file: str = "masks.safetensors") -> str:
 
 def pruned(*options: str) -> dict[str, Tensor]:
     assert main(prune_arguments("--overwrite", *options)) == 0
-    return load_file(Path("out") / WEIGHTS)
+    return load_weights(Path("out"))
 
 
 @pytest.mark.parametrize("suffix", ["", ".weight"])

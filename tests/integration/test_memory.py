@@ -11,10 +11,11 @@ SCRIPT = """
 import torch
 torch.set_num_threads(1)
 from transformers import LlamaConfig, LlamaForCausalLM
-from optima.calibration.capture import capture_block_inputs
+from optima.calibration.capture import capture
 from optima.device import PeakMemory
+from optima.models.stacks import guess_groups
 from optima.pipeline import Pruner
-from optima.plan import check_model, find_patterns, predict_memory, shared_inputs
+from optima.plan import check_model, find_patterns, predict_memory
 from optima.recipe import Recipe
 from optima.reporting.progress import QuietProgress
 
@@ -30,19 +31,20 @@ recipe = Recipe(
 stores = 1 if recipe.allocation == "uniform" else 2
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
-blocks = check_model(skeleton, recipe, recipe.max_seq_length)
+(stack,) = check_model(skeleton, recipe, recipe.max_seq_length)
+blocks = stack.blocks
 patterns = find_patterns(blocks, recipe)
-predicted = predict_memory(shared_inputs(skeleton, blocks), blocks, recipe, patterns, itemsize=4)
+predicted = predict_memory([guess_groups(block) for block in blocks], blocks, recipe, patterns, itemsize=4)
 
 def prune(layers):
     torch.manual_seed(0)
     config.num_hidden_layers = layers
     model = LlamaForCausalLM(config).eval()
-    blocks = check_model(model, recipe, recipe.max_seq_length)
+    stacks = check_model(model, recipe, recipe.max_seq_length)
     batches = list(torch.randint(0, 64, ({samples}, {length})).split({batch}))
-    stored = capture_block_inputs(model, blocks, batches).num_bytes
+    stored = capture(model, stacks[0], batches).num_bytes
     memory = PeakMemory(torch.device("cpu"))
-    Pruner(recipe, torch.device("cpu"), QuietProgress()).run(model, blocks, batches)
+    Pruner(recipe, torch.device("cpu"), QuietProgress()).run(model, stacks, batches)
     return memory.peak() - memory.baseline - stores * stored
 
 prune(1)  # the first run also pays for the libraries' own buffers

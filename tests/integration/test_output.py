@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from optima.models.checkpoint import output_directory
 from safetensors import SafetensorError
 from tiny import TEXT, WEIGHTS, Refused, prune_arguments, save_text, snapshot
 
 from optima.cli import main
-from optima.models.checkpoint import output_directory
 from optima.pipeline import Pruner
 
 

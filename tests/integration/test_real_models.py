@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny import load_weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optima import Recipe, load_report, prune
@@ -60,7 +61,7 @@ def test_every_linear_is_certified_and_better_than_its_mask(pruned_gemma: Path) 
 
 def test_certificate_holds_against_an_independent_oracle(pruned_gemma: Path) -> None:
     """True gap <= certified gap <= --gap on real layers; the oracle is numpy's float64 solve of each row."""
-    weights = load_file(pruned_gemma / "model.safetensors")
+    weights = load_weights(pruned_gemma)
     certified = {record.name: record.gap_max for record in load_report(pruned_gemma).linears}
     files = sorted((pruned_gemma / "layers").glob("*.safetensors"))
     assert len(files) == 3 * 7
@@ -107,7 +108,7 @@ def test_pruned_gemma_reloads_and_generates(pruned_gemma: Path) -> None:
 
 def test_only_targets_change(gemma_file: Path, pruned_gemma: Path) -> None:
     dense = load_model(find_source(str(gemma_file))).state_dict()
-    saved = load_file(pruned_gemma / "model.safetensors")
+    saved = load_weights(pruned_gemma)
     targets = {f"{record.name}.weight" for record in load_report(pruned_gemma).linears}
     assert "lm_head.weight" not in saved
     for name, tensor in saved.items():

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+
 import pytest
 import torch
 import transformers as hf
-from tiny import make_bert, make_llama
+from families import FAMILIES, build
+from tiny import blocks_of, make_bert, make_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from optima.errors import ModelError
-from optima.models.stacks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
+from optima.errors import ModelError, RecipeError
+from optima.models.stacks import (
+    Block,
+    Linear,
+    ModuleLinear,
+    dense_notes,
+    find_stacks,
+    guess_groups,
+    select_linears,
+    uncovered,
+)
 
 LLAMA_LINEARS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -22,24 +35,25 @@ def make_gpt2() -> hf.GPT2LMHeadModel:
     return hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32))
 
 
-def names(blocks: list[Block]) -> list[str]:
+def names(blocks: Sequence[Block]) -> list[str]:
     return [linear.name for block in blocks for linear in block.linears]
 
 
-class TestFindBlocks:
+class TestFindStacks:
     def test_decoder(self) -> None:
         model = make_llama()
-        blocks = find_blocks(model)
+        blocks = blocks_of(model)
         assert [(block.index, block.name) for block in blocks] == [(0, "model.layers.0"), (1, "model.layers.1")]
         assert all(block.module is layer for block, layer in zip(blocks, model.model.layers, strict=True))
         assert names(blocks) == [f"{block.name}.{name}" for block in blocks for name in LLAMA_LINEARS]
         for block in blocks:
             for linear in block.linears:
-                assert linear.module is model.get_submodule(linear.name)
-                assert linear.shape == tuple(linear.module.weight.shape)
+                weight = model.get_submodule(linear.name).weight
+                assert linear.parameter is weight
+                assert linear.shape == tuple(weight.shape)
 
     def test_encoder(self) -> None:
-        blocks = find_blocks(make_bert())
+        blocks = blocks_of(make_bert())
         assert [block.name for block in blocks] == ["encoder.layer.0", "encoder.layer.1"]
         assert [linear.name.removeprefix("encoder.layer.0.") for linear in blocks[0].linears] == [
             "attention.self.query",
@@ -52,7 +66,7 @@ class TestFindBlocks:
 
     def test_transposed_linears(self) -> None:
         model = make_gpt2()
-        linears = {linear.name: linear for linear in find_blocks(model)[0].linears}
+        linears = {linear.name: linear for linear in blocks_of(model)[0].linears}
         assert list(linears) == [
             f"transformer.h.0.{name}" for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         ]
@@ -66,12 +80,21 @@ class TestFindBlocks:
                 self.small = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(5)])
                 self.large = nn.ModuleList([nn.Sequential(nn.Linear(16, 16), nn.ReLU()) for _ in range(2)])
 
-        assert [block.name for block in find_blocks(TwoTowers())] == ["large.0", "large.1"]
+        assert [block.name for block in blocks_of(TwoTowers())] == ["large.0", "large.1"]
 
     def test_bare_model_is_its_own_list(self) -> None:
-        blocks = find_blocks(nn.ModuleList([nn.Sequential(nn.Linear(4, 4))]))
+        blocks = blocks_of(nn.ModuleList([nn.Sequential(nn.Linear(4, 4))]))
         assert [block.name for block in blocks] == ["0"]
         assert names(blocks) == ["0.0"]
+
+    def test_blocks_of_several_classes_some_without_linears(self) -> None:
+        stack = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.ReLU(), nn.Bilinear(2, 2, 2)])
+        blocks = blocks_of(nn.Sequential(stack))
+        assert [(block.stack, block.name, len(block.linears)) for block in blocks] == [
+            ("0", "0.0", 1),
+            ("0", "0.1", 0),
+            ("0", "0.2", 0),
+        ]
 
     def test_lists_that_are_no_stack(self) -> None:
         class Lists(nn.Module):
@@ -79,20 +102,19 @@ class TestFindBlocks:
                 super().__init__()
                 self.heads = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
                 self.norms = nn.ModuleList([nn.LayerNorm(4)])
-                self.mixed = nn.ModuleList([nn.Sequential(nn.Linear(4, 4)), nn.ReLU()])
                 self.empty = nn.ModuleList()
 
         with pytest.raises(ModelError, match=r"no stack of transformer blocks in Lists.*heads \(2\).*norms \(1\)"):
-            find_blocks(Lists())
+            find_stacks(Lists())
 
     def test_nothing_at_all(self) -> None:
-        with pytest.raises(ModelError, match=r"no stack .* in Sequential: its module lists are none.*\['0'\]"):
-            find_blocks(nn.Sequential(nn.Linear(4, 4)))
+        with pytest.raises(ModelError, match=r"no stack .* in Sequential: its module lists, .* are none.*\['0'\]"):
+            blocks_of(nn.Sequential(nn.Linear(4, 4)))
 
     def test_encoder_decoder_is_refused(self) -> None:
         config = hf.T5Config(vocab_size=50, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=24)
         with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
-            find_blocks(hf.T5ForConditionalGeneration(config))
+            blocks_of(hf.T5ForConditionalGeneration(config))
 
 
 class TestLinear:
@@ -101,23 +123,24 @@ class TestLinear:
     def test_write_casts_and_stays_in_place(self, module: nn.Module, dtype: torch.dtype) -> None:
         module.to(dtype)
         parameter = module.weight
-        linear = Linear("x", module)
+        linear: Linear = ModuleLinear("x", module)
         assert linear.shape == (5, 3)
         new_OD = torch.rand(5, 3, dtype=torch.float64)
         linear.write(new_OD)
         assert module.weight is parameter
-        assert torch.equal(linear.weight_OD, new_OD.to(dtype))
+        assert torch.equal(linear.read(), new_OD.to(dtype))
         inputs = torch.eye(3, dtype=dtype)
         with torch.no_grad():
             assert torch.allclose(module(inputs) - module.bias, new_OD.to(dtype).mT, atol=1e-2)
 
     def test_weight_needs_no_gradient(self) -> None:
-        assert not Linear("x", nn.Linear(3, 5)).weight_OD.requires_grad
+        assert not ModuleLinear("x", nn.Linear(3, 5)).read().requires_grad
 
 
 class TestSelectLinears:
     def select(self, targets: list[str], ignore: list[str]) -> list[str]:
-        return names(select_linears(find_blocks(make_llama()), targets, ignore))
+        (stack,) = select_linears(find_stacks(make_llama()), targets, ignore)
+        return names(stack.blocks)
 
     def test_a_target_matches_anywhere_in_the_full_name(self) -> None:
         assert self.select(["up_proj", r"layers\.1\.self_attn\.q"], []) == [
@@ -133,8 +156,11 @@ class TestSelectLinears:
         ]
 
     def test_blocks_without_linears_stay_for_their_place_in_the_forward_pass(self) -> None:
-        blocks = select_linears(find_blocks(make_llama()), [r"layers\.1"], [])
-        assert [(block.index, len(block.linears)) for block in blocks] == [(0, 0), (1, 7)]
+        (stack,) = select_linears(find_stacks(make_llama()), [r"layers\.1"], [])
+        assert [(block.index, len(block.linears)) for block in stack.blocks] == [(0, 0), (1, 7)]
+        assert stack.needed == 2
+        (stack,) = select_linears(find_stacks(make_llama()), [r"layers\.0"], [])
+        assert stack.needed == 1
 
     @pytest.mark.parametrize(("targets", "ignore"), [(["q_porj"], []), ([".*"], ["model"]), ([], [])])
     def test_zero_matches_lists_what_is_there(self, targets: list[str], ignore: list[str]) -> None:
@@ -143,22 +169,95 @@ class TestSelectLinears:
         assert str(targets) in str(caught.value)
         assert all(name in str(caught.value) for name in LLAMA_LINEARS)
 
+    @pytest.mark.parametrize("regex", ["(.*.*)*x", ".*" * 12 + "!"])
+    @pytest.mark.parametrize("ignored", [False, True])
+    def test_a_regex_that_never_ends_is_refused(
+        self, regex: str, ignored: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("optima.names.PATIENCE", 0.5)
+        started = time.perf_counter()
+        with pytest.raises(RecipeError) as caught:
+            self.select([".*"] if ignored else [regex], [regex] if ignored else [])
+        assert repr(regex) in str(caught.value)
+        assert time.perf_counter() - started < 5.0
 
-def test_every_matrix_is_covered_or_named() -> None:
-    assert uncovered_parameters(find_blocks(make_llama())[0]) == {}
-    assert uncovered_parameters(find_blocks(make_gpt2())[0]) == {}
-    config = hf.MixtralConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_local_experts=4,
-    )
-    block = find_blocks(hf.MixtralForCausalLM(config))[0]
-    covered = {id(linear.module.weight) for linear in linears_of(block.module, block.name)}
-    matrices = {id(parameter) for parameter in block.module.parameters() if parameter.ndim >= 2}
-    named = uncovered_parameters(block)
-    assert len(covered) + len(named) == len(matrices)
-    assert any("experts" in name for name in named)
-    assert all(name.startswith("model.layers.0.") for name in named)
+    def test_a_regex_with_groups_and_repeats_is_welcome(self) -> None:
+        assert len(self.select([r".*\.(q|k)_proj$", "(mlp|self_attn)+.*down.*"], [])) == 6
+
+    def test_linears_that_are_one_weight_are_refused_by_name(self) -> None:
+        model = make_llama()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.gate_proj and .*layers\.1.* one weight.*ignore 'mlp'"):
+            select_linears(find_stacks(model), [".*"], [])
+        (stack,) = select_linears(find_stacks(model), [".*"], ["mlp"])
+        assert len(names(stack.blocks)) == 8
+
+
+ROUTERS = {
+    "llama4": ["feed_forward.router"],
+    "phimoe": ["mlp.router"] * 3,
+    "hunyuan_moe": ["mlp.gate.wg"] * 3,
+    "afmoe": ["mlp.router.gate"] * 2,
+    "qwen2_moe": ["mlp.shared_expert_gate"] * 3,
+    "qwen3_next": ["mlp.shared_expert_gate"] * 3,
+    "gemma3n": ["altup.modality_router"] * 4,
+    "gemma4_moe": ["router.proj"] * 3,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_routers_are_left_dense_by_default(family: str) -> None:
+    stacks = find_stacks(build(family))
+    expected = ROUTERS.get(family, [])
+    found = [linear.removeprefix(f"{block.name}.") for block in stacks[0].blocks for linear in block.routers]
+    assert found == expected
+    dense, pruned = (select_linears(stacks, [".*"], [], routers) for routers in (False, True))
+    assert not {linear for block in dense[0].blocks for linear in block.routers} & set(names(dense[0].blocks))
+    assert len(names(pruned[0].blocks)) == len(names(dense[0].blocks)) + len(expected)
+    if expected:
+        assert any(f"{expected[0]} (" in note and "stays dense" in note for note in dense_notes(dense))
+        assert any(f"{expected[0]} (" in note and "as targets ask" in note for note in dense_notes(pruned))
+
+
+def test_a_mixture_of_linear_modules() -> None:
+    """As in remote code: the experts are pruned, the gate beside them is not, gate_proj inside them is."""
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(8, 2)
+            self.experts = nn.ModuleList(nn.ModuleDict({"gate_proj": nn.Linear(8, 8)}) for _ in range(2))
+
+    (stack,) = find_stacks(nn.Sequential(nn.ModuleList([nn.ModuleDict({"mlp": Mixture(), "gate": nn.Linear(8, 8)})])))
+    assert stack.blocks[0].routers == {"0.0.mlp.gate"}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3", "qwen3_moe", "jamba", "xlnet"])
+def test_every_matrix_is_covered_or_counted(family: str) -> None:
+    blocks = blocks_of(build(family))
+    matrices = sum(p.numel() for block in blocks for p in block.module.parameters() if p.ndim >= 2)
+    covered = sum(linear.parameter.numel() for block in blocks for linear in block.linears)
+    counted = uncovered(blocks)
+    assert covered + sum(weights for _, weights in counted.values()) == matrices
+    if family == "deepseek_v3":  # its first block has no experts
+        assert counted["model.layers.*.mlp.experts.down_proj"] == (2, 2 * 4 * 16 * 32)
+
+
+def test_what_options_leave_out_is_noted() -> None:
+    (note,) = dense_notes(select_linears(find_stacks(make_llama()), [".*"], ["q_proj", r"layers\.1\.mlp"]))
+    assert "model.layers.*.self_attn.q_proj (2 places), model.layers.*.mlp.gate_proj (one place)" in note
+    assert dense_notes(select_linears(find_stacks(make_llama()), [".*"], [])) == []
+
+
+def test_groups_are_guessed_from_names() -> None:
+    def groups(model: nn.Module) -> list[list[str]]:
+        return [[linear.name.rpartition(".")[2] for linear in group] for group in guess_groups(blocks_of(model)[0])]
+
+    assert groups(make_llama()) == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+    assert groups(make_bert()) == [["query", "key", "value"], ["dense"], ["dense"], ["dense"]]
+    assert groups(make_gpt2()) == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny import VOCAB, make_bert, make_llama, make_tokens
+from tiny import VOCAB, blocks_of, make_bert, make_llama, make_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima import Recipe, prune
-from optima.calibration.capture import capture_block_inputs
+from optima.calibration.capture import capture
 from optima.calibration.gradient import regional_gradients
 from optima.errors import ModelError
-from optima.models.stacks import Block, find_blocks
+from optima.models.stacks import Block, find_stacks
 
 CPU = torch.device("cpu")
 
@@ -40,10 +40,9 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 
 
 def first_block(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
-    blocks = find_blocks(model)
-    with torch.no_grad():
-        inputs = capture_block_inputs(model, blocks, make_tokens().split(batch_size))
-        return regional_gradients(blocks[0], inputs, CPU)
+    (stack,) = find_stacks(model)
+    streams = capture(model, stack, make_tokens().split(batch_size))
+    return regional_gradients(stack.blocks[0], streams, CPU)
 
 
 def plain(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
@@ -59,7 +58,7 @@ def plain(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:
         hidden.square().sum().div(hidden.shape[1]).sqrt().backward()
         for linear in block.linears:
             assert linear.parameter.grad is not None
-            gradient = linear.parameter.grad.T if linear.transposed else linear.parameter.grad
+            gradient = linear.orient(linear.parameter.grad)
             squares.setdefault(linear.name, []).append(gradient.square())
     return {name: torch.stack(values).mean(dim=0).sqrt() for name, values in squares.items()}
 
@@ -71,7 +70,7 @@ def test_against_a_plain_loop(kind: str, batch_size: int) -> None:
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     found = first_block(model, batch_size)
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == required
-    expected = plain(model, find_blocks(model)[0])
+    expected = plain(model, blocks_of(model)[0])
     assert found.keys() == expected.keys()
     for name, gradient_OD in expected.items():
         torch.testing.assert_close(found[name], gradient_OD, rtol=1e-4, atol=1e-6, msg=name)
@@ -83,6 +82,24 @@ def test_samples_that_cannot_be_taken_apart() -> None:
     with pytest.raises(ModelError, match="cannot be taken apart into 2 samples: use --batch-size 1"):
         first_block(model, batch_size=2)
     assert first_block(model, batch_size=1)
+
+
+def test_inside_inference_mode() -> None:
+    expected = first_block(make_llama(), 2)
+    model = make_llama()
+    with torch.inference_mode():
+        found = first_block(model, 2)
+    assert all(torch.equal(found[name], gradient_OD) for name, gradient_OD in expected.items())
+    with torch.inference_mode(), pytest.raises(ModelError, match="was made inside"):
+        first_block(make_llama(), 2)
+
+
+def test_hidden_states_that_are_not_batch_first() -> None:
+    config = transformers.XLNetConfig(vocab_size=VOCAB, d_model=32, n_layer=1, n_head=4, d_inner=48)
+    model = transformers.XLNetLMHeadModel(config).eval()
+    with pytest.raises(ModelError, match="not batch first: use --batch-size 1"):
+        first_block(model, batch_size=2)
+    assert all(gradient_OD.any() for gradient_OD in first_block(model, batch_size=1).values())
 
 
 def test_bfloat16_weights_have_float32_gradients() -> None:
@@ -110,7 +127,7 @@ def test_the_pipeline_gives_the_selector_its_gradients() -> None:
     for selector in ("gradient", "wanda"):
         model = make_llama()
         prune(model, Recipe(selector=selector, solver="none", max_seq_length=16), calibration=make_tokens())
-        kept[selector] = {linear.name: linear.weight_OD != 0 for linear in find_blocks(model)[0].linears}
+        kept[selector] = {linear.name: linear.read() != 0 for linear in blocks_of(model)[0].linears}
     for name in kept["wanda"]:
         assert kept["gradient"][name].sum() == kept["wanda"][name].sum()
     assert any(not torch.equal(kept["gradient"][name], kept["wanda"][name]) for name in kept["wanda"])

@@ -31,13 +31,13 @@ from optima.qp import (
     RowSolver,
     SharedInverseCG,
     Status,
-    cholesky,
     make_problem,
     solve,
     solve_rows,
 )
-from optima.qp.low_rank import FACTORS
-from optima.qp.restarts import Correction, Residuals, refine
+from optima.qp.cholesky import solve_kept
+from optima.qp.preconditioners import FACTORS
+from optima.qp.restarts import Correction, Residuals, solve_with_restarts
 
 SOLVERS: list[RowSolver] = [
     *(SharedInverseCG(), LowRankCG(), BatchedCholesky(), Bounded(), RestartedPDHG(gap=1e-2), Auto()),
@@ -297,7 +297,7 @@ def test_an_extension_that_is_not_finite_is_dropped(value: float, every_round: b
     hessian, problem, truth = make_layer(6, 24, seed=27)
 
     def inner(residuals: Residuals) -> Correction:
-        step_RD = cholesky.solve_kept(cholesky.State(hessian), residuals.residual_RD, residuals.mask_RD)
+        step_RD = solve_kept(hessian, residuals.residual_RD, residuals.mask_RD)
         iterations_R = torch.ones(len(step_RD), dtype=torch.int32)
         extension_RD = torch.zeros_like(step_RD)
         if every_round or not residuals.repeated:
@@ -306,7 +306,7 @@ def test_an_extension_that_is_not_finite_is_dropped(value: float, every_round: b
             extension_RD[::2] = torch.where(residuals.mask_RD[::2] > 0, 0.0, value)
         return Correction(step_RD, iterations_R, extension_RD)
 
-    solution = refine(hessian, problem, inner, 1e-4)
+    solution = solve_with_restarts(hessian, problem, inner, 1e-4)
     assert solution.gap_R.isfinite().all()
     assert solution.error_R.isfinite().all()
     assert (solution.status_R == Status.CONVERGED).all()
@@ -323,13 +323,10 @@ class SmallDevice:
     name = "small device"
     supports_bounds = False
 
-    def prepare(self, hessian: Hessian) -> object:
-        return self.inner.prepare(hessian)
-
-    def solve(self, state: object, problem: RowProblem) -> RowSolution:
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         if len(problem.target_RD) > self.room:
             raise torch.OutOfMemoryError
-        return self.inner.solve(state, problem)
+        return self.inner.solve(hessian, problem)
 
 
 @pytest.mark.parametrize(("room", "halvings"), [(40, 0), (39, 1), (20, 1), (7, 3), (1, 6)])
@@ -346,16 +343,19 @@ def test_out_of_memory_halves_the_chunk(room: int, halvings: int) -> None:
     np.testing.assert_allclose(solution.error_R, whole.error_R, rtol=2e-4)
 
 
-def test_out_of_memory_in_preparing_is_not_hidden() -> None:
-    """Fewer rows would not help there."""
+def test_out_of_memory_in_factorising_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer rows would not help there: it is tried once."""
+    tries = []
 
-    class Full(SharedInverseCG):
-        def prepare(self, hessian: Hessian) -> Hessian:
-            raise torch.OutOfMemoryError
+    def full(matrix_DD: Tensor) -> None:
+        tries.append(len(matrix_DD))
+        raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", full)
     hessian, problem, _ = make_layer(4, 8)
     with pytest.raises(torch.OutOfMemoryError):
-        solve_rows(Full(), hessian, problem)
+        solve_rows(SharedInverseCG(), hessian, problem)
+    assert tries == [8]
 
 
 def test_no_room_for_one_row_is_the_devices_error() -> None:

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from layers import PATTERNS, hessian_of, layer_of, make_layer, plain_keep
-from tiny import make_llama, make_tokens
+from tiny import blocks_of, make_llama, make_tokens
 
 from optima import Recipe, prune
-from optima.models.stacks import find_blocks
 from optima.patterns import NM, Pattern
 from optima.selectors.base import SELECTOR_NAMES
 
@@ -49,9 +48,9 @@ def test_it_prunes_a_model() -> None:
         model, Recipe(selector="surgeon:Surgeon", pattern=["2:4"], max_seq_length=16), calibration=make_tokens()
     )
     assert report.run.recipe["selector"] == "surgeon:Surgeon"
-    for block in find_blocks(model):
+    for block in blocks_of(model):
         for linear in block.linears:
-            assert ((linear.weight_OD != 0).reshape(-1, 4).sum(dim=1) == 2).all()
+            assert ((linear.read() != 0).reshape(-1, 4).sum(dim=1) == 2).all()
 
 
 def test_settings_of_a_built_in_selector() -> None:

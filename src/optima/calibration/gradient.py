@@ -35,12 +35,12 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
     Raises:
         ModelError: if the block cannot be run on single sequences, or was made inside ``torch.inference_mode()``.
     """
-    sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
     weights = [linear.parameter for linear in block.linears]
     if any(weight.is_inference() for weight in weights):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     samples = 0
     with torch.inference_mode(False), torch.enable_grad(), _differentiable(block.module, weights):
+        sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
         for batch, (count, length) in enumerate(streams.sizes):
             for sample in range(count):
                 output_1LE = streams.run_sample(block, batch, sample, device).float()

@@ -48,13 +48,17 @@ class Probe:
 
     def first_tokens(self, inputs: Tensor, name: str, samples: int, length: int) -> Tensor | None:
         """The inputs (B, D) of each sequence's first token among those of the linear ``name``; None if unknown."""
-        inputs_TD, counts = inputs.reshape(-1, inputs.shape[-1]), tuple(inputs.shape[:-1])
-        shapes: list[tuple[int, ...]] = [(length, samples) if self.sequence_first else (samples, length)]
-        if name not in self.routed:
-            shapes.append((samples * length,))
-        if counts not in shapes:
+        counts = inputs.shape[:-1]
+        order = (length, samples) if self.sequence_first else (samples, length)
+        flat = len(counts) == 1 and counts[0] == samples * length and name not in self.routed
+        if not flat and (len(counts) < 2 or _without_ones(counts) != _without_ones(order)):
             return None
+        inputs_TD = inputs.reshape(-1, inputs.shape[-1])
         return inputs_TD[:samples] if self.sequence_first else inputs_TD[::length]
+
+
+def _without_ones(counts: Sequence[int]) -> tuple[int, ...]:
+    return tuple(count for count in counts if count != 1)
 
 
 @dataclass

@@ -11,7 +11,6 @@ Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens that w
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from optima.calibration.probe import identity
 from optima.calibration.streams import Streams
-from optima.device import full_precision
+from optima.device import Stopwatch, full_precision
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import gram
@@ -91,7 +90,7 @@ def observe(
     device: torch.device,
     sink_weight: float,
     damping: float,
-    seconds: dict[str, float] | None = None,
+    stopwatch: Stopwatch | None = None,
 ) -> Iterator[Found]:
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
@@ -104,22 +103,18 @@ def observe(
         sink_weight: of the first token of each sequence, relative to all tokens of the sequence together: it counts as
             ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
         damping: of the hessians.
-        seconds: the time of ``forward`` and ``hessian`` is added here.
+        stopwatch: told of the stages ``forward`` and ``hessian``.
 
     Raises:
         CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
     """
     if not block.linears:
         return
-    seconds = {} if seconds is None else seconds
-    watch = _Watch(streams, block, sink_weight)
-    started = time.perf_counter()
+    stopwatch = stopwatch or Stopwatch(device)
+    watch = _Watch(streams, block, sink_weight, stopwatch)
     for batch in range(len(streams.hidden)):
-        with watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
+        with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
             streams.run(block, batch, device)
-    spent = time.perf_counter() - started
-    seconds["hessian"] = seconds.get("hessian", 0.0) + watch.seconds
-    seconds["forward"] = seconds.get("forward", 0.0) + spent - watch.seconds
     for group in streams.groups(block):
         accumulator = watch.accumulators.pop(group[0].name)
         yield Found(accumulator.finish(damping), group, group[0].name not in watch.without_sinks)
@@ -132,13 +127,12 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
 class _Watch:
     """Hooks on a block's linears that accumulate the inputs of each group's first."""
 
-    def __init__(self, streams: Streams, block: Block, sink_weight: float) -> None:
-        self._streams, self._block, self._sink_weight = streams, block, sink_weight
+    def __init__(self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch) -> None:
+        self._streams, self._block, self._sink_weight, self._stopwatch = streams, block, sink_weight, stopwatch
         groups = streams.groups(block)
         self._leader = {linear.name: group[0].name for group in groups for linear in group}
         self.accumulators = {group[0].name: Accumulator() for group in groups}
         self.without_sinks: set[str] = set()
-        self.seconds = 0.0
         self._batch = 0
         self._called: list[str] = []  # in this batch
         self._last: str | None = None  # where the pass can end, known after the first batch
@@ -169,9 +163,8 @@ class _Watch:
                     self._given.setdefault(name, []).append(identity(inputs))
                     self._held.append(inputs)
                 if self._leader[name] == name:
-                    started = time.perf_counter()
-                    self._add(name, inputs)
-                    self.seconds += time.perf_counter() - started
+                    with self._stopwatch("hessian"):
+                        self._add(name, inputs)
             if name == self._last and len(set(self._called)) == len(self._leader):
                 raise _AllSeen
 

@@ -7,16 +7,11 @@ Shapes: O outputs (rows), D inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
-
-T = TypeVar("T")
 
 
 class UnitDiagonal(NamedTuple):
@@ -48,22 +43,3 @@ def price_unit(hessian: Hessian, theta: float = 0.75) -> Tensor:
 def scaled_weight(weight_OD: Tensor, hessian: Hessian, norm_D: Tensor) -> Tensor:
     """W n, in the weight's dtype; weights of dead inputs vanish."""
     return (weight_OD * norm_D.to(weight_OD.dtype)).masked_fill_(hessian.dead_D, 0.0)
-
-
-class PerHessian(Generic[T]):
-    """Something made once for all linears that share a Hessian and a dtype, and dropped with the Hessian.
-
-    Args:
-        make: builds it, in the dtype of the weights; what it returns must not hold the Hessian.
-    """
-
-    def __init__(self, make: Callable[[Hessian, torch.dtype], T]) -> None:
-        self._make = make
-        self._made: WeakKeyDictionary[Hessian, dict[torch.dtype, T]] = WeakKeyDictionary()
-
-    def __call__(self, hessian: Hessian, dtype: torch.dtype) -> T:
-        """What belongs to ``hessian``."""
-        made = self._made.setdefault(hessian, {})
-        if dtype not in made:
-            made[dtype] = self._make(hessian, dtype)
-        return made[dtype]

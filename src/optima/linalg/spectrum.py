@@ -5,7 +5,7 @@ Shapes: D inputs.
 
 from __future__ import annotations
 
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +18,30 @@ POWER_ITERATIONS = 30
 MARGIN = 1.2
 
 
-class Spectrum:
-    """H with D = diag(H), and the eigenvalues of D^-1/2 H D^-1/2, each computed once, when first needed.
+class UnitSpectrum(NamedTuple):
+    """Of D^-1/2 H D^-1/2, D = diag(H), in H's working precision.
 
     Attributes:
-        hessian: H, in units of its mean diagonal from here on.
-        diagonal_D: D, in the working precision.
+        diagonal_D: D in units of H's mean diagonal.
+        largest: the largest eigenvalue, estimated from above.
+        smallest: the smallest one, estimated from below.
     """
 
-    def __init__(self, hessian: Hessian) -> None:
-        self.hessian = hessian
-        self._dtype = hessian.working_dtype
-        self.diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(self._dtype)
+    diagonal_D: Tensor
+    largest: float
+    smallest: float
 
-    @cached_property
-    def largest(self) -> float:
-        """The largest eigenvalue, estimated from above."""
-        return _largest(self.hessian.operator(self._dtype), self.diagonal_D.rsqrt())
 
-    @cached_property
-    def smallest(self) -> float:
-        """The smallest eigenvalue, estimated from below."""
-        return 1.0 / _largest(self.hessian.preconditioner(self._dtype), self.diagonal_D.sqrt())
+def unit_spectrum(hessian: Hessian) -> UnitSpectrum:
+    """The spectrum of ``hessian``, found once."""
+
+    def find() -> UnitSpectrum:
+        dtype = hessian.working_dtype
+        diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
+        largest = _largest(hessian.operator(dtype), diagonal_D.rsqrt())
+        return UnitSpectrum(diagonal_D, largest, 1.0 / _largest(hessian.preconditioner(dtype), diagonal_D.sqrt()))
+
+    return hessian.memo(unit_spectrum, find)
 
 
 def _largest(matrix: SharedMatrix, scale_D: Tensor) -> float:

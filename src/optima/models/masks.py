@@ -1,4 +1,4 @@
-"""Masks that someone else made: the zeros of a checkpoint, or a safetensors file of masks. Read tensor by tensor."""
+"""Masks that someone else made: the zeros of a checkpoint, or a safetensors file of masks, each read once."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from optima.errors import RecipeError
+from optima.models.stacks import Linear
 
 MASK_DTYPES = ("BOOL", "U8")
 # Names listed in a message.
@@ -29,7 +30,7 @@ class MaskFiles:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).expanduser()
-        self._last: tuple[str, Tensor] | None = None
+        self._packed: dict[str, tuple[torch.Size, Tensor]] = {}  # eight weights in a byte
 
     @cached_property
     def is_checkpoint(self) -> bool:
@@ -79,19 +80,34 @@ class MaskFiles:
             return tuple(piece.get_shape())
 
     def keep(self, name: str) -> Tensor:
-        """A linear's mask as it is stored, bool, True = the weight survives.
+        """A linear's mask as it is stored, bool, True = the weight survives. The file is read at the first call.
 
         Raises:
             RecipeError: if there is none, or it has other values than 0 and 1.
         """
-        if self._last is None or self._last[0] != name:
+        if name not in self._packed:
             key = self._find(name)
             with _open(self.files[key]) as tensors:
                 tensor = tensors.get_tensor(_full(key, tensors.keys()))
             if tensor.dtype == torch.uint8 and bool((tensor > 1).any()):
                 raise RecipeError(f"mask_from {self.path}: {key} has values above 1: a mask is 0 (pruned) or 1 (kept)")
-            self._last = (name, tensor != 0)
-        return self._last[1]
+            self._packed[name] = (tensor.shape, _pack(tensor != 0))
+        shape, packed = self._packed[name]
+        return _unpack(packed, shape)
+
+    def keep_OD(self, linear: Linear) -> Tensor:
+        """A linear's mask as outputs x inputs.
+
+        Raises:
+            RecipeError: as ``keep``, or if the mask has another shape than the linear's weight.
+        """
+        wanted, found = tuple(linear.parameter.shape), self.shape(linear.name)
+        if found != wanted:
+            raise RecipeError(
+                f"the external mask of {linear.name} has shape {found}, but the model stores its weight as {wanted}: "
+                "use masks that were made for this model"
+            )
+        return linear.orient(self.keep(linear.name))
 
     def _find(self, name: str) -> str:
         """The stored name of a linear: its own, or the same without the prefix of the model around its blocks."""
@@ -104,6 +120,16 @@ class MaskFiles:
                 f"{_some(self.files)}): add it, or leave the linear out with --ignore '{name}'"
             )
         return found[0]
+
+
+def _pack(keep: Tensor) -> Tensor:
+    bits = nn.functional.pad(keep.reshape(-1), (0, -keep.numel() % 8)).reshape(-1, 8)
+    return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
+
+
+def _unpack(packed: Tensor, shape: torch.Size) -> Tensor:
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.bool().reshape(-1)[: shape.numel()].reshape(shape)
 
 
 def _same(first: str, second: str) -> bool:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
@@ -25,19 +28,59 @@ from transformers import (
 )
 
 from optima.errors import ModelError
+from optima.models.gguf import read_scalars
 
 _logger = logging.getLogger("optima")
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
-# Errors by which transformers and its readers say that a checkpoint is missing, incomplete or not understood.
-READ_ERRORS = (
-    *(OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError, TypeError),
-    *(SafetensorError, StrictDataclassError),
+# Of a file's content, for its fingerprint.
+SAMPLES, SAMPLE_BYTES = 256, 2**16
+# What transformers and its readers raise for bad input, by what is read. Anything else is a bug, and shows as one.
+_READ = (
+    OSError,  # missing, unreadable, not on the hub; configurations that are no JSON
+    ValueError,  # unknown kinds of model or tensor; values that contradict each other
+    ImportError,  # a package that this checkpoint needs (gguf, sentencepiece)
 )
+READ_ERRORS: dict[str, tuple[type[Exception], ...]] = {
+    "model": (
+        *_READ,
+        KeyError,  # a field that is not there
+        TypeError,  # text where a number belongs; JSON that is no object
+        AttributeError,  # a list where an object belongs
+        RecursionError,  # JSON nested too deeply
+        StrictDataclassError,  # fields that the configuration's class refuses
+    ),
+    "configuration": (
+        *_READ,
+        KeyError,  # an activation that the library lacks
+        TypeError,  # null or text where the modules need a number
+        AttributeError,  # a field that the modules need and the configuration lacks
+        IndexError,  # a list of block types shorter than the blocks
+        ZeroDivisionError,  # no heads
+        RuntimeError,  # negative sizes; sizes that overflow
+    ),
+    "weights": (
+        *_READ,
+        KeyError,  # an index that names no file
+        RuntimeError,  # tensors of other shapes than the configuration says
+        SafetensorError,  # cut off or damaged
+    ),
+    "tokenizer": (
+        *_READ,
+        KeyError,  # fields that are not there
+        TypeError,  # fields of another type
+        AttributeError,  # the same
+        RecursionError,  # JSON nested too deeply
+    ),
+}
+# More blocks than any model has. Building the modules of as many as a damaged configuration says takes for ever.
+MAX_BLOCKS = 1000
+BLOCK_COUNTS = re.compile(r"^(num|n|encoder|decoder)_(\w+_)?layers?$|\.block_count$")
+HUB_REMEDY = "check the spelling, the network and, for a private model, your login"
 REMEDIES = {
-    "model": "check the spelling, the network and, for a private model, your login",
+    "model": "check that it is complete, and that its config.json is that of a model",
     "configuration": "check config.json, and whether a newer release of transformers knows the model",
     "weights": "check that the checkpoint is complete and in safetensors or GGUF format",
     "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
@@ -53,44 +96,60 @@ class Source:
         path: hub id or directory.
         gguf_file: the GGUF file inside it, if it is one.
         trust_remote_code: run the checkpoint's own modelling code.
+        revision: branch, tag or commit of a hub model; None for its main branch.
     """
 
     name: str
     path: str
     gguf_file: str | None = None
     trust_remote_code: bool = False
+    revision: str | None = None
+
+    @property
+    def local(self) -> Path | None:
+        """Its directory or GGUF file on this disk; None if it lives on the hub."""
+        return Path(self.path, self.gguf_file or "") if Path(self.path).is_dir() else None
+
+    @property
+    def of_hub(self) -> dict[str, Any]:
+        """Keyword arguments that every call to the hub shares."""
+        return {} if self.revision is None else {"revision": self.revision}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that every ``from_pretrained`` call shares."""
-        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code}
+        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, **self.of_hub}
         if self.gguf_file:
             arguments["gguf_file"] = self.gguf_file
         return arguments
 
 
-def find_source(name: str, trust_remote_code: bool = False) -> Source:
+def find_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:
     """Understand what the user typed.
 
     Raises:
-        ModelError: if a local path does not hold a safetensors or GGUF checkpoint.
+        ModelError: if a local path does not hold a safetensors or GGUF checkpoint, or has a revision.
     """
     path = Path(name).expanduser()
+    source = Source(name, name, None, trust_remote_code, revision)
     if name.endswith(".gguf"):
-        if path.is_file():
-            return Source(name, str(path.parent), path.name, trust_remote_code)
         parts = name.split("/")
-        if path.is_absolute() or len(parts) < 3:
+        if path.is_file():
+            source = replace(source, path=str(path.parent), gguf_file=path.name)
+        elif path.is_absolute() or len(parts) < 3:
             raise ModelError(
                 f"there is no file {name}: give a local GGUF file, or owner/repository/file.gguf on the hub"
             )
-        return Source(name, "/".join(parts[:2]), "/".join(parts[2:]), trust_remote_code)
-    if path.is_dir():
+        else:
+            source = replace(source, path="/".join(parts[:2]), gguf_file="/".join(parts[2:]))
+    elif path.is_dir():
         _check_directory(path)
-        return Source(name, str(path), None, trust_remote_code)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        source = replace(source, path=str(path))
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no directory {name}: give a hub id, a local model directory or a GGUF file")
-    return Source(name, name, None, trust_remote_code)
+    if revision is not None and source.local:
+        raise ModelError(f"{name} is a local model and has no revision {revision!r}: leave --revision out")
+    return source
 
 
 def _check_directory(path: Path) -> None:
@@ -112,14 +171,36 @@ def load_config(source: Source) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
     Raises:
-        ModelError: if it cannot be found or read, or the checkpoint is quantized.
+        ModelError: if it cannot be found or read, has more blocks than any model, or the checkpoint is quantized.
     """
     with explain_read_errors(source, "model"):
+        # Before the classes that make lists as long as the counts they are given.
+        if source.gguf_file:
+            values = read_scalars(_gguf_file(source))
+        else:
+            values = PretrainedConfig.get_config_dict(source.path, **source.of_hub)[0]
+        _check_block_counts(source, values)
         config = AutoConfig.from_pretrained(source.path, **source.arguments)
     assert isinstance(config, PretrainedConfig)
     if getattr(config, "quantization_config", None) and not source.gguf_file:
         raise ModelError(f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result")
     return config
+
+
+def _check_block_counts(source: Source, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _check_block_counts(source, value)
+        elif BLOCK_COUNTS.search(key) and isinstance(value, (int, float)) and value > MAX_BLOCKS:
+            raise ModelError(
+                f"the configuration of {source.name} says {key} = {value}, and at most {MAX_BLOCKS} blocks are read: "
+                "correct it, or download it again"
+            )
+
+
+def _gguf_file(source: Source) -> Path:
+    assert source.gguf_file is not None
+    return source.local or Path(hf_hub_download(source.path, source.gguf_file, **source.of_hub))
 
 
 def model_class(config: PretrainedConfig, source: Source) -> Any:
@@ -220,10 +301,51 @@ def explain_read_errors(source: Source, what: str) -> Iterator[None]:
     """Turn a failure to read one of ``REMEDIES`` into a ``ModelError`` that names the source and the remedy."""
     try:
         yield
-    except READ_ERRORS as error:
-        kind = f"{type(error).__name__} " if isinstance(error, KeyError) else ""
+    except READ_ERRORS[what] as error:
+        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
         detail = textwrap.shorten(kind + str(error), 300, placeholder=" ...") or type(error).__name__
-        remedy = REMEDIES[what]
+        remedy = REMEDIES[what] if source.local or what != "model" else HUB_REMEDY
         if "trust_remote_code" in str(error):
             remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
         raise ModelError(f"the {what} of {source.name} cannot be read ({detail}): {remedy}") from error
+
+
+def note_of_dtype(source: Source, dtype: torch.dtype) -> str | None:
+    """What a GGUF file becomes, for the report: it is unpacked, and written larger than it was."""
+    if source.gguf_file is None:
+        return None
+    name = str(dtype).removeprefix("torch.")
+    remedy = ": --dtype bfloat16 halves it" if dtype == torch.float32 else ""
+    return f"{source.name} is a GGUF file; its weights were unpacked and are written as {name}{remedy}"
+
+
+def commit_of(source: Source) -> str | None:
+    """The commit of a hub snapshot, read from the hub's cache; None for other directories. Call it after a load."""
+    directory = _directory(source)
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def fingerprint(source: Source) -> str:
+    """A hash of the source's weights that is cheap to take, to tell whether two runs read the same ones.
+
+    SHA-256 over the name and size of each safetensors file (or the GGUF file), its first 64 KiB and 64 KiB at each of
+    ``SAMPLES`` places, evenly spaced: files up to 16 MiB whole. Call it after a load.
+    """
+    directory = _directory(source)
+    files = [directory / source.gguf_file] if source.gguf_file else sorted(directory.glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        step = max(SAMPLE_BYTES, size // SAMPLES)
+        with file.open("rb") as opened:
+            for start in range(0, size, step):
+                opened.seek(start)
+                digest.update(opened.read(SAMPLE_BYTES))
+    return f"sha256-of-samples:{digest.hexdigest()}"
+
+
+def _directory(source: Source) -> Path:
+    if source.local:
+        return Path(source.path).resolve()
+    return Path(snapshot_download(source.path, local_files_only=True, **source.of_hub))

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any, Protocol
 
 import torch
@@ -262,26 +263,25 @@ def select_linears(
 
 def _check_own_weights(stacks: Sequence[Stack]) -> None:
     """A weight that two linears share would be pruned twice, the second time for inputs that are no longer its own."""
-    owners: dict[int, Linear] = {}
+    owners: dict[int, str] = {}
+    shared: list[tuple[str, str]] = []
     for stack in stacks:
-        for block in stack.blocks:
-            for linear in block.linears:
-                other = owners.setdefault(id(linear.parameter), linear)
-                if other is not linear:
-                    raise ModelError(
-                        f"{other.name} and {linear.name} are one weight, which two inputs would prune differently: "
-                        f"leave them out with --ignore '{re.escape(_common_end(other.name, linear.name))}'"
-                    )
+        for linear in (linear for block in stack.blocks for linear in block.linears):
+            owner = owners.setdefault(id(linear.parameter), linear.name)
+            shared += [(owner, linear.name)] if owner != linear.name else []
+    if shared:
+        # What the pairs' names end in alike, and of that what all pairs have in common: a module that is shared.
+        ends = [_common(one.split(".")[::-1], other.split(".")[::-1])[::-1] for one, other in shared]
+        module = ".".join(_common(*ends)) or shared[0][1]
+        raise ModelError(
+            f"{shared[0][0]} and {shared[0][1]} are one weight, which two inputs would prune differently "
+            f"({len(shared)} such pairs): leave them out with --ignore '{re.escape(module)}'"
+        )
 
 
-def _common_end(first: str, second: str) -> str:
-    """The last parts that two names share."""
-    parts: list[str] = []
-    for one, other in zip(reversed(first.split(".")), reversed(second.split(".")), strict=False):
-        if one != other:
-            break
-        parts.append(one)
-    return ".".join(reversed(parts)) or second
+def _common(*lists: Sequence[str]) -> list[str]:
+    """What all lists begin with."""
+    return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False))]
 
 
 def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:

@@ -6,30 +6,30 @@ or, to solve many batches of rows that share a Hessian,
 
     hessian = Hessian(matrix)               # factorised once, when first needed
     solver = SharedInverseCG(gap=1e-4)
-    state = solver.prepare(hessian)
     for weight, keep in batches:
-        solution = solver.solve(state, make_problem(hessian, weight, keep))
+        solution = solver.solve(hessian, make_problem(hessian, weight, keep))
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.qp.auto import Auto
-from optima.qp.base import SOLVER_NAMES, RowSolver, make_solver
 from optima.qp.bounded import Bounded
 from optima.qp.certificate import Certificate, certify
+from optima.qp.cg import LowRankCG, SharedInverseCG
 from optima.qp.cholesky import BatchedCholesky
-from optima.qp.low_rank_cg import LowRankCG
 from optima.qp.pdhg import RestartedPDHG
-from optima.qp.problem import RowProblem, RowSolution, Status, make_problem, target_of
+from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, make_problem, target_of
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, solve_rows
-from optima.qp.shared_inverse_cg import SharedInverseCG
 
 __all__ = [
-    "SOLVER_NAMES",
+    "SOLVERS",
     "Auto",
     "BatchedCholesky",
     "Bounded",
@@ -49,6 +49,32 @@ __all__ = [
     "solve_rows",
     "target_of",
 ]
+
+
+# Every row solver, made for a certified relative gap, by the name that recipes and reports call it.
+SOLVERS: dict[str, Callable[[float], RowSolver]] = {
+    "auto": Auto,
+    "low-rank-cg": LowRankCG,
+    "shared-inverse-cg": SharedInverseCG,
+    "cholesky": lambda gap: BatchedCholesky(gap, torch.float32),
+    "bounded": Bounded,
+    "pdhg": RestartedPDHG,
+}
+
+
+def make_solver(name: str, gap: float) -> RowSolver | None:
+    """The solver called ``name`` that stops at certified relative gap ``gap``; None for ``none``.
+
+    Raises:
+        RecipeError: if the name is unknown or the gap is not positive.
+    """
+    if not gap > 0:
+        raise RecipeError(f"gap must be positive, got {gap}: for example 1e-4")
+    if name == "none":
+        return None
+    if name not in SOLVERS:
+        raise RecipeError(f"unknown solver {name!r}: known solvers are {', '.join(SOLVERS)}, none")
+    return SOLVERS[name](gap)
 
 
 def solve(

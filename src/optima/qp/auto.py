@@ -8,47 +8,33 @@ Measured (float32, one core of a Zen 5 server, to a certified gap of 1e-4, Gemma
   (in attention outputs a tenth more). At 30 % it takes 1.1 to 1.6 times as many. For few inputs its systems of factors
   cost more than it saves.
 
+Elsewhere than on a CPU nothing of this was timed. There a row is solved directly where that needs no timing: where its
+system has no more entries than the row itself.
+
 Shapes: R rows, D inputs.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
-from optima.qp.base import RowSolver
 from optima.qp.bounded import Bounded
+from optima.qp.cg import LowRankCG, SharedInverseCG
 from optima.qp.cholesky import BatchedCholesky
-from optima.qp.low_rank_cg import LowRankCG
-from optima.qp.problem import RowProblem, RowSolution, concatenate
-from optima.qp.shared_inverse_cg import SharedInverseCG
+from optima.qp.problem import RowProblem, RowSolution, RowSolver, concatenate
 
-# Costs in operations of a dense float32 product, fitted to the measurements above: small batched factorisations run at
-# a tenth of its speed, and a gathered number costs as much as a thousand operations.
+# Costs on a CPU in operations of a dense float32 product, fitted to the above: small batched factorisations run at a
+# tenth of its speed, and a gathered number costs as much as a thousand operations.
 FACTOR, GATHER, INVERSE = 10.0 / 3.0, 1200.0, 2.0
 # Iterations for every digit of the gap.
 ITERATIONS_PER_DIGIT = 2.5
 # Low-rank CG from this many inputs and this share of pruned weights up.
 LOW_RANK_INPUTS, LOW_RANK_PRUNED = 512, 0.25
-
-
-@dataclass
-class State:
-    """The Hessian, and what the chosen solvers have prepared of it so far."""
-
-    hessian: Hessian
-    prepared: dict[str, Any] = field(default_factory=dict)
-
-    def solve(self, solver: RowSolver, problem: RowProblem) -> RowSolution:
-        """Solve ``problem`` by ``solver``, prepared once."""
-        if solver.name not in self.prepared:
-            self.prepared[solver.name] = solver.prepare(self.hessian)
-        return replace(solver.solve(self.prepared[solver.name], problem), solver=solver.name)
 
 
 @dataclass(frozen=True)
@@ -64,25 +50,20 @@ class Auto:
     name = "auto"
     supports_bounds = True
 
-    def prepare(self, hessian: Hessian) -> State:
-        """Nothing yet: what is shared depends on the choice."""
-        return State(hessian)
-
-    def solve(self, state: State, problem: RowProblem) -> RowSolution:
-        """See ``RowSolver``; ``solver`` of the solution names the choice and ``reason`` why."""
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
+        """See ``RowSolver``; ``solver`` of the solution names the choice."""
         if problem.bounded:
-            return replace(state.solve(Bounded(self.gap), problem), reason="the weights have bounds")
+            return _solve(Bounded(self.gap), hessian, problem)
         # A sum of floats: torch adds booleans an order of magnitude slower.
         kept_R = problem.keep_RD.to(torch.float32).sum(dim=1).double()
-        iterative = self._iterative(kept_R, state.hessian.num_inputs)
-        direct_R, reason = self._choose(state.hessian, kept_R, iterative)
-        solvers = (iterative, BatchedCholesky(self.gap, torch.float32))
-        parts = []
-        for solver, rows in zip(solvers, ((~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]), strict=True):
-            if len(rows) == len(direct_R):
-                return replace(state.solve(solver, problem), reason=reason)
-            parts.append((rows, state.solve(solver, problem.rows(rows))))
-        return _merge(parts, reason)
+        iterative, direct = self._iterative(kept_R, hessian.num_inputs), BatchedCholesky(self.gap, torch.float32)
+        direct_R = self._direct(hessian, kept_R, iterative)
+        if bool(direct_R.all()) or not bool(direct_R.any()):
+            return _solve(direct if bool(direct_R.all()) else iterative, hessian, problem)
+        rows = [(~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]]
+        solvers: list[RowSolver] = [iterative, direct]
+        parts = [_solve(solver, hessian, problem.rows(own)) for solver, own in zip(solvers, rows, strict=True)]
+        return concatenate(parts).rows(torch.cat(rows).argsort())
 
     def _iterative(self, kept_R: Tensor, num_inputs: int) -> LowRankCG | SharedInverseCG:
         """The better of the two for these rows."""
@@ -90,10 +71,12 @@ class Auto:
         low_rank = num_inputs >= LOW_RANK_INPUTS and pruned >= LOW_RANK_PRUNED
         return LowRankCG(self.gap) if low_rank else SharedInverseCG(self.gap)
 
-    def _choose(self, hessian: Hessian, kept_R: Tensor, iterative: LowRankCG | SharedInverseCG) -> tuple[Tensor, str]:
-        """Which rows to solve directly, and why."""
+    def _direct(self, hessian: Hessian, kept_R: Tensor, iterative: LowRankCG | SharedInverseCG) -> Tensor:
+        """Which rows to solve directly."""
         num_inputs = float(hessian.num_inputs)
         size_R = torch.minimum(kept_R, num_inputs - kept_R)
+        if hessian.device.type != "cpu":
+            return size_R.square() <= num_inputs
         dual_R = 2 * kept_R > num_inputs
         direct_R = FACTOR * size_R**3 + GATHER * size_R**2 + torch.where(dual_R, 4 * num_inputs**2, 0.0)
         iterations = max(-ITERATIONS_PER_DIGIT * math.log10(self.gap), 1.0)
@@ -102,26 +85,9 @@ class Auto:
         inverse = INVERSE * num_inputs**3 if shared and not hessian.has_preconditioner else 0.0
         mixed = float(direct_R.clamp_max(cost).sum()) + inverse
         if not bool(dual_R.any()) and float(direct_R.sum()) <= mixed:
-            return torch.ones_like(dual_R), "rows keep few weights or are few"
-        chosen_R = direct_R <= cost
-        count, total = int(chosen_R.sum()), len(chosen_R)
-        if count == 0:
-            return chosen_R, "rows keep and prune too many weights for a direct solve"
-        if count == total:
-            return chosen_R, "rows keep or prune few weights"
-        return chosen_R, f"cholesky for {count} of {total} rows, which keep or prune few weights"
+            return torch.ones_like(dual_R)
+        return direct_R <= cost
 
 
-def _merge(parts: list[tuple[Tensor, RowSolution]], reason: str) -> RowSolution:
-    back = torch.cat([rows for rows, _ in parts]).argsort()
-    joined = concatenate([solution for _, solution in parts])
-    return RowSolution(
-        joined.weight_RD[back],
-        joined.error_R[back],
-        joined.gap_R[back],
-        joined.status_R[back],
-        joined.iterations_R[back],
-        solver=joined.solver,
-        reason=reason,
-        note=joined.note,
-    )
+def _solve(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
+    return replace(solver.solve(hessian, problem), solver=solver.name)

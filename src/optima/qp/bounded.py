@@ -25,17 +25,15 @@ import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
-from optima.linalg.spectrum import Spectrum
-from optima.qp.batch import RowBatch
-from optima.qp.certificate import ENERGY_FLOOR
+from optima.linalg.spectrum import unit_spectrum
+from optima.qp.batch import RowBatch, unfinished
 from optima.qp.problem import RowProblem, RowSolution, concatenate
-from optima.qp.restarts import Correction, Residuals, refine
+from optima.qp.restarts import Correction, Residuals, solve_with_restarts
 
-AIM = 0.9
 MAX_ITERATIONS = 300
 # Changes of face between two gradient steps.
 LONGEST_RUN = 4
-# Bounds take buffers (weight, lower, upper, room ...): rows are solved in so many pieces that all of them fit what the
+# Bounds take buffers (weight, lower, upper, slack ...): rows are solved in so many pieces that all of them fit what the
 # other solvers need for all rows at once. Smaller pieces than this many entries (rows x inputs) would save nothing.
 PIECES, SMALLEST_PIECE = 3, 2**15
 
@@ -55,20 +53,16 @@ class Bounded:
     name = "bounded"
     supports_bounds = True
 
-    def prepare(self, hessian: Hessian) -> Spectrum:
-        """Factorise once; the gradient step and the stopping test need the spectrum."""
-        return Spectrum(hessian)
-
-    def solve(self, state: Spectrum, problem: RowProblem) -> RowSolution:
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
-            return _Batch(state, residuals).run(AIM * self.gap, self.max_iterations)
+            return _Batch(hessian, residuals).run(self.gap, self.max_iterations)
 
         rows, num_inputs = problem.keep_RD.shape
         size = max(-(-rows // PIECES), SMALLEST_PIECE // max(num_inputs, 1), 1)
         pieces = [slice(begin, begin + size) for begin in range(0, max(rows, 1), size)]
-        return concatenate([refine(state.hessian, problem.rows(piece), inner, self.gap) for piece in pieces])
+        return concatenate([solve_with_restarts(hessian, problem.rows(piece), inner, self.gap) for piece in pieces])
 
 
 def split(weight: Tensor, lower: Tensor, upper: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,29 +78,28 @@ class _Batch(RowBatch):
     row_tensors = ("weight", "residual", "mask", "lower", "upper", "direction", "on_face", "changes", "error", "bound")
     results = ("weight",)
 
-    def __init__(self, state: Spectrum, residuals: Residuals) -> None:
+    def __init__(self, hessian: Hessian, residuals: Residuals) -> None:
         super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
-        hessian, dtype = state.hessian, residuals.residual_RD.dtype
+        dtype = residuals.residual_RD.dtype
         self.operator, self.preconditioner = hessian.operator(dtype), hessian.preconditioner(dtype)
-        self.state, self.diagonal_D = state, state.diagonal_D.to(dtype)
+        self.spectrum = unit_spectrum(hessian)
+        self.diagonal_D = self.spectrum.diagonal_D.to(dtype)
         self.weight, self.lower, self.upper = residuals.box()
         self.residual, self.mask, self.error = residuals.residual_RD, residuals.mask_RD, residuals.error_R
         self.direction = torch.zeros_like(self.residual)
         self.changes = torch.zeros_like(self.rows)
         self.on_face = torch.zeros_like(self.rows, dtype=torch.bool)
         nothing = self.residual.new_zeros(len(self.residual))
-        self._turn(nothing, torch.zeros_like(self.on_face), None, nothing)
+        self._redirect(nothing, torch.zeros_like(self.on_face), None, nothing)
 
-    def run(self, tolerance: float, max_iterations: int) -> Correction:
-        """Iterate until each row's own bound on its gap is below ``tolerance``."""
-        self.iterate(lambda: self._going(tolerance), self._iterate, max_iterations)
+    def run(self, gap: float, max_iterations: int) -> Correction:
+        """Iterate until each row's own bound on its gap is below ``gap``."""
+        self.iterate(lambda: self._going(gap), self._iterate, max_iterations)
         (weight_RD,) = self.collect()
         return Correction(weight_RD, self.iterations_R)
 
-    def _going(self, tolerance: float) -> Tensor:
-        bound = self.bound.double()
-        going: Tensor = bound > tolerance * (self.error - bound).clamp_min(ENERGY_FLOOR)
-        return going
+    def _going(self, gap: float) -> Tensor:
+        return unfinished(self.bound.double(), self.error, gap)
 
     def _iterate(self) -> Tensor:
         """Move every row along its direction, then choose the next; returns True for rows that moved."""
@@ -118,24 +111,24 @@ class _Batch(RowBatch):
         alpha = torch.minimum(full, limit)
         self.residual.addcmul_(image * self.mask, alpha[:, None], value=-1.0)
         self.error = self.error - (alpha * (descent - 0.5 * alpha * curvature)).double()
-        self._turn(full - alpha, self.on_face & (full > limit), image, curvature)
+        self._redirect(full - alpha, self.on_face & (full > limit), image, curvature)
         return alpha > 0
 
     def _move(self, full: Tensor) -> Tensor:
         """Step by ``full`` or to the first bound on the way, and return how far that is."""
         ahead = torch.where(self.direction > 0, self.upper, self.lower)
-        room = torch.where(self.direction == 0, torch.inf, (ahead - self.weight) / self.direction)
-        limit = room.amin(dim=1) if room.shape[1] else torch.full_like(full, torch.inf)
+        slack = torch.where(self.direction == 0, torch.inf, (ahead - self.weight) / self.direction)
+        limit = slack.amin(dim=1) if slack.shape[1] else torch.full_like(full, torch.inf)
         limit = limit.clamp_min(0.0)
         moved = torch.addcmul(self.weight, self.direction, torch.minimum(full, limit)[:, None])
-        arrived = room <= torch.minimum(full, limit)[:, None] * (1 + 4 * torch.finfo(room.dtype).eps)
+        arrived = slack <= torch.minimum(full, limit)[:, None] * (1 + 4 * torch.finfo(slack.dtype).eps)
         self.weight = torch.where(arrived, ahead, self._project(moved))
         return limit
 
     def _project(self, weight: Tensor) -> Tensor:
         return torch.clamp(weight, self.lower, self.upper)
 
-    def _turn(self, rest: Tensor, hit: Tensor, image: Tensor | None, curvature: Tensor) -> None:
+    def _redirect(self, rest: Tensor, hit: Tensor, image: Tensor | None, curvature: Tensor) -> None:
         """Measure each row's state and choose its next direction."""
         free, wrong = split(self.weight, self.lower, self.upper, self.residual)
         inner_residual = self.residual * free
@@ -144,7 +137,7 @@ class _Batch(RowBatch):
         free_norm = torch.linalg.vecdot(inner_residual, inner_residual / self.diagonal_D)
         wrong_norm = torch.linalg.vecdot(wrong, wrong / self.diagonal_D)
         # |free + wrong|_K at most the sum of the two norms, the second by the smallest eigenvalue of the scaled H.
-        self.bound = 0.5 * (slope.sqrt() + (wrong_norm / self.state.smallest).sqrt()).square()
+        self.bound = 0.5 * (slope.sqrt() + (wrong_norm / self.spectrum.smallest).sqrt()).square()
         self.changes += hit
         remainder = self._project(torch.addcmul(self.weight, self.direction, rest[:, None])) - self.weight
         project = hit & (torch.linalg.vecdot(self.residual, remainder) > 0) & (self.changes < LONGEST_RUN)
@@ -161,5 +154,5 @@ class _Batch(RowBatch):
         self.on_face = ~(project | gradient)
 
     def _gradient_step(self) -> Tensor:
-        step = self.residual / (self.state.largest * self.diagonal_D)
+        step = self.residual / (self.spectrum.largest * self.diagonal_D)
         return self._project(self.weight + step) - self.weight

@@ -7,7 +7,7 @@ vector that agrees with r on S, whatever it is on the pruned set:
 
 r' = 0 on the pruned set always serves; a solver that knows a better extension hands it over, and the guarantee holds
 for any. With bounds, split r = s + m where m carries the multipliers of the bounds; convexity gives
-E(v) - E(v*) <= 1/2 s'^T K s' + |m|^T room, room the distance to the bound that m pushes against.
+E(v) - E(v*) <= 1/2 s'^T K s' + |m|^T slack, slack the distance to the bound that m pushes against.
 
 Shapes: R rows, D inputs, B rows certified together.
 """
@@ -119,19 +119,29 @@ class Verifier:
         gradient_BD = difference_BD @ hessian.damped_DD
         # A kept dead input stays at its target and a pruned one has target 0, so the decoupled diagonal adds nothing.
         error_B = 0.5 * torch.linalg.vecdot(difference_BD, gradient_BD).clamp_min(0.0)
+        size_B = (difference_BD.square_() @ (hessian.damped_DD.diagonal() / hessian.mean_diagonal)).sqrt() / scale_B
         del difference_BD
         gradient_BD *= (1.0 / (hessian.mean_diagonal * scale_B))[:, None]
         residual_BD = gradient_BD.to(self.mask_RD.dtype).mul_(self.mask_RD[rows])
         del gradient_BD
-        free_BD, slack_B = _split_multipliers(hessian, problem, weight_BD, residual_BD, scale_B)
+        free_BD, cost_B = _split_multipliers(hessian, problem, weight_BD, residual_BD, scale_B)
         if extension_BD is not None:
             free_BD = free_BD + extension_BD
-        norm_B = hessian.whitener(free_BD.dtype).squared_norm(free_BD)
-        # Either may have been rounded: the residual where rows are kept in float32, the product where it is whitened.
-        if torch.float32 in (self.mask_RD.dtype, free_BD.dtype):
-            norm_B *= WHITENING_MARGIN
-        bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + slack_B)
+        norm_B = self._raised(hessian.whitener(free_BD.dtype).squared_norm(free_BD), size_B)
+        bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + cost_B)
         return Certificate(error_B, bound_B, self._relative(bound_B, error_B, rows), residual_BD)
+
+    def _raised(self, norm_B: Tensor, size_B: Tensor) -> Tensor:
+        """||L^-1 r'||^2 raised by all that rounding can have hidden of it (docs/mathematics.md, section 6).
+
+        The factor and a substitution in float64 change its root by the first factor at most; the residual's own
+        rounding, whitened, is at most the second term, with ``size_B`` the root of sum_i H_ii (w - v)_i^2. A norm that
+        is exactly zero has nothing to round.
+        """
+        rounding, condition = self.hessian.rounding, self.hessian.condition
+        factor, term = (1.0 + rounding * condition) ** 2, rounding * (self.hessian.num_inputs * condition) ** 0.5
+        proven_B = (factor * norm_B.sqrt() + term * size_B).square()
+        return torch.where(norm_B > 0, torch.maximum(WHITENING_MARGIN * norm_B, proven_B), 0.0)
 
     def _relative(self, bound_B: Tensor, error_B: Tensor, rows: slice | Tensor) -> Tensor:
         """The bound relative to what the optimum must at least lose, or to the floor of what matters."""
@@ -142,19 +152,19 @@ class Verifier:
 def _split_multipliers(
     hessian: Hessian, problem: RowProblem, weight_BD: Tensor, residual_BD: Tensor, scale_B: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Residual left after the bounds' multipliers, and the slack they leave (any split is valid)."""
+    """Residual left after the bounds' multipliers, and what they cost (any split is valid)."""
     if not problem.bounded:
         return residual_BD, torch.zeros_like(scale_B)
     weight_BD, residual_BD = weight_BD.double(), residual_BD.double()
-    room_BD = torch.full_like(residual_BD, torch.inf)
+    slack_BD = torch.full_like(residual_BD, torch.inf)
     if problem.upper_RD is not None:
-        room_BD = torch.where(residual_BD > 0, problem.upper_RD.double() - weight_BD, room_BD)
+        slack_BD = torch.where(residual_BD > 0, problem.upper_RD.double() - weight_BD, slack_BD)
     if problem.lower_RD is not None:
-        room_BD = torch.where(residual_BD < 0, weight_BD - problem.lower_RD.double(), room_BD)
-    room_BD = room_BD.clamp_min_(0.0) / scale_B[:, None]
-    slack_BD = torch.where(residual_BD == 0, 0.0, residual_BD.abs() * room_BD)
-    # Worth a multiplier where the slack costs less than the unconstrained bound would for this coordinate alone.
+        slack_BD = torch.where(residual_BD < 0, weight_BD - problem.lower_RD.double(), slack_BD)
+    slack_BD = slack_BD.clamp_min_(0.0) / scale_B[:, None]
+    cost_BD = torch.where(residual_BD == 0, 0.0, residual_BD.abs() * slack_BD)
+    # Worth a multiplier where it costs less than the unconstrained bound would for this coordinate alone.
     diagonal_D = hessian.damped_DD.diagonal() / hessian.mean_diagonal
-    blocked_BD = slack_BD <= 0.5 * residual_BD.square() / diagonal_D
-    slack_B = torch.where(blocked_BD, slack_BD, 0.0).sum(dim=1)
-    return residual_BD.masked_fill(blocked_BD, 0.0).to(hessian.working_dtype), slack_B
+    blocked_BD = cost_BD <= 0.5 * residual_BD.square() / diagonal_D
+    cost_B = torch.where(blocked_BD, cost_BD, 0.0).sum(dim=1)
+    return residual_BD.masked_fill(blocked_BD, 0.0).to(hessian.working_dtype), cost_B

@@ -24,14 +24,12 @@ import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
-from optima.linalg.spectrum import Spectrum
-from optima.qp.batch import RowBatch
+from optima.linalg.spectrum import unit_spectrum
+from optima.qp.batch import RowBatch, unfinished
 from optima.qp.bounded import split
-from optima.qp.certificate import ENERGY_FLOOR
 from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.restarts import Correction, Residuals, refine
+from optima.qp.restarts import Correction, Residuals, solve_with_restarts
 
-AIM = 0.9
 MAX_ITERATIONS = 2000
 # Iterations between looks at the certified gap, each of which costs one more product.
 CHECK_EVERY = 16
@@ -56,17 +54,13 @@ class RestartedPDHG:
     name = "pdhg"
     supports_bounds = True
 
-    def prepare(self, hessian: Hessian) -> Spectrum:
-        """The largest eigenvalue of the scaled H."""
-        return Spectrum(hessian)
-
-    def solve(self, state: Spectrum, problem: RowProblem) -> RowSolution:
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
-            return _Batch(state, residuals).run(AIM * self.gap, self.max_iterations)
+            return _Batch(hessian, residuals).run(self.gap, self.max_iterations)
 
-        return refine(state.hessian, problem, inner, self.gap)
+        return solve_with_restarts(hessian, problem, inner, self.gap)
 
 
 class _Batch(RowBatch):
@@ -78,12 +72,13 @@ class _Batch(RowBatch):
     )
     results = ("average",)
 
-    def __init__(self, state: Spectrum, residuals: Residuals) -> None:
+    def __init__(self, hessian: Hessian, residuals: Residuals) -> None:
         super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
         self._check_every = CHECK_EVERY
         dtype = residuals.residual_RD.dtype
-        self.operator, self.check = state.hessian.operator(dtype), state.hessian.preconditioner(dtype)
-        self.diagonal_D, self.largest = state.diagonal_D.to(dtype), state.largest
+        self.operator, self.check = hessian.operator(dtype), hessian.preconditioner(dtype)
+        spectrum = unit_spectrum(hessian)
+        self.diagonal_D, self.largest = spectrum.diagonal_D.to(dtype), spectrum.largest
         self.mask, self.residual_start, self.error_start = residuals.mask_RD, residuals.residual_RD, residuals.error_R
         start, lower, upper = residuals.box()
         self.start_RD, self.lower, self.upper = start, lower - start, upper - start
@@ -93,20 +88,19 @@ class _Batch(RowBatch):
         self.anchor = self._optimality(self.point, self.residual)
         self.last = self.anchor
 
-    def run(self, tolerance: float, max_iterations: int) -> Correction:
-        """Iterate until each row's own bound on its gap is below ``tolerance``."""
-        self.iterate(lambda: self._going(tolerance), self._iterate, max_iterations)
+    def run(self, gap: float, max_iterations: int) -> Correction:
+        """Iterate until each row's own bound on its gap is below ``gap``."""
+        self.iterate(lambda: self._going(gap), self._iterate, max_iterations)
         (average_RD,) = self.collect()
         return Correction(self.start_RD + average_RD, self.iterations_R)
 
-    def _going(self, tolerance: float) -> Tensor:
+    def _going(self, gap: float) -> Tensor:
         free, wrong = split(self.average, self.lower, self.upper, self.average_residual)
         unexplained = self.average_residual * free + wrong
         bound = 0.5 * torch.linalg.vecdot(unexplained, self.check(unexplained)).double()
         # E at x, from H x = g - r without another product.
         gained = 0.5 * torch.linalg.vecdot(self.average, self.residual_start + self.average_residual).double()
-        going: Tensor = bound > tolerance * (self.error_start - gained - bound).clamp_min(ENERGY_FLOOR)
-        return going
+        return unfinished(bound, self.error_start - gained, gap)
 
     def _iterate(self) -> Tensor:
         momentum = (2.0 / (self.count + 2.0))[:, None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,7 +79,6 @@ class RowSolution:
         status_R: ``Status`` values, int8.
         iterations_R: iterations spent on each row, int32 (0 for a direct solve).
         solver: name of the solver that ran; of several, in alphabetical order, joined by a plus.
-        reason: why this solver, where another might have been chosen, for each chunk of rows; empty if not.
         note: what a reader of the report should know: where the precision was raised, what had to be halved; empty if
             nothing.
         chunk_rows: most rows that were solved together.
@@ -91,10 +91,42 @@ class RowSolution:
     status_R: Tensor
     iterations_R: Tensor
     solver: str = ""
-    reason: str = ""
     note: str = ""
     chunk_rows: int = 0
     halvings: int = 0
+
+    def rows(self, index: Tensor) -> RowSolution:
+        """The solution of the rows that ``index`` selects."""
+        return replace(
+            self,
+            weight_RD=self.weight_RD[index],
+            error_R=self.error_R[index],
+            gap_R=self.gap_R[index],
+            status_R=self.status_R[index],
+            iterations_R=self.iterations_R[index],
+        )
+
+
+class RowSolver(Protocol):
+    """Re-solves the kept weights of rows that share one Hessian.
+
+    A solver never sees a model, a block or a file. What depends on the Hessian alone belongs in ``Hessian.memo``; the
+    work space of ``solve`` grows with the rows it is given, and ``optima.qp.rows.solve_rows`` chooses how many.
+    """
+
+    @property
+    def name(self) -> str:
+        """What recipes and reports call it."""
+        ...
+
+    @property
+    def supports_bounds(self) -> bool:
+        """True if it can hold weights between bounds."""
+        ...
+
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
+        """Solve every row of ``problem``."""
+        ...
 
 
 def concatenate(parts: list[RowSolution]) -> RowSolution:
@@ -106,7 +138,6 @@ def concatenate(parts: list[RowSolution]) -> RowSolution:
         return torch.cat([getattr(part, name) for part in parts])
 
     solvers = sorted({name for part in parts for name in part.solver.split("+")})
-    reasons = dict.fromkeys(part.reason for part in parts if part.reason)
     notes = dict.fromkeys(part.note for part in parts if part.note)
     return RowSolution(
         join("weight_RD"),
@@ -115,7 +146,6 @@ def concatenate(parts: list[RowSolution]) -> RowSolution:
         join("status_R"),
         join("iterations_R"),
         solver="+".join(solvers),
-        reason="; ".join(reasons),
         note="; ".join(notes),
         chunk_rows=max(len(part.gap_R) for part in parts),
     )

@@ -92,7 +92,7 @@ class Inner(Protocol):
         ...
 
 
-def refine(hessian: Hessian, problem: RowProblem, inner: Inner, gap: float) -> RowSolution:
+def solve_with_restarts(hessian: Hessian, problem: RowProblem, inner: Inner, gap: float) -> RowSolution:
     """Alternate ``inner`` and the certificate until every row's certified gap is at most ``gap`` or stalls."""
     rounds = _Rounds(hessian, problem, gap)
     rounds.first(inner)

@@ -13,8 +13,7 @@ from optima.device import full_precision
 from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import keep_freed_memory
-from optima.qp.base import RowSolver
-from optima.qp.problem import RowProblem, RowSolution, concatenate
+from optima.qp.problem import RowProblem, RowSolution, RowSolver, concatenate
 
 # Work space per row and input while solving: six buffers, of float64 where the condition number demands it, and masks.
 BYTES_PER_ENTRY = 6 * 8 + 8
@@ -33,7 +32,7 @@ def rows_per_chunk(num_inputs: int, budget_bytes: int = DEFAULT_BUDGET_BYTES) ->
 def solve_rows(
     solver: RowSolver, hessian: Hessian, problem: RowProblem, budget_bytes: int = DEFAULT_BUDGET_BYTES
 ) -> RowSolution:
-    """Prepare once, solve every row, chunk by chunk; halve the chunk when the device runs out of memory.
+    """Solve every row, chunk by chunk; halve the chunk when the device runs out of memory.
 
     Raises:
         RecipeError: if the problem has bounds and the solver knows none.
@@ -42,14 +41,14 @@ def solve_rows(
         raise RecipeError(f"solver {solver.name} knows no bounds: choose auto, bounded or pdhg")
     keep_freed_memory()
     with full_precision(), torch.no_grad():
-        state = solver.prepare(hessian)
+        _ = hessian.factorisation  # every certificate needs it, and fewer rows would not help where it does not fit
         total = len(problem.target_RD)
         chunk = _chunk(hessian, total, budget_bytes)
         parts: list[RowSolution] = []
         begin = halvings = 0
         while begin < total or not parts:
             try:
-                parts.append(solver.solve(state, problem.rows(slice(begin, begin + chunk))))
+                parts.append(solver.solve(hessian, problem.rows(slice(begin, begin + chunk))))
                 begin += chunk
                 continue
             except torch.OutOfMemoryError:

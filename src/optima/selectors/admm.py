@@ -14,8 +14,7 @@ Shapes: O outputs (rows), D inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import SharedMatrix
-from optima.linalg.scaling import PerHessian, scaled_weight, unit_diagonal
+from optima.linalg.scaling import scaled_weight, unit_diagonal
 from optima.patterns import Pattern, Scope, Unstructured
 from optima.selectors.base import Cost, LinearTask, Selection
 from optima.selectors.ranking import top_scores
@@ -54,10 +53,6 @@ class ADMM:
     ridge: float = 0.1
     published_scope: Scope = "layer"
     cost: ClassVar[Cost] = Cost(per_square=28, per_weight=40, kept_per_square=8, products=21)
-    _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_system", PerHessian(self._prepare))
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
         matrix_DD, norm_D = unit_diagonal(hessian.damped(0.0), hessian.dead_D)
@@ -69,7 +64,8 @@ class ADMM:
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        norm_D, matrix, solve = self._system(task.hessian, task.weight_OD.dtype)
+        hessian, dtype = task.hessian, task.weight_OD.dtype
+        norm_D, matrix, solve = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
         # W + U; the dual U starts at zero, and after the projection it is what was cut off.
         sum_OD = scaled_weight(task.weight_OD, task.hessian, norm_D)
         target_OD = matrix(sum_OD)

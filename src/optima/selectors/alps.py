@@ -16,8 +16,7 @@ Shapes: O outputs (rows), D inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import SharedMatrix
-from optima.linalg.scaling import PerHessian, scaled_weight, unit_diagonal
+from optima.linalg.scaling import scaled_weight, unit_diagonal
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import Pattern, Scope
 from optima.selectors.base import Cost, LinearTask, Selection
@@ -48,9 +47,12 @@ class _System(NamedTuple):
     eigen: Eigen
 
 
-def _prepare(hessian: Hessian, dtype: torch.dtype) -> _System:
-    matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
-    return _System(norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), eigendecomposition(matrix_DD, dtype))
+def _system(hessian: Hessian, dtype: torch.dtype) -> _System:
+    def make() -> _System:
+        matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
+        return _System(norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), eigendecomposition(matrix_DD, dtype))
+
+    return hessian.memo((_System, dtype), make)
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,10 @@ class ALPS:
     cg_iterations: int = 10
     published_scope: Scope = "layer"
     cost: ClassVar[Cost] = Cost(per_square=64, per_weight=50, kept_per_square=8, products=75)
-    _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_system", PerHessian(_prepare))
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        norm_D, operator, eigen = self._system(task.hessian, task.weight_OD.dtype)
+        norm_D, operator, eigen = _system(task.hessian, task.weight_OD.dtype)
         dense_OD = scaled_weight(task.weight_OD, task.hessian, norm_D)
         target_OD = operator(dense_OD)
         inverse = ShiftedInverse(eigen, dense_OD, CHECK_EVERY)

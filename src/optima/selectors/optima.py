@@ -19,8 +19,7 @@ Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import scaled
-from optima.linalg.scaling import PerHessian, price_unit, scaled_weight
+from optima.linalg.scaling import price_unit, scaled_weight
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import Cost, LinearTask, Selection
@@ -76,10 +75,6 @@ class Optima:
     theta: float = 0.75
     published_scope: Scope = "balanced"
     cost: ClassVar[Cost] = Cost(per_square=36, per_weight=35, kept_per_square=4, products=61)
-    _system: Callable[[Hessian, torch.dtype], _System] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_system", PerHessian(self._prepare))
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
         # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
@@ -92,7 +87,7 @@ class Optima:
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         hessian, dtype = task.hessian, task.weight_OD.dtype
-        unit_D, eigen = self._system(hessian, dtype)
+        unit_D, eigen = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
         dense_OD = scaled_weight(task.weight_OD, task.hessian, unit_D)
         target_OD = hessian.operator(dtype)(dense_OD / unit_D).div_(unit_D)
         inverse = ShiftedInverse(eigen, dense_OD, self.iterations)

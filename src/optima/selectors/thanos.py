@@ -8,7 +8,7 @@ indices q and its other weights from j on move by -lambda K_q: with lambda K_qq 
 Unstructured sparsity follows a global residual mask: all columns from j on are ranked for what is still to be pruned
 in the layer (or row), and the block takes its part of that mask.
 
-Shapes: O outputs (rows), D inputs, B columns of one block, R rows solved together, S weights removed from one of them.
+Shapes: O outputs (rows), D inputs, B columns of one block.
 """
 
 from __future__ import annotations
@@ -20,17 +20,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from optima.linalg.gather import solve_selected
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import Cost, LinearTask, Selection
 from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
 
-# Work space of the batched systems; on a CPU they stay in the cache, which takes two thirds of the time away.
-CHUNK_BYTES = {"cpu": 4 * 2**20, "cuda": 64 * 2**20}
-
 
 @dataclass(frozen=True)
 class Thanos:
-    """Mask and update as published. Cost: one Cholesky a Hessian, and a system of S unknowns for each row and block.
+    """Mask and update as published. Cost: one Cholesky a Hessian, and a system of what goes for each row and block.
 
     Args:
         blocksize: columns pruned together, for unstructured sparsity.
@@ -62,7 +60,8 @@ class Thanos:
                 keep_OB[outlier_O] = True
             # K = U^T U, and the first B rows of K need only those of U.
             inverse_BD = upper_DD[begin:end, begin:end].mT @ upper_DD[begin:end, begin:]
-            multiplier_OB = multipliers(weight_OD[:, begin:end], keep_OB, inverse_BD[:, : end - begin])
+            # Eq. 10: lambda_q K_qq = w_q, zero on the kept columns.
+            multiplier_OB = solve_selected(inverse_BD[:, : end - begin], weight_OD[:, begin:end], ~keep_OB)
             weight_OD[:, begin:] -= multiplier_OB.to(weight_OD.dtype) @ inverse_BD.to(weight_OD.dtype)
             weight_OD[:, begin:end].masked_fill_(~keep_OB, 0.0)
             keep_OD[:, begin:end] = keep_OB
@@ -75,8 +74,7 @@ class Thanos:
 
     def _outliers(self, task: LinearTask) -> Tensor:
         """Indices of the rows with the largest loss if they were removed, w H w^T."""
-        weight_OD = task.weight_OD.double()
-        loss_O = torch.linalg.vecdot(weight_OD, weight_OD @ task.hessian.matrix_DD)
+        loss_O = task.hessian.loss(task.weight_OD)
         outlier_O: Tensor = loss_O.topk(math.ceil(self.outlier_rows * len(loss_O))).indices
         return outlier_O
 
@@ -110,25 +108,3 @@ class _ResidualMask:
         keep_OB = keep_all_but_lowest(score_1N, self._left).reshape(score_OD.shape)[:, :width]
         self._left -= int((~keep_OB).sum())
         return keep_OB.clone()
-
-
-def multipliers(weight_OB: Tensor, keep_OB: Tensor, inverse_BB: Tensor) -> Tensor:
-    """lambda of eq. 10 for every row, float64, zero on the kept columns: lambda_q K_qq = w_q."""
-    result_OB = torch.zeros_like(weight_OB, dtype=torch.float64)
-    count_O = (~keep_OB).sum(dim=1)
-    # Rows that lose about the same number of weights are solved together, padded to the largest.
-    order_O = count_O.argsort(descending=True, stable=True)
-    budget, begin = CHUNK_BYTES[weight_OB.device.type], 0
-    while begin < len(order_O) and (size := int(count_O[order_O[begin]])):
-        rows_R = order_O[begin : begin + max(budget // (8 * size * size), 1)]
-        begin += len(rows_R)
-        removed_RS = keep_OB[rows_R].byte().argsort(dim=1, stable=True)[:, :size]
-        real_RS = torch.arange(size, device=rows_R.device) < count_O[rows_R, None]
-        matrix_RSS = inverse_BB[removed_RS[:, :, None], removed_RS[:, None, :]]
-        padding_RSS = ~(real_RS[:, :, None] & real_RS[:, None, :])
-        matrix_RSS.masked_fill_(padding_RSS, 0.0)
-        matrix_RSS.diagonal(dim1=1, dim2=2).masked_fill_(~real_RS, 1.0)
-        right_RS = weight_OB[rows_R].double().gather(1, removed_RS).masked_fill_(~real_RS, 0.0)
-        solved_RS1 = torch.cholesky_solve(right_RS[:, :, None], torch.linalg.cholesky(matrix_RSS))
-        result_OB[rows_R] = result_OB[rows_R].scatter_(1, removed_RS, solved_RS1[:, :, 0])
-    return result_OB

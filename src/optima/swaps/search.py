@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from optima.linalg.gather import gather_systems, selected
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import keep_freed_memory
 from optima.linalg.scaling import unit_diagonal
@@ -261,13 +262,9 @@ class Optimum:
 
 def solve(system: _System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
     """By Cholesky of every row's own matrix, with one step of refinement from float64 residuals."""
-    count_A1 = keep_AD.sum(dim=1, keepdim=True)
-    most = int(count_A1.max())
-    index_AN = (~keep_AD).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
-    none_AN = torch.arange(most, device=keep_AD.device) >= count_A1
-    index_AN = index_AN.masked_fill(none_AN, system.num_inputs)
-    matrix_ANN = gather_square(system.bordered, index_AN)
-    matrix_ANN.diagonal(dim1=1, dim2=2).add_(none_AN.to(matrix_ANN.dtype))
+    index_AN, real_AN = selected(keep_AD, int(keep_AD.sum(dim=1).max()))
+    index_AN = index_AN.masked_fill(~real_AN, system.num_inputs)
+    matrix_ANN = gather_systems(system.bordered, index_AN, real_AN)
     factor_ANN, info_A = torch.linalg.cholesky_ex(matrix_ANN)
     if bool(info_A.any()):
         factor_ANN = torch.linalg.cholesky(matrix_ANN.double()).to(matrix_ANN.dtype)
@@ -278,22 +275,11 @@ def solve(system: _System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
         kept_AN1 = padded_AD.gather(1, index_AN)[:, :, None].to(matrix_ANN.dtype)
         half_AN1 = torch.linalg.solve_triangular(factor_ANN, kept_AN1, upper=False)
         step_AN = torch.linalg.solve_triangular(factor_ANN.mT, half_AN1, upper=True)[:, :, 0].double()
-        padded_AD.zero_().scatter_(1, index_AN, step_AN.masked_fill_(none_AN, 0.0))
+        padded_AD.zero_().scatter_(1, index_AN, step_AN * real_AN)
         weight_AD = weight_AD + padded_AD[:, :-1]
         residual_AD = (dense_AD - weight_AD) @ system.unit_DD
     error_A = 0.5 * torch.linalg.vecdot(dense_AD - weight_AD, residual_AD).clamp_min(0.0)
     return Optimum(keep_AD, index_AN, factor_ANN, weight_AD, residual_AD, error_A)
-
-
-def gather_square(matrix_DD: Tensor, index_AN: Tensor) -> Tensor:
-    """``matrix_DD`` on each row's indices, rows and columns, (A, N, N)."""
-    if matrix_DD.device.type != "cpu":
-        return matrix_DD.take(index_AN[:, :, None] * len(matrix_DD) + index_AN[:, None, :])
-    # Twice as fast as indexing with two tensors.
-    result_ANN = matrix_DD.new_empty(*index_AN.shape, index_AN.shape[1])
-    for index_N, result_NN in zip(index_AN, result_ANN, strict=True):
-        torch.index_select(matrix_DD.index_select(0, index_N), 1, index_N, out=result_NN)
-    return result_ANN
 
 
 def swap(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,14 +1,11 @@
-"""H seen as a factor model: a few factors that all inputs share, plus noise of each input's own (docs/mathematics.md).
-
-    H ~ Psi + U U^T,    Psi diagonal,  U of D x F
-
-Activations of a transformer are like that, and unlike H itself the model restricts to any kept set S without a new
-factorisation: H_SS ~ Psi_S + U_S U_S^T, inverted by Woodbury's formula with one F x F system per row.
+"""Approximate inverses of every row's H_SS, for conjugate gradient (docs/mathematics.md, sections 2 and 8).
 
 Shapes: R rows, D inputs, F factors, V vectors of the subspace iteration, Q = F (F + 1) / 2 pairs of factors.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,22 +15,84 @@ from optima.linalg.products import multiply, pack
 
 # Factors: most of them, and fewer for few inputs, where the rows' systems weigh more than the iterations they save.
 FACTORS, INPUTS_PER_FACTOR = 32, 26
-# Of the fit: vectors beyond the factors, most turns, and the mean relative change of the noise that ends it sooner.
+# Of the fit: vectors beyond the factors, most iterations, and the mean relative change of the noise that ends it.
 OVERSAMPLING = 8
-TURNS, SETTLED = 12, 0.004
+ITERATIONS, SETTLED = 12, 0.004
 # Rows whose systems are factorised together: bounds the temporaries.
 BLOCK_ROWS = 512
 # Least share of its variance that an input has to itself.
 SMALLEST_NOISE = 0.01
 
 
-class LowRankModel:
-    """The factor model of one Hessian, in units of its mean diagonal.
+class Preconditioner(Protocol):
+    """M with M_S near H_SS^-1 for every kept set S, in units of H's mean diagonal.
 
     Attributes:
-        noise_D: the diagonal of Psi.
-        factors_DF: U.
+        rounded: True if its products are rounded beyond the precision of the rows: CG's beta is then the flexible one.
+        above_inverse: True if M_S is at least H_SS^-1, so that no eigenvalue of M_S H_SS is below 1.
     """
+
+    rounded: bool
+    above_inverse: bool
+
+    def restrict(self, mask_RD: Tensor) -> Tensor:
+        """What ``solve`` needs of each row's kept set, one entry a row."""
+        ...
+
+    def solve(self, residual_RD: Tensor, mask_RD: Tensor, restricted_R: Tensor) -> Tensor:
+        """M_S residual_S of each row, zero off the kept set."""
+        ...
+
+
+class SharedInverse:
+    """K = H^-1, of which every row takes the block of its kept set.
+
+    Args:
+        hessian: the shared H.
+        dtype: of the rows.
+        exact: multiply in the precision of the rows; else in bfloat16 where that is an order of magnitude faster.
+    """
+
+    above_inverse = True
+
+    def __init__(self, hessian: Hessian, dtype: torch.dtype, exact: bool) -> None:
+        fast_dtype = dtype if exact else _fast_dtype(hessian.device, dtype)
+        self.rounded = fast_dtype != dtype
+        self._inverse = hessian.preconditioner(fast_dtype)
+
+    def restrict(self, mask_RD: Tensor) -> Tensor:
+        """Nothing."""
+        return mask_RD.new_empty(len(mask_RD), 0)
+
+    def solve(self, residual_RD: Tensor, mask_RD: Tensor, restricted_R: Tensor) -> Tensor:
+        """K_SS residual_S."""
+        return self._inverse(residual_RD * mask_RD).mul_(mask_RD)
+
+
+def _fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """bfloat16 where it multiplies an order of magnitude faster than float32, as on CUDA from 8.0 up.
+
+    On a CPU it is at best twice as fast, which its rounding takes back in iterations (up to a fifth more).
+    """
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast and dtype == torch.float32 else dtype
+
+
+class FactorModel:
+    """H seen as a few factors that all inputs share, plus noise of each input's own.
+
+        H ~ Psi + U U^T,    Psi diagonal,  U of D x F
+
+    Activations of a transformer are like that, and unlike H itself the model restricts to any kept set S without a new
+    factorisation: H_SS ~ Psi_S + U_S U_S^T, inverted by Woodbury's formula with one F x F system per row.
+
+    Attributes:
+        noise_D: the diagonal of Psi, in units of H's mean diagonal.
+        factors_DF: U likewise.
+    """
+
+    rounded = False
+    above_inverse = False
 
     def __init__(self, hessian: Hessian, dtype: torch.dtype) -> None:
         diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
@@ -49,6 +108,11 @@ class LowRankModel:
         position_FF[left_Q, right_Q] = position_FF[right_Q, left_Q] = torch.arange(len(left_Q), device=left_Q.device)
         self._position = position_FF.flatten()
 
+    @classmethod
+    def of(cls, hessian: Hessian, dtype: torch.dtype) -> FactorModel:
+        """The model of ``hessian``; made once."""
+        return hessian.memo((cls, dtype), lambda: cls(hessian, dtype))
+
     def restrict(self, mask_RD: Tensor) -> Tensor:
         """(I + U_S^T Psi_S^-1 U_S)^-1 of each row's kept set, (R, F, F)."""
         count = self.factors_DF.shape[1]
@@ -59,13 +123,13 @@ class LowRankModel:
             core.copy_(torch.cholesky_inverse(torch.linalg.cholesky_ex(gram)[0]))
         return core_RFF
 
-    def solve(self, residual_RD: Tensor, mask_RD: Tensor, core_RFF: Tensor) -> Tensor:
-        """(Psi_S + U_S U_S^T)^-1 residual_S of each row, zero off the kept set, for a residual that is zero off it.
+    def solve(self, residual_RD: Tensor, mask_RD: Tensor, restricted_R: Tensor) -> Tensor:
+        """(Psi_S + U_S U_S^T)^-1 residual_S, for a residual that is zero off the kept set.
 
         Woodbury's formula, Psi^-1 r - Psi^-1 U core U^T Psi^-1 r.
         """
         score_RF = multiply(residual_RD, self._weighted_FD)
-        score_RF = (core_RFF * score_RF[:, None, :]).sum(dim=2)
+        score_RF = (restricted_R * score_RF[:, None, :]).sum(dim=2)
         solution_RD = residual_RD / self.noise_D
         return solution_RD.addcmul_(multiply(score_RF, self._weighted_DF), mask_RD, value=-1.0)
 
@@ -75,15 +139,15 @@ def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Ten
 
     The likelihood is largest where U spans the top eigenspace of S = psi^-1/2 C psi^-1/2, each eigenvector as long as
     its eigenvalue exceeds the mean of those that are left out, and psi is the rest of the diagonal (Lawley, Proc. R.
-    Soc. Edinburgh 60, 1940; Joreskog, Psychometrika 32, 1967). The two conditions are met in turns, the eigenspace by
-    one step of subspace iteration each time.
+    Soc. Edinburgh 60, 1940; Joreskog, Psychometrika 32, 1967). The two conditions are met alternately, the
+    eigenspace by one step of subspace iteration each time.
     """
     operator, size = hessian.operator(scale_D.dtype), len(scale_D)
     generator = torch.Generator().manual_seed(0)
     width = min(count + OVERSAMPLING, size)
     basis_VD = torch.randn(width, size, generator=generator, dtype=torch.float64).to(scale_D)
     noise_D = torch.ones_like(scale_D)
-    for turn in range(TURNS):
+    for iteration in range(ITERATIONS):
         whitening_D = scale_D * noise_D.rsqrt()
         basis_VD, value_V = _orthonormal(operator(basis_VD * whitening_D) * whitening_D)
         value_F = value_V[width - count :]
@@ -91,7 +155,7 @@ def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Ten
         length_F = (value_F - rest).clamp_min(0.0).sqrt().to(basis_VD)
         # A dead input shares nothing, not even rounding.
         factors_DF = (basis_VD[width - count :] * length_F[:, None]).mT * (noise_D.sqrt() * ~hessian.dead_D)[:, None]
-        if turn:  # the first basis is random: its image has no eigenvalues
+        if iteration:  # the first basis is random: its image has no eigenvalues
             last_D, noise_D = noise_D, (1.0 - factors_DF.square().sum(dim=1)).clamp_min(SMALLEST_NOISE)
             if float((noise_D / last_D).log().abs().mean()) <= SETTLED:
                 break

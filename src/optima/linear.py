@@ -1,0 +1,212 @@
+"""The seam: prune one linear. Tensors in, tensors and a record out; no model, file, hook or progress bar.
+
+Shapes: O outputs (rows), D inputs.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optima.device import Stopwatch, full_precision
+from optima.errors import RecipeError
+from optima.patterns import Pattern
+from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
+from optima.qp.rounding import Rounded, round_rows
+from optima.reporting.record import LinearRecord
+from optima.selectors.base import LinearTask, Selection, Selector
+from optima.selectors.ranking import count_error
+from optima.swaps.search import SwapRefinement
+
+
+@dataclass(frozen=True)
+class Methods:
+    """What is done to every linear; built once a run.
+
+    Attributes:
+        selector: chooses the mask.
+        swaps: improves it, or None.
+        solver: re-solves the kept weights, or None to keep the selector's.
+        max_change: most a kept weight may move, in root mean squares of its row; None for no bound.
+        rounding: ``hessian`` or ``nearest``, see ``optima.qp.rounding``.
+    """
+
+    selector: Selector
+    swaps: SwapRefinement | None = None
+    solver: RowSolver | None = None
+    max_change: float | None = None
+    rounding: str = "hessian"
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What became of one linear.
+
+    Attributes:
+        weight_OD: the weights as they are to be written, in the checkpoint's dtype, zero off keep.
+        keep_OD: the mask, True = the weight survives.
+        record: what was lost, for the report.
+        notes: what a reader of the report must know.
+    """
+
+    weight_OD: Tensor
+    keep_OD: Tensor
+    record: LinearRecord
+    notes: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def prune_linear(
+    task: LinearTask,
+    pattern: Pattern,
+    methods: Methods,
+    dtype: torch.dtype = torch.float32,
+    clock: Stopwatch | None = None,
+) -> LinearResult:
+    """Select, swap, solve, round and measure one linear.
+
+    Args:
+        task: the dense weight, float32 or float64, which is left as it is, and the statistics of its inputs.
+        pattern: what to keep.
+        methods: how.
+        dtype: of the checkpoint: weights are rounded to it, and the record speaks of the rounded ones.
+        clock: is told the seconds of the stages ``select``, ``solve`` and ``round``.
+
+    Raises:
+        RecipeError: if the selector breaks its contract (shapes, dtypes, zeros off keep, the pattern's counts).
+        NumericalError: if the weight or the hessian cannot be worked with.
+    """
+    clock = clock or Stopwatch(task.weight_OD.device)
+    before = clock.total
+    with full_precision():
+        with clock("select"):
+            selection = checked(methods.selector.select(task, pattern), task, pattern, methods.selector)
+            refined = None
+            if methods.swaps is not None:
+                refined = methods.swaps.refine(task.hessian, task.weight_OD, selection.keep_OD, pattern)
+                selection = Selection(refined.keep_OD, refined.weight_OD)
+        with clock("solve"):
+            problem = _problem(task, selection, methods)
+            solution = None if methods.solver is None else solve_rows(methods.solver, task.hessian, problem)
+        with clock("round"):
+            rounded = None
+            if solution is not None:
+                rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
+            weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
+            errors = _measure(task, selection, weight_OD)
+    record = LinearRecord(
+        block=0,
+        name=task.name,
+        shape=(task.weight_OD.shape[0], task.weight_OD.shape[1]),
+        pattern=str(pattern),
+        sparsity_asked=pattern.sparsity,
+        sparsity=float((weight_OD == 0).double().mean()),
+        **errors,
+        **certified(solution, rounded),
+        rows=len(weight_OD),
+        damping=task.hessian.damping,
+        tokens=task.statistics.tokens,
+        seconds=clock.total - before,
+        swaps=None if refined is None else int(refined.swaps_O.sum()),
+        rows_swap_optimal=None if refined is None else int(refined.optimal_O.sum()),
+    )
+    return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
+
+
+def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:
+    """``selection``, or an error that names what it breaks: nothing false may reach the report."""
+    keep_OD, weight_OD = selection.keep_OD, selection.weight_OD
+    shape = tuple(task.weight_OD.shape)
+    problem = ""
+    if not isinstance(keep_OD, Tensor) or keep_OD.dtype != torch.bool or tuple(keep_OD.shape) != shape:
+        problem = f"keep must be boolean of shape {shape} (True = the weight survives)"
+    elif weight_OD is not None and (tuple(weight_OD.shape) != shape or not weight_OD.is_floating_point()):
+        problem = f"its weights must be floats of shape {shape}"
+    elif weight_OD is not None and bool((weight_OD * ~keep_OD).any()):
+        problem = "its weights are not zero (or not numbers) where keep is False"
+    else:
+        problem = count_error(keep_OD, pattern)
+    if problem:
+        raise RecipeError(
+            f"selector {type(selector).__name__} broke its contract on {task.name}, pattern {pattern}: {problem}: mend "
+            f"the selector, or leave the linear out with --ignore '{re.escape(task.name)}'"
+        )
+    return Selection(keep_OD.to(task.weight_OD.device), weight_OD)
+
+
+def _kept(task: LinearTask, selection: Selection) -> Tensor:
+    """The selector's weights, in the dense weight's dtype: its own, or the dense ones on its mask."""
+    if selection.weight_OD is not None:
+        return selection.weight_OD.to(task.weight_OD.dtype)
+    return task.weight_OD * selection.keep_OD
+
+
+def _problem(task: LinearTask, selection: Selection, methods: Methods) -> RowProblem:
+    """The rows to re-solve, from the selector's weights where they are better."""
+    lower_OD = upper_OD = None
+    if methods.max_change is not None:
+        most_O1 = methods.max_change * task.weight_OD.square().mean(dim=1, keepdim=True).sqrt()
+        lower_OD, upper_OD = task.weight_OD - most_O1, task.weight_OD + most_O1
+    return make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
+
+
+class _Losses:
+    """Relative losses ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped hessian, weighted and with every token alike."""
+
+    def __init__(self, task: LinearTask) -> None:
+        self._task = task
+        self._energy = self._loss(task.weight_OD)
+
+    def __call__(self, weight_OD: Tensor) -> tuple[float, float]:
+        """(weighted, every token alike); 0 where nothing changed or there is no output at all to change."""
+        found = self._loss(weight_OD.to(self._task.weight_OD.dtype) - self._task.weight_OD)
+        weighted, plain = (
+            0.0 if loss == 0.0 else loss / energy if energy else float("inf")
+            for loss, energy in zip(found, self._energy, strict=True)
+        )
+        return weighted, plain
+
+    def _loss(self, change_OD: Tensor) -> tuple[float, float]:
+        weighted_O = self._task.hessian.loss(change_OD)
+        plain_O = self._task.statistics.plain_loss(weighted_O, change_OD)
+        return float(weighted_O.sum()), float(plain_O.sum())
+
+
+def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor) -> dict[str, float]:
+    """The errors of a record: mask alone, selector's weights and result, the last two as written."""
+    losses = _Losses(task)
+    mask, _ = losses(task.weight_OD * selection.keep_OD)
+    selector = mask if selection.weight_OD is None else losses(selection.weight_OD.to(weight_OD.dtype))[0]
+    error, plain = losses(weight_OD)
+    return {"error_mask": mask, "error_selector": selector, "error": error, "error_plain": plain}
+
+
+def certified(solution: RowSolution | None, rounded: Rounded | None) -> dict[str, Any]:
+    """What the solver did and what is proven, before and after rounding, as fields of a ``LinearRecord``."""
+    if solution is None or rounded is None:
+        gaps = dict.fromkeys(("gap_max", "gap_median", "gap_written_max", "gap_written_median", "loss_written"))
+        return {"solver": "none", "iterations_mean": 0.0, "iterations_max": 0, "rows_not_converged": 0, **gaps}
+    return {
+        "solver": solution.solver,
+        "gap_max": float(solution.gap_R.max()),
+        "gap_median": float(solution.gap_R.median()),
+        "gap_written_max": float(rounded.gap_R.max()),
+        "gap_written_median": float(rounded.gap_R.median()),
+        "loss_written": rounded.loss,
+        "iterations_mean": float(solution.iterations_R.double().mean()),
+        "iterations_max": int(solution.iterations_R.max()),
+        "rows_not_converged": int((solution.status_R != Status.CONVERGED).sum()),
+    }
+
+
+def _notes(task: LinearTask, solution: RowSolution | None) -> tuple[str, ...]:
+    notes = []
+    if task.hessian.damping != task.hessian.requested_damping:
+        notes.append(f"{task.name}: damping raised to {task.hessian.damping:g} to factorise its hessian")
+    if solution is not None and solution.note:
+        notes.append(f"{task.name}: {solution.note}")
+    return tuple(notes)

@@ -1,0 +1,110 @@
+"""The small files beside the weights that transformers, sentence-transformers and the hub know by name.
+
+Nothing else is copied, no other directories, and nothing through a link that leaves the model: what is copied may be
+published. Custom code is saved by transformers itself, and only if it was trusted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import yaml
+from huggingface_hub import metadata_load, snapshot_download
+
+from optima.models.files import explain_write_errors
+from optima.models.source import Source
+
+_logger = logging.getLogger("optima")
+
+TOKENIZERS = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*.model", "*.tiktoken", "tekken.json", "normalizer.json", "chat_template*", "*.jinja"),
+)
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+MODULES = "modules.json"  # of sentence encoders: names the directories of their pooling and dense modules
+SENTENCES = (MODULES, "sentence_*config.json", "config_sentence_transformers.json")
+MODULE_FILES = ("*.json", "*.txt", "*.safetensors")
+# The licence of many models asks to be passed on with them.
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+COPIED = (*TOKENIZERS, *PROCESSORS, *SENTENCES, *LICENCES)
+README = "README.md"  # a card of the dense model: read, not copied
+CARD_KEYS = ("license", "license_name", "license_link", "base_model", "tags", "language", "pipeline_tag")
+
+
+def copy_companions(source: Source, directory: Path) -> dict[str, Any]:
+    """Copy the companion files of ``source`` into ``directory``; a GGUF file has none.
+
+    Returns:
+        Of ``CARD_KEYS``, those that the head of the source's README gives.
+
+    Raises:
+        ModelError: if one cannot be copied.
+    """
+    if source.gguf_file is not None:
+        return {}
+    with explain_write_errors(directory):
+        origin = _fetch(source, [*COPIED, README])
+        _copy(origin, "", COPIED, directory)
+        modules = _modules(origin)
+        if modules:
+            origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
+        for module in modules:
+            _copy(origin, module, MODULE_FILES, directory)
+    return _card(origin / README)
+
+
+def _fetch(source: Source, patterns: list[str]) -> Path:
+    return source.local or Path(snapshot_download(source.path, allow_patterns=patterns, **source.of_hub))
+
+
+def _copy(origin: Path, below: str, patterns: Iterable[str], directory: Path) -> None:
+    """The files of one directory whose names match, whatever the case of the letters."""
+    if not (origin / below).is_dir():
+        return
+    for file in sorted((origin / below).iterdir()):
+        named = any(fnmatchcase(file.name.lower(), pattern.lower()) for pattern in patterns)
+        if named and file.is_file():
+            if not _inside(file, origin):
+                _logger.warning("%s is a link that leaves the model's directory and is not copied", file)
+                continue
+            (directory / below).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, directory / below / file.name)
+
+
+def _inside(file: Path, origin: Path) -> bool:
+    """True if ``file`` is below ``origin`` itself or, in a snapshot of the hub's cache, in the same repository."""
+    home = origin.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    return file.resolve().is_relative_to(home)
+
+
+def _modules(origin: Path) -> list[str]:
+    """The directories that a sentence encoder names, but for the model's own."""
+    file = origin / MODULES
+    if not file.is_file() or not _inside(file, origin):
+        return []
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        paths = [PurePosixPath(module["path"]) for module in modules]
+    except (ValueError, KeyError, TypeError) as error:
+        _logger.warning("%s names no modules (%s): no directory is copied for it", file, error)
+        return []
+    return [str(path) for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts]
+
+
+def _card(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        found = metadata_load(file) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        _logger.warning("the head of %s cannot be read (%s): no card data is passed on", file, error)
+        return {}
+    return {key: found[key] for key in CARD_KEYS if key in found}

@@ -1,0 +1,342 @@
+"""The output directory OUT: prepared beside its name, locked, and put under the name only when whole.
+
+    .OUT.optima-partial/       on the same file system as OUT
+        run.json               what the run is (pid, started, command ...); locked while the run lives
+        journal.jsonl          one line a committed block (see ``writer``)
+        model/                 what becomes OUT
+        replaced/              the earlier OUT, between the two renames where there is no exchange
+
+A run that is killed leaves this directory. The next run into OUT recognises and reclaims it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from itertools import count
+from pathlib import Path
+from typing import IO, Any
+
+from optima.errors import ModelError
+from optima.models.files import delete, explain_write_errors, swap, sync
+
+_logger = logging.getLogger("optima")
+
+SUFFIX = ".optima-partial"
+RUN, JOURNAL, MODEL, REPLACED = "run.json", "journal.jsonl", "model", "replaced"
+NAME_BYTES = 255  # of one name, on every file system in use
+PATH_BYTES = 3900  # of 4,096, so that the files inside can be opened
+
+
+@dataclass(frozen=True)
+class Unfinished:
+    """What a run that did not end left behind.
+
+    Attributes:
+        directory: where.
+        run: its run file (pid, started, host, and what the caller added); empty if that cannot be read.
+        blocks: the journal's lines, one a committed block.
+    """
+
+    directory: Path
+    run: dict[str, Any]
+    blocks: tuple[dict[str, Any], ...]
+
+    def __str__(self) -> str:
+        known = ", ".join(f"{key} {self.run[key]}" for key in ("command", "pid", "started") if key in self.run)
+        return f"{known or 'unknown'}; {len(self.blocks)} blocks done"
+
+
+def unfinished(path: Path) -> Unfinished | None:
+    """What lies beside ``path``, from a run that is alive or dead; None if nothing does."""
+    partial = _beside(path, SUFFIX)
+    if not partial.is_dir() or partial.is_symlink():
+        return None
+    run: Any = {}
+    with suppress(OSError, ValueError):  # a run that was killed while it wrote the file
+        run = json.loads((partial / RUN).read_text(encoding="utf-8"))
+    return Unfinished(partial, run if isinstance(run, dict) else {}, tuple(read_journal(partial / JOURNAL)))
+
+
+def read_journal(file: Path) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a last line that was torn by a kill does not count."""
+    if not file.exists():
+        return []
+    *whole, _torn = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in whole]
+
+
+@dataclass
+class Destination:
+    """The output directory of one run.
+
+    Attributes:
+        path: OUT, absolute and without links.
+        partial: the directory beside it that holds everything until the end.
+        notes: what was done to the leavings of an earlier run.
+    """
+
+    path: Path
+    partial: Path
+    notes: list[str] = field(default_factory=list)
+    _finished: bool = field(default=False, init=False, repr=False)
+
+    @property
+    def directory(self) -> Path:
+        """What becomes OUT."""
+        return self.partial / MODEL
+
+    @property
+    def journal(self) -> Path:
+        """One line a committed block. A run that fails before the first leaves nothing."""
+        return self.partial / JOURNAL
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls,
+        path: str | Path,
+        overwrite: bool = False,
+        inputs: Iterable[str | Path] = (),
+        num_bytes: int = 0,
+        run: Mapping[str, object] | None = None,
+    ) -> Iterator[Destination]:
+        """Claim OUT; its content takes the name when the context ends without an error.
+
+        Args:
+            path: OUT, or a link to it; it and its parents need not exist.
+            overwrite: replace an earlier output. Never anything else, nor a directory that holds one of ``inputs``.
+            inputs: directories and files that the run reads.
+            num_bytes: space that will be needed, checked now.
+            run: what the run file tells of this run, as JSON (command, recipe).
+
+        Raises:
+            ModelError: now, if OUT cannot be had: it is in use, another run is writing it, it cannot be replaced, or
+                its disk is read-only or too full. At the end, if it cannot take its place: the message says where
+                the finished directory is.
+        """
+        path = _resolve(path)
+        read = [Path(each).expanduser() for each in inputs]
+        _check_replaceable(path, overwrite, read)
+        destination = cls(path, _beside(path, SUFFIX))
+        new_parents = [parent for parent in path.parents if not parent.exists()]
+        with ExitStack() as stack:
+            stack.callback(_remove_empty, new_parents)
+            with _explain_claim(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(destination._claim(overwrite, read, run or {}))
+                _check_space(path.parent, num_bytes)
+            yield destination
+            destination._publish(overwrite, read)
+
+    @contextmanager
+    def _claim(self, overwrite: bool, inputs: list[Path], run: Mapping[str, object]) -> Iterator[None]:
+        """Hold the lock of the partial directory, which is removed at the end unless it holds committed blocks."""
+        created, lock = self._lock()
+        with lock:
+            try:
+                self._restore()
+                _check_replaceable(self.path, overwrite, inputs)
+            except ModelError:
+                if created:
+                    self._discard()
+                raise
+            self._reclaim()
+            content = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now(), **run}
+            lock.truncate(0)
+            lock.write(json.dumps(content, default=str) + "\n")
+            lock.flush()
+            self.directory.mkdir()
+            try:
+                yield
+            except BaseException:
+                if self.directory.exists() and (self._finished or read_journal(self.journal)):
+                    _logger.warning("%s keeps what was done; the next run into %s reclaims it", self.partial, self.path)
+                else:
+                    self._discard()
+                raise
+            self._discard()
+
+    def _lock(self) -> tuple[bool, IO[str]]:
+        """Whether the partial directory is new, and its run file, locked until it is closed or the process ends."""
+        while True:
+            created = _make_or_recognise(self.partial)
+            try:
+                lock = (self.partial / RUN).open("a+", encoding="utf-8")
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if os.path.samestat(os.fstat(lock.fileno()), (self.partial / RUN).stat()):
+                        return created, lock
+                except OSError:
+                    lock.close()
+                    raise
+                lock.close()
+            except FileNotFoundError:
+                continue  # a run that just ended removed what was opened here
+            except BlockingIOError:
+                raise ModelError(
+                    f"another run is writing {self.path} ({unfinished(self.path)}): wait for it, or choose another "
+                    "--output-dir"
+                ) from None
+
+    def _restore(self) -> None:
+        """Undo a swap by two renames that was killed between them."""
+        replaced = self.partial / REPLACED
+        if replaced.exists() and not os.path.lexists(self.path):
+            replaced.rename(self.path)
+            self.notes.append(f"{self.path} was put back: a run was killed while it replaced it")
+
+    def _reclaim(self) -> None:
+        found = unfinished(self.path)
+        if found is not None and found.run:
+            self.notes.append(f"what an unfinished run left beside {self.path} was deleted ({found})")
+        delete(child for child in self.partial.iterdir() if child.name != RUN)
+
+    def _discard(self) -> None:
+        """Remove the partial directory, the lock last, or say that it stays."""
+        try:
+            delete(child for child in self.partial.iterdir() if child.name != RUN)
+            (self.partial / RUN).unlink()
+        except OSError as error:
+            _logger.warning("%s cannot be deleted (%s): delete it by hand", self.partial, error.strerror)
+        with suppress(OSError):  # another run may have claimed it by now
+            self.partial.rmdir()
+
+    def _publish(self, overwrite: bool, inputs: list[Path]) -> None:
+        """Give the finished directory its name, or keep it beside."""
+        with explain_write_errors(self.path):
+            sync(*self.directory.rglob("*"), self.directory)
+        self._finished = True
+        try:
+            _check_replaceable(self.path, overwrite, inputs)
+            if os.path.lexists(self.path) and any(self.path.iterdir()):
+                swap(self.directory, self.path, self.partial / REPLACED)
+            else:
+                # Onto nothing or an empty directory: the system refuses all else.
+                self.directory.rename(self.path)
+        except (OSError, ModelError) as error:
+            raise ModelError(f"{error}; {self._keep()}") from error
+        self._finished = False
+        self.journal.unlink(missing_ok=True)
+        sync(self.path.parent)
+
+    def _keep(self) -> str:
+        """Save the finished directory from the next run, and say where it is."""
+        replaced, kept = self.partial / REPLACED, self.directory
+        if replaced.exists():
+            return f"the finished checkpoint is in {kept}, the earlier one in {replaced}"
+        names = (_beside(self.path, f".{n}", hidden=False) for n in count(1))
+        with suppress(OSError):
+            kept = kept.rename(next(name for name in names if not os.path.lexists(name)))
+        return f"the finished checkpoint is in {kept}"
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _beside(path: Path, suffix: str, hidden: bool = True) -> Path:
+    """A sibling of ``path`` that is called like it, or like the hash of its name where that would be too long."""
+    name = f"{'.' * hidden}{path.name}{suffix}"
+    if len(os.fsencode(name)) > NAME_BYTES:
+        name = f"{'.' * hidden}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{suffix}"
+    return path.with_name(name)
+
+
+def _resolve(path: str | Path) -> Path:
+    text = os.fspath(path)
+    try:
+        text.encode("utf-8")
+        resolved = Path(text).expanduser().resolve()
+        if len(os.fsencode(resolved)) > PATH_BYTES:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        resolved.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        # NUL bytes and undecodable ones are ValueErrors; loops of links and unknown homes RuntimeErrors.
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = ascii(text) if len(text) < 100 else f"{text[:100]!a}..."
+        raise ModelError(
+            f"the output directory {shown} cannot be used ({reason}): choose another --output-dir"
+        ) from None
+    return resolved
+
+
+def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
+    """Raise ``ModelError`` unless ``path`` is free, or an earlier output that ``overwrite`` allows to replace."""
+    remedy = "choose another --output-dir"
+    with _explain_claim(path):
+        holds_here = False
+        with suppress(FileNotFoundError):  # the current directory has been deleted
+            holds_here = Path.cwd().is_relative_to(path)
+        if path.is_mount() or holds_here:
+            what = "holds the current directory" if holds_here else "is a mount point"
+            raise ModelError(f"{path} {what} and cannot be replaced: choose a directory below it")
+        if not os.path.lexists(path):
+            return
+        if not path.is_dir():
+            raise ModelError(f"{path} exists and is no directory: {remedy}")
+        if not any(path.iterdir()):
+            return
+        if not overwrite:
+            raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite if it is an earlier output")
+        for each in inputs:
+            read = each.resolve()
+            if any(above.exists() and above.samefile(path) for above in (read, *read.parents)):
+                raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")
+        if not _is_output(path):
+            raise ModelError(f"{path} has no report.json of an earlier run and is not replaced: {remedy}")
+
+
+def _is_output(path: Path) -> bool:
+    try:
+        content = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"schema_version", "run"} <= content.keys()
+
+
+def _make_or_recognise(partial: Path) -> bool:
+    """Make a partial directory (True), or find one that a run of ours made."""
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        ours = (
+            partial.is_dir() and not partial.is_symlink() and ((partial / RUN).is_file() or not any(partial.iterdir()))
+        )
+        if not ours:
+            raise ModelError(f"{partial} is in the way, and no run of optima left it: move it away") from None
+        return False
+    return True
+
+
+def _check_space(directory: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < num_bytes:
+        raise ModelError(
+            f"{directory} has {free / 2**30:.1f} GiB free and the checkpoint needs {num_bytes / 2**30:.1f} GiB: "
+            "free some space or choose another --output-dir"
+        )
+
+
+@contextmanager
+def _explain_claim(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"cannot write beside {path} ({error.strerror}): choose another --output-dir") from error
+
+
+def _remove_empty(directories: Iterable[Path]) -> None:
+    for directory in directories:
+        with suppress(OSError):
+            directory.rmdir()

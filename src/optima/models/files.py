@@ -1,0 +1,107 @@
+"""Files and names: swapped at one instant, made to outlast a loss of power; signals that clean up as Ctrl-C does."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from optima.errors import ModelError
+
+CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or SIGHUP, raised where Ctrl-C would raise ``KeyboardInterrupt``; ``exit_code`` is 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise ``Interrupted`` at SIGTERM and SIGHUP. Handlers that others set stay, as does nohup's.
+
+    A second signal is ignored, so that it does not interrupt the cleaning up. Does nothing outside the main thread.
+    """
+    installed: dict[int, Any] = {}
+
+    def stop(number: int, frame: object) -> None:
+        for other in installed:
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    if threading.current_thread() is threading.main_thread():
+        for terminating in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(terminating) == signal.SIG_DFL:
+                installed[terminating] = signal.signal(terminating, stop)
+    try:
+        yield
+    finally:
+        for number, handler in installed.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def explain_write_errors(path: Path) -> Iterator[None]:
+    """Turn a failure to write into an error that names the destination."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"writing {path} failed ({error}): free some space or choose another --output-dir") from error
+
+
+def sync(*paths: Path) -> None:
+    """Make files and directories outlast a loss of power."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def swap(new: Path, old: Path, aside: Path) -> None:
+    """Exchange two directories: at one instant where the system can, else by two renames."""
+    if exchange(new, old):
+        return
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Linux's ``renameat2``; False where the system, the C library or the file system cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(library, "renameat2"):
+        return False
+    names = (AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second))
+    if library.renameat2(*names, RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Remove files and directories; a link, not what it points at."""
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()

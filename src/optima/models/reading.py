@@ -1,0 +1,57 @@
+"""What a model can read: token sequences, how long, of which vocabulary. Asked before long work.
+
+Shapes: N sequences, L tokens in each, V vocabulary, E hidden size.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from optima.errors import CalibrationError, ModelError
+
+
+def check_length(model: nn.Module, length: int) -> None:
+    """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
+    if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
+        raise ModelError(
+            f"{type(model).__name__} reads no tokens (it reads {', '.join(parameters)}): prune a language model"
+        )
+    positions = num_positions(model)
+    if positions is not None and length > positions:
+        raise ModelError(
+            f"sequences of {length} tokens exceed the {positions} positions of {type(model).__name__}: "
+            f"use --max-seq-length {positions} or less"
+        )
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model has positions for; None if it names no limit."""
+    config = getattr(model, "config", None)
+    if isinstance(config, PretrainedConfig):
+        config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # XLNet says -1
+        return None
+    # RoBERTa's family counts positions from behind the padding's.
+    unused = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if "position" in name and isinstance(module, nn.Embedding) and module.padding_idx is not None
+    ]
+    return positions - max(unused, default=0)
+
+
+def check_vocabulary(model: nn.Module, tokens_NL: Tensor) -> None:
+    """Raise ``CalibrationError`` if ``tokens_NL`` hold an id that ``model``, or its skeleton, has no embedding for."""
+    assert isinstance(model, PreTrainedModel)
+    embedding_VE = model.get_input_embeddings().weight
+    assert isinstance(embedding_VE, Tensor)
+    lowest, largest = int(tokens_NL.min()), int(tokens_NL.max())
+    if lowest < 0 or largest >= len(embedding_VE):
+        raise CalibrationError(
+            f"the tokens run from {lowest} to {largest}, but {type(model).__name__} has a vocabulary of "
+            f"{len(embedding_VE)}: use the tokenizer that was published with the model"
+        )

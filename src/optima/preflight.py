@@ -1,0 +1,170 @@
+"""Does this recipe fit this model and this text? Every check that needs no long work, made once, before any."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from optima.build import pattern_table
+from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.errors import CalibrationError, NumericalError, RecipeError
+from optima.linear import Methods
+from optima.models.masks import MaskFiles
+from optima.models.reading import check_length
+from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, select_linears
+from optima.patterns import Pattern
+from optima.recipe import Recipe, check_regexes
+from optima.selectors.external import External
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What a recipe prunes in a model.
+
+    Attributes:
+        stacks: with the linears to prune.
+        patterns: the pattern of each of them, by its full name.
+        notes: what stays dense and why.
+    """
+
+    stacks: tuple[Stack, ...]
+    patterns: dict[str, Pattern]
+    notes: tuple[str, ...]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Of all stacks, in order."""
+        return [block for stack in self.stacks for block in stack.blocks]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """To prune, in order."""
+        return [linear for block in self.blocks for linear in block.linears]
+
+    def share(self, shares: dict[str, float]) -> None:
+        """Give each linear with an unstructured pattern the sparsity that an allocation found for it."""
+        for name, sparsity in shares.items():
+            self.patterns[name] = replace(self.patterns[name], sparsity=sparsity)  # type: ignore[call-arg]
+
+
+def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int) -> Preflight:
+    """Check ``recipe`` against ``model``, or its skeleton.
+
+    Args:
+        model: the model; its weights are not looked at.
+        recipe: what to prune.
+        methods: as built from the recipe.
+        length: tokens in a calibration sequence.
+
+    Raises:
+        ModelError: if nothing matches, or the model does not read token sequences as long as these.
+        RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
+    """
+    check_length(model, length)
+    stacks = chosen_stacks(model, recipe)
+    found = Preflight(tuple(stacks), {}, tuple(dense_notes(stacks)))
+    if not recipe.as_given:
+        table = pattern_table(recipe, methods.selector)
+        found.patterns.update(table.assign({linear.name: linear.shape[1] for linear in found.linears}))
+    if isinstance(methods.selector, External):
+        if isinstance(masks := methods.selector.masks, MaskFiles):
+            masks.check_names([name for name, module in model.named_modules() if hasattr(module, "weight")])
+        for linear in found.linears:
+            found.patterns[linear.name] = methods.selector.check(linear, found.patterns.get(linear.name))
+    return found
+
+
+def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
+    """The stacks of ``model`` with the linears that ``recipe`` prunes."""
+    # Whoever names targets of their own means routers too, where they match.
+    routers = recipe.targets != Recipe().targets
+    return select_linears(find_stacks(model), recipe.targets, recipe.ignore, routers)
+
+
+def check_finite(linears: Sequence[Linear]) -> None:
+    """Raise ``NumericalError`` naming the first linear whose weight has NaN or Inf."""
+    for linear in linears:
+        if not linear.read().isfinite().all():
+            raise NumericalError(
+                f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
+                f"with --ignore '{re.escape(linear.name)}'"
+            )
+
+
+def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
+    """Raise ``RecipeError`` if there is nowhere to dump to, or nothing to dump."""
+    check_regexes("dump_layer", [regex])
+    if not has_output:
+        raise RecipeError("dump_layer needs an output_dir to write to")
+    if not any(re.search(regex, linear.name) for linear in linears):
+        raise RecipeError(
+            f"dump_layer {regex!r} matches none of the linears to prune: list them with optima plan, "
+            f"the first is {linears[0].name}"
+        )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that decides.
+
+    Attributes:
+        tokens_NL: token ids, (samples, length) int64.
+        skipped: records of the data set that had no text.
+        revision: of a hub data set, where it is known.
+    """
+
+    tokens_NL: Tensor
+    skipped: int = 0
+    revision: str | None = None
+
+
+def find_calibration(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Iterable[str] | None
+) -> Calibration:
+    """The calibration tokens: given as they are, or from given documents, or from the recipe's data set.
+
+    Raises:
+        CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
+    """
+    if isinstance(given, Tensor):
+        return Calibration(given.cpu().long())
+    if tokenizer is None:
+        raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
+    documents = Documents(text_source(recipe), recipe.seed) if given is None else given
+    tokens_NL = calibration_tokens(documents, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
+    if isinstance(documents, Documents):
+        return Calibration(tokens_NL, documents.skipped, documents.revision)
+    return Calibration(tokens_NL)
+
+
+def sequence_length(recipe: Recipe, calibration: object) -> int:
+    """Tokens in a calibration sequence.
+
+    Raises:
+        CalibrationError: if what was given is neither token ids of shape (samples, length) nor documents.
+    """
+    if calibration is None or (isinstance(calibration, Iterable) and not isinstance(calibration, (Tensor, str))):
+        return recipe.max_seq_length
+    if not isinstance(calibration, Tensor):
+        raise CalibrationError(
+            f"calibration must be token ids or a list of documents, got {type(calibration).__name__}"
+        )
+    integers = not (calibration.is_floating_point() or calibration.is_complex())
+    if calibration.ndim != 2 or not integers or not calibration.numel():
+        raise CalibrationError(
+            f"calibration must be token ids of shape (samples, length), got {tuple(calibration.shape)} "
+            f"{calibration.dtype}"
+        )
+    return calibration.shape[1]
+
+
+def text_source(recipe: Recipe) -> TextSource:
+    """The recipe's data set; allenai/c4 is read in English unless the recipe says otherwise."""
+    config = recipe.dataset_config
+    if config is None and recipe.dataset == ["allenai/c4"]:
+        config = "en"
+    return TextSource(tuple(recipe.dataset), config, recipe.split, recipe.text_column, recipe.dataset_revision)

@@ -1,0 +1,180 @@
+"""Tiny models of the library's families: a few blocks of width 32 with random weights.
+
+``FAMILIES[name]`` is (model class, config class, what differs from the library's defaults).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+VOCAB = 101
+V = {"vocab_size": VOCAB}
+SMALL = V | {"max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+H = {"hidden_size": 32, "num_attention_heads": 4}
+BERT = SMALL | H | {"intermediate_size": 48, "num_hidden_layers": 3}
+LLAMA = BERT | {"num_key_value_heads": 2}
+HEAD = LLAMA | {"head_dim": 8}
+# fmt: off
+GPT2 = V | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "bos_token_id": 1, "eos_token_id": 2}
+FALCON = SMALL | H | {"num_hidden_layers": 2}
+GEMMA = HEAD | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+SHARED_KV = GEMMA | {
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
+}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1,
+    "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+}
+MLA = LLAMA | ROUTED | {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+MAMBA = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
+}
+DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+T5 = V | {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA | {"sliding_window": 8}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", HEAD),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", LLAMA),
+    "opt": ("OPTForCausalLM", "OPTConfig", FALCON | {"ffn_dim": 48, "word_embed_proj_dim": 16}),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", BERT),
+    "falcon": ("FalconForCausalLM", "FalconConfig", FALCON),
+    "falcon-alibi": (
+        "FalconForCausalLM", "FalconConfig", FALCON | {"alibi": True, "multi_query": False, "parallel_attn": False},
+    ),
+    "bloom": ("BloomForCausalLM", "BloomConfig", V | {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "olmo": ("OlmoForCausalLM", "OlmoConfig", LLAMA),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", LLAMA),
+    "mpt": ("MptForCausalLM", "MptConfig", V | {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}),
+    # Encoders.
+    "bert": ("BertModel", "BertConfig", BERT),
+    "roberta": ("RobertaForMaskedLM", "RobertaConfig", BERT),
+    "distilbert": (
+        "DistilBertModel", "DistilBertConfig",
+        V | {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 64},
+    ),
+    "modernbert": ("ModernBertModel", "ModernBertConfig", BERT | {"local_attention": 8}),
+    "electra": ("ElectraModel", "ElectraConfig", BERT | {"embedding_size": 16}),
+    "deberta_v2": ("DebertaV2Model", "DebertaV2Config", BERT | {"relative_attention": True, "pos_att_type": ["p2c"]}),
+    "t5_encoder": ("T5EncoderModel", "T5Config", T5),
+    "xlnet": ("XLNetLMHeadModel", "XLNetConfig", V | {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    # Mixtures of experts.
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", LLAMA | LOCAL),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "Qwen2MoeConfig", LLAMA | EXPERTS | {"shared_expert_intermediate_size": 16}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", HEAD | EXPERTS | {"mlp_only_layers": [0]}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", MLA),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", MLA),
+    "glm4_moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", HEAD | ROUTED),
+    "llama4": (
+        "Llama4ForCausalLM", "Llama4TextConfig",
+        HEAD | LOCAL | {"intermediate_size_mlp": 48, "interleave_moe_layer_step": 2, "attention_chunk_size": 8},
+    ),
+    "phimoe": ("PhimoeForCausalLM", "PhimoeConfig", LLAMA | LOCAL),
+    "hunyuan_moe": ("HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config", HEAD | {"num_experts": 4, "moe_topk": 2}),
+    "afmoe": (
+        "AfmoeForCausalLM", "AfmoeConfig",
+        HEAD | EXPERTS | {"num_dense_layers": 1, "sliding_window": 8, "num_shared_experts": 1},
+    ),
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", HEAD | LOCAL | {"sliding_window": 8}),
+    "granite_moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", LLAMA | LOCAL),
+    "gemma4_moe": (
+        "Gemma4ForCausalLM", "Gemma4TextConfig",
+        GEMMA | EXPERTS | {
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "global_head_dim": 8,
+            "hidden_size_per_layer_input": 0, "enable_moe_block": True, "top_k_experts": 2,
+        },
+    ),
+    # Blocks of several kinds in one stack.
+    "jamba": (
+        "JambaForCausalLM", "JambaConfig",
+        LLAMA | {
+            "num_hidden_layers": 4, "num_experts": 4, "attn_layer_offset": 1, "attn_layer_period": 2,
+            "mamba_d_state": 8, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+        },
+    ),
+    "olmo_hybrid": ("OlmoHybridForCausalLM", "OlmoHybridConfig", LLAMA | DELTA),
+    "qwen3_next": (
+        "Qwen3NextForCausalLM", "Qwen3NextConfig", HEAD | EXPERTS | DELTA | {"shared_expert_intermediate_size": 16},
+    ),
+    "bamba": ("BambaForCausalLM", "BambaConfig", LLAMA | MAMBA | {"attn_layer_indices": [1]}),
+    "falcon_h1": ("FalconH1ForCausalLM", "FalconH1Config", HEAD | MAMBA | {"mamba_d_ssm": 64}),
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", LLAMA | {"layer_types": ["conv", "full_attention", "conv"]}),
+    "nemotron_h": (
+        "NemotronHForCausalLM", "NemotronHConfig",
+        HEAD | ROUTED | {
+            "num_hidden_layers": 4, "layers_block_type": ["mamba", "attention", "moe", "mlp"], "mamba_num_heads": 8,
+            "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 1, "chunk_size": 8,
+            "moe_shared_expert_intermediate_size": 16,
+        },
+    ),
+    "minimax": (
+        "MiniMaxForCausalLM", "MiniMaxConfig", HEAD | LOCAL | {"layer_types": DELTA["layer_types"], "block_size": 8},
+    ),
+    "mamba": ("MambaForCausalLM", "MambaConfig", V | {"hidden_size": 32, "state_size": 8, "num_hidden_layers": 2}),
+    "rwkv": ("RwkvForCausalLM", "RwkvConfig", V | {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64}),
+    "recurrent_gemma": (
+        "RecurrentGemmaForCausalLM", "RecurrentGemmaConfig",
+        HEAD | {"lru_width": 32, "attention_window_size": 16, "block_types": ["recurrent", "attention"]},
+    ),
+    # Blocks that hand each other more than hidden states.
+    "gemma3n": (
+        "Gemma3nForCausalLM", "Gemma3nTextConfig",
+        SHARED_KV | {"laurel_rank": 4, "altup_num_inputs": 4, "activation_sparsity_pattern": [0.0] * 4},
+    ),
+    "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", SHARED_KV | {"global_head_dim": 8}),
+}
+# What cannot be pruned, and what is said of it.
+REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
+    "t5": (("T5ForConditionalGeneration", "T5Config", T5), "T5ForConditionalGeneration is an encoder-decoder"),
+    "albert": (
+        ("AlbertModel", "AlbertConfig", BERT | {"embedding_size": 16}), "AlbertModel does not call each of .* once",
+    ),
+    "zamba2": (
+        (
+            "Zamba2ForCausalLM", "Zamba2Config",
+            BERT | MAMBA | {
+                "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2, "n_mamba_heads": 8,
+                "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1, "adapter_rank": 4, "num_key_value_heads": 4,
+            },
+        ),
+        r"are one weight.*--ignore 'shared_transformer'",
+    ),
+    # Divides hidden states between blocks.
+    "rwkv-rescaled": (
+        ("RwkvForCausalLM", "RwkvConfig", V | {"hidden_size": 32, "num_hidden_layers": 4, "rescale_every": 2}),
+        r"run on its own, rwkv\.blocks\.2 does not give what it gives inside the model",
+    ),
+}
+# fmt: on
+
+
+def build(family: str) -> PreTrainedModel:
+    """A model of ``family``; always the same weights."""
+    kind, config, arguments = FAMILIES[family] if family in FAMILIES else REFUSED[family][0]
+    torch.manual_seed(0)
+    model: PreTrainedModel = getattr(transformers, kind)(getattr(transformers, config)(**arguments)).eval()
+    return model
+
+
+def make_ids(samples: int = 5, length: int = 16) -> Tensor:
+    """Random token ids, (samples, length)."""
+    return torch.randint(3, VOCAB, (samples, length), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,76 @@
+"""A model in memory is left as it was, but for the weights that were pruned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import blocks_of, make_llama, make_tokens
+from torch import nn
+
+from optima import Recipe, prune
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_hooks_of_accelerate_survive() -> None:
+    """They live in the ``forward`` that accelerate puts on a module itself."""
+    model, calls = make_llama(), []
+    for layer in model.model.layers:
+        original = layer.forward
+
+        def forward(*args: Any, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(1)
+            return original(*args, **kwargs)
+
+        layer.forward = forward
+    model(make_tokens())
+    assert len(calls) == 2
+    prune(model, Recipe(), calibration=make_tokens())
+    calls.clear()
+    model(make_tokens())
+    assert len(calls) == 2
+
+
+def test_every_module_comes_back_in_its_own_mode() -> None:
+    model = make_llama().train()
+    model.model.layers[0].eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    prune(model, Recipe(), calibration=make_tokens())
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_inside_inference_mode_the_same_bits(made_inside: bool) -> None:
+    expected, model = make_llama(), make_llama()
+    prune(expected, Recipe(), calibration=make_tokens())
+    with torch.inference_mode():
+        if made_inside:
+            model = make_llama()
+        prune(model, Recipe(), calibration=make_tokens())
+        found = weights(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights(expected).items())
+
+
+def test_blocks_behind_the_last_target_are_neither_run_nor_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    runs, moves = [], []
+    first, last = (block.module for block in blocks_of(model))
+    tokens = make_tokens(length=32)  # more than a probe
+    for module in (first, last):
+        module.register_forward_pre_hook(lambda module, args: runs.append(module) if args[0].shape[1] == 32 else None)
+
+        def move(*args: Any, module: nn.Module = module, own: Any = module.to) -> nn.Module:
+            moves.append(module)
+            return own(*args)
+
+        monkeypatch.setattr(module, "to", move)
+    report = prune(model, Recipe(targets=[r"layers\.0"], batch_size=5), calibration=tokens)
+    assert {record.block for record in report.linears} == {0}
+    # Recorded once, calibrated once; what it gives is for nobody.
+    assert runs == [first] * 2
+    assert set(moves) == {first}
+    assert any("left dense" in note and "q_proj (one place)" in note for note in report.run.notes)

@@ -1,0 +1,247 @@
+"""The shards hold what transformers itself would have written, whatever order the blocks come in."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from tiny import load_weights, make_bert, make_llama, make_tokenizer, make_tokens, save_model
+from transformers import PreTrainedModel
+
+from optima.errors import ModelError
+from optima.models.source import find_source
+from optima.models.stacks import find_blocks
+from optima.models.writer import Writer, check_shared, prepare
+
+SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+WIDE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
+LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 4,
+}
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {
+    "llama": make_llama,
+    "llama tied": lambda: make_llama(tie_word_embeddings=True),
+    "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**WIDE, head_dim=8)),
+    "mixtral": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**WIDE, num_local_experts=3)),
+    "deepseek": lambda: hf.DeepseekV3ForCausalLM(
+        hf.DeepseekV3Config(**WIDE | LATENT | EXPERTS, first_k_dense_replace=1)
+    ),
+    "qwen3 moe": lambda: hf.Qwen3MoeForCausalLM(
+        hf.Qwen3MoeConfig(
+            **WIDE, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, mlp_only_layers=[0]
+        )
+    ),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)),
+    "bert": make_bert,
+    "bert with heads": lambda: hf.BertForMaskedLM(make_bert().config),
+}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MODELS[name]().to(dtype).eval()
+
+
+def write(model: PreTrainedModel, directory: Path, committed: int | None = None) -> Writer:
+    """Commit the first blocks, the last of them first, and publish."""
+    (directory / "out").mkdir(parents=True)
+    blocks = find_blocks(model)
+    prepare(model, None, None, directory / "out")
+    writer = Writer(model, [block.name for block in blocks], directory / "out", directory / "journal.jsonl")
+    for block in blocks[:committed][::-1]:
+        writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), {"index": block.index})
+    writer.publish()
+    return writer
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("loaded", [False, True], ids=["made", "loaded"])
+def test_names_and_bits_are_those_of_transformers(tmp_path: Path, name: str, loaded: bool) -> None:
+    model = build(name, torch.bfloat16)
+    if loaded:
+        model.save_pretrained(tmp_path / "source")
+        model = type(model).from_pretrained(tmp_path / "source", dtype="auto").eval()
+    model.save_pretrained(tmp_path / "whole")
+    write(model, tmp_path)
+    found, expected = load_weights(tmp_path / "out"), load_file(tmp_path / "whole" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) and found[key].dtype == expected[key].dtype for key in expected)
+    for file in ("config.json", "generation_config.json"):
+        if (tmp_path / "whole" / file).exists():
+            assert (tmp_path / "out" / file).read_text() == (tmp_path / "whole" / file).read_text()
+    logits = []
+    for directory in ("out", "whole"):
+        reloaded = type(model).from_pretrained(tmp_path / directory, dtype="auto").eval()
+        with torch.no_grad():
+            logits.append(reloaded(make_tokens(2, 8))[0])
+    assert torch.equal(*logits)
+
+
+def test_blocks_that_were_not_committed_are_written_at_the_end(tmp_path: Path) -> None:
+    model = build("llama")
+    writer = write(model, tmp_path, committed=1)
+    assert set(writer.done) == {"model.layers.0"}
+    found = load_weights(tmp_path / "out")
+    assert found.keys() == model.state_dict().keys()
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == found.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+
+
+def test_a_second_writer_finds_what_is_whole(tmp_path: Path) -> None:
+    model = build("llama")
+    write(model, tmp_path)
+    journal, names = tmp_path / "journal.jsonl", ["model.layers.0", "model.layers.1"]
+    assert Writer(model, names, tmp_path / "out", journal).done == {names[0]: {"index": 0}, names[1]: {"index": 1}}
+    with journal.open("a") as opened:
+        opened.write('{"block": "torn')
+    (shard,) = (tmp_path / "out").glob("model-00001-*")
+    os.truncate(shard, 100)
+    assert Writer(model, names, tmp_path / "out", journal).done == {names[1]: {"index": 1}}
+
+
+def test_weights_can_be_read_by_whoever_can_read_the_rest(tmp_path: Path) -> None:
+    previous = os.umask(0o022)
+    try:
+        write(build("llama"), tmp_path)
+    finally:
+        os.umask(previous)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o644}
+
+
+def test_what_transformers_refuses_to_save_is_refused_first(tmp_path: Path) -> None:
+    model = build("llama")
+    assert model.generation_config is not None
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = False
+    with pytest.raises(ModelError, match="cannot save the configuration or tokenizer of this LlamaForCausalLM"):
+        prepare(model, None, None, tmp_path)
+
+
+class TestShared:
+    NAMES = ("model.layers.0", "model.layers.1")
+
+    def test_between_blocks(self) -> None:
+        model = build("llama")
+        first, second = (layer.mlp for layer in model.model.layers)
+        second.up_proj.weight = first.up_proj.weight
+        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight and .*layers\.1\.mlp\.up_proj\.weight"):
+            check_shared(model, self.NAMES)
+
+    def test_memory_between_blocks(self) -> None:
+        model = build("llama")
+        first, second = (layer.mlp for layer in model.model.layers)
+        second.up_proj.weight = torch.nn.Parameter(first.up_proj.weight.data)
+        with pytest.raises(ModelError, match="are one weight"):
+            check_shared(model, self.NAMES)
+
+    def test_with_the_rest(self) -> None:
+        model = build("llama")
+        model.model.norm.weight = model.model.layers[1].input_layernorm.weight
+        with pytest.raises(ModelError, match="are one weight"):
+            check_shared(model, self.NAMES)
+
+    @pytest.mark.parametrize("name", MODELS)
+    def test_heads_may_be_tied(self, name: str) -> None:
+        model = build(name)
+        check_shared(model, [block.name for block in find_blocks(model)])
+
+
+class TestCompanions:
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        return save_model(tmp_path / "source")
+
+    def copied(self, source: Path, trust: bool = False) -> tuple[set[str], dict[str, Any]]:
+        out = source.parent / "out"
+        out.mkdir()
+        card = prepare(build("llama"), make_tokenizer(), find_source(str(source), trust), out)
+        return {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}, card
+
+    def test_what_is_known_by_name(self, source: Path) -> None:
+        known = {"LICENSE", "NOTICE.txt", "USE_POLICY.md", "tokenizer.model", "chat_template.jinja", "vocab.txt"}
+        for name in known | {"preprocessor_config.json"}:
+            (source / name).write_text("x")
+        for name in ("train.json", "token.txt", "notes.py", ".hidden.json", "optimizer.pt", "README.md"):
+            (source / name).write_text("x")
+        for name in ("checkpoint-5", "1_Pooling"):
+            (source / name).mkdir()
+            (source / name / "config.json").write_text("{}")
+        own = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+        # The tokenizer has no template: the one copied stays.
+        assert self.copied(source)[0] == known | own | {"preprocessor_config.json"}
+
+    def test_modules_of_a_sentence_encoder(self, source: Path) -> None:
+        paths = ["", "1_Pooling", "2_Dense", "../elsewhere", "/etc"]
+        (source / "modules.json").write_text(json.dumps([{"idx": i, "path": path} for i, path in enumerate(paths)]))
+        for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/x.bin", "../elsewhere/config.json"):
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_text("{}")
+        files = self.copied(source)[0]
+        assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= files
+        assert not [name for name in files if "elsewhere" in name or "x.bin" in name]
+
+    def test_a_link_that_leaves_the_model(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (source.parent / "secret").write_text("secret")
+        (source / "LICENSE").symlink_to(source.parent / "secret")
+        (source / "NOTICE").symlink_to(source / "config.json")
+        files = self.copied(source)[0]
+        assert "NOTICE" in files
+        assert "LICENSE" not in files
+        assert "is a link that leaves the model's directory" in caplog.text
+
+    def test_links_of_the_hubs_cache(self, source: Path) -> None:
+        blobs, snapshot = source.parent / "cache" / "blobs", source.parent / "cache" / "snapshots" / "abc"
+        blobs.mkdir(parents=True)
+        snapshot.parent.mkdir()
+        source.rename(snapshot)
+        (blobs / "1").write_text("terms")
+        (snapshot / "LICENSE").symlink_to("../../blobs/1")
+        out = source.parent / "out"
+        out.mkdir()
+        prepare(build("llama"), None, find_source(str(snapshot)), out)
+        assert (out / "LICENSE").read_text() == "terms"
+        assert not (out / "LICENSE").is_symlink()
+
+    def test_card_data(self, source: Path) -> None:
+        (source / "README.md").write_text("---\nlicense: mit\ntags: [a]\nmodel-index: x\n---\nthe dense model")
+        files, card = self.copied(source)
+        assert card == {"license": "mit", "tags": ["a"]}
+        assert "README.md" not in files
+
+    def test_card_that_cannot_be_read(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (source / "README.md").write_text("---\na: [\n---\n")
+        assert self.copied(source)[1] == {}
+        assert "cannot be read" in caplog.text
+
+    def test_custom_code_comes_only_if_trusted(self, tmp_path: Path) -> None:
+        source = save_model(tmp_path / "source")
+        (source / "mine.py").write_text(
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+            "class Mine(LlamaForCausalLM):\n    config_class = MineConfig\n"
+        )
+        config = json.loads((source / "config.json").read_text())
+        auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine"}
+        config |= {"model_type": "mine", "architectures": ["Mine"], "auto_map": auto_map}
+        (source / "config.json").write_text(json.dumps(config))
+        model = hf.AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True)
+        (tmp_path / "out").mkdir()
+        prepare(model, None, find_source(str(source), True), tmp_path / "out")
+        assert (tmp_path / "out" / "mine.py").exists()
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == auto_map
