@@ -26,7 +26,7 @@ SELECTOR_NAMES = (
     "magnitude", "wanda", "ria", "gradient", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
 )  # fmt: skip
 SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "pdhg", "none")
-BOUNDED_SOLVERS = ("auto", "bounded")
+BOUNDED_SOLVERS = ("auto", "bounded", "pdhg")
 ALLOCATION_NAMES = ("uniform", "owl")
 ROUNDINGS = ("hessian", "nearest")
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -26,7 +26,6 @@ from tiny import (
     prune_arguments,
     save_model,
     save_text,
-    snapshot,
 )
 
 from optima import Recipe, prune
@@ -156,7 +155,7 @@ class TestText:
 
     def test_wrong_column_lists_the_columns(self, cheap: Refused, root: Path) -> None:
         (root / "text.jsonl").write_text(json.dumps({"body": TEXT, "id": 3}) + "\n")
-        assert "has no column 'text': name one of its columns with --text-column: body, id" in cheap(
+        assert "has no column 'text' with text: name one of its columns with --text-column: body, id" in cheap(
             "--dataset", "text.jsonl"
         )
 
@@ -178,7 +177,7 @@ class TestText:
 class TestOptions:
     @pytest.mark.parametrize("sparsity", ["0", "1", "1.5", "-0.5", "nan"])
     def test_sparsity(self, cheap: Refused, sparsity: str) -> None:
-        assert "sparsity must be strictly between 0 and 1, got" in cheap("--sparsity", sparsity)
+        assert "sparsity must be a number strictly between 0 and 1, such as 0.5, got" in cheap("--sparsity", sparsity)
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -192,14 +191,14 @@ class TestOptions:
             (["--pattern", "(=2:4", "0.5"], "'(' is not a regular expression"),
             (["--pattern", "0.5", "2:4"], "two entries for all linears"),
             (["--allocation", "owl", "--pattern", "2:4"], "shares out one unstructured sparsity, not pattern 2:4: use"),
+            (["--allocation", "owl", "--pattern", "mlp=0.6", "0.5"], "one unstructured sparsity, not pattern mlp=0.6"),
+            (["--allocation", "even"], "unknown allocation 'even': known allocations are uniform, owl"),
             (
-                ["--allocation", "error", "--pattern", "mlp=0.6", "0.5"],
-                "one unstructured sparsity, not pattern mlp=0.6",
+                ["--allocation", "owl", "--allocation-spread", "0"],
+                "allocation_spread must be a number strictly between",
             ),
-            (["--allocation", "even"], "unknown allocation 'even': known allocations are uniform, owl, error"),
-            (["--allocation", "owl", "--allocation-spread", "0"], "allocation_spread must be strictly between 0 and 1"),
-            (["--allocation-spread", "0.1"], "allocation_spread is for allocation owl or error"),
-            (["--scope", "group", "--group-size", "0"], "group_size must be at least 1, got 0"),
+            (["--allocation-spread", "0.1"], "allocation_spread is for allocation owl"),
+            (["--scope", "group", "--group-size", "0"], "group_size must be a whole number of at least 1, such as 128"),
             # All other linears have 32 inputs.
             (["--pattern", "2:32"], "divisible by 32, but model.layers.0.mlp.down_proj has 48"),
             (["--selector", "wonda"], "known selectors are magnitude, wanda, ria"),
@@ -208,9 +207,10 @@ class TestOptions:
             (["--device", "gpu"], "unknown device 'gpu': use auto, cpu, cuda or cuda:N"),
             (["--device", "cuda:99"], "device 'cuda:99' is not there"),
             (["--device", "meta"], "device 'meta' is not supported"),
-            (["--gap", "0"], "gap must be positive"),
-            (["--damping", "2"], "damping must be between 0 and 1"),
-            (["--batch-size", "0"], "batch_size must be at least 1"),
+            (["--gap", "0"], "gap must be a positive number, such as 1e-4, got '0'"),
+            (["--gap", "inf"], "gap must be a positive number"),
+            (["--damping", "2"], "damping must be a number from 0 to 1"),
+            (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
             (["--targets", "("], "'(' is not a regular expression"),
             (["--max-seq-length", "65"], f"exceed the model's {POSITIONS} positions: use --max-seq-length {POSITIONS}"),
             (["--max-seq-length", "1"], "no room for text beside the tokenizer's special tokens (1)"),
@@ -237,18 +237,52 @@ class TestOptions:
     def test_unknown_key_of_a_recipe(self, cheap: Refused, root: Path) -> None:
         (root / "run.yaml").write_text("sparsty: 0.5")
         message = cheap("--recipe", "run.yaml")
-        assert message.startswith("recipe run.yaml: unknown key 'sparsty': known keys are sparsity, pattern, ")
+        known = "known keys are sparsity, pattern, "
+        assert message.startswith(f"recipe run.yaml: unknown key 'sparsty' (did you mean sparsity?): {known}")
 
     @pytest.mark.parametrize(
-        "options", [["--sparsity", "half"], ["--seed", "1.5"], ["--sparsty", "1"], ["--reci", "x"]]
+        ("options", "message"),
+        [
+            (["--sparsity", "half"], "sparsity must be a number strictly between 0 and 1, such as 0.5, got 'half'"),
+            (["--sparsity", "50%"], "such as 0.5, got '50%'"),
+            (["--seed", "1.5"], "seed must be a whole number of at least 0, got '1.5'"),
+            (["--sparsty", "1"], "unknown argument --sparsty (did you mean --sparsity?)\nsee optima prune --help"),
+            (["--max_seq_length=8"], "unknown argument --max_seq_length (did you mean --max-seq-length?)\nsee optima"),
+            (["--reci", "x"], "unknown argument --reci (did you mean --recipe?)\nsee optima prune --help"),
+            (["--qqq"], "unknown argument --qqq\nsee optima prune --help"),
+            (["--seed"], "argument --seed: expected one argument\nsee optima prune --help"),
+            (["--selector", "nothere:X"], "selector nothere:X loads and runs code"),
+            (["--selector", "nothere:X", "--trust-remote-code"], "selector nothere:X: nothere cannot be imported"),
+            (["--targets", "a:smile:b"], "no linear matches targets ['a:smile:b']"),
+            (["--dataset", "a\udcff.txt"], r"the argument 'a\udcff.txt' holds bytes that are no text here"),
+            (["--dataset", "a\0.txt"], r"the argument 'a\x00.txt' holds bytes that are no text here"),
+        ],
     )
-    def test_refused_by_the_parser(self, root: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
-        before = snapshot(root)
-        with pytest.raises(SystemExit) as stopped:
-            main(prune_arguments(*options))
-        assert stopped.value.code == 2
-        assert options[0] in capsys.readouterr().err
-        assert snapshot(root) == before
+    def test_one_error_and_no_page_of_usage(self, cheap: Refused, options: list[str], message: str) -> None:
+        found = cheap(*options)
+        assert found.startswith(message) or message in found
+        assert len(found.splitlines()) <= 2
+        assert "usage" not in found
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["prune", "model"], "--output-dir is missing"),
+            (["prune"], "the following arguments are required: MODEL\nsee optima prune --help"),
+            (["eval", "model"], "--dataset is missing"),
+            (["prun", "model"], "invalid choice: 'prun'"),
+        ],
+        ids=str,
+    )
+    def test_what_is_missing(self, cheap: Refused, arguments: list[str], message: str) -> None:
+        assert message in cheap(arguments=arguments)
+
+    def test_a_selector_of_ones_own_runs_only_if_trusted(self, cheap: Refused, root: Path) -> None:
+        (root / "evil.py").write_text("raise SystemExit('the code ran')")
+        (root / "run.yaml").write_text("selector: evil:Mine")
+        assert "loads and runs code: if you trust it, add --trust-remote-code" in cheap("--recipe", "run.yaml")
+        with pytest.raises(SystemExit, match="the code ran"):
+            main(prune_arguments("--recipe", "run.yaml", "--trust-remote-code"))
 
     def test_python_only(self, root: Path) -> None:
         with pytest.raises(RecipeError, match="output_dir is missing"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import optima
 from optima import Recipe, load_recipe, load_report
 from optima.cli import main
+from optima.recipe import GROUPS, SINK_WEIGHT
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
 
@@ -63,7 +65,7 @@ class TestPrune:
         output, message = capfd.readouterr()
         assert "50.00% of the weights of 14 linears pruned" in output
         assert "checkpoint and report: out (report.md, report.json)" in output
-        assert message == "", "no progress where there is no terminal, and no advice of libraries"
+        assert [line.split("  ")[0] for line in message.splitlines()] == ["block 1/2", "block 2/2"]
         after = snapshot(root)
         assert {name: content for name, content in after.items() if not name.startswith("out")} == before
 
@@ -98,6 +100,7 @@ class TestPrune:
         assert report.run.seed == 3
         assert report.run.num_tokens == 4 * 16
         assert report.run.recipe == load_recipe("out/recipe.yaml").to_dict()
+        assert (report.run.recipe["sink_weight"], report.run.recipe["scope"]) == (SINK_WEIGHT, None)
         assert [linear.name for linear in report.linears[:2]] == [
             "model.layers.0.self_attn.q_proj",
             "model.layers.0.self_attn.k_proj",
@@ -159,9 +162,8 @@ class TestPrune:
         assert {linear.pattern for linear in report.linears} == {"1:4", "0.6 per group of 8", "0.5 per group of 8"}
         assert report.sparsity == pytest.approx(report.sparsity_asked, abs=1e-3)
 
-    @pytest.mark.parametrize("allocation", ["owl", "error"])
-    def test_allocation_meets_the_global_sparsity(self, allocation: str) -> None:
-        weights = prune("--sparsity", "0.6", "--allocation", allocation, "--outlier-multiple", "2")
+    def test_allocation_meets_the_global_sparsity(self) -> None:
+        weights = prune("--sparsity", "0.6", "--allocation", "owl", "--outlier-multiple", "2")
         report = load_report(Path("out"))
         total = 0
         for linear in report.linears:
@@ -209,6 +211,13 @@ class TestPrune:
         assert torch.allclose(hessian_DD, hessian_DD.T)
         assert torch.linalg.eigvalsh(hessian_DD.double())[0] > -1e-6 * hessian_DD.diagonal().max()
 
+    def test_ignore_can_be_emptied(self) -> None:
+        prune("--ignore", "mlp", "--targets", "layers.0")
+        assert len(load_report("out").linears) == 4
+        prune("--ignore", "--targets", "layers.0", out="all")
+        assert len(load_report("all").linears) == 7
+        assert load_report("all").run.recipe["ignore"] == []
+
     def test_output_in_new_directories(self) -> None:
         prune(out="a/b/out/")
         assert [path.name for path in Path("a/b").iterdir()] == ["out"]
@@ -234,6 +243,8 @@ class TestRecipeOnTheCommandLine:
             ({"targets": ["mlp", "q_proj"], "ignore": "up"}, ["--targets", "k_proj"],
              {"targets": ["k_proj"], "ignore": ["up"]}),
             ({"ignore": []}, [], {"ignore": []}),
+            ({"ignore": ["up"]}, ["--ignore"], {"ignore": []}),
+            ({"selector": "own:Mine"}, ["--selector", "wanda", "--trust-remote-code"], {"trust_remote_code": True}),
             ({"damping": 0}, ["--damping", "0.1"], {"damping": 0.1}),
         ],
     )  # fmt: skip
@@ -244,7 +255,9 @@ class TestRecipeOnTheCommandLine:
         (root / "run.yaml").write_text(yaml.safe_dump(values))
         assert main(["prune", "model", "--output-dir", "out", "--recipe=run.yaml", *options]) == 0
         size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16}
-        assert load_recipe("out/recipe.yaml") == Recipe(**size | expected)  # type: ignore[arg-type]
+        recipe = Recipe(**size | expected)  # type: ignore[arg-type]
+        scope = "layer" if recipe.selector == "magnitude" else "row"
+        assert load_recipe("out/recipe.yaml") == recipe.resolved(scope=scope)
 
 
 class TestPlan:
@@ -278,13 +291,13 @@ class TestPlan:
         assert main(["plan", "model", "--recipe", "run.yaml", "--targets", r"layers\.1\.mlp"]) == 0
         output = capsys.readouterr().out
         assert output.count("2:4") == 3
-        assert "q_proj" not in output
+        assert "q_proj" not in output.partition("note:")[0]
 
     def test_says_that_an_allocation_needs_calibration(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["plan", "model", "--max-seq-length", "16", "--allocation", "error"]) == 0
+        assert main(["plan", "model", "--max-seq-length", "16", "--allocation", "owl"]) == 0
         output = capsys.readouterr().out
         assert output.count("0.5 per row") == 7
-        assert "note: allocation error takes each linear's sparsity from calibration" in output
+        assert "note: allocation owl takes each linear's sparsity from calibration" in output
 
     def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--pattern", r"1\.mlp=1:4", "mlp=3:8", "0.5"]
@@ -305,6 +318,14 @@ class TestReport:
             capsys.readouterr()
             assert main(["report", path]) == 0
             assert capsys.readouterr().out.strip() == written.strip()
+
+    def test_a_reader_that_leaves_is_no_error(self) -> None:
+        prune()
+        command = f"{sys.executable} -m optima report out | head -1; exit ${{PIPESTATUS[0]}}"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert result.stdout == "# Pruning report: `model`\n"
+        assert result.stderr == ""
+        assert result.returncode in (0, 141), "0 where the pipe held it all"
 
 
 class TestEval:
@@ -333,20 +354,72 @@ class TestHelp:
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--help"])
         assert stopped.value.code == 0
-        return " ".join(capsys.readouterr().out.split())
+        return capsys.readouterr().out
 
     @pytest.mark.parametrize("command", ["prune", "plan"])
-    def test_every_field_of_the_recipe_is_an_option(self, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    def test_every_field_of_the_recipe_is_an_option(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
+    ) -> None:
+        monkeypatch.setenv("COLUMNS", "80")
         text = self.help(capsys, command)
+        assert all(len(line) < 80 for line in text.splitlines())
+        assert not re.search(r"--\w+_", text), "one spelling, with hyphens"
+        words = " ".join(text.split())
         for option in dataclasses.fields(Recipe):
-            assert f"--{option.name.replace('_', '-')}" in text
-            assert option.metadata["help"] in text
+            assert words.count(f"--{option.name.replace('_', '-')} ") >= 1
+            assert words.replace("- ", "-").count(option.metadata["help"].replace("- ", "-")) == 1
+        for group, about in GROUPS.items():
+            assert f"\n{group} ({about}):\n" in text
 
     def test_eval_states_its_protocol(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "non-overlapping windows" in self.help(capsys, "eval")
+        assert "non-overlapping windows" in " ".join(self.help(capsys, "eval").split())
 
     def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:
             main([])
         assert stopped.value.code == 2
         assert "usage: optima" in capsys.readouterr().err
+
+    def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as stopped:
+            main(["--version"])
+        assert stopped.value.code == 0
+        assert capsys.readouterr().out == f"optima {optima.__version__}\n"
+
+    @pytest.mark.parametrize(
+        "code",
+        [
+            "import optima; optima.Recipe(sparsity=0.3); optima.load_report",
+            "from optima.cli import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass",
+            "from optima.cli import main; main(['report', 'missing'])",
+            "from optima.cli import main; main(['prune', 'model', '--output-dir', 'out', '--sparsity', '2'])",
+        ],
+    )
+    def test_what_needs_no_tensors_does_not_wait_for_torch(self, code: str) -> None:
+        heavy = "{'torch', 'transformers', 'datasets'} & sys.modules.keys()"
+        result = subprocess.run(
+            [sys.executable, "-c", f"{code}\nimport sys\nassert not {heavy}, {heavy}"], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+
+    def test_public_names(self) -> None:
+        for name in optima.__all__:
+            assert getattr(optima, name) is not None
+        with pytest.raises(AttributeError, match="has no attribute 'Prune'"):
+            optima.Prune  # noqa: B018
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (None, 143)])
+def test_an_interrupted_run_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: KeyboardInterrupt | None, code: int
+) -> None:
+    if error is None:
+        error = KeyboardInterrupt("stopped by SIGTERM")
+        error.exit_code = 143  # type: ignore[attr-defined]
+
+    def interrupted(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(optima, "prune", interrupted, raising=False)
+    assert main(["prune", "model", "--output-dir", "out"]) == code
+    assert capsys.readouterr().err.startswith(f"optima: {str(error) or 'interrupted'}, ")

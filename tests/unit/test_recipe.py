@@ -11,12 +11,24 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optima import Recipe, load_recipe
-from optima.allocation import LeastError, Owl
+from optima import Recipe, allocation, load_recipe
+from optima.build import PROOF_ROUNDS, allocation_of, patterns_of, refinement_of, selector_of, solver_of
 from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import Auto, BatchedCholesky
-from optima.recipe import PROOF_ROUNDS, SINK_WEIGHT, recipe_from_dict
+from optima.qp import base as qp
+from optima.recipe import (
+    ALLOCATION_NAMES,
+    BOUNDED_SOLVERS,
+    GROUPS,
+    OWL_SPREAD,
+    SELECTOR_NAMES,
+    SINK_WEIGHT,
+    SOLVER_NAMES,
+    recipe_from_dict,
+)
+from optima.selectors import base as selectors
+from optima.selectors.wanda import Wanda
 from optima.swaps.search import SwapRefinement
 
 FIELDS = [option.name for option in dataclasses.fields(Recipe)]
@@ -44,7 +56,7 @@ class TestYaml:
         gap=st.floats(1e-300, 1.0),
         damping=st.floats(0.0, 1.0),
         dataset=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=3),
-        seed=st.integers(),
+        seed=st.integers(0, 2**63),
     )
     def test_round_trip(self, tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
         recipe = Recipe(**values)
@@ -87,25 +99,42 @@ class TestYaml:
         assert read(tmp_path, "pattern: 0.6").pattern == ["0.6"]
         assert read(tmp_path, "pattern: null\nsparsity: 0.6") == Recipe(sparsity=0.6)
 
-    def test_unknown_key_lists_the_known(self, tmp_path: Path) -> None:
-        message = refused(tmp_path, "sparsty: 0.5\nsparsity: 0.5\n3: x")
-        assert "unknown key 'sparsty', 3: known keys are " in message
+    def test_unknown_key_names_the_closest_and_lists_the_known(self, tmp_path: Path) -> None:
+        message = refused(tmp_path, "sparsty: 0.5\nsparsity: 0.5")
+        assert "unknown key 'sparsty' (did you mean sparsity?): known keys are " in message
         assert all(name in message for name in FIELDS)
+        assert "unknown key '3'" in refused(tmp_path, "3: x")
+
+    def test_hyphens_name_the_right_key(self, tmp_path: Path) -> None:
+        assert "max-seq-length: write max_seq_length" in refused(tmp_path, "max-seq-length: 16")
+
+    @pytest.mark.parametrize("text", ["gap: 1\nseed: 0\ngap: 2", "{gap: 1,\n\n gap: 2}"])
+    def test_a_key_that_stands_twice(self, tmp_path: Path, text: str) -> None:
+        assert "the key 'gap' stands in line 1 and in line 3: keep one" in refused(tmp_path, text)
+
+    @pytest.mark.parametrize("text", ["targets: " + "[" * 5000 + "]" * 5000, "{a: " * 5000 + "1" + "}" * 5000])
+    def test_depth_is_bounded(self, tmp_path: Path, text: str) -> None:
+        assert "nested deeper than 10 levels" in refused(tmp_path, text)
+
+    def test_a_value_that_aliases_blow_up_is_shown_in_short(self, tmp_path: Path) -> None:
+        lines = ["x0: &x0 [a, b]"] + [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 9)]
+        assert len(refused(tmp_path, "\n".join(lines).replace("x8: &x8", "targets: &x8"))) < 2000
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("sparsity: half", "sparsity must be a number, got 'half'"),
-            ("sparsity: true", "sparsity must be a number, got True"),
-            ("sparsity: [0.5]", "sparsity must be a number, got [0.5]"),
-            ("gap: null", "gap must be a number, got None"),
-            ("selector: 3", "selector must be text, got 3"),
-            ("selector: null", "selector must be text, got None"),
+            ("sparsity: half", "sparsity must be a number strictly between 0 and 1, such as 0.5, got 'half'"),
+            ("sparsity: true", "sparsity must be a number strictly between 0 and 1, such as 0.5, got True"),
+            ("sparsity: [0.5]", "sparsity must be a number strictly between 0 and 1, such as 0.5, got [0.5]"),
+            ("gap: null", "gap must be a positive number, such as 1e-4, got None"),
+            ("gap: .inf", "gap must be a positive number, such as 1e-4, got inf"),
+            ("selector: 3", "selector must be a name, package.module:Class, or an object with"),
+            ("selector: null", "selector must be a name"),
+            ("solver: 3", "solver must be text, got 3"),
             ("pattern: 2.4", "sparsity must be strictly between 0 and 1, got 2.4"),
-            ("pattern: {a: b}", "pattern must be a list of texts, got [{'a': 'b'}]"),
-            ("seed: 1.5", "seed must be a whole number, got 1.5"),
-            ("batch_size: '8'", "batch_size must be a whole number, got '8'"),
-            ("batch_size: yes", "batch_size must be a whole number, got True"),
+            ("pattern: {a: b}", "pattern must be a list of texts, such as ['mlp=2:4', '0.5'], got [{'a': 'b'}]"),
+            ("seed: 1.5", "seed must be a whole number of at least 0, got 1.5"),
+            ("batch_size: yes", "batch_size must be a whole number of at least 1, such as 8, got True"),
             ("trust_remote_code: 1", "trust_remote_code must be true or false, got 1"),
             ("trust_remote_code: 'yes'", "trust_remote_code must be true or false, got 'yes'"),
             ("dataset: [a.txt, 3]", "dataset must be a list of texts, got ['a.txt', 3]"),
@@ -138,10 +167,10 @@ class TestYaml:
 
 
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
-    ({"sparsity": 0.0}, "sparsity must be strictly between 0 and 1, got 0.0"),
-    ({"sparsity": 1}, "sparsity must be strictly between 0 and 1, got 1.0"),
-    ({"sparsity": 1.5}, "sparsity must be strictly between 0 and 1, got 1.5"),
-    ({"sparsity": float("nan")}, "sparsity must be strictly between 0 and 1, got nan"),
+    ({"sparsity": 0.0}, "sparsity must be a number strictly between 0 and 1, such as 0.5, got 0.0"),
+    ({"sparsity": 1}, "sparsity must be a number strictly between 0 and 1, such as 0.5, got 1"),
+    ({"sparsity": 1.5}, "sparsity must be a number strictly between 0 and 1, such as 0.5, got 1.5"),
+    ({"sparsity": float("nan")}, "sparsity must be a number strictly between 0 and 1, such as 0.5, got nan"),
     ({"pattern": "2-4"}, "pattern '2-4' is not of the form n:m"),
     ({"pattern": "4:4"}, "needs 0 < n < m"),
     ({"sparsity": 0.5, "pattern": "2:4"}, "give either sparsity or pattern, not both"),
@@ -151,29 +180,46 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": ["0.5", "(=2:4"]}, "pattern '(=2:4': '(' is not a regular expression"),
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
     ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group, balanced"),
-    ({"group_size": 0}, "group_size must be at least 1, got 0"),
-    ({"selector": "wonda"}, "unknown selector 'wonda': known selectors are magnitude, wanda, ria"),
+    ({"group_size": 0}, "group_size must be a whole number of at least 1, such as 128, got 0"),
+    (
+        {"selector": "wonda"},
+        "unknown selector 'wonda' (did you mean wanda?): known selectors are magnitude, wanda, ria",
+    ),
     ({"solver": "cg"}, "unknown solver 'cg': known solvers are "),
     ({"dtype": "int8"}, "unknown dtype 'int8': known dtypes are auto, float32, bfloat16, float16"),
-    ({"gap": 0}, "gap must be positive, got 0.0"),
-    ({"gap": -1e-4}, "gap must be positive"),
-    ({"gap": float("nan")}, "gap must be positive"),
-    ({"gap": 0, "solver": "none"}, "gap must be positive"),
-    ({"damping": -0.1}, "damping must be between 0 and 1, got -0.1"),
-    ({"damping": 1.1}, "damping must be between 0 and 1"),
-    ({"damping": float("nan")}, "damping must be between 0 and 1"),
-    ({"sink_weight": -0.1}, "sink_weight must be 0 or more, got -0.1"),
-    ({"sink_weight": float("nan")}, "sink_weight must be 0 or more"),
-    ({"sink_weight": float("inf")}, "sink_weight must be 0 or more"),
-    ({"num_calibration_samples": 0}, "num_calibration_samples must be at least 1, got 0"),
-    ({"max_seq_length": -1}, "max_seq_length must be at least 1"),
-    ({"batch_size": 0}, "batch_size must be at least 1"),
+    ({"gap": 0}, "gap must be a positive number, such as 1e-4, got 0"),
+    ({"gap": -1e-4}, "gap must be a positive number"),
+    ({"gap": float("nan")}, "gap must be a positive number"),
+    ({"gap": 0, "solver": "none"}, "gap must be a positive number"),
+    ({"damping": -0.1}, "damping must be a number from 0 to 1, such as 0.01, got -0.1"),
+    ({"damping": 1.1}, "damping must be a number from 0 to 1"),
+    ({"damping": float("nan")}, "damping must be a number from 0 to 1"),
+    ({"sink_weight": -0.1}, "sink_weight must be a number of at least 0, such as 0.04, got -0.1"),
+    ({"sink_weight": float("nan")}, "sink_weight must be a number of at least 0"),
+    ({"sink_weight": float("inf")}, "sink_weight must be a number of at least 0"),
+    (
+        {"num_calibration_samples": 0},
+        "num_calibration_samples must be a whole number of at least 1, such as 128, got 0",
+    ),
+    ({"max_seq_length": -1}, "max_seq_length must be a whole number of at least 1"),
+    ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ({"dataset": []}, "dataset is empty"),
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
     ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
-    ({"max_change": 0, "solver": "bounded"}, "max_change must be positive, got 0.0"),
+    ({"max_change": 0, "solver": "bounded"}, "max_change must be a positive number, such as 0.5, got 0"),
     ({"max_change": 0.5, "solver": "none"}, "max_change needs a solver that holds bounds"),
-    ({"batch_size": 2.0}, "batch_size must be a whole number, got 2.0"),
+    ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1, such as 8, got 2.5"),
+    ({"rounding": "up"}, "unknown rounding 'up': known roundings are hessian, nearest"),
+    ({"swaps": 1}, "swaps must be 0, at least 2"),
+    ({"swaps": "some"}, "swaps must be 0, a whole number of at least 2 such as 256, or all, got 'some'"),
+    ({"swaps": 256, "selector": "external", "mask_from": "m.safetensors"}, "swaps needs to know the pattern"),
+    ({"scope": "row", "selector": "external", "mask_from": "m.safetensors"}, "scope needs to know the pattern"),
+    ({"selector": "external"}, "selector external takes its masks from mask_from"),
+    ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'wanda'"),
+    ({"allocation": "error"}, "unknown allocation 'error': known allocations are uniform, owl"),
+    ({"allocation_spread": 0.1}, "allocation_spread is for allocation owl"),
+    ({"allocation": "owl", "pattern": "2:4"}, "shares out one unstructured sparsity, not pattern 2:4"),
+    ({"selector": "somewhere:Mine"}, "selector somewhere:Mine loads and runs code: if you trust it, add --trust-"),
 ]
 
 
@@ -197,8 +243,67 @@ class TestValues:
             Recipe().sparsity = 0.6  # type: ignore[misc]
         assert Recipe().targets is not Recipe().targets
 
-    def test_every_field_is_documented(self) -> None:
+    def test_every_field_is_documented_and_has_a_group(self) -> None:
         assert all(option.metadata["help"] for option in dataclasses.fields(Recipe))
+        assert {option.metadata["group"] for option in dataclasses.fields(Recipe)} == set(GROUPS)
+
+    def test_names_are_those_of_the_registries(self) -> None:
+        assert selectors.SELECTOR_NAMES == SELECTOR_NAMES
+        assert qp.SOLVER_NAMES == SOLVER_NAMES
+        assert allocation.ALLOCATION_NAMES == ALLOCATION_NAMES
+        assert allocation.Owl.spread == OWL_SPREAD
+        made = {name: qp.make_solver(name, 1e-4) for name in SOLVER_NAMES}
+        assert {name for name, solver in made.items() if solver and solver.supports_bounds} == set(BOUNDED_SOLVERS)
+
+    def test_nothing_is_imported_to_check_a_selector_of_ones_own(self, tmp_path: Path) -> None:
+        """As a pickle would, its module can do anything."""
+        (tmp_path / "evil.py").write_text("raise SystemExit('the code ran')")
+        assert "trust_remote_code" in refused(tmp_path, "selector: evil:Mine")
+        assert read(tmp_path, "selector: evil:Mine\ntrust_remote_code: true").selector == "evil:Mine"
+
+
+class TestSelectorObject:
+    def test_is_taken_as_it_is_and_named_by_its_class(self, tmp_path: Path) -> None:
+        selector = Wanda()
+        recipe = Recipe(selector=selector)
+        assert selector_of(recipe) is selector
+        assert recipe.to_dict()["selector"] == "optima.selectors.wanda:Wanda"
+        recipe.save(tmp_path / "r.yaml")
+        with pytest.raises(RecipeError, match="loads and runs code"):
+            load_recipe(tmp_path / "r.yaml")
+
+    @pytest.mark.parametrize("wrong", [Wanda, object(), 3, None])
+    def test_must_be_one(self, wrong: object) -> None:
+        with pytest.raises(RecipeError, match="selector must be a name"):
+            Recipe(selector=wrong)
+
+
+class TestResolved:
+    def test_open_defaults_are_filled_in_as_applied(self) -> None:
+        values = Recipe().resolved(scope="row").to_dict()
+        assert (values["sparsity"], values["scope"], values["sink_weight"]) == (0.5, "row", SINK_WEIGHT)
+        assert values["dataset_config"] == "en"
+        owl = Recipe(allocation="owl", scope="layer", dataset="a.txt").resolved(scope="row")  # type: ignore[arg-type]
+        assert (owl.scope, owl.allocation_spread, owl.dataset_config) == ("layer", OWL_SPREAD, None)
+
+    @pytest.mark.parametrize("values", [{"pattern": "2:4"}, {"selector": "external", "mask_from": "m.safetensors"}])
+    def test_what_does_not_apply_stays_open(self, values: dict[str, Any]) -> None:
+        recipe = Recipe(**values).resolved(scope="row")
+        assert (recipe.sparsity, recipe.scope, recipe.allocation_spread) == (None, None, None)
+
+    @pytest.mark.parametrize("values", [{}, {"pattern": "2:4"}, {"pattern": ["a=2:4", "0.3"]}, {"allocation": "owl"}])
+    def test_twice_is_once_and_it_can_be_loaded(self, tmp_path: Path, values: dict[str, Any]) -> None:
+        recipe = Recipe(**values).resolved(scope="row")
+        assert recipe.resolved(scope="layer") == recipe
+        recipe.save(tmp_path / "r.yaml")
+        assert load_recipe(tmp_path / "r.yaml") == recipe
+
+    def test_published_updates_are_left_as_published(self) -> None:
+        """The first token of a sequence weighs more only where a solver finds the weights, or if that is asked for."""
+        assert Recipe(solver="none").resolved(scope="row").sink_weight == 0.0
+        for solver in ("none", "auto"):
+            assert Recipe(solver=solver, sink_weight=0.5).resolved(scope="row").sink_weight == 0.5
+            assert Recipe(solver=solver, sink_weight=0).resolved(scope="row").sink_weight == 0.0
 
 
 class TestMaking:
@@ -221,25 +326,29 @@ class TestMaking:
         self, values: dict[str, Any], pattern: Unstructured | NM
     ) -> None:
         recipe = Recipe(**values)
-        assert recipe.make_patterns(recipe.make_selector()) == PatternTable((), pattern)
+        assert patterns_of(recipe, selector_of(recipe)) == PatternTable((), pattern)
 
     def test_pattern_for_each_target(self) -> None:
         recipe = Recipe(pattern=["mlp=2:4", "0.6"], scope="group")
-        patterns = recipe.make_patterns(recipe.make_selector())
+        patterns = patterns_of(recipe, selector_of(recipe))
         assert patterns.of("layers.0.mlp.up_proj") == NM(2, 4)
         assert patterns.of("layers.0.self_attn.q_proj") == Unstructured(0.6, "group")
 
     def test_allocation(self) -> None:
-        assert Recipe(pattern="2:4").make_allocation() is None
-        assert Recipe(allocation="owl", pattern="0.6").make_allocation() == Owl(0.6)
-        assert Recipe(allocation="error", allocation_spread=0.1).make_allocation() == LeastError(0.5, 0.1)
+        assert allocation_of(Recipe(pattern="2:4")) is None
+        assert allocation_of(Recipe(allocation="owl", pattern="0.6")) == allocation.Owl(0.6)
 
     def test_solver(self) -> None:
-        assert Recipe(solver="none").make_solver() is None
-        assert isinstance(Recipe(solver="cholesky").make_solver(), BatchedCholesky)
-        solver = Recipe(gap=1e-6).make_solver()
+        assert solver_of(Recipe(solver="none")) is None
+        assert isinstance(solver_of(Recipe(solver="cholesky")), BatchedCholesky)
+        solver = solver_of(Recipe(gap=1e-6))
         assert isinstance(solver, Auto)
         assert solver.gap == 1e-6
+
+    def test_swaps(self) -> None:
+        assert refinement_of(Recipe()) is None
+        assert refinement_of(Recipe(swaps=256)) == SwapRefinement(candidates=256, most_candidates=256)
+        assert refinement_of(Recipe(swaps="all")) == SwapRefinement(PROOF_ROUNDS)
 
 
 def test_ready_made_recipes_are_valid() -> None:
@@ -247,24 +356,3 @@ def test_ready_made_recipes_are_valid() -> None:
     assert files
     for file in files:
         load_recipe(file)
-
-
-def test_refine() -> None:
-    assert Recipe().make_refinement() is None
-    assert Recipe(refine="swaps").make_refinement() == SwapRefinement(candidates=256, most_candidates=256)
-    assert Recipe(refine="swaps", refine_candidates=0).make_refinement() == SwapRefinement(PROOF_ROUNDS)
-    with pytest.raises(RecipeError, match="known ones are none, swaps"):
-        Recipe(refine="swap")
-    with pytest.raises(RecipeError, match="refine_candidates must be 0 or at least 2"):
-        Recipe(refine="swaps", refine_candidates=1)
-    with pytest.raises(RecipeError, match="name the sparsity or pattern"):
-        Recipe(refine="swaps", selector="external", mask_from="masks.safetensors")
-
-
-def test_published_updates_are_left_as_published() -> None:
-    """The first token of a sequence weighs more only where a solver finds the weights, or if that is asked for."""
-    assert Recipe(solver="none").sink_weight == 0.0
-    assert Recipe().sink_weight == SINK_WEIGHT
-    for solver in ("none", "auto"):
-        assert Recipe(solver=solver, sink_weight=0.5).sink_weight == 0.5
-        assert Recipe(solver=solver, sink_weight=0).sink_weight == 0.0

@@ -1,6 +1,5 @@
 import io
 import json
-import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,10 @@ from tiny import make_llama, make_tokens
 from optima import Recipe, prune
 from optima.errors import OptimaError
 from optima.reporting.markdown import render_markdown
-from optima.reporting.progress import QuietProgress, RichProgress, TimeLeft, make_progress
+from optima.reporting.progress import LineProgress, LiveProgress, Progress, make_progress
 from optima.reporting.record import (
     SCHEMA_VERSION,
+    BlockRecord,
     LinearRecord,
     Report,
     RunRecord,
@@ -23,6 +23,7 @@ from optima.reporting.record import (
     library_versions,
     load_report,
 )
+from optima.reporting.summary import render_summary
 
 LINEAR = LinearRecord(
     block=0,
@@ -34,6 +35,7 @@ LINEAR = LinearRecord(
     error_mask=0.2,
     error_selector=0.2,
     error=0.1,
+    error_plain=0.1,
     solver="shared-inverse-cg",
     gap_max=5e-5,
     gap_median=1e-5,
@@ -43,7 +45,12 @@ LINEAR = LinearRecord(
     rows_not_converged=0,
     damping=0.01,
     seconds=0.25,
+    gap_written_max=2e-3,
+    gap_written_median=4e-4,
+    loss_written=1e-3,
+    tokens=1024,
 )
+BLOCK = BlockRecord(0, "model.layers.0", {"forward": 0.5, "solve": 0.25})
 RUN = RunRecord(
     model="tiny/model",
     recipe={"selector": "wanda", "solver": "shared-inverse-cg", "gap": 1e-4, "targets": [".*"]},
@@ -61,15 +68,18 @@ RUN = RunRecord(
 
 
 def linear(name: str = "mlp.up_proj", block: int = 0, **changes: object) -> LinearRecord:
+    if "error" in changes:
+        changes.setdefault("error_plain", changes["error"])
     return replace(LINEAR, block=block, name=f"model.layers.{block}.{name}", **changes)
 
 
 def report(*linears: LinearRecord, **changes: object) -> Report:
-    return Report(replace(RUN, **changes), linears or (LINEAR,))
+    return Report(replace(RUN, **changes), linears or (LINEAR,), (BLOCK,))
 
 
 def unsolved(**changes: object) -> LinearRecord:
     nothing = {"solver": "none", "gap_max": None, "gap_median": None, "iterations_mean": 0.0, "iterations_max": 0}
+    nothing |= {"gap_written_max": None, "gap_written_median": None, "loss_written": None}
     return linear(**{**nothing, "error": 0.2, **changes})
 
 
@@ -83,6 +93,7 @@ class TestRecord:
         original = report(linear(), unsolved(block=1), notes=("one", "two"))
         assert original.save(tmp_path) == tmp_path / "report.json"
         assert load_report(tmp_path) == original
+        assert load_report(str(tmp_path)) == original, "a text names a directory too"
         assert load_report(tmp_path / "report.json") == original
         assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
 
@@ -107,10 +118,12 @@ class TestRecord:
     def test_recipe_is_stored_as_plain_values(self, tmp_path: Path) -> None:
         report(recipe={"path": Path("a") / "b", "pair": (1, 2.5), "none": None}).save(tmp_path)
         assert load_report(tmp_path).run.recipe == {"path": str(Path("a") / "b"), "pair": [1, 2.5], "none": None}
+        report(recipe={"limit": math.inf}).save(tmp_path)
+        assert load_report(tmp_path).run.recipe == {"limit": "Infinity"}
 
     def test_failed_save_leaves_the_old_report_alone(self, tmp_path: Path) -> None:
         report().save(tmp_path)
-        with pytest.raises(TypeError):
+        with pytest.raises(ValueError, match="object"):
             report(recipe={"bad": object()}).save(tmp_path)
         assert load_report(tmp_path) == report()
         assert len(list(tmp_path.iterdir())) == 1
@@ -128,6 +141,8 @@ class TestRecord:
         empty = Report(RUN, ())
         assert (empty.sparsity, empty.error_geomean, empty.gap_max, empty.rows_not_converged) == (0.0, 0.0, None, 0)
         assert report(unsolved()).gap_max is None
+        assert report(unsolved()).gap_written_max is None
+        assert report(linear(), linear(gap_written_max=0.5)).gap_written_max == 0.5
 
     @pytest.mark.parametrize("gaps", [(math.nan, 1.0), (1.0, math.nan)])
     def test_a_gap_that_is_not_a_number_is_not_hidden(self, gaps: tuple[float, float]) -> None:
@@ -158,13 +173,13 @@ class TestLoadErrors:
         with pytest.raises(OptimaError, match=r"cannot read the report .*output directory"):
             load_report(tmp_path)
 
-    @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe"])
+    @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
     def test_not_json(self, tmp_path: Path, text: bytes) -> None:
         (tmp_path / "report.json").write_bytes(text)
         with pytest.raises(OptimaError, match="is not JSON"):
             load_report(tmp_path)
 
-    @pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 2}', '{"schema_version": true}', "3"])
+    @pytest.mark.parametrize("text", ["[]", "{}", '{"schema_version": 1}', '{"schema_version": true}', "3"])
     def test_other_schema(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(OptimaError, match=f"reads {SCHEMA_VERSION}"):
@@ -173,15 +188,16 @@ class TestLoadErrors:
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
-            (lambda c: c["run"].pop("seed"), r"report\.run has no seed"),
-            (lambda c: c["run"].update(extra=1), r"report\.run has unknown extra"),
-            (lambda c: c["run"].update(notes="text"), r"report\.run\.notes must be"),
-            (lambda c: c["run"].update(seed=True), r"report\.run\.seed must be int"),
-            (lambda c: c["run"].update(versions={"torch": 2}), r"report\.run\.versions\.torch must be str"),
-            (lambda c: c.update(run=None), r"report\.run must be an object"),
-            (lambda c: c["linears"][0].update(error=None), r"report\.linears\[0\]\.error must be float"),
-            (lambda c: c["linears"][0].update(error="big"), r"report\.linears\[0\]\.error must be float"),
-            (lambda c: c["linears"][0].update(shape=[1, 2, 3]), r"report\.linears\[0\]\.shape must be"),
+            (lambda c: c["run"].pop("seed"), r"report\.run\.seed: Field required"),
+            (lambda c: c["run"].update(extra=1), r"report\.run\.extra: Unexpected"),
+            (lambda c: c["run"].update(notes="text"), r"report\.run\.notes: .* valid tuple"),
+            (lambda c: c["run"].update(seed=True), r"report\.run\.seed: .* valid integer, got 'True'"),
+            (lambda c: c["run"].update(versions={"torch": 2}), r"report\.run\.versions\.torch: .* valid string"),
+            (lambda c: c.update(run=None), r"report\.run: "),
+            (lambda c: c["linears"][0].update(error=None), r"report\.linears\[0\]\.error: .* valid number"),
+            (lambda c: c["linears"][0].update(error="big"), r"report\.linears\[0\]\.error: .*got 'big'"),
+            (lambda c: c["linears"][0].update(shape=[1, 2, 3]), r"report\.linears\[0\]\.shape: "),
+            (lambda c: c["blocks"][0].update(seconds={"solve": None}), r"report\.blocks\[0\]\.seconds\.solve: "),
         ],
     )
     def test_malformed_content_names_the_field(self, tmp_path: Path, edit: object, message: str) -> None:
@@ -203,7 +219,12 @@ class TestMarkdown:
             in text
         )
         assert "0.2000 by the mask alone, **0.1000 in the result** (-50.0% from the selector's)" in text
-        assert "asked gap of 1.0e-04: **all 16 rows** that a solver worked on; the largest gap is **5.0e-05**" in text
+        assert (
+            "gap of 1.0e-04 before the cast: **all 16 rows** that a solver worked on; the largest gap is **5.0e-05**"
+            in text
+        )
+        assert "As written (float32): the largest gap of a row is **2.0e-03**, all rows of a linear together" in text
+        assert "at most **1.0e-03** above the optimum" in text
         assert "Warning" not in text
         assert section(text, "Notes") == ["None: no linear was skipped and no setting was changed on the way."]
 
@@ -237,6 +258,48 @@ class TestMarkdown:
         text = render_markdown(report(linear(error=0.5), linear(block=1, error=math.nan)))
         assert "**Warning:** the error is not a finite number: `model.layers.1.mlp.up_proj`" in text
         assert "model.layers.1" in section(text, "Worst linears")[2]
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"error_mask": 0.0, "error_selector": 0.0, "error": 0.0}, "nothing was measured, the mask costs nothing"),
+            ({"sparsity": 1.0}, "every weight is pruned"),
+            ({"sparsity": 0.0}, "no weight is pruned"),
+            ({"sparsity": 0.1}, "the sparsity as written is not the one asked for"),
+            ({"tokens": 15}, "little calibration text, fewer than 4 tokens for each input"),
+        ],
+        ids=str,
+    )
+    def test_warnings(self, changes: dict[str, object], message: str) -> None:
+        found = f"Warning: {message}"
+        assert any(line.startswith(f"- {found}") for line in render_summary(report(linear(**changes))).splitlines())
+        assert render_summary(report(linear(**changes))).count("Warning") == 1
+        assert found not in render_summary(report(linear()))
+
+    def test_counts_that_had_to_be_rounded_are_no_warning(self) -> None:
+        assert "Warning" not in render_summary(report(linear(shape=(8, 5), sparsity=0.4)))
+
+    def test_one_metric_for_published_and_solved(self) -> None:
+        """The column is there where some token weighs more than others."""
+        assert "tokens alike" not in section(render_markdown(report()), "Every linear")[0]
+        text = render_markdown(report(linear(error_plain=0.3)))
+        assert "**0.1000 in the result** (-50.0% from the selector's); 0.3000 with every token alike." in text
+        assert "tokens alike" in section(text, "Every linear")[0]
+
+    def test_where_the_time_went(self) -> None:
+        lines = section(render_markdown(report(stages={"forward": 31.0, "solve": 15.5})), "Where the time went")
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert cells[2:] == [
+            ["forward", "31.0 s", "50%"],
+            ["solve", "15.5 s", "25%"],
+            ["everything else", "15.5 s", "25%"],
+        ]
+        assert "Where the time went" not in render_markdown(report())
+
+    def test_where_model_and_text_came_from(self) -> None:
+        text = render_markdown(report(model_revision="abc", dataset_revision="def", skipped_records=1234))
+        assert "revision abc" in text
+        assert "hash abc, revision def, 1,234 records without text skipped" in text
 
     def test_selector_alone_claims_nothing(self) -> None:
         text = render_markdown(report(unsolved(), recipe={"selector": "sparsegpt", "solver": "none", "gap": 1e-4}))
@@ -305,47 +368,65 @@ class TestMarkdown:
         assert section(render_markdown(report(notes=("a\nb", "c"))), "Notes") == ["- a b", "- c"]
 
 
+def run_of(progress: Progress, blocks: int = 2) -> None:
+    with progress:
+        progress.start(blocks, 2)
+        for block in range(blocks):
+            progress.linear(linear(block=block))
+            progress.block(block + 1)
+
+
 class TestProgress:
-    def test_quiet_prints_nothing(self, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-        with caplog.at_level(logging.WARNING, "optima"), make_progress(False) as progress:
-            progress.start(1, 1)
-            progress.block(0)
-            progress.linear(LINEAR)
-            progress.message("damping raised")
+    def test_the_base_shows_nothing(self, capfd: pytest.CaptureFixture[str]) -> None:
+        run_of(Progress())
         assert capfd.readouterr() == ("", "")
-        assert [(r.name, r.levelname, r.getMessage()) for r in caplog.records] == [
-            ("optima", "WARNING", "damping raised")
+
+    def test_lines_where_stderr_is_not_a_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        run_of(make_progress())
+        output, lines = capsys.readouterr()
+        assert output == ""
+        assert lines.splitlines() == [
+            f"block {block}/2  error 0.1000  0:00:00 elapsed  0:00:00 left" for block in (1, 2)
         ]
 
-    def test_quiet_where_stderr_is_not_a_terminal(self) -> None:
-        assert isinstance(make_progress(), QuietProgress)
-        assert isinstance(make_progress(True), RichProgress)
+    @pytest.mark.parametrize(("term", "kind"), [("xterm", LiveProgress), ("dumb", LineProgress)])
+    def test_a_dumb_terminal_cannot_draw(self, monkeypatch: pytest.MonkeyPatch, term: str, kind: type) -> None:
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+        assert isinstance(make_progress(), kind)
+
+    def test_time_left_counts_blocks_from_where_the_run_began(self) -> None:
+        now, screen = 100.0, io.StringIO()
+        progress = LineProgress(screen, lambda: now)
+        progress.start(6, 1, done=2)
+        now = 110.0
+        progress.block(3)
+        now = 7300.0
+        progress.block(4)
+        assert screen.getvalue().splitlines() == [
+            "block 3/6  error -  0:00:10 elapsed  0:00:30 left",
+            "block 4/6  error -  2:00:00 elapsed  2:00:00 left",
+        ]
 
     @pytest.mark.parametrize("width", [60, 120])
     def test_display_is_one_line(self, width: int) -> None:
         screen = io.StringIO()
-        with RichProgress(Console(file=screen, force_terminal=True, width=width, color_system=None)) as progress:
-            progress.start(2, 2)
-            for block in range(2):
-                progress.block(block)
-                progress.linear(linear(block=block))
-            progress.message("note [with] brackets")
+        run_of(LiveProgress(Console(file=screen, force_terminal=True, width=width, color_system=None)))
         text = screen.getvalue()
-        assert "block 2/2" in text
+        assert "2/2" in text
         assert "error 0.1000" in text
-        assert "note [with] brackets" in text
         assert "done" in text
         # Cursor-up would mean that the line wrapped.
         assert "\x1b[1A" not in text
 
     def test_interrupt_restores_the_cursor_and_does_not_claim_to_be_done(self) -> None:
         screen = io.StringIO()
-        progress = RichProgress(Console(file=screen, force_terminal=True, width=100, color_system=None))
+        progress = LiveProgress(Console(file=screen, force_terminal=True, width=100, color_system=None))
 
         def interrupted() -> None:
             with progress:
                 progress.start(2, 1)
-                progress.block(0)
+                progress.block(1)
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -354,19 +435,6 @@ class TestProgress:
         assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
         assert "done" not in text
         progress.close()
-
-    def test_time_left_counts_whole_blocks_from_where_the_run_began(self) -> None:
-        now = 100.0
-        left = TimeLeft(6, lambda: now)
-        left.block(2)
-        assert left.seconds() is None
-        now = 110.0
-        left.block(3)
-        assert left.seconds() == pytest.approx(30.0)
-        now = 115.0
-        assert left.seconds() == pytest.approx(25.0)
-        now = 200.0
-        assert left.seconds() == 0.0
 
 
 def test_both_errors_are_those_of_cast_weights() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -54,7 +55,7 @@ class TestReadDocuments:
         (here / "c.json").write_text(json.dumps([{"text": "three"}, {"text": "four"}]))
         pq.write_table(pa.table({"text": ["five", "six"]}), here / "d.parquet")
         documents = load_documents(TextSource(("a.txt", "b.jsonl", "c.json", "d.parquet")))
-        assert documents == ["été\n\n\nlast line\n", "one\ntwo", "", "", "three", "four", "five", "six"]
+        assert documents == ["été\n\n\nlast line\n", "one\ntwo", "", "three", "four", "five", "six"]
 
     def test_leaves_nothing_behind(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cache = here / "cache"
@@ -102,7 +103,7 @@ class TestReadDocuments:
         def unreachable(*args, **kwargs):
             raise ConnectionError("Couldn't reach 'some/dataset' on the Hub")
 
-        monkeypatch.setattr(text_module, "load_dataset", unreachable)
+        monkeypatch.setattr(text_module, "load_dataset_builder", unreachable)
         with pytest.raises(CalibrationError, match=r"'some/dataset' \(config en, split train\).*network.*local"):
             load_documents(TextSource(("some/dataset",), config="en"))
 
@@ -128,6 +129,51 @@ class TestReadDocuments:
             load_documents(TextSource((name,), text_column="body"))
         with pytest.raises(CalibrationError, match=r"'count'.*holds int, not text.*: text, count"):
             load_documents(TextSource((name,), text_column="count"))
+
+    @pytest.mark.parametrize("name", ["pipe.txt", "pipe", "zero.txt", "zero", "folder.jsonl"])
+    def test_only_regular_files(self, here: Path, name: str) -> None:
+        if name.startswith("pipe"):
+            os.mkfifo(here / "pipe")
+            if name != "pipe":
+                (here / name).symlink_to("pipe")
+        elif name.startswith("zero"):
+            (here / name).symlink_to("/dev/zero")
+        else:
+            (here / name).mkdir()
+        with pytest.raises(CalibrationError, match=f"dataset '{name}' is no regular file: give a file of text"):
+            load_documents(TextSource((name,)))
+
+    def test_records_without_text_are_counted(self, here: Path) -> None:
+        lines = [{"text": "one"}, {"body": "two"}, {"text": None}, {"text": ""}, {"text": "three"}]
+        (here / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        for seed in (None, 0):
+            documents = read_documents(TextSource(("a.jsonl",)), seed)
+            assert sorted(documents) == ["", "one", "three"]
+            assert documents.skipped == 2
+
+    def test_no_record_with_text(self, here: Path) -> None:
+        name = write_jsonl(here / "a.jsonl", [None, None], count=1)
+        with pytest.raises(CalibrationError, match=r"no column 'text' with text.*--text-column: text, count"):
+            load_documents(TextSource((name,)))
+
+    def test_revision_of_a_hub_dataset(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        commit = "0123456789" * 4
+
+        class Builder:
+            hash = commit
+
+            def as_streaming_dataset(self, split: str) -> list[dict[str, str]]:
+                return [{"text": f"of {split}"}]
+
+        asked = []
+        monkeypatch.setattr(
+            text_module, "load_dataset_builder", lambda *args, **options: asked.append((args, options)) or Builder()
+        )
+        documents = read_documents(TextSource(("some/dataset",), "en", revision="v1"))
+        assert documents.revision is None
+        assert list(documents) == ["of train"]
+        assert documents.revision == commit
+        assert asked == [(("some/dataset", "en"), {"revision": "v1"})]
 
 
 class TestSpecialTokens:
@@ -225,4 +271,4 @@ def test_data_hash_is_of_the_int64_bytes() -> None:
 def test_read_documents_is_lazy(here: Path) -> None:
     documents = read_documents(TextSource(("missing.txt",)))
     with pytest.raises(CalibrationError):
-        next(documents)
+        next(iter(documents))

@@ -124,13 +124,10 @@ class LineProgress(Progress):
         """See ``Progress``."""
         elapsed = self._clock() - self._started
         left = elapsed / max(done - self._first, 1) * (self._num_blocks - done)
+        times = [timedelta(seconds=round(seconds)) for seconds in (elapsed, left)]
         error = f"{geometric_mean(self._errors):.4f}" if self._errors else "-"
-        line = f"block {done}/{self._num_blocks}  error {error}  {_time(elapsed)} elapsed  {_time(left)} left"
+        line = f"block {done}/{self._num_blocks}  error {error}  {times[0]} elapsed  {times[1]} left"
         print(line, file=self._stream, flush=True)
-
-
-def _time(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds))).removeprefix("0:")
 
 
 def make_progress() -> Progress:
