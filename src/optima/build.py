@@ -26,7 +26,7 @@ def build(recipe: Recipe) -> Methods:
         swaps=_swaps(recipe.swaps),
         solver=None if recipe.solver == "none" else make_solver(recipe.solver, recipe.gap),
         max_change=recipe.max_change,
-        rounding=recipe.rounding,
+        rounding="nearest" if recipe.rounding == "nearest" else "hessian",
     )
 
 

@@ -16,7 +16,7 @@ from optima.device import Stopwatch, full_precision
 from optima.errors import RecipeError
 from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
-from optima.qp.rounding import Rounded, round_rows
+from optima.qp.rounding import Method, Rounded, round_rows
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
@@ -39,7 +39,7 @@ class Methods:
     swaps: SwapRefinement | None = None
     solver: RowSolver | None = None
     max_change: float | None = None
-    rounding: str = "hessian"
+    rounding: Method = "hessian"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from families import build, make_ids
 from tiny import VOCAB, blocks_of, make_bert, make_llama, make_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -100,6 +101,13 @@ def test_hidden_states_that_are_not_batch_first() -> None:
     with pytest.raises(ModelError, match="not batch first: use --batch-size 1"):
         first_block(model, batch_size=2)
     assert all(gradient_OD.any() for gradient_OD in first_block(model, batch_size=1).values())
+
+
+def test_keys_and_values_that_blocks_share() -> None:
+    with pytest.raises(ModelError, match=r"share keys and values, .*: use --batch-size 1"):
+        prune(build("gemma4"), Recipe(selector="gradient", batch_size=2), calibration=make_ids())
+    report = prune(build("gemma4"), Recipe(selector="gradient", batch_size=1), calibration=make_ids())
+    assert len(report.linears) == 32
 
 
 def test_bfloat16_weights_have_float32_gradients() -> None:

@@ -5,7 +5,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,11 +68,16 @@ class Streams:
         """The block's output on one sequence of a batch, for example (1, L, E), on ``device``.
 
         Raises:
-            ModelError: if the block is called with a tensor that cannot be taken apart into samples.
+            ModelError: if the block is called with something that cannot be taken apart into samples.
         """
-        samples = self.sizes[batch][0]
-        if self.probe.sample_dim and samples > 1:
+        samples, call = self.sizes[batch][0], self.calls[block.index][batch]
+        if samples > 1 and self.probe.sample_dim:
             raise ModelError("the hidden states of this model are not batch first: use --batch-size 1")
+        if samples > 1 and any(_is_state(value) for value in (*call.args, *call.kwargs.values())):
+            raise ModelError(
+                "the blocks of this model share keys and values, which cannot be taken apart into samples: "
+                "use --batch-size 1"
+            )
         return hidden_of(self._run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples)))
 
     @torch.no_grad()
@@ -112,6 +117,11 @@ def _take_sample(tensor: Tensor, sample: int, samples: int) -> Tensor:
             f"apart into {samples} samples: use --batch-size 1"
         )
     return tensor[sample : sample + 1]
+
+
+def _is_state(value: Any) -> bool:
+    """Whether this is what ``map_tensors`` passes on as it is, so that blocks can write to it for later ones."""
+    return isinstance(value, Mapping) and type(value) is not dict
 
 
 def share(value: Any, candidates: Any) -> Any:

@@ -1,0 +1,121 @@
+"""The seam: what ``prune_linear`` returns is true of the tensors it returns, whatever the selector answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from layers import layer_of, make_layer
+from torch import Tensor
+
+from optima.device import Stopwatch
+from optima.errors import RecipeError
+from optima.linalg.hessian import Hessian
+from optima.linalg.statistics import Statistics
+from optima.linear import Methods, prune_linear
+from optima.patterns import NM, Pattern, Unstructured
+from optima.qp import Auto
+from optima.selectors.base import LinearTask, Selection
+from optima.selectors.sparsegpt import SparseGPT
+from optima.selectors.wanda import Wanda
+
+HALF = Unstructured(0.5, "row")
+
+
+@dataclass
+class Answers:
+    """A foreign selector that answers ``selection`` to everything."""
+
+    selection: Selection
+    published_scope = "row"
+
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
+        return self.selection
+
+
+def loss(change_OD: Tensor, inputs_TD: Tensor) -> float:
+    return float((inputs_TD.double() @ change_OD.double().mT).square().sum())
+
+
+@pytest.mark.parametrize("pattern", [HALF, Unstructured(0.6, "layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("solver", [None, Auto()], ids=["published", "solved"])
+@pytest.mark.parametrize("selector", [Wanda(), SparseGPT()], ids=["wanda", "sparsegpt"])
+def test_the_record_is_true_of_the_written_weights(
+    selector: Wanda | SparseGPT, solver: Auto | None, pattern: Pattern
+) -> None:
+    weight_OD, inputs_TD = make_layer(24, 64, dtype=torch.float32)
+    task = layer_of(weight_OD, inputs_TD)
+    result = prune_linear(task, pattern, Methods(selector, solver=solver), torch.bfloat16)
+    written_OD, record = result.weight_OD, result.record
+    assert written_OD.dtype == torch.bfloat16
+    assert not written_OD[~result.keep_OD].any()
+    assert record.sparsity == float((written_OD == 0).double().mean()) == pytest.approx(pattern.sparsity, abs=0.02)
+    energy = loss(weight_OD, inputs_TD)
+    assert record.error == pytest.approx(loss(written_OD - weight_OD, inputs_TD) / energy, rel=1e-4)
+    assert record.error_mask == pytest.approx(
+        loss(weight_OD * result.keep_OD - weight_OD, inputs_TD) / energy, rel=1e-4
+    )
+    assert record.error_plain == record.error
+    assert (record.gap_max is None) == (record.gap_written_max is None) == (solver is None)
+    assert torch.equal(task.weight_OD, weight_OD), "the dense weight is the caller's"
+
+
+def test_the_plain_error_counts_every_token_alike() -> None:
+    weight_OD, inputs_TD = make_layer(16, 32, dtype=torch.float32)
+    first_ND, extra = inputs_TD[:4].float(), 9.0
+    weighted_DD = inputs_TD.mT @ inputs_TD + extra * (first_ND.mT @ first_ND).double()
+    total = len(inputs_TD) + extra * len(first_ND)
+    statistics = Statistics(
+        Hessian(weighted_DD / total, 0.01), len(inputs_TD), first_ND * extra**0.5, extra * len(first_ND)
+    )
+    result = prune_linear(LinearTask("linear", weight_OD, statistics), HALF, Methods(Wanda(), solver=Auto()))
+    change_OD = result.weight_OD - weight_OD
+    assert result.record.error_plain == pytest.approx(loss(change_OD, inputs_TD) / loss(weight_OD, inputs_TD), rel=1e-3)
+    assert result.record.error != pytest.approx(result.record.error_plain, rel=1e-3)
+
+
+def wrong_answers() -> dict[str, Selection]:
+    keep_OD = torch.arange(64).expand(8, 64) % 2 == 0
+    return {
+        "keeps everything": Selection(torch.ones(8, 64, dtype=torch.bool)),
+        "keeps nothing": Selection(torch.zeros(8, 64, dtype=torch.bool)),
+        "one too many": Selection(keep_OD | (torch.arange(64) == 1)),
+        "another shape": Selection(keep_OD[:, :32]),
+        "no mask": Selection(keep_OD.float()),
+        "weights off the mask": Selection(keep_OD, torch.ones(8, 64)),
+        "nan off the mask": Selection(keep_OD, torch.where(keep_OD, 1.0, torch.nan)),
+        "weights of another shape": Selection(keep_OD, torch.ones(8, 32)),
+    }
+
+
+@pytest.mark.parametrize("name", wrong_answers())
+@pytest.mark.parametrize("solver", [None, Auto()], ids=["published", "solved"])
+def test_a_selector_that_breaks_its_contract_is_named(name: str, solver: Auto | None) -> None:
+    weight_OD, inputs_TD = make_layer(8, 64, dtype=torch.float32)
+    methods = Methods(Answers(wrong_answers()[name]), solver=solver)
+    with pytest.raises(
+        RecipeError, match=r"selector Answers broke its contract on model\.linear, pattern 0\.5 per row"
+    ):
+        prune_linear(layer_of(weight_OD, inputs_TD, name="model.linear"), HALF, methods)
+
+
+def test_stages_add_up() -> None:
+    weight_OD, inputs_TD = make_layer(24, 64, dtype=torch.float32)
+    clock = Stopwatch(torch.device("cpu"))
+    result = prune_linear(layer_of(weight_OD, inputs_TD), HALF, Methods(Wanda(), solver=Auto()), clock=clock)
+    assert set(clock.seconds) == {"select", "solve", "round"}
+    assert result.record.seconds == pytest.approx(clock.total)
+
+
+def test_a_stage_inside_another_pauses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("optima.device.time.perf_counter", lambda: now[0])
+    clock = Stopwatch(torch.device("cpu"))
+    with clock("forward"):
+        now[0] += 3.0
+        with clock("hessian"):
+            now[0] += 2.0
+        now[0] += 1.0
+    assert clock.seconds == {"forward": 4.0, "hessian": 2.0}
+    assert clock.total == 6.0
