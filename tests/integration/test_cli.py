@@ -422,4 +422,4 @@ def test_an_interrupted_run_says_so(
 
     monkeypatch.setattr(optima, "prune", interrupted, raising=False)
     assert main(["prune", "model", "--output-dir", "out"]) == code
-    assert capsys.readouterr().err.startswith(f"optima: {str(error) or 'interrupted'}, ")
+    assert capsys.readouterr().err == f"optima: {str(error) or 'interrupted'}\n"
