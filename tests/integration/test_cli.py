@@ -251,10 +251,10 @@ class TestRecipeOnTheCommandLine:
     def test_overrides_the_file(
         self, root: Path, file: dict[str, object], options: list[str], expected: dict[str, object]
     ) -> None:
-        values = {"dataset": "text.txt", "num_calibration_samples": 4, "max_seq_length": 16} | file
+        values = {"dataset": "text.txt", "num_calibration_samples": 4, "max_seq_length": 16, "batch_size": 2} | file
         (root / "run.yaml").write_text(yaml.safe_dump(values))
         assert main(["prune", "model", "--output-dir", "out", "--recipe=run.yaml", *options]) == 0
-        size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16}
+        size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16, "batch_size": 2}
         recipe = Recipe(**size | expected)  # type: ignore[arg-type]
         scope = "layer" if recipe.selector == "magnitude" else "row"
         assert load_recipe("out/recipe.yaml") == recipe.resolved(scope=scope)
@@ -422,4 +422,4 @@ def test_an_interrupted_run_says_so(
 
     monkeypatch.setattr(optima, "prune", interrupted, raising=False)
     assert main(["prune", "model", "--output-dir", "out"]) == code
-    assert capsys.readouterr().err.startswith(f"optima: {str(error) or 'interrupted'}, ")
+    assert capsys.readouterr().err == f"optima: {str(error) or 'interrupted'}\n"

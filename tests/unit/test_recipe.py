@@ -11,14 +11,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optima import Recipe, allocation, load_recipe
-from optima.build import PROOF_ROUNDS, allocation_of, patterns_of, refinement_of, selector_of, solver_of
+from optima import Recipe, load_recipe
+from optima.allocation import Owl
+from optima.build import PROOF_ROUNDS, build, build_allocation, pattern_table
 from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
-from optima.qp import Auto, BatchedCholesky
-from optima.qp import base as qp
+from optima.qp import SOLVERS, Auto, BatchedCholesky
 from optima.recipe import (
-    ALLOCATION_NAMES,
     BOUNDED_SOLVERS,
     GROUPS,
     OWL_SPREAD,
@@ -27,7 +26,7 @@ from optima.recipe import (
     SOLVER_NAMES,
     recipe_from_dict,
 )
-from optima.selectors import base as selectors
+from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
 from optima.swaps.search import SwapRefinement
 
@@ -248,12 +247,11 @@ class TestValues:
         assert {option.metadata["group"] for option in dataclasses.fields(Recipe)} == set(GROUPS)
 
     def test_names_are_those_of_the_registries(self) -> None:
-        assert selectors.SELECTOR_NAMES == SELECTOR_NAMES
-        assert qp.SOLVER_NAMES == SOLVER_NAMES
-        assert allocation.ALLOCATION_NAMES == ALLOCATION_NAMES
-        assert allocation.Owl.spread == OWL_SPREAD
-        made = {name: qp.make_solver(name, 1e-4) for name in SOLVER_NAMES}
-        assert {name for name, solver in made.items() if solver and solver.supports_bounds} == set(BOUNDED_SOLVERS)
+        assert (*SELECTORS, "external") == SELECTOR_NAMES
+        assert (*SOLVERS, "none") == SOLVER_NAMES
+        assert Owl.spread == OWL_SPREAD
+        made = {name: make(1e-4) for name, make in SOLVERS.items()}
+        assert {name for name, solver in made.items() if solver.supports_bounds} == set(BOUNDED_SOLVERS)
 
     def test_nothing_is_imported_to_check_a_selector_of_ones_own(self, tmp_path: Path) -> None:
         """As a pickle would, its module can do anything."""
@@ -266,7 +264,7 @@ class TestSelectorObject:
     def test_is_taken_as_it_is_and_named_by_its_class(self, tmp_path: Path) -> None:
         selector = Wanda()
         recipe = Recipe(selector=selector)
-        assert selector_of(recipe) is selector
+        assert build(recipe).selector is selector
         assert recipe.to_dict()["selector"] == "optima.selectors.wanda:Wanda"
         recipe.save(tmp_path / "r.yaml")
         with pytest.raises(RecipeError, match="loads and runs code"):
@@ -326,29 +324,29 @@ class TestMaking:
         self, values: dict[str, Any], pattern: Unstructured | NM
     ) -> None:
         recipe = Recipe(**values)
-        assert patterns_of(recipe, selector_of(recipe)) == PatternTable((), pattern)
+        assert pattern_table(recipe, build(recipe).selector) == PatternTable((), pattern)
 
     def test_pattern_for_each_target(self) -> None:
         recipe = Recipe(pattern=["mlp=2:4", "0.6"], scope="group")
-        patterns = patterns_of(recipe, selector_of(recipe))
+        patterns = pattern_table(recipe, build(recipe).selector)
         assert patterns.of("layers.0.mlp.up_proj") == NM(2, 4)
         assert patterns.of("layers.0.self_attn.q_proj") == Unstructured(0.6, "group")
 
     def test_allocation(self) -> None:
-        assert allocation_of(Recipe(pattern="2:4")) is None
-        assert allocation_of(Recipe(allocation="owl", pattern="0.6")) == allocation.Owl(0.6)
+        assert build_allocation(Recipe(pattern="2:4")) is None
+        assert build_allocation(Recipe(allocation="owl", pattern="0.6")) == Owl(0.6, 5.0, OWL_SPREAD)
 
     def test_solver(self) -> None:
-        assert solver_of(Recipe(solver="none")) is None
-        assert isinstance(solver_of(Recipe(solver="cholesky")), BatchedCholesky)
-        solver = solver_of(Recipe(gap=1e-6))
+        assert build(Recipe(solver="none")).solver is None
+        assert isinstance(build(Recipe(solver="cholesky")).solver, BatchedCholesky)
+        solver = build(Recipe(gap=1e-6)).solver
         assert isinstance(solver, Auto)
         assert solver.gap == 1e-6
 
     def test_swaps(self) -> None:
-        assert refinement_of(Recipe()) is None
-        assert refinement_of(Recipe(swaps=256)) == SwapRefinement(candidates=256, most_candidates=256)
-        assert refinement_of(Recipe(swaps="all")) == SwapRefinement(PROOF_ROUNDS)
+        assert build(Recipe()).swaps is None
+        assert build(Recipe(swaps=256)).swaps == SwapRefinement(candidates=256, most_candidates=256)
+        assert build(Recipe(swaps="all")).swaps == SwapRefinement(PROOF_ROUNDS)
 
 
 def test_ready_made_recipes_are_valid() -> None:
