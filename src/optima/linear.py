@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from optima.device import Stopwatch, full_precision
 from optima.errors import RecipeError
 from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
-from optima.qp.rounding import Method, Rounded, round_rows
+from optima.qp.rounding import Rounded, round_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
@@ -41,7 +41,7 @@ class Methods:
     swaps: SwapRefinement | None = None
     solver: RowSolver | None = None
     max_change: float | None = None
-    rounding: Method = "hessian"
+    rounding: Literal["hessian", "nearest"] = "hessian"
     budget_bytes: int = DEFAULT_BUDGET_BYTES
 
 
