@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def test_blocks_that_were_not_committed_are_written_at_the_end(tmp_path: Path) -
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
 
 
-def test_a_second_writer_finds_what_is_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", [b"", b"x"])
+def test_a_second_writer_finds_what_is_whole(tmp_path: Path, damage: bytes) -> None:
     model = build("llama")
     write(model, tmp_path)
     journal, names = tmp_path / "journal.jsonl", ["model.layers.0", "model.layers.1"]
@@ -111,7 +113,7 @@ def test_a_second_writer_finds_what_is_whole(tmp_path: Path) -> None:
     with journal.open("a") as opened:
         opened.write('{"block": "torn')
     (shard,) = (tmp_path / "out").glob("model-00001-*")
-    os.truncate(shard, 100)
+    shard.write_bytes(damage * shard.stat().st_size)
     assert Writer(model, names, tmp_path / "out", journal).done == {names[1]: {"index": 1}}
 
 
@@ -217,6 +219,25 @@ class TestCompanions:
         prepare(build("llama"), None, find_source(str(snapshot)), out)
         assert (out / "LICENSE").read_text() == "terms"
         assert not (out / "LICENSE").is_symlink()
+
+    def test_of_a_hub_model_only_what_is_copied_is_fetched(self, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (source / "modules.json").write_text('[{"path": "1_Pooling"}]')
+        (source / "1_Pooling").mkdir()
+        (source / "1_Pooling" / "config.json").write_text("{}")
+        calls = []
+
+        def download(name: str, allow_patterns: list[str], **options: str) -> str:
+            calls.append((name, allow_patterns, options))
+            return str(source)
+
+        monkeypatch.setattr("optima.models.companions.snapshot_download", download)
+        out = source.parent / "out"
+        out.mkdir()
+        prepare(build("llama"), None, find_source("owner/name", revision="v1"), out)
+        assert (out / "1_Pooling" / "config.json").exists()
+        assert [(name, options) for name, _, options in calls] == [("owner/name", {"revision": "v1"})] * 2
+        patterns = [pattern for _, some, _ in calls for pattern in some]
+        assert not [pattern for pattern in patterns if fnmatch("model.safetensors", pattern)]
 
     def test_card_data(self, source: Path) -> None:
         (source / "README.md").write_text("---\nlicense: mit\ntags: [a]\nmodel-index: x\n---\nthe dense model")

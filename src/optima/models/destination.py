@@ -126,7 +126,8 @@ class Destination:
                 the finished directory is.
         """
         path = _resolve(path)
-        read = [Path(each).expanduser() for each in inputs]
+        with _explain_claim(path):
+            read = [Path(each).expanduser().resolve() for each in inputs]
         _check_replaceable(path, overwrite, read)
         destination = cls(path, _beside(path, SUFFIX))
         new_parents = [parent for parent in path.parents if not parent.exists()]
@@ -147,16 +148,17 @@ class Destination:
             try:
                 self._restore()
                 _check_replaceable(self.path, overwrite, inputs)
-            except ModelError:
+                self._reclaim()
+                started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                content = {"pid": os.getpid(), "host": socket.gethostname(), "started": started, **run}
+                lock.truncate(0)
+                lock.write(json.dumps(content, default=str) + "\n")
+                lock.flush()
+                self.directory.mkdir()
+            except BaseException:
                 if created:
                     self._discard()
                 raise
-            self._reclaim()
-            content = {"pid": os.getpid(), "host": socket.gethostname(), "started": _now(), **run}
-            lock.truncate(0)
-            lock.write(json.dumps(content, default=str) + "\n")
-            lock.flush()
-            self.directory.mkdir()
             try:
                 yield
             except BaseException:
@@ -241,10 +243,6 @@ class Destination:
         return f"the finished checkpoint is in {kept}"
 
 
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
 def _beside(path: Path, suffix: str, hidden: bool = True) -> Path:
     """A sibling of ``path`` that is called like it, or like the hash of its name where that would be too long."""
     name = f"{'.' * hidden}{path.name}{suffix}"
@@ -290,8 +288,7 @@ def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> N
         if not overwrite:
             raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite if it is an earlier output")
         for each in inputs:
-            read = each.resolve()
-            if any(above.exists() and above.samefile(path) for above in (read, *read.parents)):
+            if any(above.exists() and above.samefile(path) for above in (each, *each.parents)):
                 raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")
         if not _is_output(path):
             raise ModelError(f"{path} has no report.json of an earlier run and is not replaced: {remedy}")

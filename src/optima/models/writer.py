@@ -6,7 +6,9 @@ splits fused experts, and saves tied weights once).
 
 from __future__ import annotations
 
+import hashlib
 import json
+import mmap
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,7 +114,7 @@ class Writer:
         self.done: dict[str, Any] = {
             line["block"]: line["record"]
             for line in read_journal(journal)
-            if line["file"] is None or _size(directory / line["file"]) == line["bytes"]
+            if line["file"] is None or _digest(directory / line["file"]) == line["sha256"]
         }
 
     def commit(self, block: str, tensors: Mapping[str, Tensor], record: object) -> None:
@@ -127,10 +129,8 @@ class Writer:
             ModelError: if the disk fails.
         """
         with explain_write_errors(self.directory):
-            line: dict[str, Any] = {"block": block, "file": None, "bytes": 0, "record": record}
-            if tensors:
-                file = self._write(self._files[block], tensors)
-                line |= {"file": file.name, "bytes": file.stat().st_size}
+            file = self._write(self._files[block], tensors) if tensors else None
+            line = {"block": block, "file": file and file.name, "sha256": file and _digest(file), "record": record}
             with self.journal.open("a", encoding="utf-8") as journal:
                 journal.write(json.dumps(line) + "\n")
             sync(self.journal, self.journal.parent)
@@ -183,8 +183,11 @@ class Writer:
         (self.directory / INDEX).write_text(text, encoding="utf-8")
 
 
-def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
+def _digest(file: Path) -> str | None:
+    if not file.is_file() or not file.stat().st_size:
+        return None
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
