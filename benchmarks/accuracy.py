@@ -25,19 +25,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
-from optima.allocation import ALLOCATION_NAMES
-from optima.calibration.text import TextSource, calibration_tokens, data_hash, read_documents
+from optima.build import build, pattern_table
+from optima.calibration.text import Documents, TextSource, calibration_tokens, data_hash
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks, zero_shot
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
-from optima.reporting.record import library_versions, plain_values
+from optima.recipe import ALLOCATION_NAMES, ROUNDINGS
+from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
@@ -68,10 +70,11 @@ class Bench:
             pattern=[pattern],
             scope=None if ":" in pattern else options.scope,
             allocation=options.allocation,
-            refine="swaps" if "swaps" in steps else "none",
+            swaps=256 if "swaps" in steps else 0,
             solver="auto" if "solve" in steps else "none",
             gap=options.gap,
             damping=options.damping,
+            rounding=options.rounding,
             sink_weight=options.sink_weight,
             seed=options.seed,
             device=options.device,
@@ -91,10 +94,11 @@ class Bench:
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        applied = recipe.make_patterns(recipe.make_selector()).default
-        names = ["selector", "pattern", "allocation", "refine", "solver", "damping", "sink_weight", "seed"]
+        recipe = recipe.resolved(scope=build(recipe).selector.published_scope)
+        applied = pattern_table(recipe, build(recipe).selector).default
+        names = ["selector", "pattern", "allocation", "swaps", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
-        names += ["refine_candidates"] if recipe.refine != "none" else []
+        names += ["rounding"] if recipe.solver != "none" else []
         return {name: getattr(recipe, name) for name in names} | {
             # As applied: what a selector published may change.
             "scope": applied.scope if isinstance(applied, Unstructured) else None,
@@ -147,7 +151,7 @@ def main() -> None:
         runs = [(DENSE, "-"), *((method, pattern) for pattern in options.patterns for method in options.methods)]
         for method, pattern in [] if options.known_only else runs:
             if find(results, bench, method, pattern) is None:
-                results.append(plain_values(bench.run(method, pattern)))
+                results.append(to_jsonable_python(bench.run(method, pattern), inf_nan_mode="strings"))
                 print(json.dumps(results[-1]), flush=True)
             save(results, options.output)
     except OptimaError as error:
@@ -166,6 +170,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of all methods' sparsities")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--sink-weight", type=float, help="of all methods (default: the recipe's)")
+    parser.add_argument("--rounding", choices=ROUNDINGS, default="hessian", help="of solved weights to the dtype")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
     parser.add_argument("--max-seq-length", type=int, default=512, help="tokens in a calibration sequence")
@@ -196,9 +201,9 @@ def make_bench(options: argparse.Namespace) -> Bench:
         load_tasks(options.tasks)
     source = find_source(options.model)
     tokenizer = load_tokenizer(source)
-    documents = read_documents(TextSource(tuple(options.calibration)), options.seed)
+    documents = Documents(TextSource(tuple(options.calibration)), options.seed)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
-    text = list(read_documents(TextSource(tuple(options.evaluation))))
+    text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
     bench = Bench(load_model(source, options.dtype), tokenizer, tokens_NL, windows_NL, options)
     for pattern in options.patterns:
@@ -239,7 +244,7 @@ def known_results(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def find(results: Sequence[dict[str, Any]], bench: Bench, method: str, pattern: str) -> dict[str, Any] | None:
-    wanted = plain_values(bench.settings(method, pattern))
+    wanted = to_jsonable_python(bench.settings(method, pattern), inf_nan_mode="strings")
     without_tasks = {"tasks": {}, "task_limit": None}
     for result in results:
         # One that has tasks besides stands for one that has none.

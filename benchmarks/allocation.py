@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from harness.cases import Case, load_cases
 
-from optima.allocation import ALLOCATION_NAMES, make_allocation
+from optima.allocation import Owl
 from optima.linalg.statistics import Statistics
+from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
-from optima.pipeline import RelativeError
-from optima.qp import Auto, Hessian, make_problem, solve_rows
+from optima.qp import Auto, Hessian
+from optima.recipe import ALLOCATION_NAMES, OWL_SPREAD
 from optima.selectors.base import LinearTask
 from optima.selectors.wanda import Wanda
 
@@ -61,7 +62,7 @@ def block_of(case: Case) -> int:
 def measure(cases: Sequence[Case], name: str, sparsity: float, spread: float | None, damping: float) -> dict[str, Any]:
     """Allocate, then prune every linear with its share."""
     started = time.perf_counter()
-    allocation = make_allocation(name, sparsity, spread)
+    allocation = None if name == "uniform" else Owl(sparsity, spread=spread or OWL_SPREAD)
     shares = {case.name: sparsity for case in cases}
     if allocation is not None:
         for case in cases:
@@ -72,12 +73,10 @@ def measure(cases: Sequence[Case], name: str, sparsity: float, spread: float | N
     seconds = time.perf_counter() - started
     errors, pruned, total = {}, 0, 0
     for case in cases:
-        hessian = Hessian(case.hessian_DD, damping)
-        task = LinearTask(case.name, case.weight_OD, Statistics(hessian))
-        keep_OD = Wanda().select(task, Unstructured(shares[case.name])).keep_OD
-        solution = solve_rows(Auto(gap=1e-2), hessian, make_problem(hessian, case.weight_OD, keep_OD))
-        errors[case.name] = RelativeError(hessian, case.weight_OD)(solution.weight_RD)
-        pruned, total = pruned + int((~keep_OD).sum()), total + keep_OD.numel()
+        task = LinearTask(case.name, case.weight_OD, Statistics(Hessian(case.hessian_DD, damping)))
+        result = prune_linear(task, Unstructured(shares[case.name]), Methods(Wanda(), solver=Auto(gap=1e-2)))
+        errors[case.name] = result.record.error
+        pruned, total = pruned + int((~result.keep_OD).sum()), total + result.keep_OD.numel()
     reached = pruned / total
     return {
         "allocation": name, "sparsity": sparsity, "reached": reached, "seconds": seconds, "errors": errors,

@@ -36,10 +36,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from optima.calibration.statistics import Accumulator
+from optima.device import Stopwatch
 from optima.linalg.statistics import Statistics
+from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
-from optima.qp import SOLVERS, Hessian, RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
+from optima.qp import SOLVERS, Hessian, RowSolver
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
+from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, make_selector
 
 BLOCKS = 32
@@ -142,28 +145,16 @@ def accumulate(size: int, shape: Shape, clock: Clock) -> tuple[Hessian, float]:
 
 
 def prune(
-    weight_OD: Tensor, hessian: Hessian, shape: Shape, solver: RowSolver, clock: Clock, memory: TensorPeak
-) -> tuple[RowSolution, float, float]:
-    """Mask, solve and cast one linear; returns the solution and the seconds of mask and solve."""
-    problems: list[RowProblem] = []
-    solutions: list[RowSolution] = []
-
-    def mask() -> None:
-        selection = make_selector("wanda").select(
-            LinearTask("linear", weight_OD.float(), Statistics(hessian)), Unstructured(0.5)
-        )
-        problems.append(make_problem(hessian, weight_OD, selection.keep_OD))
-
-    def solve() -> None:
-        budget = DEFAULT_BUDGET_BYTES // shape.shrink**2
-        solutions.append(solve_rows(solver, hessian, problems[0], budget))
-        weight_OD.copy_(solutions[0].weight_RD)
-
-    memory.phase("mask")
-    mask_seconds = clock(mask)
-    memory.phase("solve")
-    solve_seconds = clock(solve)
-    return solutions[0], mask_seconds, solve_seconds
+    name: str, weight_OD: Tensor, hessian: Hessian, shape: Shape, solver: RowSolver
+) -> tuple[LinearRecord, dict[str, float]]:
+    """Prune one linear; returns its record and the seconds of each stage."""
+    budget = DEFAULT_BUDGET_BYTES // shape.shrink**2
+    methods = Methods(make_selector("wanda"), solver=solver, budget_bytes=budget)
+    stopwatch = Stopwatch(weight_OD.device)
+    task = LinearTask(name, weight_OD.float(), Statistics(hessian, shape.tokens))
+    result = prune_linear(task, Unstructured(0.5), methods, weight_OD.dtype, stopwatch)
+    weight_OD.copy_(result.weight_OD)
+    return result.record, stopwatch.seconds
 
 
 def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
@@ -186,17 +177,17 @@ def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
                     hessian, hessian_seconds = accumulate(size, shape, clock)
                     memory.phase("factor")
                     prepare_seconds = clock(lambda hessian=hessian: hessian.operator(hessian.working_dtype))
-                solution, mask_seconds, solve_seconds = prune(weights[name], hessian, shape, solver, clock, memory)
-            products = 4.0 * size**2 * float(solution.iterations_R.double().sum())
+                memory.phase("prune")
+                record, seconds = prune(name, weights[name], hessian, shape, solver)
+            solve_seconds = seconds["solve"] + seconds["round"]
+            products = 4.0 * size**2 * record.iterations_mean * record.rows
             accumulation = 2.0 * shape.tokens * size**2
             line = Line(
-                name, outputs, size, hessian_seconds, prepare_seconds, mask_seconds, solve_seconds,
+                name, outputs, size, hessian_seconds, prepare_seconds, seconds["select"], solve_seconds,
                 accumulation / hessian_seconds / 1e12 if hessian_seconds else 0.0, products / solve_seconds / 1e12,
-                *memory.highest, float(solution.iterations_R.float().mean()), float(solution.gap_R.max()),
-                int((solution.status_R != Status.CONVERGED).sum()),
+                *memory.highest, record.iterations_mean, record.gap_max or 0.0, record.rows_not_converged,
             )  # fmt: skip
             lines.append(line)
-            del solution
         del hessian
     return lines
 

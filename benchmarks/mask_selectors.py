@@ -35,13 +35,14 @@ from harness.cases import Case, load_cases
 from harness.timing import use_threads
 from torch import Tensor
 
+from optima.build import PROOF_ROUNDS
+from optima.device import Stopwatch
 from optima.errors import OptimaError, RecipeError
 from optima.linalg.statistics import Statistics
-from optima.patterns import SCOPES, Pattern, parse_table
-from optima.pipeline import RelativeError
-from optima.qp import Auto, Hessian, make_problem, solve_rows
-from optima.recipe import PROOF_ROUNDS
-from optima.selectors.base import LinearTask, Selector, make_selector
+from optima.linear import Methods, prune_linear
+from optima.patterns import NM, SCOPES, Given, Pattern, parse_table
+from optima.qp import Auto, Hessian
+from optima.selectors.base import LinearTask, Selection, Selector, make_selector
 from optima.swaps.search import SwapRefinement
 
 METHODS = [
@@ -144,7 +145,7 @@ def run(entries: Entries, options: argparse.Namespace) -> None:
                 entry, weight_RD, rows_R = measure(method, text, task, selector, pattern, refinement, options.rows)
                 if case.name in held_out:
                     elsewhere = Hessian(held_out[case.name].hessian_DD, options.damping)
-                    error = RelativeError(elsewhere, case.weight_OD[rows_R])(weight_RD)
+                    error = relative_loss(elsewhere, case.weight_OD[rows_R], weight_RD)
                     entry = replace(entry, error_held_out=error)
                 entries[method, text, case.name] = replace(entry, data=data[case.name])
         print(f"{', '.join(case.name for case in group)}: done", flush=True)
@@ -213,6 +214,17 @@ def sharing(cases: Sequence[Case]) -> Iterator[list[Case]]:
         left = [case for case in left if all(case is not other for other in group)]
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A mask that has been selected already."""
+
+    keep_OD: Tensor
+    published_scope = "row"
+
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
+        return Selection(self.keep_OD)
+
+
 def measure(
     method: str,
     text: str,
@@ -222,21 +234,28 @@ def measure(
     swaps: SwapRefinement | None,
     most_rows: int | None,
 ) -> tuple[Entry, Tensor, Tensor]:
-    """Select, refine, solve; also returns the weights, and which rows they are."""
+    """Select for all rows, swap and solve some; also returns the weights, and which rows they are."""
     started = time.perf_counter()
     keep_OD = selector.select(task, pattern).keep_OD
-    rows_R = torch.linspace(0, len(keep_OD) - 1, min(most_rows or len(keep_OD), len(keep_OD))).round().long()
-    keep_RD, dense_RD = keep_OD[rows_R], task.weight_OD[rows_R]
-    refined = None if swaps is None else swaps.refine(task.hessian, dense_RD, keep_RD, pattern)
     seconds = time.perf_counter() - started
-    keep_RD = keep_RD if refined is None else refined.keep_OD
-    solution = solve_rows(Auto(), task.hessian, make_problem(task.hessian, dense_RD, keep_RD))
-    error = RelativeError(task.hessian, dense_RD)(solution.weight_RD)
-    entry = Entry(method, text, task.name, error, seconds, rows=len(rows_R))
-    if refined is not None:
-        swaps_made, proven = int(refined.swaps_O.sum()), int(refined.optimal_O.sum())
-        entry = replace(entry, swaps=swaps_made, rows_swap_optimal=proven)
-    return entry, solution.weight_RD, rows_R
+    rows_R = torch.linspace(0, len(keep_OD) - 1, min(most_rows or len(keep_OD), len(keep_OD))).round().long()
+    clock = Stopwatch(keep_OD.device)
+    some = replace(task, weight_OD=task.weight_OD[rows_R])
+    # A layer's count does not hold for some of its rows.
+    own = pattern if isinstance(pattern, NM) else Given(pattern.sparsity)
+    methods = Methods(Chosen(keep_OD[rows_R]), swaps, Auto())
+    result = prune_linear(some, own, methods, clock=clock)
+    record = result.record
+    seconds += clock.seconds["select"]
+    entry = Entry(method, text, task.name, record.error, seconds, rows=len(rows_R))
+    if swaps is not None:
+        entry = replace(entry, swaps=record.swaps, rows_swap_optimal=record.rows_swap_optimal)
+    return entry, result.weight_OD, rows_R
+
+
+def relative_loss(hessian: Hessian, dense_OD: Tensor, weight_OD: Tensor) -> float:
+    """||X (V - W)^T||_F^2 / ||X W^T||_F^2."""
+    return float(hessian.loss(weight_OD - dense_OD).sum() / hessian.loss(dense_OD).sum())
 
 
 def print_table(title: str, entries: Sequence[Entry], options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from optima import Recipe, prune
-from optima.calibration.text import TextSource, calibration_tokens, read_documents
+from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.models.stacks import Linear, find_stacks
@@ -35,9 +35,9 @@ def main(arguments: list[str] | None = None) -> Energies:
     torch.set_num_threads(options.threads)
     source = find_source(options.model)
     tokenizer, model = load_tokenizer(source), load_model(source, options.dtype)
-    documents = read_documents(TextSource(tuple(options.calibration)), options.seed)
+    documents = Documents(TextSource(tuple(options.calibration)), options.seed)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
-    text = list(read_documents(TextSource(tuple(options.evaluation))))
+    text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.max_seq_length, options.max_windows)
     pruned = []
     for sink_weight in options.sink_weights:

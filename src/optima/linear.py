@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from optima.device import Stopwatch, full_precision
 from optima.errors import RecipeError
 from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
-from optima.qp.rounding import Method, Rounded, round_rows
+from optima.qp.rounding import Rounded, round_rows
+from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
@@ -33,13 +34,15 @@ class Methods:
         solver: re-solves the kept weights, or None to keep the selector's.
         max_change: most a kept weight may move, in root mean squares of its row; None for no bound.
         rounding: ``hessian`` or ``nearest``, see ``optima.qp.rounding``.
+        budget_bytes: work space of the solver for one chunk of rows.
     """
 
     selector: Selector
     swaps: SwapRefinement | None = None
     solver: RowSolver | None = None
     max_change: float | None = None
-    rounding: Method = "hessian"
+    rounding: Literal["hessian", "nearest"] = "hessian"
+    budget_bytes: int = DEFAULT_BUDGET_BYTES
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,11 @@ def prune_linear(
                 selection = Selection(refined.keep_OD, refined.weight_OD)
         with clock("solve"):
             problem = _problem(task, selection, methods)
-            solution = None if methods.solver is None else solve_rows(methods.solver, task.hessian, problem)
+            solution = (
+                None
+                if methods.solver is None
+                else solve_rows(methods.solver, task.hessian, problem, methods.budget_bytes)
+            )
         with clock("round"):
             rounded = None
             if solution is not None:

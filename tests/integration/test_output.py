@@ -1,9 +1,9 @@
-"""Nothing half-written: an output directory that cannot be had, a disk that fills up, Ctrl-C."""
+"""Nothing half-written: a disk that fills up, Ctrl-C, an output that cannot be had."""
 
 from __future__ import annotations
 
 import errno
-import shutil
+import os
 import signal
 import subprocess
 import sys
@@ -12,118 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from optima.models.checkpoint import output_directory
 from safetensors import SafetensorError
-from tiny import TEXT, WEIGHTS, Refused, prune_arguments, save_text, snapshot
+from tiny import TEXT, Refused, load_weights, make_llama, make_tokens, prune_arguments, save_text, snapshot
 
+import optima
 from optima.cli import main
-from optima.pipeline import Pruner
-
-
-class TestOutput:
-    @pytest.mark.parametrize("kind", ["file", "directory", "hidden", "link"])
-    def test_exists(self, cheap: Refused, root: Path, kind: str) -> None:
-        make_occupied(root, kind)
-        name = "elsewhere" if kind == "link" else "out"
-        assert f"{name} exists: choose another --output-dir, or replace it with --overwrite" in cheap()
-
-    @pytest.mark.parametrize("kind", ["file", "directory", "hidden", "link", "dangling link", "empty"])
-    def test_overwrite_replaces(self, root: Path, kind: str) -> None:
-        make_occupied(root, kind)
-        assert main(prune_arguments("--overwrite")) == 0
-        assert {"config.json", WEIGHTS, "report.json"} <= {path.name for path in (root / "out").iterdir()}
-        assert not (root / "out" / "old").exists()
-        assert not list(root.glob(".*"))
-        assert (root / "out").is_symlink() == ("link" in kind), "a link stays, and what it points at is replaced"
-
-    def test_empty_directory_is_free(self, root: Path) -> None:
-        make_occupied(root, "empty")
-        assert main(prune_arguments()) == 0
-
-    def test_failing_to_replace_leaves_the_old(
-        self, late: Refused, root: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        make_occupied(root, "directory")
-        rename = Path.rename
-
-        def fail(self: Path, target: Path) -> Path:
-            if self.name.startswith(".out.partial-") and Path(target).name == "out" and (self / WEIGHTS).exists():
-                raise OSError(errno.EIO, "Input/output error")
-            return rename(self, target)
-
-        monkeypatch.setattr(Path, "rename", fail)
-        assert "Input/output error" in late("--overwrite")
-
-    @pytest.mark.parametrize("option", ["text.txt/out", "text.txt/a/b/out"])
-    def test_below_a_file(self, cheap: Refused, option: str) -> None:
-        assert "cannot write beside" in cheap("--output-dir", option)
-
-    @pytest.mark.parametrize("option", [".", "..", "/", "../here"])
-    def test_current_directory_and_mount_points(self, cheap: Refused, option: str) -> None:
-        assert "cannot be replaced: choose a directory below it" in cheap("--output-dir", option, "--overwrite")
-
-    def test_new_parents_are_removed_again(self, cheap: Refused) -> None:
-        assert "the weights of model cannot be read" in cheap("--output-dir", "a/b/out")
-
-    @pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-    def test_read_only(self, cheap: Refused, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
-        monkeypatch.setattr("tempfile.mkdtemp", raising(OSError(code, "not for you")))
-        message = cheap("--output-dir", "a/out")
-        assert "cannot write beside" in message
-        assert "(not for you): choose another --output-dir" in message
-
-    def test_full_disk(self, cheap: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = shutil.disk_usage(".")
-        monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1000))
-        assert "GiB free and the checkpoint needs" in cheap()
-
-    @pytest.mark.parametrize(
-        "target",
-        [
-            "transformers.PreTrainedModel.save_pretrained",
-            "transformers.PreTrainedTokenizerBase.save_pretrained",
-            "optima.reporting.record.Report.save",
-            "optima.recipe.Recipe.save",
-            "optima.run.save_file",  # --dump-layer
-            "shutil.copyfile",
-        ],
-    )
-    @pytest.mark.parametrize("existing", [False, True], ids=["new", "overwrite"])
-    def test_disk_fills_up_while_writing(
-        self, late: Refused, root: Path, monkeypatch: pytest.MonkeyPatch, target: str, existing: bool
-    ) -> None:
-        if existing:
-            make_occupied(root, "directory")
-        monkeypatch.setattr(target, raising(OSError(errno.ENOSPC, "No space left on device")))
-        message = late("--output-dir", "out" if existing else "a/out", "--overwrite", "--dump-layer", "q_proj")
-        assert message.startswith("writing ")
-        assert "No space left on device" in message
-        assert "nothing was left behind; free some space" in message
-
-    def test_safetensors_fail_while_writing(self, late: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", raising(SafetensorError("I/O error")))
-        assert "failed (I/O error)" in late()
-
-    def test_space_is_checked_for_the_weights(self, tmp_path: Path) -> None:
-        free = shutil.disk_usage(tmp_path).free
-        with output_directory(tmp_path / "out", False, free // 2) as partial:
-            (partial / "file").touch()
-        assert snapshot(tmp_path) == {"out": None, "out/file": b""}
-
-
-def make_occupied(root: Path, kind: str) -> None:
-    out = root / "out"
-    if kind == "file":
-        out.write_text("old")
-    elif "link" in kind:
-        out.symlink_to(root / "elsewhere")
-        if kind == "link":
-            (root / "elsewhere").mkdir()
-            (root / "elsewhere" / "old").touch()
-    else:
-        out.mkdir()
-        if kind != "empty":
-            (out / ("old" if kind == "directory" else ".old")).touch()
+from optima.errors import ModelError
+from optima.models.writer import Writer
 
 
 def raising(error: BaseException) -> Callable[..., None]:
@@ -133,44 +28,161 @@ def raising(error: BaseException) -> Callable[..., None]:
     return fail
 
 
+def on_call(number: int, method: Callable[..., object], act: Callable[[], object]) -> Callable[..., object]:
+    """``method``, but for its ``number``-th call, before which ``act`` is called."""
+    calls: list[None] = []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return method(*args, **kwargs)
+
+    return counted
+
+
+class TestDestination:
+    def test_refused_before_the_long_work(self, cheap: Refused, root: Path) -> None:
+        (root / "out").mkdir()
+        (root / "out" / "thesis.tex").touch()
+        assert "out exists: choose another --output-dir" in cheap()
+        assert "has no report.json of an earlier run and is not replaced" in cheap("--overwrite")
+        for out in ("model", ".", "..", "model/../model"):
+            assert "replaced" in cheap("--output-dir", out, "--overwrite")
+
+    def test_new_parents_are_removed_again(self, cheap: Refused) -> None:
+        assert "the weights of model cannot be read" in cheap("--output-dir", "a/b/out")
+
+    def test_the_source_is_not_replaced_even_if_it_holds_a_report(
+        self, late: Refused, root: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(prune_arguments()) == 0
+        capsys.readouterr()
+        (root / "link").symlink_to("out")
+        for model, out in (("out", "out"), ("link", "out"), ("out", "link")):
+            assert "which this run reads, and is not replaced" in late("--output-dir", out, "--overwrite", model=model)
+
+    def test_overwrite_replaces_an_earlier_output(self, root: Path) -> None:
+        for seed in ("0", "1"):
+            assert main(prune_arguments("--overwrite", "--sparsity", "0.6", "--seed", seed)) == 0
+        assert optima.load_report(root / "out").run.seed == 1
+        assert not list(root.glob(".*"))
+
+    @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["new", "overwrite"])
+    def test_what_appears_during_the_run_is_not_deleted(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overwrite: list[str]
+    ) -> None:
+        def appear() -> None:
+            (root / "out").mkdir()
+            (root / "out" / "thesis.tex").write_text("years of work")
+
+        monkeypatch.setattr(Writer, "publish", on_call(1, Writer.publish, appear))
+        assert main(prune_arguments(*overwrite)) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert message.endswith("the finished checkpoint is in " + str(root / "out.1"))
+        assert (root / "out" / "thesis.tex").read_text() == "years of work"
+        assert load_weights(root / "out.1").keys() == load_weights(root / "model").keys()
+
+
+class TestDiskFillsUp:
+    @pytest.mark.parametrize(
+        ("target", "call", "blocks"),
+        [
+            ("shutil.copyfile", 1, 0),
+            ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, 0),
+            ("transformers.PreTrainedModel.save_pretrained", 1, 0),  # the configuration
+            ("optima.run.save_file", 1, 0),  # --dump-layer
+            ("transformers.PreTrainedModel.save_pretrained", 2, 0),
+            ("transformers.PreTrainedModel.save_pretrained", 3, 1),
+            ("transformers.PreTrainedModel.save_pretrained", 4, 2),  # outside the blocks
+            ("optima.reporting.record.Report.save", 1, 2),
+            ("optima.recipe.Recipe.save", 1, 2),
+        ],
+    )
+    def test_a_named_error_and_what_was_done_is_kept(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+        target: str, call: int, blocks: int,
+    ) -> None:  # fmt: skip
+        (root / "model" / "LICENSE").write_text("terms")
+        before = snapshot(root)
+        module, _, name = target.rpartition(".")
+        owner = pytest.importorskip(module) if module in ("shutil", "optima.run") else resolve(module)
+        full = raising(OSError(errno.ENOSPC, "No space left on device"))
+        monkeypatch.setattr(owner, name, on_call(call, getattr(owner, name), full))
+        assert main(prune_arguments("--output-dir", "a/out", "--dump-layer", "q_proj")) == 2
+        message = capsys.readouterr().err
+        assert "optima: error: writing " in message
+        assert "No space left on device" in message
+        assert "free some space" in message
+        partial = root / "a" / ".out.optima-partial"
+        if blocks:
+            assert len((partial / "journal.jsonl").read_text().splitlines()) == blocks
+            assert os.listdir(root / "a") == [partial.name]
+        else:
+            assert snapshot(root) == before
+
+    def test_safetensors_fail_while_writing(self, late: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("transformers.modeling_utils.safe_save_file", raising(SafetensorError("I/O error")))
+        assert "failed (I/O error)" in late()
+
+
+def resolve(path: str) -> object:
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules[module], name)
+
+
+class TestBeforeTheLongWork:
+    def test_a_generation_config_that_contradicts_itself(self, tmp_path: Path) -> None:
+        model = make_llama()
+        assert model.generation_config is not None
+        model.generation_config.do_sample, model.generation_config.temperature = False, 0.5
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(ModelError, match="cannot save the configuration"):
+            optima.prune(model, output_dir=tmp_path / "out", calibration=make_tokens())
+        assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+        assert not list(tmp_path.iterdir())
+
+    def test_weights_that_blocks_share(self) -> None:
+        model = make_llama()
+        first, second = model.model.layers
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+        before = first.mlp.up_proj.weight.clone()
+        with pytest.raises(ModelError, match="are one weight, which blocks share"):
+            optima.prune(model, calibration=make_tokens())
+        assert first.mlp.up_proj.weight.equal(before)
+
+
 class TestInterrupt:
     @pytest.mark.parametrize(
         "target",
-        [
-            "optima.run.load_tokenizer",
-            "optima.run.load_model",
-            "optima.run.save_file",
-            "optima.pipeline.Pruner._propagate",
-            "transformers.PreTrainedModel.save_pretrained",
-            "optima.models.checkpoint._take_place",
-        ],
+        ["optima.run.load_tokenizer", "optima.run.load_model", "optima.run.save_file", "optima.run.prepare"],
     )
-    def test_leaves_nothing(
+    def test_before_the_first_block_leaves_nothing(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str
     ) -> None:
         before = snapshot(root)
         monkeypatch.setattr(target, raising(KeyboardInterrupt()))
         assert main(prune_arguments("--output-dir", "a/out", "--dump-layer", "q_proj")) == 130
-        assert capsys.readouterr().err == "optima: interrupted, nothing was left half-written\n"
+        assert capsys.readouterr().err.startswith("optima: interrupted")
         assert snapshot(root) == before
 
-    def test_in_the_middle_of_pruning(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        make_occupied(root, "directory")
-        before = snapshot(root)
-        original, calls = Pruner._prune, []
+    def test_after_it_keeps_the_earlier_output_and_what_was_done(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        assert main(prune_arguments("--sparsity", "0.6")) == 0
+        earlier = snapshot(root / "out")
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "commit", on_call(2, Writer.commit, raising(KeyboardInterrupt())))
+            assert main(prune_arguments("--overwrite")) == 130
+        assert snapshot(root / "out") == earlier
+        assert f"{root / '.out.optima-partial'} keeps what was done" in caplog.text
+        assert main(prune_arguments("--overwrite")) == 0
+        assert not list(root.glob(".*"))
+        (note,) = (note for note in optima.load_report(root / "out").run.notes if "unfinished" in note)
+        assert "1 blocks done" in note
 
-        def interrupt(self: Pruner, *args: object) -> None:
-            calls.append(args)
-            if len(calls) == 10:
-                raise KeyboardInterrupt
-            original(self, *args)  # type: ignore[arg-type]
-
-        monkeypatch.setattr(Pruner, "_prune", interrupt)
-        assert main(prune_arguments("--overwrite")) == 130
-        assert len(calls) == 10
-        assert snapshot(root) == before
-
-    def test_signal(self, root: Path) -> None:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+    def test_signal(self, root: Path, number: signal.Signals) -> None:
         save_text(root / "text.txt", TEXT * 300)
         before = snapshot(root)
         # Long enough to be interrupted between the first linear and the last.
@@ -183,12 +195,12 @@ class TestInterrupt:
             # A test run in the background ignores the signal, and its children would too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        while not list(root.glob(".out.partial-*/layers/*")):
+        while not list(root.glob(".out.optima-partial/model/layers/*")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, message = process.communicate(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode == 128 + number
         assert output == ""
-        assert message == "optima: interrupted, nothing was left half-written\n"
+        assert message.startswith("optima: interrupted" if number == signal.SIGINT else "optima: stopped by SIGTERM")
         assert snapshot(root) == before

@@ -38,46 +38,25 @@ OPTIONAL_PARTS = ("pooler",)
 # Of a file's content, for its fingerprint.
 SAMPLES, SAMPLE_BYTES = 256, 2**16
 # What transformers and its readers raise for bad input, by what is read. Anything else is a bug, and shows as one.
-_READ = (
-    OSError,  # missing, unreadable, not on the hub; configurations that are no JSON
-    ValueError,  # unknown kinds of model or tensor; values that contradict each other
-    ImportError,  # a package that this checkpoint needs (gguf, sentencepiece)
-)
+# Missing, unreadable or no JSON; unknown kinds and contradictions; a package that this checkpoint needs.
+_READ = (OSError, ValueError, ImportError)
+# JSON of another form: fields that are missing, a list where an object belongs, text where a number belongs.
+_FORM = (KeyError, TypeError, AttributeError)
 READ_ERRORS: dict[str, tuple[type[Exception], ...]] = {
-    "model": (
-        *_READ,
-        KeyError,  # a field that is not there
-        TypeError,  # text where a number belongs; JSON that is no object
-        AttributeError,  # a list where an object belongs
-        RecursionError,  # JSON nested too deeply
-        StrictDataclassError,  # fields that the configuration's class refuses
-    ),
-    "configuration": (
-        *_READ,
-        KeyError,  # an activation that the library lacks
-        TypeError,  # null or text where the modules need a number
-        AttributeError,  # a field that the modules need and the configuration lacks
-        IndexError,  # a list of block types shorter than the blocks
-        ZeroDivisionError,  # no heads
-        RuntimeError,  # negative sizes; sizes that overflow
-    ),
-    "weights": (
-        *_READ,
-        KeyError,  # an index that names no file
-        RuntimeError,  # tensors of other shapes than the configuration says
-        SafetensorError,  # cut off or damaged
-    ),
-    "tokenizer": (
-        *_READ,
-        KeyError,  # fields that are not there
-        TypeError,  # fields of another type
-        AttributeError,  # the same
-        RecursionError,  # JSON nested too deeply
-    ),
+    # JSON nested too deeply; no heads; fields that the configuration's class refuses.
+    "model": (*_READ, *_FORM, RecursionError, ZeroDivisionError, StrictDataclassError),
+    # No heads; sizes that are negative or overflow; a padding token outside the vocabulary.
+    "configuration": (*_READ, *_FORM, ZeroDivisionError, RuntimeError, AssertionError),
+    # Tensors of other shapes than the configuration says; files that are cut off or damaged.
+    "weights": (*_READ, *_FORM, RuntimeError, SafetensorError),
+    "tokenizer": (*_READ, *_FORM, RecursionError),
 }
-# More blocks than any model has. Building the modules of as many as a damaged configuration says takes for ever.
-MAX_BLOCKS = 1000
-BLOCK_COUNTS = re.compile(r"^(num|n|encoder|decoder)_(\w+_)?layers?$|\.block_count$")
+# Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
+MAX_COUNTS = (
+    (re.compile(r"^(num|n|encoder|decoder)_(\w+_)?layers?$|\.block_count$"), 1000),
+    (re.compile(r"experts$"), 10**5),
+    (re.compile(r"^num_labels$"), 10**7),
+)
 HUB_REMEDY = "check the spelling, the network and, for a private model, your login"
 REMEDIES = {
     "model": "check that it is complete, and that its config.json is that of a model",
@@ -171,7 +150,7 @@ def load_config(source: Source) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
     Raises:
-        ModelError: if it cannot be found or read, has more blocks than any model, or the checkpoint is quantized.
+        ModelError: if it cannot be found or read, has counts that no model has, or the checkpoint is quantized.
     """
     with explain_read_errors(source, "model"):
         # Before the classes that make lists as long as the counts they are given.
@@ -179,7 +158,7 @@ def load_config(source: Source) -> PretrainedConfig:
             values = read_scalars(_gguf_file(source))
         else:
             values = PretrainedConfig.get_config_dict(source.path, **source.of_hub)[0]
-        _check_block_counts(source, values)
+        _check_counts(source, values)
         config = AutoConfig.from_pretrained(source.path, **source.arguments)
     assert isinstance(config, PretrainedConfig)
     if getattr(config, "quantization_config", None) and not source.gguf_file:
@@ -187,15 +166,16 @@ def load_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def _check_block_counts(source: Source, values: Mapping[str, Any]) -> None:
+def _check_counts(source: Source, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if isinstance(value, Mapping):
-            _check_block_counts(source, value)
-        elif BLOCK_COUNTS.search(key) and isinstance(value, (int, float)) and value > MAX_BLOCKS:
-            raise ModelError(
-                f"the configuration of {source.name} says {key} = {value}, and at most {MAX_BLOCKS} blocks are read: "
-                "correct it, or download it again"
-            )
+            _check_counts(source, value)
+        for name, largest in MAX_COUNTS:
+            if name.search(key) and isinstance(value, (int, float)) and not 0 <= value <= largest:
+                raise ModelError(
+                    f"the configuration of {source.name} says {key} = {value}, and no model has fewer than 0 or more "
+                    f"than {largest}: correct it, or download it again"
+                )
 
 
 def _gguf_file(source: Source) -> Path:
@@ -211,7 +191,7 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
     """
     if source.gguf_file:
         return AutoModelForCausalLM
-    names = config.architectures or []
+    names = [str(name) for name in config.architectures or []]
     if config.__class__.__module__.startswith("transformers_modules"):
         # Remote code registers itself with the Auto classes.
         auto_map = getattr(config, "auto_map", {})

@@ -1,0 +1,239 @@
+"""A checkpoint that is damaged, cut off or absurd: one clear error, at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import WEIGHTS, make_llama, save_model
+
+from optima.errors import ModelError
+from optima.models.gguf import read_scalars
+from optima.models.source import (
+    commit_of,
+    explain_read_errors,
+    find_source,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    note_of_dtype,
+)
+from optima.plan import skeleton
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def gguf(*pairs: bytes, tensors: bytes = b"", num_tensors: int = 0, num_pairs: int | None = None) -> bytes:
+    counts = struct.pack("<IQQ", 3, num_tensors, len(pairs) if num_pairs is None else num_pairs)
+    return b"GGUF" + counts + b"".join(pairs) + tensors
+
+
+NAME = pair("general.architecture", 8, text("llama"))
+BLOCKS = pair("llama.block_count", 4, struct.pack("<I", 2))
+WORDS = pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 2) + text("a") + text("b"))
+SCORES = pair("tokenizer.ggml.scores", 9, struct.pack("<IQ", 6, 2) + struct.pack("<ff", 0.5, 1.5))
+TENSOR = text("output.weight") + struct.pack("<IQQIQ", 2, 32, 300, 0, 0)
+WHOLE = gguf(NAME, BLOCKS, WORDS, SCORES, tensors=TENSOR, num_tensors=1)
+
+
+class TestGGUF:
+    def test_scalars(self, tmp_path: Path) -> None:
+        (tmp_path / "a.gguf").write_bytes(WHOLE)
+        assert read_scalars(tmp_path / "a.gguf") == {"llama.block_count": 2}
+
+    @pytest.mark.parametrize("size", range(0, len(WHOLE), 7))
+    def test_cut_off_anywhere(self, tmp_path: Path, size: int) -> None:
+        (tmp_path / "a.gguf").write_bytes(WHOLE[:size])
+        with pytest.raises(ModelError, match=r"a\.gguf is (no GGUF file|a GGUF file that is cut off or damaged)"):
+            load_config(find_source(str(tmp_path / "a.gguf")))
+
+    @pytest.mark.parametrize(
+        "content",
+        [
+            gguf(NAME, num_pairs=2**63),
+            gguf(NAME, num_tensors=2**63),
+            gguf(pair("a", 9, struct.pack("<IQ", 6, 2**62))),
+            gguf(pair("a", 9, struct.pack("<IQ", 8, 2**62))),
+            gguf(pair("a", 9, struct.pack("<IQ", 77, 2**62))),
+            gguf(pair("a", 9, struct.pack("<IQ", 9, 2**62) * 5000)),
+            gguf(pair("a", 8, struct.pack("<Q", 2**63))),
+            gguf(struct.pack("<Q", 2**64 - 1)),
+            gguf(tensors=text("x") + struct.pack("<I", 2**31), num_tensors=1),
+            gguf(pair("a", 55, b"")),
+            gguf(struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<I", 4)),
+            b"GGUF" + b"\0" * 4,
+            b"GGUF",
+            b"",
+        ],
+    )
+    def test_counts_that_cannot_be(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "a.gguf").write_bytes(content)
+        started = time.perf_counter()
+        with pytest.raises(ModelError, match="GGUF file"):
+            load_config(find_source(str(tmp_path / "a.gguf")))
+        assert time.perf_counter() - started < 1
+
+    def test_more_blocks_than_any_model(self, tmp_path: Path) -> None:
+        (tmp_path / "a.gguf").write_bytes(gguf(NAME, pair("llama.block_count", 4, struct.pack("<I", 10**9))))
+        with pytest.raises(ModelError, match=r"llama\.block_count = 1000000000"):
+            load_config(find_source(str(tmp_path / "a.gguf")))
+
+    def test_the_dtype_it_is_written_in_is_said(self, tmp_path: Path) -> None:
+        (tmp_path / "a.gguf").write_bytes(WHOLE)
+        source = find_source(str(tmp_path / "a.gguf"))
+        note = note_of_dtype(source, torch.float32)
+        assert note is not None
+        assert "written as float32: --dtype bfloat16 halves it" in note
+        assert "halves" not in str(note_of_dtype(source, torch.bfloat16))
+        assert note_of_dtype(find_source(str(save_model(tmp_path / "model"))), torch.float32) is None
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model")
+
+
+def edit(model: Path, **values: Any) -> None:
+    file = model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def read(model: Path) -> None:
+    """What the skeleton cannot find, the shapes of the weights do."""
+    skeleton(find_source(str(model)))
+    load_model(find_source(str(model)))
+
+
+class TestConfiguration:
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"num_attention_heads": 0}, "model"),
+            (
+                {"num_hidden_layers": 10**5},
+                "num_hidden_layers = 100000, and no model has",
+            ),
+            ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
+            ({"text_config": {"num_layers": 10**9}}, "num_layers = 1000000000"),
+            ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
+            ({"num_hidden_layers": "two"}, "model"),
+            ({"num_labels": 10**9}, "num_labels = 1000000000"),
+            ({"num_local_experts": 10**9}, "num_local_experts = 1000000000"),
+            ({"pad_token_id": 10**9}, "model"),
+            ({"hidden_size": -32}, "model"),
+            ({"hidden_size": 0}, "model"),
+            ({"hidden_size": None}, "model"),
+            ({"hidden_size": [1]}, "model"),
+            ({"vocab_size": 1.5}, "model"),
+            ({"vocab_size": 2**70}, "model"),
+            ({"hidden_act": 5}, "model"),
+            ({"rope_parameters": 5}, "model"),
+            ({"rope_parameters": {"rope_type": "martian"}}, "model"),
+            ({"head_dim": 0}, "model"),
+            ({"architectures": "LlamaForCausalLM"}, "model"),
+            ({"architectures": [5]}, "model"),
+            ({"architectures": ["GenerationMixin"]}, "model"),
+            ({"dtype": "float99"}, "model"),
+            ({"model_type": 5}, "model"),
+            ({"model_type": ["llama"]}, "model"),
+        ],
+        ids=str,
+    )
+    def test_values_that_cannot_be(self, model: Path, values: dict[str, Any], message: str) -> None:
+        edit(model, **values)
+        started = time.perf_counter()
+        with pytest.raises(ModelError, match=message) as error:
+            read(model)
+        assert "login" not in str(error.value)
+        assert time.perf_counter() - started < 10
+
+    @pytest.mark.parametrize("content", ["[" * 100000, '{"a":' * 100000, "[]", "5", "null", '"x"', "", "\xff", "{"])
+    def test_no_configuration_at_all(self, model: Path, content: str) -> None:
+        (model / "config.json").write_bytes(content.encode("latin-1"))
+        with pytest.raises(ModelError, match=r"the model of .* cannot be read") as error:
+            load_config(find_source(str(model)))
+        assert "check that it is complete, and that its config.json" in str(error.value)
+        assert "login" not in str(error.value)
+
+    @pytest.mark.parametrize("content", ["{", "{}", "[]", "5", "[" * 100000, '{"weight_map": []}'])
+    def test_an_index_that_is_none(self, model: Path, content: str) -> None:
+        (model / WEIGHTS).rename(model / "model-00001-of-00001.safetensors")
+        (model / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ModelError, match=r"the weights of .* cannot be read"):
+            load_model(find_source(str(model)))
+
+    def test_one_that_is_missing_on_the_hub(self) -> None:
+        with pytest.raises(ModelError, match="check the spelling, the network and, for a private model, your login"):
+            load_config(find_source("nobody/nothing"))
+
+    def test_a_bug_shows_as_one(self, model: Path) -> None:
+        for what in ("weights", "model"):
+            with pytest.raises(AssertionError), explain_read_errors(find_source(str(model)), what):
+                raise AssertionError
+
+    @pytest.mark.parametrize("content", ["[" * 100000, "{}", "[]", "5", "", '{"model": {"type": "BPE"}}'])
+    def test_tokenizers_that_are_none(self, model: Path, content: str) -> None:
+        (model / "tokenizer.json").write_text(content)
+        with pytest.raises(ModelError, match="tokenizer"):
+            load_tokenizer(find_source(str(model)))
+
+    @pytest.mark.parametrize("content", ["[" * 100000, "[]", "5", "", '{"tokenizer_class": 5}'])
+    def test_tokenizer_configurations_that_are_none(self, model: Path, content: str) -> None:
+        (model / "tokenizer_config.json").write_text(content)
+        with pytest.raises(ModelError, match="tokenizer"):
+            load_tokenizer(find_source(str(model)))
+
+
+class TestRevision:
+    def test_of_a_snapshot_of_the_hub(self, model: Path) -> None:
+        snapshot = model.parent / "models--a--b" / "snapshots" / "0123abc"
+        snapshot.parent.mkdir(parents=True)
+        model.rename(snapshot)
+        assert commit_of(find_source(str(snapshot))) == "0123abc"
+
+    def test_of_a_local_model(self, model: Path) -> None:
+        assert commit_of(find_source(str(model))) is None
+        with pytest.raises(ModelError, match="is a local model and has no revision 'main'"):
+            find_source(str(model), revision="main")
+
+    def test_of_a_hub_model_is_passed_on(self) -> None:
+        assert find_source("a/b", revision="v1").arguments["revision"] == "v1"
+        assert "revision" not in find_source("a/b").arguments
+
+
+class TestFingerprint:
+    def test_follows_the_weights_and_nothing_else(self, model: Path, tmp_path: Path) -> None:
+        first = fingerprint(find_source(str(model)))
+        edit(model, note="a note")
+        os.utime(model / WEIGHTS, (0, 0))
+        assert fingerprint(find_source(str(model))) == first
+        other = make_llama()
+        with torch.no_grad():
+            other.model.layers[1].mlp.up_proj.weight[3, 4] += 1
+        assert fingerprint(find_source(str(save_model(tmp_path / "other", other)))) != first
+
+    def test_of_a_large_file_is_cheap(self, tmp_path: Path, model: Path) -> None:
+        with (model / WEIGHTS).open("ab") as file:
+            file.truncate(2**34)  # a hole
+        started = time.perf_counter()
+        fingerprint(find_source(str(model)))
+        assert time.perf_counter() - started < 2
+
+    def test_of_a_gguf_file(self, tmp_path: Path) -> None:
+        for name, content in (("a.gguf", WHOLE), ("b.gguf", WHOLE + b"x")):
+            (tmp_path / name).write_bytes(content)
+        prints = {fingerprint(find_source(str(tmp_path / name))) for name in ("a.gguf", "b.gguf")}
+        assert len(prints) == 2
