@@ -8,13 +8,14 @@ import difflib
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import optima
 from optima.errors import OptimaError
 from optima.evaluation import PROTOCOL
-from optima.recipe import DTYPES, GROUPS, Recipe, read_recipe, recipe_from_dict
+from optima.recipe import DTYPES, GROUPS, Recipe, must_be, read_recipe, recipe_from_dict
 
 Arguments = dict[str, Any]
 
@@ -55,7 +56,7 @@ class _Parser(argparse.ArgumentParser):
     """One spelling of every option, no guessed abbreviations, and errors of one line."""
 
     def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", _Help)
+        options.setdefault("formatter_class", partial(argparse.HelpFormatter, max_help_position=26))
         super().__init__(allow_abbrev=False, **options)
         self.options: list[str] = []
 
@@ -66,11 +67,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise OptimaError(f"{message}\nsee {self.prog} --help")
-
-
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26)
 
 
 def _parse(argv: Sequence[str]) -> tuple[str, Arguments]:
@@ -157,7 +153,7 @@ def _add_recipe(parser: _Parser) -> None:
 def _metavar(field: dataclasses.Field[Any]) -> str:
     """What stands for a value in the help."""
     names = {"targets": "REGEX", "ignore": "REGEX", "pattern": "PATTERN", "dataset": "TEXT", "mask_from": "PATH"}
-    text = field.metadata["must"]
+    text = must_be(field)
     return names.get(field.name) or ("N" if "whole number" in text else "X" if "number" in text else "NAME")
 
 

@@ -49,23 +49,42 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[Number, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ridge = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Swaps = Annotated[int, Field(ge=0)] | Literal["all"]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
 Flag = Annotated[bool, Strict()]
-Swaps = Annotated[int, Field(ge=0)] | Literal["all"]
+# What a value of each type must be, in words.
+MUST = {
+    "Fraction": "a number strictly between 0 and 1, such as 0.5",
+    "Positive": "a positive number",
+    "Weight": "a number of at least 0",
+    "Ridge": "a number from 0 to 1",
+    "Count": "a whole number of at least 1",
+    "Seed": "a whole number of at least 0",
+    "Swaps": "0, a whole number of at least 2 such as 256, or all",
+    "Texts": "a list of texts",
+    "Flag": "true or false",
+    "str": "text",
+    "Any": "text",
+}
 
 
-def _option(
-    group: str, default: Any, text: str, must: str = "text", *, choices: Sequence[str] = (), shown: str | None = None
-) -> Any:
-    """A field: its group and sentence of help, what its values must be, the names it takes, its default in words."""
-    metadata = {"group": group, "help": text, "must": must, "choices": tuple(choices), "shown": shown}
+def _option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:
+    """A field: its group and sentence of help, the names it takes, its default in words."""
+    metadata = {"group": group, "help": text, "choices": tuple(choices), "shown": shown}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def must_be(option: DataclassField[Any]) -> str:
+    """What the values of a field must be, in words."""
+    return MUST[str(option.type).partition(" ")[0]]
 
 
 @dataclass(frozen=True)
@@ -78,98 +97,62 @@ class Recipe:
         RecipeError: on construction, for any value that cannot be carried out; the message names it.
     """
 
-    sparsity: Fraction | None = _option(
-        "mask", None, "fraction of weights to prune", "a number strictly between 0 and 1, such as 0.5", shown="0.5"
-    )
+    # fmt: off
+    sparsity: Fraction | None = _option("mask", None, "fraction of weights to prune", shown="0.5")
     pattern: Texts = _option(
         "mask", [], "instead of a sparsity: n:m keeps n of every m consecutive inputs (2:4); several, each for the "
         "linears whose name a regex finds: REGEX=2:4, REGEX=0.6, and one without a regex for all others; the first "
-        "that matches counts", "a list of texts, such as ['mlp=2:4', '0.5']", shown="none",
-    )  # fmt: skip
+        "that matches counts", shown="none")
     scope: str | None = _option(
-        "mask", None, "what an unstructured sparsity is ranked over", choices=SCOPES, shown="the selector's published"
-    )
-    group_size: Count = _option(
-        "mask", GROUP_SIZE, "inputs in a group, for scope group", "a whole number of at least 1, such as 128"
-    )
-    allocation: str = _option("mask", "uniform", "how linears share one sparsity", choices=ALLOCATION_NAMES)
+        "mask", None, "what an unstructured sparsity is ranked over", SCOPES, "the selector's published")
+    group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
+    allocation: str = _option("mask", "uniform", "how linears share one sparsity", ALLOCATION_NAMES)
     allocation_spread: Fraction | None = _option(
         "mask", None, "how far a linear's sparsity may depart from the global one: lambda of owl",
-        "a number strictly between 0 and 1, such as 0.08", shown=f"{OWL_SPREAD} for owl",
-    )  # fmt: skip
+        shown=f"{OWL_SPREAD} for owl")
     outlier_multiple: Positive = _option(
-        "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean",
-        "a positive number, such as 5",
-    )  # fmt: skip
+        "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
     selector: Any = _option(
-        "mask", "wanda", "mask selector, or your own as package.module:Class with --trust-remote-code",
-        choices=SELECTOR_NAMES,
-    )  # fmt: skip
+        "mask", "wanda", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
     mask_from: str | None = _option(
-        "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none"
-    )
+        "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none")
     swaps: Swaps = _option(
         "mask", 0, "improve the mask by swaps of a kept and a pruned weight: this many candidates of a row are tried "
-        "in a round (256 is good); all: as many as a proof takes; 0: none",
-        "0, a whole number of at least 2 such as 256, or all",
-    )  # fmt: skip
-    solver: str = _option("solve", "auto", "row solver; none keeps the selector's weights", choices=SOLVER_NAMES)
-    gap: Positive = _option(
-        "solve", 1e-4, "certified relative gap to the optimum at which a row stops", "a positive number, such as 1e-4"
-    )
+        "in a round (256 is good); all: as many as a proof takes; 0: none")
+    solver: str = _option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
+    gap: Positive = _option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: Positive | None = _option(
-        "solve", None, "most a surviving weight may move, in root mean squares of its row",
-        "a positive number, such as 0.5", shown="no bound",
-    )  # fmt: skip
-    damping: Annotated[float, Field(ge=0, le=1)] = _option(
-        "solve", 0.01, "ridge, relative to the mean diagonal of the hessian", "a number from 0 to 1, such as 0.01"
-    )
+        "solve", None, "most a surviving weight may move, in root mean squares of its row", shown="no bound")
+    damping: Ridge = _option("solve", 0.01, "ridge, relative to the mean diagonal of the hessian")
     rounding: str = _option(
         "solve", "hessian", "how weights are rounded to the checkpoint's dtype: each to make up for the errors of "
-        "those before it, or to the nearest number", choices=ROUNDINGS,
-    )  # fmt: skip
-    sink_weight: Annotated[Number, Field(ge=0)] | None = _option(
+        "those before it, or to the nearest number", ROUNDINGS)
+    sink_weight: Weight | None = _option(
         "calibration", None, "weight of a sequence's first token (the attention sink) in the hessian, relative to all "
-        "its tokens together; 0: that of any other", "a number of at least 0, such as 0.04",
-        shown=f"{SINK_WEIGHT}; with solver none 0, as published",
-    )  # fmt: skip
+        "its tokens together; 0: that of any other", shown=f"{SINK_WEIGHT}; with solver none 0, as published")
     dataset: Texts = _option(
-        "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files", "a list of texts"
-    )
+        "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files")
     dataset_config: str | None = _option(
-        "calibration", None, "configuration of a hub dataset", shown="for allenai/c4 en"
-    )
+        "calibration", None, "configuration of a hub dataset", shown="for allenai/c4 en")
     dataset_revision: str | None = _option(
-        "calibration", None, "commit, tag or branch of a hub dataset", shown="its newest"
-    )
+        "calibration", None, "commit, tag or branch of a hub dataset", shown="its newest")
     split: str = _option("calibration", "train", "split of a hub dataset")
     text_column: str = _option("calibration", "text", "column that holds the text")
-    num_calibration_samples: Count = _option(
-        "calibration", 128, "number of calibration sequences", "a whole number of at least 1, such as 128"
-    )
-    max_seq_length: Count = _option(
-        "calibration", 2048, "tokens in each calibration sequence", "a whole number of at least 1, such as 2048"
-    )
+    num_calibration_samples: Count = _option("calibration", 128, "number of calibration sequences")
+    max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
     batch_size: Count | None = _option(
-        "calibration", None, "sequences in one forward pass", "a whole number of at least 1, such as 8",
-        shown="8; on a CPU as many as have 2,048 tokens",
-    )  # fmt: skip
-    seed: Annotated[int, Field(ge=0)] = _option(
-        "calibration", 0, "seed of the choice of text", "a whole number of at least 0"
-    )
-    targets: Texts = _option(
-        "model", [".*"], "regexes; linears whose full name matches one are pruned", "a list of texts"
-    )
+        "calibration", None, "sequences in one forward pass", shown="8; on a CPU as many as have 2,048 tokens")
+    seed: Seed = _option("calibration", 0, "seed of the choice of text")
+    targets: Texts = _option("model", [".*"], "regexes; linears whose full name matches one are pruned")
     ignore: Texts = _option(
         "model", ["lm_head", "embed"], "regexes; linears whose full name matches one are left alone; none if given "
-        "without a value", "a list of texts",
-    )  # fmt: skip
-    dtype: str = _option("model", "auto", "load the model as this; auto: the checkpoint's own", choices=DTYPES)
+        "without a value")
+    dtype: str = _option("model", "auto", "load the model as this; auto: the checkpoint's own", DTYPES)
     revision: str | None = _option("model", None, "commit, tag or branch of a hub model", shown="its newest")
     trust_remote_code: Flag = _option(
-        "model", False, "run code that comes with the checkpoint, or that --selector names", "true or false"
-    )
+        "model", False, "run code that comes with the checkpoint, or that --selector names")
     device: str = _option("run", "auto", "auto, cpu, cuda or cuda:N")
+    # fmt: on
 
     def __post_init__(self) -> None:
         for option in fields(self):
@@ -372,13 +355,14 @@ def _checked(option: DataclassField[Any], value: Any) -> Any:
         value = _pattern_texts(value)
     elif name == "selector":
         return value
-    must = metadata["must"]
-    if isinstance(value, bool) and option.default is not False:
-        raise RecipeError(f"{name} must be {must}, got {value}")
+    number = isinstance(option.default, int | float) and option.default is not False
     try:
+        if isinstance(value, bool) and option.default is not False:
+            raise TypeError("true and false are no numbers")
         value = _adapters()[name].validate_python(value)
-    except ValidationError as error:
-        raise RecipeError(f"{name} must be {must}, got {_shown(value)}") from error
+    except (ValidationError, TypeError) as error:
+        example = f", such as {option.default}" if number and "such" not in must_be(option) else ""
+        raise RecipeError(f"{name} must be {must_be(option)}{example}, got {_shown(value)}") from error
     if metadata["choices"] and value is not None and value not in metadata["choices"]:
         raise RecipeError(unknown(name, value, metadata["choices"]))
     return value

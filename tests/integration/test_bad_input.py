@@ -207,7 +207,7 @@ class TestOptions:
             (["--device", "gpu"], "unknown device 'gpu': use auto, cpu, cuda or cuda:N"),
             (["--device", "cuda:99"], "device 'cuda:99' is not there"),
             (["--device", "meta"], "device 'meta' is not supported"),
-            (["--gap", "0"], "gap must be a positive number, such as 1e-4, got '0'"),
+            (["--gap", "0"], "gap must be a positive number, such as 0.0001, got '0'"),
             (["--gap", "inf"], "gap must be a positive number"),
             (["--damping", "2"], "damping must be a number from 0 to 1"),
             (["--batch-size", "0"], "batch_size must be a whole number of at least 1"),
@@ -248,7 +248,7 @@ class TestOptions:
         [
             (["--sparsity", "half"], "sparsity must be a number strictly between 0 and 1, such as 0.5, got 'half'"),
             (["--sparsity", "50%"], "such as 0.5, got '50%'"),
-            (["--seed", "1.5"], "seed must be a whole number of at least 0, got '1.5'"),
+            (["--seed", "1.5"], "seed must be a whole number of at least 0, such as 0, got '1.5'"),
             (["--sparsty", "1"], "unknown argument --sparsty (did you mean --sparsity?)\nsee optima prune --help"),
             (["--max_seq_length=8"], "unknown argument --max_seq_length (did you mean --max-seq-length?)\nsee optima"),
             (["--reci", "x"], "unknown argument --reci (did you mean --recipe?)\nsee optima prune --help"),

@@ -343,6 +343,16 @@ class TestEval:
         assert all(200 < float(row[2]) < 500 for row in rows), "random weights: about the vocabulary's size"
 
 
+class TestDemo:
+    def test_replaces_nothing_but_its_own_output(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (root / "demo-output" / "gemma-3-270m-50").mkdir(parents=True)
+        (root / "demo-output" / "gemma-3-270m-50" / "thesis.tex").touch()
+        before = snapshot(root)
+        assert main(["demo"]) == 2
+        assert "is no earlier output: remove it, or choose another --output-dir" in capsys.readouterr().err
+        assert snapshot(root) == before
+
+
 class TestHelp:
     def test_module(self) -> None:
         result = subprocess.run([sys.executable, "-m", "optima", "--help"], capture_output=True, text=True, check=True)
