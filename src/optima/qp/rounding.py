@@ -126,9 +126,9 @@ class _Rows:
         self.mask_RD = problem.keep_RD.to(working) * ~hessian.dead_D
         largest_R = torch.maximum(weight_RD.abs().amax(dim=1), problem.target_RD.abs().amax(dim=1)).double()
         self.scale_R = largest_R.clamp(SMALLEST_SCALE, 1.0 / SMALLEST_SCALE).log2().round().exp2()
-        self.scale_R1 = self.scale_R.to(weight_RD.dtype)[:, None]
-        self.weight_RD = (weight_RD / self.scale_R1).to(working)
-        difference_RD = ((problem.target_RD - weight_RD) / self.scale_R1).to(working)
+        self.scale_R1 = self.scale_R.to(working)[:, None]
+        self.weight_RD = weight_RD.to(working) / self.scale_R1
+        difference_RD = problem.target_RD.to(working) / self.scale_R1 - self.weight_RD
         self.reach_R = self._norm(difference_RD)
         self.residual_RD = self.operator(difference_RD).mul_(self.mask_RD)
         self.written_RD = self._rounded(self.weight_RD)
@@ -142,7 +142,7 @@ class _Rows:
         if problem.bounded:
             target_RD = torch.maximum(target_RD.abs(), problem.clamp(target_RD).abs())
         self.unit_R = self.hessian.mean_diagonal * self.scale_R.square()
-        energy_R = 0.5 * self._norm((target_RD / self.scale_R1).to(self.root_D)).square()
+        energy_R = 0.5 * self._norm(target_RD.to(self.root_D) / self.scale_R1).square()
         floor_R = ENERGY_FLOOR * energy_R * self.unit_R
         # The gap is relative to the larger of E - bound and the floor.
         self.bound_R = torch.maximum(error_R * gap_R / (1.0 + gap_R), gap_R * floor_R)
