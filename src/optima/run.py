@@ -36,7 +36,7 @@ from optima.models.source import (
     note_of_dtype,
 )
 from optima.models.stacks import Linear
-from optima.models.writer import Writer, check_shared, prepare
+from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
     Calibration,
@@ -150,7 +150,6 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     batch_size = recipe.batch_size or (max(CPU_TOKENS // length, 1) if device.type == "cpu" else BATCH_SIZE)
     recipe = replace(recipe.resolved(scope=methods.selector.published_scope), batch_size=batch_size)
     found = preflight(structure, recipe, methods, length)
-    check_shared(structure, [block.name for block in found.blocks])
     if dump_layer is not None:
         check_dump(dump_layer, output_dir is not None, found.linears)
     return _Checked(recipe, methods, device, source, structure, found)

@@ -192,6 +192,19 @@ class TestSelectLinears:
         (stack,) = select_linears(find_stacks(model), [".*"], ["mlp"])
         assert len(names(stack.blocks)) == 8
 
+    @pytest.mark.parametrize("part", ["parameter", "memory", "head"])
+    def test_whatever_a_weight_is_shared_with(self, part: str) -> None:
+        model = make_llama()
+        linear = model.model.layers[1].mlp.up_proj
+        if part == "head":
+            model.lm_head.weight = linear.weight
+        else:
+            weight = model.model.layers[0].mlp.up_proj.weight
+            linear.weight = weight if part == "parameter" else nn.Parameter(weight.data)
+        with pytest.raises(ModelError, match=r"are one weight.*ignore 'mlp\\.up_proj'"):
+            select_linears(find_stacks(model), [".*"], [])
+        assert select_linears(find_stacks(model), [".*"], ["up_proj"])
+
 
 ROUTERS = {
     "llama4": ["feed_forward.router"],

@@ -14,13 +14,12 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from tiny import load_weights, make_bert, make_llama, make_tokenizer, make_tokens, save_model
+from tiny import blocks_of, load_weights, make_bert, make_llama, make_tokenizer, make_tokens, save_model
 from transformers import PreTrainedModel
 
 from optima.errors import ModelError
 from optima.models.source import find_source
-from optima.models.stacks import find_blocks
-from optima.models.writer import Writer, check_shared, prepare
+from optima.models.writer import Writer, prepare
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 WIDE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -61,7 +60,7 @@ def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
 def write(model: PreTrainedModel, directory: Path, committed: int | None = None) -> Writer:
     """Commit the first blocks, the last of them first, and publish."""
     (directory / "out").mkdir(parents=True)
-    blocks = find_blocks(model)
+    blocks = blocks_of(model)
     prepare(model, None, None, directory / "out")
     writer = Writer(model, [block.name for block in blocks], directory / "out", directory / "journal.jsonl")
     for block in blocks[:committed][::-1]:
@@ -135,45 +134,16 @@ def test_what_transformers_refuses_to_save_is_refused_first(tmp_path: Path) -> N
         prepare(model, None, None, tmp_path)
 
 
-class TestShared:
-    NAMES = ("model.layers.0", "model.layers.1")
-
-    def test_between_blocks(self) -> None:
-        model = build("llama")
-        first, second = (layer.mlp for layer in model.model.layers)
-        second.up_proj.weight = first.up_proj.weight
-        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj\.weight and .*layers\.1\.mlp\.up_proj\.weight"):
-            check_shared(model, self.NAMES)
-
-    def test_memory_between_blocks(self) -> None:
-        model = build("llama")
-        first, second = (layer.mlp for layer in model.model.layers)
-        second.up_proj.weight = torch.nn.Parameter(first.up_proj.weight.data)
-        with pytest.raises(ModelError, match="are one weight"):
-            check_shared(model, self.NAMES)
-
-    def test_with_the_rest(self) -> None:
-        model = build("llama")
-        model.model.norm.weight = model.model.layers[1].input_layernorm.weight
-        with pytest.raises(ModelError, match="are one weight"):
-            check_shared(model, self.NAMES)
-
-    @pytest.mark.parametrize("name", MODELS)
-    def test_heads_may_be_tied(self, name: str) -> None:
-        model = build(name)
-        check_shared(model, [block.name for block in find_blocks(model)])
-
-
 class TestCompanions:
     @pytest.fixture
     def source(self, tmp_path: Path) -> Path:
         return save_model(tmp_path / "source")
 
-    def copied(self, source: Path, trust: bool = False) -> tuple[set[str], dict[str, Any]]:
+    def copied(self, source: Path, trust: bool = False) -> set[str]:
         out = source.parent / "out"
         out.mkdir()
-        card = prepare(build("llama"), make_tokenizer(), find_source(str(source), trust), out)
-        return {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}, card
+        prepare(build("llama"), make_tokenizer(), find_source(str(source), trust), out)
+        return {str(file.relative_to(out)) for file in out.rglob("*") if file.is_file()}
 
     def test_what_is_known_by_name(self, source: Path) -> None:
         known = {"LICENSE", "NOTICE.txt", "USE_POLICY.md", "tokenizer.model", "chat_template.jinja", "vocab.txt"}
@@ -186,7 +156,7 @@ class TestCompanions:
             (source / name / "config.json").write_text("{}")
         own = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
         # The tokenizer has no template: the one copied stays.
-        assert self.copied(source)[0] == known | own | {"preprocessor_config.json"}
+        assert self.copied(source) == known | own | {"preprocessor_config.json"}
 
     def test_modules_of_a_sentence_encoder(self, source: Path) -> None:
         paths = ["", "1_Pooling", "2_Dense", "../elsewhere", "/etc"]
@@ -194,7 +164,7 @@ class TestCompanions:
         for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/x.bin", "../elsewhere/config.json"):
             (source / name).parent.mkdir(exist_ok=True)
             (source / name).write_text("{}")
-        files = self.copied(source)[0]
+        files = self.copied(source)
         assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= files
         assert not [name for name in files if "elsewhere" in name or "x.bin" in name]
 
@@ -202,7 +172,7 @@ class TestCompanions:
         (source.parent / "secret").write_text("secret")
         (source / "LICENSE").symlink_to(source.parent / "secret")
         (source / "NOTICE").symlink_to(source / "config.json")
-        files = self.copied(source)[0]
+        files = self.copied(source)
         assert "NOTICE" in files
         assert "LICENSE" not in files
         assert "is a link that leaves the model's directory" in caplog.text
@@ -241,13 +211,12 @@ class TestCompanions:
 
     def test_card_data(self, source: Path) -> None:
         (source / "README.md").write_text("---\nlicense: mit\ntags: [a]\nmodel-index: x\n---\nthe dense model")
-        files, card = self.copied(source)
-        assert card == {"license": "mit", "tags": ["a"]}
-        assert "README.md" not in files
+        assert "README.md" in self.copied(source)
+        assert (source.parent / "out" / "README.md").read_text() == "---\nlicense: mit\ntags:\n- a\n---\n"
 
     def test_card_that_cannot_be_read(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
         (source / "README.md").write_text("---\na: [\n---\n")
-        assert self.copied(source)[1] == {}
+        assert "README.md" not in self.copied(source)
         assert "cannot be read" in caplog.text
 
     def test_custom_code_comes_only_if_trusted(self, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
-from huggingface_hub import metadata_load, snapshot_download
+from huggingface_hub import metadata_load, metadata_save, snapshot_download
 
 from optima.models.files import explain_write_errors
 from optima.models.source import Source
@@ -33,21 +33,18 @@ MODULE_FILES = ("*.json", "*.txt", "*.safetensors")
 # The licence of many models asks to be passed on with them.
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 COPIED = (*TOKENIZERS, *PROCESSORS, *SENTENCES, *LICENCES)
-README = "README.md"  # a card of the dense model: read, not copied
+README = "README.md"  # of the dense model: of its text nothing is passed on
 CARD_KEYS = ("license", "license_name", "license_link", "base_model", "tags", "language", "pipeline_tag")
 
 
-def copy_companions(source: Source, directory: Path) -> dict[str, Any]:
-    """Copy the companion files of ``source`` into ``directory``; a GGUF file has none.
-
-    Returns:
-        Of ``CARD_KEYS``, those that the head of the source's README gives.
+def copy_companions(source: Source, directory: Path) -> None:
+    """Copy the companion files of ``source`` into ``directory``, and ``CARD_KEYS`` of its README; a GGUF file has none.
 
     Raises:
         ModelError: if one cannot be copied.
     """
     if source.gguf_file is not None:
-        return {}
+        return
     with explain_write_errors(directory):
         origin = _fetch(source, [*COPIED, README])
         _copy(origin, "", COPIED, directory)
@@ -56,7 +53,8 @@ def copy_companions(source: Source, directory: Path) -> dict[str, Any]:
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
         for module in modules:
             _copy(origin, module, MODULE_FILES, directory)
-    return _card(origin / README)
+        if card := _card(origin / README):
+            metadata_save(directory / README, card)
 
 
 def _fetch(source: Source, patterns: list[str]) -> Path:

@@ -1,24 +1,24 @@
 """The output directory OUT: prepared beside its name, locked, and put under the name only when whole.
 
     .OUT.optima-partial/       on the same file system as OUT
-        run.json               what the run is (pid, started, command ...); locked while the run lives
+        run.json               what the run is (pid, started, command, recipe); locked while the run lives
         journal.jsonl          one line a committed block (see ``writer``)
         model/                 what becomes OUT
-        replaced/              the earlier OUT, between the two renames where there is no exchange
 
 A run that is killed leaves this directory. The next run into OUT recognises and reclaims it.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import shlex
 import shutil
 import socket
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,20 +33,13 @@ from optima.models.files import delete, explain_write_errors, swap, sync
 _logger = logging.getLogger("optima")
 
 SUFFIX = ".optima-partial"
-RUN, JOURNAL, MODEL, REPLACED = "run.json", "journal.jsonl", "model", "replaced"
+RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
 NAME_BYTES = 255  # of one name, on every file system in use
-PATH_BYTES = 3900  # of 4,096, so that the files inside can be opened
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What a run that did not end left behind.
-
-    Attributes:
-        directory: where.
-        run: its run file (pid, started, host, and what the caller added); empty if that cannot be read.
-        blocks: the journal's lines, one a committed block.
-    """
+    """What a run that did not end left in ``directory``: its run file (empty if torn), the journal's whole lines."""
 
     directory: Path
     run: dict[str, Any]
@@ -89,7 +82,6 @@ class Destination:
     path: Path
     partial: Path
     notes: list[str] = field(default_factory=list)
-    _finished: bool = field(default=False, init=False, repr=False)
 
     @property
     def directory(self) -> Path:
@@ -118,7 +110,7 @@ class Destination:
             overwrite: replace an earlier output. Never anything else, nor a directory that holds one of ``inputs``.
             inputs: directories and files that the run reads.
             num_bytes: space that will be needed, checked now.
-            run: what the run file tells of this run, as JSON (command, recipe).
+            run: what else the run file tells, as JSON.
 
         Raises:
             ModelError: now, if OUT cannot be had: it is in use, another run is writing it, it cannot be replaced, or
@@ -126,77 +118,57 @@ class Destination:
                 the finished directory is.
         """
         path = _resolve(path)
-        with _explain_claim(path):
-            read = [Path(each).expanduser().resolve() for each in inputs]
-        _check_replaceable(path, overwrite, read)
-        destination = cls(path, _beside(path, SUFFIX))
         new_parents = [parent for parent in path.parents if not parent.exists()]
         with ExitStack() as stack:
             stack.callback(_remove_empty, new_parents)
-            with _explain_claim(path):
+            with explain_write_errors(path):
+                read = [Path(each).expanduser().resolve() for each in inputs]
+                _check_replaceable(path, overwrite, read)
+                destination = cls(path, _beside(path, SUFFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(destination._claim(overwrite, read, run or {}))
+                stack.enter_context(destination._claim(run or {}))
                 _check_space(path.parent, num_bytes)
             yield destination
             destination._publish(overwrite, read)
 
     @contextmanager
-    def _claim(self, overwrite: bool, inputs: list[Path], run: Mapping[str, object]) -> Iterator[None]:
+    def _claim(self, run: Mapping[str, object]) -> Iterator[None]:
         """Hold the lock of the partial directory, which is removed at the end unless it holds committed blocks."""
-        created, lock = self._lock()
-        with lock:
+        with self._lock() as lock:
             try:
-                self._restore()
-                _check_replaceable(self.path, overwrite, inputs)
                 self._reclaim()
                 started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-                content = {"pid": os.getpid(), "host": socket.gethostname(), "started": started, **run}
+                process = {"command": shlex.join(sys.argv), "pid": os.getpid(), "host": socket.gethostname()}
                 lock.truncate(0)
-                lock.write(json.dumps(content, default=str) + "\n")
+                lock.write(json.dumps({**process, "started": started, **run}, default=str) + "\n")
                 lock.flush()
                 self.directory.mkdir()
-            except BaseException:
-                if created:
-                    self._discard()
-                raise
-            try:
                 yield
             except BaseException:
-                if self.directory.exists() and (self._finished or read_journal(self.journal)):
+                if self.directory.exists() and read_journal(self.journal):
                     _logger.warning("%s keeps what was done; the next run into %s reclaims it", self.partial, self.path)
                 else:
                     self._discard()
                 raise
             self._discard()
 
-    def _lock(self) -> tuple[bool, IO[str]]:
-        """Whether the partial directory is new, and its run file, locked until it is closed or the process ends."""
+    def _lock(self) -> IO[str]:
+        """The run file, in a partial directory made or found, locked until it is closed or the process ends."""
         while True:
-            created = _make_or_recognise(self.partial)
-            try:
-                lock = (self.partial / RUN).open("a+", encoding="utf-8")
+            _make_or_recognise(self.partial)
+            with suppress(FileNotFoundError), ExitStack() as stack:
+                lock = stack.enter_context((self.partial / RUN).open("a+", encoding="utf-8"))
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    if os.path.samestat(os.fstat(lock.fileno()), (self.partial / RUN).stat()):
-                        return created, lock
-                except OSError:
-                    lock.close()
-                    raise
-                lock.close()
-            except FileNotFoundError:
-                continue  # a run that just ended removed what was opened here
-            except BlockingIOError:
-                raise ModelError(
-                    f"another run is writing {self.path} ({unfinished(self.path)}): wait for it, or choose another "
-                    "--output-dir"
-                ) from None
-
-    def _restore(self) -> None:
-        """Undo a swap by two renames that was killed between them."""
-        replaced = self.partial / REPLACED
-        if replaced.exists() and not os.path.lexists(self.path):
-            replaced.rename(self.path)
-            self.notes.append(f"{self.path} was put back: a run was killed while it replaced it")
+                except BlockingIOError:
+                    raise ModelError(
+                        f"another run is writing {self.path} ({unfinished(self.path)}): wait for it, or choose another "
+                        "--output-dir"
+                    ) from None
+                # Otherwise a run that just ended has removed what was opened here.
+                if os.path.samestat(os.fstat(lock.fileno()), (self.partial / RUN).stat()):
+                    stack.pop_all()
+                    return lock
 
     def _reclaim(self) -> None:
         found = unfinished(self.path)
@@ -215,32 +187,25 @@ class Destination:
             self.partial.rmdir()
 
     def _publish(self, overwrite: bool, inputs: list[Path]) -> None:
-        """Give the finished directory its name, or keep it beside."""
+        """Give the finished directory its name, or keep it under a free one, safe from the next run."""
         with explain_write_errors(self.path):
             sync(*self.directory.rglob("*"), self.directory)
-        self._finished = True
+        names = (_beside(self.path, f".{n}", hidden=False) for n in count(1))
+        free = next(name for name in names if not os.path.lexists(name))
         try:
             _check_replaceable(self.path, overwrite, inputs)
             if os.path.lexists(self.path) and any(self.path.iterdir()):
-                swap(self.directory, self.path, self.partial / REPLACED)
+                swap(self.directory, self.path, free)
             else:
                 # Onto nothing or an empty directory: the system refuses all else.
                 self.directory.rename(self.path)
         except (OSError, ModelError) as error:
-            raise ModelError(f"{error}; {self._keep()}") from error
-        self._finished = False
+            kept = self.directory
+            with suppress(OSError):
+                kept = kept.rename(free)
+            raise ModelError(f"{error}; the finished checkpoint is in {kept}") from error
         self.journal.unlink(missing_ok=True)
         sync(self.path.parent)
-
-    def _keep(self) -> str:
-        """Save the finished directory from the next run, and say where it is."""
-        replaced, kept = self.partial / REPLACED, self.directory
-        if replaced.exists():
-            return f"the finished checkpoint is in {kept}, the earlier one in {replaced}"
-        names = (_beside(self.path, f".{n}", hidden=False) for n in count(1))
-        with suppress(OSError):
-            kept = kept.rename(next(name for name in names if not os.path.lexists(name)))
-        return f"the finished checkpoint is in {kept}"
 
 
 def _beside(path: Path, suffix: str, hidden: bool = True) -> Path:
@@ -256,8 +221,6 @@ def _resolve(path: str | Path) -> Path:
     try:
         text.encode("utf-8")
         resolved = Path(text).expanduser().resolve()
-        if len(os.fsencode(resolved)) > PATH_BYTES:
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         resolved.exists()
     except (OSError, ValueError, RuntimeError) as error:
         # NUL bytes and undecodable ones are ValueErrors; loops of links and unknown homes RuntimeErrors.
@@ -272,26 +235,25 @@ def _resolve(path: str | Path) -> Path:
 def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise ``ModelError`` unless ``path`` is free, or an earlier output that ``overwrite`` allows to replace."""
     remedy = "choose another --output-dir"
-    with _explain_claim(path):
-        holds_here = False
-        with suppress(FileNotFoundError):  # the current directory has been deleted
-            holds_here = Path.cwd().is_relative_to(path)
-        if path.is_mount() or holds_here:
-            what = "holds the current directory" if holds_here else "is a mount point"
-            raise ModelError(f"{path} {what} and cannot be replaced: choose a directory below it")
-        if not os.path.lexists(path):
-            return
-        if not path.is_dir():
-            raise ModelError(f"{path} exists and is no directory: {remedy}")
-        if not any(path.iterdir()):
-            return
-        if not overwrite:
-            raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite if it is an earlier output")
-        for each in inputs:
-            if any(above.exists() and above.samefile(path) for above in (each, *each.parents)):
-                raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")
-        if not _is_output(path):
-            raise ModelError(f"{path} has no report.json of an earlier run and is not replaced: {remedy}")
+    holds_here = False
+    with suppress(FileNotFoundError):  # the current directory has been deleted
+        holds_here = Path.cwd().is_relative_to(path)
+    if path.is_mount() or holds_here:
+        what = "holds the current directory" if holds_here else "is a mount point"
+        raise ModelError(f"{path} {what} and cannot be replaced: choose a directory below it")
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir():
+        raise ModelError(f"{path} exists and is no directory: {remedy}")
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite if it is an earlier output")
+    for each in inputs:
+        if any(above.exists() and above.samefile(path) for above in (each, *each.parents)):
+            raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")
+    if not _is_output(path):
+        raise ModelError(f"{path} has no report.json of an earlier run and is not replaced: {remedy}")
 
 
 def _is_output(path: Path) -> bool:
@@ -302,18 +264,14 @@ def _is_output(path: Path) -> bool:
     return isinstance(content, dict) and {"schema_version", "run"} <= content.keys()
 
 
-def _make_or_recognise(partial: Path) -> bool:
-    """Make a partial directory (True), or find one that a run of ours made."""
+def _make_or_recognise(partial: Path) -> None:
+    """Make a partial directory, or find one that a run of ours made."""
     try:
         partial.mkdir()
     except FileExistsError:
-        ours = (
-            partial.is_dir() and not partial.is_symlink() and ((partial / RUN).is_file() or not any(partial.iterdir()))
-        )
-        if not ours:
+        directory = partial.is_dir() and not partial.is_symlink()
+        if not directory or not ((partial / RUN).is_file() or not any(partial.iterdir())):
             raise ModelError(f"{partial} is in the way, and no run of optima left it: move it away") from None
-        return False
-    return True
 
 
 def _check_space(directory: Path, num_bytes: int) -> None:
@@ -323,14 +281,6 @@ def _check_space(directory: Path, num_bytes: int) -> None:
             f"{directory} has {free / 2**30:.1f} GiB free and the checkpoint needs {num_bytes / 2**30:.1f} GiB: "
             "free some space or choose another --output-dir"
         )
-
-
-@contextmanager
-def _explain_claim(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ModelError(f"cannot write beside {path} ({error.strerror}): choose another --output-dir") from error
 
 
 def _remove_empty(directories: Iterable[Path]) -> None:

@@ -73,15 +73,15 @@ def sync(*paths: Path) -> None:
 
 
 def swap(new: Path, old: Path, aside: Path) -> None:
-    """Exchange two directories: at one instant where the system can, else by two renames."""
-    if exchange(new, old):
-        return
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        aside.rename(old)
-        raise
+    """Exchange two directories: at one instant where the system can, else by way of ``aside``, a free name."""
+    if not exchange(new, old):
+        old.rename(aside)
+        try:
+            new.rename(old)
+        except BaseException:
+            aside.rename(old)
+            raise
+        aside.rename(new)
 
 
 def exchange(first: Path, second: Path) -> bool:

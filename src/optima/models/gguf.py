@@ -7,6 +7,7 @@ the pairs, the tensors' names and shapes.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,6 @@ MAGIC = b"GGUF"
 # struct formats of the scalar types, by their number; 8 is a string and 9 an array.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
-MAX_DIMENSIONS = 8
 
 
 def read_scalars(file: Path) -> dict[str, Any]:
@@ -32,47 +32,38 @@ def read_scalars(file: Path) -> dict[str, Any]:
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
             try:
                 return _Reader(content).read()
-            except (struct.error, IndexError, UnicodeDecodeError, RecursionError) as error:
+            except (struct.error, ValueError, OverflowError, RecursionError) as error:
                 raise ModelError(
                     f"{file} is a GGUF file that is cut off or damaged ({error}): download it again"
                 ) from error
 
 
 class _Reader:
+    """Walks over a file; a step past its end is a ``ValueError`` or, within a number, a ``struct.error``."""
+
     def __init__(self, content: mmap.mmap) -> None:
-        self._content, self._at = content, 4
+        self._content = content
         # The version tells the order of bytes: it is small in one of the two.
-        self._order = "<" if struct.unpack_from("<I", content, 4)[0] < 2**16 else ">"
+        self._order = "<" if struct.unpack_from("<I", content, len(MAGIC))[0] < 2**16 else ">"
 
     def read(self) -> dict[str, Any]:
-        self._take("I")
+        self._skip(len(MAGIC) + 4)
         tensors, pairs = self._take("Q"), self._take("Q")
         found = {}
         for _ in range(pairs):
-            key, kind = self._text(), self._take("I")
-            found[key] = self._value(kind)
+            key = self._content.read(self._take("Q")).decode("utf-8")
+            found[key] = self._value(self._take("I"))
         for _ in range(tensors):
-            self._text()
-            dimensions = self._take("I")
-            if dimensions > MAX_DIMENSIONS:
-                raise IndexError(f"a tensor of {dimensions} dimensions")
-            self._skip(8 * dimensions + 12)  # the shape, the type and the offset
+            self._skip(self._take("Q"))
+            self._skip(8 * self._take("I") + 12)  # the shape, the type and the offset
         return {key: value for key, value in found.items() if value is not None}
 
     def _take(self, code: str) -> Any:
-        (value,) = struct.unpack_from(self._order + code, self._content, self._at)
-        self._at += struct.calcsize(self._order + code)
-        return value
+        form = self._order + code
+        return struct.unpack(form, self._content.read(struct.calcsize(form)))[0]
 
     def _skip(self, count: int) -> None:
-        self._at += count
-        if self._at > len(self._content):
-            raise IndexError(f"it has {len(self._content)} bytes and names {self._at}")
-
-    def _text(self) -> str:
-        length = self._take("Q")
-        self._skip(length)
-        return self._content[self._at - length : self._at].decode("utf-8")
+        self._content.seek(count, os.SEEK_CUR)
 
     def _value(self, kind: int) -> Any:
         """A scalar; None for text and arrays, which are only walked over."""
@@ -88,5 +79,5 @@ class _Reader:
                 for _ in range(count):
                     self._value(of)
         else:
-            raise IndexError(f"there is no type {kind}")
+            raise ValueError(f"there is no type {kind}")
         return None

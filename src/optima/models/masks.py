@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from optima.errors import RecipeError
 from optima.models.stacks import Linear
 
-MASK_DTYPES = ("BOOL", "U8")
 # Names listed in a message.
 LISTED = 5
 
@@ -30,90 +29,64 @@ class MaskFiles:
 
     def __init__(self, path: str) -> None:
         self.path = Path(path).expanduser()
-        self._packed: dict[str, tuple[torch.Size, Tensor]] = {}  # eight weights in a byte
+        self._packed: dict[str, Tensor] = {}  # eight weights in a byte
 
     @cached_property
-    def is_checkpoint(self) -> bool:
-        """True for a directory, whose zeros are the mask."""
-        return self.path.is_dir()
-
-    @cached_property
-    def files(self) -> dict[str, Path]:
-        """Where each tensor is, by the name of its linear.
+    def files(self) -> dict[str, tuple[Path, str]]:
+        """The file and key of each tensor, by the name of its linear.
 
         Raises:
             RecipeError: if there is nothing to read.
         """
-        files = sorted(self.path.glob("*.safetensors")) if self.is_checkpoint else [self.path]
+        files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
         if not files or not all(file.is_file() for file in files):
             raise RecipeError(
                 f"mask_from {self.path} is neither a directory with .safetensors nor such a file: name a pruned "
                 "checkpoint or a safetensors file of masks"
             )
-        return {key.removesuffix(".weight"): file for file in files for key in _keys(file)}
+        return {key.removesuffix(".weight"): (file, key) for file in files for key in _keys(file)}
 
     def check_names(self, known: Collection[str]) -> None:
         """Raise ``RecipeError`` if a file of masks has one for something that is not in ``known``."""
-        if self.is_checkpoint:
-            return
-        for name in self.files:
+        for name in () if self.path.is_dir() else self.files:
             if not any(_same(name, other) for other in known):
                 raise RecipeError(
                     f"mask_from {self.path}: the model has no linear {name}: rename the mask as the model calls the "
                     f"linear (for example {_some(known)}), or remove it"
                 )
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a linear's mask, without reading it.
-
-        Raises:
-            RecipeError: if there is none, or its dtype is not that of a mask.
-        """
-        key = self._find(name)
-        with _open(self.files[key]) as tensors:
-            piece = tensors.get_slice(_full(key, tensors.keys()))
-            if not self.is_checkpoint and piece.get_dtype() not in MASK_DTYPES:
-                raise RecipeError(
-                    f"mask_from {self.path}: {key} is {piece.get_dtype()}, not bool or uint8: save masks as bool, or "
-                    "name the directory of a checkpoint to take its zeros"
-                )
-            return tuple(piece.get_shape())
-
-    def keep(self, name: str) -> Tensor:
-        """A linear's mask as it is stored, bool, True = the weight survives. The file is read at the first call.
-
-        Raises:
-            RecipeError: if there is none, or it has other values than 0 and 1.
-        """
-        if name not in self._packed:
-            key = self._find(name)
-            with _open(self.files[key]) as tensors:
-                tensor = tensors.get_tensor(_full(key, tensors.keys()))
-            if tensor.dtype == torch.uint8 and bool((tensor > 1).any()):
-                raise RecipeError(f"mask_from {self.path}: {key} has values above 1: a mask is 0 (pruned) or 1 (kept)")
-            self._packed[name] = (tensor.shape, _pack(tensor != 0))
-        shape, packed = self._packed[name]
-        return _unpack(packed, shape)
-
     def keep_OD(self, linear: Linear) -> Tensor:
-        """A linear's mask as outputs x inputs.
+        """A linear's mask, bool, outputs x inputs, True = the weight survives. It is read at the first call.
 
         Raises:
-            RecipeError: as ``keep``, or if the mask has another shape than the linear's weight.
+            RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
-        wanted, found = tuple(linear.parameter.shape), self.shape(linear.name)
-        if found != wanted:
+        if linear.name not in self._packed:
+            self._packed[linear.name] = _pack(self._read(linear))
+        return linear.orient(_unpack(self._packed[linear.name], linear.parameter.shape))
+
+    def _read(self, linear: Linear) -> Tensor:
+        """The mask as it is stored."""
+        file, key = self.files[self._find(linear.name)]
+        with _open(file) as tensors:
+            stored: Tensor = tensors.get_tensor(key)
+        if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
-                f"the external mask of {linear.name} has shape {found}, but the model stores its weight as {wanted}: "
-                "use masks that were made for this model"
+                f"mask_from {self.path}: {key} is {stored.dtype}, not bool or uint8: save masks as bool, or "
+                "name the directory of a checkpoint to take its zeros"
             )
-        return linear.orient(self.keep(linear.name))
+        if stored.dtype == torch.uint8 and bool((stored > 1).any()):
+            raise RecipeError(f"mask_from {self.path}: {key} has values above 1: a mask is 0 (pruned) or 1 (kept)")
+        if stored.shape != linear.parameter.shape:
+            raise RecipeError(
+                f"the external mask of {linear.name} has shape {tuple(stored.shape)}, but the model stores its weight "
+                f"as {tuple(linear.parameter.shape)}: use masks that were made for this model"
+            )
+        return stored != 0
 
     def _find(self, name: str) -> str:
         """The stored name of a linear: its own, or the same without the prefix of the model around its blocks."""
-        if name in self.files:
-            return name
-        found = [key for key in self.files if _same(key, name)]
+        found = [name] if name in self.files else [key for key in self.files if _same(key, name)]
         if len(found) != 1:
             raise RecipeError(
                 f"mask_from {self.path} has {'no' if not found else 'more than one'} mask for {name} (it has "
@@ -142,10 +115,6 @@ def _same(first: str, second: str) -> bool:
 def _some(names: Collection[str]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:LISTED]) + (" ..." if len(listed) > LISTED else "") if listed else "none"
-
-
-def _full(name: str, keys: Collection[str]) -> str:
-    return name if name in keys else f"{name}.weight"
 
 
 def _open(file: Path) -> safe_open:

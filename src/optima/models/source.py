@@ -37,19 +37,32 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OPTIONAL_PARTS = ("pooler",)
 # Of a file's content, for its fingerprint.
 SAMPLES, SAMPLE_BYTES = 256, 2**16
-# What transformers and its readers raise for bad input, by what is read. Anything else is a bug, and shows as one.
-# Missing, unreadable or no JSON; unknown kinds and contradictions; a package that this checkpoint needs.
-_READ = (OSError, ValueError, ImportError)
-# JSON of another form: fields that are missing, a list where an object belongs, text where a number belongs.
-_FORM = (KeyError, TypeError, AttributeError)
-READ_ERRORS: dict[str, tuple[type[Exception], ...]] = {
-    # JSON nested too deeply; no heads; fields that the configuration's class refuses.
-    "model": (*_READ, *_FORM, RecursionError, ZeroDivisionError, StrictDataclassError),
-    # No heads; sizes that are negative or overflow; a padding token outside the vocabulary.
-    "configuration": (*_READ, *_FORM, ZeroDivisionError, RuntimeError, AssertionError),
-    # Tensors of other shapes than the configuration says; files that are cut off or damaged.
-    "weights": (*_READ, *_FORM, RuntimeError, SafetensorError),
-    "tokenizer": (*_READ, *_FORM, RecursionError),
+# What transformers and its readers raise for bad input, whatever is read. Anything else is a bug, and shows as one.
+BAD_INPUT = (
+    *(OSError, ValueError, ImportError),  # unreadable or no JSON; contradictions; a package that a checkpoint needs
+    *(KeyError, TypeError, AttributeError),  # JSON of another form: missing fields, a list where an object belongs
+)
+# Besides, and the remedy, by what is read.
+READ: dict[str, tuple[tuple[type[Exception], ...], str]] = {
+    "model": (
+        # JSON nested too deeply; no heads; fields that the configuration's class refuses.
+        (RecursionError, ZeroDivisionError, StrictDataclassError),
+        "check that it is complete, and that its config.json is that of a model",
+    ),
+    "configuration": (
+        # No heads; sizes that are negative or overflow; a padding token outside the vocabulary.
+        (ZeroDivisionError, RuntimeError, AssertionError),
+        "check config.json, and whether a newer release of transformers knows the model",
+    ),
+    "weights": (
+        # Tensors of other shapes than the configuration says; files that are cut off or damaged.
+        (RuntimeError, SafetensorError),
+        "check that the checkpoint is complete and in safetensors or GGUF format",
+    ),
+    "tokenizer": (
+        (RecursionError,),
+        "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
+    ),
 }
 # Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
 MAX_COUNTS = (
@@ -58,12 +71,6 @@ MAX_COUNTS = (
     (re.compile(r"^num_labels$"), 10**7),
 )
 HUB_REMEDY = "check the spelling, the network and, for a private model, your login"
-REMEDIES = {
-    "model": "check that it is complete, and that its config.json is that of a model",
-    "configuration": "check config.json, and whether a newer release of transformers knows the model",
-    "weights": "check that the checkpoint is complete and in safetensors or GGUF format",
-    "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
-}
 
 
 @dataclass(frozen=True)
@@ -278,13 +285,16 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def explain_read_errors(source: Source, what: str) -> Iterator[None]:
-    """Turn a failure to read one of ``REMEDIES`` into a ``ModelError`` that names the source and the remedy."""
+    """Turn a failure to read one of ``READ`` into a ``ModelError`` that names the source and the remedy."""
+    more, remedy = READ[what]
+    errors: tuple[type[Exception], ...] = BAD_INPUT + more
     try:
         yield
-    except READ_ERRORS[what] as error:
+    except errors as error:
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
         detail = textwrap.shorten(kind + str(error), 300, placeholder=" ...") or type(error).__name__
-        remedy = REMEDIES[what] if source.local or what != "model" else HUB_REMEDY
+        if what == "model" and not source.local:
+            remedy = HUB_REMEDY
         if "trust_remote_code" in str(error):
             remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
         raise ModelError(f"the {what} of {source.name} cannot be read ({detail}): {remedy}") from error

@@ -6,10 +6,10 @@ Shapes: O outputs, D inputs.
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from os.path import commonpath
 from typing import Any, Protocol
 
 import torch
@@ -36,33 +36,26 @@ class Linear(Protocol):
     @property
     def name(self) -> str:
         """Full name in the model."""
-        ...
 
     @property
     def parameter(self) -> Tensor:
         """The parameter that holds the weight, as the model stores it."""
-        ...
 
     @property
     def shape(self) -> tuple[int, int]:
         """(O, D)."""
-        ...
 
     def orient(self, stored: Tensor) -> Tensor:
         """This linear's part of a tensor like ``parameter`` (a mask, a gradient) as outputs x inputs: a view."""
-        ...
 
     def read(self) -> Tensor:
         """weight_OD: a view of the parameter, or a copy of it, without gradient."""
-        ...
 
     def write(self, weight_OD: Tensor) -> None:
         """Replace the weight, cast to the parameter's dtype and device."""
-        ...
 
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Show ``see`` the inputs of every call, (..., D), before it is computed, until the handle's ``remove()``."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -120,6 +113,7 @@ class Block:
         linears: those to prune, in the order they are defined.
         routers: names of the linears that send tokens to experts, or weigh an expert's output.
         left: linears that ``select_linears`` left out.
+        shared: of the linears whose weight is also another parameter of the model, that one's name.
     """
 
     stack: str
@@ -129,6 +123,7 @@ class Block:
     linears: tuple[Linear, ...]
     routers: frozenset[str] = frozenset()
     left: tuple[Linear, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,13 +164,23 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         )
     name, members = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     counts = _expert_counts(config)
+    owners = defaultdict(list)
+    for owner, parameter in model.named_parameters(remove_duplicate=False):
+        owners[_memory(parameter)].append(owner.removesuffix(".weight"))
     blocks = []
     for index, module in enumerate(members):
         prefix = f"{name}.{index}" if name else str(index)
         linears = tuple(linears_of(module, prefix))
         routers = frozenset(f"{prefix}.{inner}" for inner in _routers(module, counts))
-        blocks.append(Block(name, index, prefix, module, linears, routers))
+        pairs = ((linear.name, other) for linear in linears for other in owners[_memory(linear.parameter)])
+        shared = {linear: other for linear, other in pairs if linear != other}
+        blocks.append(Block(name, index, prefix, module, linears, routers, shared=shared))
     return [Stack(name, tuple(blocks))]
+
+
+def _memory(parameter: Tensor) -> int:
+    """What tells a weight from others: two parameters may hold the same memory; on the meta device there is none."""
+    return parameter.data_ptr() or id(parameter)
 
 
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
@@ -244,12 +249,9 @@ def select_linears(
         return any(re.search(regex, name) for regex in targets) and not any(re.search(regex, name) for regex in ignore)
 
     def select(block: Block) -> Block:
-        chosen = {linear.name for linear in block.linears if wanted(linear.name)} - (
-            frozenset() if routers else block.routers
-        )
-        linears = tuple(linear for linear in block.linears if linear.name in chosen)
-        left = tuple(linear for linear in block.linears if linear.name not in chosen)
-        return replace(block, linears=linears, left=left)
+        dense = frozenset[str]() if routers else block.routers
+        linears = tuple(linear for linear in block.linears if wanted(linear.name) and linear.name not in dense)
+        return replace(block, linears=linears, left=tuple(each for each in block.linears if each not in linears))
 
     selected = [Stack(stack.name, tuple(select(block) for block in stack.blocks)) for stack in stacks]
     if not any(stack.needed for stack in selected):
@@ -262,26 +264,21 @@ def select_linears(
 
 
 def _check_own_weights(stacks: Sequence[Stack]) -> None:
-    """A weight that two linears share would be pruned twice, the second time for inputs that are no longer its own."""
-    owners: dict[int, str] = {}
-    shared: list[tuple[str, str]] = []
-    for stack in stacks:
-        for linear in (linear for block in stack.blocks for linear in block.linears):
-            owner = owners.setdefault(id(linear.parameter), linear.name)
-            shared += [(owner, linear.name)] if owner != linear.name else []
+    """A weight with two owners would be pruned twice, the second time for inputs that are no longer its own."""
+    shared = [
+        (linear.name, block.shared[linear.name], linear.name.removeprefix(f"{block.name}.").replace(".", "/"))
+        for stack in stacks
+        for block in stack.blocks
+        for linear in block.linears
+        if linear.name in block.shared
+    ]
     if shared:
-        # What the pairs' names end in alike, and of that what all pairs have in common: a module that is shared.
-        ends = [_common(one.split(".")[::-1], other.split(".")[::-1])[::-1] for one, other in shared]
-        module = ".".join(_common(*ends)) or shared[0][1]
+        name, other, within = shared[0]
+        module = (commonpath([each for _, _, each in shared]) or within).replace("/", ".")
         raise ModelError(
-            f"{shared[0][0]} and {shared[0][1]} are one weight, which two inputs would prune differently "
-            f"({len(shared)} such pairs): leave them out with --ignore '{re.escape(module)}'"
+            f"{name} and {other} are one weight, which two inputs would prune differently ({len(shared)} linears "
+            f"share theirs): leave them out with --ignore '{re.escape(module)}'"
         )
-
-
-def _common(*lists: Sequence[str]) -> list[str]:
-    """What all lists begin with."""
-    return [items[0] for items in takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False))]
 
 
 def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:

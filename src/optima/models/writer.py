@@ -32,7 +32,7 @@ ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
 
 def prepare(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: Source | None, directory: Path
-) -> dict[str, Any]:
+) -> None:
     """Write all of a checkpoint but its weights: what transformers refuses to save is refused before the long work.
 
     Args:
@@ -41,13 +41,11 @@ def prepare(
         source: where the model came from; its companion files are copied (see ``companions``).
         directory: where to; it exists.
 
-    Returns:
-        What the head of the source's README says (license, base_model, tags); empty without one.
-
     Raises:
         ModelError: if something cannot be saved, or the disk fails.
     """
-    card = {} if source is None else copy_companions(source, directory)
+    if source is not None:
+        copy_companions(source, directory)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError("the model has adapters, which are not written: merge them into its weights first")
     with explain_write_errors(directory), _no_bars():
@@ -62,34 +60,6 @@ def prepare(
                 "correct it (model.generation_config, for example) before pruning"
             ) from error
     (directory / WEIGHTS).unlink(missing_ok=True)
-    return card
-
-
-def check_shared(model: PreTrainedModel, blocks: Sequence[str]) -> None:
-    """Refuse weights that a block shares with another block, or with the rest: pruning one would change the other.
-
-    Args:
-        model: the model, or its skeleton.
-        blocks: full names of the blocks.
-
-    Raises:
-        ModelError: naming two that are one.
-    """
-    owners: dict[int, list[tuple[str | None, str]]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        # Two parameters may hold the same memory; on the meta device there is none.
-        owners[parameter.data_ptr() or id(parameter)].append((_owner(name, blocks), name))
-    for shared in owners.values():
-        if len({owner for owner, _ in shared}) > 1:
-            first, second = next((a, b) for a in shared for b in shared if a[0] != b[0])
-            raise ModelError(
-                f"{first[1]} and {second[1]} are one weight, which blocks share: pruning one would change the other; "
-                "choose a model without shared blocks"
-            )
-
-
-def _owner(name: str, blocks: Sequence[str]) -> str | None:
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
 class Writer:
@@ -181,6 +151,10 @@ class Writer:
         metadata = {"total_parameters": self.model.num_parameters(), "total_size": size}
         text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
         (self.directory / INDEX).write_text(text, encoding="utf-8")
+
+
+def _owner(name: str, blocks: Sequence[str]) -> str | None:
+    return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
 def _digest(file: Path) -> str | None:
