@@ -15,6 +15,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from optima import Recipe, prune
 from optima.cli import main
 from optima.errors import RecipeError
+from optima.models.masks import MaskFiles
+from optima.models.stacks import ModuleLinear
 
 UP = "model.layers.0.mlp.up_proj"
 EXTERNAL = ["--selector", "external", "--mask-from"]
@@ -162,7 +164,9 @@ class TestRefused:
         assert "takes its masks from mask_from" in cheap("--selector", "external")
         assert "mask_from is for selector external, not 'wanda'" in cheap("--mask-from", "masks.safetensors")
         assert "have their own sparsities" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "owl")
-        assert "scope needs a sparsity or a pattern" in cheap(*EXTERNAL, "masks.safetensors", "--scope", "row")
+        assert "scope needs to know the pattern of the external masks" in cheap(
+            *EXTERNAL, "masks.safetensors", "--scope", "row"
+        )
 
 
 def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:
@@ -174,6 +178,5 @@ def test_two_masks_for_one_linear(root: Path) -> None:
     masks = make_masks()
     mask = masks.pop(UP)
     masks |= {"layers.0.mlp.up_proj": mask, f"text.{UP}": mask.clone(), "mlp.up_proj": mask.clone()}
-    recipe = Recipe(selector="external", mask_from=saved(masks), max_seq_length=16)
     with pytest.raises(RecipeError, match=f"more than one mask for {UP}"):
-        prune(make_llama(), recipe, calibration=make_tokens())
+        MaskFiles(saved(masks)).keep_OD(ModuleLinear(UP, make_llama().get_submodule(UP)))

@@ -251,9 +251,7 @@ class TestEnd:
         run(overwrite=True)
         assert snapshot(here).keys() == {"out", "out/new", "out/report.json"}
 
-    def test_a_kill_between_two_renames_leaves_the_earlier_one_beside(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_kill_between_two_renames_leaves_the_earlier_one_beside(self, here: Path) -> None:
         make_output(here / "out")
         if os.fork() == 0:
             files.exchange = lambda first, second: False  # type: ignore[assignment]
@@ -263,10 +261,9 @@ class TestEnd:
         os.wait()
         assert not (here / "out").exists()
         run()
-        assert snapshot(here).keys() == {
-            *("out.1", "out.1/old", "out.1/report.json"),
-            *("out", "out/new", "out/report.json"),
-        }
+        assert set(os.listdir(here)) == {"out", "out.1"}
+        assert (here / "out" / "new").exists()
+        assert (here / "out.1" / "old").exists()
 
     def test_exchange_is_one_step(self, here: Path) -> None:
         for name in "ab":
