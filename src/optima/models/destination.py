@@ -71,12 +71,9 @@ def read_journal(file: Path) -> list[dict[str, Any]]:
 
 @dataclass
 class Destination:
-    """The output directory of one run.
+    """The output directory of one run: ``path`` is OUT without links, ``partial`` holds everything until the end.
 
-    Attributes:
-        path: OUT, absolute and without links.
-        partial: the directory beside it that holds everything until the end.
-        notes: what was done to the leavings of an earlier run.
+    ``notes`` say what was done to the leavings of an earlier run.
     """
 
     path: Path

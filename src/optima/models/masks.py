@@ -68,7 +68,7 @@ class MaskFiles:
     def _read(self, linear: Linear) -> Tensor:
         """The mask as it is stored."""
         file, key = self.files[self._find(linear.name)]
-        with _open(file) as tensors:
+        with safe_open(file, framework="pt") as tensors:
             stored: Tensor = tensors.get_tensor(key)
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
@@ -117,13 +117,9 @@ def _some(names: Collection[str]) -> str:
     return ", ".join(listed[:LISTED]) + (" ..." if len(listed) > LISTED else "") if listed else "none"
 
 
-def _open(file: Path) -> safe_open:
-    return safe_open(file, framework="pt")
-
-
 def _keys(file: Path) -> list[str]:
     try:
-        with _open(file) as tensors:
+        with safe_open(file, framework="pt") as tensors:
             return list(tensors.keys())
     except (OSError, SafetensorError) as error:
         raise RecipeError(f"mask_from: {file} is not a safetensors file ({error})") from error

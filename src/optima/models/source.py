@@ -37,33 +37,13 @@ PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 OPTIONAL_PARTS = ("pooler",)
 # Of a file's content, for its fingerprint.
 SAMPLES, SAMPLE_BYTES = 256, 2**16
-# What transformers and its readers raise for bad input, whatever is read. Anything else is a bug, and shows as one.
+# What transformers and its readers raise for bad input. Anything else is a bug, and shows as one.
 BAD_INPUT = (
-    *(OSError, ValueError, ImportError),  # unreadable or no JSON; contradictions; a package that a checkpoint needs
+    *(OSError, ValueError, ImportError),  # unreadable or no JSON; contradictions; a package that is missing
     *(KeyError, TypeError, AttributeError),  # JSON of another form: missing fields, a list where an object belongs
+    *(ZeroDivisionError, StrictDataclassError),  # no heads; fields that the configuration's class refuses
+    *(RuntimeError, SafetensorError),  # JSON nested too deeply; negative sizes; tensors of other shapes; cut-off files
 )
-# Besides, and the remedy, by what is read.
-READ: dict[str, tuple[tuple[type[Exception], ...], str]] = {
-    "model": (
-        # JSON nested too deeply; no heads; fields that the configuration's class refuses.
-        (RecursionError, ZeroDivisionError, StrictDataclassError),
-        "check that it is complete, and that its config.json is that of a model",
-    ),
-    "configuration": (
-        # No heads; sizes that are negative or overflow; a padding token outside the vocabulary.
-        (ZeroDivisionError, RuntimeError, AssertionError),
-        "check config.json, and whether a newer release of transformers knows the model",
-    ),
-    "weights": (
-        # Tensors of other shapes than the configuration says; files that are cut off or damaged.
-        (RuntimeError, SafetensorError),
-        "check that the checkpoint is complete and in safetensors or GGUF format",
-    ),
-    "tokenizer": (
-        (RecursionError,),
-        "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
-    ),
-}
 # Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
 MAX_COUNTS = (
     (re.compile(r"^(num|n|encoder|decoder)_(\w+_)?layers?$|\.block_count$"), 1000),
@@ -71,6 +51,12 @@ MAX_COUNTS = (
     (re.compile(r"^num_labels$"), 10**7),
 )
 HUB_REMEDY = "check the spelling, the network and, for a private model, your login"
+REMEDIES = {
+    "model": "check that it is complete, and that its config.json is that of a model",
+    "configuration": "check config.json, and whether a newer release of transformers knows the model",
+    "weights": "check that the checkpoint is complete and in safetensors or GGUF format",
+    "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
+}
 
 
 @dataclass(frozen=True)
@@ -99,15 +85,13 @@ class Source:
     @property
     def of_hub(self) -> dict[str, Any]:
         """Keyword arguments that every call to the hub shares."""
-        return {} if self.revision is None else {"revision": self.revision}
+        return {"revision": self.revision} if self.revision else {}
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments that every ``from_pretrained`` call shares."""
-        arguments: dict[str, Any] = {"trust_remote_code": self.trust_remote_code, **self.of_hub}
-        if self.gguf_file:
-            arguments["gguf_file"] = self.gguf_file
-        return arguments
+        of_gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {"trust_remote_code": self.trust_remote_code, **self.of_hub, **of_gguf}
 
 
 def find_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:
@@ -214,30 +198,18 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
 
 
 def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
-    """Load the weights into main memory, in evaluation mode.
-
-    Args:
-        source: where from.
-        dtype: ``auto`` keeps the checkpoint's own.
+    """Load the weights into main memory, in evaluation mode; dtype ``auto`` keeps the checkpoint's own.
 
     Raises:
         ModelError: if the weights cannot be found or read, or exist only as pickle files.
     """
     config = load_config(source)
-    arguments = source.arguments
-    if source.gguf_file:
-        arguments |= _dequantize_arguments()
-    else:
-        arguments["use_safetensors"] = True
-        arguments["config"] = config
+    arguments = source.arguments | (
+        _dequantize_arguments() if source.gguf_file else {"use_safetensors": True, "config": config}
+    )
     kind = model_class(config, source)
     with explain_read_errors(source, "weights"):
-        model, loading = kind.from_pretrained(
-            source.path,
-            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-            output_loading_info=True,
-            **arguments,
-        )
+        model, loading = kind.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **arguments)
     assert isinstance(model, PreTrainedModel)
     _check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
     model.eval()
@@ -285,16 +257,15 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def explain_read_errors(source: Source, what: str) -> Iterator[None]:
-    """Turn a failure to read one of ``READ`` into a ``ModelError`` that names the source and the remedy."""
-    more, remedy = READ[what]
-    errors: tuple[type[Exception], ...] = BAD_INPUT + more
+    """Turn a failure to read one of ``REMEDIES`` into a ``ModelError`` that names the source and the remedy."""
+    # A module asserts that the padding token is in the vocabulary.
+    errors = (*BAD_INPUT, AssertionError) if what == "configuration" else BAD_INPUT
     try:
         yield
     except errors as error:
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
         detail = textwrap.shorten(kind + str(error), 300, placeholder=" ...") or type(error).__name__
-        if what == "model" and not source.local:
-            remedy = HUB_REMEDY
+        remedy = REMEDIES[what] if source.local or what != "model" else HUB_REMEDY
         if "trust_remote_code" in str(error):
             remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
         raise ModelError(f"the {what} of {source.name} cannot be read ({detail}): {remedy}") from error

@@ -216,15 +216,11 @@ def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
             continue
         parts = name.split(".")
         around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
-        beside_experts = any("expert" in child for parent in around for child, _ in _members(parent))
+        beside = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
+        beside_experts = any("expert" in child for child in beside)
         named = any("router" in part for part in parts) or (beside_experts and bool(ROUTERS & set(parts[-2:])))
         if module.out_features == 1 or named or (beside_experts and module.out_features in counts):
             yield name
-
-
-def _members(module: nn.Module) -> Iterator[tuple[str, object]]:
-    yield from module.named_children()
-    yield from module.named_parameters(recurse=False)
 
 
 def select_linears(
@@ -232,11 +228,7 @@ def select_linears(
 ) -> list[Stack]:
     """The stacks with only the linears whose full name matches a target and no ignored regex (``re.search``).
 
-    Args:
-        stacks: as ``find_stacks`` gives them.
-        targets: regexes.
-        ignore: regexes.
-        routers: whether targets may match routers; they are left dense otherwise.
+    Routers are left dense unless ``routers`` says that targets mean them too.
 
     Raises:
         ModelError: if nothing is left (the message lists what was there), or two linears are one weight.

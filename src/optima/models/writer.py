@@ -38,8 +38,8 @@ def prepare(
     Args:
         model: its configuration, generation configuration and, if trusted, its own code are saved.
         tokenizer: saved beside them.
-        source: where the model came from; its companion files are copied (see ``companions``).
-        directory: where to; it exists.
+        source: its companion files are copied (see ``companions``).
+        directory: it exists.
 
     Raises:
         ModelError: if something cannot be saved, or the disk fails.
