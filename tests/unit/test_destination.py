@@ -163,6 +163,11 @@ class TestTwoRuns:
             (destination.directory / "new").touch()
         assert (here / "out" / "new").exists()
 
+    def test_the_run_file_says_what_the_run_is(self, here: Path) -> None:
+        with claim(run={"recipe": {"sparsity": 0.5}}) as destination:
+            found = json.loads((destination.partial / "run.json").read_text())
+        assert found.keys() == {"command", "pid", "host", "started", "recipe"}
+
     def test_in_another_process(self, here: Path) -> None:
         with claim():
             child = os.fork()
