@@ -22,12 +22,11 @@ from harness.timing import use_threads
 from torch import Tensor
 
 from optima.linalg.statistics import Statistics
-from optima.patterns import NM, Pattern, parse_table
+from optima.patterns import NM, Pattern, group_width, parse_table
 from optima.qp import Hessian
 from optima.selectors.base import LinearTask, make_selector
-from optima.swaps.exchange import group_width
 from optima.swaps.pivots import Tableau
-from optima.swaps.search import SwapRefinement, full_tableau
+from optima.swaps.search import SwapRefinement, System, solve, tableau_of
 
 COLUMNS = ("optima", "alps, greedy swaps", "optima, greedy swaps", "annealed")
 REBUILD = 500  # accepted swaps after which rounding has had its time
@@ -110,6 +109,14 @@ def anneal(
         if accepted % REBUILD == 0:
             tableau, _ = full_tableau(hessian, weight_1D, tableau.kept_AB, pattern)
     return tableau.kept_AB.clone()
+
+
+def full_tableau(hessian: Hessian, weight_AD: Tensor, keep_AD: Tensor, pattern: Pattern) -> tuple[Tableau, float]:
+    """The tableau of all inputs, float64, and the largest optimal error of the rows, to study what swaps can do."""
+    system = System(hessian, torch.float64, pattern)
+    optimum = solve(system, weight_AD.double() * system.norm_D, keep_AD)
+    every_AB = torch.arange(system.num_inputs, device=keep_AD.device).expand(len(keep_AD), -1)
+    return tableau_of(system, optimum, every_AB), float(optimum.error_A.max())
 
 
 def propose(

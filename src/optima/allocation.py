@@ -194,7 +194,7 @@ def error_curve(task: LinearTask, sparsities: Sequence[float], num_rows: int) ->
     middle = Unstructured(sparsities[len(sparsities) // 2], "row")
     chunks = task.weight_OD.split(rows_per_chunk(task.hessian.num_inputs))
     cost_O = torch.cat([_removal_cost(weight_RD, task, middle) for weight_RD in chunks])
-    dense, cost = sum(float(_energy(weight_RD, task).sum()) for weight_RD in chunks), float(cost_O.sum())
+    dense, cost = float(task.hessian.loss(task.weight_OD).sum()), float(cost_O.sum())
     if not dense or not cost:
         return [0.0] * len(sparsities)
     # Systematic sampling: one row at the middle of each equal share of the cost.
@@ -207,7 +207,7 @@ def error_curve(task: LinearTask, sparsities: Sequence[float], num_rows: int) ->
     for sparsity in sparsities:
         keep_RD = top_scores(score_RD, Unstructured(sparsity, "row"))
         solution = solver.solve(task.hessian, make_problem(task.hessian, weight_RD, keep_RD))
-        error_R = _energy(weight_RD - solution.weight_RD, task)
+        error_R = task.hessian.loss(weight_RD - solution.weight_RD)
         errors.append(float((error_R / cost_O[index_R]).mean()) * cost / dense)
     return errors
 
@@ -216,13 +216,6 @@ def _removal_cost(weight_RD: Tensor, task: LinearTask, pattern: Unstructured) ->
     """Each row's cost of removing the weights that Wanda prunes, each as if it were the only one; float64."""
     gone_RD = ~top_scores(wanda_score(weight_RD, task.hessian), pattern) & ~task.hessian.dead_D
     return (weight_RD.double().square() / task.hessian.inverse_diagonal_D * gone_RD).sum(dim=1)
-
-
-def _energy(weight_RD: Tensor, task: LinearTask) -> Tensor:
-    """Mean square of each row's output, w^T H w, float64."""
-    weight_RD = weight_RD.double()
-    energy_R: Tensor = torch.linalg.vecdot(weight_RD @ task.hessian.matrix_DD, weight_RD)
-    return energy_R
 
 
 def least_sum(grid_P: Tensor, curve_NP: Tensor, sizes: Sequence[int], mean: float) -> list[float]:

@@ -25,7 +25,7 @@ from optima.qp.rows import rows_per_chunk
 from optima.recipe import Recipe
 from optima.reporting.progress import Progress
 from optima.reporting.record import LinearRecord
-from optima.selectors.base import ExpectsTargets, LinearTask, Selection, Selector, Target, needs_gradient
+from optima.selectors.base import ExpectsTargets, LinearTask, Selection, Selector, Target, needs_of
 from optima.swaps.search import Refined
 
 Dump = Callable[[Linear, Hessian], None]
@@ -66,7 +66,7 @@ class Pruner:
         expect_targets(self._selector, blocks)
         inputs = capture_block_inputs(model, blocks, batches)
         self._allocate(blocks, BlockInputs(list(inputs.hidden), inputs.calls))
-        self._walk(blocks, inputs, self._visit, gradients=needs_gradient(self._selector))
+        self._walk(blocks, inputs, self._visit, gradients="gradient" in needs_of(self._selector))
 
     def _allocate(self, blocks: Sequence[Block], inputs: BlockInputs) -> None:
         """Give each linear its share of the global sparsity, from a survey of the dense model where that takes one."""

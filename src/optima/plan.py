@@ -6,7 +6,6 @@ Shapes: O outputs, D inputs, T tokens.
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from optima.errors import ModelError
 from optima.models.masks import MaskFiles
 from optima.models.source import Source, explain_read_errors, load_config, model_class
 from optima.models.stacks import Block, Linear, find_blocks, linears_of, select_linears, uncovered_parameters
-from optima.patterns import Pattern, Unstructured
+from optima.patterns import Pattern
 from optima.pipeline import expect_targets
 from optima.qp.rows import BYTES_PER_ENTRY, rows_per_chunk
 from optima.recipe import Recipe
-from optima.selectors.base import cost_of, needs_gradient
+from optima.selectors.base import needs_of
 from optima.selectors.external import External
 
 # Iterations that a row takes to a certified gap of 1e-4, at most 22 on average over a linear (benchmarks/qp.py).
@@ -201,7 +200,7 @@ def predict_memory(
     groups: Sequence[Groups], blocks: Sequence[Block], recipe: Recipe, patterns: dict[str, Pattern], itemsize: int
 ) -> int:
     """Peak bytes of calibrating and solving any one block, beyond the weights and the stored block inputs."""
-    gradients = needs_gradient(recipe.make_selector())
+    gradients = "gradient" in needs_of(recipe.make_selector())
 
     def peak(block: Block, own: Groups) -> int:
         held = 4 * sum(linear.weight_OD.numel() for linear in block.linears) if gradients else 0
@@ -274,31 +273,18 @@ def _solve_bytes(groups: Groups, recipe: Recipe, patterns: dict[str, Pattern]) -
     """Hessians still waiting, the factorisation of one, and the work space of one linear: its selector's, that of the
     swaps, then the solver's.
     """
-    cost, refinement = cost_of(recipe.make_selector()), recipe.make_refinement()
     peak, waiting = 0, sum(8 * group[0].shape[1] ** 2 for group in groups)
     for group in groups:
         outputs, inputs = max(linear.shape for linear in group)
-        factorisation = inputs**2 * (4 * 8 + 4 + 4 + cost.kept_per_square)
+        factorisation = inputs**2 * (4 * 8 + 4 + 4 + 8)
         # The second linear of a group finds what the first one's solver has left.
-        squares = max(cost.per_square * inputs**2, factorisation if len(group) > 1 else 0)
-        selection = squares + outputs * inputs * (2 * 4 + cost.per_weight)
+        squares = max(64 * inputs**2, factorisation if len(group) > 1 else 0)
+        selection = squares + outputs * inputs * (2 * 4 + 50)
         weights = outputs * inputs * (4 * 4 + 1)
         workspace = min(outputs, rows_per_chunk(inputs)) * inputs * BYTES_PER_ENTRY
-        if refinement is not None:
-            kept = [kept_of_rows(linear, patterns[linear.name]) for linear in group]
-            workspace += max(refinement.work_bytes(outputs, inputs, *counts) for counts in kept)
         peak = max(peak, waiting + selection, waiting + factorisation + weights + workspace)
         waiting -= 8 * inputs**2
     return peak
-
-
-def kept_of_rows(linear: Linear, pattern: Pattern) -> tuple[int, int]:
-    """The least and the most weights that a row can keep."""
-    inputs = linear.shape[1]
-    if isinstance(pattern, Unstructured) and pattern.scope != "row":
-        return 0, inputs
-    kept = (1.0 - pattern.sparsity) * inputs
-    return math.floor(kept), math.ceil(kept)
 
 
 def _operations(groups: Groups, block: Block, recipe: Recipe, patterns: dict[str, Pattern]) -> float:
@@ -310,15 +296,10 @@ def _operations(groups: Groups, block: Block, recipe: Recipe, patterns: dict[str
     hessians = sum(2.0 * tokens * group[0].shape[1] ** 2 for group in groups)
     sizes = [linear.shape for group in groups for linear in group]
     selector = recipe.make_selector()
-    products = cost_of(selector).products + _solver_products(recipe)
+    products = 75 + _solver_products(recipe)
     passes = 1 if recipe.allocation == "uniform" else 2
-    backward = 1.5 * forward if needs_gradient(selector) else 0.0
+    backward = 1.5 * forward if "gradient" in needs_of(selector) else 0.0
     linears = sum(2.0 * products * outputs * inputs**2 for outputs, inputs in sizes)
-    refinement = recipe.make_refinement()
-    if refinement is not None:
-        for linear in block.linears:
-            kept = round((1.0 - patterns[linear.name].sparsity) * linear.shape[1])
-            linears += refinement.operations(*linear.shape, kept)
     return backward + passes * (forward + hessians) + linears
 
 

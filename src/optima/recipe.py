@@ -17,7 +17,7 @@ from optima.errors import RecipeError
 from optima.models.masks import MaskFiles
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
 from optima.qp import SOLVERS, RowSolver, make_solver
-from optima.selectors.base import SELECTOR_NAMES, Selector, make_selector
+from optima.selectors.base import SELECTOR_NAMES, Selector, load_foreign, make_selector
 from optima.selectors.external import External
 from optima.swaps.search import SwapRefinement
 
@@ -127,6 +127,8 @@ class Recipe:
             return External(MaskFiles(self.mask_from))
         if self.mask_from is not None:
             raise RecipeError(f"mask_from is for selector external, not {self.selector}: leave out one of them")
+        if ":" in self.selector:
+            return load_foreign(self.selector, current_directory=True)
         return make_selector(self.selector)
 
     def _check_refine(self) -> None:

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from optima.errors import RecipeError
 from optima.patterns import NM, Pattern, Unstructured
-from optima.recipe import Recipe
-from optima.selectors.base import SELECTORS, make_selector, needs_gradient
+from optima.selectors.base import SELECTORS, load_foreign, make_selector, needs_of
 from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.ria import RIA
@@ -105,7 +104,9 @@ def test_gradient(pattern: Pattern) -> None:
 
 
 def test_only_the_gradient_selector_needs_gradients() -> None:
-    assert [name for name in SELECTORS if needs_gradient(make_selector(name))] == ["gradient"]
+    assert {name: needs_of(make_selector(name)) for name in SELECTORS if needs_of(make_selector(name))} == {
+        "gradient": {"gradient"}
+    }
 
 
 def test_wanda_ignores_damping() -> None:
@@ -206,11 +207,11 @@ class TestOwnSelector:
     def test_found_in_the_current_directory(self) -> None:
         weight_OD, inputs_TD = make_layer()
         path = list(sys.path)
-        selector = Recipe(selector="own_selectors:Mine").make_selector()
+        selector = load_foreign("own_selectors:Mine", current_directory=True)
         assert sys.path == path
         selection = selector.select(layer_of(weight_OD, inputs_TD), Unstructured(0.5))
         assert torch.equal(selection.keep_OD, plain_keep(weight_OD, Unstructured(0.5)))
-        assert not needs_gradient(selector)
+        assert not needs_of(selector)
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -224,4 +225,17 @@ class TestOwnSelector:
     )
     def test_refused(self, name: str, message: str) -> None:
         with pytest.raises(RecipeError, match=message):
-            Recipe(selector=name)
+            load_foreign(name, current_directory=True)
+        with pytest.raises(RecipeError, match="unknown selector"):
+            make_selector(name)
+
+    def test_the_current_directory_is_asked_for(self) -> None:
+        with pytest.raises(RecipeError, match="own_selectors cannot be imported"):
+            load_foreign("own_selectors:Mine")
+
+    def test_a_need_that_nothing_meets_is_refused(self) -> None:
+        class Curious(Wanda):
+            needs = frozenset({"gradient", "fisher"})
+
+        with pytest.raises(RecipeError, match="Curious needs fisher: known needs are gradient"):
+            needs_of(Curious())

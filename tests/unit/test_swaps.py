@@ -83,17 +83,6 @@ def test_chunks_hold_rows_alike_that_fit() -> None:
     assert swaps.chunk_sizes([10] * 600) == [swaps.LARGEST_CHUNK, 600 - swaps.LARGEST_CHUNK]
 
 
-def test_a_proof_costs_more_than_a_budget_and_that_more_than_few_candidates() -> None:
-    sizes = {"outputs": 2048, "inputs": 2048}
-    few, many = (SwapRefinement(8, number, number) for number in (64, 256))
-    proof = SwapRefinement(1000)
-    operations = [refinement.operations(**sizes, kept=1024) for refinement in (few, many, proof)]
-    work = [refinement.work_bytes(**sizes, least_kept=1024, most_kept=1024) for refinement in (few, many, proof)]
-    assert operations == sorted(operations)
-    assert operations[0] < operations[1] < operations[2]
-    assert work == sorted(work)
-
-
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_a_budget_never_raises_a_row(pattern: Pattern) -> None:
     weight_OD, inputs_TD = make_layer(12, 40, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """The layer in units in which H has a unit diagonal: ||X (V - W)^T|| is the same with H_ij / (n_i n_j) and W_ij n_j.
 
-|W_ij n_j| is then Wanda's score, which is why splitting methods project in these units (Boza 2024, section 3.3).
+|W_ij n_j| is then Wanda's score, which is why ADMM methods project in these units (Boza 2024, section 3.3).
 
 Shapes: O outputs (rows), D inputs.
 """
@@ -29,7 +29,7 @@ def unit_diagonal(matrix_DD: Tensor, dead_D: Tensor) -> UnitDiagonal:
     return UnitDiagonal(scaled_DD, norm_D)
 
 
-def price_unit(hessian: Hessian, theta: float = 0.75) -> Tensor:
+def saliency_unit(hessian: Hessian, theta: float = 0.75) -> Tensor:
     """u with u_i^2 = H_ii^(1-theta) K_ii^(-theta), float64, K the inverse of the damped H.
 
     Removing a weight v from a row that keeps the inputs S costs twice the error v^2 / a, a = (H_SS^-1)_ii, which lies

@@ -119,6 +119,7 @@ class Verifier:
         gradient_BD = difference_BD @ hessian.damped_DD
         # A kept dead input stays at its target and a pruned one has target 0, so the decoupled diagonal adds nothing.
         error_B = 0.5 * torch.linalg.vecdot(difference_BD, gradient_BD).clamp_min(0.0)
+        size_B = (difference_BD.square_() @ (hessian.damped_DD.diagonal() / hessian.mean_diagonal)).sqrt() / scale_B
         del difference_BD
         gradient_BD *= (1.0 / (hessian.mean_diagonal * scale_B))[:, None]
         residual_BD = gradient_BD.to(self.mask_RD.dtype).mul_(self.mask_RD[rows])
@@ -126,12 +127,21 @@ class Verifier:
         free_BD, cost_B = _split_multipliers(hessian, problem, weight_BD, residual_BD, scale_B)
         if extension_BD is not None:
             free_BD = free_BD + extension_BD
-        norm_B = hessian.whitener(free_BD.dtype).squared_norm(free_BD)
-        # Either may have been rounded: the residual where rows are kept in float32, the product where it is whitened.
-        if torch.float32 in (self.mask_RD.dtype, free_BD.dtype):
-            norm_B *= WHITENING_MARGIN
+        norm_B = self._raised(hessian.whitener(free_BD.dtype).squared_norm(free_BD), size_B)
         bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + cost_B)
         return Certificate(error_B, bound_B, self._relative(bound_B, error_B, rows), residual_BD)
+
+    def _raised(self, norm_B: Tensor, size_B: Tensor) -> Tensor:
+        """||L^-1 r'||^2 raised by all that rounding can have hidden of it (docs/mathematics.md, section 6).
+
+        The factor and a substitution in float64 change its root by the first factor at most; the residual's own
+        rounding, whitened, is at most the second term, with ``size_B`` the root of sum_i H_ii (w - v)_i^2. A norm that
+        is exactly zero has nothing to round.
+        """
+        rounding, condition = self.hessian.rounding, self.hessian.condition
+        factor, term = (1.0 + rounding * condition) ** 2, rounding * (self.hessian.num_inputs * condition) ** 0.5
+        proven_B = (factor * norm_B.sqrt() + term * size_B).square()
+        return torch.where(norm_B > 0, torch.maximum(WHITENING_MARGIN * norm_B, proven_B), 0.0)
 
     def _relative(self, bound_B: Tensor, error_B: Tensor, rows: slice | Tensor) -> Tensor:
         """The bound relative to what the optimum must at least lose, or to the floor of what matters."""

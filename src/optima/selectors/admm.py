@@ -15,7 +15,7 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from optima.linalg.hessian import Hessian
 from optima.linalg.products import SharedMatrix
 from optima.linalg.scaling import scaled_weight, unit_diagonal
 from optima.patterns import Pattern, Scope, Unstructured
-from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores
 
 
@@ -41,7 +41,7 @@ class ADMM:
     """Mask and update as published. Cost: one inverse a Hessian, then a product with D x D an iteration.
 
     Args:
-        iterations: of the splitting.
+        iterations: of the alternation.
         gradual_iterations: the first of them, in which the mask follows the schedule.
         penalty: rho.
         ridge: added to the unit diagonal of H, in the place of the recipe's damping (0.1 in the published code).
@@ -52,7 +52,6 @@ class ADMM:
     penalty: float = 1.0
     ridge: float = 0.1
     published_scope: Scope = "layer"
-    cost: ClassVar[Cost] = Cost(per_square=28, per_weight=40, kept_per_square=8, products=21)
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
         matrix_DD, norm_D = unit_diagonal(hessian.damped(0.0), hessian.dead_D)

@@ -1,4 +1,4 @@
-"""ALPS: operator splitting with a growing penalty finds the mask, conjugate gradient re-solves the weights.
+"""ALPS: ADMM with a growing penalty finds the mask, conjugate gradient re-solves the weights.
 
 Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models", NeurIPS 2024
 (arXiv 2406.07831), algorithms 1 and 2. In units in which the damped H has a unit diagonal, with G = H W^T:
@@ -17,7 +17,7 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from optima.linalg.products import SharedMatrix
 from optima.linalg.scaling import scaled_weight, unit_diagonal
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import Pattern, Scope
-from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores
 
 # Growth of rho for a change of the support beyond this fraction of the kept weights.
@@ -61,7 +61,7 @@ class ALPS:
 
     Args:
         penalty: rho at the start.
-        max_iterations: of the splitting.
+        max_iterations: of ADMM.
         cg_iterations: of conjugate gradient on the support.
     """
 
@@ -69,7 +69,6 @@ class ALPS:
     max_iterations: int = 300
     cg_iterations: int = 10
     published_scope: Scope = "layer"
-    cost: ClassVar[Cost] = Cost(per_square=64, per_weight=50, kept_per_square=8, products=75)
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -77,14 +76,14 @@ class ALPS:
         dense_OD = scaled_weight(task.weight_OD, task.hessian, norm_D)
         target_OD = operator(dense_OD)
         inverse = ShiftedInverse(eigen, dense_OD, CHECK_EVERY)
-        splitting = _Splitting(inverse, target_OD, dense_OD, pattern, self.penalty)
-        weight_OD = splitting.run(self.max_iterations)
+        admm = _ADMM(inverse, target_OD, dense_OD, pattern, self.penalty)
+        weight_OD = admm.run(self.max_iterations)
         keep_OD = top_scores(weight_OD.abs(), pattern)
         weight_OD = conjugate_gradient(operator, target_OD, weight_OD * keep_OD, keep_OD, self.cg_iterations)
         return Selection(keep_OD, weight_OD / norm_D)
 
 
-class _Splitting:
+class _ADMM:
     """The state of algorithm 1: the fit B, its projection D and the dual V, O x D each."""
 
     def __init__(

@@ -9,7 +9,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -59,11 +59,10 @@ class Selection:
 
 @runtime_checkable
 class Selector(Protocol):
-    """Chooses which weights survive. Sees one layer and a pattern: never a model or a file.
+    """Chooses which weights survive. Sees one linear and a pattern: never a model or a file.
 
-    A selector that scores with gradients has, beyond this, ``needs_gradient = True`` (see ``NeedsGradient``); one that
-    must know all linears beforehand has ``expect`` (see ``ExpectsTargets``); one that holds or computes much has
-    ``cost`` (see ``Cost``).
+    A selector may have, beyond this, ``needs``, a frozenset of what calibration must find for it (see ``needs_of``),
+    and ``expect`` (see ``ExpectsTargets``).
     """
 
     @property
@@ -72,47 +71,22 @@ class Selector(Protocol):
         ...
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
-        """Choose the survivors among the weights of ``layer``."""
+        """Choose the survivors among the weights of ``task``."""
         ...
 
 
-@runtime_checkable
-class NeedsGradient(Protocol):
-    """A selector that says whether it needs ``gradient_OD``, which costs a backward pass through every block."""
+def needs_of(selector: Selector) -> frozenset[str]:
+    """What calibration must find for ``selector`` beyond the statistics: nothing, or ``gradient`` for ``gradient_OD``.
 
-    needs_gradient: bool
-
-
-def needs_gradient(selector: Selector) -> bool:
-    """Whether ``selector`` needs gradients: one that does not say does not."""
-    return isinstance(selector, NeedsGradient) and selector.needs_gradient
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a selector takes, for a plan: most bytes at a time, without the Hessian and the weights, and operations.
-
-    Attributes:
-        per_square: bytes for each entry of a D x D matrix, with what it lets the Hessian prepare.
-        per_weight: bytes for each weight.
-        kept_per_square: of ``per_square``, what lives on as long as the Hessian, beside its factorisation.
-        products: of the weights with a D x D matrix, typically.
+    Raises:
+        RecipeError: if it asks for what nothing can give.
     """
-
-    per_square: int
-    per_weight: int
-    kept_per_square: int = 0
-    products: int = 0
-
-
-# Scores and a mask; for a selector that does not say.
-SCORES = Cost(per_square=0, per_weight=12)
-
-
-def cost_of(selector: Selector) -> Cost:
-    """What ``selector`` takes: one that does not say is taken to hold scores and a mask."""
-    cost = getattr(selector, "cost", None)
-    return cost if isinstance(cost, Cost) else SCORES
+    needs = frozenset(getattr(selector, "needs", ()))
+    if unknown := needs - NEEDS:
+        raise RecipeError(
+            f"selector {type(selector).__name__} needs {', '.join(sorted(unknown))}: known needs are {', '.join(NEEDS)}"
+        )
+    return needs
 
 
 @dataclass(frozen=True)
@@ -139,6 +113,7 @@ class ExpectsTargets(Protocol):
         ...
 
 
+NEEDS = frozenset({"gradient"})
 SELECTORS = {
     "magnitude": "magnitude:Magnitude",
     "wanda": "wanda:Wanda",
@@ -154,41 +129,32 @@ SELECTOR_NAMES = (*SELECTORS, "external")
 
 
 def make_selector(name: str) -> Selector:
-    """The selector called ``name``, or an instance of the class that ``package.module:Class`` names.
-
-    Modules are looked for in the current directory too.
+    """The package's own selector called ``name``, at its published settings.
 
     Raises:
-        RecipeError: if the name is unknown, or does not lead to a selector.
+        RecipeError: if the name is none of ``SELECTORS``.
     """
     if name in SELECTORS:
-        return _load(f"optima.selectors.{SELECTORS[name]}")
-    if ":" in name:
-        return _load(name)
+        return load_foreign(f"optima.selectors.{SELECTORS[name]}")
     if name == "external":
         raise RecipeError("selector external takes its masks from mask_from: name a checkpoint or a file of masks")
     known = ", ".join(SELECTOR_NAMES)
     raise RecipeError(f"unknown selector {name!r}: known selectors are {known}, or your own as package.module:Class")
 
 
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    """An installed command does not look for modules there."""
-    here = os.getcwd()
-    known = here in sys.path or "" in sys.path
-    if not known:
-        sys.path.append(here)
-    try:
-        yield
-    finally:
-        if not known:
-            sys.path.remove(here)
+def load_foreign(path: str, current_directory: bool = False) -> Selector:
+    """An instance of the class that ``package.module:Class`` names. Importing it runs its code.
 
+    Args:
+        path: where the class is.
+        current_directory: look for modules there too, as an installed command does not.
 
-def _load(path: str) -> Selector:
+    Raises:
+        RecipeError: if the path does not lead to a selector.
+    """
     module_name, _, class_name = path.partition(":")
     try:
-        with _current_directory_importable():
+        with _importable(os.getcwd()) if current_directory else nullcontext():
             module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise RecipeError(f"selector {path}: {module_name} cannot be imported ({error})") from error
@@ -201,3 +167,15 @@ def _load(path: str) -> Selector:
     if not isinstance(selector, Selector):
         raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(task, pattern)")
     return selector
+
+
+@contextmanager
+def _importable(directory: str) -> Iterator[None]:
+    known = directory in sys.path or "" in sys.path
+    if not known:
+        sys.path.append(directory)
+    try:
+        yield
+    finally:
+        if not known:
+            sys.path.remove(directory)

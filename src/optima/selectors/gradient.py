@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from optima.errors import RecipeError
 from optima.patterns import Pattern, Scope
-from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores
 
 
@@ -23,7 +23,7 @@ class Gradient:
     """Score (alpha G_ij + ||X_j||) |W_ij|.
 
     Cost: a backward pass of every block over the calibration text, about three times its forward pass, which the
-    pipeline runs because ``needs_gradient`` says so.
+    pipeline runs because ``needs`` says so.
 
     Args:
         alpha: weight of the gradient.
@@ -31,14 +31,13 @@ class Gradient:
 
     alpha: float = 100.0
     published_scope: Scope = "row"
-    cost: ClassVar[Cost] = Cost(per_square=0, per_weight=16)
-    needs_gradient: bool = True
+    needs: ClassVar[frozenset[str]] = frozenset({"gradient"})
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``.
 
         Raises:
-            RecipeError: if the layer comes without its gradient.
+            RecipeError: if the linear comes without its gradient.
         """
         if task.gradient_OD is None:
             raise RecipeError(f"selector gradient needs the gradient of {task.name}: give LinearTask its gradient_OD")

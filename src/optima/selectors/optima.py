@@ -1,15 +1,15 @@
-"""OPTIMA's own selector: splitting with a slowly rising penalty, in units that lie between the two prices of a weight.
+"""OPTIMA's own selector: ADMM with a slowly rising penalty, in units between the two saliencies of a weight.
 
 As in ADMM (Boza, arXiv 2401.02938) and ALPS (Meng et al., NeurIPS 2024), a least-squares fit that is pulled towards the
-last mask and the projection of fit and dual onto the pattern take turns:
+last mask and the projection of fit and dual onto the pattern alternate:
 
     B = (H + rho I)^-1 (H W^T + rho (D - U)),   D = P(B + U),   U = B + U - D.
 
-Those work in units in which H has a unit diagonal, where P prices the removal of a weight as if no other could make up
-for it, w_i^2 H_ii. With all others making up for it the price is w_i^2 / K_ii, K = H^-1 (the optimal brain surgeon's).
+Those work in units in which H has a unit diagonal, where P ranks weights as if no other could make up for one,
+by w_i^2 H_ii. With all others making up for it the saliency is w_i^2 / K_ii, K = H^-1 (the optimal brain surgeon's).
 On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-theta) K_ii^(-theta) with theta = 3/4, and
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
-a one-swap optimum (``optima.swaps.search`` finds little to improve), for the price of products.
+a one-swap optimum (``optima.swaps.search`` finds little to improve), at the cost of products.
 
 Its scope is ``balanced``. Ranking the whole layer leaves the lowest reconstruction error and a worse model: rows whose
 outputs have little energy are starved, though what follows may need them as much as the others (docs/benchmarks.md).
@@ -20,17 +20,17 @@ Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import scaled
-from optima.linalg.scaling import price_unit, scaled_weight
+from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import NM, Pattern, Scope, Unstructured
-from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import row_units, top_scores
 
 # Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
@@ -45,7 +45,7 @@ LARGEST_COMPARED = 8
 
 
 class _System(NamedTuple):
-    """Units between the two prices, and the eigendecomposition of the damped H in them, in the weights' dtype."""
+    """Units between the two saliencies, and the eigendecomposition of the damped H in them, in the weights' dtype."""
 
     unit_D: Tensor
     eigen: Eigen
@@ -63,7 +63,7 @@ class Optima:
         last_penalty: rho of the last one; the stages between are spaced geometrically.
         stages: number of penalties.
         group_stages: the same for N:M patterns, whose small groups settle sooner.
-        iterations: of the splitting in each stage.
+        iterations: of ADMM in each stage.
         theta: 0 for units of a unit diagonal, 1 for units in which K has a unit diagonal.
     """
 
@@ -74,11 +74,10 @@ class Optima:
     iterations: int = 3
     theta: float = 0.75
     published_scope: Scope = "balanced"
-    cost: ClassVar[Cost] = Cost(per_square=36, per_weight=35, kept_per_square=4, products=61)
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
         # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
-        unit_D = price_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
+        unit_D = saliency_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
         eigen = eigendecomposition(_in_units(hessian, unit_D.to(dtype)), dtype)
         if len(unit_D) and torch.finfo(dtype).eps * float(eigen.value_D[-1]) > ROUNDING * self.first_penalty:
             eigen = eigendecomposition(_in_units(hessian, unit_D), dtype)
@@ -119,7 +118,7 @@ def _in_units(hessian: Hessian, unit_D: Tensor) -> Tensor:
 
 
 class RoughMask:
-    """What a pattern keeps, nearly: only the last mask of a splitting has to have exact counts.
+    """What a pattern keeps, nearly: only the last mask of ADMM has to have exact counts.
 
     Unstructured sparsity keeps its thresholds until they are renewed, and a layer's is taken from a sample of its
     scores; equal scores of an N:M group go together.

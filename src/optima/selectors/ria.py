@@ -10,10 +10,9 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from optima.patterns import Pattern, Scope
-from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores
 
 
@@ -27,7 +26,6 @@ class RIA:
 
     power: float = 0.5
     published_scope: Scope = "layer"
-    cost: ClassVar[Cost] = Cost(per_square=0, per_weight=20)
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""

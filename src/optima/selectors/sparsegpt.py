@@ -9,13 +9,12 @@ Shapes: O outputs (rows), D inputs, B columns of one block.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from optima.patterns import GROUP_SIZE, NM, Pattern, Scope, Unstructured
-from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
 
 
@@ -34,7 +33,6 @@ class SparseGPT:
 
     blocksize: int = GROUP_SIZE
     published_scope: Scope = "group"
-    cost: ClassVar[Cost] = Cost(per_square=36, per_weight=14, kept_per_square=8, products=1)
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from optima.linalg.gather import solve_selected
 from optima.patterns import NM, Pattern, Scope, Unstructured
-from optima.selectors.base import Cost, LinearTask, Selection
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
 
 
@@ -41,7 +40,6 @@ class Thanos:
     nm_blocksize: int = 512
     outlier_rows: float = 0.0
     published_scope: Scope = "layer"
-    cost: ClassVar[Cost] = Cost(per_square=45, per_weight=30, kept_per_square=8, products=1)
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -74,8 +72,7 @@ class Thanos:
 
     def _outliers(self, task: LinearTask) -> Tensor:
         """Indices of the rows with the largest loss if they were removed, w H w^T."""
-        weight_OD = task.weight_OD.double()
-        loss_O = torch.linalg.vecdot(weight_OD, weight_OD @ task.hessian.matrix_DD)
+        loss_O = task.hessian.loss(task.weight_OD)
         outlier_O: Tensor = loss_O.topk(math.ceil(self.outlier_rows * len(loss_O))).indices
         return outlier_O
 

@@ -1,9 +1,9 @@
-"""Many swaps of a row at once, by estimated prices, accepted where the certificate proves that its error is lower.
+"""Many swaps of a row at once, by estimated saliencies, accepted where the certificate proves that its error is lower.
 
-``optima.swaps.search`` prices a swap exactly, from a factorisation of every row. Here a round costs a solve of all
-rows by the engine. A kept weight v_i is priced at v_i^2 u_i^2 and a pruned one is worth r_j^2 / u_j^2, r = H (w - v),
-with units u between the two extremes of either (see ``price_unit``). The cheapest leave for the most valuable, pair by
-pair; of the pairs that promise a gain a row tries the better half, and a third as many whenever they have not paid:
+``optima.swaps.search`` knows each swap exactly, from a factorisation of every row. Here a round costs a solve of all
+rows by the engine. The saliency of a kept weight v_i is v_i^2 u_i^2, that of a pruned one r_j^2 / u_j^2, r = H (w - v),
+with units u between the two extremes of either (see ``saliency_unit``). The lowest kept leave for the highest pruned,
+pair by pair; of the pairs that promise a gain a row tries the better half, and a third as many when they do not pay:
 
     E(new weights) < E(old weights) - bound of their certificate <= the least error that the old mask allows.
 
@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from optima.linalg.products import SharedMatrix
-from optima.linalg.scaling import price_unit
+from optima.linalg.scaling import saliency_unit
 from optima.patterns import Pattern, group_width
 from optima.qp import Auto, Hessian, make_problem, solve_rows
 from optima.qp.certificate import ENERGY_FLOOR
 from optima.qp.problem import RowSolution
 
 ROUNDS = 16
-# Prices of a round need no more; what a looser bound leaves unproven is not accepted.
+# Saliencies of a round need no more; what a looser bound leaves unproven is not accepted.
 GAP = 1e-3
 # Share of the promising pairs that a row tries first, and by what it is divided each time it fails.
 FIRST_SHARE, RETREAT = 0.5, 3.0
@@ -38,7 +38,7 @@ def exchange(hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Patt
         keep_OD, as many weights in each row (in each group); swaps_O, the swaps made, int64. No row's optimal error is
         higher than before.
     """
-    unit_D = price_unit(hessian).to(weight_OD.dtype)
+    unit_D = saliency_unit(hessian).to(weight_OD.dtype)
     operator = SharedMatrix(hessian.damped_DD.to(weight_OD.dtype))
     width = group_width(pattern, weight_OD.shape[1])
     floor_O = ENERGY_FLOOR * 0.5 * (weight_OD.double().square() @ hessian.damped_DD.diagonal())
@@ -49,9 +49,9 @@ def exchange(hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Patt
     for _ in range(ROUNDS):
         keep_AD, kept_AD = keep_OD[rows], kept_OD[rows]
         residual_AD = operator(weight_OD[rows] - kept_AD)
-        cost_AD = (kept_AD * unit_D).square_().masked_fill_(~keep_AD, torch.inf)
-        worth_AD = (residual_AD / unit_D).square_().masked_fill_(keep_AD, -torch.inf)
-        gain_AP, leaving_AP, entering_AP = best_pairs(cost_AD, worth_AD, width)
+        low_AD = (kept_AD * unit_D).square_().masked_fill_(~keep_AD, torch.inf)
+        high_AD = (residual_AD / unit_D).square_().masked_fill_(keep_AD, -torch.inf)
+        gain_AP, leaving_AP, entering_AP = best_pairs(low_AD, high_AD, width)
         promising_AP = gain_AP > 0
         count_A1 = (share_O[rows, None] * promising_AP.sum(dim=1, keepdim=True)).ceil()
         tried_AP = promising_AP & (torch.arange(gain_AP.shape[1], device=rows.device) < count_A1)
@@ -79,28 +79,28 @@ def _least(solved: RowSolution, floor_A: Tensor) -> Tensor:
     return torch.minimum(solved.error_R / (1.0 + solved.gap_R), solved.error_R - solved.gap_R * floor_A)
 
 
-def best_pairs(cost_AD: Tensor, worth_AD: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k-th cheapest kept weight of a group with its k-th most valuable pruned one.
+def best_pairs(kept_AD: Tensor, pruned_AD: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The kept weight of a group with the k-th lowest saliency, and the pruned one with the k-th highest.
 
     Args:
-        cost_AD: of each kept weight, infinite for pruned ones.
-        worth_AD: of each pruned weight, negative infinity for kept ones.
+        kept_AD: saliency of each kept weight, infinite for pruned ones.
+        pruned_AD: of each pruned weight, negative infinity for kept ones.
         width: inputs of a group.
 
     Returns:
         What each pair promises to gain, from the best down, and its two inputs; (A, P) each. Pairs that are none have
         a gain of negative infinity and may name inputs beyond D.
     """
-    missing = -cost_AD.shape[1] % width
-    cost_AGN = torch.nn.functional.pad(cost_AD, (0, missing), value=torch.inf).unflatten(1, (-1, width))
-    worth_AGN = torch.nn.functional.pad(worth_AD, (0, missing), value=-torch.inf).unflatten(1, (-1, width))
+    missing = -kept_AD.shape[1] % width
+    kept_AGN = torch.nn.functional.pad(kept_AD, (0, missing), value=torch.inf).unflatten(1, (-1, width))
+    pruned_AGN = torch.nn.functional.pad(pruned_AD, (0, missing), value=-torch.inf).unflatten(1, (-1, width))
     pairs = min(max(width // 2, 1), MOST_PAIRS)
-    cost = cost_AGN.topk(pairs, dim=2, largest=False)
-    worth = worth_AGN.topk(pairs, dim=2)
-    first_G1 = torch.arange(cost_AGN.shape[1], device=cost_AD.device)[:, None] * width
-    gain_AP = (worth.values - cost.values).flatten(1)
+    lowest = kept_AGN.topk(pairs, dim=2, largest=False)
+    highest = pruned_AGN.topk(pairs, dim=2)
+    first_G1 = torch.arange(kept_AGN.shape[1], device=kept_AD.device)[:, None] * width
+    gain_AP = (highest.values - lowest.values).flatten(1)
     best = gain_AP.topk(min(gain_AP.shape[1], MOST_PAIRS), dim=1)
-    leaving_AP, entering_AP = (cost.indices + first_G1).flatten(1), (worth.indices + first_G1).flatten(1)
+    leaving_AP, entering_AP = (lowest.indices + first_G1).flatten(1), (highest.indices + first_G1).flatten(1)
     return best.values, leaving_AP.gather(1, best.indices), entering_AP.gather(1, best.indices)
 
 

@@ -1,4 +1,4 @@
-"""Exact prices of all swaps among a row's candidates, and the row's state after a swap, by principal pivoting.
+"""Exact gains of all swaps among a row's candidates, and the row's state after a swap, by principal pivoting.
 
 For a row with kept set S, optimum v and negative gradient r, let a_i = (H_SS^-1)_ii, c_ij = (H_SS^-1 H_Sj)_i, and d_j
 the variance of input j that S leaves unexplained. Removing i and adding j changes twice the optimal error by exactly

@@ -1,7 +1,7 @@
 """Swap refinement: exchange one kept and one pruned weight of a row for as long as that lowers the row's optimum.
 
-Prices are those of the *re-optimised* weights (``optima.swaps.pivots``); SparseSwaps (arXiv 2512.10922) prices
-swaps with frozen ones. With v a row's optimum on its mask, r the negative gradient there and K = H^-1, a swap of i for
+What a swap gains is that of the *re-optimised* weights (``optima.swaps.pivots``); SparseSwaps (arXiv 2512.10922)
+freezes them. With v a row's optimum on its mask, r the negative gradient there and K = H^-1, a swap of i for
 j lowers the error only if
 
     |v_i| < |r_j| sqrt(K_jj) (sqrt(K_ii) + sqrt(K_ii - 1 / H_ii)),                           (docs/mathematics.md)
@@ -31,16 +31,12 @@ from optima.swaps.pivots import Tableau
 
 # Growth of the number of candidates once those tried leave no swap and prove nothing.
 WIDEN = 4
-# Numbers in the kept-set matrices of one chunk of rows, and in the tableaus of as many of them as are priced together.
+# Numbers in the kept-set matrices of one chunk of rows, and in the tableaus of those that are examined together.
 CHUNK_ENTRIES = 2**25
 LARGEST_CHUNK = 512
 # Most kept weights of a chunk's rows, relative to the fewest: rows are padded to the former.
 PADDING = 1.25
 TABLEAU_ENTRIES = 2**23
-# Products of a row with H in an exchange, typically: few rows take all of its rounds.
-EXCHANGE_PRODUCTS = 40
-# Rounds at exact prices that a row takes part in, typically: with the first candidates, and with each wider set.
-FIRST_ROUNDS, WIDER_ROUNDS = 8, 2
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,12 @@ class Refined:
 
 @dataclass(frozen=True)
 class SwapRefinement:
-    """Swaps in bulk first (``optima.swaps.exchange``), then one by one at exact prices.
+    """Swaps in bulk first (``optima.swaps.exchange``), then one by one at their exact gains.
 
     The latter go in rounds: candidates, swaps among them from the best down, new optimum, new candidates.
 
     Args:
-        rounds: most rounds at exact prices; 0 leaves the mask as it is. Rows that are not done then are not proven
+        rounds: most rounds at exact gains; 0 leaves the mask as it is. Rows that are not done then are not proven
             optimal.
         candidates: weights of a row considered in the first round. Where they leave no swap but do not prove that there
             is none, the next round takes four times as many.
@@ -91,7 +87,7 @@ class SwapRefinement:
         if self.rounds:
             keep_OD, swaps_O = exchange(hessian, weight_OD, keep_OD, pattern)
         dtype = torch.float64 if weight_OD.dtype == torch.float64 else hessian.working_dtype
-        system = _System(hessian, dtype, pattern)
+        system = System(hessian, dtype, pattern)
         count_O, order_O = keep_OD.sum(dim=1).sort(stable=True)
         chunks = order_O.split(chunk_sizes(count_O.tolist()))
         parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in chunks]
@@ -100,33 +96,6 @@ class SwapRefinement:
             *(torch.cat([getattr(part, entry.name) for part in parts])[back_O] for entry in fields(Refined))
         )
         return replace(refined, swaps_O=refined.swaps_O + swaps_O)
-
-    def work_bytes(self, outputs: int, inputs: int, least_kept: int, most_kept: int) -> int:
-        """Most bytes at a time in float32, without the Hessian's factorisation, the dense weights and the row solver.
-
-        Args:
-            outputs, inputs: of the linear.
-            least_kept, most_kept: weights that survive in a row.
-        """
-        half = -(-min(self.most_candidates or 2 * inputs, 2 * inputs) // 2)
-        tried = min(half, most_kept) + min(half, inputs - least_kept)
-        rows = min(_rows_that_fit(most_kept), outputs)
-        priced = min(_rows_per_tableau(tried, most_kept), rows)
-        # A matrix and the indices that gather it, or its factor; then the factor, its columns and the tableaus.
-        solving = 12 * rows * most_kept**2
-        pricing = 4 * rows * most_kept**2 + priced * tried * (20 * most_kept + 24 * tried)
-        exchanging = 40 * outputs * inputs
-        return 12 * inputs**2 + max(exchanging, 12 * outputs * inputs + max(solving, pricing))
-
-    def operations(self, outputs: int, inputs: int, kept: int) -> float:
-        """The exchange's solves, then a factorisation and a tableau in every round, typically."""
-        exact, tried, rounds = 0.0, min(self.candidates, inputs), min(self.rounds, FIRST_ROUNDS)
-        while rounds:
-            exact += rounds * (kept**3 / 3.0 + kept**2 * tried + 2.0 * kept * tried**2)
-            if tried >= min(self.most_candidates or inputs, inputs):
-                break
-            tried, rounds = min(tried * WIDEN, inputs), min(self.rounds, WIDER_ROUNDS)
-        return outputs * (2.0 * EXCHANGE_PRODUCTS * inputs**2 + exact)
 
 
 def _rows_that_fit(kept: int) -> int:
@@ -151,7 +120,7 @@ def _rows_per_tableau(tried: int, kept: int) -> int:
     return max(TABLEAU_ENTRIES // max(tried * max(tried, kept), 1), 1)
 
 
-class _System:
+class System:
     """H in units of a unit diagonal, what bounds the effect of a swap, and which inputs may exchange their weights.
 
     Attributes:
@@ -181,7 +150,7 @@ class _System:
 class _Rows:
     """One chunk of rows: the best mask of each so far, and what has been proven of it."""
 
-    def __init__(self, options: SwapRefinement, system: _System, dense_RD: Tensor, keep_RD: Tensor) -> None:
+    def __init__(self, options: SwapRefinement, system: System, dense_RD: Tensor, keep_RD: Tensor) -> None:
         self.options, self.system, self.dtype = options, system, dense_RD.dtype
         self.dense_RD = dense_RD.double() * system.norm_D
         self.keep_RD = keep_RD.clone()
@@ -260,7 +229,7 @@ class Optimum:
             yield Optimum(*part)
 
 
-def solve(system: _System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
+def solve(system: System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
     """By Cholesky of every row's own matrix, with one step of refinement from float64 residuals."""
     index_AN, real_AN = selected(keep_AD, int(keep_AD.sum(dim=1).max()))
     index_AN = index_AN.masked_fill(~real_AN, system.num_inputs)
@@ -282,7 +251,7 @@ def solve(system: _System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
     return Optimum(keep_AD, index_AN, factor_ANN, weight_AD, residual_AD, error_A)
 
 
-def swap(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
+def swap(system: System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor, Tensor]:
     """The best swaps among ``candidates`` weights of each row, one after the other.
 
     Returns:
@@ -300,7 +269,7 @@ def swap(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Te
     return keep_AD, torch.cat(swaps_parts), complete_A
 
 
-def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor]:
+def _choose(system: System, optimum: Optimum, candidates: int) -> tuple[Tensor, Tensor]:
     """The inputs most likely to swap, by the two sides of the necessary condition, and whether they are all."""
     keep_AD = optimum.keep_AD
     cost_AD = (optimum.weight_AD.abs() / system.reach_D).masked_fill(~keep_AD, torch.inf)
@@ -322,7 +291,7 @@ def _choose(system: _System, optimum: Optimum, candidates: int) -> tuple[Tensor,
     return chosen_AB, possible_A
 
 
-def tableau_of(system: _System, optimum: Optimum, chosen_AB: Tensor) -> Tableau:
+def tableau_of(system: System, optimum: Optimum, chosen_AB: Tensor) -> Tableau:
     """The tableau of the chosen inputs at the optimum of the rows."""
     pad = torch.nn.functional.pad
     index_AN = optimum.index_AN
@@ -342,11 +311,3 @@ def tableau_of(system: _System, optimum: Optimum, chosen_AB: Tensor) -> Tableau:
     value_AD = torch.where(optimum.keep_AD, optimum.weight_AD, optimum.residual_AD)
     value_AB = pad(value_AD, (0, 1)).gather(1, chosen_AB).to(matrix_ABB.dtype)
     return Tableau(matrix_ABB, value_AB, kept_AB, system.group_D[chosen_AB].masked_fill(none_AB, -1))
-
-
-def full_tableau(hessian: Hessian, weight_AD: Tensor, keep_AD: Tensor, pattern: Pattern) -> tuple[Tableau, float]:
-    """The tableau of all inputs, float64, and the largest optimal error of the rows, to study what swaps can do."""
-    system = _System(hessian, torch.float64, pattern)
-    optimum = solve(system, weight_AD.double() * system.norm_D, keep_AD)
-    every_AB = torch.arange(system.num_inputs, device=keep_AD.device).expand(len(keep_AD), -1)
-    return tableau_of(system, optimum, every_AB), float(optimum.error_A.max())

@@ -1,0 +1,70 @@
+"""Ill-conditioned Hessians: the condition is bounded from above, and certificates hold in exact arithmetic.
+
+Shapes: D inputs, S kept weights of a row.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from qp_reference import make_matrix
+from torch import Tensor
+
+from optima.qp import Hessian, SharedInverseCG, certify, make_problem, solve_rows
+
+
+def wilkinson(size: int) -> Tensor:
+    """L L^T with 1 on L's diagonal and -1 below: no pivot is small, and L^-1 grows as 2^D."""
+    factor_DD = torch.eye(size, dtype=torch.float64) - torch.ones(size, size, dtype=torch.float64).tril(-1)
+    return factor_DD @ factor_DD.mT
+
+
+def exact_excess(matrix_DD: Tensor, target_D: Tensor, keep_D: Tensor, weight_D: Tensor) -> Fraction:
+    """E(v) - E(v*) = 1/2 r_S^T H_SS^-1 r_S in rational arithmetic, for the float64 numbers as they are."""
+    matrix = [[Fraction(value) for value in row] for row in matrix_DD.tolist()]
+    away = [
+        Fraction(w) - Fraction(v) for w, v in zip(target_D.double().tolist(), weight_D.double().tolist(), strict=True)
+    ]
+    kept = keep_D.nonzero()[:, 0].tolist()
+    residual = [sum((matrix[i][j] * away[j] for j in range(len(away))), Fraction(0)) for i in kept]
+    # Elimination on [H_SS | r_S] leaves r_S^T H_SS^-1 r_S as the sum of squares over pivots.
+    system = [[matrix[i][j] for j in kept] + [r] for i, r in zip(kept, residual, strict=True)]
+    total = Fraction(0)
+    for step, pivot_row in enumerate(system):
+        total += pivot_row[-1] ** 2 / pivot_row[step]
+        for row in system[step + 1 :]:
+            share = row[step] / pivot_row[step]
+            for column in range(step, len(row)):
+                row[column] -= share * pivot_row[column]
+    return total / 2
+
+
+@pytest.mark.parametrize(("size", "dropped"), [(20, 2), (20, 5), (24, 2), (26, 2), (27, 1), (28, 3), (34, 5), (60, 1)])
+def test_certificates_hold_where_no_pivot_shows_the_condition(size: int, dropped: int) -> None:
+    """Solved as far as float64 goes, where the residual is rounding and K as large as 2^(2 D)."""
+    hessian = Hessian(wilkinson(size), damping=0.0)
+    weight_RD = torch.randn(6, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
+    keep_RD = (torch.arange(size) < size - dropped).expand(6, size)
+    problem = make_problem(hessian, weight_RD, keep_RD)
+    point_RD = solve_rows(SharedInverseCG(1e-8), hessian, problem).weight_RD
+    bound_R = certify(hessian, problem, point_RD).bound_R
+    for row in range(6):
+        excess = exact_excess(hessian.damped_DD, problem.target_RD[row], keep_RD[row], point_RD[row])
+        assert excess <= Fraction(float(bound_R[row])), f"row {row}: {float(excess)} above {float(bound_R[row])}"
+
+
+@pytest.mark.parametrize("damping", [1e-8, 1e-4, 0.01, 1.0])
+def test_the_condition_is_bounded_from_above_and_not_wildly(damping: float) -> None:
+    for matrix_DD in (wilkinson(12), make_matrix(48, 12, seed=1), make_matrix(48, 200, seed=2, spread=3.0)):
+        hessian = Hessian(matrix_DD, damping)
+        scale_D = hessian.damped_DD.diagonal().rsqrt()
+        truth = float(torch.linalg.cond(hessian.damped_DD * scale_D * scale_D[:, None]))
+        assert truth <= hessian.condition <= 1e3 * truth * len(matrix_DD)
+
+
+def test_a_numerically_singular_hessian_is_damped_and_says_so() -> None:
+    hessian = Hessian(wilkinson(60), damping=0.0)
+    assert 0.0 < hessian.damping <= 1e-6
+    assert hessian.condition <= 1e13

@@ -1,0 +1,56 @@
+"""What a change of the weights loses on the undamped Hessian, by a product and from the certificate.
+
+Shapes: O outputs, D inputs.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from qp_reference import make_matrix, make_rows
+from torch import Tensor
+
+from optima.qp import Hessian, RowProblem, make_problem, solve_rows
+from optima.qp.auto import Auto
+
+
+def solved(matrix_DD: Tensor, damping: float, dtype: torch.dtype) -> tuple[Hessian, RowProblem, Tensor, Tensor]:
+    """The problem, its change of the weights, and what the certificate says that it loses."""
+    hessian = Hessian(matrix_DD, damping)
+    problem = make_problem(hessian, *make_rows(40, len(matrix_DD), seed=1))
+    solution = solve_rows(Auto(), hessian, make_problem(hessian, problem.target_RD.to(dtype), problem.keep_RD))
+    return hessian, problem, problem.target_RD.double() - solution.weight_RD, solution.error_R
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("damping", [1e-6, 0.01, 1.0])
+@pytest.mark.parametrize("tokens", [40, 400])
+def test_loss_against_float64(damping: float, tokens: int, dtype: torch.dtype) -> None:
+    matrix_DD = make_matrix(96, tokens, seed=2)
+    matrix_DD[5] = matrix_DD[:, 5] = 0.0
+    hessian, _, change_OD, error_O = solved(matrix_DD, damping, dtype)
+    expected_O = torch.linalg.vecdot(change_OD @ matrix_DD.double(), change_OD)
+    expected_O = expected_O.clamp_min(0.0)  # rounded to float32, a singular matrix has negative eigenvalues
+    torch.testing.assert_close(hessian.undamped(2.0 * error_O, change_OD), expected_O, rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(hessian.loss(change_OD), expected_O, rtol=2e-4, atol=0.0)
+    torch.testing.assert_close(float(hessian.loss(change_OD).sum()), float(expected_O.sum()), rtol=1e-5, atol=0.0)
+
+
+def test_nothing_changed_nothing_lost() -> None:
+    hessian = Hessian(make_matrix(16, 32, seed=3))
+    assert not hessian.loss(torch.zeros(3, 16)).any()
+    assert hessian.loss(torch.zeros(0, 16)).shape == (0,)
+
+
+def test_one_matrix_is_kept() -> None:
+    """Undamped and damped differ on the diagonal: the given matrix is let go once it has been factorised."""
+    matrix_DD = make_matrix(32, 64, seed=4).double()
+    hessian = Hessian(matrix_DD, 0.5)
+    before_DD = hessian.matrix_DD
+    assert torch.equal(hessian.factorisation.damped_DD, hessian.damped(0.5))
+    matrix_DD.zero_()
+    assert torch.equal(hessian.matrix_DD, before_DD)
+    torch.testing.assert_close(
+        hessian.damped_DD.diagonal() - hessian.diagonal_D,
+        torch.full_like(hessian.diagonal_D, 0.5 * hessian.mean_diagonal),
+    )
