@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import yaml
 from pydantic_core import to_jsonable_python
 
-from optima.reporting.record import LinearRecord, Report, largest, name_in_block, weighted_sparsity
+from optima.reporting.record import LinearRecord, Report, largest, name_in_block, weighted_mean
 from optima.reporting.summary import (
     Linears,
     bullets,
@@ -170,7 +170,7 @@ def _not_converged(linears: Linears) -> str:
 
 # Each cell speaks for one linear or for several; a column that is empty all the way down is left out.
 _COLUMNS: dict[str, Callable[[Linears], str]] = {
-    "sparsity": lambda linears: f"{weighted_sparsity(linears):.2%}",
+    "sparsity": lambda linears: f"{weighted_mean(linears, 'sparsity'):.2%}",
     "mask": lambda linears: error(mean(linears, "error_mask")),
     "selector": lambda linears: error(mean(linears, "error_selector")) if any(map(updated, linears)) else "",
     "result": lambda linears: error(mean(linears, "error")),
