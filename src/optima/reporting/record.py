@@ -57,14 +57,12 @@ class LinearRecord(_Record):
     rows_not_converged: Int  # rows whose certified gap did not reach the one asked for
     damping: float  # damping used, after any escalation, relative to the mean of the hessian's diagonal
     seconds: float  # time of selection, swaps, solve and measurement
-    gap_written_max: float | None = None  # largest gap of a row as written; None when no solver ran
-    gap_written_median: float | None = None  # median of the same
-    loss_written: float | None = (
-        None  # damped loss as written above the rows' certified lower bounds, relative to these
-    )
-    tokens: Int | None = None  # calibration tokens that reached the linear
-    swaps: Int | None = None  # swaps made in the mask; None if none were asked for
-    rows_swap_optimal: Int | None = None  # rows of which no single swap lowers the error, as is proven; None likewise
+    gap_written_max: float | None  # largest gap of a row as written; None when no solver ran
+    gap_written_median: float | None  # median of the same
+    loss_written: float | None  # damped loss as written above the rows' certified lower bounds, relative to these
+    tokens: Int  # calibration tokens that reached the linear
+    swaps: Int | None  # swaps made in the mask; None if none were asked for
+    rows_swap_optimal: Int | None  # rows of which no single swap lowers the error, as is proven; None likewise
 
     @property
     def size(self) -> int:
