@@ -20,6 +20,8 @@ from optima.errors import OptimaError
 from optima.evaluation import PROTOCOL
 from optima.recipe import DTYPES, GROUPS, Recipe, must_be, read_recipe, recipe_from_dict
 
+Command = Callable[..., None]
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
@@ -152,7 +154,7 @@ def _add_recipe(parser: _Parser) -> None:
 def _metavar(field: dataclasses.Field[Any]) -> str:
     """What stands for a value in the help."""
     names = {"targets": "REGEX", "ignore": "REGEX", "pattern": "PATTERN", "dataset": "TEXT", "mask_from": "PATH"}
-    text = must_be(field)
+    text = must_be(field.name)
     return names.get(field.name) or ("N" if "whole number" in text else "X" if "number" in text else "NAME")
 
 
@@ -215,13 +217,7 @@ def _demo(output_dir: str) -> None:
     run_demo(Path(output_dir), console)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "prune": _prune,
-    "plan": _plan,
-    "eval": _eval,
-    "report": _report,
-    "demo": _demo,
-}
+COMMANDS: dict[str, Command] = {"prune": _prune, "plan": _plan, "eval": _eval, "report": _report, "demo": _demo}
 
 
 def _quiet_console() -> Console:
