@@ -111,7 +111,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--measure", action="store_true", help="prune one random linear of each shape: seconds, memory")
     _add_recipe(commands["plan"])
 
-    option = add("eval", "measure perplexity", "MODEL [MODEL ...] --dataset TEXT [options]", PROTOCOL)
+    option = add(
+        "eval", "measure perplexity", "MODEL [MODEL ...] --dataset TEXT [options]", f"Measure perplexity: {PROTOCOL}."
+    )
     option("models", nargs="+", metavar="MODEL", help="hub ids, local directories or GGUF files")
     option("--dataset", nargs="+", metavar="TEXT", help="hub id or local text files")
     option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
