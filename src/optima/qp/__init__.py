@@ -24,7 +24,6 @@ from optima.qp.bounded import Bounded
 from optima.qp.certificate import Certificate, certify
 from optima.qp.cg import LowRankCG, SharedInverseCG
 from optima.qp.cholesky import BatchedCholesky
-from optima.qp.pdhg import RestartedPDHG
 from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, make_problem, target_of
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, solve_rows
 
@@ -36,7 +35,6 @@ __all__ = [
     "Certificate",
     "Hessian",
     "LowRankCG",
-    "RestartedPDHG",
     "RowProblem",
     "RowSolution",
     "RowSolver",
@@ -58,7 +56,6 @@ SOLVERS: dict[str, Callable[[float], RowSolver]] = {
     "shared-inverse-cg": SharedInverseCG,
     "cholesky": lambda gap: BatchedCholesky(gap, torch.float32),
     "bounded": Bounded,
-    "pdhg": RestartedPDHG,
 }
 
 

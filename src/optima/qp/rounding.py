@@ -211,18 +211,18 @@ class _Rows:
 def _range(problem: RowProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The least and the largest number of ``dtype`` that each weight may be; (R, 1) where there are no bounds."""
     numbers = torch.finfo(dtype)
-    largest_R1 = problem.target_RD.new_full((len(problem.target_RD), 1), numbers.max)
+    if not problem.bounded:
+        largest_R1 = problem.target_RD.new_full((len(problem.target_RD), 1), numbers.max)
+        return -largest_R1, largest_R1
 
-    def below(bound_RD: Tensor | None) -> Tensor:
-        if bound_RD is None:
-            return largest_R1
+    def below(bound_RD: Tensor) -> Tensor:
         bound_RD = bound_RD.clamp_max(numbers.max)
         nearest_RD = bound_RD.to(dtype).to(bound_RD.dtype)
         half_step_RD = 0.5 * numbers.eps * bound_RD.abs().clamp_min(numbers.tiny)
         return torch.where(nearest_RD > bound_RD, (bound_RD - half_step_RD).to(dtype).to(bound_RD.dtype), nearest_RD)
 
-    lower_RD = -below(None if problem.lower_RD is None else -problem.lower_RD)
-    upper_RD = below(problem.upper_RD)
+    lower_RD, upper_RD = problem.box()
+    lower_RD, upper_RD = -below(-lower_RD), below(upper_RD)
     if bool((lower_RD > upper_RD).any()):
         raise RecipeError(f"a weight's bounds have no {dtype} between them: widen the bounds or write float32")
     return lower_RD, upper_RD
