@@ -98,7 +98,7 @@ class RowSolution:
     solver: str = ""
     note: str = ""
 
-    def rows(self, index: Tensor) -> RowSolution:
+    def rows(self, index: slice | Tensor) -> RowSolution:
         """The solution of the rows that ``index`` selects."""
         return RowSolution(*(tensor[index] for tensor in self.tensors()), solver=self.solver, note=self.note)
 
