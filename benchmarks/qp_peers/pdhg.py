@@ -80,8 +80,8 @@ class _Batch(RowBatch):
         self.check_every = CHECK_EVERY
         dtype = residuals.residual_RD.dtype
         self.operator, self.check = hessian.operator(dtype), hessian.preconditioner(dtype)
-        spectrum = unit_spectrum(hessian)
-        self.diagonal_D, self.largest = spectrum.diagonal_D.to(dtype), spectrum.largest
+        diagonal_D, self.largest, _ = unit_spectrum(hessian)
+        self.diagonal_D = diagonal_D.to(dtype)
         self.mask, self.residual_start, self.error_start = residuals.mask_RD, residuals.residual_RD, residuals.error_R
         assert residuals.box is not None
         start, lower, upper = residuals.box

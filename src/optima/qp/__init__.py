@@ -1,8 +1,6 @@
 """Batched quadratic programs that share one Hessian, solved to a certified relative gap. Usable on its own.
 
-    solution = solve(hessian, weight=weight, keep=keep)
-
-or, to solve many batches of rows that share a Hessian,
+``solve`` does it for one batch of rows; of many,
 
     hessian = Hessian(matrix)               # factorised once, when first needed
     solver = SharedInverseCG(gap=1e-4)

@@ -20,7 +20,6 @@ Shapes: R rows in the batch, D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +88,8 @@ class _Batch(RowBatch):
         super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
         dtype = residuals.residual_RD.dtype
         self.operator, self.preconditioner = hessian.operator(dtype), hessian.preconditioner(dtype)
-        self.spectrum = unit_spectrum(hessian)
-        self.diagonal_D = self.spectrum.diagonal_D.to(dtype)
+        diagonal_D, self.largest, self.smallest = unit_spectrum(hessian)
+        self.diagonal_D = diagonal_D.to(dtype)
         assert residuals.box is not None
         self.weight, self.lower, self.upper = residuals.box
         self.residual, self.mask, self.error = residuals.residual_RD, residuals.mask_RD, residuals.error_R
@@ -140,7 +139,7 @@ class _Batch(RowBatch):
         free_norm = torch.linalg.vecdot(inner_residual, inner_residual / self.diagonal_D)
         wrong_norm = torch.linalg.vecdot(wrong, wrong / self.diagonal_D)
         # |free + wrong|_K at most the sum of the two norms, the second by the smallest eigenvalue of the scaled H.
-        self.bound = 0.5 * (slope.sqrt() + (wrong_norm / self.spectrum.smallest).sqrt()).square()
+        self.bound = 0.5 * (slope.sqrt() + (wrong_norm / self.smallest).sqrt()).square()
         self.changes += hit
         remainder = self._project(torch.addcmul(self.weight, self.direction, rest[:, None])) - self.weight
         project = hit & (torch.linalg.vecdot(self.residual, remainder) > 0) & (self.changes < LONGEST_RUN)
@@ -157,32 +156,22 @@ class _Batch(RowBatch):
         self.on_face = ~(project | gradient)
 
     def _gradient_step(self) -> Tensor:
-        step = self.residual / (self.spectrum.largest * self.diagonal_D)
+        step = self.residual / (self.largest * self.diagonal_D)
         return self._project(self.weight + step) - self.weight
 
 
-class UnitSpectrum(NamedTuple):
-    """Of D^-1/2 H D^-1/2, D = diag(H), in H's working precision.
+def unit_spectrum(hessian: Hessian) -> tuple[Tensor, float, float]:
+    """Of D^-1/2 H D^-1/2 with D = diag(H), found once, in H's working precision.
 
-    Attributes:
-        diagonal_D: D in units of H's mean diagonal.
-        largest: the largest eigenvalue, estimated from above.
-        smallest: the smallest one, estimated from below.
+    Returns:
+        D in units of H's mean diagonal; the largest eigenvalue, estimated from above; the smallest, from below.
     """
 
-    diagonal_D: Tensor
-    largest: float
-    smallest: float
-
-
-def unit_spectrum(hessian: Hessian) -> UnitSpectrum:
-    """The spectrum of ``hessian``, found once."""
-
-    def find() -> UnitSpectrum:
+    def find() -> tuple[Tensor, float, float]:
         dtype = hessian.working_dtype
         diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
         largest = _largest(hessian.operator(dtype), diagonal_D.rsqrt())
-        return UnitSpectrum(diagonal_D, largest, 1.0 / _largest(hessian.preconditioner(dtype), diagonal_D.sqrt()))
+        return diagonal_D, largest, 1.0 / _largest(hessian.preconditioner(dtype), diagonal_D.sqrt())
 
     return hessian.memo(unit_spectrum, find)
 
