@@ -25,8 +25,8 @@ from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, 
 SELECTOR_NAMES = (
     "magnitude", "wanda", "ria", "gradient", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
 )  # fmt: skip
-SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "pdhg", "none")
-BOUNDED_SOLVERS = ("auto", "bounded", "pdhg")
+SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "none")
+BOUNDED_SOLVERS = ("auto", "bounded")
 ALLOCATION_NAMES = ("uniform", "owl")
 ROUNDINGS = ("hessian", "nearest")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
