@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.probe import Probe, check_chain, forward, look
+from optima.calibration.probe import PROBE_LENGTH, Probe, check_chain, forward, look
 from optima.calibration.streams import Call, Streams, share
 from optima.device import forward_replaced
 from optima.errors import ModelError
 from optima.models.stacks import Block, Stack
-
-PROBE_LENGTH = 8  # tokens on which a model is looked at before the long work
 
 
 class _AllCaptured(Exception):  # noqa: N818 - not an error
