@@ -45,10 +45,6 @@ class Probe:
     sequence_first: bool
     routed: frozenset[str]
 
-    def wanted_from(self, block: int) -> set[int]:
-        """Places in the tuple that ``block`` returns which later blocks are called with."""
-        return {place for own in self.carried for source, place in own.values() if source == block}
-
     def first_tokens(self, inputs: Tensor, name: str, samples: int, length: int) -> Tensor | None:
         """The inputs (B, D) of each sequence's first token among those of the linear ``name``; None if unknown."""
         counts = inputs.shape[:-1]

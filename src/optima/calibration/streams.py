@@ -46,10 +46,6 @@ class Streams:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    def run(self, block: Block, batch: int, device: torch.device) -> Tensor:
-        """The block's output on a batch, on ``device``, where the block is."""
-        return hidden_of(self._run(block, batch, device))
-
     def run_sample(self, block: Block, batch: int, sample: int, device: torch.device) -> Tensor:
         """The block's output on one sequence of a batch, for example (1, L, E), on ``device``.
 
@@ -64,22 +60,24 @@ class Streams:
                 "the blocks of this model share keys and values, which cannot be taken apart into samples: "
                 "use --batch-size 1"
             )
-        return hidden_of(self._run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples)))
+        return hidden_of(self.run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples)))
 
     @torch.no_grad()
     def advance(self, block: Block, device: torch.device) -> None:
         """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out."""
-        wanted = self.probe.wanted_from(block.index)
+        later = [source for own in self.probe.carried for source in own.values()]
+        wanted = {place for source, place in later if source == block.index}
         for batch in range(len(self.hidden)):
-            output = self._run(block, batch, device)
+            output = self.run(block, batch, device)
             self.hidden[batch] = hidden_of(output).cpu()
             for place in wanted:
                 candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
                 self.carried[batch][block.index, place] = share(output[place], candidates)
 
-    def _run(
+    def run(
         self, block: Block, batch: int, device: torch.device, part: Callable[[Tensor], Tensor] = lambda tensor: tensor
     ) -> Any:
+        """What the block returns for a batch, on ``device``, where the block is; ``part`` is taken of every tensor."""
         called_with = self.calls[block.index][batch]
         args, kwargs = list(called_with[0]), dict(called_with[1])
         for argument, source in self.probe.carried[block.index].items():

@@ -128,27 +128,23 @@ class Documents:
     def _texts(self, records: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
         """The text of each record; one without is skipped and counted."""
         column = self._source.text_column
-        found, missing, columns = False, 0, "none"
+        found, missing, remedy = False, 0, ""
         for record in records:
-            text, columns = record.get(column), ", ".join(record)
-            if text is None:
+            text = record.get(column)
+            remedy = f"name one of its columns with --text-column: {', '.join(record)}"
+            if isinstance(text, str):
+                found = True
+                yield text
+            elif text is not None:
+                kind = type(text).__name__
+                raise CalibrationError(f"column {column!r} of dataset {name!r} holds {kind}, not text: {remedy}")
+            else:
                 missing += 1
                 self.skipped += 1
                 if column not in record and not _is_file(name):
                     break  # all records of a hub dataset have the same columns
-            elif isinstance(text, str):
-                found = True
-                yield text
-            else:
-                raise CalibrationError(
-                    f"column {column!r} of dataset {name!r} holds {type(text).__name__}, not text: name another of its "
-                    f"columns with --text-column: {columns}"
-                )
         if missing and not found:
-            raise CalibrationError(
-                f"dataset {name!r} has no column {column!r} with text: name one of its columns with --text-column: "
-                f"{columns}"
-            )
+            raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {remedy}")
 
 
 def calibration_tokens(
@@ -158,7 +154,7 @@ def calibration_tokens(
 
     Documents are tokenised one by one, each followed by a blank line, and cut into consecutive windows. Every window
     carries the tokenizer's special tokens, because models treat position 0 (an attention sink) specially. Blank
-    documents are left out, and no more are read than needed.
+    documents are left out, and reading stops soon after there are enough.
 
     Returns:
         tokens_NL: int64, (num_samples, max_seq_length).

@@ -70,7 +70,6 @@ def perplexity(
     *,
     device: torch.device | str | None = None,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Perplexity of a causal language model on windows of tokens.
 
@@ -83,7 +82,6 @@ def perplexity(
         tokens_NL: token ids, integer.
         device: where to run; None runs where the model is.
         batch_size: windows in one forward pass.
-        progress: is told (windows done, N) after each batch.
 
     Returns:
         exp(mean of -log p(next token)), from float32 likelihoods and their float64 mean; inf where that overflows.
@@ -112,11 +110,14 @@ def perplexity(
             batch_BL = tokens_NL[done : done + (batch_size if logits is _sliced else 1)].to(model.device)
             with logits(model, batch_BL) as logits_of:
                 nll_B = _negative_log_likelihood(logits_of, batch_BL, whole_1LV.shape[-1])
-            _check_finite(nll_B, done)
+            for window, nll in enumerate(nll_B.tolist(), done):
+                if not math.isfinite(nll):
+                    raise NumericalError(
+                        f"the loss of window {window} is {nll}: weights or activations hold NaN or overflow; check "
+                        "the checkpoint, or load it with --dtype float32"
+                    )
             total += nll_B.sum().item()
             done += len(batch_BL)
-            if progress is not None:
-                progress(done, num_windows)
     try:
         return math.exp(total / (num_windows * (length - 1)))
     except OverflowError:
@@ -179,9 +180,8 @@ def _sliced(model: PreTrainedModel, tokens_BL: Tensor) -> Iterator[LogitsOf]:
         return outputs[0]
 
     def logits_of(start: int, stop: int) -> Tensor:
-        logits_BCV: Tensor = _run(
-            model, tokens_BL, logits_to_keep=torch.arange(start, stop, device=tokens_BL.device)
-        ).logits
+        positions_C = torch.arange(start, stop, device=tokens_BL.device)
+        logits_BCV: Tensor = _run(model, tokens_BL, logits_to_keep=positions_C).logits
         return logits_BCV
 
     with forward_replaced(decoder, once):
@@ -207,13 +207,3 @@ def _negative_log_likelihood(logits_of: LogitsOf, tokens_BL: Tensor, vocabulary:
         nll_T = cross_entropy(logits_BCV.flatten(0, 1), next_BC.flatten(), reduction="none")
         nll_B += nll_T.cpu().double().view_as(next_BC).sum(dim=1)
     return nll_B
-
-
-def _check_finite(nll_B: Tensor, first: int) -> None:
-    """Raise ``NumericalError`` naming the window; ``first`` is the number of the batch's first."""
-    for window, nll in enumerate(nll_B.tolist(), first):
-        if not math.isfinite(nll):
-            raise NumericalError(
-                f"the loss of window {window} is {nll}: weights or activations hold NaN or overflow; check the "
-                "checkpoint, or load it with --dtype float32"
-            )
