@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from harness.cases import llm_like_hessian, load_cases, solver_of
+from harness.cases import SOLVER_NAMES, llm_like_hessian, load_cases, solver_of
 from harness.table import wide_console
 from harness.timing import use_threads
 from qp_peers.direct import cholesky_rows
@@ -29,7 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from optima.patterns import NM, Unstructured
-from optima.qp import SOLVERS, Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
+from optima.qp import Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
 from optima.qp.certificate import ENERGY_FLOOR
 from optima.selectors.ranking import top_scores
 from optima.selectors.wanda import wanda_score
@@ -184,7 +184,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=150_000, help="generated rows; each is checked at two points")
     parser.add_argument("--batch", type=int, default=400, help="rows that share a hessian")
-    parser.add_argument("--solver", default="auto", choices=list(SOLVERS), help="whose certificates")
+    parser.add_argument("--solver", default="auto", choices=SOLVER_NAMES, help="whose certificates")
     parser.add_argument("--spectra", nargs="+", default=SPECTRA, choices=SPECTRA, help="kinds of generated hessians")
     parser.add_argument("--dump-dir", type=Path, help="real layers, one safetensors file per linear")
     parser.add_argument("--match", default="", help="regex on the names of dumped layers")

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from harness import claims, table
-from harness.cases import Case, load_cases, solver_of, synthetic_case
+from harness.cases import SOLVER_NAMES, Case, load_cases, solver_of, synthetic_case
 from harness.table import Entry, power
 from harness.timing import MatmulRate, Timed, profiled, timed, use_threads
 from harness.wall_time import wall_time
@@ -34,7 +34,7 @@ from qp_peers.direct import Solve, cholesky_rows, osqp_solve, piqp_solve, row_by
 from rich.console import Console
 from torch import Tensor
 
-from optima.qp import SOLVERS, Hessian, RowSolution, SharedInverseCG, certify, make_problem, solve_rows
+from optima.qp import Hessian, RowSolution, SharedInverseCG, certify, make_problem, solve_rows
 
 # Work spent on the float64 oracle of one case, in floating-point operations and rows: the rows it covers follow.
 ORACLE_FLOPS = 5e10
@@ -253,7 +253,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--gaps", type=float, nargs="+", default=[1e-2, 1e-4, 1e-6])
-    parser.add_argument("--solver", default="auto", choices=list(SOLVERS), help="which of ours")
+    parser.add_argument("--solver", default="auto", choices=SOLVER_NAMES, help="which of ours")
     parser.add_argument("--peers", nargs="*", default=PEERS, choices=PEERS)
     parser.add_argument("--few-rows", type=int, default=3, help="rows for OSQP and PIQP")
     parser.add_argument("--mpax-rows", type=int, default=64, help="rows for MPAX; rows/s is compared")

@@ -24,7 +24,7 @@ def build(recipe: Recipe) -> Methods:
     return Methods(
         selector=_selector(recipe),
         swaps=_swaps(recipe.swaps),
-        solver=None if recipe.solver == "none" else make_solver(recipe.solver, recipe.gap),
+        solver=make_solver(recipe.solver, recipe.gap),
         max_change=recipe.max_change,
         rounding="nearest" if recipe.rounding == "nearest" else "hessian",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from qp_peers.pdhg import RestartedPDHG
 from row_solver_contract import BoundedSolverContract, RowSolverContract
 
 from optima.qp import (
@@ -12,7 +13,6 @@ from optima.qp import (
     BatchedCholesky,
     Bounded,
     LowRankCG,
-    RestartedPDHG,
     RowSolver,
     SharedInverseCG,
     make_solver,
@@ -61,6 +61,8 @@ class TestBoundedTight(TestBounded):
 
 
 class TestPDHG(BoundedSolverContract):
+    """The paper's method, a peer of the benchmarks behind the same protocol."""
+
     gap = 1e-2
 
     def make(self, gap: float) -> RowSolver:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qp_peers.pdhg import RestartedPDHG
 from qp_reference import ROUNDING, Array, Reference, make_matrix, make_rows, reference
 from torch import Tensor
 
@@ -20,7 +21,6 @@ from optima.qp import (
     Bounded,
     Hessian,
     LowRankCG,
-    RestartedPDHG,
     RowProblem,
     RowSolution,
     RowSolver,

@@ -28,7 +28,10 @@ class Countdown(RowBatch):
         self.left, self.name = left_R.clone(), torch.arange(len(left_R))
         self.sizes: list[int] = []
 
-    def step(self) -> Tensor:
+    def going(self, gap: float) -> Tensor:
+        return self.left > 0
+
+    def iterate_once(self) -> Tensor:
         self.sizes.append(len(self.rows))
         self.left -= 1
         return self.left >= 0
@@ -38,8 +41,7 @@ def test_many_rows_stay_in_round_numbers_and_come_back_in_order() -> None:
     count = 3 * ROUND_ROWS + 7
     left_R = torch.randperm(count, generator=torch.Generator().manual_seed(0)) % 60
     batch = Countdown(left_R)
-    batch.iterate(lambda: batch.left > 0, batch.step, 1000)
-    (name_R,) = batch.collect()
+    (name_R,) = batch.run(0.0, 1000)
     assert torch.equal(name_R, torch.arange(count))
     assert torch.equal(batch.iterations_R.long(), left_R), "no row stopped early"
     sizes = list(dict.fromkeys(batch.sizes))

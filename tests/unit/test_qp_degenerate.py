@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from qp_peers.pdhg import RestartedPDHG
 from qp_reference import make_layer, make_matrix, make_rows, reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -25,7 +26,6 @@ from optima.qp import (
     Bounded,
     Hessian,
     LowRankCG,
-    RestartedPDHG,
     RowProblem,
     RowSolution,
     RowSolver,
@@ -38,6 +38,7 @@ from optima.qp import (
 from optima.qp.cholesky import solve_kept
 from optima.qp.preconditioners import FACTORS
 from optima.qp.restarts import Correction, Residuals, solve_with_restarts
+from optima.qp.rows import BYTES_PER_ENTRY
 
 SOLVERS: list[RowSolver] = [
     *(SharedInverseCG(), LowRankCG(), BatchedCholesky(), Bounded(), RestartedPDHG(gap=1e-2), Auto()),
@@ -319,11 +320,13 @@ class SmallDevice:
 
     room: int
     inner: RowSolver = SharedInverseCG()
+    tries: list[int] = field(default_factory=list)
 
     name = "small device"
     supports_bounds = False
 
     def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
+        self.tries.append(len(problem.target_RD))
         if len(problem.target_RD) > self.room:
             raise torch.OutOfMemoryError
         return self.inner.solve(hessian, problem)
@@ -333,14 +336,23 @@ class SmallDevice:
 def test_out_of_memory_halves_the_chunk(room: int, halvings: int) -> None:
     hessian, problem, truth = make_layer(40, 32, seed=26)
     whole = solve_rows(SharedInverseCG(), hessian, problem)
-    solution = solve_rows(SmallDevice(room), hessian, problem)
-    assert solution.halvings == halvings
-    assert solution.chunk_rows <= room
+    device = SmallDevice(room)
+    solution = solve_rows(device, hessian, problem)
+    assert sum(rows > room for rows in device.tries) == halvings
     assert ("out of memory" in solution.note) == (halvings > 0)
     assert torch.equal(solution.status_R, whole.status_R)
     room_R = 4e-4 * truth.loss(truth.optimum())
     assert (truth.distance(solution.weight_RD, whole.weight_RD) <= room_R).all()
     np.testing.assert_allclose(solution.error_R, whole.error_R, rtol=2e-4)
+
+
+@pytest.mark.parametrize(("budget_rows", "chunks"), [(0, [1] * 13), (5, [5, 5, 3]), (12, [7, 6]), (13, [13])])
+def test_a_budget_bounds_the_rows_solved_together(budget_rows: int, chunks: list[int]) -> None:
+    """Chunks are of equal size but for the last."""
+    hessian, problem, _ = make_layer(13, 40, seed=7)
+    device = SmallDevice(13)
+    solve_rows(device, hessian, problem, budget_rows * 40 * BYTES_PER_ENTRY)
+    assert device.tries == chunks
 
 
 def test_out_of_memory_in_factorising_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

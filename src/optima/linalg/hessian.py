@@ -99,12 +99,9 @@ class Hessian:
         # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
         generator = torch.Generator().manual_seed(0)
         signs_KD = torch.randint(0, 2, (4, self.num_inputs), generator=generator).mul_(2).sub_(1).to(self._matrix_DD)
-        scale_D = (
-            self.diagonal_D.clamp_min(max(float(self.diagonal_D.max()) * 1e-30, 1e-60))
-            .rsqrt()
-            .to(self._matrix_DD.dtype)
-        )
-        signs_KD = signs_KD * scale_D
+        smallest = max(float(self.diagonal_D.max()) * 1e-30, 1e-60)
+        scale_D = self.diagonal_D.clamp_min(smallest).rsqrt().to(signs_KD)
+        signs_KD *= scale_D
         asymmetry_KD = (signs_KD @ self._matrix_DD - (self._matrix_DD @ signs_KD.mT).mT) * scale_D
         if float(asymmetry_KD.abs().max()) > ASYMMETRIC:
             raise NumericalError("the hessian is not symmetric: pass X^T X / T")
@@ -221,31 +218,21 @@ class Hessian:
         operator = self.operator(self.working_dtype)
         damped_O = self.diagonal_D.new_empty(len(change_OD))
         size = max(BLOCK_ENTRIES // max(self.num_inputs, 1), 1)
+        if bool(self.dead_D.any()):
+            change_OD = change_OD.masked_fill(self.dead_D, 0.0)
         for change_RD, damped_R in zip(change_OD.split(size), damped_O.split(size), strict=True):
-            change_RD = self._live(change_RD.to(operator.dtype))
+            change_RD = change_RD.to(operator.dtype)
             damped_R.copy_(operator(change_RD).mul_(change_RD).sum(dim=1, dtype=torch.float64))
-        return self.undamped(damped_O * self.mean_diagonal, change_OD)
-
-    def undamped(self, damped_O: Tensor, change_OD: Tensor) -> Tensor:
-        """The same from diag(change H change^T) with H damped, twice a certificate's error: no product.
-
-        Args:
-            damped_O: float64; the changes of dead inputs do not count in it.
-            change_OD: of the weights, any float dtype.
-        """
-        length_O = torch.linalg.vector_norm(self._live(change_OD), dim=1, dtype=torch.float64)
-        loss_O: Tensor = (damped_O - self.damping * self.mean_diagonal * length_O.square()).clamp_min(0.0)
+        length_O = torch.linalg.vector_norm(change_OD, dim=1, dtype=torch.float64)
+        ridge_O = self.damping * self.mean_diagonal * length_O.square()
+        loss_O: Tensor = (damped_O * self.mean_diagonal - ridge_O).clamp_min(0.0)
         return loss_O
-
-    def _live(self, change_OD: Tensor) -> Tensor:
-        return change_OD.masked_fill(self.dead_D, 0.0) if bool(self.dead_D.any()) else change_OD
 
     @property
     def condition(self) -> float:
-        """An upper bound on the condition number of the damped H scaled to a unit diagonal; see ``_condition``.
+        """An upper bound on the condition number of the damped H scaled to a unit diagonal.
 
-        Scaled, because every method here is indifferent to the units of the inputs: rounding errors of products and of
-        Cholesky factors scale along with them.
+        Scaled, because rounding errors of products and factors scale along with the units of the inputs.
         """
         return self.factorisation.condition
 
@@ -277,8 +264,8 @@ class Hessian:
     @property
     def has_preconditioner(self) -> bool:
         """True once K has been made, for a solver or a selector."""
-        dtypes = (torch.float64, torch.float32, torch.bfloat16)
-        return "inverse_DD" in vars(self) or any(("preconditioner", dtype) in self._made for dtype in dtypes)
+        made = ("preconditioner" in key for key in self._made if isinstance(key, tuple))
+        return "inverse_DD" in vars(self) or any(made)
 
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to measure L^-1 r of rows; made once."""

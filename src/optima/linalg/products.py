@@ -16,9 +16,8 @@ from torch import Tensor, nn
 BLOCK = 256
 # Below this size oneDNN saves nothing.
 SMALLEST_PACKED = 64
-# oneDNN multiplies ordinary rows by a packed matrix through the operator that torch's own compiler uses: the same bits
-# as ``nn.functional.linear``, an eighth faster for want of conversions of rows and result. Where torch has it.
-PLAIN_ROWS = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+# oneDNN multiplies ordinary rows by a packed matrix through the operator that torch's own compiler uses.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # The packed layout depends on how many rows are expected.
 TYPICAL_ROWS = 512
 # Panels of a Gram matrix: 8 leave 9/16 of the products, and more make them too thin for full speed.
@@ -90,7 +89,7 @@ class SharedFactor:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what torch frees: a third of the time of a small layer went into page faults of temporaries.
+    """Let glibc keep what torch frees: a third of the time of a small linear went into page faults of temporaries.
 
     Freeing one untouched block just below glibc's largest limit (32 MiB) raises its thresholds for mapping and trimming
     to it (mallopt(3), M_MMAP_THRESHOLD). Elsewhere it does nothing.
@@ -104,15 +103,13 @@ def multiply(rows_RD: Tensor, matrix: Tensor) -> Tensor:
         return rows_RD @ matrix.mT
     if not len(rows_RD):
         return rows_RD.new_empty(0, matrix.shape[0])
-    if PLAIN_ROWS:
-        product_RD: Tensor = torch.ops.mkldnn._linear_pointwise(rows_RD, matrix, None, "none", [], "")
-        return product_RD
-    return nn.functional.linear(rows_RD.to_mkldnn(), matrix).to_dense()
+    product_RD: Tensor = torch.ops.mkldnn._linear_pointwise(rows_RD, matrix, None, "none", [], "")
+    return product_RD
 
 
 def gram(inputs_TD: Tensor) -> Tensor:
     """X^T X of float32 inputs. On a CPU one triangle is multiplied, panel by panel, and mirrored."""
-    if not (_packs(inputs_TD) and PLAIN_ROWS):
+    if not _packs(inputs_TD):
         return inputs_TD.mT @ inputs_TD
     inputs_DT = inputs_TD.mT.contiguous()
     size = len(inputs_DT)
@@ -135,13 +132,10 @@ def scaled(matrix: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 
 
 def _packs(matrix: Tensor) -> bool:
-    small = matrix.numel() < SMALLEST_PACKED**2
-    available = torch.backends.mkldnn.is_available()
-    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and bool(available) and not small
+    large = matrix.numel() >= SMALLEST_PACKED**2
+    return ONEDNN and large and matrix.device.type == "cpu" and matrix.dtype == torch.float32
 
 
 def pack(matrix: Tensor) -> Tensor:
     """``matrix`` in the layout in which ``multiply`` is fastest."""
-    if not _packs(matrix):
-        return matrix
-    return torch.ops.mkldnn._reorder_linear_weight(matrix, TYPICAL_ROWS) if PLAIN_ROWS else matrix.to_mkldnn()
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, TYPICAL_ROWS) if _packs(matrix) else matrix

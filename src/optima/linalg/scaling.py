@@ -1,4 +1,4 @@
-"""The layer in units in which H has a unit diagonal: ||X (V - W)^T|| is the same with H_ij / (n_i n_j) and W_ij n_j.
+"""The linear in units in which H has a unit diagonal: ||X (V - W)^T|| is the same with H_ij / (n_i n_j) and W_ij n_j.
 
 |W_ij n_j| is then Wanda's score, which is why ADMM methods project in these units (Boza 2024, section 3.3).
 
@@ -7,26 +7,17 @@ Shapes: O outputs (rows), D inputs.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
 
 
-class UnitDiagonal(NamedTuple):
-    """H / (n n^T) with n = sqrt(diag H), float64; a dead input is decoupled and has n = 1."""
-
-    matrix_DD: Tensor
-    norm_D: Tensor
-
-
-def unit_diagonal(matrix_DD: Tensor, dead_D: Tensor) -> UnitDiagonal:
-    """Scale a copy of a Hessian (damped or not) to a unit diagonal."""
+def unit_diagonal(matrix_DD: Tensor, dead_D: Tensor) -> tuple[Tensor, Tensor]:
+    """H / (n n^T) and n = sqrt(diag H), float64, of an H damped or not; a dead input is decoupled and has n = 1."""
     norm_D = matrix_DD.diagonal().sqrt().masked_fill(dead_D, 1.0)
     scaled_DD = (matrix_DD / norm_D[:, None]).div_(norm_D)
     scaled_DD.diagonal().fill_(1.0)
-    return UnitDiagonal(scaled_DD, norm_D)
+    return scaled_DD, norm_D
 
 
 def saliency_unit(hessian: Hessian, theta: float = 0.75) -> Tensor:

@@ -1,8 +1,6 @@
 """Batched quadratic programs that share one Hessian, solved to a certified relative gap. Usable on its own.
 
-    solution = solve(hessian, weight=weight, keep=keep)
-
-or, to solve many batches of rows that share a Hessian,
+``solve`` does it for one batch of rows; of many,
 
     hessian = Hessian(matrix)               # factorised once, when first needed
     solver = SharedInverseCG(gap=1e-4)
@@ -24,7 +22,6 @@ from optima.qp.bounded import Bounded
 from optima.qp.certificate import Certificate, certify
 from optima.qp.cg import LowRankCG, SharedInverseCG
 from optima.qp.cholesky import BatchedCholesky
-from optima.qp.pdhg import RestartedPDHG
 from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, make_problem, target_of
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, solve_rows
 
@@ -36,7 +33,6 @@ __all__ = [
     "Certificate",
     "Hessian",
     "LowRankCG",
-    "RestartedPDHG",
     "RowProblem",
     "RowSolution",
     "RowSolver",
@@ -58,7 +54,6 @@ SOLVERS: dict[str, Callable[[float], RowSolver]] = {
     "shared-inverse-cg": SharedInverseCG,
     "cholesky": lambda gap: BatchedCholesky(gap, torch.float32),
     "bounded": Bounded,
-    "pdhg": RestartedPDHG,
 }
 
 

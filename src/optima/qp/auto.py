@@ -56,23 +56,20 @@ class Auto:
             return _solve(Bounded(self.gap), hessian, problem)
         # A sum of floats: torch adds booleans an order of magnitude slower.
         kept_R = problem.keep_RD.to(torch.float32).sum(dim=1).double()
-        iterative, direct = self._iterative(kept_R, hessian.num_inputs), BatchedCholesky(self.gap, torch.float32)
-        direct_R = self._direct(hessian, kept_R, iterative)
-        if bool(direct_R.all()) or not bool(direct_R.any()):
-            return _solve(direct if bool(direct_R.all()) else iterative, hessian, problem)
+        most_kept = (1.0 - LOW_RANK_PRUNED) * problem.keep_RD.numel()
+        low_rank = hessian.num_inputs >= LOW_RANK_INPUTS and float(kept_R.sum()) <= most_kept
+        iterative: RowSolver = LowRankCG(self.gap) if low_rank else SharedInverseCG(self.gap)
+        direct_R = self._direct(hessian, kept_R, low_rank)
         rows = [(~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]]
-        solvers: list[RowSolver] = [iterative, direct]
+        solvers = [iterative, BatchedCholesky(self.gap, torch.float32)]
+        for solver, own in zip(solvers, rows, strict=True):
+            if len(own) == len(kept_R):
+                return _solve(solver, hessian, problem)
         parts = [_solve(solver, hessian, problem.rows(own)) for solver, own in zip(solvers, rows, strict=True)]
         return concatenate(parts).rows(torch.cat(rows).argsort())
 
-    def _iterative(self, kept_R: Tensor, num_inputs: int) -> LowRankCG | SharedInverseCG:
-        """The better of the two for these rows."""
-        pruned = 1.0 - float(kept_R.mean()) / num_inputs if len(kept_R) and num_inputs else 0.0
-        low_rank = num_inputs >= LOW_RANK_INPUTS and pruned >= LOW_RANK_PRUNED
-        return LowRankCG(self.gap) if low_rank else SharedInverseCG(self.gap)
-
-    def _direct(self, hessian: Hessian, kept_R: Tensor, iterative: LowRankCG | SharedInverseCG) -> Tensor:
-        """Which rows to solve directly."""
+    def _direct(self, hessian: Hessian, kept_R: Tensor, low_rank: bool) -> Tensor:
+        """Which rows to solve directly, where others are given to low-rank CG or not."""
         num_inputs = float(hessian.num_inputs)
         size_R = torch.minimum(kept_R, num_inputs - kept_R)
         if hessian.device.type != "cpu":
@@ -80,9 +77,8 @@ class Auto:
         dual_R = 2 * kept_R > num_inputs
         direct_R = FACTOR * size_R**3 + GATHER * size_R**2 + torch.where(dual_R, 4 * num_inputs**2, 0.0)
         iterations = max(-ITERATIONS_PER_DIGIT * math.log10(self.gap), 1.0)
-        shared = isinstance(iterative, SharedInverseCG)
-        cost = iterations * (2 if shared else 1) * 2 * num_inputs**2
-        inverse = INVERSE * num_inputs**3 if shared and not hessian.has_preconditioner else 0.0
+        cost = iterations * (1 if low_rank else 2) * 2 * num_inputs**2
+        inverse = 0.0 if low_rank or hessian.has_preconditioner else INVERSE * num_inputs**3
         mixed = float(direct_R.clamp_max(cost).sum()) + inverse
         if not bool(dual_R.any()) and float(direct_R.sum()) <= mixed:
             return torch.ones_like(dual_R)

@@ -5,7 +5,6 @@ Shapes: R rows in the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -47,31 +46,30 @@ class RowBatch:
         self.rows = torch.arange(count, device=device)
         self.iterations_R = torch.zeros(count, dtype=torch.int32, device=device)
         # Asking a GPU for a count stalls it.
-        self._check_every = 1 if device.type == "cpu" else 4
+        self.check_every = 1 if device.type == "cpu" else 4
         self._left: list[tuple[Tensor, ...]] = []
 
-    def iterate(self, going: Callable[[], Tensor], step: Callable[[], Tensor], max_iterations: int) -> None:
-        """Call ``step`` until ``going`` says False for every row.
+    def going(self, gap: float) -> Tensor:
+        """True for rows that are not done."""
+        raise NotImplementedError
 
-        Args:
-            going: True for rows that are not done.
-            step: one iteration; returns True for rows that moved.
-            max_iterations: give up after so many.
-        """
+    def iterate_once(self) -> Tensor:
+        """One iteration of every row; returns True for rows that moved."""
+        raise NotImplementedError
+
+    def run(self, gap: float, max_iterations: int) -> tuple[Tensor, ...]:
+        """Iterate until no row is going, or for ``max_iterations``; the results of all rows in their original order."""
         for iteration in range(max_iterations):
-            if iteration % self._check_every == 0:
-                going_R = going()
+            if iteration % self.check_every == 0:
+                going_R = self.going(gap)
                 count = int(going_R.sum())
                 if count == 0:
-                    return
+                    break
                 # oneDNN keeps what it compiles for each number of rows: of many rows, a round number stays.
                 spare = -count % ROUND_ROWS if count > ROUND_ROWS else 0
                 if count + spare <= COMPACT * len(self.rows):
                     self._shrink(going_R | ((~going_R).cumsum(dim=0) <= spare) if spare else going_R)
-            self.iterations_R[self.rows] += step().to(torch.int32)
-
-    def collect(self) -> tuple[Tensor, ...]:
-        """The results of all rows in their original order; the batch is empty afterwards."""
+            self.iterations_R[self.rows] += self.iterate_once().to(torch.int32)
         if not self._left:
             return tuple(getattr(self, name) for name in self.results)
         self._shrink(torch.zeros_like(self.rows, dtype=torch.bool))

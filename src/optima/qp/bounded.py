@@ -19,13 +19,13 @@ Shapes: R rows in the batch, D inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
-from optima.linalg.spectrum import unit_spectrum
+from optima.linalg.products import SharedMatrix
 from optima.qp.batch import RowBatch, unfinished
 from optima.qp.problem import RowProblem, RowSolution, concatenate
 from optima.qp.restarts import Correction, Residuals, solve_with_restarts
@@ -36,6 +36,8 @@ LONGEST_RUN = 4
 # Bounds take buffers (weight, lower, upper, slack ...): rows are solved in so many pieces that all of them fit what the
 # other solvers need for all rows at once. Smaller pieces than this many entries (rows x inputs) would save nothing.
 PIECES, SMALLEST_PIECE = 3, 2**15
+# Of the extreme eigenvalues. Power iteration approaches the largest one from below.
+POWER_ITERATIONS, MARGIN = 30, 1.2
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,12 @@ class Bounded:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
-            return _Batch(hessian, residuals).run(self.gap, self.max_iterations)
+            batch = _Batch(hessian, residuals)
+            (weight_RD,) = batch.run(self.gap, self.max_iterations)
+            return Correction(weight_RD, batch.iterations_R)
 
+        lower_RD, upper_RD = problem.box()
+        problem = replace(problem, lower_RD=lower_RD, upper_RD=upper_RD)
         rows, num_inputs = problem.keep_RD.shape
         size = max(-(-rows // PIECES), SMALLEST_PIECE // max(num_inputs, 1), 1)
         pieces = [slice(begin, begin + size) for begin in range(0, max(rows, 1), size)]
@@ -82,9 +88,10 @@ class _Batch(RowBatch):
         super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
         dtype = residuals.residual_RD.dtype
         self.operator, self.preconditioner = hessian.operator(dtype), hessian.preconditioner(dtype)
-        self.spectrum = unit_spectrum(hessian)
-        self.diagonal_D = self.spectrum.diagonal_D.to(dtype)
-        self.weight, self.lower, self.upper = residuals.box()
+        diagonal_D, self.largest, self.smallest = unit_spectrum(hessian)
+        self.diagonal_D = diagonal_D.to(dtype)
+        assert residuals.box is not None
+        self.weight, self.lower, self.upper = residuals.box
         self.residual, self.mask, self.error = residuals.residual_RD, residuals.mask_RD, residuals.error_R
         self.direction = torch.zeros_like(self.residual)
         self.changes = torch.zeros_like(self.rows)
@@ -92,16 +99,11 @@ class _Batch(RowBatch):
         nothing = self.residual.new_zeros(len(self.residual))
         self._redirect(nothing, torch.zeros_like(self.on_face), None, nothing)
 
-    def run(self, gap: float, max_iterations: int) -> Correction:
-        """Iterate until each row's own bound on its gap is below ``gap``."""
-        self.iterate(lambda: self._going(gap), self._iterate, max_iterations)
-        (weight_RD,) = self.collect()
-        return Correction(weight_RD, self.iterations_R)
-
-    def _going(self, gap: float) -> Tensor:
+    def going(self, gap: float) -> Tensor:
+        """See ``RowBatch``: the row's own bound on its gap is not yet below ``gap``."""
         return unfinished(self.bound.double(), self.error, gap)
 
-    def _iterate(self) -> Tensor:
+    def iterate_once(self) -> Tensor:
         """Move every row along its direction, then choose the next; returns True for rows that moved."""
         image = self.operator(self.direction)
         descent = torch.linalg.vecdot(self.residual, self.direction)
@@ -137,7 +139,7 @@ class _Batch(RowBatch):
         free_norm = torch.linalg.vecdot(inner_residual, inner_residual / self.diagonal_D)
         wrong_norm = torch.linalg.vecdot(wrong, wrong / self.diagonal_D)
         # |free + wrong|_K at most the sum of the two norms, the second by the smallest eigenvalue of the scaled H.
-        self.bound = 0.5 * (slope.sqrt() + (wrong_norm / self.spectrum.smallest).sqrt()).square()
+        self.bound = 0.5 * (slope.sqrt() + (wrong_norm / self.smallest).sqrt()).square()
         self.changes += hit
         remainder = self._project(torch.addcmul(self.weight, self.direction, rest[:, None])) - self.weight
         project = hit & (torch.linalg.vecdot(self.residual, remainder) > 0) & (self.changes < LONGEST_RUN)
@@ -154,5 +156,32 @@ class _Batch(RowBatch):
         self.on_face = ~(project | gradient)
 
     def _gradient_step(self) -> Tensor:
-        step = self.residual / (self.spectrum.largest * self.diagonal_D)
+        step = self.residual / (self.largest * self.diagonal_D)
         return self._project(self.weight + step) - self.weight
+
+
+def unit_spectrum(hessian: Hessian) -> tuple[Tensor, float, float]:
+    """Of D^-1/2 H D^-1/2 with D = diag(H), found once, in H's working precision.
+
+    Returns:
+        D in units of H's mean diagonal; the largest eigenvalue, estimated from above; the smallest, from below.
+    """
+
+    def find() -> tuple[Tensor, float, float]:
+        dtype = hessian.working_dtype
+        diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
+        largest = _largest(hessian.operator(dtype), diagonal_D.rsqrt())
+        return diagonal_D, largest, 1.0 / _largest(hessian.preconditioner(dtype), diagonal_D.sqrt())
+
+    return hessian.memo(unit_spectrum, find)
+
+
+def _largest(matrix: SharedMatrix, scale_D: Tensor) -> float:
+    """Of diag(scale) M diag(scale), by power iteration from a fixed random vector."""
+    generator = torch.Generator().manual_seed(0)
+    vector_1D = torch.randn(1, len(scale_D), generator=generator, dtype=torch.float64).to(scale_D)
+    norm = torch.linalg.vector_norm(vector_1D)
+    for _ in range(POWER_ITERATIONS):
+        vector_1D = matrix(vector_1D / norm * scale_D) * scale_D
+        norm = torch.linalg.vector_norm(vector_1D)
+    return MARGIN * float(norm) if len(scale_D) else 1.0

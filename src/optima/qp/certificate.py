@@ -14,7 +14,7 @@ Shapes: R rows, D inputs, B rows certified together.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,10 @@ SMALLEST_SCALE = 1e-36
 # Entries (rows x inputs) certified together: bounds the float64 temporaries.
 BLOCK_ENTRIES = {"cpu": 2**19}
 DEVICE_BLOCK_ENTRIES = 2**23
+ALL = slice(None)
 
 
-@dataclass(frozen=True)
-class Certificate:
+class Certificate(NamedTuple):
     """Float64 facts about one candidate weight.
 
     Attributes:
@@ -53,15 +53,15 @@ class Certificate:
 
     def rows(self, index: Tensor) -> Certificate:
         """The facts about the rows that ``index`` selects."""
-        return Certificate(self.error_R[index], self.bound_R[index], self.gap_R[index], self.residual_RD[index])
+        return Certificate(*(fact[index] for fact in self))
 
 
 def certify(hessian: Hessian, problem: RowProblem, weight_RD: Tensor) -> Certificate:
     """Certify feasible ``weight_RD`` against ``problem`` with one float64 product and one triangular solve."""
     verifier = Verifier(hessian, problem)
     found = verifier(weight_RD)
-    unit_R = hessian.mean_diagonal * verifier.scale_R
-    return Certificate(found.error_R, found.bound_R, found.gap_R, found.residual_RD.double() * unit_R[:, None])
+    unit_R1 = (hessian.mean_diagonal * verifier.scale_R)[:, None]
+    return found._replace(residual_RD=found.residual_RD.double() * unit_R1)
 
 
 class Verifier:
@@ -89,14 +89,14 @@ class Verifier:
         self.scale_R = size_R.log2().round().exp2()
 
     def __call__(
-        self, weight_RD: Tensor, extension_RD: Tensor | None = None, rows: Tensor | None = None
+        self, weight_RD: Tensor, extension_RD: Tensor | None = None, rows: slice | Tensor = ALL
     ) -> Certificate:
         """Certify feasible weights.
 
         Args:
             weight_RD: the candidates, zero off keep and within the bounds.
             extension_RD: what to assume for the residual off keep, zero on keep, in the units above; zero if None.
-            rows: which rows of the problem they are for; all if None.
+            rows: which rows of the problem they are for, a tensor of indices; ``ALL`` otherwise.
 
         Returns:
             The certificate, but with ``residual_RD`` in H's working dtype and the units above.
@@ -108,9 +108,9 @@ class Verifier:
         for begin in range(0, len(weight_RD), size):
             block = slice(begin, begin + size)
             extension_BD = None if extension_RD is None else extension_RD[block]
-            found = self._certify(weight_RD[block], extension_BD, block if rows is None else rows[block])
+            found = self._certify(weight_RD[block], extension_BD, block if isinstance(rows, slice) else rows[block])
             residual_RD[block] = found.residual_RD
-            facts[:, block] = torch.stack([found.error_R, found.bound_R, found.gap_R])
+            facts[:, block] = torch.stack(found[:3])
         return Certificate(facts[0], facts[1], facts[2], residual_RD)
 
     def _certify(self, weight_BD: Tensor, extension_BD: Tensor | None, rows: slice | Tensor) -> Certificate:
@@ -129,7 +129,9 @@ class Verifier:
             free_BD = free_BD + extension_BD
         norm_B = self._raised(hessian.whitener(free_BD.dtype).squared_norm(free_BD), size_B)
         bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + cost_B)
-        return Certificate(error_B, bound_B, self._relative(bound_B, error_B, rows), residual_BD)
+        # Relative to what the optimum must at least lose, or to the floor of what matters.
+        gap_B = bound_B / torch.maximum(error_B - bound_B, ENERGY_FLOOR * self.energy_R[rows])
+        return Certificate(error_B, bound_B, torch.where(bound_B == 0, 0.0, gap_B), residual_BD)
 
     def _raised(self, norm_B: Tensor, size_B: Tensor) -> Tensor:
         """||L^-1 r'||^2 raised by all that rounding can have hidden of it (docs/mathematics.md, section 6).
@@ -143,11 +145,6 @@ class Verifier:
         proven_B = (factor * norm_B.sqrt() + term * size_B).square()
         return torch.where(norm_B > 0, torch.maximum(WHITENING_MARGIN * norm_B, proven_B), 0.0)
 
-    def _relative(self, bound_B: Tensor, error_B: Tensor, rows: slice | Tensor) -> Tensor:
-        """The bound relative to what the optimum must at least lose, or to the floor of what matters."""
-        scale_B = torch.maximum(error_B - bound_B, ENERGY_FLOOR * self.energy_R[rows])
-        return torch.where(bound_B == 0, 0.0, bound_B / scale_B)
-
 
 def _split_multipliers(
     hessian: Hessian, problem: RowProblem, weight_BD: Tensor, residual_BD: Tensor, scale_B: Tensor
@@ -156,11 +153,8 @@ def _split_multipliers(
     if not problem.bounded:
         return residual_BD, torch.zeros_like(scale_B)
     weight_BD, residual_BD = weight_BD.double(), residual_BD.double()
-    slack_BD = torch.full_like(residual_BD, torch.inf)
-    if problem.upper_RD is not None:
-        slack_BD = torch.where(residual_BD > 0, problem.upper_RD.double() - weight_BD, slack_BD)
-    if problem.lower_RD is not None:
-        slack_BD = torch.where(residual_BD < 0, weight_BD - problem.lower_RD.double(), slack_BD)
+    lower_BD, upper_BD = problem.box()
+    slack_BD = torch.where(residual_BD > 0, upper_BD - weight_BD, weight_BD - lower_BD)
     slack_BD = slack_BD.clamp_min_(0.0) / scale_B[:, None]
     cost_BD = torch.where(residual_BD == 0, 0.0, residual_BD.abs() * slack_BD)
     # Worth a multiplier where it costs less than the unconstrained bound would for this coordinate alone.

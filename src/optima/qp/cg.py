@@ -52,8 +52,11 @@ class SharedInverseCG:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
-            preconditioner = SharedInverse(hessian, residuals.residual_RD.dtype, exact=residuals.repeated)
-            return Extended(hessian, preconditioner, residuals).run(self.gap, self.max_iterations)
+            inverse = SharedInverse(hessian, residuals.residual_RD.dtype, exact=residuals.repeated)
+            batch = Extended(hessian, inverse, residuals)
+            step_RD, residual_RD = batch.run(self.gap, self.max_iterations)
+            extension_RD = residual_RD.sub_(residual_RD * residuals.mask_RD)
+            return Correction(step_RD, batch.iterations_R, extension_RD)
 
         return solve_with_restarts(hessian, problem, inner, self.gap)
 
@@ -80,14 +83,18 @@ class LowRankCG:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
-            model = FactorModel.of(hessian, residuals.residual_RD.dtype)
-            return Measured(hessian, model, residuals).run(self.gap, self.max_iterations)
+            batch = Measured(hessian, FactorModel.of(hessian, residuals.residual_RD.dtype), residuals)
+            (step_RD,) = batch.run(self.gap, self.max_iterations)
+            return Correction(step_RD, batch.iterations_R)
 
         return solve_with_restarts(hessian, problem, inner, self.gap)
 
 
 class ConjugateGradient(RowBatch):
-    """The rows that still iterate. A subclass says when a row is done."""
+    """The rows that still iterate. A subclass says when a row is done.
+
+    A slope that is not positive is a breakdown at the working precision.
+    """
 
     row_tensors: ClassVar[tuple[str, ...]] = (
         *("error", "slope", "ratio", "residual", "mask", "restricted", "step", "direction"),
@@ -102,10 +109,6 @@ class ConjugateGradient(RowBatch):
         self.step = torch.zeros_like(self.residual)
         self.direction = preconditioner.solve(self.residual, self.mask, self.restricted)
         self.slope = torch.linalg.vecdot(self.residual, self.direction)
-
-    def going(self, gap: float) -> Tensor:
-        """True for rows that are not done; a slope that is not positive is a breakdown at the working precision."""
-        raise NotImplementedError
 
     def subtract(self, image: Tensor, alpha: Tensor) -> None:
         """Take ``alpha * image`` off the residual; ``image`` may be overwritten."""
@@ -141,27 +144,19 @@ class ConjugateGradient(RowBatch):
 
 
 class Extended(ConjugateGradient):
-    """For a preconditioner above the inverse: rows stop by Gauss-Radau.
+    """For the shared inverse, which is above that of every kept set: rows stop by Gauss-Radau.
 
     ``residual`` holds r on the kept set and, on the pruned set, the extension that the certificate will use.
     """
 
     results = ("step", "residual")
 
-    def __init__(self, hessian: Hessian, preconditioner: Preconditioner, residuals: Residuals) -> None:
-        assert preconditioner.above_inverse, "the rule's node at 1 must lie below the spectrum"
+    def __init__(self, hessian: Hessian, preconditioner: SharedInverse, residuals: Residuals) -> None:
         super().__init__(hessian, preconditioner, residuals)
         self.ratio = torch.ones_like(self.slope)
 
-    def run(self, gap: float, max_iterations: int) -> Correction:
-        """Iterate until each row's own bound is a little below ``gap``."""
-        mask_RD = self.mask
-        self.iterate(lambda: self.going(gap), self.iterate_once, max_iterations)
-        step_RD, residual_RD = self.collect()
-        return Correction(step_RD, self.iterations_R, extension_RD=residual_RD.sub_(residual_RD * mask_RD))
-
     def going(self, gap: float) -> Tensor:
-        """See ``ConjugateGradient``."""
+        """See ``RowBatch``: the row's own bound is not yet a little below ``gap``."""
         going: Tensor = unfinished(0.5 * (self.ratio * self.slope).double(), self.error, gap) & (self.slope > 0)
         return going
 
@@ -188,14 +183,8 @@ class Measured(ConjugateGradient):
         self.ratio = torch.full_like(self.error, FIRST_RATIO)
         self.accepted = torch.zeros_like(self.error, dtype=torch.bool)
 
-    def run(self, gap: float, max_iterations: int) -> Correction:
-        """Iterate until each row's measured bound is a little below ``gap``."""
-        self.iterate(lambda: self.going(gap), self.iterate_once, max_iterations)
-        (step_RD,) = self.collect()
-        return Correction(step_RD, self.iterations_R)
-
     def going(self, gap: float) -> Tensor:
-        """See ``ConjugateGradient``."""
+        """See ``RowBatch``: the row's measured bound is not yet a little below ``gap``."""
         open_: Tensor = unfinished(0.5 * self.ratio * self.slope.double(), self.error, gap) & (self.slope > 0)
         seeming = (~open_ & ~self.accepted).nonzero()[:, 0]
         # Measure when enough rows could leave.

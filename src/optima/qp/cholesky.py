@@ -52,24 +52,16 @@ class BatchedCholesky:
 
 
 def solve_kept(hessian: Hessian, residual_RD: Tensor, mask_RD: Tensor) -> Tensor:
-    """step with H_SS step_S = residual_S and zero elsewhere, for each row's own S; shape (R, D)."""
-    keep_RD = mask_RD > 0
+    """step with H_SS step_S = residual_S, H in units of its mean diagonal, zero off each row's own S; shape (R, D)."""
+    keep_RD, unit = mask_RD > 0, hessian.mean_diagonal
     primal_R = 2 * keep_RD.sum(dim=1) <= keep_RD.shape[1]
     dtype, step_RD = residual_RD.dtype, torch.zeros_like(residual_RD)
     if bool(primal_R.any()):
-        step_RD[primal_R] = solve_selected(_primal(hessian, dtype), residual_RD[primal_R], keep_RD[primal_R], True)
+        primal_DD = hessian.memo(("primal", dtype), lambda: scaled(hessian.damped_DD, 1 / unit, dtype))
+        step_RD[primal_R] = solve_selected(primal_DD, residual_RD[primal_R], keep_RD[primal_R], True)
     if not bool(primal_R.all()):
-        dual_DD, part_RD, part_mask_RD = _dual(hessian, dtype), residual_RD[~primal_R], mask_RD[~primal_R].to(dtype)
+        dual_DD = hessian.memo(("dual", dtype), lambda: scaled(hessian.inverse_DD, unit, dtype))
+        part_RD, part_mask_RD = residual_RD[~primal_R], mask_RD[~primal_R].to(dtype)
         multiplier_RD = solve_selected(dual_DD, part_RD @ dual_DD, ~keep_RD[~primal_R], True)
         step_RD[~primal_R] = ((part_RD - multiplier_RD) @ dual_DD) * part_mask_RD
     return step_RD
-
-
-def _primal(hessian: Hessian, dtype: torch.dtype) -> Tensor:
-    """The damped H as a plain matrix in units of its mean diagonal."""
-    return hessian.memo(("primal", dtype), lambda: scaled(hessian.damped_DD, 1 / hessian.mean_diagonal, dtype))
-
-
-def _dual(hessian: Hessian, dtype: torch.dtype) -> Tensor:
-    """K in the same units."""
-    return hessian.memo(("dual", dtype), lambda: scaled(hessian.inverse_DD, hessian.mean_diagonal, dtype))

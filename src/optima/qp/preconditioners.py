@@ -1,11 +1,12 @@
 """Approximate inverses of every row's H_SS, for conjugate gradient (docs/mathematics.md, sections 2 and 8).
 
+Both are an M with M_S near H_SS^-1 for every kept set S, in units of H's mean diagonal: ``restrict`` makes what
+``solve`` needs of each row's S, one entry a row, and ``solve`` is M_S residual_S, zero off S.
+
 Shapes: R rows, D inputs, F factors, V vectors of the subspace iteration, Q = F (F + 1) / 2 pairs of factors.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,26 +25,6 @@ BLOCK_ROWS = 512
 SMALLEST_NOISE = 0.01
 
 
-class Preconditioner(Protocol):
-    """M with M_S near H_SS^-1 for every kept set S, in units of H's mean diagonal.
-
-    Attributes:
-        rounded: True if its products are rounded beyond the precision of the rows: CG's beta is then the flexible one.
-        above_inverse: True if M_S is at least H_SS^-1, so that no eigenvalue of M_S H_SS is below 1.
-    """
-
-    rounded: bool
-    above_inverse: bool
-
-    def restrict(self, mask_RD: Tensor) -> Tensor:
-        """What ``solve`` needs of each row's kept set, one entry a row."""
-        ...
-
-    def solve(self, residual_RD: Tensor, mask_RD: Tensor, restricted_R: Tensor) -> Tensor:
-        """M_S residual_S of each row, zero off the kept set."""
-        ...
-
-
 class SharedInverse:
     """K = H^-1, of which every row takes the block of its kept set.
 
@@ -51,9 +32,10 @@ class SharedInverse:
         hessian: the shared H.
         dtype: of the rows.
         exact: multiply in the precision of the rows; else in bfloat16 where that is an order of magnitude faster.
-    """
 
-    above_inverse = True
+    Attributes:
+        rounded: True if products are rounded beyond the precision of the rows: CG's beta is then the flexible one.
+    """
 
     def __init__(self, hessian: Hessian, dtype: torch.dtype, exact: bool) -> None:
         fast_dtype = dtype if exact else _fast_dtype(hessian.device, dtype)
@@ -92,7 +74,6 @@ class FactorModel:
     """
 
     rounded = False
-    above_inverse = False
 
     def __init__(self, hessian: Hessian, dtype: torch.dtype) -> None:
         diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
@@ -132,6 +113,9 @@ class FactorModel:
         score_RF = (restricted_R * score_RF[:, None, :]).sum(dim=2)
         solution_RD = residual_RD / self.noise_D
         return solution_RD.addcmul_(multiply(score_RF, self._weighted_DF), mask_RD, value=-1.0)
+
+
+Preconditioner = SharedInverse | FactorModel
 
 
 def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ Shapes: R rows, D inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from enum import IntEnum
 from typing import Protocol
 
@@ -60,6 +60,12 @@ class RowProblem:
             self.target_RD[index], self.keep_RD[index], pick(self.start_RD), pick(self.lower_RD), pick(self.upper_RD)
         )
 
+    def box(self) -> tuple[Tensor, Tensor]:
+        """Lower and upper bounds of all weights: infinite where there is none, 0 where a weight is pruned."""
+        infinite_RD = torch.where(self.keep_RD, torch.inf, 0.0).to(self.target_RD.dtype)
+        lower_RD = -infinite_RD if self.lower_RD is None else self.lower_RD
+        return lower_RD, infinite_RD if self.upper_RD is None else self.upper_RD
+
     def clamp(self, weight_RD: Tensor) -> Tensor:
         """``weight_RD`` moved to the nearest feasible point."""
         if self.bounded:
@@ -81,8 +87,6 @@ class RowSolution:
         solver: name of the solver that ran; of several, in alphabetical order, joined by a plus.
         note: what a reader of the report should know: where the precision was raised, what had to be halved; empty if
             nothing.
-        chunk_rows: most rows that were solved together.
-        halvings: times the chunk was halved because the device ran out of memory.
     """
 
     weight_RD: Tensor
@@ -90,21 +94,17 @@ class RowSolution:
     gap_R: Tensor
     status_R: Tensor
     iterations_R: Tensor
+    _: KW_ONLY
     solver: str = ""
     note: str = ""
-    chunk_rows: int = 0
-    halvings: int = 0
 
-    def rows(self, index: Tensor) -> RowSolution:
+    def rows(self, index: slice | Tensor) -> RowSolution:
         """The solution of the rows that ``index`` selects."""
-        return replace(
-            self,
-            weight_RD=self.weight_RD[index],
-            error_R=self.error_R[index],
-            gap_R=self.gap_R[index],
-            status_R=self.status_R[index],
-            iterations_R=self.iterations_R[index],
-        )
+        return RowSolution(*(tensor[index] for tensor in self.tensors()), solver=self.solver, note=self.note)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that has an entry (or a row) per row, in the order of the attributes."""
+        return self.weight_RD, self.error_R, self.gap_R, self.status_R, self.iterations_R
 
 
 class RowSolver(Protocol):
@@ -112,17 +112,14 @@ class RowSolver(Protocol):
 
     A solver never sees a model, a block or a file. What depends on the Hessian alone belongs in ``Hessian.memo``; the
     work space of ``solve`` grows with the rows it is given, and ``optima.qp.rows.solve_rows`` chooses how many.
+
+    Attributes:
+        name: what recipes and reports call it.
+        supports_bounds: True if it can hold weights between bounds.
     """
 
-    @property
-    def name(self) -> str:
-        """What recipes and reports call it."""
-        ...
-
-    @property
-    def supports_bounds(self) -> bool:
-        """True if it can hold weights between bounds."""
-        ...
+    name: str
+    supports_bounds: bool
 
     def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """Solve every row of ``problem``."""
@@ -132,23 +129,11 @@ class RowSolver(Protocol):
 def concatenate(parts: list[RowSolution]) -> RowSolution:
     """One solution of the rows of all ``parts``, in order; at least one part."""
     if len(parts) == 1:
-        return replace(parts[0], chunk_rows=len(parts[0].gap_R))
-
-    def join(name: str) -> Tensor:
-        return torch.cat([getattr(part, name) for part in parts])
-
+        return parts[0]
     solvers = sorted({name for part in parts for name in part.solver.split("+")})
     notes = dict.fromkeys(part.note for part in parts if part.note)
-    return RowSolution(
-        join("weight_RD"),
-        join("error_R"),
-        join("gap_R"),
-        join("status_R"),
-        join("iterations_R"),
-        solver="+".join(solvers),
-        note="; ".join(notes),
-        chunk_rows=max(len(part.gap_R) for part in parts),
-    )
+    tensors = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
+    return RowSolution(*tensors, solver="+".join(solvers), note="; ".join(notes))
 
 
 def make_problem(

@@ -96,8 +96,7 @@ def round_rows(
     with full_precision(), torch.no_grad():
         for begin in range(0, len(weight_RD), size):
             chunk = slice(begin, begin + size)
-            rows = _Rows(hessian, problem.rows(chunk), weight_RD[chunk], dtype)
-            rows.relate(problem.rows(chunk), solution.error_R[chunk], solution.gap_R[chunk])
+            rows = _Rows(hessian, problem.rows(chunk), solution.rows(chunk), dtype)
             if method == "hessian":
                 rows.improve()
             rounded_RD[chunk], facts[:, chunk] = rows.written(), rows.certified()
@@ -115,8 +114,9 @@ class _Trial(NamedTuple):
 class _Rows:
     """Rows in units of H's mean diagonal and of their largest weight, a power of two: float32 has room there."""
 
-    def __init__(self, hessian: Hessian, problem: RowProblem, weight_RD: Tensor, dtype: torch.dtype) -> None:
-        self.hessian, self.dtype = hessian, dtype
+    def __init__(self, hessian: Hessian, problem: RowProblem, solution: RowSolution, dtype: torch.dtype) -> None:
+        self.hessian, self.dtype, self.error_R = hessian, dtype, solution.error_R
+        weight_RD = solution.weight_RD
         self.lower_RD, self.upper_RD = _range(problem, dtype)
         working = torch.promote_types(hessian.working_dtype, weight_RD.dtype)
         self.operator = hessian.operator(working)
@@ -135,10 +135,11 @@ class _Rows:
         change_RD = (self.written_RD - self.weight_RD).mul_(self.mask_RD)
         self.image_RD = self.operator(change_RD)
         self.rise_R = torch.linalg.vecdot(change_RD, 0.5 * self.image_RD - self.residual_RD).double()
+        self._relate(problem, solution)
 
-    def relate(self, problem: RowProblem, error_R: Tensor, gap_R: Tensor) -> None:
+    def _relate(self, problem: RowProblem, solution: RowSolution) -> None:
         """What the solution's certificate proved: E* is at least E(v) - bound."""
-        target_RD = problem.target_RD
+        target_RD, error_R, gap_R = problem.target_RD, solution.error_R, solution.gap_R
         if problem.bounded:
             target_RD = torch.maximum(target_RD.abs(), problem.clamp(target_RD).abs())
         self.unit_R = self.hessian.mean_diagonal * self.scale_R.square()
@@ -146,7 +147,7 @@ class _Rows:
         floor_R = ENERGY_FLOOR * energy_R * self.unit_R
         # The gap is relative to the larger of E - bound and the floor.
         self.bound_R = torch.maximum(error_R * gap_R / (1.0 + gap_R), gap_R * floor_R)
-        self.error_R, self.least_R = error_R, torch.maximum(error_R - self.bound_R, floor_R)
+        self.least_R = torch.maximum(error_R - self.bound_R, floor_R)
 
     def improve(self) -> None:
         """Lower the error of the rows that lose too much."""
@@ -211,18 +212,18 @@ class _Rows:
 def _range(problem: RowProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The least and the largest number of ``dtype`` that each weight may be; (R, 1) where there are no bounds."""
     numbers = torch.finfo(dtype)
-    largest_R1 = problem.target_RD.new_full((len(problem.target_RD), 1), numbers.max)
+    if not problem.bounded:
+        largest_R1 = problem.target_RD.new_full((len(problem.target_RD), 1), numbers.max)
+        return -largest_R1, largest_R1
 
-    def below(bound_RD: Tensor | None) -> Tensor:
-        if bound_RD is None:
-            return largest_R1
+    def below(bound_RD: Tensor) -> Tensor:
         bound_RD = bound_RD.clamp_max(numbers.max)
         nearest_RD = bound_RD.to(dtype).to(bound_RD.dtype)
         half_step_RD = 0.5 * numbers.eps * bound_RD.abs().clamp_min(numbers.tiny)
         return torch.where(nearest_RD > bound_RD, (bound_RD - half_step_RD).to(dtype).to(bound_RD.dtype), nearest_RD)
 
-    lower_RD = -below(None if problem.lower_RD is None else -problem.lower_RD)
-    upper_RD = below(problem.upper_RD)
+    lower_RD, upper_RD = problem.box()
+    lower_RD, upper_RD = -below(-lower_RD), below(upper_RD)
     if bool((lower_RD > upper_RD).any()):
         raise RecipeError(f"a weight's bounds have no {dtype} between them: widen the bounds or write float32")
     return lower_RD, upper_RD

@@ -1,6 +1,6 @@
-"""Solve all rows of a layer in chunks that fit the memory budget.
+"""Solve all rows of a linear in chunks that fit the memory budget.
 
-Shapes: R rows of the layer, D inputs.
+Shapes: R rows of the linear, D inputs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,6 @@ CACHE_ENTRIES = 2**22
 SMALLEST_CACHED_CHUNK = 256
 
 
-def rows_per_chunk(num_inputs: int, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> int:
-    """How many rows of ``num_inputs`` fit ``budget_bytes`` of work space."""
-    return max(budget_bytes // (BYTES_PER_ENTRY * max(num_inputs, 1)), 1)
-
-
 def solve_rows(
     solver: RowSolver, hessian: Hessian, problem: RowProblem, budget_bytes: int = DEFAULT_BUDGET_BYTES
 ) -> RowSolution:
@@ -38,14 +33,14 @@ def solve_rows(
         RecipeError: if the problem has bounds and the solver knows none.
     """
     if problem.bounded and not solver.supports_bounds:
-        raise RecipeError(f"solver {solver.name} knows no bounds: choose auto, bounded or pdhg")
+        raise RecipeError(f"solver {solver.name} knows no bounds: choose auto or bounded")
     keep_freed_memory()
     with full_precision(), torch.no_grad():
         _ = hessian.factorisation  # every certificate needs it, and fewer rows would not help where it does not fit
         total = len(problem.target_RD)
-        chunk = _chunk(hessian, total, budget_bytes)
+        chunk = planned = _chunk(hessian, total, budget_bytes)
         parts: list[RowSolution] = []
-        begin = halvings = 0
+        begin = 0
         while begin < total or not parts:
             try:
                 parts.append(solver.solve(hessian, problem.rows(slice(begin, begin + chunk))))
@@ -56,22 +51,18 @@ def solve_rows(
                     raise
             # Only here, after the exception and the frames it held are gone, is their memory free again.
             chunk = (chunk + 1) // 2
-            halvings += 1
             torch.cuda.empty_cache()
     solution = concatenate(parts)
-    note = f"out of memory: rows in chunks of {chunk} instead" if halvings else ""
-    return replace(
-        solution,
-        solver=solution.solver or solver.name,
-        note="; ".join(filter(None, [solution.note, note])),
-        halvings=halvings,
-    )
+    note = f"out of memory: rows in chunks of {chunk} instead" if chunk < planned else ""
+    notes = filter(None, [solution.note, note])
+    return replace(solution, solver=solution.solver or solver.name, note="; ".join(notes))
 
 
 def _chunk(hessian: Hessian, total: int, budget_bytes: int) -> int:
     """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size."""
-    chunk = rows_per_chunk(hessian.num_inputs, budget_bytes)
+    num_inputs = max(hessian.num_inputs, 1)
+    chunk = max(budget_bytes // (BYTES_PER_ENTRY * num_inputs), 1)
     if hessian.device.type == "cpu":
-        chunk = min(chunk, max(CACHE_ENTRIES // max(hessian.num_inputs, 1), SMALLEST_CACHED_CHUNK))
+        chunk = min(chunk, max(CACHE_ENTRIES // num_inputs, SMALLEST_CACHED_CHUNK))
     pieces = max(-(-total // chunk), 1)
     return max(-(-total // pieces), 1)

@@ -18,15 +18,14 @@ Shapes: R rows in the batch, D inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
-from optima.linalg.spectrum import unit_spectrum
 from optima.qp.batch import RowBatch, unfinished
-from optima.qp.bounded import split
+from optima.qp.bounded import split, unit_spectrum
 from optima.qp.problem import RowProblem, RowSolution
 from optima.qp.restarts import Correction, Residuals, solve_with_restarts
 
@@ -58,8 +57,12 @@ class RestartedPDHG:
         """See ``RowSolver``."""
 
         def inner(residuals: Residuals) -> Correction:
-            return _Batch(hessian, residuals).run(self.gap, self.max_iterations)
+            batch = _Batch(hessian, residuals)
+            (average_RD,) = batch.run(self.gap, self.max_iterations)
+            return Correction(batch.start_RD + average_RD, batch.iterations_R)
 
+        lower_RD, upper_RD = problem.box()
+        problem = replace(problem, lower_RD=lower_RD, upper_RD=upper_RD)
         return solve_with_restarts(hessian, problem, inner, self.gap)
 
 
@@ -74,13 +77,14 @@ class _Batch(RowBatch):
 
     def __init__(self, hessian: Hessian, residuals: Residuals) -> None:
         super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
-        self._check_every = CHECK_EVERY
+        self.check_every = CHECK_EVERY
         dtype = residuals.residual_RD.dtype
         self.operator, self.check = hessian.operator(dtype), hessian.preconditioner(dtype)
-        spectrum = unit_spectrum(hessian)
-        self.diagonal_D, self.largest = spectrum.diagonal_D.to(dtype), spectrum.largest
+        diagonal_D, self.largest, _ = unit_spectrum(hessian)
+        self.diagonal_D = diagonal_D.to(dtype)
         self.mask, self.residual_start, self.error_start = residuals.mask_RD, residuals.residual_RD, residuals.error_R
-        start, lower, upper = residuals.box()
+        assert residuals.box is not None
+        start, lower, upper = residuals.box
         self.start_RD, self.lower, self.upper = start, lower - start, upper - start
         self.point, self.average = torch.zeros_like(self.mask), torch.zeros_like(self.mask)
         self.residual, self.average_residual = self.residual_start.clone(), self.residual_start.clone()
@@ -88,13 +92,7 @@ class _Batch(RowBatch):
         self.anchor = self._optimality(self.point, self.residual)
         self.last = self.anchor
 
-    def run(self, gap: float, max_iterations: int) -> Correction:
-        """Iterate until each row's own bound on its gap is below ``gap``."""
-        self.iterate(lambda: self._going(gap), self._iterate, max_iterations)
-        (average_RD,) = self.collect()
-        return Correction(self.start_RD + average_RD, self.iterations_R)
-
-    def _going(self, gap: float) -> Tensor:
+    def going(self, gap: float) -> Tensor:
         free, wrong = split(self.average, self.lower, self.upper, self.average_residual)
         unexplained = self.average_residual * free + wrong
         bound = 0.5 * torch.linalg.vecdot(unexplained, self.check(unexplained)).double()
@@ -102,7 +100,7 @@ class _Batch(RowBatch):
         gained = 0.5 * torch.linalg.vecdot(self.average, self.residual_start + self.average_residual).double()
         return unfinished(bound, self.error_start - gained, gap)
 
-    def _iterate(self) -> Tensor:
+    def iterate_once(self) -> Tensor:
         momentum = (2.0 / (self.count + 2.0))[:, None]
         step = STEP * (self.count[:, None] + 2.0) / (2.0 * self.largest)
         slope = torch.lerp(self.average_residual, self.residual, momentum)
