@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness.zeroshot import load_tasks, zero_shot
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,7 +36,6 @@ from optima.calibration.text import Documents, TextSource, calibration_tokens, d
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.evaluation.zeroshot import load_tasks, zero_shot
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import ALLOCATION_NAMES, ROUNDINGS

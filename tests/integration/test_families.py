@@ -6,7 +6,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from optima.errors import ModelError
 from optima.models.source import find_source
 from optima.models.stacks import Linear, Stack, find_stacks, select_linears
 from optima.names import kind
-from optima.plan import Plan, make_plan
+from optima.plan import make_plan
 from optima.reporting.record import Report
 
 UNREACHED = ("dt_proj",)  # Jamba and Mamba read its weight without calling it
@@ -130,23 +129,9 @@ def test_plan_needs_no_weights(family: str, tmp_path: Path) -> None:
         file.write_bytes(b"not weights")
     plan = make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16))
     assert plan.num_parameters == sum(p.numel() for p in model.parameters())
-    planned = {linear.name: linear.shape for block in plan.blocks for linear in block.linears}
+    planned = {linear.name: linear.shape for linear in plan.found.linears}
     assert planned == {name: linear.shape for name, linear in linears_to_prune(model).items()}
     assert sum(math.prod(shape) for shape in planned.values()) == plan.pruned_parameters
-
-
-def test_plan_counts_what_is_computed(tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path)
-
-    def planned(**options: Any) -> Plan:
-        return make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16, **options))
-
-    solvers = ["none", "cholesky", "low-rank-cg", "shared-inverse-cg"]
-    assert sorted(solvers, key=lambda solver: planned(solver=solver).operations) == solvers
-    assert planned().operations == planned(solver="low-rank-cg").operations
-    assert planned(max_change=0.5).operations == planned(solver="bounded").operations > planned().operations
-    assert planned(selector="optima").operations > planned(selector="sparsegpt").operations > planned().operations
-    assert planned(selector="alps").memory_bytes >= planned(selector="optima").memory_bytes >= planned().memory_bytes
 
 
 @pytest.mark.parametrize("options", [{"selector": "sparsegpt"}, {"selector": "magnitude"}, {"solver": "cholesky"}])
@@ -173,7 +158,9 @@ def test_bfloat16_and_sharing_of_tied_weights(tmp_path: Path) -> None:
     assert model.config.tie_word_embeddings
     embedding = model.get_input_embeddings().weight.clone()
     prune(model, Recipe(sparsity=0.5), output_dir=tmp_path / "out", calibration=make_ids())
-    saved = load_file(tmp_path / "out" / "model.safetensors")
+    saved: dict[str, Tensor] = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        saved |= load_file(file)
     assert "lm_head.weight" not in saved
     assert torch.equal(saved["model.embed_tokens.weight"], embedding)
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
@@ -204,14 +191,13 @@ def test_same_seed_same_bits() -> None:
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
 def test_swaps_refine_a_selector_and_are_reported(pattern: str) -> None:
     errors = {}
-    for refine in ("none", "swaps"):
+    for swaps in (0, "all"):
         model = build("llama")
-        recipe = Recipe(pattern=[pattern], selector="wanda", refine=refine, refine_candidates=0, targets=["layers.0"])
+        recipe = Recipe(pattern=[pattern], selector="wanda", swaps=swaps, targets=["layers.0"])
         tokens = torch.randint(0, VOCAB, (8, 32), generator=torch.Generator().manual_seed(1))
         report = prune(model, recipe, calibration=tokens)
-        errors[refine] = [linear.error for linear in report.linears]
+        errors[swaps] = [linear.error for linear in report.linears]
         for linear in report.linears:
-            refined = refine == "swaps"
-            assert linear.rows_swap_optimal == (linear.rows if refined else None)
-            assert (linear.swaps is not None) == refined
-    assert sum(errors["swaps"]) < 0.97 * sum(errors["none"])
+            assert linear.rows_swap_optimal == (linear.rows if swaps else None)
+            assert (linear.swaps is not None) == bool(swaps)
+    assert sum(errors["all"]) < 0.97 * sum(errors[0])

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from itertools import islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,13 +19,12 @@ from transformers import PreTrainedTokenizerFast
 
 from optima.calibration import text as text_module
 from optima.calibration.text import (
+    Documents,
     SpecialTokens,
     TextSource,
     calibration_tokens,
     data_hash,
-    load_documents,
     pack,
-    read_documents,
     special_tokens,
 )
 from optima.errors import CalibrationError
@@ -54,28 +54,28 @@ class TestReadDocuments:
         write_jsonl(here / "b.jsonl", ["one\ntwo", "", None], n=1)
         (here / "c.json").write_text(json.dumps([{"text": "three"}, {"text": "four"}]))
         pq.write_table(pa.table({"text": ["five", "six"]}), here / "d.parquet")
-        documents = load_documents(TextSource(("a.txt", "b.jsonl", "c.json", "d.parquet")))
+        documents = list(Documents(TextSource(("a.txt", "b.jsonl", "c.json", "d.parquet"))))
         assert documents == ["été\n\n\nlast line\n", "one\ntwo", "", "three", "four", "five", "six"]
 
     def test_leaves_nothing_behind(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cache = here / "cache"
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)
         name = write_jsonl(here / "b.jsonl", ["one"])
-        load_documents(TextSource((name,)))
+        list(Documents(TextSource((name,))))
         assert [path.name for path in here.iterdir()] == ["b.jsonl"]
 
     def test_reads_no_more_than_asked(self, here: Path) -> None:
         write_jsonl(here / "a.jsonl", ["one", "two", "three"])
-        assert load_documents(TextSource(("a.jsonl", "missing.txt")), limit=2) == ["one", "two"]
+        assert list(islice(Documents(TextSource(("a.jsonl", "missing.txt"))), 2)) == ["one", "two"]
 
     def test_seed_shuffles_all_local_files_together(self, here: Path) -> None:
         texts = [str(i) for i in range(40)]
         source = TextSource((write_jsonl(here / "a.jsonl", texts[:20]), write_jsonl(here / "b.jsonl", texts[20:])))
-        assert load_documents(source) == texts
-        shuffled = load_documents(source, seed=0)
+        assert list(Documents(source)) == texts
+        shuffled = list(Documents(source, seed=0))
         assert sorted(shuffled) == sorted(texts)
-        assert shuffled == load_documents(source, seed=0)
-        assert shuffled != load_documents(source, seed=1)
+        assert shuffled == list(Documents(source, seed=0))
+        assert shuffled != list(Documents(source, seed=1))
         assert {int(text) < 20 for text in shuffled[:10]} == {True, False}
 
     def test_directory_is_read_as_the_hub_is(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,20 +84,20 @@ class TestReadDocuments:
         write_jsonl(here / "data" / "train.jsonl", ["one", "two"])
         write_jsonl(here / "data" / "test.jsonl", ["three"])
         source = TextSource((str(here / "data"),), split="test")
-        assert load_documents(source) == ["three"]
+        assert list(Documents(source)) == ["three"]
         local = write_jsonl(here / "local.jsonl", ["a", "b", "c"])
-        turns = load_documents(TextSource((str(here / "data"), local)), seed=3)
+        turns = list(Documents(TextSource((str(here / "data"), local)), seed=3))
         assert sorted(turns) == ["a", "b", "c", "one", "two"]
         assert [text in "abc" for text in turns] == [True, False, True, False, True]
         with pytest.raises(CalibrationError, match=r"split nope.*Available splits: \['train', 'test'\].*--split"):
-            load_documents(TextSource((str(here / "data"),), split="nope"))
+            list(Documents(TextSource((str(here / "data"),), split="nope")))
         with pytest.raises(CalibrationError, match=r"config en.*--dataset-config"):
-            load_documents(TextSource((str(here / "data"),), config="en"))
+            list(Documents(TextSource((str(here / "data"),), config="en")))
 
     @pytest.mark.parametrize("content", ["", "\n", "[]"])
     def test_file_without_records(self, here: Path, content: str) -> None:
         (here / "a.json").write_text(content)
-        assert load_documents(TextSource(("a.json",))) == []
+        assert list(Documents(TextSource(("a.json",)))) == []
 
     def test_unreachable_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def unreachable(*args, **kwargs):
@@ -105,12 +105,12 @@ class TestReadDocuments:
 
         monkeypatch.setattr(text_module, "load_dataset_builder", unreachable)
         with pytest.raises(CalibrationError, match=r"'some/dataset' \(config en, split train\).*network.*local"):
-            load_documents(TextSource(("some/dataset",), config="en"))
+            list(Documents(TextSource(("some/dataset",), config="en")))
 
     @pytest.mark.parametrize("name", ["missing.txt", "missing.jsonl", "missing.parquet"])
     def test_missing_file(self, here: Path, name: str) -> None:
         with pytest.raises(CalibrationError, match=rf"{name}.* cannot be read: .*check the file"):
-            load_documents(TextSource((name,)))
+            list(Documents(TextSource((name,))))
 
     @pytest.mark.parametrize(
         ("name", "content"),
@@ -121,14 +121,14 @@ class TestReadDocuments:
         with pytest.raises(
             CalibrationError, match=rf"dataset '{name}' cannot be read: .*\.txt/\.jsonl/\.json/\.parquet"
         ):
-            load_documents(TextSource((name,)))
+            list(Documents(TextSource((name,))))
 
     def test_wrong_column_lists_the_columns(self, here: Path) -> None:
         name = write_jsonl(here / "a.jsonl", ["one"], count=1)
         with pytest.raises(CalibrationError, match=r"no column 'body'.*--text-column: text, count"):
-            load_documents(TextSource((name,), text_column="body"))
+            list(Documents(TextSource((name,), text_column="body")))
         with pytest.raises(CalibrationError, match=r"'count'.*holds int, not text.*: text, count"):
-            load_documents(TextSource((name,), text_column="count"))
+            list(Documents(TextSource((name,), text_column="count")))
 
     @pytest.mark.parametrize("name", ["pipe.txt", "pipe", "zero.txt", "zero", "folder.jsonl"])
     def test_only_regular_files(self, here: Path, name: str) -> None:
@@ -141,20 +141,20 @@ class TestReadDocuments:
         else:
             (here / name).mkdir()
         with pytest.raises(CalibrationError, match=f"dataset '{name}' is no regular file: give a file of text"):
-            load_documents(TextSource((name,)))
+            list(Documents(TextSource((name,))))
 
     def test_records_without_text_are_counted(self, here: Path) -> None:
         lines = [{"text": "one"}, {"body": "two"}, {"text": None}, {"text": ""}, {"text": "three"}]
         (here / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         for seed in (None, 0):
-            documents = read_documents(TextSource(("a.jsonl",)), seed)
+            documents = Documents(TextSource(("a.jsonl",)), seed)
             assert sorted(documents) == ["", "one", "three"]
             assert documents.skipped == 2
 
     def test_no_record_with_text(self, here: Path) -> None:
         name = write_jsonl(here / "a.jsonl", [None, None], count=1)
         with pytest.raises(CalibrationError, match=r"no column 'text' with text.*--text-column: text, count"):
-            load_documents(TextSource((name,)))
+            list(Documents(TextSource((name,))))
 
     def test_revision_of_a_hub_dataset(self, monkeypatch: pytest.MonkeyPatch) -> None:
         commit = "0123456789" * 4
@@ -169,7 +169,7 @@ class TestReadDocuments:
         monkeypatch.setattr(
             text_module, "load_dataset_builder", lambda *args, **options: asked.append((args, options)) or Builder()
         )
-        documents = read_documents(TextSource(("some/dataset",), "en", revision="v1"))
+        documents = Documents(TextSource(("some/dataset",), "en", revision="v1"))
         assert documents.revision is None
         assert list(documents) == ["of train"]
         assert documents.revision == commit
@@ -229,7 +229,7 @@ class TestCalibrationTokens:
             calibration_tokens("some text", TOKENIZERS["bos"], 1, 8)
 
     def test_stops_reading_when_there_is_enough(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 1)
+        monkeypatch.setattr(text_module, "BATCH_DOCUMENTS", 1)
 
         def documents():
             yield from LINES
@@ -239,7 +239,7 @@ class TestCalibrationTokens:
 
     def test_same_whatever_the_batch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         whole = calibration_tokens(LINES * 9, TOKENIZERS["bos"], 4, 16)
-        monkeypatch.setattr(text_module, "BATCH_CHARACTERS", 50)
+        monkeypatch.setattr(text_module, "BATCH_DOCUMENTS", 2)
         assert torch.equal(calibration_tokens(LINES * 9, TOKENIZERS["bos"], 4, 16), whole)
 
     def test_long_text_is_neither_truncated_nor_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
@@ -269,6 +269,6 @@ def test_data_hash_is_of_the_int64_bytes() -> None:
 
 
 def test_read_documents_is_lazy(here: Path) -> None:
-    documents = read_documents(TextSource(("missing.txt",)))
+    documents = Documents(TextSource(("missing.txt",)))
     with pytest.raises(CalibrationError):
         next(iter(documents))

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from harness.zeroshot import batches, zero_shot
 from tiny import LINES, make_llama, make_tokenizer
 
 from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
-from optima.evaluation.zeroshot import batches, zero_shot
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the bench extra")
@@ -38,9 +38,8 @@ def arc(tmp_path: Path) -> Path:
 
 @needs_lm_eval
 def test_last_logits_give_the_same_likelihoods() -> None:
+    from harness.zeroshot import _language_model
     from lm_eval.models.huggingface import HFLM
-
-    from optima.evaluation.zeroshot import _language_model
 
     model, tokenizer = make_llama(), make_tokenizer(**ENDS)
     texts = [LINES[0], LINES[1], LINES[0][:20], "a", "fox jumps"]

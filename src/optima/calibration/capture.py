@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.probe import Probe, check_chain, forward, look
-from optima.calibration.streams import Call, Streams, share
+from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look
+from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
 from optima.errors import ModelError
 from optima.models.stacks import Block, Stack
-
-PROBE_LENGTH = 8  # tokens on which a model is looked at before the long work
 
 
 class _AllCaptured(Exception):  # noqa: N818 - not an error
@@ -44,12 +42,14 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor]) -> Stream
     tokens_1L = batches[0][:1, :PROBE_LENGTH]
     probe = look(model, stack, tokens_1L)
     trial = _record(model, stack, [tokens_1L], probe)
-    found = []
     for block in stack.blocks[: stack.needed]:
         home = next(block.module.parameters(), trial.hidden[0]).device
         trial.advance(block, home)
-        found.append(trial.hidden[0])
-    check_chain(model, stack, probe.outputs, found)
+        if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index])):
+            raise ModelError(
+                f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
+                "not give what it gives inside the model, which this tool cannot prune"
+            )
     return _record(model, stack, batches, probe)
 
 
@@ -79,9 +79,8 @@ def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:
             raise ModelError(f"{block.name} is not called with hidden states as its first argument")
         if index == 0:
             streams.hidden.append(hidden.detach().cpu())
-        earlier = [streams.calls[index][-1:], streams.calls[index - 1][-1:] if index else []]
-        pool = [(call.args, call.kwargs) for calls in earlier for call in calls]
-        streams.calls[index].append(Call(*share((args, kwargs), pool)))
+        earlier = [*streams.calls[index][-1:], *(streams.calls[index - 1][-1:] if index else [])]
+        streams.calls[index].append(share((args, kwargs), earlier))
         if last:
             raise _AllCaptured
         return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden

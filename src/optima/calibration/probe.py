@@ -5,19 +5,23 @@ Shapes: L tokens, D inputs, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optima.errors import ModelError
-from optima.models.stacks import Block, Linear, Stack
+from optima.models.stacks import Linear, Stack
 from optima.names import NUMBER, kind
 
+PROBE_LENGTH = 8  # tokens on which a model is looked at before the long work
 Place = tuple[int, int]  # a block, and a place in the tuple that it returns
+_Called = tuple[int, tuple[Any, ...], dict[str, Any], Any]  # a block, its arguments and its output
 
 
 @dataclass(frozen=True)
@@ -41,48 +45,38 @@ class Probe:
     sequence_first: bool
     routed: frozenset[str]
 
-    def wanted_from(self, block: int) -> set[int]:
-        """Places in the tuple that ``block`` returns which later blocks are called with."""
-        return {place for own in self.carried for source, place in own.values() if source == block}
-
     def first_tokens(self, inputs: Tensor, name: str, samples: int, length: int) -> Tensor | None:
         """The inputs (B, D) of each sequence's first token among those of the linear ``name``; None if unknown."""
         counts = inputs.shape[:-1]
         order = (length, samples) if self.sequence_first else (samples, length)
         flat = len(counts) == 1 and counts[0] == samples * length and name not in self.routed
-        if not flat and (len(counts) < 2 or _without_ones(counts) != _without_ones(order)):
+        # Dimensions of one do not matter: one for all heads, a batch of one sequence.
+        told = len(counts) > 1 and [count for count in counts if count != 1] == [n for n in order if n != 1]
+        if not (flat or told):
             return None
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
         return inputs_TD[:samples] if self.sequence_first else inputs_TD[::length]
 
 
-def _without_ones(counts: Sequence[int]) -> tuple[int, ...]:
-    return tuple(count for count in counts if count != 1)
+class Given:
+    """What linears were given, told apart by ``identity``; tensors are held, so that no address is used again.
 
+    Attributes:
+        inputs: of each linear that was given tokens, an identity a call.
+        tokens: how many each was given.
+    """
 
-@dataclass
-class _Seen:
-    """What hooks saw. Holding the tensors keeps their addresses from being used again."""
+    def __init__(self) -> None:
+        self.inputs: defaultdict[str, list[object]] = defaultdict(list)
+        self.tokens = Counter[str]()
+        self._held: list[Tensor] = []
 
-    blocks: list[tuple[int, tuple[Any, ...], dict[str, Any], Any]] = field(default_factory=list)
-    inputs: dict[str, list[object]] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    held: list[Tensor] = field(default_factory=list)
-
-    def block(self, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.blocks.append((index, args, kwargs, output))
-
-        return hook
-
-    def linear(self, name: str) -> Callable[[Tensor], None]:
-        def see(inputs: Tensor) -> None:
-            if inputs.numel():
-                self.held.append(inputs)
-                self.inputs.setdefault(name, []).append(identity(inputs))
-                self.rows[name] = self.rows.get(name, 0) + inputs.numel() // inputs.shape[-1]
-
-        return see
+    def add(self, name: str, inputs: Tensor) -> None:
+        """Note a call."""
+        if inputs.numel():
+            self._held.append(inputs)
+            self.inputs[name].append(identity(inputs))
+            self.tokens[name] += inputs.numel() // inputs.shape[-1]
 
 
 def identity(tensor: Tensor) -> object:
@@ -114,23 +108,34 @@ def look(model: nn.Module, stack: Stack, tokens_1L: Tensor) -> Probe:
     Raises:
         ModelError: if it does not call the blocks once each, in order, on hidden states.
     """
-    seen = _Seen()
+    calls: list[_Called] = []
+    given = Given()
+
+    def note(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append((index, args, kwargs, output))
+
     with ExitStack() as hooks:
         for block in stack.blocks:
-            handle = block.module.register_forward_hook(seen.block(block.index), with_kwargs=True)
+            handle = block.module.register_forward_hook(partial(note, block.index), with_kwargs=True)
             hooks.callback(handle.remove)
             for linear in block.linears:
-                hooks.callback(linear.observe(seen.linear(linear.name)).remove)
+                hooks.callback(linear.observe(partial(given.add, linear.name)).remove)
         forward(model, tokens_1L.clone())
-    if [index for index, *_ in seen.blocks] != list(range(len(stack.blocks))):
+    if [index for index, *_ in calls] != list(range(len(stack.blocks))):
         raise ModelError(
             f"{type(model).__name__} does not call each of {stack.blocks[0].name} .. {stack.blocks[-1].name} exactly "
             "once, in order, in a forward pass (shared or skipped blocks), which this tool cannot prune"
         )
-    outputs = [output for *_, output in seen.blocks]
-    layout = _layout(model, hidden_of(outputs[0]), tokens_1L.shape[1])
-    groups, routed = _groups(stack, seen, tokens_1L.shape[1])
-    return Probe(groups, outputs, _carried(seen), *layout, routed)
+    outputs, length = [output for *_, output in calls], tokens_1L.shape[1]
+    names = [linear.name for block in stack.blocks for linear in block.linears]
+    routed = {kind(name) for name in names if given.tokens[name] != length}
+    return Probe(
+        _groups(stack, given),
+        outputs,
+        _carried(calls),
+        *_layout(model, hidden_of(outputs[0]), length),
+        frozenset(name for name in names if kind(name) in routed),
+    )
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -152,11 +157,11 @@ def _layout(model: nn.Module, hidden: object, length: int) -> tuple[int, bool]:
     raise ModelError(f"the blocks of {type(model).__name__} return {shape}, not the hidden states of {length} tokens")
 
 
-def _carried(seen: _Seen) -> list[dict[int | str, Place]]:
+def _carried(calls: Sequence[_Called]) -> list[dict[int | str, Place]]:
     """Arguments that are, as objects, what an earlier block returned besides hidden states."""
     returned: dict[int, Place] = {}
     carried: list[dict[int | str, Place]] = []
-    for index, args, kwargs, output in seen.blocks:
+    for index, args, kwargs, output in calls:
         named: list[tuple[int | str, Any]] = [*enumerate(args[1:] if args else ()), *kwargs.items()]
         carried.append({key: returned[id(value)] for key, value in named if id(value) in returned})
         for place, item in enumerate(output if isinstance(output, (tuple, list)) else ()):
@@ -165,54 +170,37 @@ def _carried(seen: _Seen) -> list[dict[int | str, Place]]:
     return carried
 
 
-def _groups(stack: Stack, seen: _Seen, length: int) -> tuple[list[list[tuple[Linear, ...]]], frozenset[str]]:
+def _groups(stack: Stack, given: Given) -> list[list[tuple[Linear, ...]]]:
     """Linears that were given the same tensors; one that was not reached is grouped as another of its kind."""
-    leaders: dict[str, str] = {}
     first: dict[tuple[object, ...], str] = {}
-    for name, inputs in seen.inputs.items():
-        leaders[name] = first.setdefault(tuple(inputs), name)
-    reached = {kind(name): name for name in leaders}
-    linears = [linear for block in stack.blocks for linear in block.linears]
-    routed_kinds = {kind(linear.name) for linear in linears if seen.rows.get(linear.name) != length}
-    names = {linear.name for linear in linears}
-    return (
-        [_group(block, leaders, reached, names) for block in stack.blocks],
-        frozenset(name for name in names if kind(name) in routed_kinds),
-    )
+    leaders = {name: first.setdefault(tuple(inputs), name) for name, inputs in given.inputs.items()}
+    siblings = {kind(name): name for name in leaders}
+    names = {linear.name for block in stack.blocks for linear in block.linears}
+    found = []
+    for block in stack.blocks:
+        groups: defaultdict[str, list[Linear]] = defaultdict(list)
+        for name, linear in ((linear.name, linear) for linear in block.linears):
+            leader = leaders.get(name)
+            if leader is None and (sibling := siblings.get(kind(name))) is not None:
+                leader = _renumbered(name, sibling, leaders[sibling])
+                leader = leader if leader in names and leader not in leaders else None
+            groups[leader or name].append(linear)
+        found.append([tuple(group) for group in groups.values()])
+    return found
 
 
-def _group(block: Block, leaders: dict[str, str], reached: dict[str, str], names: set[str]) -> list[tuple[Linear, ...]]:
-    groups: dict[str, list[Linear]] = {}
-    for linear in block.linears:
-        leader = leaders.get(linear.name) or _leader_by_kind(linear.name, leaders, reached, names)
-        groups.setdefault(leader, []).append(linear)
-    return [tuple(group) for group in groups.values()]
-
-
-def _leader_by_kind(name: str, leaders: dict[str, str], reached: dict[str, str], names: set[str]) -> str:
-    """The linear that stands to ``name`` as the leader of its reached sibling stands to that one; else itself."""
-    sibling = reached.get(kind(name))
-    if sibling is None or NUMBER.findall(leaders[sibling]) != NUMBER.findall(sibling):
-        return name
+def _renumbered(name: str, sibling: str, leader: str) -> str | None:
+    """What stands to ``name`` as ``leader`` stands to ``sibling``; None if those two differ in their numbers."""
+    if NUMBER.findall(leader) != NUMBER.findall(sibling):
+        return None
     numbers = iter(NUMBER.findall(name))
-    leader = NUMBER.sub(lambda match: next(numbers), leaders[sibling])
-    return leader if leader in names and leader not in leaders else name
+    return NUMBER.sub(lambda match: next(numbers), leader)
 
 
-def check_chain(model: nn.Module, stack: Stack, expected: Sequence[Any], found: Sequence[Tensor]) -> None:
-    """Compare the blocks' outputs on the probe, run one by one, with those of the model's own forward pass.
-
-    Raises:
-        ModelError: naming the first block that differs: the model does something between its blocks.
-    """
-    for block, output, hidden in zip(stack.blocks, expected, found, strict=False):
-        own = hidden_of(output).float()
-        if own.shape == hidden.shape:
-            scale = own.nan_to_num(0, 0, 0).abs().max().item()
-            tolerance = max(1e-4, 8 * torch.finfo(hidden.dtype).eps) * scale
-            if torch.allclose(own.cpu(), hidden.cpu().float(), rtol=0, atol=tolerance, equal_nan=True):
-                continue
-        raise ModelError(
-            f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does not "
-            "give what it gives inside the model, which this tool cannot prune"
-        )
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for the rounding of products of another shape; NaN equals NaN (a loss will report it)."""
+    if found.shape != expected.shape:
+        return False
+    own = expected.float().cpu()
+    tolerance = max(1e-4, 8 * torch.finfo(found.dtype).eps) * own.nan_to_num(0, 0, 0).abs().max().item()
+    return torch.allclose(found.float().cpu(), own, rtol=0, atol=tolerance, equal_nan=True)

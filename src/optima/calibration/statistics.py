@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.calibration.probe import identity
+from optima.calibration.probe import Given
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.errors import CalibrationError
@@ -136,9 +136,7 @@ class _Watch:
         self._batch = 0
         self._called: list[str] = []  # in this batch
         self._last: str | None = None  # where the pass can end, known after the first batch
-        # Of the first batch: what each linear was given, and the tensors, so that no address is used twice.
-        self._given: dict[str, list[object]] = {}
-        self._held: list[Tensor] = []
+        self._given = Given()  # of the first batch
 
     @contextmanager
     def batch(self, batch: int) -> Iterator[None]:
@@ -151,20 +149,18 @@ class _Watch:
             yield
         if batch == 0:
             self._check_groups()
-            self._held.clear()
+            self._given = Given()
             if sorted(self._called) == sorted(self._leader):
                 self._last = self._called[-1]
 
     def _see(self, name: str) -> Callable[[Tensor], None]:
         def see(inputs: Tensor) -> None:
             self._called.append(name)
-            if inputs.numel():
-                if self._batch == 0:
-                    self._given.setdefault(name, []).append(identity(inputs))
-                    self._held.append(inputs)
-                if self._leader[name] == name:
-                    with self._stopwatch("hessian"):
-                        self._add(name, inputs)
+            if self._batch == 0:
+                self._given.add(name, inputs)
+            if inputs.numel() and self._leader[name] == name:
+                with self._stopwatch("hessian"):
+                    self._add(name, inputs)
             if name == self._last and len(set(self._called)) == len(self._leader):
                 raise _AllSeen
 
@@ -186,7 +182,7 @@ class _Watch:
     def _check_groups(self) -> None:
         """A few tokens told which linears share their input: on a whole batch it must be the same."""
         for name, leader in self._leader.items():
-            if self._given.get(name) != self._given.get(leader):
+            if self._given.inputs[name] != self._given.inputs[leader]:
                 raise CalibrationError(
                     f"{leader} and {name} share their input over a few tokens, but not over a whole calibration "
                     "sequence: leave one of them out with --ignore"

@@ -5,7 +5,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,8 @@ from optima.calibration.probe import Probe, hidden_of
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
 
-
-@dataclass(frozen=True)
-class Call:
-    """Everything a block is called with besides its hidden states (positions, masks, rotary embeddings ...)."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+# Everything a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by name or not.
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass
@@ -51,58 +46,45 @@ class Streams:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory held by hidden states and distinct call arguments."""
-        tensors = {id(t): t for t in self.hidden}
-        for calls in self.calls:
-            for call in calls:
-                tensors |= {id(tensor): tensor for tensor in tensors_in((call.args, call.kwargs))}
-        return sum(t.numel() * t.element_size() for t in tensors.values())
-
-    def run(self, block: Block, batch: int, device: torch.device) -> Tensor:
-        """The block's output on a batch, on ``device``, where the block is."""
-        return hidden_of(self._run(block, batch, device))
-
     def run_sample(self, block: Block, batch: int, sample: int, device: torch.device) -> Tensor:
         """The block's output on one sequence of a batch, for example (1, L, E), on ``device``.
 
         Raises:
             ModelError: if the block is called with something that cannot be taken apart into samples.
         """
-        samples, call = self.sizes[batch][0], self.calls[block.index][batch]
+        samples, (args, kwargs) = self.sizes[batch][0], self.calls[block.index][batch]
         if samples > 1 and self.probe.sample_dim:
             raise ModelError("the hidden states of this model are not batch first: use --batch-size 1")
-        if samples > 1 and any(_is_state(value) for value in (*call.args, *call.kwargs.values())):
+        if samples > 1 and any(_is_state(value) for value in (*args, *kwargs.values())):
             raise ModelError(
                 "the blocks of this model share keys and values, which cannot be taken apart into samples: "
                 "use --batch-size 1"
             )
-        return hidden_of(self._run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples)))
+        return hidden_of(self.run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples)))
 
     @torch.no_grad()
     def advance(self, block: Block, device: torch.device) -> None:
         """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out."""
-        wanted = self.probe.wanted_from(block.index)
+        later = [source for own in self.probe.carried for source in own.values()]
+        wanted = {place for source, place in later if source == block.index}
         for batch in range(len(self.hidden)):
-            output = self._run(block, batch, device)
+            output = self.run(block, batch, device)
             self.hidden[batch] = hidden_of(output).cpu()
             for place in wanted:
                 candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
                 self.carried[batch][block.index, place] = share(output[place], candidates)
 
-    def _run(
+    def run(
         self, block: Block, batch: int, device: torch.device, part: Callable[[Tensor], Tensor] = lambda tensor: tensor
     ) -> Any:
-        call = self.calls[block.index][batch]
-        args, kwargs = list(call.args), dict(call.kwargs)
+        """What the block returns for a batch, on ``device``, where the block is; ``part`` is taken of every tensor."""
+        called_with = self.calls[block.index][batch]
+        args, kwargs = list(called_with[0]), dict(called_with[1])
         for argument, source in self.probe.carried[block.index].items():
-            if isinstance(argument, int):
-                args[argument] = self.carried[batch][source]
-            else:
-                kwargs[argument] = self.carried[batch][source]
-        inputs = map_tensors((self.hidden[batch], args, kwargs), lambda tensor: part(tensor).to(device))
-        hidden, args, kwargs = inputs
+            where: Any = args if isinstance(argument, int) else kwargs
+            where[argument] = self.carried[batch][source]
+        inputs = (self.hidden[batch], args, kwargs)
+        hidden, args, kwargs = map_tensors(inputs, lambda tensor: part(tensor).to(device))
         return block.module(hidden, *args, **kwargs)
 
 
@@ -126,7 +108,8 @@ def _is_state(value: Any) -> bool:
 
 def share(value: Any, candidates: Any) -> Any:
     """``value`` on the CPU, with every tensor that equals one inside ``candidates`` replaced by that one."""
-    pool = list(tensors_in(candidates))
+    pool: list[Tensor] = []
+    map_tensors(candidates, pool.append)
 
     def convert(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
@@ -136,7 +119,7 @@ def share(value: Any, candidates: Any) -> Any:
     return map_tensors(value, convert)
 
 
-def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(value: Any, convert: Callable[[Tensor], object]) -> Any:
     """``value`` with every tensor converted, also inside dicts, tuples and lists; other objects are passed on."""
     if isinstance(value, Tensor):
         return convert(value)
@@ -145,14 +128,3 @@ def map_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (tuple, list):
         return type(value)([map_tensors(item, convert) for item in value])
     return value
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside dicts, tuples and lists."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)

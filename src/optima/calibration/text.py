@@ -10,7 +10,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from optima.errors import CalibrationError
 
 SEPARATOR = "\n\n"
 SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled
-BATCH_CHARACTERS = 1_000_000  # text tokenised at once: enough to keep every core busy
+BATCH_DOCUMENTS = 64  # tokenised at once: enough to keep every core busy
 LOADERS = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of the datasets library
 # What load_dataset and reading its records raise for a bad name, network, split, configuration or file.
 READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
@@ -128,35 +128,23 @@ class Documents:
     def _texts(self, records: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
         """The text of each record; one without is skipped and counted."""
         column = self._source.text_column
-        found, missing, columns = False, 0, "none"
+        found, missing, remedy = False, 0, ""
         for record in records:
-            text, columns = record.get(column), ", ".join(record)
-            if text is None:
+            text = record.get(column)
+            remedy = f"name one of its columns with --text-column: {', '.join(record)}"
+            if isinstance(text, str):
+                found = True
+                yield text
+            elif text is not None:
+                kind = type(text).__name__
+                raise CalibrationError(f"column {column!r} of dataset {name!r} holds {kind}, not text: {remedy}")
+            else:
                 missing += 1
                 self.skipped += 1
                 if column not in record and not _is_file(name):
                     break  # all records of a hub dataset have the same columns
-            elif isinstance(text, str):
-                found = True
-                yield text
-            else:
-                raise CalibrationError(
-                    f"column {column!r} of dataset {name!r} holds {type(text).__name__}, not text: name another of its "
-                    f"columns with --text-column: {columns}"
-                )
         if missing and not found:
-            raise CalibrationError(
-                f"dataset {name!r} has no column {column!r} with text: name one of its columns with --text-column: "
-                f"{columns}"
-            )
-
-
-def load_documents(source: TextSource, limit: int | None = None, seed: int | None = None) -> list[str]:
-    """The first ``limit`` documents of ``source``, all if None."""
-    return list(islice(Documents(source, seed), limit))
-
-
-read_documents = Documents
+            raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {remedy}")
 
 
 def calibration_tokens(
@@ -166,7 +154,7 @@ def calibration_tokens(
 
     Documents are tokenised one by one, each followed by a blank line, and cut into consecutive windows. Every window
     carries the tokenizer's special tokens, because models treat position 0 (an attention sink) specially. Blank
-    documents are left out, and no more are read than needed.
+    documents are left out, and reading stops soon after there are enough.
 
     Returns:
         tokens_NL: int64, (num_samples, max_seq_length).
@@ -179,11 +167,9 @@ def calibration_tokens(
     special = special_tokens(tokenizer)
     needed = num_samples * text_length(special, max_seq_length)
     ids: list[int] = []
-    for batch in _batches(text for text in documents if text.strip()):
-        for document_ids in token_ids([text + SEPARATOR for text in batch], tokenizer):
-            ids += document_ids
-        if len(ids) >= needed:
-            break
+    texts = (text + SEPARATOR for text in documents if text.strip())
+    while len(ids) < needed and (batch := list(islice(texts, BATCH_DOCUMENTS))):
+        ids += chain.from_iterable(token_ids(batch, tokenizer))
     if len(ids) < needed:
         raise CalibrationError(
             f"the calibration text has {len(ids)} tokens, but {num_samples} samples of {max_seq_length} tokens need "
@@ -248,20 +234,6 @@ def pack(ids: Sequence[int], special: SpecialTokens, max_seq_length: int) -> Ten
 def data_hash(tokens: Tensor) -> str:
     """SHA-256 of the token ids as little-endian int64, in hex: equal data, equal hash, on every machine."""
     return hashlib.sha256(tokens.cpu().numpy().astype("<i8").tobytes()).hexdigest()
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Consecutive documents, about ``BATCH_CHARACTERS`` at a time."""
-    batch: list[str] = []
-    characters = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def _check_regular(name: str) -> None:

@@ -8,12 +8,11 @@ WikiText-2 the dense Gemma 3 270M is far worse with one BOS in all. Where a
 tokenizer adds none (GPT-2, Qwen) the two are the same.
 
 Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positions (a slice of L), T = B C,
-V vocabulary, D hidden size.
+V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import logging
 import math
@@ -22,17 +21,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.probe import PROBE_LENGTH, agree
 from optima.calibration.text import SEPARATOR, pack, special_tokens, text_length, token_ids
 from optima.device import evaluating, forward_replaced
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
 from optima.models.reading import check_length, check_vocabulary
 
 LOGITS_BYTES = 64 * 2**20  # float32 logits in memory at once: 64 positions of a vocabulary of 262k
-PROBE_LENGTH = 8  # tokens on which a model is checked before the long work
 
 LogitsOf = Callable[[int, int], Tensor]  # (start, stop) -> logits_BCV
 
@@ -71,205 +70,140 @@ def perplexity(
     *,
     device: torch.device | str | None = None,
     batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Perplexity of a causal language model on windows of tokens.
 
     The hidden states of ``batch_size`` windows are in memory at once, but only ``LOGITS_BYTES`` of logits, and the few
-    copies that a softmax makes of them. A model whose head cannot run on some positions only (see ``find_body``) runs
-    one window at a time with all its logits in memory, and a warning says so.
+    copies that a softmax makes of them. A model that cannot compute the logits of some positions only runs one window
+    at a time with all its logits in memory, and a warning says so.
 
     Args:
         model: any causal language model of the library; runs in its own dtype and is left as it was, but on ``device``.
         tokens_NL: token ids, integer.
         device: where to run; None runs where the model is.
         batch_size: windows in one forward pass.
-        progress: is told (windows done, N) after each batch.
 
     Returns:
         exp(mean of -log p(next token)), from float32 likelihoods and their float64 mean; inf where that overflows.
 
     Raises:
-        ModelError: if the model is no causal language model, or cannot read windows of this length or these tokens.
+        CalibrationError: if the model has no embedding for a token.
+        ModelError: if the model is no causal language model, or cannot read windows of this length.
         NumericalError: if the likelihood of a window is NaN or infinite.
         RecipeError: if ``batch_size`` is less than 1.
     """
     if batch_size < 1:
         raise RecipeError(f"--batch-size must be at least 1, got {batch_size}")
-    check_windows(model, tokens_NL)
+    num_windows, length = tokens_NL.shape
+    if length < 2:
+        raise ModelError(f"windows of {length} token have no next token to predict: raise --max-seq-length")
+    check_length(model, length)
+    check_vocabulary(model, tokens_NL)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
-    num_windows, length = tokens_NL.shape
     total, done = 0.0, 0
     with evaluating(model):
         probe_1L = tokens_NL[:1, :PROBE_LENGTH].to(model.device)
-        vocabulary = check_causal(model, probe_1L)
-        body = find_body(model, probe_1L)
+        whole_1LV = _check_causal(model, probe_1L)
+        logits = _sliced if _can_slice(model, probe_1L, whole_1LV) else _whole
         while done < num_windows:
-            batch_BL = tokens_NL[done : done + (batch_size if body is not None else 1)]
-            nll_B = _negative_log_likelihood(model, body, batch_BL.to(model.device), vocabulary)
-            _check_finite(nll_B, done)
+            batch_BL = tokens_NL[done : done + (batch_size if logits is _sliced else 1)].to(model.device)
+            with logits(model, batch_BL) as logits_of:
+                nll_B = _negative_log_likelihood(logits_of, batch_BL, whole_1LV.shape[-1])
+            for window, nll in enumerate(nll_B.tolist(), done):
+                if not math.isfinite(nll):
+                    raise NumericalError(
+                        f"the loss of window {window} is {nll}: weights or activations hold NaN or overflow; check "
+                        "the checkpoint, or load it with --dtype float32"
+                    )
             total += nll_B.sum().item()
             done += len(batch_BL)
-            if progress is not None:
-                progress(done, num_windows)
     try:
         return math.exp(total / (num_windows * (length - 1)))
     except OverflowError:
         return math.inf
 
 
-def check_windows(model: PreTrainedModel, tokens_NL: Tensor) -> None:
-    """Raise ``ModelError`` or ``CalibrationError`` if ``model`` cannot read windows of this length or these tokens."""
-    length = tokens_NL.shape[1]
-    if length < 2:
-        raise ModelError(f"windows of {length} token have no next token to predict: raise --max-seq-length")
-    check_length(model, length)
-    check_vocabulary(model, tokens_NL)
-
-
-def check_causal(model: PreTrainedModel, probe_1L: Tensor) -> int:
-    """Vocabulary size of ``model``, if it predicts each next token from the tokens before it.
+def _check_causal(model: PreTrainedModel, probe_1L: Tensor) -> Tensor:
+    """Logits of ``probe_1L`` if ``model`` predicts each next token from the tokens before it; else ``ModelError``.
 
     Tested, not looked up: other tokens in the second half must not change the logits of the first.
-
-    Raises:
-        ModelError: if it does not.
     """
     problem = f"{type(model).__name__} is no causal language model, and perplexity needs one (GPT, Llama, ...): "
     if model.config.is_encoder_decoder:
         raise ModelError(problem + "it is an encoder-decoder")
-    logits_1LV = _logits(model, probe_1L)
-    length = probe_1L.shape[1]
-    if logits_1LV is None or logits_1LV.shape[:-1] != (1, length) or logits_1LV.shape[-1] <= int(probe_1L.max()):
+    logits_1LV = getattr(_run(model, probe_1L), "logits", None)
+    if logits_1LV is None or logits_1LV.shape[:-1] != probe_1L.shape or logits_1LV.shape[-1] <= int(probe_1L.max()):
         raise ModelError(problem + "it gives no logits over its vocabulary")
-    half = length // 2
-    other_1L = probe_1L.clone()
-    other_1L[:, half:] = (other_1L[:, half:] + 1) % _num_embeddings(model)
-    other_1LV = _logits(model, other_1L)
-    assert other_1LV is not None
-    if not _close(logits_1LV[:, :half], other_1LV[:, :half]):
+    half = probe_1L.shape[1] // 2
+    other_1L = torch.cat([probe_1L[:, :half], (probe_1L[:, half:] == 0).to(probe_1L.dtype)], dim=1)
+    if not agree(_run(model, other_1L).logits[:, :half], logits_1LV[:, :half]):
         raise ModelError(problem + "its predictions depend on later tokens, as an encoder's do")
-    return logits_1LV.shape[-1]
+    assert isinstance(logits_1LV, Tensor)
+    return logits_1LV
 
 
-def find_body(model: PreTrainedModel, probe_1L: Tensor) -> nn.Module | None:
-    """The module below the head: the head alone, on slices of its output, gives the logits of the whole model.
-
-    Tested, not looked up: the slices' logits are compared with the whole's.
-
-    Returns:
-        The body; None, with a warning, if there is none.
-    """
-    decoder = getattr(model, "get_decoder", lambda: None)()  # below the base model in OPT
-    for body in (decoder, model.base_model):
-        if body is not None and body is not model and _is_sliceable(model, body, probe_1L):
-            return body
+def _can_slice(model: PreTrainedModel, probe_1L: Tensor, whole_1LV: Tensor) -> bool:
+    """Whether ``_sliced`` gives the logits ``whole_1LV``: tested, not looked up. A warning says that it does not."""
+    half, length = probe_1L.shape[1] // 2, probe_1L.shape[1]
+    if "logits_to_keep" in inspect.signature(model.forward).parameters and model.get_decoder() is not model:
+        with _sliced(model, probe_1L) as logits_of:
+            if agree(torch.cat([logits_of(0, half), logits_of(half, length)], dim=1), whole_1LV):
+                return True
     _logger.warning(
         "%s computes its logits in a way that cannot be split by position: all logits of a window are kept in memory",
         type(model).__name__,
     )
-    return None
-
-
-def _is_sliceable(model: PreTrainedModel, body: nn.Module, probe_1L: Tensor) -> bool:
-    whole_1LV = _logits(model, probe_1L)
-    half, length = probe_1L.shape[1] // 2, probe_1L.shape[1]
-    try:
-        with _sliced(model, body, probe_1L) as logits_of:
-            slices_1LV = torch.cat([logits_of(0, half), logits_of(half, length)], dim=1)
-    except (RuntimeError, ValueError, IndexError):  # the head wants the hidden states of every position
-        return False
-    return whole_1LV is not None and slices_1LV.shape == whole_1LV.shape and _close(slices_1LV, whole_1LV)
-
-
-def _negative_log_likelihood(
-    model: PreTrainedModel, body: nn.Module | None, tokens_BL: Tensor, vocabulary: int
-) -> Tensor:
-    """Sum over the L - 1 next tokens of each window, float64 on the CPU, (B,)."""
-    num_windows, length = tokens_BL.shape
-    step = max(1, LOGITS_BYTES // (4 * vocabulary * num_windows))
-    nll_B = torch.zeros(num_windows, dtype=torch.float64)
-    with _whole(model, tokens_BL) if body is None else _sliced(model, body, tokens_BL) as logits_of:
-        for start in range(0, length - 1, step):
-            stop = min(start + step, length - 1)
-            logits_BCV = logits_of(start, stop).float()
-            next_BC = tokens_BL[:, start + 1 : stop + 1].to(logits_BCV.device)
-            nll_T = cross_entropy(logits_BCV.flatten(0, 1), next_BC.flatten(), reduction="none")
-            nll_B += nll_T.cpu().double().view_as(next_BC).sum(dim=1)
-    return nll_B
-
-
-def _check_finite(nll_B: Tensor, first: int) -> None:
-    """Raise ``NumericalError`` naming the window; ``first`` is the number of the batch's first."""
-    for window, nll in enumerate(nll_B.tolist(), first):
-        if not math.isfinite(nll):
-            raise NumericalError(
-                f"the loss of window {window} is {nll}: weights or activations hold NaN or overflow; check the "
-                "checkpoint, or load it with --dtype float32"
-            )
-
-
-def _num_embeddings(model: PreTrainedModel) -> int:
-    weight_VD = model.get_input_embeddings().weight
-    assert isinstance(weight_VD, Tensor)
-    return weight_VD.shape[0]
-
-
-def _logits(model: PreTrainedModel, tokens_BL: Tensor) -> Tensor | None:
-    """Logits of the model's own forward, None if it has none."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    logits: Tensor | None = getattr(model(tokens_BL, **options), "logits", None)
-    return logits
+    return False
 
 
 @contextmanager
 def _whole(model: PreTrainedModel, tokens_BL: Tensor) -> Iterator[LogitsOf]:
-    logits_BLV = _logits(model, tokens_BL)
-    assert logits_BLV is not None
+    logits_BLV = _run(model, tokens_BL).logits
     yield lambda start, stop: logits_BLV[:, start:stop]
 
 
 @contextmanager
-def _sliced(model: PreTrainedModel, body: nn.Module, tokens_BL: Tensor) -> Iterator[LogitsOf]:
-    """Logits of some positions at a time, from one pass through the body.
+def _sliced(model: PreTrainedModel, tokens_BL: Tensor) -> Iterator[LogitsOf]:
+    """Logits of some positions at a time, from one pass through all below the head.
 
-    The model's own forward runs for every slice, so that all it does after the body (projections, scaling, softcapping)
-    is done; but after the first time its body only returns the hidden states that it has stored.
+    The model's own forward runs for every slice, so that all it does with logits (scaling, softcapping) is done; but
+    after the first time its decoder only returns what it returned then.
     """
-    replay = _Replay(body.forward)
+    decoder: Any = model.get_decoder()
+    forward = decoder.forward
+    outputs: list[Any] = []
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            outputs.append(forward(*args, **kwargs))
+        return outputs[0]
 
     def logits_of(start: int, stop: int) -> Tensor:
-        replay.positions = slice(start, stop)
-        logits_BCV = _logits(model, tokens_BL)
-        assert logits_BCV is not None
+        positions_C = torch.arange(start, stop, device=tokens_BL.device)
+        logits_BCV: Tensor = _run(model, tokens_BL, logits_to_keep=positions_C).logits
         return logits_BCV
 
-    with forward_replaced(body, replay):
+    with forward_replaced(decoder, once):
         yield logits_of
 
 
-class _Replay:
-    """A body's forward that runs once and then returns its stored output at the ``positions`` asked for."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
-        self.output: Any = None
-        self.positions = slice(None)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.output is None:
-            self.output = self.forward(*args, **kwargs)
-        if isinstance(self.output, tuple):
-            return (self.output[0][:, self.positions], *self.output[1:])
-        if dataclasses.is_dataclass(self.output) and hasattr(self.output, "last_hidden_state"):
-            hidden_BCD = self.output.last_hidden_state[:, self.positions]
-            return dataclasses.replace(self.output, last_hidden_state=hidden_BCD)  # type: ignore[type-var]
-        raise ValueError(f"a body returned {type(self.output).__name__}, which holds no known hidden states")
+def _run(model: PreTrainedModel, tokens_BL: Tensor, **options: Any) -> Any:
+    """What the model's own forward returns."""
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
+    return model(tokens_BL, **options)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for the rounding of products of another shape; NaN equals NaN (a loss will report it)."""
-    tolerance = max(1e-4, 8 * torch.finfo(a.dtype).eps)
-    scale = b.float().nan_to_num(0, 0, 0).abs().max().item()
-    return torch.allclose(a.float(), b.float(), rtol=0, atol=tolerance * scale, equal_nan=True)
+def _negative_log_likelihood(logits_of: LogitsOf, tokens_BL: Tensor, vocabulary: int) -> Tensor:
+    """Sum over the L - 1 next tokens of each window, float64 on the CPU, (B,)."""
+    num_windows, length = tokens_BL.shape
+    step = max(1, LOGITS_BYTES // (4 * vocabulary * num_windows))
+    nll_B = torch.zeros(num_windows, dtype=torch.float64)
+    for start in range(0, length - 1, step):
+        stop = min(start + step, length - 1)
+        logits_BCV = logits_of(start, stop).float()
+        next_BC = tokens_BL[:, start + 1 : stop + 1].to(logits_BCV.device)
+        nll_T = cross_entropy(logits_BCV.flatten(0, 1), next_BC.flatten(), reduction="none")
+        nll_B += nll_T.cpu().double().view_as(next_BC).sum(dim=1)
+    return nll_B

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from optima.calibration.text import TextSource, load_documents
+from optima.calibration.text import Documents, TextSource
 from optima.device import find_device
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
@@ -49,7 +49,7 @@ def evaluate_models(
     """Perplexity of each model; sources, text and tokenizers are checked before any weights are loaded."""
     place = find_device(device)
     sources = [find_source(model, trust_remote_code) for model in models]
-    documents = load_documents(TextSource(tuple(dataset), dataset_config, split, text_column))
+    documents = list(Documents(TextSource(tuple(dataset), dataset_config, split, text_column)))
     windows = [evaluation_windows(documents, load_tokenizer(source), max_seq_length, max_windows) for source in sources]
     results = []
     for source, tokens in zip(sources, windows, strict=True):
