@@ -31,7 +31,7 @@ from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.ranking import row_units, top_scores
+from optima.selectors.ranking import MOST_COMPARED, kth_lowest, row_units, top_scores
 
 # Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
 # little, or they are found in float64, which takes half as much memory again.
@@ -40,8 +40,6 @@ ROUNDING = 0.01
 SAMPLE = 2**15
 # Stages that share their thresholds: one costs more to find than an iteration.
 STAGES_PER_THRESHOLD = 2
-# Above this size of a group, passing its scores through comparators is no faster than exact selection.
-LARGEST_COMPARED = 8
 
 
 class _System(NamedTuple):
@@ -133,9 +131,9 @@ class RoughMask:
         pattern = self._pattern
         if not score_OD.numel():
             return score_OD > 0
-        if isinstance(pattern, NM) and pattern.m <= LARGEST_COMPARED:
-            score_OGM = score_OD.reshape(len(score_OD), -1, pattern.m)
-            return (score_OGM > nth_lowest(score_OGM, pattern.m - pattern.n)[:, :, None]).flatten(1)
+        if isinstance(pattern, NM) and pattern.m <= MOST_COMPARED:
+            score_GM = score_OD.reshape(-1, pattern.m)
+            return (score_GM > kth_lowest(score_GM, pattern.m - pattern.n)).reshape(score_OD.shape)
         if not isinstance(pattern, Unstructured) or pattern.scope == "group":
             return top_scores(score_OD, pattern)
         if renew or self._threshold is None:
@@ -143,25 +141,15 @@ class RoughMask:
         return torch.gt(score_OD, self._threshold)
 
 
-def nth_lowest(score_OGM: Tensor, count: int) -> Tensor:
-    """The ``count``-th lowest score of each group, by comparators on whole columns: each pass sinks the next lowest."""
-    columns = list(score_OGM.permute(2, 0, 1).contiguous().unbind())
-    for done in range(count):
-        for i in range(len(columns) - 1, done, -1):
-            low, high = torch.minimum(columns[i - 1], columns[i]), torch.maximum(columns[i - 1], columns[i])
-            columns[i - 1], columns[i] = low, high
-    return columns[count - 1]
-
-
 def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
     """A score, of each row unless the layer is ranked as one, above which are nearly as many as the pattern keeps."""
     if pattern.scope == "row":
-        return score_OD.kthvalue(max(pattern.pruned_count(score_OD.shape[1]), 1), dim=1, keepdim=True).values
+        return kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
     if pattern.scope == "balanced":
         unit_O1 = row_units(score_OD, pattern)
         threshold = rough_threshold(score_OD / unit_O1, replace(pattern, scope="layer"))
         # A little above, or rounding would decide whether the score it was taken from is.
         return unit_O1 * (threshold * (1.0 + 8.0 * torch.finfo(score_OD.dtype).eps))
     # An odd step that is no multiple of the width visits all columns.
-    sample = score_OD.flatten()[:: (score_OD.numel() // SAMPLE) | 1]
-    return sample.kthvalue(max(pattern.pruned_count(len(sample)), 1)).values
+    sample_1N = score_OD.flatten()[None, :: (score_OD.numel() // SAMPLE) | 1]
+    return kth_lowest(sample_1N, max(pattern.pruned_count(sample_1N.shape[1]), 1))
