@@ -125,8 +125,9 @@ def load_foreign(path: str) -> Selector:
     """
     module_name, _, class_name = path.partition(":")
     known = "" in sys.path
+    if not known:
+        sys.path.append("")
     try:
-        sys.path += [] if known else [""]
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise RecipeError(f"selector {path}: {module_name} cannot be imported ({error})") from error

@@ -20,7 +20,6 @@ Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,13 +39,6 @@ ROUNDING = 0.01
 SAMPLE = 2**15
 # Stages that share their thresholds: one costs more to find than an iteration.
 STAGES_PER_THRESHOLD = 2
-
-
-class _System(NamedTuple):
-    """Units between the two saliencies, and the eigendecomposition of the damped H in them, in the weights' dtype."""
-
-    unit_D: Tensor
-    eigen: Eigen
 
 
 @dataclass(frozen=True)
@@ -73,13 +65,14 @@ class Optima:
     theta: float = 0.75
     published_scope: Scope = "balanced"
 
-    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
+        """Units between the two saliencies, and the eigendecomposition of the damped H in them, in ``dtype``."""
         # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
         unit_D = saliency_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
         eigen = eigendecomposition(_in_units(hessian, unit_D.to(dtype)), dtype)
         if len(unit_D) and torch.finfo(dtype).eps * float(eigen.value_D[-1]) > ROUNDING * self.first_penalty:
             eigen = eigendecomposition(_in_units(hessian, unit_D), dtype)
-        return _System(unit_D.to(dtype), eigen)
+        return unit_D.to(dtype), eigen
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -95,7 +88,7 @@ class Optima:
         dual_OD = torch.zeros_like(dense_OD)
         stages = self.group_stages if isinstance(pattern, NM) else self.stages
         ratio = (self.last_penalty / self.first_penalty) ** (1.0 / max(stages - 1, 1))
-        mask = RoughMask(pattern)
+        threshold = None
         for stage in range(stages):
             rho = self.first_penalty * ratio**stage
             solve = inverse.at(rho)
@@ -103,7 +96,9 @@ class Optima:
             dual_OD /= ratio if stage else 1.0
             for iteration in range(self.iterations):
                 sum_OD = solve(torch.sub(projection_OD, dual_OD).mul_(rho).add_(target_OD)).add_(dual_OD)
-                keep_OD = mask(sum_OD.abs(), renew=iteration == 0 and stage % STAGES_PER_THRESHOLD == 0)
+                if iteration == 0 and stage % STAGES_PER_THRESHOLD == 0:
+                    threshold = None
+                keep_OD, threshold = rough_mask(sum_OD.abs(), pattern, threshold)
                 torch.mul(sum_OD, keep_OD, out=projection_OD)
                 torch.sub(sum_OD, projection_OD, out=dual_OD)
         return top_scores(sum_OD.abs(), pattern)
@@ -115,30 +110,24 @@ def _in_units(hessian: Hessian, unit_D: Tensor) -> Tensor:
     return matrix_DD.div_(unit_D).div_(unit_D[:, None])
 
 
-class RoughMask:
+def rough_mask(score_OD: Tensor, pattern: Pattern, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a pattern keeps, nearly: only the last mask of ADMM has to have exact counts.
 
-    Unstructured sparsity keeps its thresholds until they are renewed, and a layer's is taken from a sample of its
-    scores; equal scores of an N:M group go together.
+    Unstructured sparsity takes the ``threshold`` of an earlier call, where there is one, and a layer's is that of a
+    sample of its scores; equal scores of an N:M group go together.
+
+    Returns:
+        keep_OD, and the threshold for later calls.
     """
-
-    def __init__(self, pattern: Pattern) -> None:
-        self._pattern = pattern
-        self._threshold: Tensor | None = None
-
-    def __call__(self, score_OD: Tensor, renew: bool) -> Tensor:
-        """Boolean, True = kept."""
-        pattern = self._pattern
-        if not score_OD.numel():
-            return score_OD > 0
-        if isinstance(pattern, NM) and pattern.m <= MOST_COMPARED:
-            score_GM = score_OD.reshape(-1, pattern.m)
-            return (score_GM > kth_lowest(score_GM, pattern.m - pattern.n)).reshape(score_OD.shape)
-        if not isinstance(pattern, Unstructured) or pattern.scope == "group":
-            return top_scores(score_OD, pattern)
-        if renew or self._threshold is None:
-            self._threshold = rough_threshold(score_OD, pattern)
-        return torch.gt(score_OD, self._threshold)
+    if not score_OD.numel():
+        return score_OD > 0, None
+    if isinstance(pattern, NM) and pattern.m <= MOST_COMPARED:
+        score_GM = score_OD.reshape(-1, pattern.m)
+        return (score_GM > kth_lowest(score_GM, pattern.m - pattern.n)).reshape(score_OD.shape), None
+    if isinstance(pattern, NM) or pattern.scope == "group":
+        return top_scores(score_OD, pattern), None
+    threshold = rough_threshold(score_OD, pattern) if threshold is None else threshold
+    return score_OD > threshold, threshold
 
 
 def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
