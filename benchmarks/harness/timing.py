@@ -99,7 +99,7 @@ class Profile:
     Attributes:
         seconds: the whole call, metered.
         product_seconds: inside matrix products, oneDNN's conversions of rows and results included.
-        factor_seconds: inside factorisations and triangular solves, which are dense level-3 work too.
+        factor_seconds: inside factorisations, triangular solves and attention, which are dense level-3 work too.
         products: how often each shape was multiplied.
     """
 
@@ -134,7 +134,10 @@ class Profile:
 class _Meter(TorchDispatchMode):
     """Times every matrix product and factorisation that passes the dispatcher."""
 
-    FACTORS = frozenset({"linalg_solve_triangular", "linalg_cholesky_ex", "cholesky_inverse", "cholesky_solve"})
+    FACTORS = frozenset(
+        {"linalg_solve_triangular", "linalg_cholesky_ex", "cholesky_inverse", "cholesky_solve", "_linalg_eigh",
+         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"}
+    )  # fmt: skip
     CONVERSIONS = frozenset({"to_mkldnn", "_to_dense"})
 
     def __init__(self, device: torch.device) -> None:

@@ -23,16 +23,19 @@ from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
-from optima.models.stacks import Linear, guess_groups
+from optima.models.stacks import guess_groups
 from optima.patterns import Pattern
 from optima.preflight import Preflight, preflight
-from optima.qp.rows import DEFAULT_BUDGET_BYTES
+from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.selectors.base import LinearTask, needs_of
 
 # Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
 # takes, the largest of the selectors.
 BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
+# Of a batch's activations, how many of each linear's input and output are there at a time.
+BUFFERS = 2
+BATCH_SIZE = 8
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
 FACTORS, OWN_SHARE = 64, 0.2
 SURVEY_NOTE = "allocation {} takes each linear's sparsity from calibration: the same for all is shown"
@@ -105,7 +108,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         found=found,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
-        work_bytes=max(_work_bytes(guess_groups(block), needs_of(build(recipe).selector)) for block in found.blocks),
+        work_bytes=work_bytes(found, recipe, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=tokens * (hidden or 0) * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
@@ -122,13 +125,28 @@ def _dtype(value: Any) -> torch.dtype:
     return found
 
 
-def _work_bytes(groups: list[list[Linear]], selector_needs: frozenset[str]) -> int:
-    """Upper bound for one block: every hessian waits in float64 while the largest linear is worked with."""
-    sizes = [linear.shape for group in groups for linear in group]
-    waiting = sum(8 * group[0].shape[1] ** 2 for group in groups)
-    work = max((BYTES_PER_SQUARE * d * d + BYTES_PER_WEIGHT * o * d for o, d in sizes), default=0)
-    gradients = 12 * sum(o * d for o, d in sizes) if "gradient" in selector_needs else 0
-    return waiting + work + gradients + DEFAULT_BUDGET_BYTES
+def work_bytes(found: Preflight, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Upper bound of the work space on the device, the block's own weights aside.
+
+    Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
+    """
+    tokens = min(recipe.batch_size or BATCH_SIZE, recipe.num_calibration_samples) * recipe.max_seq_length
+    gradients = 12 if "gradient" in needs_of(build(recipe).selector) else 0
+    most = 0
+    for block in found.blocks:
+        sizes = [linear.shape for linear in block.linears]
+        waiting = sum(8 * group[0].shape[1] ** 2 for group in guess_groups(block))
+        linear = max(
+            (
+                BYTES_PER_SQUARE * d * d + BYTES_PER_WEIGHT * o * d + min(BYTES_PER_ENTRY * o * d, DEFAULT_BUDGET_BYTES)
+                for o, d in sizes
+            ),
+            default=0,
+        )
+        activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
+        held = waiting + gradients * sum(o * d for o, d in sizes)
+        most = max(most, held + max(linear, activations))
+    return most
 
 
 def measure(plan: Plan, recipe: Recipe) -> Measured:

@@ -13,7 +13,7 @@ from dataclasses import Field as DataclassField
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
@@ -33,7 +33,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 OWL_SPREAD = 0.08
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
-DEEPEST = 10  # levels of a recipe file, which needs three
 
 GROUPS = {
     "mask": "which weights survive",
@@ -49,29 +48,16 @@ def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Ridge = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
-Seed = Annotated[int, Field(ge=0)]
-Swaps = Annotated[int, Field(ge=0)] | Literal["all"]
-Texts = Annotated[list[str], BeforeValidator(_one_or_many)]
-Flag = Annotated[bool, Strict()]
-# What a value of each type must be, in words.
-MUST = {
-    "Fraction": "a number strictly between 0 and 1, such as 0.5",
-    "Positive": "a positive number",
-    "Weight": "a number of at least 0",
-    "Ridge": "a number from 0 to 1",
-    "Count": "a whole number of at least 1",
-    "Seed": "a whole number of at least 0",
-    "Swaps": "0, a whole number of at least 2 such as 256, or all",
-    "Texts": "a list of texts",
-    "Flag": "true or false",
-    "str": "text",
-    "Any": "text",
-}
+# The types of values, each with what it must be in words.
+Fraction = Annotated[float, Field(gt=0, lt=1), "a number strictly between 0 and 1, such as 0.5"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), "a positive number"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), "a number of at least 0"]
+Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
+Count = Annotated[int, Field(ge=1), "a whole number of at least 1"]
+Seed = Annotated[int, Field(ge=0), "a whole number of at least 0"]
+Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such as 256, or all"]
+Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
+Flag = Annotated[bool, Strict(), "true or false"]
 
 
 def _option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:
@@ -80,11 +66,6 @@ def _option(group: str, default: Any, text: str, choices: Sequence[str] = (), sh
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
-
-
-def must_be(option: DataclassField[Any]) -> str:
-    """What the values of a field must be, in words."""
-    return MUST[str(option.type).partition(" ")[0]]
 
 
 @dataclass(frozen=True)
@@ -314,57 +295,59 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"recipe {path} is nested too deeply: no value of a recipe is more than a list") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} must hold keys and values, such as 'sparsity: 0.5'")
     return values
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would take the last, and depths that no recipe has."""
-
-    _depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        self._depth += 1
-        if self._depth > DEEPEST:
-            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {DEEPEST} levels")
-        node = super().compose_node(parent, index)
-        self._depth -= 1
-        return node
+    """Refuses a key that stands twice, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[str, int] = {}
         for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                text = f"the key {key.value!r} stands in line {lines[key.value]} and in line {line}: keep one"
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines:
+                text = f"the key {name!r} stands in line {lines[name]} and in line {line}: keep one"
                 raise yaml.MarkedYAMLError(None, None, text)
-            lines[key.value] = line
+            lines[name] = line
         return super().construct_mapping(node, deep)
 
 
 @cache
-def _adapters() -> dict[str, TypeAdapter[Any]]:
-    return {name: TypeAdapter(kind) for name, kind in get_type_hints(Recipe, include_extras=True).items()}
+def _kinds() -> dict[str, tuple[TypeAdapter[Any], str]]:
+    """How the values of each field are read, and what they must be in words."""
+    kinds = {}
+    for name, hint in get_type_hints(Recipe, include_extras=True).items():
+        notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
+        kinds[name] = TypeAdapter(hint), next((note for note in notes if isinstance(note, str)), "text")
+    return kinds
+
+
+def must_be(name: str) -> str:
+    """What the values of a field must be, in words."""
+    return _kinds()[name][1]
 
 
 def _checked(option: DataclassField[Any], value: Any) -> Any:
     """``value`` as the type of a field: YAML reads 1e-4 as text, and a command line has nothing but texts."""
-    name, metadata = option.name, option.metadata
+    name, choices, is_flag = option.name, option.metadata["choices"], option.default is False
+    if name == "selector":
+        return value
     if name == "pattern":
         value = _pattern_texts(value)
-    elif name == "selector":
-        return value
-    number = isinstance(option.default, int | float) and option.default is not False
     try:
-        if isinstance(value, bool) and option.default is not False:
+        if isinstance(value, bool) and not is_flag:
             raise TypeError("true and false are no numbers")
-        value = _adapters()[name].validate_python(value)
+        value = _kinds()[name][0].validate_python(value)
     except (ValidationError, TypeError) as error:
-        example = f", such as {option.default}" if number and "such" not in must_be(option) else ""
-        raise RecipeError(f"{name} must be {must_be(option)}{example}, got {_shown(value)}") from error
-    if metadata["choices"] and value is not None and value not in metadata["choices"]:
-        raise RecipeError(unknown(name, value, metadata["choices"]))
+        number = isinstance(option.default, int | float) and not is_flag and "such" not in must_be(name)
+        example = f", such as {option.default}" if number else ""
+        raise RecipeError(f"{name} must be {must_be(name)}{example}, got {_shown(value)}") from error
+    if choices and value is not None and value not in choices:
+        raise RecipeError(unknown(name, value, choices))
     return value
 
 

@@ -382,7 +382,7 @@ class TestHelp:
             assert f"\n{group} ({about}):\n" in text
 
     def test_eval_states_its_protocol(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "non-overlapping windows" in " ".join(self.help(capsys, "eval").split())
+        assert "non-overlapping windows" in " ".join(self.help(capsys, "eval").split()).replace("- ", "-")
 
     def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from optima.cli import main
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
@@ -102,3 +107,34 @@ def test_ci_runs_what_the_readme_shows_first() -> None:
     asked = [command for command in commands if command and command[0] != "cd" and command[:2] != ["git", "clone"]]
     assert asked
     assert [command for command in asked if command not in ci] == []
+
+
+@cache
+def options(command: str) -> set[str]:
+    """The options that the help of a command names."""
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen), pytest.raises(SystemExit):
+        main([command, "--help"])
+    return set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", screen.getvalue(), re.MULTILINE))
+
+
+def commands(page: Path) -> list[list[str]]:
+    """What a page tells to type: ``optima prune ...``, at the start of a line or in code."""
+    lines = read(page).replace("\\\n", " ")
+    found = re.findall(r"^ *optima +(.+)$|`optima +([^`]+)`", lines, re.MULTILINE)
+    return [shlex.split(whole or inline, comments=True) for whole, inline in found]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=named)
+def test_commands_have_the_options_that_a_page_gives_them(page: Path) -> None:
+    for command, *arguments in commands(page):
+        if not command.startswith("-"):
+            assert {word for word in arguments if word.startswith("--")} <= options(command)
+
+
+@pytest.mark.parametrize("page", PROSE, ids=named)
+def test_every_option_that_a_page_names_is_there(page: Path) -> None:
+    """Of a command, or of a script that measures."""
+    scripts = "".join(read(path) for path in ROOT.glob("benchmarks/**/*.py"))
+    known = set.union(*map(options, ("prune", "plan", "eval"))) | set(re.findall(r'"(--[\w-]+)"', scripts))
+    assert set(re.findall(r"`(--[a-z][\w-]*)", read(page))) <= known

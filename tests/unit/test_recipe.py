@@ -113,7 +113,11 @@ class TestYaml:
 
     @pytest.mark.parametrize("text", ["targets: " + "[" * 5000 + "]" * 5000, "{a: " * 5000 + "1" + "}" * 5000])
     def test_depth_is_bounded(self, tmp_path: Path, text: str) -> None:
-        assert "nested deeper than 10 levels" in refused(tmp_path, text)
+        assert "is nested too deeply" in refused(tmp_path, text)
+
+    @pytest.mark.parametrize("text", ["? [a]\n: 1", "? {a: b}\n: 1"])
+    def test_a_key_that_is_no_text(self, tmp_path: Path, text: str) -> None:
+        assert "is not valid YAML" in refused(tmp_path, text)
 
     def test_a_value_that_aliases_blow_up_is_shown_in_short(self, tmp_path: Path) -> None:
         lines = ["x0: &x0 [a, b]"] + [f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 9)]

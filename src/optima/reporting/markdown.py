@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import yaml
 from pydantic_core import to_jsonable_python
 
-from optima.reporting.record import LinearRecord, Report, largest, name_in_block, weighted_sparsity
+from optima.names import kind
+from optima.reporting.record import LinearRecord, Report, largest, name_in_block, weighted_mean
 from optima.reporting.summary import (
     Linears,
     bullets,
@@ -43,13 +43,14 @@ before the cast, and *written* after it. All of this is per linear, on calibrati
 def render_markdown(report: Report) -> str:
     """The report as a Markdown document that is legible as plain text too."""
     linears = report.linears
+    worst = sorted(linears, key=lambda linear: math.inf if math.isnan(linear.error) else linear.error, reverse=True)
     plain = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
     recipe = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     sections = {
         f"# Pruning report: {code(report.run.model)}": bullets(summary(report)),
         "": _run_table(report),
         "## By kind of linear": f"{_kind_table(linears)}\n\n{READING}" if linears else "",
-        "## Worst linears": _records_table(sorted(linears, key=_badness)[:NUM_WORST]),
+        "## Worst linears": _records_table(worst[:NUM_WORST]),
         "## Notes": bullets(report.run.notes) or "None: no linear was skipped and no setting was changed on the way.",
         "## Where the time went": _time_table(report),
         "## Error of the result, block by block": _block_table(linears),
@@ -63,7 +64,7 @@ def render_markdown(report: Report) -> str:
 def _run_table(report: Report) -> str:
     run, linears = report.run, report.linears
     total = sum(linear.size for linear in linears)
-    source = [run.model_revision and f"revision {run.model_revision}", run.model_fingerprint]
+    source = [f"revision {run.model_revision}" if run.model_revision else None, run.model_fingerprint]
     text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
     text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
     text += [f"{run.skipped_records:,} records without text skipped"] if run.skipped_records else []
@@ -115,27 +116,19 @@ def _records_table(linears: Linears) -> str:
 def _block_table(linears: Linears) -> str:
     """Blocks down, kinds across: where in the model the error sits."""
     kinds = _by_kind(linears)
-    members: dict[int, list[LinearRecord]] = {}
-    for linear in sorted(linears, key=lambda linear: linear.block):
-        members.setdefault(linear.block, []).append(linear)
 
-    def cell(block: int, kind: Linears) -> str:
-        here = [linear for linear in kind if linear.block == block]
+    def cell(block: int, members: Linears) -> str:
+        here = [linear for linear in members if linear.block == block]
         return error(mean(here, "error")) if here else ""
 
-    rows = [
-        [f"{block}", *(cell(block, kind) for kind in kinds.values()), error(mean(here, "error"))]
-        for block, here in members.items()
-    ]
+    blocks = sorted({linear.block for linear in linears})
+    rows = [[f"{block}", *(cell(block, members) for members in (*kinds.values(), linears))] for block in blocks]
     return _table(["block", *map(code, kinds), "mean"], rows, num_left=0)
 
 
 def _by_kind(linears: Linears) -> dict[str, list[LinearRecord]]:
-    """Linears that play the same part, in the order of the model.
-
-    A kind is the name inside the block, numbers (experts) as ``*``, cut to its last part where that says as much.
-    """
-    names = {linear: re.sub(r"(?<=\.)\d+(?=\.)", "*", name_in_block(linear)) for linear in linears}
+    """Linears that play the same part, in the model's order, named by the last part of their names if that says all."""
+    names = {linear: kind(name_in_block(linear)) for linear in linears}
     lasts = Counter(name.rpartition(".")[2] for name in set(names.values()))
     kinds: dict[str, list[LinearRecord]] = {}
     for linear, name in names.items():
@@ -148,18 +141,10 @@ def _shape(linear: LinearRecord) -> str:
     return "{} x {}".format(*linear.shape)
 
 
-def _badness(linear: LinearRecord) -> float:
-    """Sorts the worst first, NaN before all."""
-    return -math.inf if math.isnan(linear.error) else -linear.error
-
-
 def _iterations(linears: Linears) -> str:
-    done = [linear for linear in linears if solved(linear)]
     rows = rows_solved(linears)
-    if not rows:
-        return ""
-    average = sum(linear.iterations_mean * linear.rows for linear in done) / rows
-    return f"{average:.1f} ({max(linear.iterations_max for linear in done)})"
+    total = sum(linear.iterations_mean * linear.rows for linear in linears if solved(linear))
+    return f"{total / rows:.1f} ({max(linear.iterations_max for linear in linears)})" if rows else ""
 
 
 def _not_converged(linears: Linears) -> str:
@@ -170,7 +155,7 @@ def _not_converged(linears: Linears) -> str:
 
 # Each cell speaks for one linear or for several; a column that is empty all the way down is left out.
 _COLUMNS: dict[str, Callable[[Linears], str]] = {
-    "sparsity": lambda linears: f"{weighted_sparsity(linears):.2%}",
+    "sparsity": lambda linears: f"{weighted_mean(linears, 'sparsity'):.2%}",
     "mask": lambda linears: error(mean(linears, "error_mask")),
     "selector": lambda linears: error(mean(linears, "error_selector")) if any(map(updated, linears)) else "",
     "result": lambda linears: error(mean(linears, "error")),

@@ -8,89 +8,61 @@ means something else: no solver ran, or nothing is known.
 from __future__ import annotations
 
 import math
-import os
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
+from optima import __version__
 from optima.errors import OptimaError
 
 SCHEMA_VERSION = 2
 REPORT_NAME = "report.json"
-_WHOLE = ConfigDict(extra="forbid")  # a misspelt field is no other field
-
 Int = Annotated[int, Strict()]
 
 
+class _Record:
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt field is no other field
+
+
 @dataclass(frozen=True)
-class LinearRecord:
+class LinearRecord(_Record):
     """What was done to one linear, and what it lost.
 
     Errors are relative reconstruction errors ||X (V - W)^T||_F^2 / ||X W^T||_F^2 on the calibration inputs, tokens
     weighted as in the hessian unless said otherwise. "As written" is in the checkpoint's dtype.
-
-    Attributes:
-        block: index of the block in the model.
-        name: full module name.
-        shape: (outputs, inputs).
-        pattern: the sparsity pattern asked for, as text.
-        sparsity_asked: share of the weights that the pattern asks to prune.
-        sparsity: share of the weights that are zero as written.
-        error_mask: error of the mask alone, the surviving weights at their dense values.
-        error_selector: error of the selector's own weights, cast; ``error_mask`` when it only selects.
-        error: error of the result as written.
-        error_plain: the same with every token alike; equal to ``error`` where no token is weighted.
-        solver: the solver that ran, or ``none``.
-        gap_max: largest certified gap of a row, before the cast; None when no solver ran.
-        gap_median: median of the same.
-        iterations_mean: iterations of a row, on average.
-        iterations_max: iterations of the slowest row.
-        rows: rows of the linear (its outputs).
-        rows_not_converged: rows whose certified gap did not reach the one asked for.
-        damping: damping used, after any escalation, relative to the mean of the hessian's diagonal.
-        seconds: time of selection, swaps, solve and measurement.
-        gap_written_max: largest gap of a row as written; None when no solver ran.
-        gap_written_median: median of the same.
-        loss_written: damped loss of all rows as written above their certified lower bounds, relative to these.
-        tokens: calibration tokens that reached the linear.
-        swaps: swaps made in the mask; None if none were asked for.
-        rows_swap_optimal: rows of which it is proven that no single swap lowers the error; None likewise.
     """
 
-    __pydantic_config__ = _WHOLE
-
-    block: Int
-    name: str
-    shape: tuple[Int, Int]
-    pattern: str
-    sparsity_asked: float
-    sparsity: float
-    error_mask: float
-    error_selector: float
-    error: float
-    error_plain: float
-    solver: str
-    gap_max: float | None
-    gap_median: float | None
-    iterations_mean: float
-    iterations_max: Int
-    rows: Int
-    rows_not_converged: Int
-    damping: float
-    seconds: float
-    gap_written_max: float | None = None
-    gap_written_median: float | None = None
-    loss_written: float | None = None
-    tokens: Int | None = None
-    swaps: Int | None = None
-    rows_swap_optimal: Int | None = None
+    block: Int  # index of the block in the model
+    name: str  # full module name
+    shape: tuple[Int, Int]  # (outputs, inputs)
+    pattern: str  # the sparsity pattern asked for, as text
+    sparsity_asked: float  # share of the weights that the pattern asks to prune
+    sparsity: float  # share of the weights that are zero as written
+    error_mask: float  # error of the mask alone, the surviving weights at their dense values
+    error_selector: float  # error of the selector's own weights, cast; ``error_mask`` when it only selects
+    error: float  # error of the result as written
+    error_plain: float  # the same with every token alike; equal to ``error`` where no token is weighted
+    solver: str  # the solver that ran, or ``none``
+    gap_max: float | None  # largest certified gap of a row, before the cast; None when no solver ran
+    gap_median: float | None  # median of the same
+    iterations_mean: float  # iterations of a row, on average
+    iterations_max: Int  # iterations of the slowest row
+    rows: Int  # rows of the linear (its outputs)
+    rows_not_converged: Int  # rows whose certified gap did not reach the one asked for
+    damping: float  # damping used, after any escalation, relative to the mean of the hessian's diagonal
+    seconds: float  # time of selection, swaps, solve and measurement
+    gap_written_max: float | None  # largest gap of a row as written; None when no solver ran
+    gap_written_median: float | None  # median of the same
+    loss_written: float | None  # damped loss as written above the rows' certified lower bounds, relative to these
+    tokens: Int  # calibration tokens that reached the linear
+    swaps: Int | None  # swaps made in the mask; None if none were asked for
+    rows_swap_optimal: Int | None  # rows of which no single swap lowers the error, as is proven; None likewise
 
     @property
     def size(self) -> int:
@@ -99,72 +71,40 @@ class LinearRecord:
 
 
 @dataclass(frozen=True)
-class BlockRecord:
-    """What a block took.
+class BlockRecord(_Record):
+    """What a block took."""
 
-    Attributes:
-        index: of the block in the model.
-        name: full module name.
-        seconds: by stage: read, forward, hessian, select, solve, write.
-    """
-
-    __pydantic_config__ = _WHOLE
-
-    index: Int
-    name: str
-    seconds: dict[str, float]
+    index: Int  # of the block in the model
+    name: str  # full module name
+    seconds: dict[str, float]  # by stage: read, forward, hessian, gradient, select, solve, round, write
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    """What a run was asked and where it ran.
+class RunRecord(_Record):
+    """What a run was asked and where it ran."""
 
-    Attributes:
-        model: the model's id or path, as given.
-        recipe: the resolved recipe as plain values.
-        versions: library name -> version, see ``library_versions``.
-        seed: seed of the calibration draw.
-        data_hash: hash of the calibration tokens.
-        num_tokens: calibration tokens used.
-        device: where blocks were pruned.
-        dtype: dtype of the checkpoint's weights.
-        peak_memory_bytes: peak memory of the device, or of the process on a CPU.
-        seconds: wall time of the run.
-        created: when the run ended, ISO 8601 in UTC.
-        notes: what was not done or deviated: escalated damping, skipped modules.
-        stages: seconds of the whole run by stage, those of the blocks included.
-        model_revision: commit of a hub model; None if unknown.
-        model_fingerprint: hash of the source's weights; None if unknown.
-        dataset_revision: commit of a hub dataset; None if unknown.
-        skipped_records: records of the calibration text that had none in the text column.
-    """
-
-    __pydantic_config__ = _WHOLE
-
-    model: str
-    recipe: dict[str, Any]
-    versions: dict[str, str]
-    seed: Int
-    data_hash: str
-    num_tokens: Int
-    device: str
-    dtype: str
-    peak_memory_bytes: Int
-    seconds: float
-    created: str
-    notes: tuple[str, ...]
-    stages: dict[str, float] = field(default_factory=dict)
-    model_revision: str | None = None
-    model_fingerprint: str | None = None
-    dataset_revision: str | None = None
-    skipped_records: Int = 0
+    model: str  # the model's id or path, as given
+    recipe: dict[str, Any]  # the resolved recipe as plain values
+    versions: dict[str, str]  # library name -> version, see ``library_versions``
+    seed: Int  # seed of the calibration draw
+    data_hash: str  # hash of the calibration tokens
+    num_tokens: Int  # calibration tokens used
+    device: str  # where blocks were pruned
+    dtype: str  # dtype of the checkpoint's weights
+    peak_memory_bytes: Int  # peak memory of the device, or of the process on a CPU
+    seconds: float  # wall time of the run
+    created: str  # when the run ended, ISO 8601 in UTC
+    notes: tuple[str, ...]  # what was not done or deviated: escalated damping, skipped modules
+    stages: dict[str, float] = field(default_factory=dict)  # seconds of the whole run, blocks included, by stage
+    model_revision: str | None = None  # commit of a hub model; None if unknown
+    model_fingerprint: str | None = None  # hash of the source's weights; None if unknown
+    dataset_revision: str | None = None  # commit of a hub dataset; None if unknown
+    skipped_records: Int = 0  # records of the calibration text that had none in the text column
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(_Record):
     """The record of a run, of every linear it pruned and of every block it went through."""
-
-    __pydantic_config__ = _WHOLE
 
     run: RunRecord
     linears: tuple[LinearRecord, ...]
@@ -174,22 +114,17 @@ class Report:
     @property
     def sparsity(self) -> float:
         """Share of all weights of the pruned linears that is zero as written."""
-        return weighted_sparsity(self.linears)
+        return weighted_mean(self.linears, "sparsity")
 
     @property
     def sparsity_asked(self) -> float:
         """Share of all weights of the pruned linears that their patterns ask to prune."""
-        return _weighted((linear.sparsity_asked, linear) for linear in self.linears)
+        return weighted_mean(self.linears, "sparsity_asked")
 
     @property
     def error_geomean(self) -> float:
         """Geometric mean of ``error`` over the linears, see ``geometric_mean``."""
         return geometric_mean(linear.error for linear in self.linears)
-
-    @property
-    def rows(self) -> int:
-        """Rows of all pruned linears."""
-        return sum(linear.rows for linear in self.linears)
 
     @property
     def rows_not_converged(self) -> int:
@@ -209,16 +144,10 @@ class Report:
     def save(self, path: Path) -> Path:
         """Write the report and return its file: ``path`` itself if it ends in .json, else ``path/report.json``.
 
-        The file appears whole or not at all. In the recipe tuples become lists and paths become text.
+        In the recipe tuples become lists and paths become text.
         """
         file = path if path.suffix == ".json" else path / REPORT_NAME
-        content = to_json(self, indent=2, inf_nan_mode="strings") + b"\n"
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        file.write_bytes(to_json(self, indent=2, inf_nan_mode="strings") + b"\n")
         return file
 
 
@@ -239,13 +168,13 @@ def load_report(path: str | Path) -> Report:
     except ValueError as error:
         raise OptimaError(f"{file} is not JSON ({error}): give the report.json of a run, unedited") from error
     found = content.get("schema_version") if isinstance(content, dict) else None
-    if found != SCHEMA_VERSION or isinstance(found, bool):
+    if found != SCHEMA_VERSION:
         raise OptimaError(
             f"{file} has schema_version {found!r} and this version of OPTIMA reads {SCHEMA_VERSION}: "
             "read it with the version that wrote it (under run.versions.optima), or run again"
         )
     try:
-        return _adapter().validate_python(content)
+        return TypeAdapter(Report).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
@@ -253,22 +182,10 @@ def load_report(path: str | Path) -> Report:
         raise OptimaError(f"{file} is malformed: {problem}; give the report.json of a run, unedited") from error
 
 
-@cache
-def _adapter() -> TypeAdapter[Report]:
-    return TypeAdapter(Report)
-
-
 def library_versions() -> dict[str, str]:
     """Versions of OPTIMA, Python and the libraries that decide the numbers."""
-    libraries = {name: _version(name) for name in ("torch", "transformers", "safetensors")}
-    return {"optima": _version("optima-prune"), "python": platform.python_version(), **libraries}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"  # a source tree on sys.path
+    libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
+    return {"optima": __version__, "python": platform.python_version(), **libraries}
 
 
 def name_in_block(linear: LinearRecord) -> str:
@@ -276,14 +193,9 @@ def name_in_block(linear: LinearRecord) -> str:
     return linear.name.split(f".{linear.block}.", 1)[-1]
 
 
-def weighted_sparsity(linears: Iterable[LinearRecord]) -> float:
-    """Share of the linears' weights that is zero as written, 0 for no linears."""
-    return _weighted((linear.sparsity, linear) for linear in linears)
-
-
-def _weighted(values: Iterable[tuple[float, LinearRecord]]) -> float:
-    """Mean of the values weighted by the sizes of their linears, 0 for none."""
-    sizes = [(value, linear.size) for value, linear in values]
+def weighted_mean(linears: Iterable[LinearRecord], field: str) -> float:
+    """Mean of a field of the linears weighted by their sizes, 0 for no linears."""
+    sizes = [(getattr(linear, field), linear.size) for linear in linears]
     total = sum(size for _, size in sizes)
     return math.fsum(value * size for value, size in sizes) / total if total else 0.0
 

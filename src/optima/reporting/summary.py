@@ -72,7 +72,7 @@ def _certificate(report: Report) -> list[str]:
 def _warnings(report: Report) -> list[str]:
     """What must not be missed."""
     linears = report.linears
-    thin = [linear for linear in linears if _tokens(report, linear) < TOKENS_PER_INPUT * linear.shape[1]]
+    thin = [linear for linear in linears if linear.tokens < TOKENS_PER_INPUT * linear.shape[1]]
     found = {
         f"{report.rows_not_converged:,} rows did not converge and keep the best weights found": [
             linear for linear in linears if linear.rows_not_converged
@@ -95,10 +95,6 @@ def _warnings(report: Report) -> list[str]:
         f"little calibration text, fewer than {TOKENS_PER_INPUT} tokens for each input; more samples will help": thin,
     }  # fmt: skip
     return [f"**Warning:** {what}: {names(where)}." for what, where in found.items() if where]
-
-
-def _tokens(report: Report, linear: LinearRecord) -> int:
-    return report.run.num_tokens if linear.tokens is None else linear.tokens
 
 
 def names(linears: Linears) -> str:
