@@ -39,7 +39,7 @@ def _selector(recipe: Recipe) -> Selector:
         assert recipe.mask_from is not None, "a recipe checks it"
         return External(MaskFiles(recipe.mask_from))
     # A recipe allows code of the user's own only where it is trusted.
-    return load_foreign(name, current_directory=True) if ":" in name else make_selector(name)
+    return load_foreign(name) if ":" in name else make_selector(name)
 
 
 def _swaps(candidates: int | str) -> SwapRefinement | None:

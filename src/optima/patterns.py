@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from optima.errors import RecipeError
@@ -89,18 +89,6 @@ class Given(Unstructured):
 Pattern = Unstructured | NM
 
 
-def parse_nm(text: str) -> NM:
-    """Read ``"2:4"`` as ``NM(2, 4)``.
-
-    Raises:
-        RecipeError: if the text is not of the form ``n:m``.
-    """
-    match = re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text)
-    if match is None:
-        raise RecipeError(f"pattern {text!r} is not of the form n:m (n kept of m inputs): for example 2:4")
-    return NM(int(match[1]), int(match[2]))
-
-
 @dataclass(frozen=True)
 class PatternTable:
     """Which pattern each linear takes: that of the first entry whose regex matches its full name, else the default.
@@ -108,37 +96,15 @@ class PatternTable:
     Attributes:
         entries: regex (``re.search``) and pattern, in the order in which they are tried.
         default: the pattern of linears that no entry matches; None if there is none.
-        shares: sparsity of each linear by its full name, instead of its unstructured pattern's.
     """
 
     entries: tuple[tuple[str, Pattern], ...] = ()
     default: Pattern | None = None
-    shares: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def patterns(self) -> list[Pattern]:
         """Every pattern in the table."""
         return [pattern for _, pattern in self.entries] + ([] if self.default is None else [self.default])
-
-    def of(self, name: str) -> Pattern:
-        """The pattern of the linear ``name``.
-
-        Raises:
-            RecipeError: if no entry matches and there is no default.
-        """
-        pattern = next((pattern for regex, pattern in self.entries if re.search(regex, name)), self.default)
-        if pattern is None:
-            raise RecipeError(
-                f"no entry of pattern matches {name}: add one without a regex, such as 0.5, for all other linears, "
-                f"or leave it out with --ignore '{re.escape(name)}'"
-            )
-        if isinstance(pattern, Unstructured) and name in self.shares:
-            return replace(pattern, sparsity=self.shares[name])
-        return pattern
-
-    def share(self, shares: Mapping[str, float]) -> PatternTable:
-        """The table with the sparsity that an allocation gave to each linear."""
-        return replace(self, shares=shares)
 
     def assign(self, linears: Mapping[str, int]) -> dict[str, Pattern]:
         """The pattern of every linear, checked against its number of inputs.
@@ -149,18 +115,28 @@ class PatternTable:
         Raises:
             RecipeError: if a linear has no pattern or one that does not fit it, or an entry decides nothing.
         """
-        assigned = {name: self.of(name) for name in linears}
-        for name, pattern in assigned.items():
-            check_pattern(pattern, linears[name], name)
-        waiting = list(linears)
+        assigned, deciding = {}, set()
+        for name, num_inputs in linears.items():
+            regex, pattern = next((entry for entry in self.entries if re.search(entry[0], name)), ("", self.default))
+            ignore = f"leave it out with --ignore '{re.escape(name)}'"
+            if pattern is None:
+                raise RecipeError(
+                    f"no entry of pattern matches {name}: add one without a regex, such as 0.5, for all other linears, "
+                    f"or {ignore}"
+                )
+            if isinstance(pattern, NM) and num_inputs % pattern.m:
+                raise RecipeError(
+                    f"pattern {pattern} needs a number of inputs divisible by {pattern.m}, but {name} has "
+                    f"{num_inputs}: choose another pattern or {ignore}"
+                )
+            assigned[name] = pattern
+            deciding.add(regex)
         for regex, _ in self.entries:
-            left = [name for name in waiting if not re.search(regex, name)]
-            if len(left) == len(waiting):
+            if regex not in deciding:
                 raise RecipeError(
                     f"pattern entry {regex!r} decides nothing: it matches none of the linears to prune, or earlier "
                     f"entries took them all; list them with optima plan, the first is {next(iter(linears))}"
                 )
-            waiting = left
         return assigned
 
 
@@ -181,19 +157,24 @@ def parse_table(texts: Sequence[str], scope: Scope, group_size: int = GROUP_SIZE
         # A regex may contain "=", a pattern cannot.
         regex, separator, value = text.rpartition("=")
         pattern = _parse_pattern(value.strip(), text, scope, group_size)
-        if separator:
-            _check_regex(regex, text)
-            entries.append((regex, pattern))
-        elif default is not None:
-            raise RecipeError(f"pattern has two entries for all linears, {default} and {pattern}: keep one of them")
-        else:
+        if not separator:
+            if default is not None:
+                raise RecipeError(f"pattern has two entries for all linears, {default} and {pattern}: keep one of them")
             default = pattern
+            continue
+        if not regex:
+            raise RecipeError(f"pattern {text!r} has no regex before '=': leave out the '=' to mean all linears")
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise RecipeError(f"pattern {text!r}: {regex!r} is not a regular expression: {error}") from error
+        entries.append((regex, pattern))
     return PatternTable(tuple(entries), default)
 
 
 def _parse_pattern(value: str, entry: str, scope: Scope, group_size: int) -> Pattern:
-    if ":" in value:
-        return parse_nm(value)
+    if match := re.fullmatch(r"(\d+)\s*:\s*(\d+)", value):
+        return NM(int(match[1]), int(match[2]))
     try:
         sparsity = float(value)
     except ValueError as error:
@@ -201,24 +182,6 @@ def _parse_pattern(value: str, entry: str, scope: Scope, group_size: int) -> Pat
             f"pattern {entry!r} is not of the form n:m (2:4), a sparsity (0.6), or REGEX= and one of these (mlp=2:4)"
         ) from error
     return Unstructured(sparsity, scope, group_size)
-
-
-def _check_regex(regex: str, entry: str) -> None:
-    if not regex:
-        raise RecipeError(f"pattern {entry!r} has no regex before '=': leave out the '=' to mean all linears")
-    try:
-        re.compile(regex)
-    except re.error as error:
-        raise RecipeError(f"pattern {entry!r}: {regex!r} is not a regular expression: {error}") from error
-
-
-def check_pattern(pattern: Pattern, num_inputs: int, name: str) -> None:
-    """Raise ``RecipeError`` naming the linear if ``pattern`` cannot be applied to ``num_inputs`` inputs."""
-    if isinstance(pattern, NM) and num_inputs % pattern.m:
-        raise RecipeError(
-            f"pattern {pattern} needs a number of inputs divisible by {pattern.m}, but {name} has {num_inputs}: "
-            f"choose another pattern or leave it out with --ignore '{re.escape(name)}'"
-        )
 
 
 def group_width(pattern: Pattern, num_inputs: int) -> int:

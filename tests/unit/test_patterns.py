@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optima.errors import RecipeError
-from optima.patterns import NM, SCOPES, PatternTable, Unstructured, check_pattern, parse_nm, parse_table
+from optima.patterns import NM, SCOPES, PatternTable, Unstructured, parse_table
 from optima.selectors.ranking import pruned_in_rows, top_scores
 
 SPARSITIES = st.floats(0.0, 1.0, exclude_min=True, exclude_max=True)
@@ -208,24 +208,24 @@ class TestValues:
 class TestParse:
     @pytest.mark.parametrize("text", ["2:4", " 2 : 4 ", "02:4"])
     def test_reads(self, text: str) -> None:
-        assert parse_nm(text) == NM(2, 4)
+        assert table(text).default == NM(2, 4)
 
-    @pytest.mark.parametrize("text", ["", "2", "2:", ":4", "2:4:8", "-2:4", "2.0:4", "a:b", "2/4"])
+    @pytest.mark.parametrize("text", ["", "2:", ":4", "2:4:8", "-2:4", "2.0:4", "a:b", "2/4"])
     def test_not_of_the_form(self, text: str) -> None:
         with pytest.raises(RecipeError, match="is not of the form n:m"):
-            parse_nm(text)
+            table(text)
 
     @pytest.mark.parametrize("text", ["4:4", "4:2", "0:4"])
     def test_impossible(self, text: str) -> None:
         with pytest.raises(RecipeError, match="needs 0 < n < m"):
-            parse_nm(text)
+            table(text)
 
 
 def test_check_names_the_linear_and_the_option() -> None:
-    check_pattern(NM(2, 4), 12, "a.b")
-    check_pattern(Unstructured(0.5), 13, "a.b")
+    table("2:4").assign({"a.b": 12})
+    table("0.5").assign({"a.b": 13})
     with pytest.raises(RecipeError, match=r"divisible by 4, but a\.b has 13: .* --ignore 'a"):
-        check_pattern(NM(2, 4), 13, "a.b")
+        table("2:4").assign({"a.b": 13})
 
 
 LINEARS = {"layers.0.self_attn.q_proj": 32, "layers.0.mlp.up_proj": 32, "layers.0.mlp.down_proj": 48}
@@ -273,7 +273,7 @@ class TestTable:
             ("mlp", "pattern 'mlp' is not of the form"),
             ("mlp=", "pattern 'mlp=' is not of the form"),
             ("mlp=2/4", "pattern 'mlp=2/4' is not of the form"),
-            ("mlp=2:4:8", "pattern '2:4:8' is not of the form n:m"),
+            ("mlp=2:4:8", "pattern 'mlp=2:4:8' is not of the form n:m"),
             ("mlp=4:2", "pattern 4:2 keeps n of m weights"),
             ("mlp=1.5", "sparsity must be strictly between 0 and 1, got 1.5"),
             ("mlp=nan", "sparsity must be strictly between 0 and 1, got nan"),

@@ -332,9 +332,9 @@ class TestMaking:
 
     def test_pattern_for_each_target(self) -> None:
         recipe = Recipe(pattern=["mlp=2:4", "0.6"], scope="group")
-        patterns = pattern_table(recipe, build(recipe).selector)
-        assert patterns.of("layers.0.mlp.up_proj") == NM(2, 4)
-        assert patterns.of("layers.0.self_attn.q_proj") == Unstructured(0.6, "group")
+        table = pattern_table(recipe, build(recipe).selector)
+        up, q = table.assign({"layers.0.mlp.up_proj": 8, "layers.0.self_attn.q_proj": 8}).values()
+        assert (up, q) == (NM(2, 4), Unstructured(0.6, "group"))
 
     def test_allocation(self) -> None:
         assert build_allocation(Recipe(pattern="2:4")) is None

@@ -207,7 +207,7 @@ class TestOwnSelector:
     def test_found_in_the_current_directory(self) -> None:
         weight_OD, inputs_TD = make_layer()
         path = list(sys.path)
-        selector = load_foreign("own_selectors:Mine", current_directory=True)
+        selector = load_foreign("own_selectors:Mine")
         assert sys.path == path
         selection = selector.select(layer_of(weight_OD, inputs_TD), Unstructured(0.5))
         assert torch.equal(selection.keep_OD, plain_keep(weight_OD, Unstructured(0.5)))
@@ -225,13 +225,9 @@ class TestOwnSelector:
     )
     def test_refused(self, name: str, message: str) -> None:
         with pytest.raises(RecipeError, match=message):
-            load_foreign(name, current_directory=True)
+            load_foreign(name)
         with pytest.raises(RecipeError, match="unknown selector"):
             make_selector(name)
-
-    def test_the_current_directory_is_asked_for(self) -> None:
-        with pytest.raises(RecipeError, match="own_selectors cannot be imported"):
-            load_foreign("own_selectors:Mine")
 
     def test_a_need_that_nothing_meets_is_refused(self) -> None:
         class Curious(Wanda):

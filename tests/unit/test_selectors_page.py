@@ -12,8 +12,10 @@ from layers import PATTERNS, hessian_of, layer_of, make_layer, plain_keep
 from tiny import blocks_of, make_llama, make_tokens
 
 from optima import Recipe, prune
+from optima.build import build
 from optima.patterns import NM, Pattern
-from optima.selectors.base import SELECTOR_NAMES
+from optima.recipe import SELECTOR_NAMES
+from optima.selectors.base import Selector
 
 PAGE = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding="utf-8")
 
@@ -28,6 +30,10 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
+def loaded(path: str) -> Selector:
+    return build(Recipe(selector=path, trust_remote_code=True)).selector
+
+
 def test_it_is_20_lines() -> None:
     assert len(Path("surgeon.py").read_text().splitlines()) <= 20
 
@@ -35,7 +41,7 @@ def test_it_is_20_lines() -> None:
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_your_own_selector(pattern: Pattern) -> None:
     weight_OD, inputs_TD = make_layer(dead=(3, 5))
-    selection = Recipe(selector="surgeon:Surgeon").make_selector().select(layer_of(weight_OD, inputs_TD), pattern)
+    selection = loaded("surgeon:Surgeon").select(layer_of(weight_OD, inputs_TD), pattern)
     inverse_DD = torch.linalg.inv(hessian_of(inputs_TD).damped(0.01))
     score_OD = weight_OD**2 / inverse_DD.diagonal()
     score_OD[:, [3, 5]] = 0
@@ -44,9 +50,8 @@ def test_your_own_selector(pattern: Pattern) -> None:
 
 def test_it_prunes_a_model() -> None:
     model = make_llama()
-    report = prune(
-        model, Recipe(selector="surgeon:Surgeon", pattern=["2:4"], max_seq_length=16), calibration=make_tokens()
-    )
+    recipe = Recipe(selector="surgeon:Surgeon", pattern=["2:4"], max_seq_length=16, trust_remote_code=True)
+    report = prune(model, recipe, calibration=make_tokens())
     assert report.run.recipe["selector"] == "surgeon:Surgeon"
     for block in blocks_of(model):
         for linear in block.linears:
@@ -55,7 +60,7 @@ def test_it_prunes_a_model() -> None:
 
 def test_settings_of_a_built_in_selector() -> None:
     weight_OD, inputs_TD = make_layer()
-    selector = Recipe(selector="settings:outliers").make_selector()
+    selector = loaded("settings:outliers")
     assert selector.select(layer_of(weight_OD, inputs_TD), NM(2, 4)).keep_OD.all(dim=1).sum() == 2
 
 

@@ -15,7 +15,6 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +25,6 @@ from optima.linalg.scaling import scaled_weight, unit_diagonal
 from optima.patterns import Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores
-
-
-class _System(NamedTuple):
-    """What all linears with one Hessian share, in units of a unit diagonal and the weights' dtype."""
-
-    norm_D: Tensor
-    matrix: SharedMatrix
-    shifted_inverse: SharedMatrix
 
 
 @dataclass(frozen=True)
@@ -53,13 +44,14 @@ class ADMM:
     ridge: float = 0.1
     published_scope: Scope = "layer"
 
-    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, SharedMatrix, SharedMatrix]:
+        """Units in which H has a unit diagonal, H and its shifted inverse in them, in the weights' dtype."""
         matrix_DD, norm_D = unit_diagonal(hessian.damped(0.0), hessian.dead_D)
         matrix_DD.diagonal().add_(self.ridge)
         matrix = SharedMatrix(matrix_DD.to(dtype, copy=True))
         matrix_DD.diagonal().add_(self.penalty)
         inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(matrix_DD))
-        return _System(norm_D.to(dtype), matrix, SharedMatrix(inverse_DD.to(dtype)))
+        return norm_D.to(dtype), matrix, SharedMatrix(inverse_DD.to(dtype))
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""

@@ -17,7 +17,6 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,20 +38,10 @@ CHECK_EVERY = 3
 SETTLED_AFTER, SETTLED = 30, 3e-4
 
 
-class _System(NamedTuple):
-    """The damped H scaled to a unit diagonal and its eigendecomposition (made in float64), in the weights' dtype."""
-
-    norm_D: Tensor
-    operator: SharedMatrix
-    eigen: Eigen
-
-
-def _system(hessian: Hessian, dtype: torch.dtype) -> _System:
-    def make() -> _System:
-        matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
-        return _System(norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), eigendecomposition(matrix_DD, dtype))
-
-    return hessian.memo((_System, dtype), make)
+def _system(hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, SharedMatrix, Eigen]:
+    """Units in which the damped H has a unit diagonal, H in them, and its eigendecomposition (made in float64)."""
+    matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
+    return norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), eigendecomposition(matrix_DD, dtype)
 
 
 @dataclass(frozen=True)
@@ -72,67 +61,46 @@ class ALPS:
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        norm_D, operator, eigen = _system(task.hessian, task.weight_OD.dtype)
-        dense_OD = scaled_weight(task.weight_OD, task.hessian, norm_D)
+        hessian, dtype = task.hessian, task.weight_OD.dtype
+        norm_D, operator, eigen = hessian.memo((ALPS, dtype), lambda: _system(hessian, dtype))
+        dense_OD = scaled_weight(task.weight_OD, hessian, norm_D)
         target_OD = operator(dense_OD)
-        inverse = ShiftedInverse(eigen, dense_OD, CHECK_EVERY)
-        admm = _ADMM(inverse, target_OD, dense_OD, pattern, self.penalty)
-        weight_OD = admm.run(self.max_iterations)
+        weight_OD = self._admm(ShiftedInverse(eigen, dense_OD, CHECK_EVERY), target_OD, dense_OD, pattern)
         keep_OD = top_scores(weight_OD.abs(), pattern)
         weight_OD = conjugate_gradient(operator, target_OD, weight_OD * keep_OD, keep_OD, self.cg_iterations)
         return Selection(keep_OD, weight_OD / norm_D)
 
-
-class _ADMM:
-    """The state of algorithm 1: the fit B, its projection D and the dual V, O x D each."""
-
-    def __init__(
-        self, inverse: ShiftedInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern, penalty: float
-    ) -> None:
-        self.inverse, self.target_OD, self.dense_OD, self.pattern = inverse, target_OD, dense_OD, pattern
-        self.penalty, self.grown = penalty, False
-        self._restart()
-        self.keep_OD = self.checked_OD
-
-    def _restart(self) -> None:
-        self.checked_OD = top_scores(self.dense_OD.abs(), self.pattern)
-        self.projection_OD = self.dense_OD * self.checked_OD
-        self.dual_OD = torch.zeros_like(self.dense_OD)
-
-    def run(self, max_iterations: int) -> Tensor:
-        """Iterate until the support settles; returns the last B."""
-        solve = self.inverse.at(self.penalty)
-        for iteration in range(max_iterations):
-            rho = self.penalty
-            weight_OD = solve(torch.add(self.target_OD, self.projection_OD, alpha=rho).sub_(self.dual_OD))
+    def _admm(self, inverse: ShiftedInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern) -> Tensor:
+        """Algorithm 1 until the support settles; returns the last B."""
+        rho, grown, solve = self.penalty, False, inverse.at(self.penalty)
+        checked_OD = start_OD = top_scores(dense_OD.abs(), pattern)
+        projection_OD, dual_OD = dense_OD * start_OD, torch.zeros_like(dense_OD)
+        for iteration in range(self.max_iterations):
+            weight_OD = solve(torch.add(target_OD, projection_OD, alpha=rho).sub_(dual_OD))
             # B + V / rho, which the projection splits into D and the new V / rho
-            sum_OD = torch.add(weight_OD, self.dual_OD, alpha=1.0 / rho)
-            self.keep_OD = top_scores(sum_OD.abs(), self.pattern)
-            torch.mul(sum_OD, self.keep_OD, out=self.projection_OD)
-            torch.sub(sum_OD, self.projection_OD, out=self.dual_OD).mul_(rho)
+            sum_OD = torch.add(weight_OD, dual_OD, alpha=1.0 / rho)
+            keep_OD = top_scores(sum_OD.abs(), pattern)
+            torch.mul(sum_OD, keep_OD, out=projection_OD)
+            torch.sub(sum_OD, projection_OD, out=dual_OD).mul_(rho)
             if (iteration + 1) % CHECK_EVERY:
                 continue
-            if self._settled(iteration):
+            changed = int((keep_OD != checked_OD).sum())
+            fraction = changed / max(int(keep_OD.sum()), 1)
+            checked_OD = keep_OD
+            if changed and (grown or fraction > GROWTH[1][0]):
+                grown = True
+                rho = min(rho * next(rate for limit, rate in GROWTH if fraction > limit), LARGEST_PENALTY)
+            elif grown:
                 break
-            solve = self.inverse.at(self.penalty)
+            else:
+                rho /= SHRINK
+                if changed:
+                    torch.mul(dense_OD, start_OD, out=projection_OD)
+                    dual_OD.zero_()
+            if iteration >= SETTLED_AFTER and fraction < SETTLED:
+                break
+            solve = inverse.at(rho)
         return weight_OD
-
-    def _settled(self, iteration: int) -> bool:
-        """Update rho by the change of the support since the last check; True if the loop should end."""
-        changed = int((self.keep_OD != self.checked_OD).sum())
-        fraction = changed / max(int(self.keep_OD.sum()), 1)
-        checked_OD = self.keep_OD
-        if changed and (self.grown or fraction > GROWTH[1][0]):
-            self.grown = True
-            self.penalty = min(self.penalty * next(rate for limit, rate in GROWTH if fraction > limit), LARGEST_PENALTY)
-        elif self.grown:
-            return True
-        else:
-            self.penalty /= SHRINK
-            if changed:
-                self._restart()
-        self.checked_OD = checked_OD
-        return iteration >= SETTLED_AFTER and fraction < SETTLED
 
 
 def conjugate_gradient(

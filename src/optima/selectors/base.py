@@ -6,10 +6,7 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -61,8 +58,7 @@ class Selection:
 class Selector(Protocol):
     """Chooses which weights survive. Sees one linear and a pattern: never a model or a file.
 
-    A selector may have, beyond this, ``needs``, a frozenset of what calibration must find for it (see ``needs_of``),
-    and ``expect`` (see ``ExpectsTargets``).
+    Beyond this, a selector may have ``needs``: a frozenset of what calibration must find for it (see ``needs_of``).
     """
 
     @property
@@ -89,30 +85,6 @@ def needs_of(selector: Selector) -> frozenset[str]:
     return needs
 
 
-@dataclass(frozen=True)
-class Target:
-    """A linear that will be pruned.
-
-    Attributes:
-        name: its full name.
-        shape: (outputs, inputs).
-        transposed: True if the model stores its weight as inputs x outputs.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    transposed: bool = False
-
-
-@runtime_checkable
-class ExpectsTargets(Protocol):
-    """A selector that is told of every linear before the first is pruned."""
-
-    def expect(self, targets: Sequence[Target]) -> None:
-        """Remember ``targets``."""
-        ...
-
-
 NEEDS = frozenset({"gradient"})
 SELECTORS = {
     "magnitude": "magnitude:Magnitude",
@@ -125,7 +97,6 @@ SELECTORS = {
     "alps": "alps:ALPS",
     "optima": "optima:Optima",
 }
-SELECTOR_NAMES = (*SELECTORS, "external")
 
 
 def make_selector(name: str) -> Selector:
@@ -134,30 +105,35 @@ def make_selector(name: str) -> Selector:
     Raises:
         RecipeError: if the name is none of ``SELECTORS``.
     """
-    if name in SELECTORS:
-        return load_foreign(f"optima.selectors.{SELECTORS[name]}")
-    if name == "external":
-        raise RecipeError("selector external takes its masks from mask_from: name a checkpoint or a file of masks")
-    known = ", ".join(SELECTOR_NAMES)
-    raise RecipeError(f"unknown selector {name!r}: known selectors are {known}, or your own as package.module:Class")
+    if name not in SELECTORS:
+        raise RecipeError(
+            f"unknown selector {name!r}: known selectors are {', '.join(SELECTORS)}, external with mask_from, or your "
+            "own as package.module:Class"
+        )
+    module, _, class_name = SELECTORS[name].partition(":")
+    selector: Selector = getattr(importlib.import_module(f"optima.selectors.{module}"), class_name)()
+    return selector
 
 
-def load_foreign(path: str, current_directory: bool = False) -> Selector:
+def load_foreign(path: str) -> Selector:
     """An instance of the class that ``package.module:Class`` names. Importing it runs its code.
 
-    Args:
-        path: where the class is.
-        current_directory: look for modules there too, as an installed command does not.
+    Modules are looked for in the current directory too, as an installed command does not.
 
     Raises:
         RecipeError: if the path does not lead to a selector.
     """
     module_name, _, class_name = path.partition(":")
+    known = "" in sys.path
+    if not known:
+        sys.path.append("")
     try:
-        with _importable(os.getcwd()) if current_directory else nullcontext():
-            module = importlib.import_module(module_name)
+        module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise RecipeError(f"selector {path}: {module_name} cannot be imported ({error})") from error
+    finally:
+        if not known:
+            sys.path.remove("")
     if class_name not in vars(module):
         raise RecipeError(f"selector {path}: {module_name} has no {class_name}")
     try:
@@ -167,15 +143,3 @@ def load_foreign(path: str, current_directory: bool = False) -> Selector:
     if not isinstance(selector, Selector):
         raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(task, pattern)")
     return selector
-
-
-@contextmanager
-def _importable(directory: str) -> Iterator[None]:
-    known = directory in sys.path or "" in sys.path
-    if not known:
-        sys.path.append(directory)
-    try:
-        yield
-    finally:
-        if not known:
-            sys.path.remove(directory)

@@ -20,7 +20,6 @@ Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.ranking import row_units, top_scores
+from optima.selectors.ranking import MOST_COMPARED, kth_lowest, row_units, top_scores
 
 # Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
 # little, or they are found in float64, which takes half as much memory again.
@@ -40,15 +39,6 @@ ROUNDING = 0.01
 SAMPLE = 2**15
 # Stages that share their thresholds: one costs more to find than an iteration.
 STAGES_PER_THRESHOLD = 2
-# Above this size of a group, passing its scores through comparators is no faster than exact selection.
-LARGEST_COMPARED = 8
-
-
-class _System(NamedTuple):
-    """Units between the two saliencies, and the eigendecomposition of the damped H in them, in the weights' dtype."""
-
-    unit_D: Tensor
-    eigen: Eigen
 
 
 @dataclass(frozen=True)
@@ -75,13 +65,14 @@ class Optima:
     theta: float = 0.75
     published_scope: Scope = "balanced"
 
-    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> _System:
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
+        """Units between the two saliencies, and the eigendecomposition of the damped H in them, in ``dtype``."""
         # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
         unit_D = saliency_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
         eigen = eigendecomposition(_in_units(hessian, unit_D.to(dtype)), dtype)
         if len(unit_D) and torch.finfo(dtype).eps * float(eigen.value_D[-1]) > ROUNDING * self.first_penalty:
             eigen = eigendecomposition(_in_units(hessian, unit_D), dtype)
-        return _System(unit_D.to(dtype), eigen)
+        return unit_D.to(dtype), eigen
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
@@ -97,7 +88,7 @@ class Optima:
         dual_OD = torch.zeros_like(dense_OD)
         stages = self.group_stages if isinstance(pattern, NM) else self.stages
         ratio = (self.last_penalty / self.first_penalty) ** (1.0 / max(stages - 1, 1))
-        mask = RoughMask(pattern)
+        threshold = None
         for stage in range(stages):
             rho = self.first_penalty * ratio**stage
             solve = inverse.at(rho)
@@ -105,7 +96,9 @@ class Optima:
             dual_OD /= ratio if stage else 1.0
             for iteration in range(self.iterations):
                 sum_OD = solve(torch.sub(projection_OD, dual_OD).mul_(rho).add_(target_OD)).add_(dual_OD)
-                keep_OD = mask(sum_OD.abs(), renew=iteration == 0 and stage % STAGES_PER_THRESHOLD == 0)
+                if iteration == 0 and stage % STAGES_PER_THRESHOLD == 0:
+                    threshold = None
+                keep_OD, threshold = rough_mask(sum_OD.abs(), pattern, threshold)
                 torch.mul(sum_OD, keep_OD, out=projection_OD)
                 torch.sub(sum_OD, projection_OD, out=dual_OD)
         return top_scores(sum_OD.abs(), pattern)
@@ -117,51 +110,35 @@ def _in_units(hessian: Hessian, unit_D: Tensor) -> Tensor:
     return matrix_DD.div_(unit_D).div_(unit_D[:, None])
 
 
-class RoughMask:
+def rough_mask(score_OD: Tensor, pattern: Pattern, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a pattern keeps, nearly: only the last mask of ADMM has to have exact counts.
 
-    Unstructured sparsity keeps its thresholds until they are renewed, and a layer's is taken from a sample of its
-    scores; equal scores of an N:M group go together.
+    Unstructured sparsity takes the ``threshold`` of an earlier call, where there is one, and a layer's is that of a
+    sample of its scores; equal scores of an N:M group go together.
+
+    Returns:
+        keep_OD, and the threshold for later calls.
     """
-
-    def __init__(self, pattern: Pattern) -> None:
-        self._pattern = pattern
-        self._threshold: Tensor | None = None
-
-    def __call__(self, score_OD: Tensor, renew: bool) -> Tensor:
-        """Boolean, True = kept."""
-        pattern = self._pattern
-        if not score_OD.numel():
-            return score_OD > 0
-        if isinstance(pattern, NM) and pattern.m <= LARGEST_COMPARED:
-            score_OGM = score_OD.reshape(len(score_OD), -1, pattern.m)
-            return (score_OGM > nth_lowest(score_OGM, pattern.m - pattern.n)[:, :, None]).flatten(1)
-        if not isinstance(pattern, Unstructured) or pattern.scope == "group":
-            return top_scores(score_OD, pattern)
-        if renew or self._threshold is None:
-            self._threshold = rough_threshold(score_OD, pattern)
-        return torch.gt(score_OD, self._threshold)
-
-
-def nth_lowest(score_OGM: Tensor, count: int) -> Tensor:
-    """The ``count``-th lowest score of each group, by comparators on whole columns: each pass sinks the next lowest."""
-    columns = list(score_OGM.permute(2, 0, 1).contiguous().unbind())
-    for done in range(count):
-        for i in range(len(columns) - 1, done, -1):
-            low, high = torch.minimum(columns[i - 1], columns[i]), torch.maximum(columns[i - 1], columns[i])
-            columns[i - 1], columns[i] = low, high
-    return columns[count - 1]
+    if not score_OD.numel():
+        return score_OD > 0, None
+    if isinstance(pattern, NM) and pattern.m <= MOST_COMPARED:
+        score_GM = score_OD.reshape(-1, pattern.m)
+        return (score_GM > kth_lowest(score_GM, pattern.m - pattern.n)).reshape(score_OD.shape), None
+    if isinstance(pattern, NM) or pattern.scope == "group":
+        return top_scores(score_OD, pattern), None
+    threshold = rough_threshold(score_OD, pattern) if threshold is None else threshold
+    return score_OD > threshold, threshold
 
 
 def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
     """A score, of each row unless the layer is ranked as one, above which are nearly as many as the pattern keeps."""
     if pattern.scope == "row":
-        return score_OD.kthvalue(max(pattern.pruned_count(score_OD.shape[1]), 1), dim=1, keepdim=True).values
+        return kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
     if pattern.scope == "balanced":
         unit_O1 = row_units(score_OD, pattern)
         threshold = rough_threshold(score_OD / unit_O1, replace(pattern, scope="layer"))
         # A little above, or rounding would decide whether the score it was taken from is.
         return unit_O1 * (threshold * (1.0 + 8.0 * torch.finfo(score_OD.dtype).eps))
     # An odd step that is no multiple of the width visits all columns.
-    sample = score_OD.flatten()[:: (score_OD.numel() // SAMPLE) | 1]
-    return sample.kthvalue(max(pattern.pruned_count(len(sample)), 1)).values
+    sample_1N = score_OD.flatten()[None, :: (score_OD.numel() // SAMPLE) | 1]
+    return kth_lowest(sample_1N, max(pattern.pruned_count(sample_1N.shape[1]), 1))

@@ -5,6 +5,8 @@ Shapes: O outputs (rows), D inputs, R rows of N scores, G groups of m consecutiv
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -14,8 +16,8 @@ from optima.patterns import NM, Given, Pattern, Unstructured, group_width
 BALANCE = 0.7
 # Thresholds below this part of the largest count as this part of it: a row may have more zeros than it loses weights.
 SMALLEST_THRESHOLD = 1e-6
-# Up to this many columns, comparing all pairs is the fastest way to rank them.
-SMALLEST_SELECTED = 16
+# Up to this many columns, comparators on whole columns find a threshold faster than a selection in every row.
+MOST_COMPARED = 8
 
 
 def pruned_in_rows(pattern: Unstructured, num_rows: int, num_inputs: int) -> Tensor:
@@ -44,14 +46,19 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
     if pattern.scope == "row":
         return keep_all_but_lowest(score_OD, pruned_in_rows(pattern, num_outputs, num_inputs))
     score_OD = across_rows(score_OD, pattern)
-    width = pattern.group_size if pattern.scope == "group" else num_inputs
     keep_OD = torch.empty_like(score_OD, dtype=torch.bool)
-    for begin in range(0, num_inputs, width or 1):
-        end = min(begin + width, num_inputs)
-        group = score_OD[:, begin:end]
-        count = pattern.pruned_in_columns(num_outputs, begin, end)
-        keep_OD[:, begin:end] = keep_all_but_lowest(group.reshape(1, -1), count).reshape(group.shape)
+    for columns, count in _groups(pattern, num_outputs, num_inputs):
+        group = score_OD[:, columns]
+        keep_OD[:, columns] = keep_all_but_lowest(group.reshape(1, -1), count).reshape(group.shape)
     return keep_OD
+
+
+def _groups(pattern: Unstructured, num_outputs: int, num_inputs: int) -> Iterator[tuple[slice, int]]:
+    """The columns that are ranked together over all rows, and the number of weights to prune in them."""
+    width = group_width(pattern, num_inputs)
+    for begin in range(0, num_inputs, width):
+        end = min(begin + width, num_inputs)
+        yield slice(begin, end), pattern.pruned_in_columns(num_outputs, begin, end)
 
 
 def across_rows(score_OD: Tensor, pattern: Unstructured) -> Tensor:
@@ -64,7 +71,7 @@ def row_units(score_OD: Tensor, pattern: Unstructured) -> Tensor:
     if not score_OD.numel():
         return torch.ones_like(score_OD[:, :1])
     score_OD = score_OD.to(torch.promote_types(score_OD.dtype, torch.float32))
-    threshold_O1 = _kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
+    threshold_O1 = kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
     finite = torch.finfo(score_OD.dtype)
     least = (threshold_O1.max() * SMALLEST_THRESHOLD).clamp(finite.tiny, finite.max)
     return threshold_O1.clamp(least, torch.full_like(least, finite.max)).pow_(BALANCE)
@@ -72,38 +79,21 @@ def row_units(score_OD: Tensor, pattern: Unstructured) -> Tensor:
 
 def keep_all_but_lowest(score_RN: Tensor, count: int | Tensor) -> Tensor:
     """True everywhere but at the ``count`` lowest scores of each row; a tensor gives each row its own count."""
-    if isinstance(count, int):
-        few = score_RN.shape[1] <= SMALLEST_SELECTED
-        return _keep_by_rank(score_RN, count) if few else _keep_by_threshold(score_RN, count, count)
-    count_R1 = count.to(score_RN.device, torch.int64)[:, None]
-    least, most = map(int, count.aminmax()) if count.numel() else (0, 0)
-    if most - least <= 1:
-        return _keep_by_threshold(score_RN, count_R1, most)
-    order_RN = score_RN.argsort(dim=1, stable=True)
-    rank_N = torch.arange(score_RN.shape[1], device=score_RN.device)
-    return torch.empty_like(score_RN, dtype=torch.bool).scatter_(1, order_RN, rank_N >= count_R1)
-
-
-def _keep_by_rank(score_RN: Tensor, count: int) -> Tensor:
-    """For a few columns: each element's rank is the number of comparisons that it wins, the later of equals winning."""
-    columns = [column.contiguous() for column in score_RN.unbind(1)]
-    ranks = [torch.zeros_like(column, dtype=torch.uint8) for column in columns]
-    for later, ours in enumerate(columns):
-        for earlier, theirs in enumerate(columns[:later]):
-            wins = theirs <= ours
-            ranks[later] += wins
-            ranks[earlier] += ~wins
-    return torch.stack([rank >= count for rank in ranks], dim=1) if ranks else torch.empty_like(score_RN).bool()
-
-
-def _keep_by_threshold(score_RN: Tensor, count: int | Tensor, most: int) -> Tensor:
-    """A selection is linear in the number of scores where a sort is not; ``count`` is ``most`` or one less."""
-    num_rows, size = score_RN.shape
-    if not most or not num_rows:
+    size = score_RN.shape[1]
+    if not score_RN.numel():
         return torch.ones_like(score_RN, dtype=torch.bool)
-    threshold_R1 = _kth_lowest(score_RN, most)
+    count_R1 = torch.as_tensor(count, device=score_RN.device).long().reshape(-1, 1)
+    least, most = (count, count) if isinstance(count, int) else map(int, count_R1.aminmax())
+    if not most:
+        return torch.ones_like(score_RN, dtype=torch.bool)
+    if most - least <= 1:  # what a row with one less loses too much is among its ties
+        threshold_R1 = kth_lowest(score_RN, most)
+    else:
+        threshold_R1 = score_RN.sort(dim=1).values.gather(1, (count_R1 - 1).clamp_min(0))
     keep_RN = score_RN > threshold_R1
-    spare_R1 = size - count - keep_RN.sum(dim=1, keepdim=True)
+    if len(score_RN) * (size - most) == int(keep_RN.sum()) and most == least:
+        return keep_RN  # no ties
+    spare_R1 = size - count_R1 - keep_RN.sum(dim=1, keepdim=True)
     tied = (spare_R1[:, 0] > 0).nonzero()[:, 0]
     if len(tied):
         equal = score_RN[tied] == threshold_R1[tied]
@@ -112,7 +102,15 @@ def _keep_by_threshold(score_RN: Tensor, count: int | Tensor, most: int) -> Tens
     return keep_RN
 
 
-def _kth_lowest(score_RN: Tensor, k: int) -> Tensor:
+def kth_lowest(score_RN: Tensor, k: int) -> Tensor:
+    """The ``k``-th lowest score of each row, (R, 1); linear in the number of scores where a sort is not."""
+    if score_RN.shape[1] <= MOST_COMPARED:
+        columns = list(score_RN.mT.contiguous().unbind())
+        for done in range(k):  # each pass sinks the next lowest
+            for i in range(len(columns) - 1, done, -1):
+                low, high = torch.minimum(columns[i - 1], columns[i]), torch.maximum(columns[i - 1], columns[i])
+                columns[i - 1], columns[i] = low, high
+        return columns[k - 1][:, None]
     if score_RN.device.type == "cpu":
         return score_RN.kthvalue(k, dim=1, keepdim=True).values
     return score_RN.sort(dim=1).values[:, k - 1 : k]  # kthvalue gives a row to one block of threads
@@ -136,10 +134,7 @@ def count_error(keep_OD: Tensor, pattern: Pattern) -> str:
         wrong = (wanted_O != found_O).nonzero()[:, 0]
         first = int(wrong[0]) if len(wrong) else 0
         return f"row {first} prunes {int(found_O[first])}, not {int(wanted_O[first])}" if len(wrong) else ""
-    width = group_width(pattern, num_inputs)
-    for begin in range(0, num_inputs, width):
-        end = min(begin + width, num_inputs)
-        wanted, found = pattern.pruned_in_columns(num_outputs, begin, end), int(pruned_OD[:, begin:end].sum())
-        if wanted != found:
-            return f"columns {begin} to {end} prune {found} weights, not {wanted}"
+    for columns, wanted in _groups(pattern, num_outputs, num_inputs):
+        if wanted != (found := int(pruned_OD[:, columns].sum())):
+            return f"columns {columns.start} to {columns.stop} prune {found} weights, not {wanted}"
     return ""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optima.linalg.gather import solve_selected
-from optima.patterns import NM, Pattern, Scope, Unstructured
+from optima.patterns import NM, Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
 
@@ -50,10 +50,10 @@ class Thanos:
         keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)
         outlier_O = self._outliers(task) if isinstance(pattern, NM) else None
         num_inputs, width = weight_OD.shape[1], self._width(pattern)
-        residual = _ResidualMask(weight_OD.shape, pattern)
         for begin in range(0, num_inputs, width):
             end = min(begin + width, num_inputs)
-            keep_OB = residual.block(weight_OD[:, begin:].abs() * norm_D[begin:], end - begin)
+            score_OD = weight_OD[:, begin:].abs() * norm_D[begin:]
+            keep_OB = _residual_mask(score_OD, end - begin, pattern, keep_OD[:, :begin])
             if outlier_O is not None:
                 keep_OB[outlier_O] = True
             # K = U^T U, and the first B rows of K need only those of U.
@@ -77,32 +77,19 @@ class Thanos:
         return outlier_O
 
 
-class _ResidualMask:
-    """What is still to be pruned, block after block from the left."""
-
-    def __init__(self, shape: torch.Size, pattern: Pattern) -> None:
-        self._pattern = pattern
-        self._num_rows, num_inputs = shape
-        self._column = 0
-        if isinstance(pattern, Unstructured):
-            self._left = pattern.pruned_count(shape.numel())
-            self._left_O = pruned_in_rows(pattern, self._num_rows, num_inputs)
-
-    def block(self, score_OD: Tensor, width: int) -> Tensor:
-        """keep_OB of the first ``width`` columns, given the scores of all that remain."""
-        pattern, begin = self._pattern, self._column
-        self._column += width
-        if isinstance(pattern, NM):
-            return top_scores(score_OD[:, :width], pattern)
-        if pattern.scope == "group":
-            score_1N = score_OD[:, :width].reshape(1, -1)
-            count = pattern.pruned_in_columns(self._num_rows, begin, begin + width)
-            return keep_all_but_lowest(score_1N, count).reshape(-1, width)
-        if pattern.scope == "row":
-            keep_OB = keep_all_but_lowest(score_OD, self._left_O)[:, :width]
-            self._left_O = self._left_O - (~keep_OB).sum(dim=1).to(self._left_O)
-            return keep_OB.clone()
-        score_1N = across_rows(score_OD, pattern).reshape(1, -1)
-        keep_OB = keep_all_but_lowest(score_1N, self._left).reshape(score_OD.shape)[:, :width]
-        self._left -= int((~keep_OB).sum())
-        return keep_OB.clone()
+def _residual_mask(score_OD: Tensor, width: int, pattern: Pattern, before_OD: Tensor) -> Tensor:
+    """keep_OB of the first ``width`` of the columns that remain, given their scores and the mask of those before."""
+    if isinstance(pattern, NM):
+        return top_scores(score_OD[:, :width], pattern)
+    num_rows, begin = before_OD.shape
+    num_inputs = begin + score_OD.shape[1]
+    if pattern.scope == "group":
+        score_OD = score_OD[:, :width]
+        left = pattern.pruned_in_columns(num_rows, begin, begin + width)
+    elif pattern.scope == "row":
+        left_O = pruned_in_rows(pattern, num_rows, num_inputs) - (~before_OD).sum(dim=1).cpu()
+        return keep_all_but_lowest(score_OD, left_O)[:, :width]
+    else:
+        score_OD = across_rows(score_OD, pattern)
+        left = pattern.pruned_count(num_rows * num_inputs) - int((~before_OD).sum())
+    return keep_all_but_lowest(score_OD.reshape(1, -1), left).reshape(score_OD.shape)[:, :width]

@@ -13,7 +13,7 @@ Shapes: A rows, B candidates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,7 @@ from torch import Tensor
 LEAST_GAIN = {torch.float32: 1e-5, torch.float64: 1e-9}
 
 
-@dataclass
-class Tableau:
+class Tableau(NamedTuple):
     """Principal pivot transform of H on a row's kept set, restricted to candidates.
 
     Attributes:
@@ -47,7 +46,7 @@ class Tableau:
         for _ in range(self.kept_AB.shape[1]):
             change_A, out_A, in_A = part.best_swap()
             going_A = change_A.double() < -least_A[rows]
-            part = Tableau(*(getattr(part, entry.name)[going_A] for entry in fields(part)))
+            part = Tableau(*(entry[going_A] for entry in part))
             rows = rows[going_A]
             if not len(rows):
                 break

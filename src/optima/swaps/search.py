@@ -15,8 +15,9 @@ G groups of an N:M pattern.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,7 @@ PADDING = 1.25
 TABLEAU_ENTRIES = 2**23
 
 
-@dataclass(frozen=True)
-class Refined:
+class Refined(NamedTuple):
     """The outcome, row by row.
 
     Attributes:
@@ -92,14 +92,8 @@ class SwapRefinement:
         chunks = order_O.split(chunk_sizes(count_O.tolist()))
         parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in chunks]
         back_O = order_O.argsort()
-        refined = Refined(
-            *(torch.cat([getattr(part, entry.name) for part in parts])[back_O] for entry in fields(Refined))
-        )
-        return replace(refined, swaps_O=refined.swaps_O + swaps_O)
-
-
-def _rows_that_fit(kept: int) -> int:
-    return max(min(LARGEST_CHUNK, CHUNK_ENTRIES // max(kept, 1) ** 2), 1)
+        refined = Refined(*(torch.cat(values)[back_O] for values in zip(*parts, strict=True)))
+        return refined._replace(swaps_O=refined.swaps_O + swaps_O)
 
 
 def chunk_sizes(counts: Sequence[int]) -> list[int]:
@@ -108,16 +102,12 @@ def chunk_sizes(counts: Sequence[int]) -> list[int]:
     smallest = 0
     for count in counts:
         alike = count <= max(PADDING * smallest, smallest + 8)
-        if sizes and alike and sizes[-1] < _rows_that_fit(count):
+        if sizes and alike and sizes[-1] < min(LARGEST_CHUNK, CHUNK_ENTRIES // max(count, 1) ** 2):
             sizes[-1] += 1
         else:
             sizes.append(1)
             smallest = count
     return sizes
-
-
-def _rows_per_tableau(tried: int, kept: int) -> int:
-    return max(TABLEAU_ENTRIES // max(tried * max(tried, kept), 1), 1)
 
 
 class System:
@@ -181,7 +171,9 @@ class _Rows:
             # Where rounding has made a loss of a swap, the row stays as it was.
             same_A = (keep_AD == self.keep_RD[rows]).all(dim=1)
             taken_A = same_A | (optimum.error_A < self.error_R[rows])
-            rows, optimum, swaps_A = rows[taken_A], optimum.of(taken_A), swaps_A[taken_A]
+            rows, swaps_A = rows[taken_A], swaps_A[taken_A]
+            if len(rows) < len(taken_A):
+                optimum = Optimum(*(entry[taken_A] for entry in optimum))
             self.keep_RD[rows], self.weight_RD[rows] = optimum.keep_AD, optimum.weight_AD
             self.error_R[rows] = optimum.error_A
             self.swaps_R[rows] += swaps_A
@@ -197,8 +189,7 @@ class _Rows:
         return torch.cat(unproven)
 
 
-@dataclass(frozen=True)
-class Optimum:
+class Optimum(NamedTuple):
     """The optimal weights of rows on their masks, in units of a unit diagonal.
 
     Attributes:
@@ -216,17 +207,6 @@ class Optimum:
     weight_AD: Tensor
     residual_AD: Tensor
     error_A: Tensor
-
-    def of(self, rows_A: Tensor) -> Optimum:
-        """The same for some of the rows."""
-        if bool(rows_A.all()):
-            return self
-        return Optimum(*(getattr(self, entry.name)[rows_A] for entry in fields(self)))
-
-    def split(self, rows: int) -> Iterator[Optimum]:
-        """The same in parts of at most ``rows`` rows."""
-        for part in zip(*(getattr(self, entry.name).split(rows) for entry in fields(self)), strict=True):
-            yield Optimum(*part)
 
 
 def solve(system: System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
@@ -259,9 +239,11 @@ def swap(system: System, optimum: Optimum, candidates: int) -> tuple[Tensor, Ten
         could take part in a swap which lowers the error.
     """
     chosen_AB, complete_A = _choose(system, optimum, candidates)
-    rows = _rows_per_tableau(chosen_AB.shape[1], optimum.index_AN.shape[1])
+    tried, kept = chosen_AB.shape[1], optimum.index_AN.shape[1]
+    rows = max(TABLEAU_ENTRIES // max(tried * max(tried, kept), 1), 1)
     swaps_parts, kept_parts = [], []
-    for part, part_AB in zip(optimum.split(rows), chosen_AB.split(rows), strict=True):
+    for *entries, part_AB in zip(*(entry.split(rows) for entry in (*optimum, chosen_AB)), strict=True):
+        part = Optimum(*entries)
         tableau = tableau_of(system, part, part_AB)
         swaps_parts.append(tableau.improve(part.error_A))
         kept_parts.append(tableau.kept_AB)
