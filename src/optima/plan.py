@@ -29,6 +29,7 @@ from optima.preflight import Preflight, preflight
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.selectors.base import LinearTask, needs_of
+from optima.swaps.search import CHUNK_ENTRIES
 
 # Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
 # takes, the largest of the selectors.
@@ -136,17 +137,20 @@ def work_bytes(found: Preflight, recipe: Recipe, dtype: torch.dtype) -> int:
     for block in found.blocks:
         sizes = [linear.shape for linear in block.linears]
         waiting = sum(8 * group[0].shape[1] ** 2 for group in guess_groups(block))
-        linear = max(
-            (
-                BYTES_PER_SQUARE * d * d + BYTES_PER_WEIGHT * o * d + min(BYTES_PER_ENTRY * o * d, DEFAULT_BUDGET_BYTES)
-                for o, d in sizes
-            ),
-            default=0,
-        )
+        linear = max((_linear_bytes(o, d, recipe.swaps != 0) for o, d in sizes), default=0)
         activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
         held = waiting + gradients * sum(o * d for o, d in sizes)
         most = max(most, held + max(linear, activations))
     return most
+
+
+def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
+    """Of one linear at work: matrices, weights, a chunk of rows in the solver, and one in the swaps."""
+    size = outputs * inputs
+    rows = min(BYTES_PER_ENTRY * size, DEFAULT_BUDGET_BYTES)
+    # A matrix of every row's kept weights, its factor, and the indices that gather it.
+    systems = 12 * min(CHUNK_ENTRIES, size * inputs) if swaps else 0
+    return BYTES_PER_SQUARE * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
 
 
 def measure(plan: Plan, recipe: Recipe) -> Measured:

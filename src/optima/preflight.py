@@ -16,6 +16,7 @@ from optima.linear import Methods
 from optima.models.masks import MaskFiles
 from optima.models.reading import check_length
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, select_linears
+from optima.names import check_bounded
 from optima.patterns import Pattern, Unstructured
 from optima.recipe import Recipe, check_regexes
 from optima.selectors.external import External
@@ -71,6 +72,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int) -
     found = Preflight(tuple(stacks), {}, tuple(dense_notes(stacks)))
     if not recipe.as_given:
         table = pattern_table(recipe, methods.selector)
+        check_bounded([regex for regex, _ in table.entries], [linear.name for linear in found.linears])
         found.patterns.update(table.assign({linear.name: linear.shape[1] for linear in found.linears}))
     if isinstance(methods.selector, External):
         if isinstance(masks := methods.selector.masks, MaskFiles):
@@ -100,6 +102,7 @@ def check_finite(linears: Sequence[Linear]) -> None:
 def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
     """Raise ``RecipeError`` if there is nowhere to dump to, or nothing to dump."""
     check_regexes("dump_layer", [regex])
+    check_bounded([regex], [linear.name for linear in linears])
     if not has_output:
         raise RecipeError("dump_layer needs an output_dir to write to")
     if not any(re.search(regex, linear.name) for linear in linears):
