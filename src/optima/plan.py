@@ -18,7 +18,7 @@ from torch import Tensor
 from optima.build import build
 from optima.device import PeakMemory, Stopwatch, find_device
 from optima.linalg.hessian import Hessian
-from optima.linalg.products import gram
+from optima.linalg.products import add_gram
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.models.skeleton import skeleton
@@ -185,7 +185,8 @@ class _Meter:
     def gram(self, tokens: int, inputs: int) -> float:
         """A Gram matrix of one batch."""
         inputs_TD = torch.zeros(tokens, inputs, device=self.device)
-        return self._once(("gram", inputs), lambda: gram(inputs_TD))
+        sum_DD = torch.zeros(inputs, inputs, dtype=torch.float64, device=self.device)
+        return self._once(("gram", inputs), lambda: add_gram(sum_DD, inputs_TD))
 
     def product(self, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> float:
         """A batch through a linear."""

@@ -23,7 +23,7 @@ from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
-from optima.linalg.products import gram
+from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
 from optima.models.stacks import Block, Linear
 
@@ -50,38 +50,34 @@ class Accumulator:
     def __init__(self) -> None:
         self.sum_DD: Tensor | None = None
         self.tokens = 0
-        self.total_weight = 0.0
+        self.extra_weight = 0.0
         self.extra: list[Tensor] = []
 
     def add(self, inputs_TD: Tensor) -> bool:
-        """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf; nothing is added then."""
-        product_DD = gram(inputs_TD.float())
-        # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
-        if not product_DD.diagonal().isfinite().all():
-            return False
+        """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf: the sum is of no use then."""
         if self.sum_DD is None:
-            self.sum_DD = product_DD.double()
-        else:
-            self.sum_DD += product_DD
+            size = inputs_TD.shape[1]
+            self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
+        add_gram(self.sum_DD, inputs_TD)
         self.tokens += len(inputs_TD)
-        self.total_weight += len(inputs_TD)
-        return True
+        # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
+        return bool(self.sum_DD.diagonal().isfinite().all())
 
     def add_weight(self, inputs_ND: Tensor, weight: float) -> None:
         """Let tokens that were added weigh more, each by ``weight``."""
-        assert self.sum_DD is not None
-        inputs_ND = inputs_ND.float()
-        self.sum_DD.add_(gram(inputs_ND), alpha=weight)
-        self.total_weight += weight * len(inputs_ND)
-        self.extra.append(inputs_ND * weight**0.5)
+        self.extra_weight += weight * len(inputs_ND)
+        self.extra.append(inputs_ND.float() * weight**0.5)
 
     def finish(self, damping: float) -> Statistics | None:
         """H = X^T S X / tr S and what it is made of; None if there were no tokens. The accumulator is used up."""
         if self.sum_DD is None:
             return None
-        hessian = Hessian(self.sum_DD.div_(self.total_weight), damping)
         extra_ND = torch.cat(self.extra) if self.extra else None
-        return Statistics(hessian, self.tokens, extra_ND, self.total_weight - self.tokens)
+        mirror(self.sum_DD)
+        if extra_ND is not None:
+            self.sum_DD.addmm_(extra_ND.double().mT, extra_ND.double())
+        hessian = Hessian(self.sum_DD.div_(self.tokens + self.extra_weight), damping)
+        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight)
 
 
 def observe(

@@ -107,20 +107,30 @@ def multiply(rows_RD: Tensor, matrix: Tensor) -> Tensor:
     return product_RD
 
 
-def gram(inputs_TD: Tensor) -> Tensor:
-    """X^T X of float32 inputs. On a CPU one triangle is multiplied, panel by panel, and mirrored."""
-    if not _packs(inputs_TD):
-        return inputs_TD.mT @ inputs_TD
-    inputs_DT = inputs_TD.mT.contiguous()
-    size = len(inputs_DT)
-    width = max(-(-size // PANELS), SMALLEST_PACKED)
-    product_DD = inputs_TD.new_empty(size, size)
-    for begin in range(0, size, width):
+def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
+    """Add X^T X, products in float32, to the lower triangle of a float64 sum; ``mirror`` makes it whole.
+
+    On a CPU one triangle is multiplied, panel by panel.
+    """
+    inputs_DT = inputs_TD.mT.contiguous().float()  # transposed in its own dtype first, which moves fewer bytes
+    if not _packs(inputs_DT):
+        sum_DD += inputs_DT @ inputs_DT.mT
+        return
+    width = max(-(-len(inputs_DT) // PANELS), SMALLEST_PACKED)
+    for begin in range(0, len(inputs_DT), width):
         panel = inputs_DT[begin : begin + width]
         product = torch.ops.mkldnn._linear_pointwise(inputs_DT[begin:], panel, None, "none", [], "")
-        product_DD[begin:, begin : begin + width] = product
-        product_DD[begin : begin + width, begin:] = product.mT
-    return product_DD
+        sum_DD[begin:, begin : begin + width] += product
+
+
+def mirror(matrix_DD: Tensor) -> Tensor:
+    """``matrix_DD`` with its upper triangle replaced by the lower one, in place, block by block."""
+    for begin in range(0, len(matrix_DD), BLOCK):
+        end = begin + BLOCK
+        matrix_DD[begin:end, end:] = matrix_DD[end:, begin:end].mT
+        own = matrix_DD[begin:end, begin:end]
+        own.copy_(own.tril() + own.tril(-1).mT)
+    return matrix_DD
 
 
 def scaled(matrix: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
