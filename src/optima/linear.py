@@ -6,7 +6,7 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -87,7 +87,7 @@ def prune_linear(
     before = clock.total
     with full_precision():
         with clock("select"):
-            selection = checked(methods.selector.select(task, pattern), task, pattern, methods.selector)
+            selection = checked(_select(task, pattern, methods.selector), task, pattern, methods.selector)
             refined = None
             if methods.swaps is not None:
                 refined = methods.swaps.refine(task.hessian, task.weight_OD, selection.keep_OD, pattern)
@@ -122,6 +122,15 @@ def prune_linear(
         rows_swap_optimal=None if refined is None else int(refined.optimal_O.sum()),
     )
     return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
+
+
+def _select(task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:
+    """The selector's answer; where rows have weights it is asked for the linear with its rows scaled by their roots."""
+    if task.row_weight_O is None:
+        return selector.select(task, pattern)
+    root_O1 = task.row_weight_O.to(task.weight_OD).sqrt().clamp_min(1e-6)[:, None]
+    selection = selector.select(replace(task, weight_OD=task.weight_OD * root_O1), pattern)
+    return selection if selection.weight_OD is None else Selection(selection.keep_OD, selection.weight_OD / root_O1)
 
 
 def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:

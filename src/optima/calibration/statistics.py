@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.calibration.loss_weights import LossWeights
 from optima.calibration.probe import Given
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
@@ -53,11 +54,13 @@ class Accumulator:
         self.extra_weight = 0.0
         self.extra: list[Tensor] = []
 
-    def add(self, inputs_TD: Tensor) -> bool:
+    def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> bool:
         """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf: the sum is of no use then."""
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
+        if weight_T is not None:
+            inputs_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
         add_gram(self.sum_DD, inputs_TD)
         self.tokens += len(inputs_TD)
         # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
@@ -87,6 +90,7 @@ def observe(
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
+    weights: LossWeights | None = None,
 ) -> Iterator[Found]:
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
@@ -107,7 +111,7 @@ def observe(
     if not block.linears:
         return
     stopwatch = stopwatch or Stopwatch(device)
-    watch = _Watch(streams, block, sink_weight, stopwatch)
+    watch = _Watch(streams, block, sink_weight, stopwatch, weights)
     for batch in range(len(streams.hidden)):
         with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
             streams.run(block, batch, device)
@@ -123,7 +127,10 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
 class _Watch:
     """Hooks on a block's linears that accumulate the inputs of each group's first."""
 
-    def __init__(self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
+    ) -> None:
+        self._weights = weights
         self._streams, self._block, self._sink_weight, self._stopwatch = streams, block, sink_weight, stopwatch
         groups = streams.groups(block)
         self._leader = {linear.name: group[0].name for group in groups for linear in group}
@@ -165,6 +172,11 @@ class _Watch:
     def _add(self, name: str, inputs: Tensor) -> None:
         accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
+        weight_T = None if self._weights is None else self._weights.of_tokens(name, self._batch)
+        if weight_T is not None and len(weight_T) == len(inputs_TD):
+            if not accumulator.add(inputs_TD, weight_T.to(inputs_TD.device)):
+                raise CalibrationError(self._describe_bad(name, inputs_TD))
+            return
         if not accumulator.add(inputs_TD):
             raise CalibrationError(self._describe_bad(name, inputs_TD))
         extra = self._sink_weight * length - 1.0
