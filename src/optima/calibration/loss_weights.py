@@ -49,7 +49,7 @@ class LossWeights:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def of_tokens(self, name: str, batch: int) -> Tensor | None:
-        """Tempered weights of a batch's tokens, (T,), for the group whose first linear is ``name``; of mean 1 overall."""
+        """Tempered weights of a batch's tokens, (T,), for the group whose first linear is ``name``; their mean is 1."""
         if name not in self.tokens:
             return None
         mean = sum(float(own.pow(POWER).sum()) for own in self.tokens[name])

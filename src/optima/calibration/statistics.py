@@ -28,6 +28,9 @@ from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
 from optima.models.stacks import Block, Linear
 
+# Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
+SAMPLE = 512
+
 
 @dataclass(frozen=True)
 class Found:
@@ -53,6 +56,7 @@ class Accumulator:
         self.tokens = 0
         self.extra_weight = 0.0
         self.extra: list[Tensor] = []
+        self.sample: list[Tensor] = []
 
     def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> bool:
         """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf: the sum is of no use then."""
@@ -80,7 +84,8 @@ class Accumulator:
         if extra_ND is not None:
             self.sum_DD.addmm_(extra_ND.double().mT, extra_ND.double())
         hessian = Hessian(self.sum_DD.div_(self.tokens + self.extra_weight), damping)
-        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight)
+        sample_ND = torch.cat(self.sample) if self.sample else None
+        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight, sample_ND)
 
 
 def observe(
@@ -174,6 +179,8 @@ class _Watch:
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
         weight_T = None if self._weights is None else self._weights.of_tokens(name, self._batch)
         if weight_T is not None and len(weight_T) == len(inputs_TD):
+            total = sum(count * size for count, size in self._streams.sizes)
+            accumulator.sample.append(inputs_TD[:: max(total // SAMPLE, 1)].float())
             if not accumulator.add(inputs_TD, weight_T.to(inputs_TD.device)):
                 raise CalibrationError(self._describe_bad(name, inputs_TD))
             return
