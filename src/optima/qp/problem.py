@@ -29,7 +29,7 @@ class RowProblem:
     """minimise 1/2 (v - w)^T H (v - w) over v with v = 0 off keep and, optionally, lower <= v <= upper.
 
     This is the program of OPTIMA (arXiv 2512.13886) with the linear term written as g = H w: w is the
-    unconstrained optimum, the dense row when the layer's outputs are to be reproduced.
+    unconstrained optimum, the dense row when the linear's outputs are to be reproduced.
 
     Attributes:
         target_RD: w, float32 or float64.
@@ -144,7 +144,7 @@ def make_problem(
     lower_RD: Tensor | None = None,
     upper_RD: Tensor | None = None,
 ) -> RowProblem:
-    """Check and normalise the rows of one layer.
+    """Check and normalise the rows of one linear.
 
     Low-precision weights become float32. A dead input has no influence, so its pruned weight costs nothing
     (its target becomes 0) and its kept weight stays as it is.

@@ -1,9 +1,9 @@
-"""Iterative refinement: a fast inner solve, restarted from float64 residuals until every row is certified.
+"""A fast inner solve, restarted from float64 residuals until every row is certified.
 
 The inner solver is given residuals and returns corrections; what decides convergence is the certificate, computed from
-scratch (Wilkinson's scheme; see Higham, Accuracy and Stability of Numerical Algorithms, ch. 12). Only the first
-residual is taken in the working precision: an error in it costs another round, never a wrong answer. Rows that stall in
-float32 go on in float64.
+scratch (Wilkinson's iterative refinement; Higham, Accuracy and Stability of Numerical Algorithms, ch. 12). Only the
+first residual is taken in the working precision: an error in it costs another round, never a wrong answer. Rows that
+stall in float32 go on in float64.
 
 Shapes: R rows, D inputs, A rows still active.
 """
