@@ -166,6 +166,8 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     if path is None:
         return recipe_from_dict(given)
     values = read_recipe(path)
+    if values.get("trust_remote_code") is True:
+        del values["trust_remote_code"]  # a file from elsewhere cannot vouch for the code that it runs
     trusted = {name: value for name, value in given.items() if name == "trust_remote_code"}
     recipe_from_dict(values | trusted, f"recipe {path}")
     # The two ways to say how sparse exclude each other; the command line decides which one counts.

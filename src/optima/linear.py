@@ -126,15 +126,15 @@ def prune_linear(
 
 def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:
     """``selection``, or an error that names what it breaks: nothing false may reach the report."""
-    keep_OD, weight_OD = selection.keep_OD, selection.weight_OD
+    device, keep_OD, weight_OD = task.weight_OD.device, selection.keep_OD, selection.weight_OD
     shape = tuple(task.weight_OD.shape)
     problem = ""
     if not isinstance(keep_OD, Tensor) or keep_OD.dtype != torch.bool or tuple(keep_OD.shape) != shape:
         problem = f"keep must be boolean of shape {shape} (True = the weight survives)"
-    elif weight_OD is not None and (tuple(weight_OD.shape) != shape or not weight_OD.is_floating_point()):
-        problem = f"its weights must be floats of shape {shape}"
-    elif weight_OD is not None and bool((weight_OD * ~keep_OD).any()):
-        problem = "its weights are not zero (or not numbers) where keep is False"
+    elif weight_OD is not None and not _floats(weight_OD, shape):
+        problem = f"its weights must be finite floats of shape {shape}"
+    elif weight_OD is not None and bool((weight_OD.to(device) * ~keep_OD.to(device)).any()):
+        problem = "its weights are not zero where keep is False"
     else:
         problem = count_error(keep_OD, pattern)
     if problem:
@@ -142,7 +142,13 @@ def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: 
             f"selector {type(selector).__name__} broke its contract on {task.name}, pattern {pattern}: {problem}: mend "
             f"the selector, or leave the linear out with --ignore '{re.escape(task.name)}'"
         )
-    return Selection(keep_OD.to(task.weight_OD.device), weight_OD)
+    return Selection(keep_OD.to(device), None if weight_OD is None else weight_OD.to(device))
+
+
+def _floats(weight_OD: object, shape: tuple[int, ...]) -> bool:
+    if not isinstance(weight_OD, Tensor) or tuple(weight_OD.shape) != shape:
+        return False
+    return weight_OD.is_floating_point() and bool(weight_OD.isfinite().all())
 
 
 def _kept(task: LinearTask, selection: Selection) -> Tensor:

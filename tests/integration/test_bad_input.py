@@ -282,8 +282,9 @@ class TestOptions:
 
     def test_a_selector_of_ones_own_runs_only_if_trusted(self, cheap: Refused, root: Path) -> None:
         (root / "evil.py").write_text("raise SystemExit('the code ran')")
-        (root / "run.yaml").write_text("selector: evil:Mine")
-        assert "loads and runs code: if you trust it, add --trust-remote-code" in cheap("--recipe", "run.yaml")
+        for vouching in ("", "\ntrust_remote_code: true"):
+            (root / "run.yaml").write_text("selector: evil:Mine" + vouching)
+            assert "loads and runs code: if you trust it, add --trust-remote-code" in cheap("--recipe", "run.yaml")
         with pytest.raises(SystemExit, match="the code ran"):
             main(prune_arguments("--recipe", "run.yaml", "--trust-remote-code"))
 

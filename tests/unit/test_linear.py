@@ -85,6 +85,8 @@ def wrong_answers() -> dict[str, Selection]:
         "no mask": Selection(keep_OD.float()),
         "weights off the mask": Selection(keep_OD, torch.ones(8, 64)),
         "nan off the mask": Selection(keep_OD, torch.where(keep_OD, 1.0, torch.nan)),
+        "nan on the mask": Selection(keep_OD, torch.where(keep_OD, torch.nan, 0.0)),
+        "weights that are no tensor": Selection(keep_OD, keep_OD.double().numpy()),  # type: ignore[arg-type]
         "weights of another shape": Selection(keep_OD, torch.ones(8, 32)),
     }
 
