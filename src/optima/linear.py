@@ -5,6 +5,7 @@ Shapes: O outputs (rows), D inputs.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -167,34 +168,23 @@ def _problem(task: LinearTask, selection: Selection, methods: Methods) -> RowPro
     return make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
 
 
-class _Losses:
-    """Relative losses ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped hessian, weighted and with every token alike."""
-
-    def __init__(self, task: LinearTask) -> None:
-        self._task = task
-        self._energy = self._loss(task.weight_OD)
-
-    def __call__(self, weight_OD: Tensor) -> tuple[float, float]:
-        """(weighted, every token alike); 0 where nothing changed or there is no output at all to change."""
-        found = self._loss(weight_OD.to(self._task.weight_OD.dtype) - self._task.weight_OD)
-        weighted, plain = (
-            0.0 if loss == 0.0 else loss / energy if energy else float("inf")
-            for loss, energy in zip(found, self._energy, strict=True)
-        )
-        return weighted, plain
-
-    def _loss(self, change_OD: Tensor) -> tuple[float, float]:
-        weighted_O = self._task.hessian.loss(change_OD)
-        plain_O = self._task.statistics.plain_loss(weighted_O, change_OD)
-        return float(weighted_O.sum()), float(plain_O.sum())
-
-
 def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor) -> dict[str, Any]:
-    """The errors of a record: mask alone, selector's weights and result, the last two as written."""
-    losses = _Losses(task)
-    mask, _ = losses(task.weight_OD * selection.keep_OD)
-    selector = mask if selection.weight_OD is None else losses(selection.weight_OD.to(weight_OD.dtype))[0]
-    error, plain = losses(weight_OD)
+    """The errors of a record: ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped H, all but the mask's as written."""
+
+    def loss(change_OD: Tensor) -> tuple[float, float]:
+        """Weighted, and with every token alike."""
+        weighted_O = task.hessian.loss(change_OD)
+        return float(weighted_O.sum()), float(task.statistics.plain_loss(weighted_O, change_OD).sum())
+
+    def relative(new_OD: Tensor) -> list[float]:
+        pairs = zip(loss(new_OD.to(task.weight_OD.dtype) - task.weight_OD), energy, strict=True)
+        # 0 where nothing changed, whether or not there is an output at all.
+        return [0.0 if lost == 0.0 else lost / whole if whole else math.inf for lost, whole in pairs]
+
+    energy = loss(task.weight_OD)
+    mask, _ = relative(task.weight_OD * selection.keep_OD)
+    selector = mask if selection.weight_OD is None else relative(selection.weight_OD.to(weight_OD.dtype))[0]
+    error, plain = relative(weight_OD)
     return {"error_mask": mask, "error_selector": selector, "error": error, "error_plain": plain}
 
 

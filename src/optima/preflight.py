@@ -135,7 +135,7 @@ class Calibration:
 def find_calibration(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Iterable[str] | None
 ) -> Calibration:
-    """The calibration tokens: given as they are, or from given documents, or from the recipe's data set.
+    """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data set.
 
     Raises:
         CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
@@ -144,7 +144,9 @@ def find_calibration(
         return Calibration(given.cpu().long())
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
-    documents = Documents(text_source(recipe), recipe.seed) if given is None else given
+    column, revision = recipe.text_column, recipe.dataset_revision
+    source = TextSource(tuple(recipe.dataset), recipe.dataset_config, recipe.split, column, revision)
+    documents = Documents(source, recipe.seed) if given is None else given
     tokens_NL = calibration_tokens(documents, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
     if isinstance(documents, Documents):
         return Calibration(tokens_NL, documents.skipped, documents.revision)
@@ -175,11 +177,3 @@ def sequence_length(recipe: Recipe, calibration: object) -> int:
 def batch_size(recipe: Recipe, device: torch.device, length: int) -> int:
     """Sequences of ``length`` tokens in one forward pass."""
     return recipe.batch_size or (max(CPU_TOKENS // length, 1) if device.type == "cpu" else BATCH_SIZE)
-
-
-def text_source(recipe: Recipe) -> TextSource:
-    """The recipe's data set; allenai/c4 is read in English unless the recipe says otherwise."""
-    config = recipe.dataset_config
-    if config is None and recipe.dataset == ["allenai/c4"]:
-        config = "en"
-    return TextSource(tuple(recipe.dataset), config, recipe.split, recipe.text_column, recipe.dataset_revision)

@@ -52,13 +52,9 @@ class RowProblem:
 
     def rows(self, index: slice | Tensor) -> RowProblem:
         """The sub-problem of the rows that ``index`` selects."""
-
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index]
-
-        return RowProblem(
-            self.target_RD[index], self.keep_RD[index], pick(self.start_RD), pick(self.lower_RD), pick(self.upper_RD)
-        )
+        options = (self.start_RD, self.lower_RD, self.upper_RD)
+        picked = (None if tensor is None else tensor[index] for tensor in options)
+        return RowProblem(self.target_RD[index], self.keep_RD[index], *picked)
 
     def box(self) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of all weights: infinite where there is none, 0 where a weight is pruned."""
