@@ -134,7 +134,9 @@ def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.
 
     Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
     """
-    tokens = _batch_tokens(recipe, find_device(recipe.device))
+    # A device that is named may be elsewhere.
+    device = find_device("auto").type if recipe.device == "auto" else recipe.device
+    tokens = _batch_tokens(recipe, device == "cpu")
     gradients = 12 if "gradient" in needs_of(methods.selector) else 0
     most = 0
     for block in found.blocks:
@@ -147,8 +149,8 @@ def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.
     return most
 
 
-def _batch_tokens(recipe: Recipe, device: torch.device) -> int:
-    samples = batch_size(recipe, device, recipe.max_seq_length)
+def _batch_tokens(recipe: Recipe, on_cpu: bool) -> int:
+    samples = batch_size(recipe, on_cpu, recipe.max_seq_length)
     return min(samples, recipe.num_calibration_samples) * recipe.max_seq_length
 
 
@@ -169,7 +171,7 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     """
     meter = _Meter(plan.methods, find_device(recipe.device))
     memory = PeakMemory(meter.device)
-    batch = _batch_tokens(recipe, meter.device)
+    batch = _batch_tokens(recipe, meter.device.type == "cpu")
     batches = recipe.num_calibration_samples * recipe.max_seq_length / batch
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
     for block in plan.found.blocks:

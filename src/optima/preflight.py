@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -174,6 +173,6 @@ def sequence_length(recipe: Recipe, calibration: object) -> int:
     return calibration.shape[1]
 
 
-def batch_size(recipe: Recipe, device: torch.device, length: int) -> int:
+def batch_size(recipe: Recipe, on_cpu: bool, length: int) -> int:
     """Sequences of ``length`` tokens in one forward pass."""
-    return recipe.batch_size or (max(CPU_TOKENS // length, 1) if device.type == "cpu" else BATCH_SIZE)
+    return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu else BATCH_SIZE)

@@ -151,7 +151,7 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     recipe = recipe.resolved(scope=methods.selector.published_scope)
-    recipe = replace(recipe, batch_size=batch_size(recipe, device, length))
+    recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
     if dump_layer is not None:
         check_dump(dump_layer, output_dir is not None, found.linears)
