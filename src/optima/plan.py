@@ -23,7 +23,7 @@ from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
-from optima.models.stacks import guess_groups
+from optima.models.stacks import Linear, guess_groups
 from optima.patterns import Pattern
 from optima.preflight import Preflight, preflight
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
@@ -55,6 +55,8 @@ class Plan:
         block_bytes: the largest block's weights.
         inputs_bytes: stored block inputs (main memory).
         model_bytes: the model's weights (main memory).
+        dtype: of the weights.
+        methods: as a run would build them, external masks read.
         notes: what will not be pruned, and what only calibration can tell.
     """
 
@@ -65,6 +67,8 @@ class Plan:
     block_bytes: int
     inputs_bytes: int
     model_bytes: int
+    dtype: torch.dtype
+    methods: Methods
     notes: tuple[str, ...]
 
     @property
@@ -95,7 +99,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
     model, config = skeleton(source)
-    found = preflight(model, recipe, build(recipe), recipe.max_seq_length)
+    methods = build(recipe)
+    found = preflight(model, recipe, methods, recipe.max_seq_length)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
@@ -109,10 +114,12 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         found=found,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
-        work_bytes=work_bytes(found, recipe, dtype),
+        work_bytes=work_bytes(found, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=tokens * (hidden or 0) * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
+        dtype=dtype,
+        methods=methods,
         notes=tuple(notes),
     )
 
@@ -126,13 +133,13 @@ def _dtype(value: Any) -> torch.dtype:
     return found
 
 
-def work_bytes(found: Preflight, recipe: Recipe, dtype: torch.dtype) -> int:
+def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.dtype) -> int:
     """Upper bound of the work space on the device, the block's own weights aside.
 
     Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
     """
     tokens = min(recipe.batch_size or BATCH_SIZE, recipe.num_calibration_samples) * recipe.max_seq_length
-    gradients = 12 if "gradient" in needs_of(build(recipe).selector) else 0
+    gradients = 12 if "gradient" in needs_of(methods.selector) else 0
     most = 0
     for block in found.blocks:
         sizes = [linear.shape for linear in block.linears]
@@ -159,7 +166,7 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     Products of activations are timed for a batch of the model's dtype and widths; attention and element-wise work of
     the blocks come on top.
     """
-    meter = _Meter(build(recipe), find_device(recipe.device))
+    meter = _Meter(plan.methods, find_device(recipe.device))
     memory = PeakMemory(meter.device)
     samples, length = recipe.num_calibration_samples, recipe.max_seq_length
     batch = min(recipe.batch_size or 8, samples) * length
@@ -169,9 +176,9 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
             inputs = group[0].shape[1]
             seconds["hessian"] += samples * length / batch * meter.gram(batch, inputs)
             for linear in group:
-                dtype = linear.read().dtype
-                seconds["forward"] += 2 * samples * length / batch * meter.product(batch, linear.shape, dtype)
-                seconds["linears"] += meter.prune(linear.shape, plan.found.patterns[linear.name], dtype)
+                forward = meter.product(batch, linear.shape, plan.dtype)
+                seconds["forward"] += 2 * samples * length / batch * forward
+                seconds["linears"] += meter.prune(linear, plan.found.patterns[linear.name], plan.dtype)
     return Measured(seconds, memory.peak() - memory.baseline)
 
 
@@ -194,9 +201,9 @@ class _Meter:
         inputs_TD = torch.zeros(tokens, shape[1], dtype=dtype, device=self.device)
         return self._once(("product", shape), lambda: inputs_TD @ weight_OD.mT)
 
-    def prune(self, shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> float:
+    def prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> float:
         """All that is done to a linear, with a hessian of its own."""
-        return self._once(("prune", shape, str(pattern)), lambda: self._prune(shape, pattern, dtype))
+        return self._once(("prune", linear.shape, str(pattern)), lambda: self._prune(linear, pattern, dtype))
 
     def _once(self, key: tuple[object, ...], work: Callable[[], object]) -> float:
         if key not in self._known:
@@ -207,8 +214,8 @@ class _Meter:
             self._known[key] = clock.total
         return self._known[key]
 
-    def _prune(self, shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def _prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> None:
+        generator, shape = torch.Generator().manual_seed(0), linear.shape
 
         def random(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator).to(self.device)
@@ -216,5 +223,6 @@ class _Meter:
         factors_FD = random(min(FACTORS, shape[1]), shape[1])
         hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
         hessian_DD.diagonal().add_(OWN_SHARE)
-        task = LinearTask("random", random(*shape), Statistics(Hessian(hessian_DD)), random(*shape).abs())
+        # External masks are found by the name.
+        task = LinearTask(linear.name, random(*shape), Statistics(Hessian(hessian_DD)), random(*shape).abs())
         prune_linear(task, pattern, self.methods, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -156,7 +157,8 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
 
 
 def _claim(checked: _Checked, output_dir: str | Path, overwrite: bool) -> AbstractContextManager[Destination]:
-    inputs = [] if checked.source is None or checked.source.local is None else [checked.source.local]
+    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
+    inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     num_bytes = sum(p.numel() * p.element_size() for p in checked.structure.parameters())
     return Destination.open(output_dir, overwrite, inputs, num_bytes, {"recipe": checked.recipe.to_dict()})
 

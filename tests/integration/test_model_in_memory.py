@@ -55,6 +55,16 @@ def test_inside_inference_mode_the_same_bits(made_inside: bool) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in weights(expected).items())
 
 
+def test_a_wider_dtype_holds_the_solved_weights_as_they_are() -> None:
+    expected, model = make_llama(), make_llama().double()
+    prune(expected, Recipe(), calibration=make_tokens())
+    report = prune(model, Recipe(), calibration=make_tokens())
+    assert report.gap_written_max == report.gap_max
+    sparse, wide = blocks_of(expected)[0].linears[0].read(), blocks_of(model)[0].linears[0].read()
+    assert wide.dtype == torch.float64
+    assert torch.equal(wide.float(), sparse)
+
+
 def test_blocks_behind_the_last_target_are_neither_run_nor_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     runs, moves = [], []
