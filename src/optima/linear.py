@@ -88,7 +88,7 @@ def prune_linear(
     before = clock.total
     with full_precision():
         with clock("select"):
-            selection = checked(methods.selector.select(task, pattern), task, pattern, methods.selector)
+            selection = checked(_select(methods.selector, task, pattern), task, pattern, methods.selector)
             refined = None
             if methods.swaps is not None:
                 refined = methods.swaps.refine(task.hessian, task.weight_OD, selection.keep_OD, pattern)
@@ -123,6 +123,18 @@ def prune_linear(
         rows_swap_optimal=None if refined is None else int(refined.optimal_O.sum()),
     )
     return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
+
+
+def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection:
+    """What ``selector`` answers, the dense weight unharmed: errors are measured against it."""
+    version = None if task.weight_OD.is_inference() else task.weight_OD._version
+    selection = selector.select(task, pattern)
+    name = type(selector).__name__
+    if not isinstance(selection, Selection):
+        raise RecipeError(f"selector {name} returned {type(selection).__name__}, not a Selection: mend the selector")
+    if version is not None and task.weight_OD._version != version:
+        raise RecipeError(f"selector {name} changed the dense weight of {task.name}: let it work on a copy")
+    return selection
 
 
 def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:

@@ -47,7 +47,7 @@ class Plan:
 
     Attributes:
         found: stacks, linears and patterns (on the meta device), and what stays dense.
-        methods: what would be done to each linear.
+        methods: as a run would build them, external masks read.
         num_parameters: of the whole model.
         pruned_parameters: weights in the linears to prune.
         work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work. An
@@ -55,6 +55,7 @@ class Plan:
         block_bytes: the largest block's weights.
         inputs_bytes: stored block inputs (main memory).
         model_bytes: the model's weights (main memory).
+        dtype: of the weights.
         notes: what will not be pruned, and what only calibration can tell.
     """
 
@@ -66,6 +67,7 @@ class Plan:
     block_bytes: int
     inputs_bytes: int
     model_bytes: int
+    dtype: torch.dtype
     notes: tuple[str, ...]
 
     @property
@@ -116,6 +118,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=tokens * (hidden or 0) * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
+        dtype=dtype,
         notes=tuple(notes),
     )
 
@@ -179,8 +182,8 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
             inputs = group[0].shape[1]
             seconds["hessian"] += batches * meter.gram(batch, inputs)
             for linear in group:
-                seconds["forward"] += 2 * batches * meter.product(batch, linear.shape, linear.parameter.dtype)
-                seconds["linears"] += meter.prune(linear, plan.found.patterns[linear.name])
+                seconds["forward"] += 2 * batches * meter.product(batch, linear.shape, plan.dtype)
+                seconds["linears"] += meter.prune(linear, plan.found.patterns[linear.name], plan.dtype)
     return Measured(seconds, memory.peak() - memory.baseline)
 
 
@@ -203,9 +206,9 @@ class _Meter:
         inputs_TD = torch.zeros(tokens, shape[1], dtype=dtype, device=self.device)
         return self._once(("product", shape), lambda: inputs_TD @ weight_OD.mT)
 
-    def prune(self, linear: Linear, pattern: Pattern) -> float:
+    def prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> float:
         """All that is done to a linear, with a hessian of its own."""
-        return self._once(("prune", linear.shape, str(pattern)), lambda: self._prune(linear, pattern))
+        return self._once(("prune", linear.shape, str(pattern)), lambda: self._prune(linear, pattern, dtype))
 
     def _once(self, key: tuple[object, ...], work: Callable[[], object]) -> float:
         if key not in self._known:
@@ -216,8 +219,8 @@ class _Meter:
             self._known[key] = clock.total
         return self._known[key]
 
-    def _prune(self, linear: Linear, pattern: Pattern) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def _prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> None:
+        generator, shape = torch.Generator().manual_seed(0), linear.shape
 
         def random(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator).to(self.device)
@@ -226,5 +229,6 @@ class _Meter:
         factors_FD = random(min(FACTORS, shape[1]), shape[1])
         hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
         hessian_DD.diagonal().add_(OWN_SHARE)
+        # External masks are found by the name.
         task = LinearTask(linear.name, random(*shape), Statistics(Hessian(hessian_DD)), random(*shape).abs())
-        prune_linear(task, pattern, self.methods, linear.parameter.dtype)
+        prune_linear(task, pattern, self.methods, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.build import build, build_allocation
 from optima.calibration.capture import capture
 from optima.calibration.text import data_hash
-from optima.device import PeakMemory, describe_device, evaluating, find_device
+from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
 from optima.errors import ModelError, RecipeError
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods
@@ -93,6 +94,7 @@ def prune(
     checked = _check(model, recipe, output_dir, calibration, dump_layer)
     recipe, source, found = checked.recipe, checked.source, checked.found
     with ExitStack() as stack:
+        stack.enter_context(unswitched())
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
@@ -143,6 +145,8 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
     elif isinstance(model, str | Path):
         source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
         structure = skeleton(source)[0]
@@ -159,7 +163,8 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
 
 
 def _claim(checked: _Checked, output_dir: str | Path, overwrite: bool) -> AbstractContextManager[Destination]:
-    inputs = [] if checked.source is None or checked.source.local is None else [checked.source.local]
+    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
+    inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     num_bytes = sum(p.numel() * p.element_size() for p in checked.structure.parameters())
     return Destination.open(output_dir, overwrite, inputs, num_bytes, {"recipe": checked.recipe.to_dict()})
 

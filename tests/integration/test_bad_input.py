@@ -172,6 +172,9 @@ class TestText:
             prune(make_llama(), calibration=torch.tensor([0, 1, 2]))
         with pytest.raises(CalibrationError, match="needs its tokenizer"):
             prune(make_llama(), Recipe(max_seq_length=8))
+        for documents in ([1, 2, 3], [[1, 2], [3, 4]]):
+            with pytest.raises(CalibrationError, match=r"documents must be texts, got .*: give token ids as a tensor"):
+                prune(make_llama(), Recipe(max_seq_length=8), calibration=documents, tokenizer=make_tokenizer())  # type: ignore[arg-type]
 
 
 class TestOptions:

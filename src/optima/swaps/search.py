@@ -177,8 +177,8 @@ class _Rows:
             self.keep_RD[rows], self.weight_RD[rows] = optimum.keep_AD, optimum.weight_AD
             self.error_R[rows] = optimum.error_A
             self.swaps_R[rows] += swaps_A
-            if not self.rounds:
-                return rows
+            if not (self.rounds and len(rows)):
+                break
             self.rounds -= 1
             keep_AD, swaps_A, complete_A = swap(self.system, optimum, candidates)
             del optimum  # the next one needs its memory
