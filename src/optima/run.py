@@ -106,6 +106,8 @@ def prune(
         network = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
         job.notes.extend(found.notes)
+        if source is None and recipe.dtype not in ("auto", _name(network.dtype)):
+            job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
         job.progress = stack.enter_context(make_progress())
         if destination is not None:
             job.notes.extend(destination.notes)
@@ -203,7 +205,7 @@ def _report(
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),
-        dtype=str(network.dtype).removeprefix("torch."),
+        dtype=_name(network.dtype),
         peak_memory_bytes=peak_bytes,
         seconds=seconds,
         stages=job.stages(),
@@ -211,6 +213,10 @@ def _report(
         notes=(*job.notes, *([note] if note else [])),
     )
     return Report(run, tuple(job.linears), tuple(job.blocks))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:
