@@ -15,7 +15,7 @@ from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
 from optima.models.reading import check_length
-from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, select_linears
+from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
 from optima.names import check_bounded
 from optima.patterns import Pattern, Unstructured
 from optima.recipe import Recipe, check_regexes
@@ -73,7 +73,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int) -
     """
     check_length(model, length)
     stacks = chosen_stacks(model, recipe)
-    found = Preflight(tuple(stacks), {}, tuple(dense_notes(stacks)))
+    found = Preflight(tuple(stacks), {}, (*dense_notes(stacks), *outside_notes(model, stacks)))
     if not recipe.as_given:
         table = pattern_table(recipe, methods.selector)
         check_bounded([regex for regex, _ in table.entries], [linear.name for linear in found.linears])

@@ -108,6 +108,8 @@ def prune(
         job.notes.extend(found.notes)
         if calibration is not None:
             job.notes.append(GIVEN_NOTE)
+        if source is None and recipe.dtype not in ("auto", _name(network.dtype)):
+            job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
         job.progress = stack.enter_context(make_progress())
         if destination is not None:
             job.notes.extend(destination.notes)
@@ -213,7 +215,7 @@ def _report(
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),
-        dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in network.parameters()})),
+        dtype=", ".join(sorted({_name(p.dtype) for p in network.parameters()})),
         peak_memory_bytes=peak_bytes,
         seconds=seconds,
         stages=job.stages(),
@@ -221,6 +223,10 @@ def _report(
         notes=(*job.notes, *([note] if note else [])),
     )
     return Report(run, tuple(job.linears), tuple(job.blocks))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import build, make_ids
 from tiny import blocks_of, make_llama, make_tokens
 from torch import nn
 
@@ -74,6 +75,29 @@ def test_the_callers_switches_change_no_bit(switch: Any) -> None:
     with switch:
         prune(model, Recipe(), calibration=tokens)
     assert all(torch.equal(weights(model)[name], tensor) for name, tensor in weights(expected).items())
+
+
+def test_what_a_recipe_asks_of_a_file_is_not_passed_over_in_silence() -> None:
+    recipe = Recipe(dtype="bfloat16")
+    notes = prune(make_llama(), recipe, calibration=make_tokens()).run.notes
+    assert notes == ("the model was given in float32, and is not bfloat16 as asked",)
+    assert prune(make_llama().bfloat16(), recipe, calibration=make_tokens()).run.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "note"),
+    [
+        ("opt", "model.decoder.project_out (one place), model.decoder.project_in (one place)"),
+        ("bert", "pooler.dense (one place)"),
+        ("gemma3n", "model.altup_projections.* (3 places)"),
+        ("llama", ""),
+    ],
+)
+def test_linears_outside_the_blocks_are_told(family: str, note: str) -> None:
+    notes = prune(build(family), Recipe(sparsity=0.5), calibration=make_ids()).run.notes
+    found = [text for text in notes if text.startswith("outside the blocks")]
+    assert bool(found) == bool(note)
+    assert note in "".join(found)
 
 
 def test_weights_that_are_not_in_memory() -> None:
