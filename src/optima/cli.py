@@ -31,9 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        _check_here()
         command, arguments = _parse(argv)
         COMMANDS[command](**arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a daemon has none
+            sys.stdout.flush()
     except OptimaError as error:
         # A Text is printed as it is: no markup, no emoji.
         message = Text.assemble(("optima: error:", "bold red"), " ", str(error))
@@ -47,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"optima: {str(error) or 'interrupted'}", file=sys.stderr)
         return int(getattr(error, "exit_code", 130))
     return 0
+
+
+def _check_here() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:  # which the libraries do not survive
+        raise OptimaError("the current directory has been deleted: change to another") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -166,6 +175,8 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     if path is None:
         return recipe_from_dict(given)
     values = read_recipe(path)
+    if values.get("trust_remote_code") is True:
+        del values["trust_remote_code"]  # a file from elsewhere cannot vouch for the code that it runs
     trusted = {name: value for name, value in given.items() if name == "trust_remote_code"}
     recipe_from_dict(values | trusted, f"recipe {path}")
     # The two ways to say how sparse exclude each other; the command line decides which one counts.
@@ -175,6 +186,10 @@ def _recipe(given: dict[str, Any]) -> Recipe:
             values.pop("scope", None)  # n:m has none
     if "sparsity" in given:
         values.pop("pattern", None)
+    # What belongs to a method goes with it.
+    for option, method, own in (("selector", "external", "mask_from"), ("allocation", "owl", "allocation_spread")):
+        if given.get(option, method) != method:
+            values.pop(own, None)
     return recipe_from_dict(values | given)
 
 
@@ -230,4 +245,4 @@ def _quiet_console() -> Console:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console(emoji=False)
+    return Console(emoji=False, markup=False)

@@ -44,9 +44,11 @@ def run_demo(output_dir: Path, console: Console) -> None:
     for name, solver in (("Wanda", "none"), ("Wanda + OPTIMA", "auto")):
         console.print(f"pruning to 50%: {name}")
         sparse = copy.deepcopy(model)
-        recipe = Recipe(sparsity=0.5, selector="wanda", solver=solver, max_seq_length=LENGTH)
-        target = None if solver == "none" else sparse_dir
-        report = prune(sparse, recipe, output_dir=target, tokenizer=tokenizer, calibration=tokens, overwrite=True)
+        recipe = Recipe(
+            sparsity=0.5, selector="wanda", solver=solver, num_calibration_samples=NUM_SAMPLES, max_seq_length=LENGTH
+        )
+        place = None if solver == "none" else sparse_dir
+        report = prune(sparse, recipe, output_dir=place, tokenizer=tokenizer, calibration=tokens, overwrite=True)
         gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"
         rows.append((name, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
     table = Table("model", "perplexity", "error of a linear (geometric mean)", "certified gap (worst row)")

@@ -119,8 +119,19 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 
 @contextmanager
+def unswitched() -> Iterator[None]:
+    """Neither autocast nor a default device of the caller's inside: they change what is computed, and where."""
+    with contextlib.ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":  # the context costs microseconds a call
+            stack.enter_context(torch.device("cpu"))
+        yield
+
+
+@contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch."""
+    """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch or autocast."""
     backends: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
     settings = [backend.matmul for backend in backends if hasattr(getattr(backend, "matmul", None), "fp32_precision")]
     before = [setting.fp32_precision for setting in settings]
@@ -130,7 +141,8 @@ def full_precision() -> Iterator[None]:
         overall = None
     torch.set_float32_matmul_precision("highest")
     try:
-        yield
+        with unswitched():
+            yield
     finally:
         if overall is not None:
             torch.set_float32_matmul_precision(overall)

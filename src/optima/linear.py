@@ -5,6 +5,7 @@ Shapes: O outputs (rows), D inputs.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,9 @@ from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
 from optima.swaps.search import SwapRefinement
+
+# A row that the loss does not feel at all keeps a scale.
+SMALLEST_ROOT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ def prune_linear(
     before = clock.total
     with full_precision():
         with clock("select"):
-            selection = checked(_select(task, pattern, methods.selector), task, pattern, methods.selector)
+            selection = checked(_select(methods.selector, task, pattern), task, pattern, methods.selector)
             refined = None
             if methods.swaps is not None:
                 refined = methods.swaps.refine(task.hessian, task.weight_OD, selection.keep_OD, pattern)
@@ -124,26 +128,36 @@ def prune_linear(
     return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
 
 
-def _select(task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:
-    """The selector's answer; where rows have weights it is asked for the linear with its rows scaled by their roots."""
-    if task.row_weight_O is None:
-        return selector.select(task, pattern)
-    root_O1 = task.row_weight_O.to(task.weight_OD).sqrt().clamp_min(1e-6)[:, None]
-    selection = selector.select(replace(task, weight_OD=task.weight_OD * root_O1), pattern)
-    return selection if selection.weight_OD is None else Selection(selection.keep_OD, selection.weight_OD / root_O1)
+def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection:
+    """What ``selector`` answers, the dense weight unharmed: errors are measured against it."""
+    root_O1 = None
+    if task.row_weight_O is not None:
+        # Rows scaled by the roots of their weights compete in units of the weighted loss, whatever the selector.
+        root_O1 = task.row_weight_O.to(task.weight_OD).sqrt().clamp_min(SMALLEST_ROOT)[:, None]
+        task = replace(task, weight_OD=task.weight_OD * root_O1)
+    version = None if task.weight_OD.is_inference() else task.weight_OD._version
+    selection = selector.select(task, pattern)
+    name = type(selector).__name__
+    if not isinstance(selection, Selection):
+        raise RecipeError(f"selector {name} returned {type(selection).__name__}, not a Selection: mend the selector")
+    if version is not None and task.weight_OD._version != version:
+        raise RecipeError(f"selector {name} changed the dense weight of {task.name}: let it work on a copy")
+    if root_O1 is not None and selection.weight_OD is not None:
+        return Selection(selection.keep_OD, selection.weight_OD / root_O1)
+    return selection
 
 
 def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:
     """``selection``, or an error that names what it breaks: nothing false may reach the report."""
-    keep_OD, weight_OD = selection.keep_OD, selection.weight_OD
+    device, keep_OD, weight_OD = task.weight_OD.device, selection.keep_OD, selection.weight_OD
     shape = tuple(task.weight_OD.shape)
     problem = ""
     if not isinstance(keep_OD, Tensor) or keep_OD.dtype != torch.bool or tuple(keep_OD.shape) != shape:
         problem = f"keep must be boolean of shape {shape} (True = the weight survives)"
-    elif weight_OD is not None and (tuple(weight_OD.shape) != shape or not weight_OD.is_floating_point()):
-        problem = f"its weights must be floats of shape {shape}"
-    elif weight_OD is not None and bool((weight_OD * ~keep_OD).any()):
-        problem = "its weights are not zero (or not numbers) where keep is False"
+    elif weight_OD is not None and not _floats(weight_OD, shape):
+        problem = f"its weights must be finite floats of shape {shape}"
+    elif weight_OD is not None and bool((weight_OD.to(device) * ~keep_OD.to(device)).any()):
+        problem = "its weights are not zero where keep is False"
     else:
         problem = count_error(keep_OD, pattern)
     if problem:
@@ -151,7 +165,13 @@ def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: 
             f"selector {type(selector).__name__} broke its contract on {task.name}, pattern {pattern}: {problem}: mend "
             f"the selector, or leave the linear out with --ignore '{re.escape(task.name)}'"
         )
-    return Selection(keep_OD.to(task.weight_OD.device), weight_OD)
+    return Selection(keep_OD.to(device), None if weight_OD is None else weight_OD.to(device))
+
+
+def _floats(weight_OD: object, shape: tuple[int, ...]) -> bool:
+    if not isinstance(weight_OD, Tensor) or tuple(weight_OD.shape) != shape:
+        return False
+    return weight_OD.is_floating_point() and bool(weight_OD.isfinite().all())
 
 
 def _kept(task: LinearTask, selection: Selection) -> Tensor:
@@ -170,34 +190,23 @@ def _problem(task: LinearTask, selection: Selection, methods: Methods) -> RowPro
     return make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
 
 
-class _Losses:
-    """Relative losses ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped hessian, weighted and with every token alike."""
-
-    def __init__(self, task: LinearTask) -> None:
-        self._task = task
-        self._energy = self._loss(task.weight_OD)
-
-    def __call__(self, weight_OD: Tensor) -> tuple[float, float]:
-        """(weighted, every token alike); 0 where nothing changed or there is no output at all to change."""
-        found = self._loss(weight_OD.to(self._task.weight_OD.dtype) - self._task.weight_OD)
-        weighted, plain = (
-            0.0 if loss == 0.0 else loss / energy if energy else float("inf")
-            for loss, energy in zip(found, self._energy, strict=True)
-        )
-        return weighted, plain
-
-    def _loss(self, change_OD: Tensor) -> tuple[float, float]:
-        weighted_O = self._task.hessian.loss(change_OD)
-        plain_O = self._task.statistics.plain_loss(weighted_O, change_OD)
-        return float(weighted_O.sum()), float(plain_O.sum())
-
-
 def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor) -> dict[str, Any]:
-    """The errors of a record: mask alone, selector's weights and result, the last two as written."""
-    losses = _Losses(task)
-    mask, _ = losses(task.weight_OD * selection.keep_OD)
-    selector = mask if selection.weight_OD is None else losses(selection.weight_OD.to(weight_OD.dtype))[0]
-    error, plain = losses(weight_OD)
+    """The errors of a record: ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped H, all but the mask's as written."""
+
+    def loss(change_OD: Tensor) -> tuple[float, float]:
+        """Weighted, and with every token alike."""
+        weighted_O = task.hessian.loss(change_OD)
+        return float(weighted_O.sum()), float(task.statistics.plain_loss(weighted_O, change_OD).sum())
+
+    def relative(new_OD: Tensor) -> list[float]:
+        pairs = zip(loss(new_OD.to(task.weight_OD.dtype) - task.weight_OD), energy, strict=True)
+        # 0 where nothing changed, whether or not there is an output at all.
+        return [0.0 if lost == 0.0 else lost / whole if whole else math.inf for lost, whole in pairs]
+
+    energy = loss(task.weight_OD)
+    mask, _ = relative(task.weight_OD * selection.keep_OD)
+    selector = mask if selection.weight_OD is None else relative(selection.weight_OD.to(weight_OD.dtype))[0]
+    error, plain = relative(weight_OD)
     return {"error_mask": mask, "error_selector": selector, "error": error, "error_plain": plain}
 
 

@@ -93,6 +93,7 @@ class Job:
     def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
         """Each linear's share of one sparsity, from a pass over the dense blocks; ``streams`` are used up."""
         blocks = stack.blocks[: stack.needed]
+        self.progress.start(len(blocks), 1)
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 for found in self._observe(block, streams, self.clock):
@@ -102,7 +103,9 @@ class Job:
                         weight_OD = linear.read().to(self.device, torch.float32, copy=True)
                         allocation.observe(block.index, LinearTask(linear.name, weight_OD, found.statistics))
                 if block is not blocks[-1]:
-                    streams.advance(block, self.device)
+                    with self.clock("forward"):
+                        streams.advance(block, self.device)
+            self.progress.block(block.index + 1)
         return allocation.allocate()
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:

@@ -23,9 +23,9 @@ from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
-from optima.models.stacks import guess_groups
+from optima.models.stacks import Linear, guess_groups
 from optima.patterns import Pattern
-from optima.preflight import Preflight, preflight
+from optima.preflight import Preflight, batch_size, preflight
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.selectors.base import LinearTask, needs_of
@@ -36,7 +36,6 @@ from optima.swaps.search import CHUNK_ENTRIES
 BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
 # Of a batch's activations, how many of each linear's input and output are there at a time.
 BUFFERS = 2
-BATCH_SIZE = 8
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
 FACTORS, OWN_SHARE = 64, 0.2
 SURVEY_NOTE = "allocation {} takes each linear's sparsity from calibration: the same for all is shown"
@@ -48,6 +47,7 @@ class Plan:
 
     Attributes:
         found: stacks, linears and patterns (on the meta device), and what stays dense.
+        methods: as a run would build them, external masks read.
         num_parameters: of the whole model.
         pruned_parameters: weights in the linears to prune.
         work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work. An
@@ -55,16 +55,19 @@ class Plan:
         block_bytes: the largest block's weights.
         inputs_bytes: stored block inputs (main memory).
         model_bytes: the model's weights (main memory).
+        dtype: of the weights.
         notes: what will not be pruned, and what only calibration can tell.
     """
 
     found: Preflight
+    methods: Methods
     num_parameters: int
     pruned_parameters: int
     work_bytes: int
     block_bytes: int
     inputs_bytes: int
     model_bytes: int
+    dtype: torch.dtype
     notes: tuple[str, ...]
 
     @property
@@ -95,7 +98,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
     model, config = skeleton(source)
-    found = preflight(model, recipe, build(recipe), recipe.max_seq_length)
+    methods = build(recipe)
+    found = preflight(model, recipe, methods, recipe.max_seq_length)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
@@ -107,12 +111,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
         found=found,
+        methods=methods,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
-        work_bytes=work_bytes(found, recipe, dtype),
+        work_bytes=work_bytes(found, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=tokens * (hidden or 0) * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
+        dtype=dtype,
         notes=tuple(notes),
     )
 
@@ -126,22 +132,29 @@ def _dtype(value: Any) -> torch.dtype:
     return found
 
 
-def work_bytes(found: Preflight, recipe: Recipe, dtype: torch.dtype) -> int:
+def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.dtype) -> int:
     """Upper bound of the work space on the device, the block's own weights aside.
 
     Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
     """
-    tokens = min(recipe.batch_size or BATCH_SIZE, recipe.num_calibration_samples) * recipe.max_seq_length
-    gradients = 12 if "gradient" in needs_of(build(recipe).selector) else 0
+    # A device that is named may be elsewhere.
+    device = find_device("auto").type if recipe.device == "auto" else recipe.device
+    tokens = _batch_tokens(recipe, device == "cpu")
+    gradients = 12 if "gradient" in needs_of(methods.selector) else 0
     most = 0
     for block in found.blocks:
         sizes = [linear.shape for linear in block.linears]
         waiting = sum(8 * group[0].shape[1] ** 2 for group in guess_groups(block))
-        linear = max((_linear_bytes(o, d, recipe.swaps != 0) for o, d in sizes), default=0)
+        linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
         activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
         held = waiting + gradients * sum(o * d for o, d in sizes)
         most = max(most, held + max(linear, activations))
     return most
+
+
+def _batch_tokens(recipe: Recipe, on_cpu: bool) -> int:
+    samples = batch_size(recipe, on_cpu, recipe.max_seq_length)
+    return min(samples, recipe.num_calibration_samples) * recipe.max_seq_length
 
 
 def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
@@ -159,19 +172,18 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     Products of activations are timed for a batch of the model's dtype and widths; attention and element-wise work of
     the blocks come on top.
     """
-    meter = _Meter(build(recipe), find_device(recipe.device))
+    meter = _Meter(plan.methods, find_device(recipe.device))
     memory = PeakMemory(meter.device)
-    samples, length = recipe.num_calibration_samples, recipe.max_seq_length
-    batch = min(recipe.batch_size or 8, samples) * length
+    batch = _batch_tokens(recipe, meter.device.type == "cpu")
+    batches = recipe.num_calibration_samples * recipe.max_seq_length / batch
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
     for block in plan.found.blocks:
         for group in guess_groups(block):
             inputs = group[0].shape[1]
-            seconds["hessian"] += samples * length / batch * meter.gram(batch, inputs)
+            seconds["hessian"] += batches * meter.gram(batch, inputs)
             for linear in group:
-                dtype = linear.read().dtype
-                seconds["forward"] += 2 * samples * length / batch * meter.product(batch, linear.shape, dtype)
-                seconds["linears"] += meter.prune(linear.shape, plan.found.patterns[linear.name], dtype)
+                seconds["forward"] += 2 * batches * meter.product(batch, linear.shape, plan.dtype)
+                seconds["linears"] += meter.prune(linear, plan.found.patterns[linear.name], plan.dtype)
     return Measured(seconds, memory.peak() - memory.baseline)
 
 
@@ -194,9 +206,9 @@ class _Meter:
         inputs_TD = torch.zeros(tokens, shape[1], dtype=dtype, device=self.device)
         return self._once(("product", shape), lambda: inputs_TD @ weight_OD.mT)
 
-    def prune(self, shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> float:
+    def prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> float:
         """All that is done to a linear, with a hessian of its own."""
-        return self._once(("prune", shape, str(pattern)), lambda: self._prune(shape, pattern, dtype))
+        return self._once(("prune", linear.shape, str(pattern)), lambda: self._prune(linear, pattern, dtype))
 
     def _once(self, key: tuple[object, ...], work: Callable[[], object]) -> float:
         if key not in self._known:
@@ -207,14 +219,16 @@ class _Meter:
             self._known[key] = clock.total
         return self._known[key]
 
-    def _prune(self, shape: tuple[int, int], pattern: Pattern, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
+    def _prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> None:
+        generator, shape = torch.Generator().manual_seed(0), linear.shape
 
         def random(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator).to(self.device)
 
+        shape = linear.shape
         factors_FD = random(min(FACTORS, shape[1]), shape[1])
         hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
         hessian_DD.diagonal().add_(OWN_SHARE)
-        task = LinearTask("random", random(*shape), Statistics(Hessian(hessian_DD)), random(*shape).abs())
+        # External masks are found by the name.
+        task = LinearTask(linear.name, random(*shape), Statistics(Hessian(hessian_DD)), random(*shape).abs())
         prune_linear(task, pattern, self.methods, dtype)

@@ -205,8 +205,8 @@ class Recipe:
         elif ":" in chosen:
             if not self.trust_remote_code:
                 raise RecipeError(
-                    f"selector {chosen} loads and runs code: if you trust it, add --trust-remote-code "
-                    "(trust_remote_code: true); in Python, you can give the object instead"
+                    f"selector {chosen} loads and runs code: if you trust it, add --trust-remote-code; in Python, say "
+                    "trust_remote_code=True, or give the object"
                 )
         elif chosen not in SELECTOR_NAMES:
             raise RecipeError(f"{unknown('selector', chosen, SELECTOR_NAMES)}, or your own as package.module:Class")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +21,7 @@ from optima.build import build, build_allocation
 from optima.calibration.capture import capture
 from optima.calibration.loss_weights import loss_weights
 from optima.calibration.text import data_hash
-from optima.device import PeakMemory, describe_device, evaluating, find_device
+from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
 from optima.errors import ModelError, RecipeError
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods
@@ -42,6 +44,7 @@ from optima.pipeline import Dump, Job
 from optima.preflight import (
     Calibration,
     Preflight,
+    batch_size,
     check_dump,
     check_finite,
     chosen_stacks,
@@ -55,9 +58,7 @@ from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
 
 DUMP_DIRECTORY = "layers"
-# Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
-CPU_TOKENS = 2048
-BATCH_SIZE = 8
+GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
 
 
 def prune(
@@ -94,6 +95,7 @@ def prune(
     checked = _check(model, recipe, output_dir, calibration, dump_layer)
     recipe, source, found = checked.recipe, checked.source, checked.found
     with ExitStack() as stack:
+        stack.enter_context(unswitched())
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
@@ -102,9 +104,13 @@ def prune(
             tokenizer = load_tokenizer(source)
         text = find_calibration(recipe, tokenizer, calibration)
         check_vocabulary(checked.structure, text.tokens_NL)
-        network = _network(checked)
+        network, origin = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
         job.notes.extend(found.notes)
+        if calibration is not None:
+            job.notes.append(GIVEN_NOTE)
+        if source is None and recipe.dtype not in ("auto", _name(network.dtype)):
+            job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
         job.progress = stack.enter_context(make_progress())
         if destination is not None:
             job.notes.extend(destination.notes)
@@ -114,8 +120,9 @@ def prune(
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
         memory = PeakMemory(checked.device)
-        _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size or BATCH_SIZE), job)
-        report = _report(network, checked, text, job, memory.peak(), time.perf_counter() - started)
+        assert recipe.batch_size is not None
+        _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size), job)
+        report = _report(network, origin, checked, text, job, memory.peak(), time.perf_counter() - started)
         if job.writer is not None:
             job.writer.publish(lambda directory: _write_reports(recipe, report, directory))
     return report
@@ -141,6 +148,8 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
     elif isinstance(model, str | Path):
         source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
         structure = skeleton(source)[0]
@@ -148,8 +157,8 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
-    batch_size = recipe.batch_size or (max(CPU_TOKENS // length, 1) if device.type == "cpu" else BATCH_SIZE)
-    recipe = replace(recipe.resolved(scope=methods.selector.published_scope), batch_size=batch_size)
+    recipe = recipe.resolved(scope=methods.selector.published_scope)
+    recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
     if dump_layer is not None:
         check_dump(dump_layer, output_dir is not None, found.linears)
@@ -157,16 +166,20 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
 
 
 def _claim(checked: _Checked, output_dir: str | Path, overwrite: bool) -> AbstractContextManager[Destination]:
-    inputs = [] if checked.source is None or checked.source.local is None else [checked.source.local]
+    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
+    inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     num_bytes = sum(p.numel() * p.element_size() for p in checked.structure.parameters())
     return Destination.open(output_dir, overwrite, inputs, num_bytes, {"recipe": checked.recipe.to_dict()})
 
 
-def _network(checked: _Checked) -> PreTrainedModel:
-    """The model with its weights."""
-    if checked.source is None:
-        return checked.structure
-    return load_model(checked.source, checked.recipe.dtype)
+def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model with its weights, and what the report says of where they are from: read now, for files may go."""
+    source = checked.source
+    if source is None:
+        return checked.structure, {"model": type(checked.structure).__name__}
+    network = load_model(source, checked.recipe.dtype)
+    revision, weights = commit_of(source), fingerprint(source)
+    return network, {"model": source.name, "model_revision": revision, "model_fingerprint": weights}
 
 
 def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job) -> None:
@@ -186,14 +199,18 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
 
 
 def _report(
-    network: PreTrainedModel, checked: _Checked, text: Calibration, job: Job, peak_bytes: int, seconds: float
+    network: PreTrainedModel,
+    origin: dict[str, Any],
+    checked: _Checked,
+    text: Calibration,
+    job: Job,
+    peak_bytes: int,
+    seconds: float,
 ) -> Report:
     source, recipe = checked.source, checked.recipe
     note = None if source is None else note_of_dtype(source, network.dtype)
     run = RunRecord(
-        model=source.name if source else type(network).__name__,
-        model_revision=None if source is None else commit_of(source),
-        model_fingerprint=None if source is None else fingerprint(source),
+        **origin,
         recipe=recipe.to_dict(),
         versions=library_versions(),
         seed=recipe.seed,
@@ -202,7 +219,7 @@ def _report(
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),
-        dtype=str(network.dtype).removeprefix("torch."),
+        dtype=", ".join(sorted({_name(p.dtype) for p in network.parameters()})),
         peak_memory_bytes=peak_bytes,
         seconds=seconds,
         stages=job.stages(),
@@ -210,6 +227,10 @@ def _report(
         notes=(*job.notes, *([note] if note else [])),
     )
     return Report(run, tuple(job.linears), tuple(job.blocks))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:

@@ -172,6 +172,9 @@ class TestText:
             prune(make_llama(), calibration=torch.tensor([0, 1, 2]))
         with pytest.raises(CalibrationError, match="needs its tokenizer"):
             prune(make_llama(), Recipe(max_seq_length=8))
+        for documents in ([1, 2, 3], [[1, 2], [3, 4]]):
+            with pytest.raises(CalibrationError, match=r"documents must be texts, got .*: give token ids as a tensor"):
+                prune(make_llama(), Recipe(max_seq_length=8), calibration=documents, tokenizer=make_tokenizer())  # type: ignore[arg-type]
 
 
 class TestOptions:
@@ -282,8 +285,9 @@ class TestOptions:
 
     def test_a_selector_of_ones_own_runs_only_if_trusted(self, cheap: Refused, root: Path) -> None:
         (root / "evil.py").write_text("raise SystemExit('the code ran')")
-        (root / "run.yaml").write_text("selector: evil:Mine")
-        assert "loads and runs code: if you trust it, add --trust-remote-code" in cheap("--recipe", "run.yaml")
+        for vouching in ("", "\ntrust_remote_code: true"):
+            (root / "run.yaml").write_text("selector: evil:Mine" + vouching)
+            assert "loads and runs code: if you trust it, add --trust-remote-code" in cheap("--recipe", "run.yaml")
         with pytest.raises(SystemExit, match="the code ran"):
             main(prune_arguments("--recipe", "run.yaml", "--trust-remote-code"))
 

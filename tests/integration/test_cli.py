@@ -20,6 +20,7 @@ from tiny import (
     make_bert,
     make_llama,
     make_tokenizer,
+    prune_arguments,
     save_model,
     save_text,
     snapshot,
@@ -246,6 +247,11 @@ class TestRecipeOnTheCommandLine:
             ({"ignore": ["up"]}, ["--ignore"], {"ignore": []}),
             ({"selector": "own:Mine"}, ["--selector", "wanda", "--trust-remote-code"], {"trust_remote_code": True}),
             ({"damping": 0}, ["--damping", "0.1"], {"damping": 0.1}),
+            # What belongs to a method goes with it.
+            ({"selector": "external", "mask_from": "masks"}, ["--selector", "wanda"], {"selector": "wanda"}),
+            ({"allocation": "owl", "allocation_spread": 0.1}, ["--allocation", "uniform"], {"allocation": "uniform"}),
+            ({"allocation": "owl", "allocation_spread": 0.1}, ["--allocation", "owl"],
+             {"allocation": "owl", "allocation_spread": 0.1}),
         ],
     )  # fmt: skip
     def test_overrides_the_file(
@@ -329,6 +335,13 @@ class TestReport:
 
 
 class TestEval:
+    def test_names_are_no_markup(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (root / "model").rename("v[bold]2")
+        arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]
+        assert main(["eval", "v[bold]2", *arguments]) == 0
+        assert main(["plan", "v[bold]2", "--max-seq-length", "16"]) == 0
+        assert capsys.readouterr().out.count("v[bold]2") == 2
+
     def test_one_table_for_all_models(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("COLUMNS", "120")
         prune()
@@ -389,6 +402,21 @@ class TestHelp:
             main([])
         assert stopped.value.code == 2
         assert "usage: optima" in capsys.readouterr().err
+
+    def test_without_a_standard_output(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A daemon has none."""
+        monkeypatch.setattr(sys, "stdout", None)
+        prune()
+
+    def test_in_a_directory_that_is_gone(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """The libraries do not start there."""
+        Path("gone").mkdir()
+        monkeypatch.chdir("gone")
+        Path("../gone").rmdir()
+        assert main(prune_arguments()) == 2
+        assert "the current directory has been deleted: change to another" in capsys.readouterr().err
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:

@@ -27,7 +27,7 @@ recipe = Recipe(sparsity=0.5, selector="{selector}", swaps={swaps}, batch_size={
 methods = build(recipe)
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
-predicted = work_bytes(preflight(skeleton, recipe, methods, {length}), recipe, torch.float32)
+predicted = work_bytes(preflight(skeleton, recipe, methods, {length}), recipe, methods, torch.float32)
 
 def prune(layers):
     torch.manual_seed(0)

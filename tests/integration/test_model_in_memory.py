@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from families import build, make_ids
 from tiny import blocks_of, make_llama, make_tokens
 from torch import nn
 
 from optima import Recipe, prune
+from optima.errors import ModelError
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -53,6 +55,56 @@ def test_inside_inference_mode_the_same_bits(made_inside: bool) -> None:
         prune(model, Recipe(), calibration=make_tokens())
         found = weights(model)
     assert all(torch.equal(found[name], tensor) for name, tensor in weights(expected).items())
+
+
+def test_a_wider_dtype_holds_the_solved_weights_as_they_are() -> None:
+    expected, model = make_llama(), make_llama().double()
+    prune(expected, Recipe(), calibration=make_tokens())
+    report = prune(model, Recipe(), calibration=make_tokens())
+    assert report.gap_written_max == report.gap_max
+    sparse, wide = blocks_of(expected)[0].linears[0].read(), blocks_of(model)[0].linears[0].read()
+    assert wide.dtype == torch.float64
+    assert torch.equal(wide.float(), sparse)
+
+
+@pytest.mark.parametrize("switch", [torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta")], ids=repr)
+def test_the_callers_switches_change_no_bit(switch: Any) -> None:
+    expected, model = make_llama(), make_llama()
+    prune(expected, Recipe(), calibration=make_tokens())
+    tokens = make_tokens()
+    with switch:
+        prune(model, Recipe(), calibration=tokens)
+    assert all(torch.equal(weights(model)[name], tensor) for name, tensor in weights(expected).items())
+
+
+def test_what_a_recipe_asks_of_a_file_is_not_passed_over_in_silence() -> None:
+    recipe = Recipe(dtype="bfloat16")
+    notes = prune(make_llama(), recipe, calibration=make_tokens()).run.notes
+    assert notes == ("the model was given in float32, and is not bfloat16 as asked",)
+    assert prune(make_llama().bfloat16(), recipe, calibration=make_tokens()).run.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "note"),
+    [
+        ("opt", "model.decoder.project_out (one place), model.decoder.project_in (one place)"),
+        ("bert", "pooler.dense (one place)"),
+        ("gemma3n", "model.altup_projections.* (3 places)"),
+        ("llama", ""),
+    ],
+)
+def test_linears_outside_the_blocks_are_told(family: str, note: str) -> None:
+    notes = prune(build(family), Recipe(sparsity=0.5), calibration=make_ids()).run.notes
+    found = [text for text in notes if text.startswith("outside the blocks")]
+    assert bool(found) == bool(note)
+    assert note in "".join(found)
+
+
+def test_weights_that_are_not_in_memory() -> None:
+    model = make_llama()
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(ModelError, match="weights that are not in memory"):
+        prune(model, Recipe(), calibration=make_tokens())
 
 
 def test_blocks_behind_the_last_target_are_neither_run_nor_moved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,15 @@ class TestDestination:
         for model, out in (("out", "out"), ("link", "out"), ("out", "link")):
             assert "which this run reads, and is not replaced" in late("--output-dir", out, "--overwrite", model=model)
 
+    def test_an_output_that_holds_what_the_run_reads_is_not_replaced(
+        self, late: Refused, root: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(prune_arguments()) == 0
+        capsys.readouterr()
+        save_text(root / "out" / "own.txt")
+        for options in (["--dataset", "out/own.txt"], ["--selector", "external", "--mask-from", "out"]):
+            assert "which this run reads, and is not replaced" in late("--overwrite", *options)
+
     def test_overwrite_replaces_an_earlier_output(self, root: Path) -> None:
         for seed in ("0", "1"):
             assert main(prune_arguments("--overwrite", "--sparsity", "0.6", "--seed", seed)) == 0

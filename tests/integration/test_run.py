@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import build, make_ids
 from tiny import make_llama, make_tokens, save_model, save_text
 
+import optima.plan
 from optima import Recipe, load_recipe, load_report, prune
 from optima.errors import CalibrationError, ModelError, RecipeError
+from optima.linear import prune_linear
 from optima.models.source import find_source
 from optima.plan import make_plan, measure
 
@@ -61,6 +64,7 @@ def test_the_report_tells_what_was_run(tmp_path: Path) -> None:
 
 def test_blocks_are_timed_and_the_last_forward_is_left_out() -> None:
     report = prune(make_llama(), Recipe(), calibration=make_tokens())
+    assert any("given by the caller" in note for note in report.run.notes), "the recipe names a data set all the same"
     assert [block.index for block in report.blocks] == list(range(len(report.blocks)))
     assert all({"read", "forward", "solve"} <= block.seconds.keys() for block in report.blocks)
 
@@ -73,6 +77,22 @@ def test_plan_of_fused_experts(family: str, tmp_path: Path) -> None:
     assert any("experts" in note for note in plan.notes)
     report = prune(model, Recipe(), calibration=make_ids())
     assert {linear.name for linear in report.linears} <= {linear.name for linear in plan.found.linears}
+
+
+def test_a_measured_plan_takes_the_models_masks_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama().bfloat16()
+    source = find_source(str(save_model(tmp_path / "model", model)))
+    prune(model, Recipe(), calibration=make_tokens())
+    recipe = Recipe(selector="external", mask_from=str(save_model(tmp_path / "sparse", model)), max_seq_length=16)
+    dtypes = []
+
+    def watched(task: Any, pattern: Any, methods: Any, dtype: torch.dtype) -> Any:
+        dtypes.append(dtype)
+        return prune_linear(task, pattern, methods, dtype)
+
+    monkeypatch.setattr(optima.plan, "prune_linear", watched)
+    assert measure(make_plan(source, recipe), recipe).seconds["linears"] > 0
+    assert set(dtypes) == {torch.bfloat16}
 
 
 def test_plan_can_be_measured(tmp_path: Path) -> None:

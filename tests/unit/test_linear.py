@@ -85,6 +85,8 @@ def wrong_answers() -> dict[str, Selection]:
         "no mask": Selection(keep_OD.float()),
         "weights off the mask": Selection(keep_OD, torch.ones(8, 64)),
         "nan off the mask": Selection(keep_OD, torch.where(keep_OD, 1.0, torch.nan)),
+        "nan on the mask": Selection(keep_OD, torch.where(keep_OD, torch.nan, 0.0)),
+        "weights that are no tensor": Selection(keep_OD, keep_OD.double().numpy()),  # type: ignore[arg-type]
         "weights of another shape": Selection(keep_OD, torch.ones(8, 32)),
     }
 
@@ -98,6 +100,24 @@ def test_a_selector_that_breaks_its_contract_is_named(name: str, solver: Auto | 
         RecipeError, match=r"selector Answers broke its contract on model\.linear, pattern 0\.5 per row"
     ):
         prune_linear(layer_of(weight_OD, inputs_TD, name="model.linear"), HALF, methods)
+
+
+def test_a_selector_that_works_in_place_is_named() -> None:
+    """Errors measured against a weight that it changed would be those of another linear."""
+
+    class InPlace(Wanda):
+        def select(self, task: LinearTask, pattern: Pattern) -> Selection:
+            selection = super().select(task, pattern)
+            task.weight_OD.mul_(selection.keep_OD)
+            return selection
+
+    with pytest.raises(RecipeError, match="selector InPlace changed the dense weight of linear: let it work on a copy"):
+        prune_linear(layer_of(*make_layer(8, 64, dtype=torch.float32), name="linear"), HALF, Methods(InPlace()))
+
+
+def test_no_selection() -> None:
+    with pytest.raises(RecipeError, match="selector Answers returned NoneType, not a Selection"):
+        prune_linear(layer_of(*make_layer(8, 64)), HALF, Methods(Answers(None)))  # type: ignore[arg-type]
 
 
 def test_stages_add_up() -> None:

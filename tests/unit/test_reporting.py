@@ -317,6 +317,13 @@ class TestMarkdown:
         assert "selector" in section(moved, "Every linear")[0]
         assert "0.1500 by the selector's own weights" in moved
 
+    def test_swaps_are_named_and_counted(self) -> None:
+        text = render_markdown(report(linear(error_selector=0.15, swaps=1234, rows_swap_optimal=5)))
+        assert "by **wanda + swaps + shared-inverse-cg**." in text
+        assert "0.1500 by the swaps' weights" in text
+        assert "1,234 made; 5 of 8 rows are at a 1-swap local optimum" in text
+        assert "1-swap" not in render_markdown(report())
+
     def test_a_run_that_lost_nothing_has_no_change_to_state(self) -> None:
         text = render_markdown(report(linear(error_mask=0.0, error_selector=0.0, error=0.0)))
         assert "**0.0000 in the result**." in text

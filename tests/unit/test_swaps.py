@@ -49,6 +49,19 @@ def best_neighbour(hessian: Hessian, weight_D: Tensor, keep_D: Tensor, pattern: 
     return min(errors, default=float("inf"))
 
 
+def test_a_weight_that_is_sparse_already() -> None:
+    """Nothing is lost, so rounding makes a loss of every swap."""
+    weight_OD, inputs_TD = make_layer(16, 32, dtype=torch.float32)
+    weight_OD = weight_OD * (torch.arange(32) % 2)
+    pattern = Unstructured(0.3, "row")
+    keep_OD = top_scores(weight_OD.abs(), pattern)
+    refined = SwapRefinement(candidates=16, most_candidates=16).refine(
+        hessian_of(inputs_TD), weight_OD, keep_OD, pattern
+    )
+    check_counts(refined.keep_OD, pattern)
+    assert float(refined.error_O.max()) < 1e-12
+
+
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("candidates", [4, 16, 1000])
 def test_proven_rows_have_no_better_swap(pattern: Pattern, candidates: int) -> None:

@@ -167,7 +167,7 @@ def calibration_tokens(
     special = special_tokens(tokenizer)
     needed = num_samples * text_length(special, max_seq_length)
     ids: list[int] = []
-    texts = (text + SEPARATOR for text in documents if text.strip())
+    texts = (text + SEPARATOR for text in map(_text, documents) if text.strip())
     while len(ids) < needed and (batch := list(islice(texts, BATCH_DOCUMENTS))):
         ids += chain.from_iterable(token_ids(batch, tokenizer))
     if len(ids) < needed:
@@ -176,6 +176,15 @@ def calibration_tokens(
             f"{needed}: give more text, or lower --num-calibration-samples or --max-seq-length"
         )
     return pack(ids[:needed], special, max_seq_length)
+
+
+def _text(document: object) -> str:
+    if not isinstance(document, str):
+        raise CalibrationError(
+            f"documents must be texts, got {type(document).__name__}: give token ids as a tensor of shape (samples, "
+            "length)"
+        )
+    return document
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:

@@ -4,8 +4,8 @@ The protocol: documents joined by blank lines and tokenised once; consecutive, n
 exponential of the mean negative log-likelihood of every next token inside the windows. SparseGPT (arXiv 2301.00774) and
 Wanda (arXiv 2306.11695) put the tokenizer's BOS at the beginning of the text only, so that all windows but the first
 lack it. Here every window has the tokenizer's special tokens (BOS, then L - 1 tokens of text), as in training: on
-WikiText-2 the dense Gemma 3 270M is far worse with one BOS in all. Where a
-tokenizer adds none (GPT-2, Qwen) the two are the same.
+WikiText-2 the dense Gemma 3 270M is far worse with one BOS in all. Where a tokenizer adds none (GPT-2, Qwen) the two
+are the same.
 
 Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positions (a slice of L), T = B C,
 V vocabulary.

@@ -1,8 +1,7 @@
 """Products of many rows with one shared matrix, at the speed that the device allows.
 
 Measured on two cores of a Zen 5 server, D = 640..2048: a float32 product runs at 230 GFLOP/s through ``torch.mm`` (MKL)
-and at 490 through oneDNN, to the same accuracy. Every float32 product on a
-CPU therefore goes through oneDNN where torch has it.
+and at 490 through oneDNN, to the same accuracy. Every float32 product on a CPU goes through oneDNN where torch has it.
 
 Shapes: R rows, D inputs, B inputs of one diagonal block of a triangular factor.
 """

@@ -31,7 +31,7 @@ class ShiftedInverse:
     """(H + rho I)^-1 in the dtype of the rows that it will multiply.
 
     Forming the matrix takes 2 D^3 operations at each change of rho and spares 2 O D^2 in every product: which is
-    cheaper depends on the shape of the layer.
+    cheaper depends on the shape of the linear.
 
     Args:
         eigen: of H, in the dtype of the rows.

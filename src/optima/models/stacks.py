@@ -316,6 +316,21 @@ def dense_notes(stacks: Sequence[Stack]) -> list[str]:
     return notes
 
 
+def outside_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
+    """The linears outside the blocks, which stay dense; the head over the vocabulary goes without saying."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    inside = {
+        id(linear.parameter) for stack in stacks for block in stack.blocks for linear in linears_of(block.module, "")
+    }
+    names = Counter(
+        kind(linear.name.removeprefix("."))
+        for linear in linears_of(model, "")
+        if id(linear.parameter) not in inside and (head is None or linear.parameter is not head.weight)
+    )
+    listed = ", ".join(f"{name} ({_times(count)})" for name, count in names.items())
+    return [f"outside the blocks, and dense: {listed}"] if listed else []
+
+
 def _times(count: int) -> str:
     return "one place" if count == 1 else f"{count} places"
 

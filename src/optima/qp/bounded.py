@@ -46,7 +46,7 @@ class Bounded:
 
     Args:
         gap: certified relative gap at which a row stops.
-        max_iterations: per round of refinement.
+        max_iterations: between two restarts.
     """
 
     gap: float = 1e-4

@@ -68,7 +68,7 @@ class Verifier:
     """Certifies candidates for the rows of one problem, with its residuals in the units that solvers work in.
 
     Those units are H's mean diagonal and the row's ``scale_R``, the size of its weights: in them float32 has room
-    whatever the layer's units. Scales are powers of two, so that nothing is rounded on the way.
+    whatever the linear's units. Scales are powers of two, so that nothing is rounded on the way.
 
     Attributes:
         mask_RD: the mask as 0 and 1 of H's working dtype. On a CPU torch multiplies by floats an order of magnitude

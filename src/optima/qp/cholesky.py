@@ -28,7 +28,7 @@ class BatchedCholesky:
     """Solve rows exactly, up to rounding, then certify them.
 
     Args:
-        gap: certified relative gap to reach; only rounding stands in the way, and refinement takes most of it.
+        gap: certified relative gap to reach; only rounding stands in the way, and restarts take most of it.
         dtype: precision of the factorisations. float32 halves their cost; rows where it does not suffice are
             factorised again in float64.
     """

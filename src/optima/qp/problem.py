@@ -29,7 +29,7 @@ class RowProblem:
     """minimise 1/2 (v - w)^T H (v - w) over v with v = 0 off keep and, optionally, lower <= v <= upper.
 
     This is the program of OPTIMA (arXiv 2512.13886) with the linear term written as g = H w: w is the
-    unconstrained optimum, the dense row when the layer's outputs are to be reproduced.
+    unconstrained optimum, the dense row when the linear's outputs are to be reproduced.
 
     Attributes:
         target_RD: w, float32 or float64.
@@ -52,13 +52,9 @@ class RowProblem:
 
     def rows(self, index: slice | Tensor) -> RowProblem:
         """The sub-problem of the rows that ``index`` selects."""
-
-        def pick(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor[index]
-
-        return RowProblem(
-            self.target_RD[index], self.keep_RD[index], pick(self.start_RD), pick(self.lower_RD), pick(self.upper_RD)
-        )
+        options = (self.start_RD, self.lower_RD, self.upper_RD)
+        picked = (None if tensor is None else tensor[index] for tensor in options)
+        return RowProblem(self.target_RD[index], self.keep_RD[index], *picked)
 
     def box(self) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds of all weights: infinite where there is none, 0 where a weight is pruned."""
@@ -144,7 +140,7 @@ def make_problem(
     lower_RD: Tensor | None = None,
     upper_RD: Tensor | None = None,
 ) -> RowProblem:
-    """Check and normalise the rows of one layer.
+    """Check and normalise the rows of one linear.
 
     Low-precision weights become float32. A dead input has no influence, so its pruned weight costs nothing
     (its target becomes 0) and its kept weight stays as it is.

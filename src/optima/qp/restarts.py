@@ -1,9 +1,9 @@
-"""Iterative refinement: a fast inner solve, restarted from float64 residuals until every row is certified.
+"""A fast inner solve, restarted from float64 residuals until every row is certified.
 
 The inner solver is given residuals and returns corrections; what decides convergence is the certificate, computed from
-scratch (Wilkinson's scheme; see Higham, Accuracy and Stability of Numerical Algorithms, ch. 12). Only the first
-residual is taken in the working precision: an error in it costs another round, never a wrong answer. Rows that stall in
-float32 go on in float64.
+scratch (Wilkinson's iterative refinement; Higham, Accuracy and Stability of Numerical Algorithms, ch. 12). Only the
+first residual is taken in the working precision: an error in it costs another round, never a wrong answer. Rows that
+stall in float32 go on in float64.
 
 Shapes: R rows, D inputs, A rows still active.
 """
@@ -88,7 +88,8 @@ class _Rounds:
         # Errors in solvers' units times this are errors.
         self.unit_R = hessian.mean_diagonal * self.verifier.scale_R.square()
         self.dtype = hessian.working_dtype
-        self.float64_rows = len(problem.keep_RD) if self.dtype == torch.float64 else 0
+        # Without a count, so that those of several chunks are one.
+        self.note = "float64 for all rows" if self.dtype == torch.float64 else ""
         self.start_error_R, residuals = self._best_start()
         self.weight_RD, self.best, self.iterations_R = self._corrected(residuals, self._start, ALL)
         self._keep_better_start()
@@ -158,15 +159,13 @@ class _Rounds:
             open_A &= ~stalled_A
         self.active = active[open_A]
         if self.dtype == torch.float32 and bool((open_A & stalled_A).any()):
-            self.dtype = torch.float64
-            self.float64_rows = len(self.active)
+            self.dtype, self.note = torch.float64, "float64 for some rows"
 
     def solution(self) -> RowSolution:
         """The best of every row, and what became of it."""
         self.status_R[self.active] = Status.ITERATION_LIMIT
-        note = f"float64 for {self.float64_rows} rows" if self.float64_rows else ""
         best = self.best
-        return RowSolution(self.weight_RD, best.error_R, best.gap_R, self.status_R, self.iterations_R, note=note)
+        return RowSolution(self.weight_RD, best.error_R, best.gap_R, self.status_R, self.iterations_R, note=self.note)
 
     def _corrected(
         self, residuals: Residuals, weight: Callable[[], Tensor], rows: slice | Tensor

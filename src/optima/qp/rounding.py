@@ -79,7 +79,7 @@ def round_rows(
     Args:
         hessian: what the rows were solved with.
         problem: the rows.
-        solution: what a solver returned for them. In ``dtype`` already, it stays as it is.
+        solution: what a solver returned for them. Where ``dtype`` holds all of its numbers, it stays as it is.
         dtype: of the checkpoint.
         method: ``hessian`` makes up for rounding errors, and is in no row worse than ``nearest``.
 
@@ -87,7 +87,7 @@ def round_rows(
         RecipeError: if a weight's bounds have no number of ``dtype`` between them.
     """
     weight_RD = solution.weight_RD
-    if weight_RD.dtype == dtype or not weight_RD.numel():
+    if torch.promote_types(weight_RD.dtype, dtype) == dtype or not weight_RD.numel():
         unchanged_R = torch.zeros_like(solution.error_R)
         return Rounded(weight_RD.to(dtype), solution.error_R, solution.gap_R, unchanged_R)
     size = max(CHUNK_ENTRIES.get(weight_RD.device.type, DEVICE_CHUNK_ENTRIES) // hessian.num_inputs, 1)

@@ -90,7 +90,7 @@ class RunRecord(_Record):
     data_hash: str  # hash of the calibration tokens
     num_tokens: Int  # calibration tokens used
     device: str  # where blocks were pruned
-    dtype: str  # dtype of the checkpoint's weights
+    dtype: str  # dtype of the checkpoint's weights; of several, all
     peak_memory_bytes: Int  # peak memory of the device, or of the process on a CPU
     seconds: float  # wall time of the run
     created: str  # when the run ended, ISO 8601 in UTC

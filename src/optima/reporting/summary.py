@@ -28,32 +28,43 @@ def summary(report: Report) -> list[str]:
     if not linears:
         return ["**Nothing was pruned.**"]
     solvers = sorted({name for linear in linears if solved(linear) for name in linear.solver.split("+")})
-    method = " + ".join([str(run.recipe.get("selector", "unnamed selector")), *solvers])
+    swapped = [linear for linear in linears if linear.swaps is not None]
+    selector = [str(run.recipe.get("selector", "unnamed selector")), *(["swaps"] if swapped else [])]
+    method = " + ".join([*selector, *solvers])
     patterns = sorted({linear.pattern for linear in linears})
     asked = sorted(linear.sparsity_asked for linear in linears)
     shown = f"pattern {', '.join(patterns)}"
     if len(patterns) > NUM_NAMED:
         shown = f"{len(patterns)} patterns, from {asked[0]:.1%} to {asked[-1]:.1%} a linear"
     share = f"{report.sparsity:.2%} of the weights of {len(linears)} linears pruned"
-    return [f"**{share}** ({shown}) by **{method}**.", _errors(linears), *_certificate(report), *_warnings(report)]
+    headline = f"**{share}** ({shown}) by **{method}**."
+    return [headline, _errors(linears), *_swaps(swapped), *_certificate(report), *_warnings(report)]
 
 
 def _errors(linears: Linears) -> str:
     mask, selector, result = (mean(linears, name) for name in ("error_mask", "error_selector", "error"))
     steps = [f"{error(mask)} by the mask alone"]
     if any(map(updated, linears)):
-        steps.append(f"{error(selector)} by the selector's own weights")
+        whose = "selector's own" if all(linear.swaps is None for linear in linears) else "swaps'"
+        steps.append(f"{error(selector)} by the {whose} weights")
     by = f" ({change(selector, result)} from the selector's)" if any(map(solved, linears)) and selector else ""
     plain = mean(linears, "error_plain")
     alike = f"; {error(plain)} with every token alike" if weighted(linears) else ""
     return f"Mean relative error: {', '.join(steps)}, **{error(result)} in the result**{by}{alike}."
 
 
+def _swaps(swapped: Linears) -> list[str]:
+    """What swaps did to the masks, and of how many rows it is proven that no other would help."""
+    made = sum(linear.swaps or 0 for linear in swapped)
+    rows, proven = sum(linear.rows for linear in swapped), sum(linear.rows_swap_optimal or 0 for linear in swapped)
+    return [f"Swaps: {made:,} made; {proven:,} of {rows:,} rows are at a 1-swap local optimum."] if swapped else []
+
+
 def _certificate(report: Report) -> list[str]:
     """What is proven of the solution, and what is left of that in the file."""
     found, total, missed = report.gap_max, rows_solved(report.linears), report.rows_not_converged
     if found is None:
-        return ["No solver ran, so the weights are the selector's own and nothing is certified."]
+        return ["No solver ran, so nothing is certified of the weights."]
     asked = report.run.recipe.get("gap")
     target = f" to the asked gap of {gap(asked)}" if isinstance(asked, int | float) else ""
     share = f"all {total:,} rows" if not missed else f"{total - missed:,} of {total:,} rows"

@@ -76,6 +76,6 @@ class ADMM:
         sparsity = pattern.sparsity * (1.0 - (1.0 - step / self.gradual_iterations) ** 3)
         if isinstance(pattern, Unstructured):
             return top_scores(score_OD, replace(pattern, sparsity=sparsity))
-        # Of the weights that the N:M pattern would prune now, the lowest in the layer go first.
+        # Of the weights that the N:M pattern would prune now, the lowest in the linear go first.
         final_OD = top_scores(score_OD, pattern)
         return top_scores(score_OD.masked_fill(final_OD, torch.inf), Unstructured(sparsity, "layer"))

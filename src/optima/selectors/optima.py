@@ -11,8 +11,8 @@ On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-thet
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
 a one-swap optimum (``optima.swaps.search`` finds little to improve), at the cost of products.
 
-Its scope is ``balanced``. Ranking the whole layer leaves the lowest reconstruction error and a worse model: rows whose
-outputs have little energy are starved, though what follows may need them as much as the others (docs/benchmarks.md).
+Its scope is ``balanced``. Ranking the whole linear leaves the lowest reconstruction error and a worse model: rows whose
+outputs have little energy are starved, though what follows may need them as much as the others (docs/results.md).
 
 Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 """
@@ -35,7 +35,7 @@ from optima.selectors.ranking import MOST_COMPARED, kth_lowest, row_units, top_s
 # Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
 # little, or they are found in float64, which takes half as much memory again.
 ROUNDING = 0.01
-# Scores of a layer from which a threshold is taken while the mask is still moving.
+# Scores of a linear from which a threshold is taken while the mask is still moving.
 SAMPLE = 2**15
 # Stages that share their thresholds: one costs more to find than an iteration.
 STAGES_PER_THRESHOLD = 2
@@ -46,7 +46,7 @@ class Optima:
     """The mask only: a solver finds its weights.
 
     Cost: an eigendecomposition a Hessian, then a product in each of ``stages * iterations`` iterations, and one of
-    D x D matrices in each stage (two products an iteration where the layer has few rows).
+    D x D matrices in each stage (two products an iteration where the linear has few rows).
 
     Args:
         first_penalty: rho of the first stage.
@@ -113,7 +113,7 @@ def _in_units(hessian: Hessian, unit_D: Tensor) -> Tensor:
 def rough_mask(score_OD: Tensor, pattern: Pattern, threshold: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What a pattern keeps, nearly: only the last mask of ADMM has to have exact counts.
 
-    Unstructured sparsity takes the ``threshold`` of an earlier call, where there is one, and a layer's is that of a
+    Unstructured sparsity takes the ``threshold`` of an earlier call, where there is one, and a linear's is that of a
     sample of its scores; equal scores of an N:M group go together.
 
     Returns:
@@ -131,7 +131,7 @@ def rough_mask(score_OD: Tensor, pattern: Pattern, threshold: Tensor | None) -> 
 
 
 def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """A score, of each row unless the layer is ranked as one, above which are nearly as many as the pattern keeps."""
+    """A score, of each row unless the linear is ranked as one, above which are nearly as many as the pattern keeps."""
     if pattern.scope == "row":
         return kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
     if pattern.scope == "balanced":

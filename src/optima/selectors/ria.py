@@ -2,7 +2,7 @@
 
 Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR 2024, eq. 3-4:
 RIA_ij = (|W_ij| / sum_j |W_ij| + |W_ij| / sum_i |W_ij|) ||X_j||^a with a = 1/2. The paper's channel permutation, which
-reorders the inputs before an N:M mask, is not part of it: it would have to reorder the layer before too.
+reorders the inputs before an N:M mask, is not part of it: it would have to reorder the linear before too.
 
 Shapes: O outputs (rows), D inputs.
 """

@@ -6,7 +6,7 @@ begins at column j, with K the inverse of H restricted to the columns from j on,
 indices q and its other weights from j on move by -lambda K_q: with lambda K_qq = w (eq. 10).
 
 Unstructured sparsity follows a global residual mask: all columns from j on are ranked for what is still to be pruned
-in the layer (or row), and the block takes its part of that mask.
+in the linear (or row), and the block takes its part of that mask.
 
 Shapes: O outputs (rows), D inputs, B columns of one block.
 """

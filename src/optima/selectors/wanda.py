@@ -24,5 +24,5 @@ class Wanda:
 
 
 def wanda_score(weight_OD: Tensor, hessian: Hessian) -> Tensor:
-    """|W_ij| ||X_j|| of any rows of a layer, in their dtype."""
+    """|W_ij| ||X_j|| of any rows of a linear, in their dtype."""
     return weight_OD.abs() * hessian.diagonal_D.sqrt().to(weight_OD.dtype)

@@ -1,4 +1,4 @@
-"""Swap refinement: exchange one kept and one pruned weight of a row for as long as that lowers the row's optimum.
+"""Swaps one by one: exchange one kept and one pruned weight of a row for as long as that lowers the row's optimum.
 
 What a swap gains is that of the *re-optimised* weights (``optima.swaps.pivots``); SparseSwaps (arXiv 2512.10922)
 freezes them. With v a row's optimum on its mask, r the negative gradient there and K = H^-1, a swap of i for
@@ -177,8 +177,8 @@ class _Rows:
             self.keep_RD[rows], self.weight_RD[rows] = optimum.keep_AD, optimum.weight_AD
             self.error_R[rows] = optimum.error_A
             self.swaps_R[rows] += swaps_A
-            if not self.rounds:
-                return rows
+            if not (self.rounds and len(rows)):
+                break
             self.rounds -= 1
             keep_AD, swaps_A, complete_A = swap(self.system, optimum, candidates)
             del optimum  # the next one needs its memory
@@ -210,7 +210,7 @@ class Optimum(NamedTuple):
 
 
 def solve(system: System, dense_AD: Tensor, keep_AD: Tensor) -> Optimum:
-    """By Cholesky of every row's own matrix, with one step of refinement from float64 residuals."""
+    """By Cholesky of every row's own matrix, restarted once from float64 residuals."""
     index_AN, real_AN = selected(keep_AD, int(keep_AD.sum(dim=1).max()))
     index_AN = index_AN.masked_fill(~real_AN, system.num_inputs)
     matrix_ANN = gather_systems(system.bordered, index_AN, real_AN)
