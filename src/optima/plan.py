@@ -196,22 +196,32 @@ class _Meter:
 
     def gram(self, tokens: int, inputs: int) -> float:
         """A Gram matrix of one batch."""
-        inputs_TD = torch.zeros(tokens, inputs, device=self.device)
-        sum_DD = torch.zeros(inputs, inputs, dtype=torch.float64, device=self.device)
-        return self._once(("gram", inputs), lambda: add_gram(sum_DD, inputs_TD))
+
+        def made() -> Callable[[], object]:
+            inputs_TD = torch.zeros(tokens, inputs, device=self.device)
+            sum_DD = torch.zeros(inputs, inputs, dtype=torch.float64, device=self.device)
+            return lambda: add_gram(sum_DD, inputs_TD)
+
+        return self._once(("gram", inputs), made)
 
     def product(self, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> float:
         """A batch through a linear."""
-        weight_OD = torch.zeros(shape, dtype=dtype, device=self.device)
-        inputs_TD = torch.zeros(tokens, shape[1], dtype=dtype, device=self.device)
-        return self._once(("product", shape), lambda: inputs_TD @ weight_OD.mT)
+
+        def made() -> Callable[[], object]:
+            weight_OD = torch.zeros(shape, dtype=dtype, device=self.device)
+            inputs_TD = torch.zeros(tokens, shape[1], dtype=dtype, device=self.device)
+            return lambda: inputs_TD @ weight_OD.mT
+
+        return self._once(("product", shape), made)
 
     def prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> float:
         """All that is done to a linear, with a hessian of its own."""
-        return self._once(("prune", linear.shape, str(pattern)), lambda: self._prune(linear, pattern, dtype))
+        return self._once(("prune", linear.shape, str(pattern)), lambda: lambda: self._prune(linear, pattern, dtype))
 
-    def _once(self, key: tuple[object, ...], work: Callable[[], object]) -> float:
+    def _once(self, key: tuple[object, ...], make: Callable[[], Callable[[], object]]) -> float:
+        """Seconds of what ``make`` returns, which is made only where the kind is new."""
         if key not in self._known:
+            work = make()
             work()
             clock = Stopwatch(self.device)
             with clock("work"):
@@ -220,7 +230,7 @@ class _Meter:
         return self._known[key]
 
     def _prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> None:
-        generator, shape = torch.Generator().manual_seed(0), linear.shape
+        generator = torch.Generator().manual_seed(0)
 
         def random(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=generator).to(self.device)
