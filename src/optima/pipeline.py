@@ -10,6 +10,7 @@ import torch
 
 from optima.allocation import Allocation
 from optima.calibration.gradient import regional_gradients
+from optima.calibration.loss_weights import LossWeights
 from optima.calibration.statistics import Found, observe
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
@@ -53,6 +54,7 @@ class Job:
     weights: Resident = field(default_factory=Resident)
     writer: Writer | None = None
     dump: Dump | None = None
+    loss: LossWeights | None = None
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -108,7 +110,7 @@ class Job:
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
-        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock):
+        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
             if not found.sinks_told:
                 names = ", ".join(linear.name for linear in found.linears)
                 note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
@@ -130,7 +132,8 @@ class Job:
                     self.dump(linear, found.statistics)
                 stored = linear.read()
                 weight_OD = stored.to(self.device, torch.float32, copy=True)
-                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name))
+                rows = None if self.loss is None else self.loss.of_rows(linear.name)
+                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows)
                 result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock)
                 linear.write(result.weight_OD)
                 self.linears.append(replace(result.record, block=block.index))

@@ -108,6 +108,9 @@ class Recipe:
     rounding: str = _option(
         "solve", "hessian", "how weights are rounded to the checkpoint's dtype: each to make up for the errors of "
         "those before it, or to the nearest number", ROUNDINGS)
+    objective: str = _option(
+        "calibration", "sink", "what reconstruction counts: every token alike but for the sink, or each as the model's "
+        "loss feels it (one backward pass)", choices=("sink", "loss"))
     sink_weight: Weight | None = _option(
         "calibration", None, "weight of a sequence's first token (the attention sink) in the hessian, relative to all "
         "its tokens together; 0: that of any other", shown=f"{SINK_WEIGHT}; with solver none 0, as published")

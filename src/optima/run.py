@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, build_allocation
 from optima.calibration.capture import capture
+from optima.calibration.loss_weights import loss_weights
 from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
 from optima.errors import ModelError, RecipeError
@@ -189,6 +190,9 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
         for stack in stacks:
             with job.clock("forward"):
                 streams = capture(network, stack, batches)
+            if checked.recipe.objective == "loss":
+                with job.clock("gradient"):
+                    job.loss = loss_weights(network, stack, streams.copy(), batches, job.device, checked.recipe.seed)
             if allocation is not None:
                 checked.found.share(job.survey(stack, streams.copy(), allocation))
             job.prune(stack, streams)

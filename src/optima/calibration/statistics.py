@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.calibration.loss_weights import LossWeights
 from optima.calibration.probe import Given
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
@@ -26,6 +27,9 @@ from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
 from optima.models.stacks import Block, Linear
+
+# Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
+SAMPLE = 512
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,15 @@ class Accumulator:
         self.tokens = 0
         self.extra_weight = 0.0
         self.extra: list[Tensor] = []
+        self.sample: list[Tensor] = []
 
-    def add(self, inputs_TD: Tensor) -> bool:
+    def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> bool:
         """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf: the sum is of no use then."""
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
+        if weight_T is not None:
+            inputs_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
         add_gram(self.sum_DD, inputs_TD)
         self.tokens += len(inputs_TD)
         # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
@@ -77,7 +84,8 @@ class Accumulator:
         if extra_ND is not None:
             self.sum_DD.addmm_(extra_ND.double().mT, extra_ND.double())
         hessian = Hessian(self.sum_DD.div_(self.tokens + self.extra_weight), damping)
-        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight)
+        sample_ND = torch.cat(self.sample) if self.sample else None
+        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight, sample_ND)
 
 
 def observe(
@@ -87,6 +95,7 @@ def observe(
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
+    weights: LossWeights | None = None,
 ) -> Iterator[Found]:
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
@@ -107,7 +116,7 @@ def observe(
     if not block.linears:
         return
     stopwatch = stopwatch or Stopwatch(device)
-    watch = _Watch(streams, block, sink_weight, stopwatch)
+    watch = _Watch(streams, block, sink_weight, stopwatch, weights)
     for batch in range(len(streams.hidden)):
         with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
             streams.run(block, batch, device)
@@ -123,7 +132,10 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
 class _Watch:
     """Hooks on a block's linears that accumulate the inputs of each group's first."""
 
-    def __init__(self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
+    ) -> None:
+        self._weights = weights
         self._streams, self._block, self._sink_weight, self._stopwatch = streams, block, sink_weight, stopwatch
         groups = streams.groups(block)
         self._leader = {linear.name: group[0].name for group in groups for linear in group}
@@ -165,6 +177,13 @@ class _Watch:
     def _add(self, name: str, inputs: Tensor) -> None:
         accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
+        weight_T = None if self._weights is None else self._weights.of_tokens(name, self._batch)
+        if weight_T is not None and len(weight_T) == len(inputs_TD):
+            total = sum(count * size for count, size in self._streams.sizes)
+            accumulator.sample.append(inputs_TD[:: max(total // SAMPLE, 1)].float())
+            if not accumulator.add(inputs_TD, weight_T.to(inputs_TD.device)):
+                raise CalibrationError(self._describe_bad(name, inputs_TD))
+            return
         if not accumulator.add(inputs_TD):
             raise CalibrationError(self._describe_bad(name, inputs_TD))
         extra = self._sink_weight * length - 1.0
