@@ -23,6 +23,7 @@ from optima.patterns import Pattern
 from optima.reporting.progress import Progress
 from optima.reporting.record import BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
+from optima.tuning import Tuned, Tuning, make_metric, tune
 
 Dump = Callable[[Linear, Statistics], None]
 
@@ -55,6 +56,8 @@ class Job:
     writer: Writer | None = None
     dump: Dump | None = None
     loss: LossWeights | None = None
+    tuning: Tuning | None = None
+    tuned: dict[str, Tuned] = field(default_factory=dict)
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -74,11 +77,27 @@ class Job:
         """Prune the linears of ``stack``; ``streams`` hold the inputs of its first block."""
         blocks = stack.blocks[: stack.needed]
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
+        dense = streams.copy() if self.tuning is not None else None
         for block in blocks:
             clock = Stopwatch(self.device)
             first = len(self.linears)
             with self.weights.on(block, self.device, clock):
-                self._prune(block, streams, clock)
+                if dense is not None:
+                    with clock("forward"):
+                        dense.advance(block, self.device)
+                keeps = self._prune(block, streams, clock)
+                if dense is not None and keeps:
+                    loss = self.loss
+                    metric = make_metric(
+                        None if loss is None else loss.residual[block.name],
+                        None if loss is None else loss.tokens[block.name],
+                        self.device,
+                    )
+                    with clock("tune"):
+                        self.tuned[block.name] = tune(
+                            block, keeps, streams, dense.hidden, self.tuning, self.device, metric
+                        )
+                        print(block.name, self.tuned[block.name], flush=True)
                 if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block, self.device)
@@ -118,8 +137,8 @@ class Job:
                     self.notes.append(note)
             yield found
 
-    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> None:
-        gradients = {}
+    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, torch.Tensor]:
+        gradients, keeps = {}, {}
         if block.linears and "gradient" in needs_of(self.methods.selector):
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
@@ -139,3 +158,5 @@ class Job:
                 self.linears.append(replace(result.record, block=block.index))
                 self.notes.extend(result.notes)
                 self.progress.linear(self.linears[-1])
+                keeps[linear.name] = result.keep_OD
+        return keeps

@@ -55,6 +55,7 @@ from optima.preflight import (
 from optima.recipe import Recipe
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
+from optima.tuning import Tuning
 from optima.reporting.record import Report, RunRecord, library_versions
 
 DUMP_DIRECTORY = "layers"
@@ -189,10 +190,18 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
     with evaluating(network):
         for stack in stacks:
             with job.clock("forward"):
-                streams = capture(network, stack, batches)
+                streams = capture(network, stack, batches, whole=checked.recipe.objective == "loss")
             if checked.recipe.objective == "loss":
                 with job.clock("gradient"):
-                    job.loss = loss_weights(network, stack, streams.copy(), batches, job.device, checked.recipe.seed)
+                    cache = os.environ.get("SWEEP")
+                    if cache and os.path.exists(cache):
+                        job.loss = torch.load(cache, weights_only=False)
+                    else:
+                        job.loss = loss_weights(network, stack, streams.copy(), batches, job.device, checked.recipe.seed)
+                        if cache:
+                            torch.save(job.loss, cache)
+            if os.environ.get("T_EPOCHS", "0") != "0":
+                job.tuning = Tuning(int(os.environ["T_EPOCHS"]), float(os.environ.get("T_LR", "1e-4")))
             if allocation is not None:
                 checked.found.share(job.survey(stack, streams.copy(), allocation))
             job.prune(stack, streams)

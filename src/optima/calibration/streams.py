@@ -75,9 +75,17 @@ class Streams:
                 self.carried[batch][block.index, place] = share(output[place], candidates)
 
     def run(
-        self, block: Block, batch: int, device: torch.device, part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self,
+        block: Block,
+        batch: int,
+        device: torch.device,
+        part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        call: Callable[..., Any] | None = None,
     ) -> Any:
-        """What the block returns for a batch, on ``device``, where the block is; ``part`` is taken of every tensor."""
+        """What the block returns for a batch, on ``device``, where the block is; ``part`` is taken of every tensor.
+
+        ``call`` is given the positional arguments as a tuple and the others as a dict instead of the block.
+        """
         called_with = self.calls[block.index][batch]
         args, kwargs = list(called_with[0]), dict(called_with[1])
         for argument, source in self.probe.carried[block.index].items():
@@ -85,7 +93,7 @@ class Streams:
             where[argument] = self.carried[batch][source]
         inputs = (self.hidden[batch], args, kwargs)
         hidden, args, kwargs = map_tensors(inputs, lambda tensor: part(tensor).to(device))
-        return block.module(hidden, *args, **kwargs)
+        return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
 
 def _take_sample(tensor: Tensor, sample: int, samples: int) -> Tensor:
