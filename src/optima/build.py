@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from optima.allocation import Allocation, Owl
+from optima.allocation import Allocation, ByLoss, Owl
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
 from optima.patterns import SCOPES, PatternTable
 from optima.qp import make_solver
-from optima.recipe import OWL_SPREAD, Recipe
+from optima.recipe import SPREADS, Recipe
 from optima.selectors.base import Selector, load_foreign, make_selector
 from optima.selectors.external import External
 from optima.swaps.search import SwapRefinement
+from optima.tuning import Tuning
 
 PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
 
@@ -54,10 +55,18 @@ def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
     return recipe.table(recipe.scope or selector.published_scope)
 
 
+def build_tuning(recipe: Recipe) -> Tuning | None:
+    """How blocks are tuned; None if they are not."""
+    return Tuning(recipe.tuning_epochs, recipe.learning_rate) if recipe.tuning_epochs else None
+
+
 def build_allocation(recipe: Recipe) -> Allocation | None:
     """What shares out the sparsity over the linears; None if all have the same."""
     if recipe.allocation == "uniform":
         return None
     default = recipe.table(SCOPES[0]).default
     assert default is not None, "a recipe checks it"
-    return Owl(default.sparsity, recipe.outlier_multiple, recipe.allocation_spread or OWL_SPREAD)
+    spread = recipe.allocation_spread or SPREADS[recipe.allocation]
+    if recipe.allocation == "loss":
+        return ByLoss(default.sparsity, spread)
+    return Owl(default.sparsity, recipe.outlier_multiple, spread)

@@ -133,7 +133,8 @@ def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection
     root_O1 = None
     if task.row_weight_O is not None:
         # Rows scaled by the roots of their weights compete in units of the weighted loss, whatever the selector.
-        root_O1 = task.row_weight_O.to(task.weight_OD).sqrt().clamp_min(SMALLEST_ROOT)[:, None]
+        weight_O = task.row_weight_O.to(task.weight_OD) / task.row_weight_O.mean()
+        root_O1 = weight_O.sqrt().clamp_min(SMALLEST_ROOT)[:, None]
         task = replace(task, weight_OD=task.weight_OD * root_O1)
     version = None if task.weight_OD.is_inference() else task.weight_OD._version
     selection = selector.select(task, pattern)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from optima.allocation import Allocation
 from optima.calibration.gradient import regional_gradients
@@ -23,7 +24,7 @@ from optima.patterns import Pattern
 from optima.reporting.progress import Progress
 from optima.reporting.record import BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
-from optima.tuning import Tuned, Tuning, make_metric, tune
+from optima.tuning import BlockError, Tuned, Tuning, tune
 
 Dump = Callable[[Linear, Statistics], None]
 
@@ -37,11 +38,13 @@ class Job:
         patterns: the pattern of each linear by its full name.
         device: where blocks are calibrated and solved.
         damping: of the hessians, relative to their mean diagonal.
-        sink_weight: of the first token of each sequence, see ``optima.calibration.statistics``.
+        sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
         progress: is told of every linear and block.
         weights: brings blocks to the device.
         writer: commits blocks to disk; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
+        loss: weights of tokens and rows by the model's loss, or None.
+        tuning: of blocks, or None.
         linears, blocks: the records so far.
         notes: what was not done, or deviated from the recipe.
     """
@@ -57,7 +60,6 @@ class Job:
     dump: Dump | None = None
     loss: LossWeights | None = None
     tuning: Tuning | None = None
-    tuned: dict[str, Tuned] = field(default_factory=dict)
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -86,18 +88,10 @@ class Job:
                     with clock("forward"):
                         dense.advance(block, self.device)
                 keeps = self._prune(block, streams, clock)
+                tuned = Tuned((), 0)
                 if dense is not None and keeps:
-                    loss = self.loss
-                    metric = make_metric(
-                        None if loss is None else loss.residual[block.name],
-                        None if loss is None else loss.tokens[block.name],
-                        self.device,
-                    )
                     with clock("tune"):
-                        self.tuned[block.name] = tune(
-                            block, keeps, streams, dense.hidden, self.tuning, self.device, metric
-                        )
-                        print(block.name, self.tuned[block.name], flush=True)
+                        tuned = self._tune(block, keeps, streams, dense.hidden, first)
                 if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block, self.device)
@@ -105,8 +99,26 @@ class Job:
                 with clock("write"):
                     names = [record.name for record in self.linears[first:]]
                     self.writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), names)
-            self.blocks.append(BlockRecord(block.index, block.name, clock.seconds))
+            self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
             self.progress.block(block.index + 1)
+
+    def _tune(
+        self, block: Block, keeps: Mapping[str, Tensor], streams: Streams, targets: Sequence[Tensor], first: int
+    ) -> Tuned:
+        """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
+        assert self.tuning is not None
+        error, loss = BlockError(), self.loss
+        if loss is not None:
+            error = BlockError.by_loss(loss.residual[block.name].to(self.device), loss.of_tokens(block.name))
+        tuned = tune(block, keeps, streams, targets, error, self.tuning, self.device)
+        written = {linear.name: linear for linear in block.linears}
+        for place in range(first, len(self.linears) if tuned.best else first):
+            record = self.linears[place]
+            sparsity = float((written[record.name].read() == 0).double().mean())
+            self.linears[place] = replace(
+                record, sparsity=sparsity, tuned=True, gap_written_max=None, gap_written_median=None, loss_written=None
+            )
+        return tuned
 
     @torch.no_grad()
     def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
@@ -120,7 +132,9 @@ class Job:
                         continue
                     for linear in found.linears:
                         weight_OD = linear.read().to(self.device, torch.float32, copy=True)
-                        allocation.observe(block.index, LinearTask(linear.name, weight_OD, found.statistics))
+                        rows = None if self.loss is None else self.loss.of_rows(linear.name)
+                        task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
+                        allocation.observe(block.index, task)
                 if block is not blocks[-1]:
                     with self.clock("forward"):
                         streams.advance(block, self.device)
@@ -130,14 +144,15 @@ class Job:
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
         for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
-            if not found.sinks_told:
+            if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
-                note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
+                what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
+                note = f"{block.name}: {what} for {names}: not given one input for each token"
                 if note not in self.notes:  # a survey saw the same
                     self.notes.append(note)
             yield found
 
-    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, torch.Tensor]:
+    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
         gradients, keeps = {}, {}
         if block.linears and "gradient" in needs_of(self.methods.selector):
             with clock("gradient"), full_precision():
@@ -151,11 +166,12 @@ class Job:
                     self.dump(linear, found.statistics)
                 stored = linear.read()
                 weight_OD = stored.to(self.device, torch.float32, copy=True)
-                rows = None if self.loss is None else self.loss.of_rows(linear.name)
-                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows)
+                rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
+                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows_O)
                 result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock)
                 linear.write(result.weight_OD)
-                self.linears.append(replace(result.record, block=block.index))
+                effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
+                self.linears.append(replace(result.record, block=block.index, tokens_effective=effective))
                 self.notes.extend(result.notes)
                 self.progress.linear(self.linears[-1])
                 keeps[linear.name] = result.keep_OD

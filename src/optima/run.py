@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.build import build, build_allocation
+from optima.build import build, build_allocation, build_tuning
 from optima.calibration.capture import capture
-from optima.calibration.loss_weights import loss_weights
+from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
+from optima.calibration.streams import Streams
 from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
 from optima.errors import ModelError, RecipeError
@@ -38,7 +39,7 @@ from optima.models.source import (
     load_tokenizer,
     note_of_dtype,
 )
-from optima.models.stacks import Linear
+from optima.models.stacks import Linear, Stack
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
@@ -52,10 +53,9 @@ from optima.preflight import (
     preflight,
     sequence_length,
 )
-from optima.recipe import Recipe
+from optima.recipe import SINK_WEIGHT, Recipe
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
-from optima.tuning import Tuning
 from optima.reporting.record import Report, RunRecord, library_versions
 
 DUMP_DIRECTORY = "layers"
@@ -107,6 +107,7 @@ def prune(
         check_vocabulary(checked.structure, text.tokens_NL)
         network, origin = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
+        job.tuning = build_tuning(recipe)
         job.notes.extend(found.notes)
         if calibration is not None:
             job.notes.append(GIVEN_NOTE)
@@ -192,19 +193,26 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
             with job.clock("forward"):
                 streams = capture(network, stack, batches, whole=checked.recipe.objective == "loss")
             if checked.recipe.objective == "loss":
-                with job.clock("gradient"):
-                    cache = os.environ.get("SWEEP")
-                    if cache and os.path.exists(cache):
-                        job.loss = torch.load(cache, weights_only=False)
-                    else:
-                        job.loss = loss_weights(network, stack, streams.copy(), batches, job.device, checked.recipe.seed)
-                        if cache:
-                            torch.save(job.loss, cache)
-            if os.environ.get("T_EPOCHS", "0") != "0":
-                job.tuning = Tuning(int(os.environ["T_EPOCHS"]), float(os.environ.get("T_LR", "1e-4")))
+                with job.clock("sweep"):
+                    job.loss = _loss_weights(network, stack, streams.copy(), batches, job, checked.recipe.seed)
             if allocation is not None:
                 checked.found.share(job.survey(stack, streams.copy(), allocation))
             job.prune(stack, streams)
+
+
+def _loss_weights(
+    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], job: Job, seed: int
+) -> LossWeights | None:
+    """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
+    try:
+        found = loss_weights(network, stack, streams, batches, job.device, seed)
+    except NotDifferentiableError as error:
+        job.sink_weight = SINK_WEIGHT
+        job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")
+        return None
+    if found.loss != WORDS:
+        job.notes.append(f"objective loss is {found.loss}: the model has no head that predicts words")
+    return found
 
 
 def _report(

@@ -1,16 +1,17 @@
 """Block tuning: gradient steps on the kept weights of a block, towards the dense block's outputs on dense inputs.
 
-Adam (Kingma & Ba, arXiv 1412.6980) on float32 masters of the block's parameters; every forward pass rounds them to the
-checkpoint's dtype, so that what is tuned is what is written. Masks stay: masters are zero off keep and get no gradient.
+Adam (Kingma & Ba, arXiv 1412.6980) works on float32 masters of the block's weights, norms and biases. Each forward pass
+rounds them to the checkpoint's dtype: what is tuned is what will be written. Masks stay, for masters are zero off keep
+and get no gradient there. Some sequences are held out, and the weights of the epoch that is best on them are kept:
+those from before the first one, if tuning does not help.
 
-Shapes: B sequences in a batch, L tokens, E hidden size.
+Shapes: L tokens in a sequence, T tokens, E hidden size.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,44 +19,69 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
-from optima.device import Stopwatch
 from optima.models.stacks import Block
 
-KIND = os.environ.get("T_KIND", "relative")
-MIX = float(os.environ.get("T_MIX", "0.1"))
-SPOW = float(os.environ.get("T_SPOW", "0.5"))
-NORMS = os.environ.get("T_NORMS", "1") == "1"
-ONE = os.environ.get("T_ONE", "0") == "1"
+HELD_OUT = 8  # one sequence of so many is held out
+# Share of the error that counts every direction alike: no direction that the loss did not show is free to drift.
+ALIKE = 0.1
+SMALLEST_ENERGY = 1e-12
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a block is tuned.
+    """How blocks are tuned.
 
     Attributes:
-        epochs: passes over the calibration sequences.
-        learning_rate: of Adam, at the start; it falls to 0 along a cosine.
-        held_out: every so many-th batch is held out, to stop where its error is least.
+        epochs: passes over the sequences that are not held out.
+        learning_rate: of Adam, at the start; it falls to 0 along a cosine. A step is one sequence.
     """
 
-    epochs: int = 4
-    learning_rate: float = 1e-4
-    held_out: int = 8
+    epochs: int
+    learning_rate: float
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning did to a block.
+    """What became of a block.
 
     Attributes:
-        held_out: the error on the held-out batches before the first epoch and after each.
-        best: the epoch whose weights were kept; 0 for those before.
+        held_out: mean error on the sequences that were held out, before the first epoch and after each.
+        best: the epoch whose weights the block has; 0 for those before the first.
     """
 
     held_out: tuple[float, ...]
     best: int
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """What a change of a block's outputs costs: a number of no unit.
+
+    Attributes:
+        root_EE: ||d root||^2 is the cost of a token's change d, see ``by_loss``; None: its energy by the target's.
+        weights: of the tokens of each batch, (T,); None: all alike.
+    """
+
+    root_EE: Tensor | None = None
+    weights: Sequence[Tensor] | None = None
+
+    @classmethod
+    def by_loss(cls, residual_EE: Tensor, weights: Sequence[Tensor] | None) -> BlockError:
+        """The second-order loss of the model: E g g^T, g the gradient at the outputs, and a share of the identity."""
+        value_E, vector_EE = torch.linalg.eigh(residual_EE.double())
+        value_E = value_E.clamp_min(0.0) / value_E.mean()
+        return cls((vector_EE * (value_E + ALIKE).sqrt()).float(), weights)
+
+    def __call__(self, found: Tensor, target: Tensor, batch: int, tokens: slice) -> Tensor:
+        """The mean over ``tokens`` of a batch, whose outputs are ``found`` and should be ``target``, (..., E)."""
+        target = target.float()
+        change_TE = (found.float() - target).flatten(0, -2)
+        if self.root_EE is None:
+            energy_T = target.flatten(0, -2).square().sum(dim=-1)
+            return (change_TE.square().sum(dim=-1) / energy_T.clamp_min(SMALLEST_ENERGY)).mean()
+        error_T = (change_TE @ self.root_EE).square().mean(dim=-1)
+        return error_T.mean() if self.weights is None else (error_T * self.weights[batch][tokens].to(error_T)).mean()
 
 
 def tune(
@@ -63,83 +89,72 @@ def tune(
     keeps: Mapping[str, Tensor],
     streams: Streams,
     targets: Sequence[Tensor],
+    error: BlockError,
     tuning: Tuning,
     device: torch.device,
-    metric: Metric,
 ) -> Tuned:
-    """Tune ``block`` in place."""
-    dtype_of = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
-    linears = {id(linear.parameter): linear for linear in block.linears if linear.name in keeps}
-    masters: dict[str, Tensor] = {}
-    hooks = []
-    for name, parameter in block.module.named_parameters():
-        linear = linears.get(id(parameter))
-        if linear is None and (parameter.ndim > 1 or not NORMS):
-            continue
-        masters[name] = parameter.detach().float().clone().requires_grad_(True)
-        if linear is not None:
-            keep = linear.orient(keeps[linear.name]) if keeps[linear.name].shape != parameter.shape else keeps[linear.name]
-            hooks.append(masters[name].register_hook(partial(_masked, keep)))
-    batches = range(len(streams.hidden))
-    held = [batch for batch in batches if batch % tuning.held_out == tuning.held_out - 1]
-    train = [batch for batch in batches if batch not in held]
+    """Tune a block in place.
 
-    def error(batch: int) -> Tensor:
-        values = {name: master.to(dtype_of[name]) for name, master in masters.items()}
-        found = hidden_of(streams.run(block, batch, device, call=partial(functional_call, block.module, values)))
-        return metric(found.float() - targets[batch].to(device).float(), targets[batch].to(device).float(), batch)
+    Args:
+        block: pruned, on ``device``.
+        keeps: keep_OD of its pruned linears by their full names.
+        streams: what enters the pruned block.
+        targets: of each batch, what the dense block makes of dense inputs.
+        error: what is minimised.
+        tuning: how.
+        device: where to compute.
+    """
+    masters = _masters(block, keeps)
+    dtypes = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
+    pieces = streams.pieces(block)
+    held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
+    trained = [piece for piece in pieces if piece not in held]
 
-    def held_out() -> float:
-        with torch.no_grad():
-            return sum(float(error(batch)) for batch in held) / max(len(held), 1)
+    def measured(piece: tuple[int, int | None]) -> Tensor:
+        batch, sample = piece
+        rounded = {name: master.to(dtypes[name]) for name, master in masters.items()}
+        call = partial(functional_call, block.module, rounded)
+        found, target = streams.run_piece(block, piece, device, call), targets[batch]
+        length = streams.sizes[batch][1]
+        tokens = slice(None) if sample is None else slice(sample * length, (sample + 1) * length)
+        target = target if sample is None else target[sample : sample + 1]
+        return error(found, target.to(device), batch, tokens)
 
-    optimizer = torch.optim.Adam(masters.values(), lr=tuning.learning_rate, fused=True, betas=(0.9, 0.95))
-    steps = tuning.epochs * len(train)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
-    history, best = [held_out()], 0
-    kept = {name: master.detach().clone() for name, master in masters.items()}
+    def on_held_out() -> float:
+        return sum(float(measured(piece)) for piece in held) / len(held)
+
+    kept, history, best = dict[str, Tensor](), [on_held_out()], 0
+    optimizer = torch.optim.Adam(masters.values(), lr=tuning.learning_rate, betas=(0.9, 0.95), fused=True)
+    steps = tuning.epochs * len(trained)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
-    for epoch in range(tuning.epochs):
-        for index in torch.randperm(len(train), generator=generator).tolist():
-            with torch.enable_grad():
-                loss = error(train[index])
-                loss.backward()
+    for epoch in range(tuning.epochs if trained else 0):
+        for index in torch.randperm(len(trained), generator=generator).tolist():
+            with torch.inference_mode(False), torch.enable_grad():
+                measured(trained[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        history.append(held_out())
+        history.append(on_held_out())
         if history[-1] < min(history[:-1]):
-            best = epoch + 1
-            kept = {name: master.detach().clone() for name, master in masters.items()}
-    parameters = dict(block.module.named_parameters())
-    with torch.no_grad():
-        for name, master in kept.items():
-            parameters[name].copy_(master)
+            best, kept = epoch + 1, {name: master.detach().clone() for name, master in masters.items()}
+    for name, parameter in block.module.named_parameters():
+        if name in kept:
+            parameter.detach().copy_(kept[name])
     return Tuned(tuple(history), best)
 
 
-def _masked(keep: Tensor, gradient: Tensor) -> Tensor:
-    return gradient * keep
-
-
-Metric = Callable[[Tensor, Tensor, int], Tensor]
-
-
-def make_metric(residual: Tensor | None, tokens: Sequence[Tensor] | None, device: torch.device) -> Metric:
-    """experimental"""
-    if KIND == "relative" or residual is None:
-        return lambda error, target, batch: (
-            error.square().sum(-1) / target.square().sum(-1).clamp_min(1e-12)
-        ).mean()
-    F = residual.to(device).double()
-    weights = [t.pow(SPOW) for t in tokens]
-    mean = sum(float(w.sum()) for w in weights) / sum(w.numel() for w in weights)
-    weights = [(w / mean).to(device) for w in weights]
-    if KIND == "diag":
-        r = F.diagonal()
-        r = (r / r.mean()).pow(float(os.environ.get("T_RPOW", "1"))).float()
-        return lambda error, target, batch: ((error.square() * r).sum(-1) * weights[batch]).mean()
-    ev, V = torch.linalg.eigh(F)
-    ev = (ev.clamp_min(0) / ev.mean()).pow(float(os.environ.get("T_RPOW", "1"))) + MIX
-    root = (V * ev.sqrt()).float()
-    return lambda error, target, batch: ((error @ root).square().sum(-1) * weights[batch]).mean() / 100
+def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 copies of what is tuned, by name: pruned weights, and vectors such as norms and biases."""
+    pruned = {id(linear.parameter): linear for linear in block.linears if linear.name in keeps}
+    masters = {}
+    for name, parameter in block.module.named_parameters():
+        linear = pruned.get(id(parameter))
+        if linear is None and (parameter.ndim != 1 or not parameter.is_floating_point()):
+            continue
+        master = masters[name] = parameter.detach().float().clone().requires_grad_(True)
+        if linear is not None:
+            keep_like = torch.zeros_like(parameter, dtype=torch.bool)
+            linear.orient(keep_like).copy_(keeps[linear.name])
+            master.register_hook(partial(torch.mul, keep_like))
+    return masters

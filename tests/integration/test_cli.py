@@ -32,7 +32,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import optima
 from optima import Recipe, load_recipe, load_report
 from optima.cli import main
-from optima.recipe import GROUPS, SINK_WEIGHT
+from optima.recipe import GROUPS
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
 
@@ -101,7 +101,7 @@ class TestPrune:
         assert report.run.seed == 3
         assert report.run.num_tokens == 4 * 16
         assert report.run.recipe == load_recipe("out/recipe.yaml").to_dict()
-        assert (report.run.recipe["sink_weight"], report.run.recipe["scope"]) == (SINK_WEIGHT, None)
+        assert (report.run.recipe["objective"], report.run.recipe["scope"]) == ("loss", None)
         assert [linear.name for linear in report.linears[:2]] == [
             "model.layers.0.self_attn.q_proj",
             "model.layers.0.self_attn.k_proj",
@@ -239,8 +239,8 @@ class TestRecipeOnTheCommandLine:
             ({"pattern": ["mlp=2:4", "0.5"]}, ["--sparsity", "0.3"], {"sparsity": 0.3}),
             ({"selector": "magnitude", "solver": "none"}, ["--solver", "cholesky"],
              {"selector": "magnitude", "solver": "cholesky"}),
-            ({"solver": "none", "sink_weight": 0.5}, ["--solver", "cholesky"],
-             {"solver": "cholesky", "sink_weight": 0.5}),
+            ({"solver": "none", "objective": "sink", "sink_weight": 0.5}, ["--solver", "cholesky"],
+             {"solver": "cholesky", "objective": "sink", "sink_weight": 0.5}),
             ({"targets": ["mlp", "q_proj"], "ignore": "up"}, ["--targets", "k_proj"],
              {"targets": ["k_proj"], "ignore": ["up"]}),
             ({"ignore": []}, [], {"ignore": []}),

@@ -59,7 +59,7 @@ def test_batches_do_not_matter() -> None:
 def test_tempering_keeps_the_mean() -> None:
     found, _ = sweep(make_llama().eval())
     for name in found.tokens:
-        assert float(torch.cat([found.of_tokens(name, batch) for batch in range(2)]).mean()) == pytest.approx(1.0)  # type: ignore[misc]
+        assert float(torch.cat([own_T for own_T in found.of_tokens(name)]).mean()) == pytest.approx(1.0)  # type: ignore[misc]
     for name, row_O in found.rows.items():
         assert float(found.of_rows(name).mean()) == pytest.approx(float(row_O.mean()))  # type: ignore[union-attr]
 
@@ -97,7 +97,7 @@ def test_labels_are_drawn_from_the_model() -> None:
 
 def test_an_encoder_is_weighed_by_its_hidden_states() -> None:
     found, _ = sweep(make_bert().eval())
-    assert found.loss == "the change of the last hidden states"
+    assert found.loss == "the square of the change of the last hidden states"
     assert all(bool(row_O.any()) for row_O in found.rows.values())
 
 

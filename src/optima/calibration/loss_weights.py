@@ -38,9 +38,10 @@ LOGITS_BYTES = 256 * 2**20
 CHUNK = 512
 # Token weights are s^POWER, row weights r^POWER: the square is the second-order loss, too heavy-tailed to be trusted.
 POWER = 0.5
+WORDS = "that of words drawn from the model"
 
 
-class NotDifferentiable(ModelError):
+class NotDifferentiableError(ModelError):
     """The model has no gradients: it can be pruned, but not by its loss."""
 
 
@@ -61,20 +62,19 @@ class LossWeights:
     rows: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
 
-    def of_tokens(self, name: str, batch: int) -> Tensor | None:
-        """Tempered weights of a batch's tokens, (T,), for the group or block ``name``: over all batches their mean is 1.
+    def of_tokens(self, name: str) -> list[Tensor] | None:
+        """Tempered weights of each batch's tokens, (T,), for the group or block ``name``: their mean over all is 1.
 
         None where they are not known, or no token matters.
         """
-        batches = self.tokens.get(name, [])
-        total = sum(float(own_T.pow(POWER).sum()) for own_T in batches)
-        return batches[batch].pow(POWER) * (sum(map(len, batches)) / total) if total else None
+        tempered = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
+        total = sum(float(own_T.sum()) for own_T in tempered)
+        return [own_T * (sum(map(len, tempered)) / total) for own_T in tempered] if total else None
 
     def effective_tokens(self, name: str) -> float | None:
         """(sum s)^2 / sum s^2 of the tempered weights: so many equal tokens would tell as much."""
-        batches = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
-        squares = sum(float(own_T.square().sum()) for own_T in batches)
-        return sum(float(own_T.sum()) for own_T in batches) ** 2 / squares if squares else None
+        weights = self.of_tokens(name)
+        return None if weights is None else sum(map(len, weights)) ** 2 / sum(float(own_T @ own_T) for own_T in weights)
 
     def of_rows(self, name: str) -> Tensor | None:
         """Tempered weights of a linear's rows, (O,), with the mean of those that are not; None if none matters."""
@@ -102,10 +102,10 @@ def loss_weights(
         seed: of the labels.
 
     Raises:
-        NotDifferentiable: if there are no gradients, or they are not finite.
+        NotDifferentiableError: if there are no gradients, or they are not finite.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
-        raise NotDifferentiable("the model was made inside torch.inference_mode()")
+        raise NotDifferentiableError("the model was made inside torch.inference_mode()")
     weights, kept = Resident(), []
     for block in stack.blocks:
         kept.append(list(streams.hidden))
@@ -113,7 +113,7 @@ def loss_weights(
             streams.advance(block, device)
     generator = torch.Generator().manual_seed(seed)
     has_words = model.get_output_embeddings() is not None
-    found = LossWeights("words drawn from the model" if has_words else "the change of the last hidden states")
+    found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
     gradients = []
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
         for tokens_BL, hidden in zip(batches, streams.hidden, strict=True):
@@ -164,7 +164,7 @@ def _at_the_head(
                 options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
             logits_TV = model(input_ids=tokens_BL.to(home), **options).logits.flatten(0, -2)
             if not logits_TV.requires_grad:
-                raise NotDifferentiable("its words do not depend on its last block by a gradient")
+                raise NotDifferentiableError("its words do not depend on its last block by a gradient")
             logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
     assert leaf.grad is not None
     return leaf.grad.cpu()
@@ -221,7 +221,7 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         gradient = gradient.to(device)
         flat_TE = gradient.flatten(0, -2).float()
         if not bool(flat_TE.isfinite().all()):
-            raise NotDifferentiable(f"gradients at the output of {block.name} are not finite")
+            raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         square_EE = flat_TE.mT @ flat_TE / total
         found.residual[block.name] = found.residual[block.name] + square_EE if batch else square_EE
         found.tokens.setdefault(block.name, []).append(flat_TE.square().sum(dim=1).cpu())
@@ -231,7 +231,7 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
                 hooks.callback(linear.watch(note(linear.name, batch)).remove)
             output = hidden_of(streams.run(block, batch, device))
             if not output.requires_grad:
-                raise NotDifferentiable(f"the output of {block.name} does not depend on its input by a gradient")
+                raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
             output.backward(gradient)
         assert leaf.grad is not None
         gradients[batch] = leaf.grad.cpu()

@@ -39,13 +39,12 @@ class Found:
     Attributes:
         statistics: of the input; None if no token reached the linears.
         linears: the linears.
-        sinks_told: False if the first tokens of sequences could not be told from the others, as in the experts of a
-            mixture: they weigh as the others then.
+        told: False if tokens could not be told from each other, as in the experts of a mixture: they weigh alike then.
     """
 
     statistics: Statistics | None
     linears: tuple[Linear, ...]
-    sinks_told: bool = True
+    told: bool = True
 
 
 class Accumulator:
@@ -59,7 +58,10 @@ class Accumulator:
         self.sample: list[Tensor] = []
 
     def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> bool:
-        """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf: the sum is of no use then."""
+        """Add tokens that weigh 1 each, or ``weight_T``, whose mean is 1.
+
+        False if they, or their squares, have NaN or Inf: the sum is of no use then.
+        """
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
@@ -105,10 +107,11 @@ def observe(
         block: on ``device``, with the linears to prune.
         streams: what enters the block.
         device: where to compute.
-        sink_weight: of the first token of each sequence, relative to all tokens of the sequence together: it counts as
-            ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
+        sink_weight: without ``weights``, of the first token of each sequence, relative to all tokens of the sequence
+            together: it counts as ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
         damping: of the hessians.
         stopwatch: told of the stages ``forward`` and ``hessian``.
+        weights: of the tokens, by the model's loss.
 
     Raises:
         CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
@@ -122,7 +125,7 @@ def observe(
             streams.run(block, batch, device)
     for group in streams.groups(block):
         accumulator = watch.accumulators.pop(group[0].name)
-        yield Found(accumulator.finish(damping), group, group[0].name not in watch.without_sinks)
+        yield Found(accumulator.finish(damping), group, group[0].name not in watch.untold)
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error
@@ -135,12 +138,13 @@ class _Watch:
     def __init__(
         self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
     ) -> None:
-        self._weights = weights
         self._streams, self._block, self._sink_weight, self._stopwatch = streams, block, sink_weight, stopwatch
         groups = streams.groups(block)
         self._leader = {linear.name: group[0].name for group in groups for linear in group}
         self.accumulators = {group[0].name: Accumulator() for group in groups}
-        self.without_sinks: set[str] = set()
+        self._by_loss = weights is not None
+        self._weights = {} if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
+        self.untold: set[str] = set()
         self._batch = 0
         self._called: list[str] = []  # in this batch
         self._last: str | None = None  # where the pass can end, known after the first batch
@@ -177,20 +181,22 @@ class _Watch:
     def _add(self, name: str, inputs: Tensor) -> None:
         accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-        weight_T = None if self._weights is None else self._weights.of_tokens(name, self._batch)
-        if weight_T is not None and len(weight_T) == len(inputs_TD):
-            total = sum(count * size for count, size in self._streams.sizes)
-            accumulator.sample.append(inputs_TD[:: max(total // SAMPLE, 1)].float())
-            if not accumulator.add(inputs_TD, weight_T.to(inputs_TD.device)):
-                raise CalibrationError(self._describe_bad(name, inputs_TD))
-            return
-        if not accumulator.add(inputs_TD):
+        weight_T = None
+        if self._by_loss:
+            weights = self._weights[name]
+            if weights is None or len(weights[self._batch]) != len(inputs_TD):
+                self.untold.add(name)
+            else:
+                weight_T = weights[self._batch].to(inputs_TD.device)
+                total = sum(count * size for count, size in self._streams.sizes)
+                accumulator.sample.append(inputs_TD[:: max(total // SAMPLE, 1)].float())
+        if not accumulator.add(inputs_TD, weight_T):
             raise CalibrationError(self._describe_bad(name, inputs_TD))
-        extra = self._sink_weight * length - 1.0
+        extra = 0.0 if self._by_loss else self._sink_weight * length - 1.0
         if extra > 0.0:
             first_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
             if first_ND is None:
-                self.without_sinks.add(name)
+                self.untold.add(name)
             else:
                 accumulator.add_weight(first_ND, extra)
 
