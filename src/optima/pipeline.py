@@ -24,7 +24,7 @@ from optima.patterns import Pattern
 from optima.reporting.progress import Progress
 from optima.reporting.record import BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
-from optima.tuning import BlockError, Tuned, Tuning, tune
+from optima.tuning import Tuned, Tuning, tune
 
 Dump = Callable[[Linear, Statistics], None]
 
@@ -107,10 +107,7 @@ class Job:
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        error, loss = BlockError(), self.loss
-        if loss is not None:
-            error = BlockError.by_loss(loss.residual[block.name].to(self.device), loss.of_tokens(block.name))
-        tuned = tune(block, keeps, streams, targets, error, self.tuning, self.device)
+        tuned = tune(block, keeps, streams, targets, self.tuning, self.device)
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]

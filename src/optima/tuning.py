@@ -19,12 +19,10 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from optima.calibration.streams import Streams
+from optima.calibration.streams import Piece, Streams
 from optima.models.stacks import Block
 
 HELD_OUT = 8  # one sequence of so many is held out
-# Share of the error that counts every direction alike: no direction that the loss did not show is free to drift.
-ALIKE = 0.1
 SMALLEST_ENERGY = 1e-12
 
 
@@ -54,34 +52,11 @@ class Tuned:
     best: int
 
 
-@dataclass(frozen=True)
-class BlockError:
-    """What a change of a block's outputs costs: a number of no unit.
-
-    Attributes:
-        root_EE: ||d root||^2 is the cost of a token's change d, see ``by_loss``; None: its energy by the target's.
-        weights: of the tokens of each batch, (T,); None: all alike.
-    """
-
-    root_EE: Tensor | None = None
-    weights: Sequence[Tensor] | None = None
-
-    @classmethod
-    def by_loss(cls, residual_EE: Tensor, weights: Sequence[Tensor] | None) -> BlockError:
-        """The second-order loss of the model: E g g^T, g the gradient at the outputs, and a share of the identity."""
-        value_E, vector_EE = torch.linalg.eigh(residual_EE.double())
-        value_E = value_E.clamp_min(0.0) / value_E.mean()
-        return cls((vector_EE * (value_E + ALIKE).sqrt()).float(), weights)
-
-    def __call__(self, found: Tensor, target: Tensor, batch: int, tokens: slice) -> Tensor:
-        """The mean over ``tokens`` of a batch, whose outputs are ``found`` and should be ``target``, (..., E)."""
-        target = target.float()
-        change_TE = (found.float() - target).flatten(0, -2)
-        if self.root_EE is None:
-            energy_T = target.flatten(0, -2).square().sum(dim=-1)
-            return (change_TE.square().sum(dim=-1) / energy_T.clamp_min(SMALLEST_ENERGY)).mean()
-        error_T = (change_TE @ self.root_EE).square().mean(dim=-1)
-        return error_T.mean() if self.weights is None else (error_T * self.weights[batch][tokens].to(error_T)).mean()
+def relative_error(found: Tensor, target: Tensor) -> Tensor:
+    """The mean over tokens of ||found - target||^2 / ||target||^2, both (..., E): no token counts by its size."""
+    target = target.float()
+    energy = target.square().sum(dim=-1).clamp_min(SMALLEST_ENERGY)
+    return ((found.float() - target).square().sum(dim=-1) / energy).mean()
 
 
 def tune(
@@ -89,7 +64,6 @@ def tune(
     keeps: Mapping[str, Tensor],
     streams: Streams,
     targets: Sequence[Tensor],
-    error: BlockError,
     tuning: Tuning,
     device: torch.device,
 ) -> Tuned:
@@ -100,7 +74,6 @@ def tune(
         keeps: keep_OD of its pruned linears by their full names.
         streams: what enters the pruned block.
         targets: of each batch, what the dense block makes of dense inputs.
-        error: what is minimised.
         tuning: how.
         device: where to compute.
     """
@@ -110,28 +83,25 @@ def tune(
     held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
     trained = [piece for piece in pieces if piece not in held]
 
-    def measured(piece: tuple[int, int | None]) -> Tensor:
+    def error(piece: Piece) -> Tensor:
         batch, sample = piece
         rounded = {name: master.to(dtypes[name]) for name, master in masters.items()}
-        call = partial(functional_call, block.module, rounded)
-        found, target = streams.run_piece(block, piece, device, call), targets[batch]
-        length = streams.sizes[batch][1]
-        tokens = slice(None) if sample is None else slice(sample * length, (sample + 1) * length)
-        target = target if sample is None else target[sample : sample + 1]
-        return error(found, target.to(device), batch, tokens)
+        found = streams.run_piece(block, piece, device, partial(functional_call, block.module, rounded))
+        target = targets[batch] if sample is None else targets[batch][sample : sample + 1]
+        return relative_error(found, target.to(device))
 
     def on_held_out() -> float:
-        return sum(float(measured(piece)) for piece in held) / len(held)
+        return sum(float(error(piece)) for piece in held) / len(held)
 
     kept, history, best = dict[str, Tensor](), [on_held_out()], 0
     optimizer = torch.optim.Adam(masters.values(), lr=tuning.learning_rate, betas=(0.9, 0.95), fused=True)
-    steps = tuning.epochs * len(trained)
+    steps = max(tuning.epochs * len(trained), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
     for epoch in range(tuning.epochs if trained else 0):
         for index in torch.randperm(len(trained), generator=generator).tolist():
             with torch.inference_mode(False), torch.enable_grad():
-                measured(trained[index]).backward()
+                error(trained[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()

@@ -47,23 +47,21 @@ class NotDifferentiableError(ModelError):
 
 @dataclass
 class LossWeights:
-    """Mean squares of gradients at the outputs of linears and of blocks, untempered.
+    """Mean squares of gradients at the outputs of linears, untempered.
 
     Attributes:
         loss: whose gradients they are, in words.
-        tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
+        tokens: by the name of a group's first linear: for each batch (T,), summed over the outputs of the group.
             Groups that are not given every token, as experts, have none.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
-        residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
     """
 
     loss: str
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
-    residual: dict[str, Tensor] = field(default_factory=dict)
 
     def of_tokens(self, name: str) -> list[Tensor] | None:
-        """Tempered weights of each batch's tokens, (T,), for the group or block ``name``: their mean over all is 1.
+        """Tempered weights of each batch's tokens, (T,), for the group whose first linear is ``name``; of mean 1.
 
         None where they are not known, or no token matters.
         """
@@ -202,7 +200,7 @@ def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> A
 
 
 def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
-    """Carry ``gradients`` from the block's outputs to its inputs, and note them at its outputs and its linears."""
+    """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
     total = sum(samples * length for samples, length in streams.sizes)
     leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
 
@@ -219,12 +217,8 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
 
     for batch, gradient in enumerate(gradients):
         gradient = gradient.to(device)
-        flat_TE = gradient.flatten(0, -2).float()
-        if not bool(flat_TE.isfinite().all()):
+        if not bool(gradient.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
-        square_EE = flat_TE.mT @ flat_TE / total
-        found.residual[block.name] = found.residual[block.name] + square_EE if batch else square_EE
-        found.tokens.setdefault(block.name, []).append(flat_TE.square().sum(dim=1).cpu())
         leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:

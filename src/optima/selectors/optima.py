@@ -59,8 +59,8 @@ class Optima:
 
     first_penalty: float = 0.3
     last_penalty: float = 2.0
-    stages: int = 20
-    group_stages: int = 13
+    stages: int = 8
+    group_stages: int = 6
     iterations: int = 3
     theta: float = 0.75
     published_scope: Scope = "balanced"
