@@ -18,7 +18,7 @@ from rich.text import Text
 import optima
 from optima.errors import OptimaError
 from optima.evaluation import PROTOCOL
-from optima.recipe import DTYPES, GROUPS, Recipe, must_be, read_recipe, recipe_from_dict
+from optima.recipe import DTYPES, GROUPS, SHIPPED, Recipe, must_be, read_recipe, recipe_from_dict
 
 Command = Callable[..., None]
 
@@ -146,8 +146,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _add_recipe(parser: _Parser) -> None:
     """An option for each field of a recipe, group by group."""
-    text = "YAML file with any of the options below; those given on the command line override it"
-    parser.add_argument("--recipe", metavar="FILE", help=text)
+    text = f"YAML file with any of the options below, or {', '.join(SHIPPED)}; the command line overrides it"
+    parser.add_argument("--recipe", metavar="NAME", help=text)
     groups = {name: parser.add_argument_group(f"{name} ({about})") for name, about in GROUPS.items()}
     for field in dataclasses.fields(Recipe):
         flag, group = f"--{field.name.replace('_', '-')}", groups[field.metadata["group"]]
@@ -187,7 +187,11 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     if "sparsity" in given:
         values.pop("pattern", None)
     # What belongs to a method goes with it.
-    for option, method, own in (("selector", "external", "mask_from"), ("allocation", "owl", "allocation_spread")):
+    for option, method, own in (
+        ("selector", "external", "mask_from"),
+        ("allocation", "owl", "allocation_spread"),
+        ("objective", "sink", "sink_weight"),
+    ):
         if given.get(option, method) != method:
             values.pop(own, None)
     return recipe_from_dict(values | given)

@@ -35,6 +35,9 @@ DEFAULT_SPARSITY = 0.5
 SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
 
+# The recipes that come with the package, by name.
+SHIPPED = {file.stem: file for file in sorted(Path(__file__).parent.joinpath("recipes").glob("*.yaml"))}
+
 GROUPS = {
     "mask": "which weights survive",
     "objective": "what is minimised",
@@ -292,7 +295,7 @@ def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recip
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe.
+    """Read a YAML recipe: a file, or one of ``SHIPPED`` by its name.
 
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
@@ -301,16 +304,17 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML recipe as they stand in the file, unchecked.
+    """The keys and values of a YAML recipe as they stand in the file, or in one of ``SHIPPED``, unchecked.
 
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds something else than keys and values, each once.
     """
     try:
         # S506: _Loader is a SafeLoader.
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(SHIPPED.get(str(path), Path(path)).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+        known = f"a file, or one of {', '.join(SHIPPED)}"
+        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}): name {known}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     except RecursionError as error:
