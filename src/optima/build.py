@@ -5,11 +5,12 @@ from __future__ import annotations
 from optima.allocation import Allocation, ByLoss, Owl
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
-from optima.patterns import SCOPES, PatternTable
+from optima.patterns import SCOPES, PatternTable, Scope
 from optima.qp import make_solver
 from optima.recipe import SPREADS, Recipe
 from optima.selectors.base import Selector, load_foreign, make_selector
 from optima.selectors.external import External
+from optima.selectors.optima import Optima
 from optima.swaps.search import SwapRefinement
 from optima.tuning import Tuning
 
@@ -50,9 +51,15 @@ def _swaps(candidates: int | str) -> SwapRefinement | None:
     return SwapRefinement(candidates=candidates, most_candidates=candidates) if candidates else None
 
 
+def default_scope(recipe: Recipe, selector: Selector) -> Scope:
+    """The selector's published scope; but our own ranks rows together only where the loss says what each is worth."""
+    by_loss = recipe.resolved(scope="row").objective == "loss"
+    return selector.published_scope if by_loss or not isinstance(selector, Optima) else "row"
+
+
 def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
-    """The patterns; unstructured ones take the selector's published scope unless the recipe names one."""
-    return recipe.table(recipe.scope or selector.published_scope)
+    """The patterns; unstructured ones take the default scope unless the recipe names one."""
+    return recipe.table(recipe.scope or default_scope(recipe, selector))
 
 
 def build_tuning(recipe: Recipe) -> Tuning | None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.build import build, build_allocation, build_tuning
+from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.streams import Streams
@@ -159,7 +159,7 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
-    recipe = recipe.resolved(scope=methods.selector.published_scope)
+    recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
     if dump_layer is not None:
