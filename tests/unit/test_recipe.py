@@ -184,7 +184,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": ["a=2:4", "1:4"], "scope": "row"}, "scope is for unstructured sparsity"),
     ({"pattern": ["0.5", "(=2:4"]}, "pattern '(=2:4': '(' is not a regular expression"),
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
-    ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group, balanced"),
+    ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group"),
     ({"group_size": 0}, "group_size must be a whole number of at least 1, such as 128, got 0"),
     (
         {"selector": "wonda"},
