@@ -65,7 +65,7 @@ class TestPrune:
         weights = prune("--sparsity", "0.5")
         output, message = capfd.readouterr()
         assert "50.00% of the weights of 14 linears pruned" in output
-        assert "checkpoint and report: out (report.md, report.json)" in output
+        assert "checkpoint and report: out (report.html, report.md, report.json)" in output
         assert [line.split("  ")[0] for line in message.splitlines()] == ["block 1/2", "block 2/2"]
         after = snapshot(root)
         assert {name: content for name, content in after.items() if not name.startswith("out")} == before
@@ -91,7 +91,7 @@ class TestPrune:
         prune()
         files = {path.name for path in Path("out").iterdir()}
         tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-        ours = {"report.json", "report.md", "recipe.yaml"}
+        ours = {"report.html", "report.json", "report.md", "recipe.yaml"}
         assert files == {"config.json", "generation_config.json"} | tokenizer | ours | weight_files(Path("out")).keys()
 
     def test_report_is_of_this_run(self) -> None:
