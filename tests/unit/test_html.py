@@ -11,7 +11,7 @@ from hashlib import sha256
 from html.parser import HTMLParser
 
 import pytest
-from test_reporting import LINEAR, RUN, linear, report, unsolved
+from records import LINEAR, RUN, linear, report, unsolved
 
 from optima.reporting.html import SECTIONS, render_html
 from optima.reporting.record import LinearRecord, Report
