@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -324,6 +325,28 @@ class TestReport:
             capsys.readouterr()
             assert main(["report", path]) == 0
             assert capsys.readouterr().out.strip() == written.strip()
+
+    def test_a_page_of_one_or_of_several(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prune()
+        assert main(["report", "out", "--html", "one.html"]) == 0
+        assert capsys.readouterr().out.endswith("page: one.html\n")
+        assert Path("one.html").read_bytes() == Path("out/report.html").read_bytes()
+        shutil.copytree("out", "other")
+        assert main(["report", "out", "other/report.json", "--html", "both.html"]) == 0
+        assert "<title>out · other/report.json" in Path("both.html").read_text()
+
+    def test_a_page_that_cannot_be_written(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prune()
+        written = Path("out/report.html").read_bytes()
+        for arguments, message in (
+            (["out", "--html", "out/report.html"], "out/report.html exists and is not replaced"),
+            (["out", "--html", "no/such/page.html"], "name another file by --html"),
+            (["out", "out"], "name its file by --html FILE"),
+        ):
+            capsys.readouterr()
+            assert main(["report", *arguments]) == 2
+            assert message in " ".join(capsys.readouterr().err.split())
+        assert Path("out/report.html").read_bytes() == written
 
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         prune()
