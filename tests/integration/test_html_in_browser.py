@@ -16,8 +16,6 @@ from optima.reporting.record import Report
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH: apt-get install chromium")
-# What Chromium does on its own reaches for the network, and there is none here.
-QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 EVIL = "<script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\">"
 PATIENCE = 15_000  # milliseconds; a busy machine is slow
 KINDS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
@@ -29,7 +27,7 @@ Open = Callable[..., "api.Page"]
 @pytest.fixture(scope="module")
 def browser() -> Iterator[api.Browser]:
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu"])
         yield browser
         browser.close()
 
@@ -154,9 +152,11 @@ def test_the_map_shows_what_is_chosen(show: Open) -> None:
     assert len(set(before)) > 5
     page.get_by_label("sparsity", exact=True).check()
     assert len(set(colours(page))) == 1
+    cell(page, "up_proj", 1).click()
     api.expect(cell(page, "q_proj", 0)).to_have_attribute("aria-label", "block 0, q_proj: sparsity 50%")
     page.locator("#metrics input:checked").press("ArrowLeft")
     api.expect(page.get_by_label("result ÷ selector", exact=True)).to_be_checked()
+    api.expect(cell(page, "up_proj", 1)).to_have_attribute("aria-selected", "true")
     assert len(set(colours(page))) > 5
 
 

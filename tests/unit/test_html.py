@@ -78,7 +78,7 @@ def test_the_headline() -> None:
     assert "sparsity as written 50.00% asked 50.00%" in shown
     assert "mean error 0.1000 −50.0% from the selector’s" in shown
     assert "largest gap as written 2.0 × 10 −3 5.0 × 10 −5 before the cast" in shown
-    assert "time 1 min 2 s 1 linears peak memory 3.00 GiB cpu" in shown
+    assert "time 1 min 2 s 0.2 s on linears peak memory 3.00 GiB cpu" in shown
     assert "largest gap as written –" in page(report(unsolved())).shown
 
 

@@ -68,6 +68,7 @@ const places = new Map();
 const placesOf = (linear) => (places.get(linear) ?? []).filter((element) => element.isConnected);
 function place(element, linears, text) {
   for (const linear of linears) places.set(linear, [...placesOf(linear), element]);
+  if (linears.some((l) => state.selected.includes(l))) element.setAttribute("aria-selected", true);
   const mark = (on) => {
     for (const other of linears.flatMap(placesOf)) other.classList.toggle("marked", on);
     $("readout").hidden = !on;
@@ -126,8 +127,8 @@ function ticks([low, high], log) {
   const digits = !log || high / low < 8 ? [1, 2, 5, 10] : high / low < 300 ? [1, 3] : [1];
   const power = log ? Math.floor(Math.log10(low)) : Math.max(0, Math.floor(Math.log10((high - low) / 6)));
   const step = digits.map((digit) => digit * 10 ** power).find((size) => (high - low) / size <= 6);
-  const places = log ? (i) => digits.map((digit) => digit * 10 ** (power + i)) : (i) => [(Math.ceil(low / step) + i) * step];
-  return [...new Set(Array.from({ length: 40 }, (_, i) => places(i)).flat())].filter((x) => x >= low * 0.999 && x <= high * 1.001);
+  const near = log ? (i) => digits.map((digit) => digit * 10 ** (power + i)) : (i) => [(Math.ceil(low / step) + i) * step];
+  return [...new Set(Array.from({ length: 40 }, (_, i) => near(i)).flat())].filter((x) => x >= low * 0.999 && x <= high * 1.001);
 }
 // Stops of a scale are colours of the style sheet, so that a change of theme needs no drawing.
 function paint({ log, aroundOne }, values) {
@@ -219,7 +220,7 @@ function drawDepth(run) {
 function histogram(box, title, values, log, asked) {
   const known = values.filter((x) => Number.isFinite(x) && (!log || x > 0));
   make(box, "h3", {}, title);
-  if (known.length < values.length || !known.length) make(box, "p", { class: "hint" }, `${values.length - known.length} linears have none.`);
+  if (known.length < values.length || !known.length) make(box, "p", { class: "hint" }, `${values.length - known.length} of ${values.length} cannot be drawn.`);
   if (!known.length) return;
   const [low, high] = limits(asked ? [...known, asked] : known, log);
   const range = log ? [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high * 1.001))] : [Math.floor(low), Math.floor(high) + 1];
@@ -256,7 +257,7 @@ function drawTable({ linears }) {
   const head = make(make(table, "thead"), "tr");
   for (const column of columns) {
     const cell = make(head, "th", { scope: "col", ...(column === sorted && { "aria-sort": state.falls ? "descending" : "ascending" }) });
-    const button = make(cell, "button", { type: "button", "data-column": column.title }, column.title);
+    const button = make(cell, "button", { type: "button" }, column.title);
     button.onclick = () => {
       Object.assign(state, { column: column.title, falls: state.column === column.title && !state.falls });
       draw("linears");
@@ -265,7 +266,7 @@ function drawTable({ linears }) {
   }
   const body = make(table, "tbody");
   for (const linear of found.slice(0, MOST_ROWS)) {
-    const row = make(body, "tr", { tabindex: -1, "aria-selected": state.selected.includes(linear) });
+    const row = make(body, "tr", { tabindex: -1 });
     for (const { title, get, text = show, exact = get } of columns) {
       const value = get(linear);
       make(row, title === "linear" ? "th" : "td", { title: exact(linear) }, typeof value === "string" ? value : text(value, linear));
