@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 from rich.text import Text
@@ -19,6 +19,9 @@ import optima
 from optima.errors import OptimaError
 from optima.evaluation import PROTOCOL
 from optima.recipe import DTYPES, GROUPS, SHIPPED, Recipe, must_be, read_recipe, recipe_from_dict
+
+if TYPE_CHECKING:
+    from optima.reporting.record import Report
 
 Command = Callable[..., None]
 
@@ -135,8 +138,11 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--dtype", choices=DTYPES, metavar="NAME", help=f"load in this: {', '.join(DTYPES)} (default: auto)")
     option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
 
-    option = add("report", "print the report of a pruned checkpoint", "PATH")
-    option("path", metavar="PATH", help="the checkpoint's directory, or its report.json")
+    option = add(
+        "report", "print the report of a pruned checkpoint, or compare several", "PATH [PATH ...] [--html FILE]"
+    )
+    option("paths", nargs="+", metavar="PATH", help="a checkpoint's directory, or its report.json")
+    option("--html", metavar="FILE", help="write one page of all of them, each compared with the first")
 
     option = add("demo", "prune a real small model from the package registry and compare", "[--output-dir DIR]")
     text = "where the sparse checkpoint and its report go (default: demo-output)"
@@ -204,7 +210,7 @@ def _prune(model: str, output_dir: str, overwrite: bool = False, dump_layer: str
     _quiet_console()
     report = optima.prune(model, recipe, output_dir=output_dir, overwrite=overwrite, dump_layer=dump_layer)
     print(render_summary(report))
-    print(f"checkpoint and report: {output_dir} (report.md, report.json)")
+    print(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
 
 
 def _plan(model: str, measure: bool = False, **given: Any) -> None:
@@ -225,10 +231,29 @@ def _eval(**given: Any) -> None:
     print_table(evaluate_models(**given), console)
 
 
-def _report(path: str) -> None:
+def _report(paths: Sequence[str], html: str | None = None) -> None:
     from optima.reporting.markdown import render_markdown
 
-    print(render_markdown(optima.load_report(path)))
+    reports = {path: optima.load_report(path) for path in paths}
+    if html is not None:
+        _write_page(reports, Path(html).expanduser())
+    elif len(paths) > 1:
+        raise OptimaError("several reports are compared on a page: name its file by --html FILE")
+    else:
+        print(render_markdown(reports[paths[0]]))
+
+
+def _write_page(reports: dict[str, Report], file: Path) -> None:
+    from optima.models.files import explain_write_errors, write_whole
+    from optima.reporting.html import render_html
+
+    if os.path.lexists(file):
+        raise OptimaError(f"{file} exists and is not replaced: name another file by --html, or remove it")
+    if len(reports) == 1:
+        reports = {report.run.model: report for report in reports.values()}
+    with explain_write_errors(file, "free some space or name another file by --html"):
+        write_whole(file, render_html(reports).encode())
+    print(f"page: {file}")
 
 
 def _demo(output_dir: str) -> None:

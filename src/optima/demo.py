@@ -55,7 +55,7 @@ def run_demo(output_dir: Path, console: Console) -> None:
     for name, value, error, gap in rows:
         table.add_row(name, f"{value:.2f}", error, gap)
     console.print(table)
-    console.print(f"sparse checkpoint: {sparse_dir}\nreport: {sparse_dir / 'report.md'}", highlight=False)
+    console.print(f"sparse checkpoint: {sparse_dir}\nreport: {sparse_dir / 'report.html'}", highlight=False)
 
 
 def _model_file(directory: Path) -> Path:

@@ -54,6 +54,7 @@ from optima.preflight import (
     sequence_length,
 )
 from optima.recipe import SINK_WEIGHT, Recipe
+from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
@@ -252,6 +253,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:
     report.save(directory)
+    (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,7 @@ class TestPrune:
         weights = prune("--sparsity", "0.5")
         output, message = capfd.readouterr()
         assert "50.00% of the weights of 14 linears pruned" in output
-        assert "checkpoint and report: out (report.md, report.json)" in output
+        assert "checkpoint and report: out (report.html, report.md, report.json)" in output
         assert [line.split("  ")[0] for line in message.splitlines()] == ["block 1/2", "block 2/2"]
         after = snapshot(root)
         assert {name: content for name, content in after.items() if not name.startswith("out")} == before
@@ -91,7 +92,7 @@ class TestPrune:
         prune()
         files = {path.name for path in Path("out").iterdir()}
         tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-        ours = {"report.json", "report.md", "recipe.yaml"}
+        ours = {"report.html", "report.json", "report.md", "recipe.yaml"}
         assert files == {"config.json", "generation_config.json"} | tokenizer | ours | weight_files(Path("out")).keys()
 
     def test_report_is_of_this_run(self) -> None:
@@ -324,6 +325,28 @@ class TestReport:
             capsys.readouterr()
             assert main(["report", path]) == 0
             assert capsys.readouterr().out.strip() == written.strip()
+
+    def test_a_page_of_one_or_of_several(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prune()
+        assert main(["report", "out", "--html", "one.html"]) == 0
+        assert capsys.readouterr().out.endswith("page: one.html\n")
+        assert Path("one.html").read_bytes() == Path("out/report.html").read_bytes()
+        shutil.copytree("out", "other")
+        assert main(["report", "out", "other/report.json", "--html", "both.html"]) == 0
+        assert "<title>out · other/report.json" in Path("both.html").read_text()
+
+    def test_a_page_that_cannot_be_written(self, capsys: pytest.CaptureFixture[str]) -> None:
+        prune()
+        written = Path("out/report.html").read_bytes()
+        for arguments, message in (
+            (["out", "--html", "out/report.html"], "out/report.html exists and is not replaced"),
+            (["out", "--html", "no/such/page.html"], "name another file by --html"),
+            (["out", "out"], "name its file by --html FILE"),
+        ):
+            capsys.readouterr()
+            assert main(["report", *arguments]) == 2
+            assert message in " ".join(capsys.readouterr().err.split())
+        assert Path("out/report.html").read_bytes() == written
 
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         prune()

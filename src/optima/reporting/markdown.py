@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import yaml
 from pydantic_core import to_jsonable_python
 
-from optima.names import kind
-from optima.reporting.record import LinearRecord, Report, largest, name_in_block, weighted_mean
+from optima.reporting.record import LinearRecord, Report, largest, weighted_mean
 from optima.reporting.summary import (
     Linears,
     bullets,
+    by_kind,
     change,
     code,
+    duration,
     error,
     gap,
     mean,
     rows_solved,
+    run_facts,
     solved,
+    stage_times,
     summary,
     updated,
     weighted,
@@ -62,33 +64,12 @@ def render_markdown(report: Report) -> str:
 
 
 def _run_table(report: Report) -> str:
-    run, linears = report.run, report.linears
-    total = sum(linear.size for linear in linears)
-    source = [f"revision {run.model_revision}" if run.model_revision else None, run.model_fingerprint]
-    text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
-    text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
-    text += [f"{run.skipped_records:,} records without text skipped"] if run.skipped_records else []
-    rows = [
-        ["weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the pruned linears"],
-        ["sparsity", f"{report.sparsity:.4%}, asked {report.sparsity_asked:.4%}"],
-        ["source", ", ".join(part for part in source if part)],
-        ["calibration", ", ".join(text)],
-        ["device, dtype", f"{run.device}, {run.dtype}"],
-        ["peak memory", _bytes(run.peak_memory_bytes)],
-        ["time", f"{_time(run.seconds)}, {_time(sum(linear.seconds for linear in linears))} of it on linears"],
-        ["finished", run.created],
-    ]
-    return _table(["run", " "], [row for row in rows if row[1]], num_left=2)
+    return _table(["run", " "], run_facts(report), num_left=2)
 
 
 def _time_table(report: Report) -> str:
-    """Stages across the run, largest first, and what no stage claims."""
-    run = report.run
-    stages = sorted(run.stages.items(), key=lambda stage: -stage[1])
-    rest = run.seconds - sum(run.stages.values())
-    rows = [*stages, ("everything else", rest)] if rest > 0 else stages
-    total = max(run.seconds, 1e-9)
-    return _table(["stage", "time", "share"], [[name, _time(s), f"{s / total:.0%}"] for name, s in rows if stages])
+    rows = [[name, duration(seconds), f"{share:.0%}"] for name, seconds, share in stage_times(report)]
+    return _table(["stage", "time", "share"], rows)
 
 
 def _kind_table(linears: Linears) -> str:
@@ -96,7 +77,7 @@ def _kind_table(linears: Linears) -> str:
         shapes = set(map(_shape, members))
         return [title, shapes.pop() if len(shapes) == 1 else "", f"{len(members)}", *_cells(members)]
 
-    rows = [row(code(kind), members) for kind, members in _by_kind(linears).items()]
+    rows = [row(code(kind), members) for kind, members in by_kind(linears).items()]
     return _table(["kind", "shape", "linears", *_COLUMNS], [*rows, row("**all**", linears)])
 
 
@@ -115,7 +96,7 @@ def _records_table(linears: Linears) -> str:
 
 def _block_table(linears: Linears) -> str:
     """Blocks down, kinds across: where in the model the error sits."""
-    kinds = _by_kind(linears)
+    kinds = by_kind(linears)
 
     def cell(block: int, members: Linears) -> str:
         here = [linear for linear in members if linear.block == block]
@@ -124,17 +105,6 @@ def _block_table(linears: Linears) -> str:
     blocks = sorted({linear.block for linear in linears})
     rows = [[f"{block}", *(cell(block, members) for members in (*kinds.values(), linears))] for block in blocks]
     return _table(["block", *map(code, kinds), "mean"], rows, num_left=0)
-
-
-def _by_kind(linears: Linears) -> dict[str, list[LinearRecord]]:
-    """Linears that play the same part, in the model's order, named by the last part of their names if that says all."""
-    names = {linear: kind(name_in_block(linear)) for linear in linears}
-    lasts = Counter(name.rpartition(".")[2] for name in set(names.values()))
-    kinds: dict[str, list[LinearRecord]] = {}
-    for linear, name in names.items():
-        last = name.rpartition(".")[2]
-        kinds.setdefault(last if lasts[last] == 1 else name, []).append(linear)
-    return kinds
 
 
 def _shape(linear: LinearRecord) -> str:
@@ -173,16 +143,6 @@ _COLUMNS: dict[str, Callable[[Linears], str]] = {
 
 def _cells(linears: Linears) -> list[str]:
     return [column(linears) for column in _COLUMNS.values()]
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
-
-
-def _time(seconds: float) -> str:
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:

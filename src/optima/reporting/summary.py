@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from optima.reporting.record import LinearRecord, Report, geometric_mean
+from optima.names import kind
+from optima.reporting.record import LinearRecord, Report, geometric_mean, name_in_block
 
 NUM_NAMED = 5
 # Casting to bfloat16 costs about 2^-18 / 3 of an output's energy; beyond this a worse result is not the cast's doing.
@@ -108,6 +110,47 @@ def _warnings(report: Report) -> list[str]:
     return [f"**Warning:** {what}: {names(where)}." for what, where in found.items() if where]
 
 
+def run_facts(report: Report) -> list[tuple[str, str]]:
+    """What a run worked on and what it took, a title and a text each."""
+    run, linears = report.run, report.linears
+    total = sum(linear.size for linear in linears)
+    source = [f"revision {run.model_revision}" if run.model_revision else None, run.model_fingerprint]
+    text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
+    text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
+    text += [f"{run.skipped_records:,} records without text skipped"] if run.skipped_records else []
+    rows = [
+        ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the pruned linears"),
+        ("sparsity", f"{report.sparsity:.4%}, asked {report.sparsity_asked:.4%}"),
+        ("source", ", ".join(part for part in source if part)),
+        ("calibration", ", ".join(text)),
+        ("device, dtype", f"{run.device}, {run.dtype}"),
+        ("peak memory", num_bytes(run.peak_memory_bytes)),
+        ("time", f"{duration(run.seconds)}, {duration(sum(linear.seconds for linear in linears))} of it on linears"),
+        ("finished", run.created),
+    ]
+    return [row for row in rows if row[1]]
+
+
+def stage_times(report: Report) -> list[tuple[str, float, float]]:
+    """Stages across the run with seconds and share, largest first, and what no stage claims; none if none is known."""
+    run = report.run
+    stages = sorted(run.stages.items(), key=lambda stage: -stage[1])
+    rest = run.seconds - sum(run.stages.values())
+    rows = [*stages, ("everything else", rest)] if stages and rest > 0 else stages
+    return [(name, seconds, seconds / max(run.seconds, 1e-9)) for name, seconds in rows]
+
+
+def by_kind(linears: Linears) -> dict[str, list[LinearRecord]]:
+    """Linears that play the same part, in the model's order, named by the last part of their names if that says all."""
+    names = {linear: kind(name_in_block(linear)) for linear in linears}
+    lasts = Counter(name.rpartition(".")[2] for name in set(names.values()))
+    kinds: dict[str, list[LinearRecord]] = {}
+    for linear, name in names.items():
+        last = name.rpartition(".")[2]
+        kinds.setdefault(last if lasts[last] == 1 else name, []).append(linear)
+    return kinds
+
+
 def names(linears: Linears) -> str:
     """The first of them, and how many more."""
     shown = ", ".join(code(linear.name) for linear in linears[:NUM_NAMED])
@@ -152,6 +195,18 @@ def gap(value: float | None) -> str:
 def change(before: float, after: float) -> str:
     """By how much an error changed."""
     return f"{after / before - 1:+.1%}" if before else ""
+
+
+def duration(seconds: float) -> str:
+    """A time in words."""
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+
+
+def num_bytes(count: int) -> str:
+    """A size in words."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def code(name: str) -> str:

@@ -1,0 +1,142 @@
+"""The report as one HTML page, of one run or of several beside each other: it opens offline and asks no network.
+
+``page/`` holds its parts: report.html the frame, sections.html a macro a section. report.js draws the plots and the
+table from the record's own numbers, which the page carries as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+from pydantic_core import from_json, to_json
+
+from optima.reporting.record import LinearRecord, Report, name_in_block
+from optima.reporting.summary import (
+    by_kind,
+    change,
+    duration,
+    error,
+    gap,
+    mean,
+    num_bytes,
+    run_facts,
+    solved,
+    stage_times,
+    summary,
+)
+
+PAGE = Path(__file__).parent / "page"
+# A macro of sections.html and its title, in the page's order; what a macro leaves empty is left out.
+# To add one: a line here, the macro, and, if something is drawn, a function in DRAW of report.js.
+SECTIONS = {
+    "outcome": "What came out",
+    "differences": "How the runs differ",
+    "map": "Error, block by block",
+    "spread": "Certificates and iterations",
+    "times": "Where the time went",
+    "linears": "Every linear",
+    "notes": "Notes",
+    "origin": "Recipe and environment",
+}
+View = dict[str, Any]  # of a run: all that the templates show
+Figure = tuple[str, str, str]  # of the headline: a label, a value and a detail
+
+
+def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] = ()) -> str:
+    """The page of one report, or of several to compare with the first, each under the name that it shall have.
+
+    Whatever a record holds is untrusted: it is escaped, and the page forbids all scripts but its own and all requests.
+
+    Args:
+        reports: by the names that they have on the page, at least one.
+        more: figures for each report's headline that its record does not hold, such as a perplexity.
+    """
+    pages = Environment(loader=FileSystemLoader(PAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    pages.lstrip_blocks = True
+    pages.filters["prose"] = _prose
+    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    runs = [_view(name, report) for name, report in reports.items()]
+    for run, figures in zip(runs, more, strict=False):
+        run["figures"][2:2] = figures
+    return pages.get_template("report.html").render(
+        runs=runs,
+        # No "<", no end of the script; JSON has another way to write it.
+        data=Markup(to_json([run["data"] for run in runs], inf_nan_mode="strings").decode().replace("<", r"\u003c")),
+        differing=_differences(runs) if len(runs) > 1 else {},
+        sections=SECTIONS,
+        style=Markup(style),
+        script=Markup(script),
+        script_hash=b64encode(sha256(script.encode()).digest()).decode(),
+    )
+
+
+def _view(name: str, report: Report) -> View:
+    recipe = from_json(to_json(report.run.recipe, inf_nan_mode="strings"))
+    return {
+        "name": name,
+        "figures": _figures(report),
+        "summary": summary(report),
+        "stages": [(stage, duration(seconds), f"{share:.1%}") for stage, seconds, share in stage_times(report)],
+        "errors": {kind: mean(linears, "error") for kind, linears in by_kind(report.linears).items()},
+        "notes": report.run.notes,
+        "recipe": {key: value if isinstance(value, str) else json.dumps(value) for key, value in recipe.items()},
+        "facts": [*run_facts(report), *report.run.versions.items()],
+        "data": _data(name, report),
+    }
+
+
+def _figures(report: Report) -> list[Figure]:
+    run, linears = report.run, report.linears
+    by = change(mean(linears, "error_selector"), mean(linears, "error")) if any(map(solved, linears)) else ""
+    certified = gap(report.gap_written_max)
+    return [
+        ("sparsity as written", f"{report.sparsity:.2%}", f"asked {report.sparsity_asked:.2%}"),
+        ("mean error", error(report.error_geomean), f"{by} from the selector’s" if by else ""),
+        ("largest gap as written", certified or "–", f"{gap(report.gap_max)} before the cast" if certified else ""),
+        ("time", duration(run.seconds), f"{duration(sum(linear.seconds for linear in linears))} on linears"),
+        ("peak memory", num_bytes(run.peak_memory_bytes), run.device),
+    ]
+
+
+def _differences(runs: Sequence[View]) -> dict[str, list[tuple[str, list[str]]]]:
+    """Options that differ, and the mean error of each kind of linear with its change from the first run's."""
+
+    def cell(run: View, kind: str) -> str:
+        found, first = run["errors"].get(kind), runs[0]["errors"].get(kind, 0.0)
+        return "–" if found is None else error(found) if run is runs[0] else f"{error(found)} {change(first, found)}"
+
+    options, kinds = (dict.fromkeys(key for run in runs for key in run[part]) for part in ("recipe", "errors"))
+    values = [(key, [run["recipe"].get(key, "–") for run in runs]) for key in options]
+    return {
+        "option": [(key, cells) for key, cells in values if len(set(cells)) > 1],
+        "mean error of": [(kind, [cell(run, kind) for run in runs]) for kind in kinds],
+    }
+
+
+def _data(name: str, report: Report) -> View:
+    """What report.js draws from: the records of the linears as rows, with the kind of each by its number."""
+    kinds = by_kind(report.linears)
+    number = {linear: i for i, members in enumerate(kinds.values()) for linear in members}
+    names = [field.name for field in fields(LinearRecord)]
+    rows = [
+        [number[linear], name_in_block(linear), *(getattr(linear, name) for name in names)] for linear in report.linears
+    ]
+    asked = report.run.recipe.get("gap")
+    return {"title": name, "gap": asked, "kinds": list(kinds), "fields": ["kind", "part", *names], "rows": rows}
+
+
+def _prose(markdown: str) -> Markup:
+    """A line of the summary: strong words, code and powers of ten; all else is escaped."""
+    text = re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(markdown)))
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"\b(\d\.\d)e-0?(\d+)\b", r"\1 × 10<sup>−\2</sup>", text)
+    return Markup(re.sub(r"(?<![\w.])-(?=\d[\d.]*%)", "−", text))
