@@ -54,12 +54,12 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def explain_write_errors(path: Path) -> Iterator[None]:
+def explain_write_errors(path: Path, remedy: str = "free some space or choose another --output-dir") -> Iterator[None]:
     """Turn a failure to write into an error that names the destination."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"writing {path} failed ({error}): free some space or choose another --output-dir") from error
+        raise ModelError(f"writing {path} failed ({error}): {remedy}") from error
 
 
 def sync(*paths: Path) -> None:
@@ -70,6 +70,19 @@ def sync(*paths: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file under another name and give it its own at one instant, so that no half of it is ever seen."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        sync(partial)
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
 
 
 def swap(new: Path, old: Path, aside: Path) -> None:

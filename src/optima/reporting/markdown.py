@@ -40,8 +40,8 @@ before the cast, and *written* after it. All of this is per linear, on calibrati
 `optima eval` measures on other text."""
 
 
-def render_markdown(report: Report) -> str:
-    """The report as a Markdown document that is legible as plain text too."""
+def render_markdown(report: Report, evaluation: str = "") -> str:
+    """The report as a Markdown document that is legible as plain text too; ``evaluation`` is a section's body."""
     linears = report.linears
     worst = sorted(linears, key=lambda linear: math.inf if math.isnan(linear.error) else linear.error, reverse=True)
     plain = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
@@ -49,6 +49,7 @@ def render_markdown(report: Report) -> str:
     sections = {
         f"# Pruning report: {code(report.run.model)}": bullets(summary(report)),
         "": _run_table(report),
+        "## Evaluation": evaluation,
         "## By kind of linear": f"{_kind_table(linears)}\n\n{READING}" if linears else "",
         "## Worst linears": _records_table(worst[:NUM_WORST]),
         "## Notes": bullets(report.run.notes) or "None: no linear was skipped and no setting was changed on the way.",
@@ -78,7 +79,7 @@ def _run_table(report: Report) -> str:
         ["time", f"{_time(run.seconds)}, {_time(sum(linear.seconds for linear in linears))} of it on linears"],
         ["finished", run.created],
     ]
-    return _table(["run", " "], [row for row in rows if row[1]], num_left=2)
+    return table(["run", " "], [row for row in rows if row[1]], num_left=2)
 
 
 def _time_table(report: Report) -> str:
@@ -88,7 +89,7 @@ def _time_table(report: Report) -> str:
     rest = run.seconds - sum(run.stages.values())
     rows = [*stages, ("everything else", rest)] if rest > 0 else stages
     total = max(run.seconds, 1e-9)
-    return _table(["stage", "time", "share"], [[name, _time(s), f"{s / total:.0%}"] for name, s in rows if stages])
+    return table(["stage", "time", "share"], [[name, _time(s), f"{s / total:.0%}"] for name, s in rows if stages])
 
 
 def _kind_table(linears: Linears) -> str:
@@ -97,7 +98,7 @@ def _kind_table(linears: Linears) -> str:
         return [title, shapes.pop() if len(shapes) == 1 else "", f"{len(members)}", *_cells(members)]
 
     rows = [row(code(kind), members) for kind, members in _by_kind(linears).items()]
-    return _table(["kind", "shape", "linears", *_COLUMNS], [*rows, row("**all**", linears)])
+    return table(["kind", "shape", "linears", *_COLUMNS], [*rows, row("**all**", linears)])
 
 
 def _records_table(linears: Linears) -> str:
@@ -110,7 +111,7 @@ def _records_table(linears: Linears) -> str:
         return [*what, *_cells([linear]), *rest]
 
     header = ["linear", "shape", "pattern", *_COLUMNS, "gap median", "damping", "solver"]
-    return _table(header, [row(linear) for linear in linears])
+    return table(header, [row(linear) for linear in linears])
 
 
 def _block_table(linears: Linears) -> str:
@@ -123,7 +124,7 @@ def _block_table(linears: Linears) -> str:
 
     blocks = sorted({linear.block for linear in linears})
     rows = [[f"{block}", *(cell(block, members) for members in (*kinds.values(), linears))] for block in blocks]
-    return _table(["block", *map(code, kinds), "mean"], rows, num_left=0)
+    return table(["block", *map(code, kinds), "mean"], rows, num_left=0)
 
 
 def _by_kind(linears: Linears) -> dict[str, list[LinearRecord]]:
@@ -185,7 +186,7 @@ def _time(seconds: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """A Markdown table with aligned columns, the first ``num_left`` to the left; empty columns are left out."""
     if not rows:
         return ""
