@@ -18,15 +18,10 @@ from rich.text import Text
 
 import optima
 from optima.errors import OptimaError
-from optima.evaluation.settings import CHOICES, PERPLEXITY, PROTOCOLS, SUITES, WINDOWS, EvaluationSettings
+from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS, EvaluationSettings
 from optima.recipe import DTYPES, GROUPS, Recipe, must_be, read_recipe, recipe_from_dict
 
 Command = Callable[..., None]
-
-EVAL = (
-    f"Perplexity: {PERPLEXITY}. Tasks: zero-shot accuracy by lm-eval (pip install 'optima-prune[eval]'). Every model but "
-    "the first is compared with the first, on the same windows and items."
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,7 +158,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--measure", action="store_true", help="prune one random linear of each shape: seconds, memory")
     _add_recipe(commands["plan"])
 
-    _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", EVAL))
+    _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", ABOUT))
 
     option = add("report", "print the report of a pruned checkpoint", "PATH")
     option("path", metavar="PATH", help="the checkpoint's directory, or its report.json")
@@ -175,12 +170,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 
 def _add_eval(option: Callable[..., Any]) -> None:
-    option(
-        "models",
-        nargs="+",
-        metavar="MODEL",
-        help="hub ids, local directories or GGUF files; the first is compared with",
-    )
+    option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, the reference first")
     option("--dataset", nargs="+", metavar="TEXT", help="text for perplexity: hub id or local text files")
     option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
     option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
@@ -189,7 +179,7 @@ def _add_eval(option: Callable[..., Any]) -> None:
     option("--protocol", metavar="NAME", help=f"{protocols} (default: {next(iter(PROTOCOLS))})")
     option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
     option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
-    text = "KL divergence from the first model, and how often both find the same token likeliest; keeps two models in memory"
+    text = "KL divergence from the first model and share of equal top-1 predictions; two models are in memory at once"
     option("--divergence", action="store_true", help=text)
     option("--tasks", nargs="+", metavar="TASK", help="multiple-choice tasks of lm-eval, such as piqa,arc_easy")
     suites = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in SUITES.items())

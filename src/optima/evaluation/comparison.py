@@ -36,7 +36,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     for i in range(fewer):
         ways = ways * (total - i) // (i + 1)
         tail += ways
-    return min(1.0, 2 * tail / 2**total)
+    return min(1.0, float(2 * tail / 2**total))
 
 
 def bootstrap_interval(items: int, only_first: int, only_second: int, seed: int) -> tuple[float, float]:

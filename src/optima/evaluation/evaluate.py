@@ -21,7 +21,14 @@ from optima.errors import ModelError
 from optima.evaluation.comparison import compare, estimate
 from optima.evaluation.divergence import divergence
 from optima.evaluation.perplexity import evaluation_windows, exponential, window_losses
-from optima.evaluation.record import ComparisonRecord, DivergenceRecord, Evaluation, ModelRecord, PerplexityRecord
+from optima.evaluation.record import (
+    ComparisonRecord,
+    DivergenceRecord,
+    Evaluation,
+    ModelRecord,
+    PerplexityRecord,
+    TaskRecord,
+)
 from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
 from optima.evaluation.zeroshot import Tasks, check_tokenizer, find_files, load_tasks, zero_shot
 from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer
@@ -84,11 +91,12 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     if settings.divergence:
         first = subjects[0]
         for other in subjects[1:]:
-            assert first.tokens_NL is not None and other.tokens_NL is not None
+            assert first.tokens_NL is not None
+            assert other.tokens_NL is not None
             if not torch.equal(first.tokens_NL, other.tokens_NL):
                 raise ModelError(
-                    f"{other.source.name} and {first.source.name} read the text as different tokens: leave --divergence "
-                    "out, or compare models with the same tokenizer"
+                    f"{other.source.name} and {first.source.name} read the text as different tokens: leave "
+                    "--divergence out, or compare models with the same tokenizer"
                 )
     return subjects
 
@@ -120,7 +128,7 @@ def _measure(
         else:
             apart = divergence(model, reference, tokens_NL, device=device, batch_size=batch_size)
             loss_N, found = apart.loss_N, DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N))
-    answers = ()
+    answers: tuple[TaskRecord, ...] = ()
     if tasks is not None:
         model.to(device)  # type: ignore[arg-type]
         size = settings.batch_size or CHOICES
@@ -161,4 +169,4 @@ def _comparisons(
 
 
 def _text(record: ModelRecord) -> str | None:
-    return record.perplexity and record.perplexity.data_hash
+    return None if record.perplexity is None else record.perplexity.data_hash

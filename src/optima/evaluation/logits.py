@@ -1,4 +1,4 @@
-"""Logits of a causal language model, some positions at a time: those of a window with a vocabulary of 262k take gigabytes.
+"""Logits of a causal language model, some positions at a time: all of a window take gigabytes.
 
 Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positions (a slice of L), V vocabulary.
 """
@@ -56,7 +56,7 @@ class Reader:
 
 @contextmanager
 def reading(model: PreTrainedModel, tokens_NL: Tensor, device: torch.device | str | None = None) -> Iterator[Reader]:
-    """Check that ``model`` can read ``tokens_NL`` and predicts next tokens; put it on ``device`` and into evaluation mode.
+    """Check that ``model`` can read ``tokens_NL`` and predicts next tokens; put it on ``device``, in evaluation mode.
 
     Args:
         model: any causal language model of the library; runs in its own dtype and is left as it was, but on ``device``.

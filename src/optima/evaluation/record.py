@@ -1,7 +1,7 @@
 """The typed record of an evaluation, and its file ``evaluation.json``: standard JSON, as ``report.json`` is.
 
-A number that JSON cannot hold is written as the string ``"Infinity"``, ``"-Infinity"`` or ``"NaN"``. ``null`` means that
-something was not measured, or that a standard error has too few values to be known.
+A number that JSON cannot hold is written as the string ``"Infinity"``, ``"-Infinity"`` or ``"NaN"``. ``null`` means
+that something was not measured, or that a standard error has too few values to be known.
 """
 
 from __future__ import annotations

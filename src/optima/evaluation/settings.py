@@ -13,9 +13,10 @@ PROTOCOLS = {
     "windows": "the tokenizer's special tokens (BOS) in every window",
     "sparsegpt": "the tokenizer's special tokens (BOS) once, before the text, as the code of SparseGPT and Wanda does",
 }
-PERPLEXITY = (
-    'documents joined by "\\n\\n" and tokenised once; non-overlapping windows of max-seq-length tokens; exp of the mean '
-    "negative log-likelihood of next tokens"
+ABOUT = (
+    'Perplexity: documents joined by "\\n\\n" and tokenised once; non-overlapping windows of max-seq-length tokens; '
+    "exp of the mean negative log-likelihood of next tokens. Tasks: zero-shot accuracy by lm-eval, which pip install "
+    "'optima-prune[eval]' brings. Every model is compared with the first on the same windows and items."
 )
 SUITES = {"paper": ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")}
 WINDOWS, CHOICES = 1, 8  # in one forward pass

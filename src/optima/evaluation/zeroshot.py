@@ -101,9 +101,7 @@ def find_files(names: Sequence[str], directory: str | Path) -> dict[str, Path]:
     """
     directory = Path(directory).expanduser()
     if not directory.is_dir():
-        raise CalibrationError(
-            f"--task-data {directory} is no directory: name the one that holds the items of the tasks"
-        )
+        raise CalibrationError(f"--task-data {directory} is no directory: name the one that holds the tasks' items")
     files: dict[str, Path] = {}
     for name in names:
         starts = (f"{name}_", f"{name}-", f"{name}.")
@@ -242,11 +240,16 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     """
     from lm_eval.models.huggingface import HFLM
 
+    class Quiet(HFLM):  # type: ignore[misc]
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            return found
+
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, backend="causal")
+        return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=1, backend="causal")
     positions = LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size))
 
-    class LastLogits(HFLM):  # type: ignore[misc]
+    class LastLogits(Quiet):
         scored = 0  # positions, from the end of the padded batch, that hold every continuation of it
 
         def _loglikelihood_tokens(
