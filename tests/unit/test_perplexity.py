@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
 from optima.evaluation import logits as logits_module
-from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.evaluation.perplexity import evaluation_windows, perplexity, window_losses
+from optima.evaluation.settings import PROTOCOLS
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -101,6 +102,13 @@ class TestValue:
         expected = plain_perplexity(model, windows())
         assert perplexity(model, windows(), batch_size=2) == pytest.approx(expected, rel=1e-5)
         assert warnings() == []  # no fallback
+
+    @torch.no_grad()
+    def test_losses_of_windows(self) -> None:
+        model = llama()
+        logits_NLV = model(windows()).logits.double()
+        loss_NL = cross_entropy(logits_NLV[:, :-1].transpose(1, 2), windows()[:, 1:], reduction="none")
+        torch.testing.assert_close(window_losses(model, windows(), batch_size=2), loss_NL.mean(1), rtol=1e-5, atol=0)
 
     @settings(max_examples=25)
     @given(num_windows=st.integers(1, 4), length=st.integers(2, 12), batch_size=st.integers(1, 5))
@@ -251,6 +259,18 @@ class TestEvaluationWindows:
 
     def test_max_windows_is_no_minimum(self) -> None:
         assert evaluation_windows(["1 2 3 4 5"], self.tokenizer(None), 2, max_windows=9).shape == (2, 2)
+
+    def test_sparsegpt_has_bos_once(self) -> None:
+        """As its code does: ``tokenizer("\\n\\n".join(documents))``, cut into windows."""
+        tokenizer, documents = self.tokenizer("<s> $A"), ["1 2 3", "4 5", "6 7 8"]
+        ids = tokenizer("\n\n".join(documents))["input_ids"]
+        tokens_NL = evaluation_windows(documents, tokenizer, 4, protocol="sparsegpt")
+        assert tokens_NL.tolist() == [ids[0:4], ids[4:8]] == [[201, 1, 2, 3], [200, 4, 5, 200]]
+        assert len(ids) == 11
+
+    def test_without_special_tokens_the_protocols_are_the_same(self) -> None:
+        both = [evaluation_windows(["1 2 3", "4 5 6"], self.tokenizer(None), 3, None, name) for name in PROTOCOLS]
+        assert torch.equal(*both)
 
     @pytest.mark.parametrize("documents", [[], ["1 2"]])
     def test_too_short(self, documents: list[str]) -> None:

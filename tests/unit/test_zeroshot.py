@@ -48,7 +48,9 @@ def test_items_agree_with_lm_eval_run_as_it_is(arc: Path, tmp_path: Path) -> Non
         f"include: {definition}\ntask: plain\ndataset_path: json\ndataset_name: null\ndataset_kwargs:\n"
         f"  data_files: {{test: {arc}}}\ntraining_split: null\nvalidation_split: null\n"
     )
-    plain = simple_evaluate(HFLM(pretrained=model, tokenizer=make_tokenizer(**ENDS)), tasks=[str(tmp_path / "plain.yaml")])
+    plain = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=make_tokenizer(**ENDS)), tasks=[str(tmp_path / "plain.yaml")]
+    )
     for batch_size in (1, 3, 20):
         (found,) = zero_shot(model, tokenizer, load_tasks({"arc_easy": arc}), batch_size=batch_size)
         assert (found.task, found.items) == ("arc_easy", 6)
