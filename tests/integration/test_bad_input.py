@@ -402,6 +402,7 @@ class TestOtherCommands:
             (["model", "--divergence"], "--divergence compares models on a text: name two models or more"),
             (["model", "--task-data", "."], "--task-data and --task-limit are for tasks: name some with --tasks"),
             (["model", "--tasks", "piqa", "--task-data", "."], "task piqa has no file in ."),
+            (["model", "--tasks", "piqa"], "the tokenizer of model names neither a bos_token nor an eos_token"),
             (["model", "--save"], "--save: none of model is an output of optima prune"),
             (["model", "--output", "missing/file.json"], "missing is no directory"),
             (["model", "--output", "text.txt"], "text.txt exists: replace it with --overwrite"),

@@ -66,9 +66,9 @@ def test_one_whole_and_one_sliced_model() -> None:
 
 
 def test_other_vocabulary() -> None:
+    larger = llama().config.to_dict() | {"vocab_size": V + 3}
     with pytest.raises(ModelError, match=rf"vocabularies of {V} and {V + 3} tokens have no divergence"):
-        divergence(build(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**llama().config.to_dict() | {"vocab_size": V + 3}))),
-                   llama(), windows())  # fmt: skip
+        divergence(build(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**larger))), llama(), windows())
 
 
 def test_nan_names_the_window() -> None:

@@ -43,7 +43,8 @@ def test_items_agree_with_lm_eval_run_as_it_is(arc: Path, tmp_path: Path) -> Non
     from lm_eval.tasks import TaskManager
 
     model, tokenizer = make_llama(), make_tokenizer(**ENDS)
-    definition = TaskManager().task_index["arc_easy"].yaml_path
+    manager = TaskManager()
+    definition = manager.task_index["arc_easy"].yaml_path
     (tmp_path / "plain.yaml").write_text(
         f"include: {definition}\ntask: plain\ndataset_path: json\ndataset_name: null\ndataset_kwargs:\n"
         f"  data_files: {{test: {arc}}}\ntraining_split: null\nvalidation_split: null\n"

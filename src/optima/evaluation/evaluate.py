@@ -105,9 +105,10 @@ def _tasks(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> Tasks 
     names = settings.task_names
     if not names:
         return None
+    files = dict.fromkeys(names) if settings.task_data is None else find_files(names, settings.task_data)
     for subject in subjects:
-        check_tokenizer(subject.tokenizer)
-    return load_tasks(dict.fromkeys(names) if settings.task_data is None else find_files(names, settings.task_data))
+        check_tokenizer(subject.tokenizer, subject.source.name)
+    return load_tasks(files)
 
 
 def _measure(

@@ -16,6 +16,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -87,10 +88,12 @@ def zero_shot(
     return tuple(_record(name, leaves, found) for name, leaves in tasks.names.items())
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ``ModelError`` if the tokenizer lacks what lm-eval needs."""
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> None:
+    """Raise ``ModelError`` if the tokenizer of ``model`` lacks what lm-eval needs."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer names neither a bos_token nor an eos_token: set one in tokenizer_config.json")
+        raise ModelError(
+            f"the tokenizer of {model} names neither a bos_token nor an eos_token: set one in tokenizer_config.json"
+        )
 
 
 def find_files(names: Sequence[str], directory: str | Path) -> dict[str, Path]:
@@ -131,15 +134,13 @@ def load_tasks(tasks: Mapping[str, str | Path | None]) -> Tasks:
         CalibrationError: if a file is missing or lacks the columns of its task; if the hub cannot be read.
     """
     _check_installed()
-    from lm_eval.tasks import TaskManager
-
     for name, file in tasks.items():
         if file is not None and not Path(file).is_file():
             raise CalibrationError(f"task {name}: there is no file {file}")
         if file is not None and Path(file).suffix not in READERS:
             raise CalibrationError(f"task {name}: {file} must be one of {', '.join(READERS)}")
     with _warnings_only_from("lm_eval"):
-        manager = TaskManager()
+        manager = _manager()
         for name in tasks:
             _check_known(manager, name)
         parts = {
@@ -156,6 +157,14 @@ def load_tasks(tasks: Mapping[str, str | Path | None]) -> Tasks:
                     f"task {name} is no multiple choice but {task.OUTPUT_TYPE}: only choices can be compared here"
                 )
     return Tasks({name: tuple(part["tasks"]) for name, part in parts.items()}, loaded)
+
+
+@cache
+def _manager() -> Any:
+    """lm-eval's index of its tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _check_known(manager: Any, name: str) -> None:
