@@ -280,8 +280,10 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     from optima.evaluation.table import print_tables
 
     found = evaluate(settings)
-    files = [found.save(place) for place in places]
-    print_tables(found, console)
+    try:
+        files = [found.save(place) for place in places]
+    finally:
+        print_tables(found, console)  # hours of work, whatever becomes of the files
     if files:
         console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
 

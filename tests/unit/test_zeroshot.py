@@ -108,9 +108,10 @@ def test_model_tokenizer_and_tasks_stay_as_they_were(arc: Path) -> None:
 @needs_lm_eval
 def test_a_group_is_its_tasks_together(arc: Path) -> None:
     one, other = load_tasks({"arc_easy": arc}), load_tasks({"arc_challenge": arc})
-    from lm_eval.api.group import AggMetricConfig, Group
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
 
-    group = Group("both", aggregation=[AggMetricConfig(metric="acc", weight_by_size=True)])
+    group = Group("both", aggregate_metric_list=[AggMetricConfig("acc", filter_list=["none"])])
     children = one.loaded["tasks"] | other.loaded["tasks"]
     for task in children.values():
         group.add(task)

@@ -149,13 +149,9 @@ def load_tasks(tasks: Mapping[str, str | Path | None]) -> Tasks:
         }
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name, part in parts.items():
+        _check_choices(name, part)
         for key, members in part.items():
             loaded[key] |= members
-        for task in part["tasks"].values():
-            if task.OUTPUT_TYPE != "multiple_choice":
-                raise RecipeError(
-                    f"task {name} is no multiple choice but {task.OUTPUT_TYPE}: only choices can be compared here"
-                )
     return Tasks({name: tuple(part["tasks"]) for name, part in parts.items()}, loaded)
 
 
@@ -173,6 +169,22 @@ def _check_known(manager: Any, name: str) -> None:
         close = difflib.get_close_matches(name, known, 1)
         meant = f" (did you mean {close[0]}?)" if close else ""
         raise RecipeError(f"lm-eval has no task {name}{meant}: list them with lm-eval ls tasks")
+
+
+def _check_choices(name: str, part: Mapping[str, Any]) -> None:
+    for task in part["tasks"].values():
+        if task.OUTPUT_TYPE != "multiple_choice":
+            raise RecipeError(
+                f"task {name} is no multiple choice but {task.OUTPUT_TYPE}: only choices can be compared here"
+            )
+    if name in part["groups"]:
+        known = {each.metric for each in part["groups"][name].aggregate_metric_list or []}
+    else:
+        known = {each["metric"] for task in part["tasks"].values() for each in task.config.metric_list or []}
+    if not known & set(METRICS):
+        raise RecipeError(
+            f"lm-eval defines no accuracy of {name} (it has {', '.join(known) or 'none'}): name its tasks"
+        )
 
 
 def _from_hub(manager: Any, name: str) -> Any:
@@ -233,11 +245,13 @@ def _record(name: str, leaves: Sequence[str], found: Mapping[str, Any]) -> TaskR
     samples = [sample for leaf in leaves for sample in sorted(found["samples"][leaf], key=lambda each: each["doc_id"])]
     metrics, correct = {}, {}
     for metric in METRICS:
-        if f"{metric},none" in results and all(metric in sample for sample in samples):
+        if f"{metric},none" in results:
             stderr = results.get(f"{metric}_stderr,none")
             known = isinstance(stderr, float)
             metrics[metric] = Estimate(float(results[f"{metric},none"]), float(stderr) if known else None)
-            correct[metric] = "".join(str(int(sample[metric])) for sample in samples)
+            answers = [float(sample[metric]) for sample in samples]
+            if set(answers) <= {0.0, 1.0}:  # some tasks give shares of a point
+                correct[metric] = "".join(str(int(answer)) for answer in answers)
     digest = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode())
     return TaskRecord(name, len(samples), metrics, correct, digest.hexdigest())
 
