@@ -60,9 +60,7 @@ class TaskRecord(Record):
     task: str
     items: Int
     metrics: dict[str, Estimate]  # acc, acc_norm: shares of items, with lm-eval's standard errors
-    correct: dict[
-        str, str
-    ]  # metric whose items are right or wrong -> a character an item in the task's order, 1: right
+    correct: dict[str, str]  # metric whose items are right or wrong -> a character an item in their order, 1: right
     data_hash: str  # SHA-256 of lm-eval's hashes of the items
 
 

@@ -182,9 +182,8 @@ def _check_choices(name: str, part: Mapping[str, Any]) -> None:
     else:
         known = {each["metric"] for task in part["tasks"].values() for each in task.config.metric_list or []}
     if not known & set(METRICS):
-        raise RecipeError(
-            f"lm-eval defines no accuracy of {name} (it has {', '.join(known) or 'none'}): name its tasks"
-        )
+        has = ", ".join(sorted(known)) or "nothing"
+        raise RecipeError(f"lm-eval measures {has} of {name}, and no accuracy: choose another, or name its tasks")
 
 
 def _from_hub(manager: Any, name: str) -> Any:
