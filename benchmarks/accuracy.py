@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.zeroshot import load_tasks, zero_shot
+from harness.zeroshot import accuracies
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +36,7 @@ from optima.calibration.text import Documents, TextSource, calibration_tokens, d
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.evaluation.zeroshot import load_tasks
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import ALLOCATION_NAMES, ROUNDINGS
@@ -133,7 +134,7 @@ class Bench:
         result["perplexity"] = perplexity(sparse, self.windows_NL, device=device)
         if self.options.tasks:
             started = time.perf_counter()
-            result["tasks"] = zero_shot(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
+            result["tasks"] = accuracies(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
             result["seconds_in_tasks"] = time.perf_counter() - started
         return result | {"settings": self.settings(method, pattern), "made_with": made_with(self.options)}
 
