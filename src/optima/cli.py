@@ -138,10 +138,25 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option = add("report", "print the report of a pruned checkpoint", "PATH")
     option("path", metavar="PATH", help="the checkpoint's directory, or its report.json")
 
+    text = "write a pruned checkpoint without its zeros, in about half the space"
+    option = add("pack", text, "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
+    option("--code-exponents", action="store_true", help="code bfloat16 exponents too: smaller, slower")
+    _add_output(option, "packed")
+
+    option = add("unpack", "restore a packed checkpoint, bit for bit", "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="what optima pack wrote")
+    _add_output(option, "unpacked")
+
     option = add("demo", "prune a real small model from the package registry and compare", "[--output-dir DIR]")
     text = "where the sparse checkpoint and its report go (default: demo-output)"
     option("--output-dir", default="demo-output", metavar="DIR", help=text)
     return parser, commands
+
+
+def _add_output(option: Callable[..., Any], suffix: str) -> None:
+    option("--output-dir", metavar="DIR", help=f"where it goes (default: the name with -{suffix} behind)")
+    option("--overwrite", action="store_true", help="replace an earlier output in that place")
 
 
 def _add_recipe(parser: _Parser) -> None:
@@ -227,6 +242,14 @@ def _report(path: str) -> None:
     print(render_markdown(optima.load_report(path)))
 
 
+def _pack(**given: Any) -> None:
+    print(optima.pack(**given))
+
+
+def _unpack(**given: Any) -> None:
+    print(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
+
+
 def _demo(output_dir: str) -> None:
     console = _quiet_console()
     from optima.demo import run_demo
@@ -234,7 +257,15 @@ def _demo(output_dir: str) -> None:
     run_demo(Path(output_dir), console)
 
 
-COMMANDS: dict[str, Command] = {"prune": _prune, "plan": _plan, "eval": _eval, "report": _report, "demo": _demo}
+COMMANDS: dict[str, Command] = {
+    "prune": _prune,
+    "plan": _plan,
+    "eval": _eval,
+    "report": _report,
+    "pack": _pack,
+    "unpack": _unpack,
+    "demo": _demo,
+}
 
 
 def _quiet_console() -> Console:
