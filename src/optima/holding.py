@@ -1,7 +1,7 @@
 """Keep the zeros of a sparse model while it is fine-tuned.
 
-Two hooks hold a weight at zero. Its gradient is zeroed as it arrives, so that clipping, momentum and Adam's moments know
-nothing of it. And after each step of any optimizer of torch it is set to zero again, whatever that step did.
+Two hooks hold a weight at zero. Its gradient is zeroed as it arrives, so that clipping, momentum and Adam's moments
+know nothing of it. And after each step of any optimizer of torch it is set to zero again, whatever that step did.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import TrainerCallback
 
 from optima.errors import ModelError, RecipeError
 from optima.models.stacks import linears_of
@@ -65,9 +65,9 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
 
     Args:
         model: a sparse model; its parameters must stay the same objects, as they do in ``model.to``.
-        keep: masks by the name of their linear, with or without ``.weight``: bool, shaped as the model stores the weight,
-            True = survives; what does not survive becomes zero at once. Without it, and nowhere else in this package, a mask
-            is inferred: weights of linears that are exactly zero now. A linear of nothing but zeros (an adapter before
+        keep: masks by the name of their linear, with or without ``.weight``: bool, shaped as the model stores the
+            weight, True = survives; what does not survive becomes zero at once. Without it a mask is inferred, on
+            purpose: weights of linears that are exactly zero now. A linear of nothing but zeros (an adapter before
             training) is left alone, and so is one that shares the weight of an embedding.
 
     Returns:
@@ -100,12 +100,12 @@ def _check(keep: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None
         shape = tuple(parameters[name].shape)
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise RecipeError(
-                f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: give bool of shape {shape}, True where "
-                "the weight survives"
+                f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: give bool of shape {shape}, True "
+                "where the weight survives"
             )
 
 
-class HoldZeros(TrainerCallback):  # type: ignore[misc]
+class HoldZeros(TrainerCallback):
     """Hold the zeros of the model that a ``transformers.Trainer`` trains, from its first step to its last.
 
     Args:
@@ -113,11 +113,13 @@ class HoldZeros(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, keep: Mapping[str, Tensor] | None = None) -> None:
-        self.keep, self.held = keep, None
+        self.keep = keep
+        self.held: HeldZeros | None = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: PreTrainedModel, **others: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """Begin to hold."""
-        self.held = hold_zeros(model, self.keep)
+        self.on_train_end(args, state, control)  # of a training that was broken off
+        self.held = hold_zeros(others["model"], self.keep)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """For optimizers that are not torch's."""
@@ -128,3 +130,4 @@ class HoldZeros(TrainerCallback):  # type: ignore[misc]
         """Let go."""
         if self.held is not None:
             self.held.remove()
+            self.held = None

@@ -370,7 +370,9 @@ class TestHelp:
     def test_module(self) -> None:
         result = subprocess.run([sys.executable, "-m", "optima", "--help"], capture_output=True, text=True, check=True)
         assert result.stdout.startswith("usage: optima")
-        assert all(command in result.stdout for command in ("prune", "plan", "eval", "report", "demo"))
+        assert all(
+            command in result.stdout for command in ("prune", "plan", "eval", "report", "pack", "unpack", "demo")
+        )
         assert result.stderr == ""
 
     def help(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
