@@ -138,8 +138,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option = add("report", "print the report of a pruned checkpoint", "PATH")
     option("path", metavar="PATH", help="the checkpoint's directory, or its report.json")
 
-    text = "write a pruned checkpoint without its zeros, in about half the space"
-    option = add("pack", text, "DIR [--output-dir DIR]")
+    option = add("pack", "store a pruned checkpoint without its zeros", "DIR [--output-dir DIR]")
     option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
     option("--code-exponents", action="store_true", help="code bfloat16 exponents too: smaller, slower")
     _add_output(option, "packed")

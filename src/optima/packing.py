@@ -35,7 +35,7 @@ def pack(
     if packed := _shards(source, PACKED):
         raise ModelError(f"{packed[0]} is packed already: unpack it with optima unpack {source}")
     if not (shards := _shards(source, PLAIN)):
-        raise ModelError(f"{source} holds no {PLAIN} files: name the directory of a checkpoint in safetensors format")
+        raise ModelError(f"{source} holds no {PLAIN} files: name the local directory of a checkpoint in this format")
     with _beside(source, "-packed", output_dir, overwrite) as new:
         _copy_rest(source, new, PLAIN, PACKED)
         sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED), code_exponents) for shard in shards]
