@@ -432,6 +432,7 @@ class TestHelp:
             "import optima; optima.Recipe(sparsity=0.3); optima.load_report",
             "from optima.cli import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass",
             "from optima.cli import main; main(['report', 'missing'])",
+            "from optima.cli import main; main(['pack', 'missing'])",
             "from optima.cli import main; main(['prune', 'model', '--output-dir', 'out', '--sparsity', '2'])",
         ],
     )

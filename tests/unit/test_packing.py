@@ -175,16 +175,16 @@ def test_a_file_cut_short_is_refused(packed: Path, tmp_path: Path, length: int) 
 
 @both
 def test_memory_is_flat(tmp_path: Path, code_exponents: bool) -> None:
-    """One tensor of 25 MB, in more than one chunk and not a whole number of bytes of its bitmap."""
+    """One tensor of 17 MB, in more than one chunk and not a whole number of bytes of its bitmap."""
     (tmp_path / "model").mkdir()
-    large = torch.arange(3 * 2**22 + 3, dtype=torch.int32).mul(40503).to(torch.int16)  # of all exponents
+    large = torch.arange(2**23 + 3, dtype=torch.int32).mul(40503).to(torch.int16)  # of all exponents
     save_file({"large": large.mul(large > 0).view(torch.bfloat16)}, tmp_path / "model" / "model.safetensors")
     tracemalloc.start()
     optima.pack(tmp_path / "model", code_exponents=code_exponents)
     optima.unpack(tmp_path / "model-packed", tmp_path / "again")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 16e6, peak
+    assert peak < 10e6, peak
     again, original = (tmp_path / name / "model.safetensors" for name in ("again", "model"))
     assert again.read_bytes() == original.read_bytes()
 
