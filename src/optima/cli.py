@@ -169,6 +169,15 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("paths", nargs="+", metavar="PATH", help="a checkpoint's directory, or its report.json")
     option("--html", metavar="FILE", help="write one page of all of them, each compared with the first")
 
+    option = add("pack", "store a pruned checkpoint without its zeros", "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
+    option("--code-exponents", action="store_true", help="code bfloat16 exponents too: smaller, slower")
+    _add_output(option, "packed")
+
+    option = add("unpack", "restore a packed checkpoint, bit for bit", "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="what optima pack wrote")
+    _add_output(option, "unpacked")
+
     option = add("demo", "prune a real small model from the package registry and compare", "[--output-dir DIR]")
     text = "where the sparse checkpoint and its report go (default: demo-output)"
     option("--output-dir", default="demo-output", metavar="DIR", help=text)
@@ -202,6 +211,11 @@ def _add_eval(option: Callable[..., Any]) -> None:
     option("--save", action="store_true", help="write the results to evaluation.json in each MODEL that OPTIMA made")
     option("--output", metavar="FILE", help="write the results as JSON to this file")
     option("--overwrite", action="store_true", help="replace results that were written before")
+
+
+def _add_output(option: Callable[..., Any], suffix: str) -> None:
+    option("--output-dir", metavar="DIR", help=f"where it goes (default: the name with -{suffix} behind)")
+    option("--overwrite", action="store_true", help="replace an earlier output in that place")
 
 
 def _add_recipe(parser: _Parser) -> None:
@@ -338,6 +352,14 @@ def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[
     _say(f"page: {file}")
 
 
+def _pack(**given: Any) -> None:
+    print(optima.pack(**given))
+
+
+def _unpack(**given: Any) -> None:
+    print(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
+
+
 def _demo(output_dir: str) -> None:
     console = _quiet_console()
     from optima.demo import run_demo
@@ -345,7 +367,15 @@ def _demo(output_dir: str) -> None:
     run_demo(Path(output_dir), console)
 
 
-COMMANDS: dict[str, Command] = {"prune": _prune, "plan": _plan, "eval": _eval, "report": _report, "demo": _demo}
+COMMANDS: dict[str, Command] = {
+    "prune": _prune,
+    "plan": _plan,
+    "eval": _eval,
+    "report": _report,
+    "pack": _pack,
+    "unpack": _unpack,
+    "demo": _demo,
+}
 
 
 def _quiet_console() -> Console:

@@ -445,7 +445,9 @@ class TestHelp:
     def test_module(self) -> None:
         result = subprocess.run([sys.executable, "-m", "optima", "--help"], capture_output=True, text=True, check=True)
         assert result.stdout.startswith("usage: optima")
-        assert all(command in result.stdout for command in ("prune", "plan", "eval", "report", "demo"))
+        assert all(
+            command in result.stdout for command in ("prune", "plan", "eval", "report", "pack", "unpack", "demo")
+        )
         assert result.stderr == ""
 
     def help(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -505,6 +507,7 @@ class TestHelp:
             "import optima; optima.Recipe(sparsity=0.3); optima.load_report",
             "from optima.cli import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass",
             "from optima.cli import main; main(['report', 'missing'])",
+            "from optima.cli import main; main(['pack', 'missing'])",
             "from optima.cli import main; main(['prune', 'model', '--output-dir', 'out', '--sparsity', '2'])",
         ],
     )
