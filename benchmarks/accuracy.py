@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.zeroshot import load_tasks, zero_shot
+from harness.zeroshot import accuracies
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -40,6 +40,7 @@ from optima.calibration.text import Documents, TextSource, calibration_tokens, d
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.evaluation.zeroshot import load_tasks
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, read_recipe, recipe_from_dict
@@ -153,7 +154,7 @@ class Bench:
             result["perplexity_held_out"] = perplexity(sparse, self.held_out_NL, device=device)
         if self.options.tasks:
             started = time.perf_counter()
-            result["tasks"] = zero_shot(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
+            result["tasks"] = accuracies(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
             result["seconds_in_tasks"] = time.perf_counter() - started
         return result | {"settings": self.settings(method, pattern), "made_with": made_with(self.options)}
 

@@ -5,23 +5,42 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optima.errors import OptimaError
+    from optima.holding import HoldZeros, hold_zeros
+    from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe, load_recipe
     from optima.reporting.record import Report, load_report
     from optima.run import prune
 
-__all__ = ["NM", "OptimaError", "Recipe", "Report", "Unstructured", "load_recipe", "load_report", "prune"]
+__all__ = [
+    "NM",
+    "HoldZeros",
+    "OptimaError",
+    "Recipe",
+    "Report",
+    "Unstructured",
+    "hold_zeros",
+    "load_recipe",
+    "load_report",
+    "pack",
+    "prune",
+    "unpack",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "HoldZeros": "holding",
     "NM": "patterns",
     "OptimaError": "errors",
     "Recipe": "recipe",
     "Report": "reporting.record",
     "Unstructured": "patterns",
+    "hold_zeros": "holding",
     "load_recipe": "recipe",
     "load_report": "reporting.record",
+    "pack": "packing",
     "prune": "run",
+    "unpack": "packing",
 }
 
 

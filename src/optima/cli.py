@@ -7,7 +7,8 @@ import dataclasses
 import difflib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +18,7 @@ from rich.text import Text
 
 import optima
 from optima.errors import OptimaError
-from optima.evaluation import PROTOCOL
+from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS, EvaluationSettings
 from optima.recipe import DTYPES, GROUPS, SHIPPED, Recipe, must_be, read_recipe, recipe_from_dict
 
 if TYPE_CHECKING:
@@ -38,20 +39,59 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, arguments = _parse(argv)
         COMMANDS[command](**arguments)
         if sys.stdout is not None:  # a daemon has none
-            sys.stdout.flush()
+            with _writing():
+                sys.stdout.flush()
     except OptimaError as error:
         # A Text is printed as it is: no markup, no emoji.
         message = Text.assemble(("optima: error:", "bold red"), " ", str(error))
         Console(stderr=True, soft_wrap=True).print(message)
         return 2
     except BrokenPipeError:
-        # Python flushes stdout once more at its exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 141
     except KeyboardInterrupt as error:
         print(f"optima: {str(error) or 'interrupted'}", file=sys.stderr)
         return int(getattr(error, "exit_code", 130))
     return 0
+
+
+def _give_up_stdout() -> None:
+    """Python flushes stdout once more at its exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Standard output that is full or closed is one clear error; one that nobody reads stays a ``BrokenPipeError``."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _give_up_stdout()
+        raise OptimaError(
+            f"the standard output cannot be written ({error.strerror}): free some space, or send it elsewhere"
+        ) from error
+
+
+class _Console(Console):
+    """A console for our own output alone. Nothing is markup, and who leaves a pipe gets no exit status of rich's."""
+
+    def __init__(self) -> None:
+        super().__init__(emoji=False, markup=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with _writing():
+            super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> None:
+        """Called where the error is handled."""
+        raise
+
+
+def _say(text: str) -> None:
+    with _writing():
+        print(text)
 
 
 def _check_here() -> None:
@@ -94,8 +134,6 @@ def _parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
         command.unknown(next((text for text in extra if text.startswith("-")), extra[0]).partition("=")[0])
     if name == "prune" and "output_dir" not in given:
         command.error("--output-dir is missing: where the sparse checkpoint and its report are written")
-    if name == "eval" and not given.get("dataset"):
-        command.error("--dataset is missing: a hub id or local text files")
     return name, given
 
 
@@ -123,20 +161,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--measure", action="store_true", help="prune one random linear of each shape: seconds, memory")
     _add_recipe(commands["plan"])
 
-    option = add(
-        "eval", "measure perplexity", "MODEL [MODEL ...] --dataset TEXT [options]", f"Measure perplexity: {PROTOCOL}."
-    )
-    option("models", nargs="+", metavar="MODEL", help="hub ids, local directories or GGUF files")
-    option("--dataset", nargs="+", metavar="TEXT", help="hub id or local text files")
-    option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
-    option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
-    option("--text-column", metavar="NAME", help="column that holds the text (default: text)")
-    option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
-    option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
-    option("--batch-size", type=int, metavar="N", help="windows in one forward pass (default: 1)")
-    option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
-    option("--dtype", choices=DTYPES, metavar="NAME", help=f"load in this: {', '.join(DTYPES)} (default: auto)")
-    option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", ABOUT))
 
     option = add(
         "report", "print the report of a pruned checkpoint, or compare several", "PATH [PATH ...] [--html FILE]"
@@ -144,10 +169,53 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("paths", nargs="+", metavar="PATH", help="a checkpoint's directory, or its report.json")
     option("--html", metavar="FILE", help="write one page of all of them, each compared with the first")
 
+    option = add("pack", "store a pruned checkpoint without its zeros", "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
+    option("--code-exponents", action="store_true", help="code bfloat16 exponents too: smaller, slower")
+    _add_output(option, "packed")
+
+    option = add("unpack", "restore a packed checkpoint, bit for bit", "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="what optima pack wrote")
+    _add_output(option, "unpacked")
+
     option = add("demo", "prune a real small model from the package registry and compare", "[--output-dir DIR]")
     text = "where the sparse checkpoint and its report go (default: demo-output)"
     option("--output-dir", default="demo-output", metavar="DIR", help=text)
     return parser, commands
+
+
+def _add_eval(option: Callable[..., Any]) -> None:
+    option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, the reference first")
+    option("--dataset", nargs="+", metavar="TEXT", help="text for perplexity: hub id or local text files")
+    option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
+    option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
+    option("--text-column", metavar="NAME", help="column that holds the text (default: text)")
+    protocols = "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
+    option("--protocol", metavar="NAME", help=f"{protocols} (default: {next(iter(PROTOCOLS))})")
+    option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
+    option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
+    text = "KL divergence from the first model and share of equal top-1 predictions; two models are in memory at once"
+    option("--divergence", action="store_true", help=text)
+    option("--tasks", nargs="+", metavar="TASK", help="multiple-choice tasks of lm-eval, such as piqa,arc_easy")
+    suites = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in SUITES.items())
+    option("--suite", metavar="NAME", help=f"several tasks by one name; {suites}")
+    text = "read items from DIR/TASK_SPLIT.jsonl (or .json, .parquet) instead of the hub"
+    option("--task-data", metavar="DIR", help=text)
+    option("--task-limit", type=int, metavar="N", help="use the first items of each task only (default: all)")
+    text = f"windows, or choices, in one forward pass (default: {WINDOWS} window, {CHOICES} choices)"
+    option("--batch-size", type=int, metavar="N", help=text)
+    option("--seed", type=int, metavar="N", help="seed of the bootstrap (default: 0)")
+    option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    option("--dtype", choices=DTYPES, metavar="NAME", help=f"load in this: {', '.join(DTYPES)} (default: auto)")
+    option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    option("--save", action="store_true", help="write the results to evaluation.json in each MODEL that OPTIMA made")
+    option("--output", metavar="FILE", help="write the results as JSON to this file")
+    option("--overwrite", action="store_true", help="replace results that were written before")
+
+
+def _add_output(option: Callable[..., Any], suffix: str) -> None:
+    option("--output-dir", metavar="DIR", help=f"where it goes (default: the name with -{suffix} behind)")
+    option("--overwrite", action="store_true", help="replace an earlier output in that place")
 
 
 def _add_recipe(parser: _Parser) -> None:
@@ -209,8 +277,8 @@ def _prune(model: str, output_dir: str, overwrite: bool = False, dump_layer: str
     recipe = _recipe(given)
     _quiet_console()
     report = optima.prune(model, recipe, output_dir=output_dir, overwrite=overwrite, dump_layer=dump_layer)
-    print(render_summary(report))
-    print(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
+    _say(render_summary(report))
+    _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
 
 
 def _plan(model: str, measure: bool = False, **given: Any) -> None:
@@ -224,26 +292,58 @@ def _plan(model: str, measure: bool = False, **given: Any) -> None:
     print_plan(found, plan.measure(found, recipe) if measure else None, model, console)
 
 
-def _eval(**given: Any) -> None:
+def _eval(save: bool = False, output: str | None = None, overwrite: bool = False, **given: Any) -> None:
+    for name in given.keys() & {"models", "dataset"}:
+        given[name] = tuple(given[name])
+    if "tasks" in given:
+        given["tasks"] = tuple(task for text in given["tasks"] for task in text.split(",") if task)
+    settings = EvaluationSettings(**given)
+    places = _places(settings.models, save, output, overwrite)
     console = _quiet_console()
-    from optima.evaluation.table import evaluate_models, print_table
+    from optima.evaluation.evaluate import evaluate
+    from optima.evaluation.table import print_tables
 
-    print_table(evaluate_models(**given), console)
+    found = evaluate(settings)
+    try:
+        files = [found.save(place) for place in places]
+    finally:
+        print_tables(found, console)  # hours of work, whatever becomes of the files
+    if files:
+        console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+
+
+def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bool) -> list[Path]:
+    """Where an evaluation is written; refused now if it cannot be."""
+    from optima.evaluation.record import check_free
+    from optima.reporting.record import REPORT_NAME
+
+    places = [Path(model).expanduser() for model in models] if save else []
+    places = [place for place in places if (place / REPORT_NAME).is_file()]
+    if save and not places:
+        raise OptimaError(f"--save: none of {', '.join(models)} is an output of optima prune; use --output FILE")
+    places += [Path(output).expanduser()] if output else []
+    for place in places:
+        check_free(place, overwrite)
+    return places
 
 
 def _report(paths: Sequence[str], html: str | None = None) -> None:
+    from optima.evaluation.record import EVALUATION_NAME, load_evaluation
+    from optima.evaluation.table import headline, render_evaluation
     from optima.reporting.markdown import render_markdown
 
     reports = {path: optima.load_report(path) for path in paths}
+    beside = [(Path(path) if Path(path).is_dir() else Path(path).parent) / EVALUATION_NAME for path in paths]
+    found = [load_evaluation(file) if file.is_file() else None for file in beside]
     if html is not None:
-        _write_page(reports, Path(html).expanduser())
+        _write_page(reports, Path(html).expanduser(), [headline(own) if own else [] for own in found])
     elif len(paths) > 1:
         raise OptimaError("several reports are compared on a page: name its file by --html FILE")
     else:
-        print(render_markdown(reports[paths[0]]))
+        _say(render_markdown(reports[paths[0]], render_evaluation(found[0]) if found[0] else ""))
 
 
-def _write_page(reports: dict[str, Report], file: Path) -> None:
+def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[tuple[str, str, str]]]) -> None:
     from optima.models.files import explain_write_errors, write_whole
     from optima.reporting.html import render_html
 
@@ -252,8 +352,16 @@ def _write_page(reports: dict[str, Report], file: Path) -> None:
     if len(reports) == 1:
         reports = {report.run.model: report for report in reports.values()}
     with explain_write_errors(file, "free some space or name another file by --html"):
-        write_whole(file, render_html(reports).encode())
-    print(f"page: {file}")
+        write_whole(file, render_html(reports, more).encode())
+    _say(f"page: {file}")
+
+
+def _pack(**given: Any) -> None:
+    print(optima.pack(**given))
+
+
+def _unpack(**given: Any) -> None:
+    print(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
 
 
 def _demo(output_dir: str) -> None:
@@ -263,15 +371,24 @@ def _demo(output_dir: str) -> None:
     run_demo(Path(output_dir), console)
 
 
-COMMANDS: dict[str, Command] = {"prune": _prune, "plan": _plan, "eval": _eval, "report": _report, "demo": _demo}
+COMMANDS: dict[str, Command] = {
+    "prune": _prune,
+    "plan": _plan,
+    "eval": _eval,
+    "report": _report,
+    "pack": _pack,
+    "unpack": _unpack,
+    "demo": _demo,
+}
 
 
 def _quiet_console() -> Console:
     """A console for our own output alone; the libraries' bars and advice would drown it."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; some bars have no other switch
     import datasets
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    return Console(emoji=False, markup=False)
+    return _Console()

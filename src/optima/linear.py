@@ -108,6 +108,7 @@ def prune_linear(
             if solution is not None:
                 rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
+            weight_OD = weight_OD + 0.0  # no -0.0, whose bits are not zero: to a packer it is a value
             errors = _measure(task, selection, weight_OD)
     record = LinearRecord(
         block=0,

@@ -33,6 +33,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import optima
 from optima import Recipe, load_recipe, load_report
 from optima.cli import main
+from optima.evaluation.record import load_evaluation
 from optima.recipe import GROUPS
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
@@ -356,6 +357,17 @@ class TestReport:
         assert result.stderr == ""
         assert result.returncode in (0, 141), "0 where the pipe held it all"
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+    def test_a_full_disk_is_one_error(self) -> None:
+        prune()
+        command = f"{sys.executable} -m optima report out > /dev/full"
+        result = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert result.returncode == 2
+        assert result.stderr == (
+            "optima: error: the standard output cannot be written (No space left on device): free some space, or send "
+            "it elsewhere\n"
+        )
+
 
 class TestEval:
     def test_names_are_no_markup(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -375,8 +387,48 @@ class TestEval:
         assert message == ""
         rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
         assert [row[1].strip() for row in rows] == ["model", "out"]
-        assert [row[3].strip() for row in rows] == ["7", "7"]
+        assert [row[5].strip() for row in rows] == ["7", "7"]
         assert all(200 < float(row[2]) < 500 for row in rows), "random weights: about the vocabulary's size"
+        assert "protocol windows (the tokenizer's special tokens (BOS) in every window), windows of 16 tokens" in output
+
+    def test_a_reader_that_leaves_is_no_error(self) -> None:
+        command = f"{sys.executable} -m optima eval model --dataset text.txt --max-seq-length 16 --max-windows 1 | true"
+        result = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+        assert result.stderr == ""
+        assert result.returncode in (0, 141), "0 where the pipe held it all"
+
+    def test_save_and_report(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("COLUMNS", "200")
+        prune()
+        arguments = ["eval", "model", "out", "--dataset", "text.txt", "--max-seq-length", "16", "--divergence"]
+        assert main([*arguments, "--save", "--output", "all.json"]) == 0
+        found = load_evaluation("out")
+        assert found == load_evaluation("all.json")
+        assert not Path("model/evaluation.json").exists(), "that is no output of ours"
+        first, second = found.models
+        assert first.divergence is None
+        assert second.divergence is not None
+        assert second.divergence.kl.value > 0
+        assert first.perplexity is not None
+        assert second.perplexity is not None
+        (comparison,) = found.comparisons
+        assert comparison.loss_difference is not None
+        difference = second.perplexity.loss.value - first.perplexity.loss.value
+        assert comparison.loss_difference.value == pytest.approx(difference)
+        assert found.settings["divergence"] is True
+
+        capsys.readouterr()
+        for path in ("out", "out/report.json"):
+            assert main(["report", path]) == 0
+            section = capsys.readouterr().out.partition("## Evaluation\n")[2].partition("\n## ")[0]
+            assert f"{second.perplexity.perplexity:.3f}" in section
+            assert f"{second.divergence.kl.value:.4f} ± " in section
+        assert main([*arguments, "--save"]) == 2
+        assert "out/evaluation.json exists: replace it with --overwrite" in capsys.readouterr().err
+        assert main([*arguments[:-1], "--save", "--overwrite", "--protocol", "sparsegpt"]) == 0
+        assert load_evaluation("out").models[1].divergence is None
+        assert "protocol sparsegpt" in capsys.readouterr().out
+        assert not list(Path("out").glob(".*"))
 
 
 class TestDemo:
@@ -393,7 +445,9 @@ class TestHelp:
     def test_module(self) -> None:
         result = subprocess.run([sys.executable, "-m", "optima", "--help"], capture_output=True, text=True, check=True)
         assert result.stdout.startswith("usage: optima")
-        assert all(command in result.stdout for command in ("prune", "plan", "eval", "report", "demo"))
+        assert all(
+            command in result.stdout for command in ("prune", "plan", "eval", "report", "pack", "unpack", "demo")
+        )
         assert result.stderr == ""
 
     def help(self, capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -453,6 +507,7 @@ class TestHelp:
             "import optima; optima.Recipe(sparsity=0.3); optima.load_report",
             "from optima.cli import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass",
             "from optima.cli import main; main(['report', 'missing'])",
+            "from optima.cli import main; main(['pack', 'missing'])",
             "from optima.cli import main; main(['prune', 'model', '--output-dir', 'out', '--sparsity', '2'])",
         ],
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import filecmp
+import re
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -112,6 +114,21 @@ def test_only_targets_change(gemma_file: Path, pruned_gemma: Path) -> None:
     assert "lm_head.weight" not in saved
     for name, tensor in saved.items():
         assert name in targets or torch.equal(tensor, dense[name]), name
+
+
+@pytest.mark.parametrize(("options", "share"), [((), 0.563), (("--code-exponents",), 0.45)])
+def test_pruned_gemma_is_packed_and_restored(
+    pruned_gemma: Path, tmp_path: Path, options: tuple[str, ...], share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, again = tmp_path / "packed", tmp_path / "again"
+    assert main(["pack", str(pruned_gemma), "--output-dir", str(packed), *options]) == 0
+    printed = re.search(r"126 of 236 tensors got a bitmap: .* \((.*)%\)", capsys.readouterr().out)
+    assert printed is not None
+    assert float(printed[1]) / 100 <= share
+    assert main(["unpack", str(packed), "--output-dir", str(again)]) == 0
+    files = [str(file.relative_to(pruned_gemma)) for file in pruned_gemma.rglob("*") if file.is_file()]
+    same, different, missing = filecmp.cmpfiles(pruned_gemma, again, files, shallow=False)
+    assert (sorted(same), different, missing) == (sorted(files), [], [])
 
 
 def test_eval_prints_one_table(

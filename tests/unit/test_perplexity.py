@@ -17,8 +17,9 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
-from optima.evaluation import perplexity as perplexity_module
-from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.evaluation import logits as logits_module
+from optima.evaluation.perplexity import evaluation_windows, perplexity, window_losses
+from optima.evaluation.settings import PROTOCOLS
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -96,11 +97,18 @@ class TestValue:
         monkeypatch: pytest.MonkeyPatch,
         warnings: Callable[[], list[str]],
     ) -> None:
-        monkeypatch.setattr(perplexity_module, "LOGITS_BYTES", 4 * V * positions)
+        monkeypatch.setattr(logits_module, "LOGITS_BYTES", 4 * V * positions)
         model = build(CAUSAL[name])
         expected = plain_perplexity(model, windows())
         assert perplexity(model, windows(), batch_size=2) == pytest.approx(expected, rel=1e-5)
         assert warnings() == []  # no fallback
+
+    @torch.no_grad()
+    def test_losses_of_windows(self) -> None:
+        model = llama()
+        logits_NLV = model(windows()).logits.double()
+        loss_NL = cross_entropy(logits_NLV[:, :-1].transpose(1, 2), windows()[:, 1:], reduction="none")
+        torch.testing.assert_close(window_losses(model, windows(), batch_size=2), loss_NL.mean(1), rtol=1e-5, atol=0)
 
     @settings(max_examples=25)
     @given(num_windows=st.integers(1, 4), length=st.integers(2, 12), batch_size=st.integers(1, 5))
@@ -126,13 +134,13 @@ class TestValue:
 
 class TestMemory:
     def test_body_runs_once_a_batch_and_logits_stay_in_the_budget(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(perplexity_module, "LOGITS_BYTES", 4 * V * 6)
+        monkeypatch.setattr(logits_module, "LOGITS_BYTES", 4 * V * 6)
         model = llama()
         bodies, logits = [], []
         model.model.layers[0].register_forward_hook(lambda module, args, output: bodies.append(args[0].shape[:2]))
         model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.shape[:2]))
         perplexity(model, windows(), batch_size=2)
-        whole = [shape for shape in bodies if shape[1] > perplexity_module.PROBE_LENGTH]
+        whole = [shape for shape in bodies if shape[1] > logits_module.PROBE_LENGTH]
         assert whole == [(2, 23), (2, 23), (1, 23)]
         assert max(batch * positions for batch, positions in logits if batch > 1) <= 6
 
@@ -251,6 +259,18 @@ class TestEvaluationWindows:
 
     def test_max_windows_is_no_minimum(self) -> None:
         assert evaluation_windows(["1 2 3 4 5"], self.tokenizer(None), 2, max_windows=9).shape == (2, 2)
+
+    def test_sparsegpt_has_bos_once(self) -> None:
+        """As its code does: ``tokenizer("\\n\\n".join(documents))``, cut into windows."""
+        tokenizer, documents = self.tokenizer("<s> $A"), ["1 2 3", "4 5", "6 7 8"]
+        ids = tokenizer("\n\n".join(documents))["input_ids"]
+        tokens_NL = evaluation_windows(documents, tokenizer, 4, protocol="sparsegpt")
+        assert tokens_NL.tolist() == [ids[0:4], ids[4:8]] == [[201, 1, 2, 3], [200, 4, 5, 200]]
+        assert len(ids) == 11
+
+    def test_without_special_tokens_the_protocols_are_the_same(self) -> None:
+        both = [evaluation_windows(["1 2 3", "4 5 6"], self.tokenizer(None), 3, None, name) for name in PROTOCOLS]
+        assert torch.equal(*both)
 
     @pytest.mark.parametrize("documents", [[], ["1 2"]])
     def test_too_short(self, documents: list[str]) -> None:

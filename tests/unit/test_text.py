@@ -57,6 +57,12 @@ class TestReadDocuments:
         documents = list(Documents(TextSource(("a.txt", "b.jsonl", "c.json", "d.parquet"))))
         assert documents == ["été\n\n\nlast line\n", "one\ntwo", "", "three", "four", "five", "six"]
 
+    def test_home_directory(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A shell expands ~, but nothing does so in a recipe's file."""
+        monkeypatch.setenv("HOME", str(here))
+        (here / "a.txt").write_text("one")
+        assert list(Documents(TextSource(("~/a.txt",)))) == ["one"]
+
     def test_leaves_nothing_behind(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         cache = here / "cache"
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", cache)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from harness.zeroshot import batches, zero_shot
 from tiny import LINES, make_llama, make_tokenizer
 
 from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
+from optima.evaluation.zeroshot import Tasks, batches, find_files, load_tasks, zero_shot
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
-needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the bench extra")
+needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the eval extra")
 
 
 @pytest.fixture
@@ -37,49 +37,128 @@ def arc(tmp_path: Path) -> Path:
 
 
 @needs_lm_eval
-def test_last_logits_give_the_same_likelihoods() -> None:
-    from harness.zeroshot import _language_model
+def test_items_agree_with_lm_eval_run_as_it_is(arc: Path, tmp_path: Path) -> None:
+    from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
     model, tokenizer = make_llama(), make_tokenizer(**ENDS)
-    texts = [LINES[0], LINES[1], LINES[0][:20], "a", "fox jumps"]
-    requests = [
-        ((context, continuation), *HFLM(pretrained=model, tokenizer=tokenizer)._encode_pair(context, continuation))
-        for context in texts[:3]
-        for continuation in (" dog", " a", " over the lazy dog", " " + LINES[1])
-    ]
-    plain = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)._loglikelihood_tokens(requests, disable_tqdm=True)
+    manager = TaskManager()
+    definition = manager.task_index["arc_easy"].yaml_path
+    (tmp_path / "plain.yaml").write_text(
+        f"include: {definition}\ntask: plain\ndataset_path: json\ndataset_name: null\ndataset_kwargs:\n"
+        f"  data_files: {{test: {arc}}}\ntraining_split: null\nvalidation_split: null\n"
+    )
+    plain = simple_evaluate(
+        HFLM(pretrained=model, tokenizer=make_tokenizer(**ENDS)), tasks=[str(tmp_path / "plain.yaml")]
+    )
     for batch_size in (1, 3, 20):
-        ours = _language_model(model, tokenizer, batch_size)._loglikelihood_tokens(requests)
+        (found,) = zero_shot(model, tokenizer, load_tasks({"arc_easy": arc}), batch_size=batch_size)
+        assert (found.task, found.items) == ("arc_easy", 6)
+        for metric in ("acc", "acc_norm"):
+            items = sorted(plain["samples"]["plain"], key=lambda item: item["doc_id"])
+            assert found.correct[metric] == "".join(str(int(item[metric])) for item in items)
+            assert found.metrics[metric].value == plain["results"]["plain"][f"{metric},none"]
+            assert found.metrics[metric].stderr == plain["results"]["plain"][f"{metric}_stderr,none"]
+
+
+@needs_lm_eval
+def test_likelihoods_agree_with_lm_eval_run_as_it_is(monkeypatch: pytest.MonkeyPatch, arc: Path) -> None:
+    """Of choices of one token and of many, in batches of any size, and from a model without ``logits_to_keep``."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models import huggingface
+
+    texts = [LINES[0], LINES[1], LINES[0][:20], "a", "fox jumps"]
+    pairs = [(text, more) for text in texts[:3] for more in (" dog", " a", " over the lazy dog", " " + LINES[1])]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    plain = huggingface.HFLM(pretrained=make_llama(), tokenizer=make_tokenizer(**ENDS)).loglikelihood(requests)
+    seen = []
+
+    class Seen(huggingface.HFLM):  # type: ignore[misc]
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            seen.append(self)
+
+    monkeypatch.setattr(huggingface, "HFLM", Seen)
+    whole = make_llama()
+    forward = type(whole).forward
+    monkeypatch.setattr(whole, "forward", lambda input_ids: forward(whole, input_ids), raising=False)
+    for model, batch_size in ((make_llama(), 1), (make_llama(), 3), (make_llama(), 20), (whole, 8)):
+        zero_shot(model, make_tokenizer(**ENDS), load_tasks({"arc_easy": arc}), limit=1, batch_size=batch_size)
+        ours = seen[-1].loglikelihood(requests)
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(plain), rtol=1e-5, atol=1e-5)
 
 
 @needs_lm_eval
-def test_model_and_tokenizer_stay_as_they_were(arc: Path) -> None:
-    model, tokenizer = make_llama().train(), make_tokenizer(**ENDS)
+def test_model_tokenizer_and_tasks_stay_as_they_were(arc: Path) -> None:
+    model, tokenizer, tasks = make_llama().train(), make_tokenizer(**ENDS), load_tasks({"arc_easy": arc})
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = zero_shot(model, tokenizer, {"arc_easy": arc}, limit=5)["arc_easy"]
-    assert result["items"] == 5
-    assert {"acc", "acc_norm", "acc_stderr"} <= result.keys()
+    found = zero_shot(model, tokenizer, tasks, limit=5)
+    assert found[0].items == 5
     assert model.training
     assert tokenizer.pad_token is None
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert zero_shot(model, tokenizer, {"arc_easy": arc}, limit=5, batch_size=1)["arc_easy"] == result
+    assert zero_shot(model, tokenizer, tasks, limit=5) == found
+    (all_items,) = zero_shot(model, tokenizer, tasks)
+    assert all_items.items == 6
+    assert all_items.correct["acc"].startswith(found[0].correct["acc"])
+    assert all_items.data_hash != found[0].data_hash
+
+
+@needs_lm_eval
+def test_a_group_is_its_tasks_together(arc: Path) -> None:
+    one, other = load_tasks({"arc_easy": arc}), load_tasks({"arc_challenge": arc})
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    group = Group("both", aggregate_metric_list=[AggMetricConfig("acc", filter_list=["none"])])
+    children = one.loaded["tasks"] | other.loaded["tasks"]
+    for task in children.values():
+        group.add(task)
+    loaded = {"tasks": children, "groups": {"both": group}, "group_map": {"both": group.child_names}}
+    tasks = Tasks({"both": tuple(children)}, loaded)
+    (found,) = zero_shot(make_llama(), make_tokenizer(**ENDS), tasks)
+    (single,) = zero_shot(make_llama(), make_tokenizer(**ENDS), one)
+    assert found.items == 12
+    assert found.correct == {"acc": 2 * single.correct["acc"]}
+    assert found.metrics["acc"].value == pytest.approx(single.metrics["acc"].value)
 
 
 @needs_lm_eval
 def test_bad_input_is_named(arc: Path) -> None:
     model, tokenizer = make_llama(), make_tokenizer(**ENDS)
     with pytest.raises(CalibrationError, match=r"arc\.jsonl does not hold items of piqa"):
-        zero_shot(model, tokenizer, {"piqa": arc})
+        load_tasks({"piqa": arc})
     with pytest.raises(CalibrationError, match=r"no file .*none\.jsonl"):
-        zero_shot(model, tokenizer, {"piqa": arc.with_name("none.jsonl")})
-    with pytest.raises(RecipeError, match="no task no_such"):
-        zero_shot(model, tokenizer, {"no_such": arc})
+        load_tasks({"piqa": arc.with_name("none.jsonl")})
+    with pytest.raises(RecipeError, match=r"no task arc_eazy \(did you mean arc_easy\?\)"):
+        load_tasks({"arc_eazy": arc})
+    with pytest.raises(RecipeError, match="mmlu is a group of tasks"):
+        load_tasks({"mmlu": arc})
+    with pytest.raises(CalibrationError, match=r"items of task piqa cannot be read from the hub.*--task-data"):
+        load_tasks({"piqa": None})
     with pytest.raises(ModelError, match="neither a bos_token nor an eos_token"):
-        zero_shot(model, make_tokenizer(), {"arc_easy": arc})
+        zero_shot(model, make_tokenizer(), load_tasks({"arc_easy": arc}))
     with pytest.raises(RecipeError, match="at least 1"):
-        zero_shot(model, tokenizer, {"arc_easy": arc}, limit=0)
+        zero_shot(model, tokenizer, load_tasks({"arc_easy": arc}), limit=0)
+
+
+def test_the_name_of_a_file_tells_its_task(tmp_path: Path) -> None:
+    for name in ("piqa_validation.jsonl", "arc_easy-test.parquet", "arc_challenge.json", "piqa.txt", "piqapiqa.jsonl"):
+        (tmp_path / name).touch()
+    found = find_files(["piqa", "arc_easy", "arc_challenge"], tmp_path)
+    assert {name: file.name for name, file in found.items()} == {
+        "piqa": "piqa_validation.jsonl",
+        "arc_easy": "arc_easy-test.parquet",
+        "arc_challenge": "arc_challenge.json",
+    }
+    (tmp_path / "piqa_test.jsonl").touch()
+    with pytest.raises(CalibrationError, match=r"task piqa has piqa_test\.jsonl, piqa_validation\.jsonl in "):
+        find_files(["piqa"], tmp_path)
+    with pytest.raises(CalibrationError, match=r"task winogrande has no file in .*winogrande_SPLIT\.jsonl"):
+        find_files(["winogrande"], tmp_path)
+    with pytest.raises(CalibrationError, match=r"missing is no directory"):
+        find_files(["piqa"], tmp_path / "missing")
 
 
 def test_remedy_without_lm_eval(arc: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,8 +170,8 @@ def test_remedy_without_lm_eval(arc: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(OptimaError, match=r"pip install 'optima-prune\[bench\]'"):
-        zero_shot(make_llama(), make_tokenizer(**ENDS), {"arc_easy": arc})
+    with pytest.raises(OptimaError, match=r"pip install 'optima-prune\[eval\]'"):
+        load_tasks({"arc_easy": arc})
 
 
 def test_batches_hold_what_is_scored() -> None:

@@ -6,10 +6,11 @@ Shapes: N windows, L tokens in each (special tokens included).
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from random import Random
@@ -76,6 +77,7 @@ class Documents:
     """
 
     def __init__(self, source: TextSource, seed: int | None = None) -> None:
+        source = replace(source, dataset=tuple(map(os.path.expanduser, source.dataset)))  # a recipe's, not a shell's
         for name in source.dataset:
             _check_regular(name)
         self.skipped = 0

@@ -1,71 +1,115 @@
-"""Evaluate several models on the same text and print one table."""
+"""An evaluation as tables, for a terminal and for the Markdown report."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
 
-from optima.calibration.text import Documents, TextSource
-from optima.device import find_device
-from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.evaluation.record import Estimate, Evaluation
+from optima.evaluation.settings import PROTOCOLS
+from optima.reporting import markdown
+
+LEFT = ("model", "task", "metric")  # columns of text
 
 
-@dataclass(frozen=True)
-class Result:
-    """Perplexity of one model.
-
-    Attributes:
-        model: as the user named it.
-        perplexity: by the protocol of ``optima.evaluation.perplexity``.
-        windows: windows evaluated.
-        seconds: time of the evaluation, loading excluded.
-    """
-
-    model: str
-    perplexity: float
-    windows: int
-    seconds: float
+Rows = list[list[str]]
 
 
-def evaluate_models(
-    models: Sequence[str],
-    *,
-    dataset: Sequence[str],
-    dataset_config: str | None = None,
-    split: str = "test",
-    text_column: str = "text",
-    max_seq_length: int = 2048,
-    max_windows: int | None = None,
-    batch_size: int = 1,
-    device: str = "auto",
-    dtype: str = "auto",
-    trust_remote_code: bool = False,
-) -> list[Result]:
-    """Perplexity of each model; sources, text and tokenizers are checked before any weights are loaded."""
-    place = find_device(device)
-    sources = [find_source(model, trust_remote_code) for model in models]
-    documents = list(Documents(TextSource(tuple(dataset), dataset_config, split, text_column)))
-    windows = [evaluation_windows(documents, load_tokenizer(source), max_seq_length, max_windows) for source in sources]
-    results = []
-    for source, tokens in zip(sources, windows, strict=True):
-        model = load_model(source, dtype)
-        started = time.perf_counter()
-        value = perplexity(model, tokens, device=place, batch_size=batch_size)
-        results.append(Result(source.name, value, len(tokens), time.perf_counter() - started))
-        del model
-    return results
+def print_tables(found: Evaluation, console: Console) -> None:
+    """Print one row a model, then the tasks, then each model against the first."""
+    for heading, rows, note in tables(found):
+        table = Table()
+        for title in heading:
+            table.add_column(title, justify="left" if title in LEFT else "right")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        console.print(note, soft_wrap=True)
 
 
-def print_table(results: Sequence[Result], console: Console) -> None:
-    """Print one row a model."""
-    table = Table()
-    for heading in ("model", "perplexity", "windows", "seconds"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
-    for result in results:
-        table.add_row(result.model, f"{result.perplexity:.3f}", str(result.windows), f"{result.seconds:.1f}")
-    console.print(table)
+def render_evaluation(found: Evaluation) -> str:
+    """The same as Markdown."""
+    parts = [
+        f"{markdown.table(heading, rows, sum(title in LEFT for title in heading))}\n\n{note}."
+        for heading, rows, note in tables(found)
+    ]
+    return "\n\n".join([*parts, f"Measured {found.created} on {found.device}."])
+
+
+def headline(found: Evaluation) -> list[tuple[str, str, str]]:
+    """The perplexity of the last model, with that of the first where there are several: a label, a value, a detail."""
+    measured = [model for model in found.models if model.perplexity is not None]
+    values = [f"{model.perplexity.perplexity:.2f}" for model in measured if model.perplexity is not None]
+    if not values:
+        return []
+    return [("perplexity", values[-1], f"{values[0]} of {measured[0].model}" if len(values) > 1 else "")]
+
+
+def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
+    """Heading, rows and a note of each table that has something to say; columns without a cell are left out."""
+    text = [model.perplexity for model in found.models if model.perplexity is not None]
+    protocols = sorted({f"protocol {each.protocol} ({PROTOCOLS[each.protocol]})" for each in text})
+    lengths = sorted({f"windows of {each.length} tokens" for each in text})
+    first = found.models[0].model
+    for (heading, rows), note in (
+        (text_table(found), f"{', '.join([*protocols, *lengths])}; ± standard error over windows"),
+        (task_table(found), "zero-shot accuracy in percent, ± standard error"),
+        (comparison_table(found), f"against {first}: 95% bootstrap interval over items, McNemar's exact test"),
+    ):
+        kept = [i for i in range(len(heading)) if any(row[i] for row in rows)]
+        if kept:
+            yield [heading[i] for i in kept], [[row[i] for i in kept] for row in rows], note
+
+
+def text_table(found: Evaluation) -> tuple[list[str], Rows]:
+    """Heading and rows of what was measured on text."""
+    heading = ["model", "perplexity", "±", "loss - first", "KL", "top-1 same", "windows", "seconds"]
+    differences = [None, *(each.loss_difference for each in found.comparisons)]
+    rows = []
+    for model, difference in zip(found.models, differences, strict=True):
+        if (text := model.perplexity) is None:
+            continue
+        apart = model.divergence
+        rows.append([
+            model.model,
+            f"{text.perplexity:.3f}",
+            "" if text.stderr is None else f"{text.stderr:.3f}",
+            "" if difference is None else with_error(difference, ".4f"),
+            "" if apart is None else with_error(apart.kl, ".4f"),
+            "" if apart is None else with_error(apart.top1, ".2%"),
+            str(text.windows),
+            f"{model.seconds:.1f}",
+        ])  # fmt: skip
+    return heading, rows
+
+
+def task_table(found: Evaluation) -> tuple[list[str], Rows]:
+    """Heading and rows of accuracies, in percent; one column a model."""
+    heading = ["task", "metric", "items", *(model.model for model in found.models)]
+    rows = []
+    for same in zip(*(model.tasks for model in found.models), strict=True):
+        for metric in same[0].metrics:
+            values = [with_error(task.metrics[metric], ".2%").replace("%", "") for task in same]
+            rows.append([same[0].task, metric, str(same[0].items), *values])
+    return heading, rows
+
+
+def comparison_table(found: Evaluation) -> tuple[list[str], Rows]:
+    """Heading and rows of the paired comparisons, differences in percentage points."""
+    heading = ["model", "task", "metric", "difference", "95% interval", "only first", "only model", "p"]
+    rows = []
+    for comparison in found.comparisons:
+        for each in comparison.tasks:
+            difference, low, high = (f"{100 * value:+.2f}" for value in (each.difference, each.low, each.high))
+            counts = [str(each.only_reference), str(each.only_model)]
+            what = [comparison.model, each.task, each.metric]
+            rows.append([*what, difference, f"{low} .. {high}", *counts, f"{each.p_value:.2g}"])
+    return heading, rows
+
+
+def with_error(estimate: Estimate, form: str) -> str:
+    """A mean and its standard error."""
+    error = "" if estimate.stderr is None else f" ± {format(estimate.stderr, form)}"
+    return f"{format(estimate.value, form)}{error}"

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from optima.errors import ModelError
 from optima.models.companions import copy_companions
 from optima.models.destination import read_journal
-from optima.models.files import explain_write_errors, sync
+from optima.models.files import explain_write_errors, read_header, sync
 from optima.models.source import Source
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -162,14 +162,6 @@ def _digest(file: Path) -> str | None:
         return None
     with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return hashlib.sha256(content).hexdigest()
-
-
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and the bytes before its first tensor."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header: dict[str, Any] = json.loads(opened.read(length))
-    return header, 8 + length
 
 
 @contextmanager

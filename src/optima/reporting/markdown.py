@@ -42,8 +42,8 @@ before the cast, and *written* after it. Where a block was *tuned*, errors and g
 linear, on calibration text: what the model lost as a whole, `optima eval` measures on other text."""
 
 
-def render_markdown(report: Report) -> str:
-    """The report as a Markdown document that is legible as plain text too."""
+def render_markdown(report: Report, evaluation: str = "") -> str:
+    """The report as a Markdown document that is legible as plain text too; ``evaluation`` is a section's body."""
     linears = report.linears
     worst = sorted(linears, key=lambda linear: math.inf if math.isnan(linear.error) else linear.error, reverse=True)
     plain = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
@@ -51,6 +51,7 @@ def render_markdown(report: Report) -> str:
     sections = {
         f"# Pruning report: {code(report.run.model)}": bullets(summary(report)),
         "": _run_table(report),
+        "## Evaluation": evaluation,
         "## By kind of linear": f"{_kind_table(linears)}\n\n{READING}" if linears else "",
         "## Worst linears": _records_table(worst[:NUM_WORST]),
         "## Notes": bullets(report.run.notes) or "None: no linear was skipped and no setting was changed on the way.",
@@ -64,12 +65,12 @@ def render_markdown(report: Report) -> str:
 
 
 def _run_table(report: Report) -> str:
-    return _table(["run", " "], run_facts(report), num_left=2)
+    return table(["run", " "], run_facts(report), num_left=2)
 
 
 def _time_table(report: Report) -> str:
     rows = [[name, duration(seconds), f"{share:.0%}"] for name, seconds, share in stage_times(report)]
-    return _table(["stage", "time", "share"], rows)
+    return table(["stage", "time", "share"], rows)
 
 
 def _kind_table(linears: Linears) -> str:
@@ -78,7 +79,7 @@ def _kind_table(linears: Linears) -> str:
         return [title, shapes.pop() if len(shapes) == 1 else "", f"{len(members)}", *_cells(members)]
 
     rows = [row(code(kind), members) for kind, members in by_kind(linears).items()]
-    return _table(["kind", "shape", "linears", *_COLUMNS], [*rows, row("**all**", linears)])
+    return table(["kind", "shape", "linears", *_COLUMNS], [*rows, row("**all**", linears)])
 
 
 def _records_table(linears: Linears) -> str:
@@ -91,7 +92,7 @@ def _records_table(linears: Linears) -> str:
         return [*what, *_cells([linear]), *rest]
 
     header = ["linear", "shape", "pattern", *_COLUMNS, "gap median", "damping", "solver"]
-    return _table(header, [row(linear) for linear in linears])
+    return table(header, [row(linear) for linear in linears])
 
 
 def _block_table(linears: Linears) -> str:
@@ -104,7 +105,7 @@ def _block_table(linears: Linears) -> str:
 
     blocks = sorted({linear.block for linear in linears})
     rows = [[f"{block}", *(cell(block, members) for members in (*kinds.values(), linears))] for block in blocks]
-    return _table(["block", *map(code, kinds), "mean"], rows, num_left=0)
+    return table(["block", *map(code, kinds), "mean"], rows, num_left=0)
 
 
 def _shape(linear: LinearRecord) -> str:
@@ -145,7 +146,7 @@ def _cells(linears: Linears) -> list[str]:
     return [column(linears) for column in _COLUMNS.values()]
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """A Markdown table with aligned columns, the first ``num_left`` to the left; empty columns are left out."""
     if not rows:
         return ""

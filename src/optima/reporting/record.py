@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
@@ -26,12 +26,14 @@ REPORT_NAME = "report.json"
 Int = Annotated[int, Strict()]
 
 
-class _Record:
+class Record:
+    """A base whose fields are checked when a file is read."""
+
     __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt field is no other field
 
 
 @dataclass(frozen=True)
-class LinearRecord(_Record):
+class LinearRecord(Record):
     """What was done to one linear, and what it lost.
 
     Errors are relative reconstruction errors ||X (V - W)^T||_F^2 / ||X W^T||_F^2 on the calibration inputs, tokens
@@ -73,7 +75,7 @@ class LinearRecord(_Record):
 
 
 @dataclass(frozen=True)
-class BlockRecord(_Record):
+class BlockRecord(Record):
     """What a block took."""
 
     index: Int  # of the block in the model
@@ -84,7 +86,7 @@ class BlockRecord(_Record):
 
 
 @dataclass(frozen=True)
-class RunRecord(_Record):
+class RunRecord(Record):
     """What a run was asked and where it ran."""
 
     model: str  # the model's id or path, as given
@@ -107,7 +109,7 @@ class RunRecord(_Record):
 
 
 @dataclass(frozen=True)
-class Report(_Record):
+class Report(Record):
     """The record of a run, of every linear it pruned and of every block it went through."""
 
     run: RunRecord
@@ -162,28 +164,41 @@ def load_report(path: str | Path) -> Report:
         OptimaError: if there is no report, it is not JSON, its schema version is another one, or a field is missing,
             unknown or of the wrong type (the message names it).
     """
-    file = Path(path) / REPORT_NAME if Path(path).is_dir() else Path(path)
+    return load_record(path, Report, REPORT_NAME, SCHEMA_VERSION)
+
+
+Kind = TypeVar("Kind", bound=Record)
+
+
+def load_record(path: str | Path, kind: type[Kind], name: str, version: int) -> Kind:
+    """Read the file of a record, or the one called ``name`` in a directory, checking every field.
+
+    Raises:
+        OptimaError: as ``load_report``.
+    """
+    file = Path(path) / name if Path(path).is_dir() else Path(path)
+    what = name.partition(".")[0]
     try:
         content = from_json(file.read_bytes())
     except OSError as error:
         raise OptimaError(
-            f"cannot read the report {file} ({error.strerror}): give report.json or the output directory of a run"
+            f"cannot read the {what} {file} ({error.strerror}): give {name} or the output directory of a run"
         ) from error
     except ValueError as error:
-        raise OptimaError(f"{file} is not JSON ({error}): give the report.json of a run, unedited") from error
+        raise OptimaError(f"{file} is not JSON ({error}): give the {name} of a run, unedited") from error
     found = content.get("schema_version") if isinstance(content, dict) else None
-    if found != SCHEMA_VERSION:
+    if found != version:
         raise OptimaError(
-            f"{file} has schema_version {found!r} and this version of OPTIMA reads {SCHEMA_VERSION}: "
-            "read it with the version that wrote it (under run.versions.optima), or run again"
+            f"{file} has schema_version {found!r} and this version of OPTIMA reads {version}: "
+            "read it with the version of OPTIMA that it names, or run again"
         )
     try:
-        return TypeAdapter(Report).validate_python(content)
+        return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        problem = f"report{place}: {first['msg']}, got {str(first['input'])[:80]!r}"
-        raise OptimaError(f"{file} is malformed: {problem}; give the report.json of a run, unedited") from error
+        problem = f"{what}{place}: {first['msg']}, got {str(first['input'])[:80]!r}"
+        raise OptimaError(f"{file} is malformed: {problem}; give the {name} of a run, unedited") from error
 
 
 def library_versions() -> dict[str, str]:

@@ -1,0 +1,173 @@
+"""Evaluate models on the same text and items, and compare each with the first: every check first, then model by model.
+
+Shapes: N windows, L tokens in each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optima.calibration.text import Documents, TextSource, data_hash
+from optima.device import describe_device, find_device
+from optima.errors import ModelError
+from optima.evaluation.comparison import compare, estimate
+from optima.evaluation.divergence import divergence
+from optima.evaluation.perplexity import evaluation_windows, exponential, window_losses
+from optima.evaluation.record import (
+    ComparisonRecord,
+    DivergenceRecord,
+    Evaluation,
+    ModelRecord,
+    PerplexityRecord,
+    TaskRecord,
+)
+from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
+from optima.evaluation.zeroshot import Tasks, check_tokenizer, find_files, load_tasks, zero_shot
+from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer
+from optima.reporting.record import library_versions
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is to be measured, without its weights; ``tokens_NL`` is None where no text is."""
+
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    tokens_NL: Tensor | None
+
+
+def evaluate(settings: EvaluationSettings) -> Evaluation:
+    """Measure every model.
+
+    One model is in memory at a time; with ``settings.divergence`` the first one stays.
+
+    Raises:
+        OptimaError: for what cannot be done; before any weights are loaded wherever that can be known.
+    """
+    device = find_device(settings.device)
+    subjects = _subjects(settings)
+    tasks = _tasks(settings, subjects)
+    records, losses = [], []
+    reference = None
+    for subject in subjects:
+        model = load_model(subject.source, settings.dtype)
+        record, loss_N = _measure(model, reference, subject, tasks, settings)
+        records.append(record)
+        losses.append(loss_N)
+        if settings.divergence and reference is None:
+            reference = model
+        del model
+    versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
+    return Evaluation(
+        settings=settings.to_dict(),
+        versions=versions,
+        device=describe_device(device),
+        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        models=tuple(records),
+        comparisons=_comparisons(records, losses, settings.seed),
+    )
+
+
+def _subjects(settings: EvaluationSettings) -> list[_Subject]:
+    sources = [find_source(model, settings.trust_remote_code) for model in settings.models]
+    text = TextSource(settings.dataset, settings.dataset_config, settings.split, settings.text_column)
+    documents = list(Documents(text))
+    subjects = []
+    for source in sources:
+        tokenizer = load_tokenizer(source)
+        tokens_NL = None
+        if settings.dataset:
+            size = settings.max_seq_length, settings.max_windows
+            tokens_NL = evaluation_windows(documents, tokenizer, *size, settings.protocol)
+        subjects.append(_Subject(source, tokenizer, tokens_NL))
+    if settings.divergence:
+        first = subjects[0]
+        for other in subjects[1:]:
+            assert first.tokens_NL is not None
+            assert other.tokens_NL is not None
+            if not torch.equal(first.tokens_NL, other.tokens_NL):
+                raise ModelError(
+                    f"{other.source.name} and {first.source.name} read the text as different tokens: leave "
+                    "--divergence out, or compare models with the same tokenizer"
+                )
+    return subjects
+
+
+def _tasks(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> Tasks | None:
+    names = settings.task_names
+    if not names:
+        return None
+    files = dict.fromkeys(names) if settings.task_data is None else find_files(names, settings.task_data)
+    for subject in subjects:
+        check_tokenizer(subject.tokenizer, subject.source.name)
+    return load_tasks(files)
+
+
+def _measure(
+    model: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    subject: _Subject,
+    tasks: Tasks | None,
+    settings: EvaluationSettings,
+) -> tuple[ModelRecord, Tensor | None]:
+    """The record of one model, and its loss on each window."""
+    device = find_device(settings.device)
+    started = time.perf_counter()
+    tokens_NL, loss_N, found = subject.tokens_NL, None, None
+    if tokens_NL is not None:
+        batch_size = settings.batch_size or WINDOWS
+        if reference is None:
+            loss_N = window_losses(model, tokens_NL, device=device, batch_size=batch_size)
+        else:
+            apart = divergence(model, reference, tokens_NL, device=device, batch_size=batch_size)
+            loss_N, found = apart.loss_N, DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N))
+    answers: tuple[TaskRecord, ...] = ()
+    if tasks is not None:
+        model.to(device)  # type: ignore[arg-type]
+        size = settings.batch_size or CHOICES
+        answers = zero_shot(model, subject.tokenizer, tasks, limit=settings.task_limit, batch_size=size)
+    source = subject.source
+    record = ModelRecord(
+        model=source.name,
+        revision=commit_of(source),
+        fingerprint=fingerprint(source),
+        dtype=str(model.dtype).removeprefix("torch."),
+        seconds=time.perf_counter() - started,
+        perplexity=None if tokens_NL is None or loss_N is None else _perplexity(tokens_NL, loss_N, settings.protocol),
+        divergence=found,
+        tasks=answers,
+    )
+    return record, loss_N
+
+
+def _perplexity(tokens_NL: Tensor, loss_N: Tensor, protocol: str) -> PerplexityRecord:
+    loss = estimate(loss_N)
+    num_windows, length = tokens_NL.shape
+    return PerplexityRecord(exponential(loss.value), loss, protocol, num_windows, length, data_hash(tokens_NL))
+
+
+def _comparisons(
+    records: Sequence[ModelRecord], losses: Sequence[Tensor | None], seed: int
+) -> tuple[ComparisonRecord, ...]:
+    first, first_N = records[0], losses[0]
+    found = []
+    for other, other_N in zip(records[1:], losses[1:], strict=True):
+        difference = None
+        if first_N is not None and other_N is not None and _text(first) == _text(other):
+            difference = estimate(other_N - first_N)
+        pairs = zip(first.tasks, other.tasks, strict=True)
+        paired = tuple(record for one, two in pairs for record in compare(one, two, seed))
+        found.append(ComparisonRecord(other.model, difference, paired))
+    return tuple(found)
+
+
+def _text(record: ModelRecord) -> str | None:
+    return None if record.perplexity is None else record.perplexity.data_hash

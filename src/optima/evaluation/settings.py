@@ -1,0 +1,101 @@
+"""What is measured, of which models. No torch is imported here: help and refusals must not wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from optima.errors import RecipeError
+from optima.recipe import unknown
+
+PROTOCOLS = {
+    "windows": "the tokenizer's special tokens (BOS) in every window",
+    "sparsegpt": "the tokenizer's special tokens (BOS) once, before the text, as the code of SparseGPT and Wanda does",
+}
+ABOUT = (
+    'Perplexity: documents joined by "\\n\\n" and tokenised once; non-overlapping windows of max-seq-length tokens; '
+    "exp of the mean negative log-likelihood of next tokens. Tasks: zero-shot accuracy by lm-eval, which pip install "
+    "'optima-prune[eval]' brings. Every model is compared with the first on the same windows and items."
+)
+SUITES = {"paper": ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")}
+WINDOWS, CHOICES = 1, 8  # in one forward pass
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """One evaluation; several models are compared with the first.
+
+    Attributes:
+        models: hub ids, local directories or GGUF files.
+        dataset: hub ids or local files of the text for perplexity; empty measures none.
+        dataset_config: configuration of a hub dataset.
+        split: split of a hub dataset.
+        text_column: column that holds the text.
+        protocol: one of ``PROTOCOLS``.
+        max_seq_length: tokens in a window.
+        max_windows: use the first windows only.
+        divergence: measure how far each model's predictions are from the first one's, on the same text.
+        tasks: lm-eval's names of multiple-choice tasks or of groups of them.
+        suite: the tasks of one of ``SUITES``, besides.
+        task_data: directory with a file of items for each task; None reads the hub.
+        task_limit: use the first items of each task only; of a group, of each of its tasks.
+        batch_size: windows, or choices of a task, in one forward pass; None means ``WINDOWS`` and ``CHOICES``.
+        seed: of the bootstrap.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: load models in this; auto keeps each one's own.
+        trust_remote_code: run code that comes with a checkpoint.
+
+    Raises:
+        RecipeError: on construction, for what cannot be carried out.
+    """
+
+    models: tuple[str, ...]
+    dataset: tuple[str, ...] = ()
+    dataset_config: str | None = None
+    split: str = "test"
+    text_column: str = "text"
+    protocol: str = "windows"
+    max_seq_length: int = 2048
+    max_windows: int | None = None
+    divergence: bool = False
+    tasks: tuple[str, ...] = ()
+    suite: str | None = None
+    task_data: str | None = None
+    task_limit: int | None = None
+    batch_size: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise RecipeError(problem)
+
+    def _problems(self) -> Iterator[str]:
+        if not (self.dataset or self.task_names):
+            yield "nothing to measure: name a text with --dataset, or --tasks, or a --suite"
+        if self.protocol not in PROTOCOLS:
+            yield unknown("protocol", self.protocol, PROTOCOLS)
+        if self.suite is not None and self.suite not in SUITES:
+            yield unknown("suite", self.suite, SUITES)
+        if self.divergence and not (self.dataset and len(self.models) > 1):
+            yield "--divergence compares models on a text: name two models or more, and a text with --dataset"
+        if not self.task_names and (self.task_data is not None or self.task_limit is not None):
+            yield "--task-data and --task-limit are for tasks: name some with --tasks"
+        for name in ("max_windows", "task_limit", "batch_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                yield f"--{name.replace('_', '-')} must be at least 1, got {value}: leave it out to use the default"
+        if self.seed < 0:
+            yield f"--seed must be at least 0, got {self.seed}"
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks named and those of the suite, each once."""
+        return tuple(dict.fromkeys([*self.tasks, *SUITES.get(self.suite or "", ())]))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,106 @@
+"""A checkpoint packed and unpacked: its safetensors files one by one, everything else as it is. See docs/packing.md."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from optima.errors import ModelError
+from optima.models.destination import Destination
+from optima.models.files import explain_write_errors, interruptible
+from optima.models.packed import Size, pack_shard, read_original, unpack_shard
+
+PLAIN, PACKED = ".safetensors", ".packed.safetensors"
+INDEX = ".index.json"
+
+
+def pack(
+    directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False, code_exponents: bool = False
+) -> Size:
+    """Write a checkpoint anew, its safetensors files packed and all other files as they are.
+
+    Args:
+        directory: a local checkpoint in safetensors format; it is left as it is.
+        output_dir: the new directory, by default called like ``directory`` with ``-packed`` behind.
+        overwrite: replace an earlier output.
+        code_exponents: Huffman-code the exponents of bfloat16 tensors too, of dense ones as well.
+
+    Raises:
+        ModelError: if ``directory`` holds no safetensors files, damaged or packed ones, or the output cannot be
+            written.
+    """
+    source = Path(directory).expanduser()
+    if packed := _shards(source, PACKED):
+        raise ModelError(f"{packed[0]} is packed already: unpack it with optima unpack {source}")
+    if not (shards := _shards(source, PLAIN)):
+        raise ModelError(f"{source} holds no {PLAIN} files: name the local directory of a checkpoint in this format")
+    with _beside(source, "-packed", output_dir, overwrite) as new:
+        _copy_rest(source, new, PLAIN, PACKED)
+        sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED), code_exponents) for shard in shards]
+    return sum(sizes, Size())
+
+
+def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False) -> int:
+    """Restore what ``pack`` was given, bit for bit; returns the bytes of the shards.
+
+    Args:
+        directory: what ``pack`` wrote; it is left as it is.
+        output_dir: the new directory, by default called like ``directory`` with ``-unpacked`` behind.
+        overwrite: replace an earlier output.
+
+    Raises:
+        ModelError: if ``directory`` holds no packed files, or damaged ones (the tensor is named), or the output
+            cannot be written.
+    """
+    source = Path(directory).expanduser()
+    if not (shards := _shards(source, PACKED)):
+        raise ModelError(f"{source} holds no {PACKED} files: name a directory that optima pack wrote")
+    originals = [read_original(shard) for shard in shards]
+    num_bytes = sum(original.num_bytes for original in originals)
+    with _beside(source, "-unpacked", output_dir, overwrite, num_bytes) as new:
+        _copy_rest(source, new, PACKED, PLAIN)
+        for shard, original in zip(shards, originals, strict=True):
+            unpack_shard(shard, new / _renamed(shard.name, PACKED, PLAIN), original)
+    return num_bytes
+
+
+def _shards(directory: Path, ending: str) -> list[Path]:
+    found = (file for file in sorted(directory.glob(f"*{ending}")) if file.is_file())
+    return [file for file in found if ending == PACKED or not file.name.endswith(PACKED)]
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    return name.removesuffix(old) + new
+
+
+@contextmanager
+def _beside(
+    source: Path, suffix: str, output: str | Path | None, overwrite: bool, num_bytes: int = 0
+) -> Iterator[Path]:
+    """The directory that takes the output's name when the context ends without an error."""
+    source = source.resolve()
+    with interruptible():
+        path = source.with_name(source.name + suffix) if output is None else output
+        with Destination.open(path, overwrite, [source], num_bytes) as destination:
+            if destination.path.is_relative_to(source):
+                raise ModelError(f"{destination.path} is inside {source}, which is read: choose another --output-dir")
+            with explain_write_errors(destination.path):
+                yield destination.directory
+
+
+def _copy_rest(source: Path, target: Path, old: str, new: str) -> None:
+    """Everything but the shards; an index with the new names of its files."""
+    shards = set(_shards(source, old))
+    for path in sorted(source.iterdir()):
+        if path in shards:
+            continue
+        if path.name.endswith(old + INDEX):
+            # As text, so that unpacking restores its bytes.
+            text = path.read_bytes().replace(f'{old}"'.encode(), f'{new}"'.encode())
+            (target / _renamed(path.name, old + INDEX, new + INDEX)).write_bytes(text)
+        elif path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)

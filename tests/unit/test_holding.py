@@ -1,0 +1,155 @@
+"""Fine-tuning with held zeros: the mask stays as it is, bit for bit, and the rest moves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import blocks_of, make_llama, make_tokens
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+import optima
+from optima.errors import ModelError, RecipeError
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
+    "sgd, nesterov": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
+}
+
+
+def sparse_llama(sparsity: float = 0.6) -> nn.Module:
+    """A tiny model, random weights of whose linears inside the blocks are zero."""
+    model = make_llama().train()
+    generator = torch.Generator().manual_seed(3)
+    for block in blocks_of(model):
+        for linear in block.linears:
+            weight = linear.read()
+            weight[torch.rand(weight.shape, generator=generator) < sparsity] = 0
+    return model
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {linear.name: linear.parameter.detach().clone() for block in blocks_of(model) for linear in block.linears}
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    tokens = make_tokens()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+
+
+def check_held(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    for name, old in before.items():
+        new, zero = after[name], old == 0
+        assert not new[zero].view(torch.int32).any(), f"{name}: not +0 in every bit"
+        assert bool((new[~zero] != old[~zero]).double().mean() > 0.9), f"{name} has hardly moved"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_plain_loop_leaves_zeros_alone(name: str) -> None:
+    model = sparse_llama()
+    before = weights(model)
+    handle = optima.hold_zeros(model)
+    assert handle.keep.keys() == before.keys()
+    train(model, OPTIMIZERS[name](model.parameters()))
+    check_held(before, weights(model))
+    handle.remove()
+
+
+def test_without_holding_zeros_are_lost_and_remove_ends_it() -> None:
+    model = sparse_llama()
+    before = weights(model)
+    optima.hold_zeros(model).remove()
+    train(model, OPTIMIZERS["adamw"](model.parameters()), steps=1)
+    assert any(bool((weights(model)[name][old == 0] != 0).any()) for name, old in before.items())
+
+
+def test_held_zeros_outlast_moments_from_before() -> None:
+    """An optimizer that has seen gradients of pruned weights moves them, whatever their gradients are now."""
+    model = make_llama().train()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    train(model, optimizer)
+    keep = {
+        name: torch.arange(weight.numel()).reshape(weight.shape) % 2 == 0 for name, weight in weights(model).items()
+    }
+    handle = optima.hold_zeros(model, {f"{name}.weight": mask for name, mask in keep.items()})
+    before = weights(model)
+    assert all(torch.equal(before[name] != 0, mask) for name, mask in keep.items())
+    train(model, optimizer)
+    check_held(before, weights(model))
+    handle.remove()
+
+
+def test_trainer_callback_holds_to_the_end_and_lets_go(tmp_path: Path) -> None:
+    model = sparse_llama()
+    before = weights(model)
+    data = [{"input_ids": row, "labels": row} for row in make_tokens(samples=8)]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=1e-2,
+        weight_decay=0.1,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    callback = optima.HoldZeros()
+    Trainer(model, arguments, train_dataset=data, callbacks=[callback]).train()
+    check_held(before, weights(model))
+    assert callback.held is None
+    train(model, OPTIMIZERS["adamw"](model.parameters()), steps=1)
+    assert any(bool((weights(model)[name][old == 0] != 0).any()) for name, old in before.items())
+
+
+def test_apply_restores_zeros_after_an_adapter_is_merged() -> None:
+    model = sparse_llama()
+    before = weights(model)
+    handle = optima.hold_zeros(model)
+    with torch.no_grad():
+        for block in blocks_of(model):
+            for linear in block.linears:
+                outputs, inputs = linear.shape
+                linear.read().add_(torch.ones(outputs, 2) @ torch.full((2, inputs), 0.01))
+    handle.apply()
+    check_held(before, weights(model))
+    handle.remove()
+
+
+def test_adapters_and_tied_embeddings_are_not_held() -> None:
+    model = make_llama(tie_word_embeddings=True)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[5] = 0  # a row of padding
+        model.model.layers[0].mlp.up_proj.weight[:, 3] = 0
+        model.model.layers[0].mlp.down_proj.weight.zero_()  # as an adapter begins
+    handle = optima.hold_zeros(model)
+    handle.remove()
+    assert list(handle.keep) == ["model.layers.0.mlp.up_proj"]
+
+
+def test_frozen_weights_are_held_without_a_gradient() -> None:
+    model = sparse_llama().requires_grad_(False)
+    handle = optima.hold_zeros(model)
+    model.requires_grad_(True)
+    before = weights(model)
+    train(model, OPTIMIZERS["adamw"](model.parameters()))
+    check_held(before, weights(model))
+    handle.remove()
+
+
+def test_what_cannot_be_held_is_refused() -> None:
+    with pytest.raises(ModelError, match="has zeros to hold: prune it first"):
+        optima.hold_zeros(make_llama())
+    with pytest.raises(RecipeError, match=r"keep names nowhere, and the model has no such linear"):
+        optima.hold_zeros(make_llama(), {"nowhere": torch.ones(2, 2, dtype=torch.bool)})
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(RecipeError, match=rf"the mask of {name} is torch.float32 of shape \(48, 32\): give bool"):
+        optima.hold_zeros(make_llama(), {name: torch.ones(48, 32)})
