@@ -52,9 +52,11 @@ def _swaps(candidates: int | str) -> SwapRefinement | None:
 
 
 def default_scope(recipe: Recipe, selector: Selector) -> Scope:
-    """The selector's published scope; but our own ranks rows together only where the loss says what each is worth."""
-    by_loss = recipe.resolved(scope="row").objective == "loss"
-    return selector.published_scope if by_loss or not isinstance(selector, Optima) else "row"
+    """The selector's published scope; but rows compete where the loss says what each is worth, and ours nowhere else."""
+    published = selector.published_scope
+    if recipe.resolved(scope=published).objective == "loss":
+        return "layer" if published == "row" else published
+    return "row" if isinstance(selector, Optima) else published
 
 
 def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:

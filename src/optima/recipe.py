@@ -92,7 +92,8 @@ class Recipe:
         "linears whose name a regex finds: REGEX=2:4, REGEX=0.6, and one without a regex for all others; the first "
         "that matches counts", shown="none")
     scope: str | None = _option(
-        "mask", None, "what an unstructured sparsity is ranked over", SCOPES, "the selector's published")
+        "mask", None, "what an unstructured sparsity is ranked over", SCOPES,
+        "layer by objective loss, else as published")
     group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
     allocation: str = _option("mask", "uniform", "how linears share one sparsity", ALLOCATION_NAMES)
     allocation_spread: Fraction | None = _option(
@@ -101,7 +102,7 @@ class Recipe:
     outlier_multiple: Positive = _option(
         "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
     selector: Any = _option(
-        "mask", "wanda", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
+        "mask", "optima", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
     mask_from: str | None = _option(
         "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none")
     swaps: Swaps = _option(
@@ -186,7 +187,7 @@ class Recipe:
         """The recipe with its open defaults filled in as applied, so that a file of it means the same for ever.
 
         Args:
-            scope: the selector's published scope, for a recipe that names none.
+            scope: for a recipe that names none, see ``optima.build.default_scope``.
         """
         unstructured = any(isinstance(pattern, Unstructured) for pattern in self.table(SCOPES[0]).patterns)
         objective = self.objective or ("plain" if self.solver == "none" else "loss")

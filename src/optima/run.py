@@ -77,7 +77,7 @@ def prune(
 
     Args:
         model: a hub id, a local directory, a GGUF file, or a model in memory (pruned in place).
-        recipe: what to do; the default prunes 50% with Wanda's mask and re-solves the weights.
+        recipe: what to do; the default prunes 50%, in units of the model's loss.
         output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
             in memory.
         tokenizer: for a model in memory; a path brings its own.
