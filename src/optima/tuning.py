@@ -77,7 +77,8 @@ def tune(
         tuning: how.
         device: where to compute.
     """
-    masters = _masters(block, keeps)
+    with torch.inference_mode(False):
+        masters = _masters(block, keeps)
     dtypes = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
     pieces = streams.pieces(block)
     held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]

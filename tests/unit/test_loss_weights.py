@@ -104,3 +104,12 @@ def test_an_encoder_is_weighed_by_its_hidden_states() -> None:
 def test_blocks_that_are_not_pruned_carry_gradients() -> None:
     report = prune(make_llama(), Recipe(objective="loss", targets=[r"layers\.0\."]), calibration=make_tokens())
     assert {linear.block for linear in report.linears} == {0}
+
+
+def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
+    with torch.inference_mode():
+        model, sink = make_llama(), make_llama()
+        report = prune(model, Recipe(objective="loss"), calibration=make_tokens())
+        prune(sink, Recipe(objective="sink", scope="layer"), calibration=make_tokens())
+    assert any("objective sink took the place of objective loss" in note for note in report.run.notes)
+    assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))

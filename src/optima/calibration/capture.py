@@ -23,6 +23,7 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
     """Stops the model's forward pass at the last block that is needed."""
 
 
+@torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
 def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bool = False) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.

@@ -89,6 +89,7 @@ class Streams:
             return hidden_of(self.run(block, batch, device, call=call))
         return self.run_sample(block, batch, sample, device, call)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def advance(self, block: Block, device: torch.device) -> None:
         """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out."""

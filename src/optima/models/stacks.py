@@ -107,7 +107,8 @@ class ModuleLinear:
         """See ``Linear``."""
 
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            output.register_hook(see)
+            if output.requires_grad:  # positions do not depend on hidden states
+                output.register_hook(see)
 
         return self.module.register_forward_hook(hook)
 
