@@ -52,11 +52,16 @@ class Tuned:
     best: int
 
 
-def relative_error(found: Tensor, target: Tensor) -> Tensor:
-    """The mean over tokens of ||found - target||^2 / ||target||^2, both (..., E): no token counts by its size."""
+def relative_error(found: Tensor, target: Tensor, weight_T: Tensor | None = None) -> Tensor:
+    """The mean over tokens of ||found - target||^2 / ||target||^2, both (..., E), each times its weight."""
     target = target.float()
-    energy = target.square().sum(dim=-1).clamp_min(SMALLEST_ENERGY)
-    return ((found.float() - target).square().sum(dim=-1) / energy).mean()
+    error_T = ((found.float() - target).square().sum(dim=-1) / energy(target)).flatten()
+    return error_T.mean() if weight_T is None else (error_T * weight_T.to(error_T)).mean()
+
+
+def energy(target: Tensor) -> Tensor:
+    """||target||^2 of each token, (...) for (..., E), and never 0."""
+    return target.float().square().sum(dim=-1).clamp_min(SMALLEST_ENERGY)
 
 
 def tune(
@@ -64,6 +69,7 @@ def tune(
     keeps: Mapping[str, Tensor],
     streams: Streams,
     targets: Sequence[Tensor],
+    weights: Sequence[Tensor] | None,
     tuning: Tuning,
     device: torch.device,
 ) -> Tuned:
@@ -74,6 +80,7 @@ def tune(
         keeps: keep_OD of its pruned linears by their full names.
         streams: what enters the pruned block.
         targets: of each batch, what the dense block makes of dense inputs.
+        weights: of each batch's tokens in the error, (T,), of mean 1; None: all alike.
         tuning: how.
         device: where to compute.
     """
@@ -86,10 +93,15 @@ def tune(
 
     def error(piece: Piece) -> Tensor:
         batch, sample = piece
+        if streams.sizes[batch][0] == 1:
+            sample = None
         rounded = {name: master.to(dtypes[name]) for name, master in masters.items()}
         found = streams.run_piece(block, piece, device, partial(functional_call, block.module, rounded))
-        target = targets[batch] if sample is None else targets[batch][sample : sample + 1]
-        return relative_error(found, target.to(device))
+        target, weight_T = targets[batch], None if weights is None else weights[batch]
+        if sample is not None:
+            target = target[sample : sample + 1]
+            weight_T = None if weight_T is None else weight_T.reshape(streams.sizes[batch])[sample]
+        return relative_error(found, target.to(device), weight_T)
 
     def on_held_out() -> float:
         return sum(float(error(piece)) for piece in held) / len(held)

@@ -47,11 +47,11 @@ class NotDifferentiableError(ModelError):
 
 @dataclass
 class LossWeights:
-    """Mean squares of gradients at the outputs of linears, untempered.
+    """Squares of gradients at the outputs of linears and blocks, untempered.
 
     Attributes:
         loss: whose gradients they are, in words.
-        tokens: by the name of a group's first linear: for each batch (T,), summed over the outputs of the group.
+        tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
             Groups that are not given every token, as experts, have none.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
     """
@@ -60,12 +60,15 @@ class LossWeights:
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
 
-    def of_tokens(self, name: str) -> list[Tensor] | None:
-        """Tempered weights of each batch's tokens, (T,), for the group whose first linear is ``name``; of mean 1.
+    def of_tokens(self, name: str, scales: Sequence[Tensor] | None = None) -> list[Tensor] | None:
+        """Tempered weights of each batch's tokens, (T,), for a group's first linear or a block ``name``; of mean 1.
 
-        None where they are not known, or no token matters.
+        None where they are not known, or no token matters. ``scales``, (T,) each, multiply the squares before.
         """
-        tempered = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
+        squares = self.tokens.get(name, [])
+        if scales is not None and squares:
+            squares = [own_T * scale_T.to(own_T) for own_T, scale_T in zip(squares, scales, strict=True)]
+        tempered = [own_T.pow(POWER) for own_T in squares]
         total = sum(float(own_T.sum()) for own_T in tempered)
         return [own_T * (sum(map(len, tempered)) / total) for own_T in tempered] if total else None
 
@@ -217,8 +220,10 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
 
     for batch, gradient in enumerate(gradients):
         gradient = gradient.to(device)
-        if not bool(gradient.isfinite().all()):
+        square_T = gradient.float().square().sum(dim=-1).flatten()
+        if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
+        found.tokens.setdefault(block.name, []).append(square_T.cpu())
         leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:
