@@ -52,9 +52,13 @@ class Unfinished:
         return f"{known or 'unknown'}; {len(self.journal.blocks)} blocks done"
 
     def ended_as(self, out: Path) -> bool:
-        """Whether every committed file is in ``out``: the run was killed when nothing was left to do but clear up."""
+        """Whether all that was committed has left for ``out``: nothing remained to be done but to clear up."""
         files = [line["file"] for line in self.journal.blocks if line["file"]]
-        return bool(files) and all(digest(out / file["name"]) == file["sha256"] for file in files)
+
+        def whole(place: Path) -> bool:
+            return all(digest(place / file["name"]) == file["sha256"] for file in files)
+
+        return bool(files) and whole(out) and not whole(self.directory / MODEL)
 
 
 def unfinished(path: Path) -> Unfinished | None:

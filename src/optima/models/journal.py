@@ -49,8 +49,8 @@ class Lines:
 
     @property
     def holds_work(self) -> bool:
-        """Whether something was committed, even if the journal was damaged since."""
-        return self.whole > 1
+        """Whether a block was committed, or a line behind the first is damaged, which may have told of one."""
+        return bool(self.blocks) or self.whole > max(len(self.sound), 1)
 
 
 def read_journal(file: Path) -> Lines:

@@ -149,8 +149,9 @@ class Writer:
                 key: path and {"name": path.name, "sha256": digest(path)}
                 for key, path in (("file", file), ("beside", beside))
             }
-            self._lines[block] = {"block": block, **shards, "places": places, "record": record}
-            self.journal.append(self._lines[block])
+            line = {"block": block, **shards, "places": places, "record": record}
+            self.journal.append(line)
+        self._lines[block] = line
 
     def read(self, block: str) -> dict[str, Tensor]:
         """The tensors of a committed block that had changed, by their names in the model, as they were written."""
@@ -166,7 +167,11 @@ class Writer:
 
     def _keep_beside(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
         file = self._beside[block]
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+        # Clones: what shares memory with another is refused.
+        copies = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        save_file(copies, file)
         sync(file, self._scratch)
         return file
 
