@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +31,11 @@ def start(out: str, *options: str, prepare: Callable[[], object] = int) -> int:
     with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, open(MESSAGES, "w") as messages:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(messages.fileno(), 2)
+        sys.stderr = messages  # pytest had put its own there, and takes what is logged
+        logging.basicConfig(stream=messages, force=True)
         prepare()
         code = main(prune_arguments("--output-dir", out, *options))
+        messages.flush()
     os._exit(code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from optima.models.masks import MaskFiles
 from optima.models.source import fingerprint_files
 from optima.recipe import Recipe
 from optima.reporting.record import library_versions
+
+# Of a configuration: its place, and what saving a model in memory adds to it.
+SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
 def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_layer: str | None) -> dict[str, Any]:
@@ -32,10 +36,10 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
     values = recipe.to_dict()
     del values["device"]
     if is_dataclass(recipe.selector):
-        values["selector"] = repr(recipe.selector)  # its settings, too
+        values["selector"] = re.sub(r" at 0x[0-9a-f]+", "", repr(recipe.selector))  # its settings, too
     versions = library_versions()
     del versions["python"]
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    config = {key: value for key, value in model.config.to_dict().items() if key not in SAVED}
     return {
         "recipe": values,
         "versions": versions,
