@@ -54,13 +54,14 @@ def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data
 
     Args:
         recipe: says where masks are from.
-        network: a model in memory.
+        network: the model with its weights.
         weights: the fingerprint of the files that ``network`` was read from; None if it was given in memory.
         data: hash of the calibration tokens.
     """
     masks = None if recipe.mask_from is None else {file for file, _ in MaskFiles(recipe.mask_from).files.values()}
     return {
         "weights": weights or _fingerprint(network),
+        "dtype": str(network.dtype),
         "tokens": data,
         "masks": None if masks is None else fingerprint_files(sorted(masks)),
     }
