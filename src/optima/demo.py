@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +49,8 @@ def run_demo(output_dir: Path, console: Console) -> None:
             sparsity=0.5, selector="wanda", solver=solver, num_calibration_samples=NUM_SAMPLES, max_seq_length=LENGTH
         )
         place = None if solver == "none" else sparse_dir
-        report = prune(sparse, recipe, output_dir=place, tokenizer=tokenizer, calibration=tokens, overwrite=True)
+        given: dict[str, Any] = {"tokenizer": tokenizer, "calibration": tokens}
+        report = prune(sparse, recipe, output_dir=place, overwrite=True, resume=False, **given)
         gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"
         rows.append((name, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
     table = Table("model", "perplexity", "error of a linear (geometric mean)", "certified gap (worst row)")
