@@ -153,6 +153,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("model", metavar="MODEL", help="hub id, local directory, or GGUF file")
     option("--output-dir", metavar="DIR", help="where the sparse checkpoint and its report are written")
     option("--overwrite", action="store_true", help="replace an earlier output in that place")
+    text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
+    option("--resume", action=argparse.BooleanOptionalAction, help=text)
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
     _add_recipe(commands["prune"])
 
@@ -271,12 +273,13 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     return recipe_from_dict(values | given)
 
 
-def _prune(model: str, output_dir: str, overwrite: bool = False, dump_layer: str | None = None, **given: Any) -> None:
+def _prune(model: str, output_dir: str, **given: Any) -> None:
     from optima.reporting.summary import render_summary
 
+    options = {name: given.pop(name) for name in ("overwrite", "resume", "dump_layer") if name in given}
     recipe = _recipe(given)
     _quiet_console()
-    report = optima.prune(model, recipe, output_dir=output_dir, overwrite=overwrite, dump_layer=dump_layer)
+    report = optima.prune(model, recipe, output_dir=output_dir, **options)
     _say(render_summary(report))
     _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
 

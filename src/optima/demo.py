@@ -53,7 +53,8 @@ def run_demo(output_dir: Path, console: Console) -> None:
         console.print(f"pruning to 50%: {name}")
         sparse = copy.deepcopy(model)
         place = sparse_dir if name == "OPTIMA" else None
-        report = prune(sparse, recipe, output_dir=place, tokenizer=tokenizer, calibration=tokens, overwrite=True)
+        given: dict[str, Any] = {"tokenizer": tokenizer, "calibration": tokens}
+        report = prune(sparse, recipe, output_dir=place, overwrite=True, resume=False, **given)
         gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"
         rows.append((name, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
     table = Table("model", "perplexity", "error of a linear (geometric mean)", "certified gap (worst row)")

@@ -22,7 +22,7 @@ from optima.models.weights import Resident
 from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.reporting.progress import Progress
-from optima.reporting.record import BlockRecord, LinearRecord
+from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
 from optima.tuning import Tuned, Tuning, energy, tune
 
@@ -41,11 +41,12 @@ class Job:
         sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
         progress: is told of every linear and block.
         weights: brings blocks to the device.
-        writer: commits blocks to disk; None for a model that stays in memory.
+        writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
         loss: weights of tokens and rows by the model's loss, or None.
         tuning: of blocks, or None.
         linears, blocks: the records so far.
+        resumed_seconds: what an earlier run spent on the blocks that it had done.
         notes: what was not done, or deviated from the recipe.
     """
 
@@ -63,6 +64,7 @@ class Job:
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    resumed_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.device)  # of what happens outside the blocks
@@ -78,29 +80,59 @@ class Job:
     def prune(self, stack: Stack, streams: Streams) -> None:
         """Prune the linears of ``stack``; ``streams`` hold the inputs of its first block."""
         blocks = stack.blocks[: stack.needed]
-        self.progress.start(len(blocks), max(len(block.linears) for block in blocks))
+        resumed = {} if self.writer is None else self.writer.done
+        done = sum(block.name in resumed for block in blocks)
+        self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done)
         dense = streams.copy() if self.tuning is not None else None
         for block in blocks:
-            clock = Stopwatch(self.device)
-            first = len(self.linears)
+            again = block.name in resumed
+            clock = self.clock if again else Stopwatch(self.device)
+            linears, notes = len(self.linears), len(self.notes)
             with self.weights.on(block, self.device, clock):
                 if dense is not None:
                     with clock("forward"):
                         dense.advance(block, self.device)
-                keeps = self._prune(block, streams, clock)
-                tuned = Tuned((), 0)
-                if dense is not None and keeps:
-                    with clock("tune"):
-                        tuned = self._tune(block, keeps, streams, dense.hidden, first)
+                if again:
+                    self._replay(block, BlockDone.from_dict(resumed[block.name]))
+                else:
+                    keeps, tuned = self._prune(block, streams, clock), Tuned((), 0)
+                    if dense is not None and keeps:
+                        with clock("tune"):
+                            tuned = self._tune(block, keeps, streams, dense.hidden, linears)
                 if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block, self.device)
-            if self.writer is not None:
-                with clock("write"):
-                    names = [record.name for record in self.linears[first:]]
-                    self.writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), names)
-            self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
-            self.progress.block(block.index + 1)
+            if not again:
+                self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
+                self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
+                self.progress.block(block.index + 1)
+
+    def _replay(self, block: Block, found: BlockDone) -> None:
+        """Give a block that an earlier run committed its weights, and the report what it told of it."""
+        assert self.writer is not None
+        with self.clock("read"):
+            tensors = {name.removeprefix(f"{block.name}."): t for name, t in self.writer.read(block.name).items()}
+            unknown = block.module.load_state_dict(tensors, strict=False).unexpected_keys
+            assert not unknown, f"{block.name} has no {unknown}"
+        self.blocks.append(found.block)
+        self.linears.extend(found.linears)
+        self.notes.extend(found.notes)
+        self.resumed_seconds += sum(found.block.seconds.values())
+
+    def _commit(
+        self, block: Block, linears: tuple[LinearRecord, ...], notes: tuple[str, ...], clock: Stopwatch
+    ) -> None:
+        """Write a block that is done, and what the report will tell of it."""
+        if self.writer is None:
+            return
+        with clock("write"):
+            tensors = block.module.state_dict(prefix=f"{block.name}.")
+            pruned = {linear.parameter.data_ptr() for linear in block.linears}
+            done, tuned = BlockDone(self.blocks[-1], linears, notes), self.blocks[-1].tuning_epoch > 0
+            changed = [
+                name for name, tensor in tensors.items() if tensor.data_ptr() in pruned or (tuned and tensor.ndim == 1)
+            ]
+            self.writer.commit(block.name, tensors, done.to_dict(), changed)
 
     def _tune(
         self, block: Block, keeps: Mapping[str, Tensor], streams: Streams, targets: Sequence[Tensor], first: int

@@ -24,10 +24,12 @@ from optima.calibration.streams import Streams
 from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
 from optima.errors import ModelError, RecipeError
+from optima.identity import contents, identity
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods
 from optima.models.destination import Destination
-from optima.models.files import explain_write_errors, interruptible
+from optima.models.files import explain_write_errors, interruptible, sync
+from optima.models.journal import Journal
 from optima.models.reading import check_vocabulary
 from optima.models.skeleton import skeleton
 from optima.models.source import (
@@ -72,6 +74,7 @@ def prune(
     calibration: Tensor | Sequence[str] | None = None,
     overwrite: bool = False,
     dump_layer: str | None = None,
+    resume: bool | None = None,
 ) -> Report:
     """Prune a model in one shot.
 
@@ -85,13 +88,17 @@ def prune(
         overwrite: replace ``output_dir`` if it holds an earlier output.
         dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
+        resume: what becomes of the blocks that an unfinished run into ``output_dir`` committed. True: go on behind the
+            last of them, to the very bits of a run that was not interrupted; False: delete them; None: say that they
+            are there. A model in memory must be given as it was at the start of that run.
 
     Returns:
         The report: what was lost where.
 
     Raises:
         OptimaError: for anything that cannot be done, before the long work begins wherever it can be known.
-            Nothing is left half-written; a model in memory is left partly pruned if the run is interrupted.
+            Nothing is left half-written. What is interrupted after the first block can be resumed; a model in memory
+            is left partly pruned.
     """
     started = time.perf_counter()
     checked = _check(model, recipe, output_dir, calibration, dump_layer)
@@ -101,7 +108,8 @@ def prune(
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
-            destination = stack.enter_context(_claim(checked, output_dir, overwrite))
+            run = identity(recipe, checked.device, checked.structure, dump_layer)
+            destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
         text = find_calibration(recipe, tokenizer, calibration)
@@ -116,16 +124,20 @@ def prune(
             job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
         job.progress = stack.enter_context(make_progress())
         if destination is not None:
-            job.notes.extend(destination.notes)
+            run |= contents(recipe, network, origin.get("model_fingerprint"), data_hash(text.tokens_NL))
+            with explain_write_errors(destination.journal):
+                journal = Journal(destination.journal, run)
             prepare(network, tokenizer, source, destination.directory)
             names = [block.name for block in found.blocks]
-            job.writer = Writer(network, names, destination.directory, destination.journal)
+            job.writer = Writer(network, names, destination.directory, journal)
+            job.notes.extend([*destination.notes, *job.writer.notes])
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
         memory = PeakMemory(checked.device)
         assert recipe.batch_size is not None
         _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size), job)
-        report = _report(network, origin, checked, text, job, memory.peak(), time.perf_counter() - started)
+        seconds = time.perf_counter() - started + job.resumed_seconds
+        report = _report(network, origin, checked, text, job, memory.peak(), seconds)
         if job.writer is not None:
             job.writer.publish(lambda directory: _write_reports(recipe, report, directory))
     return report
@@ -168,11 +180,13 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     return _Checked(recipe, methods, device, source, structure, found)
 
 
-def _claim(checked: _Checked, output_dir: str | Path, overwrite: bool) -> AbstractContextManager[Destination]:
+def _claim(
+    checked: _Checked, output_dir: str | Path, overwrite: bool, run: dict[str, Any], resume: bool | None
+) -> AbstractContextManager[Destination]:
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     num_bytes = sum(p.numel() * p.element_size() for p in checked.structure.parameters())
-    return Destination.open(output_dir, overwrite, inputs, num_bytes, {"recipe": checked.recipe.to_dict()})
+    return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
 def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -268,5 +282,6 @@ def _dump_into(directory: Path, regex: str) -> Dump:
             with explain_write_errors(file):
                 directory.mkdir(exist_ok=True)
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+                sync(file, directory, directory.parent)  # a block that is resumed is not dumped again
 
     return dump

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import random
 import signal
@@ -11,11 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import make_llama, prune_arguments, save_model, save_text, weight_files
+from runs import finish, start
+from tiny import make_llama, save_model, save_text, weight_files
 from transformers import AutoModelForCausalLM
 
 from optima import load_report
-from optima.cli import main
 
 MOMENTS = 20
 BLOCKS = 4
@@ -27,25 +26,6 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_model(Path("model"), make_llama(num_hidden_layers=BLOCKS))
     save_text(Path("text.txt"))
     return tmp_path
-
-
-def start(out: str, *options: str) -> int:
-    """A run in a child that shares what is imported; its process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 99
-    # The child must not return into pytest, whatever happens.
-    with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-        code = main(prune_arguments("--output-dir", out, *options))
-    os._exit(code)
-
-
-def finish(child: int) -> int:
-    """Its exit status; negative for the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def check_whole(out: Path, reference: dict[str, bytes]) -> None:
@@ -91,13 +71,13 @@ def test_an_earlier_output_is_there_until_the_new_one_is(root: Path, number: sig
     earlier = weight_files(out)
     assert earlier != reference
     for delay in delays[: MOMENTS // 2]:
-        # Every run but the first also reclaims what the one before it left.
-        child = start("out", "--overwrite")
+        # Every run but the first also deletes what the one before it left.
+        child = start("out", "--overwrite", "--no-resume")
         time.sleep(delay)
         os.kill(child, number)
         finish(child)
         check_whole(out, reference if weight_files(out) == reference else earlier)
-    assert finish(start("out", "--overwrite")) == 0
+    assert finish(start("out", "--overwrite", "--no-resume")) == 0
     check_whole(out, reference)
     assert not list(root.glob(".*"))
 
@@ -109,7 +89,7 @@ def test_a_term_before_the_first_block_leaves_nothing(root: Path, monkeypatch: p
     assert set(os.listdir(root)) == before
 
 
-def test_a_term_after_it_leaves_a_named_partial_that_the_next_run_reclaims(
+def test_a_term_after_it_leaves_a_named_partial_that_the_next_run_deletes_if_told(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = set(os.listdir(root))
@@ -117,8 +97,9 @@ def test_a_term_after_it_leaves_a_named_partial_that_the_next_run_reclaims(
         stop_in(patch, "optima.models.writer.Writer.publish")
         assert finish(start("out")) == 128 + signal.SIGTERM
     assert set(os.listdir(root)) == {*before, ".out.optima-partial"}
-    assert len(Path(".out.optima-partial/journal.jsonl").read_text().splitlines()) == BLOCKS
-    assert finish(start("out")) == 0
+    assert Path(".out.optima-partial/journal.jsonl").read_text().count('"block"') == BLOCKS
+    assert finish(start("out")) == 2
+    assert finish(start("out", "--no-resume")) == 0
     assert set(os.listdir(root)) == {*before, "out"}
     assert any("an unfinished run" in note for note in load_report(root / "out").run.notes)
 

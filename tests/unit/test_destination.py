@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,6 +21,7 @@ from optima.errors import ModelError
 from optima.models import files
 from optima.models.destination import Destination, unfinished
 from optima.models.files import Interrupted, exchange, interruptible
+from optima.models.journal import Journal
 
 REPORT = json.dumps({"schema_version": 1, "run": {}, "linears": []})
 
@@ -34,17 +37,21 @@ def claim(path: str | Path = "out", overwrite: bool = False, **options: object) 
     return Destination.open(path, overwrite, **options)  # type: ignore[arg-type]
 
 
-def run(path: str | Path = "out", overwrite: bool = False, meanwhile: Callable[[], object] = int) -> None:
-    with claim(path, overwrite) as destination:
+def run(
+    path: str | Path = "out", overwrite: bool = False, meanwhile: Callable[[], object] = int, resume: bool | None = None
+) -> None:
+    with claim(path, overwrite, resume=resume) as destination:
         (destination.directory / "new").write_text("new")
         (destination.directory / "report.json").write_text(REPORT)
         commit(destination)
         meanwhile()
 
 
+RUN = {"recipe": {"sparsity": 0.5}}
+
+
 def commit(destination: Destination) -> None:
-    with destination.journal.open("a") as journal:
-        journal.write('{"block": "a"}\n')
+    Journal(destination.journal, RUN).append({"block": "a", "file": None})
 
 
 def make_output(path: Path) -> None:
@@ -155,18 +162,18 @@ class TestStart:
 
 class TestTwoRuns:
     def test_the_second_is_refused_and_told_of_the_first(self, here: Path) -> None:
-        with claim(run={"command": "optima prune"}) as destination:
+        with claim() as destination:
             with pytest.raises(ModelError) as error, claim(here / "a" / ".." / "out"):
                 pass
-            for part in ("another run is writing", "optima prune", str(os.getpid())):
+            for part in ("another run is writing", sys.argv[0], str(os.getpid())):
                 assert part in str(error.value)
             (destination.directory / "new").touch()
         assert (here / "out" / "new").exists()
 
     def test_the_run_file_says_what_the_run_is(self, here: Path) -> None:
-        with claim(run={"recipe": {"sparsity": 0.5}}) as destination:
+        with claim() as destination:
             found = json.loads((destination.partial / "run.json").read_text())
-        assert found.keys() == {"command", "pid", "host", "started", "recipe"}
+        assert found.keys() == {"command", "pid", "host", "started"}
 
     def test_in_another_process(self, here: Path) -> None:
         with claim():
@@ -265,7 +272,7 @@ class TestEnd:
             run(overwrite=True)
         os.wait()
         assert not (here / "out").exists()
-        run()
+        run(resume=False)
         assert set(os.listdir(here)) == {"out", "out.1"}
         assert (here / "out" / "new").exists()
         assert (here / "out.1" / "old").exists()
@@ -296,7 +303,7 @@ class TestEnd:
 
 
 def fail(error: BaseException, path: str = "out", blocks: int = 1) -> None:
-    with claim(path, run={"command": "optima prune"}) as destination:
+    with claim(path) as destination:
         (destination.directory / "config.json").touch()
         for _ in range(blocks):
             commit(destination)
@@ -321,15 +328,58 @@ class TestFailure:
         assert ".out.optima-partial keeps what was done" in caplog.text
         found = unfinished(here / "out")
         assert found is not None
-        assert found.blocks == ({"block": "a"},)
-        assert found.run["command"] == "optima prune"
+        assert [line["block"] for line in found.journal.blocks] == ["a"]
+        assert found.run["pid"] == os.getpid()
         assert not (here / "out").exists()
-        with claim() as destination:
-            assert "optima prune" in destination.notes[0]
+        with claim(resume=False) as destination:
             assert found.run["started"] in destination.notes[0]
             assert "1 blocks done" in destination.notes[0]
             assert not destination.journal.exists()
         assert unfinished(here / "out") is None
+
+    @pytest.mark.parametrize(
+        ("now", "message"),
+        [
+            (RUN, r"1 blocks done\): go on with it by --resume, or delete it and begin again by --no-resume"),
+            ({"recipe": {"sparsity": 0.6}}, r"left by another run: its recipe.sparsity was 0.5, and this one has 0.6"),
+        ],
+    )
+    def test_after_it_the_next_run_must_say_what_becomes_of_it(self, now: dict[str, object], message: str) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            fail(KeyboardInterrupt())
+        assert re.search(message, refused(run=now))
+
+    def test_a_journal_whose_first_line_is_damaged_is_not_nothing(self, here: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            fail(KeyboardInterrupt())
+        journal = here / ".out.optima-partial" / "journal.jsonl"
+        journal.write_bytes(b"x" + journal.read_bytes())
+        assert "--no-resume" in refused()
+
+    def test_what_is_resumed_is_as_it_was(self, here: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            fail(KeyboardInterrupt())
+        (here / ".out.optima-partial" / "tmp123").mkdir()
+        with claim(resume=True) as destination:
+            assert set(os.listdir(destination.partial)) == {"run.json", "journal.jsonl", "model"}
+            assert os.listdir(destination.directory) == ["config.json"]
+            assert Journal(destination.journal, RUN).resumed
+        assert os.listdir(here / "out") == ["config.json"]
+
+    def test_there_may_be_nothing_to_resume(self, here: Path) -> None:
+        with claim(resume=True) as destination:
+            assert "nothing was left to resume" in destination.notes[0]
+        assert os.listdir(here) == ["out"]
+
+    def test_the_space_of_what_is_there_is_not_asked_for_again(self, here: Path) -> None:
+        with pytest.raises(KeyboardInterrupt):
+            fail(KeyboardInterrupt())
+        free = shutil.disk_usage(here).free
+        shard = here / ".out.optima-partial" / "model" / "model-00001-of-00001.safetensors"
+        with shard.open("wb") as opened:
+            opened.truncate(free)  # sparse: it takes none
+        with claim(resume=True, num_bytes=free + free // 2):
+            pass
 
     def test_a_refused_run_leaves_the_unfinished_one(self, here: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
@@ -343,10 +393,10 @@ class TestFailure:
         partial = here / ".out.optima-partial"
         (partial / "model").mkdir(parents=True)
         (partial / "run.json").write_text(content)
-        (partial / "journal.jsonl").write_text('{"block": "a"}\n{"blo')
+        (partial / "journal.jsonl").write_text('{"journal": 1}\n{"blo')
         found = unfinished(here / "out")
         assert found is not None
-        assert len(found.blocks) == 1
+        assert not found.journal.holds_work
         run()
         assert os.listdir(here) == ["out"]
 

@@ -115,7 +115,8 @@ def options(command: str) -> set[str]:
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen), pytest.raises(SystemExit):
         main([command, "--help"])
-    return set(re.findall(r"^ +(?:-\w, )?(--[\w-]+)", screen.getvalue(), re.MULTILINE))
+    lines = re.findall(r"^ +((?:--?[\w-]+, )*--[\w-]+)", screen.getvalue(), re.MULTILINE)
+    return {option for line in lines for option in line.split(", ")}
 
 
 def commands(page: Path) -> list[list[str]]:

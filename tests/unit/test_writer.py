@@ -18,6 +18,7 @@ from tiny import blocks_of, load_weights, make_bert, make_llama, make_tokenizer,
 from transformers import PreTrainedModel
 
 from optima.errors import ModelError
+from optima.models.journal import Journal
 from optima.models.source import find_source
 from optima.models.writer import Writer, prepare
 
@@ -62,7 +63,8 @@ def write(model: PreTrainedModel, directory: Path, committed: int | None = None)
     (directory / "out").mkdir(parents=True)
     blocks = blocks_of(model)
     prepare(model, None, None, directory / "out")
-    writer = Writer(model, [block.name for block in blocks], directory / "out", directory / "journal.jsonl")
+    journal = Journal(directory / "journal.jsonl", {})
+    writer = Writer(model, [block.name for block in blocks], directory / "out", journal)
     for block in blocks[:committed][::-1]:
         writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), {"index": block.index})
     writer.publish()
@@ -103,17 +105,39 @@ def test_blocks_that_were_not_committed_are_written_at_the_end(tmp_path: Path) -
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
 
 
+def reopen(model: PreTrainedModel, directory: Path) -> Writer:
+    names = [block.name for block in blocks_of(model)]
+    return Writer(model, names, directory / "out", Journal(directory / "journal.jsonl", {}))
+
+
 @pytest.mark.parametrize("damage", [b"", b"x"])
 def test_a_second_writer_finds_what_is_whole(tmp_path: Path, damage: bytes) -> None:
     model = build("llama")
     write(model, tmp_path)
-    journal, names = tmp_path / "journal.jsonl", ["model.layers.0", "model.layers.1"]
-    assert Writer(model, names, tmp_path / "out", journal).done == {names[0]: {"index": 0}, names[1]: {"index": 1}}
-    with journal.open("a") as opened:
+    # The last was committed first.
+    assert reopen(model, tmp_path).done == {"model.layers.1": {"index": 1}, "model.layers.0": {"index": 0}}
+    with (tmp_path / "journal.jsonl").open("a") as opened:
         opened.write('{"block": "torn')
     (shard,) = (tmp_path / "out").glob("model-00001-*")
     shard.write_bytes(damage * shard.stat().st_size)
-    assert Writer(model, names, tmp_path / "out", journal).done == {names[1]: {"index": 1}}
+    writer = reopen(model, tmp_path)
+    assert writer.done == {"model.layers.1": {"index": 1}}
+    assert shard.name in writer.notes[-1]
+    assert reopen(model, tmp_path).notes == [*writer.notes, "resumed after model.layers.1"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_committed_can_be_read_back(tmp_path: Path, name: str) -> None:
+    model = build(name, torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    model = type(model).from_pretrained(tmp_path / "source", dtype="auto").eval()
+    write(model, tmp_path)
+    writer = reopen(model, tmp_path)
+    for block in blocks_of(model):
+        expected = block.module.state_dict(prefix=f"{block.name}.")
+        found = writer.read(block.name)
+        assert found.keys() == expected.keys()
+        assert all(found[key].dtype == expected[key].dtype and found[key].equal(expected[key]) for key in expected)
 
 
 def test_weights_can_be_read_by_whoever_can_read_the_rest(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
     .OUT.optima-partial/       on the same file system as OUT
         run.json               what the run is (pid, started, command, recipe); locked while the run lives
-        journal.jsonl          one line a committed block (see ``writer``)
+        journal.jsonl          one line a committed block (see ``journal``)
         model/                 what becomes OUT
 
-A run that is killed leaves this directory. The next run into OUT recognises and reclaims it.
+A run that is killed leaves this directory. The next run into OUT goes on with it or deletes it, as it is told; what has
+no committed block is deleted without asking.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from optima.errors import ModelError
-from optima.models.files import delete, explain_write_errors, swap, sync
+from optima.models.files import delete, digest, explain_write_errors, swap, sync
+from optima.models.journal import Lines, check_same, read_journal
 
 _logger = logging.getLogger("optima")
 
@@ -39,15 +41,24 @@ NAME_BYTES = 255  # of one name, on every file system in use
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What a run that did not end left in ``directory``: its run file (empty if torn), the journal's whole lines."""
+    """What a run that did not end left in ``directory``: its run file (empty if torn), its journal."""
 
     directory: Path
     run: dict[str, Any]
-    blocks: tuple[dict[str, Any], ...]
+    journal: Lines
 
     def __str__(self) -> str:
         known = ", ".join(f"{key} {self.run[key]}" for key in ("command", "pid", "started") if key in self.run)
-        return f"{known or 'unknown'}; {len(self.blocks)} blocks done"
+        return f"{known or 'unknown'}; {len(self.journal.blocks)} blocks done"
+
+    def ended_as(self, out: Path) -> bool:
+        """Whether all that was committed has left for ``out``: nothing remained to be done but to clear up."""
+        files = [line["file"] for line in self.journal.blocks if line["file"]]
+
+        def whole(place: Path) -> bool:
+            return all(digest(place / file["name"]) == file["sha256"] for file in files)
+
+        return bool(files) and whole(out) and not whole(self.directory / MODEL)
 
 
 def unfinished(path: Path) -> Unfinished | None:
@@ -58,22 +69,14 @@ def unfinished(path: Path) -> Unfinished | None:
     run: Any = {}
     with suppress(OSError, ValueError):  # a run that was killed while it wrote the file
         run = json.loads((partial / RUN).read_text(encoding="utf-8"))
-    return Unfinished(partial, run if isinstance(run, dict) else {}, tuple(read_journal(partial / JOURNAL)))
-
-
-def read_journal(file: Path) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a last line that was torn by a kill does not count."""
-    if not file.exists():
-        return []
-    *whole, _torn = file.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in whole]
+    return Unfinished(partial, run if isinstance(run, dict) else {}, read_journal(partial / JOURNAL))
 
 
 @dataclass
 class Destination:
     """The output directory of one run: ``path`` is OUT without links, ``partial`` holds everything until the end.
 
-    ``notes`` say what was done to the leavings of an earlier run.
+    ``notes`` say what became of the leavings of an earlier run.
     """
 
     path: Path
@@ -99,6 +102,7 @@ class Destination:
         inputs: Iterable[str | Path] = (),
         num_bytes: int = 0,
         run: Mapping[str, object] | None = None,
+        resume: bool | None = None,
     ) -> Iterator[Destination]:
         """Claim OUT; its content takes the name when the context ends without an error.
 
@@ -107,12 +111,13 @@ class Destination:
             overwrite: replace an earlier output. Never anything else, nor a directory that holds one of ``inputs``.
             inputs: directories and files that the run reads.
             num_bytes: space that will be needed, checked now.
-            run: what else the run file tells, as JSON.
+            run: what decides the result, as far as it is known: told from what an unfinished run says of itself.
+            resume: what becomes of the committed blocks of an unfinished run: they stay, or are deleted; None refuses.
 
         Raises:
-            ModelError: now, if OUT cannot be had: it is in use, another run is writing it, it cannot be replaced, or
-                its disk is read-only or too full. At the end, if it cannot take its place: the message says where
-                the finished directory is.
+            ModelError: now, if OUT cannot be had: it is in use, another run is writing it, it cannot be replaced, it is
+                half done and ``resume`` says nothing, or its disk is read-only or too full. At the end, if it cannot
+                take its place: the message says where the finished directory is.
         """
         path = _resolve(path)
         new_parents = [parent for parent in path.parents if not parent.exists()]
@@ -123,31 +128,58 @@ class Destination:
                 _check_replaceable(path, overwrite, read)
                 destination = cls(path, _beside(path, SUFFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(destination._claim(run or {}))
-                _check_space(path.parent, num_bytes)
+                stack.enter_context(destination._claim(run or {}, resume))
+                here = sum(file.stat().st_size for file in destination.directory.glob("*.safetensors"))
+                _check_space(path.parent, num_bytes - here)
+                sync(destination.partial, *(parent.parent for parent in (destination.partial, *new_parents)))
             yield destination
             destination._publish(overwrite, read)
 
     @contextmanager
-    def _claim(self, run: Mapping[str, object]) -> Iterator[None]:
+    def _claim(self, run: Mapping[str, object], resume: bool | None) -> Iterator[None]:
         """Hold the lock of the partial directory, which is removed at the end unless it holds committed blocks."""
         with self._lock() as lock:
+            self._take(run, resume)
             try:
-                self._reclaim()
                 started = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 process = {"command": shlex.join(sys.argv), "pid": os.getpid(), "host": socket.gethostname()}
                 lock.truncate(0)
-                lock.write(json.dumps({**process, "started": started, **run}, default=str) + "\n")
+                lock.write(json.dumps({**process, "started": started}) + "\n")
                 lock.flush()
-                self.directory.mkdir()
+                self.directory.mkdir(exist_ok=True)
                 yield
             except BaseException:
-                if self.directory.exists() and read_journal(self.journal):
-                    _logger.warning("%s keeps what was done; the next run into %s reclaims it", self.partial, self.path)
+                if self.directory.exists() and read_journal(self.journal).holds_work:
+                    _logger.warning("%s keeps what was done: the same command with --resume goes on", self.partial)
                 else:
                     self._discard()
                 raise
             self._discard()
+
+    def _take(self, run: Mapping[str, object], resume: bool | None) -> None:
+        """Take over what an earlier run left, or delete it; raise ``ModelError`` if that is for the user to say."""
+        found = unfinished(self.path)
+        assert found is not None, "the lock made the directory"
+        keep = False
+        if not found.journal.holds_work or found.ended_as(self.path):
+            if resume:
+                self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
+        elif resume is None:
+            head = found.journal.sound[0].get("run") if found.journal.sound else None
+            check_same(head if isinstance(head, dict) else {}, run, self.partial)
+            raise ModelError(
+                f"{self.partial} was left by a run into {self.path} that did not end ({found}): go on with it by "
+                "--resume, or delete it and begin again by --no-resume"
+            )
+        else:
+            keep = resume
+        if keep:
+            delete(child for child in self.partial.iterdir() if child.is_dir() and child != self.directory)
+            return
+        if found.run:
+            self.notes.append(f"what an unfinished run left beside {self.path} was deleted ({found})")
+        self.journal.unlink(missing_ok=True)  # first: what it tells of is then never half there
+        delete(child for child in self.partial.iterdir() if child.name != RUN)
 
     def _lock(self) -> IO[str]:
         """The run file, in a partial directory made or found, locked until it is closed or the process ends."""
@@ -166,12 +198,6 @@ class Destination:
                 if os.path.samestat(os.fstat(lock.fileno()), (self.partial / RUN).stat()):
                     stack.pop_all()
                     return lock
-
-    def _reclaim(self) -> None:
-        found = unfinished(self.path)
-        if found is not None and found.run:
-            self.notes.append(f"what an unfinished run left beside {self.path} was deleted ({found})")
-        delete(child for child in self.partial.iterdir() if child.name != RUN)
 
     def _discard(self) -> None:
         """Remove the partial directory, the lock last, or say that it stays."""
@@ -201,8 +227,9 @@ class Destination:
             with suppress(OSError):
                 kept = kept.rename(free)
             raise ModelError(f"{error}; the finished checkpoint is in {kept}") from error
+        # The name first: without the journal, what is not yet under it would count for nothing.
+        sync(self.path.parent, self.partial)
         self.journal.unlink(missing_ok=True)
-        sync(self.path.parent)
 
 
 def _beside(path: Path, suffix: str, hidden: bool = True) -> Path:

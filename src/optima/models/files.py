@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
+import mmap
 import os
 import shutil
 import signal
@@ -84,6 +86,14 @@ def write_whole(file: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(file.parent)
+
+
+def digest(file: Path) -> str | None:
+    """SHA-256 of a file's content, in hex; None if it is empty, or no file."""
+    if not file.is_file() or not file.stat().st_size:
+        return None
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(content).hexdigest()
 
 
 def swap(new: Path, old: Path, aside: Path) -> None:

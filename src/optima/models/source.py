@@ -289,11 +289,19 @@ def commit_of(source: Source) -> str | None:
 def fingerprint(source: Source) -> str:
     """A hash of the source's weights that is cheap to take, to tell whether two runs read the same ones.
 
-    SHA-256 over the name and size of each safetensors file (or the GGUF file), its first 64 KiB and 64 KiB at each of
-    ``SAMPLES`` places, evenly spaced: files up to 16 MiB whole. Call it after a load.
+    See ``fingerprint_files``: of its safetensors files, or the GGUF file. Call it after a load.
     """
     directory = _directory(source)
-    files = [directory / source.gguf_file] if source.gguf_file else sorted(directory.glob("*.safetensors"))
+    return fingerprint_files(
+        [directory / source.gguf_file] if source.gguf_file else sorted(directory.glob("*.safetensors"))
+    )
+
+
+def fingerprint_files(files: Iterable[Path]) -> str:
+    """SHA-256 over the name and size of each file, its first 64 KiB and 64 KiB at each of ``SAMPLES`` places.
+
+    These are evenly spaced: files up to 16 MiB count whole.
+    """
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

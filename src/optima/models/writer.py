@@ -1,4 +1,4 @@
-"""Write a checkpoint block by block: everything but weights first, one shard a block, the index last.
+"""Write a checkpoint block by block, and read back what is written: one shard a block, the index last.
 
 transformers' own ``save_pretrained`` writes every tensor, so that names and forms on disk are its own (it renames,
 splits fused experts, and saves tied weights once).
@@ -6,24 +6,26 @@ splits fused experts, and saves tied weights once).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import mmap
+import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from optima.errors import ModelError
 from optima.models.companions import copy_companions
-from optima.models.destination import read_journal
-from optima.models.files import explain_write_errors, read_header, sync
+from optima.models.files import digest, explain_write_errors, read_header, sync
+from optima.models.journal import Journal
 from optima.models.source import Source
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -39,27 +41,29 @@ def prepare(
         model: its configuration, generation configuration and, if trusted, its own code are saved.
         tokenizer: saved beside them.
         source: its companion files are copied (see ``companions``).
-        directory: it exists.
+        directory: it exists; of what an earlier run left there, shards stay.
 
     Raises:
         ModelError: if something cannot be saved, or the disk fails.
     """
-    if source is not None:
-        copy_companions(source, directory)
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError("the model has adapters, which are not written: merge them into its weights first")
-    with explain_write_errors(directory), _no_bars():
+    # Elsewhere first: save_pretrained deletes the shards that it finds.
+    with explain_write_errors(directory), TemporaryDirectory(dir=directory.parent) as scratch, _no_bars():
+        if source is not None:
+            copy_companions(source, Path(scratch))
         try:
-            model.save_pretrained(directory, state_dict={})
+            model.save_pretrained(scratch, state_dict={})
             if tokenizer is not None:
-                tokenizer.save_pretrained(directory)
+                tokenizer.save_pretrained(scratch)
         except ValueError as error:
             # How transformers refuses a generation configuration that contradicts itself.
             raise ModelError(
                 f"transformers cannot save the configuration or tokenizer of this {type(model).__name__} ({error}): "
                 "correct it (model.generation_config, for example) before pruning"
             ) from error
-    (directory / WEIGHTS).unlink(missing_ok=True)
+        Path(scratch, WEIGHTS).unlink(missing_ok=True)
+        shutil.copytree(scratch, directory, dirs_exist_ok=True)
 
 
 class Writer:
@@ -69,42 +73,107 @@ class Writer:
         model: as it will be when ``publish`` is called.
         blocks: full names of all blocks, in order.
         directory: where the shards go; ``prepare`` has filled it.
-        journal: file of one JSON line a committed block, on the same disk but outside ``directory``.
-
-    Attributes:
-        done: the record of each committed block, by the block's name; read from the journal, if there is one.
+        journal: on the same disk but outside ``directory``. The blocks that it tells of are checked against their
+            files; from the first that is damaged on, all are forgotten, and done again.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], directory: Path, journal: Path) -> None:
+    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], directory: Path, journal: Journal) -> None:
         self.model, self.directory, self.journal = model, directory, journal
         groups: dict[str | None, None] = dict.fromkeys([*blocks, None])
         self._files = {
             group: f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number, group in enumerate(groups, 1)
         }
-        self.done: dict[str, Any] = {
-            line["block"]: line["record"]
-            for line in read_journal(journal)
-            if line["file"] is None or _digest(directory / line["file"]) == line["sha256"]
-        }
+        self._beside = {block: self._scratch / f"block-{number:05d}.safetensors" for number, block in enumerate(blocks)}
+        self._lines: dict[str, dict[str, Any]] = {}
+        with explain_write_errors(journal.file):
+            self._resume()
 
-    def commit(self, block: str, tensors: Mapping[str, Tensor], record: object) -> None:
+    @property
+    def done(self) -> dict[str, Any]:
+        """The record of each committed block, by the block's name."""
+        return {block: line["record"] for block, line in self._lines.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What this and earlier runs made of what was there, for the report."""
+        return list(dict.fromkeys(line["note"] for line in self.journal.lines if "note" in line))
+
+    @property
+    def _scratch(self) -> Path:
+        return self.journal.file.parent
+
+    def _resume(self) -> None:
+        """Find the blocks that count, and note what does not."""
+        if not self.journal.resumed:
+            return
+        problem = self.journal.problem
+        for number, line in enumerate(self.journal.lines):
+            if "block" not in line:
+                continue
+            damaged = [file for file, content in self._files_of(line) if digest(file) != content]
+            if damaged:
+                problem = f"{damaged[0]} is missing or not what was written"
+                self.journal.keep(number)
+                break
+            self._lines[line["block"]] = line
+        last = f"after {[*self._lines][-1]}" if self._lines else "from the first block on"
+        self.journal.append({"note": f"resumed {last}" + (f": {problem}" if problem else "")})
+
+    def _files_of(self, line: Mapping[str, Any]) -> list[tuple[Path, str]]:
+        pairs = [(self.directory, line["file"]), (self._scratch, line["beside"])]
+        return [(directory / file["name"], file["sha256"]) for directory, file in pairs if file]
+
+    def commit(
+        self, block: str, tensors: Mapping[str, Tensor], record: object, changed: Collection[str] | None = None
+    ) -> None:
         """Write a block so that neither a kill nor a loss of power can take it back.
 
         Args:
             block: its full name.
             tensors: its state by full names, as ``block.module.state_dict(prefix=f"{block.name}.")`` gives it.
             record: what to remember of it, as JSON.
+            changed: names of the tensors that differ from the model's as it was read: what ``read`` will give. None:
+                all.
 
         Raises:
             ModelError: if the disk fails.
         """
         with explain_write_errors(self.directory):
             file = self._write(self._files[block], tensors) if tensors else None
-            line = {"block": block, "file": file and file.name, "sha256": file and _digest(file), "record": record}
-            with self.journal.open("a", encoding="utf-8") as journal:
-                journal.write(json.dumps(line) + "\n")
-            sync(self.journal, self.journal.parent)
-        self.done[block] = record
+            wanted = {name: tensors[name] for name in (tensors if changed is None else changed)}
+            places = {} if file is None else _places(file, wanted)
+            # What transformers writes in another form (split, fused, transposed) is kept as it is in the model, too.
+            rest = {name: tensor for name, tensor in wanted.items() if name not in places}
+            beside = self._keep_beside(block, rest) if rest else None
+            shards = {
+                key: path and {"name": path.name, "sha256": digest(path)}
+                for key, path in (("file", file), ("beside", beside))
+            }
+            line = {"block": block, **shards, "places": places, "record": record}
+            self.journal.append(line)
+        self._lines[block] = line
+
+    def read(self, block: str) -> dict[str, Tensor]:
+        """The tensors of a committed block that had changed, by their names in the model, as they were written."""
+        line = self._lines[block]
+        found: dict[str, Tensor] = {}
+        if line["places"]:
+            with safe_open(self.directory / line["file"]["name"], framework="pt") as shard:
+                found |= {name: shard.get_tensor(place) for name, place in line["places"].items()}
+        if line["beside"]:
+            with safe_open(self._beside[block], framework="pt") as shard:
+                found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
+        return found
+
+    def _keep_beside(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
+        file = self._beside[block]
+        # Clones: what shares memory with another is refused.
+        copies = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        save_file(copies, file)
+        sync(file, self._scratch)
+        return file
 
     def publish(self, write_reports: Callable[[Path], object] | None = None) -> None:
         """Write the blocks that were not committed and everything outside blocks, the reports, and last the index.
@@ -121,7 +190,7 @@ class Writer:
             for name, tensor in self.model.state_dict().items():
                 state[_owner(name, blocks)][name] = tensor
             for group, file in self._files.items():
-                if group not in self.done and state[group]:
+                if group not in self._lines and state[group]:
                     self._write(file, state[group])
             if write_reports is not None:
                 write_reports(self.directory)
@@ -129,7 +198,7 @@ class Writer:
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
         """One shard, in a temporary directory first."""
-        with TemporaryDirectory(dir=self.journal.parent) as scratch, _no_bars():
+        with TemporaryDirectory(dir=self._scratch) as scratch, _no_bars():
             self.model.save_pretrained(scratch, state_dict=dict(tensors), max_shard_size=ONE_FILE)
             shard = Path(scratch, WEIGHTS)
             # safetensors gives its files to their owner alone.
@@ -157,11 +226,23 @@ def _owner(name: str, blocks: Sequence[str]) -> str | None:
     return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
-def _digest(file: Path) -> str | None:
-    if not file.is_file() or not file.stat().st_size:
-        return None
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+def _places(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name in a safetensors file of each tensor that it holds bit for bit, under its own name or another."""
+    places: dict[str, str] = {}
+    with safe_open(file, framework="pt") as shard:
+        names = list(shard.keys())
+        for name, tensor in tensors.items():
+            bits = _bits(tensor)
+            likely = [name, *names] if name in names else names
+            alike = (place for place in likely if shard.get_slice(place).get_shape() == list(tensor.shape))
+            found = next((place for place in alike if torch.equal(bits, _bits(shard.get_tensor(place)))), None)
+            if found is not None:
+                places[name] = found
+    return places
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 @contextmanager

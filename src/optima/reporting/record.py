@@ -86,6 +86,24 @@ class BlockRecord(Record):
 
 
 @dataclass(frozen=True)
+class BlockDone(Record):
+    """All that a report tells of one block, as a journal keeps it."""
+
+    block: BlockRecord
+    linears: tuple[LinearRecord, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> Any:
+        """Plain values of standard JSON, see the head of this file."""
+        return from_json(to_json(self, inf_nan_mode="strings"))
+
+    @classmethod
+    def from_dict(cls, values: Any) -> BlockDone:
+        """What ``to_dict`` gave."""
+        return TypeAdapter(cls).validate_python(values)
+
+
+@dataclass(frozen=True)
 class RunRecord(Record):
     """What a run was asked and where it ran."""
 

@@ -1,0 +1,82 @@
+"""What a run is: all that decides its result. A journal binds it, so that no run goes on with what another began."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import is_dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from optima.device import describe_device
+from optima.models.masks import MaskFiles
+from optima.models.source import fingerprint_files
+from optima.recipe import Recipe
+from optima.reporting.record import library_versions
+
+# Of a configuration: its place, and what saving a model in memory adds to it.
+SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
+
+
+def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_layer: str | None) -> dict[str, Any]:
+    """What is known before weights and text are read.
+
+    Names of places are no part of it where the content is: the model's path is not here, ``contents`` has its weights.
+
+    Args:
+        recipe: as resolved. Its ``device`` does not count, what it leads to does.
+        device: that the linears are solved on. Its kind counts, and on a CPU the number of threads and the instruction
+            set: sums in another order are other sums. Another card of the same kind may go on.
+        model: its configuration counts, weights are not looked at.
+        dump_layer: regex of what is dumped.
+    """
+    values = recipe.to_dict()
+    del values["device"]
+    if is_dataclass(recipe.selector):
+        values["selector"] = re.sub(r" at 0x[0-9a-f]+", "", repr(recipe.selector))  # its settings, too
+    versions = library_versions()
+    del versions["python"]
+    config = {key: value for key, value in model.config.to_dict().items() if key not in SAVED}
+    return {
+        "recipe": values,
+        "versions": versions,
+        "device": _kind(device),
+        "dump_layer": dump_layer,
+        "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+    }
+
+
+def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data: str) -> dict[str, str | None]:
+    """What is known when weights and text have been read: hashes of both, and of masks from elsewhere.
+
+    Args:
+        recipe: says where masks are from.
+        network: the model with its weights.
+        weights: the fingerprint of the files that ``network`` was read from; None if it was given in memory.
+        data: hash of the calibration tokens.
+    """
+    masks = None if recipe.mask_from is None else {file for file, _ in MaskFiles(recipe.mask_from).files.values()}
+    return {
+        "weights": weights or _fingerprint(network),
+        "dtype": str(network.dtype),
+        "tokens": data,
+        "masks": None if masks is None else fingerprint_files(sorted(masks)),
+    }
+
+
+def _fingerprint(network: PreTrainedModel) -> str:
+    """Of a model in memory: every tensor whole."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"sha256-of-tensors:{digest.hexdigest()}"
+
+
+def _kind(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{describe_device(device)}, {torch.backends.cpu.get_cpu_capability()}"

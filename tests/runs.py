@@ -1,0 +1,117 @@
+"""Runs in a child process, which can be killed, lose power, or be refused space."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from tiny import prune_arguments
+
+from optima.cli import main
+
+MESSAGES = "messages.txt"
+
+
+def start(out: str, *options: str, prepare: Callable[[], object] = int) -> int:
+    """A run in a child that shares what is imported; its process id. ``prepare`` is called there first.
+
+    What it says on stderr is in ``MESSAGES``.
+    """
+    child = os.fork()
+    if child:
+        return child
+    code = 99
+    # The child must not return into pytest, whatever happens.
+    with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, open(MESSAGES, "w") as messages:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(messages.fileno(), 2)
+        sys.stderr = messages  # pytest had put its own there, and takes what is logged
+        logging.basicConfig(stream=messages, force=True)
+        prepare()
+        code = main(prune_arguments("--output-dir", out, *options))
+        messages.flush()
+    os._exit(code)
+
+
+def finish(child: int) -> int:
+    """Its exit status; negative for the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def stop_at_sync(count: int, number: int = signal.SIGKILL) -> Callable[[], None]:
+    """For ``prepare``: the process gets a signal when it brings something to the disk for the ``count``-th time."""
+
+    def prepare() -> None:
+        fsync, calls = os.fsync, iter(range(1, 10**6))
+
+        def stop(handle: int) -> None:
+            if next(calls) == count:
+                os.kill(os.getpid(), number)
+            fsync(handle)
+
+        os.fsync = stop
+
+    return prepare
+
+
+class Disk:
+    """Remembers what was brought to the disk below the current directory; loses the rest at the ``count``-th time.
+
+    Args:
+        count: power fails right after this many calls of ``os.fsync``.
+        names: whether names in directories that were not brought to the disk survive (empty, if the file was not).
+    """
+
+    def __init__(self, count: int, names: bool) -> None:
+        self.count, self.survive = count, names
+        self.contents: dict[int, bytes] = {}
+        self.entries: dict[int, dict[str, tuple[int, bool]]] = {}
+
+    def __call__(self) -> None:
+        """For ``prepare``."""
+        self.root = Path.cwd()
+        self.before = set(os.listdir(self.root))
+        self._look(self.root)
+        self._fsync, os.fsync = os.fsync, self.fsync  # type: ignore[assignment]
+
+    def fsync(self, handle: int) -> None:
+        self._fsync(handle)
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        if path.is_dir():
+            self._look(path)
+        else:
+            self.contents[path.stat().st_ino] = path.read_bytes()
+        self.count -= 1
+        if not self.count:
+            self._lose()
+
+    def _look(self, directory: Path) -> None:
+        self.entries[directory.stat().st_ino] = {
+            each.name: (each.inode(), each.is_dir(follow_symlinks=False)) for each in os.scandir(directory)
+        }
+
+    def _lose(self) -> None:
+        if self.survive:
+            for directory in (self.root, *(path for path in self.root.rglob("*") if path.is_dir())):
+                self._look(directory)
+        tree = dict(self._tree(self.root.stat().st_ino, Path()))
+        for name in set(os.listdir(self.root)) - self.before - {MESSAGES}:
+            path = self.root / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path, content in tree.items():
+            if path.parts[0] not in self.before and path.name != MESSAGES:
+                path.mkdir() if content is None else path.write_bytes(content)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _tree(self, inode: int, path: Path) -> list[tuple[Path, bytes | None]]:
+        found: list[tuple[Path, bytes | None]] = []
+        for name, (child, directory) in self.entries.get(inode, {}).items():
+            found.append((path / name, None if directory else self.contents.get(child, b"")))
+            found += self._tree(child, path / name) if directory else []
+        return found
