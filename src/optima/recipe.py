@@ -33,7 +33,7 @@ ROUNDINGS = ("hessian", "nearest")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 5e-3
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
 
 # The recipes that come with the package, by name.
@@ -125,7 +125,8 @@ class Recipe:
         "those before it, or to the nearest number", ROUNDINGS)
     tuning_epochs: Seed = _option(
         "tuning", 0, "passes over the calibration text in which each block is tuned towards the dense one")
-    learning_rate: Positive = _option("tuning", LEARNING_RATE, "of Adam, at the start; it falls to 0")
+    learning_rate: Positive = _option(
+        "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
     dataset: Texts = _option(
         "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files")
     dataset_config: str | None = _option(

@@ -32,7 +32,8 @@ class Tuning:
 
     Attributes:
         epochs: passes over the sequences that are not held out.
-        learning_rate: of Adam, at the start; it falls to 0 along a cosine. A step is one sequence.
+        learning_rate: of Adam, at the start, relative to the root mean square of each tensor; it falls to 0 along a
+            cosine. A step is one sequence.
     """
 
     epochs: int
@@ -107,7 +108,8 @@ def tune(
         return sum(float(error(piece)) for piece in held) / len(held)
 
     kept, history, best = dict[str, Tensor](), [on_held_out()], 0
-    optimizer = torch.optim.Adam(masters.values(), lr=tuning.learning_rate, betas=(0.9, 0.95), fused=True)
+    groups = [{"params": [master], "lr": tuning.learning_rate * _size(master)} for master in masters.values()]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
     steps = max(tuning.epochs * len(trained), 1)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps)))
     generator = torch.Generator().manual_seed(0)
@@ -125,6 +127,12 @@ def tune(
         if name in kept:
             parameter.detach().copy_(kept[name])
     return Tuned(tuple(history), best)
+
+
+@torch.no_grad()
+def _size(master: Tensor) -> float:
+    """Root mean square of what is not zero: models differ by much in the size of their weights."""
+    return math.sqrt(float(master.square().sum()) / max(int(master.count_nonzero()), 1))
 
 
 def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
