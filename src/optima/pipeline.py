@@ -24,7 +24,7 @@ from optima.patterns import Pattern
 from optima.reporting.progress import Progress
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
-from optima.tuning import Tuned, Tuning, energy, tune
+from optima.tuning import BlockError, Tuned, Tuning, tune
 
 Dump = Callable[[Linear, Statistics], None]
 
@@ -139,8 +139,10 @@ class Job:
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        weights = self._weights_in_tuning(block, streams, targets)
-        tuned = tune(block, keeps, streams, targets, weights, self.tuning, self.device)
+        cost = BlockError.by_channel(targets)
+        if self.loss is not None:
+            cost = BlockError.by_loss(self.loss.residual[block.name], self.loss.of_tokens(block.name))
+        tuned = tune(block, keeps, streams, targets, cost, self.tuning, self.device)
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]
@@ -149,25 +151,6 @@ class Job:
                 record, sparsity=sparsity, tuned=True, gap_written_max=None, gap_written_median=None, loss_written=None
             )
         return tuned
-
-    def _weights_in_tuning(self, block: Block, streams: Streams, targets: Sequence[Tensor]) -> list[Tensor] | None:
-        """Of each batch's tokens, (T,), of mean 1, as the objective says; None: all alike.
-
-        By the loss a relative error e of a token with output y costs |g|^2 |y|^2 e, tempered as all weights are. Tuning
-        without them would lose the first token of a sequence, on which most attention rests.
-        """
-        if self.loss is not None:
-            return self.loss.of_tokens(block.name, [energy(target).flatten() for target in targets])
-        weights = []
-        for (samples, length), target in zip(streams.sizes, targets, strict=True):
-            weight_BL = torch.ones(samples, length)
-            weight_BL[:, 0] = max(self.sink_weight * length, 1.0)
-            if target.shape[:-1] == (length, samples) != (samples, length):
-                weight_BL = weight_BL.mT
-            elif target.shape[:-1] != (samples, length):
-                return None
-            weights.append(weight_BL.flatten() / weight_BL.mean())
-        return weights
 
     @torch.no_grad()
     def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:

@@ -23,6 +23,8 @@ from optima.calibration.streams import Piece, Streams
 from optima.models.stacks import Block
 
 HELD_OUT = 8  # one sequence of so many is held out
+BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
+ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
 
 
@@ -33,7 +35,7 @@ class Tuning:
     Attributes:
         epochs: passes over the sequences that are not held out.
         learning_rate: of Adam, at the start, relative to the root mean square of each tensor; it falls to 0 along a
-            cosine. A step is one sequence.
+            cosine. A step is one sequence. An epoch that makes it worse is undone, and a quarter of the rate left.
     """
 
     epochs: int
@@ -53,16 +55,39 @@ class Tuned:
     best: int
 
 
-def relative_error(found: Tensor, target: Tensor, weight_T: Tensor | None = None) -> Tensor:
-    """The mean over tokens of ||found - target||^2 / ||target||^2, both (..., E), each times its weight."""
-    target = target.float()
-    error_T = ((found.float() - target).square().sum(dim=-1) / energy(target)).flatten()
-    return error_T.mean() if weight_T is None else (error_T * weight_T.to(error_T)).mean()
+@dataclass(frozen=True)
+class BlockError:
+    """What it costs that a block's outputs are not those of the dense block.
 
+    Not their relative change: in some models a few channels that hardly matter hold nearly all of the energy.
 
-def energy(target: Tensor) -> Tensor:
-    """||target||^2 of each token, (...) for (..., E), and never 0."""
-    return target.float().square().sum(dim=-1).clamp_min(SMALLEST_ENERGY)
+    Attributes:
+        metric_EE: a token's change d costs d^T M d.
+        weights: of the tokens of each batch, (T,), of mean 1; None: all alike.
+    """
+
+    metric_EE: Tensor
+    weights: Sequence[Tensor] | None = None
+
+    @classmethod
+    def by_loss(cls, residual_EE: Tensor, weights: Sequence[Tensor] | None) -> BlockError:
+        """To second order the loss: M = E g g^T, g its gradient at the outputs, the diagonal a little raised."""
+        metric_EE = residual_EE + ALIKE * residual_EE.diag().diag()
+        return cls(metric_EE / metric_EE.diagonal().mean(), weights)
+
+    @classmethod
+    def by_channel(cls, targets: Sequence[Tensor]) -> BlockError:
+        """Each channel's change relative to its own energy."""
+        energy_E = sum(target.float().square().flatten(0, -2).sum(dim=0) for target in targets)
+        assert isinstance(energy_E, Tensor)
+        count = sum(target.numel() for target in targets) / len(energy_E)
+        return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag())
+
+    def __call__(self, found: Tensor, target: Tensor, weight_T: Tensor | None) -> Tensor:
+        """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight."""
+        change_TE = (found.float() - target.float()).flatten(0, -2)
+        cost_T = ((change_TE @ self.metric_EE.to(change_TE)) * change_TE).sum(dim=-1)
+        return cost_T.mean() if weight_T is None else (cost_T * weight_T.to(cost_T)).mean()
 
 
 def tune(
@@ -70,7 +95,7 @@ def tune(
     keeps: Mapping[str, Tensor],
     streams: Streams,
     targets: Sequence[Tensor],
-    weights: Sequence[Tensor] | None,
+    cost: BlockError,
     tuning: Tuning,
     device: torch.device,
 ) -> Tuned:
@@ -81,7 +106,7 @@ def tune(
         keeps: keep_OD of its pruned linears by their full names.
         streams: what enters the pruned block.
         targets: of each batch, what the dense block makes of dense inputs.
-        weights: of each batch's tokens in the error, (T,), of mean 1; None: all alike.
+        cost: what is minimised.
         tuning: how.
         device: where to compute.
     """
@@ -98,35 +123,48 @@ def tune(
             sample = None
         rounded = {name: master.to(dtypes[name]) for name, master in masters.items()}
         found = streams.run_piece(block, piece, device, partial(functional_call, block.module, rounded))
-        target, weight_T = targets[batch], None if weights is None else weights[batch]
+        target, weight_T = targets[batch], None if cost.weights is None else cost.weights[batch]
         if sample is not None:
             target = target[sample : sample + 1]
             weight_T = None if weight_T is None else weight_T.reshape(streams.sizes[batch])[sample]
-        return relative_error(found, target.to(device), weight_T)
+        return cost(found, target.to(device), weight_T)
 
     def on_held_out() -> float:
         return sum(float(error(piece)) for piece in held) / len(held)
 
-    kept, history, best = dict[str, Tensor](), [on_held_out()], 0
-    groups = [{"params": [master], "lr": tuning.learning_rate * _size(master)} for master in masters.values()]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-    steps = max(tuning.epochs * len(trained), 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1.0 + math.cos(math.pi * step / steps)))
+    history, best, rate = [on_held_out()], 0, tuning.learning_rate
+    kept = {name: master.detach().clone() for name, master in masters.items()}
+    optimizer = _adam(masters)
+    steps, step = max(tuning.epochs * len(trained), 1), 0
     generator = torch.Generator().manual_seed(0)
     for epoch in range(tuning.epochs if trained else 0):
         for index in torch.randperm(len(trained), generator=generator).tolist():
+            for group in optimizer.param_groups:
+                group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             with torch.inference_mode(False), torch.enable_grad():
                 error(trained[index]).backward()
             optimizer.step()
             optimizer.zero_grad()
-            schedule.step()
+            step += 1
         history.append(on_held_out())
         if history[-1] < min(history[:-1]):
-            best, kept = epoch + 1, {name: master.detach().clone() for name, master in masters.items()}
+            best = epoch + 1
+            torch._foreach_copy_(list(kept.values()), [master.detach() for master in masters.values()])
+        else:  # undone, and tried again in smaller steps
+            torch._foreach_copy_([master.detach() for master in masters.values()], list(kept.values()))
+            optimizer, rate = _adam(masters), rate * BACKTRACK
+    if not best:
+        return Tuned(tuple(history), best)
     for name, parameter in block.module.named_parameters():
         if name in kept:
             parameter.detach().copy_(kept[name])
     return Tuned(tuple(history), best)
+
+
+def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:
+    """A fresh optimizer; each group knows the size of its tensor."""
+    groups = [{"params": [master], "size": _size(master)} for master in masters.values()]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()

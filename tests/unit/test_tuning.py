@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from optima import Recipe, prune
 from optima.calibration.capture import capture
 from optima.models.stacks import find_stacks, select_linears
-from optima.tuning import Tuned, Tuning, tune
+from optima.tuning import BlockError, Tuned, Tuning, tune
 
 CPU = torch.device("cpu")
 
@@ -36,7 +36,9 @@ def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, bat
         keeps[linear.name] = weight_OD.abs() > weight_OD.abs().median()
         linear.write(weight_OD * keeps[linear.name])
     with torch.no_grad():
-        found = tune(block, keeps, streams, dense.hidden, None, Tuning(3, learning_rate), CPU)
+        found = tune(
+            block, keeps, streams, dense.hidden, BlockError.by_channel(dense.hidden), Tuning(3, learning_rate), CPU
+        )
     for linear in block.linears:
         assert bool((linear.read()[~keeps[linear.name]] == 0).all())
     return found

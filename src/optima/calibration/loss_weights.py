@@ -54,21 +54,20 @@ class LossWeights:
         tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
             Groups that are not given every token, as experts, have none.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
+        residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
     """
 
     loss: str
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    residual: dict[str, Tensor] = field(default_factory=dict)
 
-    def of_tokens(self, name: str, scales: Sequence[Tensor] | None = None) -> list[Tensor] | None:
+    def of_tokens(self, name: str) -> list[Tensor] | None:
         """Tempered weights of each batch's tokens, (T,), for a group's first linear or a block ``name``; of mean 1.
 
-        None where they are not known, or no token matters. ``scales``, (T,) each, multiply the squares before.
+        None where they are not known, or no token matters.
         """
-        squares = self.tokens.get(name, [])
-        if scales is not None and squares:
-            squares = [own_T * scale_T.to(own_T) for own_T, scale_T in zip(squares, scales, strict=True)]
-        tempered = [own_T.pow(POWER) for own_T in squares]
+        tempered = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
         total = sum(float(own_T.sum()) for own_T in tempered)
         return [own_T * (sum(map(len, tempered)) / total) for own_T in tempered] if total else None
 
@@ -224,6 +223,9 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         found.tokens.setdefault(block.name, []).append(square_T.cpu())
+        flat_TE = gradient.flatten(0, -2).float()
+        product_EE = (flat_TE.mT @ flat_TE).cpu() / total
+        found.residual[block.name] = found.residual[block.name] + product_EE if batch else product_EE
         leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:
