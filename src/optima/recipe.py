@@ -33,7 +33,7 @@ ROUNDINGS = ("hessian", "nearest")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
-LEARNING_RATE = 5e-3
+LEARNING_RATE = 3e-3
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
 
 # The recipes that come with the package, by name.

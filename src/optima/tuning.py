@@ -110,29 +110,13 @@ def tune(
         tuning: how.
         device: where to compute.
     """
-    with torch.inference_mode(False):
-        masters = _masters(block, keeps)
-    dtypes = {name: parameter.dtype for name, parameter in block.module.named_parameters()}
     pieces = streams.pieces(block)
     held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
     trained = [piece for piece in pieces if piece not in held]
-
-    def error(piece: Piece) -> Tensor:
-        batch, sample = piece
-        if streams.sizes[batch][0] == 1:
-            sample = None
-        rounded = {name: master.to(dtypes[name]) for name, master in masters.items()}
-        found = streams.run_piece(block, piece, device, partial(functional_call, block.module, rounded))
-        target, weight_T = targets[batch], None if cost.weights is None else cost.weights[batch]
-        if sample is not None:
-            target = target[sample : sample + 1]
-            weight_T = None if weight_T is None else weight_T.reshape(streams.sizes[batch])[sample]
-        return cost(found, target.to(device), weight_T)
-
-    def on_held_out() -> float:
-        return sum(float(error(piece)) for piece in held) / len(held)
-
-    history, best, rate = [on_held_out()], 0, tuning.learning_rate
+    with torch.inference_mode(False):
+        masters = _masters(block, keeps)
+    error = _Error(block, streams, targets, cost, device, masters)
+    history, best, rate = [error.mean(held)], 0, tuning.learning_rate
     kept = {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
     steps, step = max(tuning.epochs * len(trained), 1), 0
@@ -146,19 +130,51 @@ def tune(
             optimizer.step()
             optimizer.zero_grad()
             step += 1
-        history.append(on_held_out())
+        history.append(error.mean(held))
         if history[-1] < min(history[:-1]):
             best = epoch + 1
-            torch._foreach_copy_(list(kept.values()), [master.detach() for master in masters.values()])
+            _copy(masters, kept)
         else:  # undone, and tried again in smaller steps
-            torch._foreach_copy_([master.detach() for master in masters.values()], list(kept.values()))
+            _copy(kept, masters)
             optimizer, rate = _adam(masters), rate * BACKTRACK
-    if not best:
-        return Tuned(tuple(history), best)
-    for name, parameter in block.module.named_parameters():
-        if name in kept:
-            parameter.detach().copy_(kept[name])
+    if best:
+        _copy(kept, {name: parameter for name, parameter in block.module.named_parameters() if name in kept})
     return Tuned(tuple(history), best)
+
+
+@dataclass(frozen=True)
+class _Error:
+    """The cost of what the block makes of a piece, its weights the masters rounded to their dtypes."""
+
+    block: Block
+    streams: Streams
+    targets: Sequence[Tensor]
+    cost: BlockError
+    device: torch.device
+    masters: Mapping[str, Tensor]
+
+    def __call__(self, piece: Piece) -> Tensor:
+        module = self.block.module
+        rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
+        found = self.streams.run_piece(self.block, piece, self.device, partial(functional_call, module, rounded))
+        batch, sample = piece
+        target, weights, size = self.targets[batch], self.cost.weights, self.streams.sizes[batch]
+        weight_T = None if weights is None else weights[batch]
+        if sample is not None and size[0] > 1:
+            target = target[sample : sample + 1]
+            weight_T = None if weight_T is None else weight_T.reshape(size)[sample]
+        return self.cost(found, target.to(self.device), weight_T)
+
+    def mean(self, pieces: Sequence[Piece]) -> float:
+        """Over several pieces, without gradients."""
+        with torch.no_grad():
+            return sum(float(self(piece)) for piece in pieces) / len(pieces)
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
+    for name, tensor in destination.items():
+        tensor.detach().copy_(source[name])
 
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:

@@ -222,7 +222,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"swaps": 256, "selector": "external", "mask_from": "m.safetensors"}, "swaps needs to know the pattern"),
     ({"scope": "row", "selector": "external", "mask_from": "m.safetensors"}, "scope needs to know the pattern"),
     ({"selector": "external"}, "selector external takes its masks from mask_from"),
-    ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'wanda'"),
+    ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'optima'"),
     ({"allocation": "error"}, "unknown allocation 'error': known allocations are uniform, owl"),
     ({"allocation_spread": 0.1}, "allocation_spread is for allocation owl"),
     ({"allocation": "owl", "pattern": "2:4"}, "shares out one unstructured sparsity, not pattern 2:4"),
@@ -318,8 +318,13 @@ class TestMaking:
     @pytest.mark.parametrize(
         ("values", "pattern"),
         [
-            ({}, Unstructured(0.5, "row")),
-            ({"sparsity": 0.6}, Unstructured(0.6, "row")),
+            ({}, Unstructured(0.5, "layer")),
+            ({"sparsity": 0.6}, Unstructured(0.6, "layer")),
+            ({"selector": "wanda"}, Unstructured(0.5, "layer")),
+            ({"selector": "wanda", "solver": "none"}, Unstructured(0.5, "row")),
+            ({"selector": "wanda", "objective": "sink"}, Unstructured(0.5, "row")),
+            ({"objective": "sink"}, Unstructured(0.5, "row")),
+            ({"selector": "magnitude", "objective": "sink"}, Unstructured(0.5, "layer")),
             ({"selector": "magnitude"}, Unstructured(0.5, "layer")),
             ({"selector": "sparsegpt"}, Unstructured(0.5, "group", 128)),
             ({"scope": "group", "group_size": 64}, Unstructured(0.5, "group", 64)),
@@ -330,9 +335,7 @@ class TestMaking:
         ],
         ids=str,
     )
-    def test_pattern_as_published_unless_asked_otherwise(
-        self, values: dict[str, Any], pattern: Unstructured | NM
-    ) -> None:
+    def test_rows_compete_by_the_loss_or_as_published(self, values: dict[str, Any], pattern: Unstructured | NM) -> None:
         recipe = Recipe(**values)
         assert pattern_table(recipe, build(recipe).selector) == PatternTable((), pattern)
 
