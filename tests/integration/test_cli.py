@@ -249,7 +249,8 @@ class TestRecipeOnTheCommandLine:
              {"targets": ["k_proj"], "ignore": ["up"]}),
             ({"ignore": []}, [], {"ignore": []}),
             ({"ignore": ["up"]}, ["--ignore"], {"ignore": []}),
-            ({"selector": "own:Mine"}, ["--selector", "wanda", "--trust-remote-code"], {"selector": "wanda", "trust_remote_code": True}),
+            ({"selector": "own:Mine"}, ["--selector", "wanda", "--trust-remote-code"],
+             {"selector": "wanda", "trust_remote_code": True}),
             ({"damping": 0}, ["--damping", "0.1"], {"damping": 0.1}),
             # What belongs to a method goes with it.
             ({"selector": "external", "mask_from": "masks"}, ["--selector", "wanda"], {"selector": "wanda"}),
