@@ -92,7 +92,7 @@ def test_sections_are_there_where_they_have_something_to_say() -> None:
     assert "Notes a note" in full.shown
     assert "solve 31.0 s 50.0% everything else 31.0 s 50.0%" in full.shown
     titles = {attributes["id"] for tag, attributes in full.elements if tag == "h2"}
-    assert titles == {f"h-{name}" for name in SECTIONS} - {"h-differences"}
+    assert titles == {f"h-{name}" for name in SECTIONS} - {"h-differences", "h-tuning"}
     empty = page(Report(RUN, ()))
     assert "Nothing was pruned." in empty.shown
     for title in ("map", "spread", "linears", "times"):
