@@ -2,8 +2,11 @@
 
     python benchmarks/accuracy.py MODEL --calibration c4.jsonl --evaluation wikitext2_test.txt --output accuracy.json
 
-A method is a selector (its published update), a selector with +solve (its mask, the surviving weights re-solved) or
-with +swaps+solve (the mask refined by swaps before). Each is measured on a fresh copy of the model. Prints Markdown.
+A method is a selector (as published), with steps behind it: +solve (its mask, the surviving weights re-solved, by the
+sink objective), +loss (the same by objective loss), +swaps (the mask refined before), +shared (sparsity shared out by
+the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes with the package: fast, balanced, best.
+Each is measured on a fresh copy of the model. Prints Markdown. --held-out takes that share of the calibration text, its
+end, to measure on as well; nothing is calibrated on it.
 
 A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
 places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
@@ -16,6 +19,7 @@ import argparse
 import copy
 import hashlib
 import json
+import random
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +35,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
-from optima.build import build, pattern_table
+from optima.build import build, default_scope, pattern_table
 from optima.calibration.text import Documents, TextSource, calibration_tokens, data_hash
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
@@ -39,17 +43,15 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
-from optima.recipe import ALLOCATION_NAMES, ROUNDINGS
+from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, read_recipe, recipe_from_dict
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
 OWN = "optima"  # has no published update: its weights come from the solve
-METHODS = [
-    *(name for name in SELECTORS if name != OWN),
-    *(f"{name}+solve" for name in SELECTORS),
-    *(f"{name}+swaps+solve" for name in SELECTORS),
-]
+STEPS = {"solve", "loss", "swaps", "shared", "tune"}
+PRESETS = ["fast", "balanced", "best"]
+METHODS = [*(name for name in SELECTORS if name != OWN), *(f"{name}+solve" for name in SELECTORS), *PRESETS]
 PATTERNS = ["0.5", "0.6", "0.7", "2:4"]
 
 
@@ -61,22 +63,32 @@ class Bench:
     tokenizer: PreTrainedTokenizerBase
     tokens_NL: Tensor
     windows_NL: Tensor
+    held_out_NL: Tensor | None
     options: argparse.Namespace
 
     def recipe(self, method: str, pattern: str) -> Recipe:
         name, *steps = method.split("+")
         options = self.options
+        if name in PRESETS:
+            values = read_recipe(name) | {"seed": options.seed, "device": options.device, "pattern": [pattern]}
+            values = {key: value for key, value in values.items() if key != "sparsity"}
+            return recipe_from_dict(values | ({"allocation": "uniform"} if ":" in pattern else {}))
+        solves = "solve" in steps or "loss" in steps
+        objective = "loss" if "loss" in steps else "sink" if "solve" in steps else "plain"
         return Recipe(
             selector=name,
             pattern=[pattern],
             scope=None if ":" in pattern else options.scope,
-            allocation=options.allocation,
+            allocation="loss" if "shared" in steps and ":" not in pattern else options.allocation,
             swaps=256 if "swaps" in steps else 0,
-            solver="auto" if "solve" in steps else "none",
+            objective=objective,
+            tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
+            learning_rate=options.learning_rate,
+            solver="auto" if solves else "none",
             gap=options.gap,
             damping=options.damping,
             rounding=options.rounding,
-            sink_weight=options.sink_weight,
+            sink_weight=options.sink_weight if objective == "sink" else None,
             seed=options.seed,
             device=options.device,
         )
@@ -89,17 +101,21 @@ class Bench:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "windows": list(self.windows_NL.shape),
             "evaluation_hash": data_hash(self.windows_NL),
+            **({} if self.held_out_NL is None else {"held_out_hash": data_hash(self.held_out_NL)}),
             "tasks": {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in options.tasks.items()},
             "task_limit": options.task_limit if options.tasks else None,
         }
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        recipe = recipe.resolved(scope=build(recipe).selector.published_scope)
+        recipe = recipe.resolved(scope=default_scope(recipe, build(recipe).selector))
         applied = pattern_table(recipe, build(recipe).selector).default
         names = ["selector", "pattern", "allocation", "swaps", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
         names += ["rounding"] if recipe.solver != "none" else []
+        names += ["objective"] if recipe.objective == "loss" else []
+        names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
+        names += ["allocation_spread"] if recipe.allocation != "uniform" else []
         return {name: getattr(recipe, name) for name in names} | {
             # As applied: what a selector published may change.
             "scope": applied.scope if isinstance(applied, Unstructured) else None,
@@ -130,8 +146,12 @@ class Bench:
                 "notes": report.run.notes,
                 "seconds": time.perf_counter() - started,
                 "seconds_in_linears": sum(r.seconds for r in linears),
+                "stages": report.run.stages,
+                "peak_memory_bytes": report.run.peak_memory_bytes,
             }
         result["perplexity"] = perplexity(sparse, self.windows_NL, device=device)
+        if self.held_out_NL is not None:
+            result["perplexity_held_out"] = perplexity(sparse, self.held_out_NL, device=device)
         if self.options.tasks:
             started = time.perf_counter()
             result["tasks"] = accuracies(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
@@ -166,7 +186,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", nargs="+", required=True, help="text to calibrate on")
     parser.add_argument("--evaluation", nargs="+", required=True, help="text to measure perplexity on")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="sparsities and n:m patterns")
-    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="METHOD", help="see above")
+    parser.add_argument("--methods", nargs="+", default=METHODS, type=method, metavar="METHOD", help="see above")
+    parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the calibration text, to measure on too")
+    parser.add_argument("--tuning-epochs", type=int, default=4, help="of methods with +tune")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of methods with +tune")
     parser.add_argument("--scope", choices=SCOPES, help="of all methods' sparsities (default: as published)")
     parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of all methods' sparsities")
     parser.add_argument("--damping", type=float, default=0.01)
@@ -189,6 +212,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def method(text: str) -> str:
+    """A selector with steps, or a recipe."""
+    name, *steps = text.split("+")
+    if text in PRESETS or (name in SELECTORS and STEPS.issuperset(steps)):
+        return text
+    known = f"{', '.join(SELECTORS)} with any of +{' +'.join(sorted(STEPS))}, or {', '.join(PRESETS)}"
+    raise argparse.ArgumentTypeError(f"{text} is none of {known}")
+
+
 def named_file(text: str) -> tuple[str, Path]:
     name, _, file = text.partition("=")
     if not file:
@@ -202,15 +234,28 @@ def make_bench(options: argparse.Namespace) -> Bench:
         load_tasks(options.tasks)
     source = find_source(options.model)
     tokenizer = load_tokenizer(source)
-    documents = Documents(TextSource(tuple(options.calibration)), options.seed)
+    source_of_text = TextSource(tuple(options.calibration))
+    documents, held_out_NL = Documents(source_of_text, options.seed), None
+    if options.held_out:
+        every = list(Documents(source_of_text))
+        documents, rest = split(every, options.held_out, options.seed)
+        held_out_NL = evaluation_windows(rest, tokenizer, options.window, options.max_windows)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
-    bench = Bench(load_model(source, options.dtype), tokenizer, tokens_NL, windows_NL, options)
+    bench = Bench(load_model(source, options.dtype), tokenizer, tokens_NL, windows_NL, held_out_NL, options)
     for pattern in options.patterns:
         for method in options.methods:
             bench.recipe(method, pattern)  # checks itself
     return bench
+
+
+def split(documents: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
+    """The documents but for the last ``share``, shuffled; and those, in order."""
+    first = int((1.0 - share) * len(documents))
+    shuffled = documents[:first]
+    random.Random(seed).shuffle(shuffled)
+    return shuffled, documents[first:]
 
 
 def made_with(options: argparse.Namespace) -> dict[str, Any]:
@@ -266,6 +311,8 @@ def save(results: list[dict[str, Any]], output: Path | None) -> None:
 def print_tables(results: Sequence[dict[str, Any]], bench: Bench) -> None:
     print(f"\nCalibration {data_hash(bench.tokens_NL)[:12]}, {list(bench.windows_NL.shape)} tokens evaluated.")
     print_table("perplexity (layer error)", loss, results, bench)
+    if bench.held_out_NL is not None:
+        print_table("perplexity of held-out calibration text", held_out, results, bench)
     for task in bench.options.tasks:
         print_table(f"{task}: acc / acc_norm, %", lambda result, task=task: accuracy(result, task), results, bench)
     print_table("seconds to prune", seconds, results, bench)
@@ -275,6 +322,10 @@ def loss(result: dict[str, Any]) -> str:
     # float: JSON holds an infinite number as text.
     error = f" ({float(result['error']):.4f})" if "error" in result else ""
     return f"{float(result['perplexity']):.2f}{error}"
+
+
+def held_out(result: dict[str, Any]) -> str:
+    return f"{float(result['perplexity_held_out']):.2f}"
 
 
 def seconds(result: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> Energies:
     pruned = []
     for sink_weight in options.sink_weights:
         sparse = copy.deepcopy(model)
-        recipe = Recipe(pattern=[options.pattern], selector=options.selector, sink_weight=sink_weight)
+        recipe = Recipe(pattern=[options.pattern], selector=options.selector, objective="sink", sink_weight=sink_weight)
         prune(sparse, recipe, calibration=tokens_NL)
         pruned.append(find_linears(sparse))
     energies = measure(model, pruned, windows_NL)

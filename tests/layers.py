@@ -18,7 +18,6 @@ PATTERNS = [
     Unstructured(0.5, "layer"),
     Unstructured(0.7, "row"),
     Unstructured(0.3, "layer"),
-    Unstructured(0.55, "balanced"),
     Unstructured(0.6, "group", 16),
     Unstructured(0.45, "group", 20),
     NM(2, 4),
@@ -81,22 +80,11 @@ def plain_keep(score_OD: Tensor, pattern: Pattern) -> Tensor:
         return ~lowest(score_OD.reshape(-1, pattern.m), pattern.m - pattern.n).reshape(outputs, inputs)
     if pattern.scope == "row":
         return ~lowest(score_OD, row_counts(pattern, outputs, inputs))
-    score_OD = score_OD / plain_row_units(score_OD, pattern)
     edges = group_edges(pattern, inputs)
     counts = steps(pattern.sparsity, [outputs * edge for edge in edges])
     groups = [score_OD[:, begin:end].reshape(1, -1) for begin, end in pairwise(edges)]
     masks = [lowest(group, count).reshape(outputs, -1) for group, count in zip(groups, counts, strict=True)]
     return ~torch.cat(masks, dim=1)
-
-
-def plain_row_units(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """Scope balanced: each row's threshold, or a millionth of the largest, to the power 0.7; else 1."""
-    if pattern.scope != "balanced":
-        return torch.ones_like(score_OD[:, :1])
-    place = max(round(pattern.sparsity * score_OD.shape[1]), 1) - 1
-    thresholds = [sorted(row)[place] for row in score_OD.tolist()]
-    units = [max(threshold, 1e-6 * max(thresholds)) ** 0.7 for threshold in thresholds]
-    return torch.tensor(units, dtype=torch.float64)[:, None]
 
 
 def check_counts(keep_OD: Tensor, pattern: Pattern) -> None:

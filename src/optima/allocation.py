@@ -3,7 +3,7 @@
 Every method observes each linear once and then gives it its sparsity; the mean, weighted by the numbers of weights, is
 the global sparsity.
 
-Shapes: O outputs, D inputs, N blocks.
+Shapes: O outputs, D inputs, N blocks, or weights of a linear, L linears, Q quantiles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from optima.selectors.wanda import wanda_score
 
 # No linear is left dense or empty, however far the global sparsity and the spread reach.
 SPARSEST, DENSEST = 0.99, 0.01
+# Of a linear's saliencies.
+QUANTILES = 1001
 
 
 class Allocation(Protocol):
@@ -84,6 +86,48 @@ class Owl:
         outliers = sum(int((score > limit).sum()) for score in self._scores)
         self._ratios.append(outliers / size)
         self._scores.clear()
+
+
+@dataclass
+class ByLoss:
+    """One threshold for the whole model: weights compete by what its loss feels of their removal.
+
+    The saliency of a weight is r_o w_oi^2 / K_ii, K = H^-1: that of the optimal brain surgeon (Hassibi & Stork, 1993)
+    in units of the loss, see ``optima.calibration.loss_weights``. What a threshold leaves of each linear is bounded,
+    because the second-order loss of one linear knows nothing of what the others lose.
+
+    Args:
+        sparsity: the global sparsity S.
+        spread: how far a linear's sparsity may depart from S.
+    """
+
+    sparsity: float
+    spread: float = 0.1
+    _saliencies: dict[str, Tensor] = field(default_factory=dict, init=False)
+    _sizes: dict[str, int] = field(default_factory=dict, init=False)
+
+    def observe(self, block: int, task: LinearTask) -> None:
+        """See ``Allocation``. The quantiles of a linear's saliencies are kept, not the saliencies."""
+        saliency_OD = task.weight_OD.double().square() / task.hessian.inverse_diagonal_D
+        if task.row_weight_O is not None:
+            saliency_OD = saliency_OD * task.row_weight_O.to(saliency_OD)[:, None]
+        sorted_N = saliency_OD.masked_fill(task.hessian.dead_D, 0.0).flatten().sort().values
+        place_Q = torch.linspace(0, len(sorted_N) - 1, QUANTILES, device=sorted_N.device).round().long()
+        self._saliencies[task.name] = sorted_N[place_Q].cpu()
+        self._sizes[task.name] = len(sorted_N)
+
+    def allocate(self) -> dict[str, float]:
+        """See ``Allocation``."""
+        value_LQ = torch.stack(list(self._saliencies.values()))
+        size_L = torch.tensor(list(self._sizes.values()), dtype=torch.float64)
+        # The quantiles of all linears, each for as many weights as lie between two.
+        order = value_LQ.flatten().argsort()
+        weight = size_L.repeat_interleave(QUANTILES)[order].cumsum(0)
+        last = int(torch.searchsorted(weight, self.sparsity * float(weight[-1])).clamp_max(len(weight) - 1))
+        below_L = (value_LQ <= value_LQ.flatten()[order[last]]).double().mean(dim=1)
+        bounded_L = below_L.clamp(self.sparsity - self.spread, self.sparsity + self.spread)
+        found_L = with_mean(bounded_L, size_L, self.sparsity)
+        return dict(zip(self._saliencies, found_L.tolist(), strict=True))
 
 
 def with_mean(value_N: Tensor, size_N: Tensor, mean: float) -> Tensor:

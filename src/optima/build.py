@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from optima.allocation import Allocation, Owl
+from optima.allocation import Allocation, ByLoss, Owl
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
-from optima.patterns import SCOPES, PatternTable
+from optima.patterns import SCOPES, PatternTable, Scope
 from optima.qp import make_solver
-from optima.recipe import OWL_SPREAD, Recipe
+from optima.recipe import SPREADS, Recipe
 from optima.selectors.base import Selector, load_foreign, make_selector
 from optima.selectors.external import External
+from optima.selectors.optima import Optima
 from optima.swaps.search import SwapRefinement
+from optima.tuning import Tuning
 
 PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
 
@@ -49,9 +51,22 @@ def _swaps(candidates: int | str) -> SwapRefinement | None:
     return SwapRefinement(candidates=candidates, most_candidates=candidates) if candidates else None
 
 
+def default_scope(recipe: Recipe, selector: Selector) -> Scope:
+    """The published scope; but rows compete where the loss says what each is worth, and those of ours only there."""
+    published = selector.published_scope
+    if recipe.resolved(scope=published).objective == "loss":
+        return "layer" if published == "row" else published
+    return "row" if isinstance(selector, Optima) else published
+
+
 def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
-    """The patterns; unstructured ones take the selector's published scope unless the recipe names one."""
-    return recipe.table(recipe.scope or selector.published_scope)
+    """The patterns; unstructured ones take the default scope unless the recipe names one."""
+    return recipe.table(recipe.scope or default_scope(recipe, selector))
+
+
+def build_tuning(recipe: Recipe) -> Tuning | None:
+    """How blocks are tuned; None if they are not."""
+    return Tuning(recipe.tuning_epochs, recipe.learning_rate) if recipe.tuning_epochs else None
 
 
 def build_allocation(recipe: Recipe) -> Allocation | None:
@@ -60,4 +75,7 @@ def build_allocation(recipe: Recipe) -> Allocation | None:
         return None
     default = recipe.table(SCOPES[0]).default
     assert default is not None, "a recipe checks it"
-    return Owl(default.sparsity, recipe.outlier_multiple, recipe.allocation_spread or OWL_SPREAD)
+    spread = recipe.allocation_spread or SPREADS[recipe.allocation]
+    if recipe.allocation == "loss":
+        return ByLoss(default.sparsity, spread)
+    return Owl(default.sparsity, recipe.outlier_multiple, spread)

@@ -19,7 +19,7 @@ from rich.text import Text
 import optima
 from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS, EvaluationSettings
-from optima.recipe import DTYPES, GROUPS, Recipe, must_be, read_recipe, recipe_from_dict
+from optima.recipe import DTYPES, GROUPS, SHIPPED, Recipe, must_be, read_recipe, recipe_from_dict
 
 if TYPE_CHECKING:
     from optima.reporting.record import Report
@@ -222,8 +222,8 @@ def _add_output(option: Callable[..., Any], suffix: str) -> None:
 
 def _add_recipe(parser: _Parser) -> None:
     """An option for each field of a recipe, group by group."""
-    text = "YAML file with any of the options below; those given on the command line override it"
-    parser.add_argument("--recipe", metavar="FILE", help=text)
+    text = f"YAML file with any of the options below, or {', '.join(SHIPPED)}; the command line overrides it"
+    parser.add_argument("--recipe", metavar="NAME", help=text)
     groups = {name: parser.add_argument_group(f"{name} ({about})") for name, about in GROUPS.items()}
     for field in dataclasses.fields(Recipe):
         flag, group = f"--{field.name.replace('_', '-')}", groups[field.metadata["group"]]
@@ -263,7 +263,11 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     if "sparsity" in given:
         values.pop("pattern", None)
     # What belongs to a method goes with it.
-    for option, method, own in (("selector", "external", "mask_from"), ("allocation", "owl", "allocation_spread")):
+    for option, method, own in (
+        ("selector", "external", "mask_from"),
+        ("allocation", "owl", "allocation_spread"),
+        ("objective", "sink", "sink_weight"),
+    ):
         if given.get(option, method) != method:
             values.pop(own, None)
     return recipe_from_dict(values | given)

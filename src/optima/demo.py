@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from optima.device import find_device
 from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.recipe import Recipe
+from optima.recipe import Recipe, load_recipe
 from optima.reporting.record import REPORT_NAME
 from optima.run import prune
 
@@ -24,7 +25,7 @@ NUM_WINDOWS = 12
 
 
 def run_demo(output_dir: Path, console: Console) -> None:
-    """Prune Gemma 3 270M to 50% with Wanda alone and with Wanda + OPTIMA; print perplexity before and after.
+    """Prune Gemma 3 270M to 50% with Wanda alone, and with two recipes of OPTIMA; print perplexity before and after.
 
     Raises:
         ModelError: if the package that carries the model is not installed, or ``output_dir`` is in use.
@@ -42,13 +43,16 @@ def run_demo(output_dir: Path, console: Console) -> None:
     console.print(f"calibrating on {tokens.numel():,} tokens of the Python documentation, evaluating on other pages\n")
 
     rows = [("dense", perplexity(model, windows, device=device), "-", "-")]
-    for name, solver in (("Wanda", "none"), ("Wanda + OPTIMA", "auto")):
+    size: dict[str, Any] = {"num_calibration_samples": NUM_SAMPLES, "max_seq_length": LENGTH}
+    recipes = {
+        "Wanda": Recipe(selector="wanda", solver="none", **size),
+        "OPTIMA, fast": replace(load_recipe("fast"), **size),
+        "OPTIMA": Recipe(**size),
+    }
+    for name, recipe in recipes.items():
         console.print(f"pruning to 50%: {name}")
         sparse = copy.deepcopy(model)
-        recipe = Recipe(
-            sparsity=0.5, selector="wanda", solver=solver, num_calibration_samples=NUM_SAMPLES, max_seq_length=LENGTH
-        )
-        place = None if solver == "none" else sparse_dir
+        place = sparse_dir if name == "OPTIMA" else None
         given: dict[str, Any] = {"tokenizer": tokenizer, "calibration": tokens}
         report = prune(sparse, recipe, output_dir=place, overwrite=True, resume=False, **given)
         gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"

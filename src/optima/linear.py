@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,9 @@ from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
 from optima.swaps.search import SwapRefinement
+
+# A row that the loss does not feel at all keeps a scale.
+SMALLEST_ROOT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,12 @@ def prune_linear(
 
 def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection:
     """What ``selector`` answers, the dense weight unharmed: errors are measured against it."""
+    root_O1 = None
+    if task.row_weight_O is not None:
+        # Rows scaled by the roots of their weights compete in units of the weighted loss, whatever the selector.
+        weight_O = task.row_weight_O.to(task.weight_OD) / task.row_weight_O.mean()
+        root_O1 = weight_O.sqrt().clamp_min(SMALLEST_ROOT)[:, None]
+        task = replace(task, weight_OD=task.weight_OD * root_O1)
     version = None if task.weight_OD.is_inference() else task.weight_OD._version
     selection = selector.select(task, pattern)
     name = type(selector).__name__
@@ -135,6 +144,8 @@ def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection
         raise RecipeError(f"selector {name} returned {type(selection).__name__}, not a Selection: mend the selector")
     if version is not None and task.weight_OD._version != version:
         raise RecipeError(f"selector {name} changed the dense weight of {task.name}: let it work on a copy")
+    if root_O1 is not None and selection.weight_OD is not None:
+        return Selection(selection.keep_OD, selection.weight_OD / root_O1)
     return selection
 
 

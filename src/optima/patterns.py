@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from optima.errors import RecipeError
 
-Scope = Literal["row", "layer", "group", "balanced"]
+Scope = Literal["row", "layer", "group"]
 SCOPES = get_args(Scope)
 GROUP_SIZE = 128
 
@@ -24,8 +24,7 @@ class Unstructured:
     Attributes:
         sparsity: fraction of weights to prune, strictly between 0 and 1.
         scope: ``row`` meets it in every output row (Wanda), ``group`` in every ``group_size`` consecutive inputs over
-            all rows (SparseGPT, Thanos), ``layer`` ranks all weights together, ``balanced`` does so once the scores of
-            each row are divided by the row's threshold in scope ``row`` to the power 0.7: rows differ, but less.
+            all rows (SparseGPT, Thanos), ``layer`` ranks all weights together.
         group_size: inputs in a group; the last group holds what is left. No matter in the other scopes.
     """
 
@@ -42,8 +41,6 @@ class Unstructured:
             raise RecipeError(f"group_size must be at least 1, got {self.group_size}: for example {GROUP_SIZE}")
 
     def __str__(self) -> str:
-        if self.scope == "balanced":
-            return f"{self.sparsity:g} balanced"
         return f"{self.sparsity:g} per {self.scope}" + (f" of {self.group_size}" if self.scope == "group" else "")
 
     def pruned_count(self, size: int) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from optima.allocation import Allocation
 from optima.calibration.gradient import regional_gradients
+from optima.calibration.loss_weights import LossWeights
 from optima.calibration.statistics import Found, observe
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
@@ -22,6 +24,7 @@ from optima.patterns import Pattern
 from optima.reporting.progress import Progress
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
+from optima.tuning import BlockError, Tuned, Tuning, tune
 
 Dump = Callable[[Linear, Statistics], None]
 
@@ -35,11 +38,13 @@ class Job:
         patterns: the pattern of each linear by its full name.
         device: where blocks are calibrated and solved.
         damping: of the hessians, relative to their mean diagonal.
-        sink_weight: of the first token of each sequence, see ``optima.calibration.statistics``.
+        sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
         progress: is told of every linear and block.
         weights: brings blocks to the device.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
+        loss: weights of tokens and rows by the model's loss, or None.
+        tuning: of blocks, or None.
         linears, blocks: the records so far.
         resumed_seconds: what an earlier run spent on the blocks that it had done.
         notes: what was not done, or deviated from the recipe.
@@ -54,6 +59,8 @@ class Job:
     weights: Resident = field(default_factory=Resident)
     writer: Writer | None = None
     dump: Dump | None = None
+    loss: LossWeights | None = None
+    tuning: Tuning | None = None
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -76,20 +83,27 @@ class Job:
         resumed = {} if self.writer is None else self.writer.done
         done = sum(block.name in resumed for block in blocks)
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done)
+        dense = streams.copy() if self.tuning is not None else None
         for block in blocks:
             again = block.name in resumed
             clock = self.clock if again else Stopwatch(self.device)
             linears, notes = len(self.linears), len(self.notes)
-            if again:
-                self._replay(block, BlockDone.from_dict(resumed[block.name]))
             with self.weights.on(block, self.device, clock):
-                if not again:
-                    self._prune(block, streams, clock)
+                if dense is not None:
+                    with clock("forward"):
+                        dense.advance(block, self.device)
+                if again:
+                    self._replay(block, BlockDone.from_dict(resumed[block.name]))
+                else:
+                    keeps, tuned = self._prune(block, streams, clock), Tuned((), 0)
+                    if dense is not None and keeps:
+                        with clock("tune"):
+                            tuned = self._tune(block, keeps, streams, dense.hidden, linears)
                 if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block, self.device)
             if not again:
-                self.blocks.append(BlockRecord(block.index, block.name, clock.seconds))
+                self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
                 self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
                 self.progress.block(block.index + 1)
 
@@ -108,14 +122,35 @@ class Job:
     def _commit(
         self, block: Block, linears: tuple[LinearRecord, ...], notes: tuple[str, ...], clock: Stopwatch
     ) -> None:
+        """Write a block that is done, and what the report will tell of it."""
         if self.writer is None:
             return
         with clock("write"):
             tensors = block.module.state_dict(prefix=f"{block.name}.")
             pruned = {linear.parameter.data_ptr() for linear in block.linears}
-            changed = [name for name, tensor in tensors.items() if tensor.data_ptr() in pruned]
-            done = BlockDone(self.blocks[-1], linears, notes)
+            done, tuned = BlockDone(self.blocks[-1], linears, notes), self.blocks[-1].tuning_epoch > 0
+            changed = [
+                name for name, tensor in tensors.items() if tensor.data_ptr() in pruned or (tuned and tensor.ndim == 1)
+            ]
             self.writer.commit(block.name, tensors, done.to_dict(), changed)
+
+    def _tune(
+        self, block: Block, keeps: Mapping[str, Tensor], streams: Streams, targets: Sequence[Tensor], first: int
+    ) -> Tuned:
+        """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
+        assert self.tuning is not None
+        cost = BlockError.by_channel(targets)
+        if self.loss is not None:
+            cost = BlockError.by_loss(self.loss.residual[block.name], self.loss.of_tokens(block.name))
+        tuned = tune(block, keeps, streams, targets, cost, self.tuning, self.device)
+        written = {linear.name: linear for linear in block.linears}
+        for place in range(first, len(self.linears) if tuned.best else first):
+            record = self.linears[place]
+            sparsity = float((written[record.name].read() == 0).double().mean())
+            self.linears[place] = replace(
+                record, sparsity=sparsity, tuned=True, gap_written_max=None, gap_written_median=None, loss_written=None
+            )
+        return tuned
 
     @torch.no_grad()
     def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
@@ -129,7 +164,9 @@ class Job:
                         continue
                     for linear in found.linears:
                         weight_OD = linear.read().to(self.device, torch.float32, copy=True)
-                        allocation.observe(block.index, LinearTask(linear.name, weight_OD, found.statistics))
+                        rows = None if self.loss is None else self.loss.of_rows(linear.name)
+                        task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
+                        allocation.observe(block.index, task)
                 if block is not blocks[-1]:
                     with self.clock("forward"):
                         streams.advance(block, self.device)
@@ -138,16 +175,17 @@ class Job:
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
-        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock):
-            if not found.sinks_told:
+        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+            if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
-                note = f"{block.name}: sink_weight does not count for {names}: not given one input for each token"
+                what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
+                note = f"{block.name}: {what} for {names}: not given one input for each token"
                 if note not in self.notes:  # a survey saw the same
                     self.notes.append(note)
             yield found
 
-    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> None:
-        gradients = {}
+    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
+        gradients, keeps = {}, {}
         if block.linears and "gradient" in needs_of(self.methods.selector):
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
@@ -160,9 +198,13 @@ class Job:
                     self.dump(linear, found.statistics)
                 stored = linear.read()
                 weight_OD = stored.to(self.device, torch.float32, copy=True)
-                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name))
+                rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
+                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows_O)
                 result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock)
                 linear.write(result.weight_OD)
-                self.linears.append(replace(result.record, block=block.index))
+                effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
+                self.linears.append(replace(result.record, block=block.index, tokens_effective=effective))
                 self.notes.extend(result.notes)
                 self.progress.linear(self.linears[-1])
+                keeps[linear.name] = result.keep_OD
+        return keeps

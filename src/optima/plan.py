@@ -24,7 +24,7 @@ from optima.linear import Methods, prune_linear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
 from optima.models.stacks import Linear, guess_groups
-from optima.patterns import Pattern
+from optima.patterns import SCOPES, Pattern
 from optima.preflight import Preflight, batch_size, preflight
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -36,6 +36,8 @@ from optima.swaps.search import CHUNK_ENTRIES
 BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
 # Of a batch's activations, how many of each linear's input and output are there at a time.
 BUFFERS = 2
+# How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
+GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 24
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
 FACTORS, OWN_SHARE = 64, 0.2
 SURVEY_NOTE = "allocation {} takes each linear's sparsity from calibration: the same for all is shown"
@@ -103,9 +105,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
-    # A survey carries the dense model's block inputs beside those that pruning starts from.
     surveyed = recipe.allocation != "uniform"
-    tokens = recipe.num_calibration_samples * recipe.max_seq_length * (2 if surveyed else 1)
+    # Block inputs that are kept at once: a survey and tuning carry the dense model's, a sweep for the loss those of all
+    # blocks, and a gradient.
+    sets = max(1 + max(surveyed, recipe.tuning_epochs > 0), 2 + len(found.blocks) if _by_loss(recipe) else 0)
+    tokens = recipe.num_calibration_samples * recipe.max_seq_length * sets
     notes = [*found.notes, *([SURVEY_NOTE.format(recipe.allocation)] if surveyed else [])]
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
@@ -121,6 +125,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         dtype=dtype,
         notes=tuple(notes),
     )
+
+
+def _by_loss(recipe: Recipe) -> bool:
+    return recipe.resolved(scope=SCOPES[0]).objective == "loss"
 
 
 def _dtype(value: Any) -> torch.dtype:
@@ -147,8 +155,11 @@ def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.
         waiting = sum(8 * group[0].shape[1] ** 2 for group in guess_groups(block))
         linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
         activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
-        held = waiting + gradients * sum(o * d for o, d in sizes)
-        most = max(most, held + max(linear, activations))
+        weights = sum(o * d for o, d in sizes)
+        most = max(most, waiting + gradients * weights + max(linear, activations))
+        if recipe.tuning_epochs or _by_loss(recipe):
+            # What autograd keeps, and of each weight what the optimizer does.
+            most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
     return most
 
 
@@ -177,12 +188,15 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     batch = _batch_tokens(recipe, meter.device.type == "cpu")
     batches = recipe.num_calibration_samples * recipe.max_seq_length / batch
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
+    # Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs.
+    epochs = recipe.tuning_epochs
+    passes = 2 + 2 * (recipe.allocation != "uniform") + 4 * _by_loss(recipe) + (3 * epochs + 1 if epochs else 0)
     for block in plan.found.blocks:
         for group in guess_groups(block):
             inputs = group[0].shape[1]
             seconds["hessian"] += batches * meter.gram(batch, inputs)
             for linear in group:
-                seconds["forward"] += 2 * batches * meter.product(batch, linear.shape, plan.dtype)
+                seconds["forward"] += passes * batches * meter.product(batch, linear.shape, plan.dtype)
                 seconds["linears"] += meter.prune(linear, plan.found.patterns[linear.name], plan.dtype)
     return Measured(seconds, memory.peak() - memory.baseline)
 

@@ -27,16 +27,23 @@ SELECTOR_NAMES = (
 )  # fmt: skip
 SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "none")
 BOUNDED_SOLVERS = ("auto", "bounded")
-ALLOCATION_NAMES = ("uniform", "owl")
+ALLOCATION_NAMES = ("uniform", "owl", "loss")
+OBJECTIVES = ("loss", "sink", "plain")
 ROUNDINGS = ("hessian", "nearest")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
-OWL_SPREAD = 0.08
+SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
+LEARNING_RATE = 3e-3
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
+
+# The recipes that come with the package, by name.
+SHIPPED = {file.stem: file for file in sorted(Path(__file__).parent.joinpath("recipes").glob("*.yaml"))}
 
 GROUPS = {
     "mask": "which weights survive",
+    "objective": "what is minimised",
     "solve": "what becomes of the survivors",
+    "tuning": "gradient steps on a block's survivors",
     "calibration": "the text that decides",
     "model": "what is pruned, and how it is read",
     "run": "where it runs",
@@ -85,32 +92,41 @@ class Recipe:
         "linears whose name a regex finds: REGEX=2:4, REGEX=0.6, and one without a regex for all others; the first "
         "that matches counts", shown="none")
     scope: str | None = _option(
-        "mask", None, "what an unstructured sparsity is ranked over", SCOPES, "the selector's published")
+        "mask", None, "what an unstructured sparsity is ranked over", SCOPES,
+        "layer by objective loss, else as published")
     group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
     allocation: str = _option("mask", "uniform", "how linears share one sparsity", ALLOCATION_NAMES)
     allocation_spread: Fraction | None = _option(
-        "mask", None, "how far a linear's sparsity may depart from the global one: lambda of owl",
-        shown=f"{OWL_SPREAD} for owl")
+        "mask", None, "how far a linear's sparsity may depart from the global one",
+        shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
     outlier_multiple: Positive = _option(
         "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
     selector: Any = _option(
-        "mask", "wanda", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
+        "mask", "optima", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
     mask_from: str | None = _option(
         "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none")
     swaps: Swaps = _option(
         "mask", 0, "improve the mask by swaps of a kept and a pruned weight: this many candidates of a row are tried "
         "in a round (256 is good); all: as many as a proof takes; 0: none")
+    objective: str | None = _option(
+        "objective", None, "how tokens and outputs count: as the model's loss feels them (one backward pass over the "
+        "dense model), every token alike but for each sequence's first (the attention sink), or plainly alike",
+        OBJECTIVES, "loss; with solver none plain, as published")
+    sink_weight: Weight | None = _option(
+        "objective", None, "for objective sink: weight of a sequence's first token, relative to all its tokens",
+        shown=f"{SINK_WEIGHT}")
+    damping: Ridge = _option("objective", 0.01, "ridge, relative to the mean diagonal of the hessian")
     solver: str = _option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
     gap: Positive = _option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")
     max_change: Positive | None = _option(
         "solve", None, "most a surviving weight may move, in root mean squares of its row", shown="no bound")
-    damping: Ridge = _option("solve", 0.01, "ridge, relative to the mean diagonal of the hessian")
     rounding: str = _option(
         "solve", "hessian", "how weights are rounded to the checkpoint's dtype: each to make up for the errors of "
         "those before it, or to the nearest number", ROUNDINGS)
-    sink_weight: Weight | None = _option(
-        "calibration", None, "weight of a sequence's first token (the attention sink) in the hessian, relative to all "
-        "its tokens together; 0: that of any other", shown=f"{SINK_WEIGHT}; with solver none 0, as published")
+    tuning_epochs: Seed = _option(
+        "tuning", 0, "passes over the calibration text in which each block is tuned towards the dense one")
+    learning_rate: Positive = _option(
+        "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
     dataset: Texts = _option(
         "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files")
     dataset_config: str | None = _option(
@@ -140,6 +156,12 @@ class Recipe:
             object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
         self._check_selector()
         self._check_mask(self.table(self.scope or SCOPES[0]))
+        if self.sink_weight is not None and self.objective != "sink":
+            raise RecipeError("sink_weight is for objective sink: add objective sink, or leave it out")
+        if self.allocation == "loss" and (self.objective or "loss") != "loss":
+            raise RecipeError(
+                f"allocation loss shares out by objective loss, not {self.objective}: leave out one of them"
+            )
         if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
             raise RecipeError(
                 f"max_change needs a solver that holds bounds: use solver {' or '.join(BOUNDED_SOLVERS)}, "
@@ -166,14 +188,16 @@ class Recipe:
         """The recipe with its open defaults filled in as applied, so that a file of it means the same for ever.
 
         Args:
-            scope: the selector's published scope, for a recipe that names none.
+            scope: for a recipe that names none, see ``optima.build.default_scope``.
         """
         unstructured = any(isinstance(pattern, Unstructured) for pattern in self.table(SCOPES[0]).patterns)
+        objective = self.objective or ("plain" if self.solver == "none" else "loss")
         defaults: dict[str, Any] = {
             "sparsity": None if self.pattern or self.as_given else DEFAULT_SPARSITY,
             "scope": scope if unstructured else None,
-            "allocation_spread": OWL_SPREAD if self.allocation == "owl" else None,
-            "sink_weight": 0.0 if self.solver == "none" else SINK_WEIGHT,
+            "allocation_spread": SPREADS.get(self.allocation),
+            "objective": objective,
+            "sink_weight": SINK_WEIGHT if objective == "sink" else None,
             "dataset_config": "en" if self.dataset == ["allenai/c4"] else None,
         }
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
@@ -227,7 +251,7 @@ class Recipe:
             raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
         if self.allocation == "uniform":
             if self.allocation_spread is not None:
-                raise RecipeError("allocation_spread is for allocation owl: uniform has none")
+                raise RecipeError("allocation_spread is for allocation owl or loss: uniform has none")
         elif self.selector == "external":
             raise RecipeError(f"external masks have their own sparsities: leave out allocation {self.allocation}")
         elif len(self.pattern) > 1 or not isinstance(table.default, Unstructured):
@@ -274,7 +298,7 @@ def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recip
 
 
 def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe.
+    """Read a YAML recipe: a file, or one of ``SHIPPED`` by its name.
 
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
@@ -283,16 +307,17 @@ def load_recipe(path: str | Path) -> Recipe:
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML recipe as they stand in the file, unchecked.
+    """The keys and values of a YAML recipe as they stand in the file, or in one of ``SHIPPED``, unchecked.
 
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds something else than keys and values, each once.
     """
     try:
         # S506: _Loader is a SafeLoader.
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        values = yaml.load(SHIPPED.get(str(path), Path(path)).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}") from error
+        known = f"a file, or one of {', '.join(SHIPPED)}"
+        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}): name {known}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     except RecursionError as error:

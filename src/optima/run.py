@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.build import build, build_allocation
+from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
+from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
+from optima.calibration.streams import Streams
 from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
 from optima.errors import ModelError, RecipeError
@@ -39,7 +41,7 @@ from optima.models.source import (
     load_tokenizer,
     note_of_dtype,
 )
-from optima.models.stacks import Linear
+from optima.models.stacks import Linear, Stack
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
@@ -53,7 +55,7 @@ from optima.preflight import (
     preflight,
     sequence_length,
 )
-from optima.recipe import Recipe
+from optima.recipe import SINK_WEIGHT, Recipe
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
@@ -78,7 +80,7 @@ def prune(
 
     Args:
         model: a hub id, a local directory, a GGUF file, or a model in memory (pruned in place).
-        recipe: what to do; the default prunes 50% with Wanda's mask and re-solves the weights.
+        recipe: what to do; the default prunes 50%, in units of the model's loss.
         output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
             in memory.
         tokenizer: for a model in memory; a path brings its own.
@@ -114,6 +116,7 @@ def prune(
         check_vocabulary(checked.structure, text.tokens_NL)
         network, origin = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
+        job.tuning = build_tuning(recipe)
         job.notes.extend(found.notes)
         if calibration is not None:
             job.notes.append(GIVEN_NOTE)
@@ -169,7 +172,7 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
-    recipe = recipe.resolved(scope=methods.selector.published_scope)
+    recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
     if dump_layer is not None:
@@ -203,10 +206,28 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
     with evaluating(network):
         for stack in stacks:
             with job.clock("forward"):
-                streams = capture(network, stack, batches)
+                streams = capture(network, stack, batches, whole=checked.recipe.objective == "loss")
+            if checked.recipe.objective == "loss":
+                with job.clock("sweep"):
+                    job.loss = _loss_weights(network, stack, streams.copy(), batches, job, checked.recipe.seed)
             if allocation is not None:
                 checked.found.share(job.survey(stack, streams.copy(), allocation))
             job.prune(stack, streams)
+
+
+def _loss_weights(
+    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], job: Job, seed: int
+) -> LossWeights | None:
+    """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
+    try:
+        found = loss_weights(network, stack, streams, batches, job.device, seed)
+    except NotDifferentiableError as error:
+        job.sink_weight = SINK_WEIGHT
+        job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")
+        return None
+    if found.loss != WORDS:
+        job.notes.append(f"objective loss is {found.loss}: the model has no head that predicts words")
+    return found
 
 
 def _report(

@@ -220,7 +220,7 @@ class TestOptions:
                 f"exceed the {POSITIONS} positions of LlamaForCausalLM: use --max-seq-length {POSITIONS}",
             ),
             (["--max-seq-length", "1"], "no room for text beside the tokenizer's special tokens (1)"),
-            (["--recipe", "missing.yaml"], "recipe missing.yaml cannot be read: No such file"),
+            (["--recipe", "missing.yaml"], "recipe missing.yaml cannot be read (No such file"),
             (["--dump-layer", "("], "'(' is not a regular expression"),
             (["--dump-layer", "nothing"], "dump_layer 'nothing' matches none of the linears to prune"),
         ],

@@ -82,18 +82,6 @@ def test_gpu_script_runs_a_tiny_block_on_the_cpu(tmp_path: Path) -> None:
     assert f"{FULL_SIZE_ONLY}  32 blocks under 15 minutes" in printed
 
 
-def test_allocation_compares_on_dumped_layers(dump: Path, tmp_path: Path) -> None:
-    layer = load_file(dump / "block.0.linear.safetensors")
-    save_file(layer | {"weight": layer["weight"] ** 3}, dump / "block.1.linear.safetensors")
-    output = tmp_path / "allocation.json"
-    printed = run("allocation.py", "--dump-dir", str(dump), "--sparsities", "0.6", "--output", str(output))
-    assert "| 60% | owl |" in printed
-    entries = json.loads(output.read_text())["entries"]
-    assert [entry["allocation"] for entry in entries] == ["uniform", "owl"]
-    for entry in entries:
-        assert abs(entry["reached"] - 0.6) * 2 * 24 * 48 <= 2
-
-
 def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -> None:
     output = tmp_path / "selectors.json"
     arguments = ["--dump-dir", str(dump), "--patterns", "0.5", "2:4", "--output", str(output)]

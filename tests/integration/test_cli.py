@@ -32,11 +32,13 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import optima
 from optima import Recipe, load_recipe, load_report
+from optima.build import build, default_scope
 from optima.cli import main
 from optima.evaluation.record import load_evaluation
-from optima.recipe import GROUPS, SINK_WEIGHT
+from optima.recipe import GROUPS
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
+WANDA = ["--selector", "wanda", "--objective", "sink"]  # every row loses the same number
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +54,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def prune(*options: str, model: str = "model", out: str = "out") -> dict[str, Tensor]:
     """The weights of the checkpoint that ``optima prune`` writes to ``out``."""
-    assert main(["prune", model, "--output-dir", out, "--dataset", "text.jsonl", *SIZE, *options]) == 0
+    assert main(["prune", model, "--output-dir", out, "--dataset", "text.jsonl", *SIZE, *WANDA, *options]) == 0
     return load_weights(Path(out))
 
 
@@ -103,7 +105,7 @@ class TestPrune:
         assert report.run.seed == 3
         assert report.run.num_tokens == 4 * 16
         assert report.run.recipe == load_recipe("out/recipe.yaml").to_dict()
-        assert (report.run.recipe["sink_weight"], report.run.recipe["scope"]) == (SINK_WEIGHT, None)
+        assert (report.run.recipe["objective"], report.run.recipe["scope"]) == ("sink", None)
         assert [linear.name for linear in report.linears[:2]] == [
             "model.layers.0.self_attn.q_proj",
             "model.layers.0.self_attn.k_proj",
@@ -241,13 +243,14 @@ class TestRecipeOnTheCommandLine:
             ({"pattern": ["mlp=2:4", "0.5"]}, ["--sparsity", "0.3"], {"sparsity": 0.3}),
             ({"selector": "magnitude", "solver": "none"}, ["--solver", "cholesky"],
              {"selector": "magnitude", "solver": "cholesky"}),
-            ({"solver": "none", "sink_weight": 0.5}, ["--solver", "cholesky"],
-             {"solver": "cholesky", "sink_weight": 0.5}),
+            ({"solver": "none", "objective": "sink", "sink_weight": 0.5}, ["--solver", "cholesky"],
+             {"solver": "cholesky", "objective": "sink", "sink_weight": 0.5}),
             ({"targets": ["mlp", "q_proj"], "ignore": "up"}, ["--targets", "k_proj"],
              {"targets": ["k_proj"], "ignore": ["up"]}),
             ({"ignore": []}, [], {"ignore": []}),
             ({"ignore": ["up"]}, ["--ignore"], {"ignore": []}),
-            ({"selector": "own:Mine"}, ["--selector", "wanda", "--trust-remote-code"], {"trust_remote_code": True}),
+            ({"selector": "own:Mine"}, ["--selector", "wanda", "--trust-remote-code"],
+             {"selector": "wanda", "trust_remote_code": True}),
             ({"damping": 0}, ["--damping", "0.1"], {"damping": 0.1}),
             # What belongs to a method goes with it.
             ({"selector": "external", "mask_from": "masks"}, ["--selector", "wanda"], {"selector": "wanda"}),
@@ -264,8 +267,7 @@ class TestRecipeOnTheCommandLine:
         assert main(["prune", "model", "--output-dir", "out", "--recipe=run.yaml", *options]) == 0
         size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16, "batch_size": 2}
         recipe = Recipe(**size | expected)  # type: ignore[arg-type]
-        scope = "layer" if recipe.selector == "magnitude" else "row"
-        assert load_recipe("out/recipe.yaml") == recipe.resolved(scope=scope)
+        assert load_recipe("out/recipe.yaml") == recipe.resolved(scope=default_scope(recipe, build(recipe).selector))
 
 
 class TestPlan:
@@ -290,7 +292,7 @@ class TestPlan:
             (line,) = (line for line in output.splitlines() if name in line)
             assert "0-1" in line
             assert shape in line
-            assert "0.6 per row" in line
+            assert "0.6 per layer" in line
         assert f"{2 * 32 * (3 * 32 + 3 * 48):,} of " in output
         assert snapshot(root) == before
 
@@ -304,7 +306,7 @@ class TestPlan:
     def test_says_that_an_allocation_needs_calibration(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["plan", "model", "--max-seq-length", "16", "--allocation", "owl"]) == 0
         output = capsys.readouterr().out
-        assert output.count("0.5 per row") == 7
+        assert output.count("0.5 per layer") == 7
         assert "note: allocation owl takes each linear's sparsity from calibration" in output
 
     def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,7 +316,7 @@ class TestPlan:
         (first, second) = (line for line in lines if "down_proj" in line)
         assert "3:8" in first
         assert "1:4" in second
-        assert all("0.5 per row" in line for line in lines if "_proj" in line and "self_attn" in line)
+        assert all("0.5 per layer" in line for line in lines if "_proj" in line and "self_attn" in line)
         assert any(line.startswith("sparsity of all of them") and "61.25%" in line for line in lines)
 
 

@@ -163,7 +163,7 @@ class TestRefused:
 
     def test_options_that_contradict(self, cheap: Refused) -> None:
         assert "takes its masks from mask_from" in cheap("--selector", "external")
-        assert "mask_from is for selector external, not 'wanda'" in cheap("--mask-from", "masks.safetensors")
+        assert "mask_from is for selector external, not 'optima'" in cheap("--mask-from", "masks.safetensors")
         assert "have their own sparsities" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "owl")
         assert "scope needs to know the pattern of the external masks" in cheap(
             *EXTERNAL, "masks.safetensors", "--scope", "row"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import finish, start
+from runs import MESSAGES, finish, start
 from tiny import make_llama, save_model, save_text, weight_files
 from transformers import AutoModelForCausalLM
 
@@ -25,6 +25,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     save_model(Path("model"), make_llama(num_hidden_layers=BLOCKS))
     save_text(Path("text.txt"))
+    Path(MESSAGES).touch()
     return tmp_path
 
 

@@ -42,9 +42,8 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pruned_gemma(gemma_file: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pruned") / "gemma-50"
-    options = (
-        f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 8 --max-seq-length 256 --dump-layer layers.(0|8|17).m?"
-    )
+    options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 8 --max-seq-length 256 --tuning-epochs 0"
+    options += " --dump-layer layers.(0|8|17).m?"
     status = main(["prune", str(gemma_file), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
     assert status == 0
     return output

@@ -30,7 +30,7 @@ from optima.models.writer import Writer
 BLOCKS = 3
 PARTIAL = Path(".out.optima-partial")
 JOURNAL = PARTIAL / "journal.jsonl"
-TIMED = ("report.json", "report.md")  # all else is compared byte by byte
+TIMED = ("report.json", "report.md", "report.html")  # all else is compared byte by byte
 
 
 def build(home: Path) -> None:
@@ -400,8 +400,13 @@ class TestMethods:
 
     @pytest.mark.parametrize(
         "options",
-        [["--allocation", "owl"], ["--selector", "optima", "--swaps", "64"], ["--dump-layer", "mlp"]],
-        ids=["owl", "swaps", "dump"],
+        [
+            ["--allocation", "owl"],
+            ["--selector", "optima", "--swaps", "64"],
+            ["--dump-layer", "mlp"],
+            ["--tuning-epochs", "2", "--sparsity", "0.7"],
+        ],
+        ids=["owl", "swaps", "dump", "tuned"],
     )
     def test_all_go_on(self, root: Path, options: list[str]) -> None:
         assert finish(start("whole", *options)) == 0

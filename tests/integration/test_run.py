@@ -52,10 +52,10 @@ def test_the_report_tells_what_was_run(tmp_path: Path) -> None:
     prune(str(source), recipe, output_dir=tmp_path / "out")
     run = load_report(str(tmp_path / "out")).run
     assert run.model_fingerprint is not None
-    assert {"forward", "hessian", "select", "solve", "round", "write"} <= run.stages.keys()
+    assert {"forward", "sweep", "hessian", "select", "solve", "round", "write"} <= run.stages.keys()
     assert sum(run.stages.values()) <= run.seconds
     saved = load_recipe(tmp_path / "out" / "recipe.yaml")
-    assert (saved.sparsity, saved.scope, saved.sink_weight, saved.batch_size) == (0.5, "row", 0.04, 128)
+    assert (saved.sparsity, saved.scope, saved.objective, saved.batch_size) == (0.5, "layer", "loss", 128)
     assert run.recipe == saved.to_dict()
     other = save_model(tmp_path / "other", make_llama(hidden_size=16))
     prune(str(other), recipe, output_dir=tmp_path / "out2")

@@ -151,7 +151,7 @@ def test_first_tokens_are_found_by_the_shape_of_a_call() -> None:
     plain, flat, heads, expert, unused = collected
     assert torch.equal(hessian_DD(plain), hessian_DD(flat))
     assert torch.equal(hessian_DD(plain), hessian_DD(heads))
-    assert [found.sinks_told for found in collected[:4]] == [True, True, True, False]
+    assert [found.told for found in collected[:4]] == [True, True, True, False]
     assert unused.statistics is None
     inputs_TD = TABLE_VD[IDS].flatten(0, 1).double()
     torch.testing.assert_close(hessian_DD(expert), inputs_TD.mT @ inputs_TD / len(inputs_TD), rtol=1e-5, atol=1e-6)
@@ -338,12 +338,12 @@ class Routed(nn.Module):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "owl"])
-@pytest.mark.parametrize("sink_weight", [None, 0])
-def test_pipeline_says_where_the_sink_weight_does_not_count(allocation: str, sink_weight: float | None) -> None:
+@pytest.mark.parametrize("objective", ["loss", "sink", "plain"])
+def test_pipeline_says_where_the_weights_of_tokens_do_not_count(allocation: str, objective: str) -> None:
     model = make_llama()
     model.model.layers[1].mlp = Routed(model.model.layers[1].mlp)
-    report = prune(model, Recipe(allocation=allocation, sink_weight=sink_weight), calibration=make_tokens(4, 64))
-    about = [note for note in report.run.notes if "sink_weight" in note]
-    assert len(about) == (sink_weight is None)
+    report = prune(model, Recipe(allocation=allocation, objective=objective), calibration=make_tokens(4, 64))
+    about = [note for note in report.run.notes if "not count" in note]
+    assert len(about) == (objective != "plain")
     assert all("layers.1" in note and "model.layers.1.mlp.expert, model.layers.1.mlp.twin:" in note for note in about)
     assert "model.layers.1.mlp.expert" in {linear.name for linear in report.linears}

@@ -14,7 +14,7 @@ import pytest
 from records import LINEAR, RUN, linear, report, unsolved
 
 from optima.reporting.html import SECTIONS, render_html
-from optima.reporting.record import LinearRecord, Report
+from optima.reporting.record import BlockRecord, LinearRecord, Report
 
 BYTES = 2 * 2**20
 EVIL = "</script><script>alert('x')</script>\"'><img src=x onerror=alert(1)>{{ 7 * 7 }}"
@@ -92,7 +92,7 @@ def test_sections_are_there_where_they_have_something_to_say() -> None:
     assert "Notes a note" in full.shown
     assert "solve 31.0 s 50.0% everything else 31.0 s 50.0%" in full.shown
     titles = {attributes["id"] for tag, attributes in full.elements if tag == "h2"}
-    assert titles == {f"h-{name}" for name in SECTIONS} - {"h-differences"}
+    assert titles == {f"h-{name}" for name in SECTIONS} - {"h-differences", "h-tuning"}
     empty = page(Report(RUN, ()))
     assert "Nothing was pruned." in empty.shown
     for title in ("map", "spread", "linears", "times"):
@@ -173,3 +173,12 @@ def test_two_thousand_linears_fit() -> None:
         for i in range(100)
     ]
     assert len(page(report(*many)).text.encode()) < BYTES
+
+
+def test_what_tuning_won_is_shown_where_it_won() -> None:
+    plain = report(linear(block=0), linear(block=1))
+    assert "What tuning won" not in render_html({"run": plain})
+    blocks = (BlockRecord(0, "b.0", {}, (2.0, 2.5), 0), BlockRecord(1, "b.1", {}, (2.0, 1.5), 1))
+    page = render_html({"run": replace(plain, blocks=blocks)})
+    assert page.count('<i style="width:75.0%">') == 1
+    assert "What tuning won" in page

@@ -19,7 +19,6 @@ from layers import (
     lowest,
     make_layer,
     plain_keep,
-    plain_row_units,
     row_counts,
     steps,
 )
@@ -132,9 +131,8 @@ def plain_thanos(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksi
         score_OD = weight_OD[:, j:].abs() * inputs_TD[:, j:].norm(dim=0)
         if isinstance(pattern, NM):
             mask_OD = ~plain_keep(score_OD[:, : end - j], pattern)
-        elif pattern.scope in ("layer", "balanced"):
+        elif pattern.scope == "layer":
             left = round(pattern.sparsity * outputs * inputs) - int(pruned_OD.sum())
-            score_OD = score_OD / plain_row_units(score_OD, pattern)
             mask_OD = lowest(score_OD.reshape(1, -1), left).reshape(score_OD.shape)
         elif pattern.scope == "row":
             counts = row_counts(pattern, outputs, inputs)
@@ -162,7 +160,7 @@ def plain_optima(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> Tens
     dense_DO = (weight_OD * ~dead * unit_D).T
     eye_DD = torch.eye(len(unit_D), dtype=torch.float64)
     held = isinstance(pattern, Unstructured) and pattern.scope != "group"
-    stages = 13 if isinstance(pattern, NM) else 20
+    stages = 6 if isinstance(pattern, NM) else 8
     sparse_DO = dense_DO * plain_keep(dense_DO.T.abs(), pattern).T
     multiplier_DO = torch.zeros_like(dense_DO)
     for iteration in range(3 * stages):
@@ -171,10 +169,8 @@ def plain_optima(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> Tens
         sum_DO = torch.linalg.solve(hessian_DD + rho * eye_DD, right_DO) + multiplier_DO / rho
         score_OD = sum_DO.T.abs()
         if held and iteration % 6 == 0:
-            unit_O1 = plain_row_units(score_OD, pattern)
-            rows = score_OD if pattern.scope == "row" else (score_OD / unit_O1).reshape(1, -1)
-            unit_O1 = unit_O1 * (1 + 1e-14)  # so that rounding cannot lift a score above itself
-            threshold = unit_O1 * rows.sort(dim=1).values[:, round(pattern.sparsity * rows.shape[1]) - 1, None]
+            rows = score_OD if pattern.scope == "row" else score_OD.reshape(1, -1)
+            threshold = rows.sort(dim=1).values[:, round(pattern.sparsity * rows.shape[1]) - 1, None]
         keep_OD = score_OD > threshold if held else plain_keep(score_OD, pattern)
         sparse_DO = sum_DO * keep_OD.T
         multiplier_DO = rho * (sum_DO - sparse_DO)

@@ -67,38 +67,6 @@ def test_group_counts_are_exact(
         check_highest_are_kept(score_OG.flatten(), keep_OG.flatten())
 
 
-@given(
-    outputs=SIZES,
-    inputs=SIZES,
-    sparsity=SPARSITIES,
-    seed=st.integers(0, 99),
-    distinct=st.sampled_from([None, 1, 3]),
-    zeros=st.sampled_from([0.0, 0.5, 1.0]),
-)
-def test_balanced_count_is_exact(
-    outputs: int, inputs: int, sparsity: float, seed: int, distinct: int | None, zeros: float
-) -> None:
-    score_OD = scores(outputs, inputs, seed, distinct)
-    score_OD *= torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed)) >= zeros
-    keep_OD = top_scores(score_OD, Unstructured(sparsity, "balanced"))
-    assert (~keep_OD).sum() == round(sparsity * outputs * inputs)
-    for score_D, keep_D in zip(score_OD, keep_OD, strict=True):
-        check_highest_are_kept(score_D, keep_D)
-
-
-def test_balanced_is_between_row_and_layer() -> None:
-    score_OD = scores(40, 200, 0) * torch.logspace(-1, 1, 40, dtype=torch.float64)[:, None]
-    kept = {scope: top_scores(score_OD, Unstructured(0.5, scope)).sum(dim=1).double().std() for scope in SCOPES}
-    assert kept["row"] == 0
-    assert 0.1 * kept["layer"] < kept["balanced"] < 0.7 * kept["layer"]
-
-
-def test_balanced_rows_that_lose_infinite_scores_are_exact_too() -> None:
-    score_OD = torch.full((3, 8), torch.inf)
-    score_OD[1, :6] = 1.0
-    assert (~top_scores(score_OD, Unstructured(0.5, "balanced"))).sum() == 12
-
-
 def check_spread(pruned_N: Tensor, sparsity: float, size: int) -> None:
     """Each of several equal parts loses its share of the whole, but for what rounding moves between neighbours."""
     assert (pruned_N - sparsity * size).abs().max() <= 1 + 1e-9
@@ -184,7 +152,7 @@ class TestValues:
             Unstructured(sparsity)
 
     def test_unknown_scope_lists_the_known(self) -> None:
-        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer, group, balanced"):
+        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer, groupalanced"):
             Unstructured(0.5, "column")  # type: ignore[arg-type]
 
     def test_group_size_is_positive(self) -> None:
@@ -200,7 +168,6 @@ class TestValues:
         assert str(Unstructured(0.5)) == "0.5 per row"
         assert str(Unstructured(0.25, "layer")) == "0.25 per layer"
         assert str(Unstructured(0.25, "group", 64)) == "0.25 per group of 64"
-        assert str(Unstructured(0.25, "balanced")) == "0.25 balanced"
         assert str(NM(3, 4)) == "3:4"
         assert NM(3, 4).sparsity == 0.25
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from optima.qp import SOLVERS, Auto, BatchedCholesky
 from optima.recipe import (
     BOUNDED_SOLVERS,
     GROUPS,
-    OWL_SPREAD,
     SELECTOR_NAMES,
+    SHIPPED,
     SINK_WEIGHT,
     SOLVER_NAMES,
+    SPREADS,
     recipe_from_dict,
 )
 from optima.selectors.base import SELECTORS
@@ -162,7 +164,7 @@ class TestYaml:
 
     @pytest.mark.parametrize("name", ["missing.yaml", "."])
     def test_no_file(self, tmp_path: Path, name: str) -> None:
-        with pytest.raises(RecipeError, match=r"cannot be read: (No such file|Is a directory)"):
+        with pytest.raises(RecipeError, match=r"cannot be read .(No such file|Is a directory)"):
             load_recipe(tmp_path / name)
 
     def test_yaml_runs_no_code(self, tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": ["a=2:4", "1:4"], "scope": "row"}, "scope is for unstructured sparsity"),
     ({"pattern": ["0.5", "(=2:4"]}, "pattern '(=2:4': '(' is not a regular expression"),
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
-    ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group, balanced"),
+    ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group"),
     ({"group_size": 0}, "group_size must be a whole number of at least 1, such as 128, got 0"),
     (
         {"selector": "wonda"},
@@ -197,6 +199,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"damping": -0.1}, "damping must be a number from 0 to 1, such as 0.01, got -0.1"),
     ({"damping": 1.1}, "damping must be a number from 0 to 1"),
     ({"damping": float("nan")}, "damping must be a number from 0 to 1"),
+    ({"sink_weight": 0.5}, "sink_weight is for objective sink"),
+    ({"allocation": "loss", "objective": "sink"}, "allocation loss shares out by objective loss, not sink"),
     ({"sink_weight": -0.1}, "sink_weight must be a number of at least 0, got -0.1"),
     ({"sink_weight": float("nan")}, "sink_weight must be a number of at least 0"),
     ({"sink_weight": float("inf")}, "sink_weight must be a number of at least 0"),
@@ -218,7 +222,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"swaps": 256, "selector": "external", "mask_from": "m.safetensors"}, "swaps needs to know the pattern"),
     ({"scope": "row", "selector": "external", "mask_from": "m.safetensors"}, "scope needs to know the pattern"),
     ({"selector": "external"}, "selector external takes its masks from mask_from"),
-    ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'wanda'"),
+    ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'optima'"),
     ({"allocation": "error"}, "unknown allocation 'error': known allocations are uniform, owl"),
     ({"allocation_spread": 0.1}, "allocation_spread is for allocation owl"),
     ({"allocation": "owl", "pattern": "2:4"}, "shares out one unstructured sparsity, not pattern 2:4"),
@@ -253,7 +257,7 @@ class TestValues:
     def test_names_are_those_of_the_registries(self) -> None:
         assert (*SELECTORS, "external") == SELECTOR_NAMES
         assert (*SOLVERS, "none") == SOLVER_NAMES
-        assert Owl.spread == OWL_SPREAD
+        assert Owl.spread == SPREADS["owl"]
         made = {name: make(1e-4) for name, make in SOLVERS.items()}
         assert {name for name, solver in made.items() if solver.supports_bounds} == set(BOUNDED_SOLVERS)
 
@@ -283,10 +287,10 @@ class TestSelectorObject:
 class TestResolved:
     def test_open_defaults_are_filled_in_as_applied(self) -> None:
         values = Recipe().resolved(scope="row").to_dict()
-        assert (values["sparsity"], values["scope"], values["sink_weight"]) == (0.5, "row", SINK_WEIGHT)
+        assert (values["sparsity"], values["scope"], values["objective"]) == (0.5, "row", "loss")
         assert values["dataset_config"] == "en"
         owl = Recipe(allocation="owl", scope="layer", dataset="a.txt").resolved(scope="row")  # type: ignore[arg-type]
-        assert (owl.scope, owl.allocation_spread, owl.dataset_config) == ("layer", OWL_SPREAD, None)
+        assert (owl.scope, owl.allocation_spread, owl.dataset_config) == ("layer", SPREADS["owl"], None)
 
     @pytest.mark.parametrize("values", [{"pattern": "2:4"}, {"selector": "external", "mask_from": "m.safetensors"}])
     def test_what_does_not_apply_stays_open(self, values: dict[str, Any]) -> None:
@@ -301,19 +305,26 @@ class TestResolved:
         assert load_recipe(tmp_path / "r.yaml") == recipe
 
     def test_published_updates_are_left_as_published(self) -> None:
-        """The first token of a sequence weighs more only where a solver finds the weights, or if that is asked for."""
-        assert Recipe(solver="none").resolved(scope="row").sink_weight == 0.0
+        """Tokens and rows have weights only where a solver finds the weights, or if that is asked for."""
+        assert Recipe(solver="none").resolved(scope="row").objective == "plain"
+        assert Recipe().resolved(scope="row").objective == "loss"
         for solver in ("none", "auto"):
-            assert Recipe(solver=solver, sink_weight=0.5).resolved(scope="row").sink_weight == 0.5
-            assert Recipe(solver=solver, sink_weight=0).resolved(scope="row").sink_weight == 0.0
+            sink = Recipe(solver=solver, objective="sink")
+            assert sink.resolved(scope="row").sink_weight == SINK_WEIGHT
+            assert replace(sink, sink_weight=0.5).resolved(scope="row").sink_weight == 0.5
 
 
 class TestMaking:
     @pytest.mark.parametrize(
         ("values", "pattern"),
         [
-            ({}, Unstructured(0.5, "row")),
-            ({"sparsity": 0.6}, Unstructured(0.6, "row")),
+            ({}, Unstructured(0.5, "layer")),
+            ({"sparsity": 0.6}, Unstructured(0.6, "layer")),
+            ({"selector": "wanda"}, Unstructured(0.5, "layer")),
+            ({"selector": "wanda", "solver": "none"}, Unstructured(0.5, "row")),
+            ({"selector": "wanda", "objective": "sink"}, Unstructured(0.5, "row")),
+            ({"objective": "sink"}, Unstructured(0.5, "row")),
+            ({"selector": "magnitude", "objective": "sink"}, Unstructured(0.5, "layer")),
             ({"selector": "magnitude"}, Unstructured(0.5, "layer")),
             ({"selector": "sparsegpt"}, Unstructured(0.5, "group", 128)),
             ({"scope": "group", "group_size": 64}, Unstructured(0.5, "group", 64)),
@@ -324,9 +335,7 @@ class TestMaking:
         ],
         ids=str,
     )
-    def test_pattern_as_published_unless_asked_otherwise(
-        self, values: dict[str, Any], pattern: Unstructured | NM
-    ) -> None:
+    def test_rows_compete_by_the_loss_or_as_published(self, values: dict[str, Any], pattern: Unstructured | NM) -> None:
         recipe = Recipe(**values)
         assert pattern_table(recipe, build(recipe).selector) == PatternTable((), pattern)
 
@@ -338,7 +347,7 @@ class TestMaking:
 
     def test_allocation(self) -> None:
         assert build_allocation(Recipe(pattern="2:4")) is None
-        assert build_allocation(Recipe(allocation="owl", pattern="0.6")) == Owl(0.6, 5.0, OWL_SPREAD)
+        assert build_allocation(Recipe(allocation="owl", pattern="0.6")) == Owl(0.6, 5.0, SPREADS["owl"])
 
     def test_solver(self) -> None:
         assert build(Recipe(solver="none")).solver is None
@@ -354,7 +363,7 @@ class TestMaking:
 
 
 def test_ready_made_recipes_are_valid() -> None:
-    files = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+    files = list(SHIPPED.values())
     assert files
     for file in files:
         load_recipe(file)

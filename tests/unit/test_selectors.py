@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import DAMPING, PATTERNS, layer_of, loss, lowest, make_layer, plain_keep, plain_row_units, row_counts, steps
+from layers import DAMPING, PATTERNS, layer_of, loss, lowest, make_layer, plain_keep, row_counts, steps
 from torch import Tensor
 
 from optima.errors import RecipeError
@@ -52,7 +52,6 @@ def plain_sparsegpt(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, bloc
                 pruned_OD[:, j:end] = lowest(score_OB, [round(share * end) - round(share * j) for share in shares])
             else:
                 (count,) = steps(pattern.sparsity, [outputs * j, outputs * end])
-                score_OB = score_OB / plain_row_units(score_OB, pattern)
                 pruned_OD[:, j:end] = lowest(score_OB.reshape(1, -1), count).reshape(outputs, -1)
         error_O = weight_OD[:, j] * pruned_OD[:, j] / inverses[j][0, 0]
         weight_OD[:, j:] -= error_O[:, None] * inverses[j][0]
@@ -164,7 +163,7 @@ def test_published_settings() -> None:
     scopes = {name: make_selector(name).published_scope for name in SELECTORS}
     assert scopes == {
         "magnitude": "layer", "wanda": "row", "ria": "layer", "gradient": "row", "sparsegpt": "group",
-        "thanos": "layer", "admm": "layer", "alps": "layer", "optima": "balanced",
+        "thanos": "layer", "admm": "layer", "alps": "layer", "optima": "layer",
     }  # fmt: skip
 
 

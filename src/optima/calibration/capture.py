@@ -23,8 +23,9 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
     """Stops the model's forward pass at the last block that is needed."""
 
 
+@torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
-def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor]) -> Streams:
+def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bool = False) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
     The whole model runs on ``PROBE_LENGTH`` tokens, then its blocks one by one; the outputs must agree. On the batches
@@ -34,6 +35,7 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor]) -> Stream
         model: the whole model, in evaluation mode.
         stack: one of its stacks, with the linears to prune; blocks behind the last of them are left out.
         batches: token ids, (B, L) int64 each.
+        whole: no block is left out.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
@@ -41,8 +43,9 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor]) -> Stream
     """
     tokens_1L = batches[0][:1, :PROBE_LENGTH]
     probe = look(model, stack, tokens_1L)
-    trial = _record(model, stack, [tokens_1L], probe)
-    for block in stack.blocks[: stack.needed]:
+    blocks = stack.blocks if whole else stack.blocks[: stack.needed]
+    trial = _record(model, blocks, [tokens_1L], probe)
+    for block in blocks:
         home = next(block.module.parameters(), trial.hidden[0]).device
         trial.advance(block, home)
         if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index])):
@@ -50,12 +53,11 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor]) -> Stream
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    return _record(model, stack, batches, probe)
+    return _record(model, blocks, batches, probe)
 
 
-def _record(model: nn.Module, stack: Stack, batches: Sequence[Tensor], probe: Probe) -> Streams:
+def _record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor], probe: Probe) -> Streams:
     """Run the model's forward pass with its blocks replaced by recorders."""
-    blocks = stack.blocks[: stack.needed]
     sizes = [(len(tokens), tokens.shape[1]) for tokens in batches]
     streams = Streams(probe, sizes, [], [[] for _ in blocks], [{} for _ in batches])
     with ExitStack() as replaced:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.calibration.loss_weights import LossWeights
 from optima.calibration.probe import Given
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
@@ -27,6 +28,9 @@ from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
 from optima.models.stacks import Block, Linear
 
+# Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
+SAMPLE = 512
+
 
 @dataclass(frozen=True)
 class Found:
@@ -35,13 +39,12 @@ class Found:
     Attributes:
         statistics: of the input; None if no token reached the linears.
         linears: the linears.
-        sinks_told: False if the first tokens of sequences could not be told from the others, as in the experts of a
-            mixture: they weigh as the others then.
+        told: False if tokens could not be told from each other, as in the experts of a mixture: they weigh alike then.
     """
 
     statistics: Statistics | None
     linears: tuple[Linear, ...]
-    sinks_told: bool = True
+    told: bool = True
 
 
 class Accumulator:
@@ -52,12 +55,18 @@ class Accumulator:
         self.tokens = 0
         self.extra_weight = 0.0
         self.extra: list[Tensor] = []
+        self.sample: list[Tensor] = []
 
-    def add(self, inputs_TD: Tensor) -> bool:
-        """Add tokens that weigh 1 each. False if they, or their squares, have NaN or Inf: the sum is of no use then."""
+    def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> bool:
+        """Add tokens that weigh 1 each, or ``weight_T``, whose mean is 1.
+
+        False if they, or their squares, have NaN or Inf: the sum is of no use then.
+        """
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
+        if weight_T is not None:
+            inputs_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
         add_gram(self.sum_DD, inputs_TD)
         self.tokens += len(inputs_TD)
         # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
@@ -77,7 +86,8 @@ class Accumulator:
         if extra_ND is not None:
             self.sum_DD.addmm_(extra_ND.double().mT, extra_ND.double())
         hessian = Hessian(self.sum_DD.div_(self.tokens + self.extra_weight), damping)
-        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight)
+        sample_ND = torch.cat(self.sample) if self.sample else None
+        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight, sample_ND)
 
 
 def observe(
@@ -87,6 +97,7 @@ def observe(
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
+    weights: LossWeights | None = None,
 ) -> Iterator[Found]:
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
@@ -96,10 +107,11 @@ def observe(
         block: on ``device``, with the linears to prune.
         streams: what enters the block.
         device: where to compute.
-        sink_weight: of the first token of each sequence, relative to all tokens of the sequence together: it counts as
-            ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
+        sink_weight: without ``weights``, of the first token of each sequence, relative to all tokens of the sequence
+            together: it counts as ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
         damping: of the hessians.
         stopwatch: told of the stages ``forward`` and ``hessian``.
+        weights: of the tokens, by the model's loss.
 
     Raises:
         CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
@@ -107,13 +119,13 @@ def observe(
     if not block.linears:
         return
     stopwatch = stopwatch or Stopwatch(device)
-    watch = _Watch(streams, block, sink_weight, stopwatch)
+    watch = _Watch(streams, block, sink_weight, stopwatch, weights)
     for batch in range(len(streams.hidden)):
         with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
             streams.run(block, batch, device)
     for group in streams.groups(block):
         accumulator = watch.accumulators.pop(group[0].name)
-        yield Found(accumulator.finish(damping), group, group[0].name not in watch.without_sinks)
+        yield Found(accumulator.finish(damping), group, group[0].name not in watch.untold)
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error
@@ -123,12 +135,16 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
 class _Watch:
     """Hooks on a block's linears that accumulate the inputs of each group's first."""
 
-    def __init__(self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
+    ) -> None:
         self._streams, self._block, self._sink_weight, self._stopwatch = streams, block, sink_weight, stopwatch
         groups = streams.groups(block)
         self._leader = {linear.name: group[0].name for group in groups for linear in group}
         self.accumulators = {group[0].name: Accumulator() for group in groups}
-        self.without_sinks: set[str] = set()
+        self._by_loss = weights is not None
+        self._weights = {} if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
+        self.untold: set[str] = set()
         self._batch = 0
         self._called: list[str] = []  # in this batch
         self._last: str | None = None  # where the pass can end, known after the first batch
@@ -165,13 +181,22 @@ class _Watch:
     def _add(self, name: str, inputs: Tensor) -> None:
         accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-        if not accumulator.add(inputs_TD):
+        weight_T = None
+        if self._by_loss:
+            weights = self._weights[name]
+            if weights is None or len(weights[self._batch]) != len(inputs_TD):
+                self.untold.add(name)
+            else:
+                weight_T = weights[self._batch].to(inputs_TD.device)
+                total = sum(count * size for count, size in self._streams.sizes)
+                accumulator.sample.append(inputs_TD[:: max(total // SAMPLE, 1)].float())
+        if not accumulator.add(inputs_TD, weight_T):
             raise CalibrationError(self._describe_bad(name, inputs_TD))
-        extra = self._sink_weight * length - 1.0
+        extra = 0.0 if self._by_loss else self._sink_weight * length - 1.0
         if extra > 0.0:
             first_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
             if first_ND is None:
-                self.without_sinks.add(name)
+                self.untold.add(name)
             else:
                 accumulator.add_weight(first_ND, extra)
 

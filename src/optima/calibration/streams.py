@@ -18,6 +18,10 @@ from optima.models.stacks import Block, Linear
 
 # Everything a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by name or not.
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+# Does the work of a block's forward pass, given its arguments by place and by name.
+Called = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+# A batch and one of its samples, or all.
+Piece = tuple[int, int | None]
 
 
 @dataclass
@@ -46,22 +50,46 @@ class Streams:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    def run_sample(self, block: Block, batch: int, sample: int, device: torch.device) -> Tensor:
+    def run_sample(
+        self, block: Block, batch: int, sample: int, device: torch.device, call: Called | None = None
+    ) -> Tensor:
         """The block's output on one sequence of a batch, for example (1, L, E), on ``device``.
 
         Raises:
             ModelError: if the block is called with something that cannot be taken apart into samples.
         """
-        samples, (args, kwargs) = self.sizes[batch][0], self.calls[block.index][batch]
-        if samples > 1 and self.probe.sample_dim:
-            raise ModelError("the hidden states of this model are not batch first: use --batch-size 1")
-        if samples > 1 and any(_is_state(value) for value in (*args, *kwargs.values())):
-            raise ModelError(
-                "the blocks of this model share keys and values, which cannot be taken apart into samples: "
-                "use --batch-size 1"
-            )
-        return hidden_of(self.run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples)))
+        samples = self.sizes[batch][0]
+        if problem := self._inseparable(block, batch):
+            raise ModelError(f"{problem}: use --batch-size 1")
+        return hidden_of(self.run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples), call))
 
+    def _inseparable(self, block: Block, batch: int) -> str:
+        """Why a batch cannot be taken apart into samples; empty if it can."""
+        args, kwargs = self.calls[block.index][batch]
+        if self.sizes[batch][0] == 1:
+            return ""
+        if self.probe.sample_dim:
+            return "the hidden states of this model are not batch first"
+        if any(_is_state(value) for value in (*args, *kwargs.values())):
+            return "the blocks of this model share keys and values, which cannot be taken apart into samples"
+        return ""
+
+    def pieces(self, block: Block) -> list[Piece]:
+        """The smallest parts that the block can run on: the samples of each batch, or the batch."""
+        return [
+            (batch, sample)
+            for batch, (samples, _) in enumerate(self.sizes)
+            for sample in ([None] if self._inseparable(block, batch) else range(samples))
+        ]
+
+    def run_piece(self, block: Block, piece: Piece, device: torch.device, call: Called | None = None) -> Tensor:
+        """The block's output on one of ``pieces``, on ``device``; ``call`` as in ``run``."""
+        batch, sample = piece
+        if sample is None:
+            return hidden_of(self.run(block, batch, device, call=call))
+        return self.run_sample(block, batch, sample, device, call)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def advance(self, block: Block, device: torch.device) -> None:
         """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out."""
@@ -75,9 +103,17 @@ class Streams:
                 self.carried[batch][block.index, place] = share(output[place], candidates)
 
     def run(
-        self, block: Block, batch: int, device: torch.device, part: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        self,
+        block: Block,
+        batch: int,
+        device: torch.device,
+        part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+        call: Called | None = None,
     ) -> Any:
-        """What the block returns for a batch, on ``device``, where the block is; ``part`` is taken of every tensor."""
+        """What the block returns for a batch, on ``device``, where the block is; ``part`` is taken of every tensor.
+
+        ``call`` is given the arguments by place, and those by name, instead of the block.
+        """
         called_with = self.calls[block.index][batch]
         args, kwargs = list(called_with[0]), dict(called_with[1])
         for argument, source in self.probe.carried[block.index].items():
@@ -85,7 +121,7 @@ class Streams:
             where[argument] = self.carried[batch][source]
         inputs = (self.hidden[batch], args, kwargs)
         hidden, args, kwargs = map_tensors(inputs, lambda tensor: part(tensor).to(device))
-        return block.module(hidden, *args, **kwargs)
+        return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
 
 def _take_sample(tensor: Tensor, sample: int, samples: int) -> Tensor:

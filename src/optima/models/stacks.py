@@ -57,6 +57,9 @@ class Linear(Protocol):
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Show ``see`` the inputs of every call, (..., D), before it is computed, until the handle's ``remove()``."""
 
+    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """Show ``see`` the gradient at the outputs of every call, (..., O), until the handle's ``remove()``."""
+
 
 @dataclass(frozen=True)
 class ModuleLinear:
@@ -99,6 +102,15 @@ class ModuleLinear:
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """See ``Linear``."""
         return self.module.register_forward_pre_hook(lambda module, args: see(args[0]))
+
+    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        """See ``Linear``."""
+
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            if output.requires_grad:  # positions do not depend on hidden states
+                output.register_hook(see)
+
+        return self.module.register_forward_hook(hook)
 
 
 @dataclass(frozen=True)

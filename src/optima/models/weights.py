@@ -15,8 +15,9 @@ class Resident:
     """The whole model is in main memory: a block moves to the device and back."""
 
     @contextmanager
-    def on(self, block: Block, device: torch.device, clock: Stopwatch) -> Iterator[None]:
+    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
         """The block's weights are on ``device`` inside; the way there and back counts as stage ``read``."""
+        clock = clock or Stopwatch(device)
         with ExitStack() as stack:
             with clock("read"):
                 stack.enter_context(on_device(block.module, device))

@@ -19,7 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic_core import from_json, to_json
 
-from optima.reporting.record import LinearRecord, Report, name_in_block
+from optima.reporting.record import BlockRecord, LinearRecord, Report, name_in_block
 from optima.reporting.summary import (
     by_kind,
     change,
@@ -42,6 +42,7 @@ SECTIONS = {
     "differences": "How the runs differ",
     "map": "Error, block by block",
     "spread": "Certificates and iterations",
+    "tuning": "What tuning won, block by block",
     "times": "Where the time went",
     "linears": "Every linear",
     "notes": "Notes",
@@ -86,12 +87,22 @@ def _view(name: str, report: Report) -> View:
         "figures": _figures(report),
         "summary": summary(report),
         "stages": [(stage, duration(seconds), f"{share:.1%}") for stage, seconds, share in stage_times(report)],
+        "tuning": [
+            (f"block {block.index}", change(block.tuning[0], block.tuning[block.tuning_epoch]), _left(block))
+            for block in report.blocks
+            if block.tuning_epoch
+        ],
         "errors": {kind: mean(linears, "error") for kind, linears in by_kind(report.linears).items()},
         "notes": report.run.notes,
         "recipe": {key: value if isinstance(value, str) else json.dumps(value) for key, value in recipe.items()},
         "facts": [*run_facts(report), *report.run.versions.items()],
         "data": _data(name, report),
     }
+
+
+def _left(block: BlockRecord) -> str:
+    """What tuning left of a block's cost."""
+    return f"{block.tuning[block.tuning_epoch] / block.tuning[0]:.1%}"
 
 
 def _figures(report: Report) -> list[Figure]:

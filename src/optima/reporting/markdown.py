@@ -32,14 +32,14 @@ NUM_WORST = 5
 
 READING = """\
 How to read it: errors are relative reconstruction errors `||X (V - W)^T||^2 / ||X W^T||^2` on the calibration inputs.
-In them the first token of a sequence weighs as much of it as the recipe's *sink_weight* says (0: as any other).
+In them tokens weigh as the recipe's *objective* says: as the model's loss feels them, by *sink_weight*, or all alike.
 *mask* keeps the survivors at their dense values, *selector* has the update by the selector or the swaps, *result* is
 as written, in the checkpoint's dtype. *tokens alike* is the result where every token counts the same: compare published
 figures with it. *change* is result against selector. Means are geometric over linears.
 
 A row's *gap* bounds how far it lies above the optimum of its damped problem, relative to that optimum: as solved
-before the cast, and *written* after it. All of this is per linear, on calibration text: what the model lost as a whole,
-`optima eval` measures on other text."""
+before the cast, and *written* after it. Where a block was *tuned*, errors and gaps are from before. All of this is per
+linear, on calibration text: what the model lost as a whole, `optima eval` measures on other text."""
 
 
 def render_markdown(report: Report, evaluation: str = "") -> str:

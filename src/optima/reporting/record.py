@@ -65,6 +65,8 @@ class LinearRecord(Record):
     tokens: Int  # calibration tokens that reached the linear
     swaps: Int | None  # swaps made in the mask; None if none were asked for
     rows_swap_optimal: Int | None  # rows of which no single swap lowers the error, as is proven; None likewise
+    tokens_effective: float | None = None  # equal tokens that would tell as much; None if not weighted
+    tuned: bool = False  # tuning moved the weights after their solve: errors and gaps are from before
 
     @property
     def size(self) -> int:
@@ -78,7 +80,9 @@ class BlockRecord(Record):
 
     index: Int  # of the block in the model
     name: str  # full module name
-    seconds: dict[str, float]  # by stage: read, forward, hessian, gradient, select, solve, round, write
+    seconds: dict[str, float]  # by stage: read, forward, hessian, gradient, select, solve, round, tune, write
+    tuning: tuple[float, ...] = ()  # error on held-out sequences before tuning and after each epoch
+    tuning_epoch: Int = 0  # the epoch whose weights were kept; 0: those before tuning
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ class LinearTask:
     weight_OD: Tensor
     statistics: Statistics
     gradient_OD: Tensor | None = None
+    row_weight_O: Tensor | None = None
 
     @property
     def hessian(self) -> Hessian:

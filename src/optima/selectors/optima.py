@@ -11,15 +11,15 @@ On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-thet
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
 a one-swap optimum (``optima.swaps.search`` finds little to improve), at the cost of products.
 
-Its scope is ``balanced``. Ranking the whole linear leaves the lowest reconstruction error and a worse model: rows whose
-outputs have little energy are starved, though what follows may need them as much as the others (docs/results.md).
+Its scope is ``layer``: with the rows scaled by what the loss feels of them (docs/objective.md) they compete fairly.
+Without, rows whose outputs have little energy would be starved, and ``optima.build`` ranks each row alone.
 
 Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.ranking import MOST_COMPARED, kth_lowest, row_units, top_scores
+from optima.selectors.ranking import MOST_COMPARED, kth_lowest, top_scores
 
 # Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
 # little, or they are found in float64, which takes half as much memory again.
@@ -59,11 +59,11 @@ class Optima:
 
     first_penalty: float = 0.3
     last_penalty: float = 2.0
-    stages: int = 20
-    group_stages: int = 13
+    stages: int = 8
+    group_stages: int = 6
     iterations: int = 3
     theta: float = 0.75
-    published_scope: Scope = "balanced"
+    published_scope: Scope = "layer"
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
         """Units between the two saliencies, and the eigendecomposition of the damped H in them, in ``dtype``."""
@@ -134,11 +134,6 @@ def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
     """A score, of each row unless the linear is ranked as one, above which are nearly as many as the pattern keeps."""
     if pattern.scope == "row":
         return kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
-    if pattern.scope == "balanced":
-        unit_O1 = row_units(score_OD, pattern)
-        threshold = rough_threshold(score_OD / unit_O1, replace(pattern, scope="layer"))
-        # A little above, or rounding would decide whether the score it was taken from is.
-        return unit_O1 * (threshold * (1.0 + 8.0 * torch.finfo(score_OD.dtype).eps))
     # An odd step that is no multiple of the width visits all columns.
     sample_1N = score_OD.flatten()[None, :: (score_OD.numel() // SAMPLE) | 1]
     return kth_lowest(sample_1N, max(pattern.pruned_count(sample_1N.shape[1]), 1))

@@ -12,10 +12,6 @@ from torch import Tensor
 
 from optima.patterns import NM, Given, Pattern, Unstructured, group_width
 
-# Scope ``balanced`` divides a row's scores by its threshold to this power: 0 would be scope layer, 1 nearly scope row.
-BALANCE = 0.7
-# Thresholds below this part of the largest count as this part of it: a row may have more zeros than it loses weights.
-SMALLEST_THRESHOLD = 1e-6
 # Up to this many columns, comparators on whole columns find a threshold faster than a selection in every row.
 MOST_COMPARED = 8
 
@@ -45,7 +41,6 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
         return keep_all_but_lowest(grouped, pattern.m - pattern.n).reshape(num_outputs, num_inputs)
     if pattern.scope == "row":
         return keep_all_but_lowest(score_OD, pruned_in_rows(pattern, num_outputs, num_inputs))
-    score_OD = across_rows(score_OD, pattern)
     keep_OD = torch.empty_like(score_OD, dtype=torch.bool)
     for columns, count in _groups(pattern, num_outputs, num_inputs):
         group = score_OD[:, columns]
@@ -59,22 +54,6 @@ def _groups(pattern: Unstructured, num_outputs: int, num_inputs: int) -> Iterato
     for begin in range(0, num_inputs, width):
         end = min(begin + width, num_inputs)
         yield slice(begin, end), pattern.pruned_in_columns(num_outputs, begin, end)
-
-
-def across_rows(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """The scores as those of different rows are compared: in units of their rows if the scope is ``balanced``."""
-    return score_OD / row_units(score_OD, pattern) if pattern.scope == "balanced" else score_OD
-
-
-def row_units(score_OD: Tensor, pattern: Unstructured) -> Tensor:
-    """What scope ``balanced`` divides the scores of each row by, positive, float32 or wider, of shape (O, 1)."""
-    if not score_OD.numel():
-        return torch.ones_like(score_OD[:, :1])
-    score_OD = score_OD.to(torch.promote_types(score_OD.dtype, torch.float32))
-    threshold_O1 = kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
-    finite = torch.finfo(score_OD.dtype)
-    least = (threshold_O1.max() * SMALLEST_THRESHOLD).clamp(finite.tiny, finite.max)
-    return threshold_O1.clamp(least, torch.full_like(least, finite.max)).pow_(BALANCE)
 
 
 def keep_all_but_lowest(score_RN: Tensor, count: int | Tensor) -> Tensor:

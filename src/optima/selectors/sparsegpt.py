@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optima.patterns import GROUP_SIZE, NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
+from optima.selectors.ranking import keep_all_but_lowest, pruned_in_rows, top_scores
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class SparseGPT:
 
     Unstructured sparsity is reached in every block of columns: over all its rows (scope ``group``, as published) or
     within each row (scope ``row``). A sweep that never looks back cannot rank the columns of different blocks, so that
-    scopes ``layer`` and ``balanced`` rank groups of ``blocksize``. N:M masks are chosen every m columns.
+    scope ``layer`` ranks groups of ``blocksize``. N:M masks are chosen every m columns.
 
     Args:
         blocksize: columns whose mask is chosen together and whose updates are applied lazily; scope ``group`` brings
@@ -70,7 +70,7 @@ def _block_mask(score_OB: Tensor, pattern: Unstructured, begin: int, num_inputs:
         count_O = (total_O * end / num_inputs).round() - (total_O * begin / num_inputs).round()
         return keep_all_but_lowest(score_OB, count_O)
     count = pattern.pruned_in_columns(rows, begin, end)
-    return keep_all_but_lowest(across_rows(score_OB, pattern).reshape(1, -1), count).reshape(rows, width)
+    return keep_all_but_lowest(score_OB.reshape(1, -1), count).reshape(rows, width)
 
 
 def _sweep(weight_OB: Tensor, keep_OB: Tensor, upper_BB: Tensor, pattern: Pattern) -> Tensor:

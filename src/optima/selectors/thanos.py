@@ -22,7 +22,7 @@ from torch import Tensor
 from optima.linalg.gather import solve_selected
 from optima.patterns import NM, Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.ranking import across_rows, keep_all_but_lowest, pruned_in_rows, top_scores
+from optima.selectors.ranking import keep_all_but_lowest, pruned_in_rows, top_scores
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,5 @@ def _residual_mask(score_OD: Tensor, width: int, pattern: Pattern, before_OD: Te
         left_O = pruned_in_rows(pattern, num_rows, num_inputs) - (~before_OD).sum(dim=1).cpu()
         return keep_all_but_lowest(score_OD, left_O)[:, :width]
     else:
-        score_OD = across_rows(score_OD, pattern)
         left = pattern.pruned_count(num_rows * num_inputs) - int((~before_OD).sum())
     return keep_all_but_lowest(score_OD.reshape(1, -1), left).reshape(score_OD.shape)[:, :width]

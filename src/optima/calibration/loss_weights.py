@@ -1,0 +1,239 @@
+"""How much the model's loss feels each token and each output: one backward pass over the dense model.
+
+To second order the loss grows by 1/2 sum_o sum_t g_to^2 (x_t . (v_o - w_o))^2, g the gradient at output o of a linear
+on token t, with labels drawn from the model itself (the true Fisher: Martens, JMLR 2020, section 5). The rank-one fit
+g_to^2 ~ r_o s_t puts token weights s_t into the hessian, which rows go on sharing; r_o lets rows compete in units of
+the loss (docs/mathematics.md). Gradients are heavy-tailed, so both are used at a root.
+
+The sweep goes from the last block to the first, the dense inputs of every block kept, one block on the device.
+
+Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs, V vocabulary, E hidden size, C positions
+of a slice, or words of a chunk, K chunks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optima.calibration.probe import hidden_of
+from optima.calibration.streams import Streams
+from optima.device import forward_replaced
+from optima.errors import ModelError
+from optima.models.stacks import Block, Stack
+from optima.models.weights import Resident
+
+# Float32 logits of a slice in memory at once, of which a softmax makes copies.
+LOGITS_BYTES = 256 * 2**20
+# Words whose probabilities are added up before a label is drawn among them.
+CHUNK = 512
+# Token weights are s^POWER, row weights r^POWER: the square is the second-order loss, too heavy-tailed to be trusted.
+POWER = 0.5
+WORDS = "that of words drawn from the model"
+
+
+class NotDifferentiableError(ModelError):
+    """The model has no gradients: it can be pruned, but not by its loss."""
+
+
+@dataclass
+class LossWeights:
+    """Squares of gradients at the outputs of linears and blocks, untempered.
+
+    Attributes:
+        loss: whose gradients they are, in words.
+        tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
+            Groups that are not given every token, as experts, have none.
+        rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
+        residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
+    """
+
+    loss: str
+    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
+    residual: dict[str, Tensor] = field(default_factory=dict)
+
+    def of_tokens(self, name: str) -> list[Tensor] | None:
+        """Tempered weights of each batch's tokens, (T,), for a group's first linear or a block ``name``; of mean 1.
+
+        None where they are not known, or no token matters.
+        """
+        tempered = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
+        total = sum(float(own_T.sum()) for own_T in tempered)
+        return [own_T * (sum(map(len, tempered)) / total) for own_T in tempered] if total else None
+
+    def effective_tokens(self, name: str) -> float | None:
+        """(sum s)^2 / sum s^2 of the tempered weights: so many equal tokens would tell as much."""
+        weights = self.of_tokens(name)
+        return None if weights is None else sum(map(len, weights)) ** 2 / sum(float(own_T @ own_T) for own_T in weights)
+
+    def of_rows(self, name: str) -> Tensor | None:
+        """Tempered weights of a linear's rows, (O,), with the mean of those that are not; None if none matters."""
+        row_O = self.rows.get(name)
+        if row_O is None or not bool(row_O.any()):
+            return None
+        tempered_O = row_O.pow(POWER)
+        return tempered_O * (row_O.mean() / tempered_O.mean())
+
+
+def loss_weights(
+    model: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], device: torch.device, seed: int
+) -> LossWeights:
+    """Sweep the dense model.
+
+    The loss is that of the model's own words where it has a head for them. Else it is the square of the change of the
+    last block's output, every number alike: the gradient's labels are random signs then (Hutchinson's estimator).
+
+    Args:
+        model: the whole model, in evaluation mode.
+        stack: the stack that its head reads.
+        streams: what enters the first block, with the calls of all blocks; used up.
+        batches: the tokens, (B, L) int64 each.
+        device: where blocks run.
+        seed: of the labels.
+
+    Raises:
+        NotDifferentiableError: if there are no gradients, or they are not finite.
+    """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise NotDifferentiableError("the model was made inside torch.inference_mode()")
+    weights, kept = Resident(), []
+    for block in stack.blocks:
+        kept.append(list(streams.hidden))
+        with weights.on(block, device):
+            streams.advance(block, device)
+    generator = torch.Generator().manual_seed(seed)
+    has_words = model.get_output_embeddings() is not None
+    found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
+    gradients = []
+    with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
+        for tokens_BL, hidden in zip(batches, streams.hidden, strict=True):
+            if has_words:
+                drawn_BL = torch.rand(tokens_BL.shape, generator=generator)
+                gradients.append(_at_the_head(model, stack, streams, tokens_BL, hidden, drawn_BL))
+            else:
+                gradients.append(torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden))
+        for block in reversed(stack.blocks):
+            streams.hidden = kept.pop()
+            with weights.on(block, device):
+                _through(block, streams, gradients, device, found)
+    return found
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient inside."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, before in required:
+            parameter.requires_grad_(before)
+
+
+def _at_the_head(
+    model: PreTrainedModel, stack: Stack, streams: Streams, tokens_BL: Tensor, hidden: Tensor, drawn_BL: Tensor
+) -> Tensor:
+    """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
+    home = next(model.parameters()).device
+    leaf = hidden.to(home, copy=True).requires_grad_(True)
+    options: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    length = tokens_BL.shape[1]
+    step = length
+    if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        step = max(LOGITS_BYTES // (4 * vocabulary * len(tokens_BL)), 1)
+    with ExitStack() as replaced:
+        for block in stack.blocks:
+            returned = leaf if block is stack.blocks[-1] else None
+            like = streams.probe.outputs[block.index]
+            replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
+        for start in range(0, length, step):
+            drawn_BC = drawn_BL[:, start : start + step]
+            if in_slices:
+                options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
+            logits_TV = model(input_ids=tokens_BL.to(home), **options).logits.flatten(0, -2)
+            if not logits_TV.requires_grad:
+                raise NotDifferentiableError("its words do not depend on its last block by a gradient")
+            logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
+    assert leaf.grad is not None
+    return leaf.grad.cpu()
+
+
+def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
+    """The gradient of -log p(label) at the logits, p less one at a label that is drawn from p.
+
+    Args:
+        logits_TV: any float dtype, which the result has too.
+        drawn_T: uniform in [0, 1): where in the cumulative sum of p the label lies. Sums go by chunks, for a sum over a
+            whole vocabulary is slow, and in float32 not exact.
+    """
+    weight_TV = logits_TV.float()
+    weight_TV = (weight_TV - weight_TV.amax(dim=1, keepdim=True)).exp_()
+    chunk_TKC = nn.functional.pad(weight_TV, (0, -weight_TV.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
+    chunk_TK = chunk_TKC.sum(dim=2)
+    above_TK = chunk_TK.cumsum(dim=1)
+    wanted_T1 = drawn_T[:, None] * above_TK[:, -1:]
+    chunk_T1 = torch.searchsorted(above_TK, wanted_T1, right=True).clamp_max(above_TK.shape[1] - 1)
+    wanted_T1 = wanted_T1 - (above_TK - chunk_TK).gather(1, chunk_T1)
+    inner_TC = chunk_TKC.gather(1, chunk_T1[:, :, None].expand(-1, 1, CHUNK))[:, 0].cumsum(dim=1)
+    inner_T1 = torch.searchsorted(inner_TC, wanted_T1, right=True).clamp_max(CHUNK - 1)
+    label_T1 = (chunk_T1 * CHUNK + inner_T1).clamp_max(weight_TV.shape[1] - 1)
+    weight_TV /= above_TK[:, -1:]
+    weight_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1.0, dtype=weight_TV.dtype))
+    return weight_TV.to(logits_TV.dtype)
+
+
+def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward that returns ``returned``, or what it is given, in the form of ``like``."""
+    if returned is None:
+        returned = args[0] if args else kwargs["hidden_states"]
+    return type(like)([returned, *like[1:]]) if isinstance(like, (tuple, list)) else returned
+
+
+def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
+    """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
+    total = sum(samples * length for samples, length in streams.sizes)
+    leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
+
+    def note(name: str, batch: int) -> Callable[[Tensor], None]:
+        def see(gradient: Tensor) -> None:
+            square_TO = gradient.detach().float().square().flatten(0, -2)
+            mean_O = square_TO.sum(dim=0) / total
+            found.rows[name] = found.rows[name] + mean_O if name in found.rows else mean_O
+            if name not in streams.probe.routed and len(square_TO) == math.prod(streams.sizes[batch]):
+                own = found.tokens.setdefault(leaders[name], [torch.zeros(math.prod(size)) for size in streams.sizes])
+                own[batch] += square_TO.sum(dim=1).cpu()
+
+        return see
+
+    for batch, gradient in enumerate(gradients):
+        gradient = gradient.to(device)
+        square_T = gradient.float().square().sum(dim=-1).flatten()
+        if not bool(square_T.isfinite().all()):
+            raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
+        found.tokens.setdefault(block.name, []).append(square_T.cpu())
+        flat_TE = gradient.flatten(0, -2).float()
+        product_EE = (flat_TE.mT @ flat_TE).cpu() / total
+        found.residual[block.name] = found.residual[block.name] + product_EE if batch else product_EE
+        leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
+        with ExitStack() as hooks:
+            for linear in block.linears:
+                hooks.callback(linear.watch(note(linear.name, batch)).remove)
+            output = hidden_of(streams.run(block, batch, device))
+            if not output.requires_grad:
+                raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
+            output.backward(gradient)
+        assert leaf.grad is not None
+        gradients[batch] = leaf.grad.cpu()
+        streams.hidden[batch] = leaf.detach()

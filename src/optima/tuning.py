@@ -1,0 +1,205 @@
+"""Block tuning: gradient steps on the kept weights of a block, towards the dense block's outputs on dense inputs.
+
+Adam (Kingma & Ba, arXiv 1412.6980) works on float32 masters of the block's weights, norms and biases. Each forward pass
+rounds them to the checkpoint's dtype: what is tuned is what will be written. Masks stay, for masters are zero off keep
+and get no gradient there. Some sequences are held out, and the weights of the epoch that is best on them are kept:
+those from before the first one, if tuning does not help.
+
+Shapes: L tokens in a sequence, T tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from optima.calibration.streams import Piece, Streams
+from optima.models.stacks import Block
+
+HELD_OUT = 8  # one sequence of so many is held out
+BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
+ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
+SMALLEST_ENERGY = 1e-12
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How blocks are tuned.
+
+    Attributes:
+        epochs: passes over the sequences that are not held out.
+        learning_rate: of Adam, at the start, relative to the root mean square of each tensor; it falls to 0 along a
+            cosine. A step is one sequence. An epoch that makes it worse is undone, and a quarter of the rate left.
+    """
+
+    epochs: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of a block.
+
+    Attributes:
+        held_out: mean error on the sequences that were held out, before the first epoch and after each.
+        best: the epoch whose weights the block has; 0 for those before the first.
+    """
+
+    held_out: tuple[float, ...]
+    best: int
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """What it costs that a block's outputs are not those of the dense block.
+
+    Not their relative change: in some models a few channels that hardly matter hold nearly all of the energy.
+
+    Attributes:
+        metric_EE: a token's change d costs d^T M d.
+        weights: of the tokens of each batch, (T,), of mean 1; None: all alike.
+    """
+
+    metric_EE: Tensor
+    weights: Sequence[Tensor] | None = None
+
+    @classmethod
+    def by_loss(cls, residual_EE: Tensor, weights: Sequence[Tensor] | None) -> BlockError:
+        """To second order the loss: M = E g g^T, g its gradient at the outputs, the diagonal a little raised."""
+        metric_EE = residual_EE + ALIKE * residual_EE.diag().diag()
+        return cls(metric_EE / metric_EE.diagonal().mean(), weights)
+
+    @classmethod
+    def by_channel(cls, targets: Sequence[Tensor]) -> BlockError:
+        """Each channel's change relative to its own energy."""
+        energy_E = sum(target.float().square().flatten(0, -2).sum(dim=0) for target in targets)
+        assert isinstance(energy_E, Tensor)
+        count = sum(target.numel() for target in targets) / len(energy_E)
+        return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag())
+
+    def __call__(self, found: Tensor, target: Tensor, weight_T: Tensor | None) -> Tensor:
+        """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight."""
+        change_TE = (found.float() - target.float()).flatten(0, -2)
+        cost_T = ((change_TE @ self.metric_EE.to(change_TE)) * change_TE).sum(dim=-1)
+        return cost_T.mean() if weight_T is None else (cost_T * weight_T.to(cost_T)).mean()
+
+
+def tune(
+    block: Block,
+    keeps: Mapping[str, Tensor],
+    streams: Streams,
+    targets: Sequence[Tensor],
+    cost: BlockError,
+    tuning: Tuning,
+    device: torch.device,
+) -> Tuned:
+    """Tune a block in place.
+
+    Args:
+        block: pruned, on ``device``.
+        keeps: keep_OD of its pruned linears by their full names.
+        streams: what enters the pruned block.
+        targets: of each batch, what the dense block makes of dense inputs.
+        cost: what is minimised.
+        tuning: how.
+        device: where to compute.
+    """
+    pieces = streams.pieces(block)
+    held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
+    trained = [piece for piece in pieces if piece not in held]
+    with torch.inference_mode(False):
+        masters = _masters(block, keeps)
+    error = _Error(block, streams, targets, cost, device, masters)
+    history, best, rate = [error.mean(held)], 0, tuning.learning_rate
+    kept = {name: master.detach().clone() for name, master in masters.items()}
+    optimizer = _adam(masters)
+    steps, step = max(tuning.epochs * len(trained), 1), 0
+    generator = torch.Generator().manual_seed(0)
+    for epoch in range(tuning.epochs if trained else 0):
+        for index in torch.randperm(len(trained), generator=generator).tolist():
+            for group in optimizer.param_groups:
+                group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+            with torch.inference_mode(False), torch.enable_grad():
+                error(trained[index]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+        history.append(error.mean(held))
+        if history[-1] < min(history[:-1]):
+            best = epoch + 1
+            _copy(masters, kept)
+        else:  # undone, and tried again in smaller steps
+            _copy(kept, masters)
+            optimizer, rate = _adam(masters), rate * BACKTRACK
+    if best:
+        _copy(kept, {name: parameter for name, parameter in block.module.named_parameters() if name in kept})
+    return Tuned(tuple(history), best)
+
+
+@dataclass(frozen=True)
+class _Error:
+    """The cost of what the block makes of a piece, its weights the masters rounded to their dtypes."""
+
+    block: Block
+    streams: Streams
+    targets: Sequence[Tensor]
+    cost: BlockError
+    device: torch.device
+    masters: Mapping[str, Tensor]
+
+    def __call__(self, piece: Piece) -> Tensor:
+        module = self.block.module
+        rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
+        found = self.streams.run_piece(self.block, piece, self.device, partial(functional_call, module, rounded))
+        batch, sample = piece
+        target, weights, size = self.targets[batch], self.cost.weights, self.streams.sizes[batch]
+        weight_T = None if weights is None else weights[batch]
+        if sample is not None and size[0] > 1:
+            target = target[sample : sample + 1]
+            weight_T = None if weight_T is None else weight_T.reshape(size)[sample]
+        return self.cost(found, target.to(self.device), weight_T)
+
+    def mean(self, pieces: Sequence[Piece]) -> float:
+        """Over several pieces, without gradients."""
+        with torch.no_grad():
+            return sum(float(self(piece)) for piece in pieces) / len(pieces)
+
+
+@torch.no_grad()
+def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
+    for name, tensor in destination.items():
+        tensor.detach().copy_(source[name])
+
+
+def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:
+    """A fresh optimizer; each group knows the size of its tensor."""
+    groups = [{"params": [master], "size": _size(master)} for master in masters.values()]
+    return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+
+
+@torch.no_grad()
+def _size(master: Tensor) -> float:
+    """Root mean square of what is not zero: models differ by much in the size of their weights."""
+    return math.sqrt(float(master.square().sum()) / max(int(master.count_nonzero()), 1))
+
+
+def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float32 copies of what is tuned, by name: pruned weights, and vectors such as norms and biases."""
+    pruned = {id(linear.parameter): linear for linear in block.linears if linear.name in keeps}
+    masters = {}
+    for name, parameter in block.module.named_parameters():
+        linear = pruned.get(id(parameter))
+        if linear is None and (parameter.ndim != 1 or not parameter.is_floating_point()):
+            continue
+        master = masters[name] = parameter.detach().float().clone().requires_grad_(True)
+        if linear is not None:
+            keep_like = torch.zeros_like(parameter, dtype=torch.bool)
+            linear.orient(keep_like).copy_(keeps[linear.name])
+            master.register_hook(partial(torch.mul, keep_like))
+    return masters

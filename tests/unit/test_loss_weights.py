@@ -1,0 +1,115 @@
+"""Loss weights: the gradients of the model's own loss, by autograd through the whole model, and what they change."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from layers import layer_of, make_layer
+from tiny import make_bert, make_llama, make_tokens
+
+from optima import Recipe, prune
+from optima.calibration.capture import capture
+from optima.calibration.loss_weights import LossWeights, label_gradient, loss_weights
+from optima.linear import Methods, prune_linear
+from optima.models.stacks import find_stacks, select_linears
+from optima.patterns import Unstructured
+from optima.selectors.magnitude import Magnitude
+
+
+def sweep(model: torch.nn.Module, batch_size: int = 4) -> tuple[LossWeights, torch.Tensor]:
+    tokens_NL = make_tokens(8, 16)
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    batches = list(tokens_NL.split(batch_size))
+    streams = capture(model, stack, batches, whole=True)
+    found = loss_weights(model, stack, streams, batches, torch.device("cpu"), seed=3)  # type: ignore[arg-type]
+    return found, tokens_NL
+
+
+def test_they_are_the_gradients_of_the_whole_model() -> None:
+    model = make_llama().eval()
+    found, tokens_NL = sweep(model)
+    name = "model.layers.1.mlp.up_proj"
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append(output) or output.retain_grad()
+    )
+    generator = torch.Generator().manual_seed(3)
+    square = []
+    for tokens_BL in tokens_NL.split(4):
+        drawn_T = torch.rand(tokens_BL.shape, generator=generator).flatten()
+        logits_TV = model(input_ids=tokens_BL).logits.flatten(0, 1)
+        logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
+        square.append(seen[-1].grad.square().flatten(0, 1))
+    square_TO = torch.cat(square)
+    assert torch.allclose(found.rows[name], square_TO.mean(dim=0), rtol=1e-4, atol=1e-12)
+    # gate and up share their input, and the group goes by its first.
+    group = torch.cat(found.tokens["model.layers.1.mlp.gate_proj"])
+    assert bool((group >= square_TO.sum(dim=1) * (1 - 1e-4)).all())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_batches_do_not_matter() -> None:
+    first, second = sweep(make_llama().eval(), 4)[0], sweep(make_llama().eval(), 8)[0]
+    for name in first.rows:
+        assert torch.allclose(first.rows[name], second.rows[name], rtol=1e-4)
+
+
+def test_tempering_keeps_the_mean() -> None:
+    found, _ = sweep(make_llama().eval())
+    for name in found.tokens:
+        assert float(torch.cat([own_T for own_T in found.of_tokens(name)]).mean()) == pytest.approx(1.0)  # type: ignore[misc]
+    for name, row_O in found.rows.items():
+        assert float(found.of_rows(name).mean()) == pytest.approx(float(row_O.mean()))  # type: ignore[union-attr]
+
+
+def test_rows_that_matter_keep_more() -> None:
+    weight_OD, inputs_TD = make_layer(8, 64, dtype=torch.float32)
+    task = layer_of(weight_OD / weight_OD.norm(dim=1, keepdim=True), inputs_TD)
+    rows_O = torch.ones(8)
+    rows_O[3] = 100.0
+    weighed = copy.copy(task)
+    object.__setattr__(weighed, "row_weight_O", rows_O)
+    half = Unstructured(0.5, "layer")
+    plain, kept = (prune_linear(each, half, Methods(Magnitude())).keep_OD for each in (task, weighed))
+    assert int(kept[3].sum()) > int(plain[3].sum())
+    assert int(kept.sum()) == int(plain.sum())
+
+
+def test_a_run_by_the_loss() -> None:
+    model = make_llama()
+    report = prune(model, Recipe(objective="loss", selector="optima", scope="layer"), calibration=make_tokens())
+    assert report.rows_not_converged == 0
+    assert report.run.recipe["objective"] == "loss"
+    assert all(linear.error_plain != linear.error for linear in report.linears)
+
+
+def test_labels_are_drawn_from_the_model() -> None:
+    logits_V = torch.randn(1500, generator=torch.Generator().manual_seed(0)) * 3
+    p_V = logits_V.softmax(0)
+    drawn_T = (torch.arange(20000) + 0.5) / 20000
+    gradient_TV = label_gradient(logits_V.expand(20000, -1), drawn_T)
+    assert torch.allclose((p_V - gradient_TV).mean(dim=0), p_V, atol=2e-4)
+    assert bool(((p_V - gradient_TV).round() == (p_V - gradient_TV > 0.5)).all())
+    assert torch.allclose(gradient_TV.sum(dim=1), torch.zeros(20000), atol=1e-4)
+
+
+def test_an_encoder_is_weighed_by_its_hidden_states() -> None:
+    found, _ = sweep(make_bert().eval())
+    assert found.loss == "the square of the change of the last hidden states"
+    assert all(bool(row_O.any()) for row_O in found.rows.values())
+
+
+def test_blocks_that_are_not_pruned_carry_gradients() -> None:
+    report = prune(make_llama(), Recipe(objective="loss", targets=[r"layers\.0\."]), calibration=make_tokens())
+    assert {linear.block for linear in report.linears} == {0}
+
+
+def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
+    with torch.inference_mode():
+        model, sink = make_llama(), make_llama()
+        report = prune(model, Recipe(objective="loss"), calibration=make_tokens())
+        prune(sink, Recipe(objective="sink", scope="layer"), calibration=make_tokens())
+    assert any("objective sink took the place of objective loss" in note for note in report.run.notes)
+    assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))

@@ -1,0 +1,92 @@
+"""Block tuning: masks stay, held-out sequences decide, and the report says what is no longer certified."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tiny import POSITIONS, VOCAB, make_llama, make_tokens
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from optima import Recipe, prune
+from optima.calibration.capture import capture
+from optima.models.stacks import find_stacks, select_linears
+from optima.tuning import BlockError, Tuned, Tuning, tune
+
+CPU = torch.device("cpu")
+
+
+def make_gpt2() -> GPT2LMHeadModel:
+    """Its linears store their weights as inputs x outputs."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4))
+
+
+def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, batch_size: int = 4) -> Tuned:
+    """Prune half of the first block by magnitude and tune it towards what it was."""
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    block = stack.blocks[0]
+    streams = capture(model, stack, list(make_tokens(sequences, 16).split(batch_size)))
+    dense = streams.copy()
+    dense.advance(block, CPU)
+    keeps = {}
+    for linear in block.linears:
+        weight_OD = linear.read().clone()
+        keeps[linear.name] = weight_OD.abs() > weight_OD.abs().median()
+        linear.write(weight_OD * keeps[linear.name])
+    with torch.no_grad():
+        found = tune(
+            block, keeps, streams, dense.hidden, BlockError.by_channel(dense.hidden), Tuning(3, learning_rate), CPU
+        )
+    for linear in block.linears:
+        assert bool((linear.read()[~keeps[linear.name]] == 0).all())
+    return found
+
+
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_comes_closer_to_the_dense_block(make: object, dtype: torch.dtype) -> None:
+    model = make().eval().to(dtype)  # type: ignore[operator]
+    dense = copy.deepcopy(model)
+    found = tuned(model, 2e-3)
+    assert found.best > 0
+    assert found.held_out[found.best] == min(found.held_out) < 0.95 * found.held_out[0]
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+    moved = [name for name, parameter in model.named_parameters() if not parameter.equal(dense.get_parameter(name))]
+    assert any("norm" in name or "ln_" in name for name in moved)  # vectors are tuned too
+    assert not any("embed" in name or "wte" in name for name in moved)
+
+
+def test_what_does_not_help_is_not_kept() -> None:
+    model = make_llama().eval()
+    found = tuned(model, 1e3)
+    again = make_llama().eval()
+    assert tuned(again, 1e-30).held_out[0] == found.held_out[0]
+    assert found.best == 0
+    assert all(own.equal(other) for own, other in zip(model.parameters(), again.parameters(), strict=True))
+
+
+def test_batches_do_not_matter() -> None:
+    one, four = (tuned(make_llama().eval(), 1e-2, batch_size=size).held_out for size in (1, 4))
+    assert one == pytest.approx(four, rel=1e-3)
+
+
+def test_one_sequence_is_too_few() -> None:
+    found = tuned(make_llama().eval(), 1e-2, sequences=1)
+    assert found == Tuned(found.held_out[:1], 0)
+
+
+def test_the_report_says_what_is_no_longer_certified() -> None:
+    report = prune(
+        make_llama(), Recipe(tuning_epochs=2, learning_rate=1e-3, sparsity=0.7), calibration=make_tokens(128, 16)
+    )
+    assert all(len(block.tuning) == 3 for block in report.blocks)
+    moved = {block.index for block in report.blocks if block.tuning_epoch}
+    assert moved
+    for linear in report.linears:
+        assert linear.tuned == (linear.block in moved)
+        assert (linear.gap_written_max is None) == linear.tuned
+        assert linear.gap_max is not None
+        assert linear.sparsity == pytest.approx(0.7, abs=0.01)
+    assert "tune" in report.run.stages
