@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optima.build import build
+from optima.calibration.loss_weights import KEPT_BYTES
 from optima.device import PeakMemory, Stopwatch, find_device
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram
@@ -106,10 +107,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
     surveyed = recipe.allocation != "uniform"
-    # Block inputs that are kept at once: a survey and tuning carry the dense model's, a sweep for the loss those of all
-    # blocks, and a gradient.
-    sets = max(1 + max(surveyed, recipe.tuning_epochs > 0), 2 + len(found.blocks) if _by_loss(recipe) else 0)
-    tokens = recipe.num_calibration_samples * recipe.max_seq_length * sets
+    # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
+    # sweep for the loss keeps those of all blocks, up to a limit.
+    tokens = recipe.num_calibration_samples * recipe.max_seq_length
+    inputs = tokens * (hidden or 0) * dtype.itemsize
+    kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if _by_loss(recipe) else 0
     notes = [*found.notes, *([SURVEY_NOTE.format(recipe.allocation)] if surveyed else [])]
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
@@ -120,7 +122,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(found, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=tokens * (hidden or 0) * dtype.itemsize,
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0)), kept),
         model_bytes=num_parameters * dtype.itemsize,
         dtype=dtype,
         notes=tuple(notes),

@@ -56,6 +56,16 @@ def test_batches_do_not_matter() -> None:
         assert torch.allclose(first.rows[name], second.rows[name], rtol=1e-4)
 
 
+def test_sequences_may_be_swept_one_part_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = sweep(make_llama().eval(), 2)
+    monkeypatch.setattr("optima.calibration.loss_weights.KEPT_BYTES", 1)
+    parts, _ = sweep(make_llama().eval(), 2)
+    for name in whole.tokens:
+        assert all(map(torch.equal, whole.tokens[name], parts.tokens[name]))
+    for name in whole.rows:
+        assert torch.allclose(whole.rows[name], parts.rows[name], rtol=1e-5)
+
+
 def test_tempering_keeps_the_mean() -> None:
     found, _ = sweep(make_llama().eval())
     for name in found.tokens:

@@ -36,6 +36,8 @@ from optima.models.weights import Resident
 LOGITS_BYTES = 256 * 2**20
 # Words whose probabilities are added up before a label is drawn among them.
 CHUNK = 512
+# Inputs of all blocks that wait in main memory for the way back; more sequences are swept one part after the other.
+KEPT_BYTES = 4 * 2**30
 # Token weights are s^POWER, row weights r^POWER: the square is the second-order loss, too heavy-tailed to be trusted.
 POWER = 0.5
 WORDS = "that of words drawn from the model"
@@ -106,27 +108,40 @@ def loss_weights(
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise NotDifferentiableError("the model was made inside torch.inference_mode()")
-    weights, kept = Resident(), []
-    for block in stack.blocks:
-        kept.append(list(streams.hidden))
-        with weights.on(block, device):
-            streams.advance(block, device)
-    generator = torch.Generator().manual_seed(seed)
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
-    gradients = []
+    generator = torch.Generator().manual_seed(seed)
     with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
-        for tokens_BL, hidden in zip(batches, streams.hidden, strict=True):
-            if has_words:
-                drawn_BL = torch.rand(tokens_BL.shape, generator=generator)
-                gradients.append(_at_the_head(model, stack, streams, tokens_BL, hidden, drawn_BL))
-            else:
-                gradients.append(torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden))
-        for block in reversed(stack.blocks):
-            streams.hidden = kept.pop()
-            with weights.on(block, device):
-                _through(block, streams, gradients, device, found)
+        for batches_now in _at_a_time(streams, len(stack.blocks)):
+            part, kept = streams.part(batches_now), []
+            for block in stack.blocks:
+                kept.append(list(part.hidden))
+                with Resident().on(block, device):
+                    part.advance(block, device)
+            gradients = []
+            for batch, hidden in zip(batches_now, part.hidden, strict=True):
+                if has_words:
+                    drawn_BL = torch.rand(batches[batch].shape, generator=generator)
+                    gradients.append(_at_the_head(model, stack, streams, batches[batch], hidden, drawn_BL))
+                else:
+                    gradients.append(torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden))
+            for block in reversed(stack.blocks):
+                part.hidden = kept.pop()
+                with Resident().on(block, device):
+                    _through(block, part, gradients, device, found)
+    total = sum(samples * length for samples, length in streams.sizes)
+    for sums in (found.rows, found.residual):
+        for name, value in sums.items():
+            sums[name] = value / total
     return found
+
+
+def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
+    """Batches whose inputs of all blocks are kept together."""
+    size = max((hidden.numel() * hidden.element_size() for hidden in streams.hidden), default=1)
+    count = max(KEPT_BYTES // (size * (blocks + 1)), 1)
+    for start in range(0, len(streams.hidden), count):
+        yield range(start, min(start + count, len(streams.hidden)))
 
 
 @contextmanager
@@ -203,16 +218,16 @@ def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> A
 
 def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
     """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
-    total = sum(samples * length for samples, length in streams.sizes)
     leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
+    tokens: dict[str, list[Tensor]] = {}
 
     def note(name: str, batch: int) -> Callable[[Tensor], None]:
         def see(gradient: Tensor) -> None:
             square_TO = gradient.detach().float().square().flatten(0, -2)
-            mean_O = square_TO.sum(dim=0) / total
-            found.rows[name] = found.rows[name] + mean_O if name in found.rows else mean_O
+            sum_O = square_TO.sum(dim=0)
+            found.rows[name] = found.rows[name] + sum_O if name in found.rows else sum_O
             if name not in streams.probe.routed and len(square_TO) == math.prod(streams.sizes[batch]):
-                own = found.tokens.setdefault(leaders[name], [torch.zeros(math.prod(size)) for size in streams.sizes])
+                own = tokens.setdefault(leaders[name], [torch.zeros(math.prod(size)) for size in streams.sizes])
                 own[batch] += square_TO.sum(dim=1).cpu()
 
         return see
@@ -224,8 +239,9 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         found.tokens.setdefault(block.name, []).append(square_T.cpu())
         flat_TE = gradient.flatten(0, -2).float()
-        product_EE = (flat_TE.mT @ flat_TE).cpu() / total
-        found.residual[block.name] = found.residual[block.name] + product_EE if batch else product_EE
+        product_EE = (flat_TE.mT @ flat_TE).cpu()
+        known = block.name in found.residual
+        found.residual[block.name] = found.residual[block.name] + product_EE if known else product_EE
         leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:
@@ -237,3 +253,5 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         assert leaf.grad is not None
         gradients[batch] = leaf.grad.cpu()
         streams.hidden[batch] = leaf.detach()
+    for name, batches in tokens.items():
+        found.tokens.setdefault(name, []).extend(batches)

@@ -5,7 +5,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,12 @@ class Streams:
     def copy(self) -> Streams:
         """Streams that advance on their own; the calls are shared."""
         return Streams(self.probe, self.sizes, list(self.hidden), self.calls, [dict(own) for own in self.carried])
+
+    def part(self, batches: Sequence[int]) -> Streams:
+        """Streams of some batches, that advance on their own."""
+        calls = [[called[batch] for batch in batches] for called in self.calls]
+        sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
+        return Streams(self.probe, sizes, hidden, calls, [dict(self.carried[batch]) for batch in batches])
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""
