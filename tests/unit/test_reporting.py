@@ -1,6 +1,7 @@
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import (
     SCHEMA_VERSION,
+    BlockRecord,
     Report,
     geometric_mean,
     library_versions,
@@ -400,3 +402,11 @@ def test_both_errors_are_those_of_cast_weights() -> None:
     report = prune(make_llama().bfloat16(), recipe, calibration=make_tokens())
     assert [linear.error_selector for linear in report.linears] == [linear.error for linear in report.linears]
     assert all(linear.error < linear.error_mask for linear in report.linears)
+
+
+def test_tuning_says_what_it_won_and_what_is_no_longer_certified() -> None:
+    linears = (linear(block=0), linear(block=1, tuned=True, gap_written_max=None))
+    blocks = (BlockRecord(0, "b.0", {}, (2.0, 2.5), 0), BlockRecord(1, "b.1", {}, (2.0, 0.5), 1))
+    text = render_summary(replace(report(*linears), blocks=blocks))
+    assert "Tuned: 1 of 2 blocks are closer to the dense ones on held-out sequences (cost -50.0% on average)" in text
+    assert "errors and gaps of 1 linears are from before it" in text

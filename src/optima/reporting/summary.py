@@ -90,9 +90,9 @@ def _tuning(report: Report) -> list[str]:
     before = geometric_mean(block.tuning[0] for block in blocks)
     after = geometric_mean(block.tuning[block.tuning_epoch] for block in blocks)
     kept = sum(block.tuning_epoch > 0 for block in blocks)
-    won = f"{kept} of {len(blocks)} blocks are closer to the dense ones, on sequences that were held out"
+    won = f"{kept} of {len(blocks)} blocks are closer to the dense ones on held-out sequences"
     moved = f"; **errors and gaps of {len(tuned)} linears are from before it**" if tuned else ""
-    return [f"Tuned: {won} (mean error {error(before)} to {error(after)}, {change(before, after)}){moved}."]
+    return [f"Tuned: {won} (cost {change(before, after)} on average){moved}."]
 
 
 def _warnings(report: Report) -> list[str]:
