@@ -139,9 +139,10 @@ class Job:
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        cost = BlockError.by_channel(targets)
-        if self.loss is not None:
-            cost = BlockError.by_loss(self.loss.residual[block.name], self.loss.of_tokens(block.name))
+        with torch.inference_mode(False):  # gradients are taken through it
+            cost = BlockError.by_channel(targets)
+            if self.loss is not None:
+                cost = BlockError.by_loss(self.loss.residual[block.name], self.loss.of_tokens(block.name))
         tuned = tune(block, keeps, streams, targets, cost, self.tuning, self.device)
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):

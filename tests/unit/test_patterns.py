@@ -152,7 +152,7 @@ class TestValues:
             Unstructured(sparsity)
 
     def test_unknown_scope_lists_the_known(self) -> None:
-        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer, groupalanced"):
+        with pytest.raises(RecipeError, match="unknown scope 'column': known scopes are row, layer, group"):
             Unstructured(0.5, "column")  # type: ignore[arg-type]
 
     def test_group_size_is_positive(self) -> None:
