@@ -116,15 +116,15 @@ def test_only_targets_change(gemma_file: Path, pruned_gemma: Path) -> None:
         assert name in targets or torch.equal(tensor, dense[name]), name
 
 
-@pytest.mark.parametrize(("options", "share"), [((), 0.563), (("--code-exponents",), 0.45)])
+@pytest.mark.parametrize("options", [(), ("--code-exponents",)])
 def test_pruned_gemma_is_packed_and_restored(
-    pruned_gemma: Path, tmp_path: Path, options: tuple[str, ...], share: float, capsys: pytest.CaptureFixture[str]
+    pruned_gemma: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed, again = tmp_path / "packed", tmp_path / "again"
     assert main(["pack", str(pruned_gemma), "--output-dir", str(packed), *options]) == 0
     printed = re.search(r"126 of 236 tensors got a bitmap: .* \((.*)%\)", capsys.readouterr().out)
     assert printed is not None
-    assert float(printed[1]) / 100 <= share
+    assert float(printed[1]) / 100 <= 0.533, "half of float32, and a bit for each; exponents are coded for bfloat16"
     assert main(["unpack", str(packed), "--output-dir", str(again)]) == 0
     files = [str(file.relative_to(pruned_gemma)) for file in pruned_gemma.rglob("*") if file.is_file()]
     same, different, missing = filecmp.cmpfiles(pruned_gemma, again, files, shallow=False)
