@@ -23,7 +23,8 @@ config = LlamaConfig(
     hidden_size={hidden}, intermediate_size={intermediate}, num_hidden_layers=2, num_attention_heads=8,
     num_key_value_heads=4, vocab_size=64, max_position_embeddings=512,
 )
-recipe = Recipe(sparsity=0.5, selector="{selector}", swaps={swaps}, batch_size={batch}, max_seq_length={length})
+options = dict(swaps={swaps}, batch_size={batch}, max_seq_length={length})
+recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", **options)
 methods = build(recipe)
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
