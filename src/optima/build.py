@@ -54,7 +54,7 @@ def _swaps(candidates: int | str) -> SwapRefinement | None:
 def default_scope(recipe: Recipe, selector: Selector) -> Scope:
     """The published scope; but rows compete where the loss says what each is worth, and those of ours only there."""
     published = selector.published_scope
-    if recipe.resolved(scope=published).objective == "loss":
+    if recipe.applied_objective == "loss":
         return "layer" if published == "row" else published
     return "row" if isinstance(selector, Optima) else published
 

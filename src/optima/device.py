@@ -6,14 +6,14 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optima.errors import RecipeError
 
@@ -103,6 +103,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in in_training:
             module.training = True
+
+
+@contextmanager
+def differentiable(module: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
+    """Of the module's parameters only ``weights`` require gradients inside; all are as they were afterwards."""
+    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        module.requires_grad_(False)
+        for weight in weights:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
 
 
 @contextmanager

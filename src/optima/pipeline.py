@@ -140,8 +140,9 @@ class Job:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
         with torch.inference_mode(False):  # gradients are taken through it
-            cost = BlockError.by_channel(targets)
-            if self.loss is not None:
+            if self.loss is None:
+                cost = BlockError.by_channel(targets)
+            else:
                 cost = BlockError.by_loss(self.loss.residual[block.name], self.loss.of_tokens(block.name))
         tuned = tune(block, keeps, streams, targets, cost, self.tuning, self.device)
         written = {linear.name: linear for linear in block.linears}
@@ -191,6 +192,7 @@ class Job:
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
         for found in self._observe(block, streams, clock):
+            effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             for linear in found.linears:
                 if found.statistics is None:
                     self.notes.append(f"{linear.name} was not pruned: no calibration token reached it")
@@ -203,7 +205,6 @@ class Job:
                 task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows_O)
                 result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock)
                 linear.write(result.weight_OD)
-                effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
                 self.linears.append(replace(result.record, block=block.index, tokens_effective=effective))
                 self.notes.extend(result.notes)
                 self.progress.linear(self.linears[-1])

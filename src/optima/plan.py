@@ -25,7 +25,7 @@ from optima.linear import Methods, prune_linear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
 from optima.models.stacks import Linear, guess_groups
-from optima.patterns import SCOPES, Pattern
+from optima.patterns import Pattern
 from optima.preflight import Preflight, batch_size, preflight
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -111,7 +111,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     # sweep for the loss keeps those of all blocks, up to a limit.
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
-    kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if _by_loss(recipe) else 0
+    kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if recipe.applied_objective == "loss" else 0
     notes = [*found.notes, *([SURVEY_NOTE.format(recipe.allocation)] if surveyed else [])]
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
@@ -127,10 +127,6 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         dtype=dtype,
         notes=tuple(notes),
     )
-
-
-def _by_loss(recipe: Recipe) -> bool:
-    return recipe.resolved(scope=SCOPES[0]).objective == "loss"
 
 
 def _dtype(value: Any) -> torch.dtype:
@@ -159,7 +155,7 @@ def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.
         activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
         weights = sum(o * d for o, d in sizes)
         most = max(most, waiting + gradients * weights + max(linear, activations))
-        if recipe.tuning_epochs or _by_loss(recipe):
+        if recipe.tuning_epochs or recipe.applied_objective == "loss":
             # What autograd keeps, and of each weight what the optimizer does.
             most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
     return most
@@ -192,7 +188,12 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
     # Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs.
     epochs = recipe.tuning_epochs
-    passes = 2 + 2 * (recipe.allocation != "uniform") + 4 * _by_loss(recipe) + (3 * epochs + 1 if epochs else 0)
+    passes = (
+        2
+        + 2 * (recipe.allocation != "uniform")
+        + 4 * (recipe.applied_objective == "loss")
+        + (3 * epochs + 1 if epochs else 0)
+    )
     for block in plan.found.blocks:
         for group in guess_groups(block):
             inputs = group[0].shape[1]

@@ -158,9 +158,9 @@ class Recipe:
         self._check_mask(self.table(self.scope or SCOPES[0]))
         if self.sink_weight is not None and self.objective != "sink":
             raise RecipeError("sink_weight is for objective sink: add objective sink, or leave it out")
-        if self.allocation == "loss" and (self.objective or "loss") != "loss":
+        if self.allocation == "loss" and self.applied_objective != "loss":
             raise RecipeError(
-                f"allocation loss shares out by objective loss, not {self.objective}: leave out one of them"
+                f"allocation loss shares out by objective loss, not {self.applied_objective}: leave out one of them"
             )
         if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
             raise RecipeError(
@@ -184,6 +184,11 @@ class Recipe:
         """True if external masks are taken as they are, whatever their pattern."""
         return self.selector == "external" and self.sparsity is None and not self.pattern
 
+    @property
+    def applied_objective(self) -> str:
+        """The objective, or what it is where the recipe names none: methods without a solver are as published."""
+        return self.objective or ("plain" if self.solver == "none" else "loss")
+
     def resolved(self, *, scope: str) -> Recipe:
         """The recipe with its open defaults filled in as applied, so that a file of it means the same for ever.
 
@@ -191,13 +196,12 @@ class Recipe:
             scope: for a recipe that names none, see ``optima.build.default_scope``.
         """
         unstructured = any(isinstance(pattern, Unstructured) for pattern in self.table(SCOPES[0]).patterns)
-        objective = self.objective or ("plain" if self.solver == "none" else "loss")
         defaults: dict[str, Any] = {
             "sparsity": None if self.pattern or self.as_given else DEFAULT_SPARSITY,
             "scope": scope if unstructured else None,
             "allocation_spread": SPREADS.get(self.allocation),
-            "objective": objective,
-            "sink_weight": SINK_WEIGHT if objective == "sink" else None,
+            "objective": self.applied_objective,
+            "sink_weight": SINK_WEIGHT if self.objective == "sink" else None,
             "dataset_config": "en" if self.dataset == ["allenai/c4"] else None,
         }
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -203,13 +203,14 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
     stacks = chosen_stacks(network, checked.recipe)
     check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
     allocation = build_allocation(checked.recipe)
+    by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         for stack in stacks:
             with job.clock("forward"):
-                streams = capture(network, stack, batches, whole=checked.recipe.objective == "loss")
-            if checked.recipe.objective == "loss":
+                streams = capture(network, stack, batches, whole=by_loss)
+            if by_loss:
                 with job.clock("sweep"):
-                    job.loss = _loss_weights(network, stack, streams.copy(), batches, job, checked.recipe.seed)
+                    job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
             if allocation is not None:
                 checked.found.share(job.survey(stack, streams.copy(), allocation))
             job.prune(stack, streams)
@@ -220,7 +221,7 @@ def _loss_weights(
 ) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
-        found = loss_weights(network, stack, streams, batches, job.device, seed)
+        found = loss_weights(network, stack, streams, batches, job.device, seed, residual=job.tuning is not None)
     except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
         job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")

@@ -95,6 +95,31 @@ def test_a_run_by_the_loss() -> None:
     assert all(linear.error_plain != linear.error for linear in report.linears)
 
 
+def test_the_metric_of_tuning_is_the_second_moment_of_the_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama().eval()
+    assert sweep(model)[0].residual == {}
+    tokens_NL = make_tokens(8, 16)
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    for kept in (2**32, 1):
+        monkeypatch.setattr("optima.calibration.loss_weights.KEPT_BYTES", kept)
+        batches = list(tokens_NL.split(4))
+        streams = capture(model, stack, batches, whole=True)
+        found = loss_weights(model, stack, streams, batches, torch.device("cpu"), 3, residual=True)
+        seen: list[torch.Tensor] = []
+        handle = stack.blocks[0].module.register_forward_hook(
+            lambda module, args, output: seen.append(output) or output.retain_grad()  # noqa: B023
+        )
+        generator, expected_EE = torch.Generator().manual_seed(3), torch.zeros(32, 32)
+        for tokens_BL in batches:
+            drawn_T = torch.rand(tokens_BL.shape, generator=generator).flatten()
+            logits_TV = model(input_ids=tokens_BL).logits.flatten(0, 1)
+            logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
+            gradient_TE = seen[-1].grad.flatten(0, 1)  # type: ignore[union-attr]
+            expected_EE += gradient_TE.mT @ gradient_TE / tokens_NL.numel()
+        handle.remove()
+        assert torch.allclose(found.residual["model.layers.0"], expected_EE, rtol=1e-3, atol=1e-10)
+
+
 def test_labels_are_drawn_from_the_model() -> None:
     logits_V = torch.randn(1500, generator=torch.Generator().manual_seed(0)) * 3
     p_V = logits_V.softmax(0)

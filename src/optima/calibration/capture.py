@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look
+from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
 from optima.errors import ModelError
@@ -85,6 +85,6 @@ def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:
         streams.calls[index].append(share((args, kwargs), earlier))
         if last:
             raise _AllCaptured
-        return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
+        return with_hidden(output, hidden)
 
     return record

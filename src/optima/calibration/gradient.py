@@ -8,13 +8,11 @@ Shapes: O outputs, D inputs, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optima.calibration.streams import Streams
+from optima.device import differentiable
 from optima.errors import ModelError
 from optima.models.stacks import Block
 
@@ -39,7 +37,7 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
     if any(weight.is_inference() for weight in weights):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     samples = 0
-    with torch.inference_mode(False), torch.enable_grad(), _differentiable(block.module, weights):
+    with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module, weights):
         sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
         for batch, (count, length) in enumerate(streams.sizes):
             for sample in range(count):
@@ -51,17 +49,3 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
                         sums[linear.name] += linear.orient(gradient).float().square()
                 samples += 1
     return {name: sum_OD.div_(samples).sqrt_() for name, sum_OD in sums.items()}
-
-
-@contextmanager
-def _differentiable(module: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Only ``weights`` require gradients inside this context."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
-    try:
-        module.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
-        yield
-    finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)

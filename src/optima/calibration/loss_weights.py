@@ -3,7 +3,7 @@
 To second order the loss grows by 1/2 sum_o sum_t g_to^2 (x_t . (v_o - w_o))^2, g the gradient at output o of a linear
 on token t, with labels drawn from the model itself (the true Fisher: Martens, JMLR 2020, section 5). The rank-one fit
 g_to^2 ~ r_o s_t puts token weights s_t into the hessian, which rows go on sharing; r_o lets rows compete in units of
-the loss (docs/mathematics.md). Gradients are heavy-tailed, so both are used at a root.
+the loss (docs/objective.md). Gradients are heavy-tailed, so both are used at a root.
 
 The sweep goes from the last block to the first, the dense inputs of every block kept, one block on the device.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.calibration.probe import hidden_of
+from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
-from optima.device import forward_replaced
+from optima.device import differentiable, forward_replaced
 from optima.errors import ModelError
 from optima.models.stacks import Block, Stack
 from optima.models.weights import Resident
@@ -88,7 +88,13 @@ class LossWeights:
 
 
 def loss_weights(
-    model: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], device: torch.device, seed: int
+    model: PreTrainedModel,
+    stack: Stack,
+    streams: Streams,
+    batches: Sequence[Tensor],
+    device: torch.device,
+    seed: int,
+    residual: bool = False,
 ) -> LossWeights:
     """Sweep the dense model.
 
@@ -98,10 +104,11 @@ def loss_weights(
     Args:
         model: the whole model, in evaluation mode.
         stack: the stack that its head reads.
-        streams: what enters the first block, with the calls of all blocks; used up.
+        streams: what enters the first block, with the calls of all blocks; left as it is.
         batches: the tokens, (B, L) int64 each.
         device: where blocks run.
         seed: of the labels.
+        residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
 
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite.
@@ -111,7 +118,7 @@ def loss_weights(
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
     generator = torch.Generator().manual_seed(seed)
-    with torch.inference_mode(False), torch.enable_grad(), _frozen(model):
+    with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         for batches_now in _at_a_time(streams, len(stack.blocks)):
             part, kept = streams.part(batches_now), []
             for block in stack.blocks:
@@ -127,6 +134,9 @@ def loss_weights(
                     gradients.append(torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden))
             for block in reversed(stack.blocks):
                 part.hidden = kept.pop()
+                if residual:
+                    product_EE = _second_moment(gradients, device)
+                    found.residual[block.name] = found.residual.get(block.name, 0.0) + product_EE
                 with Resident().on(block, device):
                     _through(block, part, gradients, device, found)
     total = sum(samples * length for samples, length in streams.sizes)
@@ -144,25 +154,13 @@ def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
         yield range(start, min(start + count, len(streams.hidden)))
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient inside."""
-    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter, before in required:
-            parameter.requires_grad_(before)
-
-
 def _at_the_head(
     model: PreTrainedModel, stack: Stack, streams: Streams, tokens_BL: Tensor, hidden: Tensor, drawn_BL: Tensor
 ) -> Tensor:
     """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
     home = next(model.parameters()).device
     leaf = hidden.to(home, copy=True).requires_grad_(True)
-    options: dict[str, Any] = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    options: dict[str, Any] = {}
     length = tokens_BL.shape[1]
     step = length
     if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -177,7 +175,7 @@ def _at_the_head(
             drawn_BC = drawn_BL[:, start : start + step]
             if in_slices:
                 options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-            logits_TV = model(input_ids=tokens_BL.to(home), **options).logits.flatten(0, -2)
+            logits_TV = forward(model, tokens_BL, **options).logits.flatten(0, -2)
             if not logits_TV.requires_grad:
                 raise NotDifferentiableError("its words do not depend on its last block by a gradient")
             logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
@@ -213,7 +211,17 @@ def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> A
     """A block's forward that returns ``returned``, or what it is given, in the form of ``like``."""
     if returned is None:
         returned = args[0] if args else kwargs["hidden_states"]
-    return type(like)([returned, *like[1:]]) if isinstance(like, (tuple, list)) else returned
+    return with_hidden(like, returned)
+
+
+def _second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum over tokens of g g^T, (E, E), on the CPU."""
+    size = gradients[0].shape[-1]
+    product_EE = torch.zeros(size, size, device=device)
+    for gradient in gradients:
+        flat_TE = gradient.to(device).flatten(0, -2).float()
+        product_EE += flat_TE.mT @ flat_TE
+    return product_EE.cpu()
 
 
 def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
@@ -238,10 +246,6 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         found.tokens.setdefault(block.name, []).append(square_T.cpu())
-        flat_TE = gradient.flatten(0, -2).float()
-        product_EE = (flat_TE.mT @ flat_TE).cpu()
-        known = block.name in found.residual
-        found.residual[block.name] = found.residual[block.name] + product_EE if known else product_EE
         leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:

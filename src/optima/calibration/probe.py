@@ -86,16 +86,17 @@ def identity(tensor: Tensor) -> object:
     return (tensor.device, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
 
 
-def forward(model: nn.Module, tokens: Tensor) -> None:
-    """The model's own forward pass on (B, L) token ids, where its embedding is.
+def forward(model: nn.Module, tokens: Tensor, **options: Any) -> Any:
+    """What the model's own forward pass on (B, L) token ids returns, where its embedding is.
 
     Raises:
         ModelError: if the model asks for something else than tokens.
     """
     device = next(model.parameters()).device  # the embedding is the first parameter of every model of the library
-    options = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
+    if getattr(model.config, "use_cache", None) is not None:
+        options["use_cache"] = False
     try:
-        model(input_ids=tokens.to(device), **options)
+        return model(input_ids=tokens.to(device), **options)
     except (TypeError, ValueError) as error:  # what the library raises where other inputs are missing
         raise ModelError(f"{type(model).__name__} cannot run on token ids alone: {error}") from error
 
@@ -142,6 +143,11 @@ def hidden_of(output: Any) -> Tensor:
     """The hidden states that a block returned, bare or in front of others."""
     hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
     return hidden
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """What a block would return in the place of ``output`` if its hidden states were ``hidden``."""
+    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
 
 def _layout(model: nn.Module, hidden: object, length: int) -> tuple[int, bool]:

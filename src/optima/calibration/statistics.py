@@ -142,8 +142,7 @@ class _Watch:
         groups = streams.groups(block)
         self._leader = {linear.name: group[0].name for group in groups for linear in group}
         self.accumulators = {group[0].name: Accumulator() for group in groups}
-        self._by_loss = weights is not None
-        self._weights = {} if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
+        self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
         self.untold: set[str] = set()
         self._batch = 0
         self._called: list[str] = []  # in this batch
@@ -182,8 +181,8 @@ class _Watch:
         accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
         weight_T = None
-        if self._by_loss:
-            weights = self._weights[name]
+        if self._by_loss is not None:
+            weights = self._by_loss[name]
             if weights is None or len(weights[self._batch]) != len(inputs_TD):
                 self.untold.add(name)
             else:
@@ -192,7 +191,7 @@ class _Watch:
                 accumulator.sample.append(inputs_TD[:: max(total // SAMPLE, 1)].float())
         if not accumulator.add(inputs_TD, weight_T):
             raise CalibrationError(self._describe_bad(name, inputs_TD))
-        extra = 0.0 if self._by_loss else self._sink_weight * length - 1.0
+        extra = 0.0 if self._by_loss is not None else self._sink_weight * length - 1.0
         if extra > 0.0:
             first_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
             if first_ND is None:

@@ -43,11 +43,11 @@ class Streams:
     carried: list[dict[tuple[int, int], Tensor]]
 
     def copy(self) -> Streams:
-        """Streams that advance on their own; the calls are shared."""
-        return Streams(self.probe, self.sizes, list(self.hidden), self.calls, [dict(own) for own in self.carried])
+        """Streams that advance on their own; the tensors they hold are shared."""
+        return self.part(range(len(self.hidden)))
 
     def part(self, batches: Sequence[int]) -> Streams:
-        """Streams of some batches, that advance on their own."""
+        """Streams of some batches that advance on their own."""
         calls = [[called[batch] for batch in batches] for called in self.calls]
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
         return Streams(self.probe, sizes, hidden, calls, [dict(self.carried[batch]) for batch in batches])

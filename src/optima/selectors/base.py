@@ -28,6 +28,8 @@ class LinearTask:
         statistics: of the linear's inputs.
         gradient_OD: root mean square over calibration samples of the gradient of the block output's l2 norm, by the
             root of the sample's tokens as in H; for selectors that need it.
+        row_weight_O: what the model's loss feels of each row, positive, of any scale; None if rows count alike. What a
+            selector gets from ``prune_linear`` is scaled by its root already.
     """
 
     name: str
