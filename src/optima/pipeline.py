@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from optima.device import Stopwatch, full_precision
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import Block, Linear, Stack
-from optima.models.weights import Resident
+from optima.models.weights import Resident, Weights
 from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.reporting.progress import Progress
@@ -56,7 +57,7 @@ class Job:
     damping: float
     sink_weight: float
     progress: Progress = field(default_factory=Progress)
-    weights: Resident = field(default_factory=Resident)
+    weights: Weights = field(default_factory=Resident)
     writer: Writer | None = None
     dump: Dump | None = None
     loss: LossWeights | None = None
@@ -102,9 +103,12 @@ class Job:
                 if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block, self.device)
+                if not again:
+                    self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
+                    self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
+            if self.writer is not None:
+                self.weights.replaced(block, partial(self.writer.read, block.name))
             if not again:
-                self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
-                self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
                 self.progress.block(block.index + 1)
 
     def _replay(self, block: Block, found: BlockDone) -> None:

@@ -37,11 +37,11 @@ from optima.models.source import (
     commit_of,
     find_source,
     fingerprint,
-    load_model,
     load_tokenizer,
     note_of_dtype,
 )
 from optima.models.stacks import Linear, Stack
+from optima.models.weights import Resident, Weights, open_weights
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
@@ -114,10 +114,11 @@ def prune(
             tokenizer = load_tokenizer(source)
         text = find_calibration(recipe, tokenizer, calibration)
         check_vocabulary(checked.structure, text.tokens_NL)
-        network, origin = _network(checked)
+        network, weights, origin, note = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
         job.tuning = build_tuning(recipe)
-        job.notes.extend(found.notes)
+        job.weights = weights
+        job.notes.extend([*found.notes, *([note] if note else [])])
         if calibration is not None:
             job.notes.append(GIVEN_NOTE)
         if source is None and recipe.dtype not in ("auto", _name(network.dtype)):
@@ -129,7 +130,7 @@ def prune(
                 journal = Journal(destination.journal, run)
             prepare(network, tokenizer, source, destination.directory)
             names = [block.name for block in found.blocks]
-            job.writer = Writer(network, names, destination.directory, journal)
+            job.writer = Writer(network, names, destination.directory, journal, weights)
             job.notes.extend([*destination.notes, *job.writer.notes])
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
@@ -189,24 +190,27 @@ def _claim(
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
-def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model with its weights, and what the report says of where they are from: read now, for files may go."""
-    source = checked.source
+def _network(checked: _Checked) -> tuple[PreTrainedModel, Weights, dict[str, Any], str | None]:
+    """The model, who gives it its weights, what the report says of where they are from, and a note for it."""
+    source, model = checked.source, checked.structure
     if source is None:
-        return checked.structure, {"model": type(checked.structure).__name__}
-    network = load_model(source, checked.recipe.dtype)
-    revision, weights = commit_of(source), fingerprint(source)
-    return network, {"model": source.name, "model_revision": revision, "model_fingerprint": weights}
+        return model, Resident(model), {"model": type(model).__name__}, None
+    network, weights, note = open_weights(source, model, checked.recipe.dtype)
+    revision, hashed = commit_of(source), fingerprint(source)
+    origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
+    return network, weights, origin, note
 
 
 def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job) -> None:
     stacks = chosen_stacks(network, checked.recipe)
-    check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
+    for block in (block for stack in stacks for block in stack.blocks):
+        with job.weights.on(block, torch.device("cpu"), job.clock):
+            check_finite(block.linears)
     allocation = build_allocation(checked.recipe)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         for stack in stacks:
-            with job.clock("forward"):
+            with job.clock("forward"), job.weights.outside():
                 streams = capture(network, stack, batches, whole=by_loss)
             if by_loss:
                 with job.clock("sweep"):
@@ -221,7 +225,7 @@ def _loss_weights(
 ) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
-        found = loss_weights(network, stack, streams, batches, job.device, seed, residual=job.tuning is not None)
+        found = loss_weights(network, stack, streams, batches, job.device, seed, job.tuning is not None, job.weights)
     except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
         job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")

@@ -165,7 +165,7 @@ class TestBeforeTheLongWork:
 class TestInterrupt:
     @pytest.mark.parametrize(
         "target",
-        ["optima.run.load_tokenizer", "optima.run.load_model", "optima.run.save_file", "optima.run.prepare"],
+        ["optima.run.load_tokenizer", "optima.run.open_weights", "optima.run.save_file", "optima.run.prepare"],
     )
     def test_before_the_first_block_leaves_nothing(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look, with_hidden
+from optima.calibration.store import Store
 from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
 from optima.errors import ModelError
@@ -25,7 +26,9 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
 
 @torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
-def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bool = False) -> Streams:
+def capture(
+    model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bool = False, store: Store | None = None
+) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
     The whole model runs on ``PROBE_LENGTH`` tokens, then its blocks one by one; the outputs must agree. On the batches
@@ -36,6 +39,7 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bo
         stack: one of its stacks, with the linears to prune; blocks behind the last of them are left out.
         batches: token ids, (B, L) int64 each.
         whole: no block is left out.
+        store: keeps the hidden states; None: main memory does.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
@@ -44,22 +48,24 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bo
     tokens_1L = batches[0][:1, :PROBE_LENGTH]
     probe = look(model, stack, tokens_1L)
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
-    trial = _record(model, blocks, [tokens_1L], probe)
+    trial = _record(model, blocks, [tokens_1L], probe, Store())
     for block in blocks:
-        home = next(block.module.parameters(), trial.hidden[0]).device
+        home = next((each.device for each in block.module.parameters() if not each.is_meta), trial.hidden[0].device)
         trial.advance(block, home)
         if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index])):
             raise ModelError(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    return _record(model, blocks, batches, probe)
+    return _record(model, blocks, batches, probe, store or Store())
 
 
-def _record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor], probe: Probe) -> Streams:
+def _record(
+    model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor], probe: Probe, store: Store
+) -> Streams:
     """Run the model's forward pass with its blocks replaced by recorders."""
     sizes = [(len(tokens), tokens.shape[1]) for tokens in batches]
-    streams = Streams(probe, sizes, [], [[] for _ in blocks], [{} for _ in batches])
+    streams = Streams(probe, sizes, [], [[] for _ in blocks], [{} for _ in batches], store)
     with ExitStack() as replaced:
         for block in blocks:
             replaced.enter_context(forward_replaced(block.module, _recorder(streams, block, block is blocks[-1])))
@@ -80,7 +86,7 @@ def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:
         if not isinstance(hidden, Tensor):
             raise ModelError(f"{block.name} is not called with hidden states as its first argument")
         if index == 0:
-            streams.hidden.append(hidden.detach().cpu())
+            streams.hidden.append(streams.store.keep(hidden.detach().cpu()))
         earlier = [*streams.calls[index][-1:], *(streams.calls[index - 1][-1:] if index else [])]
         streams.calls[index].append(share((args, kwargs), earlier))
         if last:
