@@ -168,7 +168,7 @@ class Job:
                         weight_OD = linear.read().to(self.device, torch.float32, copy=True)
                         rows = None if self.loss is None else self.loss.of_rows(linear.name)
                         task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
-                        allocation.observe(block.index, task)
+                        allocation.observe(block.index, task, self.patterns[linear.name])
                 if block is not blocks[-1]:
                     with self.clock("forward"):
                         streams.advance(block, self.device)
@@ -194,6 +194,8 @@ class Job:
         for found in self._observe(block, streams, clock):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             for linear in found.linears:
+                if linear.name not in self.patterns:
+                    continue  # the survey keeps it dense
                 if found.statistics is None:
                     self.notes.append(f"{linear.name} was not pruned: no calibration token reached it")
                     continue

@@ -41,7 +41,7 @@ BUFFERS = 2
 GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 24
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
 FACTORS, OWN_SHARE = 64, 0.2
-SURVEY_NOTE = "allocation {} takes each linear's sparsity from calibration: the same for all is shown"
+SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
-    surveyed = recipe.allocation != "uniform"
+    surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
     # sweep for the loss keeps those of all blocks, up to a limit.
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if recipe.applied_objective == "loss" else 0
-    notes = [*found.notes, *([SURVEY_NOTE.format(recipe.allocation)] if surveyed else [])]
+    notes = [*found.notes, *([SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}")] if surveyed else [])]
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
@@ -190,7 +190,7 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     epochs = recipe.tuning_epochs
     passes = (
         2
-        + 2 * (recipe.allocation != "uniform")
+        + 2 * recipe.surveys
         + 4 * (recipe.applied_objective == "loss")
         + (3 * epochs + 1 if epochs else 0)
     )

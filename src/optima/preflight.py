@@ -51,11 +51,13 @@ class Preflight:
         return [linear for block in self.blocks for linear in block.linears]
 
     def share(self, shares: dict[str, float]) -> None:
-        """Give each linear with an unstructured pattern the sparsity that an allocation found for it."""
+        """Give each linear the sparsity that an allocation found for it; one that stays dense has no pattern."""
         for name, sparsity in shares.items():
             pattern = self.patterns[name]
-            assert isinstance(pattern, Unstructured), "a recipe checks it"
-            self.patterns[name] = replace(pattern, sparsity=sparsity)
+            if not sparsity:
+                del self.patterns[name]
+            elif isinstance(pattern, Unstructured):
+                self.patterns[name] = replace(pattern, sparsity=sparsity)
 
 
 def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int) -> Preflight:

@@ -99,6 +99,9 @@ class Recipe:
     allocation_spread: Fraction | None = _option(
         "mask", None, "how far a linear's sparsity may depart from the global one",
         shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
+    keep_dense: Fraction | None = _option(
+        "mask", None, "for patterns n:m: at most this share of the weights stays dense, in the linears where the loss "
+        "feels their pruning most", shown="none")
     outlier_multiple: Positive = _option(
         "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
     selector: Any = _option(
@@ -162,6 +165,10 @@ class Recipe:
             raise RecipeError(
                 f"allocation loss shares out by objective loss, not {self.applied_objective}: leave out one of them"
             )
+        if self.keep_dense is not None and self.applied_objective != "loss":
+            raise RecipeError(
+                f"keep_dense chooses linears by objective loss, not {self.applied_objective}: leave out one of them"
+            )
         if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
             raise RecipeError(
                 f"max_change needs a solver that holds bounds: use solver {' or '.join(BOUNDED_SOLVERS)}, "
@@ -188,6 +195,11 @@ class Recipe:
     def applied_objective(self) -> str:
         """The objective, or what it is where the recipe names none: methods without a solver are as published."""
         return self.objective or ("plain" if self.solver == "none" else "loss")
+
+    @property
+    def surveys(self) -> bool:
+        """True if the dense model is surveyed first: for a linear's sparsity, or whether it is pruned at all."""
+        return self.allocation != "uniform" or self.keep_dense is not None
 
     def resolved(self, *, scope: str) -> Recipe:
         """The recipe with its open defaults filled in as applied, so that a file of it means the same for ever.
@@ -251,6 +263,13 @@ class Recipe:
             raise RecipeError(f"{name} to know the pattern of the external masks: name their sparsity or pattern")
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
+        if self.keep_dense is not None and (
+            self.selector == "external" or not all(isinstance(pattern, NM) for pattern in table.patterns)
+        ):
+            raise RecipeError(
+                "keep_dense is for patterns n:m that a selector fills: unstructured sparsity is shared out by "
+                "allocation loss"
+            )
         if self.swaps == 1:
             raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
         if self.allocation == "uniform":

@@ -212,7 +212,10 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
             if allocation is not None:
-                checked.found.share(job.survey(stack, streams.copy(), allocation))
+                shares = job.survey(stack, streams.copy(), allocation)
+                checked.found.share(shares)
+                if dense := [name for name, share in shares.items() if not share]:
+                    job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")
             job.prune(stack, streams)
 
 
