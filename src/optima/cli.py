@@ -19,7 +19,8 @@ from rich.text import Text
 import optima
 from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS, EvaluationSettings
-from optima.recipe import DTYPES, GROUPS, SHIPPED, Recipe, must_be, read_recipe, recipe_from_dict
+from optima.recipe import DTYPES, GROUPS, Recipe, must_be
+from optima.recipe_file import SHIPPED, read_recipe, recipe_from_dict
 
 if TYPE_CHECKING:
     from optima.reporting.record import Report

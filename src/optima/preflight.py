@@ -147,7 +147,8 @@ def find_calibration(
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
     column, revision = recipe.text_column, recipe.dataset_revision
     source = TextSource(tuple(recipe.dataset), recipe.dataset_config, recipe.split, column, revision)
-    documents = Documents(source, recipe.seed) if given is None else given
+    documents = Documents(source, recipe.seed, tokenizer) if given is None else given
+    assert recipe.num_calibration_samples is not None, "a run resolves it"
     tokens_NL = calibration_tokens(documents, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
     if isinstance(documents, Documents):
         return Calibration(tokens_NL, documents.skipped, documents.revision)
@@ -173,6 +174,11 @@ def sequence_length(recipe: Recipe, calibration: object) -> int:
             f"{calibration.dtype}"
         )
     return calibration.shape[1]
+
+
+def sized(recipe: Recipe, found: Preflight) -> Recipe:
+    """``recipe`` with its number of calibration sequences, which depends on the model's widths."""
+    return replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
 
 
 def batch_size(recipe: Recipe, on_cpu: bool, length: int) -> int:

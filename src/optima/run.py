@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
+from optima.calibration.own_text import own_text
 from optima.calibration.streams import Streams
 from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
@@ -54,8 +55,9 @@ from optima.preflight import (
     find_calibration,
     preflight,
     sequence_length,
+    sized,
 )
-from optima.recipe import SINK_WEIGHT, Recipe
+from optima.recipe import SELF, SINK_WEIGHT, Recipe
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
@@ -112,9 +114,13 @@ def prune(
             destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
-        text = find_calibration(recipe, tokenizer, calibration)
-        check_vocabulary(checked.structure, text.tokens_NL)
-        network, origin = _network(checked)
+        if recipe.dataset == [SELF] and calibration is None:
+            network, origin = _network(checked)
+            text = Calibration(own_text(network, tokenizer, recipe, checked.device))
+        else:
+            text = find_calibration(recipe, tokenizer, calibration)
+            check_vocabulary(checked.structure, text.tokens_NL)
+            network, origin = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
         job.tuning = build_tuning(recipe)
         job.notes.extend(found.notes)
@@ -175,6 +181,7 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
+    recipe = sized(recipe, found)
     if dump_layer is not None:
         check_dump(dump_layer, output_dir is not None, found.linears)
     return _Checked(recipe, methods, device, source, structure, found)

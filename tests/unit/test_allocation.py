@@ -9,8 +9,8 @@ from layers import hessian_of, layer_of, make_layer
 from optima.allocation import KeepDense, Owl
 from optima.build import build_allocation
 from optima.linalg.statistics import Statistics
-from optima.qp import Hessian
 from optima.patterns import NM, Unstructured
+from optima.qp import Hessian
 from optima.recipe import Recipe
 from optima.selectors.base import LinearTask
 
