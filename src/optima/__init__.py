@@ -8,7 +8,8 @@ if TYPE_CHECKING:
     from optima.holding import HoldZeros, hold_zeros
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
-    from optima.recipe import Recipe, load_recipe
+    from optima.recipe import Recipe
+    from optima.recipe_files import load_recipe
     from optima.reporting.record import Report, load_report
     from optima.run import prune
 
@@ -36,7 +37,7 @@ _HOMES = {
     "Report": "reporting.record",
     "Unstructured": "patterns",
     "hold_zeros": "holding",
-    "load_recipe": "recipe",
+    "load_recipe": "recipe_files",
     "load_report": "reporting.record",
     "pack": "packing",
     "prune": "run",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -191,6 +192,26 @@ def _unpack(**given: Any) -> None:
     print(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
 
 
+def _recipe(action: str, name: str | None = None) -> None:
+    from optima.recipe_files import describe_shipped, load_recipe, recipe_schema, recipe_text
+
+    if name is None and action in ("show", "validate"):
+        raise OptimaError(f"optima recipe {action} needs a name: one of optima recipe list, or a file")
+    if name is not None and action in ("list", "schema"):
+        raise OptimaError(f"optima recipe {action} takes no name, got {name}")
+    if action == "list":
+        found = describe_shipped()
+        width = max(map(len, found))
+        _say("\n".join(f"{shipped:{width}}  {text}" for shipped, text in found.items()))
+    elif action == "show":
+        _say(recipe_text(str(name)).rstrip())
+    elif action == "schema":
+        _say(json.dumps(recipe_schema(), indent=2))
+    else:
+        load_recipe(str(name))
+        _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name} checks")
+
+
 def _demo(output_dir: str) -> None:
     console = _quiet_console()
     from optima.demo import run_demo
@@ -205,6 +226,7 @@ COMMANDS: dict[str, Command] = {
     "report": _report,
     "pack": _pack,
     "unpack": _unpack,
+    "recipe": _recipe,
     "demo": _demo,
 }
 

@@ -22,12 +22,12 @@ from optima.recipe import (
     BOUNDED_SOLVERS,
     GROUPS,
     SELECTOR_NAMES,
-    SHIPPED,
     SINK_WEIGHT,
     SOLVER_NAMES,
     SPREADS,
     recipe_from_dict,
 )
+from optima.recipe_files import SHIPPED
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
 from optima.swaps.search import SwapRefinement
