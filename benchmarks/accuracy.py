@@ -43,8 +43,8 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
-from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS
-from optima.recipe_file import read_recipe, recipe_from_dict
+from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, recipe_from_dict
+from optima.recipe_files import read_recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
 

@@ -1,6 +1,6 @@
 """From checkpoint to checkpoint, against SparseGPT of llm-compressor: seconds, peak memory, perplexity.
 
-    python benchmarks/end_to_end.py MODEL --calibration c4.jsonl --evaluation wikitext2.txt --peer-python PEER/bin/python
+    python benchmarks/end_to_end.py MODEL --calibration c4.jsonl --evaluation wikitext2.txt --peer-python PYTHON
 
 The peer has an environment of its own (pip install llmcompressor), whose interpreter --peer-python names. Contenders
 take turns, each in a fresh process with the same tokens, threads and dtype, from reading the model to the checkpoint
@@ -30,7 +30,7 @@ from optima import Recipe, prune
 from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.recipe_file import load_recipe
+from optima.recipe_files import load_recipe
 
 PEER = "SparseGPT, llm-compressor"
 PEER_SCRIPT = Path(__file__).parent / "whole_run_peers" / "llm_compressor.py"
@@ -128,13 +128,7 @@ def run_own(options: argparse.Namespace) -> None:
 def print_rows(tokens: str, turns: dict[str, list[Turn]]) -> None:
     """Medians of the contenders, and of their ratios to the peer in the same turn."""
     for name, own in turns.items():
-        peers = turns.get(PEER, [])
-        ratios = [
-            statistics.median(getattr(mine, field) / getattr(peer, field) for mine, peer in zip(own, peers, strict=True))
-            if peers
-            else float("nan")
-            for field in ("seconds", "peak_bytes")
-        ]
+        ratios = [ratio(own, turns.get(PEER, []), field) for field in ("seconds", "peak_bytes")]
         seconds = statistics.median(one.seconds for one in own)
         gigabytes = statistics.median(one.peak_bytes for one in own) / 1e9
         print(
@@ -142,6 +136,12 @@ def print_rows(tokens: str, turns: dict[str, list[Turn]]) -> None:
             f"| {own[-1].perplexity:.2f} |",
             flush=True,
         )
+
+
+def ratio(own: list[Turn], peers: list[Turn], field: str) -> float:
+    """Median over turns; NaN without a peer."""
+    ratios = [getattr(mine, field) / getattr(peer, field) for mine, peer in zip(own, peers, strict=False)]
+    return statistics.median(ratios) if ratios else float("nan")
 
 
 if __name__ == "__main__":

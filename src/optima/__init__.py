@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe
-    from optima.recipe_file import load_recipe
+    from optima.recipe_files import load_recipe
     from optima.reporting.record import Report, load_report
     from optima.run import prune
 
@@ -37,7 +37,7 @@ _HOMES = {
     "Report": "reporting.record",
     "Unstructured": "patterns",
     "hold_zeros": "holding",
-    "load_recipe": "recipe_file",
+    "load_recipe": "recipe_files",
     "load_report": "reporting.record",
     "pack": "packing",
     "prune": "run",

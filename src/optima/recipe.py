@@ -313,6 +313,25 @@ def unknown(what: str, value: str, known: Iterable[str]) -> str:
     return f"unknown {what} {value!r}{meant}: known {what}s are {', '.join(known)}"
 
 
+def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recipe:
+    """Build a recipe from plain values; missing keys take their defaults.
+
+    Raises:
+        RecipeError: on unknown keys, wrong types or values; the message names ``source``, if it is given.
+    """
+    known = [option.name for option in fields(Recipe)]
+    try:
+        for key in values:
+            plain = str(key).replace("-", "_")
+            if key not in known and plain in known:
+                raise RecipeError(f"{key}: write {plain}")
+            if key not in known:
+                raise RecipeError(unknown("key", str(key), known))
+        return Recipe(**values)
+    except RecipeError as error:
+        raise RecipeError(f"{source}: {error}" if source else str(error)) from error
+
+
 @cache
 def _kinds() -> dict[str, tuple[TypeAdapter[Any], str]]:
     """How the values of each field are read, and what they must be in words."""
@@ -326,6 +345,11 @@ def _kinds() -> dict[str, tuple[TypeAdapter[Any], str]]:
 def must_be(name: str) -> str:
     """What the values of a field must be, in words."""
     return _kinds()[name][1]
+
+
+def adapter(name: str) -> TypeAdapter[Any]:
+    """The type of a field's values."""
+    return _kinds()[name][0]
 
 
 def _checked(option: DataclassField[Any], value: Any) -> Any:

@@ -14,7 +14,7 @@ import pytest
 from optima.cli import main
 
 ROOT = Path(__file__).parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])
 PROSE = [page for page in PAGES if page.name != "CHANGELOG.md"]
 MOST_WORDS = 20  # in a sentence, on average over a page
 LONGEST = 40  # words of the longest sentence

@@ -18,8 +18,16 @@ from optima.build import PROOF_ROUNDS, build, build_allocation, pattern_table
 from optima.errors import RecipeError
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import SOLVERS, Auto, BatchedCholesky
-from optima.recipe import BOUNDED_SOLVERS, GROUPS, SELECTOR_NAMES, SINK_WEIGHT, SOLVER_NAMES, SPREADS
-from optima.recipe_file import SHIPPED, recipe_from_dict
+from optima.recipe import (
+    BOUNDED_SOLVERS,
+    GROUPS,
+    SELECTOR_NAMES,
+    SINK_WEIGHT,
+    SOLVER_NAMES,
+    SPREADS,
+    recipe_from_dict,
+)
+from optima.recipe_files import SHIPPED
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
 from optima.swaps.search import SwapRefinement
