@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optima.errors import OptimaError
     from optima.holding import HoldZeros, hold_zeros
+    from optima.hub import push
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe
     from optima.recipe_files import load_recipe
     from optima.reporting.record import Report, load_report
     from optima.run import prune
+    from optima.semi_structured import accelerate
 
 __all__ = [
     "NM",
@@ -20,11 +22,13 @@ __all__ = [
     "Recipe",
     "Report",
     "Unstructured",
+    "accelerate",
     "hold_zeros",
     "load_recipe",
     "load_report",
     "pack",
     "prune",
+    "push",
     "unpack",
 ]
 __version__ = "0.1.0"
@@ -36,11 +40,13 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "reporting.record",
     "Unstructured": "patterns",
+    "accelerate": "semi_structured",
     "hold_zeros": "holding",
     "load_recipe": "recipe_files",
     "load_report": "reporting.record",
     "pack": "packing",
     "prune": "run",
+    "push": "hub",
     "unpack": "packing",
 }
 

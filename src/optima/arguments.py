@@ -82,6 +82,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
     option("--resume", action=argparse.BooleanOptionalAction, help=text)
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
+    option("--push-to-hub", metavar="REPO", help="then publish it; who may is asked before the run, see optima push")
+    option("--private", action="store_true", help="in a private repository, if it is made now")
     _add_recipe(commands["prune"])
 
     option = add("plan", "show what would be pruned, and the cost", "MODEL [options]")
@@ -105,6 +107,13 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option = add("unpack", "restore a packed checkpoint, bit for bit", "DIR [--output-dir DIR]")
     option("directory", metavar="DIR", help="what optima pack wrote")
     _add_output(option, "unpacked")
+
+    option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
+    option("directory", metavar="DIR", help="what optima prune or optima pack wrote")
+    option("repo", metavar="REPO", help="name, or owner/name; made if it is not there")
+    option("--private", action="store_true", help="make a new repository private (default: as your settings say)")
+    option("--overwrite", action="store_true", help="replace a model that no run of OPTIMA put there")
+    option("--message", metavar="TEXT", help="of the commit")
 
     option = add("recipe", "list, show and check recipes", "list | show NAME | validate FILE | schema")
     option("action", choices=RECIPE_ACTIONS, metavar="ACTION", help=_named(RECIPE_ACTIONS))

@@ -19,6 +19,7 @@ from optima.errors import OptimaError
 from optima.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
+    from optima.evaluation.record import Evaluation
     from optima.reporting.record import Report
 
 Command = Callable[..., None]
@@ -102,11 +103,25 @@ def _prune(model: str, output_dir: str, **given: Any) -> None:
     from optima.reporting.summary import render_summary
 
     options = {name: given.pop(name) for name in ("overwrite", "resume", "dump_layer") if name in given}
+    repo, private = given.pop("push_to_hub", None), given.pop("private", None)
     recipe = recipe_of(given)
     _quiet_console()
+    if repo is not None:
+        from optima.hub import check_push
+
+        repo = check_push(repo)
+    elif private:
+        raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
     report = optima.prune(model, recipe, output_dir=output_dir, **options)
     _say(render_summary(report))
     _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
+    if repo is not None:
+        _push(output_dir, repo, private=private)
+
+
+def _push(directory: str, repo: str, **given: Any) -> None:
+    _quiet_console()
+    _say(f"published: {optima.push(directory, repo, **given)}")
 
 
 def _plan(model: str, measure: bool = False, **given: Any) -> None:
@@ -134,10 +149,22 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     found = evaluate(settings)
     try:
         files = [found.save(place) for place in places]
+        cards = _update_cards(found, settings.models) if save else []
     finally:
         print_tables(found, console)  # hours of work, whatever becomes of the files
     if files:
-        console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+        console.print(f"written: {', '.join(map(str, [*files, *cards]))}", soft_wrap=True)
+
+
+def _update_cards(found: Evaluation, models: Sequence[str]) -> list[Path]:
+    """The cards of those models that OPTIMA made; each is brought up to date."""
+    from optima.evaluation.card import update_card
+    from optima.reporting.model_card import CARD_NAME
+    from optima.reporting.record import REPORT_NAME
+
+    places = {model: Path(model).expanduser() for model in models}
+    made = {model: place for model, place in places.items() if (place / REPORT_NAME).is_file()}
+    return [place / CARD_NAME for model, place in made.items() if update_card(place, found, model)]
 
 
 def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bool) -> list[Path]:
@@ -226,6 +253,7 @@ COMMANDS: dict[str, Command] = {
     "report": _report,
     "pack": _pack,
     "unpack": _unpack,
+    "push": _push,
     "recipe": _recipe,
     "demo": _demo,
 }

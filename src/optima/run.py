@@ -60,6 +60,7 @@ from optima.preflight import (
 from optima.recipe import SELF, SINK_WEIGHT, Recipe
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
+from optima.reporting.model_card import write_card
 from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
 
@@ -145,7 +146,8 @@ def prune(
         seconds = time.perf_counter() - started + job.resumed_seconds
         report = _report(network, origin, checked, text, job, memory.peak(), seconds)
         if job.writer is not None:
-            job.writer.publish(lambda directory: _write_reports(recipe, report, directory))
+            base = source.path if source is not None and source.local is None else None
+            job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
     return report
 
 
@@ -276,7 +278,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:
+def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: str | None) -> None:
+    write_card(directory, report, base_model)
     report.save(directory)
     (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")

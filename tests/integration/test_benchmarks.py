@@ -220,3 +220,10 @@ def test_sinks_are_kept_better_the_more_they_weigh(accuracy: list[str]) -> None:
     for _, _, _, _, first, others, first_weighed, others_weighed, _ in rows:
         assert float(first_weighed) < float(first)
         assert float(others_weighed) > float(others)
+
+
+def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
+    model, text = save_model(tmp_path / "model"), save_text(tmp_path / "text.txt")
+    size = ["--max-seq-length", "16", "--max-windows", "2", "--group", "16"]
+    output = run("quantise.py", str(model), "--evaluation", str(text), *size)
+    assert output.count("int4, a scale for 16 inputs") == 2
