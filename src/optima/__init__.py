@@ -9,15 +9,19 @@ if TYPE_CHECKING:
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe, load_recipe
+    from optima.reporting.callbacks import BlockEvent, Callback, RunStart
     from optima.reporting.record import Report, load_report
     from optima.run import prune
 
 __all__ = [
     "NM",
+    "BlockEvent",
+    "Callback",
     "HoldZeros",
     "OptimaError",
     "Recipe",
     "Report",
+    "RunStart",
     "Unstructured",
     "hold_zeros",
     "load_recipe",
@@ -29,11 +33,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BlockEvent": "reporting.callbacks",
+    "Callback": "reporting.callbacks",
     "HoldZeros": "holding",
     "NM": "patterns",
     "OptimaError": "errors",
     "Recipe": "recipe",
     "Report": "reporting.record",
+    "RunStart": "reporting.callbacks",
     "Unstructured": "patterns",
     "hold_zeros": "holding",
     "load_recipe": "recipe",
