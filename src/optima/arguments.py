@@ -8,12 +8,16 @@ import difflib
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import optima
 from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
 from optima.recipe import DTYPES, GROUPS, SHIPPED, Recipe, must_be, read_recipe, recipe_from_dict
+from optima.reporting.trackers import TRACKERS
+
+LOG_FORMATS = ("text", "json")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,6 +56,11 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
+def wants_json(argv: Sequence[str]) -> bool:
+    """True if the log is asked for in JSON, whatever else may be wrong with the arguments."""
+    return "--log-format=json" in argv or ("--log-format", "json") in pairwise(argv)
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the command line and that of each command."""
     parser = _Parser(prog="optima", description=optima.__doc__)
@@ -71,6 +80,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
     option("--resume", action=argparse.BooleanOptionalAction, help=text)
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
+    text = "what stderr gets while it runs: a live line or a line a block, or one JSON object a line (default: text)"
+    option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=f"{', '.join(LOG_FORMATS)}: {text}")
+    text = "experiment trackers that get each block's errors, gaps and seconds (default: none)"
+    option("--report-to", nargs="+", metavar="NAME", help=f"{', '.join(['none', *TRACKERS])}: {text}")
     _add_recipe(commands["prune"])
 
     option = add("plan", "show what would be pruned, and the cost", "MODEL [options]")

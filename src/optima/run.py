@@ -142,6 +142,7 @@ def prune(
             job.notes.extend([*destination.notes, *job.writer.notes])
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+        job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
         assert recipe.batch_size is not None
         _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size), job)

@@ -37,6 +37,15 @@ class JsonLog(Callback):
         self._stream.write(log_line(event, **values) + "\n")
         self._stream.flush()
 
+    def take_over(self) -> None:
+        """Turn what libraries log, and Python's warnings, into lines too: nothing else may stand between them."""
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
+        logging.basicConfig(handlers=[_Handler(self)], level=logging.WARNING, force=True)
+        logging.captureWarnings(True)
+
     def on_start(self, start: RunStart) -> None:
         """The line ``start``."""
         self.write("start", log_version=LOG_VERSION, optima=__version__, **asdict(start))
@@ -65,13 +74,10 @@ class JsonLog(Callback):
         self.write("end", **totals, seconds=run.seconds, peak_memory_bytes=run.peak_memory_bytes, stages=run.stages)
 
 
-class JsonHandler(logging.Handler):
-    """Turns what libraries log, and Python's warnings, into lines too: nothing else may stand between them."""
-
+class _Handler(logging.Handler):
     def __init__(self, log: JsonLog) -> None:
         super().__init__()
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line."""
         self._log.write("log", level=record.levelname.lower(), logger=record.name, message=record.getMessage())
