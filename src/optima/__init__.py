@@ -11,16 +11,20 @@ if TYPE_CHECKING:
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe
     from optima.recipe_files import load_recipe
+    from optima.reporting.callbacks import BlockEvent, Callback, RunStart
     from optima.reporting.record import Report, load_report
     from optima.run import prune
     from optima.semi_structured import accelerate
 
 __all__ = [
     "NM",
+    "BlockEvent",
+    "Callback",
     "HoldZeros",
     "OptimaError",
     "Recipe",
     "Report",
+    "RunStart",
     "Unstructured",
     "accelerate",
     "hold_zeros",
@@ -34,11 +38,14 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BlockEvent": "reporting.callbacks",
+    "Callback": "reporting.callbacks",
     "HoldZeros": "holding",
     "NM": "patterns",
     "OptimaError": "errors",
     "Recipe": "recipe",
     "Report": "reporting.record",
+    "RunStart": "reporting.callbacks",
     "Unstructured": "patterns",
     "accelerate": "semi_structured",
     "hold_zeros": "holding",

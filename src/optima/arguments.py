@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import optima
@@ -16,8 +17,11 @@ from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
 from optima.recipe import DTYPES, GROUPS, Recipe, must_be, recipe_from_dict
 from optima.recipe_files import read_recipe
+from optima.reporting.trackers import TRACKERS
 
 _logger = logging.getLogger("optima")
+
+LOG_FORMATS = ("text", "json")
 
 RECIPE_ACTIONS = {
     "list": "those that ship, a line each",
@@ -63,6 +67,11 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
+def wants_json(argv: Sequence[str]) -> bool:
+    """True if the log is asked for in JSON, whatever else may be wrong with the arguments."""
+    return "--log-format=json" in argv or ("--log-format", "json") in pairwise(argv)
+
+
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the command line and that of each command."""
     parser = _Parser(prog="optima", description=optima.__doc__)
@@ -84,6 +93,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
     option("--push-to-hub", metavar="REPO", help="then publish it; who may is asked before the run, see optima push")
     option("--private", action="store_true", help="in a private repository, if it is made now")
+    text = "what stderr gets while it runs: a live line or a line a block, or one JSON object a line (default: text)"
+    option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=f"{', '.join(LOG_FORMATS)}: {text}")
+    text = "experiment trackers that get each block's errors, gaps and seconds (default: none)"
+    option("--report-to", nargs="+", metavar="NAME", help=f"{', '.join(['none', *TRACKERS])}: {text}")
     _add_recipe(commands["prune"])
 
     option = add("plan", "show what would be pruned, and the cost", "MODEL [options]")

@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.text import Text
 
 import optima
-from optima.arguments import parse, recipe_of
+from optima.arguments import parse, recipe_of, wants_json
 from optima.errors import OptimaError
 from optima.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from optima.evaluation.record import Evaluation
+    from optima.reporting.callbacks import Callback
     from optima.reporting.record import Report
 
 Command = Callable[..., None]
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
     Returns:
-        2 for bad input, 130 when interrupted (128 + n by signal n), 141 when nobody reads the output any more.
+        A status of ``docs/reference/exit-codes.md``: 0 done, 2 bad input, 130 interrupted (128 + n by signal n), 141
+        when nobody reads the output any more. A bug ends in a traceback and 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -42,15 +44,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptimaError as error:
         # A Text is printed as it is: no markup, no emoji.
         message = Text.assemble(("optima: error:", "bold red"), " ", str(error))
-        Console(stderr=True, soft_wrap=True).print(message)
-        return 2
+        return _end(argv, 2, error, message)
     except BrokenPipeError:
         _give_up_stdout()
         return 141
     except KeyboardInterrupt as error:
-        print(f"optima: {str(error) or 'interrupted'}", file=sys.stderr)
-        return int(getattr(error, "exit_code", 130))
+        return _end(argv, getattr(error, "exit_code", 130), error, Text(f"optima: {str(error) or 'interrupted'}"))
     return 0
+
+
+def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) -> int:
+    """Tell why a command ends, in the form in which the rest is told."""
+    if wants_json(argv):
+        from optima.reporting.log import JsonLog
+
+        text = str(error) or "interrupted"
+        JsonLog(sys.stderr).write("error", kind=type(error).__name__, message=text, exit_code=status)
+    else:
+        Console(stderr=True, soft_wrap=True).print(message)
+    return status
 
 
 def _give_up_stdout() -> None:
@@ -99,12 +111,15 @@ def _check_here() -> None:
         raise OptimaError("the current directory has been deleted: change to another") from None
 
 
-def _prune(model: str, output_dir: str, **given: Any) -> None:
+def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Sequence[str] = (), **given: Any) -> None:
+    from optima.reporting.log import JsonLog
     from optima.reporting.summary import render_summary
+    from optima.reporting.trackers import find_trackers
 
     options = {name: given.pop(name) for name in ("overwrite", "resume", "dump_layer") if name in given}
     repo, private = given.pop("push_to_hub", None), given.pop("private", None)
     recipe = recipe_of(given)
+    callbacks: list[Callback] = [*find_trackers(report_to)]
     _quiet_console()
     if repo is not None:
         from optima.hub import check_push
@@ -112,7 +127,12 @@ def _prune(model: str, output_dir: str, **given: Any) -> None:
         repo = check_push(repo)
     elif private:
         raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
-    report = optima.prune(model, recipe, output_dir=output_dir, **options)
+    if log_format == "json":
+        callbacks.append(log := JsonLog(sys.stderr))
+        log.take_over()
+    report = optima.prune(
+        model, recipe, output_dir=output_dir, callbacks=callbacks, progress=log_format == "text", **options
+    )
     _say(render_summary(report))
     _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
     if repo is not None:

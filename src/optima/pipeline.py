@@ -21,7 +21,7 @@ from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.models.writer import Writer
 from optima.patterns import Pattern
-from optima.reporting.progress import Progress
+from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
 from optima.tuning import BlockError, Tuned, Tuning, tune
@@ -39,7 +39,7 @@ class Job:
         device: where blocks are calibrated and solved.
         damping: of the hessians, relative to their mean diagonal.
         sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
-        progress: is told of every linear and block.
+        progress: tells of every linear and block.
         weights: brings blocks to the device.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
@@ -55,7 +55,7 @@ class Job:
     device: torch.device
     damping: float
     sink_weight: float
-    progress: Progress = field(default_factory=Progress)
+    progress: Listeners = field(default_factory=Listeners)
     weights: Resident = field(default_factory=Resident)
     writer: Writer | None = None
     dump: Dump | None = None
@@ -105,7 +105,8 @@ class Job:
             if not again:
                 self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
                 self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
-                self.progress.block(block.index + 1)
+            self.progress.notes(self.notes)
+            self.progress.block(block.name, self.blocks[-1], again)
 
     def _replay(self, block: Block, found: BlockDone) -> None:
         """Give a block that an earlier run committed its weights, and the report what it told of it."""
@@ -158,7 +159,7 @@ class Job:
     def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
         """Each linear's share of one sparsity, from a pass over the dense blocks; ``streams`` are used up."""
         blocks = stack.blocks[: stack.needed]
-        self.progress.start(len(blocks), 1)
+        self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 for found in self._observe(block, streams, self.clock):
@@ -172,7 +173,7 @@ class Job:
                 if block is not blocks[-1]:
                     with self.clock("forward"):
                         streams.advance(block, self.device)
-            self.progress.block(block.index + 1)
+            self.progress.block(block.name)
         return allocation.allocate()
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:

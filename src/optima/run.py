@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
+from optima.calibration.given import Batches, given_text
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import own_text
 from optima.calibration.streams import Streams
@@ -57,7 +58,8 @@ from optima.preflight import (
     sequence_length,
     sized,
 )
-from optima.recipe import SELF, SINK_WEIGHT, Recipe
+from optima.recipe import LEAST_SAMPLES, SELF, SINK_WEIGHT, Recipe
+from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
@@ -74,7 +76,9 @@ def prune(
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Tensor | Sequence[str] | None = None,
+    calibration: Tensor | Iterable[str] | Batches | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
     overwrite: bool = False,
     dump_layer: str | None = None,
     resume: bool | None = None,
@@ -87,7 +91,12 @@ def prune(
         output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
             in memory.
         tokenizer: for a model in memory; a path brings its own.
-        calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset.
+        calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
+            token ids, such as a ``DataLoader`` gives: tensors (batch, length), or dicts that hold them as
+            ``input_ids``. At most ``recipe.num_calibration_samples`` sequences are taken of documents and
+            batches; of batches 128 where it is None.
+        callbacks: told of each linear and block, see ``optima.Callback``.
+        progress: draw a live line on stderr, or print a line a block where that is no terminal.
         overwrite: replace ``output_dir`` if it holds an earlier output.
         dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
@@ -119,7 +128,7 @@ def prune(
             network, origin = _network(checked)
             text = Calibration(own_text(network, tokenizer, recipe, checked.device))
         else:
-            text = find_calibration(recipe, tokenizer, calibration)
+            text = find_calibration(recipe, tokenizer, checked.calibration)
             check_vocabulary(checked.structure, text.tokens_NL)
             network, origin = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
@@ -129,7 +138,8 @@ def prune(
             job.notes.append(GIVEN_NOTE)
         if source is None and recipe.dtype not in ("auto", _name(network.dtype)):
             job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
-        job.progress = stack.enter_context(make_progress())
+        job.progress = stack.enter_context(Listeners([*([make_progress()] if progress else []), *callbacks]))
+        job.progress.begin(_start(checked, origin["model"], output_dir, text.tokens_NL))
         if destination is not None:
             run |= contents(recipe, network, origin.get("model_fingerprint"), data_hash(text.tokens_NL))
             with explain_write_errors(destination.journal):
@@ -140,6 +150,7 @@ def prune(
             job.notes.extend([*destination.notes, *job.writer.notes])
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+        job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
         assert recipe.batch_size is not None
         _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size), job)
@@ -148,6 +159,7 @@ def prune(
         if job.writer is not None:
             base = source.path if source is not None and source.local is None else None
             job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
+        job.progress.end(report)
     return report
 
 
@@ -161,6 +173,7 @@ class _Checked:
     source: Source | None
     structure: PreTrainedModel
     found: Preflight
+    calibration: Any
 
 
 def _check(model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None) -> _Checked:
@@ -168,6 +181,7 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
     device, methods = find_device(recipe.device), build(recipe)
+    calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
@@ -186,7 +200,7 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     recipe = sized(recipe, found)
     if dump_layer is not None:
         check_dump(dump_layer, output_dir is not None, found.linears)
-    return _Checked(recipe, methods, device, source, structure, found)
+    return _Checked(recipe, methods, device, source, structure, found, calibration)
 
 
 def _claim(
@@ -218,6 +232,7 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
             with job.clock("forward"):
                 streams = capture(network, stack, batches, whole=by_loss)
             if by_loss:
+                job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
             if allocation is not None:
@@ -241,6 +256,19 @@ def _loss_weights(
     if found.loss != WORDS:
         job.notes.append(f"objective loss is {found.loss}: the model has no head that predicts words")
     return found
+
+
+def _start(checked: _Checked, model: str, output_dir: str | Path | None, tokens_NL: Tensor) -> RunStart:
+    return RunStart(
+        model=model,
+        output_dir=None if output_dir is None else str(output_dir),
+        device=describe_device(checked.device),
+        recipe=checked.recipe.to_dict(),
+        blocks=sum(bool(block.linears) for block in checked.found.blocks),
+        linears=len(checked.found.linears),
+        samples=tokens_NL.shape[0],
+        length=tokens_NL.shape[1],
+    )
 
 
 def _report(
