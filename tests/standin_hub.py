@@ -8,7 +8,7 @@ import json
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-TOKEN, OWNER = "hf_standin", "somebody"
+TOKEN, READER, OWNER = "hf_standin", "hf_reader", "somebody"
 COMMIT = "0" * 40
 
 
@@ -36,7 +36,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/api/whoami-v2":
-            self._answer({"type": "user", "name": OWNER, "orgs": [{"name": "team"}]})
+            role = "read" if READER in self.headers.get("Authorization", "") else "write"
+            auth = {"accessToken": {"role": role}}
+            self._answer({"type": "user", "name": OWNER, "orgs": [{"name": "team"}], "auth": auth})
         elif path.startswith("/api/models/"):
             repo = "/".join(path.split("/")[3:5])
             files = self.server.repos.get(repo)
@@ -113,7 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def _answer(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not self.path.startswith("/blob/"):
+        known = [f"Bearer {token}" for token in (TOKEN, READER)]
+        if self.headers.get("Authorization") not in known and not self.path.startswith("/blob/"):
             value, status, headers = {"error": "Invalid credentials"}, 401, {}
         content = json.dumps(value).encode()
         self.send_response(status)

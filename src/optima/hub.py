@@ -71,6 +71,8 @@ def check_push(repo: str, overwrite: bool = False) -> str:
         api = HfApi()
         user = api.whoami()
         owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ModelError(f"your token may only read: make one that may write to push to {repo}")
         full = repo if "/" in repo else f"{user['name']}/{repo}"
         if full.partition("/")[0] not in owners:
             raise ModelError(f"{full} is not yours: the hub knows you as {', '.join(owners)}")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from standin_hub import OWNER, TOKEN, StandInHub
+from standin_hub import OWNER, READER, TOKEN, StandInHub
 from tiny import prune_arguments, save_model, save_text
 
 from optima.cli import main
@@ -90,6 +90,7 @@ def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Push) -> None:
         ("someone-else/x", {}, "is not yours: the hub knows you as somebody, team"),
         ("x", {"HF_TOKEN": "hf_wrong"}, "hf auth login"),
         ("x", {"HF_TOKEN": ""}, "hf auth login"),
+        ("x", {"HF_TOKEN": READER}, "may only read"),
         ("x", {"HF_HUB_OFFLINE": "1"}, "online"),
         ("x", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "online"),
         ("team/dense", {}, "no output of OPTIMA"),
