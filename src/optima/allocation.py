@@ -26,17 +26,29 @@ QUANTILES = 1001
 class Allocation(Protocol):
     """Shares out a global sparsity. Sees one linear at a time: never a model or a file."""
 
-    def observe(self, block: int, task: LinearTask) -> None:
-        """Take note of a dense linear of the block number ``block``."""
+    def measure(self, task: LinearTask) -> Tensor:
+        """All that counts of a dense linear, in main memory. Another process may do it."""
+        ...
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
+        """Take note of a dense linear of ``size`` weights in the block number ``block``."""
         ...
 
     def allocate(self) -> dict[str, float]:
-        """Full name and sparsity of every linear observed; their weighted mean is the global sparsity."""
+        """Full name and sparsity of every linear noted; their weighted mean is the global sparsity."""
         ...
 
 
+class Observing:
+    """Measures and notes in one."""
+
+    def observe(self: Allocation, block: int, task: LinearTask) -> None:
+        """Take note of a dense linear of the block number ``block``."""
+        self.note(block, task.name, task.weight_OD.numel(), self.measure(task))
+
+
 @dataclass
-class Owl:
+class Owl(Observing):
     """Outlier-weighed layerwise sparsity (Yin et al., ICML 2024): blocks with many outliers are pruned less.
 
     A weight is an outlier if |W_ij| ||X_j|| exceeds M times the mean over its block (eq. 2). The outlier ratios of the
@@ -56,13 +68,16 @@ class Owl:
     _ratios: list[float] = field(default_factory=list, init=False)
     _scores: list[Tensor] = field(default_factory=list, init=False)
 
-    def observe(self, block: int, task: LinearTask) -> None:
+    def measure(self, task: LinearTask) -> Tensor:
+        """See ``Allocation``: the score of every weight."""
+        return wanda_score(task.weight_OD, task.hessian).float().flatten().cpu()
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
         """See ``Allocation``. The linears of a block must come one after the other."""
         if block not in self._sizes:
             self._end_block()
-        self._sizes.setdefault(block, {})[task.name] = task.weight_OD.numel()
-        # A block's scores wait for its mean in main memory.
-        self._scores.append(wanda_score(task.weight_OD, task.hessian).float().flatten().cpu())
+        self._sizes.setdefault(block, {})[name] = size
+        self._scores.append(measured)  # a block's scores wait for its mean
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
@@ -89,7 +104,7 @@ class Owl:
 
 
 @dataclass
-class ByLoss:
+class ByLoss(Observing):
     """One threshold for the whole model: weights compete by what its loss feels of their removal.
 
     The saliency of a weight is r_o w_oi^2 / K_ii, K = H^-1: that of the optimal brain surgeon (Hassibi & Stork, 1993)
@@ -107,15 +122,18 @@ class ByLoss:
     _saliencies: dict[str, Tensor] = field(default_factory=dict, init=False)
     _sizes: dict[str, int] = field(default_factory=dict, init=False)
 
-    def observe(self, block: int, task: LinearTask) -> None:
-        """See ``Allocation``. The quantiles of a linear's saliencies are kept, not the saliencies."""
+    def measure(self, task: LinearTask) -> Tensor:
+        """See ``Allocation``: quantiles of the saliencies."""
         saliency_OD = task.weight_OD.double().square() / task.hessian.inverse_diagonal_D
         if task.row_weight_O is not None:
             saliency_OD = saliency_OD * task.row_weight_O.to(saliency_OD)[:, None]
         sorted_N = saliency_OD.masked_fill(task.hessian.dead_D, 0.0).flatten().sort().values
         place_Q = torch.linspace(0, len(sorted_N) - 1, QUANTILES, device=sorted_N.device).round().long()
-        self._saliencies[task.name] = sorted_N[place_Q].cpu()
-        self._sizes[task.name] = len(sorted_N)
+        return sorted_N[place_Q].cpu()
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
+        """See ``Allocation``."""
+        self._saliencies[name], self._sizes[name] = measured, size
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""

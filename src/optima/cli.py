@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptimaError as error:
         # A Text is printed as it is: no markup, no emoji.
         message = Text.assemble(("optima: error:", "bold red"), " ", str(error))
-        Console(stderr=True, soft_wrap=True).print(message)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes on a machine, all have the same to say
+            Console(stderr=True, soft_wrap=True).print(message)
         return 2
     except BrokenPipeError:
         _give_up_stdout()
@@ -280,6 +281,8 @@ def _prune(model: str, output_dir: str, **given: Any) -> None:
     recipe = _recipe(given)
     _quiet_console()
     report = optima.prune(model, recipe, output_dir=output_dir, **options)
+    if report.run.processes > 1 and os.environ["RANK"] != "0":
+        return
     _say(render_summary(report))
     _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.build import pattern_table
 from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
@@ -101,6 +102,15 @@ def check_finite(linears: Sequence[Linear]) -> None:
                 f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
                 f"with --ignore '{re.escape(linear.name)}'"
             )
+
+
+def check_sequences(count: int, ranks: Ranks) -> None:
+    """Raise ``RecipeError`` unless every process has a calibration sequence."""
+    if count < ranks.size:
+        raise RecipeError(
+            f"{ranks.size} processes share {count} calibration sequences: start {count} at most, or raise "
+            "--num-calibration-samples"
+        )
 
 
 def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:

@@ -22,9 +22,10 @@ from optima.calibration.capture import capture
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.streams import Streams
 from optima.calibration.text import data_hash
-from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
+from optima.device import PeakMemory, describe_device, evaluating, unswitched
+from optima.distributed import Ranks, joined
 from optima.errors import ModelError, RecipeError
-from optima.identity import contents, identity
+from optima.identity import check_alike, contents, identity
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods
 from optima.models.destination import Destination
@@ -50,6 +51,7 @@ from optima.preflight import (
     batch_size,
     check_dump,
     check_finite,
+    check_sequences,
     chosen_stacks,
     find_calibration,
     preflight,
@@ -60,6 +62,7 @@ from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
+from optima.sharing import describe
 
 DUMP_DIRECTORY = "layers"
 GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
@@ -101,43 +104,45 @@ def prune(
             is left partly pruned.
     """
     started = time.perf_counter()
-    checked = _check(model, recipe, output_dir, calibration, dump_layer)
-    recipe, source, found = checked.recipe, checked.source, checked.found
     with ExitStack() as stack:
+        ranks = stack.enter_context(joined())
         stack.enter_context(unswitched())
+        checked = _check(model, recipe, output_dir, calibration, dump_layer, ranks)
+        recipe, source, found = checked.recipe, checked.source, checked.found
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
             run = identity(recipe, checked.device, checked.structure, dump_layer)
-            destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
+            if ranks.first:
+                destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
-        text = find_calibration(recipe, tokenizer, calibration)
+        text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, calibration))
         check_vocabulary(checked.structure, text.tokens_NL)
+        check_sequences(len(text.tokens_NL), ranks)
         network, origin = _network(checked)
-        job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-        job.tuning = build_tuning(recipe)
-        job.notes.extend(found.notes)
-        if calibration is not None:
-            job.notes.append(GIVEN_NOTE)
-        if source is None and recipe.dtype not in ("auto", _name(network.dtype)):
-            job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
-        job.progress = stack.enter_context(make_progress())
-        if destination is not None:
+        origin["processes"] = ranks.size
+        job = _job(checked, network, calibration is not None)
+        if ranks.first:
+            job.progress = stack.enter_context(make_progress())
+        if output_dir is not None:
             run |= contents(recipe, network, origin.get("model_fingerprint"), data_hash(text.tokens_NL))
-            with explain_write_errors(destination.journal):
-                journal = Journal(destination.journal, run)
+            check_alike(run, ranks)
+        if destination is not None:
             prepare(network, tokenizer, source, destination.directory)
-            names = [block.name for block in found.blocks]
-            job.writer = Writer(network, names, destination.directory, journal)
-            job.notes.extend([*destination.notes, *job.writer.notes])
+            job.writer = _writer(network, [block.name for block in found.blocks], destination, run)
+            job.notes.extend(destination.notes)
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+        if ranks.first:
+            job.notes.extend(_shared(ranks, recipe, len(text.tokens_NL), job.writer))
         memory = PeakMemory(checked.device)
         assert recipe.batch_size is not None
-        _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size), job)
+        own_NL = text.tokens_NL[ranks.part(len(text.tokens_NL))]
+        _prune_stacks(network, checked, own_NL.split(recipe.batch_size), job, ranks)
         seconds = time.perf_counter() - started + job.resumed_seconds
-        report = _report(network, origin, checked, text, job, memory.peak(), seconds)
+        most = max(ranks.gather(memory.peak()))
+        report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
         if job.writer is not None:
             job.writer.publish(lambda directory: _write_reports(recipe, report, directory))
     return report
@@ -155,11 +160,18 @@ class _Checked:
     found: Preflight
 
 
-def _check(model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None) -> _Checked:
+def _check(
+    model: object,
+    recipe: object,
+    output_dir: object,
+    calibration: object,
+    dump_layer: str | None,
+    ranks: Ranks,
+) -> _Checked:
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
-    device, methods = find_device(recipe.device), build(recipe)
+    device, methods = ranks.on(recipe.device), build(recipe)
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
@@ -176,6 +188,8 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
     if dump_layer is not None:
+        if ranks.size > 1:
+            raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
     return _Checked(recipe, methods, device, source, structure, found)
 
@@ -189,6 +203,22 @@ def _claim(
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
+def _writer(network: PreTrainedModel, blocks: list[str], destination: Destination, run: dict[str, Any]) -> Writer:
+    with explain_write_errors(destination.journal):
+        journal = Journal(destination.journal, run)
+    return Writer(network, blocks, destination.directory, journal)
+
+
+def _shared(ranks: Ranks, recipe: Recipe, samples: int, writer: Writer | None) -> list[str]:
+    """Notes of this run and of earlier ones that it goes on from."""
+    text = describe(ranks, recipe, samples, writer)
+    if writer is None:
+        return [text] if text else []
+    if text:
+        writer.note(text)
+    return writer.notes
+
+
 def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with its weights, and what the report says of where they are from: read now, for files may go."""
     source = checked.source
@@ -199,7 +229,22 @@ def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
     return network, {"model": source.name, "model_revision": revision, "model_fingerprint": weights}
 
 
-def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job) -> None:
+def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
+    """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
+    recipe, found = checked.recipe, checked.found
+    job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
+    job.tuning = build_tuning(recipe)
+    job.notes.extend(found.notes)
+    if given:
+        job.notes.append(GIVEN_NOTE)
+    if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):
+        job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
+    return job
+
+
+def _prune_stacks(
+    network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job, ranks: Ranks
+) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
     allocation = build_allocation(checked.recipe)
@@ -207,7 +252,7 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
     with evaluating(network):
         for stack in stacks:
             with job.clock("forward"):
-                streams = capture(network, stack, batches, whole=by_loss)
+                streams = capture(network, stack, batches, by_loss, ranks)
             if by_loss:
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
