@@ -51,9 +51,9 @@ from optima.preflight import (
     batch_size,
     check_dump,
     check_finite,
-    check_sequences,
     chosen_stacks,
     find_calibration,
+    own_batches,
     preflight,
     sequence_length,
 )
@@ -119,7 +119,8 @@ def prune(
             tokenizer = load_tokenizer(source)
         text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, calibration))
         check_vocabulary(checked.structure, text.tokens_NL)
-        check_sequences(len(text.tokens_NL), ranks)
+        assert recipe.batch_size is not None
+        batches, alike = own_batches(text.tokens_NL, recipe.batch_size, ranks)
         network, origin = _network(checked)
         origin["processes"] = ranks.size
         job = _job(checked, network, calibration is not None)
@@ -135,11 +136,10 @@ def prune(
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
         if ranks.first:
-            job.notes.extend(_shared(ranks, recipe, len(text.tokens_NL), job.writer))
+            dtype = None if alike else network.dtype
+            job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
         memory = PeakMemory(checked.device)
-        assert recipe.batch_size is not None
-        own_NL = text.tokens_NL[ranks.part(len(text.tokens_NL))]
-        _prune_stacks(network, checked, own_NL.split(recipe.batch_size), job, ranks)
+        _prune_stacks(network, checked, batches, job, ranks)
         seconds = time.perf_counter() - started + job.resumed_seconds
         most = max(ranks.gather(memory.peak()))
         report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
@@ -209,9 +209,8 @@ def _writer(network: PreTrainedModel, blocks: list[str], destination: Destinatio
     return Writer(network, blocks, destination.directory, journal)
 
 
-def _shared(ranks: Ranks, recipe: Recipe, samples: int, writer: Writer | None) -> list[str]:
-    """Notes of this run and of earlier ones that it goes on from."""
-    text = describe(ranks, recipe, samples, writer)
+def _shared(text: str, writer: Writer | None) -> list[str]:
+    """Notes: ``text`` if there is one, and what earlier runs left, which this one goes on from."""
     if writer is None:
         return [text] if text else []
     if text:

@@ -14,7 +14,6 @@ from torch import Tensor
 from optima.distributed import Ranks
 from optima.models.stacks import Block, Linear
 from optima.models.writer import Writer
-from optima.recipe import Recipe
 from optima.reporting.record import LinearRecord
 
 T = TypeVar("T")
@@ -75,13 +74,13 @@ def share_tuned(block: Block, pruned: Collection[str], ranks: Ranks) -> None:
             changed[name].copy_(tensor)
 
 
-def describe(ranks: Ranks, recipe: Recipe, samples: int, writer: Writer | None) -> str:
+def describe(ranks: Ranks, dtype: torch.dtype | None, tuned: bool, writer: Writer | None) -> str:
     """By how many processes a run goes on, and what that changes; empty if it has always been one.
 
     Args:
         ranks: the processes.
-        recipe: as resolved.
-        samples: calibration sequences.
+        dtype: of the activations, if these are computed in other batches than by one process; None if in the same.
+        tuned: whether blocks are tuned.
         writer: of the run, which knows earlier notes.
     """
     done = [] if writer is None else list(writer.done)
@@ -89,12 +88,13 @@ def describe(ranks: Ranks, recipe: Recipe, samples: int, writer: Writer | None) 
     if ranks.size == 1:
         before = writer is not None and any(SHARED in note for note in writer.notes)
         return f"{where} one process{SHARED}" if before else ""
-    assert recipe.batch_size is not None
-    begins = [ranks.part(samples, rank).start for rank in range(ranks.size)]
-    if any(begin % recipe.batch_size for begin in begins):
-        moved = "begin batches elsewhere, which moves hessians by the rounding of float32 products, about 1e-7"
+    text = f"{where} {ranks.size} processes{SHARED}; "
+    if dtype is None:
+        text += "their sums are added in another order in float64 alone, which moves hessians by 1e-16 of their size"
     else:
-        moved = "are added in another order in float64 alone, which moves hessians by about 1e-16"
-    text = f"{where} {ranks.size} processes{SHARED}; sums over their sequences {moved} of their size"
+        name, size = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+        text += (
+            f"their batches are not those of one process, which moves activations by roundings of {name}, {size:.0e}"
+        )
     text += "; rows of large linears are solved apart, to the same certified gap"
-    return text + ("; the first tunes blocks, on the sequences of all" if recipe.tuning_epochs else "")
+    return text + ("; the first process tunes blocks, on the sequences of all" if tuned else "")
