@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
-from harness.scaling import Group, Model, Work, llama, work
+from harness.scaling import DEFAULT, WANDA, Counts, Group, Model, Work, llama, work
 from harness.table import machine
 from harness.timing import use_threads
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,15 +71,14 @@ def main(arguments: list[str] | None = None) -> None:
 def compare(samples: int, scale: float) -> str:
     fitted = [scaled(sizes, scale) for sizes in FITTED]
     predicted = scaled(PREDICTED, scale)
-    found = {(index, size): measure(sizes, samples, size) for size in (1, 2) for index, sizes in enumerate(fitted)}
+    found = [measure(sizes, samples, 1) for sizes in fitted]
     lines = ["| processes | | predicted | measured | off |", "| ---: | --- | ---: | ---: | ---: |"]
     for size in (1, 2):
         true, account = measure(predicted, samples, size), account_of(predicted, samples, size)
         total = 0.0
         for stage in STAGES:
-            points = [(getattr(account_of(sizes, samples, 1), stage), found[index, 1].seconds[stage])
-                      for index, sizes in enumerate(fitted)]  # fmt: skip
-            expected = through(points, getattr(account, stage))
+            known = [(flops(sizes, samples, 1, stage), found[n].seconds[stage]) for n, sizes in enumerate(fitted)]
+            expected = through(known, flops(predicted, samples, size, stage))
             total += expected
             lines.append(row(size, f"{stage}, s", expected, true.seconds[stage]))
         lines.append(row(size, "these stages, s", total, sum(true.seconds[stage] for stage in STAGES)))
@@ -106,8 +105,13 @@ def scaled(sizes: dict[str, int], scale: float) -> dict[str, int]:
     }
 
 
+def flops(sizes: dict[str, int], samples: int, processes: int, stage: str) -> float:
+    account = account_of(sizes, samples, processes)
+    return float(account.solve + EIGEN * account.eigen if stage == "solve" else getattr(account, stage))
+
+
 def account_of(sizes: dict[str, int], samples: int, processes: int) -> Work:
-    return work(llama("", sizes), samples, LENGTH, processes, itemsize=4)
+    return work(llama("", sizes), (samples, LENGTH), processes, itemsize=4)
 
 
 def measure(sizes: dict[str, int], samples: int, processes: int) -> Measured:
@@ -141,6 +145,73 @@ def child(rank: int, processes: int, port: int, sizes: dict[str, int], samples: 
         torch.save(dict(moved), Path(directory, "bytes.pt"))
 
 
+# Elsewhere: what the account says of clusters.
+
+SEQUENCES, TOKENS = 128, 2048
+HALF = 0.5  # of the peak that products reach
+BF16, FP32 = 989e12 * HALF, 67e12 * HALF  # H100 SXM, dense, in operations a second
+EIGEN = 10  # times as long as a product with as many operations
+NVLINK, NETWORK, PCIE, NVME = 450e9, 50e9, 64e9, 6e9  # bytes a second: of a GPU, a GPU, a GPU, a machine
+GPUS = 8  # in a machine
+PASSES = 3  # over the weights: there and back for the loss, once to prune
+CARD = 40e9  # bytes for the hessians of a block
+LARGE = (
+    llama("8B", {"hidden": 4096, "pair": 1024, "middle": 14336, "blocks": 32, "vocabulary": 128256}),
+    llama("70B", {"hidden": 8192, "pair": 1024, "middle": 28672, "blocks": 80, "vocabulary": 128256}),
+    llama("405B", {"hidden": 16384, "pair": 1024, "middle": 53248, "blocks": 126, "vocabulary": 128256}),
+    Model(
+        "DeepSeek-V3",
+        blocks=61,
+        hidden=7168,
+        attention=20480,
+        vocabulary=129280,
+        groups=(
+            Group(7168, (1536, 576)),
+            Group(1536, (24576,)),
+            Group(512, (32768,)),
+            Group(16384, (7168,)),
+            Group(7168, (4096,)),  # the shared expert
+            Group(2048, (7168,)),
+            Group(7168, (4096,), copies=256, share=8 / 256),
+            Group(2048, (7168,), copies=256, share=8 / 256),
+        ),
+    ),
+)
+
+
+def clusters() -> str:
+    """Seconds of each part of a run, as if nothing overlapped, and the largest of them."""
+    lines = []
+    for name, counts in (("selector optima", DEFAULT), ("selector wanda", WANDA)):
+        titles = list(parts_of(LARGE[0], 1, counts))
+        lines += ["", f"| {name} | GPUs | {' | '.join(titles)} | hours | binds |"]
+        lines.append("| --- | ---: |" + " ---: |" * (len(titles) + 1) + " --- |")
+        for model in LARGE:
+            for size in (1, 8, 64):
+                parts = parts_of(model, size, counts)
+                binds, hours = max(parts, key=parts.__getitem__), sum(parts.values()) / 3600
+                cells = " | ".join(f"{seconds:,.0f}" for seconds in parts.values())
+                lines.append(f"| {model.name} | {size} | {cells} | {hours:.2f} | {binds} |")
+    return "\n".join(lines)
+
+
+def parts_of(model: Model, size: int, counts: Counts) -> dict[str, float]:
+    account = work(model, (SEQUENCES, TOKENS), size, itemsize=2, counts=counts)
+    sums = 8.0 * sum(group.copies * group.inputs**2 for group in model.groups)
+    again = -(-sums // CARD)  # passes of a block until all of its hessians are there
+    weights = 2 * model.parameters
+    carried = 2 * account.activations * model.blocks * (PASSES + 1 + again)
+    return {
+        "forward": (account.sweep + account.forward * (1 + again) / 2) / BF16,
+        "hessian": account.hessian / FP32,
+        "solve": account.solve / FP32,
+        "eigenvalues": account.eigen * EIGEN / FP32,
+        "exchange": (2 * account.reduced + account.shared) / (NVLINK if size <= GPUS else NETWORK),
+        "PCIe": (PASSES * weights + carried) / PCIE,
+        "disk": (PASSES + 1) * weights / NVME,
+    }
+
+
 def make_model(sizes: dict[str, int], blocks: int) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -168,6 +239,12 @@ def counted(moved: Counter[str]) -> Iterator[None]:
 
         return patch.object(dist, name, call)
 
-    with counting("all_reduce", "reduce"), counting("reduce", "reduce"):
-        with counting("broadcast", "share"), counting("all_gather", "share"):
-            yield
+    kinds = {"all_reduce": "reduce", "reduce": "reduce", "broadcast": "share", "all_gather": "share"}
+    with ExitStack() as stack:
+        for name, kind in kinds.items():
+            stack.enter_context(counting(name, kind))
+        yield
+
+
+if __name__ == "__main__":
+    main()

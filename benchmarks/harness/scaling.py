@@ -10,10 +10,28 @@ from dataclasses import dataclass
 
 from optima.distributed import STRIP_BYTES, share_out
 
-# A linear's products of its rows with H or its preconditioner, in select, solve and rounding together, and the cubes of
-# its hessian (one Cholesky, one inverse): counted by ``profiled``, see docs/scaling.md.
-ROW_PRODUCTS, CUBES = 20.0, 1.0
 SAMPLE = 512  # inputs that go to the owner beside a hessian
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a recipe, by ``profiled`` at 512 and 1,024 inputs: of selecting, by one process, and of the rest, by all.
+
+    Attributes:
+        select_rows, rows: products of a linear's rows with a D x D matrix.
+        select_cubes, cubes: products of two such matrices, a Cholesky and an inverse counted as half of one.
+        eigen: an eigendecomposition, as so many of them.
+    """
+
+    select_rows: float
+    rows: float
+    select_cubes: float
+    cubes: float
+    eigen: float
+
+
+DEFAULT = Counts(select_rows=27, rows=35, select_cubes=8, cubes=1.5, eigen=9)
+WANDA = Counts(select_rows=0, rows=35, select_cubes=0, cubes=1.5, eigen=0)
 
 
 @dataclass(frozen=True)
@@ -34,14 +52,22 @@ class Group:
         """As ``optima.calibration.reduction.cost`` shares work out."""
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
-    @property
-    def solve_flops(self) -> float:
-        return 2 * (CUBES * self.inputs**3 + ROW_PRODUCTS * self.weights * self.inputs)
+    def solve(self, counts: Counts, first: bool, processes: int) -> tuple[float, float]:
+        """Operations of one of the processes that share the rows: products, and eigendecompositions."""
+        rows = counts.rows / processes + counts.select_rows * first
+        cubes = counts.cubes + counts.select_cubes * first
+        products = 2 * (cubes * self.inputs**3 + rows * self.weights * self.inputs)
+        return products, 2 * counts.eigen * first * self.inputs**3
 
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder: ``blocks`` alike, the inputs of attention ``attention`` wide. ``whole``: parameters, if not the sum."""
+    """A decoder of like blocks.
+
+    Attributes:
+        attention: width of all heads together.
+        groups: of a block.
+    """
 
     name: str
     blocks: int
@@ -49,11 +75,10 @@ class Model:
     attention: int
     vocabulary: int
     groups: tuple[Group, ...]
-    whole: float = 0.0
 
     @property
     def parameters(self) -> float:
-        return self.whole or self.blocks * self.block_weights + 2.0 * self.vocabulary * self.hidden
+        return self.blocks * self.block_weights + 2.0 * self.vocabulary * self.hidden
 
     @property
     def block_weights(self) -> float:
@@ -87,7 +112,8 @@ class Work:
         sweep: floating-point operations of the sweep for the loss.
         forward: of the passes over the pruned blocks.
         hessian: of the products X^T X, both triangles.
-        solve: of select, solve and rounding.
+        solve: of select, solve and rounding, but for
+        eigen: the eigendecompositions.
         reduced: bytes of statistics that the processes bring together, counted once.
         shared: bytes of weights and masks that go to the others, counted once.
         activations: bytes of a block's inputs in a process.
@@ -98,14 +124,16 @@ class Work:
     forward: float
     hessian: float
     solve: float
+    eigen: float
     reduced: float
     shared: float
     activations: float
     messages: float
 
 
-def work(model: Model, samples: int, length: int, processes: int, itemsize: int) -> Work:
-    """A run by objective loss, scope layer, one sparsity, without tuning."""
+def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int, counts: Counts = DEFAULT) -> Work:
+    """A run by objective loss, without tuning or a survey; ``tokens_of``: sequences, and the length of one."""
+    samples, length = tokens_of
     own = -(-samples // processes)
     tokens = own * length
     one = model.forward_flops(tokens, length)
@@ -114,14 +142,14 @@ def work(model: Model, samples: int, length: int, processes: int, itemsize: int)
     gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
     each = [group for group in model.groups for _ in range(group.copies)]
     owners = share_out([group.cost for group in each], processes)
-    load = [0.0] * processes
-    together = reduced = shared = 0.0
+    load, eigen = [0.0] * processes, [0.0] * processes
+    reduced = shared = 0.0
     for group, owner in zip(each, owners, strict=True):
-        rows = 2 * ROW_PRODUCTS * group.weights * group.inputs
-        if owner is None:  # each factorises, and has its rows
-            together += group.solve_flops - rows + rows / processes
-        else:
-            load[owner] += group.solve_flops
+        for rank in range(processes) if owner is None else [owner]:
+            first, share = (rank == 0, processes) if owner is None else (True, 1)
+            products, spectrum = group.solve(counts, first, share)
+            load[rank] += products
+            eigen[rank] += spectrum
         reduced += lower_bytes(group.inputs) + 4 * min(SAMPLE, samples * length) * group.inputs
         # Where all have rows, the mask goes out before.
         shared += group.weights * (itemsize + (1 if owner is not None else 2))
@@ -130,10 +158,11 @@ def work(model: Model, samples: int, length: int, processes: int, itemsize: int)
         sweep=model.blocks * 3 * one + 2 * head,
         forward=model.blocks * (2 * one - last) - one,
         hessian=model.blocks * gram,
-        solve=model.blocks * (max(load) + together),
+        solve=model.blocks * max(load),
+        eigen=model.blocks * max(eigen),
         reduced=0.0 if alone else model.blocks * reduced,
         shared=0.0 if alone else model.blocks * shared,
-        activations=tokens * model.hidden * itemsize,
+        activations=float(tokens * model.hidden * itemsize),
         messages=0.0 if alone else model.blocks * (2 * len(each) + processes + 2),
     )
 

@@ -22,7 +22,7 @@ from optima.calibration.statistics import Accumulator
 from optima.calibration.streams import Streams
 from optima.models.journal import read_journal
 
-BLOCKS = 2
+BLOCKS = 3
 JOURNAL = Path(".out.optima-partial/journal.jsonl")
 SOON = 30.0  # seconds until all have ended when one dies
 
