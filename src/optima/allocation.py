@@ -27,17 +27,29 @@ QUANTILES = 1001
 class Allocation(Protocol):
     """Shares out a global sparsity. Sees one linear at a time: never a model or a file."""
 
-    def observe(self, block: int, task: LinearTask, pattern: Pattern) -> None:
-        """Take note of a dense linear of the block number ``block``, and of the pattern that the recipe gives it."""
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
+        """All that counts of a dense linear with this pattern, in main memory. Another process may do it."""
+        ...
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
+        """Take note of a dense linear of ``size`` weights in the block number ``block``."""
         ...
 
     def allocate(self) -> dict[str, float]:
-        """Full name and sparsity of every linear observed; 0 keeps it dense."""
+        """Full name and sparsity of every linear noted; 0 keeps it dense."""
         ...
 
 
+class Observing:
+    """Measures and notes in one."""
+
+    def observe(self: Allocation, block: int, task: LinearTask, pattern: Pattern) -> None:
+        """Take note of a dense linear of the block number ``block``."""
+        self.note(block, task.name, task.weight_OD.numel(), self.measure(task, pattern))
+
+
 @dataclass
-class Owl:
+class Owl(Observing):
     """Outlier-weighed layerwise sparsity (Yin et al., ICML 2024): blocks with many outliers are pruned less.
 
     A weight is an outlier if |W_ij| ||X_j|| exceeds M times the mean over its block (eq. 2). The outlier ratios of the
@@ -57,13 +69,16 @@ class Owl:
     _ratios: list[float] = field(default_factory=list, init=False)
     _scores: list[Tensor] = field(default_factory=list, init=False)
 
-    def observe(self, block: int, task: LinearTask, pattern: Pattern) -> None:
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
+        """See ``Allocation``: the score of every weight."""
+        return wanda_score(task.weight_OD, task.hessian).float().flatten().cpu()
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
         """See ``Allocation``. The linears of a block must come one after the other."""
         if block not in self._sizes:
             self._end_block()
-        self._sizes.setdefault(block, {})[task.name] = task.weight_OD.numel()
-        # A block's scores wait for its mean in main memory.
-        self._scores.append(wanda_score(task.weight_OD, task.hessian).float().flatten().cpu())
+        self._sizes.setdefault(block, {})[name] = size
+        self._scores.append(measured)  # a block's scores wait for its mean
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
@@ -90,7 +105,7 @@ class Owl:
 
 
 @dataclass
-class ByLoss:
+class ByLoss(Observing):
     """One threshold for the whole model: weights compete by what its loss feels of their removal.
 
     The saliency of a weight is r_o w_oi^2 / K_ii, K = H^-1: that of the optimal brain surgeon (Hassibi & Stork, 1993)
@@ -108,12 +123,15 @@ class ByLoss:
     _saliencies: dict[str, Tensor] = field(default_factory=dict, init=False)
     _sizes: dict[str, int] = field(default_factory=dict, init=False)
 
-    def observe(self, block: int, task: LinearTask, pattern: Pattern) -> None:
-        """See ``Allocation``. The quantiles of a linear's saliencies are kept, not the saliencies."""
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
+        """See ``Allocation``: quantiles of the saliencies."""
         sorted_N = saliency_by_loss(task).flatten().sort().values
         place_Q = torch.linspace(0, len(sorted_N) - 1, QUANTILES, device=sorted_N.device).round().long()
-        self._saliencies[task.name] = sorted_N[place_Q].cpu()
-        self._sizes[task.name] = len(sorted_N)
+        return sorted_N[place_Q].cpu()
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
+        """See ``Allocation``."""
+        self._saliencies[name], self._sizes[name] = measured, size
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
@@ -130,7 +148,7 @@ class ByLoss:
 
 
 @dataclass
-class KeepDense:
+class KeepDense(Observing):
     """Linears that stay dense where the others have a pattern n:m, which leaves no sparsity to share out.
 
     A linear loses the saliencies (those of ``ByLoss``) of the weights that its pattern would take, were they the least
@@ -146,13 +164,17 @@ class KeepDense:
     _sparsity: dict[str, float] = field(default_factory=dict, init=False)
     _sizes: dict[str, int] = field(default_factory=dict, init=False)
 
-    def observe(self, block: int, task: LinearTask, pattern: Pattern) -> None:
-        """See ``Allocation``."""
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
+        """See ``Allocation``: the loss, and the pattern's sparsity."""
         assert isinstance(pattern, NM), "a recipe checks it"
         group_NM = saliency_by_loss(task).reshape(-1, pattern.m)
-        self._loss[task.name] = float(group_NM.sort(dim=1).values[:, : pattern.m - pattern.n].sum())
-        self._sizes[task.name] = group_NM.numel()
-        self._sparsity[task.name] = pattern.sparsity
+        lost = group_NM.sort(dim=1).values[:, : pattern.m - pattern.n].sum()
+        return torch.stack([lost.cpu(), torch.tensor(pattern.sparsity, dtype=torch.float64)])
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
+        """See ``Allocation``."""
+        self._loss[name], self._sparsity[name] = measured.tolist()
+        self._sizes[name] = size
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""

@@ -60,7 +60,7 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
 
         text = str(error) or "interrupted"
         JsonLog(sys.stderr).write("error", kind=type(error).__name__, message=text, exit_code=status)
-    else:
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes on a machine, all have the same to say
         Console(stderr=True, soft_wrap=True).print(message)
     return status
 
@@ -133,6 +133,8 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
     report = optima.prune(
         model, recipe, output_dir=output_dir, callbacks=callbacks, progress=log_format == "text", **options
     )
+    if report.run.processes > 1 and os.environ["RANK"] != "0":
+        return
     _say(render_summary(report))
     _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
     if repo is not None:

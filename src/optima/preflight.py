@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.build import pattern_table
 from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
@@ -24,6 +25,8 @@ from optima.selectors.external import External
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048
 BATCH_SIZE = 8
+# Of several processes, the largest part of the sequences, relative to equal parts.
+MOST_UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,27 @@ def check_finite(linears: Sequence[Linear]) -> None:
                 f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
                 f"with --ignore '{re.escape(linear.name)}'"
             )
+
+
+def own_batches(tokens_NL: Tensor, batch_size: int, ranks: Ranks) -> tuple[Sequence[Tensor], bool]:
+    """The batches of this process, and whether they are those of one process that has them all.
+
+    They are, unless that leaves too much to one of them.
+
+    Raises:
+        RecipeError: unless every process has a sequence.
+    """
+    count = len(tokens_NL)
+    if count < ranks.size:
+        raise RecipeError(
+            f"{ranks.size} processes share {count} calibration sequences: start {count} at most, or raise "
+            "--num-calibration-samples"
+        )
+    batches = tokens_NL.split(batch_size)
+    most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
+    if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
+        return batches[ranks.part(len(batches))], True
+    return tokens_NL[ranks.part(count)].split(batch_size), False
 
 
 def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:

@@ -139,12 +139,13 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
     text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
     text += [f"{run.skipped_records:,} records without text skipped"] if run.skipped_records else []
+    device = run.device if run.processes == 1 else f"{run.processes} processes, the first on {run.device}"
     rows = [
         ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the pruned linears"),
         ("sparsity", f"{report.sparsity:.4%}, asked {report.sparsity_asked:.4%}"),
         ("source", ", ".join(part for part in source if part)),
         ("calibration", ", ".join(text)),
-        ("device, dtype", f"{run.device}, {run.dtype}"),
+        ("device, dtype", f"{device}, {run.dtype}"),
         ("peak memory", num_bytes(run.peak_memory_bytes)),
         ("time", f"{duration(run.seconds)}, {duration(sum(linear.seconds for linear in linears))} of it on linears"),
         ("finished", run.created),
