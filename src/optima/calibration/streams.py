@@ -14,6 +14,7 @@ from torch import Tensor
 
 from optima.calibration.probe import Probe, hidden_of
 from optima.calibration.store import Store
+from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
 
@@ -36,6 +37,8 @@ class Streams:
         calls: ``calls[block][batch]``, of the blocks that are needed; equal tensors are stored once.
         carried: for each batch, what blocks returned for later ones besides hidden states, by (block, place).
         store: where hidden states and what is carried wait; copies and parts share it.
+        ranks: the processes that sequences are split over: these are the ones of this process.
+        samples: how many sequences each of them has; empty if there is one.
     """
 
     probe: Probe
@@ -44,6 +47,19 @@ class Streams:
     calls: list[list[Call]]
     carried: list[dict[tuple[int, int], Tensor]]
     store: Store = field(default_factory=Store)
+    ranks: Ranks = ALONE
+    samples: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of all processes; sequences are equally long."""
+        own = sum(samples * length for samples, length in self.sizes)
+        return sum(self.samples) * self.sizes[0][1] if self.samples else own
+
+    @property
+    def tokens_before(self) -> int:
+        """Those of processes of lower rank."""
+        return sum(self.samples[: self.ranks.rank]) * self.sizes[0][1]
 
     def copy(self) -> Streams:
         """Streams that advance on their own; the tensors they hold are shared."""
@@ -54,7 +70,7 @@ class Streams:
         calls = [[called[batch] for batch in batches] for called in self.calls]
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
         carried = [dict(self.carried[batch]) for batch in batches]
-        return Streams(self.probe, sizes, hidden, calls, carried, self.store)
+        return Streams(self.probe, sizes, hidden, calls, carried, self.store, self.ranks, self.samples)
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""

@@ -20,7 +20,13 @@ Read = Callable[[], Mapping[str, Tensor]]
 
 
 class Weights(Protocol):
-    """Who gives a model its weights when they are wanted."""
+    """Who gives a model its weights when they are wanted.
+
+    Attributes:
+        note: what a report must tell of them.
+    """
+
+    note: str | None
 
     @contextmanager
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
@@ -41,8 +47,8 @@ class Weights(Protocol):
 class Resident:
     """The whole model is in main memory: a block moves to the device and back."""
 
-    def __init__(self, model: nn.Module | None = None) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module | None = None, note: str | None = None) -> None:
+        self.model, self.note = model, note
 
     @contextmanager
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
@@ -88,6 +94,7 @@ class Streamed:
 
     def __init__(self, checkpoint: Checkpoint, blocks: Sequence[Block]) -> None:
         self.checkpoint = checkpoint
+        self.note: str | None = None
         self._replaced: dict[str, Read] = {}
         self._kept: list[str] = []
         self._reading = False
@@ -210,26 +217,25 @@ class Streamed:
 
 
 def open_weights(
-    source: Source, structure: PreTrainedModel, dtype: str, kind: str = "auto"
-) -> tuple[PreTrainedModel, Weights, str | None]:
-    """The model of ``source``, who gives it its weights, and why that is not as asked.
+    source: Source, structure: PreTrainedModel, dtype: str, whole: str | None = None
+) -> tuple[PreTrainedModel, Weights]:
+    """The model of ``source`` and who gives it its weights: from disk, where that can be.
 
     Args:
         source: where it is from.
         structure: its skeleton.
         dtype: of the weights; ``auto`` keeps the checkpoint's own.
-        kind: ``resident``; or ``auto``: streamed, where that can be.
+        whole: why it must be held in main memory, if it must.
 
     Raises:
         ModelError: if the weights cannot be found or read.
     """
-    why = None
-    if kind != "resident":
+    if whole is None:
         try:
             checkpoint = open_checkpoint(source, structure, dtype)
             blocks = [block for stack in find_stacks(checkpoint.model) for block in stack.blocks]
-            return checkpoint.model, Streamed(checkpoint, blocks), None
+            return checkpoint.model, Streamed(checkpoint, blocks)
         except UnstreamableError as error:
-            why = f"the whole model was held in main memory, not streamed: {error}"
+            whole = str(error)
     model = load_model(source, dtype)
-    return model, Resident(model), why
+    return model, Resident(model, f"the whole model was held in main memory: {whole}")
