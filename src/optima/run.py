@@ -22,6 +22,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches, given_text
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import own_text
+from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
@@ -30,6 +31,7 @@ from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods
+from optima.memory import batch_size, host_memory
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible, sync
 from optima.models.journal import Journal
@@ -44,13 +46,12 @@ from optima.models.source import (
     note_of_dtype,
 )
 from optima.models.stacks import Linear, Stack
-from optima.models.weights import Resident, Weights, open_weights
+from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
     Calibration,
     Preflight,
-    batch_size,
     check_dump,
     check_finite,
     chosen_stacks,
@@ -152,7 +153,9 @@ def prune(
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
+        job.store = _store(checked, network, weights, destination)
         _prune_stacks(network, checked, batches, job, ranks)
+        job.notes.extend(job.store.notes)
         seconds = time.perf_counter() - started + job.resumed_seconds
         most = max(ranks.gather(memory.peak()))
         report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
@@ -255,12 +258,7 @@ def _read(
 
 
 def _network(checked: _Checked, whole: str | None = None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
-    """The model, who gives it its weights, and what the report says of where they are from.
-
-    Args:
-        checked: the run.
-        whole: why it must be held in main memory whole, if it must.
-    """
+    """The model, who gives it its weights, and what the report says of them; ``whole``: why they are not streamed."""
     source = checked.source
     model = checked.structure
     if source is None:
@@ -282,6 +280,13 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):
         job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
     return job
+
+
+def _store(checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None) -> Store:
+    """For activations, with the memory that weights and work leave; its files are beside the output."""
+    recipe, streamed = checked.recipe, isinstance(weights, Streamed)
+    memory = host_memory(network, checked.found.blocks, recipe, checked.methods, network.dtype, streamed)
+    return Store(memory.left(recipe.memory_budget), None if destination is None else destination.journal.parent)
 
 
 def _prune_stacks(

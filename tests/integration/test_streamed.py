@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import optima
 import optima.run
+from optima.errors import RecipeError
 from optima.models.checkpoint import Checkpoint
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
@@ -141,3 +142,22 @@ def test_what_cannot_be_streamed_is_held_in_memory_and_noted(tmp_path: Path) -> 
     assert weights.note == (
         "the whole model was held in main memory: there is neither model.safetensors nor model.safetensors.index.json"
     )
+
+
+def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_llama().bfloat16().save_pretrained(tmp_path / "model")
+    expected = pruned(tmp_path / "model", tmp_path / "free", **EVERYTHING)
+    monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
+    found = pruned(tmp_path / "model", tmp_path / "kept", memory_budget="600MiB", **EVERYTHING)
+    assert [name for name in found if found[name] != expected[name]] == ["recipe.yaml"]
+    notes = optima.load_report(tmp_path / "kept").run.notes
+    assert any(note.startswith("activations beyond the main memory left for them waited in files") for note in notes)
+
+
+def test_a_budget_below_what_weights_take_is_refused(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"memory_budget 0\.00 GiB is less than the 0\.50 GiB that libraries"):
+        pruned(tmp_path / "model", tmp_path / "out", memory_budget="1MiB")
+    assert not (tmp_path / "out").exists()

@@ -205,7 +205,7 @@ def _sweep(
                 part.hidden = kept.pop()
                 if residual:
                     product_EE = _second_moment(gradients, device)
-                    found.residual[block.name] = found.residual.get(block.name, 0.0) + product_EE
+                    found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
                 with weights.on(block, device):
                     _through(block, part, gradients, device, found)
     return found

@@ -56,6 +56,12 @@ class Store:
         weakref.finalize(tensor, self._forget, id(tensor)).atexit = False
         return tensor
 
+    @property
+    def notes(self) -> list[str]:
+        """For a report: what waited in files, if anything did."""
+        text = f"activations beyond the main memory left for them waited in files: {self.most_mapped:,} bytes at most"
+        return [text] if self.most_mapped else []
+
     def _forget(self, key: int) -> None:
         size, is_mapped = self._known.pop(key)
         if is_mapped:
