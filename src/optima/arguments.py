@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -14,10 +15,20 @@ from typing import Any, NoReturn
 import optima
 from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
-from optima.recipe import DTYPES, GROUPS, SHIPPED, Recipe, must_be, read_recipe, recipe_from_dict
+from optima.recipe import DTYPES, GROUPS, Recipe, must_be, recipe_from_dict
+from optima.recipe_files import read_recipe
 from optima.reporting.trackers import TRACKERS
 
+_logger = logging.getLogger("optima")
+
 LOG_FORMATS = ("text", "json")
+
+RECIPE_ACTIONS = {
+    "list": "those that ship, a line each",
+    "show": "the YAML of one, to change and save",
+    "validate": "refuse what a run would refuse of a file",
+    "schema": "a JSON schema for editors",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +91,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
     option("--resume", action=argparse.BooleanOptionalAction, help=text)
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
+    option("--push-to-hub", metavar="REPO", help="then publish it; who may is asked before the run, see optima push")
+    option("--private", action="store_true", help="in a private repository, if it is made now")
     text = "what stderr gets while it runs: a live line or a line a block, or one JSON object a line (default: text)"
     option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=f"{', '.join(LOG_FORMATS)}: {text}")
     text = "experiment trackers that get each block's errors, gaps and seconds (default: none)"
@@ -108,6 +121,17 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("directory", metavar="DIR", help="what optima pack wrote")
     _add_output(option, "unpacked")
 
+    option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
+    option("directory", metavar="DIR", help="what optima prune or optima pack wrote")
+    option("repo", metavar="REPO", help="name, or owner/name; made if it is not there")
+    option("--private", action="store_true", help="make a new repository private (default: as your settings say)")
+    option("--overwrite", action="store_true", help="replace a model that no run of OPTIMA put there")
+    option("--message", metavar="TEXT", help="of the commit")
+
+    option = add("recipe", "list, show and check recipes", "list | show NAME | validate FILE | schema")
+    option("action", choices=RECIPE_ACTIONS, metavar="ACTION", help=_named(RECIPE_ACTIONS))
+    option("name", nargs="?", metavar="NAME", help="for show and validate: a recipe that ships, or a file")
+
     option = add("demo", "prune a real small model from the package registry and compare", "[--output-dir DIR]")
     text = "where the sparse checkpoint and its report go (default: demo-output)"
     option("--output-dir", default="demo-output", metavar="DIR", help=text)
@@ -120,8 +144,7 @@ def _add_eval(option: Callable[..., Any]) -> None:
     option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
     option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
     option("--text-column", metavar="NAME", help="column that holds the text (default: text)")
-    protocols = "; ".join(f"{name}: {text}" for name, text in PROTOCOLS.items())
-    option("--protocol", metavar="NAME", help=f"{protocols} (default: {next(iter(PROTOCOLS))})")
+    option("--protocol", metavar="NAME", help=f"{_named(PROTOCOLS)} (default: {next(iter(PROTOCOLS))})")
     option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
     option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
     text = "KL divergence from the first model and share of equal top-1 predictions; two models are in memory at once"
@@ -143,6 +166,11 @@ def _add_eval(option: Callable[..., Any]) -> None:
     option("--overwrite", action="store_true", help="replace results that were written before")
 
 
+def _named(about: Mapping[str, str]) -> str:
+    """Names and what they mean, for the help."""
+    return "; ".join(f"{name}: {text}" for name, text in about.items())
+
+
 def _add_output(option: Callable[..., Any], suffix: str) -> None:
     option("--output-dir", metavar="DIR", help=f"where it goes (default: the name with -{suffix} behind)")
     option("--overwrite", action="store_true", help="replace an earlier output in that place")
@@ -150,7 +178,7 @@ def _add_output(option: Callable[..., Any], suffix: str) -> None:
 
 def _add_recipe(parser: _Parser) -> None:
     """An option for each field of a recipe, group by group."""
-    text = f"YAML file with any of the options below, or {', '.join(SHIPPED)}; the command line overrides it"
+    text = "YAML file with any of the options below, or one of optima recipe list; the command line overrides it"
     parser.add_argument("--recipe", metavar="NAME", help=text)
     groups = {name: parser.add_argument_group(f"{name} ({about})") for name, about in GROUPS.items()}
     for field in dataclasses.fields(Recipe):
@@ -188,6 +216,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         values.pop("sparsity", None)
         if all(":" in entry.rpartition("=")[2] for entry in given["pattern"]):
             values.pop("scope", None)  # n:m has none
+        _drop_allocation(values, given, path)
     if "sparsity" in given:
         values.pop("pattern", None)
     # What belongs to a method goes with it.
@@ -199,3 +228,15 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         if given.get(option, method) != method:
             values.pop(own, None)
     return recipe_from_dict(values | given)
+
+
+def _drop_allocation(values: dict[str, Any], given: dict[str, Any], path: str) -> None:
+    """An allocation of the file shares out one unstructured sparsity; a pattern given without one ends it."""
+    one_sparsity = len(given["pattern"]) == 1 and not set(":=") & set(given["pattern"][0])
+    if values.get("allocation", "uniform") == "uniform" or "allocation" in given or one_sparsity:
+        return
+    _logger.warning(
+        "recipe %s shares out one sparsity, and pattern %s is none: its allocation %s is left out",
+        path, " ".join(given["pattern"]), values.pop("allocation"),
+    )  # fmt: skip
+    values.pop("allocation_spread", None)

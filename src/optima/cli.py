@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from optima.errors import OptimaError
 from optima.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
+    from optima.evaluation.record import Evaluation
     from optima.reporting.callbacks import Callback
     from optima.reporting.record import Report
 
@@ -58,7 +60,7 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
 
         text = str(error) or "interrupted"
         JsonLog(sys.stderr).write("error", kind=type(error).__name__, message=text, exit_code=status)
-    else:
+    elif os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes on a machine, all have the same to say
         Console(stderr=True, soft_wrap=True).print(message)
     return status
 
@@ -115,17 +117,33 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
     from optima.reporting.trackers import find_trackers
 
     options = {name: given.pop(name) for name in ("overwrite", "resume", "dump_layer") if name in given}
+    repo, private = given.pop("push_to_hub", None), given.pop("private", None)
     recipe = recipe_of(given)
     callbacks: list[Callback] = [*find_trackers(report_to)]
     _quiet_console()
+    if repo is not None:
+        from optima.hub import check_push
+
+        repo = check_push(repo)
+    elif private:
+        raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
     if log_format == "json":
         callbacks.append(log := JsonLog(sys.stderr))
         log.take_over()
     report = optima.prune(
         model, recipe, output_dir=output_dir, callbacks=callbacks, progress=log_format == "text", **options
     )
+    if report.run.processes > 1 and os.environ["RANK"] != "0":
+        return
     _say(render_summary(report))
     _say(f"checkpoint and report: {output_dir} (report.html, report.md, report.json)")
+    if repo is not None:
+        _push(output_dir, repo, private=private)
+
+
+def _push(directory: str, repo: str, **given: Any) -> None:
+    _quiet_console()
+    _say(f"published: {optima.push(directory, repo, **given)}")
 
 
 def _plan(model: str, measure: bool = False, **given: Any) -> None:
@@ -153,10 +171,22 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     found = evaluate(settings)
     try:
         files = [found.save(place) for place in places]
+        cards = _update_cards(found, settings.models) if save else []
     finally:
         print_tables(found, console)  # hours of work, whatever becomes of the files
     if files:
-        console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+        console.print(f"written: {', '.join(map(str, [*files, *cards]))}", soft_wrap=True)
+
+
+def _update_cards(found: Evaluation, models: Sequence[str]) -> list[Path]:
+    """The cards of those models that OPTIMA made; each is brought up to date."""
+    from optima.evaluation.card import update_card
+    from optima.reporting.model_card import CARD_NAME
+    from optima.reporting.record import REPORT_NAME
+
+    places = {model: Path(model).expanduser() for model in models}
+    made = {model: place for model, place in places.items() if (place / REPORT_NAME).is_file()}
+    return [place / CARD_NAME for model, place in made.items() if update_card(place, found, model)]
 
 
 def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bool) -> list[Path]:
@@ -211,6 +241,26 @@ def _unpack(**given: Any) -> None:
     print(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
 
 
+def _recipe(action: str, name: str | None = None) -> None:
+    from optima.recipe_files import describe_shipped, load_recipe, recipe_schema, recipe_text
+
+    if name is None and action in ("show", "validate"):
+        raise OptimaError(f"optima recipe {action} needs a name: one of optima recipe list, or a file")
+    if name is not None and action in ("list", "schema"):
+        raise OptimaError(f"optima recipe {action} takes no name, got {name}")
+    if action == "list":
+        found = describe_shipped()
+        width = max(map(len, found))
+        _say("\n".join(f"{shipped:{width}}  {text}" for shipped, text in found.items()))
+    elif action == "show":
+        _say(recipe_text(str(name)).rstrip())
+    elif action == "schema":
+        _say(json.dumps(recipe_schema(), indent=2))
+    else:
+        load_recipe(str(name))
+        _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name} checks")
+
+
 def _demo(output_dir: str) -> None:
     console = _quiet_console()
     from optima.demo import run_demo
@@ -225,6 +275,8 @@ COMMANDS: dict[str, Command] = {
     "report": _report,
     "pack": _pack,
     "unpack": _unpack,
+    "push": _push,
+    "recipe": _recipe,
     "demo": _demo,
 }
 

@@ -303,7 +303,7 @@ class TestMarkdown:
     def test_tables_are_rectangular_and_aligned(self) -> None:
         text = render_markdown(report(linear(), linear("mlp.a|b", 12, rows_not_converged=1), unsolved(block=3)))
         tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-        assert len(tables) == 5
+        assert len(tables) == 6
         for lines in tables:
             assert len({len(line) for line in lines}) == 1
             assert len({line.replace("\\|", "").count("|") for line in lines}) == 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
+from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Stack
 
@@ -25,7 +26,9 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
 
 @torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
-def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bool = False) -> Streams:
+def capture(
+    model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bool = False, ranks: Ranks = ALONE
+) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
     The whole model runs on ``PROBE_LENGTH`` tokens, then its blocks one by one; the outputs must agree. On the batches
@@ -36,12 +39,14 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bo
         stack: one of its stacks, with the linears to prune; blocks behind the last of them are left out.
         batches: token ids, (B, L) int64 each.
         whole: no block is left out.
+        ranks: the processes that each have batches of their own, of sequences that are equally long.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
             than can be carried from block to block.
     """
-    tokens_1L = batches[0][:1, :PROBE_LENGTH]
+    # The same in every process: they must find the same groups.
+    tokens_1L = ranks.from_first(lambda: batches[0][:1, :PROBE_LENGTH])
     probe = look(model, stack, tokens_1L)
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
     trial = _record(model, blocks, [tokens_1L], probe)
@@ -53,7 +58,10 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bo
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    return _record(model, blocks, batches, probe)
+    streams = _record(model, blocks, batches, probe)
+    if ranks.size > 1:
+        streams.ranks, streams.samples = ranks, tuple(ranks.gather(sum(map(len, batches))))
+    return streams
 
 
 def _record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor], probe: Probe) -> Streams:
