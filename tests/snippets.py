@@ -3,8 +3,8 @@
 * ``optima`` runs in this process, on what the page names. A model, a text or an output that is not there is made first.
 * Recipes are cut to a few short sequences, evaluations to short windows.
 * ``pip`` and ``make`` are not called: what they name must exist. Everything else goes to bash.
-* Python runs in one namespace a page, which has a ``model``, its ``tokenizer``, a ``recipe`` and ``documents``; there are
-  a directory ``model`` and a file ``text.txt``.
+* Python runs in one namespace a page, which has a ``model``, its ``tokenizer``, a ``recipe`` and ``documents``. There
+  are a directory ``model`` and a file ``text.txt``.
 
 A comment in front of a block says otherwise: ``<!-- file: NAME -->`` (the block is a file), ``<!-- not run: why -->``.
 """
