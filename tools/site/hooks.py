@@ -20,7 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from optima.cli import COMMANDS, main
-from optima.recipe import SHIPPED
+from optima.recipe_files import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 # Pages of the repository that are not in docs/, and where the site has them.
