@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import finish_ranks, free_port
-from torch import Tensor
+from torch import Tensor, nn
 
+from optima.calibration.reduction import reduce_statistics
+from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
 from optima.errors import CalibrationError, OptimaError, RankError, RecipeError
+from optima.models.stacks import ModuleLinear
 
 SIZE = 3
 
@@ -94,7 +97,38 @@ def add(ranks: Ranks) -> None:
         assert torch.equal(matrix_DD.tril(), whole_DD.tril())
 
 
-@pytest.mark.parametrize("work", [exchange, add])
+def inputs_of(rank: int) -> Tensor:
+    return torch.randn(4 + rank, 6, generator=torch.Generator().manual_seed(rank))
+
+
+def reduce(ranks: Ranks) -> None:
+    """The last process was given no token of one group; all solve another together."""
+    linears = [
+        ModuleLinear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))
+    ]
+    accumulators = {linear.name: Accumulator() for linear in linears}
+    for name, accumulator in accumulators.items():
+        if name != "d" and not (name == "a" and ranks.rank == 2):
+            accumulator.add(inputs_of(ranks.rank))
+            accumulator.sample.append(inputs_of(ranks.rank)[:1])
+    untold = {"b"} if ranks.rank == 1 else set()
+    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], ranks, torch.device("cpu"))
+    assert untold == {"b"}
+    assert owners["c"] is None
+    for name, accumulator in accumulators.items():
+        found = accumulator.finish(0.01)
+        if name == "d" or owners[name] not in (None, ranks.rank):
+            assert found is None
+            continue
+        assert found is not None
+        all_TD = torch.cat([inputs_of(rank) for rank in range(2 if name == "a" else 3)])
+        assert found.tokens == len(all_TD)
+        assert torch.allclose(found.hessian.matrix_DD, (all_TD.mT @ all_TD / len(all_TD)).double())
+        assert found.sample_ND is not None
+        assert torch.equal(found.sample_ND, torch.stack([inputs_of(n)[0] for n in range(2 if name == "a" else 3)]))
+
+
+@pytest.mark.parametrize("work", [exchange, add, reduce])
 def test_values_arrive(work: Callable[[Ranks], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.distributed.STRIP_BYTES", 3 * 7 * 8)  # of a matrix of 7 rows, 3 at a time
     assert in_processes(work) == [0, 0, 0]
