@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import finish_ranks, free_port
+from ranks import in_processes
 from torch import Tensor, nn
 
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
-from optima.errors import CalibrationError, OptimaError, RankError, RecipeError
+from optima.errors import CalibrationError, RecipeError
 from optima.models.stacks import ModuleLinear
 
 SIZE = 3
@@ -39,33 +38,6 @@ def is_of(value: Value, rank: int) -> bool:
     own = value_of(rank)
     alike = torch.equal(value.tensor, own.tensor) and torch.equal(value.mask, own.mask)
     return value.name == own.name and alike and value.again is value.tensor
-
-
-def in_processes(work: Callable[[Ranks], object]) -> list[int]:
-    """What each exits with: 0, 2 for an ``OptimaError``, 3 for a ``RankError``."""
-    port, children = str(free_port()), []
-    for rank in range(SIZE):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        code = 99
-        try:
-            names = {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update(names)
-            with joined() as ranks:
-                work(ranks)
-            code = 0
-        except RankError:
-            code = 3
-        except OptimaError as error:
-            Path(f"said{rank}").write_text(str(error))
-            code = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return finish_ranks(children)
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +103,7 @@ def reduce(ranks: Ranks) -> None:
 @pytest.mark.parametrize("work", [exchange, add, reduce])
 def test_values_arrive(work: Callable[[Ranks], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.distributed.STRIP_BYTES", 3 * 7 * 8)  # of a matrix of 7 rows, 3 at a time
-    assert in_processes(work) == [0, 0, 0]
+    assert in_processes(SIZE, work) == [0, 0, 0]
 
 
 def test_an_error_of_one_is_raised_by_all() -> None:
@@ -140,7 +112,7 @@ def test_an_error_of_one_is_raised_by_all() -> None:
             raise CalibrationError("bad sample")
         ranks.gather(None)
 
-    assert in_processes(work) == [2, 2, 2]
+    assert in_processes(SIZE, work) == [2, 2, 2]
     assert Path("said0").read_text() == "bad sample (said by process 1 of 3)"
     assert Path("said1").read_text() == "bad sample"
 
@@ -150,7 +122,7 @@ def test_an_error_at_the_very_end_is_raised_by_all() -> None:
         if ranks.first:
             raise CalibrationError("the disk is full")
 
-    assert in_processes(work) == [2, 2, 2]
+    assert in_processes(SIZE, work) == [2, 2, 2]
 
 
 def test_where_one_dies_the_others_end() -> None:
@@ -159,18 +131,18 @@ def test_where_one_dies_the_others_end() -> None:
             os._exit(7)
         ranks.gather(None)
 
-    assert in_processes(work) == [3, 7, 3]
+    assert in_processes(SIZE, work) == [3, 7, 3]
 
 
 def test_what_cannot_be_sent_is_said() -> None:
-    assert in_processes(lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
+    assert in_processes(SIZE, lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
     assert "cannot be sent to another process" in Path("said2").read_text()
 
 
 def test_a_device_is_for_each() -> None:
-    assert in_processes(lambda ranks: ranks.on("cpu")) == [0, 0, 0]
+    assert in_processes(SIZE, lambda ranks: ranks.on("cpu")) == [0, 0, 0]
     if not torch.cuda.is_available():
-        assert in_processes(lambda ranks: ranks.on("cuda:0")) == [2, 2, 2]
+        assert in_processes(SIZE, lambda ranks: ranks.on("cuda:0")) == [2, 2, 2]
 
 
 def test_one_process_has_it_all() -> None:
