@@ -184,6 +184,21 @@ class TestPrune:
         assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
         assert weight_files(Path("again")) == weight_files(Path("out"))
 
+    def test_keep_dense_leaves_whole_linears(self) -> None:
+        before = load_weights(Path("model"))
+        weights = prune("--pattern", "2:4", "--objective", "loss", "--keep-dense", "0.3")
+        report = load_report(Path("out"))
+        pruned = {linear.name for linear in report.linears}
+        dense = {name.removesuffix(".weight") for name in before if "proj" in name} - pruned
+        assert dense
+        assert all(torch.equal(before[f"{name}.weight"], weights[f"{name}.weight"]) for name in dense)
+        assert sum(before[f"{name}.weight"].numel() for name in dense) <= 0.3 * sum(
+            weight.numel() for name, weight in before.items() if "proj" in name
+        )
+        assert all(linear.sparsity == 0.5 for linear in report.linears)
+        (note,) = report.run.notes
+        assert all(name in note for name in dense)
+
     def test_the_survey_leaves_no_trace(self) -> None:
         """With a spread that moves no weight, the bits are those of the uniform allocation."""
         uniform = prune("--sparsity", "0.6")
