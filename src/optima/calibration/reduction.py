@@ -32,23 +32,26 @@ class _Counts(NamedTuple):
 
 
 def reduce_statistics(
-    accumulators: Mapping[str, Accumulator], untold: set[str], block: Block, streams: Streams, device: torch.device
+    accumulators: Mapping[str, Accumulator],
+    untold: set[str],
+    groups: Sequence[Sequence[Linear]],
+    ranks: Ranks,
+    device: torch.device,
 ) -> dict[str, int | None]:
     """Bring the sums of all processes together: each group's at its owner, or at all if they solve it together.
 
     What is left elsewhere is empty. Sums are float64, so that only their last digits depend on the order.
 
     Args:
-        accumulators: of each group of the block, by its first linear; changed in place.
+        accumulators: of each group, by its first linear; changed in place.
         untold: names of groups whose tokens could not be told apart here; those of other processes are added.
-        block: on ``device``.
-        streams: of this process.
+        groups: linears with one input each, the same in all processes.
+        ranks: the processes.
         device: where the sums are.
 
     Returns:
         The owner of each group, by its first linear; None: all processes.
     """
-    ranks, groups = streams.ranks, streams.groups(block)
     names = [group[0].name for group in groups]
     if ranks.size == 1:
         return dict.fromkeys(names, 0)

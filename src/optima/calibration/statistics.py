@@ -128,7 +128,7 @@ def observe(
         with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
             streams.run(block, batch, device)
     with stopwatch("reduce") if streams.ranks.size > 1 else nullcontext():
-        owners = reduce_statistics(watch.accumulators, watch.untold, block, streams, device)
+        owners = reduce_statistics(watch.accumulators, watch.untold, streams.groups(block), streams.ranks, device)
     # What all do together comes first: nobody waits in it for one who works alone.
     for group in sorted(streams.groups(block), key=lambda group: owners[group[0].name] is not None):
         name = group[0].name
