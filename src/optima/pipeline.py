@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optima.allocation import Allocation
+from optima.calibration.expert_statistics import TokenWeights, observe_experts, routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.statistics import Found, observe
@@ -17,6 +18,7 @@ from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
+from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.models.writer import Writer
@@ -38,6 +40,7 @@ class Job:
         patterns: the pattern of each linear by its full name.
         device: where blocks are calibrated and solved.
         damping: of the hessians, relative to their mean diagonal.
+        expert_tokens: fewer tokens at an expert are noted.
         sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
         progress: is told of every linear and block.
         weights: brings blocks to the device.
@@ -65,6 +68,7 @@ class Job:
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     resumed_seconds: float = 0.0
+    expert_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.device)  # of what happens outside the blocks
@@ -177,7 +181,7 @@ class Job:
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
-        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+        for found in self._each(block, streams, clock):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
                 what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
@@ -186,8 +190,17 @@ class Job:
                     self.notes.append(note)
             yield found
 
+    def _each(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
+        """Of modules that every token reaches, then of experts, each of which is dense until its own are given."""
+        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+            if found.recorded is None:
+                yield found
+            else:
+                weights = TokenWeights(block, streams, self.sink_weight, self.loss)
+                yield from observe_experts(found.recorded, weights, self.device, self.damping, clock)
+
     def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
-        gradients, keeps = {}, {}
+        gradients, keeps, routed = {}, {}, dict[str, int]()
         if block.linears and "gradient" in needs_of(self.methods.selector):
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
@@ -209,4 +222,7 @@ class Job:
                 self.notes.extend(result.notes)
                 self.progress.linear(self.linears[-1])
                 keeps[linear.name] = result.keep_OD
+                if isinstance(linear, ExpertLinear):
+                    routed[linear.name] = found.statistics.tokens
+        self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
         return keeps

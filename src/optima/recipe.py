@@ -34,6 +34,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 LEARNING_RATE = 3e-3
+EXPERT_TOKENS = 256
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
 
 # The recipes that come with the package, by name.
@@ -137,6 +138,8 @@ class Recipe:
     text_column: str = _option("calibration", "text", "column that holds the text")
     num_calibration_samples: Count = _option("calibration", 128, "number of calibration sequences")
     max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
+    expert_tokens: Seed = _option(
+        "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = _option(
         "calibration", None, "sequences in one forward pass", shown="8; on a CPU as many as have 2,048 tokens")
     seed: Seed = _option("calibration", 0, "seed of the choice of text")

@@ -116,7 +116,7 @@ def prune(
         check_vocabulary(checked.structure, text.tokens_NL)
         network, origin = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-        job.tuning = build_tuning(recipe)
+        job.tuning, job.expert_tokens = build_tuning(recipe), recipe.expert_tokens
         job.notes.extend(found.notes)
         if calibration is not None:
             job.notes.append(GIVEN_NOTE)

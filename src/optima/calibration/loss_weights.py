@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import differentiable, forward_replaced
 from optima.errors import ModelError
-from optima.models.stacks import Block, Stack
+from optima.models.experts import ExpertLinear
+from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -55,12 +57,14 @@ class LossWeights:
         loss: whose gradients they are, in words.
         tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
             Groups that are not given every token, as experts, have none.
+        routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
     """
 
     loss: str
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
 
@@ -72,6 +76,21 @@ class LossWeights:
         tempered = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
         total = sum(float(own_T.sum()) for own_T in tempered)
         return [own_T * (sum(map(len, tempered)) / total) for own_T in tempered] if total else None
+
+    def of_routed(self, name: str, sizes: Sequence[int]) -> list[Tensor] | None:
+        """As ``of_tokens`` at an expert's linear ``name``: of each batch's ``sizes`` tokens, wherever they were routed.
+
+        A token that the dense model sent elsewhere has the mean of the expert's, which is 1.
+        """
+        pairs = self.routed.get(name, [])
+        squares_T = torch.cat([own_T for _, own_T in pairs]) if pairs else torch.zeros(0)
+        mean = float(squares_T.pow(POWER).mean()) if len(squares_T) else 0.0
+        if not mean:
+            return None
+        weights = [torch.ones(size) for size in sizes]
+        for weight_T, (tokens_T, own_T) in zip(weights, pairs, strict=True):
+            weight_T[tokens_T] = own_T.pow(POWER) / mean
+        return weights
 
     def effective_tokens(self, name: str) -> float | None:
         """(sum s)^2 / sum s^2 of the tempered weights: so many equal tokens would tell as much."""
@@ -224,22 +243,53 @@ def _second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return product_EE.cpu()
 
 
+class _Notes:
+    """Squares of the gradients at a block's linears: of rows at once, of tokens once all batches were through."""
+
+    def __init__(self, block: Block, streams: Streams, found: LossWeights) -> None:
+        self._sizes, self._unordered, self._found = streams.sizes, streams.probe.routed, found
+        self._leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
+        self._tokens: dict[str, list[Tensor]] = {}
+        self._routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def watch(self, linear: Linear, batch: int) -> RemovableHandle:
+        """Note the gradients of a batch, until the handle's ``remove()``."""
+        if not isinstance(linear, ExpertLinear):
+            return linear.watch(partial(self._note, linear.name, batch))
+        nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        self._routed.setdefault(linear.name, [nowhere for _ in self._sizes])
+        return linear.watch_tokens(partial(self._note_routed, linear.name, batch))
+
+    def _note(self, name: str, batch: int, gradient: Tensor) -> None:
+        square_TO = self._square(name, gradient)
+        if name not in self._unordered and len(square_TO) == math.prod(self._sizes[batch]):
+            zeros = [torch.zeros(math.prod(size)) for size in self._sizes]
+            own = self._tokens.setdefault(self._leaders[name], zeros)
+            own[batch] += square_TO.sum(dim=1).cpu()
+
+    def _note_routed(self, name: str, batch: int, gradient: Tensor, tokens_T: Tensor | None) -> None:
+        square_TO = self._square(name, gradient)
+        if tokens_T is not None:
+            self._routed[name][batch] = tokens_T.cpu(), square_TO.sum(dim=1).cpu()
+
+    def _square(self, name: str, gradient: Tensor) -> Tensor:
+        """Of each token, (T, O); added up over tokens for the rows."""
+        square_TO = gradient.detach().float().square().flatten(0, -2)
+        sum_O, rows = square_TO.sum(dim=0), self._found.rows
+        rows[name] = rows[name] + sum_O if name in rows else sum_O
+        return square_TO
+
+    def close(self) -> None:
+        """Hand on what was noted of tokens."""
+        for name, batches in self._tokens.items():
+            self._found.tokens.setdefault(name, []).extend(batches)
+        for name, routed in self._routed.items():
+            self._found.routed.setdefault(name, []).extend(routed)
+
+
 def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
     """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
-    leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
-    tokens: dict[str, list[Tensor]] = {}
-
-    def note(name: str, batch: int) -> Callable[[Tensor], None]:
-        def see(gradient: Tensor) -> None:
-            square_TO = gradient.detach().float().square().flatten(0, -2)
-            sum_O = square_TO.sum(dim=0)
-            found.rows[name] = found.rows[name] + sum_O if name in found.rows else sum_O
-            if name not in streams.probe.routed and len(square_TO) == math.prod(streams.sizes[batch]):
-                own = tokens.setdefault(leaders[name], [torch.zeros(math.prod(size)) for size in streams.sizes])
-                own[batch] += square_TO.sum(dim=1).cpu()
-
-        return see
-
+    notes = _Notes(block, streams, found)
     for batch, gradient in enumerate(gradients):
         gradient = gradient.to(device)
         square_T = gradient.float().square().sum(dim=-1).flatten()
@@ -249,7 +299,7 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:
-                hooks.callback(linear.watch(note(linear.name, batch)).remove)
+                hooks.callback(notes.watch(linear, batch).remove)
             output = hidden_of(streams.run(block, batch, device))
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
@@ -257,5 +307,4 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         assert leaf.grad is not None
         gradients[batch] = leaf.grad.cpu()
         streams.hidden[batch] = leaf.detach()
-    for name, batches in tokens.items():
-        found.tokens.setdefault(name, []).extend(batches)
+    notes.close()

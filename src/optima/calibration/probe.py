@@ -5,6 +5,7 @@ Shapes: L tokens, D inputs, E hidden size.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.errors import ModelError
+from optima.models.experts import ExpertLinear
 from optima.models.stacks import Linear, Stack
 from optima.names import NUMBER, kind
 
@@ -127,6 +129,7 @@ def look(model: nn.Module, stack: Stack, tokens_1L: Tensor) -> Probe:
             f"{type(model).__name__} does not call each of {stack.blocks[0].name} .. {stack.blocks[-1].name} exactly "
             "once, in order, in a forward pass (shared or skipped blocks), which this tool cannot prune"
         )
+    _check_experts(stack, given)
     outputs, length = [output for *_, output in calls], tokens_1L.shape[1]
     names = [linear.name for block in stack.blocks for linear in block.linears]
     routed = {kind(name) for name in names if given.tokens[name] != length}
@@ -137,6 +140,18 @@ def look(model: nn.Module, stack: Stack, tokens_1L: Tensor) -> Probe:
         *_layout(model, hidden_of(outputs[0]), length),
         frozenset(name for name in names if kind(name) in routed),
     )
+
+
+def _check_experts(stack: Stack, given: Given) -> None:
+    """Fused parameters whose products are made in a way that shows nobody what an expert is given."""
+    linears = [linear for block in stack.blocks for linear in block.linears if isinstance(linear, ExpertLinear)]
+    seen = {(linear.experts.name, linear.within) for linear in linears if given.tokens[linear.name]}
+    for linear in linears:
+        if (linear.experts.name, linear.within) not in seen:
+            raise ModelError(
+                f"{linear.experts.name} does not show which tokens its experts are given, which pruning needs: leave "
+                f"them out with --ignore '{re.escape(linear.experts.name.rpartition('.')[2])}'"
+            )
 
 
 def hidden_of(output: Any) -> Tensor:

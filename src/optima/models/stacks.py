@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
+from optima.models.experts import experts_of
 from optima.names import check_bounded, kind
 
 # What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
@@ -185,7 +186,8 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         linears = tuple(linears_of(module, prefix))
         routers = frozenset(f"{prefix}.{inner}" for inner in _routers(module, counts))
         pairs = ((linear.name, other) for linear in linears for other in owners[_memory(linear.parameter)])
-        shared = {linear: other for linear, other in pairs if linear != other}
+        # An expert's parameter is called like all of them.
+        shared = {linear: other for linear, other in pairs if other not in (linear, linear.rpartition(".")[0])}
         blocks.append(Block(name, index, prefix, module, linears, routers, shared=shared))
     return [Stack(name, tuple(blocks))]
 
@@ -196,12 +198,13 @@ def _memory(parameter: Tensor) -> int:
 
 
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
-    """Every linear inside ``module``, whose full name is ``prefix``."""
-    return [
+    """Every linear inside ``module``, whose full name is ``prefix``; behind them the experts of fused parameters."""
+    modules: list[Linear] = [
         ModuleLinear(f"{prefix}.{name}", child)
         for name, child in module.named_modules()
         if isinstance(child, (nn.Linear, Conv1D))
     ]
+    return modules + [linear for experts in experts_of(module, prefix) for linear in experts.linears()]
 
 
 def _may_be_stack(members: nn.ModuleList) -> bool:
@@ -255,7 +258,9 @@ def select_linears(
     def select(block: Block) -> Block:
         dense = frozenset[str]() if routers else block.routers
         linears = tuple(linear for linear in block.linears if wanted(linear.name) and linear.name not in dense)
-        return replace(block, linears=linears, left=tuple(each for each in block.linears if each not in linears))
+        chosen = {linear.name for linear in linears}
+        left = tuple(linear for linear in block.linears if linear.name not in chosen)
+        return replace(block, linears=linears, left=left)
 
     selected = [Stack(stack.name, tuple(select(block) for block in stack.blocks)) for stack in stacks]
     if not any(stack.needed for stack in selected):
