@@ -72,6 +72,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.device)  # of what happens outside the blocks
+        self._earlier = 0  # blocks of stacks that are done: a report numbers the blocks of a model
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage so far."""
@@ -107,9 +108,12 @@ class Job:
                     with clock("forward"):
                         streams.advance(block, self.device)
             if not again:
-                self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
+                self.blocks.append(
+                    BlockRecord(self._earlier + block.index, block.name, clock.seconds, tuned.held_out, tuned.best)
+                )
                 self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
                 self.progress.block(block.index + 1)
+        self._earlier += len(stack.blocks)
 
     def _replay(self, block: Block, found: BlockDone) -> None:
         """Give a block that an earlier run committed its weights, and the report what it told of it."""
@@ -218,7 +222,9 @@ class Job:
                 task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows_O)
                 result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock)
                 linear.write(result.weight_OD)
-                self.linears.append(replace(result.record, block=block.index, tokens_effective=effective))
+                self.linears.append(
+                    replace(result.record, block=self._earlier + block.index, tokens_effective=effective)
+                )
                 self.notes.extend(result.notes)
                 self.progress.linear(self.linears[-1])
                 keeps[linear.name] = result.keep_OD

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,9 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
+from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.streams import Streams
-from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
 from optima.errors import ModelError, RecipeError
 from optima.identity import contents, identity
@@ -30,7 +30,6 @@ from optima.linear import Methods
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible, sync
 from optima.models.journal import Journal
-from optima.models.reading import check_vocabulary
 from optima.models.skeleton import skeleton
 from optima.models.source import (
     Source,
@@ -45,7 +44,6 @@ from optima.models.stacks import Linear, Stack
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
-    Calibration,
     Preflight,
     batch_size,
     check_dump,
@@ -71,7 +69,7 @@ def prune(
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Tensor | Sequence[str] | None = None,
+    calibration: Tensor | Sequence[str] | Sequence[Mapping[str, Tensor]] | None = None,
     overwrite: bool = False,
     dump_layer: str | None = None,
     resume: bool | None = None,
@@ -84,7 +82,8 @@ def prune(
         output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
             in memory.
         tokenizer: for a model in memory; a path brings its own.
-        calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset.
+        calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset. For models
+            that read more than text, batches of their processor's outputs: the arguments of a forward pass by name.
         overwrite: replace ``output_dir`` if it holds an earlier output.
         dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
@@ -101,6 +100,7 @@ def prune(
             is left partly pruned.
     """
     started = time.perf_counter()
+    calibration = given_batches(calibration) or calibration
     checked = _check(model, recipe, output_dir, calibration, dump_layer)
     recipe, source, found = checked.recipe, checked.source, checked.found
     with ExitStack() as stack:
@@ -113,7 +113,7 @@ def prune(
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
         text = find_calibration(recipe, tokenizer, calibration)
-        check_vocabulary(checked.structure, text.tokens_NL)
+        text.check(checked.structure)
         network, origin = _network(checked)
         job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
         job.tuning, job.expert_tokens = build_tuning(recipe), recipe.expert_tokens
@@ -124,7 +124,7 @@ def prune(
             job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
         job.progress = stack.enter_context(make_progress())
         if destination is not None:
-            run |= contents(recipe, network, origin.get("model_fingerprint"), data_hash(text.tokens_NL))
+            run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             with explain_write_errors(destination.journal):
                 journal = Journal(destination.journal, run)
             prepare(network, tokenizer, source, destination.directory)
@@ -135,7 +135,7 @@ def prune(
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
         memory = PeakMemory(checked.device)
         assert recipe.batch_size is not None
-        _prune_stacks(network, checked, text.tokens_NL.split(recipe.batch_size), job)
+        _prune_stacks(network, checked, text.batches(recipe.batch_size), job)
         seconds = time.perf_counter() - started + job.resumed_seconds
         report = _report(network, origin, checked, text, job, memory.peak(), seconds)
         if job.writer is not None:
@@ -199,25 +199,26 @@ def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
     return network, {"model": source.name, "model_revision": revision, "model_fingerprint": weights}
 
 
-def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job) -> None:
+def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
-    allocation = build_allocation(checked.recipe)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         for stack in stacks:
-            with job.clock("forward"):
+            if not stack.needed:
+                continue
+            with job.clock("forward"):  # the decoder's when its turn comes: it reads what the pruned encoder made
                 streams = capture(network, stack, batches, whole=by_loss)
             if by_loss:
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
-            if allocation is not None:
+            if (allocation := build_allocation(checked.recipe)) is not None:
                 checked.found.share(job.survey(stack, streams.copy(), allocation))
             job.prune(stack, streams)
 
 
 def _loss_weights(
-    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], job: Job, seed: int
+    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Batch], job: Job, seed: int
 ) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
@@ -247,8 +248,8 @@ def _report(
         recipe=recipe.to_dict(),
         versions=library_versions(),
         seed=recipe.seed,
-        data_hash=data_hash(text.tokens_NL),
-        num_tokens=text.tokens_NL.numel(),
+        data_hash=text.hash,
+        num_tokens=text.num_tokens,
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from optima.calibration.inputs import Batch, words_size
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import differentiable, forward_replaced
@@ -110,7 +111,7 @@ def loss_weights(
     model: PreTrainedModel,
     stack: Stack,
     streams: Streams,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     device: torch.device,
     seed: int,
     residual: bool = False,
@@ -124,7 +125,7 @@ def loss_weights(
         model: the whole model, in evaluation mode.
         stack: the stack that its head reads.
         streams: what enters the first block, with the calls of all blocks; left as it is.
-        batches: the tokens, (B, L) int64 each.
+        batches: the tokens, (B, L) int64 each, or a processor's outputs.
         device: where blocks run.
         seed: of the labels.
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
@@ -147,7 +148,7 @@ def loss_weights(
             gradients = []
             for batch, hidden in zip(batches_now, part.hidden, strict=True):
                 if has_words:
-                    drawn_BL = torch.rand(batches[batch].shape, generator=generator)
+                    drawn_BL = torch.rand(words_size(model, batches[batch]), generator=generator)
                     gradients.append(_at_the_head(model, stack, streams, batches[batch], hidden, drawn_BL))
                 else:
                     gradients.append(torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden))
@@ -174,17 +175,17 @@ def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
 
 
 def _at_the_head(
-    model: PreTrainedModel, stack: Stack, streams: Streams, tokens_BL: Tensor, hidden: Tensor, drawn_BL: Tensor
+    model: PreTrainedModel, stack: Stack, streams: Streams, given: Batch, hidden: Tensor, drawn_BL: Tensor
 ) -> Tensor:
     """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
     home = next(model.parameters()).device
     leaf = hidden.to(home, copy=True).requires_grad_(True)
     options: dict[str, Any] = {}
-    length = tokens_BL.shape[1]
+    samples, length = drawn_BL.shape
     step = length
     if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
         vocabulary = int(model.config.get_text_config().vocab_size)
-        step = max(LOGITS_BYTES // (4 * vocabulary * len(tokens_BL)), 1)
+        step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
     with ExitStack() as replaced:
         for block in stack.blocks:
             returned = leaf if block is stack.blocks[-1] else None
@@ -194,7 +195,7 @@ def _at_the_head(
             drawn_BC = drawn_BL[:, start : start + step]
             if in_slices:
                 options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-            logits_TV = forward(model, tokens_BL, **options).logits.flatten(0, -2)
+            logits_TV = forward(model, given, **options).logits.flatten(0, -2)
             if not logits_TV.requires_grad:
                 raise NotDifferentiableError("its words do not depend on its last block by a gradient")
             logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
