@@ -18,24 +18,30 @@ from optima.cli import main
 MESSAGES = "messages.txt"
 
 
-def start(out: str, *options: str, prepare: Callable[[], object] = int) -> int:
+def start(
+    out: str,
+    *options: str,
+    prepare: Callable[[], object] = int,
+    messages: str = MESSAGES,
+    model: str = "model",
+) -> int:
     """A run in a child that shares what is imported; its process id. ``prepare`` is called there first.
 
-    What it says on stderr is in ``MESSAGES``.
+    What it says on stderr is in the file ``messages``.
     """
     child = os.fork()
     if child:
         return child
     code = 99
     # The child must not return into pytest, whatever happens.
-    with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, open(MESSAGES, "w") as messages:
+    with contextlib.suppress(BaseException), open(os.devnull, "w") as nowhere, open(messages, "w") as file:
         os.dup2(nowhere.fileno(), 1)
-        os.dup2(messages.fileno(), 2)
-        sys.stderr = messages  # pytest had put its own there, and takes what is logged
-        logging.basicConfig(stream=messages, force=True)
+        os.dup2(file.fileno(), 2)
+        sys.stderr = file  # pytest had put its own there, and takes what is logged
+        logging.basicConfig(stream=file, force=True)
         prepare()
-        code = main(prune_arguments("--output-dir", out, *options))
-        messages.flush()
+        code = main(prune_arguments("--output-dir", out, *options, model=model))
+        file.flush()
     os._exit(code)
 
 

@@ -19,3 +19,7 @@ class CalibrationError(OptimaError):
 
 class NumericalError(OptimaError):
     """A matrix or weight that no method can work with (NaN, Inf, indefinite)."""
+
+
+class RankError(OptimaError):
+    """Another process of the same run is no more."""

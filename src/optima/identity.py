@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.device import describe_device
+from optima.distributed import Ranks
+from optima.errors import ModelError
 from optima.models.masks import MaskFiles
 from optima.models.source import fingerprint_files
 from optima.recipe import Recipe
@@ -65,6 +68,18 @@ def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data
         "tokens": data,
         "masks": None if masks is None else fingerprint_files(sorted(masks)),
     }
+
+
+def check_alike(run: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise ``ModelError`` in all processes if they are not in the same run."""
+    every = ranks.gather({key: json.dumps(value, sort_keys=True) for key, value in run.items()})
+    for rank, other in enumerate(every):
+        for key, value in other.items():
+            if value != every[0][key]:
+                raise ModelError(
+                    f"process {rank} has another {key} than process 0 ({value[:60]}, and {every[0][key][:60]}): give "
+                    "all the same model, options, versions and kind of device"
+                )
 
 
 def _fingerprint(network: PreTrainedModel) -> str:

@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from optima.device import Stopwatch, full_precision
+from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
 from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
+from optima.qp.problem import concatenate
 from optima.qp.rounding import Rounded, round_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
-from optima.swaps.search import SwapRefinement
+from optima.swaps.search import Refined, SwapRefinement
+
+Named = TypeVar("Named")
 
 # A row that the loss does not feel at all keeps a scale.
 SMALLEST_ROOT = 1e-6
@@ -73,6 +78,7 @@ def prune_linear(
     methods: Methods,
     dtype: torch.dtype = torch.float32,
     clock: Stopwatch | None = None,
+    together: Ranks = ALONE,
 ) -> LinearResult:
     """Select, swap, solve, round and measure one linear.
 
@@ -81,7 +87,8 @@ def prune_linear(
         pattern: what to keep.
         methods: how.
         dtype: of the checkpoint: weights are rounded to it, and the record speaks of the rounded ones.
-        clock: is told the seconds of the stages ``select``, ``solve`` and ``round``.
+        clock: is told the seconds of the stages ``select``, ``solve``, ``round`` and ``share``.
+        together: processes that were all given this linear: the first selects, each has its rows, all have the result.
 
     Raises:
         RecipeError: if the selector breaks its contract (shapes, dtypes, zeros off keep, the pattern's counts).
@@ -91,22 +98,15 @@ def prune_linear(
     before = clock.total
     with full_precision():
         with clock("select"):
-            selection = checked(_select(methods.selector, task, pattern), task, pattern, methods.selector)
-            refined = None
-            if methods.swaps is not None:
-                refined = methods.swaps.refine(task.hessian, task.weight_OD, selection.keep_OD, pattern)
-                selection = Selection(refined.keep_OD, refined.weight_OD)
-        with clock("solve"):
-            problem = _problem(task, selection, methods)
-            solution = (
-                None
-                if methods.solver is None
-                else solve_rows(methods.solver, task.hessian, problem, methods.budget_bytes)
+            selection = together.from_first(
+                lambda: checked(_select(methods.selector, task, pattern), task, pattern, methods.selector)
             )
+        own = _work(task, selection, pattern, methods, dtype, clock, together.part(len(task.weight_OD)))
+        if together.size > 1:
+            with clock("share"):
+                own = _whole(together.collect(own))
+        selection, refined, solution, rounded = own
         with clock("round"):
-            rounded = None
-            if solution is not None:
-                rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
             weight_OD = weight_OD + 0.0  # no -0.0, whose bits are not zero: to a packer it is a value
             errors = _measure(task, selection, weight_OD)
@@ -127,6 +127,65 @@ def prune_linear(
         rows_swap_optimal=None if refined is None else int(refined.optimal_O.sum()),
     )
     return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
+
+
+class _Rows(NamedTuple):
+    """What has become of some rows of a linear: all that follows its mask goes row by row."""
+
+    selection: Selection
+    refined: Refined | None
+    solution: RowSolution | None
+    rounded: Rounded | None
+
+
+def _work(
+    task: LinearTask,
+    selection: Selection,
+    pattern: Pattern,
+    methods: Methods,
+    dtype: torch.dtype,
+    clock: Stopwatch,
+    rows: slice,
+) -> _Rows:
+    """Swap, solve and round ``rows``."""
+    task = replace(task, weight_OD=task.weight_OD[rows])
+    moved_RD = None if selection.weight_OD is None else selection.weight_OD[rows]
+    selection = Selection(selection.keep_OD[rows], moved_RD)
+    refined = solution = rounded = None
+    if methods.swaps is not None:
+        with clock("select"):
+            refined = methods.swaps.refine(task.hessian, task.weight_OD, selection.keep_OD, pattern)
+            selection = Selection(refined.keep_OD, refined.weight_OD)
+    if methods.solver is not None:
+        with clock("solve"):
+            problem = _problem(task, selection, methods)
+            solution = solve_rows(methods.solver, task.hessian, problem, methods.budget_bytes)
+        with clock("round"):
+            rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
+            solution = replace(solution, weight_RD=rounded.weight_RD)  # the others have had their time
+    return _Rows(selection, refined, solution, rounded)
+
+
+def _whole(parts: Sequence[_Rows]) -> _Rows:
+    """All rows of a linear, of which each process had a part."""
+
+    def joined(kind: type[Named], values: Sequence[Named | None], names: Sequence[str]) -> Named | None:
+        """Values whose attributes have an entry a row."""
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return None
+        columns = [[getattr(value, name) for value in known] for name in names]
+        return kind(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    selection = joined(Selection, [part.selection for part in parts], ("keep_OD", "weight_OD"))
+    assert selection is not None
+    solutions = [part.solution for part in parts if part.solution is not None]
+    return _Rows(
+        selection,
+        joined(Refined, [part.refined for part in parts], Refined._fields),
+        concatenate(solutions) if solutions else None,
+        joined(Rounded, [part.rounded for part in parts], [field.name for field in fields(Rounded)]),
+    )
 
 
 def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection:

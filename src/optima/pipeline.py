@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,19 +14,22 @@ from optima.allocation import Allocation
 from optima.calibration.expert_statistics import TokenWeights, observe_experts, routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.loss_weights import LossWeights
+from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.statistics import Found, observe
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
+from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
-from optima.linear import Methods, prune_linear
+from optima.linear import LinearResult, Methods, prune_linear
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.models.writer import Writer
 from optima.patterns import Pattern
-from optima.reporting.progress import Progress
+from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
+from optima.sharing import Done, share_linears, share_owned, share_tuned
 from optima.tuning import BlockError, Tuned, Tuning, tune
 
 Dump = Callable[[Linear, Statistics], None]
@@ -42,7 +46,7 @@ class Job:
         damping: of the hessians, relative to their mean diagonal.
         expert_tokens: fewer tokens at an expert are noted.
         sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
-        progress: is told of every linear and block.
+        progress: tells of every linear and block.
         weights: brings blocks to the device.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
@@ -58,7 +62,7 @@ class Job:
     device: torch.device
     damping: float
     sink_weight: float
-    progress: Progress = field(default_factory=Progress)
+    progress: Listeners = field(default_factory=Listeners)
     weights: Resident = field(default_factory=Resident)
     writer: Writer | None = None
     dump: Dump | None = None
@@ -85,7 +89,8 @@ class Job:
     def prune(self, stack: Stack, streams: Streams) -> None:
         """Prune the linears of ``stack``; ``streams`` hold the inputs of its first block."""
         blocks = stack.blocks[: stack.needed]
-        resumed = {} if self.writer is None else self.writer.done
+        ranks = streams.ranks
+        resumed = ranks.from_first(lambda: {} if self.writer is None else self.writer.done)
         done = sum(block.name in resumed for block in blocks)
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done)
         dense = streams.copy() if self.tuning is not None else None
@@ -98,7 +103,7 @@ class Job:
                     with clock("forward"):
                         dense.advance(block, self.device)
                 if again:
-                    self._replay(block, BlockDone.from_dict(resumed[block.name]))
+                    self._replay(ranks, block, BlockDone.from_dict(resumed[block.name]))
                 else:
                     keeps, tuned = self._prune(block, streams, clock), Tuned((), 0)
                     if dense is not None and keeps:
@@ -112,14 +117,19 @@ class Job:
                     BlockRecord(self._earlier + block.index, block.name, clock.seconds, tuned.held_out, tuned.best)
                 )
                 self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
-                self.progress.block(block.index + 1)
+            self.progress.notes(self.notes)
+            self.progress.block(block.name, self.blocks[-1], again)
         self._earlier += len(stack.blocks)
 
-    def _replay(self, block: Block, found: BlockDone) -> None:
+    def _replay(self, ranks: Ranks, block: Block, found: BlockDone) -> None:
         """Give a block that an earlier run committed its weights, and the report what it told of it."""
-        assert self.writer is not None
+
+        def read() -> dict[str, Tensor]:
+            assert self.writer is not None
+            return self.writer.read(block.name)
+
         with self.clock("read"):
-            tensors = {name.removeprefix(f"{block.name}."): t for name, t in self.writer.read(block.name).items()}
+            tensors = {name.removeprefix(f"{block.name}."): t for name, t in ranks.from_first(read).items()}
             unknown = block.module.load_state_dict(tensors, strict=False).unexpected_keys
             assert not unknown, f"{block.name} has no {unknown}"
         self.blocks.append(found.block)
@@ -147,12 +157,19 @@ class Job:
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        with torch.inference_mode(False):  # gradients are taken through it
-            if self.loss is None:
-                cost = BlockError.by_channel(targets)
-            else:
-                cost = BlockError.by_loss(self.loss.residual[block.name], self.loss.of_tokens(block.name))
-        tuned = tune(block, keeps, streams, targets, cost, self.tuning, self.device)
+        weights = None if self.loss is None else self.loss.of_tokens(block.name)
+        # In one process, with the sequences of all: what comes out must not depend on how many share the work.
+        every, tuned = at_first(block, Sequences(streams, targets, weights)), None
+        if every is not None:
+            with torch.inference_mode(False):  # gradients are taken through it
+                if self.loss is None:
+                    cost = BlockError.by_channel(every.targets)
+                else:
+                    cost = BlockError.by_loss(self.loss.residual[block.name], every.weights)
+            tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning, self.device)
+        tuned = streams.ranks.share(tuned, 0)
+        if tuned.best:
+            share_tuned(block, keeps, streams.ranks)
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]
@@ -166,22 +183,32 @@ class Job:
     def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
         """Each linear's share of one sparsity, from a pass over the dense blocks; ``streams`` are used up."""
         blocks = stack.blocks[: stack.needed]
-        self.progress.start(len(blocks), 1)
+        self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
-                for found in self._observe(block, streams, self.clock):
-                    if found.statistics is None:
-                        continue
-                    for linear in found.linears:
-                        weight_OD = linear.read().to(self.device, torch.float32, copy=True)
-                        rows = None if self.loss is None else self.loss.of_rows(linear.name)
-                        task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
-                        allocation.observe(block.index, task)
+                self._survey(block, streams, allocation)
                 if block is not blocks[-1]:
                     with self.clock("forward"):
                         streams.advance(block, self.device)
-            self.progress.block(block.index + 1)
+            self.progress.block(block.name)
         return allocation.allocate()
+
+    def _survey(self, block: Block, streams: Streams, allocation: Allocation) -> None:
+        measured: dict[str, Tensor | None] = {}
+        owners: dict[str, int | None] = {}
+        for found in self._observe(block, streams, self.clock):
+            owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
+            for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
+                measured[linear.name] = None
+                if found.statistics is not None:
+                    weight_OD = linear.read().to(self.device, torch.float32, copy=True)
+                    rows = None if self.loss is None else self.loss.of_rows(linear.name)
+                    task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
+                    measured[linear.name] = allocation.measure(task, self.patterns[linear.name])
+        measured = share_owned(measured, owners, streams.ranks)
+        for linear in (linear for group in streams.groups(block) for linear in group):
+            if (own := measured[linear.name]) is not None:
+                allocation.note(block.index, linear.name, math.prod(linear.shape), own)
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
@@ -201,34 +228,64 @@ class Job:
                 yield found
             else:
                 weights = TokenWeights(block, streams, self.sink_weight, self.loss)
-                yield from observe_experts(found.recorded, weights, self.device, self.damping, clock)
+                yield from observe_experts(found.recorded, weights, self.device, self.damping, clock, streams.ranks)
 
     def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
-        gradients, keeps, routed = {}, {}, dict[str, int]()
+        """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards.
+
+        Returns:
+            keep_OD by the linear's full name.
+        """
+        ranks, gradients, keeps = streams.ranks, {}, {}
+        done: dict[str, Done] = {}
         if block.linears and "gradient" in needs_of(self.methods.selector):
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
+        owners: dict[str, int | None] = {}
         for found in self._observe(block, streams, clock):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
-            for linear in found.linears:
-                if found.statistics is None:
-                    self.notes.append(f"{linear.name} was not pruned: no calibration token reached it")
-                    continue
-                if self.dump is not None:
-                    self.dump(linear, found.statistics)
-                stored = linear.read()
-                weight_OD = stored.to(self.device, torch.float32, copy=True)
-                rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
-                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows_O)
-                result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock)
-                linear.write(result.weight_OD)
-                self.linears.append(
-                    replace(result.record, block=self._earlier + block.index, tokens_effective=effective)
-                )
-                self.notes.extend(result.notes)
-                self.progress.linear(self.linears[-1])
-                keeps[linear.name] = result.keep_OD
-                if isinstance(linear, ExpertLinear):
-                    routed[linear.name] = found.statistics.tokens
-        self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
+            owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
+            for linear in found.linears if found.owner in (None, ranks.rank) else ():
+                if linear.name not in self.patterns:
+                    done[linear.name] = None, ()  # the survey keeps it dense
+                elif found.statistics is None:
+                    done[linear.name] = None, (f"{linear.name} was not pruned: no calibration token reached it",)
+                else:
+                    together = ranks if found.owner is None else ALONE
+                    gradient_OD = gradients.get(linear.name)
+                    result = self._prune_linear(linear, found.statistics, gradient_OD, clock, together)
+                    linear.write(result.weight_OD)
+                    record = replace(result.record, block=self._earlier + block.index, tokens_effective=effective)
+                    done[linear.name] = record, result.notes
+                    self.progress.linear(record)
+                    keeps[linear.name] = result.keep_OD
+        if ranks.size > 1:
+            with clock("share"):
+                share_linears(block.linears, owners, done, keeps, ranks)
+        self._tell(block, streams, done, owners)
         return keeps
+
+    def _tell(self, block: Block, streams: Streams, done: Mapping[str, Done], owners: Mapping[str, int | None]) -> None:
+        """Let the report know of the block's linears, in the order of their groups."""
+        routed = {}
+        for linear in (linear for group in streams.groups(block) for linear in group):
+            told, notes = done[linear.name]
+            self.notes.extend(notes)
+            if told is not None:
+                self.linears.append(told)
+                if isinstance(linear, ExpertLinear):
+                    routed[linear.name] = told.tokens
+                if owners[linear.name] not in (None, streams.ranks.rank):
+                    self.progress.linear(told)
+        self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
+
+    def _prune_linear(
+        self, linear: Linear, statistics: Statistics, gradient_OD: Tensor | None, clock: Stopwatch, ranks: Ranks
+    ) -> LinearResult:
+        if self.dump is not None:
+            self.dump(linear, statistics)
+        stored = linear.read()
+        weight_OD = stored.to(self.device, torch.float32, copy=True)
+        rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
+        task = LinearTask(linear.name, weight_OD, statistics, gradient_OD, rows_O)
+        return prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock, ranks)

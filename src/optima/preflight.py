@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from optima.build import pattern_table
-from optima.calibration.inputs import Calibration, given_batches
+from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
@@ -26,6 +27,8 @@ from optima.selectors.external import External
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048
 BATCH_SIZE = 8
+# Of several processes, the largest part of the sequences, relative to equal parts.
+MOST_UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,13 @@ class Preflight:
         return [linear for block in self.blocks for linear in block.linears]
 
     def share(self, shares: dict[str, float]) -> None:
-        """Give each linear with an unstructured pattern the sparsity that an allocation found for it."""
+        """Give each linear the sparsity that an allocation found for it; one that stays dense has no pattern."""
         for name, sparsity in shares.items():
             pattern = self.patterns[name]
-            assert isinstance(pattern, Unstructured), "a recipe checks it"
-            self.patterns[name] = replace(pattern, sparsity=sparsity)
+            if not sparsity:
+                del self.patterns[name]
+            elif isinstance(pattern, Unstructured):
+                self.patterns[name] = replace(pattern, sparsity=sparsity)
 
 
 def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int | None) -> Preflight:
@@ -106,6 +111,29 @@ def check_finite(linears: Sequence[Linear]) -> None:
             )
 
 
+def own_batches(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Batch], bool]:
+    """The batches of this process, and whether they are those of one process that has them all.
+
+    They are, unless that leaves too much to one of them.
+
+    Raises:
+        RecipeError: unless every process has a sequence.
+    """
+    tokens_NL, batches = text.tokens_NL, text.batches(batch_size)
+    count = len(batches) if tokens_NL is None else len(tokens_NL)
+    if count < ranks.size:
+        raise RecipeError(
+            f"{ranks.size} processes share {count} calibration sequences: start {count} at most, or raise "
+            "--num-calibration-samples"
+        )
+    if tokens_NL is None:
+        return batches[ranks.part(count)], True
+    most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
+    if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
+        return batches[ranks.part(len(batches))], True
+    return tokens_NL[ranks.part(count)].split(batch_size), False
+
+
 def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
     """Raise ``RecipeError`` if there is nowhere to dump to, or nothing to dump."""
     check_regexes("dump_layer", [regex])
@@ -137,7 +165,8 @@ def find_calibration(
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
     column, revision = recipe.text_column, recipe.dataset_revision
     source = TextSource(tuple(recipe.dataset), recipe.dataset_config, recipe.split, column, revision)
-    documents = Documents(source, recipe.seed) if given is None else given
+    documents = Documents(source, recipe.seed, tokenizer) if given is None else given
+    assert recipe.num_calibration_samples is not None, "a run resolves it"
     tokens_NL = calibration_tokens(documents, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
     if isinstance(documents, Documents):
         return Calibration(tokens_NL, (), documents.skipped, documents.revision)
@@ -165,6 +194,11 @@ def sequence_length(recipe: Recipe, calibration: object) -> int | None:
             f"{calibration.dtype}"
         )
     return calibration.shape[1]
+
+
+def sized(recipe: Recipe, found: Preflight) -> Recipe:
+    """``recipe`` with its number of calibration sequences, which depends on the model's widths."""
+    return replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
 
 
 def batch_size(recipe: Recipe, on_cpu: bool, length: int | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,12 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
+from optima.calibration.given import Batches, given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
+from optima.calibration.own_text import own_text
 from optima.calibration.streams import Streams
-from optima.device import PeakMemory, describe_device, evaluating, find_device, unswitched
+from optima.device import PeakMemory, describe_device, evaluating, unswitched
+from optima.distributed import Ranks, joined
 from optima.errors import ModelError, RecipeError
-from optima.identity import contents, identity
+from optima.identity import check_alike, contents, identity
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods
 from optima.models.destination import Destination
@@ -50,14 +53,19 @@ from optima.preflight import (
     check_finite,
     chosen_stacks,
     find_calibration,
+    own_batches,
     preflight,
     sequence_length,
+    sized,
 )
-from optima.recipe import SINK_WEIGHT, Recipe
+from optima.recipe import LEAST_SAMPLES, SELF, SINK_WEIGHT, Recipe
+from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
+from optima.reporting.model_card import write_card
 from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
+from optima.sharing import describe
 
 DUMP_DIRECTORY = "layers"
 GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
@@ -69,7 +77,9 @@ def prune(
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Tensor | Sequence[str] | Sequence[Mapping[str, Tensor]] | None = None,
+    calibration: Tensor | Iterable[str] | Batches | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
     overwrite: bool = False,
     dump_layer: str | None = None,
     resume: bool | None = None,
@@ -82,8 +92,13 @@ def prune(
         output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
             in memory.
         tokenizer: for a model in memory; a path brings its own.
-        calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset. For models
-            that read more than text, batches of their processor's outputs: the arguments of a forward pass by name.
+        calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
+            token ids, such as a ``DataLoader`` gives: tensors (batch, length), or dicts that hold them as
+            ``input_ids``. At most ``recipe.num_calibration_samples`` sequences are taken of documents and
+            batches; of batches 128 where it is None. Dicts of other things, as the processor of a model that sees or
+            hears returns them, are the arguments of its forward pass, and all are taken.
+        callbacks: told of each linear and block, see ``optima.Callback``.
+        progress: draw a live line on stderr, or print a line a block where that is no terminal.
         overwrite: replace ``output_dir`` if it holds an earlier output.
         dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
@@ -100,46 +115,50 @@ def prune(
             is left partly pruned.
     """
     started = time.perf_counter()
-    calibration = given_batches(calibration) or calibration
-    checked = _check(model, recipe, output_dir, calibration, dump_layer)
-    recipe, source, found = checked.recipe, checked.source, checked.found
     with ExitStack() as stack:
+        ranks = stack.enter_context(joined())
         stack.enter_context(unswitched())
+        checked = _check(model, recipe, output_dir, calibration, dump_layer, ranks)
+        recipe, source, found = checked.recipe, checked.source, checked.found
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
             run = identity(recipe, checked.device, checked.structure, dump_layer)
-            destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
+            if ranks.first:
+                destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
-        text = find_calibration(recipe, tokenizer, calibration)
-        text.check(checked.structure)
-        network, origin = _network(checked)
-        job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-        job.tuning, job.expert_tokens = build_tuning(recipe), recipe.expert_tokens
-        job.notes.extend(found.notes)
-        if calibration is not None:
-            job.notes.append(GIVEN_NOTE)
-        if source is None and recipe.dtype not in ("auto", _name(network.dtype)):
-            job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
-        job.progress = stack.enter_context(make_progress())
-        if destination is not None:
+        network, origin, text = _read(checked, tokenizer, ranks)
+        assert recipe.batch_size is not None
+        batches, alike = own_batches(text, recipe.batch_size, ranks)
+        origin["processes"] = ranks.size
+        job = _job(checked, network, calibration is not None)
+        if ranks.first:
+            listeners = [*([make_progress()] if progress else []), *callbacks]
+            job.progress = stack.enter_context(Listeners(listeners))
+            job.progress.begin(_start(checked, origin["model"], output_dir, text))
+        if output_dir is not None:
             run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
-            with explain_write_errors(destination.journal):
-                journal = Journal(destination.journal, run)
+            check_alike(run, ranks)
+        if destination is not None:
             prepare(network, tokenizer, source, destination.directory)
-            names = [block.name for block in found.blocks]
-            job.writer = Writer(network, names, destination.directory, journal)
-            job.notes.extend([*destination.notes, *job.writer.notes])
+            job.writer = _writer(network, [block.name for block in found.blocks], destination, run)
+            job.notes.extend(destination.notes)
             if dump_layer is not None:
                 job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+        if ranks.first:
+            dtype = None if alike else network.dtype
+            job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
+        job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
-        assert recipe.batch_size is not None
-        _prune_stacks(network, checked, text.batches(recipe.batch_size), job)
+        _prune_stacks(network, checked, batches, job, ranks)
         seconds = time.perf_counter() - started + job.resumed_seconds
-        report = _report(network, origin, checked, text, job, memory.peak(), seconds)
+        most = max(ranks.gather(memory.peak()))
+        report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
         if job.writer is not None:
-            job.writer.publish(lambda directory: _write_reports(recipe, report, directory))
+            base = source.path if source is not None and source.local is None else None
+            job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
+        job.progress.end(report)
     return report
 
 
@@ -153,13 +172,25 @@ class _Checked:
     source: Source | None
     structure: PreTrainedModel
     found: Preflight
+    calibration: Any
 
 
-def _check(model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None) -> _Checked:
+def _check(
+    model: object,
+    recipe: object,
+    output_dir: object,
+    calibration: object,
+    dump_layer: str | None,
+    ranks: Ranks,
+) -> _Checked:
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
-    device, methods = find_device(recipe.device), build(recipe)
+    device, methods = ranks.on(recipe.device), build(recipe)
+    if (inputs := given_batches(calibration)) is not None:
+        calibration = inputs
+    else:
+        calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
@@ -175,9 +206,12 @@ def _check(model: object, recipe: object, output_dir: object, calibration: objec
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
+    recipe = sized(recipe, found)
     if dump_layer is not None:
+        if ranks.size > 1:
+            raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
-    return _Checked(recipe, methods, device, source, structure, found)
+    return _Checked(recipe, methods, device, source, structure, found, calibration)
 
 
 def _claim(
@@ -187,6 +221,37 @@ def _claim(
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     num_bytes = sum(p.numel() * p.element_size() for p in checked.structure.parameters())
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
+
+
+def _writer(network: PreTrainedModel, blocks: list[str], destination: Destination, run: dict[str, Any]) -> Writer:
+    with explain_write_errors(destination.journal):
+        journal = Journal(destination.journal, run)
+    return Writer(network, blocks, destination.directory, journal)
+
+
+def _shared(text: str, writer: Writer | None) -> list[str]:
+    """Notes: ``text`` if there is one, and what earlier runs left, which this one goes on from."""
+    if writer is None:
+        return [text] if text else []
+    if text:
+        writer.note(text)
+    return writer.notes
+
+
+def _read(
+    checked: _Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks
+) -> tuple[PreTrainedModel, dict[str, Any], Calibration]:
+    """The model, what the report says of where it is from, and the text: read first, unless the model writes it."""
+    if checked.recipe.dataset == [SELF] and checked.calibration is None:
+        network, origin = _network(checked)
+
+        def write() -> Calibration:
+            return Calibration(own_text(network, tokenizer, checked.recipe, checked.device))
+
+        return network, origin, ranks.from_first(write)
+    text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
+    text.check(checked.structure)
+    return *_network(checked), text
 
 
 def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -199,7 +264,22 @@ def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
     return network, {"model": source.name, "model_revision": revision, "model_fingerprint": weights}
 
 
-def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job) -> None:
+def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
+    """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
+    recipe, found = checked.recipe, checked.found
+    job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
+    job.tuning, job.expert_tokens = build_tuning(recipe), recipe.expert_tokens
+    job.notes.extend(found.notes)
+    if given:
+        job.notes.append(GIVEN_NOTE)
+    if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):
+        job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
+    return job
+
+
+def _prune_stacks(
+    network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
+) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
     by_loss = checked.recipe.objective == "loss"
@@ -208,12 +288,16 @@ def _prune_stacks(network: PreTrainedModel, checked: _Checked, batches: Sequence
             if not stack.needed:
                 continue
             with job.clock("forward"):  # the decoder's when its turn comes: it reads what the pruned encoder made
-                streams = capture(network, stack, batches, whole=by_loss)
+                streams = capture(network, stack, batches, by_loss, ranks)
             if by_loss:
+                job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
             if (allocation := build_allocation(checked.recipe)) is not None:
-                checked.found.share(job.survey(stack, streams.copy(), allocation))
+                shares = job.survey(stack, streams.copy(), allocation)
+                checked.found.share(shares)
+                if dense := [name for name, share in shares.items() if not share]:
+                    job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")
             job.prune(stack, streams)
 
 
@@ -230,6 +314,20 @@ def _loss_weights(
     if found.loss != WORDS:
         job.notes.append(f"objective loss is {found.loss}: the model has no head that predicts words")
     return found
+
+
+def _start(checked: _Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:
+    samples, length = text.size
+    return RunStart(
+        model=model,
+        output_dir=None if output_dir is None else str(output_dir),
+        device=describe_device(checked.device),
+        recipe=checked.recipe.to_dict(),
+        blocks=sum(bool(block.linears) for block in checked.found.blocks),
+        linears=len(checked.found.linears),
+        samples=samples,
+        length=length,
+    )
 
 
 def _report(
@@ -267,7 +365,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:
+def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: str | None) -> None:
+    write_card(directory, report, base_model)
     report.save(directory)
     (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")

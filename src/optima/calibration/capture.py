@@ -16,6 +16,7 @@ from optima.calibration.inputs import Batch, first_of, stack_size
 from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
+from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Stack
 
@@ -26,7 +27,9 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
 
 @torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
-def capture(model: nn.Module, stack: Stack, batches: Sequence[Batch], whole: bool = False) -> Streams:
+def capture(
+    model: nn.Module, stack: Stack, batches: Sequence[Batch], whole: bool = False, ranks: Ranks = ALONE
+) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
     The whole model runs on ``PROBE_LENGTH`` tokens, then its blocks one by one; the outputs must agree. On the batches
@@ -37,12 +40,14 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Batch], whole: boo
         stack: one of its stacks, with the linears to prune; blocks behind the last of them are left out.
         batches: token ids, (B, L) int64 each, or a processor's outputs.
         whole: no block is left out.
+        ranks: the processes that each have batches of their own, of sequences that are equally long.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
             than can be carried from block to block.
     """
-    first = first_of(model, batches[0], PROBE_LENGTH)
+    # The same in every process: they must find the same groups.
+    first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
     probe = look(model, stack, first)
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
     trial = _record(model, stack, blocks, [first], probe)
@@ -54,7 +59,10 @@ def capture(model: nn.Module, stack: Stack, batches: Sequence[Batch], whole: boo
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    return _record(model, stack, blocks, batches, probe)
+    streams = _record(model, stack, blocks, batches, probe)
+    if ranks.size > 1:
+        streams.ranks, streams.samples = ranks, tuple(ranks.gather(sum(samples for samples, _ in streams.sizes)))
+    return streams
 
 
 def _record(model: nn.Module, stack: Stack, blocks: Sequence[Block], batches: Sequence[Batch], probe: Probe) -> Streams:

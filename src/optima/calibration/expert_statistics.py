@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from optima.calibration.loss_weights import LossWeights
+from optima.calibration.reduction import reduce_to
 from optima.calibration.routed import Group, Recorded
 from optima.calibration.statistics import SAMPLE, Accumulator, Found
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
+from optima.distributed import ALONE, Ranks
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import mirror
@@ -82,7 +84,12 @@ class TokenWeights:
 
 
 def observe_experts(
-    recorded: Recorded, weights: TokenWeights, device: torch.device, damping: float, clock: Stopwatch
+    recorded: Recorded,
+    weights: TokenWeights,
+    device: torch.device,
+    damping: float,
+    clock: Stopwatch,
+    ranks: Ranks = ALONE,
 ) -> Iterator[Found]:
     """The statistics of every expert of a module, which is on ``device``; an expert is dense until its are given.
 
@@ -92,6 +99,7 @@ def observe_experts(
         device: where to compute.
         damping: of the hessians.
         clock: told of the stages ``forward`` and ``hessian``.
+        ranks: the processes; each has calls of its own, and is given the statistics of the experts that it owns.
 
     Raises:
         CalibrationError: on NaN or Inf in an expert's inputs.
@@ -100,7 +108,7 @@ def observe_experts(
     if not recorded.calls:
         yield from (Found(None, group) for group in recorded.groups)
         return
-    everything = _Everything(recorded, weights, device, clock)
+    everything = _Everything(recorded, weights, device, clock, ranks)
     by_expert: defaultdict[int, list[Group]] = defaultdict(list)
     for group in recorded.groups:
         assert isinstance(group[0], ExpertLinear)
@@ -125,8 +133,11 @@ class Common:
 class _Everything:
     """All tokens of the block at the module's input, whatever they are routed to."""
 
-    def __init__(self, recorded: Recorded, weights: TokenWeights, device: torch.device, clock: Stopwatch) -> None:
-        self.weights, self.device, self.clock = weights, device, clock
+    def __init__(
+        self, recorded: Recorded, weights: TokenWeights, device: torch.device, clock: Stopwatch, ranks: Ranks
+    ) -> None:
+        self.weights, self.device, self.clock, self.ranks = weights, device, clock, ranks
+        self.calls = sum(ranks.gather(len(recorded.calls)))
         accumulator = Accumulator()
         sample, sample_weights = [], []
         for batch, args, kwargs in recorded.calls:
@@ -139,10 +150,14 @@ class _Everything:
             hidden_TD, weight_T = hidden_TD[used_T], weight_T.to(device)[used_T]
             with clock("hessian"), full_precision():
                 _accumulate(accumulator, hidden_TD, weight_T, recorded.experts.name)
-            count = -(-COMMON_TOKENS // len(recorded.calls))
+            count = -(-COMMON_TOKENS // self.calls)
             sample.append(_thin(hidden_TD, count))
             sample_weights.append(_thin(weight_T, count))
-        self.sample_ND, self.weight_N = torch.cat(sample), torch.cat(sample_weights)
+        every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
+        self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
+        if ranks.size > 1:
+            name = recorded.experts.name
+            reduce_to({name: None}, {name: accumulator}, {name: self.sample_ND.shape[1]}, set(), (ranks, device))
         self.common = Common(_mean(accumulator), _thin(self.sample_ND, SAMPLE).float())
 
 
@@ -160,7 +175,11 @@ class _Portion:
         for place, (batch, *_) in enumerate(self.recorded.calls):
             with self._watched(groups, own, batch):
                 self.recorded.run(place, self.everything.device)
+        owners = self._reduce(groups, own)
         for number, groups in self.experts.items():
+            if owners[number] != self.everything.ranks.rank:
+                yield from (Found(None, group, group[0].name not in self.untold, owners[number]) for group in groups)
+                continue
             inner = [group for group in groups if self._inner(group)]
             behind = {group[0].name: Accumulator() for group in inner}
             if inner:
@@ -170,7 +189,17 @@ class _Portion:
             for group in groups:
                 name = group[0].name
                 statistics = mixed(own.pop(name), common.pop(name, self.everything.common), damping)
-                yield Found(statistics, group, name not in self.untold)
+                yield Found(statistics, group, name not in self.untold, owners[number])
+
+    def _reduce(self, groups: list[Group], own: dict[str, Accumulator]) -> dict[int, int]:
+        """Each expert's sums of all processes at its owner; the owners by the expert's number."""
+        ranks = self.everything.ranks
+        owners = {number: place % ranks.size for place, number in enumerate(self.experts)}
+        if ranks.size > 1:
+            names = {group[0].name: owners[number] for number, groups in self.experts.items() for group in groups}
+            sizes = {group[0].name: group[0].shape[1] for group in groups}
+            reduce_to(names, own, sizes, self.untold, (ranks, self.everything.device))
+        return owners
 
     def _inner(self, group: Group) -> bool:
         """Whether the group is given what an earlier product of the expert made."""
@@ -195,7 +224,7 @@ class _Portion:
             weight_T, told = self.everything.weights.at(name, batch, call.tokens_T)
             self.untold.update(() if told else (name,))
         with self.everything.clock("hessian"):
-            count = SAMPLE if batch is None else -(-SAMPLE // len(self.recorded.calls))
+            count = SAMPLE if batch is None else -(-SAMPLE // self.everything.calls)
             into[name].sample.append(_thin(call.inputs_TD, count).float())
             _accumulate(into[name], call.inputs_TD, weight_T, name)
 

@@ -49,4 +49,5 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
                     if (gradient := gradients[id(linear.parameter)]) is not None:
                         sums[linear.name] += linear.orient(gradient).float().square()
                 samples += 1
-    return {name: sum_OD.div_(samples).sqrt_() for name, sum_OD in sums.items()}
+    samples = sum(streams.ranks.gather(samples))
+    return {name: streams.ranks.total(sum_OD).div_(samples).sqrt_() for name, sum_OD in sums.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,10 @@ from optima.models.stacks import Stack
 Batch = Tensor | Mapping[str, Tensor]
 # Arguments that hold the words of a batch, in the order in which they are looked for.
 WORDS_OF = {"decoder": ("decoder_input_ids", "labels"), "encoder": ("input_ids",), "whole": ("input_ids",)}
+
+
+# What a batch of nothing but text may hold, see ``optima.calibration.given``.
+TEXT_ALONE = {"input_ids", "attention_mask", "token_type_ids", "labels"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,14 @@ class Calibration:
         return sum(0 if tensor is None else tensor.numel() for tensor in [*words, self.tokens_NL])
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Sequences, and the words in each."""
+        if self.tokens_NL is not None:
+            return len(self.tokens_NL), self.tokens_NL.shape[1]
+        samples = sum(len(next(iter(batch.values()))) for batch in self.inputs)
+        return samples, self.num_tokens // samples
+
+    @property
     def hash(self) -> str:
         """SHA-256 in hex: equal data, equal hash."""
         if self.tokens_NL is not None:
@@ -80,16 +92,21 @@ class Calibration:
 
 
 def given_batches(calibration: object) -> tuple[Mapping[str, Tensor], ...] | None:
-    """``calibration`` as batches of a processor's outputs; None if it is something else.
+    """``calibration`` as batches of a processor's outputs; None if it is something else, or text alone.
 
     Raises:
         CalibrationError: if a batch holds something else than tensors.
     """
-    if isinstance(calibration, (Tensor, str)) or not hasattr(calibration, "__len__"):
+    if isinstance(calibration, (Tensor, str)) or not isinstance(calibration, Iterable):
         return None
-    batches = list(calibration) if hasattr(calibration, "__iter__") else []
-    if not batches or not isinstance(batches[0], Mapping):
+    if isinstance(calibration, Mapping):
+        calibration = [calibration]
+    if not hasattr(calibration, "__len__"):
         return None
+    first = next(iter(calibration), None)
+    if not isinstance(first, Mapping) or set(first) <= TEXT_ALONE:
+        return None
+    batches = list(calibration)
     for number, batch in enumerate(batches):
         wrong = {"batch": batch} if not isinstance(batch, Mapping) or not batch else batch
         for name, value in wrong.items():

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class LossWeights:
         routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
+        shared: of several processes: tokens of all, their tempered sum and that of its squares, by the names of
+            ``tokens``, which are of this process's sequences.
     """
 
     loss: str
@@ -68,35 +70,43 @@ class LossWeights:
     routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+
+    def moments(self, name: str) -> tuple[float, float, float]:
+        """Tokens, the sum of their tempered weights and that of its squares, for a name of ``tokens`` or ``routed``."""
+        if name in self.shared:
+            return self.shared[name]
+        own = [own_T for _, own_T in self.routed[name]] if name in self.routed else self.tokens.get(name, [])
+        tempered = [own_T.pow(POWER) for own_T in own]
+        squares = sum(float(own_T @ own_T) for own_T in tempered)
+        return sum(map(len, tempered)), sum(float(own_T.sum()) for own_T in tempered), squares
 
     def of_tokens(self, name: str) -> list[Tensor] | None:
         """Tempered weights of each batch's tokens, (T,), for a group's first linear or a block ``name``; of mean 1.
 
         None where they are not known, or no token matters.
         """
-        tempered = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
-        total = sum(float(own_T.sum()) for own_T in tempered)
-        return [own_T * (sum(map(len, tempered)) / total) for own_T in tempered] if total else None
+        count, total, _ = self.moments(name)
+        known = total and name in self.tokens
+        return [own_T.pow(POWER) * (count / total) for own_T in self.tokens[name]] if known else None
 
     def of_routed(self, name: str, sizes: Sequence[int]) -> list[Tensor] | None:
         """As ``of_tokens`` at an expert's linear ``name``: of each batch's ``sizes`` tokens, wherever they were routed.
 
         A token that the dense model sent elsewhere has the mean of the expert's, which is 1.
         """
-        pairs = self.routed.get(name, [])
-        squares_T = torch.cat([own_T for _, own_T in pairs]) if pairs else torch.zeros(0)
-        mean = float(squares_T.pow(POWER).mean()) if len(squares_T) else 0.0
-        if not mean:
+        count, total, _ = self.moments(name)
+        if not total or name not in self.routed:
             return None
         weights = [torch.ones(size) for size in sizes]
-        for weight_T, (tokens_T, own_T) in zip(weights, pairs, strict=True):
-            weight_T[tokens_T] = own_T.pow(POWER) / mean
+        for weight_T, (tokens_T, own_T) in zip(weights, self.routed[name], strict=True):
+            weight_T[tokens_T] = own_T.pow(POWER) * (count / total)
         return weights
 
     def effective_tokens(self, name: str) -> float | None:
         """(sum s)^2 / sum s^2 of the tempered weights: so many equal tokens would tell as much."""
-        weights = self.of_tokens(name)
-        return None if weights is None else sum(map(len, weights)) ** 2 / sum(float(own_T @ own_T) for own_T in weights)
+        _, total, squares = self.moments(name)
+        return total**2 / squares if total else None
 
     def of_rows(self, name: str) -> Tensor | None:
         """Tempered weights of a linear's rows, (O,), with the mean of those that are not; None if none matters."""
@@ -131,13 +141,65 @@ def loss_weights(
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
 
     Raises:
-        NotDifferentiableError: if there are no gradients, or they are not finite.
+        NotDifferentiableError: if there are no gradients, or they are not finite; of several processes, in all.
     """
+    found, problem = None, ""
+    try:
+        found = _sweep(model, stack, streams, batches, device, seed, residual)
+    except NotDifferentiableError as error:
+        problem = str(error)
+    if problem := next(filter(None, streams.ranks.gather(problem)), ""):
+        raise NotDifferentiableError(problem)
+    assert found is not None
+    _reduce(found, streams)
+    return found
+
+
+def _reduce(found: LossWeights, streams: Streams) -> None:
+    """Means over the tokens of all processes, of which each keeps the weights of its own."""
+    ranks = streams.ranks
+    own = {name: found.moments(name) for name in ((*found.tokens, *found.routed) if ranks.size > 1 else ())}
+    known = ranks.gather((own, _shapes(found.rows), _shapes(found.residual)))
+    for name in _union(moments for moments, _, _ in known):
+        every = [moments.get(name, (0.0, 0.0, 0.0)) for moments, _, _ in known]
+        found.shared[name] = (sum(n for n, _, _ in every), sum(s for _, s, _ in every), sum(q for _, _, q in every))
+    for name, shape in _union(rows for _, rows, _ in known).items():  # what one was not given, another was
+        found.rows[name] = ranks.total(found.rows.get(name, torch.zeros(shape))) / streams.tokens
+    for name, shape in _union(residual for _, _, residual in known).items():
+        found.residual[name] = ranks.total(found.residual.get(name, torch.zeros(shape)), 0) / streams.tokens
+    if not ranks.first:  # only the first tunes blocks
+        found.residual.clear()
+
+
+Named = TypeVar("Named")
+
+
+def _union(parts: Iterable[Mapping[str, Named]]) -> dict[str, Named]:
+    return {name: value for part in parts for name, value in part.items()}
+
+
+def _shapes(sums: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in sums.items()}
+
+
+def _sweep(
+    model: PreTrainedModel,
+    stack: Stack,
+    streams: Streams,
+    batches: Sequence[Batch],
+    device: torch.device,
+    seed: int,
+    residual: bool,
+) -> LossWeights:
+    """Sums over this process's tokens, where ``loss_weights`` returns means."""
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise NotDifferentiableError("the model was made inside torch.inference_mode()")
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
     generator = torch.Generator().manual_seed(seed)
+    # A sequence has the same labels whichever process it is in.
+    numbers = 1 if has_words else streams.hidden[0][0].numel() // streams.sizes[0][1]
+    torch.rand(streams.tokens_before * numbers, generator=generator)
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         for batches_now in _at_a_time(streams, len(stack.blocks)):
             part, kept = streams.part(batches_now), []
@@ -159,10 +221,6 @@ def loss_weights(
                     found.residual[block.name] = found.residual.get(block.name, 0.0) + product_EE
                 with Resident().on(block, device):
                     _through(block, part, gradients, device, found)
-    total = sum(samples * length for samples, length in streams.sizes)
-    for sums in (found.rows, found.residual):
-        for name, value in sums.items():
-            sums[name] = value / total
     return found
 
 

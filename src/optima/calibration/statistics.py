@@ -12,7 +12,7 @@ Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens that w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.probe import Given
+from optima.calibration.reduction import reduce_statistics
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
@@ -44,12 +45,14 @@ class Found:
         statistics: of the input; None if no token reached the linears.
         linears: the linears.
         told: False if tokens could not be told from each other, as in the experts of a mixture: they weigh alike then.
+        owner: number of the process that prunes them; None: all processes together. Others have no statistics.
         recorded: instead of statistics what a module of experts was given, see ``calibration.expert_statistics``.
     """
 
     statistics: Statistics | None
     linears: tuple[Linear, ...]
     told: bool = True
+    owner: int | None = 0
     recorded: Recorded | None = None
 
 
@@ -108,6 +111,7 @@ def observe(
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
     A pass over a batch ends with the input of the last linear: its product is for nobody. ``streams`` stay as they are.
+    Of several processes each is given all groups; see ``Found.owner``.
 
     Args:
         block: on ``device``, with the linears to prune.
@@ -116,7 +120,7 @@ def observe(
         sink_weight: without ``weights``, of the first token of each sequence, relative to all tokens of the sequence
             together: it counts as ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
         damping: of the hessians.
-        stopwatch: told of the stages ``forward`` and ``hessian``.
+        stopwatch: told of the stages ``forward``, ``hessian`` and ``reduce``.
         weights: of the tokens, by the model's loss.
 
     Raises:
@@ -129,9 +133,12 @@ def observe(
     for batch in range(len(streams.hidden)):
         with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
             streams.run(block, batch, device)
-    for group in watch.groups:
-        accumulator = watch.accumulators.pop(group[0].name)
-        yield Found(accumulator.finish(damping), group, group[0].name not in watch.untold)
+    with stopwatch("reduce") if streams.ranks.size > 1 else nullcontext():
+        owners = reduce_statistics(watch.accumulators, watch.untold, watch.groups, streams.ranks, device)
+    # What all do together comes first: nobody waits in it for one who works alone.
+    for group in sorted(watch.groups, key=lambda group: owners[group[0].name] is not None):
+        name = group[0].name
+        yield Found(watch.accumulators.pop(name).finish(damping), group, name not in watch.untold, owners[name])
     for recorded in watch.recorders:
         linears = tuple(linear for group in recorded.groups for linear in group)
         yield Found(None, linears, recorded=recorded)
@@ -211,8 +218,7 @@ class _Watch:
                 self.untold.add(name)
             else:
                 weight_T = weights[self._batch].to(inputs_TD.device)
-                total = sum(count * size for count, size in self._streams.sizes)
-                accumulator.sample.append(inputs_TD[:: max(total // SAMPLE, 1)].float())
+                accumulator.sample.append(inputs_TD[:: max(self._streams.tokens // SAMPLE, 1)].float())
         if not accumulator.add(inputs_TD, weight_T):
             raise CalibrationError(self._describe_bad(name, inputs_TD))
         extra = 0.0 if self._by_loss is not None else self._sink_weight * length - 1.0

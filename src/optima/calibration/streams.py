@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optima.calibration.probe import Probe, hidden_of
+from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
 
@@ -34,6 +35,8 @@ class Streams:
         hidden: each batch's hidden states, on the CPU, in the model's dtype; usually (B, L, E).
         calls: ``calls[block][batch]``, of the blocks that are needed; equal tensors are stored once.
         carried: for each batch, what blocks returned for later ones besides hidden states, by (block, place).
+        ranks: the processes that sequences are split over: these are the ones of this process.
+        samples: how many sequences each of them has; empty if there is one.
     """
 
     probe: Probe
@@ -41,6 +44,19 @@ class Streams:
     hidden: list[Tensor]
     calls: list[list[Call]]
     carried: list[dict[tuple[int, int], Tensor]]
+    ranks: Ranks = ALONE
+    samples: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Of all processes; sequences are equally long."""
+        own = sum(samples * length for samples, length in self.sizes)
+        return sum(self.samples) * self.sizes[0][1] if self.samples else own
+
+    @property
+    def tokens_before(self) -> int:
+        """Those of processes of lower rank."""
+        return sum(self.samples[: self.ranks.rank]) * self.sizes[0][1]
 
     def copy(self) -> Streams:
         """Streams that advance on their own; the tensors they hold are shared."""
@@ -50,7 +66,8 @@ class Streams:
         """Streams of some batches that advance on their own."""
         calls = [[called[batch] for batch in batches] for called in self.calls]
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
-        return Streams(self.probe, sizes, hidden, calls, [dict(self.carried[batch]) for batch in batches])
+        carried = [dict(self.carried[batch]) for batch in batches]
+        return Streams(self.probe, sizes, hidden, calls, carried, self.ranks, self.samples)
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""

@@ -98,6 +98,11 @@ class Writer:
         """What this and earlier runs made of what was there, for the report."""
         return list(dict.fromkeys(line["note"] for line in self.journal.lines if "note" in line))
 
+    def note(self, text: str) -> None:
+        """Remember a note for the report, also for that of a later run which goes on."""
+        with explain_write_errors(self.journal.file):
+            self.journal.append({"note": text})
+
     @property
     def _scratch(self) -> Path:
         return self.journal.file.parent

@@ -81,7 +81,9 @@ class BlockRecord(Record):
 
     index: Int  # of the block in the model
     name: str  # full module name
-    seconds: dict[str, float]  # by stage: read, forward, hessian, gradient, select, solve, round, tune, write
+    seconds: dict[
+        str, float
+    ]  # by stage: read, forward, hessian, reduce, gradient, select, solve, round, share, tune, write
     tuning: tuple[float, ...] = ()  # error on held-out sequences before tuning and after each epoch
     tuning_epoch: Int = 0  # the epoch whose weights were kept; 0: those before tuning
 
@@ -124,6 +126,7 @@ class RunRecord(Record):
     model_revision: str | None = None  # commit of a hub model; None if unknown
     model_fingerprint: str | None = None  # hash of the source's weights; None if unknown
     dataset_revision: str | None = None  # commit of a hub dataset; None if unknown
+    processes: Int = 1  # that shared the work
     skipped_records: Int = 0  # records of the calibration text that had none in the text column
 
 

@@ -1,0 +1,173 @@
+"""What a run computes and moves, from a model's shapes: the one account that is both checked here and carried on.
+
+Shapes: T tokens, D inputs, O outputs, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from optima.distributed import STRIP_BYTES, share_out
+
+SAMPLE = 512  # inputs that go to the owner beside a hessian
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of a recipe, by ``profiled`` at 512 and 1,024 inputs: of selecting, by one process, and of the rest, by all.
+
+    Attributes:
+        select_rows, rows: products of a linear's rows with a D x D matrix.
+        select_cubes, cubes: products of two such matrices, a Cholesky and an inverse counted as half of one.
+        eigen: an eigendecomposition, as so many of them.
+    """
+
+    select_rows: float
+    rows: float
+    select_cubes: float
+    cubes: float
+    eigen: float
+
+
+DEFAULT = Counts(select_rows=27, rows=35, select_cubes=8, cubes=1.5, eigen=9)
+WANDA = Counts(select_rows=0, rows=35, select_cubes=0, cubes=1.5, eigen=0)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears of a block with one input. ``copies`` of the group are alike; ``share`` of the tokens reaches each."""
+
+    inputs: int
+    outputs: tuple[int, ...]
+    copies: int = 1
+    share: float = 1.0
+
+    @property
+    def weights(self) -> int:
+        return self.inputs * sum(self.outputs)
+
+    @property
+    def cost(self) -> float:
+        """As ``optima.calibration.reduction.cost`` shares work out."""
+        return float(self.inputs**3 + 10 * self.weights * self.inputs)
+
+    def solve(self, counts: Counts, first: bool, processes: int) -> tuple[float, float]:
+        """Operations of one of the processes that share the rows: products, and eigendecompositions."""
+        rows = counts.rows / processes + counts.select_rows * first
+        cubes = counts.cubes + counts.select_cubes * first
+        products = 2 * (cubes * self.inputs**3 + rows * self.weights * self.inputs)
+        return products, 2 * counts.eigen * first * self.inputs**3
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder of like blocks.
+
+    Attributes:
+        attention: width of all heads together.
+        groups: of a block.
+    """
+
+    name: str
+    blocks: int
+    hidden: int
+    attention: int
+    vocabulary: int
+    groups: tuple[Group, ...]
+
+    @property
+    def parameters(self) -> float:
+        return self.blocks * self.block_weights + 2.0 * self.vocabulary * self.hidden
+
+    @property
+    def block_weights(self) -> float:
+        return float(sum(group.copies * group.weights for group in self.groups))
+
+    def forward_flops(self, tokens: int, length: int) -> float:
+        """Of one block."""
+        products = sum(group.copies * group.share * group.weights for group in self.groups)
+        return 2.0 * tokens * products + 4.0 * tokens * length * self.attention
+
+
+def llama(name: str, sizes: Mapping[str, int]) -> Model:
+    """A dense decoder with grouped queries and gates."""
+    hidden, middle = sizes["hidden"], sizes["middle"]
+    heads = sizes.get("heads", hidden)
+    pair = sizes["pair"]  # outputs of keys, and of values
+    groups = (
+        Group(hidden, (heads, pair, pair)),
+        Group(heads, (hidden,)),
+        Group(hidden, (middle, middle)),
+        Group(middle, (hidden,)),
+    )
+    return Model(name, sizes["blocks"], hidden, heads, sizes["vocabulary"], groups)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the busiest process does in a whole run, and what the processes exchange.
+
+    Attributes:
+        sweep: floating-point operations of the sweep for the loss.
+        forward: of the passes over the pruned blocks.
+        hessian: of the products X^T X, both triangles.
+        solve: of select, solve and rounding, but for
+        eigen: the eigendecompositions.
+        reduced: bytes of statistics that the processes bring together, counted once.
+        shared: bytes of weights and masks that go to the others, counted once.
+        activations: bytes of a block's inputs in a process.
+        messages: exchanges, large or small.
+    """
+
+    sweep: float
+    forward: float
+    hessian: float
+    solve: float
+    eigen: float
+    reduced: float
+    shared: float
+    activations: float
+    messages: float
+
+
+def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int, counts: Counts = DEFAULT) -> Work:
+    """A run by objective loss, without tuning or a survey; ``tokens_of``: sequences, and the length of one."""
+    samples, length = tokens_of
+    own = -(-samples // processes)
+    tokens = own * length
+    one = model.forward_flops(tokens, length)
+    last = 2.0 * tokens * sum(group.copies * group.share * group.weights for group in model.groups[-1:])
+    head = 2.0 * tokens * model.vocabulary * model.hidden
+    gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
+    each = [group for group in model.groups for _ in range(group.copies)]
+    owners = share_out([group.cost for group in each], processes)
+    load, eigen = [0.0] * processes, [0.0] * processes
+    reduced = shared = 0.0
+    for group, owner in zip(each, owners, strict=True):
+        for rank in range(processes) if owner is None else [owner]:
+            first, share = (rank == 0, processes) if owner is None else (True, 1)
+            products, spectrum = group.solve(counts, first, share)
+            load[rank] += products
+            eigen[rank] += spectrum
+        reduced += lower_bytes(group.inputs) + 4 * min(SAMPLE, samples * length) * group.inputs
+        # Where all have rows, the mask goes out before.
+        shared += group.weights * (itemsize + (1 if owner is not None else 2))
+    alone = processes == 1
+    return Work(
+        sweep=model.blocks * 3 * one + 2 * head,
+        forward=model.blocks * (2 * one - last) - one,
+        hessian=model.blocks * gram,
+        solve=model.blocks * max(load),
+        eigen=model.blocks * max(eigen),
+        reduced=0.0 if alone else model.blocks * reduced,
+        shared=0.0 if alone else model.blocks * shared,
+        activations=float(tokens * model.hidden * itemsize),
+        messages=0.0 if alone else model.blocks * (2 * len(each) + processes + 2),
+    )
+
+
+def lower_bytes(inputs: int) -> float:
+    """Of the lower triangle of a float64 matrix, as it travels in strips."""
+    rows = max(STRIP_BYTES // (inputs * 8), 1)
+    return float(sum(8 * min(rows, inputs - begin) * min(begin + rows, inputs) for begin in range(0, inputs, rows)))

@@ -1,0 +1,166 @@
+"""What processes found on their own sequences, brought together: statistics, gradients, a block's activations.
+
+Shapes: D inputs, O outputs, N tokens whose inputs are kept, T tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optima.calibration.streams import Call, Streams
+from optima.distributed import Ranks, share_out
+from optima.models.stacks import Block, Linear
+
+if TYPE_CHECKING:
+    from optima.calibration.statistics import Accumulator
+
+# A linear's products of O x D x D, forward and back, for select, solve and rounding; its hessian costs a few of D^3.
+PRODUCTS = 10
+
+
+class _Counts(NamedTuple):
+    """What one process holds of a group: tokens, their weight beyond one, and how many rows of inputs it has kept."""
+
+    tokens: int
+    extra_weight: float
+    extra: int
+    sample: int
+
+
+def reduce_statistics(
+    accumulators: Mapping[str, Accumulator],
+    untold: set[str],
+    groups: Sequence[Sequence[Linear]],
+    ranks: Ranks,
+    device: torch.device,
+) -> dict[str, int | None]:
+    """Bring the sums of all processes together: each group's at its owner, or at all if they solve it together.
+
+    What is left elsewhere is empty. Sums are float64, so that only their last digits depend on the order.
+
+    Args:
+        accumulators: of each group, by its first linear; changed in place.
+        untold: names of groups whose tokens could not be told apart here; those of other processes are added.
+        groups: of linears that share their input.
+        ranks: the processes.
+        device: where the sums are.
+
+    Returns:
+        The owner of each group, by its first linear; None: all processes.
+    """
+    names = [group[0].name for group in groups]
+    if ranks.size == 1:
+        return dict.fromkeys(names, 0)
+    owners = dict(zip(names, share_out([cost(group) for group in groups], ranks.size), strict=True))
+    sizes = {group[0].name: group[0].shape[1] for group in groups}
+    reduce_to(owners, accumulators, sizes, untold, (ranks, device))
+    return owners
+
+
+def reduce_to(
+    owners: Mapping[str, int | None],
+    accumulators: Mapping[str, Accumulator],
+    sizes: Mapping[str, int],
+    untold: set[str],
+    place: tuple[Ranks, torch.device],
+) -> None:
+    """As ``reduce_statistics``, where the owners are known; ``sizes``: D of each, ``place``: processes and device."""
+    ranks, _ = place
+    found = ranks.gather(({name: _counts(accumulators[name]) for name in owners}, frozenset(untold)))
+    untold.update(*(theirs for _, theirs in found))
+    for name, owner in owners.items():
+        _reduce(accumulators[name], [own[name] for own, _ in found], sizes[name], owner, place)
+
+
+def cost(group: Sequence[Linear]) -> float:
+    """Of a group's linears and their hessian, in multiplications."""
+    size = group[0].shape[1]
+    return float(size**3 + PRODUCTS * sum(linear.shape[0] for linear in group) * size**2)
+
+
+def _counts(accumulator: Accumulator) -> _Counts:
+    extra, sample = (sum(map(len, rows)) for rows in (accumulator.extra, accumulator.sample))
+    return _Counts(accumulator.tokens, accumulator.extra_weight, extra, sample)
+
+
+def _reduce(
+    accumulator: Accumulator,
+    counts: Sequence[_Counts],
+    size: int,
+    owner: int | None,
+    place: tuple[Ranks, torch.device],
+) -> None:
+    ranks, device = place
+    accumulator.tokens = sum(count.tokens for count in counts)
+    accumulator.extra_weight = sum(count.extra_weight for count in counts)
+    if not accumulator.tokens:
+        return
+    if accumulator.sum_DD is None:
+        accumulator.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
+    ranks.add_lower(accumulator.sum_DD, owner)
+    extra_ND = _stacked(accumulator.extra, [count.extra for count in counts], accumulator.sum_DD, (ranks, owner))
+    sample_ND = _stacked(accumulator.sample, [count.sample for count in counts], accumulator.sum_DD, (ranks, owner))
+    if owner in (None, ranks.rank):
+        accumulator.extra, accumulator.sample = extra_ND, sample_ND
+    else:
+        accumulator.sum_DD, accumulator.extra, accumulator.sample = None, [], []
+
+
+def _stacked(
+    rows: Sequence[Tensor], counts: Sequence[int], like_DD: Tensor, to: tuple[Ranks, int | None]
+) -> list[Tensor]:
+    """The rows of all processes, in the order of their sequences: added up, each process's in a place of its own."""
+    ranks, owner = to
+    if not sum(counts):
+        return []
+    all_ND = torch.zeros(sum(counts), len(like_DD), device=like_DD.device)
+    begin = sum(counts[: ranks.rank])
+    if rows:
+        all_ND[begin : begin + counts[ranks.rank]] = torch.cat(list(rows))
+    return [ranks.add(all_ND, owner)]
+
+
+class Sequences(NamedTuple):
+    """Activations, and what a block should make of them: a target for each batch, weights of its tokens or None."""
+
+    streams: Streams
+    targets: Sequence[Tensor]
+    weights: Sequence[Tensor] | None
+
+
+class _Part(NamedTuple):
+    """The same of one process, ready to be sent: for each batch, see ``Streams``."""
+
+    sizes: list[tuple[int, int]]
+    hidden: list[Tensor]
+    calls: list[Call]
+    carried: list[dict[tuple[int, int], Tensor]]
+    targets: list[Tensor]
+    weights: list[Tensor] | None
+
+
+def at_first(block: Block, own: Sequences) -> Sequences | None:
+    """The sequences of all processes in the first one, ready for ``block``, as if it had them all; None elsewhere."""
+    streams = own.streams
+    if streams.ranks.size == 1:
+        return own
+    weights = None if own.weights is None else list(own.weights)
+    called, carried = streams.calls[block.index], streams.carried
+    parts = streams.ranks.to_first(_Part(streams.sizes, streams.hidden, called, carried, list(own.targets), weights))
+    if not parts:
+        return None
+    calls: list[list[Call]] = [[] for _ in range(block.index)]
+    whole = Streams(
+        streams.probe,
+        [size for part in parts for size in part.sizes],
+        [hidden for part in parts for hidden in part.hidden],
+        [*calls, [call for part in parts for call in part.calls]],
+        [places for part in parts for places in part.carried],
+    )
+    known = [part.weights for part in parts if part.weights is not None]
+    all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None
+    return Sequences(whole, [target for part in parts for target in part.targets], all_weights)

@@ -1,0 +1,355 @@
+"""Several processes that prune one model: sequences are split over them, linears and rows too; one of them writes.
+
+    torchrun --nproc-per-node 8 -m optima prune MODEL --output-dir OUT
+
+torch.distributed does the work: gloo between main memories, nccl between CUDA devices. Two rules keep a run from
+hanging. Every exchange begins with ``gather``, over gloo, whose connections break at once when a process dies: the
+others then raise ``RankError``. And an ``OptimaError`` of one process is raised by all at their next ``gather``.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optima.device import find_device
+from optima.errors import OptimaError, RankError, RecipeError
+
+T = TypeVar("T")
+# What a launcher tells each process.
+TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# A process waits so long for the slowest. One that dies is noticed at once, a machine that loses power only by this.
+PATIENCE = timedelta(hours=2)
+# Of the sums of a matrix, travelling together.
+STRIP_BYTES = 2**26
+# Tensors that travel together begin at multiples of this, so that their bytes can be looked at as numbers.
+ALIGNMENT = 16
+
+
+class Ranks:
+    """The processes of a run, of which this is number ``rank`` of ``size``. This class: one process, which has it all.
+
+    Every method that is given or returns something of another process must be called by all of them, in one order.
+    """
+
+    rank, size = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes, reports and shows progress."""
+        return self.rank == 0
+
+    def part(self, count: int, rank: int | None = None) -> slice:
+        """Which of ``count`` things are this process's, or another's: contiguous; sizes differ by one at most."""
+        rank = self.rank if rank is None else rank
+        return slice(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def on(self, name: str) -> torch.device:
+        """The device of this process, where ``name`` is a recipe's.
+
+        Raises:
+            RecipeError: if there is no such device, or none for each process.
+        """
+        return find_device(name)
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, by rank: small, without tensors."""
+        return [value]
+
+    def collect(self, value: T) -> list[T]:
+        """Every process's value, by rank, with the tensors inside it, which keep their kind of device."""
+        return [value]
+
+    def to_first(self, value: T) -> list[T]:
+        """Every process's value in the first process, by rank, with the tensors inside it; nothing elsewhere."""
+        return [value]
+
+    def share(self, value: T | None, owner: int) -> T:
+        """The owner's value in every process, with the tensors inside it."""
+        assert value is not None
+        return value
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in every process."""
+        return make()
+
+    def add(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+        """The sum of every process's tensor, in place: at ``owner``, with anything elsewhere, or, if None, at all."""
+        return tensor
+
+    def add_lower(self, matrix_DD: Tensor, owner: int | None = None) -> None:
+        """``add`` for the lower triangle of a matrix; what is above it is undefined then."""
+
+    def total(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+        """As ``add``, but added in float64 and returned in the dtype of ``tensor``, which stays as it is."""
+        return tensor
+
+
+ALONE = Ranks()
+
+
+class Group(Ranks):
+    """This process and others, in torch's default process group.
+
+    Args:
+        control: a gloo group of all of them.
+    """
+
+    def __init__(self, control: dist.ProcessGroup) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._control = self._data = control
+        self._device = torch.device("cpu")
+        self._over = False  # all know that the run has failed
+
+    def on(self, name: str) -> torch.device:
+        """See ``Ranks``: the first CUDA device belongs to the first process of its machine, and so on."""
+        device = find_device(name)
+        if device.type == "cuda":
+            local, count = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
+            if device.index is not None:
+                raise RecipeError(f"device {name} is one for all processes: leave it out, and each takes its own")
+            if local >= count:
+                raise RecipeError(f"there are {count} CUDA devices on this machine: start {count} processes on it")
+            device = torch.device("cuda", local)
+        kinds = self.gather(device.type)
+        if len(set(kinds)) > 1:
+            raise RecipeError(f"the processes have different devices ({', '.join(kinds)}): name one by --device")
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # as nccl expects
+            self._data, self._device = dist.new_group(backend="nccl"), device
+        return device
+
+    def gather(self, value: T) -> list[T]:
+        """See ``Ranks``.
+
+        Raises:
+            RankError: if a process has died.
+            OptimaError: that another process raised.
+        """
+        return self._exchange(None, value)
+
+    def _exchange(self, error: OptimaError | None, value: T) -> list[T]:
+        own = None if error is None else (type(error), str(error))
+        found: list[Any] = [None] * self.size
+        with self._watched():
+            dist.all_gather_object(found, (own, value), group=self._control)
+        failed = {rank: error for rank, (error, _) in enumerate(found) if error is not None}
+        if failed:
+            self._over = True
+            rank, (kind, text) = next(iter(failed.items()))
+            raise error or kind(f"{text} (said by process {rank} of {self.size})")
+        return [value for _, value in found]
+
+    def tell(self, error: OptimaError) -> None:
+        """Let the others raise ``error`` at their next ``gather``, unless they know. Returns when all have."""
+        if not self._over and not isinstance(error, RankError):
+            try:
+                self._exchange(error, None)
+            except OptimaError:  # this one, or that another process is no more
+                return
+
+    def collect(self, value: T) -> list[T]:
+        """See ``Ranks``."""
+        data, tensors = _take_apart(value)
+        parts = self.gather((data, _plan(tensors)))
+        sizes = [plan[-1][0] for _, plan in parts]
+        own = _joined(tensors, max(sizes), self._device)
+        every = [torch.empty_like(own) for _ in sizes]
+        with self._watched():
+            dist.all_gather(every, own, group=self._data)
+        return [
+            value if rank == self.rank else _put_together(data, plan, every[rank], self._device)
+            for rank, (data, plan) in enumerate(parts)
+        ]
+
+    def to_first(self, value: T) -> list[T]:
+        """See ``Ranks``: by way of main memory."""
+        data, tensors = _take_apart(value)
+        parts, found, cpu = self.gather((data, _plan(tensors))), [value], torch.device("cpu")
+        if not self.first:
+            own = _joined(tensors, _plan(tensors)[-1][0], cpu)
+            with self._watched():
+                dist.send(own, 0, group=self._control)
+            return []
+        for rank, (data, plan) in enumerate(parts[1:], 1):
+            buffer = torch.empty(plan[-1][0], dtype=torch.uint8)
+            with self._watched():
+                dist.recv(buffer, rank, group=self._control)
+            found.append(_put_together(data, plan, buffer, self._device))
+        return found
+
+    def share(self, value: T | None, owner: int) -> T:
+        """See ``Ranks``."""
+        mine = self.rank == owner
+        data, tensors = _take_apart(value) if mine else (b"", [])
+        data, plan = self.gather((data, _plan(tensors)))[owner]
+        buffer = _joined(tensors, plan[-1][0], self._device)
+        if len(buffer):
+            with self._watched():
+                dist.broadcast(buffer, owner, group=self._data)
+        result: T = value if mine else _put_together(data, plan, buffer, self._device)  # type: ignore[assignment]
+        return result
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """See ``Ranks``."""
+        return self.share(make() if self.first else None, 0)
+
+    def add(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+        """See ``Ranks``: contiguous. No error is exchanged: a ``gather`` goes before it."""
+        with self._watched():
+            if owner is None:
+                dist.all_reduce(tensor, group=self._data)
+            else:
+                dist.reduce(tensor, owner, group=self._data)
+        return tensor
+
+    def add_lower(self, matrix_DD: Tensor, owner: int | None = None) -> None:
+        """See ``Ranks``: in strips of rows, half of the bytes of the matrix."""
+        rows = max(STRIP_BYTES // (len(matrix_DD) * matrix_DD.element_size()), 1)
+        for begin in range(0, len(matrix_DD), rows):
+            strip = matrix_DD[begin : begin + rows, : begin + rows]
+            strip.copy_(self.add(strip.contiguous(), owner))
+
+    def total(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+        """See ``Ranks``."""
+        return self.add(tensor.to(self._device, torch.float64, copy=True).contiguous(), owner).to(tensor)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """A broken connection is a ``RankError``."""
+        try:
+            yield
+        except RuntimeError as error:  # torch has no type of its own for what gloo says
+            self._over = True
+            if threading.current_thread() is threading.main_thread():
+                # The launcher will stop this process too: not before it has said why, and cleared up.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            reason = str(error).strip().splitlines()[0]
+            raise RankError(
+                f"another process of this run is no more ({reason}): what was committed stays; the same command with "
+                "--resume goes on, with as many processes as you like"
+            ) from error
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """All processes that a launcher such as torchrun started with this one, or that the caller's own group has.
+
+    An error inside ends the run in all of them, and nobody leaves before all have.
+    """
+    ready = dist.is_available() and dist.is_initialized()
+    launched = all(name in os.environ for name in TOLD) and int(os.environ["WORLD_SIZE"]) > 1
+    if not (dist.get_world_size() > 1 if ready else launched):
+        yield ALONE
+        return
+    if not ready:
+        try:
+            dist.init_process_group("gloo")
+        except RuntimeError as error:  # of the rendezvous, in many forms
+            raise RankError(f"the processes of this run do not find each other ({error}): see the launcher") from error
+    ranks = Group(dist.new_group(backend="gloo", timeout=PATIENCE))
+    try:
+        yield ranks
+        ranks.gather(None)
+    except OptimaError as error:
+        ranks.tell(error)
+        raise
+    if not ready:
+        dist.destroy_process_group()
+
+
+def share_out(costs: Sequence[float], size: int) -> list[int | None]:
+    """Who does what: the largest first, each to whoever has least. None, for what exceeds one's share: all together."""
+    load, fair = [0.0] * size, sum(costs) / size
+    owners: list[int | None] = [None] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        if costs[index] <= fair or size == 1:
+            least = min(range(size), key=load.__getitem__)
+            owners[index] = least
+            load[least] += costs[index]
+    return owners
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, and lists them."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.tensors: list[Tensor] = []
+        self._places: dict[int, int] = {}
+
+    def persistent_id(self, value: object) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        if id(value) not in self._places:
+            self._places[id(value)] = len(self.tensors)
+            self.tensors.append(value)
+        return self._places[id(value)]
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, place: Any) -> Tensor:
+        tensor: Tensor = self._tensors[place]
+        return tensor
+
+
+# Of a tensor: where its bytes begin, its shape, dtype and whether it is in main memory. The last entry: where all end.
+_Entry = tuple[int, tuple[int, ...], torch.dtype, bool]
+
+
+def _take_apart(value: object) -> tuple[bytes, list[Tensor]]:
+    """A value without its tensors, and these.
+
+    Raises:
+        RecipeError: if it holds something that cannot leave this process.
+    """
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    try:
+        pickler.dump(value)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:  # as pickle says it, by kind of object
+        raise RecipeError(f"something cannot be sent to another process ({error}): prune with one process") from error
+    return file.getvalue(), pickler.tensors
+
+
+def _plan(tensors: Sequence[Tensor]) -> list[_Entry]:
+    plan: list[_Entry] = []
+    begin = 0
+    for tensor in tensors:
+        plan.append((begin, tuple(tensor.shape), tensor.dtype, tensor.device.type == "cpu"))
+        begin += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+    return [*plan, (begin, (), torch.uint8, True)]
+
+
+def _joined(tensors: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
+    """The bytes of all tensors, filled up to ``size``."""
+    buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+    for tensor, (begin, *_) in zip(tensors, _plan(tensors), strict=False):
+        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        buffer[begin : begin + len(data)].copy_(data)
+    return buffer
+
+
+def _put_together(data: bytes, plan: Sequence[_Entry], buffer: Tensor, device: torch.device) -> Any:
+    tensors = []
+    for begin, shape, dtype, in_memory in plan[:-1]:
+        count = torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size()
+        found = buffer[begin : begin + count].view(dtype).reshape(shape)
+        # A copy: one tensor that is kept would keep the bytes of all.
+        tensors.append(found.to("cpu" if in_memory else device, copy=True))
+    return _Unpickler(io.BytesIO(data), tensors).load()

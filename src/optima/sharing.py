@@ -1,0 +1,100 @@
+"""What one process made of a block's weights, given to all; what a report says of a run that several share.
+
+Shapes: O outputs, D inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from optima.distributed import Ranks
+from optima.models.stacks import Block, Linear
+from optima.models.writer import Writer
+from optima.reporting.record import LinearRecord
+
+T = TypeVar("T")
+SHARED = " shared the work"  # by which a note is known
+# What the report tells of a linear (None if it was not pruned), and notes.
+Done = tuple[LinearRecord | None, tuple[str, ...]]
+
+
+def share_linears(
+    linears: Sequence[Linear],
+    owners: Mapping[str, int | None],
+    done: dict[str, Done],
+    keeps: dict[str, Tensor],
+    ranks: Ranks,
+) -> None:
+    """Bring the weights, masks and records of all linears to all processes.
+
+    Args:
+        linears: of a block; those of other processes are written.
+        owners: which process pruned each, by name; None: all together, so that all have it.
+        done: of this process's linears; others' are added.
+        keeps: keep_OD likewise.
+        ranks: the processes.
+    """
+    for theirs in ranks.gather({name: value for name, value in done.items() if owners[name] == ranks.rank}):
+        done.update(theirs)
+    mine = {linear.name for linear in linears if linear.name in keeps}
+    values = {linear.name: (linear.read(), keeps[linear.name]) for linear in linears if linear.name in mine}
+    pruned = {name: owner for name, owner in owners.items() if done[name][0] is not None}
+    found = share_owned(values, pruned, ranks)
+    for linear in linears:
+        if linear.name in found and linear.name not in mine:
+            weight_OD, keeps[linear.name] = found[linear.name]
+            linear.write(weight_OD)
+
+
+def share_owned(values: Mapping[str, T], owners: Mapping[str, int | None], ranks: Ranks) -> dict[str, T]:
+    """The values of all names in all processes, each its owner's; what has no owner is here already."""
+    found = dict(values)
+    for owner in range(ranks.size) if ranks.size > 1 else ():
+        names = [name for name, own in owners.items() if own == owner]
+        if names:
+            found |= ranks.share({name: values[name] for name in names} if owner == ranks.rank else None, owner)
+    return found
+
+
+@torch.no_grad()
+def share_tuned(block: Block, pruned: Collection[str], ranks: Ranks) -> None:
+    """Bring what tuning changed in the first process to all: the ``pruned`` linears, norms and biases."""
+    parameters = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
+    changed = {
+        name: parameter.detach()
+        for name, parameter in block.module.named_parameters()
+        if id(parameter) in parameters or parameter.ndim == 1
+    }
+    if ranks.size > 1:
+        for name, tensor in ranks.from_first(lambda: changed).items():
+            changed[name].copy_(tensor)
+
+
+def describe(ranks: Ranks, dtype: torch.dtype | None, tuned: bool, writer: Writer | None) -> str:
+    """By how many processes a run goes on, and what that changes; empty if it has always been one.
+
+    Args:
+        ranks: the processes.
+        dtype: of the activations, if these are computed in other batches than by one process; None if in the same.
+        tuned: whether blocks are tuned.
+        writer: of the run, which knows earlier notes.
+    """
+    done = [] if writer is None else list(writer.done)
+    where = f"after {done[-1]}" if done else "from the first block on"
+    if ranks.size == 1:
+        before = writer is not None and any(SHARED in note for note in writer.notes)
+        return f"{where} one process{SHARED}" if before else ""
+    text = f"{where} {ranks.size} processes{SHARED}; "
+    if dtype is None:
+        text += "their sums are added in another order in float64 alone, which moves hessians by 1e-16 of their size"
+    else:
+        name, size = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+        text += (
+            f"their batches are not those of one process, which moves activations by roundings of {name}, {size:.0e}"
+        )
+    text += "; rows of large linears are solved apart, to the same certified gap"
+    return text + ("; the first process tunes blocks, on the sequences of all" if tuned else "")

@@ -1,0 +1,202 @@
+"""Several processes share a run: they end as one would, or say what is different; where one dies, all end."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import finish_ranks, free_port, prune_ranks, said, start_ranks
+from runs import finish, start
+from tiny import load_weights, make_bert, make_llama, prune_arguments, save_model, save_text
+
+import optima
+from optima.calibration.statistics import Accumulator
+from optima.calibration.streams import Streams
+from optima.models.journal import read_journal
+
+BLOCKS = 3
+JOURNAL = Path(".out.optima-partial/journal.jsonl")
+SOON = 30.0  # seconds until all have ended when one dies
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"), make_llama(num_hidden_layers=BLOCKS).bfloat16())
+    save_text(Path("text.txt"))
+    return tmp_path
+
+
+def differing(first: str, second: str) -> tuple[float, float]:
+    """The share of mask entries, and of weights, that differ between two checkpoints."""
+    one, other = load_weights(Path(first)), load_weights(Path(second))
+    assert one.keys() == other.keys()
+    weights = [(one[name], other[name]) for name in one if one[name].ndim == 2 and bool((one[name] == 0).any())]
+    assert weights
+    size = sum(a.numel() for a, _ in weights)
+    masks = sum(int(((a == 0) != (b == 0)).sum()) for a, b in weights)
+    return masks / size, sum(int((a != b).sum()) for a, b in weights) / size
+
+
+def same_but_for_time(first: str, second: str) -> None:
+    one, other = optima.load_report(first), optima.load_report(second)
+    assert [linear.name for linear in one.linears] == [linear.name for linear in other.linears]
+    for a, b in zip(one.linears, other.linears, strict=True):
+        assert (a.tokens, a.damping, a.sparsity) == (b.tokens, b.damping, b.sparsity)
+        assert a.error == pytest.approx(b.error, rel=1e-3)
+        assert a.error_plain == pytest.approx(b.error_plain, rel=1e-3)
+        assert (a.tokens_effective or 0.0) == pytest.approx(b.tokens_effective or 0.0, rel=1e-6)
+    assert [block.tuning_epoch for block in one.blocks] == [block.tuning_epoch for block in other.blocks]
+
+
+RECIPES = {
+    "default": (),
+    "tuned and shared out": ("--tuning-epochs", "1", "--allocation", "loss", "--swaps", "8"),
+    "sink": ("--objective", "sink", "--allocation", "owl", "--selector", "wanda"),
+    "gradient": ("--selector", "gradient", "--objective", "plain"),
+    "selects with weights": ("--selector", "sparsegpt", "--solver", "none"),
+}
+
+
+@pytest.mark.parametrize("options", RECIPES.values(), ids=RECIPES)
+def test_two_end_as_one(options: tuple[str, ...]) -> None:
+    assert finish(start("one", *options)) == 0
+    prune_ranks(2, "two", *options)
+    masks, weights = differing("one", "two")
+    assert masks <= 1e-3
+    assert weights <= 1e-2
+    same_but_for_time("one", "two")
+    run = optima.load_report("two").run
+    assert run.processes == 2
+    assert any("2 processes shared the work" in note and "1e-16" in note for note in run.notes)
+
+
+def test_four_with_batches_that_begin_elsewhere() -> None:
+    save_model(Path("model"), make_llama(num_hidden_layers=BLOCKS))
+    size = ("--num-calibration-samples", "6", "--batch-size", "4")
+    assert finish(start("one", *size)) == 0
+    prune_ranks(4, "four", *size)
+    masks, _ = differing("one", "four")
+    assert masks <= 1e-2
+    assert any("roundings of float32, 1e-07" in note for note in optima.load_report("four").run.notes)
+
+
+def test_a_model_without_a_head() -> None:
+    save_model(Path("bert"), make_bert(), "bert")
+    assert finish(start("one", "--batch-size", "1", model="bert")) == 0
+    prune_ranks(2, "two", "--batch-size", "1", model="bert")
+    masks, _ = differing("one", "two")
+    assert masks <= 1e-3
+    same_but_for_time("one", "two")
+
+
+class TestErrors:
+    def test_what_is_known_beforehand_is_said_once(self) -> None:
+        Path("out").mkdir()
+        Path("out/file").touch()
+        assert finish_ranks(start_ranks(2, "out")) == [2, 2]
+        first, second = said(2)
+        assert "exists: choose another --output-dir" in first
+        assert not second
+
+    def test_more_processes_than_sequences(self) -> None:
+        assert finish_ranks(start_ranks(3, "out", "--num-calibration-samples", "2")) == [2, 2, 2]
+        assert "3 processes share 2 calibration sequences: start 2 at most" in said(3)[0]
+        assert not Path("out").exists()
+
+    def test_of_one_ends_all(self) -> None:
+        def prepare(rank: int) -> None:
+            if rank == 1:
+                Accumulator.add = lambda *_: False  # type: ignore[assignment, method-assign]
+
+        assert finish_ranks(start_ranks(2, "out", prepare=prepare)) == [2, 2]
+        assert "contain NaN or Inf" in said(2)[0]
+        assert "(said by process 1 of 2)" in said(2)[0]
+        assert not Path("out").exists()
+
+
+def dies(rank: int, block: int) -> Callable[[int], None]:
+    """For ``prepare``: the process ``rank`` is killed where the streams leave a block."""
+
+    def prepare(own: int) -> None:
+        advance = Streams.advance
+
+        def killed(self: Streams, at: object, device: torch.device) -> None:
+            if at.index == block and self.ranks.size > 1:  # type: ignore[attr-defined]
+                os.kill(os.getpid(), signal.SIGKILL)
+            advance(self, at, device)  # type: ignore[arg-type]
+
+        if own == rank:
+            Streams.advance = killed  # type: ignore[assignment, method-assign]
+
+    return prepare
+
+
+class TestDead:
+    @pytest.mark.parametrize(("rank", "size", "after"), [(1, 2, 1), (0, 2, 4), (2, 4, 2)])
+    def test_all_end_and_another_number_goes_on(self, rank: int, size: int, after: int) -> None:
+        options = ("--objective", "plain", "--batch-size", "1")
+        assert finish(start("one", *options)) == 0
+        children = start_ranks(size, "out", *options, prepare=dies(rank, 1))
+        started = time.monotonic()
+        codes = finish_ranks(children)
+        assert time.monotonic() - started < SOON
+        assert codes == [-signal.SIGKILL if own == rank else 2 for own in range(size)], said(size)
+        if rank:
+            assert "another process of this run is no more" in said(size)[0]
+            assert "keeps what was done" in said(size)[0]
+        assert read_journal(JOURNAL).blocks
+        if after == 1:
+            assert finish(start("out", "--resume", *options)) == 0
+        else:
+            prune_ranks(after, "out", "--resume", *options)
+        masks, _ = differing("one", "out")
+        assert masks <= 1e-2
+        notes = "; ".join(optima.load_report("out").run.notes)
+        assert f"from the first block on {size} processes shared the work" in notes
+        # The first process may have committed the block that the other did not live to see.
+        assert re.search(rf"after model.layers.[01] {'one process' if after == 1 else f'{after} processes'}", notes)
+        assert optima.load_report("out").run.processes == after
+
+
+@pytest.mark.slow
+def test_torchrun_ends_a_run_whose_process_dies() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    script = Path("dying.py")
+    script.write_text(
+        "import os, signal, sys\n"
+        "from optima.calibration.streams import Streams\n"
+        "from optima.cli import main\n"
+        "advance = Streams.advance\n"
+        "def killed(self, block, device):\n"
+        "    if os.environ['RANK'] == '1' and block.index == 1 and self.ranks.size > 1:\n"
+        "        open('died', 'w').close()\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    advance(self, block, device)\n"
+        "Streams.advance = killed\n"
+        "sys.exit(main())\n"
+    )
+    arguments = prune_arguments("--objective", "plain")
+    ended = subprocess.run([*command, "dying.py", *arguments], capture_output=True, text=True, timeout=300)
+    assert ended.returncode
+    assert time.time() - Path("died").stat().st_mtime < 60
+    assert "another process of this run is no more" in ended.stderr
+    assert read_journal(JOURNAL).blocks
+    subprocess.run([*command, "-m", "optima", *arguments, "--resume"], check=True, timeout=300)
+    assert optima.load_report("out").run.processes == 2

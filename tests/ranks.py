@@ -1,0 +1,48 @@
+"""Several processes of one run, forked from the test: as torchrun would start them, but with all libraries imported."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from runs import finish, start
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def start_ranks(
+    size: int, out: str, *options: str, prepare: Callable[[int], object] = int, model: str = "model"
+) -> list[int]:
+    """The process ids of ``optima prune``; ``prepare`` is called in each with its rank. Each has a file of messages."""
+    port = free_port()
+
+    def child(rank: int) -> Callable[[], None]:
+        def told() -> None:
+            told_by = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
+            os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in told_by.items()}})
+            prepare(rank)
+
+        return told
+
+    return [
+        start(out, *options, prepare=child(rank), messages=f"messages{rank}.txt", model=model) for rank in range(size)
+    ]
+
+
+def finish_ranks(children: Sequence[int]) -> list[int]:
+    return [finish(child) for child in children]
+
+
+def prune_ranks(size: int, out: str, *options: str, model: str = "model") -> None:
+    codes = finish_ranks(start_ranks(size, out, *options, model=model))
+    assert codes == [0] * size, said(size)
+
+
+def said(size: int) -> list[str]:
+    return [" ".join(Path(f"messages{rank}.txt").read_text().split()) for rank in range(size)]

@@ -1,0 +1,167 @@
+"""Exchanges between processes: every value arrives whole, everywhere it should, whoever fails."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import finish_ranks, free_port
+from torch import Tensor
+
+from optima.distributed import ALONE, Ranks, joined, share_out
+from optima.errors import CalibrationError, OptimaError, RankError, RecipeError
+
+SIZE = 3
+
+
+@dataclass
+class Value:
+    name: str
+    tensor: Tensor
+    again: Tensor
+    mask: Tensor
+
+
+def value_of(rank: int) -> Value:
+    tensor = torch.full((rank + 1, 3), float(rank)).bfloat16().mT
+    return Value(f"rank {rank}", tensor, tensor, torch.arange(5) > rank)
+
+
+def is_of(value: Value, rank: int) -> bool:
+    own = value_of(rank)
+    alike = torch.equal(value.tensor, own.tensor) and torch.equal(value.mask, own.mask)
+    return value.name == own.name and alike and value.again is value.tensor
+
+
+def in_processes(work: Callable[[Ranks], object]) -> list[int]:
+    """What each exits with: 0, 2 for an ``OptimaError``, 3 for a ``RankError``."""
+    port, children = str(free_port()), []
+    for rank in range(SIZE):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 99
+        try:
+            names = {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update(names)
+            with joined() as ranks:
+                work(ranks)
+            code = 0
+        except RankError:
+            code = 3
+        except OptimaError as error:
+            Path(f"said{rank}").write_text(str(error))
+            code = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return finish_ranks(children)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def exchange(ranks: Ranks) -> None:
+    assert (ranks.size, ranks.first) == (SIZE, ranks.rank == 0)
+    assert ranks.gather(ranks.rank) == [0, 1, 2]
+    for owner in range(SIZE):
+        assert is_of(ranks.share(value_of(owner) if ranks.rank == owner else None, owner), owner)
+    assert ranks.share("text" if ranks.rank == 1 else None, 1) == "text"
+    assert ranks.from_first(lambda: [ranks.rank]) == [0]
+    assert all(is_of(value, rank) for rank, value in enumerate(ranks.collect(value_of(ranks.rank))))
+    at_first = ranks.to_first(value_of(ranks.rank))
+    assert len(at_first) == (SIZE if ranks.first else 0)
+    assert all(is_of(value, rank) for rank, value in enumerate(at_first))
+
+
+def add(ranks: Ranks) -> None:
+    assert torch.equal(ranks.add(torch.full((2, 2), 2.0**ranks.rank)), torch.full((2, 2), 7.0))
+    own = torch.tensor([1e8, 1.0, 1e-3])[ranks.rank].expand(4)
+    assert torch.equal(ranks.total(own), torch.full((4,), 1e8 + 1.0 + 1e-3, dtype=torch.float64).float())
+    matrix_DD = torch.arange(49.0, dtype=torch.float64).reshape(7, 7) + ranks.rank
+    ranks.add_lower(matrix_DD, 2)
+    if ranks.rank == 2:
+        whole_DD = 3 * torch.arange(49.0, dtype=torch.float64).reshape(7, 7) + 3
+        assert torch.equal(matrix_DD.tril(), whole_DD.tril())
+
+
+@pytest.mark.parametrize("work", [exchange, add])
+def test_values_arrive(work: Callable[[Ranks], object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.distributed.STRIP_BYTES", 3 * 7 * 8)  # of a matrix of 7 rows, 3 at a time
+    assert in_processes(work) == [0, 0, 0]
+
+
+def test_an_error_of_one_is_raised_by_all() -> None:
+    def work(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            raise CalibrationError("bad sample")
+        ranks.gather(None)
+
+    assert in_processes(work) == [2, 2, 2]
+    assert Path("said0").read_text() == "bad sample (said by process 1 of 3)"
+    assert Path("said1").read_text() == "bad sample"
+
+
+def test_an_error_at_the_very_end_is_raised_by_all() -> None:
+    def work(ranks: Ranks) -> None:
+        if ranks.first:
+            raise CalibrationError("the disk is full")
+
+    assert in_processes(work) == [2, 2, 2]
+
+
+def test_where_one_dies_the_others_end() -> None:
+    def work(ranks: Ranks) -> None:
+        if ranks.rank == 1:
+            os._exit(7)
+        ranks.gather(None)
+
+    assert in_processes(work) == [3, 7, 3]
+
+
+def test_what_cannot_be_sent_is_said() -> None:
+    assert in_processes(lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
+    assert "cannot be sent to another process" in Path("said2").read_text()
+
+
+def test_a_device_is_for_each() -> None:
+    assert in_processes(lambda ranks: ranks.on("cpu")) == [0, 0, 0]
+    if not torch.cuda.is_available():
+        assert in_processes(lambda ranks: ranks.on("cuda:0")) == [2, 2, 2]
+
+
+def test_one_process_has_it_all() -> None:
+    with joined() as ranks:
+        assert ranks is ALONE
+        assert ranks.part(5) == slice(0, 5)
+        assert ranks.gather(1) == ranks.collect(1) == ranks.to_first(1) == [1]
+        with pytest.raises(RecipeError):
+            ranks.on("nowhere")
+
+
+class TestShareOut:
+    def test_the_largest_first_to_whoever_has_least(self) -> None:
+        assert share_out([1.0, 4.0, 3.0, 2.0], 2) == [0, 0, 1, 1]
+
+    def test_what_exceeds_a_share_is_done_together(self) -> None:
+        assert share_out([1.0, 9.0, 2.0], 2) == [1, None, 0]
+
+    def test_one_has_all(self) -> None:
+        assert share_out([1.0, 9.0], 1) == [0, 0]
+
+    def test_parts_cover_everything_once(self) -> None:
+        for count in (1, 5, 64):
+            for size in (1, 2, 3, 7):
+                ranks = Ranks()
+                ranks.size = size
+                parts = [ranks.part(count, rank) for rank in range(size)]
+                assert [index for part in parts for index in range(part.start, part.stop)] == list(range(count))
