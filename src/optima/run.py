@@ -20,10 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
 from optima.calibration.given import Batches, given_text
+from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import own_text
 from optima.calibration.streams import Streams
-from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
 from optima.distributed import Ranks, joined
 from optima.errors import ModelError, RecipeError
@@ -33,7 +33,6 @@ from optima.linear import Methods
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible, sync
 from optima.models.journal import Journal
-from optima.models.reading import check_vocabulary
 from optima.models.skeleton import skeleton
 from optima.models.source import (
     Source,
@@ -48,7 +47,6 @@ from optima.models.stacks import Linear, Stack
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
-    Calibration,
     Preflight,
     batch_size,
     check_dump,
@@ -100,7 +98,8 @@ def prune(
         calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
             token ids, such as a ``DataLoader`` gives: tensors (batch, length), or dicts that hold them as
             ``input_ids``. At most ``recipe.num_calibration_samples`` sequences are taken of documents and
-            batches; of batches 128 where it is None.
+            batches; of batches 128 where it is None. Dicts of other things, as the processor of a model that sees or
+            hears returns them, are the arguments of its forward pass, and all are taken.
         callbacks: told of each linear and block, see ``optima.Callback``.
         progress: draw a live line on stderr, or print a line a block where that is no terminal.
         overwrite: replace ``output_dir`` if it holds an earlier output.
@@ -134,15 +133,15 @@ def prune(
             tokenizer = load_tokenizer(source)
         network, origin, text = _read(checked, tokenizer, ranks)
         assert recipe.batch_size is not None
-        batches, alike = own_batches(text.tokens_NL, recipe.batch_size, ranks)
+        batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
         job = _job(checked, network, calibration is not None)
         if ranks.first:
             listeners = [*([make_progress()] if progress else []), *callbacks]
             job.progress = stack.enter_context(Listeners(listeners))
-            job.progress.begin(_start(checked, origin["model"], output_dir, text.tokens_NL))
+            job.progress.begin(_start(checked, origin["model"], output_dir, text))
         if output_dir is not None:
-            run |= contents(recipe, network, origin.get("model_fingerprint"), data_hash(text.tokens_NL))
+            run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
         if destination is not None:
             prepare(network, tokenizer, source, destination.directory)
@@ -191,7 +190,10 @@ def _check(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
     device, methods = ranks.on(recipe.device), build(recipe)
-    calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
+    if (inputs := given_batches(calibration)) is not None:
+        calibration = inputs
+    else:
+        calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
@@ -251,7 +253,7 @@ def _read(
 
         return network, origin, ranks.from_first(write)
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
-    check_vocabulary(checked.structure, text.tokens_NL)
+    text.check(checked.structure)
     return *_network(checked), text
 
 
@@ -269,7 +271,7 @@ def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
     """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
     recipe, found = checked.recipe, checked.found
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-    job.tuning = build_tuning(recipe)
+    job.tuning, job.expert_tokens = build_tuning(recipe), recipe.expert_tokens
     job.notes.extend(found.notes)
     if given:
         job.notes.append(GIVEN_NOTE)
@@ -279,21 +281,22 @@ def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
 
 
 def _prune_stacks(
-    network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job, ranks: Ranks
+    network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
 ) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
-    allocation = build_allocation(checked.recipe)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         for stack in stacks:
-            with job.clock("forward"):
+            if not stack.needed:
+                continue
+            with job.clock("forward"):  # the decoder's when its turn comes: it reads what the pruned encoder made
                 streams = capture(network, stack, batches, by_loss, ranks)
             if by_loss:
                 job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
-            if allocation is not None:
+            if (allocation := build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
@@ -302,7 +305,7 @@ def _prune_stacks(
 
 
 def _loss_weights(
-    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], job: Job, seed: int
+    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Batch], job: Job, seed: int
 ) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
@@ -316,7 +319,8 @@ def _loss_weights(
     return found
 
 
-def _start(checked: _Checked, model: str, output_dir: str | Path | None, tokens_NL: Tensor) -> RunStart:
+def _start(checked: _Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:
+    samples, length = text.size
     return RunStart(
         model=model,
         output_dir=None if output_dir is None else str(output_dir),
@@ -324,8 +328,8 @@ def _start(checked: _Checked, model: str, output_dir: str | Path | None, tokens_
         recipe=checked.recipe.to_dict(),
         blocks=sum(bool(block.linears) for block in checked.found.blocks),
         linears=len(checked.found.linears),
-        samples=tokens_NL.shape[0],
-        length=tokens_NL.shape[1],
+        samples=samples,
+        length=length,
     )
 
 
@@ -345,8 +349,8 @@ def _report(
         recipe=recipe.to_dict(),
         versions=library_versions(),
         seed=recipe.seed,
-        data_hash=data_hash(text.tokens_NL),
-        num_tokens=text.tokens_NL.numel(),
+        data_hash=text.hash,
+        num_tokens=text.num_tokens,
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),
