@@ -149,6 +149,8 @@ def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
     return BYTES_PER_SQUARE * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
 
 
-def batch_size(recipe: Recipe, on_cpu: bool, length: int) -> int:
-    """Sequences of ``length`` tokens in one forward pass."""
+def batch_size(recipe: Recipe, on_cpu: bool, length: int | None) -> int:
+    """Sequences of ``length`` tokens in one forward pass; of unknown length as many as the batches have."""
+    if length is None:
+        return recipe.batch_size or 1
     return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu else BATCH_SIZE)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optima.allocation import Allocation
+from optima.calibration.expert_statistics import TokenWeights, observe_experts, routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import Sequences, at_first
@@ -22,6 +23,7 @@ from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
+from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident, Weights
 from optima.models.writer import Writer
@@ -44,6 +46,7 @@ class Job:
         patterns: the pattern of each linear by its full name.
         device: where blocks are calibrated and solved.
         damping: of the hessians, relative to their mean diagonal.
+        expert_tokens: fewer tokens at an expert are noted.
         sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
         progress: tells of every linear and block.
         weights: brings blocks to the device.
@@ -73,9 +76,11 @@ class Job:
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     resumed_seconds: float = 0.0
+    expert_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.device)  # of what happens outside the blocks
+        self._earlier = 0  # blocks of stacks that are done: a report numbers the blocks of a model
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage so far."""
@@ -112,11 +117,13 @@ class Job:
                     with clock("forward"):
                         streams.advance(block, self.device)
                 if not again:
-                    self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
+                    number = self._earlier + block.index
+                    self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
                     self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
             self.weights.replaced(block, partial(self._written, ranks, block))
             self.progress.notes(self.notes)
             self.progress.block(block.name, self.blocks[-1], again)
+        self._earlier += len(stack.blocks)
 
     def _written(self, ranks: Ranks, block: Block) -> dict[str, Tensor]:
         """What was committed of a block, which every process asks for at the same time."""
@@ -214,7 +221,7 @@ class Job:
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
-        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+        for found in self._each(block, streams, clock):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
                 what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
@@ -222,6 +229,15 @@ class Job:
                 if note not in self.notes:  # a survey saw the same
                     self.notes.append(note)
             yield found
+
+    def _each(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
+        """Of modules that every token reaches, then of experts, each of which is dense until its own are given."""
+        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+            if found.recorded is None:
+                yield found
+            else:
+                weights = TokenWeights(block, streams, self.sink_weight, self.loss)
+                yield from observe_experts(found.recorded, weights, self.device, self.damping, clock, streams.ranks)
 
     def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
         """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards.
@@ -248,21 +264,29 @@ class Job:
                     gradient_OD = gradients.get(linear.name)
                     result = self._prune_linear(linear, found.statistics, gradient_OD, clock, together)
                     linear.write(result.weight_OD)
-                    record = replace(result.record, block=block.index, tokens_effective=effective)
+                    record = replace(result.record, block=self._earlier + block.index, tokens_effective=effective)
                     done[linear.name] = record, result.notes
                     self.progress.linear(record)
                     keeps[linear.name] = result.keep_OD
         if ranks.size > 1:
             with clock("share"):
                 share_linears(block.linears, owners, done, keeps, ranks)
+        self._tell(block, streams, done, owners)
+        return keeps
+
+    def _tell(self, block: Block, streams: Streams, done: Mapping[str, Done], owners: Mapping[str, int | None]) -> None:
+        """Let the report know of the block's linears, in the order of their groups."""
+        routed = {}
         for linear in (linear for group in streams.groups(block) for linear in group):
             told, notes = done[linear.name]
             self.notes.extend(notes)
             if told is not None:
                 self.linears.append(told)
-                if owners[linear.name] not in (None, ranks.rank):
+                if isinstance(linear, ExpertLinear):
+                    routed[linear.name] = told.tokens
+                if owners[linear.name] not in (None, streams.ranks.rank):
                     self.progress.linear(told)
-        return keeps
+        self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
 
     def _prune_linear(
         self, linear: Linear, statistics: Statistics, gradient_OD: Tensor | None, clock: Stopwatch, ranks: Ranks

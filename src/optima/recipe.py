@@ -34,6 +34,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 LEARNING_RATE = 3e-3
+EXPERT_TOKENS = 256
 LEAST_SAMPLES = 128  # of calibration, as in the papers
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
 SELF = "self"  # the data set that the model itself writes
@@ -144,6 +145,8 @@ class Recipe:
         "calibration", None, "number of calibration sequences",
         shown=f"{LEAST_SAMPLES}, or {TOKENS_PER_INPUT} tokens for each input of the widest linear")
     max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
+    expert_tokens: Seed = _option(
+        "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = _option(
         "calibration", None, "sequences in one forward pass", shown="8; on a CPU as many as have 2,048 tokens")
     seed: Seed = _option("calibration", 0, "seed of the choice of text")

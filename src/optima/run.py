@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -13,29 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
 from optima.calibration.given import Batches, given_text
+from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import own_text
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
-from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
 from optima.distributed import Ranks, joined
+from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
-from optima.linalg.statistics import Statistics
 from optima.linear import Methods
 from optima.memory import batch_size, host_memory
 from optima.models.destination import Destination
-from optima.models.files import explain_write_errors, interruptible, sync
+from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
-from optima.models.reading import check_vocabulary
 from optima.models.skeleton import skeleton
 from optima.models.source import (
     Source,
@@ -45,12 +42,11 @@ from optima.models.source import (
     load_tokenizer,
     note_of_dtype,
 )
-from optima.models.stacks import Linear, Stack
+from optima.models.stacks import Stack
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.models.writer import Writer, prepare
-from optima.pipeline import Dump, Job
+from optima.pipeline import Job
 from optima.preflight import (
-    Calibration,
     Preflight,
     check_dump,
     check_finite,
@@ -70,7 +66,6 @@ from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
 from optima.sharing import describe
 
-DUMP_DIRECTORY = "layers"
 GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
 
 
@@ -89,6 +84,9 @@ def prune(
 ) -> Report:
     """Prune a model in one shot.
 
+    In processes that torchrun started, all of them must call this, with the same arguments: they share the work, the
+    first writes, and each returns the report and, of a model in memory, has the result.
+
     Args:
         model: a hub id, a local directory, a GGUF file, or a model in memory (pruned in place).
         recipe: what to do; the default prunes 50%, in units of the model's loss.
@@ -98,7 +96,8 @@ def prune(
         calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
             token ids, such as a ``DataLoader`` gives: tensors (batch, length), or dicts that hold them as
             ``input_ids``. At most ``recipe.num_calibration_samples`` sequences are taken of documents and
-            batches; of batches 128 where it is None.
+            batches; of batches 128 where it is None. Dicts of other things, as the processor of a model that sees or
+            hears returns them, are the arguments of its forward pass, and all are taken.
         callbacks: told of each linear and block, see ``optima.Callback``.
         progress: draw a live line on stderr, or print a line a block where that is no terminal.
         overwrite: replace ``output_dir`` if it holds an earlier output.
@@ -132,22 +131,22 @@ def prune(
             tokenizer = load_tokenizer(source)
         network, weights, origin, text = _read(checked, tokenizer, ranks)
         assert recipe.batch_size is not None
-        batches, alike = own_batches(text.tokens_NL, recipe.batch_size, ranks)
+        batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
         job = _job(checked, network, weights, calibration is not None)
         if ranks.first:
             listeners = [*([make_progress()] if progress else []), *callbacks]
             job.progress = stack.enter_context(Listeners(listeners))
-            job.progress.begin(_start(checked, origin["model"], output_dir, text.tokens_NL))
+            job.progress.begin(_start(checked, origin["model"], output_dir, text))
         if output_dir is not None:
-            run |= contents(recipe, network, origin.get("model_fingerprint"), data_hash(text.tokens_NL))
+            run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
         if destination is not None:
             prepare(network, tokenizer, source, destination.directory)
             job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
             job.notes.extend(destination.notes)
             if dump_layer is not None:
-                job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+                job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
         if ranks.first:
             dtype = None if alike else network.dtype
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
@@ -191,7 +190,10 @@ def _check(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
     device, methods = ranks.on(recipe.device), build(recipe)
-    calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
+    if (inputs := given_batches(calibration)) is not None:
+        calibration = inputs
+    else:
+        calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
@@ -253,7 +255,7 @@ def _read(
 
         return network, weights, origin, ranks.from_first(write)
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
-    check_vocabulary(checked.structure, text.tokens_NL)
+    text.check(checked.structure)
     return *_network(checked), text
 
 
@@ -273,7 +275,7 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
     recipe, found = checked.recipe, checked.found
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-    job.tuning, job.weights = build_tuning(recipe), weights
+    job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
     job.notes.extend([*found.notes, *([weights.note] if weights.note else [])])
     if given:
         job.notes.append(GIVEN_NOTE)
@@ -290,23 +292,25 @@ def _store(checked: _Checked, network: PreTrainedModel, weights: Weights, destin
 
 
 def _prune_stacks(
-    network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job, ranks: Ranks
+    network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
 ) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     for block in (block for stack in stacks for block in stack.blocks):
         with job.weights.on(block, torch.device("cpu"), job.clock):
             check_finite(block.linears)
-    allocation = build_allocation(checked.recipe)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         for stack in stacks:
+            if not stack.needed:
+                continue
+            # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside():
                 streams = capture(network, stack, batches, by_loss, ranks, job.store)
             if by_loss:
                 job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
-            if allocation is not None:
+            if (allocation := build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
@@ -315,7 +319,7 @@ def _prune_stacks(
 
 
 def _loss_weights(
-    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], job: Job, seed: int
+    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Batch], job: Job, seed: int
 ) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
@@ -329,7 +333,8 @@ def _loss_weights(
     return found
 
 
-def _start(checked: _Checked, model: str, output_dir: str | Path | None, tokens_NL: Tensor) -> RunStart:
+def _start(checked: _Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:
+    samples, length = text.size
     return RunStart(
         model=model,
         output_dir=None if output_dir is None else str(output_dir),
@@ -337,8 +342,8 @@ def _start(checked: _Checked, model: str, output_dir: str | Path | None, tokens_
         recipe=checked.recipe.to_dict(),
         blocks=sum(bool(block.linears) for block in checked.found.blocks),
         linears=len(checked.found.linears),
-        samples=tokens_NL.shape[0],
-        length=tokens_NL.shape[1],
+        samples=samples,
+        length=length,
     )
 
 
@@ -358,8 +363,8 @@ def _report(
         recipe=recipe.to_dict(),
         versions=library_versions(),
         seed=recipe.seed,
-        data_hash=data_hash(text.tokens_NL),
-        num_tokens=text.tokens_NL.numel(),
+        data_hash=text.hash,
+        num_tokens=text.num_tokens,
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),
@@ -383,18 +388,3 @@ def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: 
     (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml")
-
-
-def _dump_into(directory: Path, regex: str) -> Dump:
-    """Write the hessian and the dense weight of each linear whose name matches."""
-
-    def dump(linear: Linear, statistics: Statistics) -> None:
-        if re.search(regex, linear.name):
-            tensors = {"hessian": statistics.hessian.matrix_DD, "weight": linear.read()}
-            file = directory / f"{linear.name}.safetensors"
-            with explain_write_errors(file):
-                directory.mkdir(exist_ok=True)
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
-                sync(file, directory, directory.parent)  # a block that is resumed is not dumped again
-
-    return dump

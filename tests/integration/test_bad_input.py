@@ -87,16 +87,16 @@ class TestModel:
         assert "only as pickle files, which can run any code" in message
         assert "safetensors first" in message
 
-    def test_encoder_decoder(self, cheap: Refused, root: Path) -> None:
-        config = hf.T5Config(vocab_size=VOCAB, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=24)
-        save_model(root / "t5", hf.T5ForConditionalGeneration(config))
-        assert "T5ForConditionalGeneration is an encoder-decoder" in cheap(model="t5")
+    def test_a_model_of_sounds(self, cheap: Refused, root: Path) -> None:
+        config = hf.WhisperConfig(vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1)
+        save_model(root / "sounds", hf.WhisperForConditionalGeneration(config))
+        assert "WhisperForConditionalGeneration reads input_features, not text" in cheap(model="sounds")
 
     def test_model_of_images(self, cheap: Refused, root: Path) -> None:
         config = hf.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
         save_model(root / "vit", hf.ViTModel(config))
         message = cheap(model="vit")
-        assert message.startswith("ViTModel reads no tokens (it reads pixel_values, ")
+        assert message.startswith("ViTModel reads pixel_values, not text: from Python, give ")
         assert cheap(arguments=["plan", "vit", "--max-seq-length", "16"]) == message
 
     def test_positions_behind_the_paddings(self, late: Refused, root: Path) -> None:

@@ -32,34 +32,48 @@ class _Counts(NamedTuple):
 
 
 def reduce_statistics(
-    accumulators: Mapping[str, Accumulator], untold: set[str], block: Block, streams: Streams, device: torch.device
+    accumulators: Mapping[str, Accumulator],
+    untold: set[str],
+    groups: Sequence[Sequence[Linear]],
+    ranks: Ranks,
+    device: torch.device,
 ) -> dict[str, int | None]:
     """Bring the sums of all processes together: each group's at its owner, or at all if they solve it together.
 
     What is left elsewhere is empty. Sums are float64, so that only their last digits depend on the order.
 
     Args:
-        accumulators: of each group of the block, by its first linear; changed in place.
+        accumulators: of each group, by its first linear; changed in place.
         untold: names of groups whose tokens could not be told apart here; those of other processes are added.
-        block: on ``device``.
-        streams: of this process.
+        groups: of linears that share their input.
+        ranks: the processes.
         device: where the sums are.
 
     Returns:
         The owner of each group, by its first linear; None: all processes.
     """
-    ranks, groups = streams.ranks, streams.groups(block)
     names = [group[0].name for group in groups]
     if ranks.size == 1:
         return dict.fromkeys(names, 0)
-    counts = {name: _counts(accumulators[name]) for name in names}
-    found = ranks.gather((counts, frozenset(untold)))
-    untold.update(*(theirs for _, theirs in found))
     owners = dict(zip(names, share_out([cost(group) for group in groups], ranks.size), strict=True))
-    for group in groups:
-        name = group[0].name
-        _reduce(accumulators[name], [own[name] for own, _ in found], group[0].shape[1], owners[name], (ranks, device))
+    sizes = {group[0].name: group[0].shape[1] for group in groups}
+    reduce_to(owners, accumulators, sizes, untold, (ranks, device))
     return owners
+
+
+def reduce_to(
+    owners: Mapping[str, int | None],
+    accumulators: Mapping[str, Accumulator],
+    sizes: Mapping[str, int],
+    untold: set[str],
+    place: tuple[Ranks, torch.device],
+) -> None:
+    """As ``reduce_statistics``, where the owners are known; ``sizes``: D of each, ``place``: processes and device."""
+    ranks, _ = place
+    found = ranks.gather(({name: _counts(accumulators[name]) for name in owners}, frozenset(untold)))
+    untold.update(*(theirs for _, theirs in found))
+    for name, owner in owners.items():
+        _reduce(accumulators[name], [own[name] for own, _ in found], sizes[name], owner, place)
 
 
 def cost(group: Sequence[Linear]) -> float:
