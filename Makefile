@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install demo test test-slow check format clean distclean
+.PHONY: help install demo docs test test-slow check format clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "make %-10s %s\n", $$1, $$2 }'
@@ -18,6 +18,11 @@ install: $(VENV)/.installed ## make the development environment in .venv
 
 demo: $(DEMO_VENV)/.installed ## prune a real model with and without OPTIMA and compare
 	$(DEMO_VENV)/bin/python -m optima demo
+
+# Warnings are errors. The theme's advice about its own future is none of the reader's business.
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.installed ## build the documentation site into build/site
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 # Tests build or carry all they need: a reach for the hub is a mistake that must show.
 test test-slow: export HF_HUB_OFFLINE = 1

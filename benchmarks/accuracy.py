@@ -3,10 +3,10 @@
     python benchmarks/accuracy.py MODEL --calibration c4.jsonl --evaluation wikitext2_test.txt --output accuracy.json
 
 A method is a selector (as published), with steps behind it: +solve (its mask, the surviving weights re-solved, by the
-sink objective), +loss (the same by objective loss), +swaps (the mask refined before), +shared (sparsity shared out by
-the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes with the package: fast, balanced, best.
-Each is measured on a fresh copy of the model. Prints Markdown. --held-out takes that share of the calibration text, its
-end, to measure on as well; nothing is calibrated on it.
+sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +swaps (the mask refined
+before), +shared (sparsity shared out by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes
+with the package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown. --held-out takes
+that share of the calibration text, its end, to measure on as well; nothing is calibrated on it.
 
 A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
 places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
@@ -43,13 +43,14 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
-from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, read_recipe, recipe_from_dict
+from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, recipe_from_dict
+from optima.recipe_files import read_recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
 OWN = "optima"  # has no published update: its weights come from the solve
-STEPS = {"solve", "loss", "swaps", "shared", "tune"}
+STEPS = {"solve", "loss", "unsolved", "swaps", "shared", "tune"}
 PRESETS = ["fast", "balanced", "best"]
 METHODS = [*(name for name in SELECTORS if name != OWN), *(f"{name}+solve" for name in SELECTORS), *PRESETS]
 PATTERNS = ["0.5", "0.6", "0.7", "2:4"]
@@ -73,7 +74,7 @@ class Bench:
             values = read_recipe(name) | {"seed": options.seed, "device": options.device, "pattern": [pattern]}
             values = {key: value for key, value in values.items() if key != "sparsity"}
             return recipe_from_dict(values | ({"allocation": "uniform"} if ":" in pattern else {}))
-        solves = "solve" in steps or "loss" in steps
+        solves = ("solve" in steps or "loss" in steps) and "unsolved" not in steps
         objective = "loss" if "loss" in steps else "sink" if "solve" in steps else "plain"
         return Recipe(
             selector=name,

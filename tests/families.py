@@ -143,9 +143,52 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "gemma4": ("Gemma4ForCausalLM", "Gemma4TextConfig", SHARED_KV | {"global_head_dim": 8}),
 }
+# Two stacks.
+BART = SMALL | {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "decoder_start_token_id": 1,
+}
+FAMILIES |= {
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5 | {"decoder_start_token_id": 0}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", BART),
+}
+# The language part is pruned.
+VISION = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16,
+    "patch_size": 8,
+}
+FAMILIES |= {
+    "gemma3_vision": (
+        "Gemma3ForConditionalGeneration", "Gemma3Config",
+        {"text_config": GEMMA, "vision_config": VISION, "mm_tokens_per_image": 4, "image_token_index": 99},
+    ),
+    "llava": (
+        "LlavaForConditionalGeneration", "LlavaConfig",
+        {
+            "text_config": LLAMA | {"model_type": "llama"}, "image_token_index": 99,
+            "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        },
+    ),
+    "qwen2_vl": (
+        "Qwen2VLForConditionalGeneration", "Qwen2VLConfig",
+        {
+            "text_config": LLAMA | {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}},
+            "vision_config": {
+                "depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "mlp_ratio": 2,
+            },
+            "image_token_id": 99, "video_token_id": 98, "vision_start_token_id": 97, "vision_end_token_id": 96,
+        },
+    ),
+}
+# It reads sounds, which text does not tell of.
+WHISPER = (
+    "WhisperForConditionalGeneration", "WhisperConfig",
+    {key: value for key, value in BART.items() if key != "max_position_embeddings"}
+    | {"num_mel_bins": 8, "max_source_positions": 12, "max_target_positions": 16},
+)
 # What cannot be pruned, and what is said of it.
 REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
-    "t5": (("T5ForConditionalGeneration", "T5Config", T5), "T5ForConditionalGeneration is an encoder-decoder"),
+    "whisper": (WHISPER, "WhisperForConditionalGeneration reads input_features, not text: from Python, give prune"),
     "albert": (
         ("AlbertModel", "AlbertConfig", BERT | {"embedding_size": 16}), "AlbertModel does not call each of .* once",
     ),

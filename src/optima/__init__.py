@@ -6,40 +6,54 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from optima.errors import OptimaError
     from optima.holding import HoldZeros, hold_zeros
+    from optima.hub import push
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
-    from optima.recipe import Recipe, load_recipe
+    from optima.recipe import Recipe
+    from optima.recipe_files import load_recipe
+    from optima.reporting.callbacks import BlockEvent, Callback, RunStart
     from optima.reporting.record import Report, load_report
     from optima.run import prune
+    from optima.semi_structured import accelerate
 
 __all__ = [
     "NM",
+    "BlockEvent",
+    "Callback",
     "HoldZeros",
     "OptimaError",
     "Recipe",
     "Report",
+    "RunStart",
     "Unstructured",
+    "accelerate",
     "hold_zeros",
     "load_recipe",
     "load_report",
     "pack",
     "prune",
+    "push",
     "unpack",
 ]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BlockEvent": "reporting.callbacks",
+    "Callback": "reporting.callbacks",
     "HoldZeros": "holding",
     "NM": "patterns",
     "OptimaError": "errors",
     "Recipe": "recipe",
     "Report": "reporting.record",
+    "RunStart": "reporting.callbacks",
     "Unstructured": "patterns",
+    "accelerate": "semi_structured",
     "hold_zeros": "holding",
-    "load_recipe": "recipe",
+    "load_recipe": "recipe_files",
     "load_report": "reporting.record",
     "pack": "packing",
     "prune": "run",
+    "push": "hub",
     "unpack": "packing",
 }
 

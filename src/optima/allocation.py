@@ -1,7 +1,7 @@
 """How one global sparsity is shared out over the linears, from a survey of the dense model.
 
-Every method observes each linear once and then gives it its sparsity; the mean, weighted by the numbers of weights, is
-the global sparsity.
+Every method observes each linear once and then gives it its sparsity. The mean of an unstructured one, weighted by the
+numbers of weights, is the global sparsity.
 
 Shapes: O outputs, D inputs, N blocks, or weights of a linear, L linears, Q quantiles.
 """
@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from optima.patterns import NM, Pattern
 from optima.selectors.base import LinearTask
 from optima.selectors.wanda import wanda_score
 
@@ -26,8 +27,8 @@ QUANTILES = 1001
 class Allocation(Protocol):
     """Shares out a global sparsity. Sees one linear at a time: never a model or a file."""
 
-    def measure(self, task: LinearTask) -> Tensor:
-        """All that counts of a dense linear, in main memory. Another process may do it."""
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
+        """All that counts of a dense linear with this pattern, in main memory. Another process may do it."""
         ...
 
     def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
@@ -35,16 +36,16 @@ class Allocation(Protocol):
         ...
 
     def allocate(self) -> dict[str, float]:
-        """Full name and sparsity of every linear noted; their weighted mean is the global sparsity."""
+        """Full name and sparsity of every linear noted; 0 keeps it dense."""
         ...
 
 
 class Observing:
     """Measures and notes in one."""
 
-    def observe(self: Allocation, block: int, task: LinearTask) -> None:
+    def observe(self: Allocation, block: int, task: LinearTask, pattern: Pattern) -> None:
         """Take note of a dense linear of the block number ``block``."""
-        self.note(block, task.name, task.weight_OD.numel(), self.measure(task))
+        self.note(block, task.name, task.weight_OD.numel(), self.measure(task, pattern))
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Owl(Observing):
     _ratios: list[float] = field(default_factory=list, init=False)
     _scores: list[Tensor] = field(default_factory=list, init=False)
 
-    def measure(self, task: LinearTask) -> Tensor:
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
         """See ``Allocation``: the score of every weight."""
         return wanda_score(task.weight_OD, task.hessian).float().flatten().cpu()
 
@@ -122,12 +123,9 @@ class ByLoss(Observing):
     _saliencies: dict[str, Tensor] = field(default_factory=dict, init=False)
     _sizes: dict[str, int] = field(default_factory=dict, init=False)
 
-    def measure(self, task: LinearTask) -> Tensor:
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
         """See ``Allocation``: quantiles of the saliencies."""
-        saliency_OD = task.weight_OD.double().square() / task.hessian.inverse_diagonal_D
-        if task.row_weight_O is not None:
-            saliency_OD = saliency_OD * task.row_weight_O.to(saliency_OD)[:, None]
-        sorted_N = saliency_OD.masked_fill(task.hessian.dead_D, 0.0).flatten().sort().values
+        sorted_N = saliency_by_loss(task).flatten().sort().values
         place_Q = torch.linspace(0, len(sorted_N) - 1, QUANTILES, device=sorted_N.device).round().long()
         return sorted_N[place_Q].cpu()
 
@@ -147,6 +145,53 @@ class ByLoss(Observing):
         bounded_L = below_L.clamp(self.sparsity - self.spread, self.sparsity + self.spread)
         found_L = with_mean(bounded_L, size_L, self.sparsity)
         return dict(zip(self._saliencies, found_L.tolist(), strict=True))
+
+
+@dataclass
+class KeepDense(Observing):
+    """Linears that stay dense where the others have a pattern n:m, which leaves no sparsity to share out.
+
+    A linear loses the saliencies (those of ``ByLoss``) of the weights that its pattern would take, were they the least
+    of each group. Linears stay dense in the order of that loss per weight, while their share of all weights is not
+    more than asked for.
+
+    Args:
+        share: of the weights that may stay dense.
+    """
+
+    share: float
+    _loss: dict[str, float] = field(default_factory=dict, init=False)
+    _sparsity: dict[str, float] = field(default_factory=dict, init=False)
+    _sizes: dict[str, int] = field(default_factory=dict, init=False)
+
+    def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
+        """See ``Allocation``: the loss, and the pattern's sparsity."""
+        assert isinstance(pattern, NM), "a recipe checks it"
+        group_NM = saliency_by_loss(task).reshape(-1, pattern.m)
+        lost = group_NM.sort(dim=1).values[:, : pattern.m - pattern.n].sum()
+        return torch.stack([lost.cpu(), torch.tensor(pattern.sparsity, dtype=torch.float64)])
+
+    def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
+        """See ``Allocation``."""
+        self._loss[name], self._sparsity[name] = measured.tolist()
+        self._sizes[name] = size
+
+    def allocate(self) -> dict[str, float]:
+        """See ``Allocation``."""
+        left = self.share * sum(self._sizes.values())
+        for name in sorted(self._loss, key=lambda name: self._loss[name] / self._sizes[name], reverse=True):
+            if self._sizes[name] <= left:
+                left -= self._sizes[name]
+                self._sparsity[name] = 0.0
+        return self._sparsity
+
+
+def saliency_by_loss(task: LinearTask) -> Tensor:
+    """r_o w_oi^2 / K_ii, what the loss feels when a weight goes and the others of its row make up for it; float64."""
+    saliency_OD = task.weight_OD.double().square() / task.hessian.inverse_diagonal_D
+    if task.row_weight_O is not None:
+        saliency_OD = saliency_OD * task.row_weight_O.to(saliency_OD)[:, None]
+    return saliency_OD.masked_fill(task.hessian.dead_D, 0.0)
 
 
 def with_mean(value_N: Tensor, size_N: Tensor, mean: float) -> Tensor:

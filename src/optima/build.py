@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from optima.allocation import Allocation, ByLoss, Owl
+from optima.allocation import Allocation, ByLoss, KeepDense, Owl
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
 from optima.patterns import SCOPES, PatternTable, Scope
@@ -71,6 +71,8 @@ def build_tuning(recipe: Recipe) -> Tuning | None:
 
 def build_allocation(recipe: Recipe) -> Allocation | None:
     """What shares out the sparsity over the linears; None if all have the same."""
+    if recipe.keep_dense is not None:
+        return KeepDense(recipe.keep_dense)
     if recipe.allocation == "uniform":
         return None
     default = recipe.table(SCOPES[0]).default

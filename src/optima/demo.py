@@ -15,7 +15,8 @@ from optima.device import find_device
 from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.recipe import Recipe, load_recipe
+from optima.recipe import Recipe
+from optima.recipe_files import load_recipe
 from optima.reporting.record import REPORT_NAME
 from optima.run import prune
 

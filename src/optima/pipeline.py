@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from optima.allocation import Allocation
+from optima.calibration.expert_statistics import TokenWeights, observe_experts, routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import Sequences, at_first
@@ -19,12 +20,13 @@ from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
-from optima.linear import Methods, prune_linear
+from optima.linear import LinearResult, Methods, prune_linear
+from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.models.writer import Writer
 from optima.patterns import Pattern
-from optima.reporting.progress import Progress
+from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask, needs_of
 from optima.sharing import Done, share_linears, share_owned, share_tuned
@@ -42,8 +44,9 @@ class Job:
         patterns: the pattern of each linear by its full name.
         device: where blocks are calibrated and solved.
         damping: of the hessians, relative to their mean diagonal.
+        expert_tokens: fewer tokens at an expert are noted.
         sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
-        progress: is told of every linear and block.
+        progress: tells of every linear and block.
         weights: brings blocks to the device.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
@@ -59,7 +62,7 @@ class Job:
     device: torch.device
     damping: float
     sink_weight: float
-    progress: Progress = field(default_factory=Progress)
+    progress: Listeners = field(default_factory=Listeners)
     weights: Resident = field(default_factory=Resident)
     writer: Writer | None = None
     dump: Dump | None = None
@@ -69,9 +72,11 @@ class Job:
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     resumed_seconds: float = 0.0
+    expert_tokens: int = 0
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.device)  # of what happens outside the blocks
+        self._earlier = 0  # blocks of stacks that are done: a report numbers the blocks of a model
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage so far."""
@@ -108,9 +113,13 @@ class Job:
                     with clock("forward"):
                         streams.advance(block, self.device)
             if not again:
-                self.blocks.append(BlockRecord(block.index, block.name, clock.seconds, tuned.held_out, tuned.best))
+                self.blocks.append(
+                    BlockRecord(self._earlier + block.index, block.name, clock.seconds, tuned.held_out, tuned.best)
+                )
                 self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
-                self.progress.block(block.index + 1)
+            self.progress.notes(self.notes)
+            self.progress.block(block.name, self.blocks[-1], again)
+        self._earlier += len(stack.blocks)
 
     def _replay(self, ranks: Ranks, block: Block, found: BlockDone) -> None:
         """Give a block that an earlier run committed its weights, and the report what it told of it."""
@@ -174,14 +183,14 @@ class Job:
     def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
         """Each linear's share of one sparsity, from a pass over the dense blocks; ``streams`` are used up."""
         blocks = stack.blocks[: stack.needed]
-        self.progress.start(len(blocks), 1)
+        self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 self._survey(block, streams, allocation)
                 if block is not blocks[-1]:
                     with self.clock("forward"):
                         streams.advance(block, self.device)
-            self.progress.block(block.index + 1)
+            self.progress.block(block.name)
         return allocation.allocate()
 
     def _survey(self, block: Block, streams: Streams, allocation: Allocation) -> None:
@@ -195,7 +204,7 @@ class Job:
                     weight_OD = linear.read().to(self.device, torch.float32, copy=True)
                     rows = None if self.loss is None else self.loss.of_rows(linear.name)
                     task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
-                    measured[linear.name] = allocation.measure(task)
+                    measured[linear.name] = allocation.measure(task, self.patterns[linear.name])
         measured = share_owned(measured, owners, streams.ranks)
         for linear in (linear for group in streams.groups(block) for linear in group):
             if (own := measured[linear.name]) is not None:
@@ -203,7 +212,7 @@ class Job:
 
     def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
-        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+        for found in self._each(block, streams, clock):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
                 what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
@@ -211,6 +220,15 @@ class Job:
                 if note not in self.notes:  # a survey saw the same
                     self.notes.append(note)
             yield found
+
+    def _each(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
+        """Of modules that every token reaches, then of experts, each of which is dense until its own are given."""
+        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+            if found.recorded is None:
+                yield found
+            else:
+                weights = TokenWeights(block, streams, self.sink_weight, self.loss)
+                yield from observe_experts(found.recorded, weights, self.device, self.damping, clock, streams.ranks)
 
     def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
         """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards.
@@ -228,30 +246,46 @@ class Job:
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():
-                if found.statistics is None:
+                if linear.name not in self.patterns:
+                    done[linear.name] = None, ()  # the survey keeps it dense
+                elif found.statistics is None:
                     done[linear.name] = None, (f"{linear.name} was not pruned: no calibration token reached it",)
-                    continue
-                if self.dump is not None:
-                    self.dump(linear, found.statistics)
-                stored = linear.read()
-                weight_OD = stored.to(self.device, torch.float32, copy=True)
-                rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
-                task = LinearTask(linear.name, weight_OD, found.statistics, gradients.get(linear.name), rows_O)
-                together = ranks if found.owner is None else ALONE
-                result = prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock, together)
-                linear.write(result.weight_OD)
-                record = replace(result.record, block=block.index, tokens_effective=effective)
-                done[linear.name] = record, result.notes
-                self.progress.linear(record)
-                keeps[linear.name] = result.keep_OD
+                else:
+                    together = ranks if found.owner is None else ALONE
+                    gradient_OD = gradients.get(linear.name)
+                    result = self._prune_linear(linear, found.statistics, gradient_OD, clock, together)
+                    linear.write(result.weight_OD)
+                    record = replace(result.record, block=self._earlier + block.index, tokens_effective=effective)
+                    done[linear.name] = record, result.notes
+                    self.progress.linear(record)
+                    keeps[linear.name] = result.keep_OD
         if ranks.size > 1:
             with clock("share"):
                 share_linears(block.linears, owners, done, keeps, ranks)
+        self._tell(block, streams, done, owners)
+        return keeps
+
+    def _tell(self, block: Block, streams: Streams, done: Mapping[str, Done], owners: Mapping[str, int | None]) -> None:
+        """Let the report know of the block's linears, in the order of their groups."""
+        routed = {}
         for linear in (linear for group in streams.groups(block) for linear in group):
             told, notes = done[linear.name]
             self.notes.extend(notes)
             if told is not None:
                 self.linears.append(told)
-                if owners[linear.name] not in (None, ranks.rank):
+                if isinstance(linear, ExpertLinear):
+                    routed[linear.name] = told.tokens
+                if owners[linear.name] not in (None, streams.ranks.rank):
                     self.progress.linear(told)
-        return keeps
+        self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
+
+    def _prune_linear(
+        self, linear: Linear, statistics: Statistics, gradient_OD: Tensor | None, clock: Stopwatch, ranks: Ranks
+    ) -> LinearResult:
+        if self.dump is not None:
+            self.dump(linear, statistics)
+        stored = linear.read()
+        weight_OD = stored.to(self.device, torch.float32, copy=True)
+        rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
+        task = LinearTask(linear.name, weight_OD, statistics, gradient_OD, rows_O)
+        return prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock, ranks)

@@ -26,7 +26,7 @@ from optima.models.skeleton import skeleton
 from optima.models.source import Source
 from optima.models.stacks import Linear, guess_groups
 from optima.patterns import Pattern
-from optima.preflight import Preflight, batch_size, preflight
+from optima.preflight import Preflight, batch_size, preflight, sized
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.selectors.base import LinearTask, needs_of
@@ -41,7 +41,7 @@ BUFFERS = 2
 GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 24
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
 FACTORS, OWN_SHARE = 64, 0.2
-SURVEY_NOTE = "allocation {} takes each linear's sparsity from calibration: the same for all is shown"
+SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
 
 
 @dataclass(frozen=True)
@@ -103,16 +103,20 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     model, config = skeleton(source)
     methods = build(recipe)
     found = preflight(model, recipe, methods, recipe.max_seq_length)
+    recipe = sized(recipe, found)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
-    surveyed = recipe.allocation != "uniform"
+    surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
     # sweep for the loss keeps those of all blocks, up to a limit.
+    assert recipe.num_calibration_samples is not None
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if recipe.applied_objective == "loss" else 0
-    notes = [*found.notes, *([SURVEY_NOTE.format(recipe.allocation)] if surveyed else [])]
+    notes = list(found.notes)
+    if surveyed:
+        notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
@@ -163,7 +167,7 @@ def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.
 
 def _batch_tokens(recipe: Recipe, on_cpu: bool) -> int:
     samples = batch_size(recipe, on_cpu, recipe.max_seq_length)
-    return min(samples, recipe.num_calibration_samples) * recipe.max_seq_length
+    return min(samples, recipe.num_calibration_samples or samples) * recipe.max_seq_length
 
 
 def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
@@ -181,6 +185,8 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     Products of activations are timed for a batch of the model's dtype and widths; attention and element-wise work of
     the blocks come on top.
     """
+    recipe = sized(recipe, plan.found)
+    assert recipe.num_calibration_samples is not None
     meter = _Meter(plan.methods, find_device(recipe.device))
     memory = PeakMemory(meter.device)
     batch = _batch_tokens(recipe, meter.device.type == "cpu")
@@ -188,12 +194,7 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
     # Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs.
     epochs = recipe.tuning_epochs
-    passes = (
-        2
-        + 2 * (recipe.allocation != "uniform")
-        + 4 * (recipe.applied_objective == "loss")
-        + (3 * epochs + 1 if epochs else 0)
-    )
+    passes = 2 + 2 * recipe.surveys + 4 * (recipe.applied_objective == "loss") + (3 * epochs + 1 if epochs else 0)
     for block in plan.found.blocks:
         for group in guess_groups(block):
             inputs = group[0].shape[1]

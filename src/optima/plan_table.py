@@ -10,6 +10,7 @@ from rich.table import Table
 from optima.models.stacks import Block
 from optima.patterns import Pattern
 from optima.plan import Measured, Plan
+from optima.runtimes import table_rows, weights_of
 
 
 def print_plan(plan: Plan, measured: Measured | None, name: str, console: Console) -> None:
@@ -44,6 +45,18 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         console.print(f"{key:28s} {value}", highlight=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+    _print_runtimes(plan, console)
+
+
+def _print_runtimes(plan: Plan, console: Console) -> None:
+    """What runs the result; how and the sources stand in the report."""
+    sizes = [(plan.found.patterns[linear.name], linear.shape[0] * linear.shape[1]) for linear in plan.found.linears]
+    table = Table(title="what runs the result (how, and sources: in the report)", title_justify="left")
+    for heading in ("runtime", "hardware", "gain over dense"):
+        table.add_column(heading)
+    for runtime, hardware, gain, *_ in table_rows(weights_of(sizes)):
+        table.add_row(runtime, hardware, gain)
+    console.print(table)
 
 
 def _structure(plan: Plan, block: Block) -> list[tuple[str, tuple[int, int], Pattern]]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from optima.build import pattern_table
+from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
@@ -54,27 +56,30 @@ class Preflight:
         return [linear for block in self.blocks for linear in block.linears]
 
     def share(self, shares: dict[str, float]) -> None:
-        """Give each linear with an unstructured pattern the sparsity that an allocation found for it."""
+        """Give each linear the sparsity that an allocation found for it; one that stays dense has no pattern."""
         for name, sparsity in shares.items():
             pattern = self.patterns[name]
-            assert isinstance(pattern, Unstructured), "a recipe checks it"
-            self.patterns[name] = replace(pattern, sparsity=sparsity)
+            if not sparsity:
+                del self.patterns[name]
+            elif isinstance(pattern, Unstructured):
+                self.patterns[name] = replace(pattern, sparsity=sparsity)
 
 
-def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int) -> Preflight:
+def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int | None) -> Preflight:
     """Check ``recipe`` against ``model``, or its skeleton.
 
     Args:
         model: the model; its weights are not looked at.
         recipe: what to prune.
         methods: as built from the recipe.
-        length: tokens in a calibration sequence.
+        length: tokens in a calibration sequence; None if the model is given something else than tokens.
 
     Raises:
         ModelError: if nothing matches, or the model does not read token sequences as long as these.
         RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
     """
-    check_length(model, length)
+    if length is not None:
+        check_length(model, length)
     stacks = chosen_stacks(model, recipe)
     found = Preflight(tuple(stacks), {}, (*dense_notes(stacks), *outside_notes(model, stacks)))
     if not recipe.as_given:
@@ -106,7 +111,7 @@ def check_finite(linears: Sequence[Linear]) -> None:
             )
 
 
-def own_batches(tokens_NL: Tensor, batch_size: int, ranks: Ranks) -> tuple[Sequence[Tensor], bool]:
+def own_batches(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Batch], bool]:
     """The batches of this process, and whether they are those of one process that has them all.
 
     They are, unless that leaves too much to one of them.
@@ -114,13 +119,15 @@ def own_batches(tokens_NL: Tensor, batch_size: int, ranks: Ranks) -> tuple[Seque
     Raises:
         RecipeError: unless every process has a sequence.
     """
-    count = len(tokens_NL)
+    tokens_NL, batches = text.tokens_NL, text.batches(batch_size)
+    count = len(batches) if tokens_NL is None else len(tokens_NL)
     if count < ranks.size:
         raise RecipeError(
             f"{ranks.size} processes share {count} calibration sequences: start {count} at most, or raise "
             "--num-calibration-samples"
         )
-    batches = tokens_NL.split(batch_size)
+    if tokens_NL is None:
+        return batches[ranks.part(count)], True
     most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
     if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
         return batches[ranks.part(len(batches))], True
@@ -140,53 +147,45 @@ def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The text that decides.
-
-    Attributes:
-        tokens_NL: token ids, (samples, length) int64.
-        skipped: records of the data set that had no text.
-        revision: of a hub data set, where it is known.
-    """
-
-    tokens_NL: Tensor
-    skipped: int = 0
-    revision: str | None = None
-
-
 def find_calibration(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Iterable[str] | None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Iterable[Any] | None
 ) -> Calibration:
     """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data set.
+
+    Batches of a processor's outputs are taken as they are.
 
     Raises:
         CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
     """
     if isinstance(given, Tensor):
         return Calibration(given.cpu().long())
+    if (inputs := given_batches(given)) is not None:
+        return Calibration(None, inputs)
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
     column, revision = recipe.text_column, recipe.dataset_revision
     source = TextSource(tuple(recipe.dataset), recipe.dataset_config, recipe.split, column, revision)
-    documents = Documents(source, recipe.seed) if given is None else given
+    documents = Documents(source, recipe.seed, tokenizer) if given is None else given
+    assert recipe.num_calibration_samples is not None, "a run resolves it"
     tokens_NL = calibration_tokens(documents, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
     if isinstance(documents, Documents):
-        return Calibration(tokens_NL, documents.skipped, documents.revision)
+        return Calibration(tokens_NL, (), documents.skipped, documents.revision)
     return Calibration(tokens_NL)
 
 
-def sequence_length(recipe: Recipe, calibration: object) -> int:
-    """Tokens in a calibration sequence.
+def sequence_length(recipe: Recipe, calibration: object) -> int | None:
+    """Tokens in a calibration sequence; None if batches of a processor's outputs are given instead.
 
     Raises:
-        CalibrationError: if what was given is neither token ids of shape (samples, length) nor documents.
+        CalibrationError: if what was given is none of token ids of shape (samples, length), documents and batches.
     """
+    if given_batches(calibration) is not None:
+        return None
     if calibration is None or (isinstance(calibration, Iterable) and not isinstance(calibration, (Tensor, str))):
         return recipe.max_seq_length
     if not isinstance(calibration, Tensor):
         raise CalibrationError(
-            f"calibration must be token ids or a list of documents, got {type(calibration).__name__}"
+            f"calibration must be token ids, a list of documents or batches by name, got {type(calibration).__name__}"
         )
     integers = not (calibration.is_floating_point() or calibration.is_complex())
     if calibration.ndim != 2 or not integers or not calibration.numel():
@@ -197,6 +196,13 @@ def sequence_length(recipe: Recipe, calibration: object) -> int:
     return calibration.shape[1]
 
 
-def batch_size(recipe: Recipe, on_cpu: bool, length: int) -> int:
-    """Sequences of ``length`` tokens in one forward pass."""
+def sized(recipe: Recipe, found: Preflight) -> Recipe:
+    """``recipe`` with its number of calibration sequences, which depends on the model's widths."""
+    return replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
+
+
+def batch_size(recipe: Recipe, on_cpu: bool, length: int | None) -> int:
+    """Sequences of ``length`` tokens in one forward pass; of unknown length as many as the batches have."""
+    if length is None:
+        return recipe.batch_size or 1
     return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu else BATCH_SIZE)

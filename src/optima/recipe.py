@@ -34,10 +34,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 LEARNING_RATE = 3e-3
+EXPERT_TOKENS = 256
+LEAST_SAMPLES = 128  # of calibration, as in the papers
+TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
+SELF = "self"  # the data set that the model itself writes
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
-
-# The recipes that come with the package, by name.
-SHIPPED = {file.stem: file for file in sorted(Path(__file__).parent.joinpath("recipes").glob("*.yaml"))}
 
 GROUPS = {
     "mask": "which weights survive",
@@ -99,6 +100,9 @@ class Recipe:
     allocation_spread: Fraction | None = _option(
         "mask", None, "how far a linear's sparsity may depart from the global one",
         shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
+    keep_dense: Fraction | None = _option(
+        "mask", None, "for patterns n:m: at most this share of the weights stays dense, in the linears where the loss "
+        "feels their pruning most", shown="none")
     outlier_multiple: Positive = _option(
         "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
     selector: Any = _option(
@@ -128,15 +132,20 @@ class Recipe:
     learning_rate: Positive = _option(
         "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
     dataset: Texts = _option(
-        "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files")
+        "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files; self: text that the "
+        "model itself writes")
     dataset_config: str | None = _option(
         "calibration", None, "configuration of a hub dataset", shown="for allenai/c4 en")
     dataset_revision: str | None = _option(
         "calibration", None, "commit, tag or branch of a hub dataset", shown="its newest")
     split: str = _option("calibration", "train", "split of a hub dataset")
-    text_column: str = _option("calibration", "text", "column that holds the text")
-    num_calibration_samples: Count = _option("calibration", 128, "number of calibration sequences")
+    text_column: str = _option("calibration", "text", "column that holds the text, or a chat (else messages)")
+    num_calibration_samples: Count | None = _option(
+        "calibration", None, "number of calibration sequences",
+        shown=f"{LEAST_SAMPLES}, or {TOKENS_PER_INPUT} tokens for each input of the widest linear")
     max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
+    expert_tokens: Seed = _option(
+        "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = _option(
         "calibration", None, "sequences in one forward pass", shown="8; on a CPU as many as have 2,048 tokens")
     seed: Seed = _option("calibration", 0, "seed of the choice of text")
@@ -162,6 +171,10 @@ class Recipe:
             raise RecipeError(
                 f"allocation loss shares out by objective loss, not {self.applied_objective}: leave out one of them"
             )
+        if self.keep_dense is not None and self.applied_objective != "loss":
+            raise RecipeError(
+                f"keep_dense chooses linears by objective loss, not {self.applied_objective}: leave out one of them"
+            )
         if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
             raise RecipeError(
                 f"max_change needs a solver that holds bounds: use solver {' or '.join(BOUNDED_SOLVERS)}, "
@@ -169,6 +182,8 @@ class Recipe:
             )
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
+        if SELF in self.dataset and len(self.dataset) > 1:
+            raise RecipeError("dataset self, the model's own text, cannot be mixed with others: leave out one of them")
         check_regexes("targets", self.targets)
         check_regexes("ignore", self.ignore)
 
@@ -189,8 +204,20 @@ class Recipe:
         """The objective, or what it is where the recipe names none: methods without a solver are as published."""
         return self.objective or ("plain" if self.solver == "none" else "loss")
 
+    @property
+    def surveys(self) -> bool:
+        """True if the dense model is surveyed first: for a linear's sparsity, or whether it is pruned at all."""
+        return self.allocation != "uniform" or self.keep_dense is not None
+
+    def samples(self, inputs: int) -> int:
+        """Calibration sequences, for a model whose widest linear has so many ``inputs``."""
+        enough = -(-TOKENS_PER_INPUT * inputs // self.max_seq_length)
+        return self.num_calibration_samples or max(LEAST_SAMPLES, enough)
+
     def resolved(self, *, scope: str) -> Recipe:
         """The recipe with its open defaults filled in as applied, so that a file of it means the same for ever.
+
+        But for ``samples`` and the batch, which depend on the model and the device.
 
         Args:
             scope: for a recipe that names none, see ``optima.build.default_scope``.
@@ -251,6 +278,13 @@ class Recipe:
             raise RecipeError(f"{name} to know the pattern of the external masks: name their sparsity or pattern")
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
+        if self.keep_dense is not None and (
+            self.selector == "external" or not all(isinstance(pattern, NM) for pattern in table.patterns)
+        ):
+            raise RecipeError(
+                "keep_dense is for patterns n:m that a selector fills: unstructured sparsity is shared out by "
+                "allocation loss"
+            )
         if self.swaps == 1:
             raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
         if self.allocation == "uniform":
@@ -301,50 +335,6 @@ def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recip
         raise RecipeError(f"{source}: {error}" if source else str(error)) from error
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a YAML recipe: a file, or one of ``SHIPPED`` by its name.
-
-    Raises:
-        RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
-    """
-    return recipe_from_dict(read_recipe(path), f"recipe {path}")
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML recipe as they stand in the file, or in one of ``SHIPPED``, unchecked.
-
-    Raises:
-        RecipeError: if the file cannot be read, is not YAML, or holds something else than keys and values, each once.
-    """
-    try:
-        # S506: _Loader is a SafeLoader.
-        values = yaml.load(SHIPPED.get(str(path), Path(path)).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        known = f"a file, or one of {', '.join(SHIPPED)}"
-        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}): name {known}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise RecipeError(f"recipe {path} is nested too deeply: no value of a recipe is more than a list") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"recipe {path} must hold keys and values, such as 'sparsity: 0.5'")
-    return values
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in lines:
-                text = f"the key {name!r} stands in line {lines[name]} and in line {line}: keep one"
-                raise yaml.MarkedYAMLError(None, None, text)
-            lines[name] = line
-        return super().construct_mapping(node, deep)
-
-
 @cache
 def _kinds() -> dict[str, tuple[TypeAdapter[Any], str]]:
     """How the values of each field are read, and what they must be in words."""
@@ -358,6 +348,11 @@ def _kinds() -> dict[str, tuple[TypeAdapter[Any], str]]:
 def must_be(name: str) -> str:
     """What the values of a field must be, in words."""
     return _kinds()[name][1]
+
+
+def adapter(name: str) -> TypeAdapter[Any]:
+    """The type of a field's values."""
+    return _kinds()[name][0]
 
 
 def _checked(option: DataclassField[Any], value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,9 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
+from optima.calibration.given import Batches, given_text
+from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
+from optima.calibration.own_text import own_text
 from optima.calibration.streams import Streams
-from optima.calibration.text import data_hash
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
 from optima.distributed import Ranks, joined
 from optima.errors import ModelError, RecipeError
@@ -31,7 +33,6 @@ from optima.linear import Methods
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible, sync
 from optima.models.journal import Journal
-from optima.models.reading import check_vocabulary
 from optima.models.skeleton import skeleton
 from optima.models.source import (
     Source,
@@ -46,7 +47,6 @@ from optima.models.stacks import Linear, Stack
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Dump, Job
 from optima.preflight import (
-    Calibration,
     Preflight,
     batch_size,
     check_dump,
@@ -56,10 +56,13 @@ from optima.preflight import (
     own_batches,
     preflight,
     sequence_length,
+    sized,
 )
-from optima.recipe import SINK_WEIGHT, Recipe
+from optima.recipe import LEAST_SAMPLES, SELF, SINK_WEIGHT, Recipe
+from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
+from optima.reporting.model_card import write_card
 from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
 from optima.sharing import describe
@@ -74,7 +77,9 @@ def prune(
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    calibration: Tensor | Sequence[str] | None = None,
+    calibration: Tensor | Iterable[str] | Batches | None = None,
+    callbacks: Sequence[Callback] = (),
+    progress: bool = True,
     overwrite: bool = False,
     dump_layer: str | None = None,
     resume: bool | None = None,
@@ -90,7 +95,13 @@ def prune(
         output_dir: where the sparse checkpoint, the report and the recipe are written; may be None for a model
             in memory.
         tokenizer: for a model in memory; a path brings its own.
-        calibration: documents, or token ids of shape (samples, length), instead of the recipe's dataset.
+        calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
+            token ids, such as a ``DataLoader`` gives: tensors (batch, length), or dicts that hold them as
+            ``input_ids``. At most ``recipe.num_calibration_samples`` sequences are taken of documents and
+            batches; of batches 128 where it is None. Dicts of other things, as the processor of a model that sees or
+            hears returns them, are the arguments of its forward pass, and all are taken.
+        callbacks: told of each linear and block, see ``optima.Callback``.
+        progress: draw a live line on stderr, or print a line a block where that is no terminal.
         overwrite: replace ``output_dir`` if it holds an earlier output.
         dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
@@ -120,17 +131,17 @@ def prune(
                 destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
-        text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, calibration))
-        check_vocabulary(checked.structure, text.tokens_NL)
+        network, origin, text = _read(checked, tokenizer, ranks)
         assert recipe.batch_size is not None
-        batches, alike = own_batches(text.tokens_NL, recipe.batch_size, ranks)
-        network, origin = _network(checked)
+        batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
         job = _job(checked, network, calibration is not None)
         if ranks.first:
-            job.progress = stack.enter_context(make_progress())
+            listeners = [*([make_progress()] if progress else []), *callbacks]
+            job.progress = stack.enter_context(Listeners(listeners))
+            job.progress.begin(_start(checked, origin["model"], output_dir, text))
         if output_dir is not None:
-            run |= contents(recipe, network, origin.get("model_fingerprint"), data_hash(text.tokens_NL))
+            run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
         if destination is not None:
             prepare(network, tokenizer, source, destination.directory)
@@ -141,13 +152,16 @@ def prune(
         if ranks.first:
             dtype = None if alike else network.dtype
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
+        job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
         _prune_stacks(network, checked, batches, job, ranks)
         seconds = time.perf_counter() - started + job.resumed_seconds
         most = max(ranks.gather(memory.peak()))
         report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
         if job.writer is not None:
-            job.writer.publish(lambda directory: _write_reports(recipe, report, directory))
+            base = source.path if source is not None and source.local is None else None
+            job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
+        job.progress.end(report)
     return report
 
 
@@ -161,6 +175,7 @@ class _Checked:
     source: Source | None
     structure: PreTrainedModel
     found: Preflight
+    calibration: Any
 
 
 def _check(
@@ -175,6 +190,10 @@ def _check(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
     device, methods = ranks.on(recipe.device), build(recipe)
+    if (inputs := given_batches(calibration)) is not None:
+        calibration = inputs
+    else:
+        calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
     length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
@@ -190,11 +209,12 @@ def _check(
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
+    recipe = sized(recipe, found)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
-    return _Checked(recipe, methods, device, source, structure, found)
+    return _Checked(recipe, methods, device, source, structure, found, calibration)
 
 
 def _claim(
@@ -221,6 +241,22 @@ def _shared(text: str, writer: Writer | None) -> list[str]:
     return writer.notes
 
 
+def _read(
+    checked: _Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks
+) -> tuple[PreTrainedModel, dict[str, Any], Calibration]:
+    """The model, what the report says of where it is from, and the text: read first, unless the model writes it."""
+    if checked.recipe.dataset == [SELF] and checked.calibration is None:
+        network, origin = _network(checked)
+
+        def write() -> Calibration:
+            return Calibration(own_text(network, tokenizer, checked.recipe, checked.device))
+
+        return network, origin, ranks.from_first(write)
+    text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
+    text.check(checked.structure)
+    return *_network(checked), text
+
+
 def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model with its weights, and what the report says of where they are from: read now, for files may go."""
     source = checked.source
@@ -235,7 +271,7 @@ def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
     """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
     recipe, found = checked.recipe, checked.found
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-    job.tuning = build_tuning(recipe)
+    job.tuning, job.expert_tokens = build_tuning(recipe), recipe.expert_tokens
     job.notes.extend(found.notes)
     if given:
         job.notes.append(GIVEN_NOTE)
@@ -245,26 +281,31 @@ def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
 
 
 def _prune_stacks(
-    network: PreTrainedModel, checked: _Checked, batches: Sequence[Tensor], job: Job, ranks: Ranks
+    network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
 ) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
-    allocation = build_allocation(checked.recipe)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         for stack in stacks:
-            with job.clock("forward"):
+            if not stack.needed:
+                continue
+            with job.clock("forward"):  # the decoder's when its turn comes: it reads what the pruned encoder made
                 streams = capture(network, stack, batches, by_loss, ranks)
             if by_loss:
+                job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
                     job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
-            if allocation is not None:
-                checked.found.share(job.survey(stack, streams.copy(), allocation))
+            if (allocation := build_allocation(checked.recipe)) is not None:
+                shares = job.survey(stack, streams.copy(), allocation)
+                checked.found.share(shares)
+                if dense := [name for name, share in shares.items() if not share]:
+                    job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")
             job.prune(stack, streams)
 
 
 def _loss_weights(
-    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Tensor], job: Job, seed: int
+    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Batch], job: Job, seed: int
 ) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
@@ -276,6 +317,20 @@ def _loss_weights(
     if found.loss != WORDS:
         job.notes.append(f"objective loss is {found.loss}: the model has no head that predicts words")
     return found
+
+
+def _start(checked: _Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:
+    samples, length = text.size
+    return RunStart(
+        model=model,
+        output_dir=None if output_dir is None else str(output_dir),
+        device=describe_device(checked.device),
+        recipe=checked.recipe.to_dict(),
+        blocks=sum(bool(block.linears) for block in checked.found.blocks),
+        linears=len(checked.found.linears),
+        samples=samples,
+        length=length,
+    )
 
 
 def _report(
@@ -294,8 +349,8 @@ def _report(
         recipe=recipe.to_dict(),
         versions=library_versions(),
         seed=recipe.seed,
-        data_hash=data_hash(text.tokens_NL),
-        num_tokens=text.tokens_NL.numel(),
+        data_hash=text.hash,
+        num_tokens=text.num_tokens,
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),
@@ -313,7 +368,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _write_reports(recipe: Recipe, report: Report, directory: Path) -> None:
+def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: str | None) -> None:
+    write_card(directory, report, base_model)
     report.save(directory)
     (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")

@@ -11,6 +11,7 @@ Shapes: L tokens in a sequence, T tokens, E hidden size.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from optima.calibration.streams import Piece, Streams
-from optima.models.stacks import Block
+from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
@@ -191,15 +192,19 @@ def _size(master: Tensor) -> float:
 
 def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Float32 copies of what is tuned, by name: pruned weights, and vectors such as norms and biases."""
-    pruned = {id(linear.parameter): linear for linear in block.linears if linear.name in keeps}
+    pruned: defaultdict[int, list[Linear]] = defaultdict(list)  # one parameter may hold many experts
+    for linear in block.linears:
+        if linear.name in keeps:
+            pruned[id(linear.parameter)].append(linear)
     masters = {}
     for name, parameter in block.module.named_parameters():
-        linear = pruned.get(id(parameter))
-        if linear is None and (parameter.ndim != 1 or not parameter.is_floating_point()):
+        linears = pruned.get(id(parameter), [])
+        if not linears and (parameter.ndim != 1 or not parameter.is_floating_point()):
             continue
         master = masters[name] = parameter.detach().float().clone().requires_grad_(True)
-        if linear is not None:
+        if linears:
             keep_like = torch.zeros_like(parameter, dtype=torch.bool)
-            linear.orient(keep_like).copy_(keeps[linear.name])
+            for linear in linears:
+                linear.orient(keep_like).copy_(keeps[linear.name])
             master.register_hook(partial(torch.mul, keep_like))
     return masters

@@ -87,16 +87,16 @@ class TestModel:
         assert "only as pickle files, which can run any code" in message
         assert "safetensors first" in message
 
-    def test_encoder_decoder(self, cheap: Refused, root: Path) -> None:
-        config = hf.T5Config(vocab_size=VOCAB, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=24)
-        save_model(root / "t5", hf.T5ForConditionalGeneration(config))
-        assert "T5ForConditionalGeneration is an encoder-decoder" in cheap(model="t5")
+    def test_a_model_of_sounds(self, cheap: Refused, root: Path) -> None:
+        config = hf.WhisperConfig(vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1)
+        save_model(root / "sounds", hf.WhisperForConditionalGeneration(config))
+        assert "WhisperForConditionalGeneration reads input_features, not text" in cheap(model="sounds")
 
     def test_model_of_images(self, cheap: Refused, root: Path) -> None:
         config = hf.ViTConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
         save_model(root / "vit", hf.ViTModel(config))
         message = cheap(model="vit")
-        assert message.startswith("ViTModel reads no tokens (it reads pixel_values, ")
+        assert message.startswith("ViTModel reads pixel_values, not text: from Python, give ")
         assert cheap(arguments=["plan", "vit", "--max-seq-length", "16"]) == message
 
     def test_positions_behind_the_paddings(self, late: Refused, root: Path) -> None:
@@ -195,6 +195,8 @@ class TestOptions:
             (["--pattern", "0.5", "2:4"], "two entries for all linears"),
             (["--allocation", "owl", "--pattern", "2:4"], "shares out one unstructured sparsity, not pattern 2:4: use"),
             (["--allocation", "owl", "--pattern", "mlp=0.6", "0.5"], "one unstructured sparsity, not pattern mlp=0.6"),
+            (["--keep-dense", "0.1"], "keep_dense is for patterns n:m"),
+            (["--keep-dense", "0.1", "--pattern", "2:4", "--objective", "sink"], "keep_dense chooses linears by obj"),
             (["--allocation", "even"], "unknown allocation 'even': known allocations are uniform, owl"),
             (
                 ["--allocation", "owl", "--allocation-spread", "0"],

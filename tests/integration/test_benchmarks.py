@@ -166,6 +166,15 @@ def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], t
     assert len(json.loads(output.read_text())) == len(results) + 2, other_settings
 
 
+def test_end_to_end_runs_from_checkpoint_to_checkpoint(accuracy: list[str]) -> None:
+    model, *rest = accuracy
+    texts = rest[rest.index("--calibration") : rest.index("--calibration") + 4]
+    sizes = ["--sizes", "2x16", "--repeats", "1", "--window", "16", "--max-windows", "2"]
+    printed = run("end_to_end.py", model, *texts, *sizes)
+    assert "| 2 x 16 | OPTIMA, fast |" in printed
+    assert "| 2 x 16 | OPTIMA, default |" in printed
+
+
 def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path) -> None:
     output = tmp_path / "accuracy.json"
     output.write_text("[]")
@@ -211,6 +220,13 @@ def test_sinks_are_kept_better_the_more_they_weigh(accuracy: list[str]) -> None:
     for _, _, _, _, first, others, first_weighed, others_weighed, _ in rows:
         assert float(first_weighed) < float(first)
         assert float(others_weighed) > float(others)
+
+
+def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
+    model, text = save_model(tmp_path / "model"), save_text(tmp_path / "text.txt")
+    size = ["--max-seq-length", "16", "--max-windows", "2", "--group", "16"]
+    output = run("quantise.py", str(model), "--evaluation", str(text), *size)
+    assert output.count("int4, a scale for 16 inputs") == 2
 
 
 def test_scaling_carries_its_account_to_clusters() -> None:

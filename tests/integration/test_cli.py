@@ -95,7 +95,7 @@ class TestPrune:
         prune()
         files = {path.name for path in Path("out").iterdir()}
         tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-        ours = {"report.html", "report.json", "report.md", "recipe.yaml"}
+        ours = {"report.html", "report.json", "report.md", "recipe.yaml", "README.md"}
         assert files == {"config.json", "generation_config.json"} | tokenizer | ours | weight_files(Path("out")).keys()
 
     def test_report_is_of_this_run(self) -> None:
@@ -183,6 +183,21 @@ class TestPrune:
         assert report.run.notes == ()
         assert main(["prune", "model", "--output-dir", "again", "--recipe", "out/recipe.yaml"]) == 0
         assert weight_files(Path("again")) == weight_files(Path("out"))
+
+    def test_keep_dense_leaves_whole_linears(self) -> None:
+        before = load_weights(Path("model"))
+        weights = prune("--pattern", "2:4", "--objective", "loss", "--keep-dense", "0.3")
+        report = load_report(Path("out"))
+        pruned = {linear.name for linear in report.linears}
+        dense = {name.removesuffix(".weight") for name in before if "proj" in name} - pruned
+        assert dense
+        assert all(torch.equal(before[f"{name}.weight"], weights[f"{name}.weight"]) for name in dense)
+        assert sum(before[f"{name}.weight"].numel() for name in dense) <= 0.3 * sum(
+            weight.numel() for name, weight in before.items() if "proj" in name
+        )
+        assert all(linear.sparsity == 0.5 for linear in report.linears)
+        (note,) = report.run.notes
+        assert all(name in note for name in dense)
 
     def test_the_survey_leaves_no_trace(self) -> None:
         """With a spread that moves no weight, the bits are those of the uniform allocation."""
@@ -300,7 +315,8 @@ class TestPlan:
         (root / "run.yaml").write_text('pattern: "2:4"\nmax_seq_length: 16')
         assert main(["plan", "model", "--recipe", "run.yaml", "--targets", r"layers\.1\.mlp"]) == 0
         output = capsys.readouterr().out
-        assert output.count("2:4") == 3
+        assert output.partition("what runs")[0].count("2:4") == 3
+        assert "torchao, FP8 and 2:4" in output.partition("what runs")[2]
         assert "q_proj" not in output.partition("note:")[0]
 
     def test_says_that_an_allocation_needs_calibration(self, capsys: pytest.CaptureFixture[str]) -> None:

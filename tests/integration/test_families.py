@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.errors import ModelError
+from optima.calibration.inputs import Batch, arguments
+from optima.errors import CalibrationError, ModelError
+from optima.models.experts import ExpertLinear
 from optima.models.source import find_source
 from optima.models.stacks import Linear, Stack, find_stacks, select_linears
 from optima.names import kind
@@ -25,15 +27,15 @@ from optima.reporting.record import Report
 UNREACHED = ("dt_proj",)  # Jamba and Mamba read its weight without calling it
 
 
-def outputs(model: nn.Module) -> Tensor:
+def outputs(model: nn.Module, batch: Batch | None = None) -> Tensor:
     with torch.no_grad():
-        result = model(input_ids=make_ids(2, 16))
+        result = model(**arguments(model, make_ids(2, 16) if batch is None else batch))
     return result.logits if "logits" in result else result.last_hidden_state
 
 
 def linears_to_prune(model: nn.Module) -> dict[str, Linear]:
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
-    return {linear.name: linear for block in stack.blocks for linear in block.linears}
+    stacks = select_linears(find_stacks(model), [".*"], [])
+    return {linear.name: linear for stack in stacks for block in stack.blocks for linear in block.linears}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,8 +57,9 @@ def test_prune_save_reload(family: str, tmp_path: Path) -> None:
 
     reloaded = type(model).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(outputs(reloaded), outputs(model))
+    owners = pruned | {name.rpartition(".")[0] for name in pruned if isinstance(linears[name], ExpertLinear)}
     for name, tensor in model.state_dict().items():
-        if name.removesuffix(".weight") not in pruned:
+        if name.removesuffix(".weight") not in owners:
             assert torch.equal(tensor, dense[name]), f"{name} is not to be pruned and changed"
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "report.json", "report.md", "recipe.yaml"} <= files
@@ -71,17 +74,23 @@ def check_counts(zeros_OD: Tensor, pattern: str) -> None:
 
 def check_everything_is_named(model: nn.Module, report: Report) -> None:
     pruned, notes = {record.name for record in report.linears}, " ".join(report.run.notes)
-    for block in find_stacks(model)[0].blocks:
-        for name, parameter in block.module.named_parameters():
-            full = f"{block.name}.{name}"
-            owner = full.removesuffix(".weight")
-            if parameter.ndim >= 2 and owner not in pruned:
-                assert {kind(full), kind(owner), owner} & set(notes.split()), f"{full} stays dense without a word"
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    blocks = tuple(f"{block.name}." for stack in find_stacks(model) for block in stack.blocks)
+    for name, parameter in model.named_parameters():
+        owner = name.removesuffix(".weight")
+        if parameter.ndim < 2 or owner in pruned or f"{owner}.0" in pruned or "head" in name:
+            continue
+        if parameter not in embeddings or name.startswith(blocks):
+            assert {kind(name), kind(owner), owner} & set(notes.split()), f"{name} stays dense without a word"
 
 
 def check_chain(model: nn.Module) -> None:
     """Carrying the inputs from block to block gives bit for bit what the model's own forward pass gives."""
-    (stack,) = find_stacks(model)
+    for stack in find_stacks(model):
+        check_chain_of(model, stack)
+
+
+def check_chain_of(model: nn.Module, stack: Stack) -> None:
     batches = make_ids().split(2)
     expected: list[Tensor] = []
     handle = stack.blocks[-1].module.register_forward_hook(
@@ -89,7 +98,7 @@ def check_chain(model: nn.Module) -> None:
     )
     with torch.no_grad():
         for batch in batches:
-            model(input_ids=batch)
+            model(**arguments(model, batch))
     handle.remove()
     streams = capture(model, whole(stack), batches)
     for block in stack.blocks:
@@ -119,6 +128,46 @@ def test_blocks_that_share_weights_can_be_pruned_around_them() -> None:
     report = prune(build("zamba2"), Recipe(ignore=["shared_transformer"]), calibration=make_ids())
     assert len(report.linears) == 10
     assert any("shared_transformer.self_attn.q_proj (2 places)" in note for note in report.run.notes)
+
+
+def test_sounds_and_their_words(tmp_path: Path) -> None:
+    model = build("whisper")
+    torch.manual_seed(1)
+    batches = [{"input_features": torch.randn(2, 8, 24), "decoder_input_ids": make_ids(2, 7)} for _ in range(4)]
+    recipe = Recipe(pattern=["2:4"], tuning_epochs=1)
+    report = prune(model, recipe, output_dir=tmp_path / "out", calibration=batches)
+    linears = linears_to_prune(model)
+    assert {record.name for record in report.linears} == set(linears)
+    assert {record.block for record in report.linears} == {0, 1, 2, 3}
+    assert report.run.num_tokens == 4 * 2 * 7
+    for linear in linears.values():
+        check_counts(linear.read() == 0, "2:4")
+    check_everything_is_named(model, report)
+    reloaded = type(model).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(outputs(reloaded, batches[0]), outputs(model, batches[0]))
+
+
+def test_the_decoder_is_calibrated_on_the_pruned_encoder() -> None:
+    """With and without pruning the encoder, the decoder's masks differ; by themselves they would be the same."""
+    whole, decoder = build("t5"), build("t5")
+    prune(whole, Recipe(pattern=["2:4"]), calibration=make_ids())
+    prune(decoder, Recipe(pattern=["2:4"], targets=["^decoder"]), calibration=make_ids())
+    cross = "decoder.block.1.layer.1.EncDecAttention.k"
+    assert not torch.equal(linears_to_prune(whole)[cross].read(), linears_to_prune(decoder)[cross].read())
+    assert not (linears_to_prune(decoder)["encoder.block.0.layer.0.SelfAttention.q"].read() == 0).any()
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([{"input_features": [1.0]}], "batch 0: input_features is a list, not a tensor"),
+        ([{"sounds": torch.ones(2, 3)}], "batch 0 has sounds, which WhisperForConditionalGeneration does not read"),
+        ([{"input_features": torch.ones(1, 8, 23)}], "cannot run on what it is given"),
+    ],
+)
+def test_batches_that_do_not_fit(calibration: list[dict[str, Tensor]], message: str) -> None:
+    with pytest.raises((CalibrationError, ModelError), match=message):
+        prune(build("whisper"), Recipe(), calibration=calibration)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

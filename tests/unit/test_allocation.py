@@ -6,12 +6,15 @@ import pytest
 import torch
 from layers import hessian_of, layer_of, make_layer
 
-from optima.allocation import Owl
+from optima.allocation import KeepDense, Owl
 from optima.build import build_allocation
 from optima.linalg.statistics import Statistics
+from optima.patterns import NM, Unstructured
 from optima.qp import Hessian
 from optima.recipe import Recipe
 from optima.selectors.base import LinearTask
+
+HALF = Unstructured(0.5)
 
 
 def make_layers() -> list[tuple[int, LinearTask]]:
@@ -29,7 +32,7 @@ def test_owl() -> None:
     """Share of |W_ij| ||X_j|| beyond M times the block's mean, scaled to a width of 2 lambda and centred."""
     owl = Owl(0.6, outlier_multiple=3.0, spread=0.1)
     for block, task in make_layers():
-        owl.observe(block, task)
+        owl.observe(block, task, HALF)
     found = owl.allocate()
 
     ratios, sizes = [], []
@@ -55,7 +58,7 @@ def test_alike_is_uniform() -> None:
     allocation = Owl(0.6)
     weight_OD, inputs_TD = make_layer()
     for block in range(3):
-        allocation.observe(block, layer_of(weight_OD, inputs_TD, name=f"{block}"))
+        allocation.observe(block, layer_of(weight_OD, inputs_TD, name=f"{block}"), HALF)
     sparsities = list(allocation.allocate().values())
     assert sum(sparsities) == pytest.approx(1.8, abs=1e-9)
     assert max(sparsities) - min(sparsities) < 1e-9
@@ -66,7 +69,7 @@ def test_extreme_sparsities_stay_inside(sparsity: float) -> None:
     allocation = Owl(sparsity, spread=0.2)
     layers = make_layers()
     for block, task in layers:
-        allocation.observe(block, task)
+        allocation.observe(block, task, HALF)
     found = allocation.allocate()
     assert all(0.0 < value < 1.0 for value in found.values())
     sizes = {task.name: task.weight_OD.numel() for _, task in layers}
@@ -76,9 +79,9 @@ def test_extreme_sparsities_stay_inside(sparsity: float) -> None:
 def test_linears_that_carry_nothing() -> None:
     allocation = Owl(0.5)
     weight_OD, inputs_TD = make_layer()
-    allocation.observe(0, LinearTask("live", weight_OD, Statistics(hessian_of(inputs_TD))))
-    allocation.observe(1, LinearTask("dead", weight_OD, Statistics(Hessian(torch.zeros(48, 48)))))
-    allocation.observe(2, LinearTask("zero", torch.zeros_like(weight_OD), Statistics(hessian_of(inputs_TD))))
+    allocation.observe(0, LinearTask("live", weight_OD, Statistics(hessian_of(inputs_TD))), HALF)
+    allocation.observe(1, LinearTask("dead", weight_OD, Statistics(Hessian(torch.zeros(48, 48)))), HALF)
+    allocation.observe(2, LinearTask("zero", torch.zeros_like(weight_OD), Statistics(hessian_of(inputs_TD))), HALF)
     found = allocation.allocate()
     assert sum(found.values()) == pytest.approx(1.5, abs=1e-9)
 
@@ -86,3 +89,40 @@ def test_linears_that_carry_nothing() -> None:
 def test_defaults_are_the_published_ones() -> None:
     assert build_allocation(Recipe(sparsity=0.5)) is None
     assert build_allocation(Recipe(sparsity=0.7, allocation="owl")) == Owl(0.7, outlier_multiple=5.0, spread=0.08)
+
+
+def test_keep_dense_keeps_the_linears_that_lose_most_a_weight() -> None:
+    """Against a loop over the groups in float64."""
+    layers, allocation = make_layers(), KeepDense(0.5)
+    for block, task in layers:
+        allocation.observe(block, task, NM(2, 4))
+    found = allocation.allocate()
+
+    rates, sizes = {}, {task.name: task.weight_OD.numel() for _, task in layers}
+    for _, task in layers:
+        inverse_D = torch.linalg.inv(task.hessian.matrix_DD.double() + ridge(task)).diagonal()
+        saliency_OD = task.weight_OD.double().square() / inverse_D
+        lost = sum(float(group.sort().values[:2].sum()) for row in saliency_OD for group in row.split(4))
+        rates[task.name] = lost / sizes[task.name]
+    dense = {name for name, sparsity in found.items() if sparsity == 0.0}
+    assert {found[name] for name in found if name not in dense} == {0.5}
+    assert dense
+    left = 0.5 * sum(sizes.values()) - sum(sizes[name] for name in dense)
+    assert left >= 0
+    for name in found.keys() - dense:  # what would still fit is worth less than all that stayed
+        assert sizes[name] > left or rates[name] <= min(rates[own] for own in dense)
+
+
+def ridge(task: LinearTask) -> torch.Tensor:
+    matrix_DD = task.hessian.matrix_DD.double()
+    return task.hessian.damping * matrix_DD.diagonal().mean() * torch.eye(len(matrix_DD), dtype=torch.float64)
+
+
+def test_keep_dense_weighs_rows_by_the_loss() -> None:
+    allocation = KeepDense(0.5)
+    weight_OD, inputs_TD = make_layer(16, 32)
+    for name, weight in {"felt": 5.0, "not felt": 1.0}.items():
+        rows_O = torch.full((16,), weight)
+        task = LinearTask(name, weight_OD, Statistics(hessian_of(inputs_TD)), row_weight_O=rows_O)
+        allocation.observe(0, task, NM(2, 4))
+    assert allocation.allocate() == {"felt": 0.0, "not felt": 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -111,10 +112,15 @@ class TestFindStacks:
         with pytest.raises(ModelError, match=r"no stack .* in Sequential: its module lists, .* are none.*\['0'\]"):
             blocks_of(nn.Sequential(nn.Linear(4, 4)))
 
-    def test_encoder_decoder_is_refused(self) -> None:
+    def test_encoder_decoder_has_two(self) -> None:
         config = hf.T5Config(vocab_size=50, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=24)
-        with pytest.raises(ModelError, match="T5ForConditionalGeneration is an encoder-decoder"):
-            blocks_of(hf.T5ForConditionalGeneration(config))
+        encoder, decoder = find_stacks(hf.T5ForConditionalGeneration(config))
+        assert (encoder.name, encoder.part, len(encoder.blocks)) == ("encoder.block", "encoder", 1)
+        assert (decoder.name, decoder.part, len(decoder.blocks)) == ("decoder.block", "decoder", 1)
+
+    def test_a_stack_of_the_language_not_of_the_images(self) -> None:
+        (stack,) = find_stacks(build("gemma3_vision"))
+        assert stack.name == "model.language_model.layers"
 
 
 class TestLinear:
@@ -249,11 +255,11 @@ def test_a_mixture_of_linear_modules() -> None:
 def test_every_matrix_is_covered_or_counted(family: str) -> None:
     blocks = blocks_of(build(family))
     matrices = sum(p.numel() for block in blocks for p in block.module.parameters() if p.ndim >= 2)
-    covered = sum(linear.parameter.numel() for block in blocks for linear in block.linears)
+    covered = sum(math.prod(linear.shape) for block in blocks for linear in block.linears)
     counted = uncovered(blocks)
     assert covered + sum(weights for _, weights in counted.values()) == matrices
     if family == "deepseek_v3":  # its first block has no experts
-        assert counted["model.layers.*.mlp.experts.down_proj"] == (2, 2 * 4 * 16 * 32)
+        assert counted["model.layers.*.mlp.gate.weight"] == (2, 2 * 4 * 32)
 
 
 def test_what_options_leave_out_is_noted() -> None:

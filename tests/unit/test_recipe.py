@@ -22,12 +22,12 @@ from optima.recipe import (
     BOUNDED_SOLVERS,
     GROUPS,
     SELECTOR_NAMES,
-    SHIPPED,
     SINK_WEIGHT,
     SOLVER_NAMES,
     SPREADS,
     recipe_from_dict,
 )
+from optima.recipe_files import SHIPPED
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
 from optima.swaps.search import SwapRefinement
@@ -206,11 +206,12 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"sink_weight": float("inf")}, "sink_weight must be a number of at least 0"),
     (
         {"num_calibration_samples": 0},
-        "num_calibration_samples must be a whole number of at least 1, such as 128, got 0",
+        "num_calibration_samples must be a whole number of at least 1, got 0",
     ),
     ({"max_seq_length": -1}, "max_seq_length must be a whole number of at least 1"),
     ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ({"dataset": []}, "dataset is empty"),
+    ({"dataset": ["self", "a.txt"]}, "dataset self, the model's own text, cannot be mixed"),
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
     ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
     ({"max_change": 0, "solver": "bounded"}, "max_change must be a positive number, got 0"),
@@ -303,6 +304,12 @@ class TestResolved:
         assert recipe.resolved(scope="layer") == recipe
         recipe.save(tmp_path / "r.yaml")
         assert load_recipe(tmp_path / "r.yaml") == recipe
+
+    def test_wide_models_are_calibrated_on_more(self) -> None:
+        assert Recipe().samples(2048) == 128
+        assert Recipe().samples(28672) == 448
+        assert Recipe(max_seq_length=512).samples(14336) == 896
+        assert Recipe(num_calibration_samples=3).samples(28672) == 3
 
     def test_published_updates_are_left_as_published(self) -> None:
         """Tokens and rows have weights only where a solver finds the weights, or if that is asked for."""

@@ -12,6 +12,7 @@ from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.errors import OptimaError
+from optima.reporting.callbacks import Listeners
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import (
@@ -302,7 +303,7 @@ class TestMarkdown:
     def test_tables_are_rectangular_and_aligned(self) -> None:
         text = render_markdown(report(linear(), linear("mlp.a|b", 12, rows_not_converged=1), unsolved(block=3)))
         tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-        assert len(tables) == 5
+        assert len(tables) == 6
         for lines in tables:
             assert len({len(line) for line in lines}) == 1
             assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
@@ -317,11 +318,11 @@ class TestMarkdown:
 
 
 def run_of(progress: Progress, blocks: int = 2) -> None:
-    with progress:
-        progress.start(blocks, 2)
+    with Listeners([progress]) as listeners:
+        listeners.start(blocks, 2)
         for block in range(blocks):
-            progress.linear(linear(block=block))
-            progress.block(block + 1)
+            listeners.linear(linear(block=block))
+            listeners.block(f"block.{block}")
 
 
 class TestProgress:
@@ -355,16 +356,31 @@ class TestProgress:
         assert screen.getvalue().count("0:00:00 elapsed") == (0 if terminal else 2)
 
     def test_time_left_counts_blocks_from_where_the_run_began(self) -> None:
+        """Blocks of an earlier run are replayed quickly: they say nothing of the others."""
         now, screen = 100.0, io.StringIO()
-        progress = Progress(Console(file=screen), lambda: now)
-        progress.start(6, 1, done=2)
-        now = 110.0
-        progress.block(3)
-        now = 7300.0
-        progress.block(4)
+        listeners = Listeners([Progress(Console(file=screen))], lambda: now)
+        listeners.start(6, 1, done=2)
+        for name in "ab":
+            now += 1
+            listeners.block(name, resumed=True)
+        now = 112.0
+        listeners.block("c")
+        now = 7302.0
+        listeners.block("d")
         assert screen.getvalue().splitlines() == [
-            "block 3/6  error -  0:00:10 elapsed  0:00:30 left",
-            "block 4/6  error -  2:00:00 elapsed  2:00:00 left",
+            "block 3/6  error -  0:00:12 elapsed  0:00:30 left",
+            "block 4/6  error -  2:00:02 elapsed  2:00:00 left",
+        ]
+
+    def test_what_comes_before_is_named(self) -> None:
+        screen = io.StringIO()
+        listeners = Listeners([Progress(Console(file=screen))], lambda: 0.0)
+        listeners.start(2, 1, stage="sweep")
+        listeners.start(2, 1, stage="survey")
+        listeners.block("a")
+        assert screen.getvalue().splitlines() == [
+            "sweep over 2 blocks: what the loss feels",
+            "survey: block 1/2  error -  0:00:00 elapsed  0:00:00 left",
         ]
 
     @pytest.mark.parametrize("width", [60, 120])
@@ -383,9 +399,9 @@ class TestProgress:
         progress = Progress(Console(file=screen, force_terminal=True, width=100, color_system=None))
 
         def interrupted() -> None:
-            with progress:
-                progress.start(2, 1)
-                progress.block(1)
+            with Listeners([progress]) as listeners:
+                listeners.start(2, 1)
+                listeners.block("a")
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
@@ -393,7 +409,7 @@ class TestProgress:
         text = screen.getvalue()
         assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
         assert "done" not in text
-        progress.close()
+        progress.close(None)
 
 
 def test_both_errors_are_those_of_cast_weights() -> None:

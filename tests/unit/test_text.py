@@ -129,6 +129,24 @@ class TestReadDocuments:
         ):
             list(Documents(TextSource((name,))))
 
+    def test_chats_are_read_by_the_models_template(self, here: Path) -> None:
+        chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+        records = [{"messages": chat}, {"text": "plain"}, {"own": chat, "text": None}]
+        (here / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        tokenizer = make_tokenizer(bos_token="<s>")
+        tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
+        assert list(Documents(TextSource(("a.jsonl",)), tokenizer=tokenizer)) == ["[user] hi[assistant] ho", "plain"]
+        own = TextSource(("a.jsonl",), text_column="own")
+        assert list(Documents(own, tokenizer=tokenizer)) == ["[user] hi[assistant] ho"] * 2
+
+    @pytest.mark.parametrize("template", [None, "{{ messages[0].name.first }}", "{{ raise_exception('no system') }}"])
+    def test_chats_that_cannot_be_read(self, here: Path, template: str | None) -> None:
+        (here / "a.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "x"}]}))
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = template
+        with pytest.raises(CalibrationError, match=r"'a\.jsonl' (holds chats, which|does not fit)"):
+            list(Documents(TextSource(("a.jsonl",)), tokenizer=tokenizer))
+
     def test_wrong_column_lists_the_columns(self, here: Path) -> None:
         name = write_jsonl(here / "a.jsonl", ["one"], count=1)
         with pytest.raises(CalibrationError, match=r"no column 'body'.*--text-column: text, count"):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.calibration.inputs import Batch, first_of, stack_size
 from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
@@ -27,7 +28,7 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
 @torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
 def capture(
-    model: nn.Module, stack: Stack, batches: Sequence[Tensor], whole: bool = False, ranks: Ranks = ALONE
+    model: nn.Module, stack: Stack, batches: Sequence[Batch], whole: bool = False, ranks: Ranks = ALONE
 ) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
@@ -37,7 +38,7 @@ def capture(
     Args:
         model: the whole model, in evaluation mode.
         stack: one of its stacks, with the linears to prune; blocks behind the last of them are left out.
-        batches: token ids, (B, L) int64 each.
+        batches: token ids, (B, L) int64 each, or a processor's outputs.
         whole: no block is left out.
         ranks: the processes that each have batches of their own, of sequences that are equally long.
 
@@ -46,10 +47,10 @@ def capture(
             than can be carried from block to block.
     """
     # The same in every process: they must find the same groups.
-    tokens_1L = ranks.from_first(lambda: batches[0][:1, :PROBE_LENGTH])
-    probe = look(model, stack, tokens_1L)
+    first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
+    probe = look(model, stack, first)
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
-    trial = _record(model, blocks, [tokens_1L], probe)
+    trial = _record(model, stack, blocks, [first], probe)
     for block in blocks:
         home = next(block.module.parameters(), trial.hidden[0]).device
         trial.advance(block, home)
@@ -58,23 +59,25 @@ def capture(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    streams = _record(model, blocks, batches, probe)
+    streams = _record(model, stack, blocks, batches, probe)
     if ranks.size > 1:
-        streams.ranks, streams.samples = ranks, tuple(ranks.gather(sum(map(len, batches))))
+        streams.ranks, streams.samples = ranks, tuple(ranks.gather(sum(samples for samples, _ in streams.sizes)))
     return streams
 
 
-def _record(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Tensor], probe: Probe) -> Streams:
+def _record(model: nn.Module, stack: Stack, blocks: Sequence[Block], batches: Sequence[Batch], probe: Probe) -> Streams:
     """Run the model's forward pass with its blocks replaced by recorders."""
-    sizes = [(len(tokens), tokens.shape[1]) for tokens in batches]
-    streams = Streams(probe, sizes, [], [[] for _ in blocks], [{} for _ in batches])
+    streams = Streams(probe, [], [], [[] for _ in blocks], [{} for _ in batches])
     with ExitStack() as replaced:
         for block in blocks:
             replaced.enter_context(forward_replaced(block.module, _recorder(streams, block, block is blocks[-1])))
-        for tokens in batches:
+        for batch in batches:
             try:
-                forward(model, tokens)
+                forward(model, batch)
             except _AllCaptured:
+                samples, length = stack_size(model, stack, batch)
+                hidden = streams.hidden[-1]
+                streams.sizes.append((samples, hidden.shape[probe.sample_dim + 1] if length is None else length))
                 continue
             raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
     return streams

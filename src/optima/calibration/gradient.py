@@ -33,7 +33,7 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
     Raises:
         ModelError: if the block cannot be run on single sequences, or was made inside ``torch.inference_mode()``.
     """
-    weights = [linear.parameter for linear in block.linears]
+    weights = list({id(linear.parameter): linear.parameter for linear in block.linears}.values())
     if any(weight.is_inference() for weight in weights):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     samples = 0
@@ -43,9 +43,10 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
             for sample in range(count):
                 output_1LE = streams.run_sample(block, batch, sample, device).float()
                 loss = torch.linalg.vector_norm(output_1LE) / length**0.5
-                gradients = torch.autograd.grad(loss, weights, allow_unused=True)
-                for linear, gradient in zip(block.linears, gradients, strict=True):
-                    if gradient is not None:
+                found = torch.autograd.grad(loss, weights, allow_unused=True)
+                gradients = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
+                for linear in block.linears:
+                    if (gradient := gradients[id(linear.parameter)]) is not None:
                         sums[linear.name] += linear.orient(gradient).float().square()
                 samples += 1
     samples = sum(streams.ranks.gather(samples))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,13 +23,16 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from optima.calibration.inputs import Batch, words_size
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import differentiable, forward_replaced
 from optima.errors import ModelError
-from optima.models.stacks import Block, Stack
+from optima.models.experts import ExpertLinear
+from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -55,6 +58,7 @@ class LossWeights:
         loss: whose gradients they are, in words.
         tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
             Groups that are not given every token, as experts, have none.
+        routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
         shared: of several processes: tokens of all, their tempered sum and that of its squares, by the names of
@@ -63,15 +67,17 @@ class LossWeights:
 
     loss: str
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
+    routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, tuple[float, float, float]] = field(default_factory=dict)
 
     def moments(self, name: str) -> tuple[float, float, float]:
-        """Tokens, the sum of their tempered weights and that of its squares, for a name of ``tokens``."""
+        """Tokens, the sum of their tempered weights and that of its squares, for a name of ``tokens`` or ``routed``."""
         if name in self.shared:
             return self.shared[name]
-        tempered = [own_T.pow(POWER) for own_T in self.tokens.get(name, [])]
+        own = [own_T for _, own_T in self.routed[name]] if name in self.routed else self.tokens.get(name, [])
+        tempered = [own_T.pow(POWER) for own_T in own]
         squares = sum(float(own_T @ own_T) for own_T in tempered)
         return sum(map(len, tempered)), sum(float(own_T.sum()) for own_T in tempered), squares
 
@@ -83,6 +89,19 @@ class LossWeights:
         count, total, _ = self.moments(name)
         known = total and name in self.tokens
         return [own_T.pow(POWER) * (count / total) for own_T in self.tokens[name]] if known else None
+
+    def of_routed(self, name: str, sizes: Sequence[int]) -> list[Tensor] | None:
+        """As ``of_tokens`` at an expert's linear ``name``: of each batch's ``sizes`` tokens, wherever they were routed.
+
+        A token that the dense model sent elsewhere has the mean of the expert's, which is 1.
+        """
+        count, total, _ = self.moments(name)
+        if not total or name not in self.routed:
+            return None
+        weights = [torch.ones(size) for size in sizes]
+        for weight_T, (tokens_T, own_T) in zip(weights, self.routed[name], strict=True):
+            weight_T[tokens_T] = own_T.pow(POWER) * (count / total)
+        return weights
 
     def effective_tokens(self, name: str) -> float | None:
         """(sum s)^2 / sum s^2 of the tempered weights: so many equal tokens would tell as much."""
@@ -102,7 +121,7 @@ def loss_weights(
     model: PreTrainedModel,
     stack: Stack,
     streams: Streams,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     device: torch.device,
     seed: int,
     residual: bool = False,
@@ -116,7 +135,7 @@ def loss_weights(
         model: the whole model, in evaluation mode.
         stack: the stack that its head reads.
         streams: what enters the first block, with the calls of all blocks; left as it is.
-        batches: the tokens, (B, L) int64 each.
+        batches: the tokens, (B, L) int64 each, or a processor's outputs.
         device: where blocks run.
         seed: of the labels.
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
@@ -139,7 +158,7 @@ def loss_weights(
 def _reduce(found: LossWeights, streams: Streams) -> None:
     """Means over the tokens of all processes, of which each keeps the weights of its own."""
     ranks = streams.ranks
-    own = {name: found.moments(name) for name in (found.tokens if ranks.size > 1 else ())}
+    own = {name: found.moments(name) for name in ((*found.tokens, *found.routed) if ranks.size > 1 else ())}
     known = ranks.gather((own, _shapes(found.rows), _shapes(found.residual)))
     for name in _union(moments for moments, _, _ in known):
         every = [moments.get(name, (0.0, 0.0, 0.0)) for moments, _, _ in known]
@@ -167,7 +186,7 @@ def _sweep(
     model: PreTrainedModel,
     stack: Stack,
     streams: Streams,
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     device: torch.device,
     seed: int,
     residual: bool,
@@ -191,7 +210,7 @@ def _sweep(
             gradients = []
             for batch, hidden in zip(batches_now, part.hidden, strict=True):
                 if has_words:
-                    drawn_BL = torch.rand(batches[batch].shape, generator=generator)
+                    drawn_BL = torch.rand(words_size(model, batches[batch]), generator=generator)
                     gradients.append(_at_the_head(model, stack, streams, batches[batch], hidden, drawn_BL))
                 else:
                     gradients.append(torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden))
@@ -214,17 +233,17 @@ def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
 
 
 def _at_the_head(
-    model: PreTrainedModel, stack: Stack, streams: Streams, tokens_BL: Tensor, hidden: Tensor, drawn_BL: Tensor
+    model: PreTrainedModel, stack: Stack, streams: Streams, given: Batch, hidden: Tensor, drawn_BL: Tensor
 ) -> Tensor:
     """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
     home = next(model.parameters()).device
     leaf = hidden.to(home, copy=True).requires_grad_(True)
     options: dict[str, Any] = {}
-    length = tokens_BL.shape[1]
+    samples, length = drawn_BL.shape
     step = length
     if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
         vocabulary = int(model.config.get_text_config().vocab_size)
-        step = max(LOGITS_BYTES // (4 * vocabulary * len(tokens_BL)), 1)
+        step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
     with ExitStack() as replaced:
         for block in stack.blocks:
             returned = leaf if block is stack.blocks[-1] else None
@@ -234,7 +253,7 @@ def _at_the_head(
             drawn_BC = drawn_BL[:, start : start + step]
             if in_slices:
                 options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-            logits_TV = forward(model, tokens_BL, **options).logits.flatten(0, -2)
+            logits_TV = forward(model, given, **options).logits.flatten(0, -2)
             if not logits_TV.requires_grad:
                 raise NotDifferentiableError("its words do not depend on its last block by a gradient")
             logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
@@ -283,22 +302,53 @@ def _second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     return product_EE.cpu()
 
 
+class _Notes:
+    """Squares of the gradients at a block's linears: of rows at once, of tokens once all batches were through."""
+
+    def __init__(self, block: Block, streams: Streams, found: LossWeights) -> None:
+        self._sizes, self._unordered, self._found = streams.sizes, streams.probe.routed, found
+        self._leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
+        self._tokens: dict[str, list[Tensor]] = {}
+        self._routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def watch(self, linear: Linear, batch: int) -> RemovableHandle:
+        """Note the gradients of a batch, until the handle's ``remove()``."""
+        if not isinstance(linear, ExpertLinear):
+            return linear.watch(partial(self._note, linear.name, batch))
+        nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+        self._routed.setdefault(linear.name, [nowhere for _ in self._sizes])
+        return linear.watch_tokens(partial(self._note_routed, linear.name, batch))
+
+    def _note(self, name: str, batch: int, gradient: Tensor) -> None:
+        square_TO = self._square(name, gradient)
+        if name not in self._unordered and len(square_TO) == math.prod(self._sizes[batch]):
+            zeros = [torch.zeros(math.prod(size)) for size in self._sizes]
+            own = self._tokens.setdefault(self._leaders[name], zeros)
+            own[batch] += square_TO.sum(dim=1).cpu()
+
+    def _note_routed(self, name: str, batch: int, gradient: Tensor, tokens_T: Tensor | None) -> None:
+        square_TO = self._square(name, gradient)
+        if tokens_T is not None:
+            self._routed[name][batch] = tokens_T.cpu(), square_TO.sum(dim=1).cpu()
+
+    def _square(self, name: str, gradient: Tensor) -> Tensor:
+        """Of each token, (T, O); added up over tokens for the rows."""
+        square_TO = gradient.detach().float().square().flatten(0, -2)
+        sum_O, rows = square_TO.sum(dim=0), self._found.rows
+        rows[name] = rows[name] + sum_O if name in rows else sum_O
+        return square_TO
+
+    def close(self) -> None:
+        """Hand on what was noted of tokens."""
+        for name, batches in self._tokens.items():
+            self._found.tokens.setdefault(name, []).extend(batches)
+        for name, routed in self._routed.items():
+            self._found.routed.setdefault(name, []).extend(routed)
+
+
 def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
     """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
-    leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
-    tokens: dict[str, list[Tensor]] = {}
-
-    def note(name: str, batch: int) -> Callable[[Tensor], None]:
-        def see(gradient: Tensor) -> None:
-            square_TO = gradient.detach().float().square().flatten(0, -2)
-            sum_O = square_TO.sum(dim=0)
-            found.rows[name] = found.rows[name] + sum_O if name in found.rows else sum_O
-            if name not in streams.probe.routed and len(square_TO) == math.prod(streams.sizes[batch]):
-                own = tokens.setdefault(leaders[name], [torch.zeros(math.prod(size)) for size in streams.sizes])
-                own[batch] += square_TO.sum(dim=1).cpu()
-
-        return see
-
+    notes = _Notes(block, streams, found)
     for batch, gradient in enumerate(gradients):
         gradient = gradient.to(device)
         square_T = gradient.float().square().sum(dim=-1).flatten()
@@ -308,7 +358,7 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:
-                hooks.callback(linear.watch(note(linear.name, batch)).remove)
+                hooks.callback(notes.watch(linear, batch).remove)
             output = hidden_of(streams.run(block, batch, device))
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
@@ -316,5 +366,4 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         assert leaf.grad is not None
         gradients[batch] = leaf.grad.cpu()
         streams.hidden[batch] = leaf.detach()
-    for name, batches in tokens.items():
-        found.tokens.setdefault(name, []).extend(batches)
+    notes.close()

@@ -5,6 +5,7 @@ Shapes: L tokens, D inputs, E hidden size.
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.calibration.inputs import Batch, arguments, stack_size
 from optima.errors import ModelError
+from optima.models.experts import ExpertLinear
 from optima.models.stacks import Linear, Stack
 from optima.names import NUMBER, kind
 
@@ -86,25 +89,27 @@ def identity(tensor: Tensor) -> object:
     return (tensor.device, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
 
 
-def forward(model: nn.Module, tokens: Tensor, **options: Any) -> Any:
-    """What the model's own forward pass on (B, L) token ids returns, where its embedding is.
+def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
+    """What the model's own forward pass on a batch returns, where its embedding is.
 
     Raises:
-        ModelError: if the model asks for something else than tokens.
+        ModelError: if the model asks for something else.
     """
     device = next(model.parameters()).device  # the embedding is the first parameter of every model of the library
-    if getattr(model.config, "use_cache", None) is not None:
-        options["use_cache"] = False
+    configs = (model.config, *(getattr(model.config, name, None) for name in ("text_config", "decoder")))
+    if any(getattr(config, "use_cache", None) is not None for config in configs):
+        options["use_cache"] = False  # what one block keeps would be handed to the others
     try:
-        return model(input_ids=tokens.to(device), **options)
+        return model(**{name: tensor.to(device) for name, tensor in arguments(model, batch).items()}, **options)
     except (TypeError, ValueError) as error:  # what the library raises where other inputs are missing
-        raise ModelError(f"{type(model).__name__} cannot run on token ids alone: {error}") from error
+        what = "token ids alone" if isinstance(batch, Tensor) else "what it is given for calibration"
+        raise ModelError(f"{type(model).__name__} cannot run on {what}: {error}") from error
 
 
 @torch.inference_mode(False)  # inside it, tensors do not count their changes
 @torch.no_grad()
-def look(model: nn.Module, stack: Stack, tokens_1L: Tensor) -> Probe:
-    """Run the whole model once, as it is, and watch ``stack``.
+def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
+    """Run the whole model once, as it is, on a small batch, and watch ``stack``.
 
     Raises:
         ModelError: if it does not call the blocks once each, in order, on hidden states.
@@ -121,22 +126,38 @@ def look(model: nn.Module, stack: Stack, tokens_1L: Tensor) -> Probe:
             hooks.callback(handle.remove)
             for linear in block.linears:
                 hooks.callback(linear.observe(partial(given.add, linear.name)).remove)
-        forward(model, tokens_1L.clone())
+        forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
     if [index for index, *_ in calls] != list(range(len(stack.blocks))):
         raise ModelError(
             f"{type(model).__name__} does not call each of {stack.blocks[0].name} .. {stack.blocks[-1].name} exactly "
             "once, in order, in a forward pass (shared or skipped blocks), which this tool cannot prune"
         )
-    outputs, length = [output for *_, output in calls], tokens_1L.shape[1]
+    _check_experts(stack, given)
+    outputs = [output for *_, output in calls]
+    samples, length = stack_size(model, stack, batch)
+    sample_dim, sequence_first, length = _layout(model, hidden_of(outputs[0]), samples, length)
     names = [linear.name for block in stack.blocks for linear in block.linears]
-    routed = {kind(name) for name in names if given.tokens[name] != length}
+    routed = {kind(name) for name in names if given.tokens[name] != samples * length}
     return Probe(
         _groups(stack, given),
         outputs,
         _carried(calls),
-        *_layout(model, hidden_of(outputs[0]), length),
+        sample_dim,
+        sequence_first,
         frozenset(name for name in names if kind(name) in routed),
     )
+
+
+def _check_experts(stack: Stack, given: Given) -> None:
+    """Fused parameters whose products are made in a way that shows nobody what an expert is given."""
+    linears = [linear for block in stack.blocks for linear in block.linears if isinstance(linear, ExpertLinear)]
+    seen = {(linear.experts.name, linear.within) for linear in linears if given.tokens[linear.name]}
+    for linear in linears:
+        if (linear.experts.name, linear.within) not in seen:
+            raise ModelError(
+                f"{linear.experts.name} does not show which tokens its experts are given, which pruning needs: leave "
+                f"them out with --ignore '{re.escape(linear.experts.name.rpartition('.')[2])}'"
+            )
 
 
 def hidden_of(output: Any) -> Tensor:
@@ -150,15 +171,17 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
 
-def _layout(model: nn.Module, hidden: object, length: int) -> tuple[int, bool]:
-    """``sample_dim`` and ``sequence_first``."""
+def _layout(model: nn.Module, hidden: object, samples: int, length: int | None) -> tuple[int, bool, int]:
+    """``sample_dim`` and ``sequence_first``, and the length, which may not have been known."""
     counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
-    if counts == (1, length):
-        return 0, False
-    if counts == (length, 1):
-        return 1, True
-    if counts[1:] == (1, length):  # Gemma 3n: several versions of the hidden states in front
-        return 1, False
+    if length is None and len(counts) == 2:
+        length = counts[1]
+    if length is not None and counts == (samples, length):
+        return 0, False, length
+    if length is not None and counts == (length, samples):
+        return 1, True, length
+    if length is not None and counts[1:] == (samples, length):  # Gemma 3n: several versions of the hidden states
+        return 1, False, length
     shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
     raise ModelError(f"the blocks of {type(model).__name__} return {shape}, not the hidden states of {length} tokens")
 

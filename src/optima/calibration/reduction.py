@@ -45,7 +45,7 @@ def reduce_statistics(
     Args:
         accumulators: of each group, by its first linear; changed in place.
         untold: names of groups whose tokens could not be told apart here; those of other processes are added.
-        groups: linears with one input each, the same in all processes.
+        groups: of linears that share their input.
         ranks: the processes.
         device: where the sums are.
 
@@ -55,14 +55,25 @@ def reduce_statistics(
     names = [group[0].name for group in groups]
     if ranks.size == 1:
         return dict.fromkeys(names, 0)
-    counts = {name: _counts(accumulators[name]) for name in names}
-    found = ranks.gather((counts, frozenset(untold)))
-    untold.update(*(theirs for _, theirs in found))
     owners = dict(zip(names, share_out([cost(group) for group in groups], ranks.size), strict=True))
-    for group in groups:
-        name = group[0].name
-        _reduce(accumulators[name], [own[name] for own, _ in found], group[0].shape[1], owners[name], (ranks, device))
+    sizes = {group[0].name: group[0].shape[1] for group in groups}
+    reduce_to(owners, accumulators, sizes, untold, (ranks, device))
     return owners
+
+
+def reduce_to(
+    owners: Mapping[str, int | None],
+    accumulators: Mapping[str, Accumulator],
+    sizes: Mapping[str, int],
+    untold: set[str],
+    place: tuple[Ranks, torch.device],
+) -> None:
+    """As ``reduce_statistics``, where the owners are known; ``sizes``: D of each, ``place``: processes and device."""
+    ranks, _ = place
+    found = ranks.gather(({name: _counts(accumulators[name]) for name in owners}, frozenset(untold)))
+    untold.update(*(theirs for _, theirs in found))
+    for name, owner in owners.items():
+        _reduce(accumulators[name], [own[name] for own, _ in found], sizes[name], owner, place)
 
 
 def cost(group: Sequence[Linear]) -> float:

@@ -14,19 +14,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.probe import Given
 from optima.calibration.reduction import reduce_statistics
+from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
+from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear
 
 # Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
@@ -42,12 +46,14 @@ class Found:
         linears: the linears.
         told: False if tokens could not be told from each other, as in the experts of a mixture: they weigh alike then.
         owner: number of the process that prunes them; None: all processes together. Others have no statistics.
+        recorded: instead of statistics what a module of experts was given, see ``calibration.expert_statistics``.
     """
 
     statistics: Statistics | None
     linears: tuple[Linear, ...]
     told: bool = True
     owner: int | None = 0
+    recorded: Recorded | None = None
 
 
 class Accumulator:
@@ -128,11 +134,14 @@ def observe(
         with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
             streams.run(block, batch, device)
     with stopwatch("reduce") if streams.ranks.size > 1 else nullcontext():
-        owners = reduce_statistics(watch.accumulators, watch.untold, streams.groups(block), streams.ranks, device)
+        owners = reduce_statistics(watch.accumulators, watch.untold, watch.groups, streams.ranks, device)
     # What all do together comes first: nobody waits in it for one who works alone.
-    for group in sorted(streams.groups(block), key=lambda group: owners[group[0].name] is not None):
+    for group in sorted(watch.groups, key=lambda group: owners[group[0].name] is not None):
         name = group[0].name
         yield Found(watch.accumulators.pop(name).finish(damping), group, name not in watch.untold, owners[name])
+    for recorded in watch.recorders:
+        linears = tuple(linear for group in recorded.groups for linear in group)
+        yield Found(None, linears, recorded=recorded)
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error
@@ -145,10 +154,12 @@ class _Watch:
     def __init__(
         self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
     ) -> None:
-        self._streams, self._block, self._sink_weight, self._stopwatch = streams, block, sink_weight, stopwatch
-        groups = streams.groups(block)
-        self._leader = {linear.name: group[0].name for group in groups for linear in group}
-        self.accumulators = {group[0].name: Accumulator() for group in groups}
+        self._streams, self._sink_weight, self._stopwatch = streams, sink_weight, stopwatch
+        self.recorders = recorders(streams.groups(block))
+        self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
+        self._leader = {linear.name: group[0].name for group in self.groups for linear in group}
+        self._expected = {*self._leader, *(recorded.experts.name for recorded in self.recorders)}
+        self.accumulators = {group[0].name: Accumulator() for group in self.groups}
         self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
         self.untold: set[str] = set()
         self._batch = 0
@@ -162,13 +173,18 @@ class _Watch:
         self._batch = batch
         self._called.clear()
         with ExitStack() as hooks:
-            for linear in self._block.linears:
-                hooks.callback(linear.observe(self._see(linear.name)).remove)
+            for group in self.groups:
+                for linear in group:
+                    hooks.callback(linear.observe(self._see(linear.name)).remove)
+            for recorded in self.recorders:
+                hook = partial(self._record, recorded)
+                handle = recorded.experts.module.register_forward_pre_hook(hook, with_kwargs=True)
+                hooks.callback(handle.remove)
             yield
         if batch == 0:
             self._check_groups()
             self._given = Given()
-            if sorted(self._called) == sorted(self._leader):
+            if sorted(self._called) == sorted(self._expected):
                 self._last = self._called[-1]
 
     def _see(self, name: str) -> Callable[[Tensor], None]:
@@ -179,10 +195,18 @@ class _Watch:
             if inputs.numel() and self._leader[name] == name:
                 with self._stopwatch("hessian"):
                     self._add(name, inputs)
-            if name == self._last and len(set(self._called)) == len(self._leader):
-                raise _AllSeen
+            self._end(name)
 
         return see
+
+    def _record(self, recorded: Recorded, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._called.append(recorded.experts.name)
+        recorded.note(self._batch, args, kwargs)
+        self._end(recorded.experts.name)
+
+    def _end(self, name: str) -> None:
+        if name == self._last and len(set(self._called)) == len(self._expected):
+            raise _AllSeen
 
     def _add(self, name: str, inputs: Tensor) -> None:
         accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from datasets import load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +27,7 @@ from optima.errors import CalibrationError
 
 SEPARATOR = "\n\n"
 SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled
+CHAT_COLUMN = "messages"
 BATCH_DOCUMENTS = 64  # tokenised at once: enough to keep every core busy
 LOADERS = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of the datasets library
 # What load_dataset and reading its records raise for a bad name, network, split, configuration or file.
@@ -41,7 +43,8 @@ class TextSource:
             ``.parquet`` files hold one per record.
         config: configuration of a hub dataset (``en``). Local files have none.
         split: split of a hub dataset. Local files have none and are read whole.
-        text_column: the column that holds the text.
+        text_column: the column that holds the text, or a chat: a list of messages, each with a role and its content.
+            Records without it may have a chat in a column ``messages``.
         revision: commit, tag or branch of a hub dataset; None for its newest.
     """
 
@@ -66,6 +69,7 @@ class Documents:
         source: where to read.
         seed: None reads the datasets one after the other in their own order. Otherwise the documents of all local
             files are shuffled together, each hub dataset is shuffled through a buffer, and they take turns.
+        tokenizer: whose template turns chats into text; without one they are refused.
 
     Attributes:
         skipped: records read so far that have nothing in the text column.
@@ -76,7 +80,9 @@ class Documents:
             record of a file has text; when made, if a file is a device, a pipe or a directory.
     """
 
-    def __init__(self, source: TextSource, seed: int | None = None) -> None:
+    def __init__(
+        self, source: TextSource, seed: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         source = replace(source, dataset=tuple(map(os.path.expanduser, source.dataset)))  # a recipe's, not a shell's
         for name in source.dataset:
             _check_regular(name)
@@ -84,6 +90,7 @@ class Documents:
         self.revision: str | None = None
         self._source = source
         self._seed = seed
+        self._tokenizer = tokenizer
 
     def __iter__(self) -> Iterator[str]:
         """Documents, empty ones included."""
@@ -133,7 +140,10 @@ class Documents:
         found, missing, remedy = False, 0, ""
         for record in records:
             text = record.get(column)
+            text = record.get(CHAT_COLUMN) if text is None else text
             remedy = f"name one of its columns with --text-column: {', '.join(record)}"
+            if isinstance(text, list) and all(isinstance(message, dict) for message in text):
+                text = self._chat(text, name)
             if isinstance(text, str):
                 found = True
                 yield text
@@ -147,6 +157,25 @@ class Documents:
                     break  # all records of a hub dataset have the same columns
         if missing and not found:
             raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {remedy}")
+
+    def _chat(self, messages: list[dict[str, Any]], name: str) -> str:
+        """A chat as the model reads it."""
+        template = None if self._tokenizer is None else self._tokenizer.chat_template
+        if self._tokenizer is None or template is None:
+            raise CalibrationError(
+                f"dataset {name!r} holds chats, which take a chat template: use a tokenizer that has one, or name a "
+                "column of text with --text-column"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CalibrationError(
+                f"a chat of dataset {name!r} does not fit the model's chat template: {error}: each message must have a "
+                "role that it knows, and a content"
+            ) from error
+        assert isinstance(text, str)
+        # The window brings its own.
+        return text.removeprefix(self._tokenizer.bos_token or "")
 
 
 def calibration_tokens(

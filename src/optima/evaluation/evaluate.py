@@ -79,10 +79,10 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
 def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     sources = [find_source(model, settings.trust_remote_code) for model in settings.models]
     text = TextSource(settings.dataset, settings.dataset_config, settings.split, settings.text_column)
-    documents = list(Documents(text))
     subjects = []
     for source in sources:
         tokenizer = load_tokenizer(source)
+        documents = list(Documents(text, tokenizer=tokenizer))
         tokens_NL = None
         if settings.dataset:
             size = settings.max_seq_length, settings.max_windows

@@ -34,7 +34,11 @@ MODULE_FILES = ("*.json", "*.txt", "*.safetensors")
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 COPIED = (*TOKENIZERS, *PROCESSORS, *SENTENCES, *LICENCES)
 README = "README.md"  # of the dense model: of its text nothing is passed on
-CARD_KEYS = ("license", "license_name", "license_link", "base_model", "tags", "language", "pipeline_tag")
+# What of its head is true of the pruned model too; the card is made at the end of a run (reporting/model_card.py).
+CARD_KEYS = (
+    *("license", "license_name", "license_link", "base_model", "tags", "language"),
+    *("pipeline_tag", "library_name"),
+)
 
 
 def copy_companions(source: Source, directory: Path) -> None:

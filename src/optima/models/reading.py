@@ -16,9 +16,15 @@ from optima.errors import CalibrationError, ModelError
 def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
     if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
+        what = getattr(model, "main_input_name", next(iter(parameters), "nothing"))
         raise ModelError(
-            f"{type(model).__name__} reads no tokens (it reads {', '.join(parameters)}): prune a language model"
+            f"{type(model).__name__} reads {what}, not text: from Python, give prune(..., calibration=...) batches of "
+            "its processor's outputs"
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if length < 2:
+            raise ModelError(f"{type(model).__name__} reads the two halves of a text: use --max-seq-length 2 or more")
+        length = length - length // 2
     positions = num_positions(model)
     if positions is not None and length > positions:
         raise ModelError(

@@ -10,14 +10,16 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonpath
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
+from optima.models.experts import experts_of
 from optima.names import check_bounded, kind
 
 # What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
@@ -106,9 +108,16 @@ class ModuleLinear:
     def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """See ``Linear``."""
 
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            if output.requires_grad:  # positions do not depend on hidden states
+        def hook(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
+            if output.requires_grad:
                 output.register_hook(see)
+                return None
+            if not torch.is_grad_enabled():
+                return None
+            # Positions, or another stack's output: it does not depend on this one's hidden states.
+            leaf = output.detach().requires_grad_(True)
+            leaf.register_hook(see)
+            return leaf.clone()
 
         return self.module.register_forward_hook(hook)
 
@@ -140,10 +149,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """Blocks that hidden states pass through, in order."""
+    """Blocks that hidden states pass through, in order.
+
+    Attributes:
+        name: full name of the list in the model.
+        blocks: its members.
+        part: what it is of the model.
+    """
 
     name: str
     blocks: tuple[Block, ...]
+    part: Literal["whole", "encoder", "decoder"] = "whole"
 
     @property
     def needed(self) -> int:
@@ -152,30 +168,43 @@ class Stack:
 
 
 def find_stacks(model: nn.Module) -> list[Stack]:
-    """The model's stacks of blocks, for now one: its largest list of modules some of which contain linears.
+    """The model's stacks of blocks: the largest list of modules some of which contain linears.
 
-    A list is a stack by its role: that its members are called in order with hidden states is for a probe to see
-    (``optima.calibration.capture``). Their classes may differ, and some may have no linears.
+    An encoder-decoder has two, in the order in which they run. Of a model that also sees or hears, it is that of its
+    language. A list is a stack by its role: that its members are called in order with hidden states is for a probe to
+    see (``optima.calibration.capture``). Their classes may differ, and some may have no linears.
 
     Raises:
-        ModelError: if there is no such list, or the model has two stacks that feed each other (encoder-decoder).
+        ModelError: if there is no such list.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{type(model).__name__} is an encoder-decoder, whose decoder depends on two stacks of blocks: "
-            "prune a decoder-only or an encoder-only model"
-        )
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False) and isinstance(model, PreTrainedModel):
+        return [
+            _stack(model, model.get_encoder(), "encoder"),
+            _stack(model, model.get_decoder(), "decoder"),
+        ]
+    if isinstance(model, PreTrainedModel) and config.get_text_config() is not config:
+        return [_stack(model, model.get_decoder(), "whole")]
+    return [_stack(model, model, "whole")]
+
+
+def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder", "decoder"]) -> Stack:
+    """The largest list of blocks inside ``where``, a module of ``model``."""
+    inside = set(where.modules())
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and module in inside
+    ]
     stacks = [(name, module) for name, module in lists if _may_be_stack(module)]
-    if not stacks:
+    if not stacks or (part != "whole" and where is model):
         raise ModelError(
-            f"no stack of transformer blocks in {type(model).__name__}: its module lists, none of which has members "
+            f"no stack of transformer blocks in {_described(model, part)}: its module lists, none of which has members "
             f"that contain linears, are {[f'{name} ({len(module)})' for name, module in lists] or 'none'}, "
             f"its children {[name for name, _ in model.named_children()]}"
         )
     name, members = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    counts = _expert_counts(config)
+    counts = _expert_counts(getattr(model, "config", None))
     owners = defaultdict(list)
     for owner, parameter in model.named_parameters(remove_duplicate=False):
         owners[_memory(parameter)].append(owner.removesuffix(".weight"))
@@ -185,9 +214,14 @@ def find_stacks(model: nn.Module) -> list[Stack]:
         linears = tuple(linears_of(module, prefix))
         routers = frozenset(f"{prefix}.{inner}" for inner in _routers(module, counts))
         pairs = ((linear.name, other) for linear in linears for other in owners[_memory(linear.parameter)])
-        shared = {linear: other for linear, other in pairs if linear != other}
+        # An expert's parameter is called like all of them.
+        shared = {linear: other for linear, other in pairs if other not in (linear, linear.rpartition(".")[0])}
         blocks.append(Block(name, index, prefix, module, linears, routers, shared=shared))
-    return [Stack(name, tuple(blocks))]
+    return Stack(name, tuple(blocks), part)
+
+
+def _described(model: nn.Module, part: str) -> str:
+    return type(model).__name__ if part == "whole" else f"the {part} of {type(model).__name__}"
 
 
 def _memory(parameter: Tensor) -> int:
@@ -196,12 +230,13 @@ def _memory(parameter: Tensor) -> int:
 
 
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
-    """Every linear inside ``module``, whose full name is ``prefix``."""
-    return [
+    """Every linear inside ``module``, whose full name is ``prefix``; behind them the experts of fused parameters."""
+    modules: list[Linear] = [
         ModuleLinear(f"{prefix}.{name}", child)
         for name, child in module.named_modules()
         if isinstance(child, (nn.Linear, Conv1D))
     ]
+    return modules + [linear for experts in experts_of(module, prefix) for linear in experts.linears()]
 
 
 def _may_be_stack(members: nn.ModuleList) -> bool:
@@ -255,9 +290,11 @@ def select_linears(
     def select(block: Block) -> Block:
         dense = frozenset[str]() if routers else block.routers
         linears = tuple(linear for linear in block.linears if wanted(linear.name) and linear.name not in dense)
-        return replace(block, linears=linears, left=tuple(each for each in block.linears if each not in linears))
+        chosen = {linear.name for linear in linears}
+        left = tuple(linear for linear in block.linears if linear.name not in chosen)
+        return replace(block, linears=linears, left=left)
 
-    selected = [Stack(stack.name, tuple(select(block) for block in stack.blocks)) for stack in stacks]
+    selected = [replace(stack, blocks=tuple(select(block) for block in stack.blocks)) for stack in stacks]
     if not any(stack.needed for stack in selected):
         raise ModelError(
             f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: "
@@ -318,16 +355,12 @@ def dense_notes(stacks: Sequence[Stack]) -> list[str]:
 
 
 def outside_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
-    """The linears outside the blocks, which stay dense; the head over the vocabulary goes without saying."""
+    """The matrices outside the blocks, which stay dense; embeddings and the head go without saying."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    inside = {
-        id(linear.parameter) for stack in stacks for block in stack.blocks for linear in linears_of(block.module, "")
-    }
-    names = Counter(
-        kind(linear.name.removeprefix("."))
-        for linear in linears_of(model, "")
-        if id(linear.parameter) not in inside and (head is None or linear.parameter is not head.weight)
-    )
+    known = {id(parameter) for stack in stacks for block in stack.blocks for parameter in block.module.parameters()}
+    known |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) or module is head}
+    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in known]
+    names = Counter(kind(name.removesuffix(".weight")) for name, _ in matrices)
     listed = ", ".join(f"{name} ({_times(count)})" for name, count in names.items())
     return [f"outside the blocks, and dense: {listed}"] if listed else []
 

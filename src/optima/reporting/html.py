@@ -28,11 +28,13 @@ from optima.reporting.summary import (
     gap,
     mean,
     num_bytes,
+    pattern_weights,
     run_facts,
     solved,
     stage_times,
     summary,
 )
+from optima.runtimes import table_rows
 
 PAGE = Path(__file__).parent / "page"
 # A macro of sections.html and its title, in the page's order; what a macro leaves empty is left out.
@@ -45,6 +47,7 @@ SECTIONS = {
     "tuning": "What tuning won, block by block",
     "times": "Where the time went",
     "linears": "Every linear",
+    "runtimes": "What runs it",
     "notes": "Notes",
     "origin": "Recipe and environment",
 }
@@ -93,11 +96,18 @@ def _view(name: str, report: Report) -> View:
             if block.tuning_epoch
         ],
         "errors": {kind: mean(linears, "error") for kind, linears in by_kind(report.linears).items()},
+        "runtimes": _runtimes(report),
         "notes": report.run.notes,
         "recipe": {key: value if isinstance(value, str) else json.dumps(value) for key, value in recipe.items()},
         "facts": [*run_facts(report), *report.run.versions.items()],
         "data": _data(name, report),
     }
+
+
+def _runtimes(report: Report) -> list[list[str]]:
+    """Rows of a table; addresses are text, for the page leads nowhere."""
+    rows = table_rows(pattern_weights(report.linears)) if report.linears else []
+    return [[cell.replace("https://", "") for cell in row] for row in rows]
 
 
 def _left(block: BlockRecord) -> str:

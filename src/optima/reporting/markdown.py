@@ -19,6 +19,7 @@ from optima.reporting.summary import (
     error,
     gap,
     mean,
+    pattern_weights,
     rows_solved,
     run_facts,
     solved,
@@ -27,6 +28,7 @@ from optima.reporting.summary import (
     updated,
     weighted,
 )
+from optima.runtimes import HEADING, table_rows
 
 NUM_WORST = 5
 
@@ -52,6 +54,7 @@ def render_markdown(report: Report, evaluation: str = "") -> str:
         f"# Pruning report: {code(report.run.model)}": bullets(summary(report)),
         "": _run_table(report),
         "## Evaluation": evaluation,
+        "## What runs it": table(HEADING, table_rows(pattern_weights(linears)), num_left=5) if linears else "",
         "## By kind of linear": f"{_kind_table(linears)}\n\n{READING}" if linears else "",
         "## Worst linears": _records_table(worst[:NUM_WORST]),
         "## Notes": bullets(report.run.notes) or "None: no linear was skipped and no setting was changed on the way.",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,68 +11,70 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Display
 from rich.table import Column
 
+from optima.reporting.callbacks import BlockEvent, Callback
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
 
-class Progress:
-    """Blocks done, mean relative error so far, time used and time left. Leaving it, also by Ctrl-C, ends the live line.
+class Progress(Callback):
+    """Blocks done, mean relative error so far, time used and time left.
 
     Args:
         console: where to draw: one live line where it can, else a plain line a block. Nothing is shown without one.
-        clock: seconds from any origin.
     """
 
-    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, console: Console | None = None) -> None:
         self._console = console
-        self._clock = clock
         self._display: Display | None = None
-
-    def start(self, num_blocks: int, linears_per_block: int, done: int = 0) -> None:
-        """A pass over ``num_blocks`` blocks of at most ``linears_per_block`` linears; ``done`` are so already."""
-        self.close()
-        self._num_blocks, self._per_block, self._first = num_blocks, max(linears_per_block, 1), done
         self._errors: list[float] = []
-        self._started = self._clock()
-        if self._console is not None and self._console.is_interactive:
+
+    def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
+        """A walk over blocks begins; a sweep, which tells of no block, is but named."""
+        self._stop()
+        self._per_block, self._errors = linears_per_block, []
+        if self._console is None:
+            return
+        if self._console.is_interactive:
             self._display = _display(self._console)
-            self._display.add_task("", total=num_blocks, completed=done, linear="calibrating", error="-")
+            doing = "calibrating" if stage == "prune" else stage
+            self._display.add_task("", total=blocks, completed=done, linear=doing, error="-")
             self._display.start()
+        elif stage == "sweep":
+            self._line(f"sweep over {blocks} blocks: what the loss feels")
 
-    def linear(self, record: LinearRecord) -> None:
+    def on_linear(self, linear: LinearRecord) -> None:
         """A linear is pruned."""
-        self._errors.append(record.error)
+        self._errors.append(linear.error)
         if self._display is not None:
             (task,) = self._display.task_ids
-            linear = name_in_block(record)
-            self._display.update(task, advance=1 / self._per_block, linear=linear, error=self._error())
+            name = name_in_block(linear)
+            self._display.update(task, advance=1 / self._per_block, linear=name, error=self._error())
 
-    def block(self, done: int) -> None:
-        """A block is done, the ``done``-th."""
+    def on_block(self, block: BlockEvent) -> None:
+        """A block is done."""
         if self._display is not None:
             (task,) = self._display.task_ids
-            linear = "done" if done == self._num_blocks else "calibrating"
-            self._display.update(task, completed=done, linear=linear)
-        elif self._console is not None:
-            elapsed = self._clock() - self._started
-            left = elapsed / max(done - self._first, 1) * (self._num_blocks - done)
-            used, more = (timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
-            line = f"block {done}/{self._num_blocks}  error {self._error()}  {used} elapsed  {more} left"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            linear = "done" if block.done == block.total else "calibrating" if block.stage == "prune" else block.stage
+            self._display.update(task, completed=block.done, linear=linear)
+        elif not block.resumed:
+            used, more = (timedelta(seconds=round(seconds)) for seconds in (block.elapsed, block.left))
+            stage = "" if block.stage == "prune" else f"{block.stage}: "
+            self._line(f"{stage}block {block.done}/{block.total}  error {self._error()}  {used} elapsed  {more} left")
+
+    def _line(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(text, highlight=False, soft_wrap=True)
 
     def _error(self) -> str:
         return f"{geometric_mean(self._errors):.4f}" if self._errors else "-"
 
-    def close(self) -> None:
-        """The run is over."""
+    def _stop(self) -> None:
         if self._display is not None:
             self._display.stop()
             self._display = None
 
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def close(self, error: BaseException | None) -> None:
+        """The run is over: the live line ends, also by Ctrl-C."""
+        self._stop()
 
 
 def _display(console: Console) -> Display:

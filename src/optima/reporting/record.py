@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -230,7 +231,7 @@ def library_versions() -> dict[str, str]:
 
 def name_in_block(linear: LinearRecord) -> str:
     """The linear's name without the path of its block: ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
-    return linear.name.split(f".{linear.block}.", 1)[-1]
+    return re.split(r"(?:^|\.)\d+\.", linear.name, maxsplit=1)[-1]
 
 
 def weighted_mean(linears: Iterable[LinearRecord], field: str) -> float:

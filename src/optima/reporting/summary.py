@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from optima.names import kind
+from optima.patterns import Pattern
 from optima.reporting.record import LinearRecord, Report, geometric_mean, name_in_block
+from optima.runtimes import in_words, named_pattern, weights_of
 
 NUM_NAMED = 5
 # Casting to bfloat16 costs about 2^-18 / 3 of an output's energy; beyond this a worse result is not the cast's doing.
@@ -40,7 +42,13 @@ def summary(report: Report) -> list[str]:
         shown = f"{len(patterns)} patterns, from {asked[0]:.1%} to {asked[-1]:.1%} a linear"
     share = f"{report.sparsity:.2%} of the weights of {len(linears)} linears pruned"
     headline = f"**{share}** ({shown}) by **{method}**."
-    return [headline, _errors(linears), *_swaps(swapped), *_certificate(report), *_tuning(report), *_warnings(report)]
+    facts = [headline, _errors(linears), *_swaps(swapped), *_certificate(report), *_tuning(report)]
+    return [*facts, in_words(pattern_weights(linears)), *_warnings(report)]
+
+
+def pattern_weights(linears: Linears) -> dict[Pattern, int]:
+    """How many weights the linears of each pattern have."""
+    return weights_of((named_pattern(linear.pattern, linear.sparsity), linear.size) for linear in linears)
 
 
 def _errors(linears: Linears) -> str:

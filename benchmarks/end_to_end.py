@@ -1,0 +1,148 @@
+"""From checkpoint to checkpoint, against SparseGPT of llm-compressor: seconds, peak memory, perplexity.
+
+    python benchmarks/end_to_end.py MODEL --calibration c4.jsonl --evaluation wikitext2.txt --peer-python PYTHON
+
+The peer has an environment of its own (pip install llmcompressor), whose interpreter --peer-python names. Contenders
+take turns, each in a fresh process with the same tokens, threads and dtype, from reading the model to the checkpoint
+written. Perplexity is measured here for all. Prints Markdown: medians of --repeats turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from harness.table import machine
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from optima import Recipe, prune
+from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.models.source import find_source, load_model, load_tokenizer
+from optima.recipe_files import load_recipe
+
+PEER = "SparseGPT, llm-compressor"
+PEER_SCRIPT = Path(__file__).parent / "whole_run_peers" / "llm_compressor.py"
+OURS = {"OPTIMA, fast": "fast", "OPTIMA, default": None}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One run of one contender."""
+
+    seconds: float
+    peak_bytes: int
+    perplexity: float
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = make_parser().parse_args(arguments)
+    if options.run:  # a contender, in a process of its own
+        run_own(options)
+        return
+    torch.set_num_threads(options.threads)
+    source = find_source(options.model)
+    tokenizer = load_tokenizer(source)
+    text = list(Documents(TextSource(tuple(options.evaluation))))
+    windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
+    documents = Documents(TextSource(tuple(options.calibration)), 0)
+    print(f"{machine(torch.device('cpu'), options.threads)}\n{Path(options.model).name}, {options.sparsity:.0%}\n")
+    print("| tokens | | seconds | of the peer's | peak memory, GB | of the peer's | perplexity |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for samples, length in options.sizes:
+        tokens_NL = calibration_tokens(documents, tokenizer, samples, length)
+        turns: dict[str, list[Turn]] = defaultdict(list)
+        for _ in range(options.repeats):
+            for name in [*([PEER] if options.peer_python else []), *OURS]:
+                turns[name].append(turn(name, options, tokens_NL, windows_NL))
+        print_rows(f"{samples} x {length}", turns)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="local directory")
+    parser.add_argument("--calibration", nargs="+", default=[], help="text to calibrate on")
+    parser.add_argument("--evaluation", nargs="+", default=[], help="text to measure perplexity on")
+    parser.add_argument("--peer-python", help="interpreter of an environment that has llmcompressor; none: ours alone")
+    parser.add_argument("--sizes", nargs="+", type=size, default=[(64, 512), (128, 512)], metavar="SAMPLESxLENGTH")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--max-windows", type=int, default=20)
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--tokens", help=argparse.SUPPRESS)
+    parser.add_argument("--output", help=argparse.SUPPRESS)
+    return parser
+
+
+def size(text: str) -> tuple[int, int]:
+    samples, length = text.split("x")
+    return int(samples), int(length)
+
+
+def turn(name: str, options: argparse.Namespace, tokens_NL: Tensor, windows_NL: Tensor) -> Turn:
+    """Prune in a process of its own, and measure what it wrote."""
+    with tempfile.TemporaryDirectory() as place:
+        tokens, output = f"{place}/tokens.safetensors", f"{place}/out"
+        save_file({"tokens": tokens_NL}, tokens)
+        job = ["--tokens", tokens, "--output", output, "--sparsity", str(options.sparsity)]
+        job += ["--threads", str(options.threads)]
+        if name == PEER:
+            command = [options.peer_python, str(PEER_SCRIPT), options.model, *job]
+        else:
+            command = [sys.executable, __file__, options.model, "--run", name, *job]
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
+        started = time.perf_counter()
+        with open(f"{place}/log", "w", encoding="utf-8") as log:
+            process = subprocess.Popen(command, env=os.environ | threads, stdout=log, stderr=log)
+            _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - started
+        if status:
+            raise SystemExit(f"{name} failed:\n{Path(place, 'log').read_text(encoding='utf-8')[-3000:]}")
+        found = perplexity(load_model(find_source(output), "auto"), windows_NL)
+        result = Turn(seconds, usage.ru_maxrss * 1024, found)
+        print(json.dumps({"contender": name, **vars(result)}), file=sys.stderr, flush=True)
+        return result
+
+
+def run_own(options: argparse.Namespace) -> None:
+    """What a user would do, on the tokens that all contenders share."""
+    torch.set_num_threads(options.threads)
+    preset = OURS[options.run]
+    recipe = replace(Recipe() if preset is None else load_recipe(preset), sparsity=options.sparsity)
+    prune(options.model, recipe, output_dir=options.output, calibration=load_file(options.tokens)["tokens"])
+
+
+def print_rows(tokens: str, turns: dict[str, list[Turn]]) -> None:
+    """Medians of the contenders, and of their ratios to the peer in the same turn."""
+    for name, own in turns.items():
+        ratios = [ratio(own, turns.get(PEER, []), field) for field in ("seconds", "peak_bytes")]
+        seconds = statistics.median(one.seconds for one in own)
+        gigabytes = statistics.median(one.peak_bytes for one in own) / 1e9
+        print(
+            f"| {tokens} | {name} | {seconds:.0f} | {ratios[0]:.2f} | {gigabytes:.2f} | {ratios[1]:.2f} "
+            f"| {own[-1].perplexity:.2f} |",
+            flush=True,
+        )
+
+
+def ratio(own: list[Turn], peers: list[Turn], field: str) -> float:
+    """Median over turns; NaN without a peer."""
+    ratios = [getattr(mine, field) / getattr(peer, field) for mine, peer in zip(own, peers, strict=False)]
+    return statistics.median(ratios) if ratios else float("nan")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Quantising a pruned model: which rounding keeps its zeros, and what it costs in perplexity.
+
+    python benchmarks/quantise.py DENSE PRUNED --evaluation wikitext2_test.txt
+
+Rounds the linears of the model's blocks and back, weights only, and measures the perplexity of each model: int8 with
+one scale a row, int4 with one scale for each --group inputs, both symmetric (zero stands for zero), and int4 with an
+offset (zero is a number like any other). See docs/howto/quantise.md.
+
+Shapes: O outputs, D inputs, G groups of inputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from optima.calibration.text import Documents, TextSource
+from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.stacks import find_stacks
+from optima.reporting.markdown import table
+
+
+def symmetric(weight_OD: Tensor, bits: int, group: int | None = None) -> Tensor:
+    """Rounded to whole multiples of one scale a group, and back. What is zero stays zero."""
+    groups_OGD = weight_OD.float().unflatten(1, (-1, group or weight_OD.shape[1]))
+    most = 2 ** (bits - 1) - 1
+    scale_OG1 = groups_OGD.abs().amax(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / most
+    return ((groups_OGD / scale_OG1).round().clamp(-most, most) * scale_OG1).flatten(1).to(weight_OD.dtype)
+
+
+def with_offset(weight_OD: Tensor, bits: int, group: int) -> Tensor:
+    """Rounded to a grid from the least to the largest weight of a group, which seldom has a zero."""
+    groups_OGD = weight_OD.float().unflatten(1, (-1, group))
+    least_OG1, most_OG1 = groups_OGD.amin(dim=2, keepdim=True), groups_OGD.amax(dim=2, keepdim=True)
+    scale_OG1 = ((most_OG1 - least_OG1) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    return (((groups_OGD - least_OG1) / scale_OG1).round() * scale_OG1 + least_OG1).flatten(1).to(weight_OD.dtype)
+
+
+def main(arguments: list[str] | None = None) -> list[list[str]]:
+    options = make_parser().parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "as it is": lambda weight_OD: weight_OD,
+        "int8, a scale a row": lambda weight_OD: symmetric(weight_OD, 8),
+        f"int4, a scale for {options.group} inputs": lambda weight_OD: symmetric(weight_OD, 4, options.group),
+        f"int4 with an offset, for {options.group}": lambda weight_OD: with_offset(weight_OD, 4, options.group),
+    }
+    rows = [row for model in options.models for row in measure(model, ways, options)]
+    print(table(["model", "weights", "perplexity", "zeros kept"], rows, num_left=2))
+    return rows
+
+
+def measure(name: str, ways: dict[str, Callable[[Tensor], Tensor]], options: argparse.Namespace) -> list[list[str]]:
+    source = find_source(name)
+    model = load_model(source, options.dtype)
+    text = list(Documents(TextSource(tuple(options.evaluation))))
+    windows_NL = evaluation_windows(text, load_tokenizer(source), options.max_seq_length, options.max_windows)
+    linears = [linear for stack in find_stacks(model) for block in stack.blocks for linear in block.linears]
+    before = [linear.read().clone() for linear in linears]
+    rows = []
+    for way, rounded in ways.items():
+        for linear, weight_OD in zip(linears, before, strict=True):
+            linear.write(rounded(weight_OD))
+        found = perplexity(model, windows_NL, device=torch.device("cpu"))
+        rows.append([name, way, f"{found:.2f}", zeros_kept(before, [linear.read() for linear in linears])])
+        print(*rows[-1], flush=True)
+    return rows
+
+
+def zeros_kept(before: Sequence[Tensor], after: Sequence[Tensor]) -> str:
+    """The share of the zeros that are still there; nothing for a dense model."""
+    zeros = sum(int((weight_OD == 0).sum()) for weight_OD in before)
+    kept = sum(int(((old_OD == 0) & (new_OD == 0)).sum()) for old_OD, new_OD in zip(before, after, strict=True))
+    size = sum(weight_OD.numel() for weight_OD in before)
+    return f"{kept / zeros:.0%}" if zeros > size / 10 else ""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", help="hub ids, local directories or GGUF files")
+    parser.add_argument("--evaluation", nargs="+", required=True, help="text to measure on")
+    parser.add_argument("--group", type=int, default=32, help="inputs that share a scale in int4")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--max-seq-length", type=int, default=512)
+    parser.add_argument("--max-windows", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The options of the ``optima`` command, and the recipe that they make. No torch is imported here."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import optima
+from optima.errors import OptimaError
+from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
+from optima.recipe import DTYPES, GROUPS, Recipe, must_be, recipe_from_dict
+from optima.recipe_files import read_recipe
+from optima.reporting.trackers import TRACKERS
+
+_logger = logging.getLogger("optima")
+
+LOG_FORMATS = ("text", "json")
+
+RECIPE_ACTIONS = {
+    "list": "those that ship, a line each",
+    "show": "the YAML of one, to change and save",
+    "validate": "refuse what a run would refuse of a file",
+    "schema": "a JSON schema for editors",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """One spelling of every option, no guessed abbreviations, errors of one line; what is not given leaves no value."""
+
+    def __init__(self, **options: Any) -> None:
+        narrow = partial(argparse.HelpFormatter, max_help_position=26)
+        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=narrow, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise OptimaError(f"{message}\nsee {self.prog} --help")
+
+    def unknown(self, flag: str) -> NoReturn:
+        """Refuse an option, naming the closest of those that there are."""
+        close = difflib.get_close_matches(flag.replace("_", "-"), self._option_string_actions, 1)
+        self.error(f"unknown argument {flag}" + (f" (did you mean {close[0]}?)" if close else ""))
+
+
+def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command and what was given to it."""
+    for argument in argv:
+        if "\0" in argument or any(0xD800 <= ord(letter) <= 0xDFFF for letter in argument):
+            raise OptimaError(f"the argument {argument!a} holds bytes that are no text here: rename the file")
+    parser, commands = _parsers()
+    known, extra = parser.parse_known_args(argv)
+    given = vars(known)
+    name = given.pop("command", None)
+    if name is None:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    command = commands[name]
+    if extra:
+        command.unknown(next((text for text in extra if text.startswith("-")), extra[0]).partition("=")[0])
+    if name == "prune" and "output_dir" not in given:
+        command.error("--output-dir is missing: where the sparse checkpoint and its report are written")
+    return name, given
+
+
+def wants_json(argv: Sequence[str]) -> bool:
+    """True if the log is asked for in JSON, whatever else may be wrong with the arguments."""
+    return "--log-format=json" in argv or ("--log-format", "json") in pairwise(argv)
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the command line and that of each command."""
+    parser = _Parser(prog="optima", description=optima.__doc__)
+    parser.add_argument("--version", action="version", version=f"optima {optima.__version__}")
+    found = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands: dict[str, _Parser] = {}
+
+    def add(name: str, text: str, usage: str, about: str | None = None) -> Callable[..., Any]:
+        about = about or f"{text[0].upper()}{text[1:]}."
+        commands[name] = found.add_parser(name, help=text, usage=f"optima {name} {usage}", description=about)
+        return commands[name].add_argument
+
+    option = add("prune", "prune a model in one shot", "MODEL --output-dir DIR [options]")
+    option("model", metavar="MODEL", help="hub id, local directory, or GGUF file")
+    option("--output-dir", metavar="DIR", help="where the sparse checkpoint and its report are written")
+    option("--overwrite", action="store_true", help="replace an earlier output in that place")
+    text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
+    option("--resume", action=argparse.BooleanOptionalAction, help=text)
+    option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
+    option("--push-to-hub", metavar="REPO", help="then publish it; who may is asked before the run, see optima push")
+    option("--private", action="store_true", help="in a private repository, if it is made now")
+    text = "what stderr gets while it runs: a live line or a line a block, or one JSON object a line (default: text)"
+    option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=f"{', '.join(LOG_FORMATS)}: {text}")
+    text = "experiment trackers that get each block's errors, gaps and seconds (default: none)"
+    option("--report-to", nargs="+", metavar="NAME", help=f"{', '.join(['none', *TRACKERS])}: {text}")
+    _add_recipe(commands["prune"])
+
+    option = add("plan", "show what would be pruned, and the cost", "MODEL [options]")
+    option("model", metavar="MODEL", help="hub id, local directory, or GGUF file; no weights are loaded")
+    option("--measure", action="store_true", help="prune one random linear of each shape: seconds, memory")
+    _add_recipe(commands["plan"])
+
+    _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", ABOUT))
+
+    option = add(
+        "report", "print the report of a pruned checkpoint, or compare several", "PATH [PATH ...] [--html FILE]"
+    )
+    option("paths", nargs="+", metavar="PATH", help="a checkpoint's directory, or its report.json")
+    option("--html", metavar="FILE", help="write one page of all of them, each compared with the first")
+
+    option = add("pack", "store a pruned checkpoint without its zeros", "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
+    option("--code-exponents", action="store_true", help="code bfloat16 exponents too: smaller, slower")
+    _add_output(option, "packed")
+
+    option = add("unpack", "restore a packed checkpoint, bit for bit", "DIR [--output-dir DIR]")
+    option("directory", metavar="DIR", help="what optima pack wrote")
+    _add_output(option, "unpacked")
+
+    option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
+    option("directory", metavar="DIR", help="what optima prune or optima pack wrote")
+    option("repo", metavar="REPO", help="name, or owner/name; made if it is not there")
+    option("--private", action="store_true", help="make a new repository private (default: as your settings say)")
+    option("--overwrite", action="store_true", help="replace a model that no run of OPTIMA put there")
+    option("--message", metavar="TEXT", help="of the commit")
+
+    option = add("recipe", "list, show and check recipes", "list | show NAME | validate FILE | schema")
+    option("action", choices=RECIPE_ACTIONS, metavar="ACTION", help=_named(RECIPE_ACTIONS))
+    option("name", nargs="?", metavar="NAME", help="for show and validate: a recipe that ships, or a file")
+
+    option = add("demo", "prune a real small model from the package registry and compare", "[--output-dir DIR]")
+    text = "where the sparse checkpoint and its report go (default: demo-output)"
+    option("--output-dir", default="demo-output", metavar="DIR", help=text)
+    return parser, commands
+
+
+def _add_eval(option: Callable[..., Any]) -> None:
+    option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, the reference first")
+    option("--dataset", nargs="+", metavar="TEXT", help="text for perplexity: hub id or local text files")
+    option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
+    option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
+    option("--text-column", metavar="NAME", help="column that holds the text (default: text)")
+    option("--protocol", metavar="NAME", help=f"{_named(PROTOCOLS)} (default: {next(iter(PROTOCOLS))})")
+    option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
+    option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
+    text = "KL divergence from the first model and share of equal top-1 predictions; two models are in memory at once"
+    option("--divergence", action="store_true", help=text)
+    option("--tasks", nargs="+", metavar="TASK", help="multiple-choice tasks of lm-eval, such as piqa,arc_easy")
+    suites = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in SUITES.items())
+    option("--suite", metavar="NAME", help=f"several tasks by one name; {suites}")
+    text = "read items from DIR/TASK_SPLIT.jsonl (or .json, .parquet) instead of the hub"
+    option("--task-data", metavar="DIR", help=text)
+    option("--task-limit", type=int, metavar="N", help="use the first items of each task only (default: all)")
+    text = f"windows, or choices, in one forward pass (default: {WINDOWS} window, {CHOICES} choices)"
+    option("--batch-size", type=int, metavar="N", help=text)
+    option("--seed", type=int, metavar="N", help="seed of the bootstrap (default: 0)")
+    option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    option("--dtype", choices=DTYPES, metavar="NAME", help=f"load in this: {', '.join(DTYPES)} (default: auto)")
+    option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    option("--save", action="store_true", help="write the results to evaluation.json in each MODEL that OPTIMA made")
+    option("--output", metavar="FILE", help="write the results as JSON to this file")
+    option("--overwrite", action="store_true", help="replace results that were written before")
+
+
+def _named(about: Mapping[str, str]) -> str:
+    """Names and what they mean, for the help."""
+    return "; ".join(f"{name}: {text}" for name, text in about.items())
+
+
+def _add_output(option: Callable[..., Any], suffix: str) -> None:
+    option("--output-dir", metavar="DIR", help=f"where it goes (default: the name with -{suffix} behind)")
+    option("--overwrite", action="store_true", help="replace an earlier output in that place")
+
+
+def _add_recipe(parser: _Parser) -> None:
+    """An option for each field of a recipe, group by group."""
+    text = "YAML file with any of the options below, or one of optima recipe list; the command line overrides it"
+    parser.add_argument("--recipe", metavar="NAME", help=text)
+    groups = {name: parser.add_argument_group(f"{name} ({about})") for name, about in GROUPS.items()}
+    for field in dataclasses.fields(Recipe):
+        flag, group = f"--{field.name.replace('_', '-')}", groups[field.metadata["group"]]
+        text = ": ".join(filter(None, [field.metadata["help"], ", ".join(field.metadata["choices"])]))
+        default = getattr(Recipe(), field.name)
+        if default is False:
+            group.add_argument(flag, action="store_true", help=text)
+            continue
+        many = isinstance(default, list)
+        shown = field.metadata["shown"] or (" ".join(default) if many else default)
+        text = f"{text} (default: {shown})".replace("%", "%%")
+        group.add_argument(flag, nargs="*" if many else None, metavar=_metavar(field), help=text)
+
+
+def _metavar(field: dataclasses.Field[Any]) -> str:
+    """What stands for a value in the help."""
+    names = {"targets": "REGEX", "ignore": "REGEX", "pattern": "PATTERN", "dataset": "TEXT", "mask_from": "PATH"}
+    text = must_be(field.name)
+    return names.get(field.name) or ("N" if "whole number" in text else "X" if "number" in text else "NAME")
+
+
+def recipe_of(given: dict[str, Any]) -> Recipe:
+    """The recipe file, if one is named, overridden by what was given."""
+    path = given.pop("recipe", None)
+    if path is None:
+        return recipe_from_dict(given)
+    values = read_recipe(path)
+    if values.get("trust_remote_code") is True:
+        del values["trust_remote_code"]  # a file from elsewhere cannot vouch for the code that it runs
+    trusted = {name: value for name, value in given.items() if name == "trust_remote_code"}
+    recipe_from_dict(values | trusted, f"recipe {path}")
+    # The two ways to say how sparse exclude each other; the command line decides which one counts.
+    if "pattern" in given:
+        values.pop("sparsity", None)
+        if all(":" in entry.rpartition("=")[2] for entry in given["pattern"]):
+            values.pop("scope", None)  # n:m has none
+        _drop_allocation(values, given, path)
+    if "sparsity" in given:
+        values.pop("pattern", None)
+    # What belongs to a method goes with it.
+    for option, method, own in (
+        ("selector", "external", "mask_from"),
+        ("allocation", "owl", "allocation_spread"),
+        ("objective", "sink", "sink_weight"),
+    ):
+        if given.get(option, method) != method:
+            values.pop(own, None)
+    return recipe_from_dict(values | given)
+
+
+def _drop_allocation(values: dict[str, Any], given: dict[str, Any], path: str) -> None:
+    """An allocation of the file shares out one unstructured sparsity; a pattern given without one ends it."""
+    one_sparsity = len(given["pattern"]) == 1 and not set(":=") & set(given["pattern"][0])
+    if values.get("allocation", "uniform") == "uniform" or "allocation" in given or one_sparsity:
+        return
+    _logger.warning(
+        "recipe %s shares out one sparsity, and pattern %s is none: its allocation %s is left out",
+        path, " ".join(given["pattern"]), values.pop("allocation"),
+    )  # fmt: skip
+    values.pop("allocation_spread", None)

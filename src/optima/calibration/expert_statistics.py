@@ -1,0 +1,293 @@
+"""The statistics of experts: each from the tokens that are routed to it, some experts at a time.
+
+*Routing* is that of the block's own router, whose weights stay dense, on what the pruned blocks before it hand it:
+these are the tokens that the expert will be given in the pruned model. A token's weight is that of the dense model's
+loss at this expert, where the dense model sent it there too; else the expert's mean.
+
+*Few tokens.* The hessian of n tokens in D dimensions is off by about sqrt(D/n), relative to its norm (as of any sample
+covariance: Ledoit and Wolf, J. Multivariate Anal. 2004). So an expert's is mixed with that of all tokens of the block,
+as though D more tokens had been drawn from those: H = (n H_expert + D H_all) / (n + D). Behind the expert's first
+product, H_all is of a sample of all tokens that is sent through the expert.
+
+*Memory.* The hessians of all experts of a block may be far more than fit (114 GB in DeepSeek-V3). The inputs of the
+module are kept, and experts run again for each portion of them whose hessians fit.
+
+Shapes: T tokens, N tokens of a sample, D inputs, B sequences in a batch, L tokens in a sequence.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from optima.calibration.loss_weights import LossWeights
+from optima.calibration.reduction import reduce_to
+from optima.calibration.routed import Group, Recorded
+from optima.calibration.statistics import SAMPLE, Accumulator, Found
+from optima.calibration.streams import Streams
+from optima.device import Stopwatch, full_precision
+from optima.distributed import ALONE, Ranks
+from optima.errors import CalibrationError
+from optima.linalg.hessian import Hessian
+from optima.linalg.products import mirror
+from optima.linalg.statistics import Statistics
+from optima.models.experts import Call, ExpertLinear, hidden_of_call
+from optima.models.stacks import Block
+
+# Of the hessians of experts that are gathered at a time, in float64.
+EXPERT_BYTES = 4 * 2**30
+# Tokens of the block that stand for all of them behind an expert's first product.
+COMMON_TOKENS = 2048
+
+
+class TokenWeights:
+    """How much each token of a batch counts at an expert.
+
+    Args:
+        block: whose experts.
+        streams: what enters it.
+        sink_weight: see ``optima.calibration.statistics.observe``.
+        loss: weights by the model's loss, instead of the sink weight.
+    """
+
+    def __init__(self, block: Block, streams: Streams, sink_weight: float, loss: LossWeights | None) -> None:
+        self._sizes, self._loss = streams.sizes, loss
+        self._weighs = loss is not None or sink_weight > 0.0
+        self._all = None if loss is None else loss.of_tokens(block.name)
+        if loss is None and sink_weight:
+            self._all = []
+            for samples, length in streams.sizes:
+                weight_T = torch.ones(samples * length)
+                first = slice(samples) if streams.probe.sequence_first else slice(None, None, length)
+                weight_T[first] = max(1.0, sink_weight * length)
+                self._all.append(weight_T)
+
+    def of_all(self, batch: int) -> Tensor | None:
+        """Of the block's tokens, (T,); None: all alike."""
+        return None if self._all is None else self._all[batch]
+
+    def at(self, name: str, batch: int, tokens_T: Tensor | None) -> tuple[Tensor | None, bool]:
+        """Of the tokens ``tokens_T`` of the batch at an expert's linear; and False if they could not be told."""
+        samples, length = self._sizes[batch]
+        if not self._weighs:
+            return None, True
+        if tokens_T is None or (len(tokens_T) and int(tokens_T.max()) >= samples * length):
+            return None, False
+        routed = self._all if self._loss is None else self._loss.of_routed(name, [s * n for s, n in self._sizes])
+        return (None, True) if routed is None else (routed[batch].to(tokens_T.device)[tokens_T], True)
+
+
+def observe_experts(
+    recorded: Recorded,
+    weights: TokenWeights,
+    device: torch.device,
+    damping: float,
+    clock: Stopwatch,
+    ranks: Ranks = ALONE,
+) -> Iterator[Found]:
+    """The statistics of every expert of a module, which is on ``device``; an expert is dense until its are given.
+
+    Args:
+        recorded: the module and its inputs.
+        weights: of tokens.
+        device: where to compute.
+        damping: of the hessians.
+        clock: told of the stages ``forward`` and ``hessian``.
+        ranks: the processes; each has calls of its own, and is given the statistics of the experts that it owns.
+
+    Raises:
+        CalibrationError: on NaN or Inf in an expert's inputs.
+        ModelError: see ``Recorded.run_all``.
+    """
+    if not recorded.calls:
+        yield from (Found(None, group) for group in recorded.groups)
+        return
+    everything = _Everything(recorded, weights, device, clock, ranks)
+    by_expert: defaultdict[int, list[Group]] = defaultdict(list)
+    for group in recorded.groups:
+        assert isinstance(group[0], ExpertLinear)
+        by_expert[group[0].expert].append(group)
+    size = max(sum(8 * group[0].shape[1] ** 2 for group in groups) for groups in by_expert.values())
+    numbers, step = list(by_expert), max(EXPERT_BYTES // size, 1)
+    for start in range(0, len(numbers), step):
+        portion = _Portion(
+            recorded, everything, {number: by_expert[number] for number in numbers[start : start + step]}
+        )
+        yield from portion.observe(damping)
+
+
+@dataclass(frozen=True)
+class Common:
+    """The hessian of all tokens of a block at one input, and some of them."""
+
+    mean_DD: Tensor
+    sample_ND: Tensor
+
+
+class _Everything:
+    """All tokens of the block at the module's input, whatever they are routed to."""
+
+    def __init__(
+        self, recorded: Recorded, weights: TokenWeights, device: torch.device, clock: Stopwatch, ranks: Ranks
+    ) -> None:
+        self.weights, self.device, self.clock, self.ranks = weights, device, clock, ranks
+        self.calls = sum(ranks.gather(len(recorded.calls)))
+        accumulator = Accumulator()
+        sample, sample_weights = [], []
+        for batch, args, kwargs in recorded.calls:
+            hidden = hidden_of_call(args, kwargs).to(device)
+            hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+            weight_T = weights.of_all(batch)
+            if weight_T is None or len(weight_T) != len(hidden_TD):
+                weight_T = torch.ones(len(hidden_TD))
+            used_T = hidden_TD.ne(0).any(dim=1)  # zeros stand for tokens that are routed elsewhere (Llama 4)
+            hidden_TD, weight_T = hidden_TD[used_T], weight_T.to(device)[used_T]
+            with clock("hessian"), full_precision():
+                _accumulate(accumulator, hidden_TD, weight_T, recorded.experts.name)
+            count = -(-COMMON_TOKENS // self.calls)
+            sample.append(_thin(hidden_TD, count))
+            sample_weights.append(_thin(weight_T, count))
+        every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
+        self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
+        if ranks.size > 1:
+            name = recorded.experts.name
+            reduce_to({name: None}, {name: accumulator}, {name: self.sample_ND.shape[1]}, set(), (ranks, device))
+        self.common = Common(_mean(accumulator), _thin(self.sample_ND, SAMPLE).float())
+
+
+class _Portion:
+    """Experts whose hessians are in memory together."""
+
+    def __init__(self, recorded: Recorded, everything: _Everything, experts: Mapping[int, list[Group]]) -> None:
+        self.recorded, self.everything, self.experts = recorded, everything, experts
+        self.untold: set[str] = set()
+
+    def observe(self, damping: float) -> Iterator[Found]:
+        """The statistics of each group; those of an expert are complete when its first is given."""
+        groups = [group for groups in self.experts.values() for group in groups]
+        own = {group[0].name: Accumulator() for group in groups}
+        for place, (batch, *_) in enumerate(self.recorded.calls):
+            with self._watched(groups, own, batch):
+                self.recorded.run(place, self.everything.device)
+        owners = self._reduce(groups, own)
+        for number, groups in self.experts.items():
+            if owners[number] != self.everything.ranks.rank:
+                yield from (Found(None, group, group[0].name not in self.untold, owners[number]) for group in groups)
+                continue
+            inner = [group for group in groups if self._inner(group)]
+            behind = {group[0].name: Accumulator() for group in inner}
+            if inner:
+                with self._watched(inner, behind, None):
+                    self.recorded.run_all(self.everything.sample_ND, number)
+            common = {name: Common(_mean(found), torch.cat(found.sample)) for name, found in behind.items()}
+            for group in groups:
+                name = group[0].name
+                statistics = mixed(own.pop(name), common.pop(name, self.everything.common), damping)
+                yield Found(statistics, group, name not in self.untold, owners[number])
+
+    def _reduce(self, groups: list[Group], own: dict[str, Accumulator]) -> dict[int, int]:
+        """Each expert's sums of all processes at its owner; the owners by the expert's number."""
+        ranks = self.everything.ranks
+        owners = {number: place % ranks.size for place, number in enumerate(self.experts)}
+        if ranks.size > 1:
+            names = {group[0].name: owners[number] for number, groups in self.experts.items() for group in groups}
+            sizes = {group[0].name: group[0].shape[1] for group in groups}
+            reduce_to(names, own, sizes, self.untold, (ranks, self.everything.device))
+        return owners
+
+    def _inner(self, group: Group) -> bool:
+        """Whether the group is given what an earlier product of the expert made."""
+        first = next(iter(self.recorded.experts.transposed))
+        return not any(isinstance(linear, ExpertLinear) and linear.within == first for linear in group)
+
+    @contextmanager
+    def _watched(self, groups: list[Group], into: dict[str, Accumulator], batch: int | None) -> Iterator[None]:
+        """Inside, inputs of the groups go ``into`` accumulators; ``batch`` None: they are those of the sample."""
+        with self.everything.clock("forward"), full_precision(), torch.no_grad(), ExitStack() as handles:
+            for group in groups:
+                assert isinstance(group[0], ExpertLinear)
+                key, add = (group[0].within, group[0].expert), partial(self._add, into, batch, group[0].name)
+                handles.callback(group[0].experts.add(key, add).remove)
+            yield
+
+    def _add(self, into: dict[str, Accumulator], batch: int | None, name: str, call: Call) -> None:
+        if not len(call.inputs_TD):
+            return
+        weight_T: Tensor | None = self.everything.weight_N
+        if batch is not None:
+            weight_T, told = self.everything.weights.at(name, batch, call.tokens_T)
+            self.untold.update(() if told else (name,))
+        with self.everything.clock("hessian"):
+            count = SAMPLE if batch is None else -(-SAMPLE // self.everything.calls)
+            into[name].sample.append(_thin(call.inputs_TD, count).float())
+            _accumulate(into[name], call.inputs_TD, weight_T, name)
+
+
+def mixed(own: Accumulator, common: Common, damping: float) -> Statistics:
+    """An expert's statistics, as though D tokens had been drawn from all of the block's besides its own.
+
+    Args:
+        own: of the tokens that are routed to it, if there are any; used up.
+        common: of all tokens of the block.
+        damping: of the hessian.
+    """
+    if own.sum_DD is None:
+        return Statistics(Hessian(common.mean_DD.clone(), damping), sample_ND=common.sample_ND)
+    share = own.tokens / (own.tokens + len(common.mean_DD))
+    hessian_DD = _mean(own).mul_(share).add_(common.mean_DD, alpha=1.0 - share)
+    return Statistics(Hessian(hessian_DD, damping), own.tokens, sample_ND=torch.cat(own.sample))
+
+
+def routing_notes(block: str, tokens: Mapping[str, int], least: int) -> list[str]:
+    """What the report must say of experts of a block that were given few tokens.
+
+    Args:
+        block: its name.
+        tokens: given to each expert's linears, by their names.
+        least: fewer than this are too few.
+    """
+    notes, none = [], [name for name, count in tokens.items() if not count]
+    if none:
+        notes.append(
+            f"{block}: no token was routed to {_some(none)} of {len(tokens)} linears of experts: they were pruned by "
+            "the hessian of all tokens of the block"
+        )
+    few = [name for name, count in tokens.items() if 0 < count < least]
+    if few:
+        notes.append(
+            f"{block}: fewer than {least} tokens were routed to {_some(few)} of {len(tokens)} linears of experts (the "
+            f"fewest: {min(tokens[name] for name in few)}): give more text, or lower --expert-tokens"
+        )
+    return notes
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+
+
+def _accumulate(accumulator: Accumulator, inputs_TD: Tensor, weight_T: Tensor | None, name: str) -> None:
+    """Add tokens, whose weights need not have a mean of 1."""
+    if not accumulator.add(inputs_TD, weight_T):
+        raise CalibrationError(
+            f"the inputs of {name} contain NaN or Inf: load the model in another dtype (--dtype bfloat16 or float32), "
+            "or check its weights"
+        )
+    if weight_T is not None:
+        accumulator.extra_weight += float(weight_T.sum(dtype=torch.float64)) - len(weight_T)
+
+
+def _thin(rows: Tensor, count: int) -> Tensor:
+    """At most ``count`` of the rows, evenly spaced."""
+    return rows[:: max(-(-len(rows) // count), 1)]
+
+
+def _mean(accumulator: Accumulator) -> Tensor:
+    """X^T S X / tr S, (D, D); the accumulator is used up."""
+    assert accumulator.sum_DD is not None
+    return mirror(accumulator.sum_DD).div_(accumulator.tokens + accumulator.extra_weight)

@@ -1,0 +1,98 @@
+"""Calibration text that the caller gives, in the forms in which people have it, as documents or one tensor of tokens.
+
+Shapes: N sequences, B sequences of a batch, L tokens in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from optima.errors import CalibrationError
+
+# A DataLoader is one; its batches are tensors, or what a tokenizer or a collator returns.
+Batches: TypeAlias = Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]
+
+IDS = "input_ids"
+MASK = "attention_mask"
+
+
+def given_text(calibration: Any, most: int) -> Any:
+    """Batches of token ids as one tensor (N, L), batches of texts as documents; anything else as it is.
+
+    Args:
+        calibration: what the caller gave.
+        most: sequences that are taken of batches.
+
+    Raises:
+        CalibrationError: if batches differ in length, are padded, or hold no token ids.
+    """
+    if isinstance(calibration, Mapping):
+        calibration = [calibration]  # what a tokenizer returns for several texts at once
+    if calibration is None or isinstance(calibration, (Tensor, str)) or not isinstance(calibration, Iterable):
+        return calibration
+    batches = iter(calibration)
+    first = next(batches, None)
+    everything = chain([] if first is None else [first], batches)
+    if isinstance(first, (Tensor, Mapping)) or _wrapped(first):
+        return _sequences(everything, most)
+    if isinstance(first, (list, tuple)) and first and all(isinstance(text, str) for text in first):
+        return chain.from_iterable(everything)
+    return everything if batches is calibration else calibration
+
+
+def _wrapped(batch: Any) -> bool:
+    """True for what a ``TensorDataset`` of one tensor gives: a list of it."""
+    return isinstance(batch, (list, tuple)) and len(batch) == 1 and isinstance(batch[0], Tensor)
+
+
+def _sequences(batches: Iterator[Any], most: int) -> Tensor:
+    found: list[Tensor] = []
+    count = 0
+    for batch in batches:
+        tokens_BL = _tokens(batch)
+        if found and tokens_BL.shape[1] != found[0].shape[1]:
+            raise CalibrationError(
+                f"calibration batches differ in length, {found[0].shape[1]} and {tokens_BL.shape[1]} tokens: pack the "
+                "text into sequences of one length, or give the documents themselves"
+            )
+        found.append(tokens_BL)
+        count += len(tokens_BL)
+        if count >= most:
+            break
+    return torch.cat(found)[:most]
+
+
+def _tokens(batch: Any) -> Tensor:
+    """The token ids of a batch, (B, L)."""
+    if isinstance(batch, Mapping):
+        if IDS not in batch:
+            raise CalibrationError(
+                f"a calibration batch holds {', '.join(map(str, batch)) or 'nothing'}, but no {IDS}: give token ids, "
+                "or the texts as a list, such as calibration=dataset['text']"
+            )
+        if MASK in batch and not torch.as_tensor(batch[MASK]).bool().all():
+            raise CalibrationError(
+                "a calibration batch is padded, and padding would count as text: pack the text into sequences of one "
+                "length, or give the documents themselves"
+            )
+        batch = batch[IDS]
+    elif _wrapped(batch):
+        batch = batch[0]
+    try:
+        tokens = torch.as_tensor(batch)
+    except (ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"the {IDS} of a calibration batch are no tensor ({error}): pack the text into sequences of one length"
+        ) from error
+    tokens_BL = tokens[None] if tokens.ndim == 1 else tokens
+    if tokens_BL.ndim != 2 or tokens_BL.is_floating_point() or not tokens_BL.numel():
+        raise CalibrationError(
+            f"a calibration batch has the shape {tuple(tokens.shape)} and dtype {tokens.dtype}: token ids are whole "
+            "numbers of shape (batch, length)"
+        )
+    return tokens_BL.long().cpu()

@@ -1,0 +1,159 @@
+"""What a model is given to read: token ids, or a processor's outputs, and which of them each stack runs on.
+
+An encoder-decoder reads the first half of every text with its encoder, and goes on with the second half in its decoder:
+prefix language modelling (Raffel et al., JMLR 2020, section 3.1.4), which needs no pairs of texts.
+
+Shapes: N sequences, B sequences in a batch, L tokens in a sequence.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optima.calibration.text import data_hash
+from optima.errors import CalibrationError
+from optima.models.reading import check_vocabulary
+from optima.models.stacks import Stack
+
+Batch = Tensor | Mapping[str, Tensor]
+# Arguments that hold the words of a batch, in the order in which they are looked for.
+WORDS_OF = {"decoder": ("decoder_input_ids", "labels"), "encoder": ("input_ids",), "whole": ("input_ids",)}
+
+
+# What a batch of nothing but text may hold, see ``optima.calibration.given``.
+TEXT_ALONE = {"input_ids", "attention_mask", "token_type_ids", "labels"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text that decides.
+
+    Attributes:
+        tokens_NL: token ids, (samples, length) int64; None if ``inputs`` are given.
+        inputs: batches of a processor's outputs, each the arguments of a forward pass by name.
+        skipped: records of the data set that had no text.
+        revision: of a hub data set, where it is known.
+    """
+
+    tokens_NL: Tensor | None
+    inputs: tuple[Mapping[str, Tensor], ...] = ()
+    skipped: int = 0
+    revision: str | None = None
+
+    def batches(self, size: int) -> Sequence[Batch]:
+        """As they are given to the model: ``size`` sequences at a time, or as they were made."""
+        return self.inputs if self.tokens_NL is None else self.tokens_NL.split(size)
+
+    @property
+    def num_tokens(self) -> int:
+        """Words that are read."""
+        words = [_words(batch, ("decoder_input_ids", "labels", "input_ids")) for batch in self.inputs]
+        return sum(0 if tensor is None else tensor.numel() for tensor in [*words, self.tokens_NL])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Sequences, and the words in each."""
+        if self.tokens_NL is not None:
+            return len(self.tokens_NL), self.tokens_NL.shape[1]
+        samples = sum(len(next(iter(batch.values()))) for batch in self.inputs)
+        return samples, self.num_tokens // samples
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 in hex: equal data, equal hash."""
+        if self.tokens_NL is not None:
+            return data_hash(self.tokens_NL)
+        digest = hashlib.sha256()
+        for batch in self.inputs:
+            for name, tensor in sorted(batch.items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def check(self, model: nn.Module) -> None:
+        """Raise ``CalibrationError`` for words or arguments that ``model``, or its skeleton, does not know."""
+        if self.tokens_NL is not None:
+            check_vocabulary(model, self.tokens_NL)
+        known = inspect.signature(model.forward).parameters
+        for number, batch in enumerate(self.inputs):
+            unknown = [name for name in batch if name not in known]
+            if unknown:
+                raise CalibrationError(
+                    f"calibration batch {number} has {', '.join(unknown)}, which {type(model).__name__} does not read: "
+                    f"give what its forward pass takes ({', '.join(list(known)[:8])} ...)"
+                )
+
+
+def given_batches(calibration: object) -> tuple[Mapping[str, Tensor], ...] | None:
+    """``calibration`` as batches of a processor's outputs; None if it is something else, or text alone.
+
+    Raises:
+        CalibrationError: if a batch holds something else than tensors.
+    """
+    if isinstance(calibration, (Tensor, str)) or not isinstance(calibration, Iterable):
+        return None
+    if isinstance(calibration, Mapping):
+        calibration = [calibration]
+    if not hasattr(calibration, "__len__"):
+        return None
+    first = next(iter(calibration), None)
+    if not isinstance(first, Mapping) or set(first) <= TEXT_ALONE:
+        return None
+    batches = list(calibration)
+    for number, batch in enumerate(batches):
+        wrong = {"batch": batch} if not isinstance(batch, Mapping) or not batch else batch
+        for name, value in wrong.items():
+            if not isinstance(value, Tensor) or not value.numel():
+                raise CalibrationError(
+                    f"calibration batch {number}: {name} is a {type(value).__name__}, not a tensor with numbers: give "
+                    "what the model's processor returns with return_tensors='pt'"
+                )
+    return tuple(dict(batch) for batch in batches)
+
+
+def arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What a forward pass of ``model`` is called with for a batch."""
+    if not isinstance(batch, Tensor):
+        return dict(batch)
+    if not is_encoder_decoder(model):
+        return {"input_ids": batch}
+    half = batch.shape[1] // 2
+    return {"input_ids": batch[:, :half], "decoder_input_ids": batch[:, half:]}
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has two stacks, the second of which reads what the first made."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def words_size(model: nn.Module, batch: Batch) -> tuple[int, int]:
+    """(B, L) of the words that the model's head predicts."""
+    part = "decoder" if is_encoder_decoder(model) else "whole"
+    words = _words(arguments(model, batch), WORDS_OF[part])
+    assert words is not None, "a batch without words has no loss"
+    return len(words), words.shape[1]
+
+
+def stack_size(model: nn.Module, stack: Stack, batch: Batch) -> tuple[int, int | None]:
+    """(B, L) of the hidden states of a stack; L None where it does not show in what the model is given (audio)."""
+    given: Any = arguments(model, batch)
+    words = _words(given, WORDS_OF[stack.part])
+    if words is not None:
+        return len(words), words.shape[1]
+    return len(given.get(getattr(model, "main_input_name", ""), next(iter(given.values())))), None
+
+
+def first_of(model: nn.Module, batch: Batch, length: int) -> Batch:
+    """Enough of a batch to look at a model with: ``length`` tokens of a stack, or all of a processor's outputs."""
+    return batch[:1, : length * (1 + is_encoder_decoder(model))] if isinstance(batch, Tensor) else batch
+
+
+def _words(given: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:
+    return next((given[name] for name in names if name in given), None)

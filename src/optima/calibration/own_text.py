@@ -1,0 +1,101 @@
+"""Calibration text that the model itself writes: nothing to download, and the distribution that it knows.
+
+Self-generated text calibrates as well as, or better than, samples of the pretraining text (Williams & Aletras, arXiv
+2410.17170; Ji et al., arXiv 2410.17711). Words are drawn from the model's own probabilities, as for the labels of the
+objective loss. A model with a chat template writes a user's turn and then its answer (Xu et al., arXiv 2406.08464).
+
+Shapes: N sequences, L tokens in each.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from optima.calibration.text import special_tokens, token_ids
+from optima.device import evaluating
+from optima.errors import CalibrationError
+from optima.recipe import Recipe
+
+AT_ONCE = 32  # sequences written together
+PLACEHOLDER = "PLACEHOLDER"
+
+
+@torch.no_grad()
+def own_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, device: torch.device
+) -> Tensor:
+    """As many sequences as ``recipe`` asks for, each begun anew and written to its full length, ends of text included.
+
+    Args:
+        model: the whole dense model; it runs on ``device``, and is taken back.
+        tokenizer: which tells what a text begins with.
+        recipe: resolved: its number, length and seed count.
+        device: where to write.
+
+    Returns:
+        tokens_NL: int64, on the CPU.
+
+    Raises:
+        CalibrationError: if the model writes no text, or nothing tells what a text begins with.
+    """
+    samples, length = recipe.num_calibration_samples, recipe.max_seq_length
+    assert samples is not None, "a run resolves it"
+    if not model.can_generate():
+        raise CalibrationError(f"{type(model).__name__} writes no text: name a --dataset other than self")
+    if tokenizer is None:
+        raise CalibrationError("dataset self needs the model's tokenizer: give it, or calibration token ids")
+    start = beginning(tokenizer)
+    if len(start) >= length:
+        raise CalibrationError(
+            f"a sequence of {length} tokens has no room for text behind the {len(start)} that a text begins with: "
+            "raise --max-seq-length"
+        )
+    home, settings = next(model.parameters()).device, model.generation_config
+    new = length - len(start)
+    # No token ends a sequence: behind the end of a text the model goes on, as in packed documents.
+    sampling = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new, pad_token_id=0)
+    parts = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
+        torch.manual_seed(recipe.seed)
+        nn.Module.to(model, device)
+        model.generation_config = GenerationConfig()  # its own would fill in what is left open here
+        try:
+            for first in range(0, samples, AT_ONCE):
+                begun = torch.tensor([start] * min(AT_ONCE, samples - first), device=device)
+                written = model.generate(  # type: ignore[operator]
+                    begun, attention_mask=torch.ones_like(begun), generation_config=copy.copy(sampling)
+                )
+                assert isinstance(written, Tensor)
+                parts.append(written.cpu())
+        finally:
+            model.generation_config = settings
+            nn.Module.to(model, home)
+    return torch.cat(parts)
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a text begins with: those before a user's words in a chat, or BOS.
+
+    Raises:
+        CalibrationError: if there are none.
+    """
+    if tokenizer.chat_template is not None:
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": PLACEHOLDER}], tokenize=False)
+        assert isinstance(chat, str)
+        (ids,) = token_ids([chat.split(PLACEHOLDER)[0]], tokenizer)
+        if ids:
+            return ids
+    found = special_tokens(tokenizer).before
+    if not found:
+        ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        found = [int(token) for token in ends if token is not None][:1]
+    if not found:
+        raise CalibrationError(
+            "the tokenizer has neither a chat template nor a token that begins or ends a text: name a --dataset other "
+            "than self"
+        )
+    return found

@@ -1,0 +1,58 @@
+"""An evaluation in a model's card: results in its head, tables in its text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from optima.evaluation.record import Evaluation, ModelRecord
+from optima.evaluation.table import render_evaluation
+from optima.reporting.model_card import add_results, short_name
+
+
+def update_card(directory: Path, found: Evaluation, model: str) -> bool:
+    """Put what was measured of ``model`` into the card in its ``directory``; False where there is no card.
+
+    Raises:
+        ModelError: if the card's head cannot be read.
+    """
+    record = next(each for each in found.models if each.model == model)
+    results = list(_results(record, found.settings))
+    return add_results(directory, directory.resolve().name, results, render_evaluation(_without_paths(found)))
+
+
+def _results(record: ModelRecord, settings: dict[str, Any]) -> Iterator[EvalResult]:
+    if (text := record.perplexity) is not None:
+        name = ", ".join(map(short_name, settings.get("dataset") or ["text"]))
+        yield EvalResult(
+            task_type="text-generation",
+            dataset_type=name,
+            dataset_name=name,
+            dataset_config=settings.get("dataset_config"),
+            dataset_split=settings.get("split"),
+            metric_type="perplexity",
+            metric_name=f"perplexity, protocol {text.protocol}, {text.windows} windows of {text.length} tokens",
+            metric_value=round(text.perplexity, 4),
+        )
+    for task in record.tasks:
+        for metric, estimate in task.metrics.items():
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type=task.task,
+                dataset_name=task.task,
+                metric_type=metric,
+                metric_name=f"{metric}, zero-shot, {task.items} items",
+                metric_value=round(estimate.value, 4),
+            )
+
+
+def _without_paths(found: Evaluation) -> Evaluation:
+    return replace(
+        found,
+        models=tuple(replace(each, model=short_name(each.model)) for each in found.models),
+        comparisons=tuple(replace(each, model=short_name(each.model)) for each in found.comparisons),
+    )

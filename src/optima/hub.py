@@ -1,0 +1,100 @@
+"""Publish a pruned checkpoint on the Hugging Face hub: every check that can be made is made before the long work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from optima.errors import ModelError
+from optima.reporting.record import REPORT_NAME
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+NOT_PUSHED = ("layers/*", ".*", "**/.*")  # hessians of --dump-layer, hidden files
+HARMLESS = {".gitattributes", "README.md"}  # what the hub's own page makes
+# Whatever the hub's client raises when it is refused, offline or cut off, with any of its HTTP libraries.
+FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+
+
+def push(
+    directory: str | Path,
+    repo: str,
+    *,
+    private: bool | None = None,
+    overwrite: bool = False,
+    message: str | None = None,
+) -> str:
+    """Upload an output of OPTIMA to a model repository, which is made if it is not there; returns its address.
+
+    Args:
+        directory: what ``optima prune`` or ``optima pack`` wrote.
+        repo: ``name`` or ``owner/name``.
+        private: make a new repository private; None: as the owner's settings say. One that exists stays as it is.
+        overwrite: replace a model that no run of OPTIMA put there.
+        message: of the commit.
+
+    Raises:
+        ModelError: if the directory is no such output, the name is none, nobody is logged in, or the hub refuses.
+    """
+    folder = Path(directory).expanduser()
+    if not (folder / REPORT_NAME).is_file() or not any(folder.glob(WEIGHTS[0])):
+        raise ModelError(f"{folder} is no output of optima prune: it holds no {REPORT_NAME}, or no weights")
+    full = check_push(repo, overwrite)
+    with _explained(full):
+        api = HfApi()
+        api.create_repo(full, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=full,
+            folder_path=folder,
+            commit_message=message or "Pruned by OPTIMA",
+            ignore_patterns=list(NOT_PUSHED),
+            delete_patterns=list(WEIGHTS),  # shards of an earlier push that are not among these
+        )
+        return f"{api.endpoint}/{full}"
+
+
+def check_push(repo: str, overwrite: bool = False) -> str:
+    """Whether somebody is logged in who may push to ``repo``, and nothing else is replaced; returns ``owner/name``.
+
+    Raises:
+        ModelError: if not; the message says what to do.
+    """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ModelError(f"{repo!r} is no name of a repository ({error}): say name, or owner/name") from error
+    with _explained(repo):
+        api = HfApi()
+        user = api.whoami()
+        owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
+        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise ModelError(f"your token may only read: make one that may write to push to {repo}")
+        full = repo if "/" in repo else f"{user['name']}/{repo}"
+        if full.partition("/")[0] not in owners:
+            raise ModelError(f"{full} is not yours: the hub knows you as {', '.join(owners)}")
+        try:
+            files = set(api.list_repo_files(full))
+        except RepositoryNotFoundError:
+            return full
+    if files - HARMLESS and REPORT_NAME not in files and not overwrite:
+        raise ModelError(
+            f"{full} exists and holds a model that is no output of OPTIMA: choose another name, or replace it with "
+            "--overwrite"
+        )
+    return full
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    try:
+        yield
+    except FAILURES as error:
+        text = " ".join(str(error).split())
+        raise ModelError(
+            f"the hub cannot be pushed to ({repo}): {text}. Log in with hf auth login or set HF_TOKEN to a token that "
+            "may write, and see that you are online"
+        ) from error

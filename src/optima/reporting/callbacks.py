@@ -1,0 +1,144 @@
+"""What a run tells of itself while it goes on: what to listen to, and who tells all that listen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from optima.reporting.record import BlockRecord, LinearRecord, Report
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a run is about to do; every check is behind it."""
+
+    model: str  # the model's id or path, or the class of a model in memory
+    output_dir: str | None  # where the checkpoint will be; None for a model that stays in memory
+    device: str  # where blocks are pruned
+    recipe: dict[str, Any]  # resolved, as plain values
+    blocks: int  # with linears to prune, over all stacks
+    linears: int  # to prune
+    samples: int  # calibration sequences
+    length: int  # tokens in each of them
+
+
+@dataclass(frozen=True)
+class BlockEvent:
+    """A block is done in a walk over all blocks of a stack."""
+
+    stage: str  # survey, or prune
+    name: str  # of the block
+    done: int  # blocks of this walk that are done, this one included
+    total: int  # blocks of this walk
+    elapsed: float  # seconds since the walk began
+    left: float  # seconds that the other blocks will take if they are like those that this run did
+    resumed: bool = False  # an earlier run had done it
+    record: BlockRecord | None = None  # what it took; None in a survey
+
+
+class Callback:
+    """Told what a run does, in the order of these methods. Override those that matter; the others do nothing.
+
+    An exception that one raises ends the run: blocks that are on the disk can be resumed.
+    """
+
+    def on_start(self, start: RunStart) -> None:
+        """Every check is made, and the first long work begins."""
+
+    def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
+        """A walk over blocks begins: sweep, survey or prune.
+
+        Args:
+            stage: sweep (what the loss feels; tells of no block), survey (of the dense model, for an allocation), or
+                prune.
+            blocks: of the walk.
+            linears_per_block: to prune, at most; 1 in a survey.
+            done: blocks that an earlier run has done.
+        """
+
+    def on_linear(self, linear: LinearRecord) -> None:
+        """A linear is pruned; tuning may still move its weights."""
+
+    def on_block(self, block: BlockEvent) -> None:
+        """A block is done, and on the disk if the run writes there."""
+
+    def on_note(self, note: str) -> None:
+        """Something was not done, or not as asked; the report has all notes too."""
+
+    def on_end(self, report: Report) -> None:
+        """The run has succeeded, and the output has its name."""
+
+    def close(self, error: BaseException | None) -> None:
+        """The run is over, also when it failed or was interrupted; called once.
+
+        Args:
+            error: what ended the run, or None.
+        """
+
+
+class Listeners:
+    """Tells several callbacks, and keeps the time. Leaving it, also by Ctrl-C, closes them.
+
+    Args:
+        callbacks: in the order in which they are told.
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback] = (), clock: Callable[[], float] = time.monotonic) -> None:
+        self._callbacks = tuple(callbacks)
+        self._clock = clock
+        self._notes = 0
+
+    def begin(self, start: RunStart) -> None:
+        """The run begins."""
+        for callback in self._callbacks:
+            callback.on_start(start)
+
+    def start(self, num_blocks: int, linears_per_block: int, done: int = 0, stage: str = "prune") -> None:
+        """A walk over ``num_blocks`` blocks of at most ``linears_per_block`` linears; ``done`` are so already."""
+        self._stage, self._total, self._done, self._own = stage, num_blocks, 0, 0
+        self._began = self._own_began = self._clock()
+        for callback in self._callbacks:
+            callback.on_stage(stage, num_blocks, max(linears_per_block, 1), done)
+
+    def linear(self, record: LinearRecord) -> None:
+        """A linear is pruned."""
+        for callback in self._callbacks:
+            callback.on_linear(record)
+
+    def block(self, name: str, record: BlockRecord | None = None, resumed: bool = False) -> None:
+        """The next block is done."""
+        now = self._clock()
+        self._done += 1
+        if resumed:
+            self._own_began = now  # replayed blocks are quick: they say nothing of the others
+        else:
+            self._own += 1
+        left = (now - self._own_began) / max(self._own, 1) * (self._total - self._done)
+        event = BlockEvent(self._stage, name, self._done, self._total, now - self._began, left, resumed, record)
+        for callback in self._callbacks:
+            callback.on_block(event)
+
+    def notes(self, notes: Sequence[str]) -> None:
+        """All notes so far; those that are new are told."""
+        new, self._notes = notes[self._notes :], len(notes)
+        for note in new:
+            for callback in self._callbacks:
+                callback.on_note(note)
+
+    def end(self, report: Report) -> None:
+        """The run has succeeded."""
+        self.notes(report.run.notes)
+        for callback in self._callbacks:
+            callback.on_end(report)
+
+    def __enter__(self) -> Listeners:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with ExitStack() as everyone:
+            for callback in reversed(self._callbacks):
+                everyone.callback(callback.close, error)  # all of them, whatever one raises

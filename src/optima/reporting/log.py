@@ -1,0 +1,83 @@
+"""A run as lines of JSON, one object a line, for programs that watch it. ``docs/reference/log.md`` describes them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any, TextIO
+
+from pydantic_core import to_json
+
+from optima import __version__
+from optima.reporting.callbacks import BlockEvent, Callback, RunStart
+from optima.reporting.record import LinearRecord, Report
+
+LOG_VERSION = 1
+
+
+def log_line(event: str, **values: Any) -> str:
+    """One event. Numbers that JSON cannot hold are the strings ``"Infinity"``, ``"-Infinity"`` and ``"NaN"``."""
+    time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return to_json({"event": event, "time": time, **values}, inf_nan_mode="strings").decode()
+
+
+class JsonLog(Callback):
+    """Writes each event of a run as one line of JSON.
+
+    Args:
+        stream: where to; flushed behind every line.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, event: str, **values: Any) -> None:
+        """One line."""
+        self._stream.write(log_line(event, **values) + "\n")
+        self._stream.flush()
+
+    def take_over(self) -> None:
+        """Turn what libraries log, and Python's warnings, into lines too: nothing else may stand between them."""
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_default_handler()
+        transformers_logging.enable_propagation()
+        logging.basicConfig(handlers=[_Handler(self)], level=logging.WARNING, force=True)
+        logging.captureWarnings(True)
+
+    def on_start(self, start: RunStart) -> None:
+        """The line ``start``."""
+        self.write("start", log_version=LOG_VERSION, optima=__version__, **asdict(start))
+
+    def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
+        """The line ``stage``."""
+        self.write("stage", stage=stage, blocks=blocks, done=done)
+
+    def on_linear(self, linear: LinearRecord) -> None:
+        """The line ``linear``."""
+        self.write("linear", **asdict(linear))
+
+    def on_block(self, block: BlockEvent) -> None:
+        """The line ``block``."""
+        self.write("block", **asdict(block))
+
+    def on_note(self, note: str) -> None:
+        """The line ``note``."""
+        self.write("note", note=note)
+
+    def on_end(self, report: Report) -> None:
+        """The line ``end``."""
+        names = ("sparsity", "sparsity_asked", "error_geomean", "gap_max", "gap_written_max", "rows_not_converged")
+        totals = {name: getattr(report, name) for name in names}
+        run = report.run
+        self.write("end", **totals, seconds=run.seconds, peak_memory_bytes=run.peak_memory_bytes, stages=run.stages)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, log: JsonLog) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.write("log", level=record.levelname.lower(), logger=record.name, message=record.getMessage())

@@ -1,0 +1,177 @@
+"""The model card: README.md of a pruned checkpoint, as the hub shows it.
+
+Its head (licence, languages, ...) is taken over from the dense model's card. Of that card's text nothing is, for it
+speaks of another model. Paths of this machine are left out: a card is published.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+
+from optima.errors import ModelError
+from optima.reporting.markdown import table
+from optima.reporting.record import Report
+from optima.reporting.summary import bullets, pattern_weights, summary
+from optima.runtimes import HEADING, table_rows
+
+CARD_NAME = "README.md"
+BEGIN, END = "<!-- optima:results -->", "<!-- /optima:results -->"  # what eval --save replaces
+TAGS = ("pruning", "sparse", "optima")
+SETTINGS = ("selector", "sparsity", "pattern", "scope", "allocation", "swaps", "objective", "solver", "gap", "damping")
+MORE_SETTINGS = ("rounding", "tuning_epochs", "num_calibration_samples", "max_seq_length", "seed")
+NOT_YET = "Not evaluated yet: `optima eval DENSE THIS --save` writes its results here."
+
+BODY = """
+# {title}
+
+{origin} with **{sparsity} of the weights** in {count} linears set to zero, in one shot, by OPTIMA.
+It is an ordinary checkpoint with the names and shapes of the dense one.
+
+## How to load
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("PATH_OR_REPO", dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
+```
+
+Where the weights end in `.packed.safetensors`, run `optima unpack` on the directory first.
+
+## What came out
+
+{summary}
+
+## How it was pruned
+
+{settings}
+
+`recipe.yaml` gives the same run again. `report.html` and `report.json` say what every linear lost.
+
+## Results
+
+{begin}
+{results}
+{end}
+
+## What runs it
+
+{runtimes}
+
+## Limits
+
+{limits}
+"""
+
+LIMITS = (
+    "The certificate is about each linear's error on the calibration text. It says nothing of tasks: see the results.",
+    "Nothing was trained after pruning, but for what the table calls `tuning_epochs`.",
+    "Embeddings, norms and whatever the report names as dense were not pruned.",
+    "The dense model's licence, intended use and biases are this model's too; read its card.",
+)
+
+
+def write_card(directory: Path, report: Report, base_model: str | None) -> None:
+    """Write the card of a pruned checkpoint.
+
+    Args:
+        directory: of the checkpoint; the head of a README.md that is there is kept.
+        report: of the run.
+        base_model: hub id of the dense model, if it has one.
+    """
+    file = directory / CARD_NAME
+    head = (metadata_load(file) or {}) if file.is_file() else {}
+    card = ModelCard(f"---\n{_card_data(head, report, base_model).to_yaml()}\n---\n{_body(directory, report)}")
+    file.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+
+
+def add_results(directory: Path, name: str, results: Sequence[EvalResult], text: str) -> bool:
+    """Put results into a card's head, and between the marks of its section; False where there is no card.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the model, for the head.
+        results: for the head; earlier ones of other data sets stay.
+        text: Markdown for the section.
+
+    Raises:
+        ModelError: if the card's head cannot be read.
+    """
+    file = directory / CARD_NAME
+    if not file.is_file():
+        return False
+    try:
+        card = ModelCard(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"the head of {file} cannot be read ({error}): correct it, or remove the file") from error
+    data = card.data
+    assert isinstance(data, ModelCardData)
+    mine = {(each.dataset_type, each.dataset_config, each.dataset_split) for each in results}
+    earlier = [
+        each
+        for each in data.eval_results or []
+        if (each.dataset_type, each.dataset_config, each.dataset_split) not in mine
+    ]
+    data.model_name = name
+    data.eval_results = [*earlier, *results]
+    begin, end = card.text.find(BEGIN), card.text.find(END)
+    if 0 <= begin < end:  # whoever took the marks away writes the section himself
+        card.text = f"{card.text[: begin + len(BEGIN)]}\n{text}\n{card.text[end:]}"
+    file.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+    return True
+
+
+def short_name(model: str) -> str:
+    """A hub id as it is; of a path, the last part."""
+    return Path(model).expanduser().resolve().name if os.path.exists(os.path.expanduser(model)) else model
+
+
+def _card_data(head: dict[str, Any], report: Report, base_model: str | None) -> ModelCardData:
+    patterns = sorted({linear.pattern for linear in report.linears if re.fullmatch(r"\d+:\d+", linear.pattern)})
+    tags = head.pop("tags", None) or []
+    head["tags"] = [*([tags] if isinstance(tags, str) else tags), *TAGS, *patterns]
+    head.setdefault("library_name", "transformers")
+    if base_model is not None:
+        head["base_model"] = base_model
+        head["base_model_relation"] = "finetune"  # the hub has no word for pruned; this one lists it under the model
+    return ModelCardData(**head)
+
+
+def _body(directory: Path, report: Report) -> str:
+    recipe = report.run.recipe
+    name = short_name(report.run.model)
+    rows = [[key, _plain(recipe[key])] for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, [], 0)]
+    rows.append(["calibration text", ", ".join(map(short_name, recipe.get("dataset", [])))])
+    rows += [[f"{library} version", version] for library, version in report.run.versions.items()]
+    return BODY.format(
+        title=f"{name}, {report.sparsity:.0%} sparse",
+        origin=f"`{name}`",
+        sparsity=f"{report.sparsity:.1%}",
+        count=len(report.linears),
+        auto=_auto_class(directory),
+        summary=bullets(summary(report)),
+        settings=table(["setting", "value"], rows, num_left=2),
+        begin=BEGIN,
+        results=NOT_YET,
+        end=END,
+        runtimes=table(HEADING, table_rows(pattern_weights(report.linears)), num_left=len(HEADING)),
+        limits=bullets(LIMITS),
+    )
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _auto_class(directory: Path) -> str:
+    """What loads the checkpoint with its head."""
+    file = directory / "config.json"
+    names = (json.loads(file.read_text(encoding="utf-8")).get("architectures") or []) if file.is_file() else []
+    return "AutoModelForCausalLM" if any(name.endswith("ForCausalLM") for name in names) else "AutoModel"

@@ -1,0 +1,80 @@
+"""Calibration on text that the model itself writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_bert, make_llama, make_tokenizer, save_model, weight_files
+
+from optima import Recipe, load_report, prune
+from optima.calibration.own_text import beginning, own_text
+from optima.cli import main
+from optima.errors import CalibrationError
+
+CPU = torch.device("cpu")
+SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "24"]
+
+
+def recipe(seed: int = 0) -> Recipe:
+    return Recipe(dataset=["self"], num_calibration_samples=40, max_seq_length=24, seed=seed)
+
+
+def test_sequences_are_full_and_those_of_the_seed() -> None:
+    model, tokenizer = make_llama(), make_tokenizer()
+    state = torch.get_rng_state()
+    model.generation_config.eos_token_id = 7  # which does not end them
+    model.generation_config.top_k = 1
+    tokens_NL = own_text(model, tokenizer, recipe(), CPU)
+    assert tokens_NL.shape == (40, 24)
+    assert (tokens_NL[:, 0] == 0).all(), "every text begins with BOS"
+    assert len(tokens_NL[:, 1:].unique()) > 100, "words are drawn, not the likeliest taken"
+    assert bool((tokens_NL[:, 1:-1] == 7).any())
+    assert torch.equal(own_text(model, tokenizer, recipe(), CPU), tokens_NL)
+    assert not torch.equal(own_text(model, tokenizer, recipe(seed=1), CPU), tokens_NL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.generation_config.eos_token_id == 7
+
+
+def test_words_have_the_models_probabilities() -> None:
+    """The first words behind BOS, against the softmax."""
+    model, tokenizer = make_llama(vocab_size=300), make_tokenizer()
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+        probability_V = model(torch.zeros(1, 1, dtype=torch.int64)).logits[0, 0].softmax(0)
+    many = Recipe(dataset=["self"], num_calibration_samples=4000, max_seq_length=2)
+    words = own_text(model, tokenizer, many, CPU)[:, 1]
+    share_V = words.bincount(minlength=300) / len(words)
+    assert float((share_V - probability_V).abs().max()) < 0.04
+    assert float(probability_V.max()) > 0.05
+
+
+def test_what_a_text_begins_with() -> None:
+    assert beginning(make_tokenizer("bos")) == [0]
+    assert beginning(make_tokenizer("none", eos_token="</s>")) == [1]
+    chat = make_tokenizer("none")
+    chat.chat_template = "{% for m in messages %}the {{ m.content }}{% endfor %}"
+    assert chat.decode(beginning(chat)) == "the "
+    with pytest.raises(CalibrationError, match="neither a chat template nor"):
+        beginning(make_tokenizer("none"))
+
+
+def test_a_run_and_its_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"))
+    for out in ("a", "b"):
+        assert main(["prune", "model", "--output-dir", out, "--dataset", "self", *SIZE]) == 0
+    assert weight_files(Path("a")) == weight_files(Path("b"))
+    report = load_report(Path("a"))
+    assert report.run.recipe["dataset"] == ["self"]
+    assert report.run.num_tokens == 4 * 24
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match="writes no text"):
+        own_text(make_bert(), make_tokenizer("bert"), recipe(), CPU)
+    with pytest.raises(CalibrationError, match="needs the model's tokenizer"):
+        prune(make_llama(), recipe())
+    with pytest.raises(CalibrationError, match="raise --max-seq-length"):
+        own_text(make_llama(), make_tokenizer(), Recipe(num_calibration_samples=1, max_seq_length=1), CPU)

@@ -1,0 +1,116 @@
+"""optima push and prune --push-to-hub, with huggingface_hub's own client against a stand-in hub on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from standin_hub import OWNER, READER, TOKEN, StandInHub
+from tiny import prune_arguments, save_model, save_text
+
+from optima.cli import main
+
+Push = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def hub() -> Iterator[StandInHub]:
+    with StandInHub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, its text, and a pruned output."""
+    root = tmp_path_factory.mktemp("push")
+    save_model(root / "model")
+    save_text(root / "text.txt")
+    before = Path.cwd()
+    os.chdir(root)
+    assert main(prune_arguments("--selector", "wanda", "--pattern", "2:4")) == 0
+    os.chdir(before)
+    return root
+
+
+@pytest.fixture
+def optima(hub: StandInHub, place: Path) -> Push:
+    """Run the command in a process of its own: this one is offline for good."""
+
+    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(place / "home"),
+        } | settings  # fmt: skip
+        command = [sys.executable, "-m", "optima", *arguments]
+        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Push, place: Path) -> None:
+    (place / "out" / "layers").mkdir(exist_ok=True)
+    (place / "out" / "layers" / "dump.safetensors").write_bytes(b"a hessian")
+    found = optima("push", "out", "sparse", "--private", "--message", "the first")
+    assert found.returncode == 0, found.stderr
+    assert f"published: {hub.url}/{OWNER}/sparse" in found.stdout
+    files = hub.repos[f"{OWNER}/sparse"]
+    written = {path.name: path.read_bytes() for path in (place / "out").iterdir() if path.is_file()}
+    assert {name: content for name, content in files.items() if name != ".gitattributes"} == written
+    assert {"README.md", "report.json", "recipe.yaml", "model.safetensors.index.json"} <= set(files)
+    assert hub.private == {f"{OWNER}/sparse"}
+    assert hub.messages == ["the first"]
+    card = ModelCard(files["README.md"].decode())
+    assert {"pruning", "sparse", "2:4"} <= set(card.data.tags)
+
+    hub.repos["team/sparse"] = dict(files) | {"model-00009-of-00009.safetensors": b"of an earlier push"}
+    assert optima("push", "out", "team/sparse").returncode == 0
+    assert "model-00009-of-00009.safetensors" not in hub.repos["team/sparse"]
+
+
+def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Push) -> None:
+    arguments = prune_arguments("--selector", "magnitude", "--output-dir", "second")
+    found = optima(*arguments, "--push-to-hub", "team/second")
+    assert found.returncode == 0, found.stderr
+    assert "report.json" in hub.repos["team/second"]
+    assert not hub.private
+
+
+@pytest.mark.parametrize(
+    ("repo", "settings", "message"),
+    [
+        ("a/b/c", {}, "is no name of a repository"),
+        ("someone-else/x", {}, "is not yours: the hub knows you as somebody, team"),
+        ("x", {"HF_TOKEN": "hf_wrong"}, "hf auth login"),
+        ("x", {"HF_TOKEN": ""}, "hf auth login"),
+        ("x", {"HF_TOKEN": READER}, "may only read"),
+        ("x", {"HF_HUB_OFFLINE": "1"}, "online"),
+        ("x", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "online"),
+        ("team/dense", {}, "no output of OPTIMA"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_before_the_run(
+    hub: StandInHub, optima: Push, place: Path, repo: str, settings: dict[str, str], message: str
+) -> None:
+    hub.repos["team/dense"] = {"model.safetensors": b"dense", ".gitattributes": b""}
+    found = optima(*prune_arguments("--output-dir", "never"), "--push-to-hub", repo, **settings)
+    assert found.returncode == 2, found.stderr
+    assert message in found.stderr
+    assert found.stderr.count("\n") == 1
+    assert not (place / "never").exists()
+    assert hub.repos["team/dense"]["model.safetensors"] == b"dense"
+
+
+def test_what_is_no_output(optima: Push) -> None:
+    found = optima("push", "model", "x")
+    assert found.returncode == 2
+    assert "is no output of optima prune" in found.stderr
+    found = optima(*prune_arguments("--private", "--output-dir", "never"))
+    assert "--private is for --push-to-hub" in found.stderr

@@ -1,0 +1,129 @@
+"""A stand-in for the hub: as much of its HTTP interface as huggingface_hub's own client asks for to push a folder."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+TOKEN, READER, OWNER = "hf_standin", "hf_reader", "somebody"
+COMMIT = "0" * 40
+
+
+class StandInHub(ThreadingHTTPServer):
+    """Serves on a free port of this machine; ``repos`` holds the files of each repository, ``private`` those names."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.private: set[str] = set()
+        self.messages: list[str] = []
+        self.blobs: dict[str, bytes] = {}
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: StandInHub
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path == "/api/whoami-v2":
+            role = "read" if READER in self.headers.get("Authorization", "") else "write"
+            auth = {"accessToken": {"role": role}}
+            self._answer({"type": "user", "name": OWNER, "orgs": [{"name": "team"}], "auth": auth})
+        elif path.startswith("/api/models/"):
+            repo = "/".join(path.split("/")[3:5])
+            files = self.server.repos.get(repo)
+            if files is None:
+                self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
+            elif "/tree/" in path:
+                self._answer([{"type": "file", "path": name, "size": 1, "oid": "1"} for name in files])
+            else:
+                siblings = [{"rfilename": name} for name in files]
+                self._answer({"id": repo, "sha": COMMIT, "siblings": siblings, "private": repo in self.server.private})
+        else:
+            self._answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_POST(self) -> None:
+        body, path = self._body(), self.path.partition("?")[0]
+        if path == "/api/validate-yaml":
+            self._answer({"errors": [], "warnings": []})
+        elif path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked.get('organization') or OWNER}/{asked['name']}"
+            if asked.get("private") or asked.get("visibility") == "private":
+                self.server.private.add(repo)
+            self.server.repos.setdefault(repo, {".gitattributes": b""})
+            self._answer({"url": f"{self.server.url}/{repo}"})
+        elif "/preupload/" in path:
+            files = [
+                {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(".safetensors") else "regular",
+                 "shouldIgnore": False}
+                for each in json.loads(body)["files"]
+            ]  # fmt: skip
+            self._answer({"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                each | {"actions": {"upload": {"href": f"{self.server.url}/blob/{each['oid']}"}}}
+                for each in json.loads(body)["objects"]
+            ]
+            self._answer({"transfer": "basic", "objects": objects})
+        elif "/commit/" in path:
+            self._commit("/".join(path.split("/")[3:5]), [json.loads(line) for line in body.splitlines()])
+        else:
+            self._answer({"error": f"the stand-in knows no {path}"}, 500)
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        self.server.blobs[hashlib.sha256(body).hexdigest()] = body
+        self._answer({})
+
+    def _commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+        files = self.server.repos[repo]
+        for line in lines:
+            key, value = line["key"], line["value"]
+            if key == "header":
+                self.server.messages.append(value["summary"])
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif key == "lfsFile":
+                files[value["path"]] = self.server.blobs[value["oid"]]
+            elif key == "deletedFile":
+                del files[value["path"]]
+        url = f"{self.server.url}/{repo}/commit/{COMMIT}"
+        self._answer({"success": True, "commitUrl": url, "commitOid": COMMIT})
+
+    def _body(self) -> bytes:
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            found = b""
+            while size := int(self.rfile.readline(), 16):
+                found += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return found
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def _answer(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        known = [f"Bearer {token}" for token in (TOKEN, READER)]
+        if self.headers.get("Authorization") not in known and not self.path.startswith("/blob/"):
+            value, status, headers = {"error": "Invalid credentials"}, 401, {}
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)

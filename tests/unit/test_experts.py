@@ -1,0 +1,235 @@
+"""Experts of fused parameters: what each is given, how few tokens are made up for, and what their gradients are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_ids
+from torch import Tensor, nn
+
+from optima import Recipe, prune
+from optima.calibration import expert_statistics
+from optima.calibration.capture import capture
+from optima.calibration.expert_statistics import Common, TokenWeights, mixed, observe_experts, routing_notes
+from optima.calibration.loss_weights import LossWeights, loss_weights
+from optima.calibration.routed import Recorded, recorders
+from optima.calibration.statistics import Accumulator, Found, observe
+from optima.calibration.streams import Streams
+from optima.device import Stopwatch
+from optima.errors import ModelError
+from optima.models.experts import ExpertLinear, FusedExperts, experts_of
+from optima.models.stacks import Block, find_stacks, select_linears
+
+CPU = torch.device("cpu")
+LOOPS = ["mixtral", "gpt_oss", "nemotron_h"]
+FORMS = [*LOOPS, "llama4"]
+
+
+def streams_of(model: nn.Module) -> tuple[Block, Streams]:
+    """A block with experts, and what enters it."""
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    streams = capture(model, stack, list(make_ids(6, 16).split(2)), whole=True)
+    for block in stack.blocks:
+        if any(isinstance(linear, ExpertLinear) for linear in block.linears):
+            return block, streams
+        streams.advance(block, CPU)
+    raise AssertionError("no experts")
+
+
+def found_at(block: Block, streams: Streams, sink: float = 0.0, loss: LossWeights | None = None) -> dict[str, Found]:
+    (recorded,) = (each.recorded for each in observe(block, streams, CPU, sink, 0.0, None, loss) if each.recorded)
+    weights = TokenWeights(block, streams, sink, loss)
+    return {each.linears[0].name: each for each in observe_experts(recorded, weights, CPU, 0.0, Stopwatch(CPU))}
+
+
+def given(block: Block, streams: Streams) -> dict[str, list[Tensor]]:
+    """The inputs of every expert by the definition: all tokens through each, of which its own are picked."""
+    inputs: dict[str, list[Tensor]] = {}
+    experts = next(linear.experts for linear in block.linears if isinstance(linear, ExpertLinear))
+    module: Any = experts.module
+    first, last = (list(experts.transposed)[place] for place in (0, -1))
+    handle = module.register_forward_pre_hook(lambda module, args: calls.append(args))
+    calls: list[tuple[Tensor, ...]] = []
+    with torch.no_grad():
+        for batch in range(len(streams.hidden)):
+            streams.run(block, batch, CPU)
+    handle.remove()
+    for args in calls:
+        for number in range(experts.count):
+            if len(args) == 1:
+                own = args[0].reshape(experts.count, -1, args[0].shape[-1])[number]
+                own = own[own.ne(0).any(dim=1)]
+            else:
+                own = args[0][(args[1] == number).any(dim=1)]
+            up = own @ experts.orient(first, number, experts.parameter(first)).mT
+            up = up + getattr(module, "gate_up_proj_bias", torch.zeros(experts.count, 1))[number]
+            if hasattr(module, "_apply_gate") and first != "up_proj":
+                inner = module._apply_gate(up)
+            elif first == "up_proj":
+                inner = module.act_fn(up)
+            else:
+                gate, up = up.chunk(2, dim=-1)
+                inner = module.act_fn(gate) * up
+            for within, rows in ((first, own), (last, inner)):
+                inputs.setdefault(f"{experts.name}.{within}.{number}", []).append(rows.detach())
+    return inputs
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_hessians_are_of_the_tokens_that_are_routed(family: str) -> None:
+    block, streams = streams_of(build(family))
+    found, inputs = found_at(block, streams), given(block, streams)
+    assert found.keys() == inputs.keys()
+    for name, rows in inputs.items():
+        rows_TD = torch.cat(rows).double()
+        statistics = found[name].statistics
+        assert statistics is not None
+        assert statistics.tokens == len(rows_TD)
+        size = rows_TD.shape[1]
+        # What is left of the hessian when the share of all tokens is taken off.
+        common_DD = (len(rows_TD) + size) * statistics.hessian.matrix_DD.double() - rows_TD.mT @ rows_TD
+        assert torch.linalg.eigvalsh(common_DD).min() > -1e-4 * common_DD.diagonal().mean()
+        assert statistics.sample_ND is not None
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_common_tokens_go_through_the_expert_itself(family: str) -> None:
+    """Where all tokens are routed to an expert, its own hessian and the common one are the same."""
+    block, streams = streams_of(build(family))
+    recorded = record(block, streams)
+    hidden_ND = torch.randn(24, recorded.groups[0][0].shape[1])
+    seen: dict[str, Tensor] = {}
+    last = list(recorded.experts.transposed)[-1]
+    handle = recorded.experts.add((last, 1), lambda call: seen.update(inner=call.inputs_TD))
+    with torch.no_grad():
+        recorded.run_all(hidden_ND, 1)
+    handle.remove()
+    assert seen["inner"].shape == (24, recorded.experts.orient(last, 1, recorded.experts.parameter(last)).shape[1])
+    assert "forward" not in vars(recorded.experts.module)
+
+
+def record(block: Block, streams: Streams) -> Recorded:
+    found = [each.recorded for each in observe(block, streams, CPU, 0.0, 0.0) if each.recorded]
+    assert len(recorders(streams.groups(block))) == len(found) == 1
+    return found[0]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_portions_do_not_matter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, streams = streams_of(build(family))
+    whole = found_at(block, streams)
+    monkeypatch.setattr(expert_statistics, "EXPERT_BYTES", 1)
+    parts = found_at(block, streams)
+    assert whole.keys() == parts.keys()
+    for name, each in whole.items():
+        assert each.statistics is not None and parts[name].statistics is not None  # noqa: PT018
+        assert torch.equal(each.statistics.hessian.matrix_DD, parts[name].statistics.hessian.matrix_DD)  # type: ignore[union-attr]
+
+
+def test_few_tokens_are_mixed_with_all() -> None:
+    torch.manual_seed(0)
+    rows_TD, common_DD = torch.randn(6, 8), torch.eye(8, dtype=torch.float64)
+    own = Accumulator()
+    own.sample.append(rows_TD)
+    own.add(rows_TD)
+    statistics = mixed(own, Common(common_DD, rows_TD), 0.0)
+    expected_DD = (rows_TD.double().mT @ rows_TD.double() + 8 * common_DD) / 14
+    assert torch.allclose(statistics.hessian.matrix_DD.double(), expected_DD, rtol=1e-5, atol=1e-6)
+    assert statistics.tokens == 6
+    alone = mixed(Accumulator(), Common(common_DD, rows_TD), 0.0)
+    assert alone.tokens == 0
+    assert torch.equal(alone.hessian.matrix_DD.double(), common_DD)
+
+
+def test_notes_of_few_tokens() -> None:
+    tokens = {"e.up.0": 0, "e.up.1": 3, "e.up.2": 90}
+    none, few = routing_notes("b", tokens, 10)
+    assert "no token was routed to 1 (e.up.0) of 3" in none
+    assert "fewer than 10 tokens were routed to 1 (e.up.1) of 3" in few
+    assert routing_notes("b", {"e.up.2": 90}, 10) == []
+
+
+def test_an_expert_without_tokens_is_pruned_and_named() -> None:
+    model: Any = build("mixtral")
+    for layer in model.model.layers:
+        with torch.no_grad():
+            layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
+            layer.mlp.gate.weight[2:] = 0.0
+            layer.mlp.gate.top_k = 1  # so that the others are never chosen
+    report = prune(model, Recipe(batch_size=2, expert_tokens=1), calibration=make_ids())
+    tokens = {record.name: record.tokens for record in report.linears if ".experts." in record.name}
+    unreached = [name for name, count in tokens.items() if not count]
+    assert len(unreached) == 3 * 2 * 2
+    assert all(record.sparsity == pytest.approx(0.5, abs=0.01) for record in report.linears)
+    assert any("no token was routed to" in note for note in report.run.notes)
+
+
+def test_gradients_are_those_of_each_expert() -> None:
+    """The sum over an expert's tokens of gradient times input is the gradient of its weight."""
+    model: Any = build("mixtral")
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    batches = list(make_ids(4, 16).split(2))
+    streams = capture(model, stack, batches, whole=True)
+    found = loss_weights(model, stack, streams, batches, CPU, seed=0)
+    sizes = [size[0] * size[1] for size in streams.sizes]
+    total = torch.zeros(sum(sizes))
+    for number in range(4):
+        name = f"model.layers.1.mlp.experts.down_proj.{number}"
+        pairs = found.routed[name]
+        assert [len(tokens) == len(squares) for tokens, squares in pairs] == [True, True]
+        assert float(found.rows[name].sum()) * sum(sizes) == pytest.approx(
+            sum(float(squares.sum()) for _, squares in pairs), rel=1e-4
+        )
+        weights = found.of_routed(name, sizes)
+        assert weights is not None
+        chosen = torch.cat([weight_T[tokens_T] for weight_T, (tokens_T, _) in zip(weights, pairs, strict=True)])
+        assert float(chosen.mean()) == pytest.approx(1.0, rel=1e-4)
+        offset = 0
+        for size, (tokens_T, _) in zip(sizes, pairs, strict=True):
+            total[offset + tokens_T] += 1
+            offset += size
+    assert bool((total == 2).all())  # each token went to two experts
+
+
+def test_token_weights_reach_the_experts() -> None:
+    block, streams = streams_of(build("mixtral"))
+    plain, sink = found_at(block, streams), found_at(block, streams, sink=0.5)
+    assert all(found.told for found in sink.values())
+    assert any(
+        not torch.equal(plain[name].statistics.hessian.matrix_DD, sink[name].statistics.hessian.matrix_DD)  # type: ignore[union-attr]
+        for name in plain
+    )
+
+
+def test_a_watch_leaves_nothing_behind() -> None:
+    module: Any = build("mixtral").model.layers[0].mlp.experts  # type: ignore[union-attr]
+    own = module.forward
+    module.forward = own  # as accelerate does
+    (experts,) = experts_of(module, "experts")
+    handles = [experts.add(("down_proj", number), lambda call: None) for number in range(2)]
+    assert module.forward != own
+    for handle in handles:
+        handle.remove()
+    assert module.forward == own
+
+
+def test_a_layout_is_told_by_shapes_or_not_at_all() -> None:
+    class Experts(nn.Module):
+        def __init__(self, up: tuple[int, ...], down: tuple[int, ...]) -> None:
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.zeros(up)), nn.Parameter(torch.zeros(down))
+
+    (straight,) = experts_of(Experts((2, 12, 4), (2, 4, 6)), "m")
+    assert straight.transposed == {"up": False, "down": False}
+    (turned,) = experts_of(Experts((2, 4, 12), (2, 6, 4)), "m")
+    assert turned.transposed == {"up": True, "down": True}
+    assert turned.linears()[0].shape == (12, 4)
+    assert experts_of(Experts((2, 4, 4), (2, 4, 4)), "m") == []  # either way round
+
+
+def test_products_that_cannot_be_watched_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedExperts, "find", lambda *args: None)
+    with pytest.raises(ModelError, match=r"mlp\.experts does not show which tokens .* --ignore 'experts'"):
+        prune(build("mixtral"), Recipe(), calibration=make_ids())

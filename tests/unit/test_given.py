@@ -1,0 +1,69 @@
+"""Calibration text in every form that people have it in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_tokens
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from optima.calibration.given import given_text
+from optima.errors import CalibrationError
+
+TOKENS = make_tokens()
+TEXTS = ["one", "two", "three"]
+FORMS = {
+    "tensor": TOKENS,
+    "loader of a dataset of one tensor": DataLoader(TensorDataset(TOKENS), batch_size=2),
+    "loader of rows": DataLoader(list(TOKENS), batch_size=3),
+    "rows": list(TOKENS),
+    "encodings": [{"input_ids": row, "attention_mask": torch.ones(16)} for row in TOKENS],
+    "one encoding": {"input_ids": TOKENS},
+    "numbers": {"input_ids": TOKENS.tolist()},
+    "iterator": iter(TOKENS.split(2)),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_tokens(form: Any) -> None:
+    assert torch.equal(given_text(form, 5), TOKENS)
+
+
+@pytest.mark.parametrize(
+    "form", [TEXTS, iter(TEXTS), DataLoader(TEXTS, batch_size=2)], ids=["list", "iterator", "loader"]
+)
+def test_texts(form: Any) -> None:
+    assert list(given_text(form, 1)) == TEXTS
+
+
+@pytest.mark.parametrize("other", [None, "text", 7, [[1, 2]], []], ids=str)
+def test_anything_else_is_for_others_to_judge(other: Any) -> None:
+    assert given_text(other, 5) is other
+
+
+def test_no_more_is_read_than_asked_for() -> None:
+    def endless() -> Iterator[Tensor]:
+        while True:
+            yield TOKENS
+
+    assert torch.equal(given_text(endless(), 3), TOKENS[:3])
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        ([torch.ones(2, 16).long(), torch.ones(2, 15).long()], "differ in length, 16 and 15"),
+        ([{"input_ids": TOKENS, "attention_mask": torch.eye(5, 16)}], "is padded"),
+        ([{"text": "a"}], r"holds text, but no input_ids.*dataset\['text'\]"),
+        ([{}], "holds nothing"),
+        ([torch.ones(2, 16)], "float32: token ids are whole"),
+        ([{"input_ids": [[1, 2], [3]]}], "are no tensor .*pack the text"),
+    ],
+)
+def test_what_does_not_fit_is_refused(calibration: Any, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        given_text(calibration, 5)
