@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runs import finish, start
+
+from optima.distributed import Ranks, joined
+from optima.errors import OptimaError, RankError
 
 
 def free_port() -> int:
@@ -46,3 +50,30 @@ def prune_ranks(size: int, out: str, *options: str, model: str = "model") -> Non
 
 def said(size: int) -> list[str]:
     return [" ".join(Path(f"messages{rank}.txt").read_text().split()) for rank in range(size)]
+
+
+def in_processes(size: int, work: Callable[[Ranks], object]) -> list[int]:
+    """What each exits with: 0, 2 for an ``OptimaError`` (in a file ``said`` with its rank), 3 for a ``RankError``."""
+    port, children = str(free_port()), []
+    for rank in range(size):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
+        code = 99
+        try:
+            names = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update(names)
+            with joined() as ranks:
+                work(ranks)
+            code = 0
+        except RankError:
+            code = 3
+        except OptimaError as error:
+            Path(f"said{rank}").write_text(str(error))
+            code = 2
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return finish_ranks(children)

@@ -3,7 +3,8 @@
 * ``optima`` runs in this process, on what the page names. A model, a text or an output that is not there is made first.
 * Recipes are cut to a few short sequences, evaluations to short windows.
 * ``pip`` and ``make`` are not called: what they name must exist. Everything else goes to bash.
-* Python runs in one namespace a page, which has a ``model``, its ``tokenizer``, a ``recipe`` and ``documents``.
+* Python runs in one namespace a page, which has a ``model``, its ``tokenizer``, a ``recipe`` and ``documents``. There
+  are a directory ``model`` and a file ``text.txt``.
 
 A comment in front of a block says otherwise: ``<!-- file: NAME -->`` (the block is a file), ``<!-- not run: why -->``.
 """
@@ -22,7 +23,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import LINES, SPECIAL, make_llama, make_tokenizer, save_model
+from safetensors.torch import save_file
+from tiny import LINES, SPECIAL, load_weights, make_llama, make_tokenizer, save_model
 from transformers import GenerationConfig
 
 import optima
@@ -76,7 +78,8 @@ class World:
 
         def after(self: Any) -> None:
             value = getattr(self, name)
-            object.__setattr__(self, name, min(value, most) if isinstance(value, int) else value)
+            if str(value).isdigit():
+                object.__setattr__(self, name, min(int(value), most))
             before(self)
 
         self.monkeypatch.setattr(kind, "__post_init__", after)
@@ -100,6 +103,7 @@ class World:
         """What the Python of a page may use without saying where it is from."""
         if self._namespace is None:
             self.model("model")
+            self.text(Path("text.txt"))
             recipe = Recipe(selector="wanda", objective="sink", device="cpu")
             self._namespace = {
                 "__name__": "snippets",
@@ -199,9 +203,7 @@ class World:
             (directory / name).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
 
     def _masks(self, file: Path) -> None:
-        from safetensors.torch import load_file, save_file
-
-        weights = load_file(self.pruned / "model.safetensors")
+        weights = load_weights(self.pruned)
         save_file({name: weight != 0 for name, weight in weights.items() if "_proj" in name}, file)
 
 

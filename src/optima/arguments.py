@@ -93,10 +93,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
     option("--push-to-hub", metavar="REPO", help="then publish it; who may is asked before the run, see optima push")
     option("--private", action="store_true", help="in a private repository, if it is made now")
-    text = "what stderr gets while it runs: a live line or a line a block, or one JSON object a line (default: text)"
-    option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=f"{', '.join(LOG_FORMATS)}: {text}")
-    text = "experiment trackers that get each block's errors, gaps and seconds (default: none)"
-    option("--report-to", nargs="+", metavar="NAME", help=f"{', '.join(['none', *TRACKERS])}: {text}")
+    text = "what stderr gets: text (a live line, or a line a block) or json (an object a line) (default: text)"
+    option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=text)
+    text = f"experiment trackers that get errors, gaps and seconds of each block: {', '.join(TRACKERS)} (default: none)"
+    option("--report-to", nargs="+", metavar="NAME", help=text)
     _add_recipe(commands["prune"])
 
     option = add("plan", "show what would be pruned, and the cost", "MODEL [options]")

@@ -55,12 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) -> int:
     """Tell why a command ends, in the form in which the rest is told."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # of torchrun's processes on a machine, all have the same to say
+        return status
     if wants_json(argv):
         from optima.reporting.log import JsonLog
 
         text = str(error) or "interrupted"
         JsonLog(sys.stderr).write("error", kind=type(error).__name__, message=text, exit_code=status)
-    elif os.environ.get("LOCAL_RANK", "0") == "0":  # of torchrun's processes on a machine, all have the same to say
+    else:
         Console(stderr=True, soft_wrap=True).print(message)
     return status
 

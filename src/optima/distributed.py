@@ -166,8 +166,9 @@ class Group(Ranks):
         sizes = [plan[-1][0] for _, plan in parts]
         own = _joined(tensors, max(sizes), self._device)
         every = [torch.empty_like(own) for _ in sizes]
-        with self._watched():
-            dist.all_gather(every, own, group=self._data)
+        if len(own):
+            with self._watched():
+                dist.all_gather(every, own, group=self._data)
         return [
             value if rank == self.rank else _put_together(data, plan, every[rank], self._device)
             for rank, (data, plan) in enumerate(parts)
@@ -179,13 +180,15 @@ class Group(Ranks):
         parts, found, cpu = self.gather((data, _plan(tensors))), [value], torch.device("cpu")
         if not self.first:
             own = _joined(tensors, _plan(tensors)[-1][0], cpu)
-            with self._watched():
-                dist.send(own, 0, group=self._control)
+            if len(own):
+                with self._watched():
+                    dist.send(own, 0, group=self._control)
             return []
         for rank, (data, plan) in enumerate(parts[1:], 1):
             buffer = torch.empty(plan[-1][0], dtype=torch.uint8)
-            with self._watched():
-                dist.recv(buffer, rank, group=self._control)
+            if len(buffer):
+                with self._watched():
+                    dist.recv(buffer, rank, group=self._control)
             found.append(_put_together(data, plan, buffer, self._device))
         return found
 

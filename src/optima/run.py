@@ -86,6 +86,9 @@ def prune(
 ) -> Report:
     """Prune a model in one shot.
 
+    In processes that torchrun started, all of them must call this, with the same arguments: they share the work, the
+    first writes, and each returns the report and, of a model in memory, has the result.
+
     Args:
         model: a hub id, a local directory, a GGUF file, or a model in memory (pruned in place).
         recipe: what to do; the default prunes 50%, in units of the model's loss.

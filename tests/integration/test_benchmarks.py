@@ -227,3 +227,19 @@ def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
     size = ["--max-seq-length", "16", "--max-windows", "2", "--group", "16"]
     output = run("quantise.py", str(model), "--evaluation", str(text), *size)
     assert output.count("int4, a scale for 16 inputs") == 2
+
+
+def test_scaling_carries_its_account_to_clusters() -> None:
+    rows = [line.split(" | ") for line in run("scaling.py", "clusters").splitlines() if line.startswith("| 70B")]
+    hours = [float(row[-2]) for row in rows]
+    assert hours[0] > hours[1] > hours[2] > 0
+    assert hours[3] > hours[4] > hours[5] > 0
+
+
+@pytest.mark.slow
+def test_scaling_compares_its_account_with_a_run() -> None:
+    printed = run("scaling.py", "measure", "--samples", "8", "--scale", "0.25")
+    moved = [line.split("|") for line in printed.splitlines() if ", MB |" in line]
+    assert len(moved) == 2
+    for _, _, _, predicted, measured, _, _ in moved:
+        assert float(predicted) == pytest.approx(float(measured), rel=0.25, abs=0.02)

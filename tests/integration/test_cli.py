@@ -314,8 +314,9 @@ class TestPlan:
     def test_takes_the_options_of_prune(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (root / "run.yaml").write_text('pattern: "2:4"\nmax_seq_length: 16')
         assert main(["plan", "model", "--recipe", "run.yaml", "--targets", r"layers\.1\.mlp"]) == 0
-        output = capsys.readouterr().out.split("what runs the result")[0]
-        assert output.count("2:4") == 3
+        output = capsys.readouterr().out
+        assert output.partition("what runs")[0].count("2:4") == 3
+        assert "torchao, FP8 and 2:4" in output.partition("what runs")[2]
         assert "q_proj" not in output.partition("note:")[0]
 
     def test_says_that_an_allocation_needs_calibration(self, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,17 +11,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import families
 import pytest
 import torch
 import transformers as hf
 from families import FAMILIES
-from ranks import finish_ranks, free_port, prune_ranks, said, start_ranks
+from ranks import finish_ranks, free_port, in_processes, prune_ranks, said, start_ranks
 from runs import finish, start
 from tiny import VOCAB, load_weights, make_bert, make_llama, prune_arguments, save_model, save_text
 
 import optima
 from optima.calibration.statistics import Accumulator
 from optima.calibration.streams import Streams
+from optima.distributed import Ranks
 from optima.models.journal import read_journal
 
 BLOCKS = 3
@@ -122,6 +124,29 @@ def test_experts_and_two_stacks(family: str, block: str) -> None:
     for a, b in zip(one.linears, two.linears, strict=True):
         assert abs(a.tokens - b.tokens) <= 3
         assert a.sparsity == b.sparsity
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("family", "tuning"), [("mixtral", 0), ("t5_encoder", 1), ("gemma3n", 0), ("gpt2", 1), ("xlnet", 0)]
+)
+def test_families(family: str, tuning: int, size: int) -> None:
+    """Experts, position biases and keys that blocks hand on, transposed weights, tokens counted before sequences."""
+    recipe = optima.Recipe(pattern=["0.5"], batch_size=1, tuning_epochs=tuning)
+
+    def work(ranks: Ranks | None = None) -> None:
+        model = families.build(family)
+        optima.prune(model, recipe, calibration=families.make_ids(4))
+        torch.save(model.state_dict(), f"{0 if ranks is None else ranks.size}-{0 if ranks is None else ranks.rank}.pt")
+
+    work()
+    assert in_processes(size, work) == [0] * size
+    one, *others = (torch.load(f"{name}.pt") for name in ["0-0", *(f"{size}-{rank}" for rank in range(size))])
+    for name, tensor in one.items():
+        for other in others:
+            assert ((tensor == 0) == (other[name] == 0)).double().mean() > 0.99, name
+            assert torch.linalg.vector_norm(tensor - other[name]) <= 0.1 * torch.linalg.vector_norm(tensor), name
+            assert torch.equal(other[name], others[0][name]), name
 
 
 class TestErrors:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from ranks import finish_ranks, free_port
-from torch import Tensor
+from ranks import in_processes
+from torch import Tensor, nn
 
+from optima.calibration.reduction import reduce_statistics
+from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
-from optima.errors import CalibrationError, OptimaError, RankError, RecipeError
+from optima.errors import CalibrationError, RecipeError
+from optima.models.stacks import ModuleLinear
 
 SIZE = 3
 
@@ -36,33 +38,6 @@ def is_of(value: Value, rank: int) -> bool:
     own = value_of(rank)
     alike = torch.equal(value.tensor, own.tensor) and torch.equal(value.mask, own.mask)
     return value.name == own.name and alike and value.again is value.tensor
-
-
-def in_processes(work: Callable[[Ranks], object]) -> list[int]:
-    """What each exits with: 0, 2 for an ``OptimaError``, 3 for a ``RankError``."""
-    port, children = str(free_port()), []
-    for rank in range(SIZE):
-        child = os.fork()
-        if child:
-            children.append(child)
-            continue
-        code = 99
-        try:
-            names = {"RANK": str(rank), "WORLD_SIZE": str(SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update(names)
-            with joined() as ranks:
-                work(ranks)
-            code = 0
-        except RankError:
-            code = 3
-        except OptimaError as error:
-            Path(f"said{rank}").write_text(str(error))
-            code = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return finish_ranks(children)
 
 
 @pytest.fixture(autouse=True)
@@ -94,10 +69,41 @@ def add(ranks: Ranks) -> None:
         assert torch.equal(matrix_DD.tril(), whole_DD.tril())
 
 
-@pytest.mark.parametrize("work", [exchange, add])
+def inputs_of(rank: int) -> Tensor:
+    return torch.randn(4 + rank, 6, generator=torch.Generator().manual_seed(rank))
+
+
+def reduce(ranks: Ranks) -> None:
+    """The last process was given no token of one group; all solve another together."""
+    linears = [
+        ModuleLinear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))
+    ]
+    accumulators = {linear.name: Accumulator() for linear in linears}
+    for name, accumulator in accumulators.items():
+        if name != "d" and not (name == "a" and ranks.rank == 2):
+            accumulator.add(inputs_of(ranks.rank))
+            accumulator.sample.append(inputs_of(ranks.rank)[:1])
+    untold = {"b"} if ranks.rank == 1 else set()
+    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], ranks, torch.device("cpu"))
+    assert untold == {"b"}
+    assert owners["c"] is None
+    for name, accumulator in accumulators.items():
+        found = accumulator.finish(0.01)
+        if name == "d" or owners[name] not in (None, ranks.rank):
+            assert found is None
+            continue
+        assert found is not None
+        all_TD = torch.cat([inputs_of(rank) for rank in range(2 if name == "a" else 3)])
+        assert found.tokens == len(all_TD)
+        assert torch.allclose(found.hessian.matrix_DD, (all_TD.mT @ all_TD / len(all_TD)).double())
+        assert found.sample_ND is not None
+        assert torch.equal(found.sample_ND, torch.stack([inputs_of(n)[0] for n in range(2 if name == "a" else 3)]))
+
+
+@pytest.mark.parametrize("work", [exchange, add, reduce])
 def test_values_arrive(work: Callable[[Ranks], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.distributed.STRIP_BYTES", 3 * 7 * 8)  # of a matrix of 7 rows, 3 at a time
-    assert in_processes(work) == [0, 0, 0]
+    assert in_processes(SIZE, work) == [0, 0, 0]
 
 
 def test_an_error_of_one_is_raised_by_all() -> None:
@@ -106,7 +112,7 @@ def test_an_error_of_one_is_raised_by_all() -> None:
             raise CalibrationError("bad sample")
         ranks.gather(None)
 
-    assert in_processes(work) == [2, 2, 2]
+    assert in_processes(SIZE, work) == [2, 2, 2]
     assert Path("said0").read_text() == "bad sample (said by process 1 of 3)"
     assert Path("said1").read_text() == "bad sample"
 
@@ -116,7 +122,7 @@ def test_an_error_at_the_very_end_is_raised_by_all() -> None:
         if ranks.first:
             raise CalibrationError("the disk is full")
 
-    assert in_processes(work) == [2, 2, 2]
+    assert in_processes(SIZE, work) == [2, 2, 2]
 
 
 def test_where_one_dies_the_others_end() -> None:
@@ -125,18 +131,18 @@ def test_where_one_dies_the_others_end() -> None:
             os._exit(7)
         ranks.gather(None)
 
-    assert in_processes(work) == [3, 7, 3]
+    assert in_processes(SIZE, work) == [3, 7, 3]
 
 
 def test_what_cannot_be_sent_is_said() -> None:
-    assert in_processes(lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
+    assert in_processes(SIZE, lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
     assert "cannot be sent to another process" in Path("said2").read_text()
 
 
 def test_a_device_is_for_each() -> None:
-    assert in_processes(lambda ranks: ranks.on("cpu")) == [0, 0, 0]
+    assert in_processes(SIZE, lambda ranks: ranks.on("cpu")) == [0, 0, 0]
     if not torch.cuda.is_available():
-        assert in_processes(lambda ranks: ranks.on("cuda:0")) == [2, 2, 2]
+        assert in_processes(SIZE, lambda ranks: ranks.on("cuda:0")) == [2, 2, 2]
 
 
 def test_one_process_has_it_all() -> None:

@@ -20,7 +20,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 from optima.cli import COMMANDS, main
-from optima.recipe import SHIPPED
+from optima.recipe_files import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 # Pages of the repository that are not in docs/, and where the site has them.
@@ -36,7 +36,11 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that are made, and those from elsewhere in the repository."""
-    made = {"reference/cli.md": command_line(), "reference/errors.md": errors.page(), "reference/recipes.md": recipes()}
+    made = {
+        "reference/cli.md": command_line(),
+        "reference/errors.md": errors.page(),
+        "reference/shipped-recipes.md": recipes(),
+    }
     for name, place in OUTSIDE.items():
         made[place] = moved((ROOT / name).read_text(encoding="utf-8"), name, place)
     for place, content in made.items():
@@ -99,6 +103,6 @@ def help_of(command: str) -> str:
 
 def recipes() -> str:
     """The recipes that come with the package."""
-    parts = ["# Recipes\n\nThe recipes that come with OPTIMA, used by name: `--recipe NAME`.\n"]
+    parts = ["# Shipped recipes\n\nThe recipes that come with OPTIMA, used by name: `--recipe NAME`.\n"]
     parts += [f"## {name}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for name, file in SHIPPED.items()]
     return "\n".join(parts)

@@ -35,7 +35,7 @@ from optima.reporting.summary import (
     stage_times,
     summary,
 )
-from optima.runtimes import HEADING, table_rows
+from optima.runtimes import table_rows
 
 PAGE = Path(__file__).parent / "page"
 JOINED = "this page shows the experts of a block as one linear a kind: report.json has each"
@@ -79,7 +79,6 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
         data=Markup(to_json([run["data"] for run in runs], inf_nan_mode="strings").decode().replace("<", r"\u003c")),
         differing=_differences(runs) if len(runs) > 1 else {},
         sections=SECTIONS,
-        runtimes_heading=HEADING,
         style=Markup(style),
         script=Markup(script),
         script_hash=b64encode(sha256(script.encode()).digest()).decode(),
@@ -107,10 +106,10 @@ def _view(name: str, report: Report) -> View:
     }
 
 
-def _runtimes(report: Report) -> list[tuple[str, list[str]]]:
+def _runtimes(report: Report) -> list[list[str]]:
     """Rows of a table; addresses are text, for the page leads nowhere."""
     rows = table_rows(pattern_weights(report.linears)) if report.linears else []
-    return [(first, [cell.replace("https://", "") for cell in rest]) for first, *rest in rows]
+    return [[cell.replace("https://", "") for cell in row] for row in rows]
 
 
 def _left(block: BlockRecord) -> str:
