@@ -63,11 +63,8 @@ from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
 from optima.reporting.progress import make_progress
-from optima.reporting.record import Report, RunRecord, library_versions
+from optima.reporting.record import GIVEN_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
-
-GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
-
 
 def prune(
     model: str | Path | PreTrainedModel,
@@ -300,9 +297,8 @@ def _prune_stacks(
             check_finite(block.linears)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
-        for stack in stacks:
-            if not stack.needed:
-                continue
+        needed = [stack for stack in stacks if stack.needed]
+        for stack in needed:
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside():
                 streams = capture(network, stack, batches, by_loss, ranks, job.store)
@@ -315,7 +311,7 @@ def _prune_stacks(
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
                     job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")
-            job.prune(stack, streams)
+            job.prune(stack, streams, runs_again=stack is not needed[-1])
 
 
 def _loss_weights(
