@@ -22,13 +22,14 @@ from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
-from optima.memory import batch_tokens, work_bytes
+from optima.memory import batch_tokens, host_memory, work_bytes
+from optima.models.experts import ExpertLinear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
 from optima.models.stacks import Linear, guess_groups
 from optima.patterns import Pattern
 from optima.preflight import Preflight, preflight, sized
-from optima.recipe import Recipe
+from optima.recipe import SELF, Recipe
 from optima.selectors.base import LinearTask
 
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
@@ -48,8 +49,9 @@ class Plan:
         work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work. An
             accelerator also holds ``block_bytes``.
         block_bytes: the largest block's weights.
-        inputs_bytes: stored block inputs (main memory).
-        model_bytes: the model's weights (main memory).
+        inputs_bytes: stored block inputs (main memory, or files beyond the recipe's budget).
+        model_bytes: the model's weights.
+        weights_bytes: those in main memory at a time, of each process.
         dtype: of the weights.
         notes: what will not be pruned, and what only calibration can tell.
     """
@@ -62,6 +64,7 @@ class Plan:
     block_bytes: int
     inputs_bytes: int
     model_bytes: int
+    weights_bytes: int
     dtype: torch.dtype
     notes: tuple[str, ...]
 
@@ -99,6 +102,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
+    streamed = not source.gguf_file and recipe.dataset != [SELF]
+    memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
+    memory.left(recipe.memory_budget)  # refused, if it is too little
     surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
     # sweep for the loss keeps those of all blocks, up to a limit.
@@ -106,6 +112,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if recipe.applied_objective == "loss" else 0
+    routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what experts are given is kept
     notes = list(found.notes)
     if surveyed:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
@@ -118,8 +125,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0)), kept),
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), kept),
         model_bytes=num_parameters * dtype.itemsize,
+        weights_bytes=memory.weights,
         dtype=dtype,
         notes=tuple(notes),
     )

@@ -31,7 +31,7 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
     lines = {
         "weights in these linears": f"{plan.pruned_parameters:,} of {plan.num_parameters:,} parameters ({share:.0f}%)",
         "sparsity of all of them": f"{plan.sparsity:.2%}",
-        "model (main memory)": _size(plan.model_bytes),
+        "weights (main memory)": f"{_size(plan.weights_bytes)} at a time, of {_size(plan.model_bytes)}",
         "block inputs (main memory)": _size(plan.inputs_bytes),
         "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
     }

@@ -29,7 +29,7 @@ from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linear import Methods
-from optima.memory import batch_size, host_memory
+from optima.memory import HostMemory, batch_size, host_memory
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
@@ -149,7 +149,7 @@ def prune(
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
-        job.store = _store(checked, network, weights, destination)
+        job.store = _store(checked, network, weights, destination, ranks)
         _prune_stacks(network, checked, batches, job, ranks)
         job.notes.extend(job.store.notes)
         seconds = time.perf_counter() - started + job.resumed_seconds
@@ -265,6 +265,7 @@ def _network(checked: _Checked, whole: str | None = None) -> tuple[PreTrainedMod
     network, weights = open_weights(source, model, checked.recipe.dtype, whole)
     revision, hashed = commit_of(source), fingerprint(source)
     origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
+    _memory(checked, network, weights).left(checked.recipe.memory_budget)  # refused now, if it is too little
     return network, weights, origin
 
 
@@ -281,11 +282,18 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     return job
 
 
-def _store(checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None) -> Store:
-    """For activations, with the memory that weights and work leave; its files are beside the output."""
-    recipe, streamed = checked.recipe, isinstance(weights, Streamed)
-    memory = host_memory(network, checked.found.blocks, recipe, checked.methods, network.dtype, streamed)
-    return Store(memory.left(recipe.memory_budget), None if destination is None else destination.journal.parent)
+def _memory(checked: _Checked, network: PreTrainedModel, weights: Weights) -> HostMemory:
+    streamed = isinstance(weights, Streamed)
+    return host_memory(network, checked.found.blocks, checked.recipe, checked.methods, network.dtype, streamed)
+
+
+def _store(
+    checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None, ranks: Ranks
+) -> Store:
+    """For activations, with the memory that weights and work leave; its files are beside the output, if that is here."""
+    left = _memory(checked, network, weights).left(checked.recipe.memory_budget, ranks.here())
+    beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
+    return Store(left, beside if beside is not None and beside.is_dir() else None)
 
 
 def _prune_stacks(
