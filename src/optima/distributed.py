@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,11 @@ class Ranks:
         """Which of ``count`` things are this process's, or another's: contiguous; sizes differ by one at most."""
         rank = self.rank if rank is None else rank
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def here(self) -> int:
+        """How many of them are on this machine."""
+        hosts = self.gather(socket.gethostname())
+        return hosts.count(hosts[self.rank])
 
     def on(self, name: str) -> torch.device:
         """The device of this process, where ``name`` is a recipe's.

@@ -23,12 +23,13 @@ from optima.linalg.products import add_gram
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.memory import HostMemory, batch_tokens, host_memory, work_bytes
+from optima.models.experts import ExpertLinear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
 from optima.models.stacks import Linear, guess_groups
 from optima.patterns import Pattern
 from optima.preflight import Preflight, preflight, sized
-from optima.recipe import Recipe
+from optima.recipe import SELF, Recipe
 from optima.selectors.base import LinearTask
 
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
@@ -107,6 +108,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
+    streamed = not source.gguf_file and recipe.dataset != [SELF]
+    memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
     # sweep for the loss keeps those of all blocks, up to a limit.
@@ -114,12 +117,12 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if recipe.applied_objective == "loss" else 0
+    routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what experts are given is kept
     notes = list(found.notes)
     if surveyed:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
-    host = host_memory(model, found.blocks, recipe, methods, dtype, source.gguf_file is None)
     return Plan(
         found=found,
         methods=methods,
@@ -127,10 +130,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0)), kept),
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), kept),
         model_bytes=num_parameters * dtype.itemsize,
-        host=host,
-        left_bytes=host.left(recipe.memory_budget),
+        host=memory,
+        left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
         passes=forward_passes(recipe),
         reads=_reads(recipe, len(found.blocks) * inputs),
         dtype=dtype,

@@ -18,7 +18,7 @@ import transformers as hf
 from families import FAMILIES
 from ranks import finish_ranks, free_port, in_processes, prune_ranks, said, start_ranks
 from runs import finish, start
-from tiny import VOCAB, load_weights, make_bert, make_llama, prune_arguments, save_model, save_text
+from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, prune_arguments, save_model, save_text
 
 import optima
 from optima.calibration.statistics import Accumulator
@@ -180,6 +180,21 @@ def test_families(family: str, tuning: int, size: int) -> None:
             assert torch.equal(other[name], others[0][name]), name
             # Routers flip at the smallest change; elsewhere weights differ within their certified gap.
             assert torch.linalg.vector_norm(tensor - other[name]) <= 0.2 * torch.linalg.vector_norm(tensor), name
+
+
+@pytest.mark.parametrize("tuning", [0, pytest.param(1, marks=SLOW)])
+def test_an_encoder_on_disk_runs_again_in_each_process_as_often_as_it_has_batches(tuning: int) -> None:
+    families.build("t5").save_pretrained("t5")
+    recipe = optima.Recipe(objective="plain", selector="wanda", batch_size=1, tuning_epochs=tuning)
+
+    def work(ranks: Ranks) -> None:
+        optima.prune("t5", recipe, output_dir="two", tokenizer=make_tokenizer(), calibration=families.make_ids(5))
+
+    assert in_processes(2, work) == [0, 0]
+    optima.prune("t5", recipe, output_dir="one", tokenizer=make_tokenizer(), calibration=families.make_ids(5))
+    masks, _ = differing("one", "two")
+    assert masks <= 1e-3
+    same_but_for_time("one", "two")
 
 
 class TestErrors:

@@ -112,7 +112,7 @@ def test_common_tokens_go_through_the_expert_itself(family: str) -> None:
 
 def record(block: Block, streams: Streams) -> Recorded:
     found = [each.recorded for each in observe(block, streams, CPU, 0.0, 0.0) if each.recorded]
-    assert len(recorders(streams.groups(block))) == len(found) == 1
+    assert len(recorders(streams.groups(block), streams.store)) == len(found) == 1
     return found[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from optima.names import kind
 from optima.reporting.record import LinearRecord, geometric_mean, largest, name_in_block, weighted_mean
@@ -31,7 +32,7 @@ def joined(linears: Sequence[LinearRecord], most: int = MOST_SHOWN) -> tuple[Lin
 def _one(members: Sequence[LinearRecord]) -> LinearRecord:
     first, own = members[0], name_in_block(members[0])
     effective = [linear.tokens_effective for linear in members if linear.tokens_effective is not None]
-    values = {
+    values: dict[str, Any] = {
         **{name: sum(getattr(linear, name) or 0 for linear in members) for name in ADDED},
         **{name: largest(getattr(linear, name) for linear in members) for name in LARGEST},
         **{name: geometric_mean(getattr(linear, name) for linear in members) for name in LIKE_ERRORS},
