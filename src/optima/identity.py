@@ -37,7 +37,7 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
         dump_layer: regex of what is dumped.
     """
     values = recipe.to_dict()
-    del values["device"]
+    del values["device"], values["memory_budget"]
     if is_dataclass(recipe.selector):
         values["selector"] = re.sub(r" at 0x[0-9a-f]+", "", repr(recipe.selector))  # its settings, too
     versions = library_versions()

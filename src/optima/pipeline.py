@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from optima.calibration.gradient import regional_gradients
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.statistics import Found, observe
+from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
@@ -23,7 +25,7 @@ from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack
-from optima.models.weights import Resident
+from optima.models.weights import Resident, Weights
 from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.reporting.callbacks import Listeners
@@ -48,6 +50,7 @@ class Job:
         sink_weight: without loss weights, of the first token of each sequence, see ``optima.calibration.statistics``.
         progress: tells of every linear and block.
         weights: brings blocks to the device.
+        store: keeps activations.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
         loss: weights of tokens and rows by the model's loss, or None.
@@ -63,7 +66,8 @@ class Job:
     damping: float
     sink_weight: float
     progress: Listeners = field(default_factory=Listeners)
-    weights: Resident = field(default_factory=Resident)
+    weights: Weights = field(default_factory=Resident)
+    store: Store = field(default_factory=Store)
     writer: Writer | None = None
     dump: Dump | None = None
     loss: LossWeights | None = None
@@ -112,24 +116,29 @@ class Job:
                 if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block, self.device)
-            if not again:
-                self.blocks.append(
-                    BlockRecord(self._earlier + block.index, block.name, clock.seconds, tuned.held_out, tuned.best)
-                )
-                self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
+                if not again:
+                    number = self._earlier + block.index
+                    self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
+                    self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
+            self.weights.replaced(block, partial(self._written, ranks, block))
             self.progress.notes(self.notes)
             self.progress.block(block.name, self.blocks[-1], again)
         self._earlier += len(stack.blocks)
 
-    def _replay(self, ranks: Ranks, block: Block, found: BlockDone) -> None:
-        """Give a block that an earlier run committed its weights, and the report what it told of it."""
+    def _written(self, ranks: Ranks, block: Block) -> dict[str, Tensor]:
+        """What was committed of a block, which every process asks for at the same time."""
 
         def read() -> dict[str, Tensor]:
             assert self.writer is not None
             return self.writer.read(block.name)
 
+        return ranks.from_first(read)
+
+    def _replay(self, ranks: Ranks, block: Block, found: BlockDone) -> None:
+        """Give a block that an earlier run committed its weights, and the report what it told of it."""
         with self.clock("read"):
-            tensors = {name.removeprefix(f"{block.name}."): t for name, t in ranks.from_first(read).items()}
+            written = self._written(ranks, block)
+            tensors = {name.removeprefix(f"{block.name}."): tensor for name, tensor in written.items()}
             unknown = block.module.load_state_dict(tensors, strict=False).unexpected_keys
             assert not unknown, f"{block.name} has no {unknown}"
         self.blocks.append(found.block)

@@ -22,23 +22,15 @@ from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
+from optima.memory import batch_tokens, work_bytes
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
 from optima.models.stacks import Linear, guess_groups
 from optima.patterns import Pattern
-from optima.preflight import Preflight, batch_size, preflight, sized
-from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
+from optima.preflight import Preflight, preflight, sized
 from optima.recipe import Recipe
-from optima.selectors.base import LinearTask, needs_of
-from optima.swaps.search import CHUNK_ENTRIES
+from optima.selectors.base import LinearTask
 
-# Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
-# takes, the largest of the selectors.
-BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
-# Of a batch's activations, how many of each linear's input and output are there at a time.
-BUFFERS = 2
-# How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
-GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 24
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
 FACTORS, OWN_SHARE = 64, 0.2
 SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
@@ -124,7 +116,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         methods=methods,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
-        work_bytes=work_bytes(found, recipe, methods, dtype),
+        work_bytes=work_bytes(found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0)), kept),
         model_bytes=num_parameters * dtype.itemsize,
@@ -142,43 +134,6 @@ def _dtype(value: Any) -> torch.dtype:
     return found
 
 
-def work_bytes(found: Preflight, recipe: Recipe, methods: Methods, dtype: torch.dtype) -> int:
-    """Upper bound of the work space on the device, the block's own weights aside.
-
-    Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
-    """
-    # A device that is named may be elsewhere.
-    device = find_device("auto").type if recipe.device == "auto" else recipe.device
-    tokens = _batch_tokens(recipe, device == "cpu")
-    gradients = 12 if "gradient" in needs_of(methods.selector) else 0
-    most = 0
-    for block in found.blocks:
-        sizes = [linear.shape for linear in block.linears]
-        waiting = sum(8 * group[0].shape[1] ** 2 for group in guess_groups(block))
-        linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
-        activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
-        weights = sum(o * d for o, d in sizes)
-        most = max(most, waiting + gradients * weights + max(linear, activations))
-        if recipe.tuning_epochs or recipe.applied_objective == "loss":
-            # What autograd keeps, and of each weight what the optimizer does.
-            most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
-    return most
-
-
-def _batch_tokens(recipe: Recipe, on_cpu: bool) -> int:
-    samples = batch_size(recipe, on_cpu, recipe.max_seq_length)
-    return min(samples, recipe.num_calibration_samples or samples) * recipe.max_seq_length
-
-
-def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
-    """Of one linear at work: matrices, weights, a chunk of rows in the solver, and one in the swaps."""
-    size = outputs * inputs
-    rows = min(BYTES_PER_ENTRY * size, DEFAULT_BUDGET_BYTES)
-    # A matrix of every row's kept weights, its factor, and the indices that gather it.
-    systems = 12 * min(CHUNK_ENTRIES, size * inputs) if swaps else 0
-    return BYTES_PER_SQUARE * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
-
-
 def measure(plan: Plan, recipe: Recipe) -> Measured:
     """Prune one random linear of each shape and multiply one batch, and scale up to the run.
 
@@ -189,7 +144,7 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     assert recipe.num_calibration_samples is not None
     meter = _Meter(plan.methods, find_device(recipe.device))
     memory = PeakMemory(meter.device)
-    batch = _batch_tokens(recipe, meter.device.type == "cpu")
+    batch = batch_tokens(recipe, meter.device.type == "cpu")
     batches = recipe.num_calibration_samples * recipe.max_seq_length / batch
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
     # Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs.

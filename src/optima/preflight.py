@@ -24,9 +24,6 @@ from optima.patterns import Pattern, Unstructured
 from optima.recipe import Recipe, check_regexes
 from optima.selectors.external import External
 
-# Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
-CPU_TOKENS = 2048
-BATCH_SIZE = 8
 # Of several processes, the largest part of the sequences, relative to equal parts.
 MOST_UNEVEN = 1.25
 
@@ -199,10 +196,3 @@ def sequence_length(recipe: Recipe, calibration: object) -> int | None:
 def sized(recipe: Recipe, found: Preflight) -> Recipe:
     """``recipe`` with its number of calibration sequences, which depends on the model's widths."""
     return replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
-
-
-def batch_size(recipe: Recipe, on_cpu: bool, length: int | None) -> int:
-    """Sequences of ``length`` tokens in one forward pass; of unknown length as many as the batches have."""
-    if length is None:
-        return recipe.batch_size or 1
-    return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu else BATCH_SIZE)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import yaml
-from pydantic import BeforeValidator, Field, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Strict, TypeAdapter, ValidationError
 
 from optima.errors import RecipeError
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
@@ -64,6 +64,7 @@ Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Count = Annotated[int, Field(ge=1), "a whole number of at least 1"]
 Seed = Annotated[int, Field(ge=0), "a whole number of at least 0"]
 Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such as 256, or all"]
+Size = Annotated[ByteSize, Field(gt=0), AfterValidator(int), "a size such as 8GiB"]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
 Flag = Annotated[bool, Strict(), "true or false"]
 
@@ -158,6 +159,8 @@ class Recipe:
     trust_remote_code: Flag = _option(
         "model", False, "run code that comes with the checkpoint, or that --selector names")
     device: str = _option("run", "auto", "auto, cpu, cuda or cuda:N")
+    memory_budget: Size | None = _option(
+        "run", None, "main memory that the run keeps to, such as 8GiB: what is more waits in files", shown="none")
     # fmt: on
 
     def __post_init__(self) -> None:

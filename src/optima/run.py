@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,15 +21,17 @@ from optima.calibration.given import Batches, given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import own_text
+from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
 from optima.distributed import Ranks, joined
+from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
-from optima.linalg.statistics import Statistics
 from optima.linear import Methods
+from optima.memory import batch_size, host_memory
 from optima.models.destination import Destination
-from optima.models.files import explain_write_errors, interruptible, sync
+from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
 from optima.models.skeleton import skeleton
 from optima.models.source import (
@@ -39,16 +39,15 @@ from optima.models.source import (
     commit_of,
     find_source,
     fingerprint,
-    load_model,
     load_tokenizer,
     note_of_dtype,
 )
-from optima.models.stacks import Linear, Stack
+from optima.models.stacks import Stack
+from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.models.writer import Writer, prepare
-from optima.pipeline import Dump, Job
+from optima.pipeline import Job
 from optima.preflight import (
     Preflight,
-    batch_size,
     check_dump,
     check_finite,
     chosen_stacks,
@@ -67,7 +66,6 @@ from optima.reporting.progress import make_progress
 from optima.reporting.record import Report, RunRecord, library_versions
 from optima.sharing import describe
 
-DUMP_DIRECTORY = "layers"
 GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
 
 
@@ -131,11 +129,11 @@ def prune(
                 destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
-        network, origin, text = _read(checked, tokenizer, ranks)
+        network, weights, origin, text = _read(checked, tokenizer, ranks)
         assert recipe.batch_size is not None
         batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
-        job = _job(checked, network, calibration is not None)
+        job = _job(checked, network, weights, calibration is not None)
         if ranks.first:
             listeners = [*([make_progress()] if progress else []), *callbacks]
             job.progress = stack.enter_context(Listeners(listeners))
@@ -145,16 +143,18 @@ def prune(
             check_alike(run, ranks)
         if destination is not None:
             prepare(network, tokenizer, source, destination.directory)
-            job.writer = _writer(network, [block.name for block in found.blocks], destination, run)
+            job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
             job.notes.extend(destination.notes)
             if dump_layer is not None:
-                job.dump = _dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+                job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
         if ranks.first:
             dtype = None if alike else network.dtype
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
+        job.store = _store(checked, network, weights, destination)
         _prune_stacks(network, checked, batches, job, ranks)
+        job.notes.extend(job.store.notes)
         seconds = time.perf_counter() - started + job.resumed_seconds
         most = max(ranks.gather(memory.peak()))
         report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
@@ -226,10 +226,12 @@ def _claim(
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
-def _writer(network: PreTrainedModel, blocks: list[str], destination: Destination, run: dict[str, Any]) -> Writer:
+def _writer(
+    network: PreTrainedModel, blocks: list[str], destination: Destination, run: dict[str, Any], weights: Weights
+) -> Writer:
     with explain_write_errors(destination.journal):
         journal = Journal(destination.journal, run)
-    return Writer(network, blocks, destination.directory, journal)
+    return Writer(network, blocks, destination.directory, journal, weights)
 
 
 def _shared(text: str, writer: Writer | None) -> list[str]:
@@ -243,36 +245,38 @@ def _shared(text: str, writer: Writer | None) -> list[str]:
 
 def _read(
     checked: _Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks
-) -> tuple[PreTrainedModel, dict[str, Any], Calibration]:
+) -> tuple[PreTrainedModel, Weights, dict[str, Any], Calibration]:
     """The model, what the report says of where it is from, and the text: read first, unless the model writes it."""
     if checked.recipe.dataset == [SELF] and checked.calibration is None:
-        network, origin = _network(checked)
+        network, weights, origin = _network(checked, "it writes its own text")
 
         def write() -> Calibration:
             return Calibration(own_text(network, tokenizer, checked.recipe, checked.device))
 
-        return network, origin, ranks.from_first(write)
+        return network, weights, origin, ranks.from_first(write)
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
     text.check(checked.structure)
     return *_network(checked), text
 
 
-def _network(checked: _Checked) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model with its weights, and what the report says of where they are from: read now, for files may go."""
+def _network(checked: _Checked, whole: str | None = None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
+    """The model, who gives it its weights, and what the report says of them; ``whole``: why they are not streamed."""
     source = checked.source
+    model = checked.structure
     if source is None:
-        return checked.structure, {"model": type(checked.structure).__name__}
-    network = load_model(source, checked.recipe.dtype)
-    revision, weights = commit_of(source), fingerprint(source)
-    return network, {"model": source.name, "model_revision": revision, "model_fingerprint": weights}
+        return model, Resident(model), {"model": type(model).__name__}
+    network, weights = open_weights(source, model, checked.recipe.dtype, whole)
+    revision, hashed = commit_of(source), fingerprint(source)
+    origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
+    return network, weights, origin
 
 
-def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
+def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: bool) -> Job:
     """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
     recipe, found = checked.recipe, checked.found
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-    job.tuning, job.expert_tokens = build_tuning(recipe), recipe.expert_tokens
-    job.notes.extend(found.notes)
+    job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
+    job.notes.extend([*found.notes, *([weights.note] if weights.note else [])])
     if given:
         job.notes.append(GIVEN_NOTE)
     if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):
@@ -280,18 +284,28 @@ def _job(checked: _Checked, network: PreTrainedModel, given: bool) -> Job:
     return job
 
 
+def _store(checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None) -> Store:
+    """For activations, with the memory that weights and work leave; its files are beside the output."""
+    recipe, streamed = checked.recipe, isinstance(weights, Streamed)
+    memory = host_memory(network, checked.found.blocks, recipe, checked.methods, network.dtype, streamed)
+    return Store(memory.left(recipe.memory_budget), None if destination is None else destination.journal.parent)
+
+
 def _prune_stacks(
     network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
 ) -> None:
     stacks = chosen_stacks(network, checked.recipe)
-    check_finite([linear for stack in stacks for block in stack.blocks for linear in block.linears])
+    for block in (block for stack in stacks for block in stack.blocks):
+        with job.weights.on(block, torch.device("cpu"), job.clock):
+            check_finite(block.linears)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         for stack in stacks:
             if not stack.needed:
                 continue
-            with job.clock("forward"):  # the decoder's when its turn comes: it reads what the pruned encoder made
-                streams = capture(network, stack, batches, by_loss, ranks)
+            # The decoder's when its turn comes: it reads what the pruned encoder made.
+            with job.clock("forward"), job.weights.outside():
+                streams = capture(network, stack, batches, by_loss, ranks, job.store)
             if by_loss:
                 job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
@@ -309,7 +323,7 @@ def _loss_weights(
 ) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
-        found = loss_weights(network, stack, streams, batches, job.device, seed, residual=job.tuning is not None)
+        found = loss_weights(network, stack, streams, batches, job.device, seed, job.tuning is not None, job.weights)
     except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
         job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")
@@ -374,18 +388,3 @@ def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: 
     (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
     recipe.save(directory / "recipe.yaml")
-
-
-def _dump_into(directory: Path, regex: str) -> Dump:
-    """Write the hessian and the dense weight of each linear whose name matches."""
-
-    def dump(linear: Linear, statistics: Statistics) -> None:
-        if re.search(regex, linear.name):
-            tensors = {"hessian": statistics.hessian.matrix_DD, "weight": linear.read()}
-            file = directory / f"{linear.name}.safetensors"
-            with explain_write_errors(file):
-                directory.mkdir(exist_ok=True)
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
-                sync(file, directory, directory.parent)  # a block that is resumed is not dumped again
-
-    return dump

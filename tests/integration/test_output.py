@@ -101,7 +101,7 @@ class TestDiskFillsUp:
             ("shutil.copyfile", 1, 0),
             ("transformers.PreTrainedTokenizerBase.save_pretrained", 1, 0),
             ("transformers.PreTrainedModel.save_pretrained", 1, 0),  # the configuration
-            ("optima.run.save_file", 1, 0),  # --dump-layer
+            ("optima.dumping.save_file", 1, 0),  # --dump-layer
             ("transformers.PreTrainedModel.save_pretrained", 2, 0),
             ("transformers.PreTrainedModel.save_pretrained", 3, 1),
             ("transformers.PreTrainedModel.save_pretrained", 4, 2),  # outside the blocks
@@ -165,7 +165,7 @@ class TestBeforeTheLongWork:
 class TestInterrupt:
     @pytest.mark.parametrize(
         "target",
-        ["optima.run.load_tokenizer", "optima.run.load_model", "optima.run.save_file", "optima.run.prepare"],
+        ["optima.run.load_tokenizer", "optima.run.open_weights", "optima.dumping.save_file", "optima.run.prepare"],
     )
     def test_before_the_first_block_leaves_nothing(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from optima.calibration.inputs import Batch, first_of, stack_size
 from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look, with_hidden
+from optima.calibration.store import Store
 from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
 from optima.distributed import ALONE, Ranks
@@ -28,7 +29,12 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
 @torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
 def capture(
-    model: nn.Module, stack: Stack, batches: Sequence[Batch], whole: bool = False, ranks: Ranks = ALONE
+    model: nn.Module,
+    stack: Stack,
+    batches: Sequence[Batch],
+    whole: bool = False,
+    ranks: Ranks = ALONE,
+    store: Store | None = None,
 ) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
@@ -41,6 +47,7 @@ def capture(
         batches: token ids, (B, L) int64 each, or a processor's outputs.
         whole: no block is left out.
         ranks: the processes that each have batches of their own, of sequences that are equally long.
+        store: keeps the hidden states; None: main memory does.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
@@ -50,24 +57,26 @@ def capture(
     first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
     probe = look(model, stack, first)
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
-    trial = _record(model, stack, blocks, [first], probe)
+    trial = _record(model, stack, blocks, [first], probe, Store())
     for block in blocks:
-        home = next(block.module.parameters(), trial.hidden[0]).device
+        home = next((each.device for each in block.module.parameters() if not each.is_meta), trial.hidden[0].device)
         trial.advance(block, home)
         if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index])):
             raise ModelError(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    streams = _record(model, stack, blocks, batches, probe)
+    streams = _record(model, stack, blocks, batches, probe, store or Store())
     if ranks.size > 1:
         streams.ranks, streams.samples = ranks, tuple(ranks.gather(sum(samples for samples, _ in streams.sizes)))
     return streams
 
 
-def _record(model: nn.Module, stack: Stack, blocks: Sequence[Block], batches: Sequence[Batch], probe: Probe) -> Streams:
+def _record(
+    model: nn.Module, stack: Stack, blocks: Sequence[Block], batches: Sequence[Batch], probe: Probe, store: Store
+) -> Streams:
     """Run the model's forward pass with its blocks replaced by recorders."""
-    streams = Streams(probe, [], [], [[] for _ in blocks], [{} for _ in batches])
+    streams = Streams(probe, [], [], [[] for _ in blocks], [{} for _ in batches], store)
     with ExitStack() as replaced:
         for block in blocks:
             replaced.enter_context(forward_replaced(block.module, _recorder(streams, block, block is blocks[-1])))
@@ -91,7 +100,7 @@ def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:
         if not isinstance(hidden, Tensor):
             raise ModelError(f"{block.name} is not called with hidden states as its first argument")
         if index == 0:
-            streams.hidden.append(hidden.detach().cpu())
+            streams.hidden.append(streams.store.keep(hidden.detach().cpu()))
         earlier = [*streams.calls[index][-1:], *(streams.calls[index - 1][-1:] if index else [])]
         streams.calls[index].append(share((args, kwargs), earlier))
         if last:

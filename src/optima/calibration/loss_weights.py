@@ -33,7 +33,7 @@ from optima.device import differentiable, forward_replaced
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack
-from optima.models.weights import Resident
+from optima.models.weights import Resident, Weights
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
 LOGITS_BYTES = 256 * 2**20
@@ -125,6 +125,7 @@ def loss_weights(
     device: torch.device,
     seed: int,
     residual: bool = False,
+    weights: Weights | None = None,
 ) -> LossWeights:
     """Sweep the dense model.
 
@@ -139,13 +140,14 @@ def loss_weights(
         device: where blocks run.
         seed: of the labels.
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
+        weights: brings blocks to the device; None: they are all in main memory.
 
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite; of several processes, in all.
     """
     found, problem = None, ""
     try:
-        found = _sweep(model, stack, streams, batches, device, seed, residual)
+        found = _sweep(model, stack, streams, batches, device, seed, residual, weights or Resident())
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -190,6 +192,7 @@ def _sweep(
     device: torch.device,
     seed: int,
     residual: bool,
+    weights: Weights,
 ) -> LossWeights:
     """Sums over this process's tokens, where ``loss_weights`` returns means."""
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -205,21 +208,24 @@ def _sweep(
             part, kept = streams.part(batches_now), []
             for block in stack.blocks:
                 kept.append(list(part.hidden))
-                with Resident().on(block, device):
+                with weights.on(block, device):
                     part.advance(block, device)
             gradients = []
-            for batch, hidden in zip(batches_now, part.hidden, strict=True):
-                if has_words:
-                    drawn_BL = torch.rand(words_size(model, batches[batch]), generator=generator)
-                    gradients.append(_at_the_head(model, stack, streams, batches[batch], hidden, drawn_BL))
-                else:
-                    gradients.append(torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden))
+            with weights.outside():
+                for batch, hidden in zip(batches_now, part.hidden, strict=True):
+                    if has_words:
+                        drawn_BL = torch.rand(words_size(model, batches[batch]), generator=generator)
+                        gradient = _at_the_head(model, stack, streams, batches[batch], hidden, drawn_BL)
+                    else:
+                        signs = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1)
+                        gradient = signs.to(hidden)
+                    gradients.append(streams.store.keep(gradient))
             for block in reversed(stack.blocks):
                 part.hidden = kept.pop()
                 if residual:
                     product_EE = _second_moment(gradients, device)
-                    found.residual[block.name] = found.residual.get(block.name, 0.0) + product_EE
-                with Resident().on(block, device):
+                    found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
+                with weights.on(block, device):
                     _through(block, part, gradients, device, found)
     return found
 
@@ -355,7 +361,8 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
         if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         found.tokens.setdefault(block.name, []).append(square_T.cpu())
-        leaf = streams.hidden[batch] = streams.hidden[batch].to(device, copy=True).requires_grad_(True)
+        kept = streams.hidden[batch]
+        leaf = streams.hidden[batch] = kept.to(device, copy=True).requires_grad_(True)
         with ExitStack() as hooks:
             for linear in block.linears:
                 hooks.callback(notes.watch(linear, batch).remove)
@@ -364,6 +371,6 @@ def _through(block: Block, streams: Streams, gradients: list[Tensor], device: to
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
             output.backward(gradient)
         assert leaf.grad is not None
-        gradients[batch] = leaf.grad.cpu()
-        streams.hidden[batch] = leaf.detach()
+        gradients[batch] = streams.store.keep(leaf.grad.cpu())
+        streams.hidden[batch] = kept
     notes.close()

@@ -6,13 +6,14 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optima.calibration.probe import Probe, hidden_of
+from optima.calibration.store import Store
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
@@ -35,6 +36,7 @@ class Streams:
         hidden: each batch's hidden states, on the CPU, in the model's dtype; usually (B, L, E).
         calls: ``calls[block][batch]``, of the blocks that are needed; equal tensors are stored once.
         carried: for each batch, what blocks returned for later ones besides hidden states, by (block, place).
+        store: where hidden states and what is carried wait; copies and parts share it.
         ranks: the processes that sequences are split over: these are the ones of this process.
         samples: how many sequences each of them has; empty if there is one.
     """
@@ -44,6 +46,7 @@ class Streams:
     hidden: list[Tensor]
     calls: list[list[Call]]
     carried: list[dict[tuple[int, int], Tensor]]
+    store: Store = field(default_factory=Store)
     ranks: Ranks = ALONE
     samples: tuple[int, ...] = ()
 
@@ -67,7 +70,7 @@ class Streams:
         calls = [[called[batch] for batch in batches] for called in self.calls]
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
         carried = [dict(self.carried[batch]) for batch in batches]
-        return Streams(self.probe, sizes, hidden, calls, carried, self.ranks, self.samples)
+        return Streams(self.probe, sizes, hidden, calls, carried, self.store, self.ranks, self.samples)
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""
@@ -120,10 +123,10 @@ class Streams:
         wanted = {place for source, place in later if source == block.index}
         for batch in range(len(self.hidden)):
             output = self.run(block, batch, device)
-            self.hidden[batch] = hidden_of(output).cpu()
+            self.hidden[batch] = self.store.keep(hidden_of(output).cpu())
             for place in wanted:
                 candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
-                self.carried[batch][block.index, place] = share(output[place], candidates)
+                self.carried[batch][block.index, place] = self.store.keep(share(output[place], candidates))
 
     def run(
         self,

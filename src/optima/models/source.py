@@ -211,13 +211,17 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     with explain_read_errors(source, "weights"):
         model, loading = kind.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **arguments)
     assert isinstance(model, PreTrainedModel)
-    _check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
+    check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
     model.eval()
     return model
 
 
-def _check_complete(source: Source, model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
-    """The library fills missing weights with random numbers, and drops those that it has no place for."""
+def check_complete(source: Source, model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+    """The library fills missing weights with random numbers, and drops those that it has no place for.
+
+    Raises:
+        ModelError: if weights are missing, or the model names no class whose weights these could be.
+    """
     missing = [name for name in missing if not any(part in name for part in OPTIONAL_PARTS)]
     if missing:
         raise ModelError(

@@ -1,22 +1,58 @@
-"""Where a block's weights are while it is worked on: all in main memory, one block at a time on the device."""
+"""Where weights are while they are not worked on: in main memory, or on disk until a block's turn comes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from optima.device import Stopwatch, on_device
-from optima.models.stacks import Block
+from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
+from optima.models.source import Source, load_model
+from optima.models.stacks import Block, find_stacks
+
+Read = Callable[[], Mapping[str, Tensor]]
+
+
+class Weights(Protocol):
+    """Who gives a model its weights when they are wanted.
+
+    Attributes:
+        note: what a report must tell of them.
+    """
+
+    note: str | None
+
+    @contextmanager
+    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
+        """The block's weights are on ``device`` inside; the way there and back counts as stage ``read``."""
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """Inside, weights outside the blocks stay in main memory once a forward pass has asked for them."""
+
+    @contextmanager
+    def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """These parameters and saved buffers, by their full names, in memory."""
+
+    def replaced(self, block: Block, read: Read) -> None:
+        """From now on the block has weights of its own, which ``read`` gives by full names."""
 
 
 class Resident:
     """The whole model is in main memory: a block moves to the device and back."""
 
+    def __init__(self, model: nn.Module | None = None, note: str | None = None) -> None:
+        self.model, self.note = model, note
+
     @contextmanager
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
-        """The block's weights are on ``device`` inside; the way there and back counts as stage ``read``."""
+        """See ``Weights``."""
         clock = clock or Stopwatch(device)
         with ExitStack() as stack:
             with clock("read"):
@@ -24,3 +60,182 @@ class Resident:
             yield
             with clock("read"):
                 stack.close()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """See ``Weights``: they are there."""
+        yield
+
+    @contextmanager
+    def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """See ``Weights``."""
+        assert self.model is not None
+        wanted = frozenset(names)
+        yield {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
+
+    def replaced(self, block: Block, read: Read) -> None:
+        """See ``Weights``: it has them."""
+
+
+class Streamed:
+    """Weights stay on disk: a block's are read when its turn comes, and given up behind it.
+
+    Outside the blocks, embeddings and linears read theirs when they are first asked for them, and keep them until the
+    phase ends (``outside``). All else there stays in memory, for it is small. The modules are changed for good: a block
+    by its ``forward``, an embedding or linear by its class, since some models ask for a weight without a call.
+
+    Args:
+        checkpoint: the model and its files.
+        blocks: all blocks of its stacks.
+
+    Raises:
+        UnstreamableError: if blocks share weights, or a block's weights are made of those of others.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, blocks: Sequence[Block]) -> None:
+        self.checkpoint = checkpoint
+        self.note: str | None = None
+        self._replaced: dict[str, Read] = {}
+        self._kept: list[str] = []
+        self._reading = False
+        self._inside = {
+            block.name: [name for name in checkpoint.names if name.startswith(f"{block.name}.")] for block in blocks
+        }
+        for block in blocks:
+            names = self._inside[block.name]
+            if shared := [name for name in names if not set(checkpoint.names[name]) <= set(names)]:
+                raise UnstreamableError(f"{' and '.join(checkpoint.names[shared[0]])} are one weight")
+            checkpoint.check(names)
+        inside = {name for names in self._inside.values() for name in names}
+        outside = [name for name in checkpoint.names if name not in inside]
+        owners = {
+            f"{path}.{name}": module
+            for path, module in checkpoint.model.named_modules()
+            if isinstance(module, (nn.Embedding, nn.Linear))
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        lazy = {name for name in outside if all(same in owners for same in checkpoint.names[name])}
+        checkpoint.check(lazy)
+        checkpoint.read([name for name in outside if name not in lazy])
+        for name in sorted(lazy):
+            self._read_when_asked(owners[name], name)
+        self._first = outside[:1]
+        for block in blocks:
+            self._read_when_called(block)
+
+    @contextmanager
+    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
+        """See ``Weights``."""
+        clock = clock or Stopwatch(device)
+        with ExitStack() as stack:
+            with clock("read"):
+                stack.enter_context(self._block(block.name))
+                stack.enter_context(on_device(block.module, device))
+            yield
+            with clock("read"):
+                stack.close()
+
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """See ``Weights``."""
+        try:
+            # Where the first parameter is, models believe that they are.
+            self._keep(self._first)
+            yield
+        finally:
+            self.checkpoint.release(self._kept)
+            self._kept.clear()
+
+    @contextmanager
+    def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
+        """See ``Weights``."""
+        wanted = frozenset(names)
+        with ExitStack() as stack:
+            for block, inside in self._inside.items():
+                if not wanted.isdisjoint(inside):
+                    stack.enter_context(self._block(block))
+            stack.enter_context(self._read(sorted(wanted)))
+            yield {name: tensor for name, tensor in self.checkpoint.model.state_dict().items() if name in wanted}
+
+    def replaced(self, block: Block, read: Read) -> None:
+        """See ``Weights``."""
+        self._replaced[block.name] = read
+
+    @contextmanager
+    def _read(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """These tensors are in memory inside; those that were there stay. Gives the names of the others."""
+        missing = [name for name in names if not self.checkpoint.is_read(name)]
+        try:
+            self._reading = True
+            self.checkpoint.read(missing)
+            self._reading = False
+            yield missing
+        finally:
+            self._reading = False
+            self.checkpoint.release(missing)
+
+    @contextmanager
+    def _block(self, name: str) -> Iterator[None]:
+        """The same of a block, which may have been replaced."""
+        with self._read(self._inside[name]) as missing:
+            if missing and name in self._replaced:
+                state = self.checkpoint.model.state_dict()
+                with torch.no_grad():
+                    for changed, tensor in self._replaced[name]().items():
+                        state[changed].copy_(tensor)
+            yield
+
+    def _read_when_called(self, block: Block) -> None:
+        forward = block.module.forward
+
+        @wraps(forward)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            lost = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.is_meta]
+            assert not lost, f"{block.name} was given numbers made of weights that had not been read"
+            with self._block(block.name):
+                return forward(*args, **kwargs)
+
+        block.module.forward = called
+
+    def _keep(self, names: Sequence[str]) -> None:
+        """Read what is missing of ``names``, until the phase ends."""
+        missing = [name for name in names if not self.checkpoint.is_read(name)]
+        self._reading = True
+        self.checkpoint.read(missing)
+        self._reading = False
+        self._kept.extend(missing)
+
+    def _read_when_asked(self, module: nn.Module, name: str) -> None:
+        kind, last = type(module), name.rpartition(".")[2]
+
+        def ask(self_: nn.Module, attribute: str) -> Any:
+            if attribute == last and not self._reading:
+                self._keep([name])
+            return kind.__getattr__(self_, attribute)
+
+        module.__class__ = type(kind.__name__, (kind,), {"__getattr__": ask})
+
+
+def open_weights(
+    source: Source, structure: PreTrainedModel, dtype: str, whole: str | None = None
+) -> tuple[PreTrainedModel, Weights]:
+    """The model of ``source`` and who gives it its weights: from disk, where that can be.
+
+    Args:
+        source: where it is from.
+        structure: its skeleton.
+        dtype: of the weights; ``auto`` keeps the checkpoint's own.
+        whole: why it must be held in main memory, if it must.
+
+    Raises:
+        ModelError: if the weights cannot be found or read.
+    """
+    if whole is None:
+        try:
+            checkpoint = open_checkpoint(source, structure, dtype)
+            blocks = [block for stack in find_stacks(checkpoint.model) for block in stack.blocks]
+            return checkpoint.model, Streamed(checkpoint, blocks)
+        except UnstreamableError as error:
+            whole = str(error)
+    model = load_model(source, dtype)
+    return model, Resident(model, f"the whole model was held in main memory: {whole}")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,16 +18,19 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from optima.errors import ModelError
+from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions
 from optima.models.files import digest, explain_write_errors, read_header, sync
 from optima.models.journal import Journal
 from optima.models.source import Source
+from optima.models.weights import Resident, Weights
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
+OUTSIDE = ""  # the group of what is in no block
+LARGE_BYTES = 2**30  # an embedding above this has a file of its own, so that no more is in memory at a time
 
 
 def prepare(
@@ -49,7 +50,7 @@ def prepare(
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError("the model has adapters, which are not written: merge them into its weights first")
     # Elsewhere first: save_pretrained deletes the shards that it finds.
-    with explain_write_errors(directory), TemporaryDirectory(dir=directory.parent) as scratch, _no_bars():
+    with explain_write_errors(directory), TemporaryDirectory(dir=directory.parent) as scratch, no_bars():
         if source is not None:
             copy_companions(source, Path(scratch))
         try:
@@ -75,11 +76,20 @@ class Writer:
         directory: where the shards go; ``prepare`` has filled it.
         journal: on the same disk but outside ``directory``. The blocks that it tells of are checked against their
             files; from the first that is damaged on, all are forgotten, and done again.
+        weights: gives what is still to be written when all blocks are done; None: the model has it.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: Sequence[str], directory: Path, journal: Journal) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[str],
+        directory: Path,
+        journal: Journal,
+        weights: Weights | None = None,
+    ) -> None:
         self.model, self.directory, self.journal = model, directory, journal
-        groups: dict[str | None, None] = dict.fromkeys([*blocks, None])
+        self.weights = weights or Resident(model)
+        groups = self._names = _groups(model, blocks)
         self._files = {
             group: f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number, group in enumerate(groups, 1)
         }
@@ -190,20 +200,17 @@ class Writer:
             ModelError: if the disk fails.
         """
         with explain_write_errors(self.directory):
-            state: dict[str | None, dict[str, Tensor]] = defaultdict(dict)
-            blocks = [group for group in self._files if group is not None]
-            for name, tensor in self.model.state_dict().items():
-                state[_owner(name, blocks)][name] = tensor
             for group, file in self._files.items():
-                if group not in self._lines and state[group]:
-                    self._write(file, state[group])
+                if group not in self._lines and self._names[group]:
+                    with self.weights.state(self._names[group]) as tensors:
+                        self._write(file, tensors)
             if write_reports is not None:
                 write_reports(self.directory)
             self._write_index()
 
     def _write(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
         """One shard, in a temporary directory first."""
-        with TemporaryDirectory(dir=self._scratch) as scratch, _no_bars():
+        with TemporaryDirectory(dir=self._scratch) as scratch, no_bars():
             self.model.save_pretrained(scratch, state_dict=dict(tensors), max_shard_size=ONE_FILE)
             shard = Path(scratch, WEIGHTS)
             # safetensors gives its files to their owner alone.
@@ -227,8 +234,16 @@ class Writer:
         (self.directory / INDEX).write_text(text, encoding="utf-8")
 
 
-def _owner(name: str, blocks: Sequence[str]) -> str | None:
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
+def _groups(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, list[str]]:
+    """The tensors of each file: of a block; of what is outside, in one file but for those that are large."""
+    groups: dict[str, list[str]] = {block: [] for block in [*blocks, OUTSIDE]}
+    large: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = next((block for block in blocks if name.startswith(f"{block}.")), OUTSIDE)
+        if owner == OUTSIDE and tensor.numel() * tensor.element_size() > LARGE_BYTES:
+            owner = large.setdefault(id(tensor), name)  # tied weights go together
+        groups.setdefault(owner, []).append(name)
+    return groups
 
 
 def _places(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -248,15 +263,3 @@ def _places(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _bits(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without transformers' bar for each shard."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -1,0 +1,84 @@
+"""Activations that wait for their turn: in main memory up to a budget, beyond it in memory-mapped files."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from optima.models.files import explain_write_errors
+
+# Smaller tensors stay in main memory: a page, a mapping and a file cost more.
+SMALLEST_MAPPED = 2**16
+
+
+class Store:
+    """Keeps tensors on the CPU within a budget, in their own dtype; which of them are in files changes no number.
+
+    A file has no name from the moment on that it is mapped: the system removes it with the last tensor that needs it,
+    however the process ends.
+
+    Args:
+        budget: bytes of main memory; None: no limit.
+        directory: where the files are; None: that for temporary files.
+
+    Attributes:
+        mapped: bytes in files now.
+        most_mapped: the most that there were.
+    """
+
+    def __init__(self, budget: int | None = None, directory: Path | None = None) -> None:
+        self.budget, self.directory = budget, directory
+        self.held = self.mapped = self.most_mapped = 0
+        self._known: dict[int, tuple[int, bool]] = {}
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """The tensor, or one with the same numbers in a file, if there is no room left for it.
+
+        Raises:
+            ModelError: if the disk fails or is full.
+        """
+        size = tensor.numel() * tensor.element_size()
+        if self.budget is None or size < SMALLEST_MAPPED or id(tensor) in self._known:
+            return tensor
+        is_mapped = self.held + size > self.budget
+        if is_mapped:
+            tensor = self._map(tensor, size)
+            self.mapped += size
+            self.most_mapped = max(self.most_mapped, self.mapped)
+        else:
+            self.held += size
+        self._known[id(tensor)] = (size, is_mapped)
+        weakref.finalize(tensor, self._forget, id(tensor)).atexit = False
+        return tensor
+
+    @property
+    def notes(self) -> list[str]:
+        """For a report: what waited in files, if anything did."""
+        text = f"activations beyond the main memory left for them waited in files: {self.most_mapped:,} bytes at most"
+        return [text] if self.most_mapped else []
+
+    def _forget(self, key: int) -> None:
+        size, is_mapped = self._known.pop(key)
+        if is_mapped:
+            self.mapped -= size
+        else:
+            self.held -= size
+
+    def _map(self, tensor: Tensor, size: int) -> Tensor:
+        directory = self.directory or Path(tempfile.gettempdir())
+        with explain_write_errors(directory, "free some space there, or raise --memory-budget"):
+            handle, name = tempfile.mkstemp(prefix=".activations-", dir=directory)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, 0, size)  # a full disk is an error here, not a signal later
+                # Shared, so that the pages are the file's and can be written back and dropped.
+                mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            finally:
+                os.close(handle)
+                os.unlink(name)
+        return mapped.view(tensor.shape).copy_(tensor)

@@ -1,0 +1,156 @@
+"""Main memory of a run: what it takes whatever happens, and what is left for activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+from optima.calibration.loss_weights import LOGITS_BYTES
+from optima.device import find_device
+from optima.errors import RecipeError
+from optima.linear import Methods
+from optima.models.stacks import Block, guess_groups
+from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
+from optima.recipe import Recipe
+from optima.selectors.base import needs_of
+from optima.swaps.search import CHUNK_ENTRIES
+
+# Python and the libraries.
+LIBRARIES_BYTES = 512 * 2**20
+# Copies of a slice of logits that the sweep holds: logits, their softmax, the gradient, the model's own dtype.
+LOGITS_COPIES = 4
+# Without a budget, the share of what is free that may hold activations.
+FREE_SHARE = 0.5
+# Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
+# takes, the largest of the selectors.
+BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
+# Of a batch's activations, how many of each linear's input and output are there at a time.
+BUFFERS = 2
+# How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
+GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 24
+GIB = 2**30
+# Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
+CPU_TOKENS = 2048
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """Bytes of main memory that a run takes beside its activations.
+
+    Attributes:
+        weights: what is there at a time: streamed, two blocks (one at work, and its copy for the disk), or what is
+            outside the blocks, if that is more; else the whole model.
+        work: of the largest linear, on a CPU.
+        by_loss: of the logits, if the loss is swept.
+    """
+
+    weights: int
+    work: int
+    by_loss: int
+
+    @property
+    def least(self) -> int:
+        """A run cannot do with less: libraries and weights."""
+        return LIBRARIES_BYTES + self.weights
+
+    @property
+    def total(self) -> int:
+        """An upper bound: the logits are gone before linears are worked on."""
+        return self.least + max(self.work, self.by_loss)
+
+    def left(self, budget: int | None) -> int:
+        """What remains for activations; the rest of them waits in files.
+
+        Args:
+            budget: bytes that the run keeps to; None: half of what is free.
+
+        Raises:
+            RecipeError: if the run takes more, activations aside.
+        """
+        if budget is None:
+            return int(psutil.virtual_memory().available * FREE_SHARE)
+        if budget < self.least:
+            raise RecipeError(
+                f"memory_budget {budget / GIB:.2f} GiB is less than the {self.least / GIB:.2f} GiB that libraries "
+                "and weights take at a time: raise it, or leave it out"
+            )
+        return max(budget - self.total, 0)
+
+
+def host_memory(
+    model: nn.Module, blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype, streamed: bool
+) -> HostMemory:
+    """What a run takes.
+
+    Args:
+        model: with its weights, or its skeleton.
+        blocks: of its stacks, with the linears to prune.
+        recipe: as resolved.
+        methods: as built from it.
+        dtype: of the weights.
+        streamed: whether they stay on disk.
+    """
+    whole = count(model)
+    inside = [count(block.module) for block in blocks]
+    most = max(2 * max(inside, default=0), whole - sum(inside)) if streamed else whole
+    work = work_bytes(blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
+    by_loss = LOGITS_COPIES * LOGITS_BYTES if recipe.applied_objective == "loss" else 0
+    return HostMemory(most * dtype.itemsize, work, by_loss)
+
+
+def count(module: nn.Module) -> int:
+    """Its parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def on_cpu(recipe: Recipe) -> bool:
+    """Whether a run computes in main memory. A device that is named may be elsewhere."""
+    return (find_device("auto").type if recipe.device == "auto" else recipe.device) == "cpu"
+
+
+def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype) -> int:
+    """Upper bound of the work space on the device, the block's own weights aside.
+
+    Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
+    """
+    tokens = batch_tokens(recipe, on_cpu(recipe))
+    gradients = 12 if "gradient" in needs_of(methods.selector) else 0
+    most = 0
+    for block in blocks:
+        sizes = [linear.shape for linear in block.linears]
+        waiting = sum(8 * group[0].shape[1] ** 2 for group in guess_groups(block))
+        linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
+        activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
+        weights = sum(o * d for o, d in sizes)
+        most = max(most, waiting + gradients * weights + max(linear, activations))
+        if recipe.tuning_epochs or recipe.applied_objective == "loss":
+            # What autograd keeps, and of each weight what the optimizer does.
+            most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
+    return most
+
+
+def batch_tokens(recipe: Recipe, cpu: bool) -> int:
+    """Tokens in a forward pass."""
+    samples = batch_size(recipe, cpu, recipe.max_seq_length)
+    return min(samples, recipe.num_calibration_samples or samples) * recipe.max_seq_length
+
+
+def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
+    """Of one linear at work: matrices, weights, a chunk of rows in the solver, and one in the swaps."""
+    size = outputs * inputs
+    rows = min(BYTES_PER_ENTRY * size, DEFAULT_BUDGET_BYTES)
+    # A matrix of every row's kept weights, its factor, and the indices that gather it.
+    systems = 12 * min(CHUNK_ENTRIES, size * inputs) if swaps else 0
+    return BYTES_PER_SQUARE * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
+
+
+def batch_size(recipe: Recipe, on_cpu: bool, length: int | None) -> int:
+    """Sequences of ``length`` tokens in one forward pass; of unknown length as many as the batches have."""
+    if length is None:
+        return recipe.batch_size or 1
+    return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu else BATCH_SIZE)

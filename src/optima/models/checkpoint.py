@@ -1,0 +1,245 @@
+"""A checkpoint that stays on disk: a model on the meta device, and its tensors when they are asked for by name.
+
+transformers itself renames, fuses, transposes and casts what is read: it is given the few tensors on disk that those
+asked for are made of. accelerate's disk offload would hold a second copy of all that is fused, and reads by module.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
+from transformers.utils import logging as transformers_logging
+
+from optima.models.source import Source, check_complete, explain_read_errors, load_config
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class UnstreamableError(Exception):
+    """Why this checkpoint must be read whole."""
+
+
+class Checkpoint:
+    """Reads tensors of a model on the meta device, and gives them up again.
+
+    Args:
+        model: on the meta device but for its buffers that are not saved; it remembers how names were converted.
+        files: its safetensors files.
+
+    Attributes:
+        names: of each parameter and saved buffer, those that are the same tensor, itself included.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: Collection[Path]) -> None:
+        self.model = model
+        self.conversions: list[Any] = list(getattr(model, "_weight_conversions", None) or [])
+        self._files: list[Any] = [_open(file) for file in files]
+        on_disk = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
+        self._empty: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+        same: defaultdict[int, list[str]] = defaultdict(list)
+        for name, tensor in self._empty.items():
+            same[id(tensor)].append(name)
+        self.names = {name: tuple(same[id(tensor)]) for name, tensor in self._empty.items()}
+        self._on_disk: defaultdict[str, list[str]] = defaultdict(list)
+        for name in on_disk:
+            self._on_disk[self._in_model(name)].append(name)
+        self._slices = {name: file.get_slice(name) for name, file in on_disk.items()}
+
+    def _in_model(self, name: str) -> str:
+        """The tensor of the model that one on disk becomes (a part of); the first, if they are several."""
+        renamings = [each for each in self.conversions if isinstance(each, WeightRenaming)]
+        converters = [each for each in self.conversions if isinstance(each, WeightConverter)]
+        prefix = self.model.base_model_prefix
+        found, _ = rename_source_key(name, renamings, converters, prefix, self._empty)
+        if found not in self._empty and name in self._empty:
+            return name
+        return found
+
+    def is_read(self, name: str) -> bool:
+        """Whether a tensor of the model is in memory."""
+        return not _get(self.model, name).is_meta
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise ``UnstreamableError`` if the tensors ``names`` need others on disk than those named like them."""
+        shapes = {name: _meta(part) for name, part in self._parts(names).items()}
+        info = self._load(shapes, {"": "meta"})
+        self.release(names)
+        loaded = self._empty.keys() - info.missing_keys
+        for name in names:
+            if loaded.isdisjoint(self.names[name]):
+                raise UnstreamableError(f"{name} is made of parts of others")
+
+    def read(self, names: Collection[str]) -> None:
+        """Put the tensors ``names``, and those that are the same, into the model, on the CPU."""
+        names = [name for name in names if not self.is_read(name)]
+        self._load(self._parts(names), {"": "cpu"})
+        for name in names:
+            (tensor, *_) = (found for same in self.names[name] if not (found := _get(self.model, same)).is_meta)
+            tensor.requires_grad_(self._empty[name].requires_grad)
+            for same in self.names[name]:
+                _set(self.model, same, tensor)
+
+    def release(self, names: Collection[str]) -> None:
+        """Give up the tensors ``names``, and those that are the same."""
+        for name in names:
+            for same in self.names[name]:
+                _set(self.model, same, self._empty[same])
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors on disk are equal."""
+        one, other = (list(self._parts([name]).values()) for name in (first, second))
+        return len(one) == len(other) and all(torch.equal(a[...], b[...]) for a, b in zip(one, other, strict=True))
+
+    def _parts(self, names: Collection[str]) -> dict[str, Any]:
+        """What these are made of, by the names on disk."""
+        wanted = {same for name in names for same in self.names[name]}
+        return {part: self._slices[part] for same in sorted(wanted) for part in self._on_disk.get(same, ())}
+
+    def _load(self, parts: Mapping[str, Any], device_map: dict[str, str]) -> Any:
+        config = LoadStateDictConfig(dtype=self.model.dtype, device_map=device_map, weight_mapping=self.conversions)
+        with no_bars():
+            return self.model._load_pretrained_model(self.model, dict(parts), None, config)[0]
+
+
+def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> Checkpoint:
+    """A model of the class of ``structure`` whose weights stay on disk.
+
+    Args:
+        source: a directory, or a model of the hub, which is downloaded.
+        structure: its skeleton.
+        dtype: of the weights; ``auto`` keeps the checkpoint's own.
+
+    Raises:
+        UnstreamableError: if it must be read whole.
+        ModelError: if the weights cannot be found or read.
+    """
+    if source.gguf_file:
+        raise UnstreamableError("GGUF weights are unpacked when they are read")
+    config = load_config(source)
+    with explain_read_errors(source, "weights"):
+        files = _find(source)
+        shapes: dict[str, Tensor] = {}
+        for file in files:
+            with _open(file) as opened:
+                shapes |= {name: _meta(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        kind: Any = type(structure)
+        model, loading = kind.from_pretrained(
+            None, config=config, state_dict=shapes, dtype=dtype, device_map={"": "meta"}, output_loading_info=True
+        )
+        _add_generation(source, model)
+    model.config.name_or_path = source.path
+    check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
+    if loading["missing_keys"]:
+        raise UnstreamableError(f"weights that it lacks ({min(loading['missing_keys'])}) are made anew")
+    _fill_buffers(model)
+    checkpoint = Checkpoint(model, files)
+    if _tie(checkpoint):
+        checkpoint = Checkpoint(model, files)
+    model.eval()
+    return checkpoint
+
+
+def _find(source: Source) -> list[Path]:
+    """The files that transformers would read, in its order of preference; downloaded, if they are on the hub."""
+
+    def find(name: str) -> Path | None:
+        if source.local:
+            return path if (path := source.local / name).is_file() else None
+        try:
+            return Path(hf_hub_download(source.path, name, **source.of_hub))
+        except EntryNotFoundError:
+            return None
+
+    if file := find(WEIGHTS):
+        return [file]
+    if index := find(INDEX):
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        found = [find(name) for name in names]
+        if missing := [name for name, path in zip(names, found, strict=True) if path is None]:
+            raise OSError(f"{missing[0]} is missing")
+        return [path for path in found if path is not None]
+    raise UnstreamableError(f"there is neither {WEIGHTS} nor {INDEX}")
+
+
+def _open(file: Path) -> Any:
+    """Tensors are read, not mapped: a private mapping of a file counts as memory of the process."""
+    return safe_open(file, framework="pt", backend="pread")
+
+
+def _meta(part: Any) -> Tensor:
+    return torch.empty(part.get_shape(), dtype=str_to_torch_dtype[part.get_dtype()], device="meta")
+
+
+def _add_generation(source: Source, model: PreTrainedModel) -> None:
+    """The generation configuration, as ``from_pretrained`` finds it."""
+    if not model.can_generate():
+        return
+    try:
+        found = GenerationConfig.from_pretrained(source.path, **source.of_hub)
+    except OSError:
+        names: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
+        found = GenerationConfig.from_pretrained(source.path, **names, **source.of_hub)
+    model.generation_config = found
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Compute the buffers that are not saved, such as rotary frequencies, by the library's own initialisation."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (buffer := module._buffers.get(name)) is not None:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+        module._is_hf_initialized = False  # type: ignore[assignment]  # parameters keep their own mark, and are left alone
+    model.initialize_weights()
+
+
+def _tie(checkpoint: Checkpoint) -> bool:
+    """Tie weights that were saved twice if they are equal, which cannot be seen on the meta device; whether any are."""
+    model = checkpoint.model
+    pairs = dict(model.all_tied_weights_keys)
+    twice = {target: source for target, source in pairs.items() if source not in checkpoint.names[target]}
+    for target, source in twice.items():
+        if not checkpoint.same(target, source):
+            model.all_tied_weights_keys.pop(target)
+    if twice:
+        model.tie_weights(recompute_mapping=False)
+    return bool(twice)
+
+
+def _get(model: nn.Module, name: str) -> Tensor:
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    # Not as attributes: see ``optima.models.weights.Streamed``.
+    found: Tensor | None = module._parameters.get(last)
+    found = module._buffers[last] if found is None else found
+    assert found is not None
+    return found
+
+
+def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
+    path, _, last = name.rpartition(".")
+    setattr(model.get_submodule(path), last, tensor)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' bars for what it reads and writes."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,163 @@
+"""A model whose weights stay on disk ends as one that is held in memory, bit for bit, and is never there whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from safetensors.torch import load_file, save_file
+from tiny import WEIGHTS, make_llama, make_tokenizer, make_tokens, snapshot
+from transformers import PreTrainedModel
+
+import optima
+import optima.run
+from optima.errors import RecipeError
+from optima.models.checkpoint import Checkpoint
+from optima.models.skeleton import skeleton
+from optima.models.source import find_source
+from optima.models.weights import Resident, Streamed, open_weights
+
+REPORTS = ("report.json", "report.md", "report.html")
+CHEAP = {"selector": "wanda", "objective": "sink"}
+EVERYTHING = {"tuning_epochs": 1, "allocation": "loss"}
+
+
+def pruned(model: Path, out: Path, **options: Any) -> dict[str, bytes | None]:
+    """Every file that a run writes but the reports, which tell its time."""
+    recipe = optima.Recipe(device="cpu", batch_size=2, **options)
+    tokens = make_tokens(4).clamp_max(100)
+    optima.prune(model, recipe, output_dir=out, tokenizer=make_tokenizer(), calibration=tokens)
+    return {name: content for name, content in snapshot(out).items() if name not in REPORTS}
+
+
+@pytest.fixture
+def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Runs hold the whole model in memory until this is undone."""
+    monkeypatch.setattr(optima.run, "open_weights", lambda *given: open_weights(*given[:3], ""))
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", EVERYTHING), ("gemma3", {}), ("mixtral", CHEAP), ("gpt2", CHEAP), ("bert", CHEAP)],
+)
+def test_equals_a_resident_run(
+    family: str, options: dict[str, Any], tmp_path: Path, resident: pytest.MonkeyPatch
+) -> None:
+    build(family).bfloat16().save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    expected = pruned(tmp_path / "model", tmp_path / "resident", **options)
+    resident.undo()
+    found = pruned(tmp_path / "model", tmp_path / "streamed", **options)
+    assert found.keys() == expected.keys()
+    assert [name for name in found if found[name] != expected[name]] == []
+    notes = [set(optima.load_report(tmp_path / name).run.notes) for name in ("resident", "streamed")]
+    assert notes[0] - notes[1] == {"the whole model was held in main memory: "}
+    assert not notes[1] - notes[0]
+
+
+def streamed(model: PreTrainedModel, directory: Path) -> tuple[PreTrainedModel, Streamed]:
+    model.save_pretrained(directory)
+    source = find_source(str(directory))
+    found, weights = open_weights(source, skeleton(source)[0], "auto")
+    assert isinstance(weights, Streamed)
+    return found, weights
+
+
+def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[str]] = []
+    read = Checkpoint.read
+
+    def note(self: Checkpoint, names: list[str]) -> None:
+        read(self, names)
+        seen.append({name for name, tensor in self.model.state_dict().items() if not tensor.is_meta})
+
+    monkeypatch.setattr(Checkpoint, "read", note)
+    make_llama(num_hidden_layers=3).save_pretrained(tmp_path / "model")
+    pruned(tmp_path / "model", tmp_path / "out", **EVERYTHING)
+    blocks = [{name.split(".")[2] for name in names if name.startswith("model.layers.")} for names in seen]
+    assert {len(now) for now in blocks} == {0, 1}
+    last = [names for names, now in zip(seen, blocks, strict=True) if now][-1]
+    assert not {name for name in last if "embed" in name or "lm_head" in name}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_weights_that_were_saved_twice_are_tied_if_they_are_equal(same: bool, tmp_path: Path) -> None:
+    model = make_llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if same else 1)
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    source = find_source(str(tmp_path))
+    found, weights = open_weights(source, skeleton(source)[0], "auto")
+    with weights.state(["lm_head.weight", "model.embed_tokens.weight"]) as state:
+        assert (state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()) == same
+        assert torch.equal(state["lm_head.weight"], tensors["lm_head.weight"])
+    assert (found.lm_head.weight is found.model.embed_tokens.weight) == same
+
+
+def test_a_weight_is_read_when_it_is_asked_for_and_given_up_behind_the_phase(tmp_path: Path) -> None:
+    model, weights = streamed(make_llama(tie_word_embeddings=True), tmp_path)
+    tokens = make_tokens(1)
+    with torch.no_grad(), weights.outside():
+        logits = model(tokens).logits
+        assert not model.lm_head.weight.is_meta
+        assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+    assert torch.equal(logits, make_llama(tie_word_embeddings=True)(tokens).logits)
+    assert dict(model.named_parameters())["model.embed_tokens.weight"].is_meta
+    assert not model.model.norm.weight.is_meta
+
+
+def test_a_block_that_was_replaced_is_read_as_it_is_now(tmp_path: Path) -> None:
+    model, weights = streamed(make_llama(), tmp_path)
+    (block, *_) = optima.models.stacks.find_stacks(model)[0].blocks
+    name = block.linears[0].name + ".weight"
+    weights.replaced(block, lambda: {name: torch.zeros_like(block.linears[0].parameter, device="cpu")})
+    for context in (weights.on(block, torch.device("cpu")), weights.state([name])):
+        with context:
+            assert not block.linears[0].read().any()
+            assert block.linears[1].read().any()
+
+
+def test_gradients_are_taken_where_the_model_wants_them(tmp_path: Path) -> None:
+    model, weights = streamed(make_llama(), tmp_path)
+    (block, *_) = optima.models.stacks.find_stacks(model)[0].blocks
+    model.requires_grad_(False)
+    with weights.on(block, torch.device("cpu")):
+        assert not any(parameter.requires_grad for parameter in block.module.parameters())
+
+
+def test_what_cannot_be_streamed_is_held_in_memory_and_noted(tmp_path: Path) -> None:
+    model = make_llama()
+    model.save_pretrained(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "other.safetensors")
+    (tmp_path / "config.json").write_text(
+        (tmp_path / "config.json").read_text().replace("{", '{"transformers_weights": "other.safetensors",', 1)
+    )
+    source = find_source(str(tmp_path))
+    _, weights = open_weights(source, skeleton(source)[0], "auto")
+    assert isinstance(weights, Resident)
+    assert weights.note == (
+        "the whole model was held in main memory: there is neither model.safetensors nor model.safetensors.index.json"
+    )
+
+
+def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_llama().bfloat16().save_pretrained(tmp_path / "model")
+    expected = pruned(tmp_path / "model", tmp_path / "free", **EVERYTHING)
+    monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
+    found = pruned(tmp_path / "model", tmp_path / "kept", memory_budget="600MiB", **EVERYTHING)
+    assert [name for name in found if found[name] != expected[name]] == ["recipe.yaml"]
+    notes = optima.load_report(tmp_path / "kept").run.notes
+    assert any(note.startswith("activations beyond the main memory left for them waited in files") for note in notes)
+
+
+def test_a_budget_below_what_weights_take_is_refused(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path / "model")
+    with pytest.raises(RecipeError, match=r"memory_budget 0\.00 GiB is less than the 0\.50 GiB that libraries"):
+        pruned(tmp_path / "model", tmp_path / "out", memory_budget="1MiB")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,60 @@
+"""Activations within a budget: the same numbers, wherever they wait, and no file that outlives them."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from optima.calibration.store import SMALLEST_MAPPED, Store
+from optima.errors import ModelError, RecipeError
+from optima.memory import GIB, LIBRARIES_BYTES, HostMemory
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
+def test_beyond_the_budget_tensors_are_in_files_without_a_name(dtype: torch.dtype, tmp_path: Path) -> None:
+    given = [torch.arange(2 * SMALLEST_MAPPED).reshape(2, -1).to(dtype) + number for number in range(3)]
+    size = given[0].numel() * given[0].element_size()
+    store = Store(size, tmp_path)
+    kept = [store.keep(tensor) for tensor in given]
+    assert kept[0] is given[0]
+    assert kept[1] is not given[1]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(kept, given, strict=True))
+    assert (store.held, store.mapped) == (size, 2 * size)
+    assert not os.listdir(tmp_path)
+    assert store.notes
+    assert store.keep(kept[2]) is kept[2]
+    del given, kept
+    gc.collect()
+    assert (store.held, store.mapped, store.most_mapped) == (0, 0, 2 * size)
+
+
+def test_room_is_used_again(tmp_path: Path) -> None:
+    store = Store(8 * SMALLEST_MAPPED, tmp_path)
+    for _ in range(5):
+        tensor = store.keep(torch.zeros(8 * SMALLEST_MAPPED, dtype=torch.uint8))
+        del tensor
+    assert not store.notes
+
+
+def test_small_tensors_and_stores_without_a_budget_keep_all(tmp_path: Path) -> None:
+    small, large = torch.zeros(3), torch.zeros(SMALLEST_MAPPED)
+    assert Store(0, tmp_path).keep(small) is small
+    assert Store().keep(large) is large
+
+
+def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="free some space there, or raise --memory-budget"):
+        Store(0, tmp_path / "missing").keep(torch.zeros(SMALLEST_MAPPED))
+
+
+def test_what_is_left_for_activations() -> None:
+    memory = HostMemory(weights=GIB, work=GIB, by_loss=2 * GIB)
+    assert memory.left(8 * GIB) == 5 * GIB - LIBRARIES_BYTES
+    assert memory.left(2 * GIB) == 0
+    assert memory.left(None) > 0
+    with pytest.raises(RecipeError, match=r"memory_budget 1\.00 GiB is less than the 1\.50 GiB that libraries"):
+        memory.left(GIB)
