@@ -295,7 +295,7 @@ def _prune_stacks(
     network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
 ) -> None:
     stacks = chosen_stacks(network, checked.recipe)
-    for block in (block for stack in stacks for block in stack.blocks):
+    for block in (block for stack in stacks for block in stack.blocks if block.linears):
         with job.weights.on(block, torch.device("cpu"), job.clock):
             check_finite(block.linears)
     by_loss = checked.recipe.objective == "loss"
