@@ -44,5 +44,5 @@ def _one(members: Sequence[LinearRecord]) -> LinearRecord:
         "name": first.name.removesuffix(own) + kind(own),
         "shape": (sum(linear.shape[0] for linear in members), first.shape[1]),
     }
-    known = {name: value for name, value in values.items() if getattr(first, name) is not None}
+    known: dict[str, Any] = {name: value for name, value in values.items() if getattr(first, name) is not None}
     return replace(first, **known)
