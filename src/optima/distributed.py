@@ -165,6 +165,12 @@ class Group(Ranks):
             except OptimaError:  # this one, or that another process is no more
                 return
 
+    def leave(self) -> None:
+        """Break the connections: the others raise ``RankError``."""
+        self._over = True
+        dist.destroy_process_group(self._control)
+        del self._control, self._data  # the last that hold the connections open
+
     def collect(self, value: T) -> list[T]:
         """See ``Ranks``."""
         data, tensors = _take_apart(value)
@@ -273,6 +279,9 @@ def joined() -> Iterator[Ranks]:
         ranks.gather(None)
     except OptimaError as error:
         ranks.tell(error)
+        raise
+    except BaseException:  # a bug, or Ctrl-C: this process may live on, and the others must not wait for it
+        ranks.leave()
         raise
     if not ready:
         dist.destroy_process_group()
