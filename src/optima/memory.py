@@ -139,7 +139,8 @@ def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype:
 
 def _waiting_bytes(block: Block) -> int:
     """Of the hessians of a block, in float64: those of fused experts some at a time, beside those of all tokens."""
-    everywhere, experts = [], []
+    everywhere: list[int] = []
+    experts: list[int] = []
     for group in guess_groups(block):
         into = experts if isinstance(group[0], ExpertLinear) else everywhere
         into.append(8 * group[0].shape[1] ** 2)

@@ -66,6 +66,7 @@ from optima.reporting.progress import make_progress
 from optima.reporting.record import GIVEN_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
 
+
 def prune(
     model: str | Path | PreTrainedModel,
     recipe: Recipe | None = None,
@@ -290,7 +291,7 @@ def _memory(checked: _Checked, network: PreTrainedModel, weights: Weights) -> Ho
 def _store(
     checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None, ranks: Ranks
 ) -> Store:
-    """For activations, with the memory that weights and work leave; its files are beside the output, if that is here."""
+    """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
     left = _memory(checked, network, weights).left(checked.recipe.memory_budget, ranks.here())
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
