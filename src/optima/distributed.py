@@ -287,12 +287,16 @@ def joined() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def share_out(costs: Sequence[float], size: int) -> list[int | None]:
-    """Who does what: the largest first, each to whoever has least. None, for what exceeds one's share: all together."""
+def share_out(costs: Sequence[float], size: int, divisible: Sequence[bool] = ()) -> list[int | None]:
+    """Who does what: the largest first, each to whoever has least.
+
+    None, for what exceeds a fair share and is ``divisible`` (all, if it is empty): all do it together.
+    """
     load, fair = [0.0] * size, sum(costs) / size
     owners: list[int | None] = [None] * len(costs)
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        if costs[index] <= fair or size == 1:
+        together = size > 1 and costs[index] > fair and (not divisible or divisible[index])
+        if not together:
             least = min(range(size), key=load.__getitem__)
             owners[index] = least
             load[least] += costs[index]

@@ -186,7 +186,8 @@ class Job:
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        weights = None if self.loss is None else self.loss.of_tokens(block.name)
+        with torch.inference_mode(False):  # gradients are taken through what is made of them
+            weights = None if self.loss is None else self.loss.of_tokens(block.name)
         # In one process, with the sequences of all: what comes out must not depend on how many share the work.
         every, tuned = at_first(block, Sequences(streams, targets, weights)), None
         if every is not None:

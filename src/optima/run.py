@@ -20,7 +20,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches, given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
-from optima.calibration.own_text import own_text
+from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
@@ -204,6 +204,8 @@ def _check(
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
+    if recipe.dataset == [SELF] and calibration is None:
+        check_writes(structure)
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
@@ -291,7 +293,7 @@ def _memory(checked: _Checked, network: PreTrainedModel, weights: Weights) -> Ho
 def _store(
     checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None, ranks: Ranks
 ) -> Store:
-    """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
+    """For activations, with the memory that weights and work leave; its files are beside the output, if it is here."""
     left = _memory(checked, network, weights).left(checked.recipe.memory_budget, ranks.here())
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
@@ -301,7 +303,7 @@ def _prune_stacks(
     network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
 ) -> None:
     stacks = chosen_stacks(network, checked.recipe)
-    for block in (block for stack in stacks for block in stack.blocks):
+    for block in (block for stack in stacks for block in stack.blocks if block.linears):
         with job.weights.on(block, torch.device("cpu"), job.clock):
             check_finite(block.linears)
     by_loss = checked.recipe.objective == "loss"

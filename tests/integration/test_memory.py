@@ -15,7 +15,7 @@ from optima.build import build
 from optima.calibration.capture import capture
 from optima.device import PeakMemory
 from optima.pipeline import Job
-from optima.plan import work_bytes
+from optima.memory import work_bytes
 from optima.preflight import preflight
 from optima.recipe import Recipe
 

@@ -18,6 +18,7 @@ from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
 from optima.errors import CalibrationError, RankError, RecipeError
 from optima.models.stacks import ModuleLinear
+from optima.qp import rows as qp_rows
 
 SIZE = 3
 
@@ -76,6 +77,7 @@ def inputs_of(rank: int) -> Tensor:
 
 def reduce(ranks: Ranks) -> None:
     """The last process was given no token of one group; all solve another together."""
+    qp_rows.CACHE_ENTRIES, qp_rows.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
     linears = [
         ModuleLinear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))
     ]
@@ -186,6 +188,9 @@ class TestShareOut:
 
     def test_what_exceeds_a_share_is_done_together(self) -> None:
         assert share_out([1.0, 9.0, 2.0], 2) == [1, None, 0]
+
+    def test_what_cannot_be_divided_has_an_owner(self) -> None:
+        assert share_out([1.0, 9.0, 2.0], 2, [True, False, True]) == [1, 0, 1]
 
     def test_one_has_all(self) -> None:
         assert share_out([1.0, 9.0], 1) == [0, 0]
