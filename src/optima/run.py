@@ -293,7 +293,7 @@ def _memory(checked: _Checked, network: PreTrainedModel, weights: Weights) -> Ho
 def _store(
     checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None, ranks: Ranks
 ) -> Store:
-    """For activations, with the memory that weights and work leave; its files are beside the output, if it is here."""
+    """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
     left = _memory(checked, network, weights).left(checked.recipe.memory_budget, ranks.here())
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
