@@ -17,6 +17,7 @@ from torch import Tensor
 
 from optima.build import build
 from optima.calibration.loss_weights import KEPT_BYTES
+from optima.calibration.own_text import check_writes
 from optima.device import PeakMemory, Stopwatch, find_device
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram
@@ -102,6 +103,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
     model, config = skeleton(source)
+    if recipe.dataset == [SELF]:
+        check_writes(model)
     methods = build(recipe)
     found = preflight(model, recipe, methods, recipe.max_seq_length)
     recipe = sized(recipe, found)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optima.models.stacks import Block
+from optima.names import kind
 from optima.patterns import Pattern
 from optima.plan import Measured, Plan
 from optima.runtimes import table_rows, weights_of
@@ -25,10 +26,9 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
     for _, same in groupby(plan.found.blocks, key=lambda block: _structure(plan, block)):
         blocks = list(same)
         span = f"{blocks[0].index}" if len(blocks) == 1 else f"{blocks[0].index}-{blocks[-1].index}"
-        for linear in blocks[0].linears:
-            outputs, inputs = linear.shape
-            name_in_blocks, pattern = linear.name.replace(blocks[0].name, "*"), plan.found.patterns[linear.name]
-            table.add_row(span, name_in_blocks, f"{outputs} x {inputs}", str(pattern))
+        for row, names in _rows(plan, blocks[0]).items():
+            named = names[0] if len(names) == 1 else f"{row[0]} ({len(names)})"
+            table.add_row(span, named.replace(blocks[0].name, "*").replace(kind(blocks[0].name), "*"), *row[1:])
         table.add_section()
     console.print(table)
     share = 100.0 * plan.pruned_parameters / plan.num_parameters
@@ -71,6 +71,16 @@ def _advice(plan: Plan) -> list[str]:
         if plan.work_bytes + plan.block_bytes > card:
             lines.append(f"the card has {_size(card)}: {REMEDY}")
     return lines
+
+
+def _rows(plan: Plan, block: Block) -> dict[tuple[str, str, str], list[str]]:
+    """Names of a block's linears that differ in a number alone, as experts do, by what a row shows of them."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for linear in block.linears:
+        outputs, inputs = linear.shape
+        row = (kind(linear.name), f"{outputs} x {inputs}", str(plan.found.patterns[linear.name]))
+        rows.setdefault(row, []).append(linear.name)
+    return rows
 
 
 def _print_runtimes(plan: Plan, console: Console) -> None:

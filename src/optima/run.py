@@ -20,7 +20,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches, given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
-from optima.calibration.own_text import own_text
+from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
@@ -204,6 +204,8 @@ def _check(
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
+    if recipe.dataset == [SELF] and calibration is None:
+        check_writes(structure)
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)

@@ -185,5 +185,5 @@ def test_a_plan_knows_what_is_in_memory_at_a_time(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     source = find_source(str(tmp_path))
     plan = make_plan(source, optima.Recipe(max_seq_length=16))
-    assert plan.weights_bytes == max(2 * plan.block_bytes, plan.model_bytes - 6 * plan.block_bytes)
-    assert make_plan(source, optima.Recipe(max_seq_length=16, dataset=["self"])).weights_bytes == plan.model_bytes
+    assert plan.host.weights == max(2 * plan.block_bytes, plan.model_bytes - 6 * plan.block_bytes)
+    assert make_plan(source, optima.Recipe(max_seq_length=16, dataset=["self"])).host.weights == plan.model_bytes

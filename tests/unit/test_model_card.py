@@ -83,13 +83,13 @@ class TestBody:
         assert "mine.jsonl" in text
         assert "secret" not in text
 
-    def test_encoder(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    def test_a_class_that_transformers_does_not_know(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"architectures": ["TheirModel"]}')
         write_card(tmp_path, report(), None)
         assert "AutoModel.from_pretrained" in card_of(tmp_path).text
 
-    @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM"])
-    def test_a_head_that_auto_model_would_drop(self, name: str, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "T5EncoderModel", "BertModel"])
+    def test_the_class_that_auto_model_might_not_choose(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')
         write_card(tmp_path, report(), None)
         assert f"import AutoTokenizer, {name}\n" in card_of(tmp_path).text
