@@ -8,14 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from optima.distributed import STRIP_BYTES, share_out
+from optima.qp.rows import chunk_rows
 
 SAMPLE = 512  # inputs that go to the owner beside a hessian
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a recipe, by ``profiled`` at 512 and 1,024 inputs: of selecting, by one process, and of the rest, by all.
+    """Of a recipe, by ``profiled`` at 512 and 1,024 inputs: of selecting, and of the rest, which can be shared.
 
     Attributes:
         select_rows, rows: products of a linear's rows with a D x D matrix.
@@ -52,12 +55,17 @@ class Group:
         """As ``optima.calibration.reduction.cost`` shares work out."""
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
-    def solve(self, counts: Counts, first: bool, processes: int) -> tuple[float, float]:
-        """Operations of one of the processes that share the rows: products, and eigendecompositions."""
-        rows = counts.rows / processes + counts.select_rows * first
-        cubes = counts.cubes + counts.select_cubes * first
+    def chunks(self, device: str) -> int:
+        """Into which the rows of its largest linear fall apart."""
+        outputs = max(self.outputs)
+        return -(-outputs // chunk_rows(self.inputs, outputs, torch.device(device)))
+
+    def solve(self, counts: Counts, share: float) -> tuple[float, float]:
+        """Operations of a process that has a share of the rows: products, and eigendecompositions."""
+        rows = counts.rows * share + counts.select_rows
+        cubes = counts.cubes + counts.select_cubes
         products = 2 * (cubes * self.inputs**3 + rows * self.weights * self.inputs)
-        return products, 2 * counts.eigen * first * self.inputs**3
+        return products, 2 * counts.eigen * self.inputs**3
 
 
 @dataclass(frozen=True)
@@ -141,13 +149,15 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
     head = 2.0 * tokens * model.vocabulary * model.hidden
     gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
     each = [group for group in model.groups for _ in range(group.copies)]
-    owners = share_out([group.cost for group in each], processes)
+    device = "cuda" if itemsize == 2 else "cpu"  # here float32 on a CPU, there bfloat16 on cards
+    owners = share_out([group.cost for group in each], processes, [group.chunks(device) > 1 for group in each])
     load, eigen = [0.0] * processes, [0.0] * processes
     reduced = shared = 0.0
     for group, owner in zip(each, owners, strict=True):
+        chunks = group.chunks(device)
+        share = -(-chunks // processes) / chunks if owner is None else 1.0
         for rank in range(processes) if owner is None else [owner]:
-            first, share = (rank == 0, processes) if owner is None else (True, 1)
-            products, spectrum = group.solve(counts, first, share)
+            products, spectrum = group.solve(counts, share)
             load[rank] += products
             eigen[rank] += spectrum
         reduced += lower_bytes(group.inputs) + 4 * min(SAMPLE, samples * length) * group.inputs

@@ -21,7 +21,7 @@ from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.problem import concatenate
 from optima.qp.rounding import Rounded, round_rows
-from optima.qp.rows import DEFAULT_BUDGET_BYTES
+from optima.qp.rows import DEFAULT_BUDGET_BYTES, chunk_rows
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
@@ -88,7 +88,7 @@ def prune_linear(
         methods: how.
         dtype: of the checkpoint: weights are rounded to it, and the record speaks of the rounded ones.
         clock: is told the seconds of the stages ``select``, ``solve``, ``round`` and ``share``.
-        together: processes that were all given this linear: the first selects, each has its rows, all have the result.
+        together: processes that were all given this linear: each has some of its rows, all have the result.
 
     Raises:
         RecipeError: if the selector breaks its contract (shapes, dtypes, zeros off keep, the pattern's counts).
@@ -98,14 +98,15 @@ def prune_linear(
     before = clock.total
     with full_precision():
         with clock("select"):
-            selection = together.from_first(
-                lambda: checked(_select(methods.selector, task, pattern), task, pattern, methods.selector)
-            )
-        own = _work(task, selection, pattern, methods, dtype, clock, together.part(len(task.weight_OD)))
+            # By all, for it leaves what rows are solved with on the hessian; the first one's counts.
+            chosen = checked(_select(methods.selector, task, pattern), task, pattern, methods.selector)
+            chosen = together.share(chosen, 0)
+        chunks = _chunks(task, methods.budget_bytes)
+        own = [_work(task, chosen, pattern, methods, dtype, clock, rows) for rows in chunks[together.part(len(chunks))]]
         if together.size > 1:
             with clock("share"):
-                own = _whole(together.collect(own))
-        selection, refined, solution, rounded = own
+                own = [part for parts in together.collect(own) for part in parts]
+        selection, refined, solution, rounded = _whole(own)
         with clock("round"):
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
             weight_OD = weight_OD + 0.0  # no -0.0, whose bits are not zero: to a packer it is a value
@@ -138,6 +139,13 @@ class _Rows(NamedTuple):
     rounded: Rounded | None
 
 
+def _chunks(task: LinearTask, budget_bytes: int) -> list[slice]:
+    """Rows that are worked on together, however many processes share them: so that these do not change a digit."""
+    total, size = task.weight_OD.shape
+    chunk = chunk_rows(size, total, task.weight_OD.device, budget_bytes)
+    return [slice(begin, begin + chunk) for begin in range(0, max(total, 1), chunk)]
+
+
 def _work(
     task: LinearTask,
     selection: Selection,
@@ -167,7 +175,9 @@ def _work(
 
 
 def _whole(parts: Sequence[_Rows]) -> _Rows:
-    """All rows of a linear, of which each process had a part."""
+    """All rows of a linear."""
+    if len(parts) == 1:
+        return parts[0]
 
     def joined(kind: type[Named], values: Sequence[Named | None], names: Sequence[str]) -> Named | None:
         """Values whose attributes have an entry a row."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import psutil
+import torch
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -11,6 +13,8 @@ from optima.models.stacks import Block
 from optima.patterns import Pattern
 from optima.plan import Measured, Plan
 from optima.runtimes import table_rows, weights_of
+
+REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients; --ignore the widest linears"
 
 
 def print_plan(plan: Plan, measured: Measured | None, name: str, console: Console) -> None:
@@ -28,11 +32,15 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         table.add_section()
     console.print(table)
     share = 100.0 * plan.pruned_parameters / plan.num_parameters
+    held = min(plan.inputs_bytes, plan.left_bytes)
     lines = {
         "weights in these linears": f"{plan.pruned_parameters:,} of {plan.num_parameters:,} parameters ({share:.0f}%)",
         "sparsity of all of them": f"{plan.sparsity:.2%}",
-        "model (main memory)": _size(plan.model_bytes),
-        "block inputs (main memory)": _size(plan.inputs_bytes),
+        "main memory": f"at most {_size(plan.host.total + held)}: libraries and weights {_size(plan.host.least)}, "
+        f"work {_size(plan.host.total - plan.host.least)}, block inputs {_size(held)}",
+        "disk": f"{_size(plan.model_bytes)} for the result"
+        + (f", {_size(plan.inputs_bytes - held)} for block inputs during the run" if plan.inputs_bytes > held else ""),
+        "passes": f"{plan.passes} over the calibration text; weights are read {plan.reads} times",
         "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
     }
     if measured is None:
@@ -45,9 +53,26 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
     for key, value in lines.items():
         grid.add_row(key, value)
     console.print(grid, highlight=False)
+    for advice in _advice(plan):
+        console.print(f"does not fit: {advice}", highlight=False, markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     _print_runtimes(plan, console)
+
+
+def _advice(plan: Plan) -> list[str]:
+    """What to change if main memory or the card does not hold what the plan takes."""
+    lines = []
+    free = psutil.virtual_memory().available
+    if plan.host.least > free:
+        lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
+    elif plan.host.total > free:
+        lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory
+        if plan.work_bytes + plan.block_bytes > card:
+            lines.append(f"the card has {_size(card)}: {REMEDY}")
+    return lines
 
 
 def _print_runtimes(plan: Plan, console: Console) -> None:

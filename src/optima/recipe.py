@@ -160,7 +160,8 @@ class Recipe:
         "model", False, "run code that comes with the checkpoint, or that --selector names")
     device: str = _option("run", "auto", "auto, cpu, cuda or cuda:N")
     memory_budget: Size | None = _option(
-        "run", None, "main memory that the run keeps to, such as 8GiB: what is more waits in files", shown="none")
+        "run", None, "main memory that a process of the run keeps to, such as 8GiB: what is more waits in files",
+        shown="none")
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -97,5 +97,4 @@ def describe(ranks: Ranks, dtype: torch.dtype | None, tuned: bool, writer: Write
             f"their batches are not those of one process, which moves activations by roundings of {name}, {size:.0e}"
         )
     text += "; where saliencies are as near to each other, masks differ, and what follows from them"
-    text += "; rows of large linears are solved apart, to the same certified gap"
     return text + ("; the first process tunes blocks, on the sequences of all" if tuned else "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
-from optima.errors import CalibrationError, RecipeError
+from optima.errors import CalibrationError, RankError, RecipeError
 from optima.models.stacks import ModuleLinear
+from optima.qp import rows as qp_rows
 
 SIZE = 3
 
@@ -75,6 +77,7 @@ def inputs_of(rank: int) -> Tensor:
 
 def reduce(ranks: Ranks) -> None:
     """The last process was given no token of one group; all solve another together."""
+    qp_rows.CACHE_ENTRIES, qp_rows.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
     linears = [
         ModuleLinear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))
     ]
@@ -134,6 +137,31 @@ def test_where_one_dies_the_others_end() -> None:
     assert in_processes(SIZE, work) == [3, 7, 3]
 
 
+def test_where_one_goes_its_own_way_the_others_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives on: whoever called a run may have caught what a callback raised."""
+    monkeypatch.chdir(tmp_path)
+
+    def work(ranks: Ranks) -> None:
+        try:
+            with joined() as inner:
+                inner.gather(None)
+                if inner.first:
+                    raise ValueError("of a callback")
+                inner.gather(None)
+        except ValueError:
+            for _ in range(300):
+                if Path("ended").exists():
+                    return
+                time.sleep(0.1)
+        except RankError:
+            Path("ended").touch()
+            return
+        raise AssertionError("waited for a process that had gone")
+
+    codes = in_processes(2, work)
+    assert Path("ended").exists(), codes
+
+
 def test_what_cannot_be_sent_is_said() -> None:
     assert in_processes(SIZE, lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
     assert "cannot be sent to another process" in Path("said2").read_text()
@@ -160,6 +188,9 @@ class TestShareOut:
 
     def test_what_exceeds_a_share_is_done_together(self) -> None:
         assert share_out([1.0, 9.0, 2.0], 2) == [1, None, 0]
+
+    def test_what_cannot_be_divided_has_an_owner(self) -> None:
+        assert share_out([1.0, 9.0, 2.0], 2, [True, False, True]) == [1, 0, 1]
 
     def test_one_has_all(self) -> None:
         assert share_out([1.0, 9.0], 1) == [0, 0]

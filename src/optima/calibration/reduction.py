@@ -14,6 +14,7 @@ from torch import Tensor
 from optima.calibration.streams import Call, Streams
 from optima.distributed import Ranks, share_out
 from optima.models.stacks import Block, Linear
+from optima.qp.rows import chunk_rows
 
 if TYPE_CHECKING:
     from optima.calibration.statistics import Accumulator
@@ -55,7 +56,8 @@ def reduce_statistics(
     names = [group[0].name for group in groups]
     if ranks.size == 1:
         return dict.fromkeys(names, 0)
-    owners = dict(zip(names, share_out([cost(group) for group in groups], ranks.size), strict=True))
+    divisible = [any(_chunks(linear, device) > 1 for linear in group) for group in groups]
+    owners = dict(zip(names, share_out([cost(group) for group in groups], ranks.size, divisible), strict=True))
     sizes = {group[0].name: group[0].shape[1] for group in groups}
     reduce_to(owners, accumulators, sizes, untold, (ranks, device))
     return owners
@@ -80,6 +82,12 @@ def cost(group: Sequence[Linear]) -> float:
     """Of a group's linears and their hessian, in multiplications."""
     size = group[0].shape[1]
     return float(size**3 + PRODUCTS * sum(linear.shape[0] for linear in group) * size**2)
+
+
+def _chunks(linear: Linear, device: torch.device) -> int:
+    """Into which its rows fall apart, in one process as in many."""
+    outputs, inputs = linear.shape
+    return -(-outputs // chunk_rows(inputs, outputs, device))
 
 
 def _counts(accumulator: Accumulator) -> _Counts:
@@ -154,13 +162,15 @@ def at_first(block: Block, own: Sequences) -> Sequences | None:
     if not parts:
         return None
     calls: list[list[Call]] = [[] for _ in range(block.index)]
+    keep = streams.store.keep
     whole = Streams(
         streams.probe,
         [size for part in parts for size in part.sizes],
-        [hidden for part in parts for hidden in part.hidden],
+        [keep(hidden) for part in parts for hidden in part.hidden],
         [*calls, [call for part in parts for call in part.calls]],
-        [places for part in parts for places in part.carried],
+        [{place: keep(tensor) for place, tensor in places.items()} for part in parts for places in part.carried],
+        streams.store,
     )
     known = [part.weights for part in parts if part.weights is not None]
     all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None
-    return Sequences(whole, [target for part in parts for target in part.targets], all_weights)
+    return Sequences(whole, [keep(target) for part in parts for target in part.targets], all_weights)

@@ -38,7 +38,7 @@ def solve_rows(
     with full_precision(), torch.no_grad():
         _ = hessian.factorisation  # every certificate needs it, and fewer rows would not help where it does not fit
         total = len(problem.target_RD)
-        chunk = planned = _chunk(hessian, total, budget_bytes)
+        chunk = planned = chunk_rows(hessian.num_inputs, total, hessian.device, budget_bytes)
         parts: list[RowSolution] = []
         begin = 0
         while begin < total or not parts:
@@ -58,11 +58,14 @@ def solve_rows(
     return replace(solution, solver=solution.solver or solver.name, note="; ".join(notes))
 
 
-def _chunk(hessian: Hessian, total: int, budget_bytes: int) -> int:
-    """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size."""
-    num_inputs = max(hessian.num_inputs, 1)
+def chunk_rows(num_inputs: int, total: int, device: torch.device, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> int:
+    """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size.
+
+    The last digits of a row depend on those beside it in its chunk, and on no others.
+    """
+    num_inputs = max(num_inputs, 1)
     chunk = max(budget_bytes // (BYTES_PER_ENTRY * num_inputs), 1)
-    if hessian.device.type == "cpu":
+    if device.type == "cpu":
         chunk = min(chunk, max(CACHE_ENTRIES // num_inputs, SMALLEST_CACHED_CHUNK))
     pieces = max(-(-total // chunk), 1)
     return max(-(-total // pieces), 1)

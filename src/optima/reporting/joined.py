@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from optima.names import kind
 from optima.reporting.record import LinearRecord, geometric_mean, largest, name_in_block, weighted_mean
@@ -31,7 +32,7 @@ def joined(linears: Sequence[LinearRecord], most: int = MOST_SHOWN) -> tuple[Lin
 def _one(members: Sequence[LinearRecord]) -> LinearRecord:
     first, own = members[0], name_in_block(members[0])
     effective = [linear.tokens_effective for linear in members if linear.tokens_effective is not None]
-    values = {
+    values: dict[str, Any] = {
         **{name: sum(getattr(linear, name) or 0 for linear in members) for name in ADDED},
         **{name: largest(getattr(linear, name) for linear in members) for name in LARGEST},
         **{name: geometric_mean(getattr(linear, name) for linear in members) for name in LIKE_ERRORS},
@@ -43,5 +44,5 @@ def _one(members: Sequence[LinearRecord]) -> LinearRecord:
         "name": first.name.removesuffix(own) + kind(own),
         "shape": (sum(linear.shape[0] for linear in members), first.shape[1]),
     }
-    known = {name: value for name, value in values.items() if getattr(first, name) is not None}
+    known: dict[str, Any] = {name: value for name, value in values.items() if getattr(first, name) is not None}
     return replace(first, **known)
