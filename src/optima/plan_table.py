@@ -7,7 +7,7 @@ from itertools import groupby
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from optima.models.stacks import Block
 from optima.names import kind
@@ -49,8 +49,10 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         lines["measured here"] = f"{_size(measured.work_bytes)} at most for a linear, its hessian included"
         stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in measured.seconds.items())
         lines["time here"] = f"{sum(measured.seconds.values()):.0f} s ({stages}) beside attention and element-wise work"
+    grid = Table.grid(Column(no_wrap=True, min_width=28), padding=(0, 1))  # a long value is wrapped in its column
     for key, value in lines.items():
-        console.print(f"{key:28s} {value}", highlight=False)
+        grid.add_row(key, value)
+    console.print(grid, highlight=False)
     for advice in _advice(plan):
         console.print(f"does not fit: {advice}", highlight=False, markup=False)
     for note in plan.notes:
@@ -103,4 +105,4 @@ def _structure(plan: Plan, block: Block) -> list[tuple[str, tuple[int, int], Pat
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
