@@ -403,11 +403,12 @@ class TestEval:
         assert main(["eval", "model", "out", *arguments]) == 0
         output, message = capfd.readouterr()
         assert message == ""
-        rows = [line.split("│") for line in output.splitlines() if line.startswith("│")]
-        assert [row[1].strip() for row in rows] == ["model", "out"]
-        assert [row[5].strip() for row in rows] == ["7", "7"]
-        assert all(200 < float(row[2]) < 500 for row in rows), "random weights: about the vocabulary's size"
-        assert "protocol windows (the tokenizer's special tokens (BOS) in every window), windows of 16 tokens" in output
+        rows = [line.split() for line in output.splitlines() if line.split()[:1] in (["model"], ["out"])][1:]
+        assert [row[0] for row in rows] == ["model", "out"]
+        assert all(200 < float(row[1]) < 500 for row in rows), "random weights: about the vocabulary's size"
+        assert (
+            "protocol windows (the tokenizer's special tokens (BOS) in every window), 7 windows of 16 tokens" in output
+        )
 
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         command = f"{sys.executable} -m optima eval model --dataset text.txt --max-seq-length 16 --max-windows 1 | true"

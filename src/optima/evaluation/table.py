@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +21,10 @@ Rows = list[list[str]]
 def print_tables(found: Evaluation, console: Console) -> None:
     """Print one row a model, then the tasks, then each model against the first."""
     for heading, rows, note in tables(found):
-        table = Table()
-        for title in heading:
-            table.add_column(title, justify="left" if title in LEFT else "right")
+        table = Table(box=SIMPLE_HEAD)
+        for title in heading:  # figures are never cut; in a narrow terminal names go over several lines
+            named = title in LEFT
+            table.add_column(title, justify="left" if named else "right", no_wrap=not named, overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -51,10 +53,11 @@ def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
     """Heading, rows and a note of each table that has something to say; columns without a cell are left out."""
     text = [model.perplexity for model in found.models if model.perplexity is not None]
     protocols = sorted({f"protocol {each.protocol} ({PROTOCOLS[each.protocol]})" for each in text})
-    lengths = sorted({f"windows of {each.length} tokens" for each in text})
+    lengths = sorted({f"{each.windows} windows of {each.length} tokens" for each in text})
     first = found.models[0].model
     for (heading, rows), note in (
         (text_table(found), f"{', '.join([*protocols, *lengths])}; ± standard error over windows"),
+        (divergence_table(found), f"from the predictions of {first}, token by token, ± standard error over windows"),
         (task_table(found), "zero-shot accuracy in percent, ± standard error"),
         (comparison_table(found), f"against {first}: 95% bootstrap interval over items, McNemar's exact test"),
     ):
@@ -64,25 +67,27 @@ def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
 
 
 def text_table(found: Evaluation) -> tuple[list[str], Rows]:
-    """Heading and rows of what was measured on text."""
-    heading = ["model", "perplexity", "±", "loss - first", "KL", "top-1 same", "windows", "seconds"]
+    """Heading and rows of what each model makes of the text."""
+    heading = ["model", "perplexity", "±", "loss - first"]
     differences = [None, *(each.loss_difference for each in found.comparisons)]
     rows = []
     for model, difference in zip(found.models, differences, strict=True):
         if (text := model.perplexity) is None:
             continue
-        apart = model.divergence
         rows.append([
             model.model,
             f"{text.perplexity:.3f}",
             "" if text.stderr is None else f"{text.stderr:.3f}",
             "" if difference is None else with_error(difference, ".4f"),
-            "" if apart is None else with_error(apart.kl, ".4f"),
-            "" if apart is None else with_error(apart.top1, ".2%"),
-            str(text.windows),
-            f"{model.seconds:.1f}",
         ])  # fmt: skip
     return heading, rows
+
+
+def divergence_table(found: Evaluation) -> tuple[list[str], Rows]:
+    """Heading and rows of how far predictions are from the first model's."""
+    apart = [(model.model, model.divergence) for model in found.models if model.divergence is not None]
+    rows = [[name, with_error(each.kl, ".4f"), with_error(each.top1, ".2%")] for name, each in apart]
+    return ["model", "KL", "top-1 same"], rows
 
 
 def task_table(found: Evaluation) -> tuple[list[str], Rows]:
