@@ -78,12 +78,12 @@ def write_checkpoint(directory: Path, wanted: LlamaConfig) -> int:
     return size
 
 
-def prune(model: Path, out: Path, selector: str, limit: int | None) -> None:
+def prune(model: Path, out: Path, solver: str, limit: int | None) -> None:
     """In this process, which may not have more anonymous memory than ``limit``."""
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
-    recipe = optima.Recipe(selector=selector, objective="sink", device="cpu", memory_budget=limit)
+    recipe = optima.Recipe(selector="wanda", solver=solver, objective="sink", device="cpu", memory_budget=limit)
     optima.prune(model, recipe, output_dir=out, tokenizer=_NoTokenizer(), calibration=tokens)  # type: ignore[arg-type]
 
 
@@ -104,9 +104,9 @@ def digests(out: Path) -> dict[str, str]:
     return found
 
 
-def run(model: Path, out: Path, selector: str, limit: int | None) -> float:
+def run(model: Path, out: Path, solver: str, limit: int | None) -> float:
     """Prune in a process of its own; its seconds."""
-    command = [sys.executable, __file__, "--child", str(model), str(out), selector, str(limit or 0)]
+    command = [sys.executable, __file__, "--child", str(model), str(out), solver, str(limit or 0)]
     started = time.perf_counter()
     subprocess.run(command, check=True, env=os.environ | {"MALLOC_ARENA_MAX": "2"})
     return time.perf_counter() - started
@@ -115,14 +115,14 @@ def run(model: Path, out: Path, selector: str, limit: int | None) -> float:
 def main() -> None:
     """Write, prune twice, compare."""
     if sys.argv[1:2] == ["--child"]:
-        model, out, selector, limit = sys.argv[2:]
-        prune(Path(model), Path(out), selector, int(limit) or None)
+        model, out, solver, limit = sys.argv[2:]
+        prune(Path(model), Path(out), solver, int(limit) or None)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=12.0, help="of weights")
     parser.add_argument("--width", type=int, default=3072, help="of the hidden states; a block has 20 width^2 bytes")
     parser.add_argument("--limit", type=TypeAdapter(ByteSize).validate_python, default="3GiB", help="anonymous memory")
-    parser.add_argument("--selector", default="wanda")
+    parser.add_argument("--solver", default="auto", help="none: masks alone, in a fraction of the time")
     parser.add_argument("--directory", type=Path, help="on a disk with room for three such models")
     options = parser.parse_args()
     limit = TypeAdapter(ByteSize).validate_python(options.limit)
@@ -133,7 +133,7 @@ def main() -> None:
         outputs = []
         for name, bound in (("limited", limit), ("unlimited", None)):
             out = Path(directory, name)
-            seconds = run(model, out, options.selector, bound)
+            seconds = run(model, out, options.solver, bound)
             peak = optima.load_report(out).run.peak_memory_bytes
             print(f"{name}: {seconds:.0f} s, peak resident memory {peak / 2**30:.2f} GiB", flush=True)
             outputs.append(digests(out))

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import logging
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -21,6 +22,12 @@ from optima.reporting.trackers import TRACKERS
 
 _logger = logging.getLogger("optima")
 
+EXAMPLES = """To begin with, for a MODEL of the hub or a directory:
+  optima plan MODEL
+  optima prune MODEL --output-dir DIR --sparsity 0.5
+  optima eval MODEL DIR --dataset held-out.txt
+optima COMMAND --help lists the options of a command."""
+
 LOG_FORMATS = ("text", "json")
 
 RECIPE_ACTIONS = {
@@ -31,12 +38,26 @@ RECIPE_ACTIONS = {
 }
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Help of 80 columns that breaks no line within an option or the name of a package."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        wrap = partial(textwrap.fill, width=width, initial_indent=indent, subsequent_indent=indent)
+        return "\n".join(wrap(line, break_on_hyphens=False) for line in text.split("\n"))
+
+
 class _Parser(argparse.ArgumentParser):
     """One spelling of every option, no guessed abbreviations, errors of one line; what is not given leaves no value."""
 
     def __init__(self, **options: Any) -> None:
-        narrow = partial(argparse.HelpFormatter, max_help_position=26)
-        super().__init__(allow_abbrev=False, argument_default=argparse.SUPPRESS, formatter_class=narrow, **options)
+        options |= {"argument_default": argparse.SUPPRESS, "formatter_class": _Formatter}
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise OptimaError(f"{message}\nsee {self.prog} --help")
@@ -74,7 +95,7 @@ def wants_json(argv: Sequence[str]) -> bool:
 
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the command line and that of each command."""
-    parser = _Parser(prog="optima", description=optima.__doc__)
+    parser = _Parser(prog="optima", description=optima.__doc__, epilog=EXAMPLES)
     parser.add_argument("--version", action="version", version=f"optima {optima.__version__}")
     found = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands: dict[str, _Parser] = {}
@@ -90,9 +111,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--overwrite", action="store_true", help="replace an earlier output in that place")
     text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
     option("--resume", action=argparse.BooleanOptionalAction, help=text)
-    option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to layers/")
-    option("--push-to-hub", metavar="REPO", help="then publish it; who may is asked before the run, see optima push")
-    option("--private", action="store_true", help="in a private repository, if it is made now")
+    option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to DIR/layers/")
+    text = "publish it afterwards, as optima push does; your right to is checked first"
+    option("--push-to-hub", metavar="REPO", help=text)
+    option("--private", action="store_true", help="if that makes a new repository, a private one")
     text = "what stderr gets: text (a live line, or a line a block) or json (an object a line) (default: text)"
     option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=text)
     text = f"experiment trackers that get errors, gaps and seconds of each block: {', '.join(TRACKERS)} (default: none)"
@@ -140,14 +162,15 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _add_eval(option: Callable[..., Any]) -> None:
     option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, the reference first")
-    option("--dataset", nargs="+", metavar="TEXT", help="text for perplexity: hub id or local text files")
+    text = "text for perplexity: hub ids, or local .txt, .jsonl, .json or .parquet files"
+    option("--dataset", nargs="+", metavar="TEXT", help=text)
     option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
     option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
     option("--text-column", metavar="NAME", help="column that holds the text (default: text)")
     option("--protocol", metavar="NAME", help=f"{_named(PROTOCOLS)} (default: {next(iter(PROTOCOLS))})")
     option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
     option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
-    text = "KL divergence from the first model and share of equal top-1 predictions; two models are in memory at once"
+    text = "KL divergence from the first model, and share of equal top-1 predictions; two models are in memory at once"
     option("--divergence", action="store_true", help=text)
     option("--tasks", nargs="+", metavar="TASK", help="multiple-choice tasks of lm-eval, such as piqa,arc_easy")
     suites = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in SUITES.items())
@@ -197,6 +220,7 @@ def _add_recipe(parser: _Parser) -> None:
 def _metavar(field: dataclasses.Field[Any]) -> str:
     """What stands for a value in the help."""
     names = {"targets": "REGEX", "ignore": "REGEX", "pattern": "PATTERN", "dataset": "TEXT", "mask_from": "PATH"}
+    names |= {"memory_budget": "SIZE"}
     text = must_be(field.name)
     return names.get(field.name) or ("N" if "whole number" in text else "X" if "number" in text else "NAME")
 

@@ -79,7 +79,8 @@ def describe_device(device: torch.device) -> str:
     """Name of the device for the report."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
 
 
 @contextmanager

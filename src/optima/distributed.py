@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,11 @@ class Ranks:
         """Which of ``count`` things are this process's, or another's: contiguous; sizes differ by one at most."""
         rank = self.rank if rank is None else rank
         return slice(rank * count // self.size, (rank + 1) * count // self.size)
+
+    def here(self) -> int:
+        """How many of them are on this machine."""
+        hosts = self.gather(socket.gethostname())
+        return hosts.count(hosts[self.rank])
 
     def on(self, name: str) -> torch.device:
         """The device of this process, where ``name`` is a recipe's.
@@ -158,6 +164,12 @@ class Group(Ranks):
                 self._exchange(error, None)
             except OptimaError:  # this one, or that another process is no more
                 return
+
+    def leave(self) -> None:
+        """Break the connections: the others raise ``RankError``."""
+        self._over = True
+        dist.destroy_process_group(self._control)
+        del self._control, self._data  # the last that hold the connections open
 
     def collect(self, value: T) -> list[T]:
         """See ``Ranks``."""
@@ -267,6 +279,9 @@ def joined() -> Iterator[Ranks]:
         ranks.gather(None)
     except OptimaError as error:
         ranks.tell(error)
+        raise
+    except BaseException:  # a bug, or Ctrl-C: this process may live on, and the others must not wait for it
+        ranks.leave()
         raise
     if not ready:
         dist.destroy_process_group()

@@ -9,10 +9,12 @@ import psutil
 import torch
 from torch import nn
 
+from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.loss_weights import LOGITS_BYTES
 from optima.device import find_device
 from optima.errors import RecipeError
 from optima.linear import Methods
+from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, guess_groups
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -63,17 +65,18 @@ class HostMemory:
         """An upper bound: the logits are gone before linears are worked on."""
         return self.least + max(self.work, self.by_loss)
 
-    def left(self, budget: int | None) -> int:
-        """What remains for activations; the rest of them waits in files.
+    def left(self, budget: int | None, processes: int = 1) -> int:
+        """What remains for the activations of a process; the rest of them waits in files.
 
         Args:
-            budget: bytes that the run keeps to; None: half of what is free.
+            budget: bytes that the process keeps to; None: its part of half of what is free.
+            processes: that share what is free.
 
         Raises:
             RecipeError: if the run takes more, activations aside.
         """
         if budget is None:
-            return int(psutil.virtual_memory().available * FREE_SHARE)
+            return int(psutil.virtual_memory().available * FREE_SHARE / processes)
         if budget < self.least:
             raise RecipeError(
                 f"memory_budget {budget / GIB:.2f} GiB is less than the {self.least / GIB:.2f} GiB that libraries "
@@ -123,7 +126,7 @@ def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype:
     most = 0
     for block in blocks:
         sizes = [linear.shape for linear in block.linears]
-        waiting = sum(8 * group[0].shape[1] ** 2 for group in guess_groups(block))
+        waiting = _waiting_bytes(block)
         linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
         activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
         weights = sum(o * d for o, d in sizes)
@@ -132,6 +135,16 @@ def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype:
             # What autograd keeps, and of each weight what the optimizer does.
             most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
     return most
+
+
+def _waiting_bytes(block: Block) -> int:
+    """Of the hessians of a block, in float64: those of fused experts some at a time, beside those of all tokens."""
+    everywhere: list[int] = []
+    experts: list[int] = []
+    for group in guess_groups(block):
+        into = experts if isinstance(group[0], ExpertLinear) else everywhere
+        into.append(8 * group[0].shape[1] ** 2)
+    return sum(everywhere) + min(sum(experts), EXPERT_BYTES + max(experts, default=0)) + 2 * max(experts, default=0)
 
 
 def batch_tokens(recipe: Recipe, cpu: bool) -> int:

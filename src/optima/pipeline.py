@@ -25,7 +25,7 @@ from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack
-from optima.models.weights import Resident, Weights
+from optima.models.weights import Read, Resident, Weights
 from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.reporting.callbacks import Listeners
@@ -90,8 +90,14 @@ class Job:
         return dict(total)
 
     @torch.no_grad()
-    def prune(self, stack: Stack, streams: Streams) -> None:
-        """Prune the linears of ``stack``; ``streams`` hold the inputs of its first block."""
+    def prune(self, stack: Stack, streams: Streams, runs_again: bool = False) -> None:
+        """Prune the linears of ``stack``.
+
+        Args:
+            stack: with the linears to prune.
+            streams: the inputs of its first block.
+            runs_again: whether the model will run these blocks for a later stack.
+        """
         blocks = stack.blocks[: stack.needed]
         ranks = streams.ranks
         resumed = ranks.from_first(lambda: {} if self.writer is None else self.writer.done)
@@ -120,10 +126,28 @@ class Job:
                     number = self._earlier + block.index
                     self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
                     self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
-            self.weights.replaced(block, partial(self._written, ranks, block))
+                if runs_again:
+                    self.weights.replaced(block, self._reader(ranks, block))
             self.progress.notes(self.notes)
             self.progress.block(block.name, self.blocks[-1], again)
         self._earlier += len(stack.blocks)
+
+    def _reader(self, ranks: Ranks, block: Block) -> Read:
+        """Gives what pruning made of a block, which is on the device."""
+        if ranks.size == 1 or isinstance(self.weights, Resident):
+            return partial(self._written, ranks, block)
+        # A process asks as often as it has batches, the others may not ask at the same time: each keeps its own.
+        names = self._changed(block)
+        state = block.module.state_dict(prefix=f"{block.name}.")
+        kept = {name: self.store.keep(state[name].detach().to("cpu", copy=True)) for name in names}
+        return lambda: kept
+
+    def _changed(self, block: Block) -> list[str]:
+        """Full names of the tensors of a block, the last that was done, that pruning changed."""
+        pruned = {linear.parameter.data_ptr() for linear in block.linears}
+        tuned = self.blocks[-1].tuning_epoch > 0
+        state = block.module.state_dict(prefix=f"{block.name}.")
+        return [name for name, tensor in state.items() if tensor.data_ptr() in pruned or (tuned and tensor.ndim == 1)]
 
     def _written(self, ranks: Ranks, block: Block) -> dict[str, Tensor]:
         """What was committed of a block, which every process asks for at the same time."""
@@ -154,19 +178,16 @@ class Job:
             return
         with clock("write"):
             tensors = block.module.state_dict(prefix=f"{block.name}.")
-            pruned = {linear.parameter.data_ptr() for linear in block.linears}
-            done, tuned = BlockDone(self.blocks[-1], linears, notes), self.blocks[-1].tuning_epoch > 0
-            changed = [
-                name for name, tensor in tensors.items() if tensor.data_ptr() in pruned or (tuned and tensor.ndim == 1)
-            ]
-            self.writer.commit(block.name, tensors, done.to_dict(), changed)
+            done = BlockDone(self.blocks[-1], linears, notes)
+            self.writer.commit(block.name, tensors, done.to_dict(), self._changed(block))
 
     def _tune(
         self, block: Block, keeps: Mapping[str, Tensor], streams: Streams, targets: Sequence[Tensor], first: int
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        weights = None if self.loss is None else self.loss.of_tokens(block.name)
+        with torch.inference_mode(False):  # gradients are taken through what is made of them
+            weights = None if self.loss is None else self.loss.of_tokens(block.name)
         # In one process, with the sequences of all: what comes out must not depend on how many share the work.
         every, tuned = at_first(block, Sequences(streams, targets, weights)), None
         if every is not None:

@@ -17,18 +17,20 @@ from torch import Tensor
 
 from optima.build import build
 from optima.calibration.loss_weights import KEPT_BYTES
+from optima.calibration.own_text import check_writes
 from optima.device import PeakMemory, Stopwatch, find_device
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
-from optima.memory import batch_tokens, work_bytes
+from optima.memory import HostMemory, batch_tokens, host_memory, work_bytes
+from optima.models.experts import ExpertLinear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
 from optima.models.stacks import Linear, guess_groups
 from optima.patterns import Pattern
 from optima.preflight import Preflight, preflight, sized
-from optima.recipe import Recipe
+from optima.recipe import SELF, Recipe
 from optima.selectors.base import LinearTask
 
 # Of a random hessian: common factors of the inputs, and what each input has to itself.
@@ -48,8 +50,12 @@ class Plan:
         work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work. An
             accelerator also holds ``block_bytes``.
         block_bytes: the largest block's weights.
-        inputs_bytes: stored block inputs (main memory).
-        model_bytes: the model's weights (main memory).
+        inputs_bytes: stored block inputs: in main memory, as far as there is room, and in files.
+        model_bytes: the model's weights, on disk; so many are written again.
+        host: main memory that a run takes beside block inputs.
+        left_bytes: main memory for block inputs.
+        passes: forward passes over the calibration text; a backward pass counts as two.
+        reads: how often the weights are read from disk.
         dtype: of the weights.
         notes: what will not be pruned, and what only calibration can tell.
     """
@@ -62,6 +68,10 @@ class Plan:
     block_bytes: int
     inputs_bytes: int
     model_bytes: int
+    host: HostMemory
+    left_bytes: int
+    passes: int
+    reads: int
     dtype: torch.dtype
     notes: tuple[str, ...]
 
@@ -93,12 +103,16 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
     model, config = skeleton(source)
+    if recipe.dataset == [SELF]:
+        check_writes(model)
     methods = build(recipe)
     found = preflight(model, recipe, methods, recipe.max_seq_length)
     recipe = sized(recipe, found)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
+    streamed = not source.gguf_file and recipe.dataset != [SELF]
+    memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
     # sweep for the loss keeps those of all blocks, up to a limit.
@@ -106,6 +120,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if recipe.applied_objective == "loss" else 0
+    routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what experts are given is kept
     notes = list(found.notes)
     if surveyed:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
@@ -118,11 +133,27 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0)), kept),
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), kept),
         model_bytes=num_parameters * dtype.itemsize,
+        host=memory,
+        left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
+        passes=forward_passes(recipe),
+        reads=_reads(recipe, len(found.blocks) * inputs),
         dtype=dtype,
         notes=tuple(notes),
     )
+
+
+def forward_passes(recipe: Recipe) -> int:
+    """Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs."""
+    epochs = recipe.tuning_epochs
+    return 2 + 2 * recipe.surveys + 4 * (recipe.applied_objective == "loss") + (3 * epochs + 1 if epochs else 0)
+
+
+def _reads(recipe: Recipe, inputs_bytes: int) -> int:
+    """Two looks at the model and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
+    parts = -(-inputs_bytes // KEPT_BYTES) if recipe.applied_objective == "loss" else 0
+    return 4 + bool(recipe.surveys) + 2 * parts
 
 
 def _dtype(value: Any) -> torch.dtype:
@@ -147,15 +178,12 @@ def measure(plan: Plan, recipe: Recipe) -> Measured:
     batch = batch_tokens(recipe, meter.device.type == "cpu")
     batches = recipe.num_calibration_samples * recipe.max_seq_length / batch
     seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
-    # Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs.
-    epochs = recipe.tuning_epochs
-    passes = 2 + 2 * recipe.surveys + 4 * (recipe.applied_objective == "loss") + (3 * epochs + 1 if epochs else 0)
     for block in plan.found.blocks:
         for group in guess_groups(block):
             inputs = group[0].shape[1]
             seconds["hessian"] += batches * meter.gram(batch, inputs)
             for linear in group:
-                seconds["forward"] += passes * batches * meter.product(batch, linear.shape, plan.dtype)
+                seconds["forward"] += plan.passes * batches * meter.product(batch, linear.shape, plan.dtype)
                 seconds["linears"] += meter.prune(linear, plan.found.patterns[linear.name], plan.dtype)
     return Measured(seconds, memory.peak() - memory.baseline)
 

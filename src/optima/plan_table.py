@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from itertools import groupby
 
+import psutil
+import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from optima.models.stacks import Block
+from optima.names import kind
 from optima.patterns import Pattern
 from optima.plan import Measured, Plan
 from optima.runtimes import table_rows, weights_of
+
+REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients; --ignore the widest linears"
 
 
 def print_plan(plan: Plan, measured: Measured | None, name: str, console: Console) -> None:
@@ -21,18 +26,21 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
     for _, same in groupby(plan.found.blocks, key=lambda block: _structure(plan, block)):
         blocks = list(same)
         span = f"{blocks[0].index}" if len(blocks) == 1 else f"{blocks[0].index}-{blocks[-1].index}"
-        for linear in blocks[0].linears:
-            outputs, inputs = linear.shape
-            name_in_blocks, pattern = linear.name.replace(blocks[0].name, "*"), plan.found.patterns[linear.name]
-            table.add_row(span, name_in_blocks, f"{outputs} x {inputs}", str(pattern))
+        for row, names in _rows(plan, blocks[0]).items():
+            named = names[0] if len(names) == 1 else f"{row[0]} ({len(names)})"
+            table.add_row(span, named.replace(blocks[0].name, "*").replace(kind(blocks[0].name), "*"), *row[1:])
         table.add_section()
     console.print(table)
     share = 100.0 * plan.pruned_parameters / plan.num_parameters
+    held = min(plan.inputs_bytes, plan.left_bytes)
     lines = {
         "weights in these linears": f"{plan.pruned_parameters:,} of {plan.num_parameters:,} parameters ({share:.0f}%)",
         "sparsity of all of them": f"{plan.sparsity:.2%}",
-        "model (main memory)": _size(plan.model_bytes),
-        "block inputs (main memory)": _size(plan.inputs_bytes),
+        "main memory": f"at most {_size(plan.host.total + held)}: libraries and weights {_size(plan.host.least)}, "
+        f"work {_size(plan.host.total - plan.host.least)}, block inputs {_size(held)}",
+        "disk": f"{_size(plan.model_bytes)} for the result"
+        + (f", {_size(plan.inputs_bytes - held)} for block inputs during the run" if plan.inputs_bytes > held else ""),
+        "passes": f"{plan.passes} over the calibration text; weights are read {plan.reads} times",
         "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
     }
     if measured is None:
@@ -41,11 +49,40 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         lines["measured here"] = f"{_size(measured.work_bytes)} at most for a linear, its hessian included"
         stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in measured.seconds.items())
         lines["time here"] = f"{sum(measured.seconds.values()):.0f} s ({stages}) beside attention and element-wise work"
+    grid = Table.grid(Column(no_wrap=True, min_width=28), padding=(0, 1))  # a long value is wrapped in its column
     for key, value in lines.items():
-        console.print(f"{key:28s} {value}", highlight=False)
+        grid.add_row(key, value)
+    console.print(grid, highlight=False)
+    for advice in _advice(plan):
+        console.print(f"does not fit: {advice}", highlight=False, markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     _print_runtimes(plan, console)
+
+
+def _advice(plan: Plan) -> list[str]:
+    """What to change if main memory or the card does not hold what the plan takes."""
+    lines = []
+    free = psutil.virtual_memory().available
+    if plan.host.least > free:
+        lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
+    elif plan.host.total > free:
+        lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0).total_memory
+        if plan.work_bytes + plan.block_bytes > card:
+            lines.append(f"the card has {_size(card)}: {REMEDY}")
+    return lines
+
+
+def _rows(plan: Plan, block: Block) -> dict[tuple[str, str, str], list[str]]:
+    """Names of a block's linears that differ in a number alone, as experts do, by what a row shows of them."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for linear in block.linears:
+        outputs, inputs = linear.shape
+        row = (kind(linear.name), f"{outputs} x {inputs}", str(plan.found.patterns[linear.name]))
+        rows.setdefault(row, []).append(linear.name)
+    return rows
 
 
 def _print_runtimes(plan: Plan, console: Console) -> None:
@@ -68,4 +105,4 @@ def _structure(plan: Plan, block: Block) -> list[tuple[str, tuple[int, int], Pat
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"

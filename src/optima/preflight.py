@@ -85,7 +85,8 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int | 
         found.patterns.update(table.assign({linear.name: linear.shape[1] for linear in found.linears}))
     if isinstance(methods.selector, External):
         if isinstance(masks := methods.selector.masks, MaskFiles):
-            masks.check_names([name for name, module in model.named_modules() if hasattr(module, "weight")])
+            fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+            masks.check_names([*(name for name, module in model.named_modules() if hasattr(module, "weight")), *fused])
         for linear in found.linears:
             found.patterns[linear.name] = methods.selector.check(linear, found.patterns.get(linear.name))
     return found

@@ -95,7 +95,7 @@ class Recipe:
         "that matches counts", shown="none")
     scope: str | None = _option(
         "mask", None, "what an unstructured sparsity is ranked over", SCOPES,
-        "layer by objective loss, else as published")
+        "layer with objective loss, else the selector's own")
     group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
     allocation: str = _option("mask", "uniform", "how linears share one sparsity", ALLOCATION_NAMES)
     allocation_spread: Fraction | None = _option(
@@ -116,7 +116,7 @@ class Recipe:
     objective: str | None = _option(
         "objective", None, "how tokens and outputs count: as the model's loss feels them (one backward pass over the "
         "dense model), every token alike but for each sequence's first (the attention sink), or plainly alike",
-        OBJECTIVES, "loss; with solver none plain, as published")
+        OBJECTIVES, "loss; plain with solver none, as published")
     sink_weight: Weight | None = _option(
         "objective", None, "for objective sink: weight of a sequence's first token, relative to all its tokens",
         shown=f"{SINK_WEIGHT}")
@@ -143,12 +143,12 @@ class Recipe:
     text_column: str = _option("calibration", "text", "column that holds the text, or a chat (else messages)")
     num_calibration_samples: Count | None = _option(
         "calibration", None, "number of calibration sequences",
-        shown=f"{LEAST_SAMPLES}, or {TOKENS_PER_INPUT} tokens for each input of the widest linear")
+        shown=f"{LEAST_SAMPLES}, more where the widest linear would get under {TOKENS_PER_INPUT} tokens an input")
     max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
     expert_tokens: Seed = _option(
         "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = _option(
-        "calibration", None, "sequences in one forward pass", shown="8; on a CPU as many as have 2,048 tokens")
+        "calibration", None, "sequences in one forward pass", shown="8; on a CPU 2,048 tokens' worth")
     seed: Seed = _option("calibration", 0, "seed of the choice of text")
     targets: Texts = _option("model", [".*"], "regexes; linears whose full name matches one are pruned")
     ignore: Texts = _option(
@@ -160,7 +160,8 @@ class Recipe:
         "model", False, "run code that comes with the checkpoint, or that --selector names")
     device: str = _option("run", "auto", "auto, cpu, cuda or cuda:N")
     memory_budget: Size | None = _option(
-        "run", None, "main memory that the run keeps to, such as 8GiB: what is more waits in files", shown="none")
+        "run", None, "main memory that a process of the run keeps to, such as 8GiB: what is more waits in files",
+        shown="none")
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches, given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
-from optima.calibration.own_text import own_text
+from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import PeakMemory, describe_device, evaluating, unswitched
@@ -29,7 +29,7 @@ from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linear import Methods
-from optima.memory import batch_size, host_memory
+from optima.memory import HostMemory, batch_size, host_memory
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
@@ -63,10 +63,8 @@ from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
 from optima.reporting.progress import make_progress
-from optima.reporting.record import Report, RunRecord, library_versions
+from optima.reporting.record import GIVEN_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
-
-GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
 
 
 def prune(
@@ -152,7 +150,7 @@ def prune(
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
-        job.store = _store(checked, network, weights, destination)
+        job.store = _store(checked, network, weights, destination, ranks)
         _prune_stacks(network, checked, batches, job, ranks)
         job.notes.extend(job.store.notes)
         seconds = time.perf_counter() - started + job.resumed_seconds
@@ -206,6 +204,8 @@ def _check(
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
+    if recipe.dataset == [SELF] and calibration is None:
+        check_writes(structure)
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
@@ -268,6 +268,7 @@ def _network(checked: _Checked, whole: str | None = None) -> tuple[PreTrainedMod
     network, weights = open_weights(source, model, checked.recipe.dtype, whole)
     revision, hashed = commit_of(source), fingerprint(source)
     origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
+    _memory(checked, network, weights).left(checked.recipe.memory_budget)  # refused now, if it is too little
     return network, weights, origin
 
 
@@ -284,25 +285,31 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     return job
 
 
-def _store(checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None) -> Store:
-    """For activations, with the memory that weights and work leave; its files are beside the output."""
-    recipe, streamed = checked.recipe, isinstance(weights, Streamed)
-    memory = host_memory(network, checked.found.blocks, recipe, checked.methods, network.dtype, streamed)
-    return Store(memory.left(recipe.memory_budget), None if destination is None else destination.journal.parent)
+def _memory(checked: _Checked, network: PreTrainedModel, weights: Weights) -> HostMemory:
+    streamed = isinstance(weights, Streamed)
+    return host_memory(network, checked.found.blocks, checked.recipe, checked.methods, network.dtype, streamed)
+
+
+def _store(
+    checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None, ranks: Ranks
+) -> Store:
+    """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
+    left = _memory(checked, network, weights).left(checked.recipe.memory_budget, ranks.here())
+    beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
+    return Store(left, beside if beside is not None and beside.is_dir() else None)
 
 
 def _prune_stacks(
     network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
 ) -> None:
     stacks = chosen_stacks(network, checked.recipe)
-    for block in (block for stack in stacks for block in stack.blocks):
+    for block in (block for stack in stacks for block in stack.blocks if block.linears):
         with job.weights.on(block, torch.device("cpu"), job.clock):
             check_finite(block.linears)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
-        for stack in stacks:
-            if not stack.needed:
-                continue
+        needed = [stack for stack in stacks if stack.needed]
+        for stack in needed:
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside():
                 streams = capture(network, stack, batches, by_loss, ranks, job.store)
@@ -315,7 +322,7 @@ def _prune_stacks(
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
                     job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")
-            job.prune(stack, streams)
+            job.prune(stack, streams, runs_again=stack is not needed[-1])
 
 
 def _loss_weights(

@@ -88,7 +88,8 @@ class TestModel:
         assert "safetensors first" in message
 
     def test_a_model_of_sounds(self, cheap: Refused, root: Path) -> None:
-        config = hf.WhisperConfig(vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1)
+        tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        config = hf.WhisperConfig(vocab_size=VOCAB, d_model=24, encoder_layers=1, decoder_layers=1, **tokens)
         save_model(root / "sounds", hf.WhisperForConditionalGeneration(config))
         assert "WhisperForConditionalGeneration reads input_features, not text" in cheap(model="sounds")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import build, make_ids
 from safetensors.torch import save_file
 from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model
 from torch import Tensor
@@ -81,6 +82,18 @@ def test_masks_of_a_model_that_stores_weights_transposed(root: Path) -> None:
     prune(model, recipe, calibration=make_tokens())
     for name, mask in masks.items():
         assert torch.equal(model.state_dict()[f"transformer.{name}"] != 0, mask)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_masks_of_fused_experts_are_stored_as_they_are(root: Path, family: str) -> None:
+    model = build(family)
+    masks = {
+        name: torch.rand(parameter.shape) < 0.5 for name, parameter in model.named_parameters() if parameter.ndim == 3
+    }
+    recipe = Recipe(selector="external", mask_from=saved(masks), targets=["experts"], max_seq_length=16)
+    prune(model, recipe, calibration=make_ids())
+    for name, mask in masks.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask)
 
 
 def test_masks_for_a_part_of_the_model(root: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, REFUSED, VOCAB, build, make_ids
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from optima.models.source import find_source
 from optima.models.stacks import Linear, Stack, find_stacks, select_linears
 from optima.names import kind
 from optima.plan import make_plan
+from optima.plan_table import print_plan
 from optima.reporting.record import Report
 
 UNREACHED = ("dt_proj",)  # Jamba and Mamba read its weight without calling it
@@ -181,6 +183,16 @@ def test_plan_needs_no_weights(family: str, tmp_path: Path) -> None:
     planned = {linear.name: linear.shape for linear in plan.found.linears}
     assert planned == {name: linear.shape for name, linear in linears_to_prune(model).items()}
     assert sum(math.prod(shape) for shape in planned.values()) == plan.pruned_parameters
+
+
+def test_a_plan_shows_experts_in_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    build("mixtral").save_pretrained(tmp_path)
+    plan = make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16))
+    print_plan(plan, None, "model", Console(width=120))
+    told = capsys.readouterr().out
+    assert "*.mlp.experts.down_proj.* (4)" in told
+    assert "*.self_attn.q_proj " in told
+    assert "down_proj.0" not in told
 
 
 @pytest.mark.parametrize("options", [{"selector": "sparsegpt"}, {"selector": "magnitude"}, {"solver": "cholesky"}])

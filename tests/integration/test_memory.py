@@ -15,7 +15,7 @@ from optima.build import build
 from optima.calibration.capture import capture
 from optima.device import PeakMemory
 from optima.pipeline import Job
-from optima.plan import work_bytes
+from optima.memory import work_bytes
 from optima.preflight import preflight
 from optima.recipe import Recipe
 
@@ -28,7 +28,7 @@ recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", **options
 methods = build(recipe)
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
-predicted = work_bytes(preflight(skeleton, recipe, methods, {length}), recipe, methods, torch.float32)
+predicted = work_bytes(preflight(skeleton, recipe, methods, {length}).blocks, recipe, methods, torch.float32)
 
 def prune(layers):
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from tiny import make_bert, make_llama, make_tokenizer, save_model, weight_files
@@ -12,6 +13,8 @@ from optima import Recipe, load_report, prune
 from optima.calibration.own_text import beginning, own_text
 from optima.cli import main
 from optima.errors import CalibrationError
+from optima.models.source import find_source
+from optima.plan import make_plan
 
 CPU = torch.device("cpu")
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "24"]
@@ -71,8 +74,19 @@ def test_a_run_and_its_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert report.run.num_tokens == 4 * 24
 
 
-def test_refusals(tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["bart", "bert"])
+def test_a_model_that_writes_none_is_refused_before_weights_are_read(family: str, tmp_path: Path) -> None:
+    families.build(family).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"not weights")
+    asked = Recipe(dataset=["self"], max_seq_length=16)
     with pytest.raises(CalibrationError, match="writes no text"):
+        prune(tmp_path / "model", asked, output_dir=tmp_path / "out", tokenizer=make_tokenizer())
+    with pytest.raises(CalibrationError, match="writes no text"):
+        make_plan(find_source(str(tmp_path / "model")), asked)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"writes no text .* other than self"):
         own_text(make_bert(), make_tokenizer("bert"), recipe(), CPU)
     with pytest.raises(CalibrationError, match="needs the model's tokenizer"):
         prune(make_llama(), recipe())

@@ -339,15 +339,16 @@ class TestOtherRuns:
         def prepare() -> None:
             prune = optima.pipeline.Job.prune
 
-            def waits(self: object, *args: object) -> None:
+            def waits(self: object, *args: object, **options: object) -> None:
                 os.write(go, b"x")
                 time.sleep(1.5)
-                prune(self, *args)  # type: ignore[arg-type]
+                prune(self, *args, **options)  # type: ignore[arg-type]
 
             optima.pipeline.Job.prune = waits  # type: ignore[method-assign, assignment]
 
         child = start("out", "--resume", prepare=prepare)
-        os.read(wait, 1)
+        os.close(go)
+        assert os.read(wait, 1) == b"x", f"it ended before it came to prune: {finish(child)} {said()}"
         for option in ("--resume", "--no-resume"):
             assert finish(start("out", option)) == 2
             assert "another run is writing" in said()

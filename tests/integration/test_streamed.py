@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 
 import optima
 import optima.run
+from optima.calibration.routed import Recorded
 from optima.errors import RecipeError
 from optima.models.checkpoint import Checkpoint
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
 from optima.models.weights import Resident, Streamed, open_weights
+from optima.plan import make_plan
 
 REPORTS = ("report.json", "report.md", "report.html")
 CHEAP = {"selector": "wanda", "objective": "sink"}
@@ -42,7 +44,7 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", EVERYTHING), ("gemma3", {}), ("mixtral", CHEAP), ("gpt2", CHEAP), ("bert", CHEAP)],
+    [("llama", EVERYTHING), ("gemma3", {}), ("mixtral", CHEAP), ("gpt2", CHEAP), ("t5", {}), ("gpt_oss", CHEAP)],
 )
 def test_equals_a_resident_run(
     family: str, options: dict[str, Any], tmp_path: Path, resident: pytest.MonkeyPatch
@@ -144,13 +146,18 @@ def test_what_cannot_be_streamed_is_held_in_memory_and_noted(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.parametrize(("family", "options"), [("llama", EVERYTHING), ("mixtral", CHEAP)])
 def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_llama().bfloat16().save_pretrained(tmp_path / "model")
-    expected = pruned(tmp_path / "model", tmp_path / "free", **EVERYTHING)
+    build(family).bfloat16().save_pretrained(tmp_path / "model")
+    expected = pruned(tmp_path / "model", tmp_path / "free", **options)
     monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
-    found = pruned(tmp_path / "model", tmp_path / "kept", memory_budget="600MiB", **EVERYTHING)
+    kept: list[Any] = []
+    note = Recorded.note
+    monkeypatch.setattr(Recorded, "note", lambda self, *given: (note(self, *given), kept.append(self.store.budget)))
+    found = pruned(tmp_path / "model", tmp_path / "kept", memory_budget="514MiB", **options)
+    assert set(kept) == ({0} if family == "mixtral" else set()), "what experts are given is in the budget too"
     assert [name for name in found if found[name] != expected[name]] == ["recipe.yaml"]
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations beyond the main memory left for them waited in files") for note in notes)
@@ -161,3 +168,22 @@ def test_a_budget_below_what_weights_take_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"memory_budget 0\.00 GiB is less than the 0\.50 GiB that libraries"):
         pruned(tmp_path / "model", tmp_path / "out", memory_budget="1MiB")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match="memory_budget"):
+        make_plan(find_source(str(tmp_path / "model")), optima.Recipe(memory_budget="1MiB", max_seq_length=16))
+
+
+def test_it_is_refused_before_the_model_writes_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_llama().save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(optima.run, "own_text", None)
+    recipe = optima.Recipe(dataset=["self"], memory_budget="1MiB", max_seq_length=16)
+    with pytest.raises(RecipeError, match="memory_budget"):
+        optima.prune(tmp_path / "model", recipe, output_dir=tmp_path / "out", tokenizer=make_tokenizer())
+
+
+def test_a_plan_knows_what_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    model = make_llama(num_hidden_layers=6)
+    model.save_pretrained(tmp_path)
+    source = find_source(str(tmp_path))
+    plan = make_plan(source, optima.Recipe(max_seq_length=16))
+    assert plan.host.weights == max(2 * plan.block_bytes, plan.model_bytes - 6 * plan.block_bytes)
+    assert make_plan(source, optima.Recipe(max_seq_length=16, dataset=["self"])).host.weights == plan.model_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
-from optima.errors import CalibrationError, RecipeError
+from optima.errors import CalibrationError, RankError, RecipeError
 from optima.models.stacks import ModuleLinear
 from optima.qp import rows as qp_rows
 
@@ -134,6 +135,31 @@ def test_where_one_dies_the_others_end() -> None:
         ranks.gather(None)
 
     assert in_processes(SIZE, work) == [3, 7, 3]
+
+
+def test_where_one_goes_its_own_way_the_others_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives on: whoever called a run may have caught what a callback raised."""
+    monkeypatch.chdir(tmp_path)
+
+    def work(ranks: Ranks) -> None:
+        try:
+            with joined() as inner:
+                inner.gather(None)
+                if inner.first:
+                    raise ValueError("of a callback")
+                inner.gather(None)
+        except ValueError:
+            for _ in range(300):
+                if Path("ended").exists():
+                    return
+                time.sleep(0.1)
+        except RankError:
+            Path("ended").touch()
+            return
+        raise AssertionError("waited for a process that had gone")
+
+    codes = in_processes(2, work)
+    assert Path("ended").exists(), codes
 
 
 def test_what_cannot_be_sent_is_said() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import build, make_ids
+from tiny import weight_files
 from torch import Tensor, nn
 
 from optima import Recipe, prune
@@ -21,6 +23,7 @@ from optima.device import Stopwatch
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear, FusedExperts, experts_of
 from optima.models.stacks import Block, find_stacks, select_linears
+from optima.models.writer import Writer
 
 CPU = torch.device("cpu")
 LOOPS = ["mixtral", "gpt_oss", "nemotron_h"]
@@ -112,7 +115,7 @@ def test_common_tokens_go_through_the_expert_itself(family: str) -> None:
 
 def record(block: Block, streams: Streams) -> Recorded:
     found = [each.recorded for each in observe(block, streams, CPU, 0.0, 0.0) if each.recorded]
-    assert len(recorders(streams.groups(block))) == len(found) == 1
+    assert len(recorders(streams.groups(block), streams.store)) == len(found) == 1
     return found[0]
 
 
@@ -233,3 +236,30 @@ def test_products_that_cannot_be_watched_are_refused_by_name(monkeypatch: pytest
     monkeypatch.setattr(FusedExperts, "find", lambda *args: None)
     with pytest.raises(ModelError, match=r"mlp\.experts does not show which tokens .* --ignore 'experts'"):
         prune(build("mixtral"), Recipe(), calibration=make_ids())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "t5"])
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Experts are split or kept fused on disk; a decoder's blocks come behind the encoder's in the journal."""
+    recipe = Recipe(batch_size=2, tuning_epochs=1)
+    whole = build(family)
+    prune(whole, recipe, output_dir=tmp_path / "whole", calibration=make_ids())
+    commit, done = Writer.commit, iter(range(2 if family != "t5" else 4))
+
+    def stopping(self: Writer, *args: Any) -> None:
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        commit(self, *args)
+
+    with monkeypatch.context() as context:
+        context.setattr(Writer, "commit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            prune(build(family), recipe, output_dir=tmp_path / "out", calibration=make_ids())
+    model = build(family)
+    report = prune(model, recipe, output_dir=tmp_path / "out", calibration=make_ids(), resume=True)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    assert {record.block for record in report.linears} == set(range(6 if family == "t5" else 3))
+    assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")

@@ -14,6 +14,7 @@ import pytest
 from records import LINEAR, RUN, linear, report, unsolved
 
 from optima.reporting.html import SECTIONS, render_html
+from optima.reporting.joined import joined
 from optima.reporting.record import BlockRecord, LinearRecord, Report
 
 BYTES = 2 * 2**20
@@ -182,3 +183,23 @@ def test_what_tuning_won_is_shown_where_it_won() -> None:
     page = render_html({"run": replace(plain, blocks=blocks)})
     assert page.count('<i style="width:75.0%">') == 1
     assert "What tuning won" in page
+
+
+def test_thousands_of_experts_are_joined() -> None:
+    names = [f"mlp.experts.{part}.{number}" for part in ("gate_up_proj", "down_proj") for number in range(256)]
+    records = [
+        linear(name, block, error=0.1 if number % 2 else 0.4, tokens=number)
+        for block in range(30)
+        for number, name in enumerate(["self_attn.q_proj", *names])
+    ]
+    page = render_html({"run": report(*records)})
+    assert len(page) < BYTES
+    assert "report.json has each" in page
+    joint = {record.name: record for record in joined(records)}
+    assert len(joint) == 30 * 3
+    experts = joint["model.layers.7.mlp.experts.down_proj.*"]
+    assert experts.error == pytest.approx(0.2)
+    assert experts.rows == 256 * 8
+    assert experts.tokens == 257
+    assert joint["model.layers.7.self_attn.q_proj"].rows == 8
+    assert joined(records[:10]) == tuple(records[:10])

@@ -20,6 +20,7 @@ from optima.evaluation.record import (
     TaskRecord,
 )
 from optima.reporting.model_card import BEGIN, CARD_NAME, NOT_YET, write_card
+from optima.reporting.record import GIVEN_NOTE
 
 HEAD = "---\nlicense: gemma\nlicense_name: terms\nlanguage: en\ntags: [chat]\nbase_model: a/base\n---\n"
 
@@ -82,10 +83,28 @@ class TestBody:
         assert "mine.jsonl" in text
         assert "secret" not in text
 
-    def test_encoder(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text('{"architectures": ["BertModel"]}')
+    def test_a_class_that_transformers_does_not_know(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"architectures": ["TheirModel"]}')
         write_card(tmp_path, report(), None)
         assert "AutoModel.from_pretrained" in card_of(tmp_path).text
+
+    @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "T5EncoderModel", "BertModel"])
+    def test_the_class_that_auto_model_might_not_choose(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')
+        write_card(tmp_path, report(), None)
+        assert f"import AutoTokenizer, {name}\n" in card_of(tmp_path).text
+        assert f"{name}.from_pretrained" in card_of(tmp_path).text
+
+    def test_names_no_text_that_was_not_read(self, tmp_path: Path) -> None:
+        recipe = RUN.recipe | {"dataset": ["allenai/c4"], "keep_dense": 0.1}
+        write_card(tmp_path, report(linear(), recipe=recipe, notes=(GIVEN_NOTE,)), None)
+        text = card_of(tmp_path).text
+        assert "allenai/c4" not in text
+        assert "given by the caller" in text
+        assert "on the same calibration text" in text
+        assert "keep_dense" in text
+        write_card(tmp_path, report(linear(), recipe=recipe | {"dataset": ["self"]}), None)
+        assert "written by the model itself" in card_of(tmp_path).text
 
 
 class TestResults:

@@ -368,6 +368,7 @@ class TestProgress:
         now = 7302.0
         listeners.block("d")
         assert screen.getvalue().splitlines() == [
+            "going on: 2 of 6 blocks are done",
             "block 3/6  error -  0:00:12 elapsed  0:00:30 left",
             "block 4/6  error -  2:00:02 elapsed  2:00:00 left",
         ]

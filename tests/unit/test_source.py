@@ -176,7 +176,7 @@ class TestConfiguration:
             load_model(find_source(str(model)))
 
     def test_one_that_is_missing_on_the_hub(self) -> None:
-        with pytest.raises(ModelError, match="check the spelling, the network and, for a private model, your login"):
+        with pytest.raises(ModelError, match="the spelling, the network and, if it is private or gated, your login"):
             load_config(find_source("nobody/nothing"))
 
     def test_a_bug_shows_as_one(self, model: Path) -> None:

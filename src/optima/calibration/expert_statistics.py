@@ -35,7 +35,7 @@ from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
-from optima.linalg.products import mirror
+from optima.linalg.products import ROUND_ROWS, mirror
 from optima.linalg.statistics import Statistics
 from optima.models.experts import Call, ExpertLinear, hidden_of_call
 from optima.models.stacks import Block
@@ -273,13 +273,20 @@ def _some(names: list[str]) -> str:
 
 def _accumulate(accumulator: Accumulator, inputs_TD: Tensor, weight_T: Tensor | None, name: str) -> None:
     """Add tokens, whose weights need not have a mean of 1."""
-    if not accumulator.add(inputs_TD, weight_T):
+    # Any number of tokens reaches an expert, and oneDNN compiles a product for each: zeros make numbers repeat.
+    count = len(inputs_TD)
+    padding = -count % ROUND_ROWS
+    padded_TD = torch.nn.functional.pad(inputs_TD, (0, 0, 0, padding))
+    padded_T = None if weight_T is None else torch.nn.functional.pad(weight_T, (0, padding))
+    good = accumulator.add(padded_TD, padded_T)
+    accumulator.tokens -= padding
+    if not good:
         raise CalibrationError(
             f"the inputs of {name} contain NaN or Inf: load the model in another dtype (--dtype bfloat16 or float32), "
             "or check its weights"
         )
     if weight_T is not None:
-        accumulator.extra_weight += float(weight_T.sum(dtype=torch.float64)) - len(weight_T)
+        accumulator.extra_weight += float(weight_T.sum(dtype=torch.float64)) - count
 
 
 def _thin(rows: Tensor, count: int) -> Tensor:

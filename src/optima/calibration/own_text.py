@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.inputs import is_encoder_decoder
 from optima.calibration.text import special_tokens, token_ids
 from optima.device import evaluating
 from optima.errors import CalibrationError
@@ -44,8 +45,7 @@ def own_text(
     """
     samples, length = recipe.num_calibration_samples, recipe.max_seq_length
     assert samples is not None, "a run resolves it"
-    if not model.can_generate():
-        raise CalibrationError(f"{type(model).__name__} writes no text: name a --dataset other than self")
+    check_writes(model)
     if tokenizer is None:
         raise CalibrationError("dataset self needs the model's tokenizer: give it, or calibration token ids")
     start = beginning(tokenizer)
@@ -75,6 +75,14 @@ def own_text(
             model.generation_config = settings
             nn.Module.to(model, home)
     return torch.cat(parts)
+
+
+def check_writes(model: PreTrainedModel) -> None:
+    """Raise ``CalibrationError`` if the model, or its skeleton, does not go on with a text."""
+    if not model.can_generate() or is_encoder_decoder(model):
+        raise CalibrationError(
+            f"{type(model).__name__} writes no text that goes on from its beginning: name a --dataset other than self"
+        )
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

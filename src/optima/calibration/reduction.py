@@ -162,13 +162,15 @@ def at_first(block: Block, own: Sequences) -> Sequences | None:
     if not parts:
         return None
     calls: list[list[Call]] = [[] for _ in range(block.index)]
+    keep = streams.store.keep
     whole = Streams(
         streams.probe,
         [size for part in parts for size in part.sizes],
-        [hidden for part in parts for hidden in part.hidden],
+        [keep(hidden) for part in parts for hidden in part.hidden],
         [*calls, [call for part in parts for call in part.calls]],
-        [places for part in parts for places in part.carried],
+        [{place: keep(tensor) for place, tensor in places.items()} for part in parts for places in part.carried],
+        streams.store,
     )
     known = [part.weights for part in parts if part.weights is not None]
     all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None
-    return Sequences(whole, [target for part in parts for target in part.targets], all_weights)
+    return Sequences(whole, [keep(target) for part in parts for target in part.targets], all_weights)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optima.calibration.store import Store
 from optima.calibration.streams import map_tensors
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear, FusedExperts
@@ -24,18 +25,20 @@ class Recorded:
     Attributes:
         experts: the module.
         groups: its linears to prune, by the input that they share.
+        store: keeps what is recorded.
         calls: the batch, and the arguments on the CPU, of each call.
     """
 
     experts: FusedExperts
     groups: list[Group]
+    store: Store
     calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
     def note(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a call."""
 
         def kept(tensor: Tensor) -> Tensor:
-            return tensor.detach().to("cpu", copy=True)
+            return self.store.keep(tensor.detach().to("cpu", copy=True))
 
         self.calls.append((batch, map_tensors(args, kept), map_tensors(kwargs, kept)))
 
@@ -72,11 +75,11 @@ class Recorded:
             self.experts.module(*args, **kwargs)
 
 
-def recorders(groups: Sequence[Group]) -> list[Recorded]:
+def recorders(groups: Sequence[Group], store: Store) -> list[Recorded]:
     """One for each module of experts in ``groups`` of a block's linears."""
     found: dict[str, Recorded] = {}
     for group in groups:
         if isinstance(group[0], ExpertLinear):
             experts = group[0].experts
-            found.setdefault(experts.name, Recorded(experts, [])).groups.append(group)
+            found.setdefault(experts.name, Recorded(experts, [], store)).groups.append(group)
     return list(found.values())

@@ -155,7 +155,7 @@ class _Watch:
         self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
     ) -> None:
         self._streams, self._sink_weight, self._stopwatch = streams, sink_weight, stopwatch
-        self.recorders = recorders(streams.groups(block))
+        self.recorders = recorders(streams.groups(block), streams.store)
         self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
         self._leader = {linear.name: group[0].name for group in self.groups for linear in group}
         self._expected = {*self._leader, *(recorded.experts.name for recorded in self.recorders)}

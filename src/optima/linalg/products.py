@@ -115,7 +115,6 @@ def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
     if not _packs(inputs_DT):
         sum_DD += inputs_DT @ inputs_DT.mT
         return
-    inputs_DT = nn.functional.pad(inputs_DT, (0, -inputs_DT.shape[1] % ROUND_ROWS))  # experts: any number of tokens
     width = max(-(-len(inputs_DT) // PANELS), SMALLEST_PACKED)
     for begin in range(0, len(inputs_DT), width):
         panel = inputs_DT[begin : begin + width]

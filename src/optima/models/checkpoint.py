@@ -129,7 +129,7 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
     if source.gguf_file:
         raise UnstreamableError("GGUF weights are unpacked when they are read")
     config = load_config(source)
-    with explain_read_errors(source, "weights"):
+    with explain_read_errors(source, "weights"), no_bars():
         files = _find(source)
         shapes: dict[str, Tensor] = {}
         for file in files:

@@ -61,13 +61,14 @@ class MaskFiles:
         Raises:
             RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
-        if linear.name not in self._packed:
-            self._packed[linear.name] = _pack(self._read(linear))
-        return linear.orient(_unpack(self._packed[linear.name], linear.parameter.shape))
+        key = self._find(linear.name)
+        if key not in self._packed:
+            self._packed[key] = _pack(self._read(linear, key))
+        return linear.orient(_unpack(self._packed[key], linear.parameter.shape))
 
-    def _read(self, linear: Linear) -> Tensor:
-        """The mask as it is stored."""
-        file, key = self.files[self._find(linear.name)]
+    def _read(self, linear: Linear, name: str) -> Tensor:
+        """The mask called ``name`` as it is stored."""
+        file, key = self.files[name]
         with safe_open(file, framework="pt") as tensors:
             stored: Tensor = tensors.get_tensor(key)
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
@@ -85,8 +86,13 @@ class MaskFiles:
         return stored != 0
 
     def _find(self, name: str) -> str:
-        """The stored name of a linear: its own, or the same without the prefix of the model around its blocks."""
-        found = [name] if name in self.files else [key for key in self.files if _same(key, name)]
+        """The stored name of a linear: its own, or the same without the prefix of the model around its blocks.
+
+        Experts of one fused parameter share the mask that is called like it.
+        """
+        fused = name.rpartition(".")[0]
+        found = [each for each in (name, fused) if each in self.files][:1]
+        found = found or [key for key in self.files if _same(key, name) or _same(key, fused)]
         if len(found) != 1:
             raise RecipeError(
                 f"mask_from {self.path} has {'no' if not found else 'more than one'} mask for {name} (it has "

@@ -50,7 +50,10 @@ MAX_COUNTS = (
     (re.compile(r"experts$"), 10**5),
     (re.compile(r"^num_labels$"), 10**7),
 )
-HUB_REMEDY = "check the spelling, the network and, for a private model, your login"
+HUB_REMEDY = (
+    "no directory here has that name; for a model of the hub check the spelling, the network and, if it is private or "
+    "gated, your login (hf auth login)"
+)
 REMEDIES = {
     "model": "check that it is complete, and that its config.json is that of a model",
     "configuration": "check config.json, and whether a newer release of transformers knows the model",

@@ -19,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic_core import from_json, to_json
 
+from optima.reporting.joined import MOST_SHOWN, joined
 from optima.reporting.record import BlockRecord, LinearRecord, Report, name_in_block
 from optima.reporting.summary import (
     by_kind,
@@ -37,6 +38,7 @@ from optima.reporting.summary import (
 from optima.runtimes import table_rows
 
 PAGE = Path(__file__).parent / "page"
+JOINED = "this page shows the experts of a block as one linear a kind: report.json has each"
 # A macro of sections.html and its title, in the page's order; what a macro leaves empty is left out.
 # To add one: a line here, the macro, and, if something is drawn, a function in DRAW of report.js.
 SECTIONS = {
@@ -97,7 +99,7 @@ def _view(name: str, report: Report) -> View:
         ],
         "errors": {kind: mean(linears, "error") for kind, linears in by_kind(report.linears).items()},
         "runtimes": _runtimes(report),
-        "notes": report.run.notes,
+        "notes": (*report.run.notes, *([JOINED] if len(report.linears) > MOST_SHOWN else [])),
         "recipe": {key: value if isinstance(value, str) else json.dumps(value) for key, value in recipe.items()},
         "facts": [*run_facts(report), *report.run.versions.items()],
         "data": _data(name, report),
@@ -145,12 +147,11 @@ def _differences(runs: Sequence[View]) -> dict[str, list[tuple[str, list[str]]]]
 
 def _data(name: str, report: Report) -> View:
     """What report.js draws from: the records of the linears as rows, with the kind of each by its number."""
-    kinds = by_kind(report.linears)
+    shown = joined(report.linears)
+    kinds = by_kind(shown)
     number = {linear: i for i, members in enumerate(kinds.values()) for linear in members}
     names = [field.name for field in fields(LinearRecord)]
-    rows = [
-        [number[linear], name_in_block(linear), *(getattr(linear, name) for name in names)] for linear in report.linears
-    ]
+    rows = [[number[linear], name_in_block(linear), *(getattr(linear, name) for name in names)] for linear in shown]
     asked = report.run.recipe.get("gap")
     return {"title": name, "gap": asked, "kinds": list(kinds), "fields": ["kind", "part", *names], "rows": rows}
 

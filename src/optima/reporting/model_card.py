@@ -13,19 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from optima.errors import ModelError
 from optima.reporting.markdown import table
-from optima.reporting.record import Report
+from optima.reporting.record import GIVEN_NOTE, Report
 from optima.reporting.summary import bullets, pattern_weights, summary
 from optima.runtimes import HEADING, table_rows
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- optima:results -->", "<!-- /optima:results -->"  # what eval --save replaces
 TAGS = ("pruning", "sparse", "optima")
-SETTINGS = ("selector", "sparsity", "pattern", "scope", "allocation", "swaps", "objective", "solver", "gap", "damping")
-MORE_SETTINGS = ("rounding", "tuning_epochs", "num_calibration_samples", "max_seq_length", "seed")
+SETTINGS = ("selector", "sparsity", "pattern", "scope", "allocation", "keep_dense", "swaps", "objective", "solver")
+MORE_SETTINGS = ("gap", "damping", "rounding", "tuning_epochs", "num_calibration_samples", "max_seq_length", "seed")
+TEXTS = {"self": "written by the model itself"}  # in words, where a data set's name says nothing
+AGAIN = "`recipe.yaml` gives the same run again."
+AGAIN_GIVEN = "`recipe.yaml` gives the same run again on the same calibration text, which the caller gave."
 NOT_YET = "Not evaluated yet: `optima eval DENSE THIS --save` writes its results here."
 
 BODY = """
@@ -37,9 +41,9 @@ It is an ordinary checkpoint with the names and shapes of the dense one.
 ## How to load
 
 ```python
-from transformers import {auto}, AutoTokenizer
+from transformers import AutoTokenizer, {loader}
 
-model = {auto}.from_pretrained("PATH_OR_REPO", dtype="auto")
+model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
 ```
 
@@ -53,7 +57,7 @@ Where the weights end in `.packed.safetensors`, run `optima unpack` on the direc
 
 {settings}
 
-`recipe.yaml` gives the same run again. `report.html` and `report.json` say what every linear lost.
+{again} `report.html` and `report.json` say what every linear lost.
 
 ## Results
 
@@ -148,14 +152,17 @@ def _body(directory: Path, report: Report) -> str:
     recipe = report.run.recipe
     name = short_name(report.run.model)
     rows = [[key, _plain(recipe[key])] for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, [], 0)]
-    rows.append(["calibration text", ", ".join(map(short_name, recipe.get("dataset", [])))])
+    given = GIVEN_NOTE in report.run.notes
+    texts = [TEXTS.get(text) or short_name(text) for text in recipe.get("dataset", [])]
+    rows.append(["calibration text", "given by the caller" if given else ", ".join(texts)])
     rows += [[f"{library} version", version] for library, version in report.run.versions.items()]
     return BODY.format(
         title=f"{name}, {report.sparsity:.0%} sparse",
         origin=f"`{name}`",
         sparsity=f"{report.sparsity:.1%}",
         count=len(report.linears),
-        auto=_auto_class(directory),
+        loader=_loader(directory),
+        again=AGAIN_GIVEN if given else AGAIN,
         summary=bullets(summary(report)),
         settings=table(["setting", "value"], rows, num_left=2),
         begin=BEGIN,
@@ -170,8 +177,10 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _auto_class(directory: Path) -> str:
-    """What loads the checkpoint with its head."""
+def _loader(directory: Path) -> str:
+    """The class of transformers that loads the checkpoint with its head, if it has one."""
     file = directory / "config.json"
     names = (json.loads(file.read_text(encoding="utf-8")).get("architectures") or []) if file.is_file() else []
-    return "AutoModelForCausalLM" if any(name.endswith("ForCausalLM") for name in names) else "AutoModel"
+    if any(name.endswith("ForCausalLM") for name in names):
+        return "AutoModelForCausalLM"
+    return next((name for name in names if hasattr(transformers, name)), "AutoModel")

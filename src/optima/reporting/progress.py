@@ -38,6 +38,8 @@ class Progress(Callback):
             doing = "calibrating" if stage == "prune" else stage
             self._display.add_task("", total=blocks, completed=done, linear=doing, error="-")
             self._display.start()
+        elif done:
+            self._line(f"going on: {done} of {blocks} blocks are done")
         elif stage == "sweep":
             self._line(f"sweep over {blocks} blocks: what the loss feels")
 

@@ -24,6 +24,8 @@ from optima.errors import OptimaError
 
 SCHEMA_VERSION = 2
 REPORT_NAME = "report.json"
+# By which a report and its card know that the recipe does not name the text.
+GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
 Int = Annotated[int, Strict()]
 
 

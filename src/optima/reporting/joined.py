@@ -1,0 +1,48 @@
+"""Experts of one place as one record, for what shows each linear: a page of 30,000 rows would be of use to nobody."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from optima.names import kind
+from optima.reporting.record import LinearRecord, geometric_mean, largest, name_in_block, weighted_mean
+
+# Linears that a page shows one by one.
+MOST_SHOWN = 2000
+ADDED = ("rows", "rows_not_converged", "swaps", "rows_swap_optimal", "seconds")
+LARGEST = ("gap_max", "gap_written_max", "loss_written", "damping", "iterations_max")
+LIKE_ERRORS = ("error", "error_mask", "error_selector", "error_plain")
+
+
+def joined(linears: Sequence[LinearRecord], most: int = MOST_SHOWN) -> tuple[LinearRecord, ...]:
+    """``linears``, or, if they are more than ``most``, with those of one block that differ in a number alone joined.
+
+    Errors are geometric means, gaps the largest, rows and seconds sums; of tokens the fewest are told.
+    """
+    if len(linears) <= most:
+        return tuple(linears)
+    alike: dict[tuple[int, str], list[LinearRecord]] = {}
+    for linear in linears:
+        alike.setdefault((linear.block, kind(name_in_block(linear))), []).append(linear)
+    return tuple(members[0] if len(members) == 1 else _one(members) for members in alike.values())
+
+
+def _one(members: Sequence[LinearRecord]) -> LinearRecord:
+    first, own = members[0], name_in_block(members[0])
+    effective = [linear.tokens_effective for linear in members if linear.tokens_effective is not None]
+    values: dict[str, Any] = {
+        **{name: sum(getattr(linear, name) or 0 for linear in members) for name in ADDED},
+        **{name: largest(getattr(linear, name) for linear in members) for name in LARGEST},
+        **{name: geometric_mean(getattr(linear, name) for linear in members) for name in LIKE_ERRORS},
+        "sparsity": weighted_mean(members, "sparsity"),
+        "sparsity_asked": weighted_mean(members, "sparsity_asked"),
+        "tokens": min(linear.tokens for linear in members),
+        "tokens_effective": min(effective, default=None),
+        "solver": "+".join(dict.fromkeys(name for linear in members for name in linear.solver.split("+"))),
+        "name": first.name.removesuffix(own) + kind(own),
+        "shape": (sum(linear.shape[0] for linear in members), first.shape[1]),
+    }
+    known: dict[str, Any] = {name: value for name, value in values.items() if getattr(first, name) is not None}
+    return replace(first, **known)
