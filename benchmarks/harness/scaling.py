@@ -22,8 +22,8 @@ class Counts:
 
     Attributes:
         select_rows, rows: products of a linear's rows with a D x D matrix.
-        select_cubes, cubes: products of two such matrices, a Cholesky and an inverse counted as half of one.
-        eigen: an eigendecomposition, as so many of them.
+        select_cubes, cubes: products of two such matrices; a Cholesky and an inverse take as long as one.
+        eigen: eigendecompositions.
     """
 
     select_rows: float
@@ -33,8 +33,8 @@ class Counts:
     eigen: float
 
 
-DEFAULT = Counts(select_rows=27, rows=35, select_cubes=8, cubes=1.5, eigen=9)
-WANDA = Counts(select_rows=0, rows=35, select_cubes=0, cubes=1.5, eigen=0)
+DEFAULT = Counts(select_rows=27, rows=35, select_cubes=8, cubes=2, eigen=1)
+WANDA = Counts(select_rows=0, rows=35, select_cubes=0, cubes=2, eigen=0)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Work:
         forward: of the passes over the pruned blocks.
         hessian: of the products X^T X, both triangles.
         solve: of select, solve and rounding, but for
-        eigen: the eigendecompositions.
+        eigen: eigendecompositions, as products of their size.
         reduced: bytes of statistics that the processes bring together, counted once.
         shared: bytes of weights and masks that go to the others, counted once.
         activations: bytes of a block's inputs in a process.
