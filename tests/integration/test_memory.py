@@ -58,7 +58,13 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+MINUTES = ("optima", "alps, wide", "swaps")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [pytest.param(sizes, id=name, marks=[pytest.mark.slow] * (name in MINUTES)) for name, sizes in SIZES.items()],
+)
 def test_peak_memory_is_below_the_bound(sizes: dict[str, object]) -> None:
     script = SCRIPT.format(**sizes)
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
