@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import re
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -132,14 +133,16 @@ def test_pruned_gemma_is_packed_and_restored(
 
 
 def test_eval_prints_one_table(
-    gemma_file: Path, pruned_gemma: Path, prose: Path, capsys: pytest.CaptureFixture[str]
+    gemma_file: Path, pruned_gemma: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--dataset", str(prose), "--max-seq-length", "256", "--max-windows", "4"]
+    output = tmp_path / "evaluation.json"
+    options = ["--dataset", str(prose), "--max-seq-length", "256", "--max-windows", "4", "--output", str(output)]
     assert main(["eval", str(gemma_file), str(pruned_gemma), *options]) == 0
     printed = capsys.readouterr().out
-    values = [float(cell) for line in printed.splitlines() for cell in line.split("│")[2:3] if "." in cell]
-    assert len(values) == 2
-    assert values[0] < values[1] < 4 * values[0]
+    dense, sparse = (model["perplexity"]["perplexity"] for model in json.loads(output.read_text())["models"])
+    assert f"{dense:.3f}" in printed
+    assert f"{sparse:.3f}" in printed
+    assert dense < sparse < 4 * dense
 
 
 def test_sentence_encoder(tmp_path: Path, prose: Path) -> None:
