@@ -1,10 +1,11 @@
-"""From checkpoint to checkpoint, against SparseGPT of llm-compressor: seconds, peak memory, perplexity.
+"""From checkpoint to checkpoint, against SparseGPT of llm-compressor: seconds, work, peak memory, perplexity.
 
     python benchmarks/end_to_end.py MODEL --calibration c4.jsonl --evaluation wikitext2.txt --peer-python PYTHON
 
 The peer has an environment of its own (pip install llmcompressor), whose interpreter --peer-python names. Contenders
 take turns, each in a fresh process with the same tokens, threads and dtype, from reading the model to the checkpoint
-written. Perplexity is measured here for all. Prints Markdown: medians of --repeats turns.
+written. Perplexity is measured here for all. Prints Markdown: medians of --repeats turns. Beside the seconds on the
+wall stand those that processors worked, which other jobs on the machine move less.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Turn:
     """One run of one contender."""
 
     seconds: float
+    work_seconds: float  # of all threads
     peak_bytes: int
     perplexity: float
 
@@ -58,8 +60,8 @@ def main(arguments: list[str] | None = None) -> None:
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
     documents = Documents(TextSource(tuple(options.calibration)), 0)
     print(f"{machine(torch.device('cpu'), options.threads)}\n{Path(options.model).name}, {options.sparsity:.0%}\n")
-    print("| tokens | | seconds | of the peer's | peak memory, GB | of the peer's | perplexity |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    print("| tokens | | seconds | of the peer's | CPU seconds | of the peer's | peak GB | of the peer's | perplexity |")
+    print("| --- | --- |" + " ---: |" * 7)
     for samples, length in options.sizes:
         tokens_NL = calibration_tokens(documents, tokenizer, samples, length)
         turns: dict[str, list[Turn]] = defaultdict(list)
@@ -112,7 +114,7 @@ def turn(name: str, options: argparse.Namespace, tokens_NL: Tensor, windows_NL: 
         if status:
             raise SystemExit(f"{name} failed:\n{Path(place, 'log').read_text(encoding='utf-8')[-3000:]}")
         found = perplexity(load_model(find_source(output), "auto"), windows_NL)
-        result = Turn(seconds, usage.ru_maxrss * 1024, found)
+        result = Turn(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, found)
         print(json.dumps({"contender": name, **vars(result)}), file=sys.stderr, flush=True)
         return result
 
@@ -128,14 +130,11 @@ def run_own(options: argparse.Namespace) -> None:
 def print_rows(tokens: str, turns: dict[str, list[Turn]]) -> None:
     """Medians of the contenders, and of their ratios to the peer in the same turn."""
     for name, own in turns.items():
-        ratios = [ratio(own, turns.get(PEER, []), field) for field in ("seconds", "peak_bytes")]
-        seconds = statistics.median(one.seconds for one in own)
-        gigabytes = statistics.median(one.peak_bytes for one in own) / 1e9
-        print(
-            f"| {tokens} | {name} | {seconds:.0f} | {ratios[0]:.2f} | {gigabytes:.2f} | {ratios[1]:.2f} "
-            f"| {own[-1].perplexity:.2f} |",
-            flush=True,
-        )
+        cells = [tokens, name]
+        for field, unit, digits in (("seconds", 1.0, 0), ("work_seconds", 1.0, 0), ("peak_bytes", 1e9, 2)):
+            median = statistics.median(getattr(one, field) for one in own) / unit
+            cells += [f"{median:.{digits}f}", f"{ratio(own, turns.get(PEER, []), field):.2f}"]
+        print("| " + " | ".join([*cells, f"{own[-1].perplexity:.2f}"]) + " |", flush=True)
 
 
 def ratio(own: list[Turn], peers: list[Turn], field: str) -> float:
