@@ -13,6 +13,7 @@ from optima.evaluation.settings import PROTOCOLS
 from optima.reporting import markdown
 
 LEFT = ("model", "task", "metric")  # columns of text
+NAME_WIDTH = 8
 
 
 Rows = list[list[str]]
@@ -21,10 +22,10 @@ Rows = list[list[str]]
 def print_tables(found: Evaluation, console: Console) -> None:
     """Print one row a model, then the tasks, then each model against the first."""
     for heading, rows, note in tables(found):
-        table = Table(box=SIMPLE_HEAD)
-        for title in heading:  # figures are never cut; in a narrow terminal names go over several lines
-            named = title in LEFT
-            table.add_column(title, justify="left" if named else "right", no_wrap=not named, overflow="fold")
+        table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+        for title, *cells in zip(heading, *rows, strict=True):  # in a narrow terminal names alone go over several lines
+            least = NAME_WIDTH if title == "model" else max(map(len, cells))
+            table.add_column(title, justify="left" if title in LEFT else "right", min_width=least, overflow="fold")
         for row in rows:
             table.add_row(*row)
         console.print(table)
@@ -59,7 +60,7 @@ def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
         (text_table(found), f"{', '.join([*protocols, *lengths])}; ± standard error over windows"),
         (divergence_table(found), f"from the predictions of {first}, token by token, ± standard error over windows"),
         (task_table(found), "zero-shot accuracy in percent, ± standard error"),
-        (comparison_table(found), f"against {first}: 95% bootstrap interval over items, McNemar's exact test"),
+        (comparison_table(found), comparison_note(found)),
     ):
         kept = [i for i in range(len(heading)) if any(row[i] for row in rows)]
         if kept:
@@ -103,15 +104,25 @@ def task_table(found: Evaluation) -> tuple[list[str], Rows]:
 
 def comparison_table(found: Evaluation) -> tuple[list[str], Rows]:
     """Heading and rows of the paired comparisons, differences in percentage points."""
-    heading = ["model", "task", "metric", "difference", "95% interval", "only first", "only model", "p"]
+    heading = ["model", "task", "metric", "change", "95% interval", "only one", "p"]
     rows = []
     for comparison in found.comparisons:
+        name = comparison.model if len(found.comparisons) > 1 else ""
         for each in comparison.tasks:
             difference, low, high = (f"{100 * value:+.2f}" for value in (each.difference, each.low, each.high))
-            counts = [str(each.only_reference), str(each.only_model)]
-            what = [comparison.model, each.task, each.metric]
-            rows.append([*what, difference, f"{low} .. {high}", *counts, f"{each.p_value:.2g}"])
+            only = f"{each.only_reference} / {each.only_model}"
+            rows.append([name, each.task, each.metric, difference, f"{low} .. {high}", only, f"{each.p_value:.2g}"])
     return heading, rows
+
+
+def comparison_note(found: Evaluation) -> str:
+    """What stands in the columns of ``comparison_table``."""
+    first = found.models[0].model
+    what = f"{found.comparisons[0].model} against {first}" if len(found.comparisons) == 1 else f"against {first}"
+    return (
+        f"{what}: percentage points, with a 95% bootstrap interval over items; items that only the first / only the "
+        "other model has right; p by McNemar's exact test"
+    )
 
 
 def with_error(estimate: Estimate, form: str) -> str:

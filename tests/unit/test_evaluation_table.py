@@ -1,0 +1,56 @@
+"""The tables of an evaluation in a narrow terminal."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from optima.evaluation.record import (
+    ComparisonRecord,
+    Estimate,
+    Evaluation,
+    ModelRecord,
+    PairedRecord,
+    TaskRecord,
+)
+from optima.evaluation.table import print_tables
+
+ACCURACY = Estimate(0.5181, 0.0103)
+
+
+def evaluation(*names: str) -> Evaluation:
+    tasks = [
+        TaskRecord(task, 2376, dict.fromkeys(("acc", "acc_norm"), ACCURACY), {}, "") for task in ("arc_easy", "piqa")
+    ]
+    models = tuple(ModelRecord(name, None, "", "bfloat16", 1.0, tasks=tuple(tasks)) for name in names)
+    paired = tuple(
+        PairedRecord(task, metric, -0.1006, -0.1187, -0.0825, 370, 131, 2e-27)
+        for task in ("arc_easy", "piqa")
+        for metric in ("acc", "acc_norm")
+    )
+    comparisons = tuple(ComparisonRecord(name, None, paired) for name in names[1:])
+    return Evaluation({}, {}, "cpu", "", models, comparisons)
+
+
+def lines(found: Evaluation) -> list[str]:
+    file = io.StringIO()
+    print_tables(found, Console(file=file, width=80))
+    return file.getvalue().splitlines()
+
+
+def test_long_names_of_models_leave_tasks_and_figures_whole() -> None:
+    name = "/a/long/path/to/the/models/that/were/made/model-with-a-long-name"
+    for others in (1, 3):
+        printed = lines(evaluation("dense-model-with-a-long-name", *(f"{name}-{i}" for i in range(others))))
+        words = {word for line in printed for word in line.split()}
+        assert {"arc_easy", "acc_norm", "-10.06", "-11.87", "-8.25", "370", "131", "2e-27"} <= words
+        tables = [line for line in printed if not line.startswith(("zero-shot", "percentage", "against", name))]
+        assert max(map(len, tables)) <= 80
+
+
+def test_one_comparison_names_its_model_below_and_several_in_a_column() -> None:
+    one, several = (" ".join(lines(evaluation(*names))) for names in (("dense", "a"), ("dense", "a", "b")))
+    assert "a against dense:" in one
+    assert " against dense:" in several
+    assert several.count("2e-27") == 2 * one.count("2e-27")
