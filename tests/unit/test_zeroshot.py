@@ -13,7 +13,7 @@ import torch
 from tiny import LINES, make_llama, make_tokenizer
 
 from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
-from optima.evaluation.zeroshot import Tasks, batches, find_files, load_tasks, zero_shot
+from optima.evaluation.zeroshot import Tasks, find_files, load_tasks, scored_positions, zero_shot
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the eval extra")
@@ -174,12 +174,28 @@ def test_remedy_without_lm_eval(arc: Path, monkeypatch: pytest.MonkeyPatch) -> N
         load_tasks({"arc_easy": arc})
 
 
-def test_batches_hold_what_is_scored() -> None:
-    sizes = [(10, 3), (50, 5), (49, 9), (12, 12), (11, 1), (80, 70)]
-    found = list(batches(sizes, 3, 40))
-    assert sorted(i for batch, _ in found for i in batch) == list(range(len(sizes)))
-    for batch, scored in found:
-        longest = max(sizes[i][0] for i in batch)
-        assert scored == max(longest - length + wanted for length, wanted in (sizes[i] for i in batch))
-        assert len(batch) == 1 or len(batch) * scored <= 40
-        assert len(batch) <= 3
+def test_scored_positions_of_a_batch() -> None:
+    wanted = {(1, 2, 3, 4): 2, (1, 2): 1, (5, 6): 2, (7, 0): 1}
+    assert scored_positions(torch.tensor([[1, 2, 3, 4]]), {(1, 2, 3, 4): 2}) == 2
+    assert scored_positions(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), wanted) == 4
+    assert scored_positions(torch.tensor([[1, 2, 0, 0]]), wanted) == 3
+    assert scored_positions(torch.tensor([[7, 0, 0]]), wanted) == 2  # a token that is also what fills up
+    assert scored_positions(torch.tensor([[1, 2, 3, 4]]), wanted) == 3  # one more than needed, never fewer
+
+
+@needs_lm_eval
+def test_batches_are_those_of_lm_eval_to_the_bit() -> None:
+    """Of choices of any length, in batches of one size: bfloat16, which rounds much, shows any other batch."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models import huggingface
+
+    from optima.evaluation import zeroshot
+
+    texts = [LINES[0], LINES[1], LINES[0][:20], "a", "fox jumps"]
+    pairs = [(text, more) for text in texts for more in (" dog", " a", " over the lazy dog", " " + LINES[1], " a b")]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    model = make_llama().to(torch.bfloat16)
+    for size in (1, 3, 8):
+        plain = huggingface.HFLM(pretrained=model, tokenizer=make_tokenizer(**ENDS), batch_size=size)
+        ours = zeroshot.language_model(model, make_tokenizer(**ENDS), size)
+        assert ours.loglikelihood(requests) == plain.loglikelihood(requests)

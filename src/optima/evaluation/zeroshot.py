@@ -33,7 +33,6 @@ from optima.evaluation.record import Estimate, TaskRecord
 from optima.evaluation.settings import CHOICES
 
 METRICS = ("acc", "acc_norm")
-LOGITS_BYTES = 256 * 2**20  # float32 logits of a batch, of which a softmax makes copies: 256 positions of 262k tokens
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SPLIT = "test"
 
@@ -66,7 +65,7 @@ def zero_shot(
         tokenizer: the model's; what it adds to a text (BOS) it adds to every prompt.
         tasks: from ``load_tasks``; they can be used again.
         limit: use the first items of each task only; None uses all.
-        batch_size: most choices in one forward pass; fewer where their logits would take over ``LOGITS_BYTES``.
+        batch_size: choices in one forward pass.
 
     Returns:
         One record a task: ``acc`` (the likeliest choice is the right one) and ``acc_norm`` (likelihoods per byte of the
@@ -83,8 +82,9 @@ def zero_shot(
     check_tokenizer(tokenizer)
     # lm-eval gives a tokenizer without padding one, and switches the model to evaluation.
     with evaluating(model), _warnings_only_from("lm_eval"):
-        language_model = _language_model(model, copy.deepcopy(tokenizer), batch_size)
-        found = evaluator.evaluate(language_model, tasks.loaded, limit=limit)
+        found = evaluator.evaluate(
+            language_model(model, copy.deepcopy(tokenizer), batch_size), tasks.loaded, limit=limit
+        )
     return tuple(_record(name, leaves, found) for name, leaves in tasks.names.items())
 
 
@@ -255,8 +255,8 @@ def _record(name: str, leaves: Sequence[str], found: Mapping[str, Any]) -> TaskR
     return TaskRecord(name, len(samples), metrics, correct, digest.hexdigest())
 
 
-def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
-    """The model as lm-eval sees it, with logits of the positions that are scored and no others.
+def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
+    """The model as lm-eval sees it: its own batches, with logits of the positions that are scored and no others.
 
     With a large vocabulary the head costs more than the body, and most positions belong to the prompt.
     """
@@ -268,57 +268,41 @@ def _language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             return found
 
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=1, backend="causal")
-    positions = LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size))
+        return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
     class LastLogits(Quiet):
-        scored = 0  # positions, from the end of the padded batch, that hold every continuation of it
-
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
         ) -> list[tuple[float, bool]]:
-            sizes = [(len(context) + len(continuation) - 1, len(continuation)) for _, context, continuation in requests]
-            answers: list[Any] = [None] * len(requests)
-            for batch, self.scored in batches(sizes, batch_size, positions):
-                found = super()._loglikelihood_tokens([requests[i] for i in batch], disable_tqdm=True, **options)
-                for i, answer in zip(batch, found, strict=True):
-                    answers[i] = answer
-            return answers
+            # What lm-eval will make a row of, and how many of its last positions are scored.
+            self._wanted: dict[tuple[int, ...], int] = {}
+            for _, context, continuation in requests:
+                row = tuple((context + continuation)[-(self.max_length + 1) : -1])
+                self._wanted[row] = max(len(continuation), self._wanted.get(row, 0))
+            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            return found
 
         def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
             # Missing positions at the front are understood: lm-eval counts from the end of what it gets.
             with torch.no_grad():
-                logits_BLV: Tensor = self.model(inps, logits_to_keep=self.scored).logits
+                logits_BLV: Tensor = self.model(inps, logits_to_keep=scored_positions(inps, self._wanted)).logits
             return logits_BLV
 
     return LastLogits(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
 
-def batches(sizes: Sequence[tuple[int, int]], batch_size: int, positions: int) -> Iterator[tuple[list[int], int]]:
-    """Requests of similar length together, the longest first, while their scored logits fit.
+def scored_positions(inputs_BL: Tensor, wanted: Mapping[tuple[int, ...], int]) -> int:
+    """How many positions at the end of a batch hold all that is scored in it.
 
     Args:
-        sizes: of each request, its tokens, and those at its end that are scored.
-        batch_size: most requests in a batch.
-        positions: most scored positions in a batch of more than one.
-
-    Yields:
-        Indices of requests, and how many positions at the end of the padded batch hold all that is scored.
+        inputs_BL: rows of tokens, filled up to the right.
+        wanted: of each row without what fills it up, how many of its last positions are scored.
     """
-    batch: list[int] = []
-    longest = scored = 0
-    for i in sorted(range(len(sizes)), key=lambda i: sizes[i][0], reverse=True):
-        length, wanted = sizes[i]
-        grown = max(scored, longest - length + wanted)
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * grown > positions):
-            yield batch, scored
-            batch = []
-        if not batch:
-            longest, grown = length, wanted
-        batch.append(i)
-        scored = grown
-    if batch:
-        yield batch, scored
+    most, length = 0, inputs_BL.shape[1]
+    for row in inputs_BL.tolist():
+        for end in range(1, length + 1):  # where a row ends is not told: a row that begins like this one asks for more
+            most = max(most, wanted.get(tuple(row[:end]), -length) + length - end)
+    return most
 
 
 def _check_installed() -> None:
