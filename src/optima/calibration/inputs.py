@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
 from optima.models.reading import check_vocabulary
@@ -153,6 +154,20 @@ def stack_size(model: nn.Module, stack: Stack, batch: Batch) -> tuple[int, int |
 def first_of(model: nn.Module, batch: Batch, length: int) -> Batch:
     """Enough of a batch to look at a model with: ``length`` tokens of a stack, or all of a processor's outputs."""
     return batch[:1, : length * (1 + is_encoder_decoder(model))] if isinstance(batch, Tensor) else batch
+
+
+def inseparable(batch: Batch, samples: int) -> str:
+    """Why a batch cannot be taken apart into samples; empty if it can."""
+    tensors = {} if isinstance(batch, Tensor) else batch
+    odd = next((name for name, tensor in tensors.items() if tensor.shape[:1] != (samples,)), None)
+    return f"{odd} cannot be taken apart into {samples} samples" if odd else ""
+
+
+def some_of(batch: Batch, part: slice, samples: int) -> Batch:
+    """Some samples of a batch, which is not ``inseparable``, or all of them."""
+    if isinstance(batch, Tensor):
+        return rows_of(batch, part, samples)
+    return {name: rows_of(tensor, part, samples) for name, tensor in batch.items()}
 
 
 def _words(given: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:
