@@ -134,6 +134,7 @@ def prune(
         batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
         job = _job(checked, network, weights, calibration is not None)
+        job.notes.extend(text.notes)
         if ranks.first:
             listeners = [*([make_progress()] if progress else []), *callbacks]
             job.progress = stack.enter_context(Listeners(listeners))
@@ -254,7 +255,7 @@ def _read(
         network, weights, origin = _network(checked, "it writes its own text")
 
         def write() -> Calibration:
-            return Calibration(own_text(network, tokenizer, checked.recipe, checked.device))
+            return own_text(network, tokenizer, checked.recipe, checked.device)
 
         return network, weights, origin, ranks.from_first(write)
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))

@@ -41,12 +41,14 @@ class Calibration:
         inputs: batches of a processor's outputs, each the arguments of a forward pass by name.
         skipped: records of the data set that had no text.
         revision: of a hub data set, where it is known.
+        notes: what a report must tell of it.
     """
 
     tokens_NL: Tensor | None
     inputs: tuple[Mapping[str, Tensor], ...] = ()
     skipped: int = 0
     revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     def batches(self, size: int) -> Sequence[Batch]:
         """As they are given to the model: ``size`` sequences at a time, or as they were made."""
