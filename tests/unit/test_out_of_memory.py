@@ -138,9 +138,7 @@ class TestHalving:
         assert rows_of(rows, slice(1, 3), 4).tolist() == list(range(3, 9))
 
 
-@pytest.mark.parametrize(
-    "place", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.0.mlp", "layers.1.mlp.act_fn"]
-)
+@pytest.mark.parametrize("place", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.0.mlp", "layers.1.mlp.act_fn"])
 def test_statistics_are_those_of_smaller_batches(place: str) -> None:
     """Whatever a pass had seen before it failed: sums, their tokens, heavier first tokens, samples."""
 

@@ -81,11 +81,9 @@ class TokenWeights:
         if tokens_T is None or (len(tokens_T) and int(tokens_T.max()) >= (part.stop - part.start) * length):
             return None, False
         routed = self._all if self._loss is None else self._loss.of_routed(name, [s * n for s, n in self._sizes])
-        return (
-            (None, True)
-            if routed is None
-            else (routed[batch].to(tokens_T.device)[tokens_T + part.start * length], True)
-        )
+        if routed is None:
+            return None, True
+        return routed[batch].to(tokens_T.device)[tokens_T + part.start * length], True
 
 
 def observe_experts(

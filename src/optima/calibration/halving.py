@@ -5,6 +5,7 @@ What comes out is the same but for rounding: products of fewer rows are added up
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,7 @@ class Halving:
                 if whole or count == 1:
                     raise self._error(count, whole) from error
             # Only here, after the exception and the frames it held are gone, is their memory free again.
+            gc.collect()
             torch.cuda.empty_cache()
             self._tried, self.most = max(self._tried, count), (count + 1) // 2
             waiting.append(part)

@@ -45,9 +45,7 @@ class Recorded:
 
         self.calls.append((batch, part, map_tensors(args, kept), map_tensors(kwargs, kept)))
 
-    def run(
-        self, place: int, device: torch.device, watched: Callable[[int, slice], AbstractContextManager[None]]
-    ) -> None:
+    def run(self, place: int, device: torch.device, watched: Watched) -> None:
         """The call number ``place`` again, for the experts that are watched.
 
         Args:
@@ -63,10 +61,13 @@ class Recorded:
             with watched(batch, slice(part.start + own.start, part.start + own.stop)), self.experts.only_watched():
                 self.experts.module(*inputs[0], **inputs[1])
 
-        self.streams.halving.over(samples, run, self._inseparable(samples, *_tensors(args, kwargs)))
+        self.streams.halving.over(samples, run, self._inseparable(samples, args, kwargs))
 
-    def _inseparable(self, samples: int, *given: Tensor) -> str:
-        odd = any(len(tensor) % samples for tensor in given)
+    def _inseparable(self, samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why a call cannot be taken apart into samples: the rows of each tensor must be theirs, in order."""
+        given = _tensors(args, kwargs)
+        odd = any(not tensor.ndim or len(tensor) % samples for tensor in given)
+        # One tensor alone has the tokens of each expert in turn (Llama 4).
         if samples > 1 and (len(given) == 1 or odd or self.streams.probe.sample_dim):
             return f"{self.experts.name} is called with what cannot be taken apart into samples"
         return ""
@@ -98,7 +99,9 @@ class Recorded:
 
 
 def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    found: list[Tensor] = []
+    map_tensors((args, kwargs), found.append)
+    return found
 
 
 def recorders(block: Block, streams: Streams) -> list[Recorded]:
