@@ -15,7 +15,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from optima.errors import RecipeError
+from optima.errors import DeviceMemoryError, RecipeError
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -81,6 +81,27 @@ def describe_device(device: torch.device) -> str:
         return f"{device} ({torch.cuda.get_device_name(device)})"
     threads = torch.get_num_threads()
     return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
+
+
+def describe_memory(device: torch.device) -> str:
+    """The device and how much memory it has, for messages."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    else:
+        total = psutil.virtual_memory().total
+    return f"{device} ({total / 2**30:.1f} GiB)"
+
+
+@contextmanager
+def memory_explained(device: torch.device) -> Iterator[None]:
+    """Memory of ``device`` that runs out inside, where no smaller batch helps, is a ``DeviceMemoryError``."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"{describe_memory(device)} is out of memory: free some (another process may hold it), lower "
+            "--max-seq-length, or take a larger device; optima plan says what a run needs"
+        ) from error
 
 
 @contextmanager

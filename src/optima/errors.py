@@ -23,3 +23,7 @@ class NumericalError(OptimaError):
 
 class RankError(OptimaError):
     """Another process of the same run is no more."""
+
+
+class DeviceMemoryError(OptimaError):
+    """A device whose memory does not hold what must be there together."""

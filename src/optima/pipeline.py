@@ -14,6 +14,7 @@ from torch import Tensor
 from optima.allocation import Allocation
 from optima.calibration.expert_statistics import TokenWeights, observe_experts, routing_notes
 from optima.calibration.gradient import regional_gradients
+from optima.calibration.halving import Halving
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.statistics import Found, observe
@@ -51,6 +52,7 @@ class Job:
         progress: tells of every linear and block.
         weights: brings blocks to the device.
         store: keeps activations.
+        halving: how many sequences run together.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
         loss: weights of tokens and rows by the model's loss, or None.
@@ -68,6 +70,7 @@ class Job:
     progress: Listeners = field(default_factory=Listeners)
     weights: Weights = field(default_factory=Resident)
     store: Store = field(default_factory=Store)
+    halving: Halving = field(default_factory=Halving)
     writer: Writer | None = None
     dump: Dump | None = None
     loss: LossWeights | None = None
@@ -122,6 +125,8 @@ class Job:
                 if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block, self.device)
+                # In the journal with the block: a run that goes on from here tells of it too.
+                self.notes.extend(dict.fromkeys(filter(None, ranks.gather(streams.halving.note()))))
                 if not again:
                     number = self._earlier + block.index
                     self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
 from optima.calibration.given import Batches, given_text
+from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
-from optima.device import PeakMemory, describe_device, evaluating, unswitched
+from optima.device import PeakMemory, describe_device, evaluating, memory_explained, unswitched
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import ModelError, RecipeError
@@ -119,6 +120,7 @@ def prune(
         stack.enter_context(unswitched())
         checked = _check(model, recipe, output_dir, calibration, dump_layer, ranks)
         recipe, source, found = checked.recipe, checked.source, checked.found
+        stack.enter_context(memory_explained(checked.device))
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
@@ -132,6 +134,7 @@ def prune(
         batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
         job = _job(checked, network, weights, calibration is not None)
+        job.notes.extend(text.notes)
         if ranks.first:
             listeners = [*([make_progress()] if progress else []), *callbacks]
             job.progress = stack.enter_context(Listeners(listeners))
@@ -150,6 +153,7 @@ def prune(
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
+        job.halving = Halving(checked.device)
         job.store = _store(checked, network, weights, destination, ranks)
         _prune_stacks(network, checked, batches, job, ranks)
         job.notes.extend(job.store.notes)
@@ -251,7 +255,7 @@ def _read(
         network, weights, origin = _network(checked, "it writes its own text")
 
         def write() -> Calibration:
-            return Calibration(own_text(network, tokenizer, checked.recipe, checked.device))
+            return own_text(network, tokenizer, checked.recipe, checked.device)
 
         return network, weights, origin, ranks.from_first(write)
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
@@ -312,11 +316,11 @@ def _prune_stacks(
         for stack in needed:
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside():
-                streams = capture(network, stack, batches, by_loss, ranks, job.store)
+                streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)
             if by_loss:
                 job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
-                    job.loss = _loss_weights(network, stack, streams, batches, job, checked.recipe.seed)
+                    job.loss = _loss_weights(network, stack, streams, job, checked.recipe.seed)
             if (allocation := build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)
                 checked.found.share(shares)
@@ -325,12 +329,10 @@ def _prune_stacks(
             job.prune(stack, streams, runs_again=stack is not needed[-1])
 
 
-def _loss_weights(
-    network: PreTrainedModel, stack: Stack, streams: Streams, batches: Sequence[Batch], job: Job, seed: int
-) -> LossWeights | None:
+def _loss_weights(network: PreTrainedModel, stack: Stack, streams: Streams, job: Job, seed: int) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
-        found = loss_weights(network, stack, streams, batches, job.device, seed, job.tuning is not None, job.weights)
+        found = loss_weights(network, stack, streams, job.device, seed, job.tuning is not None, job.weights)
     except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
         job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")

@@ -16,7 +16,6 @@ from optima.patterns import NM, Pattern, Unstructured
 
 DATA = Path(__file__).parent / "runtimes.yaml"
 DENSE, ANY_ZEROS = "dense", "unstructured"
-NONE = "none"
 HEADING = ["runtime", "hardware", "gain over dense", "how", "source"]
 
 

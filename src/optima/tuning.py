@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from optima.calibration.halving import rows_of
+from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Piece, Streams
 from optima.models.stacks import Block, Linear
 
@@ -157,14 +159,11 @@ class _Error:
     def __call__(self, piece: Piece) -> Tensor:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
-        found = self.streams.run_piece(self.block, piece, self.device, partial(functional_call, module, rounded))
-        batch, sample = piece
-        target, weights, size = self.targets[batch], self.cost.weights, self.streams.sizes[batch]
-        weight_T = None if weights is None else weights[batch]
-        if sample is not None and size[0] > 1:
-            target = target[sample : sample + 1]
-            weight_T = None if weight_T is None else weight_T.reshape(size)[sample]
-        return self.cost(found, target.to(self.device), weight_T)
+        (batch, part), call = piece, partial(functional_call, module, rounded)
+        found = hidden_of(self.streams.run(self.block, batch, self.device, part, call))
+        weights, samples = self.cost.weights, self.streams.sizes[batch][0]
+        weight_T = None if weights is None else rows_of(weights[batch], part, samples)
+        return self.cost(found, rows_of(self.targets[batch], part, samples).to(self.device), weight_T)
 
     def mean(self, pieces: Sequence[Piece]) -> float:
         """Over several pieces, without gradients."""

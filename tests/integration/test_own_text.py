@@ -8,6 +8,8 @@ import families
 import pytest
 import torch
 from tiny import make_bert, make_llama, make_tokenizer, save_model, weight_files
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, load_report, prune
 from optima.calibration.own_text import beginning, own_text
@@ -24,20 +26,42 @@ def recipe(seed: int = 0) -> Recipe:
     return Recipe(dataset=["self"], num_calibration_samples=40, max_seq_length=24, seed=seed)
 
 
+def written(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> Tensor:
+    found = own_text(model, tokenizer, recipe, CPU)
+    assert found.tokens_NL is not None
+    assert not found.notes
+    return found.tokens_NL
+
+
 def test_sequences_are_full_and_those_of_the_seed() -> None:
     model, tokenizer = make_llama(), make_tokenizer()
     state = torch.get_rng_state()
     model.generation_config.eos_token_id = 7  # which does not end them
     model.generation_config.top_k = 1
-    tokens_NL = own_text(model, tokenizer, recipe(), CPU)
+    tokens_NL = written(model, tokenizer, recipe())
     assert tokens_NL.shape == (40, 24)
     assert (tokens_NL[:, 0] == 0).all(), "every text begins with BOS"
     assert len(tokens_NL[:, 1:].unique()) > 100, "words are drawn, not the likeliest taken"
     assert bool((tokens_NL[:, 1:-1] == 7).any())
-    assert torch.equal(own_text(model, tokenizer, recipe(), CPU), tokens_NL)
-    assert not torch.equal(own_text(model, tokenizer, recipe(seed=1), CPU), tokens_NL)
+    assert torch.equal(written(model, tokenizer, recipe()), tokens_NL)
+    assert not torch.equal(written(model, tokenizer, recipe(seed=1)), tokens_NL)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.generation_config.eos_token_id == 7
+
+
+def test_out_of_memory_fewer_are_written_together() -> None:
+    model = make_llama()
+
+    def refuse(module: torch.nn.Module, given: tuple[Tensor]) -> None:
+        if len(given[0]) > 10:
+            raise torch.OutOfMemoryError
+
+    model.model.layers[1].mlp.register_forward_pre_hook(refuse)
+    found = own_text(model, make_tokenizer(), recipe(), CPU)
+    assert found.tokens_NL is not None
+    assert found.tokens_NL.shape == (40, 24)
+    (note,) = found.notes
+    assert "8 sequences of its text at a time" in note
 
 
 def test_words_have_the_models_probabilities() -> None:
@@ -47,7 +71,7 @@ def test_words_have_the_models_probabilities() -> None:
         model.lm_head.weight *= 20
         probability_V = model(torch.zeros(1, 1, dtype=torch.int64)).logits[0, 0].softmax(0)
     many = Recipe(dataset=["self"], num_calibration_samples=4000, max_seq_length=2)
-    words = own_text(model, tokenizer, many, CPU)[:, 1]
+    words = written(model, tokenizer, many)[:, 1]
     share_V = words.bincount(minlength=300) / len(words)
     assert float((share_V - probability_V).abs().max()) < 0.04
     assert float(probability_V.max()) > 0.05

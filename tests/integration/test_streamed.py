@@ -155,7 +155,12 @@ def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
     monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
     kept: list[Any] = []
     note = Recorded.note
-    monkeypatch.setattr(Recorded, "note", lambda self, *given: (note(self, *given), kept.append(self.store.budget)))
+
+    def noted(self: Recorded, *given: Any) -> None:
+        note(self, *given)
+        kept.append(self.streams.store.budget)
+
+    monkeypatch.setattr(Recorded, "note", noted)
     found = pruned(tmp_path / "model", tmp_path / "kept", memory_budget="514MiB", **options)
     assert set(kept) == ({0} if family == "mixtral" else set()), "what experts are given is in the budget too"
     assert [name for name in found if found[name] != expected[name]] == ["recipe.yaml"]

@@ -115,7 +115,7 @@ def test_common_tokens_go_through_the_expert_itself(family: str) -> None:
 
 def record(block: Block, streams: Streams) -> Recorded:
     found = [each.recorded for each in observe(block, streams, CPU, 0.0, 0.0) if each.recorded]
-    assert len(recorders(streams.groups(block), streams.store)) == len(found) == 1
+    assert len(recorders(block, streams)) == len(found) == 1
     return found[0]
 
 
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_each_expert() -> None:
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     batches = list(make_ids(4, 16).split(2))
     streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, batches, CPU, seed=0)
+    found = loss_weights(model, stack, streams, CPU, seed=0)
     sizes = [size[0] * size[1] for size in streams.sizes]
     total = torch.zeros(sum(sizes))
     for number in range(4):

@@ -23,7 +23,7 @@ def sweep(model: torch.nn.Module, batch_size: int = 4) -> tuple[LossWeights, tor
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     batches = list(tokens_NL.split(batch_size))
     streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, batches, torch.device("cpu"), seed=3)  # type: ignore[arg-type]
+    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=3)  # type: ignore[arg-type]
     return found, tokens_NL
 
 
@@ -104,7 +104,7 @@ def test_the_metric_of_tuning_is_the_second_moment_of_the_gradients(monkeypatch:
         monkeypatch.setattr("optima.calibration.loss_weights.KEPT_BYTES", kept)
         batches = list(tokens_NL.split(4))
         streams = capture(model, stack, batches, whole=True)
-        found = loss_weights(model, stack, streams, batches, torch.device("cpu"), 3, residual=True)
+        found = loss_weights(model, stack, streams, torch.device("cpu"), 3, residual=True)
         seen: list[torch.Tensor] = []
         handle = stack.blocks[0].module.register_forward_hook(
             lambda module, args, output: seen.append(output) or output.retain_grad()  # noqa: B023

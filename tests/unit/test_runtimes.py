@@ -12,7 +12,7 @@ from optima.patterns import NM, Given, Pattern, Unstructured
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.summary import render_summary
-from optima.runtimes import NONE, in_words, named_pattern, runtimes, shares, table_rows
+from optima.runtimes import in_words, named_pattern, runtimes, shares, table_rows
 
 ROOT = Path(__file__).parents[2]
 HALF = Unstructured(0.5)
@@ -34,7 +34,7 @@ class TestData:
     def test_who_runs_it_dense_gains_nothing_and_is_named_first(self) -> None:
         dense = [each.as_dense for each in runtimes()]
         assert dense == sorted(dense, reverse=True)
-        assert {each.gain for each in runtimes() if each.as_dense} == {NONE}
+        assert {each.gain for each in runtimes() if each.as_dense} == {"none"}
         assert {each.patterns for each in runtimes() if each.as_dense} == {("dense",)}
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.inputs import Batch, first_of, stack_size
-from optima.calibration.probe import PROBE_LENGTH, Probe, agree, forward, hidden_of, look, with_hidden
+from optima.calibration.halving import Halving
+from optima.calibration.inputs import Batch, first_of, inseparable, some_of, stack_size
+from optima.calibration.probe import PROBE_LENGTH, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
@@ -35,6 +37,7 @@ def capture(
     whole: bool = False,
     ranks: Ranks = ALONE,
     store: Store | None = None,
+    halving: Halving | None = None,
 ) -> Streams:
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
@@ -48,6 +51,7 @@ def capture(
         whole: no block is left out.
         ranks: the processes that each have batches of their own, of sequences that are equally long.
         store: keeps the hidden states; None: main memory does.
+        halving: takes apart the batches that the device has no memory for; those of the streams are smaller then.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
@@ -57,7 +61,9 @@ def capture(
     first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
     probe = look(model, stack, first)
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
-    trial = _record(model, stack, blocks, [first], probe, Store())
+    halving = halving or Halving()
+    trial = Streams(probe, [], [], [[] for _ in blocks], [], halving=halving)
+    _record(model, stack, [first], trial)
     for block in blocks:
         home = next((each.device for each in block.module.parameters() if not each.is_meta), trial.hidden[0].device)
         trial.advance(block, home)
@@ -66,30 +72,39 @@ def capture(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    streams = _record(model, stack, blocks, batches, probe, store or Store())
+    streams = Streams(probe, [], [], [[] for _ in blocks], [], store or Store(), halving=halving)
+    _record(model, stack, batches, streams)
     if ranks.size > 1:
         streams.ranks, streams.samples = ranks, tuple(ranks.gather(sum(samples for samples, _ in streams.sizes)))
     return streams
 
 
-def _record(
-    model: nn.Module, stack: Stack, blocks: Sequence[Block], batches: Sequence[Batch], probe: Probe, store: Store
-) -> Streams:
-    """Run the model's forward pass with its blocks replaced by recorders."""
-    streams = Streams(probe, [], [], [[] for _ in blocks], [{} for _ in batches], store)
+def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], streams: Streams) -> None:
+    """Run the model's forward pass with the first blocks, as many as ``streams`` have, replaced by recorders."""
+    blocks = stack.blocks[: len(streams.calls)]
+
+    def record(batch: Batch, samples: int, part: slice) -> None:
+        given, done = some_of(batch, part, samples), len(streams.sizes)
+        del streams.hidden[done:]  # what a pass left that ran out of memory
+        for calls in streams.calls:
+            del calls[done:]
+        try:
+            forward(model, given)
+        except _AllCaptured:
+            count, length = stack_size(model, stack, given)
+            hidden = streams.hidden[-1]
+            streams.sizes.append((count, hidden.shape[streams.probe.sample_dim + 1] if length is None else length))
+            streams.batches.append(given)
+            streams.carried.append({})
+            return
+        raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
+
     with ExitStack() as replaced:
         for block in blocks:
             replaced.enter_context(forward_replaced(block.module, _recorder(streams, block, block is blocks[-1])))
         for batch in batches:
-            try:
-                forward(model, batch)
-            except _AllCaptured:
-                samples, length = stack_size(model, stack, batch)
-                hidden = streams.hidden[-1]
-                streams.sizes.append((samples, hidden.shape[probe.sample_dim + 1] if length is None else length))
-                continue
-            raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
-    return streams
+            samples = stack_size(model, stack, batch)[0]
+            streams.halving.over(samples, partial(record, batch, samples), inseparable(batch, samples))
 
 
 def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:

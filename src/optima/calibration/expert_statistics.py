@@ -18,14 +18,15 @@ Shapes: T tokens, N tokens of a sample, D inputs, B sequences in a batch, L toke
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from optima.calibration.halving import Once, rows_of
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import reduce_to
 from optima.calibration.routed import Group, Recorded
@@ -68,19 +69,21 @@ class TokenWeights:
                 weight_T[first] = max(1.0, sink_weight * length)
                 self._all.append(weight_T)
 
-    def of_all(self, batch: int) -> Tensor | None:
-        """Of the block's tokens, (T,); None: all alike."""
-        return None if self._all is None else self._all[batch]
+    def of_all(self, batch: int, part: slice) -> Tensor | None:
+        """Of the block's tokens, (T,), in samples of a batch; None: all alike."""
+        return None if self._all is None else rows_of(self._all[batch], part, self._sizes[batch][0])
 
-    def at(self, name: str, batch: int, tokens_T: Tensor | None) -> tuple[Tensor | None, bool]:
-        """Of the tokens ``tokens_T`` of the batch at an expert's linear; and False if they could not be told."""
-        samples, length = self._sizes[batch]
+    def at(self, name: str, batch: int, part: slice, tokens_T: Tensor | None) -> tuple[Tensor | None, bool]:
+        """Of the tokens ``tokens_T`` of samples of a batch at an expert's linear; and False if they are not told."""
+        length = self._sizes[batch][1]
         if not self._weighs:
             return None, True
-        if tokens_T is None or (len(tokens_T) and int(tokens_T.max()) >= samples * length):
+        if tokens_T is None or (len(tokens_T) and int(tokens_T.max()) >= (part.stop - part.start) * length):
             return None, False
         routed = self._all if self._loss is None else self._loss.of_routed(name, [s * n for s, n in self._sizes])
-        return (None, True) if routed is None else (routed[batch].to(tokens_T.device)[tokens_T], True)
+        if routed is None:
+            return None, True
+        return routed[batch].to(tokens_T.device)[tokens_T + part.start * length], True
 
 
 def observe_experts(
@@ -140,10 +143,10 @@ class _Everything:
         self.calls = sum(ranks.gather(len(recorded.calls)))
         accumulator = Accumulator()
         sample, sample_weights = [], []
-        for batch, args, kwargs in recorded.calls:
+        for batch, part, args, kwargs in recorded.calls:
             hidden = hidden_of_call(args, kwargs).to(device)
             hidden_TD = hidden.reshape(-1, hidden.shape[-1])
-            weight_T = weights.of_all(batch)
+            weight_T = weights.of_all(batch, part)
             if weight_T is None or len(weight_T) != len(hidden_TD):
                 weight_T = torch.ones(len(hidden_TD))
             used_T = hidden_TD.ne(0).any(dim=1)  # zeros stand for tokens that are routed elsewhere (Llama 4)
@@ -172,9 +175,8 @@ class _Portion:
         """The statistics of each group; those of an expert are complete when its first is given."""
         groups = [group for groups in self.experts.values() for group in groups]
         own = {group[0].name: Accumulator() for group in groups}
-        for place, (batch, *_) in enumerate(self.recorded.calls):
-            with self._watched(groups, own, batch):
-                self.recorded.run(place, self.everything.device)
+        for place in range(len(self.recorded.calls)):
+            self.recorded.run(place, self.everything.device, partial(self._part_watched, groups, own, Once()))
         owners = self._reduce(groups, own)
         for number, groups in self.experts.items():
             if owners[number] != self.everything.ranks.rank:
@@ -183,7 +185,7 @@ class _Portion:
             inner = [group for group in groups if self._inner(group)]
             behind = {group[0].name: Accumulator() for group in inner}
             if inner:
-                with self._watched(inner, behind, None):
+                with self._watched(inner, partial(self._add_sample, behind)):
                     self.recorded.run_all(self.everything.sample_ND, number)
             common = {name: Common(_mean(found), torch.cat(found.sample)) for name, found in behind.items()}
             for group in groups:
@@ -207,26 +209,37 @@ class _Portion:
         return not any(isinstance(linear, ExpertLinear) and linear.within == first for linear in group)
 
     @contextmanager
-    def _watched(self, groups: list[Group], into: dict[str, Accumulator], batch: int | None) -> Iterator[None]:
-        """Inside, inputs of the groups go ``into`` accumulators; ``batch`` None: they are those of the sample."""
+    def _watched(self, groups: list[Group], add: Callable[[str, Call], None]) -> Iterator[None]:
+        """Inside, ``add`` is given every product of the groups with the name of their first linear."""
         with self.everything.clock("forward"), full_precision(), torch.no_grad(), ExitStack() as handles:
             for group in groups:
                 assert isinstance(group[0], ExpertLinear)
-                key, add = (group[0].within, group[0].expert), partial(self._add, into, batch, group[0].name)
-                handles.callback(group[0].experts.add(key, add).remove)
+                key = (group[0].within, group[0].expert)
+                handles.callback(group[0].experts.add(key, partial(add, group[0].name)).remove)
             yield
 
-    def _add(self, into: dict[str, Accumulator], batch: int | None, name: str, call: Call) -> None:
-        if not len(call.inputs_TD):
-            return
-        weight_T: Tensor | None = self.everything.weight_N
-        if batch is not None:
-            weight_T, told = self.everything.weights.at(name, batch, call.tokens_T)
-            self.untold.update(() if told else (name,))
+    def _part_watched(
+        self, groups: list[Group], into: dict[str, Accumulator], once: Once, batch: int, part: slice
+    ) -> AbstractContextManager[None]:
+        """Inside, samples of a batch go ``into`` accumulators, unless they are there."""
+        once.start(batch, part)
+
+        def add(name: str, call: Call) -> None:
+            with once(name) as new:
+                if new and len(call.inputs_TD):
+                    weight_T, told = self.everything.weights.at(name, batch, part, call.tokens_T)
+                    self.untold.update(() if told else (name,))
+                    self._add(into, name, call, weight_T, -(-SAMPLE // self.everything.calls))
+
+        return self._watched(groups, add)
+
+    def _add_sample(self, into: dict[str, Accumulator], name: str, call: Call) -> None:
+        if len(call.inputs_TD):
+            self._add(into, name, call, self.everything.weight_N, SAMPLE)
+
+    def _add(self, into: dict[str, Accumulator], name: str, call: Call, weight_T: Tensor | None, count: int) -> None:
         with self.everything.clock("hessian"):
-            count = SAMPLE if batch is None else -(-SAMPLE // self.everything.calls)
-            into[name].sample.append(_thin(call.inputs_TD, count).float())
-            _accumulate(into[name], call.inputs_TD, weight_T, name)
+            _accumulate(into[name], call.inputs_TD, weight_T, name, _thin(call.inputs_TD, count))
 
 
 def mixed(own: Accumulator, common: Common, damping: float) -> Statistics:
@@ -271,22 +284,28 @@ def _some(names: list[str]) -> str:
     return f"{len(names)} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
 
 
-def _accumulate(accumulator: Accumulator, inputs_TD: Tensor, weight_T: Tensor | None, name: str) -> None:
+def _accumulate(
+    accumulator: Accumulator,
+    inputs_TD: Tensor,
+    weight_T: Tensor | None,
+    name: str,
+    sample_ND: Tensor | None = None,
+) -> None:
     """Add tokens, whose weights need not have a mean of 1."""
     # Any number of tokens reaches an expert, and oneDNN compiles a product for each: zeros make numbers repeat.
     count = len(inputs_TD)
     padding = -count % ROUND_ROWS
     padded_TD = torch.nn.functional.pad(inputs_TD, (0, 0, 0, padding))
     padded_T = None if weight_T is None else torch.nn.functional.pad(weight_T, (0, padding))
-    good = accumulator.add(padded_TD, padded_T)
+    more = 0.0 if weight_T is None else float(weight_T.sum(dtype=torch.float64)) - count
+    good = accumulator.add(padded_TD, padded_T, sample_ND=sample_ND)
     accumulator.tokens -= padding
+    accumulator.extra_weight += more
     if not good:
         raise CalibrationError(
             f"the inputs of {name} contain NaN or Inf: load the model in another dtype (--dtype bfloat16 or float32), "
             "or check its weights"
         )
-    if weight_T is not None:
-        accumulator.extra_weight += float(weight_T.sum(dtype=torch.float64)) - count
 
 
 def _thin(rows: Tensor, count: int) -> Tensor:

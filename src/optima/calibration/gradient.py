@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
 from optima.device import differentiable
 from optima.errors import ModelError
@@ -41,7 +42,7 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
         sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
         for batch, (count, length) in enumerate(streams.sizes):
             for sample in range(count):
-                output_1LE = streams.run_sample(block, batch, sample, device).float()
+                output_1LE = hidden_of(streams.run(block, batch, device, slice(sample, sample + 1))).float()
                 loss = torch.linalg.vector_norm(output_1LE) / length**0.5
                 found = torch.autograd.grad(loss, weights, allow_unused=True)
                 gradients = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}

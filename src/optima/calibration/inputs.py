@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
 from optima.models.reading import check_vocabulary
@@ -40,12 +41,14 @@ class Calibration:
         inputs: batches of a processor's outputs, each the arguments of a forward pass by name.
         skipped: records of the data set that had no text.
         revision: of a hub data set, where it is known.
+        notes: what a report must tell of it.
     """
 
     tokens_NL: Tensor | None
     inputs: tuple[Mapping[str, Tensor], ...] = ()
     skipped: int = 0
     revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     def batches(self, size: int) -> Sequence[Batch]:
         """As they are given to the model: ``size`` sequences at a time, or as they were made."""
@@ -153,6 +156,20 @@ def stack_size(model: nn.Module, stack: Stack, batch: Batch) -> tuple[int, int |
 def first_of(model: nn.Module, batch: Batch, length: int) -> Batch:
     """Enough of a batch to look at a model with: ``length`` tokens of a stack, or all of a processor's outputs."""
     return batch[:1, : length * (1 + is_encoder_decoder(model))] if isinstance(batch, Tensor) else batch
+
+
+def inseparable(batch: Batch, samples: int) -> str:
+    """Why a batch cannot be taken apart into samples; empty if it can."""
+    tensors = {} if isinstance(batch, Tensor) else batch
+    odd = next((name for name, tensor in tensors.items() if tensor.shape[:1] != (samples,)), None)
+    return f"{odd} cannot be taken apart into {samples} samples" if odd else ""
+
+
+def some_of(batch: Batch, part: slice, samples: int) -> Batch:
+    """Some samples of a batch, which is not ``inseparable``, or all of them."""
+    if isinstance(batch, Tensor):
+        return rows_of(batch, part, samples)
+    return {name: rows_of(tensor, part, samples) for name, tensor in batch.items()}
 
 
 def _words(given: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:

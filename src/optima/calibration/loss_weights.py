@@ -15,24 +15,24 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from optima.calibration.inputs import Batch, words_size
+from optima.calibration.halving import rows_of
+from optima.calibration.inputs import inseparable, some_of, words_size
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import differentiable, forward_replaced
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block, Linear, Stack
+from optima.models.stacks import Block, Stack
 from optima.models.weights import Resident, Weights
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -121,7 +121,6 @@ def loss_weights(
     model: PreTrainedModel,
     stack: Stack,
     streams: Streams,
-    batches: Sequence[Batch],
     device: torch.device,
     seed: int,
     residual: bool = False,
@@ -136,7 +135,6 @@ def loss_weights(
         model: the whole model, in evaluation mode.
         stack: the stack that its head reads.
         streams: what enters the first block, with the calls of all blocks; left as it is.
-        batches: the tokens, (B, L) int64 each, or a processor's outputs.
         device: where blocks run.
         seed: of the labels.
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
@@ -147,7 +145,7 @@ def loss_weights(
     """
     found, problem = None, ""
     try:
-        found = _sweep(model, stack, streams, batches, device, seed, residual, weights or Resident())
+        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident())
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -188,7 +186,6 @@ def _sweep(
     model: PreTrainedModel,
     stack: Stack,
     streams: Streams,
-    batches: Sequence[Batch],
     device: torch.device,
     seed: int,
     residual: bool,
@@ -212,10 +209,10 @@ def _sweep(
                     part.advance(block, device)
             gradients = []
             with weights.outside():
-                for batch, hidden in zip(batches_now, part.hidden, strict=True):
+                for batch, hidden in enumerate(part.hidden):
                     if has_words:
-                        drawn_BL = torch.rand(words_size(model, batches[batch]), generator=generator)
-                        gradient = _at_the_head(model, stack, streams, batches[batch], hidden, drawn_BL)
+                        drawn_BL = torch.rand(words_size(model, part.batches[batch]), generator=generator)
+                        gradient = _at_the_head(model, stack, part, batch, drawn_BL)
                     else:
                         signs = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1)
                         gradient = signs.to(hidden)
@@ -238,33 +235,37 @@ def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
         yield range(start, min(start + count, len(streams.hidden)))
 
 
-def _at_the_head(
-    model: PreTrainedModel, stack: Stack, streams: Streams, given: Batch, hidden: Tensor, drawn_BL: Tensor
-) -> Tensor:
+def _at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
     """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
-    home = next(model.parameters()).device
-    leaf = hidden.to(home, copy=True).requires_grad_(True)
-    options: dict[str, Any] = {}
-    samples, length = drawn_BL.shape
+    home, given = next(model.parameters()).device, streams.batches[batch]
+    (samples, length), options = drawn_BL.shape, dict[str, Any]()
     step = length
     if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
         vocabulary = int(model.config.get_text_config().vocab_size)
         step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
-    with ExitStack() as replaced:
-        for block in stack.blocks:
-            returned = leaf if block is stack.blocks[-1] else None
-            like = streams.probe.outputs[block.index]
-            replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
-        for start in range(0, length, step):
-            drawn_BC = drawn_BL[:, start : start + step]
-            if in_slices:
-                options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-            logits_TV = forward(model, given, **options).logits.flatten(0, -2)
-            if not logits_TV.requires_grad:
-                raise NotDifferentiableError("its words do not depend on its last block by a gradient")
-            logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
-    assert leaf.grad is not None
-    return leaf.grad.cpu()
+
+    def back(part: slice) -> Tensor:
+        rows = some_of(given, part, samples)
+        leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
+        with ExitStack() as replaced:
+            for block in stack.blocks:
+                returned = leaf if block is stack.blocks[-1] else None
+                like = streams.probe.outputs[block.index]
+                replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
+            for start in range(0, length, step):
+                drawn_BC = drawn_BL[part, start : start + step]
+                if in_slices:
+                    options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
+                logits_TV = forward(model, rows, **options).logits.flatten(0, -2)
+                if not logits_TV.requires_grad:
+                    raise NotDifferentiableError("its words do not depend on its last block by a gradient")
+                logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
+        assert leaf.grad is not None
+        return leaf.grad.cpu()
+
+    whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
+    parts = streams.halving.over(samples, back, whole)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
@@ -312,37 +313,47 @@ class _Notes:
     """Squares of the gradients at a block's linears: of rows at once, of tokens once all batches were through."""
 
     def __init__(self, block: Block, streams: Streams, found: LossWeights) -> None:
-        self._sizes, self._unordered, self._found = streams.sizes, streams.probe.routed, found
+        self._block, self._sizes, self._unordered, self._found = block, streams.sizes, streams.probe.routed, found
         self._leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
         self._tokens: dict[str, list[Tensor]] = {}
         self._routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
-    def watch(self, linear: Linear, batch: int) -> RemovableHandle:
-        """Note the gradients of a batch, until the handle's ``remove()``."""
-        if not isinstance(linear, ExpertLinear):
-            return linear.watch(partial(self._note, linear.name, batch))
-        nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-        self._routed.setdefault(linear.name, [nowhere for _ in self._sizes])
-        return linear.watch_tokens(partial(self._note_routed, linear.name, batch))
+    @contextmanager
+    def watch(self, batch: int, part: slice) -> Iterator[None]:
+        """Note the gradients of samples of a batch in a backward pass inside, if it gets to its end."""
+        noted: list[Callable[[], None]] = []
 
-    def _note(self, name: str, batch: int, gradient: Tensor) -> None:
-        square_TO = self._square(name, gradient)
-        if name not in self._unordered and len(square_TO) == math.prod(self._sizes[batch]):
+        def note(name: str, gradient: Tensor, tokens_T: Tensor | None = None) -> None:
+            square_TO = gradient.detach().float().square().flatten(0, -2)
+            sum_O, sum_T = square_TO.sum(dim=0), square_TO.sum(dim=1).cpu()
+            noted.append(partial(self._note, name, batch, part, sum_O, sum_T, tokens_T))
+
+        with ExitStack() as hooks:
+            for linear in self._block.linears:
+                see = partial(note, linear.name)
+                if isinstance(linear, ExpertLinear):
+                    nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+                    self._routed.setdefault(linear.name, [nowhere for _ in self._sizes])
+                    hooks.callback(linear.watch_tokens(see).remove)
+                else:
+                    hooks.callback(linear.watch(see).remove)
+            yield
+        for each in noted:
+            each()
+
+    def _note(self, name: str, batch: int, part: slice, sum_O: Tensor, sum_T: Tensor, tokens_T: Tensor | None) -> None:
+        rows, (_, length) = self._found.rows, self._sizes[batch]
+        rows[name] = rows[name] + sum_O if name in rows else sum_O
+        begin, count = part.start * length, (part.stop - part.start) * length
+        if name in self._routed:
+            if tokens_T is not None:
+                known = self._routed[name][batch]
+                found = (tokens_T.cpu() + begin, sum_T)
+                self._routed[name][batch] = torch.cat((known[0], found[0])), torch.cat((known[1], found[1]))
+        elif name not in self._unordered and len(sum_T) == count:
             zeros = [torch.zeros(math.prod(size)) for size in self._sizes]
             own = self._tokens.setdefault(self._leaders[name], zeros)
-            own[batch] += square_TO.sum(dim=1).cpu()
-
-    def _note_routed(self, name: str, batch: int, gradient: Tensor, tokens_T: Tensor | None) -> None:
-        square_TO = self._square(name, gradient)
-        if tokens_T is not None:
-            self._routed[name][batch] = tokens_T.cpu(), square_TO.sum(dim=1).cpu()
-
-    def _square(self, name: str, gradient: Tensor) -> Tensor:
-        """Of each token, (T, O); added up over tokens for the rows."""
-        square_TO = gradient.detach().float().square().flatten(0, -2)
-        sum_O, rows = square_TO.sum(dim=0), self._found.rows
-        rows[name] = rows[name] + sum_O if name in rows else sum_O
-        return square_TO
+            own[batch][begin : begin + count] += sum_T
 
     def close(self) -> None:
         """Hand on what was noted of tokens."""
@@ -355,22 +366,28 @@ class _Notes:
 def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
     """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
     notes = _Notes(block, streams, found)
-    for batch, gradient in enumerate(gradients):
-        gradient = gradient.to(device)
+
+    def back(batch: int, part: slice) -> tuple[Tensor, Tensor]:
+        gradient = rows_of(gradients[batch], part, streams.sizes[batch][0]).to(device)
         square_T = gradient.float().square().sum(dim=-1).flatten()
         if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
-        found.tokens.setdefault(block.name, []).append(square_T.cpu())
-        kept = streams.hidden[batch]
-        leaf = streams.hidden[batch] = kept.to(device, copy=True).requires_grad_(True)
-        with ExitStack() as hooks:
-            for linear in block.linears:
-                hooks.callback(notes.watch(linear, batch).remove)
-            output = hidden_of(streams.run(block, batch, device))
+        leaves: list[Tensor] = []
+
+        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            leaves.append(args[0].detach().requires_grad_(True))
+            return block.module(leaves[0], *args[1:], **kwargs)
+
+        with notes.watch(batch, part):
+            output = hidden_of(streams.run(block, batch, device, part, call))
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
             output.backward(gradient)
-        assert leaf.grad is not None
-        gradients[batch] = streams.store.keep(leaf.grad.cpu())
-        streams.hidden[batch] = kept
+        assert leaves[0].grad is not None
+        return square_T.cpu(), leaves[0].grad.cpu()
+
+    for batch in range(len(gradients)):
+        squares, parts = zip(*streams.in_parts(block, batch, partial(back, batch)), strict=True)
+        found.tokens.setdefault(block.name, []).append(torch.cat(squares))
+        gradients[batch] = streams.store.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
     notes.close()

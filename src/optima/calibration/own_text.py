@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.inputs import is_encoder_decoder
+from optima.calibration.halving import Halving
+from optima.calibration.inputs import Calibration, is_encoder_decoder
 from optima.calibration.text import special_tokens, token_ids
 from optima.device import evaluating
 from optima.errors import CalibrationError
@@ -28,7 +29,7 @@ PLACEHOLDER = "PLACEHOLDER"
 @torch.no_grad()
 def own_text(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe, device: torch.device
-) -> Tensor:
+) -> Calibration:
     """As many sequences as ``recipe`` asks for, each begun anew and written to its full length, ends of text included.
 
     Args:
@@ -38,10 +39,11 @@ def own_text(
         device: where to write.
 
     Returns:
-        tokens_NL: int64, on the CPU.
+        Tokens, with a note if fewer sequences than usual had to be written together, which makes other random text.
 
     Raises:
         CalibrationError: if the model writes no text, or nothing tells what a text begins with.
+        DeviceMemoryError: if the device has no memory for one sequence.
     """
     samples, length = recipe.num_calibration_samples, recipe.max_seq_length
     assert samples is not None, "a run resolves it"
@@ -58,23 +60,30 @@ def own_text(
     new = length - len(start)
     # No token ends a sequence: behind the end of a text the model goes on, as in packed documents.
     sampling = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new, pad_token_id=0)
-    parts = []
+    halving = Halving(device)
+
+    def write(part: slice) -> Tensor:
+        begun = torch.tensor([start] * (part.stop - part.start), device=device)
+        written = model.generate(  # type: ignore[operator]
+            begun, attention_mask=torch.ones_like(begun), generation_config=copy.copy(sampling)
+        )
+        assert isinstance(written, Tensor)
+        return written.cpu()
+
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
         torch.manual_seed(recipe.seed)
         nn.Module.to(model, device)
         model.generation_config = GenerationConfig()  # its own would fill in what is left open here
         try:
-            for first in range(0, samples, AT_ONCE):
-                begun = torch.tensor([start] * min(AT_ONCE, samples - first), device=device)
-                written = model.generate(  # type: ignore[operator]
-                    begun, attention_mask=torch.ones_like(begun), generation_config=copy.copy(sampling)
-                )
-                assert isinstance(written, Tensor)
-                parts.append(written.cpu())
+            counts = [min(AT_ONCE, samples - first) for first in range(0, samples, AT_ONCE)]
+            tokens_NL = torch.cat([part for count in counts for part in halving.over(count, write)])
         finally:
             model.generation_config = settings
             nn.Module.to(model, home)
-    return torch.cat(parts)
+    few = (
+        f"out of memory: the model wrote {halving.most} sequences of its text at a time, which makes other random text"
+    )
+    return Calibration(tokens_NL, notes=(few,) if halving.most else ())
 
 
 def check_writes(model: PreTrainedModel) -> None:

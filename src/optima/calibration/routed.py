@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optima.calibration.store import Store
-from optima.calibration.streams import map_tensors
+from optima.calibration.halving import rows_of
+from optima.calibration.streams import Streams, map_tensors
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear, FusedExperts
-from optima.models.stacks import Linear
+from optima.models.stacks import Block, Linear
 
 Group = tuple[Linear, ...]
+# What surrounds a pass over samples of a batch.
+Watched = Callable[[int, slice], AbstractContextManager[None]]
 
 
 @dataclass
@@ -25,29 +28,49 @@ class Recorded:
     Attributes:
         experts: the module.
         groups: its linears to prune, by the input that they share.
-        store: keeps what is recorded.
-        calls: the batch, and the arguments on the CPU, of each call.
+        streams: what enters the block.
+        calls: the batch and its samples, and the arguments on the CPU, of each call.
     """
 
     experts: FusedExperts
     groups: list[Group]
-    store: Store
-    calls: list[tuple[int, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    streams: Streams
+    calls: list[tuple[int, slice, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
-    def note(self, batch: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def note(self, batch: int, part: slice, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep a call."""
 
         def kept(tensor: Tensor) -> Tensor:
-            return self.store.keep(tensor.detach().to("cpu", copy=True))
+            return self.streams.store.keep(tensor.detach().to("cpu", copy=True))
 
-        self.calls.append((batch, map_tensors(args, kept), map_tensors(kwargs, kept)))
+        self.calls.append((batch, part, map_tensors(args, kept), map_tensors(kwargs, kept)))
 
-    def run(self, place: int, device: torch.device) -> None:
-        """The call number ``place`` again, for the experts that are watched."""
-        _, args, kwargs = self.calls[place]
-        args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.to(device))
-        with self.experts.only_watched():
-            self.experts.module(*args, **kwargs)
+    def run(self, place: int, device: torch.device, watched: Watched) -> None:
+        """The call number ``place`` again, for the experts that are watched.
+
+        Args:
+            place: in ``calls``.
+            device: where the module is.
+            watched: what surrounds it; given the batch and the samples of it that run together.
+        """
+        batch, part, args, kwargs = self.calls[place]
+        samples = part.stop - part.start
+
+        def run(own: slice) -> None:
+            inputs = map_tensors((args, kwargs), lambda tensor: rows_of(tensor, own, samples).to(device))
+            with watched(batch, slice(part.start + own.start, part.start + own.stop)), self.experts.only_watched():
+                self.experts.module(*inputs[0], **inputs[1])
+
+        self.streams.halving.over(samples, run, self._inseparable(samples, args, kwargs))
+
+    def _inseparable(self, samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Why a call cannot be taken apart into samples: the rows of each tensor must be theirs, in order."""
+        given = _tensors(args, kwargs)
+        odd = any(not tensor.ndim or len(tensor) % samples for tensor in given)
+        # One tensor alone has the tokens of each expert in turn (Llama 4).
+        if samples > 1 and (len(given) == 1 or odd or self.streams.probe.sample_dim):
+            return f"{self.experts.name} is called with what cannot be taken apart into samples"
+        return ""
 
     def run_all(self, hidden_ND: Tensor, expert: int) -> None:
         """``hidden_ND`` through the module, as though all of them were routed to ``expert``.
@@ -55,8 +78,8 @@ class Recorded:
         Raises:
             ModelError: if the module is called with other things than hidden states and their routing.
         """
-        _, args, kwargs = self.calls[0]
-        values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        *_, args, kwargs = self.calls[0]
+        values = _tensors(args, kwargs)
         count, device = len(hidden_ND), hidden_ND.device
         replaced = {id(values[0]): hidden_ND}
         if len(values) == 1:  # every expert is given every token (Llama 4)
@@ -75,11 +98,17 @@ class Recorded:
             self.experts.module(*args, **kwargs)
 
 
-def recorders(groups: Sequence[Group], store: Store) -> list[Recorded]:
-    """One for each module of experts in ``groups`` of a block's linears."""
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors((args, kwargs), found.append)
+    return found
+
+
+def recorders(block: Block, streams: Streams) -> list[Recorded]:
+    """One for each module of experts whose linears in ``block`` are pruned."""
     found: dict[str, Recorded] = {}
-    for group in groups:
+    for group in streams.groups(block):
         if isinstance(group[0], ExpertLinear):
             experts = group[0].experts
-            found.setdefault(experts.name, Recorded(experts, [], store)).groups.append(group)
+            found.setdefault(experts.name, Recorded(experts, [], streams)).groups.append(group)
     return list(found.values())

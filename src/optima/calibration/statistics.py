@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.calibration.halving import Once, rows_of
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.probe import Given
 from optima.calibration.reduction import reduce_statistics
@@ -66,11 +67,28 @@ class Accumulator:
         self.extra: list[Tensor] = []
         self.sample: list[Tensor] = []
 
-    def add(self, inputs_TD: Tensor, weight_T: Tensor | None = None) -> bool:
-        """Add tokens that weigh 1 each, or ``weight_T``, whose mean is 1.
+    def add(
+        self,
+        inputs_TD: Tensor,
+        weight_T: Tensor | None = None,
+        heavy_ND: Tensor | None = None,
+        weight: float = 0.0,
+        sample_ND: Tensor | None = None,
+    ) -> bool:
+        """Add tokens that weigh 1 each, or ``weight_T``, whose mean is 1. Out of memory, it adds nothing at all.
 
-        False if they, or their squares, have NaN or Inf: the sum is of no use then.
+        Args:
+            inputs_TD: of the tokens.
+            weight_T: of each.
+            heavy_ND: those of them that weigh more, each by ``weight``.
+            weight: see there.
+            sample_ND: those of them to keep.
+
+        Returns:
+            False if they, or their squares, have NaN or Inf: the sum is of no use then.
         """
+        extra = [] if heavy_ND is None else [heavy_ND.float() * weight**0.5]
+        sample = [] if sample_ND is None else [sample_ND.float()]
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
@@ -78,13 +96,11 @@ class Accumulator:
             inputs_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
         add_gram(self.sum_DD, inputs_TD)
         self.tokens += len(inputs_TD)
+        self.extra_weight += weight * sum(map(len, extra))
+        self.extra += extra
+        self.sample += sample
         # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
         return bool(self.sum_DD.diagonal().isfinite().all())
-
-    def add_weight(self, inputs_ND: Tensor, weight: float) -> None:
-        """Let tokens that were added weigh more, each by ``weight``."""
-        self.extra_weight += weight * len(inputs_ND)
-        self.extra.append(inputs_ND.float() * weight**0.5)
 
     def finish(self, damping: float) -> Statistics | None:
         """H = X^T S X / tr S and what it is made of; None if there were no tokens. The accumulator is used up."""
@@ -130,9 +146,13 @@ def observe(
         return
     stopwatch = stopwatch or Stopwatch(device)
     watch = _Watch(streams, block, sink_weight, stopwatch, weights)
+
+    def run(batch: int, part: slice) -> None:
+        with stopwatch("forward"), watch.over(batch, part), full_precision(), torch.no_grad(), suppress(_AllSeen):
+            streams.run(block, batch, device, part)
+
     for batch in range(len(streams.hidden)):
-        with stopwatch("forward"), watch.batch(batch), full_precision(), torch.no_grad(), suppress(_AllSeen):
-            streams.run(block, batch, device)
+        streams.in_parts(block, batch, partial(run, batch))
     with stopwatch("reduce") if streams.ranks.size > 1 else nullcontext():
         owners = reduce_statistics(watch.accumulators, watch.untold, watch.groups, streams.ranks, device)
     # What all do together comes first: nobody waits in it for one who works alone.
@@ -155,24 +175,29 @@ class _Watch:
         self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
     ) -> None:
         self._streams, self._sink_weight, self._stopwatch = streams, sink_weight, stopwatch
-        self.recorders = recorders(streams.groups(block), streams.store)
+        self.recorders = recorders(block, streams)
         self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
         self._leader = {linear.name: group[0].name for group in self.groups for linear in group}
         self._expected = {*self._leader, *(recorded.experts.name for recorded in self.recorders)}
         self.accumulators = {group[0].name: Accumulator() for group in self.groups}
         self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
         self.untold: set[str] = set()
-        self._batch = 0
-        self._called: list[str] = []  # in this batch
-        self._last: str | None = None  # where the pass can end, known after the first batch
-        self._given = Given()  # of the first batch
+        self._batch, self._part = 0, slice(0)
+        self._called: list[str] = []  # in this pass
+        self._last: str | None = None  # where a pass can end, known after the first
+        self._given: Given | None = None  # of the first pass
+        self._checked = False
+        self._once = Once()
 
     @contextmanager
-    def batch(self, batch: int) -> Iterator[None]:
-        """Watch one forward pass inside this context."""
-        self._batch = batch
+    def over(self, batch: int, part: slice) -> Iterator[None]:
+        """Watch one forward pass inside this context; what one left half done is not done again."""
+        self._batch, self._part = batch, part
         self._called.clear()
+        self._once.start(batch, part)
+        given = self._given = None if self._checked else Given()
         with ExitStack() as hooks:
+            hooks.callback(self._forget)
             for group in self.groups:
                 for linear in group:
                     hooks.callback(linear.observe(self._see(linear.name)).remove)
@@ -181,27 +206,33 @@ class _Watch:
                 handle = recorded.experts.module.register_forward_pre_hook(hook, with_kwargs=True)
                 hooks.callback(handle.remove)
             yield
-        if batch == 0:
-            self._check_groups()
-            self._given = Given()
+        if given is not None:
+            self._check_groups(given)
+            self._checked = True
             if sorted(self._called) == sorted(self._expected):
                 self._last = self._called[-1]
+
+    def _forget(self) -> None:
+        self._given = None  # it holds memory
 
     def _see(self, name: str) -> Callable[[Tensor], None]:
         def see(inputs: Tensor) -> None:
             self._called.append(name)
-            if self._batch == 0:
+            if self._given is not None:
                 self._given.add(name, inputs)
-            if inputs.numel() and self._leader[name] == name:
-                with self._stopwatch("hessian"):
-                    self._add(name, inputs)
+            with self._once(name) as new:
+                if new and inputs.numel() and self._leader[name] == name:
+                    with self._stopwatch("hessian"):
+                        self._add(name, inputs)
             self._end(name)
 
         return see
 
     def _record(self, recorded: Recorded, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._called.append(recorded.experts.name)
-        recorded.note(self._batch, args, kwargs)
+        with self._once(recorded.experts.name) as new:
+            if new:
+                recorded.note(self._batch, self._part, args, kwargs)
         self._end(recorded.experts.name)
 
     def _end(self, name: str) -> None:
@@ -209,38 +240,38 @@ class _Watch:
             raise _AllSeen
 
     def _add(self, name: str, inputs: Tensor) -> None:
-        accumulator, (samples, length) = self.accumulators[name], self._streams.sizes[self._batch]
+        (every, length), samples = self._streams.sizes[self._batch], self._part.stop - self._part.start
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-        weight_T = None
+        weight_T, heavy_ND, sample_ND, extra = None, None, None, 0.0
         if self._by_loss is not None:
             weights = self._by_loss[name]
-            if weights is None or len(weights[self._batch]) != len(inputs_TD):
+            if weights is None or len(inputs_TD) != samples * length:
                 self.untold.add(name)
             else:
-                weight_T = weights[self._batch].to(inputs_TD.device)
-                accumulator.sample.append(inputs_TD[:: max(self._streams.tokens // SAMPLE, 1)].float())
-        if not accumulator.add(inputs_TD, weight_T):
+                weight_T = rows_of(weights[self._batch], self._part, every).to(inputs_TD.device)
+                step = max(self._streams.tokens // SAMPLE, 1)
+                sample_ND = inputs_TD[-self._part.start * length % step :: step]
+        elif (more := self._sink_weight * length - 1.0) > 0.0:
+            heavy_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
+            if heavy_ND is None:
+                self.untold.add(name)
+            else:
+                extra = more
+        if not self.accumulators[name].add(inputs_TD, weight_T, heavy_ND, extra, sample_ND):
             raise CalibrationError(self._describe_bad(name, inputs_TD))
-        extra = 0.0 if self._by_loss is not None else self._sink_weight * length - 1.0
-        if extra > 0.0:
-            first_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
-            if first_ND is None:
-                self.untold.add(name)
-            else:
-                accumulator.add_weight(first_ND, extra)
 
-    def _check_groups(self) -> None:
+    def _check_groups(self, given: Given) -> None:
         """A few tokens told which linears share their input: on a whole batch it must be the same."""
         for name, leader in self._leader.items():
-            if self._given.inputs[name] != self._given.inputs[leader]:
+            if given.inputs[name] != given.inputs[leader]:
                 raise CalibrationError(
                     f"{leader} and {name} share their input over a few tokens, but not over a whole calibration "
                     "sequence: leave one of them out with --ignore"
                 )
 
     def _describe_bad(self, name: str, inputs_TD: Tensor) -> str:
-        samples, length = self._streams.sizes[self._batch]
-        first = sum(count for count, _ in self._streams.sizes[: self._batch])
+        length, samples = self._streams.sizes[self._batch][1], self._part.stop - self._part.start
+        first = sum(count for count, _ in self._streams.sizes[: self._batch]) + self._part.start
         if len(inputs_TD) != samples * length or self._streams.probe.sequence_first:
             return f"the inputs of {name} contain NaN or Inf in calibration samples {first} to {first + samples - 1}"
         by_sample = inputs_TD.reshape(samples, -1).float()

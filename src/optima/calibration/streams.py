@@ -6,12 +6,15 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from optima.calibration.halving import Halving
+from optima.calibration.inputs import Batch
 from optima.calibration.probe import Probe, hidden_of
 from optima.calibration.store import Store
 from optima.distributed import ALONE, Ranks
@@ -22,8 +25,9 @@ from optima.models.stacks import Block, Linear
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Does the work of a block's forward pass, given its arguments by place and by name.
 Called = Callable[[tuple[Any, ...], dict[str, Any]], Any]
-# A batch and one of its samples, or all.
-Piece = tuple[int, int | None]
+# A batch and some of its samples.
+Piece = tuple[int, slice]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -39,6 +43,8 @@ class Streams:
         store: where hidden states and what is carried wait; copies and parts share it.
         ranks: the processes that sequences are split over: these are the ones of this process.
         samples: how many sequences each of them has; empty if there is one.
+        batches: what the model is given for each batch.
+        halving: how many sequences run together; copies and parts share it.
     """
 
     probe: Probe
@@ -49,6 +55,8 @@ class Streams:
     store: Store = field(default_factory=Store)
     ranks: Ranks = ALONE
     samples: tuple[int, ...] = ()
+    batches: list[Batch] = field(default_factory=list)
+    halving: Halving = field(default_factory=Halving)
 
     @property
     def tokens(self) -> int:
@@ -69,51 +77,45 @@ class Streams:
         """Streams of some batches that advance on their own."""
         calls = [[called[batch] for batch in batches] for called in self.calls]
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
-        carried = [dict(self.carried[batch]) for batch in batches]
-        return Streams(self.probe, sizes, hidden, calls, carried, self.store, self.ranks, self.samples)
+        carried, given = [dict(self.carried[batch]) for batch in batches], [self.batches[batch] for batch in batches]
+        return replace(self, sizes=sizes, hidden=hidden, calls=calls, carried=carried, batches=given)
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    def run_sample(
-        self, block: Block, batch: int, sample: int, device: torch.device, call: Called | None = None
-    ) -> Tensor:
-        """The block's output on one sequence of a batch, for example (1, L, E), on ``device``.
-
-        Raises:
-            ModelError: if the block is called with something that cannot be taken apart into samples.
-        """
+    def inseparable(self, block: Block, batch: int) -> str:
+        """Why a batch cannot be taken apart into samples when it enters ``block``; empty if it can."""
         samples = self.sizes[batch][0]
-        if problem := self._inseparable(block, batch):
-            raise ModelError(f"{problem}: use --batch-size 1")
-        return hidden_of(self.run(block, batch, device, lambda tensor: _take_sample(tensor, sample, samples), call))
-
-    def _inseparable(self, block: Block, batch: int) -> str:
-        """Why a batch cannot be taken apart into samples; empty if it can."""
-        args, kwargs = self.calls[block.index][batch]
-        if self.sizes[batch][0] == 1:
+        if samples == 1:
             return ""
         if self.probe.sample_dim:
             return "the hidden states of this model are not batch first"
+        given: list[Tensor] = []
+        args, kwargs = self.calls[block.index][batch]
         if any(_is_state(value) for value in (*args, *kwargs.values())):
             return "the blocks of this model share keys and values, which cannot be taken apart into samples"
+        carried = [self.carried[batch][source] for source in self.probe.carried[block.index].values()]
+        map_tensors((args, kwargs, carried), given.append)
+        for shape in (tensor.shape for tensor in given if tensor.ndim > 1 and tensor.shape[0] not in (1, samples)):
+            return (
+                f"a block of this model is called with a tensor of shape {tuple(shape)}, which cannot be taken apart "
+                f"into {samples} samples"
+            )
         return ""
 
     def pieces(self, block: Block) -> list[Piece]:
         """The smallest parts that the block can run on: the samples of each batch, or the batch."""
         return [
-            (batch, sample)
+            (batch, slice(first, first + step))
             for batch, (samples, _) in enumerate(self.sizes)
-            for sample in ([None] if self._inseparable(block, batch) else range(samples))
+            for step in [samples if self.inseparable(block, batch) else 1]
+            for first in range(0, samples, step)
         ]
 
-    def run_piece(self, block: Block, piece: Piece, device: torch.device, call: Called | None = None) -> Tensor:
-        """The block's output on one of ``pieces``, on ``device``; ``call`` as in ``run``."""
-        batch, sample = piece
-        if sample is None:
-            return hidden_of(self.run(block, batch, device, call=call))
-        return self.run_sample(block, batch, sample, device, call)
+    def in_parts(self, block: Block, batch: int, work: Callable[[slice], Result]) -> list[Result]:
+        """What ``work`` returns for the parts of a batch that the device has memory for, see ``Halving.over``."""
+        return self.halving.over(self.sizes[batch][0], work, self.inseparable(block, batch))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -121,46 +123,60 @@ class Streams:
         """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out."""
         later = [source for own in self.probe.carried for source in own.values()]
         wanted = {place for source, place in later if source == block.index}
-        for batch in range(len(self.hidden)):
-            output = self.run(block, batch, device)
-            self.hidden[batch] = self.store.keep(hidden_of(output).cpu())
-            for place in wanted:
+
+        def run(batch: int, part: slice) -> list[Tensor]:
+            output = self.run(block, batch, device, part)
+            return [tensor.detach().cpu() for tensor in (hidden_of(output), *(output[place] for place in wanted))]
+
+        for batch, (samples, _) in enumerate(self.sizes):
+            parts = self.in_parts(block, batch, partial(run, batch))
+            hidden, *others = (_joined(each, samples) for each in zip(*parts, strict=True))
+            self.hidden[batch] = self.store.keep(hidden)
+            for place, tensor in zip(wanted, others, strict=True):
                 candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
-                self.carried[batch][block.index, place] = self.store.keep(share(output[place], candidates))
+                self.carried[batch][block.index, place] = self.store.keep(share(tensor, candidates))
 
     def run(
-        self,
-        block: Block,
-        batch: int,
-        device: torch.device,
-        part: Callable[[Tensor], Tensor] = lambda tensor: tensor,
-        call: Called | None = None,
+        self, block: Block, batch: int, device: torch.device, part: slice | None = None, call: Called | None = None
     ) -> Any:
-        """What the block returns for a batch, on ``device``, where the block is; ``part`` is taken of every tensor.
+        """What the block returns for a batch, or the samples ``part`` of it, on ``device``, where the block is.
 
         ``call`` is given the arguments by place, and those by name, instead of the block.
+
+        Raises:
+            ModelError: if the block is called with something that cannot be taken apart into samples.
         """
-        called_with = self.calls[block.index][batch]
+        called_with, samples = self.calls[block.index][batch], self.sizes[batch][0]
         args, kwargs = list(called_with[0]), dict(called_with[1])
         for argument, source in self.probe.carried[block.index].items():
             where: Any = args if isinstance(argument, int) else kwargs
             where[argument] = self.carried[batch][source]
         inputs = (self.hidden[batch], args, kwargs)
-        hidden, args, kwargs = map_tensors(inputs, lambda tensor: part(tensor).to(device))
+        if part is not None and part.stop - part.start < samples:
+            if problem := self.inseparable(block, batch):
+                raise ModelError(f"{problem}: use --batch-size 1")
+            # What is there once, or has no samples, serves all.
+            inputs = map_tensors(inputs, lambda each: each[part] if each.ndim > 1 and len(each) > 1 else each)
+        hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(device))
         return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
 
-def _take_sample(tensor: Tensor, sample: int, samples: int) -> Tensor:
-    """One sample's part of an argument; what is there once serves all. Gradients can be taken through it."""
-    tensor = tensor.clone() if tensor.is_inference() else tensor
-    if samples == 1 or tensor.ndim < 2 or tensor.shape[0] == 1:
-        return tensor
-    if tensor.shape[0] != samples:
+def _usable(tensor: Tensor) -> Tensor:
+    """The tensor in a form that gradients can be taken through."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def _joined(parts: Sequence[Tensor], samples: int) -> Tensor:
+    """What a block returned for the parts of a batch; what is there once serves all of them."""
+    first = parts[0]
+    if len(parts) == 1 or ((first.ndim < 2 or len(first) == 1) and all(torch.equal(first, part) for part in parts)):
+        return first
+    if first.ndim < 2 or sum(map(len, parts)) != samples:
         raise ModelError(
-            f"a block of this model is called with a tensor of shape {tuple(tensor.shape)}, which cannot be taken "
-            f"apart into {samples} samples: use --batch-size 1"
+            f"a block of this model returns a tensor of shape {tuple(first.shape)} for some of {samples} samples, "
+            "which cannot be put together: use --batch-size 1"
         )
-    return tensor[sample : sample + 1]
+    return torch.cat(list(parts))
 
 
 def _is_state(value: Any) -> bool:

@@ -237,8 +237,30 @@ def _is_list(index: Any) -> bool:
     return isinstance(index, Tensor) and index.ndim == 1 and index.dtype == torch.int64
 
 
+class Stored:
+    """What every kind of ``Linear`` in ``optima.models.stacks`` shares: its weight is a view of a parameter."""
+
+    @property
+    def parameter(self) -> Tensor:
+        """See ``Linear``."""
+        raise NotImplementedError
+
+    def orient(self, stored: Tensor) -> Tensor:
+        """See ``Linear``."""
+        raise NotImplementedError
+
+    def read(self) -> Tensor:
+        """See ``Linear``: a view."""
+        return self.orient(self.parameter.detach())
+
+    @torch.no_grad()
+    def write(self, weight_OD: Tensor) -> None:
+        """See ``Linear``."""
+        self.read().copy_(weight_OD)
+
+
 @dataclass(frozen=True)
-class ExpertLinear:
+class ExpertLinear(Stored):
     """One expert of a fused parameter: see ``Linear`` in ``optima.models.stacks``.
 
     Attributes:
@@ -270,15 +292,6 @@ class ExpertLinear:
     def orient(self, stored: Tensor) -> Tensor:
         """See ``Linear``."""
         return self.experts.orient(self.within, self.expert, stored)
-
-    def read(self) -> Tensor:
-        """See ``Linear``: a view."""
-        return self.orient(self.parameter.detach())
-
-    @torch.no_grad()
-    def write(self, weight_OD: Tensor) -> None:
-        """See ``Linear``."""
-        self.read().copy_(weight_OD)
 
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """See ``Linear``: of the tokens that are routed to the expert."""

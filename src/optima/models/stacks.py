@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
-from optima.models.experts import experts_of
+from optima.models.experts import Stored, experts_of
 from optima.names import check_bounded, kind
 
 # What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
@@ -64,7 +64,7 @@ class Linear(Protocol):
 
 
 @dataclass(frozen=True)
-class ModuleLinear:
+class ModuleLinear(Stored):
     """A linear that is a module of its own: see ``Linear``.
 
     Attributes:
@@ -91,15 +91,6 @@ class ModuleLinear:
     def orient(self, stored: Tensor) -> Tensor:
         """See ``Linear``."""
         return stored.mT if isinstance(self.module, Conv1D) else stored
-
-    def read(self) -> Tensor:
-        """See ``Linear``: a view."""
-        return self.orient(self.parameter.detach())
-
-    @torch.no_grad()
-    def write(self, weight_OD: Tensor) -> None:
-        """See ``Linear``."""
-        self.read().copy_(weight_OD)
 
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """See ``Linear``."""

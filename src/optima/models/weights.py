@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, Protocol
 
@@ -28,8 +28,7 @@ class Weights(Protocol):
 
     note: str | None
 
-    @contextmanager
-    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
+    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """The block's weights are on ``device`` inside; the way there and back counts as stage ``read``."""
 
     @contextmanager
@@ -50,16 +49,9 @@ class Resident:
     def __init__(self, model: nn.Module | None = None, note: str | None = None) -> None:
         self.model, self.note = model, note
 
-    @contextmanager
-    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
+    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """See ``Weights``."""
-        clock = clock or Stopwatch(device)
-        with ExitStack() as stack:
-            with clock("read"):
-                stack.enter_context(on_device(block.module, device))
-            yield
-            with clock("read"):
-                stack.close()
+        return _moved(nullcontext(), block, device, clock)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -123,17 +115,9 @@ class Streamed:
         for block in blocks:
             self._read_when_called(block)
 
-    @contextmanager
-    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> Iterator[None]:
+    def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """See ``Weights``."""
-        clock = clock or Stopwatch(device)
-        with ExitStack() as stack:
-            with clock("read"):
-                stack.enter_context(self._block(block.name))
-                stack.enter_context(on_device(block.module, device))
-            yield
-            with clock("read"):
-                stack.close()
+        return _moved(self._block(block.name), block, device, clock)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -161,17 +145,24 @@ class Streamed:
         """See ``Weights``."""
         self._replaced[block.name] = read
 
+    def _missing(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if not self.checkpoint.is_read(name)]
+
+    def _fetch(self, missing: Sequence[str]) -> None:
+        self._reading = True
+        try:
+            self.checkpoint.read(missing)
+        finally:
+            self._reading = False
+
     @contextmanager
     def _read(self, names: Sequence[str]) -> Iterator[list[str]]:
         """These tensors are in memory inside; those that were there stay. Gives the names of the others."""
-        missing = [name for name in names if not self.checkpoint.is_read(name)]
+        missing = self._missing(names)
         try:
-            self._reading = True
-            self.checkpoint.read(missing)
-            self._reading = False
+            self._fetch(missing)
             yield missing
         finally:
-            self._reading = False
             self.checkpoint.release(missing)
 
     @contextmanager
@@ -199,10 +190,8 @@ class Streamed:
 
     def _keep(self, names: Sequence[str]) -> None:
         """Read what is missing of ``names``, until the phase ends."""
-        missing = [name for name in names if not self.checkpoint.is_read(name)]
-        self._reading = True
-        self.checkpoint.read(missing)
-        self._reading = False
+        missing = self._missing(names)
+        self._fetch(missing)
         self._kept.extend(missing)
 
     def _read_when_asked(self, module: nn.Module, name: str) -> None:
@@ -214,6 +203,21 @@ class Streamed:
             return kind.__getattr__(self_, attribute)
 
         module.__class__ = type(kind.__name__, (kind,), {"__getattr__": ask})
+
+
+@contextmanager
+def _moved(
+    read: AbstractContextManager[None], block: Block, device: torch.device, clock: Stopwatch | None
+) -> Iterator[None]:
+    """Inside ``read`` a block that is on ``device``; the way there and back counts as stage ``read``."""
+    clock = clock or Stopwatch(device)
+    with ExitStack() as stack:
+        with clock("read"):
+            stack.enter_context(read)
+            stack.enter_context(on_device(block.module, device))
+        yield
+        with clock("read"):
+            stack.close()
 
 
 def open_weights(

@@ -1,0 +1,278 @@
+"""Batches that a device has no memory for: run in halves, reported, and nothing counts twice."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_ids
+from tiny import make_llama, make_tokens
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optima import Recipe, Report, prune
+from optima.calibration import expert_statistics
+from optima.calibration.capture import capture
+from optima.calibration.halving import Halving, Once, rows_of
+from optima.calibration.loss_weights import LossWeights, loss_weights
+from optima.calibration.probe import PROBE_LENGTH
+from optima.calibration.statistics import Found, observe
+from optima.errors import DeviceMemoryError
+from optima.models.experts import FusedExperts
+from optima.models.stacks import Stack, find_stacks, select_linears
+
+CPU = torch.device("cpu")
+
+
+@contextmanager
+def little_memory(module: nn.Module, most: int, backward: bool = False) -> Iterator[None]:
+    """Inside, no more than ``most`` rows go through the module, or back through it."""
+
+    def refuse(module: nn.Module, given: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        rows = next(value for value in (*given, *(kwargs or {}).values()) if isinstance(value, Tensor))
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    if backward:
+        handle = module.register_full_backward_pre_hook(refuse)
+    else:
+        handle = module.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def stack_of(model: nn.Module) -> Stack:
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    return stack
+
+
+def pruned(model: PreTrainedModel, batch_size: int, objective: str, **settings: Any) -> Report:
+    recipe = Recipe(batch_size=batch_size, objective=objective, **settings)  # type: ignore[arg-type]
+    return prune(model, recipe, calibration=make_ids(8, 16), progress=False)
+
+
+def out_of_memory(report: Report) -> list[str]:
+    return [note for note in report.run.notes if "out of memory" in note]
+
+
+class TestHalving:
+    def test_parts_of_a_batch_cover_it_in_order(self) -> None:
+        halving, tried = Halving(), []
+
+        def work(part: slice) -> list[int]:
+            tried.append(part.stop - part.start)
+            if tried[-1] > 2:
+                raise torch.OutOfMemoryError
+            return list(range(part.start, part.stop))
+
+        assert list(chain(*halving.over(7, work))) == list(range(7))
+        assert (tried, halving.most) == ([7, 4, 2, 2, 2, 1], 2)
+        tried.clear()
+        assert list(chain(*halving.over(3, work))) == [0, 1, 2]
+        assert tried == [2, 1]  # it is remembered
+
+    def test_a_part_that_fails_keeps_its_ends(self) -> None:
+        """What it left half done lies inside the parts that follow it."""
+        halving, fail = Halving(), [slice(0, 8), slice(4, 8)]
+        done: list[slice] = []
+
+        def work(part: slice) -> None:
+            if part in fail:
+                raise torch.OutOfMemoryError
+            done.append(part)
+
+        halving.over(8, work)
+        assert done == [slice(0, 4), slice(4, 6), slice(6, 8)]
+
+    def test_it_is_told_once(self) -> None:
+        halving = Halving()
+        assert not halving.note()
+        halving.most, halving._tried = 2, 8
+        assert "8 sequences together were too many" in halving.note()
+        assert not halving.note()
+
+    def test_one_sequence_is_the_least(self) -> None:
+        def work(part: slice) -> None:
+            raise torch.OutOfMemoryError
+
+        with pytest.raises(
+            DeviceMemoryError, match=r"one sequence .* memory of cpu \(.* GiB\): lower --max-seq-length"
+        ):
+            Halving().over(4, work)
+        with pytest.raises(DeviceMemoryError, match=r"4 sequences .*, and it is so: use --batch-size 1"):
+            Halving().over(4, work, "it is so")
+
+    def test_what_was_seen_counts_once(self) -> None:
+        once, seen = Once(), []
+
+        def see(name: str, part: slice) -> None:
+            with once(name) as new:
+                if new:
+                    seen.append((name, part))
+
+        once.start(0, slice(0, 4))
+        see("a", slice(0, 4))
+        with pytest.raises(ValueError, match="too much"), once("b"):
+            raise ValueError("too much")
+        for part in (slice(0, 2), slice(2, 4)):
+            once.start(0, part)
+            see("a", part)
+            see("a", part)  # a second call of one pass is another
+            see("b", part)
+        a, b = ("a", slice(0, 4)), [("b", slice(0, 2)), ("b", slice(2, 4))]
+        assert seen == [a, ("a", slice(0, 2)), b[0], ("a", slice(2, 4)), b[1]]
+        once.start(1, slice(0, 2))
+        see("a", slice(0, 2))
+        assert seen[-1] == ("a", slice(0, 2))
+
+    def test_rows_of_samples(self) -> None:
+        rows = torch.arange(12)
+        assert rows_of(rows, slice(0, 4), 4) is rows
+        assert rows_of(rows, slice(1, 3), 4).tolist() == list(range(3, 9))
+
+
+@pytest.mark.parametrize("place", ["embed_tokens", "layers.0.self_attn.q_proj", "layers.0.mlp", "layers.1.mlp.act_fn"])
+def test_statistics_are_those_of_smaller_batches(place: str) -> None:
+    """Whatever a pass had seen before it failed: sums, their tokens, heavier first tokens, samples."""
+
+    def found(model: PreTrainedModel, batch_size: int, halving: Halving) -> list[Found]:
+        stack = stack_of(model)
+        streams = capture(model, stack, make_tokens(8, 16).split(batch_size), halving=halving)
+        every = []
+        for block in stack.blocks:
+            every += list(observe(block, streams, CPU, 0.5, 0.01))
+            streams.advance(block, CPU)
+        return every
+
+    model, halving = make_llama(), Halving()
+    with little_memory(model.model.get_submodule(place), 2):
+        parts = found(model, 8, halving)
+    assert halving.most == 2
+    for part, whole, small in zip(parts, found(model, 8, Halving()), found(model, 2, Halving()), strict=True):
+        for other, rtol in ((whole, 1e-5), (small, 0.0 if place == "embed_tokens" else 1e-5)):
+            assert part.statistics is not None and other.statistics is not None  # noqa: PT018
+            assert part.statistics.tokens == other.statistics.tokens == 128
+            assert part.statistics.extra_weight == other.statistics.extra_weight
+            one, two = part.statistics.hessian.matrix_DD, other.statistics.hessian.matrix_DD
+            torch.testing.assert_close(one, two, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("place", ["model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "lm_head"])
+def test_the_sweep_finds_what_smaller_batches_find(place: str, backward: bool) -> None:
+    def found(batch_size: int, halving: Halving) -> LossWeights:
+        stack = stack_of(model)
+        streams = capture(model, stack, make_tokens(8, 16).split(batch_size), whole=True, halving=halving)
+        return loss_weights(model, stack, streams, CPU, seed=3, residual=True)
+
+    model, halving = make_llama(), Halving()
+    with little_memory(model.get_submodule(place), 2, backward):
+        parts = found(8, halving)
+    assert halving.most == 2
+    whole = found(8, Halving())
+    for kind in ("tokens", "rows", "residual"):
+        one, other = getattr(parts, kind), getattr(whole, kind)
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-12, msg=f"{kind} of {name}")
+
+
+@pytest.mark.parametrize(
+    ("family", "place"),
+    [
+        ("llama", "model.layers.0.input_layernorm"),
+        ("gpt2", "transformer.h.0.ln_1"),
+        ("bert", "encoder.layer.0.attention"),
+        ("gpt_oss", "model.layers.0.input_layernorm"),
+        ("llama4", "model.layers.0.input_layernorm"),
+        ("t5_encoder", "encoder.block.0.layer.0"),
+    ],
+)
+def test_a_run_is_that_of_smaller_batches(family: str, place: str) -> None:
+    """To the last bit, where the first block had not been summed up over a larger one."""
+    model = build(family)
+    small = copy.deepcopy(model)
+    expected = pruned(small, 2, "sink", selector="wanda")
+    with little_memory(model.get_submodule(place), 2):
+        report = pruned(model, 8, "sink", selector="wanda")
+    (note,) = out_of_memory(report)
+    assert "8 sequences together were too many for the device, from here on 2 ran at a time" in note
+    assert not out_of_memory(expected)
+    for name, parameter in small.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name)), name
+    assert [linear.tokens for linear in report.linears] == [linear.tokens for linear in expected.linears]
+
+
+def test_a_run_by_the_loss_with_tuning() -> None:
+    """Sums over a whole batch are rounded differently."""
+    model, small = make_llama(), make_llama()
+    settings: dict[str, Any] = {"tuning_epochs": 1, "sparsity": 0.5}
+    expected = pruned(small, 2, "loss", **settings)
+    with little_memory(model.model.layers[0].mlp, 2), little_memory(model.lm_head, 1):
+        report = pruned(model, 8, "loss", **settings)
+    (note,) = out_of_memory(report)
+    assert "8 sequences together were too many for the device, from here on 1 ran at a time" in note
+    assert not out_of_memory(expected)
+    for name, parameter in small.named_parameters():
+        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.01, name
+
+
+@pytest.mark.parametrize("objective", ["sink", "loss"])
+def test_experts_run_again_in_parts(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is short only where the tokens of a module of experts go through it again."""
+    monkeypatch.setattr(expert_statistics, "COMMON_TOKENS", 32)
+    model, small = build("mixtral"), build("mixtral")
+    expected = pruned(small, 2, objective, selector="wanda")
+    again = FusedExperts.only_watched
+
+    @contextmanager
+    def short(experts: FusedExperts) -> Iterator[None]:
+        with again(experts), little_memory(experts.module, 2 * 16):
+            yield
+
+    monkeypatch.setattr(FusedExperts, "only_watched", short)
+    report = pruned(model, 8, objective, selector="wanda")
+    (note,) = out_of_memory(report)
+    assert "from here on 2 ran at a time" in note
+    for one, other in zip(report.linears, expected.linears, strict=True):
+        assert (one.name, one.tokens) == (other.name, other.tokens)
+    for name, parameter in small.named_parameters():
+        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.02, name
+
+
+@pytest.mark.parametrize(
+    ("family", "place", "most", "why"),
+    [
+        ("gemma4", "model.layers.0.mlp", 3, "share keys and values"),
+        ("xlnet", "transformer.layer.0.ff", PROBE_LENGTH, "not batch first"),
+        ("bloom", "transformer.h.0.mlp", 3, "cannot be taken apart into 4 samples"),
+    ],
+)
+def test_batches_that_cannot_be_taken_apart(family: str, place: str, most: int, why: str) -> None:
+    model = build(family)
+    with little_memory(model.get_submodule(place), most), pytest.raises(DeviceMemoryError) as caught:
+        pruned(model, 4, "sink")
+    assert why in str(caught.value)
+    assert str(caught.value).endswith(": use --batch-size 1")
+
+
+def test_a_sequence_that_is_too_long() -> None:
+    model = make_llama()
+    with little_memory(model.model.layers[1].mlp, 0), pytest.raises(DeviceMemoryError, match="lower --max-seq-length"):
+        pruned(model, 4, "sink")
+
+
+def test_elsewhere_it_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr("optima.pipeline.prune_linear", refuse)
+    with pytest.raises(DeviceMemoryError, match=r"^cpu \(.* GiB\) is out of memory: free some .*optima plan"):
+        pruned(make_llama(), 4, "sink")
