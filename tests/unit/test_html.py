@@ -117,12 +117,19 @@ def test_comparison_shows_how_recipes_and_errors_differ() -> None:
     assert "up_proj 0.1000 0.1000 +0.0%" in alike
 
 
+def test_links_within_the_page_lead_somewhere() -> None:
+    found = page(report(linear(pattern="2:4")))
+    links = [attributes["href"] for tag, attributes in found.elements if tag == "a"]
+    assert links == ["#what-runs-it"]
+    assert ("section", "what-runs-it") in [(tag, attributes.get("id")) for tag, attributes in found.elements]
+
+
 def test_nothing_is_fetched_and_only_the_page_s_own_script_runs() -> None:
     found = page(report())
     for tag, attributes in found.elements:
         assert "src" not in attributes
         assert tag not in ("iframe", "object", "embed", "base", "form", "img")
-        assert attributes.get("href", "data:,") == "data:,"
+        assert attributes.get("href", "data:,") == "data:," or attributes["href"].startswith("#")
         assert not [name for name in attributes if name.startswith("on")]
     text = found.text.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xhtml", "")
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", text))

@@ -157,8 +157,9 @@ def _data(name: str, report: Report) -> View:
 
 
 def _prose(markdown: str) -> Markup:
-    """A line of the summary: strong words, code and powers of ten; all else is escaped."""
+    """A line of the summary: strong words, code, powers of ten, links within the page; all else is escaped."""
     text = re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(markdown)))
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"\[([^]]+)\]\((#[a-z-]+)\)", r'<a href="\2">\1</a>', text)
     text = re.sub(r"\b(\d\.\d)e-0?(\d+)\b", r"\1 × 10<sup>−\2</sup>", text)
     return Markup(re.sub(r"(?<![\w.])-(?=\d[\d.]*%)", "−", text))
