@@ -128,7 +128,7 @@ def prune(
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
         shown = make_progress() if progress and ranks.first else Progress()
-        shown.reading(source and source.name)
+        shown.reading(None if source is None else source.name)
         network, weights, origin, text = _read(checked, tokenizer, ranks)
         assert recipe.batch_size is not None
         batches, alike = own_batches(text, recipe.batch_size, ranks)
