@@ -112,6 +112,9 @@ def test_comparison_shows_how_recipes_and_errors_differ() -> None:
     assert "2 runs compared" in shown
     assert "option run 0 run 1 selector wanda alps swaps – 256 mean error of" in shown
     assert "mean error of run 0 run 1 up_proj 0.1000 0.0500 −50.0% down_proj – 0.1000" in shown
+    assert "in different units" not in shown
+    plain = page(report(), report(recipe=RUN.recipe | {"objective": "plain"})).shown
+    assert "in different units" in plain
     alike = page(report(), report()).shown
     assert "option" not in alike
     assert "up_proj 0.1000 0.1000 +0.0%" in alike
