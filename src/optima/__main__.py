@@ -2,6 +2,6 @@
 
 import sys
 
-from optima.cli import main
+from optima.cli import entry_point
 
-sys.exit(main())
+sys.exit(entry_point())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -24,6 +25,14 @@ if TYPE_CHECKING:
     from optima.reporting.record import Report
 
 Command = Callable[..., None]
+
+
+def entry_point() -> int:
+    """``main`` as the whole of a process, which then ends at once."""
+    try:
+        return main()
+    finally:
+        gc.freeze()  # else Python looks through all objects of the libraries for garbage, a second or more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,8 +178,9 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     console = _quiet_console()
     from optima.evaluation.evaluate import evaluate
     from optima.evaluation.table import print_tables
+    from optima.evaluation.watch import Watch
 
-    found = evaluate(settings)
+    found = evaluate(settings, Watch(Console(stderr=True)))
     try:
         files = [found.save(place) for place in places]
         cards = _update_cards(found, settings.models) if save else []

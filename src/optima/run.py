@@ -63,7 +63,7 @@ from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
-from optima.reporting.progress import make_progress
+from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import GIVEN_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
 
@@ -129,6 +129,8 @@ def prune(
                 destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             tokenizer = load_tokenizer(source)
+        shown = make_progress() if progress and ranks.first else Progress()
+        shown.reading(None if source is None else source.name)
         network, weights, origin, text = _read(checked, tokenizer, ranks)
         assert recipe.batch_size is not None
         batches, alike = own_batches(text, recipe.batch_size, ranks)
@@ -136,8 +138,7 @@ def prune(
         job = _job(checked, network, weights, calibration is not None)
         job.notes.extend(text.notes)
         if ranks.first:
-            listeners = [*([make_progress()] if progress else []), *callbacks]
-            job.progress = stack.enter_context(Listeners(listeners))
+            job.progress = stack.enter_context(Listeners([shown, *callbacks]))
             job.progress.begin(_start(checked, origin["model"], output_dir, text))
         if output_dir is not None:
             run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)

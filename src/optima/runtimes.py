@@ -82,7 +82,7 @@ def in_words(weights: Mapping[Pattern, int]) -> str:
     found = [each for each, _ in shares(weights)]
     dense = ", ".join(each.runtime for each in found if each.as_dense)
     others = ", ".join(each.runtime.partition(",")[0] for each in found if not each.as_dense)
-    gains = f" Something is gained by {others}: see what runs it." if others else ""
+    gains = f" Something is gained by {others}: see [what runs it](#what-runs-it)." if others else ""
     return f"Runs wherever the dense model runs, and in {dense} **no faster**.{gains}"
 
 

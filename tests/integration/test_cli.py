@@ -402,7 +402,7 @@ class TestEval:
         arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "7", "--batch-size", "3"]
         assert main(["eval", "model", "out", *arguments]) == 0
         output, message = capfd.readouterr()
-        assert message == ""
+        assert message == "measuring model (1 of 2)\nmeasuring out (2 of 2)\n"
         rows = [line.split() for line in output.splitlines() if line.split()[:1] in (["model"], ["out"])][1:]
         assert [row[0] for row in rows] == ["model", "out"]
         assert all(200 < float(row[1]) < 500 for row in rows), "random weights: about the vocabulary's size"
@@ -413,7 +413,7 @@ class TestEval:
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         command = f"{sys.executable} -m optima eval model --dataset text.txt --max-seq-length 16 --max-windows 1 | true"
         result = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
-        assert result.stderr == ""
+        assert result.stderr == "measuring model (1 of 1)\n"
         assert result.returncode in (0, 141), "0 where the pipe held it all"
 
     def test_save_and_report(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

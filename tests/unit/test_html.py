@@ -107,14 +107,48 @@ def test_warnings_stand_out() -> None:
 
 
 def test_comparison_shows_how_recipes_and_errors_differ() -> None:
-    other = report(linear(error=0.05), linear("mlp.down_proj"), recipe=RUN.recipe | {"selector": "alps", "swaps": None})
+    other = report(linear(error=0.05), linear("mlp.down_proj"), recipe=RUN.recipe | {"selector": "alps", "swaps": 256})
     shown = page(report(), other).shown
     assert "2 runs compared" in shown
-    assert "option run 0 run 1 selector wanda alps swaps – null mean error of" in shown
+    assert "option run 0 run 1 selector wanda alps swaps – 256 mean error of" in shown
     assert "mean error of run 0 run 1 up_proj 0.1000 0.0500 −50.0% down_proj – 0.1000" in shown
+    assert "in different units" not in shown
+    plain = page(report(), report(recipe=RUN.recipe | {"objective": "plain"})).shown
+    assert "in different units" in plain
     alike = page(report(), report()).shown
     assert "option" not in alike
     assert "up_proj 0.1000 0.1000 +0.0%" in alike
+
+
+def test_links_within_the_page_lead_somewhere() -> None:
+    found = page(report(linear(pattern="2:4")))
+    links = [attributes["href"] for tag, attributes in found.elements if tag == "a"]
+    assert links == ["#what-runs-it"]
+    assert ("section", "what-runs-it") in [(tag, attributes.get("id")) for tag, attributes in found.elements]
+
+
+@pytest.mark.parametrize("evaluated", [0, 1])
+def test_a_run_that_was_not_evaluated_has_a_gap_in_the_headlines(evaluated: int) -> None:
+    figures: list[list[tuple[str, str, str]]] = [[], []]
+    figures[evaluated] = [("perplexity", "68.21", "")]
+    found = Page(render_html({"one": report(), "two": report()}, figures))
+    cells = re.findall(r"<td>(.*?)</td>", found.text.partition("</header>")[0])
+    assert "mean error perplexity largest gap as written" in found.shown
+    assert len(cells) == 2 * 6
+    assert [cells[2], cells[8]] == (["68.21", "–"] if evaluated == 0 else ["–", "68.21"])
+    assert cells[3] == cells[9]
+
+
+def test_values_of_a_recipe_are_written_as_people_write_them() -> None:
+    recipe = RUN.recipe | {"dataset": ["a.txt", "b.txt"], "max_change": None}
+    assert "dataset – a.txt, b.txt" in (text := page(report(), report(recipe=recipe)).shown)
+    assert "max_change" not in text.partition("Recipe and environment")[0], "unset, and unknown to an older record"
+
+
+def test_what_all_runs_share_is_said_once() -> None:
+    half, groups = report(), report(linear(pattern="2:4"))
+    assert page(half, half).shown.count("Apple Neural Engine") == 1
+    assert page(half, groups).shown.count("Apple Neural Engine") == 2
 
 
 def test_nothing_is_fetched_and_only_the_page_s_own_script_runs() -> None:
@@ -122,7 +156,7 @@ def test_nothing_is_fetched_and_only_the_page_s_own_script_runs() -> None:
     for tag, attributes in found.elements:
         assert "src" not in attributes
         assert tag not in ("iframe", "object", "embed", "base", "form", "img")
-        assert attributes.get("href", "data:,") == "data:,"
+        assert attributes.get("href", "data:,") == "data:," or attributes["href"].startswith("#")
         assert not [name for name in attributes if name.startswith("on")]
     text = found.text.replace("http://www.w3.org/2000/svg", "").replace("http://www.w3.org/1999/xhtml", "")
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", text))

@@ -1,5 +1,6 @@
 """Perplexity against the plain definition, on tiny random models of several structures."""
 
+import io
 import logging
 import math
 from collections.abc import Callable
@@ -10,6 +11,8 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
+from tiny import make_llama, make_tokens
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -20,6 +23,7 @@ from optima.errors import CalibrationError, ModelError, NumericalError, RecipeEr
 from optima.evaluation import logits as logits_module
 from optima.evaluation.perplexity import evaluation_windows, perplexity, window_losses
 from optima.evaluation.settings import PROTOCOLS
+from optima.evaluation.watch import Watch
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -282,3 +286,26 @@ class TestEvaluationWindows:
     def test_no_windows(self) -> None:
         with pytest.raises(RecipeError, match="--max-windows must be at least 1"):
             evaluation_windows(["1 2 3"], self.tokenizer(None), 2, max_windows=0)
+
+
+def test_a_long_evaluation_says_how_far_it_is() -> None:
+    now, screen = 0.0, io.StringIO()
+    watch = Watch(Console(file=screen), lambda: now)
+    watch.model("dense", 1, 2, ["piqa"])
+    for done in (1, 2, 3, 4):
+        now = 10.0 * done
+        watch.windows(done, 4)
+    watch.model("sparse", 2, 2)
+    watch.windows(4, 4)
+    assert screen.getvalue().splitlines() == [
+        "measuring dense (1 of 2); tasks: piqa",
+        "window 3/4  0:00:30 elapsed  0:00:10 left",
+        "window 4/4  0:00:40 elapsed  0:00:00 left",
+        "measuring sparse (2 of 2)",
+    ]
+
+
+def test_every_batch_is_told() -> None:
+    told: list[tuple[int, int]] = []
+    window_losses(make_llama(), make_tokens()[:5], batch_size=2, tell=lambda *counts: told.append(counts))
+    assert told == [(2, 5), (4, 5), (5, 5)]

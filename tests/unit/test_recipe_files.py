@@ -122,6 +122,12 @@ class TestNames:
         assert all((text.endswith((".", ").")) and text[0].isupper()) or text[0].isdigit()
                    for text in describe_shipped().values())  # fmt: skip
 
+    def test_the_list_fits_a_narrow_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["recipe", "list"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == len(SHIPPED)
+        assert max(map(len, lines)) <= 80
+
     @pytest.mark.parametrize("selector", ["wanda", "sparsegpt", "thanos"])
     def test_the_papers_settings_with_and_without_optima(self, selector: str) -> None:
         alone, ours = load_recipe(f"paper-{selector}"), load_recipe(f"paper-{selector}-optima")

@@ -12,7 +12,7 @@ from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.errors import OptimaError
-from optima.reporting.callbacks import Listeners
+from optima.reporting.callbacks import Listeners, RunStart
 from optima.reporting.markdown import render_markdown
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import (
@@ -319,6 +319,7 @@ class TestMarkdown:
 
 def run_of(progress: Progress, blocks: int = 2) -> None:
     with Listeners([progress]) as listeners:
+        listeners.begin(RunStart("tiny", None, "cpu", {}, blocks, 2 * blocks, samples=8, length=16))
         listeners.start(blocks, 2)
         for block in range(blocks):
             listeners.linear(linear(block=block))
@@ -331,12 +332,21 @@ class TestProgress:
         assert capfd.readouterr() == ("", "")
 
     def test_lines_where_stderr_is_not_a_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
-        run_of(make_progress())
+        progress = make_progress()
+        progress.reading("tiny")
+        run_of(progress)
         output, lines = capsys.readouterr()
         assert output == ""
         assert lines.splitlines() == [
-            f"block {block}/2  error 0.1000  0:00:00 elapsed  0:00:00 left" for block in (1, 2)
+            "reading tiny and the calibration text",
+            "pruning 4 linears in 2 blocks on cpu, by 8 x 16 tokens",
+            "2 blocks, one after another; a line when each is done",
+            *(f"block {block}/2  error 0.1000  0:00:00 elapsed  0:00:00 left" for block in (1, 2)),
         ]
+
+    def test_of_a_model_in_memory_the_text_is_read(self, capsys: pytest.CaptureFixture[str]) -> None:
+        make_progress().reading(None)
+        assert capsys.readouterr().err == "reading the calibration text\n"
 
     @pytest.mark.parametrize(
         ("variables", "terminal"),
@@ -381,6 +391,7 @@ class TestProgress:
         listeners.block("a")
         assert screen.getvalue().splitlines() == [
             "sweep over 2 blocks: what the loss feels",
+            "survey of 2 blocks: how much of each can go",
             "survey: block 1/2  error -  0:00:00 elapsed  0:00:00 left",
         ]
 

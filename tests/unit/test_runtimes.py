@@ -81,5 +81,7 @@ class TestShown:
             assert "What runs it" in text
             assert "Apple Neural Engine" in text
             assert "semi-structured" in text
+        assert "(#what-runs-it)" in markdown, "as titles are linked to in Markdown"
         assert "no faster" in render_summary(found)
+        assert "see what runs it, in the report." in render_summary(found)
         assert "semi-structured" not in render_markdown(report(unsolved()))

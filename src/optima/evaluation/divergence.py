@@ -9,6 +9,7 @@ Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positio
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from optima.errors import ModelError
 from optima.evaluation.logits import batches, reading
 from optima.evaluation.perplexity import check_finite, next_token_losses
+from optima.evaluation.watch import silent
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ def divergence(
     *,
     device: torch.device | str | None = None,
     batch_size: int = 1,
+    tell: Callable[[int, int], None] = silent,
 ) -> Divergence:
     """Compare the predictions of two models on the same tokens, in one pass of each.
 
@@ -69,6 +72,7 @@ def divergence(
                     kl_N[rows] += _kl(p_BCV, q_BCV)
             check_finite(loss_N[rows], "loss", rows.start)
             check_finite(kl_N[rows], "divergence", rows.start)
+            tell(min(rows.stop, len(tokens_NL)), len(tokens_NL))
     return Divergence(*(values_N / (tokens_NL.shape[1] - 1) for values_N in sums))
 
 

@@ -30,6 +30,7 @@ from optima.evaluation.record import (
     TaskRecord,
 )
 from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
+from optima.evaluation.watch import Watch
 from optima.evaluation.zeroshot import Tasks, check_tokenizer, find_files, load_tasks, zero_shot
 from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer
 from optima.reporting.record import library_versions
@@ -44,10 +45,14 @@ class _Subject:
     tokens_NL: Tensor | None
 
 
-def evaluate(settings: EvaluationSettings) -> Evaluation:
+def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evaluation:
     """Measure every model.
 
     One model is in memory at a time; with ``settings.divergence`` the first one stays.
+
+    Args:
+        settings: what is measured, and how.
+        watch: told how far it is.
 
     Raises:
         OptimaError: for what cannot be done; before any weights are loaded wherever that can be known.
@@ -56,10 +61,11 @@ def evaluate(settings: EvaluationSettings) -> Evaluation:
     subjects = _subjects(settings)
     tasks = _tasks(settings, subjects)
     records, losses = [], []
-    reference = None
-    for subject in subjects:
+    reference, watch = None, watch or Watch()
+    for place, subject in enumerate(subjects, 1):
+        watch.model(subject.source.name, place, len(subjects), settings.task_names)
         model = load_model(subject.source, settings.dtype)
-        record, loss_N = _measure(model, reference, subject, tasks, settings)
+        record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
         records.append(record)
         losses.append(loss_N)
         if settings.divergence and reference is None:
@@ -117,17 +123,18 @@ def _measure(
     subject: _Subject,
     tasks: Tasks | None,
     settings: EvaluationSettings,
+    watch: Watch,
 ) -> tuple[ModelRecord, Tensor | None]:
     """The record of one model, and its loss on each window."""
     device = find_device(settings.device)
     started = time.perf_counter()
     tokens_NL, loss_N, found = subject.tokens_NL, None, None
     if tokens_NL is not None:
-        batch_size = settings.batch_size or WINDOWS
+        batch_size, tell = settings.batch_size or WINDOWS, watch.windows
         if reference is None:
-            loss_N = window_losses(model, tokens_NL, device=device, batch_size=batch_size)
+            loss_N = window_losses(model, tokens_NL, device=device, batch_size=batch_size, tell=tell)
         else:
-            apart = divergence(model, reference, tokens_NL, device=device, batch_size=batch_size)
+            apart = divergence(model, reference, tokens_NL, device=device, batch_size=batch_size, tell=tell)
             loss_N, found = apart.loss_N, DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N))
     answers: tuple[TaskRecord, ...] = ()
     if tasks is not None:

@@ -13,7 +13,7 @@ Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positio
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.calibration.text import SEPARATOR, SpecialTokens, pack, special_tokens, text_length, token_ids
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.evaluation.logits import batches, reading
+from optima.evaluation.watch import silent
 
 
 def evaluation_windows(
@@ -62,6 +63,7 @@ def window_losses(
     *,
     device: torch.device | str | None = None,
     batch_size: int = 1,
+    tell: Callable[[int, int], None] = silent,
 ) -> Tensor:
     """Mean negative log-likelihood of the next tokens of each window, from float32 likelihoods.
 
@@ -74,6 +76,7 @@ def window_losses(
         tokens_NL: token ids, integer.
         device: where to run; None runs where the model is.
         batch_size: windows in one forward pass.
+        tell: called with the number of windows that are done, and of all.
 
     Returns:
         loss_N: float64 on the CPU, in nats a token.
@@ -91,6 +94,7 @@ def window_losses(
                 for start, stop in reader.slices(batch_BL):
                     loss_N[rows] += next_token_losses(logits_of(start, stop), batch_BL[:, start + 1 : stop + 1])
             check_finite(loss_N[rows], "loss", rows.start)
+            tell(min(rows.stop, len(tokens_NL)), len(tokens_NL))
     return loss_N / (tokens_NL.shape[1] - 1)
 
 

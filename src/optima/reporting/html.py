@@ -77,6 +77,7 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
         runs=runs,
         # No "<", no end of the script; JSON has another way to write it.
         data=Markup(to_json([run["data"] for run in runs], inf_nan_mode="strings").decode().replace("<", r"\u003c")),
+        headlines=_headlines(runs),
         differing=_differences(runs) if len(runs) > 1 else {},
         sections=SECTIONS,
         style=Markup(style),
@@ -100,16 +101,16 @@ def _view(name: str, report: Report) -> View:
         "errors": {kind: mean(linears, "error") for kind, linears in by_kind(report.linears).items()},
         "runtimes": _runtimes(report),
         "notes": (*report.run.notes, *([JOINED] if len(report.linears) > MOST_SHOWN else [])),
-        "recipe": {key: value if isinstance(value, str) else json.dumps(value) for key, value in recipe.items()},
+        "recipe": {key: _value(value) for key, value in recipe.items()},
         "facts": [*run_facts(report), *report.run.versions.items()],
         "data": _data(name, report),
     }
 
 
-def _runtimes(report: Report) -> list[list[str]]:
+def _runtimes(report: Report) -> tuple[tuple[str, ...], ...]:
     """Rows of a table; addresses are text, for the page leads nowhere."""
     rows = table_rows(pattern_weights(report.linears)) if report.linears else []
-    return [[cell.replace("https://", "") for cell in row] for row in rows]
+    return tuple(tuple(cell.replace("https://", "") for cell in row) for row in rows)
 
 
 def _left(block: BlockRecord) -> str:
@@ -128,6 +129,21 @@ def _figures(report: Report) -> list[Figure]:
         ("time", duration(run.seconds), f"{duration(sum(linear.seconds for linear in linears))} on linears"),
         ("peak memory", num_bytes(run.peak_memory_bytes), run.device),
     ]
+
+
+def _headlines(runs: Sequence[View]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Labels, and the figures of each run under them: one that was not evaluated has fewer."""
+    most_first = sorted(runs, key=lambda run: -len(run["figures"]))
+    labels = list(dict.fromkeys(label for run in most_first for label, _, _ in run["figures"]))
+    found = [(run["name"], {label: value for label, value, _ in run["figures"]}) for run in runs]
+    return labels, [(name, [values.get(label, "–") for label in labels]) for name, values in found]
+
+
+def _value(value: Any) -> str:
+    """A value of a recipe as a reader would write it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
+    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _differences(runs: Sequence[View]) -> dict[str, list[tuple[str, list[str]]]]:
@@ -157,8 +173,9 @@ def _data(name: str, report: Report) -> View:
 
 
 def _prose(markdown: str) -> Markup:
-    """A line of the summary: strong words, code and powers of ten; all else is escaped."""
+    """A line of the summary: strong words, code, powers of ten, links within the page; all else is escaped."""
     text = re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(markdown)))
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"\[([^]]+)\]\((#[a-z-]+)\)", r'<a href="\2">\1</a>', text)
     text = re.sub(r"\b(\d\.\d)e-0?(\d+)\b", r"\1 × 10<sup>−\2</sup>", text)
     return Markup(re.sub(r"(?<![\w.])-(?=\d[\d.]*%)", "−", text))

@@ -11,8 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Display
 from rich.table import Column
 
-from optima.reporting.callbacks import BlockEvent, Callback
+from optima.reporting.callbacks import BlockEvent, Callback, RunStart
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
+
+# What a walk over so many blocks does, told where no live line shows it.
+WALKS = {
+    "sweep": "sweep over {} blocks: what the loss feels",
+    "survey": "survey of {} blocks: how much of each can go",
+    "prune": "{} blocks, one after another; a line when each is done",
+}
 
 
 class Progress(Callback):
@@ -27,6 +34,15 @@ class Progress(Callback):
         self._display: Display | None = None
         self._errors: list[float] = []
 
+    def reading(self, model: str | None) -> None:
+        """The first long work begins: the text is read, and the weights of ``model`` unless they are in memory."""
+        self._line(f"reading {'' if model is None else f'{model} and '}the calibration text")
+
+    def on_start(self, start: RunStart) -> None:
+        """All is read."""
+        model = f"{start.linears} linears in {start.blocks} blocks"
+        self._line(f"pruning {model} on {start.device}, by {start.samples} x {start.length} tokens")
+
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
         """A walk over blocks begins; a sweep, which tells of no block, is but named."""
         self._stop()
@@ -40,8 +56,8 @@ class Progress(Callback):
             self._display.start()
         elif done:
             self._line(f"going on: {done} of {blocks} blocks are done")
-        elif stage == "sweep":
-            self._line(f"sweep over {blocks} blocks: what the loss feels")
+        else:
+            self._line(WALKS[stage].format(blocks))
 
     def on_linear(self, linear: LinearRecord) -> None:
         """A linear is pruned."""

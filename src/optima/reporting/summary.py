@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -23,7 +24,8 @@ Linears = Sequence[LinearRecord]
 
 def render_summary(report: Report) -> str:
     """The summary as plain text for a terminal."""
-    return bullets(summary(report)).replace("**", "").replace("`", "")
+    text = bullets(summary(report)).replace("**", "").replace("`", "")
+    return re.sub(r"\[([^]]+)\]\(#[a-z-]+\)", r"\1, in the report", text)
 
 
 def summary(report: Report) -> list[str]:

@@ -1,0 +1,47 @@
+"""What the user sees while models are measured: a line a model, and one now and then while it takes long."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from rich.console import Console
+
+EVERY = 30.0  # seconds between two lines, so that a short evaluation stays short
+
+
+def silent(done: int, total: int) -> None:
+    """For whoever needs no telling."""
+
+
+class Watch:
+    """Says which model is measured, and how far that is.
+
+    Args:
+        console: where to; nothing is said without one.
+        clock: seconds from any origin.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._console = console
+        self._clock = clock
+
+    def model(self, name: str, place: int, models: int, tasks: Sequence[str] = ()) -> None:
+        """Model number ``place`` of ``models`` is read, and measured then; ``tasks`` tell of no progress."""
+        more = f"; tasks: {', '.join(tasks)}" if tasks else ""
+        self._line(f"measuring {name} ({place} of {models}){more}")
+        self._began = self._told = self._clock()
+
+    def windows(self, done: int, total: int) -> None:
+        """So many windows of the text are done, of the model that was named last."""
+        now = self._clock()
+        if now - self._told >= EVERY or (done == total and self._told > self._began):
+            used = now - self._began
+            elapsed, left = (timedelta(seconds=round(seconds)) for seconds in (used, used / done * (total - done)))
+            self._line(f"window {done}/{total}  {elapsed} elapsed  {left} left")
+            self._told = now
+
+    def _line(self, text: str) -> None:
+        if self._console is not None:
+            self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
