@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -54,6 +54,14 @@ HEAD_TOKENS = 512  # that the head is timed on, at least
 Work = Callable[[Streams, Stopwatch], None]
 
 
+@dataclass
+class Waiting:
+    """Bytes of activations that wait during a phase: those of a run, and of the rehearsal."""
+
+    of_run: float
+    here: int
+
+
 class Peak:
     """Highest memory of a run, from that of its phases in a rehearsal.
 
@@ -71,13 +79,13 @@ class Peak:
         self.num_bytes = 0
 
     @contextmanager
-    def phase(self, weights: int, waiting: float, here: int) -> Iterator[None]:
-        """Inside, a run holds so many bytes of weights and of waiting activations, the rehearsal ``here`` of these."""
-        memory = PeakMemory(self._device)
-        yield
+    def phase(self, weights: int, of_run: float = 0.0, here: int = 0) -> Iterator[Waiting]:
+        """Inside, a run holds so many bytes of weights; what is given of activations may also be set inside."""
+        memory, waiting = PeakMemory(self._device), Waiting(of_run, here)
+        yield waiting
         found = memory.peak()
         if self._device.type == "cpu":
-            found += weights - self._weights_bytes + min(int(waiting), self._left_bytes) - here
+            found += weights - self._weights_bytes + min(int(waiting.of_run), self._left_bytes) - waiting.here
         self.num_bytes = max(self.num_bytes, found)
 
 
@@ -114,12 +122,13 @@ class Rehearsal:
         """Rehearse a stack."""
         model, outside = self.plan.model, self.plan.held_bytes()
         one, few = (Stopwatch(self.device) for _ in range(2))
-        with self.peak.phase(outside, 0, 0):
+        with self.peak.phase(outside) as waiting:
             for clock, batches in ((one, self._few[:1]), (few, self._few)):
                 with clock("forward"):
                     streams = capture(model, stack, batches, self.by_loss)
+            waiting.here = _bytes(streams.hidden)
+            inputs = waiting.of_run = waiting.here * self.batches / len(self._few)
         self.seconds.update(self._whole(one.seconds, few.seconds, len(self._few)))
-        inputs = _bytes(streams.hidden) * self.batches / len(self._few)
         swept = 0.0
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import build
+from rich.console import Console
 from tiny import make_bert, make_llama, save_model
 
 import optima.rehearsal
@@ -21,6 +22,7 @@ from optima.models.skeleton import skeleton
 from optima.models.source import find_source
 from optima.models.stacks import find_stacks
 from optima.plan import Measured, make_plan
+from optima.plan_table import print_plan
 from optima.rehearsal import Peak, Rehearsal
 
 FEW: dict[str, Any] = {"max_seq_length": 16, "num_calibration_samples": 40, "batch_size": 4, "device": "cpu"}
@@ -125,11 +127,11 @@ def test_what_is_once_and_what_is_of_each_batch(tmp_path: Path) -> None:
 def test_memory_is_that_of_the_run_not_of_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PeakMemory, "peak", lambda self: 1000)
     peak = Peak(torch.device("cpu"), weights_bytes=300, left_bytes=500)
-    with peak.phase(weights=100, waiting=50.0, here=20):
+    with peak.phase(weights=100, of_run=50.0, here=20):
         pass
     assert peak.num_bytes == 1000 - 300 + 100 + 50 - 20
-    with peak.phase(weights=100, waiting=9000.0, here=20):  # what is more waits in files
-        pass
+    with peak.phase(weights=100) as waiting:  # known inside alone
+        waiting.of_run, waiting.here = 9000.0, 20  # what is more than fits waits in files
     assert peak.num_bytes == 1000 - 300 + 100 + 500 - 20
 
 
@@ -137,3 +139,15 @@ def test_blocks_behind_the_last_pruned_one_cost_their_sweep_alone(tmp_path: Path
     directory = save_model(tmp_path / "model", make_llama(num_hidden_layers=4))
     found = measured(directory, Recipe(targets=[r"layers\.1\."], **FEW))
     assert found.seconds["linears"] > 0
+
+
+def test_the_page_fits_a_terminal_of_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(find_source(str(save_model(tmp_path / "model"))), Recipe(max_seq_length=16))
+    seconds = {"start": 3.2, "read": 0.1, "forward": 7000.0, "hessian": 90.0, "sweep": 1200.0, "linears": 500.0}
+    print_plan(plan, Measured(seconds, 3 * 2**30, ("what is not counted",)), "model", Console(width=80))
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    assert "about 2 h 27 min (start 3 s, forward 7000 s," in output
+    assert "read" not in output.partition("time here")[2].partition("memory here")[0]
+    assert "about 3.00 GiB at its peak" in output
+    assert "note: what is not counted" in output
