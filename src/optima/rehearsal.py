@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -39,10 +40,12 @@ from optima.linear import prune_linear
 from optima.models.random_weights import alike
 from optima.models.stacks import Block, Linear, Stack
 from optima.pipeline import Job
-from optima.plan import Plan
 from optima.recipe import SINK_WEIGHT, Recipe
 from optima.selectors.base import LinearTask
 from optima.tuning import BlockError, tune
+
+if TYPE_CHECKING:
+    from optima.plan import Plan
 
 # Of a made-up hessian: common factors of the inputs, and what each input has to itself. Conjugate gradients take about
 # as many iterations as on most linears of trained models.
