@@ -123,7 +123,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     option = add("plan", "show what would be pruned, and the cost", "MODEL [options]")
     option("model", metavar="MODEL", help="hub id, local directory, or GGUF file; no weights are loaded")
-    option("--measure", action="store_true", help="prune one random linear of each shape: seconds, memory")
+    option("--measure", action="store_true", help="rehearse the run on a few random blocks: seconds, memory")
     _add_recipe(commands["plan"])
 
     _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", ABOUT))

@@ -164,8 +164,14 @@ def _plan(model: str, measure: bool = False, **given: Any) -> None:
     from optima.models.source import find_source
     from optima.plan_table import print_plan
 
-    found = plan.make_plan(find_source(model, recipe.trust_remote_code, recipe.revision), recipe)
-    print_plan(found, plan.measure(found, recipe) if measure else None, model, console)
+    source = find_source(model, recipe.trust_remote_code, recipe.revision)
+    found = plan.make_plan(source, recipe)
+    measured = None
+    if measure:
+        from optima.measure import measure as rehearse
+
+        measured = rehearse(found, recipe, source)
+    print_plan(found, measured, model, console)
 
 
 def _eval(save: bool = False, output: str | None = None, overwrite: bool = False, **given: Any) -> None:

@@ -231,7 +231,7 @@ class Job:
     def _survey(self, block: Block, streams: Streams, allocation: Allocation) -> None:
         measured: dict[str, Tensor | None] = {}
         owners: dict[str, int | None] = {}
-        for found in self._observe(block, streams, self.clock):
+        for found in self.observe(block, streams, self.clock):
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
                 measured[linear.name] = None
@@ -245,7 +245,7 @@ class Job:
             if (own := measured[linear.name]) is not None:
                 allocation.note(block.index, linear.name, math.prod(linear.shape), own)
 
-    def _observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
+    def observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered when the first is given."""
         for found in self._each(block, streams, clock):
             if not found.told:
@@ -277,7 +277,7 @@ class Job:
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
         owners: dict[str, int | None] = {}
-        for found in self._observe(block, streams, clock):
+        for found in self.observe(block, streams, clock):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():

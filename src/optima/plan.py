@@ -1,40 +1,29 @@
 """What a run would prune and take, from the model's configuration alone: no weights are loaded.
 
-Memory is one stated upper bound. ``measure`` says what this machine really takes, by pruning random linears of the
-model's shapes.
-
-Shapes: O outputs, D inputs, F factors of a random hessian.
+Memory is one stated upper bound. ``optima.measure`` says what a run really takes on this machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from transformers import PreTrainedModel
 
 from optima.build import build
 from optima.calibration.loss_weights import KEPT_BYTES
 from optima.calibration.own_text import check_writes
-from optima.device import PeakMemory, Stopwatch, find_device
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import add_gram
-from optima.linalg.statistics import Statistics
-from optima.linear import Methods, prune_linear
-from optima.memory import HostMemory, batch_tokens, host_memory, work_bytes
+from optima.linear import Methods
+from optima.memory import HostMemory, count, host_memory, work_bytes
 from optima.models.experts import ExpertLinear
 from optima.models.skeleton import skeleton
 from optima.models.source import Source
-from optima.models.stacks import Linear, guess_groups
-from optima.patterns import Pattern
+from optima.models.stacks import Block
 from optima.preflight import Preflight, preflight, sized
 from optima.recipe import SELF, Recipe
-from optima.selectors.base import LinearTask
 
-# Of a random hessian: common factors of the inputs, and what each input has to itself.
-FACTORS, OWN_SHARE = 64, 0.2
 SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
 
 
@@ -43,6 +32,7 @@ class Plan:
     """What would be done.
 
     Attributes:
+        model: its skeleton.
         found: stacks, linears and patterns (on the meta device), and what stays dense.
         methods: as a run would build them, external masks read.
         num_parameters: of the whole model.
@@ -57,9 +47,12 @@ class Plan:
         passes: forward passes over the calibration text; a backward pass counts as two.
         reads: how often the weights are read from disk.
         dtype: of the weights.
+        streamed: whether weights stay on disk until they are wanted.
+        seconds: that it took to make, as it does at the start of a run.
         notes: what will not be pruned, and what only calibration can tell.
     """
 
+    model: PreTrainedModel
     found: Preflight
     methods: Methods
     num_parameters: int
@@ -73,6 +66,8 @@ class Plan:
     passes: int
     reads: int
     dtype: torch.dtype
+    streamed: bool
+    seconds: float
     notes: tuple[str, ...]
 
     @property
@@ -82,18 +77,28 @@ class Plan:
         pruned = sum(self.found.patterns[name].sparsity * size for name, size in sizes.items())
         return pruned / sum(sizes.values())
 
+    def held_bytes(self, block: Block | None = None) -> int:
+        """Of weights in main memory while a run works on a block, or outside of them."""
+        if not self.streamed:
+            return self.model_bytes
+        inside = [count(each.module) for each in (self.found.blocks if block is None else [block])]
+        return (self.num_parameters - sum(inside) if block is None else inside[0]) * self.dtype.itemsize
+
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run takes on this machine.
+    """What a run takes on this machine, as its report will name it.
 
     Attributes:
-        seconds: of its stages, whole run: ``forward``, ``hessian`` and ``linears``.
-        work_bytes: peak work space of one linear, its hessian included.
+        seconds: of its stages: ``start``, ``read``, ``forward``, ``hessian``, ``sweep``, ``linears``, ``tune`` and
+            ``write``.
+        peak_bytes: highest memory: on a CPU all that is resident.
+        notes: what is not in these figures.
     """
 
     seconds: dict[str, float]
-    work_bytes: int
+    peak_bytes: int
+    notes: tuple[str, ...]
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:
@@ -102,6 +107,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     Raises:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
+    started = time.perf_counter()
     model, config = skeleton(source)
     if recipe.dataset == [SELF]:
         check_writes(model)
@@ -127,6 +133,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
+        model=model,
         found=found,
         methods=methods,
         num_parameters=num_parameters,
@@ -140,6 +147,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         passes=forward_passes(recipe),
         reads=_reads(recipe, len(found.blocks) * inputs),
         dtype=dtype,
+        streamed=streamed,
+        seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
 
@@ -163,83 +172,3 @@ def _dtype(value: Any) -> torch.dtype:
     found = getattr(torch, value) if isinstance(value, str) else value
     assert isinstance(found, torch.dtype)
     return found
-
-
-def measure(plan: Plan, recipe: Recipe) -> Measured:
-    """Prune one random linear of each shape and multiply one batch, and scale up to the run.
-
-    Products of activations are timed for a batch of the model's dtype and widths; attention and element-wise work of
-    the blocks come on top.
-    """
-    recipe = sized(recipe, plan.found)
-    assert recipe.num_calibration_samples is not None
-    meter = _Meter(plan.methods, find_device(recipe.device))
-    memory = PeakMemory(meter.device)
-    batch = batch_tokens(recipe, meter.device.type == "cpu")
-    batches = recipe.num_calibration_samples * recipe.max_seq_length / batch
-    seconds = {"forward": 0.0, "hessian": 0.0, "linears": 0.0}
-    for block in plan.found.blocks:
-        for group in guess_groups(block):
-            inputs = group[0].shape[1]
-            seconds["hessian"] += batches * meter.gram(batch, inputs)
-            for linear in group:
-                seconds["forward"] += plan.passes * batches * meter.product(batch, linear.shape, plan.dtype)
-                seconds["linears"] += meter.prune(linear, plan.found.patterns[linear.name], plan.dtype)
-    return Measured(seconds, memory.peak() - memory.baseline)
-
-
-class _Meter:
-    """Seconds of work on random numbers, each kind timed once, after a warm-up."""
-
-    def __init__(self, methods: Methods, device: torch.device) -> None:
-        self.methods, self.device = methods, device
-        self._known: dict[tuple[object, ...], float] = {}
-
-    def gram(self, tokens: int, inputs: int) -> float:
-        """A Gram matrix of one batch."""
-
-        def made() -> Callable[[], object]:
-            inputs_TD = torch.zeros(tokens, inputs, device=self.device)
-            sum_DD = torch.zeros(inputs, inputs, dtype=torch.float64, device=self.device)
-            return lambda: add_gram(sum_DD, inputs_TD)
-
-        return self._once(("gram", inputs), made)
-
-    def product(self, tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> float:
-        """A batch through a linear."""
-
-        def made() -> Callable[[], object]:
-            weight_OD = torch.zeros(shape, dtype=dtype, device=self.device)
-            inputs_TD = torch.zeros(tokens, shape[1], dtype=dtype, device=self.device)
-            return lambda: inputs_TD @ weight_OD.mT
-
-        return self._once(("product", shape), made)
-
-    def prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> float:
-        """All that is done to a linear, with a hessian of its own."""
-        return self._once(("prune", linear.shape, str(pattern)), lambda: lambda: self._prune(linear, pattern, dtype))
-
-    def _once(self, key: tuple[object, ...], make: Callable[[], Callable[[], object]]) -> float:
-        """Seconds of what ``make`` returns, which is made only where the kind is new."""
-        if key not in self._known:
-            work = make()
-            work()
-            clock = Stopwatch(self.device)
-            with clock("work"):
-                work()
-            self._known[key] = clock.total
-        return self._known[key]
-
-    def _prune(self, linear: Linear, pattern: Pattern, dtype: torch.dtype) -> None:
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*sizes: int) -> Tensor:
-            return torch.randn(*sizes, generator=generator).to(self.device)
-
-        shape = linear.shape
-        factors_FD = random(min(FACTORS, shape[1]), shape[1])
-        hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
-        hessian_DD.diagonal().add_(OWN_SHARE)
-        # External masks are found by the name.
-        task = LinearTask(linear.name, random(*shape), Statistics(Hessian(hessian_DD)), random(*shape).abs())
-        prune_linear(task, pattern, self.methods, dtype)

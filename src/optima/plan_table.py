@@ -44,18 +44,18 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
     }
     if measured is None:
-        lines["time"] = "not measured: add --measure (it prunes one random linear of each shape)"
+        lines["time"] = "not measured: add --measure (it rehearses the run on a few random blocks)"
     else:
-        lines["measured here"] = f"{_size(measured.work_bytes)} at most for a linear, its hessian included"
-        stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in measured.seconds.items())
-        lines["time here"] = f"{sum(measured.seconds.values()):.0f} s ({stages}) beside attention and element-wise work"
+        stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in measured.seconds.items() if seconds >= 0.5)
+        lines["time here"] = f"about {_duration(sum(measured.seconds.values()))}" + (f" ({stages})" if stages else "")
+        lines["memory here"] = f"about {_size(measured.peak_bytes)} at its peak"
     grid = Table.grid(Column(no_wrap=True, min_width=28), padding=(0, 1))  # a long value is wrapped in its column
     for key, value in lines.items():
         grid.add_row(key, value)
     console.print(grid, highlight=False)
     for advice in _advice(plan):
         console.print(f"does not fit: {advice}", highlight=False, markup=False)
-    for note in plan.notes:
+    for note in (*plan.notes, *(measured.notes if measured else ())):
         console.print(f"note: {note}", highlight=False, markup=False)
     _print_runtimes(plan, console)
 
@@ -106,3 +106,11 @@ def _structure(plan: Plan, block: Block) -> list[tuple[str, tuple[int, int], Pat
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _duration(seconds: float) -> str:
+    """As one reads it: 48 s, 12 min, 2 h 5 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

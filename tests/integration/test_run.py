@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from families import build, make_ids
 from tiny import make_llama, make_tokens, save_model, save_text
 
-import optima.plan
 from optima import Recipe, load_recipe, load_report, prune
 from optima.errors import CalibrationError, ModelError, RecipeError
-from optima.linear import prune_linear
 from optima.models.source import find_source
-from optima.plan import make_plan, measure
+from optima.plan import make_plan
 
 
 @pytest.mark.parametrize(
@@ -78,27 +75,3 @@ def test_plan_of_fused_experts(family: str, tmp_path: Path) -> None:
     planned = {linear.name for linear in plan.found.linears}
     assert {linear.name for linear in report.linears} == planned
     assert any("experts" in name for name in planned)
-
-
-def test_a_measured_plan_takes_the_models_masks_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = make_llama().bfloat16()
-    source = find_source(str(save_model(tmp_path / "model", model)))
-    prune(model, Recipe(), calibration=make_tokens())
-    recipe = Recipe(selector="external", mask_from=str(save_model(tmp_path / "sparse", model)), max_seq_length=16)
-    dtypes = []
-
-    def watched(task: Any, pattern: Any, methods: Any, dtype: torch.dtype) -> Any:
-        dtypes.append(dtype)
-        return prune_linear(task, pattern, methods, dtype)
-
-    monkeypatch.setattr(optima.plan, "prune_linear", watched)
-    assert measure(make_plan(source, recipe), recipe).seconds["linears"] > 0
-    assert set(dtypes) == {torch.bfloat16}
-
-
-def test_plan_can_be_measured(tmp_path: Path) -> None:
-    recipe = Recipe(max_seq_length=16, num_calibration_samples=4)
-    plan = make_plan(find_source(str(save_model(tmp_path / "model"))), recipe)
-    measured = measure(plan, recipe)
-    assert set(measured.seconds) == {"forward", "hessian", "linears"}
-    assert all(seconds > 0 for seconds in measured.seconds.values())

@@ -212,7 +212,7 @@ def _sweep(
                 for batch, hidden in enumerate(part.hidden):
                     if has_words:
                         drawn_BL = torch.rand(words_size(model, part.batches[batch]), generator=generator)
-                        gradient = _at_the_head(model, stack, part, batch, drawn_BL)
+                        gradient = at_the_head(model, stack, part, batch, drawn_BL)
                     else:
                         signs = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1)
                         gradient = signs.to(hidden)
@@ -220,10 +220,10 @@ def _sweep(
             for block in reversed(stack.blocks):
                 part.hidden = kept.pop()
                 if residual:
-                    product_EE = _second_moment(gradients, device)
+                    product_EE = second_moment(gradients, device)
                     found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
                 with weights.on(block, device):
-                    _through(block, part, gradients, device, found)
+                    through(block, part, gradients, device, found)
     return found
 
 
@@ -235,7 +235,7 @@ def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
         yield range(start, min(start + count, len(streams.hidden)))
 
 
-def _at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
+def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
     """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
     home, given = next(model.parameters()).device, streams.batches[batch]
     (samples, length), options = drawn_BL.shape, dict[str, Any]()
@@ -299,7 +299,7 @@ def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> A
     return with_hidden(like, returned)
 
 
-def _second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+def second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """The sum over tokens of g g^T, (E, E), on the CPU."""
     size = gradients[0].shape[-1]
     product_EE = torch.zeros(size, size, device=device)
@@ -363,7 +363,7 @@ class _Notes:
             self._found.routed.setdefault(name, []).extend(routed)
 
 
-def _through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
+def through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
     """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
     notes = _Notes(block, streams, found)
 

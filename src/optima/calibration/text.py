@@ -99,9 +99,9 @@ class Documents:
             for name in source.dataset:
                 yield from self._read(name)
             return
-        documents = [text for name in source.dataset if _is_file(name) for text in self._read(name)]
+        documents = [text for name in source.dataset if is_file(name) for text in self._read(name)]
         Random(seed).shuffle(documents)
-        streams = [self._read(name) for name in source.dataset if not _is_file(name)]
+        streams = [self._read(name) for name in source.dataset if not is_file(name)]
         for turn in zip_longest(documents, *streams):
             yield from (text for text in turn if text is not None)
 
@@ -109,15 +109,15 @@ class Documents:
         """The documents of one dataset; local files are shuffled by the caller."""
         source = self._source
         try:
-            if not _is_file(name):
+            if not is_file(name):
                 yield from self._texts(self._hub_records(name), name)
             elif Path(name).suffix == ".txt":
                 yield Path(name).read_text(encoding="utf-8-sig")
             else:
                 yield from self._texts(_file_records(Path(name)), name)
         except READ_ERRORS as error:
-            place = "" if _is_file(name) else f" (config {source.config}, split {source.split})"
-            remedy = "the file" if _is_file(name) else "its name, --dataset-config and --split, and the network"
+            place = "" if is_file(name) else f" (config {source.config}, split {source.split})"
+            remedy = "the file" if is_file(name) else "its name, --dataset-config and --split, and the network"
             known = "/".join(LOADERS)
             raise CalibrationError(
                 f"dataset {name!r}{place} cannot be read: {error}: check {remedy}, or give a local {known} file"
@@ -153,7 +153,7 @@ class Documents:
             else:
                 missing += 1
                 self.skipped += 1
-                if column not in record and not _is_file(name):
+                if column not in record and not is_file(name):
                     break  # all records of a hub dataset have the same columns
         if missing and not found:
             raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {remedy}")
@@ -284,7 +284,8 @@ def _check_regular(name: str) -> None:
         raise CalibrationError(f"dataset {name!r} is no regular file: give a file of text ({'/'.join(LOADERS)})")
 
 
-def _is_file(name: str) -> bool:
+def is_file(name: str) -> bool:
+    """Whether a data set is a local file, by its name or because it is there."""
     return Path(name).suffix in LOADERS or Path(name).is_file()
 
 

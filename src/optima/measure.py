@@ -1,0 +1,106 @@
+"""What a run will take on this machine, seconds and memory, from a rehearsal of a few seconds.
+
+What a rehearsal cannot know is in the notes: text and weights that would have to be downloaded, above all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from optima.build import default_scope
+from optima.calibration.text import is_file
+from optima.device import evaluating, find_device, unswitched
+from optima.memory import batch_size
+from optima.models.checkpoint import UnstreamableError, open_checkpoint
+from optima.models.random_weights import alike, fill
+from optima.models.source import Source, load_tokenizer
+from optima.models.stacks import Block
+from optima.plan import Measured, Plan
+from optima.preflight import find_calibration, sized
+from optima.recipe import SELF, Recipe
+from optima.rehearsal import Peak, Rehearsal
+
+
+def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
+    """Rehearse the run that was planned. The plan's model is given random weights for it.
+
+    Raises:
+        OptimaError: if the tokenizer or a file of text cannot be read.
+    """
+    recipe = sized(recipe.resolved(scope=default_scope(recipe, plan.methods.selector)), plan.found)
+    device = find_device(recipe.device)
+    notes: list[str] = []
+    recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", recipe.max_seq_length))
+    started = time.perf_counter()
+    tokens_NL = _text(plan, recipe, source, notes)
+    ready = plan.seconds + time.perf_counter() - started
+    opening, reading = _reading(plan, recipe, source, notes)
+    structures = alike(plan.found.blocks)
+    fill(plan.model, structures, plan.dtype)
+    held = sum(parameter.numel() * parameter.element_size() for parameter in plan.model.parameters())
+    peak = Peak(device, held, plan.left_bytes)
+    rehearsal = Rehearsal(plan, recipe, device, tokens_NL, peak)
+    with unswitched(), evaluating(plan.model):
+        for stack in plan.found.stacks:
+            if stack.needed:
+                rehearsal.stack(stack)
+    writing = _writing_seconds(structures[0][0]) * plan.model_bytes
+    seconds = {"start": ready + opening, "read": reading, **rehearsal.seconds, "write": writing}
+    return Measured(seconds, peak.num_bytes, (*notes, *rehearsal.notes))
+
+
+def _text(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> Tensor:
+    """The calibration tokens of local files; random ones for text that is not here. A run's tokenizer is loaded."""
+    if recipe.dataset != [SELF] and all(map(is_file, recipe.dataset)):
+        tokens_NL = find_calibration(recipe, load_tokenizer(source), None).tokens_NL
+        assert tokens_NL is not None
+        return tokens_NL
+    if recipe.dataset == [SELF]:
+        notes.append("the time in which the model writes its own text is not counted")
+    else:
+        notes.append(f"the time to read {', '.join(recipe.dataset)} is not counted")
+    vocabulary = int(plan.model.config.get_text_config().vocab_size)
+    assert recipe.num_calibration_samples is not None
+    size = (recipe.num_calibration_samples, recipe.max_seq_length)
+    return torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(recipe.seed))
+
+
+def _reading(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> tuple[float, float]:
+    """Seconds to open the checkpoint, and to read its weights as often as a run does, by those of one block."""
+    if source.local is None or not plan.streamed:
+        what = "load the whole model" if source.local else "download weights and read them"
+        notes.append(f"the time to {what} is not counted")
+        return 0.0, 0.0
+    started = time.perf_counter()
+    try:
+        checkpoint = open_checkpoint(source, plan.model, recipe.dtype)
+    except UnstreamableError as error:
+        notes.append(f"the whole model will be held in main memory, which is not counted: {error}")
+        return 0.0, 0.0
+    opened, each = time.perf_counter(), 0.0
+    for block in plan.found.blocks[:2]:  # the first time the library gets ready
+        begun = time.perf_counter()
+        checkpoint.read([name for name in checkpoint.names if name.startswith(f"{block.name}.")])
+        each = (time.perf_counter() - begun) / plan.held_bytes(block)
+    return opened - started, each * plan.model_bytes * plan.reads
+
+
+def _writing_seconds(block: Block) -> float:
+    """To write and hash a byte, by those of a block, among the temporary files."""
+    state = {name: tensor.detach().clone() for name, tensor in block.module.state_dict().items()}  # none of them shared
+    with tempfile.TemporaryDirectory() as place:
+        started, file = time.perf_counter(), Path(place, "block.safetensors")
+        save_file(state, file)
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+            hashlib.file_digest(opened, "sha256")
+        return (time.perf_counter() - started) / file.stat().st_size

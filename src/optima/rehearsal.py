@@ -1,0 +1,323 @@
+"""A rehearsal of a run: its own stages on one random block of each structure and a little text, scaled up to the run.
+
+The whole model is there, as its own code runs it, and blocks of one structure share one set of random weights. What a
+stage takes whatever the text, and what of each batch, is told apart by one batch and a few.
+
+Linears are pruned on hessians that are made up: those of random weights are better conditioned than those of a trained
+model, and solved sooner.
+
+Shapes: B sequences in a batch, L tokens in a sequence, O outputs, D inputs, F factors of a made-up hessian.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from optima.build import build_allocation, build_tuning
+from optima.calibration.capture import capture
+from optima.calibration.inputs import is_encoder_decoder, words_size
+from optima.calibration.loss_weights import (
+    KEPT_BYTES,
+    LOGITS_BYTES,
+    LossWeights,
+    NotDifferentiableError,
+    at_the_head,
+    second_moment,
+    through,
+)
+from optima.calibration.streams import Streams
+from optima.device import PeakMemory, Stopwatch, differentiable, on_device
+from optima.linalg.hessian import Hessian
+from optima.linalg.statistics import Statistics
+from optima.linear import prune_linear
+from optima.models.random_weights import alike
+from optima.models.stacks import Block, Linear, Stack
+from optima.pipeline import Job
+from optima.recipe import SINK_WEIGHT, Recipe
+from optima.selectors.base import LinearTask
+from optima.tuning import BlockError, tune
+
+if TYPE_CHECKING:
+    from optima.plan import Plan
+
+# Of a made-up hessian: common factors of the inputs, and what each input has to itself. Conjugate gradients take about
+# as many iterations as on most linears of trained models.
+FACTORS, OWN_SHARE = 64, 0.5
+BATCHES = 3  # that a stage is timed on
+LONG = 2.0  # seconds that tell enough, without a second look
+HEAD_TOKENS = 512  # that the head is timed on, at least
+
+Work = Callable[[Streams, Stopwatch], None]
+
+
+@dataclass
+class Waiting:
+    """Bytes of activations that wait during a phase: those of a run, and of the rehearsal."""
+
+    of_run: float
+    here: int
+
+
+class Peak:
+    """Highest memory of a run, from that of its phases in a rehearsal.
+
+    Args:
+        device: where blocks run. Another than the CPU holds what it holds in a run.
+        weights_bytes: of weights, what the rehearsal holds.
+        left_bytes: most activations that a run holds; the rest is in files.
+
+    Attributes:
+        num_bytes: so far.
+    """
+
+    def __init__(self, device: torch.device, weights_bytes: int, left_bytes: int) -> None:
+        self._device, self._weights_bytes, self._left_bytes = device, weights_bytes, left_bytes
+        self.num_bytes = 0
+
+    @contextmanager
+    def phase(self, weights: int, of_run: float = 0.0, here: int = 0) -> Iterator[Waiting]:
+        """Inside, a run holds so many bytes of weights; what is given of activations may also be set inside."""
+        memory, waiting = PeakMemory(self._device), Waiting(of_run, here)
+        yield waiting
+        found = memory.peak()
+        if self._device.type == "cpu":
+            found += weights - self._weights_bytes + min(int(waiting.of_run), self._left_bytes) - waiting.here
+        self.num_bytes = max(self.num_bytes, found)
+
+
+class Rehearsal:
+    """Runs the stages of a run, and adds up what all of it would take.
+
+    Args:
+        plan: of the run; its model has random weights.
+        recipe: with the numbers of sequences, and of those in a batch.
+        device: where blocks run.
+        tokens_NL: calibration tokens, at least as many as are looked at.
+        peak: of its memory.
+
+    Attributes:
+        seconds: of each stage of the run.
+        notes: what could not be rehearsed.
+    """
+
+    def __init__(self, plan: Plan, recipe: Recipe, device: torch.device, tokens_NL: Tensor, peak: Peak) -> None:
+        assert recipe.batch_size is not None
+        assert recipe.num_calibration_samples is not None
+        self.plan, self.recipe, self.device, self.peak = plan, recipe, device, peak
+        self.by_loss, self.tuning = recipe.applied_objective == "loss", build_tuning(recipe)
+        self.allocation, self._sink = build_allocation(recipe), recipe.sink_weight or 0.0
+        samples = min(recipe.batch_size, recipe.num_calibration_samples)
+        self.batches = recipe.num_calibration_samples / samples
+        self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
+        self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+        self.notes: list[str] = []
+
+    @torch.no_grad()
+    def stack(self, stack: Stack) -> None:
+        """Rehearse a stack."""
+        model, outside = self.plan.model, self.plan.held_bytes()
+        one, few = (Stopwatch(self.device) for _ in range(2))
+        with self.peak.phase(outside) as waiting:
+            for clock, batches in ((one, self._few[:1]), (few, self._few)):
+                with clock("forward"):
+                    streams = capture(model, stack, batches, self.by_loss)
+            waiting.here = _bytes(streams.hidden)
+            inputs = waiting.of_run = waiting.here * self.batches / len(self._few)
+        self._count(self._whole(one.seconds, few.seconds, len(self._few)))
+        swept = 0.0
+        if self.by_loss:
+            # Behind the way there, the inputs of all blocks wait, and the gradients.
+            swept = inputs + min((len(stack.blocks) + 1) * inputs, KEPT_BYTES)
+            with self.peak.phase(outside, swept, _bytes(streams.hidden)):
+                self._head(stack, streams)
+        structures = {blocks[0].index: blocks for blocks in alike(stack.blocks)}
+        for block in stack.blocks[: max(structures) + 1]:
+            with on_device(block.module, self.device):
+                if block.index in structures:
+                    self._structure(stack, structures[block.index], streams, (inputs, swept))
+                if block.index < max(structures):
+                    streams.advance(block, self.device)
+
+    def _structure(self, stack: Stack, blocks: Sequence[Block], streams: Streams, waiting: tuple[float, float]) -> None:
+        """Rehearse the first of ``blocks``, for all of them; ``waiting``: bytes of inputs, and behind a sweep."""
+        block, (inputs, swept) = blocks[0], waiting
+        weights, here = self.plan.held_bytes(block), _bytes(streams.hidden)
+        needed = [block for block in blocks if block.index < stack.needed]
+        loss = None
+        if self.by_loss:
+            with self.peak.phase(weights, swept, here):
+                loss = self._sweep(block, streams, len(blocks))
+        job = Job(self.plan.methods, self.plan.found.patterns, self.device, self.recipe.damping, self._sink, loss=loss)
+        tuned = self.tuning is not None
+        # Of the loss every block's tokens are known, and for tuning a matrix.
+        told = 0.0 if loss is None else self._told(loss, len(stack.blocks))
+        with self.peak.phase(weights, inputs * (1 + tuned) + told, here):
+            self._passes(block, job, streams, len(needed), needed[-1:] == [stack.blocks[stack.needed - 1]])
+            keeps = self._linears(block, job, streams, len(needed))
+            if tuned and keeps and needed:
+                self._tune(block, keeps, streams, len(needed))
+
+    def _head(self, stack: Stack, streams: Streams) -> None:
+        """The gradients at the model's head, from some positions of a batch."""
+        model, batch, hidden = self.plan.model, self._few[0], streams.hidden[0]
+        if model.get_output_embeddings() is None:
+            return
+        samples, length = words_size(model, batch)
+        positions = length
+        if streams.probe.sample_dim == 0 and hidden.ndim == 3 and not is_encoder_decoder(model):
+            # As many as a slice of logits has, and more than one slice of a small vocabulary.
+            slice_tokens = LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size))
+            positions = min(length, -(-max(slice_tokens, HEAD_TOKENS) // samples))
+            batch, hidden = batch[:, :positions], hidden[:, :positions]
+        drawn_BL = torch.rand(samples, positions)
+        clock = Stopwatch(self.device)
+        with self._gradients(), clock("sweep"):
+            at_the_head(model, stack, replace(streams.part([0]), hidden=[hidden], batches=[batch]), 0, drawn_BL)
+        self.seconds["sweep"] += clock.total * self.batches * length / positions
+
+    def _sweep(self, block: Block, streams: Streams, count: int) -> LossWeights | None:
+        """The sweep there and back through ``count`` such blocks, and what it finds of the sample."""
+        found = LossWeights("")
+
+        def work(part: Streams, clock: Stopwatch) -> None:
+            nonlocal found
+            found = LossWeights("")
+            gradients = [torch.randn_like(hidden) for hidden in part.hidden]
+            with self._gradients(), clock("sweep"):
+                part.copy().advance(block, self.device)
+                if self.tuning is not None:
+                    found.residual[block.name] = second_moment(gradients, self.device)
+                through(block, part, gradients, self.device, found)
+
+        try:
+            self._add(work, streams, count)
+        except NotDifferentiableError as error:
+            self.by_loss, self._sink = False, SINK_WEIGHT
+            self.notes.append(f"objective sink will take the place of objective loss: there are no gradients: {error}")
+            return None
+        return found
+
+    def _passes(self, block: Block, job: Job, streams: Streams, count: int, last: bool) -> None:
+        """Statistics, and outputs carried on; ``last``: the last of the ``count`` blocks hands on nothing."""
+
+        loss = job.loss
+
+        def observed(part: Streams, clock: Stopwatch) -> None:
+            job.loss = None if loss is None else _first(loss, len(part.hidden))
+            with clock("hessian"):
+                for _ in job.observe(block, part, clock):
+                    pass
+
+        def advanced(part: Streams, clock: Stopwatch) -> None:
+            with clock("forward"):
+                part.advance(block, self.device)
+
+        surveys = self.allocation is not None
+        if block.linears:
+            self._add(observed, streams, count * (1 + surveys))
+        job.loss = loss
+        self._add(advanced, streams, (count - last) * (1 + surveys) + count * (self.tuning is not None))
+
+    def _linears(self, block: Block, job: Job, streams: Streams, count: int) -> dict[str, Tensor]:
+        """One of each shape and pattern; the masks of all, by name."""
+        keeps = {}
+        for found in job.observe(block, streams, Stopwatch(self.device)):
+            for linear in found.linears:
+                seconds, keeps[linear.name] = self._linear(linear, found.statistics, job)
+                self.seconds["linears"] += seconds * count
+        return keeps
+
+    def _linear(self, linear: Linear, statistics: Statistics | None, job: Job) -> tuple[float, Tensor]:
+        pattern = job.patterns[linear.name]
+        key = (linear.shape, type(pattern), round(pattern.sparsity, 1))  # masks from elsewhere differ by a little
+        if key not in self._known:
+            stored = linear.read()
+            weight_OD = stored.to(self.device, torch.float32, copy=True)
+            hessian = Hessian(made_up_hessian(linear.shape[1]).to(self.device), self.recipe.damping)
+            statistics = Statistics(hessian) if statistics is None else replace(statistics, hessian=hessian)
+            rows_O = torch.rand(len(weight_OD), device=self.device) if self.by_loss else None
+            # External masks are found by the name.
+            task = LinearTask(linear.name, weight_OD, statistics, torch.rand_like(weight_OD), rows_O)
+            clock = Stopwatch(self.device)
+            with clock("linears"):
+                result = prune_linear(task, pattern, job.methods, stored.dtype)
+                if self.allocation is not None:
+                    self.allocation.measure(task, pattern)
+            self._known[key] = clock.total, result.keep_OD
+        return self._known[key]
+
+    def _tune(self, block: Block, keeps: Mapping[str, Tensor], streams: Streams, count: int) -> None:
+        assert self.tuning is not None
+        epoch, epochs = replace(self.tuning, epochs=1), self.tuning.epochs
+
+        def work(part: Streams, clock: Stopwatch) -> None:
+            dense = part.copy()
+            dense.advance(block, self.device)
+            with clock("tune"):
+                cost = BlockError.by_channel(dense.hidden)
+                tune(block, keeps, part, dense.hidden, cost, epoch, self.device)
+
+        self._add(work, streams, count * epochs)
+
+    def _add(self, work: Work, streams: Streams, count: int) -> None:
+        """Do some of the work that a run does ``count`` times on all batches."""
+        timed: list[dict[str, float]] = []
+        for batches in (1, 1, len(streams.hidden)):  # the first time libraries compile
+            work(streams.part(range(batches)), clock := Stopwatch(self.device))
+            timed.append(clock.seconds)
+            if clock.total > LONG:
+                break
+        one = timed[-2] if len(timed) == 3 else {}
+        self._count(self._whole(one, timed[-1], batches), count)
+
+    def _count(self, seconds: Mapping[str, float], times: int = 1) -> None:
+        """Add up seconds of stages."""
+        for stage, found in seconds.items():
+            self.seconds[stage] += found * times
+
+    def _whole(self, one: Mapping[str, float], few: Mapping[str, float], count: int) -> dict[str, float]:
+        """Seconds of all batches: what those of one and of a few have in common, and the rest of each."""
+        found = {}
+        for stage, seconds in few.items():
+            each = seconds / count
+            if stage in one and count > 1:
+                each = min(max((seconds - one[stage]) / (count - 1), 0.0), each)
+            found[stage] = seconds + each * (self.batches - count)
+        return found
+
+    def _told(self, loss: LossWeights, blocks: int) -> float:
+        """Bytes that a run keeps of the loss: of each block its tokens, and for tuning a matrix."""
+        tokens = sum(_bytes(own) for own in loss.tokens.values())
+        tokens += sum(_bytes([each for pair in own for each in pair]) for own in loss.routed.values())
+        return blocks * (tokens * self.batches / len(self._few) + _bytes(list(loss.residual.values())))
+
+    @contextmanager
+    def _gradients(self) -> Iterator[None]:
+        with torch.inference_mode(False), torch.enable_grad(), differentiable(self.plan.model):
+            yield
+
+
+def _first(loss: LossWeights, batches: int) -> LossWeights:
+    """The weights of the first batches alone."""
+    tokens = {name: own[:batches] for name, own in loss.tokens.items()}
+    return replace(loss, tokens=tokens, routed={name: own[:batches] for name, own in loss.routed.items()})
+
+
+def _bytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def made_up_hessian(inputs: int) -> Tensor:
+    """(D, D): a few common factors of all inputs, and what each has to itself."""
+    factors_FD = torch.randn(min(FACTORS, inputs), inputs, generator=torch.Generator().manual_seed(0))
+    hessian_DD = factors_FD.mT @ factors_FD / len(factors_FD)
+    hessian_DD.diagonal().add_(OWN_SHARE)
+    return hessian_DD
