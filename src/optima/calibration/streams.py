@@ -95,7 +95,7 @@ class Streams:
         args, kwargs = self.calls[block.index][batch]
         if any(_is_state(value) for value in (*args, *kwargs.values())):
             return "the blocks of this model share keys and values, which cannot be taken apart into samples"
-        carried = [self.carried[batch][source] for source in self.probe.carried[block.index].values()]
+        carried = [self.carried[batch].get(source) for source in self.probe.carried[block.index].values()]
         map_tensors((args, kwargs, carried), given.append)
         for shape in (tensor.shape for tensor in given if tensor.ndim > 1 and tensor.shape[0] not in (1, samples)):
             return (
