@@ -29,7 +29,7 @@ from optima.calibration.halving import rows_of
 from optima.calibration.inputs import inseparable, some_of, words_size
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
-from optima.device import differentiable, forward_replaced
+from optima.device import differentiable, forward_replaced, give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Stack
@@ -152,6 +152,7 @@ def loss_weights(
         raise NotDifferentiableError(problem)
     assert found is not None
     _reduce(found, streams)
+    give_back_freed_memory()
     return found
 
 
