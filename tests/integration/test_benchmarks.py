@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer, save_model, save_text
 
+from optima import Recipe, prune
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL_SIZE_ONLY = "NOT RUN"
 
@@ -220,6 +222,21 @@ def test_sinks_are_kept_better_the_more_they_weigh(accuracy: list[str]) -> None:
     for _, _, _, _, first, others, first_weighed, others_weighed, _ in rows:
         assert float(first_weighed) < float(first)
         assert float(others_weighed) > float(others)
+
+
+def test_dense_targets_make_up_for_a_part_of_the_error(tmp_path: Path) -> None:
+    dense, pruned = save_model(tmp_path / "dense"), tmp_path / "pruned"
+    text = str(save_text(tmp_path / "text.txt"))
+    size = ["--num-calibration-samples", "8", "--max-seq-length", "16"]
+    recipe = Recipe(dataset=[text], num_calibration_samples=8, max_seq_length=16, objective="plain")
+    prune(str(dense), recipe, output_dir=pruned, progress=False)
+    arguments = [str(dense), str(pruned), "--calibration", text, "--evaluation", text, "--blocks", "1"]
+    printed = run("dense_targets.py", *arguments, *size, "--max-windows", "2")
+    rows = [line.split("|") for line in printed.splitlines() if "_proj" in line]
+    assert len(rows) == 7 * 2 * 2  # linears, amounts of text, dampings
+    for _, _, _, _, error, _, best, whole, _ in rows:
+        assert float(error) > 0
+        assert float(whole) <= float(best) <= 1
 
 
 def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
