@@ -215,7 +215,8 @@ def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bo
     places = [Path(model).expanduser() for model in models] if save else []
     places = [place for place in places if (place / REPORT_NAME).is_file()]
     if save and not places:
-        raise OptimaError(f"--save: none of {', '.join(models)} is an output of optima prune; use --output FILE")
+        named = ", ".join(m if Path(m).expanduser().is_dir() else f"{m} (no directory here)" for m in models)
+        raise OptimaError(f"--save: none of {named} is an output of optima prune; use --output FILE")
     places += [Path(output).expanduser()] if output else []
     for place in places:
         check_free(place, overwrite)
