@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions
@@ -199,6 +200,7 @@ class Writer:
         Raises:
             ModelError: if the disk fails.
         """
+        give_back_freed_memory()  # embeddings are large, and copied as they are written
         with explain_write_errors(self.directory):
             for group, file in self._files.items():
                 if group not in self._lines and self._names[group]:
