@@ -46,7 +46,7 @@ def test_two_models_on_the_same_items(
     (comparison,) = found.comparisons
     assert comparison.loss_difference is None
     assert comparison.tasks == tuple(compare(one, two, seed=0))
-    assert "against first: 95% bootstrap interval over items, McNemar's exact test" in output
+    assert "second against first: percentage points, with a 95% bootstrap interval over items" in output
     assert "perplexity" not in output
     assert found.settings["tasks"] == ["piqa"]
     assert "lm_eval" in found.versions
