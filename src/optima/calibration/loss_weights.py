@@ -209,6 +209,7 @@ def _sweep(
                 with weights.on(block, device):
                     part.advance(block, device)
             gradients = []
+            give_back_freed_memory()  # logits are large
             with weights.outside():
                 for batch, hidden in enumerate(part.hidden):
                     if has_words:
