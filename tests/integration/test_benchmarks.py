@@ -109,6 +109,7 @@ def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -
         assert refined["error_held_out"] == pytest.approx(refined["error"]), "the other text is the same here"
 
 
+@pytest.mark.slow
 def test_selectors_goes_on_from_earlier_results_of_the_same_options(dump: Path, tmp_path: Path) -> None:
     output = tmp_path / "selectors.json"
     some = ["mask_selectors.py", "--rows", "5", "--patterns", "0.5"]
@@ -147,6 +148,7 @@ def accuracy(tmp_path: Path) -> list[str]:
     return [str(model), "--calibration", text, "--evaluation", text, *size, "--patterns", "0.5", "2:4"]
 
 
+@pytest.mark.slow
 def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], tmp_path: Path) -> None:
     output, other = tmp_path / "accuracy.json", tmp_path / "other.json"
     run("accuracy.py", *accuracy, "--methods", "wanda+solve", "--output", str(output))
@@ -168,6 +170,7 @@ def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], t
     assert len(json.loads(output.read_text())) == len(results) + 2, other_settings
 
 
+@pytest.mark.slow
 def test_end_to_end_runs_from_checkpoint_to_checkpoint(accuracy: list[str]) -> None:
     model, *rest = accuracy
     texts = rest[rest.index("--calibration") : rest.index("--calibration") + 4]
