@@ -180,7 +180,8 @@ def test_scored_positions_of_a_batch() -> None:
     assert scored_positions(torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), wanted) == 4
     assert scored_positions(torch.tensor([[1, 2, 0, 0]]), wanted) == 3
     assert scored_positions(torch.tensor([[7, 0, 0]]), wanted) == 2  # a token that is also what fills up
-    assert scored_positions(torch.tensor([[1, 2, 3, 4]]), wanted) == 3  # one more than needed, never fewer
+    assert scored_positions(torch.tensor([[1, 2, 3, 4]]), wanted) == 2  # a row that is the beginning of another
+    assert scored_positions(torch.tensor([[9, 9, 8]]), wanted) == 3  # unknown: all
 
 
 @needs_lm_eval

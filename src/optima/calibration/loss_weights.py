@@ -240,8 +240,9 @@ def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
 def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
     """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
     home, given = next(model.parameters()).device, streams.batches[batch]
-    (samples, length), options = drawn_BL.shape, dict[str, Any]()
+    samples, length = drawn_BL.shape
     step = length
+    options: dict[str, Any] = {}
     if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
         vocabulary = int(model.config.get_text_config().vocab_size)
         step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)

@@ -300,8 +300,13 @@ def scored_positions(inputs_BL: Tensor, wanted: Mapping[tuple[int, ...], int]) -
     """
     most, length = 0, inputs_BL.shape[1]
     for row in inputs_BL.tolist():
-        for end in range(1, length + 1):  # where a row ends is not told: a row that begins like this one asks for more
-            most = max(most, wanted.get(tuple(row[:end]), -length) + length - end)
+        begin = length  # of what may fill the row up: one token, again and again
+        while begin and row[begin - 1] == row[-1]:
+            begin -= 1
+        asked = [
+            wanted[own] + length - len(own) for end in range(begin, length + 1) if (own := tuple(row[:end])) in wanted
+        ]
+        most = max(most, max(asked, default=length))
     return most
 
 
