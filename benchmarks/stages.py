@@ -26,6 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", help="hub id, local directory or GGUF file")
     parser.add_argument("--calibration", nargs="+", required=True, help="text to calibrate on")
     parser.add_argument("--selector", default="wanda")
+    parser.add_argument("--objective", default="sink", help="loss: the sweep's stage comes too")
     parser.add_argument("--pattern", default="0.5")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
     parser.add_argument("--max-seq-length", type=int, default=512)
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     documents = Documents(TextSource(tuple(options.calibration)), 0)
     samples, length = options.num_calibration_samples, options.max_seq_length
     tokens = calibration_tokens(documents, load_tokenizer(source), samples, length)
-    recipe = Recipe(selector=options.selector, pattern=[options.pattern])
+    recipe = Recipe(selector=options.selector, objective=options.objective, pattern=[options.pattern])
     report = prune(copy.deepcopy(model), recipe, calibration=tokens)
     print(f"{machine(device, options.threads)}\n{Path(options.model).name}, {samples} x {length} tokens")
     print("\n| stage | seconds | share |\n| --- | ---: | ---: |")

@@ -275,9 +275,10 @@ def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor) -> dict[
         return [0.0 if lost == 0.0 else lost / whole if whole else math.inf for lost, whole in pairs]
 
     energy = loss(task.weight_OD)
-    mask, _ = relative(task.weight_OD * selection.keep_OD)
-    selector = mask if selection.weight_OD is None else relative(selection.weight_OD.to(weight_OD.dtype))[0]
     error, plain = relative(weight_OD)
+    masked_OD = task.weight_OD * selection.keep_OD
+    mask = error if torch.equal(weight_OD.to(masked_OD.dtype), masked_OD) else relative(masked_OD)[0]
+    selector = mask if selection.weight_OD is None else relative(selection.weight_OD.to(weight_OD.dtype))[0]
     return {"error_mask": mask, "error_selector": selector, "error": error, "error_plain": plain}
 
 
