@@ -20,7 +20,7 @@ from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.statistics import Found, observe
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
-from optima.device import Stopwatch, full_precision
+from optima.device import Stopwatch, full_precision, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
@@ -133,6 +133,7 @@ class Job:
                     self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
                 if runs_again:
                     self.weights.replaced(block, self._reader(ranks, block))
+            give_back_freed_memory()
             self.progress.notes(self.notes)
             self.progress.block(block.name, self.blocks[-1], again)
         self._earlier += len(stack.blocks)

@@ -24,7 +24,7 @@ from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiabl
 from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
-from optima.device import PeakMemory, describe_device, evaluating, memory_explained, unswitched
+from optima.device import PeakMemory, describe_device, evaluating, give_back_freed_memory, memory_explained, unswitched
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import ModelError, RecipeError
@@ -35,14 +35,7 @@ from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
 from optima.models.skeleton import skeleton
-from optima.models.source import (
-    Source,
-    commit_of,
-    find_source,
-    fingerprint,
-    load_tokenizer,
-    note_of_dtype,
-)
+from optima.models.source import Source, commit_of, find_source, fingerprint, load_tokenizer, note_of_dtype
 from optima.models.stacks import Stack
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.models.writer import Writer, prepare
@@ -149,6 +142,8 @@ def prune(
             job.notes.extend(destination.notes)
             if dump_layer is not None:
                 job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+        del tokenizer  # of a large vocabulary: 0.2 GB that nothing needs from here on
+        give_back_freed_memory()
         if ranks.first:
             dtype = None if alike else network.dtype
             job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))

@@ -17,6 +17,7 @@ from tiny import LINES, TEMPLATES, make_tokenizer
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from optima.calibration import records as records_module
 from optima.calibration import text as text_module
 from optima.calibration.text import (
     Documents,
@@ -109,7 +110,7 @@ class TestReadDocuments:
         def unreachable(*args, **kwargs):
             raise ConnectionError("Couldn't reach 'some/dataset' on the Hub")
 
-        monkeypatch.setattr(text_module, "load_dataset_builder", unreachable)
+        monkeypatch.setattr(records_module, "load_dataset_builder", unreachable)
         with pytest.raises(CalibrationError, match=r"'some/dataset' \(config en, split train\).*network.*local"):
             list(Documents(TextSource(("some/dataset",), config="en")))
 
@@ -191,7 +192,7 @@ class TestReadDocuments:
 
         asked = []
         monkeypatch.setattr(
-            text_module, "load_dataset_builder", lambda *args, **options: asked.append((args, options)) or Builder()
+            records_module, "load_dataset_builder", lambda *args, **options: asked.append((args, options)) or Builder()
         )
         documents = Documents(TextSource(("some/dataset",), "en", revision="v1"))
         assert documents.revision is None

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
@@ -17,8 +15,6 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from datasets import load_dataset, load_dataset_builder
-from datasets.exceptions import DatasetsError
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -26,12 +22,9 @@ from transformers import PreTrainedTokenizerBase
 from optima.errors import CalibrationError
 
 SEPARATOR = "\n\n"
-SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled
 CHAT_COLUMN = "messages"
 BATCH_DOCUMENTS = 64  # tokenised at once: enough to keep every core busy
-LOADERS = {".txt": None, ".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of the datasets library
-# What load_dataset and reading its records raise for a bad name, network, split, configuration or file.
-READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
+FILES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -107,32 +100,26 @@ class Documents:
 
     def _read(self, name: str) -> Iterator[str]:
         """The documents of one dataset; local files are shuffled by the caller."""
+        from optima.calibration.records import READ_ERRORS, file_records, hub_records
+
         source = self._source
         try:
             if not is_file(name):
-                yield from self._texts(self._hub_records(name), name)
+                records, revision = hub_records(name, source.config, source.split, source.revision, self._seed)
+                if len(source.dataset) == 1:
+                    self.revision = revision
+                yield from self._texts(records, name)
             elif Path(name).suffix == ".txt":
                 yield Path(name).read_text(encoding="utf-8-sig")
             else:
-                yield from self._texts(_file_records(Path(name)), name)
+                yield from self._texts(file_records(Path(name)), name)
         except READ_ERRORS as error:
             place = "" if is_file(name) else f" (config {source.config}, split {source.split})"
             remedy = "the file" if is_file(name) else "its name, --dataset-config and --split, and the network"
-            known = "/".join(LOADERS)
+            known = "/".join(FILES)
             raise CalibrationError(
                 f"dataset {name!r}{place} cannot be read: {error}: check {remedy}, or give a local {known} file"
             ) from error
-
-    def _hub_records(self, name: str) -> Iterable[dict[str, Any]]:
-        source = self._source
-        builder = load_dataset_builder(name, source.config, revision=source.revision)
-        # The hash of a dataset that lives on the hub is its commit.
-        if len(source.dataset) == 1 and re.fullmatch("[0-9a-f]{40}", str(builder.hash)):
-            self.revision = str(builder.hash)
-        records: Iterable[dict[str, Any]] = builder.as_streaming_dataset(split=source.split)
-        if self._seed is not None:
-            records = records.shuffle(seed=self._seed, buffer_size=SHUFFLE_BUFFER)  # type: ignore[attr-defined]
-        return records
 
     def _texts(self, records: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
         """The text of each record; one without is skipped and counted."""
@@ -279,26 +266,11 @@ def data_hash(tokens: Tensor) -> str:
 def _check_regular(name: str) -> None:
     """Refuse what would be read for ever (also through a link) and a folder with the name of a file."""
     path = Path(name)
-    folder = path.is_dir() and path.suffix not in LOADERS  # it may be laid out as hub datasets are
+    folder = path.is_dir() and path.suffix not in FILES  # it may be laid out as hub datasets are
     if path.exists() and not path.is_file() and not folder:
-        raise CalibrationError(f"dataset {name!r} is no regular file: give a file of text ({'/'.join(LOADERS)})")
+        raise CalibrationError(f"dataset {name!r} is no regular file: give a file of text ({'/'.join(FILES)})")
 
 
 def is_file(name: str) -> bool:
     """Whether a data set is a local file, by its name or because it is there."""
-    return Path(name).suffix in LOADERS or Path(name).is_file()
-
-
-def _file_records(path: Path) -> Iterator[dict[str, Any]]:
-    if path.suffix not in LOADERS:
-        raise ValueError(f"files of type {path.suffix!r} are not supported")
-    # Streaming converts nothing to a cache; the locks that the library leaves all the same go to a temporary place.
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            file = str(path.absolute())
-            records = load_dataset(
-                LOADERS[path.suffix], data_files=[file], split="train", streaming=True, cache_dir=cache
-            )
-        except StopIteration:  # how the library says that there is no record at all
-            return
-        yield from records
+    return Path(name).suffix in FILES or Path(name).is_file()

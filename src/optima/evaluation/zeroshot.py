@@ -26,7 +26,7 @@ import yaml
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import READ_ERRORS
+from optima.calibration.records import READ_ERRORS
 from optima.device import evaluating
 from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
 from optima.evaluation.record import Estimate, TaskRecord

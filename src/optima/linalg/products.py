@@ -8,6 +8,8 @@ Shapes: R rows, D inputs, B inputs of one diagonal block of a triangular factor.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor, nn
 
@@ -21,8 +23,12 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 TYPICAL_ROWS = 512
 # Panels of a Gram matrix: 8 leave 9/16 of the products, and more make them too thin for full speed.
 PANELS = 8
-# oneDNN compiles a product for every number of rows and keeps a thousand, half a MiB each: numbers should repeat.
+# oneDNN compiles a product for every number of rows: numbers should repeat.
 ROUND_ROWS = 64
+# torch (ideep) would keep a thousand of them, and oneDNN itself as many: 8 MB a block of SmolLM2. A block needs some dozens.
+# Read when the first product of a process is made.
+os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 class SharedMatrix:
