@@ -5,13 +5,16 @@ Shapes: T tokens, D inputs, O outputs, E hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from optima.calibration.swept import swept_share
 from optima.distributed import STRIP_BYTES, share_out
 from optima.qp.rows import chunk_rows
+from optima.recipe import Recipe
 
 SAMPLE = 512  # inputs that go to the owner beside a hessian
 
@@ -165,7 +168,7 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
         shared += group.weights * (itemsize + (1 if owner is not None else 2))
     alone = processes == 1
     return Work(
-        sweep=model.blocks * 3 * one + 2 * head,
+        sweep=(model.blocks * 3 * one + 2 * head) * swept_share(Recipe().swept_share, math.prod(tokens_of)),
         forward=model.blocks * (2 * one - last) - one,
         hessian=model.blocks * gram,
         solve=model.blocks * max(load),

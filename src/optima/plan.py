@@ -5,6 +5,7 @@ Memory is one stated upper bound. ``optima.measure`` says what a run really take
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from optima.build import build
 from optima.calibration.loss_weights import KEPT_BYTES
 from optima.calibration.own_text import check_writes
+from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, count, host_memory, work_bytes
 from optima.models.experts import ExpertLinear
@@ -125,7 +127,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     assert recipe.num_calibration_samples is not None
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
-    kept = inputs + min((len(found.blocks) + 1) * inputs, KEPT_BYTES) if recipe.applied_objective == "loss" else 0
+    swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
+    kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
     routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what experts are given is kept
     notes = list(found.notes)
     if surveyed:
@@ -140,12 +143,12 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), kept),
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), int(kept)),
         model_bytes=num_parameters * dtype.itemsize,
         host=memory,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
-        passes=forward_passes(recipe),
-        reads=_reads(recipe, len(found.blocks) * inputs),
+        passes=forward_passes(recipe, swept),
+        reads=_reads(recipe, len(found.blocks) * inputs * swept),
         dtype=dtype,
         streamed=streamed,
         seconds=time.perf_counter() - started,
@@ -153,16 +156,15 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def forward_passes(recipe: Recipe) -> int:
+def forward_passes(recipe: Recipe, swept: float) -> int:
     """Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs."""
     epochs = recipe.tuning_epochs
-    return 2 + 2 * recipe.surveys + 4 * (recipe.applied_objective == "loss") + (3 * epochs + 1 if epochs else 0)
+    return 2 + 2 * recipe.surveys + math.ceil(4 * swept) + (3 * epochs + 1 if epochs else 0)
 
 
-def _reads(recipe: Recipe, inputs_bytes: int) -> int:
+def _reads(recipe: Recipe, swept_bytes: float) -> int:
     """Two looks at the model and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
-    parts = -(-inputs_bytes // KEPT_BYTES) if recipe.applied_objective == "loss" else 0
-    return 4 + bool(recipe.surveys) + 2 * parts
+    return 4 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / KEPT_BYTES)
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -60,6 +60,7 @@ def _one_or_many(value: Any) -> Any:
 Fraction = Annotated[float, Field(gt=0, lt=1), "a number strictly between 0 and 1, such as 0.5"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), "a positive number"]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), "a number of at least 0"]
+Share = Annotated[float, Field(gt=0, le=1), "a number above 0 and at most 1"]
 Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Count = Annotated[int, Field(ge=1), "a whole number of at least 1"]
 Seed = Annotated[int, Field(ge=0), "a whole number of at least 0"]
@@ -120,6 +121,9 @@ class Recipe:
     sink_weight: Weight | None = _option(
         "objective", None, "for objective sink: weight of a sequence's first token, relative to all its tokens",
         shown=f"{SINK_WEIGHT}")
+    swept_share: Share = _option(
+        "objective", 0.25, "for objective loss: the share of the sequences that the backward pass takes, of at least "
+        "8192 tokens; other tokens weigh what those at their place do")
     damping: Ridge = _option("objective", 0.01, "ridge, relative to the mean diagonal of the hessian")
     solver: str = _option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
     gap: Positive = _option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")

@@ -33,6 +33,7 @@ from optima.calibration.loss_weights import (
     through,
 )
 from optima.calibration.streams import Streams
+from optima.calibration.swept import swept_share
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
@@ -115,6 +116,7 @@ class Rehearsal:
         self.allocation, self._sink = build_allocation(recipe), recipe.sink_weight or 0.0
         samples = min(recipe.batch_size, recipe.num_calibration_samples)
         self.batches = recipe.num_calibration_samples / samples
+        self.share = swept_share(recipe.swept_share, recipe.num_calibration_samples * tokens_NL.shape[1])
         self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
         self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -135,7 +137,7 @@ class Rehearsal:
         swept = 0.0
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
-            swept = inputs + min((len(stack.blocks) + 1) * inputs, KEPT_BYTES)
+            swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, KEPT_BYTES)
             with self.peak.phase(outside, swept, _bytes(streams.hidden)):
                 self._head(stack, streams)
         structures = {blocks[0].index: blocks for blocks in alike(stack.blocks)}
@@ -181,7 +183,7 @@ class Rehearsal:
         clock = Stopwatch(self.device)
         with self._gradients(), clock("sweep"):
             at_the_head(model, stack, replace(streams.part([0]), hidden=[hidden], batches=[batch]), 0, drawn_BL)
-        self.seconds["sweep"] += clock.total * self.batches * length / positions
+        self.seconds["sweep"] += clock.total * self.batches * self.share * length / positions
 
     def _sweep(self, block: Block, streams: Streams, count: int) -> LossWeights | None:
         """The sweep there and back through ``count`` such blocks, and what it finds of the sample."""
@@ -198,7 +200,7 @@ class Rehearsal:
                 through(block, part, gradients, self.device, found)
 
         try:
-            self._add(work, streams, count)
+            self._add(work, streams, count * self.share)
         except NotDifferentiableError as error:
             self.by_loss, self._sink = False, SINK_WEIGHT
             self.notes.append(f"objective sink will take the place of objective loss: there are no gradients: {error}")
@@ -267,7 +269,7 @@ class Rehearsal:
 
         self._add(work, streams, count * epochs)
 
-    def _add(self, work: Work, streams: Streams, count: int) -> None:
+    def _add(self, work: Work, streams: Streams, count: float) -> None:
         """Do some of the work that a run does ``count`` times on all batches."""
         timed: list[dict[str, float]] = []
         for batches in (1, 1, len(streams.hidden)):  # the first time libraries compile
@@ -278,7 +280,7 @@ class Rehearsal:
         one = timed[-2] if len(timed) == 3 else {}
         self._count(self._whole(one, timed[-1], batches), count)
 
-    def _count(self, seconds: Mapping[str, float], times: int = 1) -> None:
+    def _count(self, seconds: Mapping[str, float], times: float = 1) -> None:
         """Add up seconds of stages."""
         for stage, found in seconds.items():
             self.seconds[stage] += found * times

@@ -316,7 +316,7 @@ def _prune_stacks(
             if by_loss:
                 job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
-                    job.loss = _loss_weights(network, stack, streams, job, checked.recipe.seed)
+                    job.loss = _loss_weights(network, stack, streams, job, checked.recipe)
             if (allocation := build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)
                 checked.found.share(shares)
@@ -325,10 +325,13 @@ def _prune_stacks(
             job.prune(stack, streams, runs_again=stack is not needed[-1])
 
 
-def _loss_weights(network: PreTrainedModel, stack: Stack, streams: Streams, job: Job, seed: int) -> LossWeights | None:
+def _loss_weights(
+    network: PreTrainedModel, stack: Stack, streams: Streams, job: Job, recipe: Recipe
+) -> LossWeights | None:
     """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
     try:
-        found = loss_weights(network, stack, streams, job.device, seed, job.tuning is not None, job.weights)
+        residual, share = job.tuning is not None, recipe.swept_share
+        found = loss_weights(network, stack, streams, job.device, recipe.seed, residual, job.weights, share)
     except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
         job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")

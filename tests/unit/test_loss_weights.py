@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,18 +13,19 @@ from tiny import make_bert, make_llama, make_tokens
 from optima import Recipe, prune
 from optima.calibration.capture import capture
 from optima.calibration.loss_weights import LossWeights, label_gradient, loss_weights
+from optima.calibration.swept import swept_share
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import Unstructured
 from optima.selectors.magnitude import Magnitude
 
 
-def sweep(model: torch.nn.Module, batch_size: int = 4) -> tuple[LossWeights, torch.Tensor]:
+def sweep(model: torch.nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[LossWeights, torch.Tensor]:
     tokens_NL = make_tokens(8, 16)
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     batches = list(tokens_NL.split(batch_size))
     streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=3)  # type: ignore[arg-type]
+    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=3, share=share)  # type: ignore[arg-type]
     return found, tokens_NL
 
 
@@ -148,3 +150,27 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
         prune(sink, Recipe(objective="sink", scope="layer"), calibration=make_tokens())
     assert any("objective sink took the place of objective loss" in note for note in report.run.notes)
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("make", [make_llama, make_bert])
+def test_a_part_of_the_sequences_stands_for_all(
+    make: Callable[[], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    whole, _ = sweep(make().eval(), 2)
+    part, _ = sweep(make().eval(), 2, share=0.5)
+    for name, own in whole.tokens.items():
+        for batch in (0, 2):  # the labels of those that are swept are the same
+            assert torch.allclose(part.tokens[name][batch], own[batch], rtol=1e-3, atol=1e-12)
+        root_NL = torch.cat([part.tokens[name][batch].sqrt().reshape(2, 16) for batch in (0, 2)])
+        for batch in (1, 3):  # the others weigh what those at their place do
+            expected_NL = root_NL.mean(dim=0).expand(2, 16)
+            assert torch.allclose(part.tokens[name][batch].sqrt().reshape(2, 16), expected_NL, rtol=1e-3, atol=1e-12)
+    assert part.rows.keys() == whole.rows.keys()
+
+
+def test_few_tokens_are_all_swept() -> None:
+    whole, part = sweep(make_llama().eval(), 2)[0], sweep(make_llama().eval(), 2, share=0.25)[0]
+    assert all(torch.equal(part.rows[name], row_O) for name, row_O in whole.rows.items())
+    assert swept_share(0.25, 64 * 512) == swept_share(0.25, 2**20) == 0.25
+    assert swept_share(0.25, 32 * 512) == 0.5

@@ -29,6 +29,7 @@ from optima.calibration.halving import rows_of
 from optima.calibration.inputs import inseparable, some_of, words_size
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
+from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed
 from optima.device import differentiable, forward_replaced, give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
@@ -125,6 +126,7 @@ def loss_weights(
     seed: int,
     residual: bool = False,
     weights: Weights | None = None,
+    share: float = 1.0,
 ) -> LossWeights:
     """Sweep the dense model.
 
@@ -139,35 +141,39 @@ def loss_weights(
         seed: of the labels.
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
         weights: brings blocks to the device; None: they are all in main memory.
+        share: of the sequences that are swept, see ``optima.calibration.swept``.
 
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite; of several processes, in all.
     """
-    found, problem = None, ""
+    found, problem, swept = None, "", chosen_batches(streams, share)
     try:
-        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident())
+        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident(), swept)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
         raise NotDifferentiableError(problem)
     assert found is not None
-    _reduce(found, streams)
+    fill_in(found.tokens, streams, swept, POWER)
+    fill_in_routed(found.routed, streams, swept)
+    _reduce(found, streams, swept)
     give_back_freed_memory()
     return found
 
 
-def _reduce(found: LossWeights, streams: Streams) -> None:
+def _reduce(found: LossWeights, streams: Streams, swept: Sequence[int]) -> None:
     """Means over the tokens of all processes, of which each keeps the weights of its own."""
     ranks = streams.ranks
+    tokens = sum(ranks.gather(sum(math.prod(streams.sizes[batch]) for batch in swept)))
     own = {name: found.moments(name) for name in ((*found.tokens, *found.routed) if ranks.size > 1 else ())}
     known = ranks.gather((own, _shapes(found.rows), _shapes(found.residual)))
     for name in _union(moments for moments, _, _ in known):
         every = [moments.get(name, (0.0, 0.0, 0.0)) for moments, _, _ in known]
         found.shared[name] = (sum(n for n, _, _ in every), sum(s for _, s, _ in every), sum(q for _, _, q in every))
     for name, shape in _union(rows for _, rows, _ in known).items():  # what one was not given, another was
-        found.rows[name] = ranks.total(found.rows.get(name, torch.zeros(shape))) / streams.tokens
+        found.rows[name] = ranks.total(found.rows.get(name, torch.zeros(shape))) / tokens
     for name, shape in _union(residual for _, _, residual in known).items():
-        found.residual[name] = ranks.total(found.residual.get(name, torch.zeros(shape)), 0) / streams.tokens
+        found.residual[name] = ranks.total(found.residual.get(name, torch.zeros(shape)), 0) / tokens
     if not ranks.first:  # only the first tunes blocks
         found.residual.clear()
 
@@ -191,18 +197,16 @@ def _sweep(
     seed: int,
     residual: bool,
     weights: Weights,
+    swept: Sequence[int],
 ) -> LossWeights:
-    """Sums over this process's tokens, where ``loss_weights`` returns means."""
+    """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means."""
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise NotDifferentiableError("the model was made inside torch.inference_mode()")
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
-    generator = torch.Generator().manual_seed(seed)
-    # A sequence has the same labels whichever process it is in.
-    numbers = 1 if has_words else streams.hidden[0][0].numel() // streams.sizes[0][1]
-    torch.rand(streams.tokens_before * numbers, generator=generator)
+    draws = Draws(streams, 1 if has_words else streams.hidden[0][0].numel() // streams.sizes[0][1], seed)
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
-        for batches_now in _at_a_time(streams, len(stack.blocks)):
+        for batches_now in _at_a_time(streams, len(stack.blocks), swept):
             part, kept = streams.part(batches_now), []
             for block in stack.blocks:
                 kept.append(list(part.hidden))
@@ -212,12 +216,12 @@ def _sweep(
             give_back_freed_memory()  # logits are large
             with weights.outside():
                 for batch, hidden in enumerate(part.hidden):
+                    generator = draws.of(batches_now[batch])
                     if has_words:
                         drawn_BL = torch.rand(words_size(model, part.batches[batch]), generator=generator)
                         gradient = at_the_head(model, stack, part, batch, drawn_BL)
                     else:
-                        signs = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1)
-                        gradient = signs.to(hidden)
+                        gradient = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden)
                     gradients.append(streams.store.keep(gradient))
             for block in reversed(stack.blocks):
                 part.hidden = kept.pop()
@@ -229,12 +233,12 @@ def _sweep(
     return found
 
 
-def _at_a_time(streams: Streams, blocks: int) -> Iterator[range]:
-    """Batches whose inputs of all blocks are kept together."""
+def _at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> Iterator[Sequence[int]]:
+    """Batches of ``swept`` whose inputs of all blocks are kept together."""
     size = max((hidden.numel() * hidden.element_size() for hidden in streams.hidden), default=1)
     count = max(KEPT_BYTES // (size * (blocks + 1)), 1)
-    for start in range(0, len(streams.hidden), count):
-        yield range(start, min(start + count, len(streams.hidden)))
+    for start in range(0, len(swept), count):
+        yield swept[start : start + count]
 
 
 def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:

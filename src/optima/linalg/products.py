@@ -25,7 +25,7 @@ TYPICAL_ROWS = 512
 PANELS = 8
 # oneDNN compiles a product for every number of rows: numbers should repeat.
 ROUND_ROWS = 64
-# torch (ideep) would keep a thousand of them, and oneDNN itself as many: 8 MB a block of SmolLM2. A block needs some dozens.
+# torch (ideep) keeps a thousand of them, oneDNN itself as many: 8 MB a block of SmolLM2, which needs some dozens.
 # Read when the first product of a process is made.
 os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")

@@ -1,0 +1,96 @@
+"""Which sequences the sweep for the loss takes, and what stands in for the weights of the other tokens.
+
+What the loss feels of a row is a mean over tokens, which a part of them gives. What it feels of a token hangs on its
+place (first tokens above all): tokens that were not swept weigh what those at the same place of other sequences do.
+
+Shapes: B sequences in a batch, L tokens in a sequence, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from optima.calibration.streams import Streams
+
+# At least so many tokens are swept, if there are as many.
+LEAST_TOKENS = 8192
+
+
+def swept_share(share: float, tokens: int) -> float:
+    """One in how many sequences is swept, as a share: of so many ``tokens``, when ``share`` of them would do."""
+    return 1.0 / max(int(1.0 / max(share, LEAST_TOKENS / max(tokens, 1))), 1)
+
+
+def chosen_batches(streams: Streams, share: float) -> list[int]:
+    """The batches of this process that are swept: every so many, counted over all processes."""
+    every = round(1.0 / swept_share(share, streams.tokens))
+    size = max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
+    first, chosen = streams.tokens_before // streams.sizes[0][1] if streams.sizes else 0, []
+    for batch, (samples, _) in enumerate(streams.sizes):
+        # Hidden states that are not batch first have tokens in another order: they are not told by their place.
+        if first // size % every == 0 or streams.probe.sample_dim:
+            chosen.append(batch)
+        first += samples
+    return chosen
+
+
+class Draws:
+    """A generator for labels: a sequence has the same whichever process it is in, and whichever others are swept.
+
+    Args:
+        streams: of this process.
+        numbers: drawn for each token.
+        seed: of all of them.
+    """
+
+    def __init__(self, streams: Streams, numbers: int, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._sizes = [math.prod(size) * numbers for size in streams.sizes]
+        self._left = streams.tokens_before * numbers  # to be passed over
+        self._next = 0
+
+    def of(self, batch: int) -> torch.Generator:
+        """For the numbers of a batch, all of which are drawn; batches come in their order."""
+        torch.rand(self._left + sum(self._sizes[self._next : batch]), generator=self._generator)
+        self._left, self._next = 0, batch + 1
+        return self._generator
+
+
+def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int], power: float) -> None:
+    """Give every batch its weights of tokens, where ``tokens`` has those of the batches ``swept``; squares, (T,).
+
+    Args:
+        power: at which weights are used: means are of these.
+    """
+    ranks = streams.ranks
+    found = ranks.gather(
+        (list(tokens), len(swept) == len(streams.sizes), max((n for _, n in streams.sizes), default=0))
+    )
+    if all(whole for _, whole, _ in found):
+        return
+    length = max(own for _, _, own in found)
+    for name in dict.fromkeys(name for names, _, _ in found for name in names):
+        own = dict(zip(swept, tokens.get(name, []), strict=False))
+        sum_2L = torch.zeros(2, length, dtype=torch.float64)
+        for batch, square_T in own.items():
+            root_BL = square_T.double().pow(power).reshape(streams.sizes[batch])
+            sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
+            sum_2L[1, : root_BL.shape[1]] += len(root_BL)
+        weight_L, count_L = ranks.total(sum_2L)
+        mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
+        square_L = mean_L.pow(1.0 / power).float()
+        tokens[name] = [
+            own[batch] if batch in own else square_L[:length].repeat(samples)
+            for batch, (samples, length) in enumerate(streams.sizes)
+        ]
+
+
+def fill_in_routed(routed: dict[str, list[tuple[Tensor, Tensor]]], streams: Streams, swept: list[int]) -> None:
+    """Give every batch an entry, where ``routed`` has the tokens of experts in the batches ``swept``."""
+    nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    for name, known in routed.items():
+        own = dict(zip(swept, known, strict=True))
+        routed[name] = [own.get(batch, nowhere) for batch in range(len(streams.sizes))]
