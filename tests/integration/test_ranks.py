@@ -21,6 +21,7 @@ from runs import finish, start
 from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, prune_arguments, save_model, save_text
 
 import optima
+from optima.calibration import swept
 from optima.calibration.statistics import Accumulator
 from optima.calibration.streams import Streams
 from optima.distributed import Ranks
@@ -106,6 +107,19 @@ def test_shared_rows_are_those_of_one() -> None:
     assert "share" in optima.load_report("two").run.stages
 
 
+def sweep_a_quarter(rank: int = 0) -> None:
+    """For ``prepare``: however few tokens there are."""
+    swept.LEAST_TOKENS = 1
+
+
+def test_the_same_sequences_are_swept() -> None:
+    options = ("--batch-size", "1", "--tuning-epochs", "1")
+    assert finish(start("one", *options, prepare=sweep_a_quarter)) == 0
+    assert finish_ranks(start_ranks(2, "two", *options, prepare=sweep_a_quarter)) == [0, 0], said(2)
+    assert differing("one", "two")[0] <= 1e-3
+    same_but_for_time("one", "two")
+
+
 def test_four_with_batches_that_begin_elsewhere() -> None:
     save_model(Path("model"), make_llama(num_hidden_layers=BLOCKS))
     size = ("--num-calibration-samples", "6", "--batch-size", "4")
@@ -129,14 +143,25 @@ def test_a_model_without_a_head() -> None:
     same_but_for_time("one", "two")
 
 
-@pytest.mark.parametrize(("family", "block"), [("mixtral", "layers.0."), ("llama4", "layers.0."), ("t5", "block.0.")])
-def test_experts_and_two_stacks(family: str, block: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "block", "size"),
+    [
+        ("mixtral", "layers.0.", 2),
+        ("llama4", "layers.0.", 2),
+        ("t5", "block.0.", 2),
+        pytest.param("mixtral", "layers.0.", 4, marks=SLOW),
+        pytest.param("t5", "block.0.", 4, marks=SLOW),
+        pytest.param("bart", "layers.0.", 4, marks=SLOW),
+    ],
+)
+def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
     kind, config, arguments = FAMILIES[family]
     torch.manual_seed(0)
     model = getattr(hf, kind)(getattr(hf, config)(**arguments | {"vocab_size": VOCAB}))
     save_model(Path("model"), model)
-    assert finish(start("one")) == 0
-    prune_ranks(2, "two")
+    options = ("--batch-size", "1") if size > 2 else ()  # a batch for every process
+    assert finish(start("one", *options)) == 0
+    prune_ranks(size, "two", *options)
     masks, _ = differing("one", "two", within=block)
     assert masks <= 1e-3
     # Behind it a token may be routed elsewhere for a last digit, and a small text makes much of it.

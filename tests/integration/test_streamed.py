@@ -44,7 +44,15 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [("llama", EVERYTHING), ("gemma3", {}), ("mixtral", CHEAP), ("gpt2", CHEAP), ("t5", {}), ("gpt_oss", CHEAP)],
+    [
+        ("llama", EVERYTHING),
+        ("gemma3", {}),
+        ("mixtral", CHEAP),
+        ("gpt2", CHEAP),
+        ("t5", {}),
+        ("bart", CHEAP),
+        ("gpt_oss", CHEAP),
+    ],
 )
 def test_equals_a_resident_run(
     family: str, options: dict[str, Any], tmp_path: Path, resident: pytest.MonkeyPatch

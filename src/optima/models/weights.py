@@ -111,7 +111,9 @@ class Streamed:
         checkpoint.read([name for name in outside if name not in lazy])
         for name in sorted(lazy):
             self._read_when_asked(owners[name], name)
-        self._first = outside[:1]
+        # The first parameter, which is not the first tensor where a model has buffers of its own (BART).
+        first = next((name for name, _ in checkpoint.model.named_parameters()), "")
+        self._first = [first] if first in outside else []
         for block in blocks:
             self._read_when_called(block)
 
