@@ -83,6 +83,7 @@ class Bench:
             allocation="loss" if "shared" in steps and ":" not in pattern else options.allocation,
             swaps=256 if "swaps" in steps else 0,
             objective=objective,
+            swept_share=options.swept_share,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             learning_rate=options.learning_rate,
             solver="auto" if solves else "none",
@@ -115,6 +116,7 @@ class Bench:
         names += ["gap"] if recipe.solver != "none" else []
         names += ["rounding"] if recipe.solver != "none" else []
         names += ["objective"] if recipe.objective == "loss" else []
+        names += ["swept_share"] if recipe.objective == "loss" and recipe.swept_share < 1.0 else []
         names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
         names += ["allocation_spread"] if recipe.allocation != "uniform" else []
         return {name: getattr(recipe, name) for name in names} | {
@@ -189,6 +191,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="sparsities and n:m patterns")
     parser.add_argument("--methods", nargs="+", default=METHODS, type=method, metavar="METHOD", help="see above")
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the calibration text, to measure on too")
+    parser.add_argument("--swept-share", type=float, default=1.0, help="of methods with +loss")
     parser.add_argument("--tuning-epochs", type=int, default=4, help="of methods with +tune")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of methods with +tune")
     parser.add_argument("--scope", choices=SCOPES, help="of all methods' sparsities (default: as published)")
