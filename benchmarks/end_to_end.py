@@ -11,8 +11,10 @@ wall stand those that processors worked, which other jobs on the machine move le
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -109,14 +111,29 @@ def turn(name: str, options: argparse.Namespace, tokens_NL: Tensor, windows_NL: 
         started = time.perf_counter()
         with open(f"{place}/log", "w", encoding="utf-8") as log:
             process = subprocess.Popen(command, env=os.environ | threads, stdout=log, stderr=log)
-            _, status, usage = os.wait4(process.pid, 0)
+            peak, status, usage = watched(process.pid)
         seconds = time.perf_counter() - started
         if status:
             raise SystemExit(f"{name} failed:\n{Path(place, 'log').read_text(encoding='utf-8')[-3000:]}")
         found = perplexity(load_model(find_source(output), "auto"), windows_NL)
-        result = Turn(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, found)
+        result = Turn(seconds, usage.ru_utime + usage.ru_stime, peak, found)
         print(json.dumps({"contender": name, **vars(result)}), file=sys.stderr, flush=True)
         return result
+
+
+def watched(pid: int) -> tuple[int, int, resource.struct_rusage]:
+    """Peak resident bytes, exit status and usage of a process, at its end.
+
+    The peak is the kernel's for the program's own memory. ``ru_maxrss`` will not do: it begins with that of the parent.
+    """
+    peak, ended = 0, 0
+    while not ended:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
+            peak = max([peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))])
+        time.sleep(0.1)
+        ended, status, usage = os.wait4(pid, os.WNOHANG)
+    return peak, status, usage
 
 
 def run_own(options: argparse.Namespace) -> None:
