@@ -1,5 +1,5 @@
 """Records of data sets, from the hub or from local files. Imported when there is a data set to read, for ``datasets``
-takes 100 MB of memory, which a run on tokens that the caller brought does not need."""
+takes much memory, which a run on tokens that the caller brought does not need."""
 
 from __future__ import annotations
 
