@@ -120,6 +120,22 @@ def test_a_weight_is_read_when_it_is_asked_for_and_given_up_behind_the_phase(tmp
     assert not model.model.norm.weight.is_meta
 
 
+def test_a_tied_weight_is_read_once_and_given_up_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, weights = streamed(make_llama(tie_word_embeddings=True), tmp_path)
+    read, asked = Checkpoint.read, []
+
+    def note(self: Checkpoint, names: list[str]) -> None:
+        asked.extend(names)
+        read(self, names)
+
+    monkeypatch.setattr(Checkpoint, "read", note)
+    tied = ["lm_head.weight", "model.embed_tokens.weight"]
+    with weights.state(tied) as state:
+        assert not any(tensor.is_meta for tensor in state.values())
+    assert asked == tied
+    assert dict(model.named_parameters())["model.embed_tokens.weight"].is_meta
+
+
 def test_a_block_that_was_replaced_is_read_as_it_is_now(tmp_path: Path) -> None:
     model, weights = streamed(make_llama(), tmp_path)
     (block, *_) = optima.models.stacks.find_stacks(model)[0].blocks

@@ -56,7 +56,7 @@ class Checkpoint:
         self._on_disk: defaultdict[str, list[str]] = defaultdict(list)
         for name in on_disk:
             self._on_disk[self._in_model(name)].append(name)
-        self._slices = {name: file.get_slice(name) for name, file in on_disk.items()}
+        self._slices = {name: _Part(file, name) for name, file in on_disk.items()}
 
     def _in_model(self, name: str) -> str:
         """The tensor of the model that one on disk becomes (a part of); the first, if they are several."""
@@ -112,6 +112,20 @@ class Checkpoint:
         config = LoadStateDictConfig(dtype=self.model.dtype, device_map=device_map, weight_mapping=self.conversions)
         with no_bars():
             return self.model._load_pretrained_model(self.model, dict(parts), None, config)[0]
+
+
+class _Part:
+    """A tensor on disk, as transformers asks for it: read whole, since safetensors holds a slice twice for a moment."""
+
+    def __init__(self, file: Any, name: str) -> None:
+        self._file, self._name = file, name
+        slice_ = file.get_slice(name)
+        self.get_shape, self.get_dtype = slice_.get_shape, slice_.get_dtype
+        self._slice = slice_
+
+    def __getitem__(self, index: Any) -> Tensor:
+        part: Tensor = self._file.get_tensor(self._name) if index is ... else self._slice[index]
+        return part
 
 
 def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> Checkpoint:
@@ -230,7 +244,10 @@ def _get(model: nn.Module, name: str) -> Tensor:
 
 def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, last = name.rpartition(".")
-    setattr(model.get_submodule(path), last, tensor)
+    module = model.get_submodule(path)
+    # Not as an attribute: torch asks for the old one first, and what was given up would be read again.
+    held: dict[str, Any] = module._parameters if last in module._parameters else module._buffers
+    held[last] = tensor
 
 
 @contextmanager
