@@ -175,25 +175,55 @@ def unswitched() -> Iterator[None]:
         yield
 
 
+# The fewest digits of float32 matrices that a backend of torch will multiply and that hold a bfloat16.
+BFLOAT16_DIGITS = {"cuda": "tf32", "mkldnn": "bf16"}
+
+
+def _matmul_settings() -> dict[str, Any]:
+    """Where torch says, of each backend, how it multiplies float32 matrices."""
+    found = {name: getattr(getattr(torch.backends, name), "matmul", None) for name in BFLOAT16_DIGITS}
+    return {name: setting for name, setting in found.items() if hasattr(setting, "fp32_precision")}
+
+
+@contextmanager
+def _settings_kept() -> Iterator[dict[str, Any]]:
+    """Those settings, which are as they were afterwards."""
+    settings = _matmul_settings()
+    before = {name: setting.fp32_precision for name, setting in settings.items()}
+    try:
+        yield settings
+    finally:
+        for name, setting in settings.items():
+            setting.fp32_precision = before[name]
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch or autocast."""
-    backends: tuple[Any, ...] = (torch.backends.cuda, torch.backends.mkldnn)
-    settings = [backend.matmul for backend in backends if hasattr(getattr(backend, "matmul", None), "fp32_precision")]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        overall = torch.get_float32_matmul_precision()
-    except RuntimeError:  # the backends were set one by one, and torch has no single answer
-        overall = None
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with unswitched():
-            yield
-    finally:
-        if overall is not None:
-            torch.set_float32_matmul_precision(overall)
-        for setting, value in zip(settings, before, strict=True):
-            setting.fp32_precision = value
+    with _settings_kept():
+        try:
+            overall = torch.get_float32_matmul_precision()
+        except RuntimeError:  # the backends were set one by one, and torch has no single answer
+            overall = None
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with unswitched():
+                yield
+        finally:
+            if overall is not None:
+                torch.set_float32_matmul_precision(overall)
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Inside, float32 matrices that hold bfloat16 numbers are multiplied by units that read no more digits.
+
+    Such products are exact in float32, and sums are float32 all the same: TF32 on CUDA, bfloat16 on a CPU with AMX.
+    """
+    with _settings_kept() as settings:
+        for name, setting in settings.items():
+            setting.fp32_precision = BFLOAT16_DIGITS[name]
+        yield
 
 
 class Stopwatch:

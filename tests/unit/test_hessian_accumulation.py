@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.statistics import Found, observe
+from optima.calibration.statistics import Accumulator, Found, observe
 from optima.calibration.streams import Streams
 from optima.errors import CalibrationError
 from optima.models.stacks import Block, Linear, find_stacks, select_linears
@@ -293,6 +293,25 @@ def test_low_precision_inputs_are_accumulated_in_more() -> None:
     model = Host(block, torch.ones(1, 1, dtype=torch.bfloat16))
     (found,) = collect(model, torch.zeros(10, 1000, dtype=torch.int64).split(1))
     assert hessian_DD(found).tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize(("weighted", "off"), [(False, 1e-6), (True, 1e-3)])
+@pytest.mark.parametrize("size", [48, 160])  # below and above what oneDNN multiplies
+def test_bfloat16_inputs_lose_nothing_by_fast_products(size: int, weighted: bool, off: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs_TD = torch.randn(2048, size, generator=generator).bfloat16()
+    weight_T = torch.rand(2048, generator=generator) + 0.1 if weighted else None
+    settings = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = [getattr(setting, "fp32_precision", None) for setting in settings]
+    accumulator = Accumulator()
+    assert accumulator.add(inputs_TD, weight_T)
+    assert [getattr(setting, "fp32_precision", None) for setting in settings] == before
+    found = accumulator.finish(0.01)
+    assert found is not None
+    exact_TD = inputs_TD.double() * (1.0 if weight_T is None else weight_T.double().sqrt()[:, None])
+    expected_DD = exact_TD.mT @ exact_TD / 2048
+    scale_D = expected_DD.diagonal().sqrt()
+    assert ((found.hessian.matrix_DD - expected_DD) / scale_D / scale_D[:, None]).abs().max() < off
 
 
 def test_linears_that_are_given_no_token_have_none() -> None:

@@ -26,7 +26,7 @@ from optima.calibration.probe import Given
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
-from optima.device import Stopwatch, full_precision
+from optima.device import Stopwatch, bfloat16_products, full_precision
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
@@ -58,7 +58,10 @@ class Found:
 
 
 class Accumulator:
-    """X^T S X over the tokens seen so far, S their weights: float32 products of each batch, summed in float64."""
+    """X^T S X over the tokens seen so far, S their weights: float32 products of each batch, summed in float64.
+
+    Where X is of bfloat16, so is S^1/2 X.
+    """
 
     def __init__(self) -> None:
         self.sum_DD: Tensor | None = None
@@ -93,8 +96,11 @@ class Accumulator:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
         if weight_T is not None:
-            inputs_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
-        add_gram(self.sum_DD, inputs_TD)
+            weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
+            # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
+            inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
+        with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
+            add_gram(self.sum_DD, inputs_TD)
         self.tokens += len(inputs_TD)
         self.extra_weight += weight * sum(map(len, extra))
         self.extra += extra
