@@ -33,8 +33,8 @@ from optima.qp.preconditioners import FactorModel
 from optima.qp.problem import RowProblem, RowSolution
 from optima.qp.restarts import Residuals
 
-# Rows are left alone where rounding costs at most this share of their least error.
-AIM = 2e-4
+# Rows are left alone where rounding costs at most this share of their least error, or of what their solver left.
+AIM, OF_GAP = 2e-4, 0.5
 # For rows that lose more than the first number times that: thresholds, in means of a row's |v_i| sqrt(H_ii). One stage
 # takes most of what there is; several come near to one weight at a time, and few rows need them.
 PASSES = ((1.0, (0.7,)), (10.0, (1.2, 0.8, 0.5, 0.3, 0.15)))
@@ -152,9 +152,10 @@ class _Rows:
     def improve(self) -> None:
         """Lower the error of the rows that lose too much."""
         size_RD = (self.weight_RD * self.root_D).abs_().mul_(self.mask_RD)
+        aim_R = torch.maximum(AIM * self.least_R, OF_GAP * self.bound_R)
         size_RD *= (self.mask_RD.sum(dim=1) / size_RD.sum(dim=1).clamp_min(SMALLEST_SCALE))[:, None]
         for factor, thresholds in PASSES:
-            loss_R = self.rise_R * self.unit_R - factor * AIM * self.least_R
+            loss_R = self.rise_R * self.unit_R - factor * aim_R
             count = int((loss_R > 0).sum())
             if not count:
                 return
