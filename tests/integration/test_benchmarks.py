@@ -180,6 +180,16 @@ def test_end_to_end_runs_from_checkpoint_to_checkpoint(accuracy: list[str]) -> N
     assert "| 2 x 16 | OPTIMA, default |" in printed
 
 
+def test_distil_compares_treatments_of_one_mask(accuracy: list[str], tmp_path: Path) -> None:
+    arguments = accuracy[: accuracy.index("--patterns")]
+    lines = [json.dumps({"text": Path(arguments[2]).read_text()})] * 5  # the last is held out
+    arguments[2] = str(tmp_path / "documents.jsonl")
+    Path(arguments[2]).write_text("\n".join(lines))
+    printed = run("distil.py", *arguments, "--epochs", "1", "--learning-rates", "0.003")
+    rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["dense", "solved", "tuned by blocks, 1 epochs", "distilled, 1 epochs, rate 0.003"]
+
+
 def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path) -> None:
     output = tmp_path / "accuracy.json"
     output.write_text("[]")
