@@ -21,8 +21,9 @@ SMALLEST_PACKED = 64
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # The packed layout depends on how many rows are expected.
 TYPICAL_ROWS = 512
-# Panels of a Gram matrix: 8 leave 9/16 of the products, and more make them too thin for full speed.
-PANELS = 8
+# Panels of a Gram matrix: 8 leave 9/16 of the products. Thinner ones than the second number are short of full speed,
+# in bfloat16 by up to a factor of four.
+PANELS, THINNEST = 8, 192
 # oneDNN compiles a product for every number of rows: numbers should repeat.
 ROUND_ROWS = 64
 # torch (ideep) keeps a thousand of them, oneDNN itself as many: 8 MB a block of SmolLM2, which needs some dozens.
@@ -121,7 +122,7 @@ def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
     if not _packs(inputs_DT):
         sum_DD += inputs_DT @ inputs_DT.mT
         return
-    width = max(-(-len(inputs_DT) // PANELS), SMALLEST_PACKED)
+    width = max(-(-len(inputs_DT) // PANELS), THINNEST)
     for begin in range(0, len(inputs_DT), width):
         panel = inputs_DT[begin : begin + width]
         product = torch.ops.mkldnn._linear_pointwise(inputs_DT[begin:], panel, None, "none", [], "")
