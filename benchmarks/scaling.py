@@ -158,7 +158,8 @@ def child(rank: int, processes: int, port: int, sizes: dict[str, int], samples: 
 
 SEQUENCES, TOKENS = 128, 2048
 HALF = 0.5  # of the peak that products reach
-BF16, FP32 = 989e12 * HALF, 67e12 * HALF  # H100 SXM, dense, in operations a second
+# H100 SXM, dense, in operations a second; bfloat16 inputs make their hessians by TF32.
+BF16, TF32, FP32 = 989e12 * HALF, 495e12 * HALF, 67e12 * HALF
 EIGEN = 20  # products of its size that an eigendecomposition takes as long as
 NVLINK, NETWORK, PCIE, NVME = 450e9, 50e9, 64e9, 6e9  # bytes a second: of a GPU, a GPU, a GPU, a machine
 GPUS = 8  # in a machine
@@ -212,7 +213,7 @@ def parts_of(model: Model, size: int, counts: Counts) -> dict[str, float]:
     carried = 2 * account.activations * model.blocks * (PASSES + 1 + again)
     return {
         "forward": (account.sweep + account.forward * (1 + again) / 2) / BF16,
-        "hessian": account.hessian / FP32,
+        "hessian": account.hessian / TF32,
         "solve": account.solve / FP32,
         "eigenvalues": account.eigen * EIGEN / FP32,
         "exchange": (2 * account.reduced + account.shared) / (NVLINK if size <= GPUS else NETWORK),
