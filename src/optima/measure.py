@@ -29,9 +29,6 @@ from optima.preflight import find_calibration, sized
 from optima.recipe import SELF, Recipe
 from optima.rehearsal import Peak, Rehearsal
 
-# Over minutes the allocator and the libraries keep more than in seconds: runs took 1.1 to 1.4 times their rehearsal.
-KEPT_SHARE = 1.2
-
 
 def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
     """Rehearse the run that was planned. The plan's model is given random weights for it.
@@ -58,8 +55,7 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
                 rehearsal.stack(stack)
     writing = _writing_seconds(structures[0][0]) * plan.model_bytes
     seconds = {"start": ready + opening, "read": reading, **rehearsal.seconds, "write": writing}
-    kept = KEPT_SHARE if device.type == "cpu" else 1.0
-    return Measured(seconds, int(peak.num_bytes * kept), (*notes, *rehearsal.notes))
+    return Measured(seconds, peak.num_bytes, (*notes, *rehearsal.notes))
 
 
 def _text(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> Tensor:
