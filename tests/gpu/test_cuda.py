@@ -1,4 +1,4 @@
-"""What runs otherwise on CUDA than on a CPU: bfloat16, fewer looks at a batch, larger blocks, halved chunks.
+"""What runs otherwise on CUDA than on a CPU: bfloat16, TF32, fewer looks at a batch, larger blocks, halved chunks.
 
 Shapes: D inputs, R rows.
 """
@@ -12,6 +12,7 @@ import torch
 from qp_reference import Reference, make_matrix, make_rows, reference
 from torch import Tensor
 
+from optima.calibration.statistics import Accumulator
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
@@ -129,6 +130,17 @@ def little_memory() -> Iterator[None]:
     yield
     torch.cuda.set_per_process_memory_fraction(1.0)
     torch.cuda.empty_cache()
+
+
+def test_hessians_of_bfloat16_inputs_lose_nothing_by_tf32() -> None:
+    inputs_TD = torch.randn(4096, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    accumulator = Accumulator()
+    assert accumulator.add(inputs_TD.to(CUDA))
+    found = accumulator.finish(0.01)
+    assert found is not None
+    expected_DD = inputs_TD.double().mT @ inputs_TD.double() / 4096
+    scale_D = expected_DD.diagonal().sqrt()
+    assert ((found.hessian.matrix_DD.cpu() - expected_DD) / scale_D / scale_D[:, None]).abs().max() < 1e-5
 
 
 @pytest.mark.usefixtures("little_memory")
