@@ -4,8 +4,8 @@ A Llama-shaped checkpoint of random weights is written. A first run is held to a
 kernel refuses it more (RLIMIT_DATA: the heap and private mappings; pages of mapped files do not count). A second run
 has no limit. Their outputs are compared file by file.
 
-    python benchmarks/larger_than_memory.py                                # 12 GB within 3 GiB
-    python benchmarks/larger_than_memory.py --gigabytes 1 --limit 1GiB     # a quick look
+    python benchmarks/larger_than_memory.py    # 12 GB within 3 GiB
+    python benchmarks/larger_than_memory.py --gigabytes 1 --limit 1GiB --width 1024 --solver none    # a quick look
 """
 
 from __future__ import annotations
