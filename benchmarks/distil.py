@@ -29,6 +29,7 @@ from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.device import PeakMemory
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
+from optima.tuning import size_of
 
 CPU = torch.device("cpu")
 
@@ -126,11 +127,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser
-
-
-def size_of(parameter: Tensor) -> float:
-    """Root mean square of what is not zero."""
-    return math.sqrt(float(parameter.detach().square().sum()) / max(int(parameter.count_nonzero()), 1))
 
 
 if __name__ == "__main__":

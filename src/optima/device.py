@@ -179,16 +179,11 @@ def unswitched() -> Iterator[None]:
 BFLOAT16_DIGITS = {"cuda": "tf32", "mkldnn": "bf16"}
 
 
-def _matmul_settings() -> dict[str, Any]:
-    """Where torch says, of each backend, how it multiplies float32 matrices."""
-    found = {name: getattr(getattr(torch.backends, name), "matmul", None) for name in BFLOAT16_DIGITS}
-    return {name: setting for name, setting in found.items() if hasattr(setting, "fp32_precision")}
-
-
 @contextmanager
 def _settings_kept() -> Iterator[dict[str, Any]]:
-    """Those settings, which are as they were afterwards."""
-    settings = _matmul_settings()
+    """Where torch says, of each backend, how it multiplies float32 matrices; afterwards that is as it was."""
+    found: dict[str, Any] = {name: getattr(getattr(torch.backends, name), "matmul", None) for name in BFLOAT16_DIGITS}
+    settings = {name: setting for name, setting in found.items() if hasattr(setting, "fp32_precision")}
     before = {name: setting.fp32_precision for name, setting in settings.items()}
     try:
         yield settings

@@ -179,12 +179,12 @@ def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> No
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:
     """A fresh optimizer; each group knows the size of its tensor."""
-    groups = [{"params": [master], "size": _size(master)} for master in masters.values()]
+    groups = [{"params": [master], "size": size_of(master)} for master in masters.values()]
     return torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
 
 
 @torch.no_grad()
-def _size(master: Tensor) -> float:
+def size_of(master: Tensor) -> float:
     """Root mean square of what is not zero: models differ by much in the size of their weights."""
     return math.sqrt(float(master.square().sum()) / max(int(master.count_nonzero()), 1))
 

@@ -301,7 +301,7 @@ def test_bfloat16_inputs_lose_nothing_by_fast_products(size: int, weighted: bool
     generator = torch.Generator().manual_seed(0)
     inputs_TD = torch.randn(2048, size, generator=generator).bfloat16()
     weight_T = torch.rand(2048, generator=generator) + 0.1 if weighted else None
-    settings = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    settings = [getattr(backend, "matmul", None) for backend in (torch.backends.mkldnn, torch.backends.cuda)]
     before = [getattr(setting, "fp32_precision", None) for setting in settings]
     accumulator = Accumulator()
     assert accumulator.add(inputs_TD, weight_T)

@@ -152,8 +152,8 @@ class _Rows:
     def improve(self) -> None:
         """Lower the error of the rows that lose too much."""
         size_RD = (self.weight_RD * self.root_D).abs_().mul_(self.mask_RD)
-        aim_R = torch.maximum(AIM * self.least_R, OF_GAP * self.bound_R)
         size_RD *= (self.mask_RD.sum(dim=1) / size_RD.sum(dim=1).clamp_min(SMALLEST_SCALE))[:, None]
+        aim_R = torch.maximum(AIM * self.least_R, OF_GAP * self.bound_R)
         for factor, thresholds in PASSES:
             loss_R = self.rise_R * self.unit_R - factor * aim_R
             count = int((loss_R > 0).sum())
