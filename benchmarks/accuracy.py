@@ -19,16 +19,16 @@ import argparse
 import copy
 import hashlib
 import json
-import random
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness.text import split
 from harness.zeroshot import accuracies
 from pydantic_core import to_jsonable_python
 from torch import Tensor
@@ -239,10 +239,10 @@ def make_bench(options: argparse.Namespace) -> Bench:
     source = find_source(options.model)
     tokenizer = load_tokenizer(source)
     source_of_text = TextSource(tuple(options.calibration))
-    documents, held_out_NL = Documents(source_of_text, options.seed), None
+    documents: Iterable[str] = Documents(source_of_text, options.seed)
+    held_out_NL = None
     if options.held_out:
-        every = list(Documents(source_of_text))
-        documents, rest = split(every, options.held_out, options.seed)
+        documents, rest = split(source_of_text, options.held_out, options.seed)
         held_out_NL = evaluation_windows(rest, tokenizer, options.window, options.max_windows)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     text = list(Documents(TextSource(tuple(options.evaluation))))
@@ -252,14 +252,6 @@ def make_bench(options: argparse.Namespace) -> Bench:
         for method in options.methods:
             bench.recipe(method, pattern)  # checks itself
     return bench
-
-
-def split(documents: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """The documents but for the last ``share``, shuffled; and those, in order."""
-    first = int((1.0 - share) * len(documents))
-    shuffled = documents[:first]
-    random.Random(seed).shuffle(shuffled)
-    return shuffled, documents[first:]
 
 
 def made_with(options: argparse.Namespace) -> dict[str, Any]:

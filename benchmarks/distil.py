@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from harness.table import machine
+from harness.text import split
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -91,11 +92,10 @@ def main() -> None:
     source = find_source(options.model)
     dense, tokenizer = load_model(source, options.dtype), load_tokenizer(source)
     samples, length = options.num_calibration_samples, options.max_seq_length
-    documents = [str(document) for document in Documents(TextSource(tuple(options.calibration)))]
-    first = int(0.8 * len(documents))
-    texts = [list(Documents(TextSource(tuple(options.evaluation)))), documents[first:]]
+    documents, held_out = split(TextSource(tuple(options.calibration)), held_out=0.2, seed=0)
+    texts = [list(Documents(TextSource(tuple(options.evaluation)))), held_out]
     windows = tuple(evaluation_windows(text, tokenizer, options.window, options.max_windows) for text in texts)
-    bench = Bench(dense, calibration_tokens(documents[:first], tokenizer, samples, length), windows)
+    bench = Bench(dense, calibration_tokens(documents, tokenizer, samples, length), windows)
     print(
         f"{machine(CPU, options.threads)}\n{Path(options.model).name}, {samples} x {length} tokens, {options.pattern}"
     )

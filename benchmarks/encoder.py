@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from harness.table import machine
+from harness.text import split
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
-from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.calibration.text import TextSource, calibration_tokens
 from optima.models.source import find_source, load_model, load_tokenizer
 
 METHODS = {
@@ -43,11 +44,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = find_source(options.model)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    documents = [str(document) for document in Documents(TextSource(tuple(options.text)))]
-    first = int(0.8 * len(documents))
+    documents, held_out = split(TextSource(tuple(options.text)), held_out=0.2, seed=0)
     samples, length = options.num_calibration_samples, options.max_seq_length
-    tokens_NL = calibration_tokens(documents[:first], tokenizer, samples, length)
-    sentences = [s for text in documents[first:] for s in text.split(". ") if 20 < len(s) < 300][: options.sentences]
+    tokens_NL = calibration_tokens(documents, tokenizer, samples, length)
+    sentences = [s for text in held_out for s in text.split(". ") if 20 < len(s) < 300][: options.sentences]
     dense_NE = embeddings(model, tokenizer, sentences)
     print(f"{machine(torch.device('cpu'), options.threads)}\n{Path(options.model).name}, {len(sentences)} sentences\n")
     print("| mean (tenth percentile) | " + " | ".join(options.patterns) + " |")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -211,10 +212,9 @@ def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
         assert result["tasks"]["piqa"]["items"] == 2
         assert result["tasks"]["piqa"]["acc"] == 0.5  # the same two choices, each the right one once
     before = output.read_text()
-    run("accuracy.py", *accuracy, "--methods", "magnitude", "--output", str(output), "--resume")
-    assert output.read_text() == before, "results with tasks stand for results without"
     known = run("accuracy.py", *accuracy, "--methods", "wanda", "magnitude", "--resume", str(output), "--known-only")
     assert "| wanda |  |  |" in known
+    assert re.search(r"\| magnitude \| *[\d.]+", known), "results with tasks stand for results without"
     assert output.read_text() == before
 
 

@@ -193,10 +193,10 @@ class TestInterrupt:
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
     def test_signal(self, root: Path, number: signal.Signals) -> None:
-        save_text(root / "text.txt", TEXT * 300)
+        save_text(root / "text.txt", TEXT * 100)
         before = snapshot(root)
         # Long enough to be interrupted between the first linear and the last.
-        options = ["--num-calibration-samples", "3000", "--batch-size", "1", "--dump-layer", r"0\.self_attn\.q"]
+        options = ["--num-calibration-samples", "1000", "--batch-size", "1", "--dump-layer", r"0\.self_attn\.q"]
         options += ["--objective", "sink"]  # no long sweep before
         process = subprocess.Popen(
             [sys.executable, "-m", "optima", *prune_arguments(*options)],
