@@ -121,3 +121,23 @@ class Disk:
             found.append((path / name, None if directory else self.contents.get(child, b"")))
             found += self._tree(child, path / name) if directory else []
         return found
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    return fail
+
+
+def on_call(number: int, method: Callable[..., object], act: Callable[[], object]) -> Callable[..., object]:
+    """``method``, but for its ``number``-th call, before which ``act`` is called."""
+    calls: list[None] = []
+
+    def counted(*args: object, **kwargs: object) -> object:
+        calls.append(None)
+        if len(calls) == number:
+            act()
+        return method(*args, **kwargs)
+
+    return counted

@@ -126,8 +126,7 @@ class ByLoss(Observing):
     def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
         """See ``Allocation``: quantiles of the saliencies."""
         sorted_N = saliency_by_loss(task).flatten().sort().values
-        place_Q = torch.linspace(0, len(sorted_N) - 1, QUANTILES, device=sorted_N.device).round().long()
-        return sorted_N[place_Q].cpu()
+        return sorted_N[quantile_places(len(sorted_N)).to(sorted_N.device)].cpu()
 
     def note(self, block: int, name: str, size: int, measured: Tensor) -> None:
         """See ``Allocation``."""
@@ -184,6 +183,11 @@ class KeepDense(Observing):
                 left -= self._sizes[name]
                 self._sparsity[name] = 0.0
         return self._sparsity
+
+
+def quantile_places(count: int) -> Tensor:
+    """Where the quantiles of ``count`` sorted numbers are; float32 knows no odd number beyond 2^24."""
+    return torch.linspace(0, count - 1, QUANTILES, dtype=torch.float64).round().long()
 
 
 def saliency_by_loss(task: LinearTask) -> Tensor:

@@ -246,7 +246,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     # What belongs to a method goes with it.
     for option, method, own in (
         ("selector", "external", "mask_from"),
-        ("allocation", "owl", "allocation_spread"),
+        ("allocation", values.get("allocation"), "allocation_spread"),
         ("objective", "sink", "sink_weight"),
     ):
         if given.get(option, method) != method:

@@ -166,8 +166,10 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def unswitched() -> Iterator[None]:
-    """Neither autocast nor a default device of the caller's inside: they change what is computed, and where."""
+    """Neither autocast nor defaults of the caller's inside: they change what is computed, in what, and where."""
     with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":  # the context costs microseconds a call

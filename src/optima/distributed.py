@@ -247,8 +247,9 @@ class Group(Ranks):
             yield
         except RuntimeError as error:  # torch has no type of its own for what gloo says
             self._over = True
-            if threading.current_thread() is threading.main_thread():
-                # The launcher will stop this process too: not before it has said why, and cleared up.
+            in_main = threading.current_thread() is threading.main_thread()
+            if in_main and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+                # The launcher will stop this process too: not before it has cleared up and said why.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
             reason = str(error).strip().splitlines()[0]
             raise RankError(

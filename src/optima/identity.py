@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.device import describe_device
@@ -38,8 +38,8 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
     """
     values = recipe.to_dict()
     del values["device"], values["memory_budget"]
-    if is_dataclass(recipe.selector):
-        values["selector"] = re.sub(r" at 0x[0-9a-f]+", "", repr(recipe.selector))  # its settings, too
+    if not isinstance(recipe.selector, str):
+        values["selector"] = settings_of(recipe.selector)
     versions = library_versions()
     del versions["python"]
     config = {key: value for key, value in model.config.to_dict().items() if key not in SAVED}
@@ -49,7 +49,37 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
         "device": _kind(device),
         "dump_layer": dump_layer,
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        # No part of a configuration, and in another one sums have another order.
+        "attention": sorted({str(_attention(module)) for module in model.modules()} - {"None"}),
     }
+
+
+def settings_of(value: Any) -> Any:
+    """A selector's class and public attributes, as JSON: what it was made with, and not what it keeps for itself."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes_of(value)).hexdigest()}"
+    if isinstance(value, Mapping):
+        return {str(key): settings_of(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [settings_of(item) for item in value]
+        return items if isinstance(value, list | tuple) else sorted(items, key=str)
+    named = value if isinstance(value, type) or not hasattr(value, "__dict__") or callable(value) else type(value)
+    name = f"{getattr(named, '__module__', '')}:{getattr(named, '__qualname__', named)}"
+    if named is value:
+        return name
+    settings = {
+        key: settings_of(item)
+        for key, item in vars(value).items()
+        # What is computed when it is first asked for is no setting.
+        if not key.startswith("_") and not isinstance(getattr(named, key, None), cached_property)
+    }
+    return {"class": name, **settings}
+
+
+def _attention(module: nn.Module) -> str | None:
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
 
 
 def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data: str) -> dict[str, str | None]:
@@ -87,8 +117,12 @@ def _fingerprint(network: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for name, tensor in network.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(_bytes_of(tensor))
     return f"sha256-of-tensors:{digest.hexdigest()}"
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _kind(device: torch.device) -> str:

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from optima.errors import ModelError
-from optima.models.destination import Destination
-from optima.models.files import explain_write_errors, interruptible
+from optima.models.destination import PACKED, Destination
+from optima.models.files import explain_write_errors, interruptible, usable_path
 from optima.models.packed import Size, pack_shard, read_original, unpack_shard
 
-PLAIN, PACKED = ".safetensors", ".packed.safetensors"
+PLAIN = ".safetensors"
 INDEX = ".index.json"
 
 
@@ -31,7 +31,7 @@ def pack(
         ModelError: if ``directory`` holds no safetensors files, damaged or packed ones, or the output cannot be
             written.
     """
-    source = Path(directory).expanduser()
+    source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
     if packed := _shards(source, PACKED):
         raise ModelError(f"{packed[0]} is packed already: unpack it with optima unpack {source}")
     if not (shards := _shards(source, PLAIN)):
@@ -54,7 +54,7 @@ def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrit
         ModelError: if ``directory`` holds no packed files, or damaged ones (the tensor is named), or the output
             cannot be written.
     """
-    source = Path(directory).expanduser()
+    source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
     if not (shards := _shards(source, PACKED)):
         raise ModelError(f"{source} holds no {PACKED} files: name a directory that optima pack wrote")
     originals = [read_original(shard) for shard in shards]

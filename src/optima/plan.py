@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -20,7 +19,7 @@ from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, count, host_memory, work_bytes
 from optima.models.experts import ExpertLinear
-from optima.models.skeleton import skeleton
+from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
 from optima.models.stacks import Block
 from optima.preflight import Preflight, preflight, sized
@@ -118,7 +117,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     recipe = sized(recipe, found)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
-    dtype = _dtype(recipe.dtype if recipe.dtype != "auto" else config.dtype)
+    dtype = dtype_as_read(config, recipe.dtype)
     streamed = not source.gguf_file and recipe.dataset != [SELF]
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     surveyed = recipe.surveys
@@ -165,12 +164,3 @@ def forward_passes(recipe: Recipe, swept: float) -> int:
 def _reads(recipe: Recipe, swept_bytes: float) -> int:
     """Two looks at the model and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
     return 4 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / KEPT_BYTES)
-
-
-def _dtype(value: Any) -> torch.dtype:
-    """A configuration's dtype, which may be missing or given by name."""
-    if value is None:
-        return torch.float32
-    found = getattr(torch, value) if isinstance(value, str) else value
-    assert isinstance(found, torch.dtype)
-    return found

@@ -184,10 +184,10 @@ class Recipe:
                 f"keep_dense chooses linears by objective loss, not {self.applied_objective}: leave out one of them"
             )
         if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
-            raise RecipeError(
-                f"max_change needs a solver that holds bounds: use solver {' or '.join(BOUNDED_SOLVERS)}, "
-                f"not {self.solver}"
-            )
+            holding = " or ".join(BOUNDED_SOLVERS)
+            raise RecipeError(f"max_change needs a solver that holds bounds: use solver {holding}, not {self.solver}")
+        if self.max_change is not None and self.tuning_epochs:
+            raise RecipeError("max_change does not bind tuning: set tuning_epochs to 0, or leave max_change out")
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
         if SELF in self.dataset and len(self.dataset) > 1:

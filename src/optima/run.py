@@ -34,7 +34,7 @@ from optima.memory import HostMemory, batch_size, host_memory
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
-from optima.models.skeleton import skeleton
+from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint, load_tokenizer, note_of_dtype
 from optima.models.stacks import Stack
 from optima.models.weights import Resident, Streamed, Weights, open_weights
@@ -222,7 +222,9 @@ def _claim(
 ) -> AbstractContextManager[Destination]:
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
-    num_bytes = sum(p.numel() * p.element_size() for p in checked.structure.parameters())
+    structure = checked.structure
+    dtype = structure.dtype if checked.source is None else dtype_as_read(structure.config, checked.recipe.dtype)
+    num_bytes = sum(p.numel() for p in structure.parameters()) * dtype.itemsize
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 

@@ -23,12 +23,15 @@ from torch.func import functional_call
 from optima.calibration.halving import rows_of
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Piece, Streams
+from optima.device import differentiable
+from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
+GRADIENT = 2.0**-6  # root mean square; float16 holds a 256th of it in full, and a million times it
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,16 @@ class BlockError:
         count = sum(target.numel() for target in targets) / len(energy_E)
         return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag())
 
+    def gradient_scale(self, cost: float, tokens: int) -> float:
+        """By what to multiply the cost, so that its gradient at the outputs is near ``GRADIENT`` where it is ``cost``.
+
+        Adam does not care, but float16 would lose it, and Adam's epsilon outweigh it: it goes as 1 / ``tokens``. A
+        power of two, which rounds nothing.
+        """
+        change = math.sqrt(cost / float(self.metric_EE.trace()))  # root mean square, were all channels alike
+        gradient = 2.0 * change * float(self.metric_EE.diagonal().mean()) / tokens
+        return 2.0 ** round(math.log2(GRADIENT / gradient)) if gradient > 0.0 else 1.0
+
     def __call__(self, found: Tensor, target: Tensor, weight_T: Tensor | None) -> Tensor:
         """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight."""
         change_TE = (found.float() - target.float()).flatten(0, -2)
@@ -112,24 +125,30 @@ def tune(
         cost: what is minimised.
         tuning: how.
         device: where to compute.
+
+    Raises:
+        ModelError: if the block has no gradients.
     """
     pieces = streams.pieces(block)
     held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
     trained = [piece for piece in pieces if piece not in held]
     with torch.inference_mode(False):
         masters = _masters(block, keeps)
+    if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
+        raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     error = _Error(block, streams, targets, cost, device, masters)
     history, best, rate = [error.mean(held)], 0, tuning.learning_rate
     kept = {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
     steps, step = max(tuning.epochs * len(trained), 1), 0
     generator = torch.Generator().manual_seed(0)
+    scale = cost.gradient_scale(history[0], streams.sizes[0][1])
     for epoch in range(tuning.epochs if trained else 0):
         for index in torch.randperm(len(trained), generator=generator).tolist():
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            with torch.inference_mode(False), torch.enable_grad():
-                error(trained[index]).backward()
+            with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
+                (error(trained[index]) * scale).backward()
             optimizer.step()
             optimizer.zero_grad()
             step += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -70,15 +72,31 @@ def test_a_wider_dtype_holds_the_solved_weights_as_they_are() -> None:
     assert torch.equal(wide.float(), sparse)
 
 
+WIDTHS = (torch.bfloat16, torch.float16, torch.float64)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize(
-    "switch", [torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta")], ids=["autocast", "meta"]
+    "switch",
+    [torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"), *map(default_dtype, WIDTHS)],
+    ids=["autocast", "meta", *map(str, WIDTHS)],
 )
 def test_the_callers_switches_change_no_bit(switch: Any) -> None:
     expected, model = make_llama(), make_llama()
-    prune(expected, Recipe(), calibration=make_tokens())
+    recipe = Recipe(sparsity=0.5, allocation="loss")
+    prune(expected, recipe, calibration=make_tokens())
     tokens = make_tokens()
     with switch:
-        prune(model, Recipe(), calibration=tokens)
+        prune(model, recipe, calibration=tokens)
     assert all(torch.equal(weights(model)[name], tensor) for name, tensor in weights(expected).items())
 
 

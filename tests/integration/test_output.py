@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from runs import on_call, raising
 from safetensors import SafetensorError
-from tiny import TEXT, Refused, load_weights, make_llama, make_tokens, prune_arguments, save_text, snapshot
+from tiny import TEXT, Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, save_text, snapshot
 
 import optima
 from optima.cli import main
@@ -22,32 +24,12 @@ from optima.models.journal import read_journal
 from optima.models.writer import Writer
 
 
-def raising(error: BaseException) -> Callable[..., None]:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
-
-    return fail
-
-
-def on_call(number: int, method: Callable[..., object], act: Callable[[], object]) -> Callable[..., object]:
-    """``method``, but for its ``number``-th call, before which ``act`` is called."""
-    calls: list[None] = []
-
-    def counted(*args: object, **kwargs: object) -> object:
-        calls.append(None)
-        if len(calls) == number:
-            act()
-        return method(*args, **kwargs)
-
-    return counted
-
-
 class TestDestination:
     def test_refused_before_the_long_work(self, cheap: Refused, root: Path) -> None:
         (root / "out").mkdir()
         (root / "out" / "thesis.tex").touch()
         assert "out exists: choose another --output-dir" in cheap()
-        assert "has no report.json of an earlier run and is not replaced" in cheap("--overwrite")
+        assert "has no report.json of an earlier run and no packed files, and is not replaced" in cheap("--overwrite")
         for out in ("model", ".", "..", "model/../model"):
             assert "replaced" in cheap("--output-dir", out, "--overwrite")
 
@@ -160,6 +142,16 @@ class TestBeforeTheLongWork:
         with pytest.raises(ModelError, match="are one weight, which two inputs would prune differently"):
             optima.prune(model, calibration=make_tokens())
         assert first.mlp.up_proj.weight.equal(before)
+
+
+def test_the_disk_needs_what_is_written_and_no_more(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in bfloat16 takes two bytes a weight, whatever its skeleton is made in."""
+    model = make_llama().bfloat16()
+    save_model(root / "half", model)
+    size = 2 * sum(parameter.numel() for parameter in model.parameters())
+    for free, code in ((0.99, 2), (1.2, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free * size))
+        assert main(prune_arguments(model="half")) == code
 
 
 class TestInterrupt:

@@ -17,15 +17,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import MESSAGES, Disk, finish, start, stop_at_sync
+from runs import MESSAGES, Disk, finish, on_call, raising, start, stop_at_sync
 from safetensors.torch import load_file, save_file
 from tiny import make_llama, make_tokens, prune_arguments, save_model, save_text, snapshot, weight_files
 
 import optima
 from optima.cli import main
 from optima.errors import ModelError
+from optima.identity import identity
 from optima.models.journal import Journal, read_journal
 from optima.models.writer import Writer
+from optima.patterns import Pattern
+from optima.selectors.base import LinearTask, Selection
+from optima.selectors.ranking import top_scores
 
 BLOCKS = 3
 PARTIAL = Path(".out.optima-partial")
@@ -451,3 +455,37 @@ class TestModelInMemory:
 def test_a_run_without_a_place_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*prune_arguments(), "--resume=yes"]) == 2
     assert "--resume" in capsys.readouterr().err
+
+    def test_only_with_the_selector_that_it_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(selector: Lot, resume: bool | None = None) -> None:
+            recipe = optima.Recipe(selector=selector, sparsity=0.5, objective="plain")
+            optima.prune(make_llama(), recipe, output_dir="out", calibration=make_tokens(), resume=resume)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "commit", on_call(2, Writer.commit, raising(KeyboardInterrupt())))
+            with pytest.raises(KeyboardInterrupt):
+                run(Lot(1))
+        with pytest.raises(ModelError, match="selector"):
+            run(Lot(2), resume=True)
+        run(Lot(1), resume=True)
+
+    def test_only_with_the_attention_that_it_had(self) -> None:
+        model = make_llama()
+        found = []
+        for attention in ("eager", "sdpa"):
+            model.set_attn_implementation(attention)
+            found.append(identity(optima.Recipe().resolved(scope="row"), torch.device("cpu"), model, None))
+        assert {key for key in found[0] if found[0][key] != found[1][key]} == {"attention"}
+
+
+class Lot:
+    """A selector as docs/howto/your-own-selector.md makes one: no dataclass."""
+
+    published_scope = "row"
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def select(self, task: LinearTask, pattern: Pattern) -> Selection:
+        generator = torch.Generator().manual_seed(self.seed)
+        return Selection(top_scores(torch.rand(task.weight_OD.shape, generator=generator), pattern))

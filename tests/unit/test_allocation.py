@@ -6,7 +6,7 @@ import pytest
 import torch
 from layers import hessian_of, layer_of, make_layer
 
-from optima.allocation import KeepDense, Owl
+from optima.allocation import KeepDense, Owl, quantile_places
 from optima.build import build_allocation
 from optima.linalg.statistics import Statistics
 from optima.patterns import NM, Unstructured
@@ -89,6 +89,14 @@ def test_linears_that_carry_nothing() -> None:
 def test_defaults_are_the_published_ones() -> None:
     assert build_allocation(Recipe(sparsity=0.5)) is None
     assert build_allocation(Recipe(sparsity=0.7, allocation="owl")) == Owl(0.7, outlier_multiple=5.0, spread=0.08)
+
+
+@pytest.mark.parametrize("count", [1, 1001, 2**24 + 2, 4096 * 11008, 8192 * 28672])
+def test_quantiles_of_a_large_linear_are_inside(count: int) -> None:
+    places = quantile_places(count)
+    assert places[0] == 0
+    assert places[-1] == count - 1
+    assert bool((places.diff() >= 0).all())
 
 
 def test_keep_dense_keeps_the_linears_that_lose_most_a_weight() -> None:

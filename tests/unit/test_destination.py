@@ -437,6 +437,13 @@ class TestSignals:
             assert signal.getsignal(signal.SIGHUP) == handler
             signal.raise_signal(signal.SIGHUP)
 
+    def test_what_is_ignored_inside_stays_so(self) -> None:
+        """Another process of the run is no more: the launcher must not end this one before it has said so."""
+        with interruptible():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
     def test_another_thread_installs_none(self) -> None:
         def enter() -> None:
             with interruptible():

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from optima import Recipe, prune
 from optima.calibration import expert_statistics
 from optima.calibration.capture import capture
-from optima.calibration.expert_statistics import Common, TokenWeights, mixed, observe_experts, routing_notes
+from optima.calibration.expert_statistics import Common, TokenWeights, mixed, observe_experts, routing_notes, thinned
 from optima.calibration.loss_weights import LossWeights, loss_weights
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.statistics import Accumulator, Found, observe
@@ -185,15 +185,21 @@ def test_gradients_are_those_of_each_expert() -> None:
         assert float(found.rows[name].sum()) * sum(sizes) == pytest.approx(
             sum(float(squares.sum()) for _, squares in pairs), rel=1e-4
         )
-        weights = found.of_routed(name, sizes)
-        assert weights is not None
-        chosen = torch.cat([weight_T[tokens_T] for weight_T, (tokens_T, _) in zip(weights, pairs, strict=True)])
+        weights = [found.of_routed(name, batch, size) for batch, size in enumerate(sizes)]
+        chosen = torch.cat([weight_T[tokens_T] for weight_T, (tokens_T, _) in zip(weights, pairs, strict=True)])  # type: ignore[index]
         assert float(chosen.mean()) == pytest.approx(1.0, rel=1e-4)
         offset = 0
         for size, (tokens_T, _) in zip(sizes, pairs, strict=True):
             total[offset + tokens_T] += 1
             offset += size
     assert bool((total == 2).all())  # each token went to two experts
+
+
+def test_samples_have_no_more_first_tokens_than_the_text() -> None:
+    places_N = torch.cat([thinned(torch.arange(2048), 16, turn) for turn in range(128)])
+    assert len(places_N) == 128 * 16
+    assert int((places_N == 0).sum()) <= 2
+    assert int((places_N < 1024).sum()) == pytest.approx(len(places_N) / 2, rel=0.02)
 
 
 def test_token_weights_reach_the_experts() -> None:

@@ -58,6 +58,14 @@ def test_batches_do_not_matter() -> None:
         assert torch.allclose(first.rows[name], second.rows[name], rtol=1e-4)
 
 
+def test_sums_over_all_tokens_are_taken_once() -> None:
+    """Each of hundreds of experts asks for them at each batch."""
+    found, _ = sweep(make_llama())
+    assert found.shared.keys() == found.tokens.keys()
+    expected = LossWeights(found.loss, found.tokens)
+    assert all(found.moments(name) == expected.moments(name) for name in found.tokens)
+
+
 def test_sequences_may_be_swept_one_part_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = sweep(make_llama().eval(), 2)
     monkeypatch.setattr("optima.calibration.loss_weights.KEPT_BYTES", 1)

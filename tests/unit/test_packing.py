@@ -219,3 +219,14 @@ def test_what_cannot_be_packed_is_refused(model: Path, tmp_path: Path) -> None:
     refused(optima.pack, tmp_path / "parts", match=r"a\.values is called like a part of a packed tensor")
     (tmp_path / "parts" / "model.safetensors").write_bytes(b"garbage")
     refused(optima.pack, tmp_path / "parts", match="is no whole safetensors file")
+
+
+def test_its_own_output_is_replaced_if_asked(model: Path, tmp_path: Path) -> None:
+    optima.pack(model)
+    with pytest.raises(ModelError, match="exists"):
+        optima.pack(model)
+    optima.pack(model, overwrite=True, code_exponents=True)
+    Path(tmp_path, "other").mkdir()
+    Path(tmp_path, "other", "file").touch()
+    with pytest.raises(ModelError, match="no packed files"):
+        optima.pack(model, tmp_path / "other", overwrite=True)

@@ -147,6 +147,15 @@ class TestPatternOverAllocation:
         assert recipe_of({"recipe": "best", "pattern": ["0.6"]}).allocation == "loss"
         assert not caplog.text
 
+    def test_its_spread_goes_with_another_allocation_only(self, tmp_path: Path) -> None:
+        file = tmp_path / "mine.yaml"
+        file.write_text("sparsity: 0.5\nallocation: loss\nallocation_spread: 0.03\n")
+        spreads = [
+            recipe_of({"recipe": str(file), **given}).allocation_spread
+            for given in ({}, {"allocation": "loss"}, {"allocation": "owl"})
+        ]
+        assert spreads == [0.03, 0.03, None]
+
     def test_an_allocation_that_is_given_too_is_refused(self) -> None:
         with pytest.raises(ValueError, match="shares out one unstructured sparsity"):
             recipe_of({"recipe": "best", "pattern": ["2:4"], "allocation": "loss"})

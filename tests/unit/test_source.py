@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from tiny import WEIGHTS, make_llama, save_model
 
+import optima
 from optima.errors import ModelError
 from optima.models.gguf import read_scalars
+from optima.models.masks import MaskFiles
 from optima.models.source import (
     commit_of,
     explain_read_errors,
@@ -225,15 +228,34 @@ class TestFingerprint:
             other.model.layers[1].mlp.up_proj.weight[3, 4] += 1
         assert fingerprint(find_source(str(save_model(tmp_path / "other", other)))) != first
 
-    def test_of_a_large_file_is_cheap(self, tmp_path: Path, model: Path) -> None:
-        with (model / WEIGHTS).open("ab") as file:
-            file.truncate(2**34)  # a hole
-        started = time.perf_counter()
-        fingerprint(find_source(str(model)))
-        assert time.perf_counter() - started < 2
+    def test_follows_every_byte_of_a_large_file(self, model: Path) -> None:
+        found = set()
+        for place in (None, 10**6, 10**7 + 1, 3 * 10**7 - 1):
+            with (model / WEIGHTS).open("r+b") as file:
+                file.truncate(3 * 10**7)
+                if place is not None:
+                    file.seek(place)
+                    file.write(b"x")
+            found.add(fingerprint(find_source(str(model))))
+        assert len(found) == 4
 
     def test_of_a_gguf_file(self, tmp_path: Path) -> None:
         for name, content in (("a.gguf", WHOLE), ("b.gguf", WHOLE + b"x")):
             (tmp_path / name).write_bytes(content)
         prints = {fingerprint(find_source(str(tmp_path / name))) for name in ("a.gguf", "b.gguf")}
         assert len(prints) == 2
+
+
+@pytest.mark.parametrize("error", HfHubHTTPError.__bases__)
+def test_a_download_that_breaks_off_is_explained(error: type[Exception]) -> None:
+    with pytest.raises(ModelError, match="cut off"), explain_read_errors(find_source("owner/name"), "weights"):
+        raise error("cut off")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/model", "a" * 300, "a\0b", "loop"])
+def test_a_path_that_cannot_be(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for use in (find_source, MaskFiles, optima.pack, optima.unpack):
+        with pytest.raises(ModelError, match="cannot be used"):
+            use(name)

@@ -11,8 +11,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
+from optima.errors import ModelError
 from optima.models.stacks import find_stacks, select_linears
-from optima.tuning import BlockError, Tuned, Tuning, tune
+from optima.tuning import GRADIENT, BlockError, Tuned, Tuning, tune
 
 CPU = torch.device("cpu")
 
@@ -75,6 +76,50 @@ def test_batches_do_not_matter() -> None:
 def test_one_sequence_is_too_few() -> None:
     found = tuned(make_llama().eval(), 1e-2, sequences=1)
     assert found == Tuned(found.held_out[:1], 0)
+
+
+def test_it_leaves_no_gradients() -> None:
+    model = make_llama()
+    recipe = Recipe(tuning_epochs=1, ignore=["lm_head", "down_proj"])
+    prune(model, recipe, calibration=make_tokens(16, 16))
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_is_made_for_inference_is_refused() -> None:
+    with torch.inference_mode():
+        model = make_llama()
+    recipe = Recipe(tuning_epochs=1, ignore=["lm_head", "down_proj"], objective="plain")
+    with pytest.raises(ModelError, match=r"layers\.0 was made inside torch\.inference_mode"):
+        prune(model, recipe, calibration=make_tokens(16, 16))
+
+
+@pytest.mark.parametrize("size", [1.0, 30.0])
+def test_large_hidden_states_do_not_stop_it(size: float) -> None:
+    """The cost is relative to the energy of the outputs: its gradient falls as their size, and a float16 loses it."""
+    gains = []
+    for dtype in (torch.float32, torch.float16):
+        model = make_llama()
+        with torch.no_grad():
+            model.model.embed_tokens.weight *= size
+            for block in model.model.layers:
+                block.mlp.down_proj.weight *= size
+                block.self_attn.o_proj.weight *= size
+        found = tuned(model.eval().to(dtype), 2e-3)
+        gains.append(found.held_out[found.best] / found.held_out[0])
+    assert gains[0] < 0.95
+    assert gains[1] == pytest.approx(gains[0], rel=0.02)
+
+
+def test_its_gradients_are_scaled_to_one_size() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for size, tokens in ((1e-3, 16), (1.0, 512), (1e3, 2048)):
+        targets = size * torch.randn(1, tokens, 24, generator=generator)
+        found = (targets + 0.1 * size * torch.randn(1, tokens, 24, generator=generator)).requires_grad_(True)
+        cost = BlockError.by_channel([targets])
+        error = cost(found, targets, None)
+        (error * cost.gradient_scale(error.item(), tokens)).backward()
+        assert found.grad is not None
+        assert 0.25 < float(found.grad.square().mean().sqrt()) / GRADIENT < 4.0
 
 
 def test_the_report_says_what_is_no_longer_certified() -> None:

@@ -147,6 +147,7 @@ def test_weights_can_be_read_by_whoever_can_read_the_rest(tmp_path: Path) -> Non
     finally:
         os.umask(previous)
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "out").iterdir()} == {0o644}
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
 
 
 def test_what_transformers_refuses_to_save_is_refused_first(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ Shapes: T tokens, N tokens of a sample, D inputs, B sequences in a batch, L toke
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -43,6 +44,8 @@ from optima.models.stacks import Block
 
 # Of the hessians of experts that are gathered at a time, in float64.
 EXPERT_BYTES = 4 * 2**30
+# Multiples of the golden ratio's fraction fill the unit interval evenly.
+GOLDEN = 0.6180339887498949
 # Tokens of the block that stand for all of them behind an expert's first product.
 COMMON_TOKENS = 2048
 
@@ -80,10 +83,11 @@ class TokenWeights:
             return None, True
         if tokens_T is None or (len(tokens_T) and int(tokens_T.max()) >= (part.stop - part.start) * length):
             return None, False
-        routed = self._all if self._loss is None else self._loss.of_routed(name, [s * n for s, n in self._sizes])
-        if routed is None:
-            return None, True
-        return routed[batch].to(tokens_T.device)[tokens_T + part.start * length], True
+        if self._loss is not None:
+            routed_T = self._loss.of_routed(name, batch, math.prod(self._sizes[batch]))
+        else:
+            routed_T = None if self._all is None else self._all[batch]
+        return None if routed_T is None else routed_T.to(tokens_T.device)[tokens_T + part.start * length], True
 
 
 def observe_experts(
@@ -143,7 +147,7 @@ class _Everything:
         self.calls = sum(ranks.gather(len(recorded.calls)))
         accumulator = Accumulator()
         sample, sample_weights = [], []
-        for batch, part, args, kwargs in recorded.calls:
+        for turn, (batch, part, args, kwargs) in enumerate(recorded.calls):
             hidden = hidden_of_call(args, kwargs).to(device)
             hidden_TD = hidden.reshape(-1, hidden.shape[-1])
             weight_T = weights.of_all(batch, part)
@@ -154,14 +158,14 @@ class _Everything:
             with clock("hessian"), full_precision():
                 _accumulate(accumulator, hidden_TD, weight_T, recorded.experts.name)
             count = -(-COMMON_TOKENS // self.calls)
-            sample.append(_thin(hidden_TD, count))
-            sample_weights.append(_thin(weight_T, count))
+            sample.append(thinned(hidden_TD, count, turn))
+            sample_weights.append(thinned(weight_T, count, turn))
         every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
         self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
         if ranks.size > 1:
             name = recorded.experts.name
             reduce_to({name: None}, {name: accumulator}, {name: self.sample_ND.shape[1]}, set(), (ranks, device))
-        self.common = Common(_mean(accumulator), _thin(self.sample_ND, SAMPLE).float())
+        self.common = Common(_mean(accumulator), thinned(self.sample_ND, SAMPLE).float())
 
 
 class _Portion:
@@ -229,7 +233,7 @@ class _Portion:
                 if new and len(call.inputs_TD):
                     weight_T, told = self.everything.weights.at(name, batch, part, call.tokens_T)
                     self.untold.update(() if told else (name,))
-                    self._add(into, name, call, weight_T, -(-SAMPLE // self.everything.calls))
+                    self._add(into, name, call, weight_T, -(-SAMPLE // self.everything.calls), batch + part.start)
 
         return self._watched(groups, add)
 
@@ -237,9 +241,11 @@ class _Portion:
         if len(call.inputs_TD):
             self._add(into, name, call, self.everything.weight_N, SAMPLE)
 
-    def _add(self, into: dict[str, Accumulator], name: str, call: Call, weight_T: Tensor | None, count: int) -> None:
+    def _add(
+        self, into: dict[str, Accumulator], name: str, call: Call, weight_T: Tensor | None, count: int, turn: int = 0
+    ) -> None:
         with self.everything.clock("hessian"):
-            _accumulate(into[name], call.inputs_TD, weight_T, name, _thin(call.inputs_TD, count))
+            _accumulate(into[name], call.inputs_TD, weight_T, name, thinned(call.inputs_TD, count, turn))
 
 
 def mixed(own: Accumulator, common: Common, damping: float) -> Statistics:
@@ -308,9 +314,10 @@ def _accumulate(
         )
 
 
-def _thin(rows: Tensor, count: int) -> Tensor:
-    """At most ``count`` of the rows, evenly spaced."""
-    return rows[:: max(-(-len(rows) // count), 1)]
+def thinned(rows: Tensor, count: int, turn: int = 0) -> Tensor:
+    """At most ``count`` of the rows, evenly spaced: from another one each ``turn``, for each begins with a sink."""
+    step = max(-(-len(rows) // count), 1)
+    return rows[int(turn * GOLDEN % 1.0 * step) :: step]
 
 
 def _mean(accumulator: Accumulator) -> Tensor:

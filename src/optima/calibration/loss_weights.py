@@ -62,8 +62,8 @@ class LossWeights:
         routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
-        shared: of several processes: tokens of all, their tempered sum and that of its squares, by the names of
-            ``tokens``, which are of this process's sequences.
+        shared: tokens of all processes, their tempered sum and that of its squares, by the names of ``tokens`` and
+            ``routed``, which are of this process's sequences.
     """
 
     loss: str
@@ -91,18 +91,18 @@ class LossWeights:
         known = total and name in self.tokens
         return [own_T.pow(POWER) * (count / total) for own_T in self.tokens[name]] if known else None
 
-    def of_routed(self, name: str, sizes: Sequence[int]) -> list[Tensor] | None:
-        """As ``of_tokens`` at an expert's linear ``name``: of each batch's ``sizes`` tokens, wherever they were routed.
+    def of_routed(self, name: str, batch: int, size: int) -> Tensor | None:
+        """As ``of_tokens`` at an expert's linear ``name``: of a batch's ``size`` tokens, wherever they were routed.
 
         A token that the dense model sent elsewhere has the mean of the expert's, which is 1.
         """
         count, total, _ = self.moments(name)
         if not total or name not in self.routed:
             return None
-        weights = [torch.ones(size) for size in sizes]
-        for weight_T, (tokens_T, own_T) in zip(weights, self.routed[name], strict=True):
-            weight_T[tokens_T] = own_T.pow(POWER) * (count / total)
-        return weights
+        tokens_T, own_T = self.routed[name][batch]
+        weight_T = torch.ones(size)
+        weight_T[tokens_T] = own_T.pow(POWER) * (count / total)
+        return weight_T
 
     def effective_tokens(self, name: str) -> float | None:
         """(sum s)^2 / sum s^2 of the tempered weights: so many equal tokens would tell as much."""
@@ -165,7 +165,7 @@ def _reduce(found: LossWeights, streams: Streams, swept: Sequence[int]) -> None:
     """Means over the tokens of all processes, of which each keeps the weights of its own."""
     ranks = streams.ranks
     tokens = sum(ranks.gather(sum(math.prod(streams.sizes[batch]) for batch in swept)))
-    own = {name: found.moments(name) for name in ((*found.tokens, *found.routed) if ranks.size > 1 else ())}
+    own = {name: found.moments(name) for name in (*found.tokens, *found.routed)}
     known = ranks.gather((own, _shapes(found.rows), _shapes(found.residual)))
     for name in _union(moments for moments, _, _ in known):
         every = [moments.get(name, (0.0, 0.0, 0.0)) for moments, _, _ in known]

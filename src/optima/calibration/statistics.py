@@ -11,6 +11,8 @@ Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens that w
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -170,6 +172,12 @@ def observe(
         yield Found(None, linears, recorded=recorded)
 
 
+def sampling_step(tokens: int) -> int:
+    """Every how manieth token is in the sample: all places of a sequence, and of a batch, have their turn."""
+    step = max(tokens // SAMPLE, 1)
+    return next(candidate for candidate in itertools.count(step) if math.gcd(candidate, tokens) == 1)
+
+
 class _AllSeen(Exception):  # noqa: N818 - not an error
     """Stops a block's forward pass before the product of its last linear."""
 
@@ -189,6 +197,8 @@ class _Watch:
         self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
         self.untold: set[str] = set()
         self._batch, self._part = 0, slice(0)
+        self._step = sampling_step(streams.tokens)
+        self._before = 0  # tokens of earlier batches
         self._called: list[str] = []  # in this pass
         self._last: str | None = None  # where a pass can end, known after the first
         self._given: Given | None = None  # of the first pass
@@ -199,6 +209,7 @@ class _Watch:
     def over(self, batch: int, part: slice) -> Iterator[None]:
         """Watch one forward pass inside this context; what one left half done is not done again."""
         self._batch, self._part = batch, part
+        self._before = self._streams.tokens_before + sum(math.prod(size) for size in self._streams.sizes[:batch])
         self._called.clear()
         self._once.start(batch, part)
         given = self._given = None if self._checked else Given()
@@ -255,8 +266,7 @@ class _Watch:
                 self.untold.add(name)
             else:
                 weight_T = rows_of(weights[self._batch], self._part, every).to(inputs_TD.device)
-                step = max(self._streams.tokens // SAMPLE, 1)
-                sample_ND = inputs_TD[-self._part.start * length % step :: step]
+                sample_ND = inputs_TD[-(self._before + self._part.start * length) % self._step :: self._step]
         elif (more := self._sink_weight * length - 1.0) > 0.0:
             heavy_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
             if heavy_ND is None:

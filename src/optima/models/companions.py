@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import metadata_load, metadata_save, snapshot_download
 
 from optima.models.files import explain_write_errors
-from optima.models.source import Source
+from optima.models.source import Source, explain_read_errors
 
 _logger = logging.getLogger("optima")
 
@@ -49,12 +49,12 @@ def copy_companions(source: Source, directory: Path) -> None:
     """
     if source.gguf_file is not None:
         return
-    with explain_write_errors(directory):
+    with explain_read_errors(source, "model"):
         origin = _fetch(source, [*COPIED, README])
-        _copy(origin, "", COPIED, directory)
-        modules = _modules(origin)
-        if modules:
+        if modules := _modules(origin):
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
+    with explain_write_errors(directory):
+        _copy(origin, "", COPIED, directory)
         for module in modules:
             _copy(origin, module, MODULE_FILES, directory)
         if card := _card(origin / README):

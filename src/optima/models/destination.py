@@ -29,13 +29,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from optima.errors import ModelError
-from optima.models.files import delete, digest, explain_write_errors, swap, sync
+from optima.models.files import delete, digest, explain_write_errors, swap, sync, usable_path
 from optima.models.journal import Lines, check_same, read_journal
 
 _logger = logging.getLogger("optima")
 
 SUFFIX = ".optima-partial"
 RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
+PACKED = ".packed.safetensors"  # how the files end that optima pack writes
 NAME_BYTES = 255  # of one name, on every file system in use
 
 
@@ -119,7 +120,7 @@ class Destination:
                 half done and ``resume`` says nothing, or its disk is read-only or too full. At the end, if it cannot
                 take its place: the message says where the finished directory is.
         """
-        path = _resolve(path)
+        path = usable_path(path, "the output directory", "choose another --output-dir").resolve()
         new_parents = [parent for parent in path.parents if not parent.exists()]
         with ExitStack() as stack:
             stack.callback(_remove_empty, new_parents)
@@ -240,22 +241,6 @@ def _beside(path: Path, suffix: str, hidden: bool = True) -> Path:
     return path.with_name(name)
 
 
-def _resolve(path: str | Path) -> Path:
-    text = os.fspath(path)
-    try:
-        text.encode("utf-8")
-        resolved = Path(text).expanduser().resolve()
-        resolved.exists()
-    except (OSError, ValueError, RuntimeError) as error:
-        # NUL bytes and undecodable ones are ValueErrors; loops of links and unknown homes RuntimeErrors.
-        reason = error.strerror if isinstance(error, OSError) else error
-        shown = ascii(text) if len(text) < 100 else f"{text[:100]!a}..."
-        raise ModelError(
-            f"the output directory {shown} cannot be used ({reason}): choose another --output-dir"
-        ) from None
-    return resolved
-
-
 def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise ``ModelError`` unless ``path`` is free, or an earlier output that ``overwrite`` allows to replace."""
     remedy = "choose another --output-dir"
@@ -277,10 +262,14 @@ def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> N
         if any(above.exists() and above.samefile(path) for above in (each, *each.parents)):
             raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")
     if not _is_output(path):
-        raise ModelError(f"{path} has no report.json of an earlier run and is not replaced: {remedy}")
+        raise ModelError(
+            f"{path} has no report.json of an earlier run and no packed files, and is not replaced: {remedy}"
+        )
 
 
 def _is_output(path: Path) -> bool:
+    if any(path.glob(f"*{PACKED}")):
+        return True
     try:
         content = json.loads((path / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

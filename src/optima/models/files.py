@@ -6,13 +6,12 @@ import ctypes
 import errno
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from optima.errors import ModelError
 
 CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+CHUNK = 2**20  # of a file, in bytes
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,11 +39,15 @@ def interruptible() -> Iterator[None]:
     A second signal is ignored, so that it does not interrupt the cleaning up. Does nothing outside the main thread.
     """
     installed: dict[int, Any] = {}
+    ours: list[Any] = []
 
     def stop(number: int, frame: object) -> None:
         for other in installed:
             signal.signal(other, signal.SIG_IGN)
+        ours.append(signal.SIG_IGN)
         raise Interrupted(number)
+
+    ours.append(stop)
 
     if threading.current_thread() is threading.main_thread():
         for terminating in (signal.SIGTERM, signal.SIGHUP):
@@ -53,7 +57,30 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for number, handler in installed.items():
-            signal.signal(number, handler)
+            # What is ignored by now stays so: another process of the run is no more, and that is not told yet.
+            if signal.getsignal(number) in ours:
+                signal.signal(number, handler)
+
+
+def usable_path(path: str | Path, what: str, remedy: str) -> Path:
+    """``path`` with its home directory put in, which can be looked at; whether something is there is another matter.
+
+    Raises:
+        ModelError: if no path can be so called, or it may not be looked at. It names ``what`` and the ``remedy``.
+    """
+    text = os.fspath(path)
+    try:
+        text.encode("utf-8")
+        expanded = Path(text).expanduser()
+        expanded.resolve()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            expanded.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        # NUL bytes and undecodable ones are ValueErrors; loops of links and unknown homes RuntimeErrors.
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = ascii(text) if len(text) < 100 else f"{text[:100]!a}..."
+        raise ModelError(f"{what} {shown} cannot be used ({reason}): {remedy}") from None
+    return expanded
 
 
 @contextmanager
@@ -92,8 +119,11 @@ def digest(file: Path) -> str | None:
     """SHA-256 of a file's content, in hex; None if it is empty, or no file."""
     if not file.is_file() or not file.stat().st_size:
         return None
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest()
+    content = hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        while chunk := opened.read(CHUNK):
+            content.update(chunk)
+    return content.hexdigest()
 
 
 def swap(new: Path, old: Path, aside: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from optima.errors import RecipeError
+from optima.models.files import usable_path
 from optima.models.stacks import Linear
 
 # Names listed in a message.
@@ -28,7 +29,7 @@ class MaskFiles:
     """
 
     def __init__(self, path: str) -> None:
-        self.path = Path(path).expanduser()
+        self.path = usable_path(path, "mask_from", "name a pruned checkpoint or a safetensors file of masks")
         self._packed: dict[str, Tensor] = {}  # eight weights in a byte
 
     @cached_property

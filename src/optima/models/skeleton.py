@@ -24,3 +24,11 @@ def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()
     return model.eval(), config
+
+
+def dtype_as_read(config: PretrainedConfig, dtype: str) -> torch.dtype:
+    """What weights are read in, and written in: ``dtype``, or of ``auto`` the configuration's, which may have none."""
+    found = config.dtype if dtype == "auto" else dtype
+    found = getattr(torch, found) if isinstance(found, str) else found or torch.float32
+    assert isinstance(found, torch.dtype)
+    return found

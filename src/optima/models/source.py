@@ -7,6 +7,7 @@ import logging
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from optima.errors import ModelError
+from optima.models.files import digest, usable_path
 from optima.models.gguf import read_scalars
 
 _logger = logging.getLogger("optima")
@@ -35,14 +37,13 @@ _logger = logging.getLogger("optima")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
-# Of a file's content, for its fingerprint.
-SAMPLES, SAMPLE_BYTES = 256, 2**16
 # What transformers and its readers raise for bad input. Anything else is a bug, and shows as one.
-BAD_INPUT = (
+BAD_INPUT: tuple[type[Exception], ...] = (
     *(OSError, ValueError, ImportError),  # unreadable or no JSON; contradictions; a package that is missing
     *(KeyError, TypeError, AttributeError),  # JSON of another form: missing fields, a list where an object belongs
     *(ZeroDivisionError, StrictDataclassError),  # no heads; fields that the configuration's class refuses
     *(RuntimeError, SafetensorError),  # JSON nested too deeply; negative sizes; tensors of other shapes; cut-off files
+    *HfHubHTTPError.__bases__,  # a connection that breaks off, with any of the hub client's HTTP libraries
 )
 # Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
 MAX_COUNTS = (
@@ -103,7 +104,7 @@ def find_source(name: str, trust_remote_code: bool = False, revision: str | None
     Raises:
         ModelError: if a local path does not hold a safetensors or GGUF checkpoint, or has a revision.
     """
-    path = Path(name).expanduser()
+    path = usable_path(name, "the model", "give a hub id, a local model directory or a GGUF file")
     source = Source(name, name, None, trust_remote_code, revision)
     if name.endswith(".gguf"):
         parts = name.split("/")
@@ -266,7 +267,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def explain_read_errors(source: Source, what: str) -> Iterator[None]:
     """Turn a failure to read one of ``REMEDIES`` into a ``ModelError`` that names the source and the remedy."""
     # A module asserts that the padding token is in the vocabulary.
-    errors = (*BAD_INPUT, AssertionError) if what == "configuration" else BAD_INPUT
+    errors: tuple[type[Exception], ...] = (*BAD_INPUT, AssertionError) if what == "configuration" else BAD_INPUT
     try:
         yield
     except errors as error:
@@ -294,9 +295,9 @@ def commit_of(source: Source) -> str | None:
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of the source's weights that is cheap to take, to tell whether two runs read the same ones.
+    """A hash of the source's weights, to tell whether two runs read the same ones. Call it after a load.
 
-    See ``fingerprint_files``: of its safetensors files, or the GGUF file. Call it after a load.
+    See ``fingerprint_files``: of its safetensors files, or the GGUF file.
     """
     directory = _directory(source)
     return fingerprint_files(
@@ -305,20 +306,11 @@ def fingerprint(source: Source) -> str:
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the name and size of each file, its first 64 KiB and 64 KiB at each of ``SAMPLES`` places.
-
-    These are evenly spaced: files up to 16 MiB count whole.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        step = max(SAMPLE_BYTES, size // SAMPLES)
-        with file.open("rb") as opened:
-            for start in range(0, size, step):
-                opened.seek(start)
-                digest.update(opened.read(SAMPLE_BYTES))
-    return f"sha256-of-samples:{digest.hexdigest()}"
+    """SHA-256 over the name of each file and that of its content: half a second a gigabyte, several at a time."""
+    files = list(files)
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads work
+        lines = [f"{file.name} {content}\n" for file, content in zip(files, pool.map(digest, files), strict=True)]
+    return f"sha256-of-files:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
 
 
 def _directory(source: Source) -> Path:

@@ -52,20 +52,22 @@ def prepare(
         raise ModelError("the model has adapters, which are not written: merge them into its weights first")
     # Elsewhere first: save_pretrained deletes the shards that it finds.
     with explain_write_errors(directory), TemporaryDirectory(dir=directory.parent) as scratch, no_bars():
+        saved = Path(scratch, "saved")  # whose mode, unlike the scratch directory's, is anybody's to read
+        saved.mkdir()
         if source is not None:
-            copy_companions(source, Path(scratch))
+            copy_companions(source, saved)
         try:
-            model.save_pretrained(scratch, state_dict={})
+            model.save_pretrained(saved, state_dict={})
             if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
+                tokenizer.save_pretrained(saved)
         except ValueError as error:
             # How transformers refuses a generation configuration that contradicts itself.
             raise ModelError(
                 f"transformers cannot save the configuration or tokenizer of this {type(model).__name__} ({error}): "
                 "correct it (model.generation_config, for example) before pruning"
             ) from error
-        Path(scratch, WEIGHTS).unlink(missing_ok=True)
-        shutil.copytree(scratch, directory, dirs_exist_ok=True)
+        (saved / WEIGHTS).unlink(missing_ok=True)
+        shutil.copytree(saved, directory, dirs_exist_ok=True)
 
 
 class Writer:
