@@ -17,7 +17,7 @@ from optima.calibration.capture import capture
 from optima.calibration.expert_statistics import Common, TokenWeights, mixed, observe_experts, routing_notes, thinned
 from optima.calibration.loss_weights import LossWeights, loss_weights
 from optima.calibration.routed import Recorded, recorders
-from optima.calibration.statistics import Accumulator, Found, observe
+from optima.calibration.statistics import Accumulator, Found, observe, sampled, sampling_step
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch
 from optima.errors import ModelError
@@ -196,10 +196,18 @@ def test_gradients_are_those_of_each_expert() -> None:
 
 
 def test_samples_have_no_more_first_tokens_than_the_text() -> None:
-    places_N = torch.cat([thinned(torch.arange(2048), 16, turn) for turn in range(128)])
-    assert len(places_N) == 128 * 16
-    assert int((places_N == 0).sum()) <= 2
-    assert int((places_N < 1024).sum()) == pytest.approx(len(places_N) / 2, rel=0.02)
+    tokens, length = 128 * 2048, 2048
+    step = sampling_step(tokens, 2048)
+    for place_N in (
+        torch.cat([sampled(torch.arange(length), length * before, step) for before in range(128)]),
+        torch.cat([thinned(torch.arange(length), 16, turn) for turn in range(128)]),
+    ):
+        assert len(place_N) == pytest.approx(2048, rel=0.02)
+        assert int((place_N == 0).sum()) <= 2
+        assert int((place_N < length // 2).sum()) == pytest.approx(len(place_N) / 2, rel=0.02)
+    whole_N = sampled(torch.arange(tokens), 0, step)
+    parts = [sampled(part, int(part[0]), step) for part in torch.arange(tokens).split(3000)]
+    assert torch.cat(parts).equal(whole_N), "it does not depend on batches"
 
 
 def test_token_weights_reach_the_experts() -> None:

@@ -31,7 +31,7 @@ from optima.calibration.halving import Once, rows_of
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import reduce_to
 from optima.calibration.routed import Group, Recorded
-from optima.calibration.statistics import SAMPLE, Accumulator, Found
+from optima.calibration.statistics import SAMPLE, Accumulator, Found, sampled, sampling_step
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
@@ -147,19 +147,23 @@ class _Everything:
         self.calls = sum(ranks.gather(len(recorded.calls)))
         accumulator = Accumulator()
         sample, sample_weights = [], []
-        for turn, (batch, part, args, kwargs) in enumerate(recorded.calls):
+        rows = ranks.gather([hidden_of_call(args, kwargs)[..., 0].numel() for _, _, args, kwargs in recorded.calls])
+        before = sum(map(sum, rows[: ranks.rank]))
+        step = sampling_step(sum(map(sum, rows)), COMMON_TOKENS)
+        for batch, part, args, kwargs in recorded.calls:
             hidden = hidden_of_call(args, kwargs).to(device)
             hidden_TD = hidden.reshape(-1, hidden.shape[-1])
             weight_T = weights.of_all(batch, part)
             if weight_T is None or len(weight_T) != len(hidden_TD):
                 weight_T = torch.ones(len(hidden_TD))
             used_T = hidden_TD.ne(0).any(dim=1)  # zeros stand for tokens that are routed elsewhere (Llama 4)
-            hidden_TD, weight_T = hidden_TD[used_T], weight_T.to(device)[used_T]
+            weight_T = weight_T.to(device)
             with clock("hessian"), full_precision():
-                _accumulate(accumulator, hidden_TD, weight_T, recorded.experts.name)
-            count = -(-COMMON_TOKENS // self.calls)
-            sample.append(thinned(hidden_TD, count, turn))
-            sample_weights.append(thinned(weight_T, count, turn))
+                _accumulate(accumulator, hidden_TD[used_T], weight_T[used_T], recorded.experts.name)
+            chosen = sampled(used_T, before, step)
+            sample.append(sampled(hidden_TD, before, step)[chosen])
+            sample_weights.append(sampled(weight_T, before, step)[chosen])
+            before += len(hidden_TD)
         every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
         self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
         if ranks.size > 1:

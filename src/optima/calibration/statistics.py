@@ -172,10 +172,15 @@ def observe(
         yield Found(None, linears, recorded=recorded)
 
 
-def sampling_step(tokens: int) -> int:
-    """Every how manieth token is in the sample: all places of a sequence, and of a batch, have their turn."""
-    step = max(tokens // SAMPLE, 1)
+def sampling_step(tokens: int, wanted: int) -> int:
+    """The distance of about ``wanted`` tokens, at which all places of a sequence, and of a batch, have their turn."""
+    step = max(tokens // wanted, 1)
     return next(candidate for candidate in itertools.count(step) if math.gcd(candidate, tokens) == 1)
+
+
+def sampled(rows: Tensor, before: int, step: int) -> Tensor:
+    """Every ``step``-th row, counted over all batches, of which there were ``before`` in earlier ones."""
+    return rows[-before % step :: step]
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error
@@ -197,7 +202,7 @@ class _Watch:
         self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
         self.untold: set[str] = set()
         self._batch, self._part = 0, slice(0)
-        self._step = sampling_step(streams.tokens)
+        self._step = sampling_step(streams.tokens, SAMPLE)
         self._before = 0  # tokens of earlier batches
         self._called: list[str] = []  # in this pass
         self._last: str | None = None  # where a pass can end, known after the first
@@ -266,7 +271,7 @@ class _Watch:
                 self.untold.add(name)
             else:
                 weight_T = rows_of(weights[self._batch], self._part, every).to(inputs_TD.device)
-                sample_ND = inputs_TD[-(self._before + self._part.start * length) % self._step :: self._step]
+                sample_ND = sampled(inputs_TD, self._before + self._part.start * length, self._step)
         elif (more := self._sink_weight * length - 1.0) > 0.0:
             heavy_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
             if heavy_ND is None:
