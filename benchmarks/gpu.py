@@ -47,6 +47,8 @@ from optima.selectors.base import LinearTask, make_selector
 
 BLOCKS = 32
 SEQUENCES, LENGTH, SEQUENCES_PER_BATCH = 128, 2048, 4
+# Of an iteration, with a D x D matrix; thin ones, and those of other solvers, are not counted.
+PRODUCTS = {"shared-inverse-cg": 2, "low-rank-cg": 1}
 HIDDEN, KEY_VALUE, INTERMEDIATE, HEADS = 4096, 1024, 14336, 32
 SHRINK = {"full": 1, "eighth": 8, "tiny": 64}
 GOAL_MINUTES, GOAL_GIB = 15.0, 10.0
@@ -180,7 +182,7 @@ def run_block(shape: Shape, solver: RowSolver, clock: Clock) -> list[Line]:
                 memory.phase("prune")
                 record, seconds = prune(name, weights[name], hessian, shape, solver)
             solve_seconds = seconds["solve"] + seconds["round"]
-            products = 4.0 * size**2 * record.iterations_mean * record.rows
+            products = 2.0 * size**2 * PRODUCTS.get(record.solver, 0) * record.iterations_mean * record.rows
             accumulation = 2.0 * shape.tokens * size**2
             line = Line(
                 name, outputs, size, hessian_seconds, prepare_seconds, seconds["select"], solve_seconds,

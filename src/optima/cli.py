@@ -232,7 +232,8 @@ def _report(paths: Sequence[str], html: str | None = None) -> None:
     beside = [(Path(path) if Path(path).is_dir() else Path(path).parent) / EVALUATION_NAME for path in paths]
     found = [load_evaluation(file) if file.is_file() else None for file in beside]
     if html is not None:
-        _write_page(reports, Path(html).expanduser(), [headline(own) if own else [] for own in found])
+        figures = [headline(own, file.parent) if own else [] for own, file in zip(found, beside, strict=True)]
+        _write_page(reports, Path(html).expanduser(), figures)
     elif len(paths) > 1:
         raise OptimaError("several reports are compared on a page: name its file by --html FILE")
     else:

@@ -7,6 +7,7 @@ know nothing of it. And after each step of any optimizer of torch it is set to z
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,34 +17,43 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from optima.errors import ModelError, RecipeError
-from optima.models.stacks import linears_of
+from optima.models.stacks import Linear, linears_of
 
 
 class HeldZeros:
     """The zeros that are held: what ``hold_zeros`` returns.
 
-    Attributes:
-        keep: by the name of each held linear its mask, bool, shaped as the model stores the weight, True = survives.
+    Args:
+        linears: those that are held, by name.
+        keep: the mask of each, see ``hold_zeros``.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor], keep: Mapping[str, Tensor]) -> None:
-        self.keep = dict(keep)
-        self._parameters = dict(parameters)
+    def __init__(self, linears: Mapping[str, Linear], keep: Mapping[str, Tensor]) -> None:
+        self._linears = dict(linears)
+        self._parameters = {id(linear.parameter): linear.parameter for linear in linears.values()}
+        # Experts of one parameter have one mask together.
+        self._masks = {key: torch.ones_like(own, dtype=torch.bool) for key, own in self._parameters.items()}
+        for name, mask in keep.items():
+            self._part(name).copy_(mask)
         # A frozen weight takes no hook; should it be thawed, the step's hook still holds its zeros.
-        trained = (name for name in self.keep if self._parameters[name].requires_grad)
         self._hooks: list[RemovableHandle] = [
-            self._parameters[name].register_hook(lambda gradient, name=name: self._masked(name, gradient))
-            for name in trained
+            parameter.register_hook(partial(self._masked, key))
+            for key, parameter in self._parameters.items()
+            if parameter.requires_grad
         ]
         self._hooks.append(register_optimizer_step_post_hook(lambda *_: self.apply()))
         self.apply()
 
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """By the name of each held linear its mask, bool, True = survives; shaped as ``hold_zeros`` says."""
+        return {name: self._part(name) for name in self._linears}
+
     @torch.no_grad()
     def apply(self) -> None:
         """Set to zero what is not kept: needed after changes outside an optimizer, such as merging an adapter."""
-        for name in self.keep:
-            parameter = self._parameters[name]
-            parameter.copy_(self._masked(name, parameter))
+        for key, parameter in self._parameters.items():
+            parameter.copy_(self._masked(key, parameter))
 
     def remove(self) -> None:
         """Hold nothing any more; the weights stay as they are."""
@@ -51,10 +61,19 @@ class HeldZeros:
             hook.remove()
         self._hooks.clear()
 
-    def _masked(self, name: str, tensor: Tensor) -> Tensor:
-        if self.keep[name].device != tensor.device:  # the model has moved
-            self.keep[name] = self.keep[name].to(tensor.device)
-        return torch.where(self.keep[name], tensor, 0.0)
+    def _part(self, name: str) -> Tensor:
+        linear = self._linears[name]
+        return part_of(linear, self._masks[id(linear.parameter)])
+
+    def _masked(self, key: int, tensor: Tensor) -> Tensor:
+        if self._masks[key].device != tensor.device:  # the model has moved
+            self._masks[key] = self._masks[key].to(tensor.device)
+        return torch.where(self._masks[key], tensor, 0.0)
+
+
+def part_of(linear: Linear, stored: Tensor) -> Tensor:
+    """A linear's part of a tensor like its parameter: all of it, or an expert's, outputs x inputs; a view."""
+    return stored if stored.ndim == 2 else linear.orient(stored)
 
 
 def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> HeldZeros:
@@ -66,7 +85,8 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
     Args:
         model: a sparse model; its parameters must stay the same objects, as they do in ``model.to``.
         keep: masks by the name of their linear, with or without ``.weight``: bool, shaped as the model stores the
-            weight, True = survives; what does not survive becomes zero at once. Without it a mask is inferred, on
+            weight (of an expert in a fused parameter: outputs x inputs), True = survives; what does not survive
+            becomes zero at once. Without it a mask is inferred, on
             purpose: weights of linears that are exactly zero now. A linear of nothing but zeros (an adapter before
             training) is left alone, and so is one that shares the weight of an embedding.
 
@@ -77,27 +97,28 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
         ModelError: if there are no zeros to hold.
         RecipeError: if a mask fits no linear.
     """
-    parameters = {linear.name.removeprefix("."): linear.parameter for linear in linears_of(model, "")}
+    linears = {linear.name.removeprefix("."): linear for linear in linears_of(model, "")}
+    parts = {name: part_of(linear, linear.parameter.detach()) for name, linear in linears.items()}
     if keep is None:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-        own = {name: p for name, p in parameters.items() if id(p) not in embeddings and p.is_floating_point()}
-        masks = {name: parameter.detach() != 0 for name, parameter in own.items()}
-        found = {name: mask for name, mask in masks.items() if mask.any() and not mask.all()}
+        own = [name for name, linear in linears.items() if id(linear.parameter) not in embeddings]
+        zeros = {name: int((parts[name] == 0).sum()) for name in own if parts[name].is_floating_point()}
+        found = {name: parts[name] != 0 for name, count in zeros.items() if 0 < count < parts[name].numel()}
         if not found:
             raise ModelError(
                 f"no linear of this {type(model).__name__} has zeros to hold: prune it first, or give masks"
             )
     else:
         found = {name.removesuffix(".weight"): mask for name, mask in keep.items()}
-        _check(found, parameters)
-    return HeldZeros(parameters, found)
+        _check(found, parts)
+    return HeldZeros({name: linears[name] for name in found}, found)
 
 
-def _check(keep: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+def _check(keep: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
     for name, mask in keep.items():
-        if name not in parameters:
-            raise RecipeError(f"keep names {name}, and the model has no such linear: it has {', '.join(parameters)}")
-        shape = tuple(parameters[name].shape)
+        if name not in parts:
+            raise RecipeError(f"keep names {name}, and the model has no such linear: it has {', '.join(parts)}")
+        shape = tuple(parts[name].shape)
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise RecipeError(
                 f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: give bool of shape {shape}, True "

@@ -125,6 +125,9 @@ def prune(
         shown = make_progress() if progress and ranks.first else Progress()
         shown.reading(None if source is None else source.name)
         network, weights, origin, text = _read(checked, tokenizer, ranks)
+        samples, length = text.size  # of what the caller gave; else as asked
+        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length)
+        checked = replace(checked, recipe=recipe)
         assert recipe.batch_size is not None
         batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
@@ -177,12 +180,7 @@ class _Checked:
 
 
 def _check(
-    model: object,
-    recipe: object,
-    output_dir: object,
-    calibration: object,
-    dump_layer: str | None,
-    ranks: Ranks,
+    model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None, ranks: Ranks
 ) -> _Checked:
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import families
 import pytest
 from tiny import Refused, make_llama, make_tokens, prune_arguments
 from torch.utils.data import DataLoader, TensorDataset
@@ -256,6 +257,19 @@ class TestTrackers:
             assert values["error/mlp.up_proj"] == pytest.approx(own["up_proj"].error)
             assert values["gap/self_attn.q_proj"] == own["q_proj"].gap_max
         assert logs[2][1][0]["run/error"] == report.error_geomean
+
+    @pytest.mark.parametrize("family", ["t5", "qwen3_moe"])
+    def test_steps_go_on_over_stacks_and_experts_are_one_kind(
+        self, monkeypatch: pytest.MonkeyPatch, family: str
+    ) -> None:
+        fake = FakeTracker("wandb")
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        prune(families.build(family), RECIPE, calibration=families.make_ids(), callbacks=find_trackers(["wandb"]))
+        logs = [call for kind, call in fake.calls if kind == "log"]
+        *steps, last = (step for _, step in logs)
+        assert steps == list(range(1, len(logs)))
+        assert last == steps[-1]
+        assert not [name for values, _ in logs for name in values if name[-1].isdigit()]
 
     def test_tensorboard_can_read_what_is_written(self, root: Path) -> None:
         reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

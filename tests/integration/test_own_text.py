@@ -83,6 +83,11 @@ def test_what_a_text_begins_with() -> None:
     chat = make_tokenizer("none")
     chat.chat_template = "{% for m in messages %}the {{ m.content }}{% endfor %}"
     assert chat.decode(beginning(chat)) == "the "
+    chat.chat_template = "{% for m in messages %}the {% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    assert chat.decode(beginning(chat)) == "the ", "a template that takes parts"
+    chat = make_tokenizer("bos")
+    chat.chat_template = "{{ raise_exception('no users') }}"
+    assert beginning(chat) == [0]
     with pytest.raises(CalibrationError, match="neither a chat template nor"):
         beginning(make_tokenizer("none"))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import build, make_ids
-from tiny import make_llama, make_tokens, save_model, save_text
+from tiny import TEXT, make_llama, make_tokenizer, make_tokens, save_model, save_text
 
 from optima import Recipe, load_recipe, load_report, prune
+from optima.cli import main
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
 from optima.plan import make_plan
@@ -75,3 +78,27 @@ def test_plan_of_fused_experts(family: str, tmp_path: Path) -> None:
     planned = {linear.name for linear in plan.found.linears}
     assert {linear.name for linear in report.linears} == planned
     assert any("experts" in name for name in planned)
+
+
+@pytest.mark.parametrize("form", ["tensor", "batches", "documents"])
+def test_the_recipe_says_how_much_text_was_read(tmp_path: Path, form: str) -> None:
+    tokens_NL, recipe = make_tokens(20, 16), Recipe()
+    given: Any = tokens_NL
+    if form == "batches":
+        given = list(tokens_NL.split(4))
+    elif form == "documents":
+        given, recipe = [TEXT] * 20, Recipe(num_calibration_samples=5, max_seq_length=16)
+    tokenizer = make_tokenizer()
+    report = prune(make_llama(), recipe, output_dir=tmp_path / "out", tokenizer=tokenizer, calibration=given)
+    saved = load_recipe(tmp_path / "out" / "recipe.yaml")
+    expected = (5 if form == "documents" else 20, 16)
+    assert (saved.num_calibration_samples, saved.max_seq_length) == expected
+    assert math.prod(expected) == report.run.num_tokens
+
+
+def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_model(tmp_path / "llama[final]" / "[" / "old]")
+    save_text(tmp_path / "text.txt")
+    arguments = ["--dataset", str(tmp_path / "text.txt"), "--num-calibration-samples", "4", "--max-seq-length", "16"]
+    assert main(["prune", str(model), "--output-dir", str(tmp_path / "out"), *arguments]) == 0
+    assert "llama[final]/[/old]" in capsys.readouterr().err.replace("\n", "")

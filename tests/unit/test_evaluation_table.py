@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from optima.evaluation.record import (
@@ -12,9 +15,10 @@ from optima.evaluation.record import (
     Evaluation,
     ModelRecord,
     PairedRecord,
+    PerplexityRecord,
     TaskRecord,
 )
-from optima.evaluation.table import print_tables
+from optima.evaluation.table import headline, print_tables
 
 ACCURACY = Estimate(0.5181, 0.0103)
 
@@ -54,3 +58,16 @@ def test_one_comparison_names_its_model_below_and_several_in_a_column() -> None:
     assert "a against dense:" in one
     assert " against dense:" in several
     assert several.count("2e-27") == 2 * one.count("2e-27")
+
+
+def test_a_report_has_the_perplexity_of_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = evaluation("dense", "a", "b")
+    text = [PerplexityRecord(value, Estimate(0.0, 0.0), "windows", 2, 16, "") for value in (10.0, 20.0, 30.0)]
+    models = tuple(replace(model, perplexity=own) for model, own in zip(found.models, text, strict=True))
+    found = replace(found, models=models)
+    for name, expected in (("a", "20.00"), ("b", "30.00")):
+        assert headline(found, Path(name)) == [("perplexity", expected, "10.00 of dense")]
+        assert headline(found, Path("moved", name)) == headline(found, Path(name))
+    assert headline(found, Path("dense")) == [("perplexity", "10.00", "")]
+    assert headline(found, Path("c")) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import families
 import pytest
 import torch
 from tiny import blocks_of, make_llama, make_tokens
@@ -153,3 +154,27 @@ def test_what_cannot_be_held_is_refused() -> None:
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(RecipeError, match=rf"the mask of {name} is torch.float32 of shape \(48, 32\): give bool"):
         optima.hold_zeros(make_llama(), {name: torch.ones(48, 32)})
+
+
+def test_experts_of_one_parameter_share_one_mask() -> None:
+    model = families.build("qwen3_moe")
+    optima.prune(model, optima.Recipe(selector="magnitude", solver="none"), calibration=families.make_ids())
+    linears = {linear.name: linear for block in blocks_of(model) for linear in block.linears}
+    before = {name: linear.read().clone() for name, linear in linears.items()}
+    handle = optima.hold_zeros(model.train())
+    assert handle.keep.keys() == before.keys()
+    masks = {mask.untyped_storage().data_ptr(): mask.untyped_storage().nbytes() for mask in handle.keep.values()}
+    assert sum(masks.values()) == sum(weight.numel() for weight in before.values())
+    ids = families.make_ids()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    for name, linear in linears.items():
+        assert not linear.read()[before[name] == 0].any(), name
+    handle.remove()
+    (name,) = [name for name in before if name.endswith("layers.1.mlp.experts.down_proj.2")]
+    keep = torch.rand(before[name].shape) > 0.5
+    optima.hold_zeros(model, {name: keep}).remove()
+    assert not linears[name].read()[~keep].any()
+    assert linears[name.removesuffix("2") + "1"].read().any()

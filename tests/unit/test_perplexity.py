@@ -3,7 +3,7 @@
 import io
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +12,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from tiny import make_llama, make_tokens
+from tiny import LINES, make_llama, make_tokenizer, make_tokens
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -309,3 +309,16 @@ def test_every_batch_is_told() -> None:
     told: list[tuple[int, int]] = []
     window_losses(make_llama(), make_tokens()[:5], batch_size=2, tell=lambda *counts: told.append(counts))
     assert told == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_no_more_text_is_read_than_the_windows_need() -> None:
+    tokenizer, read = make_tokenizer("bos"), []
+
+    def documents() -> Iterator[str]:
+        for number in range(20000):
+            read.append(number)
+            yield LINES[number % len(LINES)]
+
+    few = evaluation_windows(documents(), tokenizer, 16, 20)
+    assert len(read) < 2000
+    assert torch.equal(few, evaluation_windows(documents(), tokenizer, 16)[:20])

@@ -140,6 +140,24 @@ class TestReadDocuments:
         own = TextSource(("a.jsonl",), text_column="own")
         assert list(Documents(own, tokenizer=tokenizer)) == ["[user] hi[assistant] ho"] * 2
 
+    def test_the_beginning_that_only_a_template_writes_stays(self, here: Path) -> None:
+        (here / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+        tokenizer = make_tokenizer("none", bos_token="<s>")
+        tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+        assert list(Documents(TextSource(("a.jsonl",)), tokenizer=tokenizer)) == ["<s>hi"]
+
+    def test_c4_is_english_beside_other_text(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked = []
+
+        def records(name: str, config: str | None, *rest: object) -> tuple[list[dict[str, str]], None]:
+            asked.append((name, config))
+            return [{"text": "hub"}], None
+
+        monkeypatch.setattr(records_module, "hub_records", records)
+        (here / "a.txt").write_text("mine")
+        assert sorted(Documents(TextSource(("a.txt", "allenai/c4", "some/other")), seed=0)) == ["hub", "hub", "mine"]
+        assert asked == [("allenai/c4", "en"), ("some/other", None)]
+
     @pytest.mark.parametrize("template", [None, "{{ messages[0].name.first }}", "{{ raise_exception('no system') }}"])
     def test_chats_that_cannot_be_read(self, here: Path, template: str | None) -> None:
         (here / "a.jsonl").write_text(json.dumps({"messages": [{"role": "system", "content": "x"}]}))

@@ -10,6 +10,8 @@ Shapes: N sequences, L tokens in each.
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from optima.calibration.halving import Halving
 from optima.calibration.inputs import Calibration, is_encoder_decoder
-from optima.calibration.text import special_tokens, token_ids
+from optima.calibration.text import BAD_CHAT, special_tokens, token_ids
 from optima.device import evaluating
 from optima.errors import CalibrationError
 from optima.recipe import Recipe
@@ -100,12 +102,16 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     Raises:
         CalibrationError: if there are none.
     """
-    if tokenizer.chat_template is not None:
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": PLACEHOLDER}], tokenize=False)
-        assert isinstance(chat, str)
-        (ids,) = token_ids([chat.split(PLACEHOLDER)[0]], tokenizer)
-        if ids:
-            return ids
+    # Templates of models that see take a message in parts.
+    contents: tuple[Any, ...] = (PLACEHOLDER, [{"type": "text", "text": PLACEHOLDER}])
+    for content in contents if tokenizer.chat_template else ():
+        with suppress(*BAD_CHAT):
+            chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            assert isinstance(chat, str)
+            before, told, _ = chat.partition(PLACEHOLDER)
+            (ids,) = token_ids([before], tokenizer)
+            if told and ids:
+                return ids
     found = special_tokens(tokenizer).before
     if not found:
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)

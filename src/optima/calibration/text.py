@@ -21,6 +21,11 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.errors import CalibrationError
 
+# Configurations of data sets that have several and name none of them as the default.
+CONFIGS = {"allenai/c4": "en"}
+# What a chat template raises for messages that it was not written for.
+BAD_CHAT = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
 SEPARATOR = "\n\n"
 CHAT_COLUMN = "messages"
 BATCH_DOCUMENTS = 64  # tokenised at once: enough to keep every core busy
@@ -105,7 +110,8 @@ class Documents:
         source = self._source
         try:
             if not is_file(name):
-                records, revision = hub_records(name, source.config, source.split, source.revision, self._seed)
+                config = source.config or CONFIGS.get(name)
+                records, revision = hub_records(name, config, source.split, source.revision, self._seed)
                 if len(source.dataset) == 1:
                     self.revision = revision
                 yield from self._texts(records, name)
@@ -155,14 +161,15 @@ class Documents:
             )
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False)
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+        except BAD_CHAT as error:
             raise CalibrationError(
                 f"a chat of dataset {name!r} does not fit the model's chat template: {error}: each message must have a "
                 "role that it knows, and a content"
             ) from error
         assert isinstance(text, str)
-        # The window brings its own.
-        return text.removeprefix(self._tokenizer.bos_token or "")
+        # Unless the template alone brings it, every window has its own.
+        own = self._tokenizer.bos_token_id in special_tokens(self._tokenizer).before
+        return text.removeprefix(self._tokenizer.bos_token or "") if own else text
 
 
 def calibration_tokens(

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from optima.calibration.text import is_file
 from optima.evaluation.record import Evaluation, ModelRecord
 from optima.evaluation.table import render_evaluation
 from optima.reporting.model_card import add_results, short_name
@@ -27,13 +28,14 @@ def update_card(directory: Path, found: Evaluation, model: str) -> bool:
 
 def _results(record: ModelRecord, settings: dict[str, Any]) -> Iterator[EvalResult]:
     if (text := record.perplexity) is not None:
-        name = ", ".join(map(short_name, settings.get("dataset") or ["text"]))
+        read = settings.get("dataset") or []
+        name, of_hub = ", ".join(map(short_name, read or ["text"])), not any(map(is_file, read))
         yield EvalResult(
             task_type="text-generation",
             dataset_type=name,
             dataset_name=name,
-            dataset_config=settings.get("dataset_config"),
-            dataset_split=settings.get("split"),
+            dataset_config=settings.get("dataset_config") if of_hub else None,
+            dataset_split=settings.get("split") if of_hub else None,
             metric_type="perplexity",
             metric_name=f"perplexity, protocol {text.protocol}, {text.windows} windows of {text.length} tokens",
             metric_value=round(text.perplexity, 4),

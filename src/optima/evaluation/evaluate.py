@@ -88,11 +88,10 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     subjects = []
     for source in sources:
         tokenizer = load_tokenizer(source)
-        documents = list(Documents(text, tokenizer=tokenizer))
         tokens_NL = None
         if settings.dataset:
             size = settings.max_seq_length, settings.max_windows
-            tokens_NL = evaluation_windows(documents, tokenizer, *size, settings.protocol)
+            tokens_NL = evaluation_windows(Documents(text, tokenizer=tokenizer), tokenizer, *size, settings.protocol)
         subjects.append(_Subject(source, tokenizer, tokens_NL))
     if settings.divergence:
         first = subjects[0]

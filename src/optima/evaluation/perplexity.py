@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from optima.calibration.text import SEPARATOR, SpecialTokens, pack, special_toke
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.evaluation.logits import batches, reading
 from optima.evaluation.watch import silent
+
+FIRST_DOCUMENTS = 64  # read before it is seen whether they are enough; then as many again, and so on
+MARGIN = 64  # tokens beyond the last window
 
 
 def evaluation_windows(
@@ -45,7 +49,8 @@ def evaluation_windows(
     if max_windows is not None and max_windows < 1:
         raise RecipeError(f"--max-windows must be at least 1, got {max_windows}: leave it out to evaluate all the text")
     special = special_tokens(tokenizer)
-    (ids,) = token_ids([SEPARATOR.join(documents)], tokenizer)
+    enough = None if max_windows is None else max_windows * text_length(special, max_seq_length) + MARGIN
+    ids = _beginning(documents, tokenizer, enough)
     if protocol == "sparsegpt":
         ids, special = [*special.before, *ids, *special.after], SpecialTokens([], [])
     needed = text_length(special, max_seq_length)
@@ -55,6 +60,21 @@ def evaluation_windows(
             "give more text or lower --max-seq-length"
         )
     return pack(ids, special, max_seq_length)[:max_windows]
+
+
+def _beginning(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, enough: int | None) -> list[int]:
+    """The tokens of the joined documents: all, or at least ``enough`` of them, of not many more documents than needed.
+
+    The last few may be others than in the whole text, whose next document they would merge with.
+    """
+    rest, taken = iter(documents), list[str]()
+    while True:
+        count = max(len(taken), FIRST_DOCUMENTS)
+        more = list(rest if enough is None else islice(rest, count))
+        taken += more
+        (ids,) = token_ids([SEPARATOR.join(taken)], tokenizer)
+        if enough is None or len(ids) >= enough or len(more) < count:
+            return ids
 
 
 def window_losses(

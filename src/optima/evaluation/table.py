@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -41,13 +42,19 @@ def render_evaluation(found: Evaluation) -> str:
     return "\n\n".join([*parts, f"Measured {found.created} on {found.device}."])
 
 
-def headline(found: Evaluation) -> list[tuple[str, str, str]]:
-    """The perplexity of the last model, with that of the first where there are several: a label, a value, a detail."""
-    measured = [model for model in found.models if model.perplexity is not None]
-    values = [f"{model.perplexity.perplexity:.2f}" for model in measured if model.perplexity is not None]
-    if not values:
+def headline(found: Evaluation, directory: Path) -> list[tuple[str, str, str]]:
+    """The perplexity of the model in ``directory``, with that of the first: a label, a value, a detail.
+
+    Nothing if none of the models is known to be that one.
+    """
+    here = directory.resolve()
+    at_place = [model for model in found.models if Path(model.model).expanduser().resolve() == here]
+    named = [model for model in found.models if Path(model.model).name == here.name]  # moved since, or elsewhere
+    mine, first = at_place or named, found.models[0]
+    if len(mine) != 1 or (own := mine[0]).perplexity is None:
         return []
-    return [("perplexity", values[-1], f"{values[0]} of {measured[0].model}" if len(values) > 1 else "")]
+    of_first = "" if first is own or first.perplexity is None else f"{first.perplexity.perplexity:.2f} of {first.model}"
+    return [("perplexity", f"{own.perplexity.perplexity:.2f}", of_first)]
 
 
 def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:

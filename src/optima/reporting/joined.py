@@ -12,14 +12,22 @@ from optima.reporting.record import LinearRecord, geometric_mean, largest, name_
 # Linears that a page shows one by one.
 MOST_SHOWN = 2000
 ADDED = ("rows", "rows_not_converged", "swaps", "rows_swap_optimal", "seconds")
-LARGEST = ("gap_max", "gap_written_max", "loss_written", "damping", "iterations_max")
+LARGEST = (
+    "gap_max",
+    "gap_written_max",
+    "gap_median",
+    "gap_written_median",
+    "loss_written",
+    "damping",
+    "iterations_max",
+)
 LIKE_ERRORS = ("error", "error_mask", "error_selector", "error_plain")
 
 
 def joined(linears: Sequence[LinearRecord], most: int = MOST_SHOWN) -> tuple[LinearRecord, ...]:
     """``linears``, or, if they are more than ``most``, with those of one block that differ in a number alone joined.
 
-    Errors are geometric means, gaps the largest, rows and seconds sums; of tokens the fewest are told.
+    Errors are geometric means, gaps and medians of them the largest, rows and seconds sums; tokens the fewest.
     """
     if len(linears) <= most:
         return tuple(linears)
@@ -36,6 +44,7 @@ def _one(members: Sequence[LinearRecord]) -> LinearRecord:
         **{name: sum(getattr(linear, name) or 0 for linear in members) for name in ADDED},
         **{name: largest(getattr(linear, name) for linear in members) for name in LARGEST},
         **{name: geometric_mean(getattr(linear, name) for linear in members) for name in LIKE_ERRORS},
+        "iterations_mean": _mean_iterations(members),
         "sparsity": weighted_mean(members, "sparsity"),
         "sparsity_asked": weighted_mean(members, "sparsity_asked"),
         "tokens": min(linear.tokens for linear in members),
@@ -44,5 +53,11 @@ def _one(members: Sequence[LinearRecord]) -> LinearRecord:
         "name": first.name.removesuffix(own) + kind(own),
         "shape": (sum(linear.shape[0] for linear in members), first.shape[1]),
     }
-    known: dict[str, Any] = {name: value for name, value in values.items() if getattr(first, name) is not None}
-    return replace(first, **known)
+    told = (name for name in values if any(getattr(linear, name) is not None for linear in members))
+    return replace(first, **{name: values[name] for name in told})
+
+
+def _mean_iterations(members: Sequence[LinearRecord]) -> float:
+    """Over the rows that a solver worked on."""
+    rows = sum(linear.rows for linear in members)
+    return sum(linear.iterations_mean * linear.rows for linear in members) / rows if rows else 0.0

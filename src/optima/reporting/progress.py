@@ -80,7 +80,7 @@ class Progress(Callback):
 
     def _line(self, text: str) -> None:
         if self._console is not None:
-            self._console.print(text, highlight=False, soft_wrap=True)
+            self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _error(self) -> str:
         return f"{geometric_mean(self._errors):.4f}" if self._errors else "-"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optima.errors import RecipeError
+from optima.names import kind
 from optima.reporting.callbacks import BlockEvent, Callback, RunStart
 from optima.reporting.record import LinearRecord, Report, geometric_mean, largest, name_in_block
 
@@ -107,17 +108,18 @@ class Tracking(Callback):
             return
         kinds: dict[str, list[LinearRecord]] = defaultdict(list)
         for linear in self._linears:
-            kinds[name_in_block(linear)].append(linear)
+            kinds[kind(name_in_block(linear))].append(linear)
         values = {"block/seconds": sum(block.record.seconds.values())}
-        for kind, linears in kinds.items():
-            values[f"error/{kind}"] = geometric_mean(linear.error for linear in linears)
+        for name, linears in kinds.items():
+            values[f"error/{name}"] = geometric_mean(linear.error for linear in linears)
             gap = largest(linear.gap_max for linear in linears)
-            values |= {} if gap is None else {f"gap/{kind}": gap}
+            values |= {} if gap is None else {f"gap/{name}": gap}
         if block.record.tuning:
             values["tuning/before"] = block.record.tuning[0]
             values["tuning/kept"] = block.record.tuning[block.record.tuning_epoch]
-        self._tracker.log(values, block.done)
-        self._linears, self._step = [], block.done
+        self._linears = []
+        self._step += 1  # over all stacks: ``done`` begins anew with each
+        self._tracker.log(values, self._step)
 
     def on_end(self, report: Report) -> None:
         """See ``Callback``."""
