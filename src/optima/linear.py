@@ -110,7 +110,7 @@ def prune_linear(
         with clock("round"):
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
             weight_OD = weight_OD + 0.0  # no -0.0, whose bits are not zero: to a packer it is a value
-            errors = _measure(task, selection, weight_OD)
+            errors = _measure(task, selection, weight_OD, None if solution is None else solution.mask_error_R)
     record = LinearRecord(
         block=0,
         name=task.name,
@@ -170,7 +170,8 @@ def _work(
             solution = solve_rows(methods.solver, task.hessian, problem, methods.budget_bytes)
         with clock("round"):
             rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
-            solution = replace(solution, weight_RD=rounded.weight_RD)  # the others have had their time
+            # What else there was of a row's size has had its time.
+            solution = replace(solution, weight_RD=rounded.weight_RD, residual_RD=None, scale_R=None)
     return _Rows(selection, refined, solution, rounded)
 
 
@@ -261,8 +262,11 @@ def _problem(task: LinearTask, selection: Selection, methods: Methods) -> RowPro
     return make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
 
 
-def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor) -> dict[str, Any]:
-    """The errors of a record: ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped H, all but the mask's as written."""
+def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor, mask_error_O: Tensor | None) -> dict[str, Any]:
+    """The errors of a record: ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped H, all but the mask's as written.
+
+    ``mask_error_O`` is half of the mask's damped error by row, where the solver has looked at it.
+    """
 
     def loss(change_OD: Tensor) -> tuple[float, float]:
         """Weighted, and with every token alike."""
@@ -277,7 +281,11 @@ def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor) -> dict[
     energy = loss(task.weight_OD)
     error, plain = relative(weight_OD)
     masked_OD = task.weight_OD * selection.keep_OD
-    mask = error if torch.equal(weight_OD.to(masked_OD.dtype), masked_OD) else relative(masked_OD)[0]
+    if mask_error_O is not None:
+        lost = float(task.hessian.undamped(2.0 * mask_error_O, masked_OD - task.weight_OD).sum())
+        mask = 0.0 if lost == 0.0 else lost / energy[0] if energy[0] else math.inf
+    else:
+        mask = error if torch.equal(weight_OD.to(masked_OD.dtype), masked_OD) else relative(masked_OD)[0]
     selector = mask if selection.weight_OD is None else relative(selection.weight_OD.to(weight_OD.dtype))[0]
     return {"error_mask": mask, "error_selector": selector, "error": error, "error_plain": plain}
 

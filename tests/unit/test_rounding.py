@@ -5,6 +5,8 @@ Shapes: D inputs, R rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -218,12 +220,19 @@ def test_more_rows_than_are_rounded_together() -> None:
     assert (one.error_R.numpy() <= 1.001 * loss_R).all()
 
 
+@every_layer
+def test_the_solvers_residual_serves_as_well_as_its_own(name: str) -> None:
+    hessian, problem, _, solution = solved(name)
+    assert solution.residual_RD is not None
+    own = round_rows(hessian, problem, replace(solution, residual_RD=None, scale_R=None), torch.bfloat16, "nearest")
+    given = round_rows(hessian, problem, solution, torch.bfloat16, "nearest")
+    assert torch.equal(own.weight_RD, given.weight_RD)
+    tolerance = 1e-4 * own.error_R.abs() + 1e-2 * own.excess_R.abs()
+    assert bool(((own.excess_R - given.excess_R).abs() <= tolerance).all())
+
+
 def test_no_rows_are_no_trouble() -> None:
     hessian, problem, _, solution = solved("correlated")
     none = slice(0, 0)
-    empty = RowSolution(*(tensor[none] for tensor in (*_tensors(solution),)))
+    empty = solution.rows(none)
     assert round_rows(hessian, problem.rows(none), empty, torch.bfloat16).weight_RD.shape == (0, 96)
-
-
-def _tensors(solution: RowSolution) -> tuple[Tensor, ...]:
-    return solution.weight_RD, solution.error_R, solution.gap_R, solution.status_R, solution.iterations_R

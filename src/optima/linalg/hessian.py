@@ -223,9 +223,14 @@ class Hessian:
         for change_RD, damped_R in zip(change_OD.split(size), damped_O.split(size), strict=True):
             change_RD = change_RD.to(operator.dtype)
             damped_R.copy_(operator(change_RD).mul_(change_RD).sum(dim=1, dtype=torch.float64))
+        return self.undamped(damped_O * self.mean_diagonal, change_OD)
+
+    def undamped(self, damped_O: Tensor, change_OD: Tensor) -> Tensor:
+        """``loss`` of changes, (O, D), of which diag(change H change^T) with the damped H is known."""
+        if bool(self.dead_D.any()):
+            change_OD = change_OD.masked_fill(self.dead_D, 0.0)
         length_O = torch.linalg.vector_norm(change_OD, dim=1, dtype=torch.float64)
-        ridge_O = self.damping * self.mean_diagonal * length_O.square()
-        loss_O: Tensor = (damped_O * self.mean_diagonal - ridge_O).clamp_min(0.0)
+        loss_O: Tensor = (damped_O - self.damping * self.mean_diagonal * length_O.square()).clamp_min(0.0)
         return loss_O
 
     @property

@@ -5,9 +5,9 @@ Shapes: R rows, D inputs.
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -80,6 +80,9 @@ class RowSolution:
         gap_R: certified bound on the relative suboptimality, float64; see ``optima.qp.certificate``.
         status_R: ``Status`` values, int8.
         iterations_R: iterations spent on each row, int32 (0 for a direct solve).
+        mask_error_R: the error of the target on keep, float64; None if that was not looked at.
+        residual_RD: H (w - v) on keep, in the precision of iterations and in units of H's mean diagonal and of the
+            rows' ``scale_R``, float64, in which it has room; both None if it is not known.
         solver: name of the solver that ran; of several, in alphabetical order, joined by a plus.
         note: what a reader of the report should know: where the precision was raised, what had to be halved; empty if
             nothing.
@@ -90,17 +93,21 @@ class RowSolution:
     gap_R: Tensor
     status_R: Tensor
     iterations_R: Tensor
+    mask_error_R: Tensor | None = None
+    residual_RD: Tensor | None = None
+    scale_R: Tensor | None = None
     _: KW_ONLY
     solver: str = ""
     note: str = ""
 
     def rows(self, index: slice | Tensor) -> RowSolution:
         """The solution of the rows that ``index`` selects."""
-        return RowSolution(*(tensor[index] for tensor in self.tensors()), solver=self.solver, note=self.note)
+        chosen: dict[str, Any] = {name: tensor[index] for name, tensor in self.tensors().items()}
+        return replace(self, **chosen)
 
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All that has an entry (or a row) per row, in the order of the attributes."""
-        return self.weight_RD, self.error_R, self.gap_R, self.status_R, self.iterations_R
+    def tensors(self) -> dict[str, Tensor]:
+        """All that has an entry (or a row) per row, by the name of its attribute."""
+        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
 
 
 class RowSolver(Protocol):
@@ -128,8 +135,12 @@ def concatenate(parts: list[RowSolution]) -> RowSolution:
         return parts[0]
     solvers = sorted({name for part in parts for name in part.solver.split("+")})
     notes = dict.fromkeys(part.note for part in parts if part.note)
-    tensors = map(torch.cat, zip(*(part.tensors() for part in parts), strict=True))
-    return RowSolution(*tensors, solver="+".join(solvers), note="; ".join(notes))
+    every = [part.tensors() for part in parts]
+    joined: dict[str, Any] = {
+        name: torch.cat([own[name] for own in every]) if all(name in own for own in every) else None
+        for name in every[0]
+    }
+    return replace(parts[0], **joined, solver="+".join(solvers), note="; ".join(notes))
 
 
 def make_problem(

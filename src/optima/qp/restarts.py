@@ -100,6 +100,7 @@ class _Rounds:
         """Decide row by row between the masked target and the given start; the error and residual of the better one."""
         self.warm_R1: Tensor | None = None
         residual_RD, error_R = self._residual(self._start())
+        self.mask_error_R = None if self.problem.bounded else error_R * self.unit_R
         if self.problem.start_RD is not None:
             given_RD, given_R = self._residual(self.problem.start_RD)
             self.warm_R1 = (given_R < error_R)[:, None]
@@ -165,7 +166,8 @@ class _Rounds:
         """The best of every row, and what became of it."""
         self.status_R[self.active] = Status.ITERATION_LIMIT
         best = self.best
-        return RowSolution(self.weight_RD, best.error_R, best.gap_R, self.status_R, self.iterations_R, note=self.note)
+        facts = best.error_R, best.gap_R, self.status_R, self.iterations_R, self.mask_error_R
+        return RowSolution(self.weight_RD, *facts, best.residual_RD, self.verifier.scale_R, note=self.note)
 
     def _corrected(
         self, residuals: Residuals, weight: Callable[[], Tensor], rows: slice | Tensor

@@ -130,7 +130,11 @@ class _Rows:
         self.weight_RD = weight_RD.to(working) / self.scale_R1
         difference_RD = problem.target_RD.to(working) / self.scale_R1 - self.weight_RD
         self.reach_R = self._norm(difference_RD)
-        self.residual_RD = self.operator(difference_RD).mul_(self.mask_RD)
+        if solution.residual_RD is None or solution.scale_R is None:
+            self.residual_RD = self.operator(difference_RD).mul_(self.mask_RD)
+        else:
+            ratio_R1 = (solution.scale_R / self.scale_R).to(working)[:, None]
+            self.residual_RD = (solution.residual_RD.to(working) * ratio_R1).mul_(self.mask_RD)
         self.written_RD = self._rounded(self.weight_RD)
         change_RD = (self.written_RD - self.weight_RD).mul_(self.mask_RD)
         self.image_RD = self.operator(change_RD)
