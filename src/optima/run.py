@@ -126,7 +126,7 @@ def prune(
         shown.reading(None if source is None else source.name)
         network, weights, origin, text = _read(checked, tokenizer, ranks)
         samples, length = text.size  # of what the caller gave; else as asked
-        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length)
+        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length or recipe.max_seq_length)
         checked = replace(checked, recipe=recipe)
         assert recipe.batch_size is not None
         batches, alike = own_batches(text, recipe.batch_size, ranks)
