@@ -7,17 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
+from optima.models.source import HUB_FAILURES
 from optima.reporting.record import REPORT_NAME
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 NOT_PUSHED = ("layers/*", ".*", "**/.*")  # hessians of --dump-layer, hidden files
 HARMLESS = {".gitattributes", "README.md"}  # what the hub's own page makes
-# Whatever the hub's client raises when it is refused, offline or cut off, with any of its HTTP libraries.
-FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 
 
 def push(
@@ -92,7 +91,7 @@ def check_push(repo: str, overwrite: bool = False) -> str:
 def _explained(repo: str) -> Iterator[None]:
     try:
         yield
-    except FAILURES as error:
+    except HUB_FAILURES as error:
         text = " ".join(str(error).split())
         raise ModelError(
             f"the hub cannot be pushed to ({repo}): {text}. Log in with hf auth login or set HF_TOKEN to a token that "

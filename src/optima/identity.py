@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import cached_property
 from typing import Any
 
@@ -54,28 +55,33 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
     }
 
 
-def settings_of(value: Any) -> Any:
+def settings_of(selector: Any) -> dict[str, Any]:
     """A selector's class and public attributes, as JSON: what it was made with, and not what it keeps for itself."""
+    kind = type(selector)
+    settings = {
+        key: _plain(item)
+        for key, item in vars(selector).items()
+        # What is computed when it is first asked for is no setting.
+        if not key.startswith("_") and not isinstance(getattr(kind, key, None), cached_property)
+    }
+    return {"class": _plain(kind), **settings}
+
+
+def _plain(value: Any) -> Any:
+    """Data as it is, tensors by their bytes; of other objects (a logger, a model) the class."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes_of(value)).hexdigest()}"
     if isinstance(value, Mapping):
-        return {str(key): settings_of(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        items = [settings_of(item) for item in value]
+        items = [_plain(item) for item in value]
         return items if isinstance(value, list | tuple) else sorted(items, key=str)
-    named = value if isinstance(value, type) or not hasattr(value, "__dict__") or callable(value) else type(value)
-    name = f"{getattr(named, '__module__', '')}:{getattr(named, '__qualname__', named)}"
-    if named is value:
-        return name
-    settings = {
-        key: settings_of(item)
-        for key, item in vars(value).items()
-        # What is computed when it is first asked for is no setting.
-        if not key.startswith("_") and not isinstance(getattr(named, key, None), cached_property)
-    }
-    return {"class": name, **settings}
+    if is_dataclass(value) and not isinstance(value, type):
+        return settings_of(value)
+    named = value if hasattr(value, "__qualname__") else type(value)  # a class or a function has a name of its own
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _attention(module: nn.Module) -> str | None:

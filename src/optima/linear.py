@@ -273,17 +273,19 @@ def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor, mask_err
         weighted_O = task.hessian.loss(change_OD)
         return float(weighted_O.sum()), float(task.statistics.plain_loss(weighted_O, change_OD).sum())
 
+    def share(lost: float, whole: float) -> float:
+        """0 where nothing changed, whether or not there is an output at all."""
+        return 0.0 if lost == 0.0 else lost / whole if whole else math.inf
+
     def relative(new_OD: Tensor) -> list[float]:
-        pairs = zip(loss(new_OD.to(task.weight_OD.dtype) - task.weight_OD), energy, strict=True)
-        # 0 where nothing changed, whether or not there is an output at all.
-        return [0.0 if lost == 0.0 else lost / whole if whole else math.inf for lost, whole in pairs]
+        return list(map(share, loss(new_OD.to(task.weight_OD.dtype) - task.weight_OD), energy))
 
     energy = loss(task.weight_OD)
     error, plain = relative(weight_OD)
     masked_OD = task.weight_OD * selection.keep_OD
     if mask_error_O is not None:
-        lost = float(task.hessian.undamped(2.0 * mask_error_O, masked_OD - task.weight_OD).sum())
-        mask = 0.0 if lost == 0.0 else lost / energy[0] if energy[0] else math.inf
+        lost_O = task.hessian.undamped(2.0 * mask_error_O, masked_OD - task.weight_OD)
+        mask = share(float(lost_O.sum()), energy[0])
     else:
         mask = error if torch.equal(weight_OD.to(masked_OD.dtype), masked_OD) else relative(masked_OD)[0]
     selector = mask if selection.weight_OD is None else relative(selection.weight_OD.to(weight_OD.dtype))[0]

@@ -220,9 +220,10 @@ def _claim(
 ) -> AbstractContextManager[Destination]:
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
-    structure = checked.structure
-    dtype = structure.dtype if checked.source is None else dtype_as_read(structure.config, checked.recipe.dtype)
-    num_bytes = sum(p.numel() for p in structure.parameters()) * dtype.itemsize
+    parameters = checked.structure.parameters()
+    # A skeleton is made in float32, whatever is read.
+    size = checked.source and dtype_as_read(checked.structure.config, checked.recipe.dtype).itemsize
+    num_bytes = sum(p.numel() * (size or p.element_size()) for p in parameters)
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 

@@ -92,6 +92,16 @@ def test_what_a_text_begins_with() -> None:
         beginning(make_tokenizer("none"))
 
 
+@pytest.mark.parametrize("template", [None, "the {{ messages[0].content }}", "{{ raise_exception('no users') }}"])
+def test_a_template_that_takes_no_user_is_told(template: str | None) -> None:
+    tokenizer = make_tokenizer("bos")
+    tokenizer.chat_template = template
+    recipe = Recipe(num_calibration_samples=2, max_seq_length=16)
+    notes = own_text(make_llama(), tokenizer, recipe, torch.device("cpu")).notes
+    told = template is not None and "raise" in template
+    assert [note.startswith("the chat template tells no beginning") for note in notes] == [True] * told
+
+
 def test_a_run_and_its_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_model(Path("model"))

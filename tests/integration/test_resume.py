@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import random
 import resource
@@ -485,6 +486,10 @@ class Lot:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
+        self.log = logging.getLogger("lot")  # which knows all others, and they their parents
+
+    def __call__(self) -> None:
+        """What can be called is a selector all the same."""
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         generator = torch.Generator().manual_seed(self.seed)

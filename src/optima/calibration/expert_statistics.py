@@ -44,8 +44,6 @@ from optima.models.stacks import Block
 
 # Of the hessians of experts that are gathered at a time, in float64.
 EXPERT_BYTES = 4 * 2**30
-# Multiples of the golden ratio's fraction fill the unit interval evenly.
-GOLDEN = 0.6180339887498949
 # Tokens of the block that stand for all of them behind an expert's first product.
 COMMON_TOKENS = 2048
 
@@ -321,7 +319,7 @@ def _accumulate(
 def thinned(rows: Tensor, count: int, turn: int = 0) -> Tensor:
     """At most ``count`` of the rows, evenly spaced: from another one each ``turn``, for each begins with a sink."""
     step = max(-(-len(rows) // count), 1)
-    return rows[int(turn * GOLDEN % 1.0 * step) :: step]
+    return rows[turn % step :: step]
 
 
 def _mean(accumulator: Accumulator) -> Tensor:

@@ -85,7 +85,9 @@ def own_text(
     few = (
         f"out of memory: the model wrote {halving.most} sequences of its text at a time, which makes other random text"
     )
-    return Calibration(tokens_NL, notes=(few,) if halving.most else ())
+    no_turn = "the chat template tells no beginning of a user's turn: the model's own text begins as plain text does"
+    untold = [no_turn] if tokenizer.chat_template and not users_turn(tokenizer) else []
+    return Calibration(tokens_NL, notes=(*untold, *([few] if halving.most else [])))
 
 
 def check_writes(model: PreTrainedModel) -> None:
@@ -96,12 +98,8 @@ def check_writes(model: PreTrainedModel) -> None:
         )
 
 
-def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a text begins with: those before a user's words in a chat, or BOS.
-
-    Raises:
-        CalibrationError: if there are none.
-    """
+def users_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens before a user's words in a chat; none if there is no template, or it does not take them."""
     # Templates of models that see take a message in parts.
     contents: tuple[Any, ...] = (PLACEHOLDER, [{"type": "text", "text": PLACEHOLDER}])
     for content in contents if tokenizer.chat_template else ():
@@ -112,7 +110,16 @@ def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
             (ids,) = token_ids([before], tokenizer)
             if told and ids:
                 return ids
-    found = special_tokens(tokenizer).before
+    return []
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a text begins with: those before a user's words in a chat, or BOS.
+
+    Raises:
+        CalibrationError: if there are none.
+    """
+    found = users_turn(tokenizer) or special_tokens(tokenizer).before
     if not found:
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         found = [int(token) for token in ends if token is not None][:1]

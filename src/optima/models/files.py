@@ -39,15 +39,14 @@ def interruptible() -> Iterator[None]:
     A second signal is ignored, so that it does not interrupt the cleaning up. Does nothing outside the main thread.
     """
     installed: dict[int, Any] = {}
-    ours: list[Any] = []
+    stopped = False
 
     def stop(number: int, frame: object) -> None:
+        nonlocal stopped
+        stopped = True
         for other in installed:
             signal.signal(other, signal.SIG_IGN)
-        ours.append(signal.SIG_IGN)
         raise Interrupted(number)
-
-    ours.append(stop)
 
     if threading.current_thread() is threading.main_thread():
         for terminating in (signal.SIGTERM, signal.SIGHUP):
@@ -57,8 +56,8 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         for number, handler in installed.items():
-            # What is ignored by now stays so: another process of the run is no more, and that is not told yet.
-            if signal.getsignal(number) in ours:
+            # What others made of it inside stays: another process of the run is no more, and that is not told yet.
+            if stopped or signal.getsignal(number) == stop:
                 signal.signal(number, handler)
 
 

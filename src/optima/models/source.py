@@ -37,13 +37,15 @@ _logger = logging.getLogger("optima")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
+# Whatever the hub's client raises when it is refused, offline or cut off, with any of its HTTP libraries.
+HUB_FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
 # What transformers and its readers raise for bad input. Anything else is a bug, and shows as one.
 BAD_INPUT: tuple[type[Exception], ...] = (
     *(OSError, ValueError, ImportError),  # unreadable or no JSON; contradictions; a package that is missing
     *(KeyError, TypeError, AttributeError),  # JSON of another form: missing fields, a list where an object belongs
     *(ZeroDivisionError, StrictDataclassError),  # no heads; fields that the configuration's class refuses
     *(RuntimeError, SafetensorError),  # JSON nested too deeply; negative sizes; tensors of other shapes; cut-off files
-    *HfHubHTTPError.__bases__,  # a connection that breaks off, with any of the hub client's HTTP libraries
+    *HUB_FAILURES,  # a connection that breaks off
 )
 # Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
 MAX_COUNTS = (
