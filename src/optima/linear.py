@@ -110,7 +110,7 @@ def prune_linear(
         with clock("round"):
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
             weight_OD = weight_OD + 0.0  # no -0.0, whose bits are not zero: to a packer it is a value
-            errors = _measure(task, selection, weight_OD, None if solution is None else solution.mask_error_R)
+            errors = _measure(task, selection, weight_OD, solution, rounded)
     record = LinearRecord(
         block=0,
         name=task.name,
@@ -262,34 +262,45 @@ def _problem(task: LinearTask, selection: Selection, methods: Methods) -> RowPro
     return make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
 
 
-def _measure(task: LinearTask, selection: Selection, weight_OD: Tensor, mask_error_O: Tensor | None) -> dict[str, Any]:
+def _measure(
+    task: LinearTask,
+    selection: Selection,
+    weight_OD: Tensor,
+    solution: RowSolution | None,
+    rounded: Rounded | None,
+) -> dict[str, Any]:
     """The errors of a record: ||X (V - W)^T||^2 / ||X W^T||^2 of the undamped H, all but the mask's as written.
 
-    ``mask_error_O`` is half of the mask's damped error by row, where the solver has looked at it.
+    Solver and rounding have looked at what they leave, and at the mask: half of the damped error of each row is known.
     """
+    hessian, weight_dtype = task.hessian, task.weight_OD.dtype
 
-    def loss(change_OD: Tensor) -> tuple[float, float]:
-        """Weighted, and with every token alike."""
-        weighted_O = task.hessian.loss(change_OD)
-        return float(weighted_O.sum()), float(task.statistics.plain_loss(weighted_O, change_OD).sum())
+    def plain(lost_O: Tensor, change_OD: Tensor) -> float:
+        return float(task.statistics.plain_loss(lost_O, change_OD).sum())
 
     def share(lost: float, whole: float) -> float:
         """0 where nothing changed, whether or not there is an output at all."""
         return 0.0 if lost == 0.0 else lost / whole if whole else math.inf
 
-    def relative(new_OD: Tensor) -> list[float]:
-        return list(map(share, loss(new_OD.to(task.weight_OD.dtype) - task.weight_OD), energy))
+    def lost(new_OD: Tensor, error_O: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Of new weights: each row's loss, and the change."""
+        change_OD = new_OD.to(weight_dtype) - task.weight_OD
+        return hessian.loss(change_OD) if error_O is None else hessian.undamped(2.0 * error_O, change_OD), change_OD
 
-    energy = loss(task.weight_OD)
-    error, plain = relative(weight_OD)
+    energy_O = hessian.loss(task.weight_OD)
+    energy, written = float(energy_O.sum()), lost(weight_OD, None if rounded is None else rounded.error_R)
+    error = share(float(written[0].sum()), energy)
     masked_OD = task.weight_OD * selection.keep_OD
-    if mask_error_O is not None:
-        lost_O = task.hessian.undamped(2.0 * mask_error_O, masked_OD - task.weight_OD)
-        mask = share(float(lost_O.sum()), energy[0])
+    known_O = None if solution is None else solution.mask_error_R
+    if known_O is None and torch.equal(weight_OD.to(weight_dtype), masked_OD):
+        mask = error
     else:
-        mask = error if torch.equal(weight_OD.to(masked_OD.dtype), masked_OD) else relative(masked_OD)[0]
-    selector = mask if selection.weight_OD is None else relative(selection.weight_OD.to(weight_OD.dtype))[0]
-    return {"error_mask": mask, "error_selector": selector, "error": error, "error_plain": plain}
+        mask = share(float(lost(masked_OD, known_O)[0].sum()), energy)
+    selector = mask
+    if selection.weight_OD is not None:
+        selector = share(float(lost(selection.weight_OD.to(weight_OD.dtype))[0].sum()), energy)
+    alike = share(plain(*written), plain(energy_O, task.weight_OD))
+    return {"error_mask": mask, "error_selector": selector, "error": error, "error_plain": alike}
 
 
 def certified(solution: RowSolution | None, rounded: Rounded | None) -> dict[str, Any]:

@@ -222,17 +222,14 @@ class Job:
         self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
-                self._survey(block, streams, allocation)
-                if block is not blocks[-1]:
-                    with self.clock("forward"):
-                        streams.advance(block, self.device)
+                self._survey(block, streams, allocation, onward=block is not blocks[-1])
             self.progress.block(block.name)
         return allocation.allocate()
 
-    def _survey(self, block: Block, streams: Streams, allocation: Allocation) -> None:
+    def _survey(self, block: Block, streams: Streams, allocation: Allocation, onward: bool) -> None:
         measured: dict[str, Tensor | None] = {}
         owners: dict[str, int | None] = {}
-        for found in self.observe(block, streams, self.clock):
+        for found in self.observe(block, streams, self.clock, onward):
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
                 measured[linear.name] = None
@@ -246,9 +243,9 @@ class Job:
             if (own := measured[linear.name]) is not None:
                 allocation.note(block.index, linear.name, math.prod(linear.shape), own)
 
-    def observe(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
-        """The statistics of each distinct input; all have been gathered when the first is given."""
-        for found in self._each(block, streams, clock):
+    def observe(self, block: Block, streams: Streams, clock: Stopwatch, onward: bool = False) -> Iterator[Found]:
+        """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once."""
+        for found in self._each(block, streams, clock, onward):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
                 what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
@@ -257,9 +254,9 @@ class Job:
                     self.notes.append(note)
             yield found
 
-    def _each(self, block: Block, streams: Streams, clock: Stopwatch) -> Iterator[Found]:
+    def _each(self, block: Block, streams: Streams, clock: Stopwatch, onward: bool) -> Iterator[Found]:
         """Of modules that every token reaches, then of experts, each of which is dense until its own are given."""
-        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss):
+        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss, onward):
             if found.recorded is None:
                 yield found
             else:

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -210,23 +211,22 @@ class Rehearsal:
     def _passes(self, block: Block, job: Job, streams: Streams, count: int, last: bool) -> None:
         """Statistics, and outputs carried on; ``last``: the last of the ``count`` blocks hands on nothing."""
 
-        loss = job.loss
+        loss, surveys = job.loss, self.allocation is not None
 
-        def observed(part: Streams, clock: Stopwatch) -> None:
+        def observed(onward: bool, part: Streams, clock: Stopwatch) -> None:
             job.loss = None if loss is None else _first(loss, len(part.hidden))
             with clock("hessian"):
-                for _ in job.observe(block, part, clock):
+                for _ in job.observe(block, part, clock, onward):
                     pass
 
         def advanced(part: Streams, clock: Stopwatch) -> None:
             with clock("forward"):
                 part.advance(block, self.device)
 
-        surveys = self.allocation is not None
-        if block.linears:
-            self._add(observed, streams, count * (1 + surveys))
+        self._add(partial(observed, True), streams, count * surveys)
+        self._add(partial(observed, False), streams, count)
         job.loss = loss
-        self._add(advanced, streams, (count - last) * (1 + surveys) + count * (self.tuning is not None))
+        self._add(advanced, streams, count - last + count * (self.tuning is not None))
 
     def _linears(self, block: Block, job: Job, streams: Streams, count: int) -> dict[str, Tensor]:
         """One of each shape and pattern; the masks of all, by name."""
@@ -271,6 +271,8 @@ class Rehearsal:
 
     def _add(self, work: Work, streams: Streams, count: float) -> None:
         """Do some of the work that a run does ``count`` times on all batches."""
+        if not count:
+            return
         timed: list[dict[str, float]] = []
         for batches in (1, 1, len(streams.hidden)):  # the first time libraries compile
             work(streams.part(range(batches)), clock := Stopwatch(self.device))

@@ -202,6 +202,22 @@ def test_the_product_of_the_last_linear_is_left_out() -> None:
     assert [group.statistics.tokens for group in found if group.statistics is not None] == [6 * 16] * 4
 
 
+def test_one_pass_observes_and_carries_on() -> None:
+    """The same statistics and outputs as two passes."""
+    model = make_llama()
+    block, streams = streams_into(model, make_tokens(6).split(2))
+    once, passes = streams.copy(), list[int]()
+    apart = list(observe(block, streams, CPU, 0.04, 0.01))
+    streams.advance(block, CPU)
+    block.module.register_forward_hook(lambda *args: passes.append(1))
+    together = list(observe(block, once, CPU, 0.04, 0.01, onward=True))
+    assert len(passes) == len(once.hidden) == 3
+    for one, other in zip(once.hidden, streams.hidden, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(together, apart, strict=True):
+        assert torch.equal(hessian_DD(one), hessian_DD(other))
+
+
 def test_a_linear_that_is_called_twice_sees_all_its_tokens() -> None:
     def forward(block: Calls, hidden: Tensor) -> None:
         for piece in hidden.split(8, dim=1):  # a few tokens are one piece, a whole sequence is two

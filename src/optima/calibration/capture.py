@@ -21,6 +21,7 @@ from optima.calibration.streams import Streams, share
 from optima.device import forward_replaced
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
+from optima.linalg.products import keep_freed_memory
 from optima.models.stacks import Block, Stack
 
 
@@ -57,6 +58,7 @@ def capture(
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
             than can be carried from block to block.
     """
+    keep_freed_memory()
     # The same in every process: they must find the same groups.
     first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
     probe = look(model, stack, first)

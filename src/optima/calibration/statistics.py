@@ -131,10 +131,10 @@ def observe(
     damping: float,
     stopwatch: Stopwatch | None = None,
     weights: LossWeights | None = None,
+    onward: bool = False,
 ) -> Iterator[Found]:
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
-    A pass over a batch ends with the input of the last linear: its product is for nobody. ``streams`` stay as they are.
     Of several processes each is given all groups; see ``Found.owner``.
 
     Args:
@@ -146,21 +146,35 @@ def observe(
         damping: of the hessians.
         stopwatch: told of the stages ``forward``, ``hessian`` and ``reduce``.
         weights: of the tokens, by the model's loss.
+        onward: the same pass carries ``streams`` on to the block's outputs. Else they stay as they are, and a pass over
+            a batch ends with the input of the last linear: its product is for nobody.
 
     Raises:
         CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
     """
-    if not block.linears:
-        return
     stopwatch = stopwatch or Stopwatch(device)
-    watch = _Watch(streams, block, sink_weight, stopwatch, weights)
+    if not block.linears:
+        if onward:
+            with stopwatch("forward"):
+                streams.advance(block, device)
+        return
+    watch = _Watch(streams, block, sink_weight, stopwatch, weights, onward)
+
+    @contextmanager
+    def watched(batch: int, part: slice) -> Iterator[None]:
+        with watch.over(batch, part), full_precision(), torch.no_grad():
+            yield
 
     def run(batch: int, part: slice) -> None:
-        with stopwatch("forward"), watch.over(batch, part), full_precision(), torch.no_grad(), suppress(_AllSeen):
+        with watched(batch, part), suppress(_AllSeen):
             streams.run(block, batch, device, part)
 
-    for batch in range(len(streams.hidden)):
-        streams.in_parts(block, batch, partial(run, batch))
+    with stopwatch("forward"):
+        if onward:
+            streams.advance(block, device, watched)
+        else:
+            for batch in range(len(streams.hidden)):
+                streams.in_parts(block, batch, partial(run, batch))
     with stopwatch("reduce") if streams.ranks.size > 1 else nullcontext():
         owners = reduce_statistics(watch.accumulators, watch.untold, watch.groups, streams.ranks, device)
     # What all do together comes first: nobody waits in it for one who works alone.
@@ -191,9 +205,15 @@ class _Watch:
     """Hooks on a block's linears that accumulate the inputs of each group's first."""
 
     def __init__(
-        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
+        self,
+        streams: Streams,
+        block: Block,
+        sink_weight: float,
+        stopwatch: Stopwatch,
+        weights: LossWeights | None,
+        onward: bool,
     ) -> None:
-        self._streams, self._sink_weight, self._stopwatch = streams, sink_weight, stopwatch
+        self._streams, self._sink_weight, self._stopwatch, self._onward = streams, sink_weight, stopwatch, onward
         self.recorders = recorders(block, streams)
         self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
         self._leader = {linear.name: group[0].name for group in self.groups for linear in group}
@@ -231,7 +251,7 @@ class _Watch:
         if given is not None:
             self._check_groups(given)
             self._checked = True
-            if sorted(self._called) == sorted(self._expected):
+            if not self._onward and sorted(self._called) == sorted(self._expected):
                 self._last = self._called[-1]
 
     def _forget(self) -> None:

@@ -6,6 +6,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -25,6 +26,8 @@ from optima.models.stacks import Block, Linear
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 # Does the work of a block's forward pass, given its arguments by place and by name.
 Called = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+# What is entered around the forward pass of samples of a batch.
+Watched = Callable[[int, slice], AbstractContextManager[None]]
 # A batch and some of its samples.
 Piece = tuple[int, slice]
 Result = TypeVar("Result")
@@ -119,13 +122,17 @@ class Streams:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def advance(self, block: Block, device: torch.device) -> None:
-        """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out."""
+    def advance(self, block: Block, device: torch.device, watched: Watched | None = None) -> None:
+        """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out.
+
+        ``watched`` is entered around each forward pass, with the batch and the samples of it that run.
+        """
         later = [source for own in self.probe.carried for source in own.values()]
         wanted = {place for source, place in later if source == block.index}
 
         def run(batch: int, part: slice) -> list[Tensor]:
-            output = self.run(block, batch, device, part)
+            with nullcontext() if watched is None else watched(batch, part):
+                output = self.run(block, batch, device, part)
             return [tensor.detach().cpu() for tensor in (hidden_of(output), *(output[place] for place in wanted))]
 
         for batch, (samples, _) in enumerate(self.sizes):

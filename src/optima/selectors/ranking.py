@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,8 +91,10 @@ def kth_lowest(score_RN: Tensor, k: int) -> Tensor:
                 low, high = torch.minimum(columns[i - 1], columns[i]), torch.maximum(columns[i - 1], columns[i])
                 columns[i - 1], columns[i] = low, high
         return columns[k - 1][:, None]
-    if score_RN.device.type == "cpu":
-        return score_RN.kthvalue(k, dim=1, keepdim=True).values
+    if score_RN.device.type == "cpu":  # NumPy's selection is several times as fast as torch's
+        scores_RN = score_RN.float() if score_RN.dtype == torch.bfloat16 else score_RN
+        lowest_R1 = np.partition(scores_RN.detach().numpy(), k - 1, axis=1)[:, k - 1 : k]
+        return torch.from_numpy(lowest_R1.copy()).to(score_RN)
     return score_RN.sort(dim=1).values[:, k - 1 : k]  # kthvalue gives a row to one block of threads
 
 
