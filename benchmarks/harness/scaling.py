@@ -36,8 +36,8 @@ class Counts:
     eigen: float
 
 
-DEFAULT = Counts(select_rows=27, rows=35, select_cubes=8, cubes=2, eigen=1)
-WANDA = Counts(select_rows=0, rows=35, select_cubes=0, cubes=2, eigen=0)
+DEFAULT = Counts(select_rows=27, rows=32, select_cubes=8, cubes=2, eigen=1)
+WANDA = Counts(select_rows=0, rows=32, select_cubes=0, cubes=2, eigen=0)
 
 
 @dataclass(frozen=True)
