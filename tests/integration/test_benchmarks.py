@@ -201,6 +201,7 @@ def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path
     assert output.read_text() == "[]"
 
 
+@pytest.mark.slow
 def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval.models.huggingface", reason="needs the bench extra", exc_type=ImportError)
     task, output = tmp_path / "piqa.jsonl", tmp_path / "accuracy.json"
