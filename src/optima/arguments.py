@@ -209,7 +209,7 @@ def _add_recipe(parser: _Parser) -> None:
         text = ": ".join(filter(None, [field.metadata["help"], ", ".join(field.metadata["choices"])]))
         default = getattr(Recipe(), field.name)
         if default is False:
-            group.add_argument(flag, action="store_true", help=text)
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
             continue
         many = isinstance(default, list)
         shown = field.metadata["shown"] or (" ".join(default) if many else default)

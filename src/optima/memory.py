@@ -27,6 +27,8 @@ LIBRARIES_BYTES = 512 * 2**20
 LOGITS_COPIES = 4
 # Without a budget, the share of what is free that may hold activations.
 FREE_SHARE = 0.5
+# Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn.
+HELD_SHARE = 0.125
 # Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
 # takes, the largest of the selectors.
 BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
@@ -130,11 +132,45 @@ def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype:
         linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
         activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
         weights = sum(o * d for o, d in sizes)
-        most = max(most, waiting + gradients * weights + max(linear, activations))
+        held = held_bytes(block, recipe, dtype)
+        most = max(most, waiting + gradients * weights + max(linear, activations) + held)
         if recipe.tuning_epochs or recipe.applied_objective == "loss":
             # What autograd keeps, and of each weight what the optimizer does.
             most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
     return most
+
+
+def in_turn(block: Block, recipe: Recipe) -> bool:
+    """Whether the linears of a block can be calibrated in turn, as far as its structure tells."""
+    experts = any(isinstance(linear, ExpertLinear) for linear in block.linears)
+    return recipe.true_sequential and bool(block.linears) and not experts
+
+
+def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Most of the activations that all sequences hold inside a block, where its linears are calibrated in turn.
+
+    The block's input, the sum of it and of attention's output, the norm of that, and what a linear is given.
+    """
+    if not in_turn(block, recipe):
+        return 0
+    inputs = [linear.shape[1] for linear in block.linears]
+    tokens = recipe.samples(max(inputs)) * recipe.max_seq_length
+    return tokens * (3 * inputs[0] + max(inputs)) * dtype.itemsize
+
+
+def no_room_in_turn(blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> str:
+    """Why the recipe's wish to calibrate linears in turn is not met; empty if it is, or there is none."""
+    held = max((held_bytes(block, recipe, dtype) for block in blocks), default=0)
+    if on_cpu(recipe):
+        room = recipe.memory_budget or psutil.virtual_memory().total
+    else:
+        room = torch.cuda.get_device_properties(find_device(recipe.device)).total_memory
+    if held <= HELD_SHARE * room:
+        return ""
+    return (
+        "true_sequential was left out, and a block takes two forward passes: what all sequences need inside one, "
+        f"{held / GIB:.1f} GiB, is more than {HELD_SHARE:.0%} of the memory"
+    )
 
 
 def _waiting_bytes(block: Block) -> int:

@@ -17,7 +17,7 @@ from optima.calibration.gradient import regional_gradients
 from optima.calibration.halving import Halving
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import Sequences, at_first
-from optima.calibration.statistics import Found, observe
+from optima.calibration.statistics import Found, observe, observe_in_turn, why_not_in_turn
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision, give_back_freed_memory
@@ -60,6 +60,7 @@ class Job:
         linears, blocks: the records so far.
         resumed_seconds: what an earlier run spent on the blocks that it had done.
         notes: what was not done, or deviated from the recipe.
+        true_sequential: a linear is calibrated behind the pruned ones before it in the block.
     """
 
     methods: Methods
@@ -80,6 +81,7 @@ class Job:
     notes: list[str] = field(default_factory=list)
     resumed_seconds: float = 0.0
     expert_tokens: int = 0
+    true_sequential: bool = False
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.device)  # of what happens outside the blocks
@@ -111,6 +113,7 @@ class Job:
             again = block.name in resumed
             clock = self.clock if again else Stopwatch(self.device)
             linears, notes = len(self.linears), len(self.notes)
+            onward = False
             with self.weights.on(block, self.device, clock):
                 if dense is not None:
                     with clock("forward"):
@@ -118,11 +121,14 @@ class Job:
                 if again:
                     self._replay(ranks, block, BlockDone.from_dict(resumed[block.name]))
                 else:
-                    keeps, tuned = self._prune(block, streams, clock), Tuned((), 0)
+                    # Tuning begins with what enters the block.
+                    in_turn = self._in_turn(block, streams)
+                    onward = in_turn and dense is None and block is not blocks[-1]
+                    keeps, tuned = self._prune(block, streams, clock, in_turn, onward), Tuned((), 0)
                     if dense is not None and keeps:
                         with clock("tune"):
                             tuned = self._tune(block, keeps, streams, dense.hidden, linears)
-                if block is not blocks[-1]:
+                if block is not blocks[-1] and not onward:
                     with clock("forward"):
                         streams.advance(block, self.device)
                 # In the journal with the block: a run that goes on from here tells of it too.
@@ -243,9 +249,14 @@ class Job:
             if (own := measured[linear.name]) is not None:
                 allocation.note(block.index, linear.name, math.prod(linear.shape), own)
 
-    def observe(self, block: Block, streams: Streams, clock: Stopwatch, onward: bool = False) -> Iterator[Found]:
-        """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once."""
-        for found in self._each(block, streams, clock, onward):
+    def observe(
+        self, block: Block, streams: Streams, clock: Stopwatch, onward: bool = False, in_turn: bool = False
+    ) -> Iterator[Found]:
+        """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once.
+
+        ``in_turn``: each is gathered when its turn comes, behind the pruned linears before it; see ``observe_in_turn``.
+        """
+        for found in self._each(block, streams, clock, onward, in_turn):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
                 what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
@@ -254,17 +265,32 @@ class Job:
                     self.notes.append(note)
             yield found
 
-    def _each(self, block: Block, streams: Streams, clock: Stopwatch, onward: bool) -> Iterator[Found]:
+    def _in_turn(self, block: Block, streams: Streams) -> bool:
+        """Whether the block's linears are calibrated in turn; a note where they should be and cannot."""
+        if not self.true_sequential or not block.linears:
+            return False
+        if reason := why_not_in_turn(block, streams):
+            note = f"not by true_sequential, which takes one forward pass a block, but by two: {reason}"
+            if note not in self.notes:
+                self.notes.append(note)
+        return not reason
+
+    def _each(self, block: Block, streams: Streams, clock: Stopwatch, onward: bool, in_turn: bool) -> Iterator[Found]:
         """Of modules that every token reaches, then of experts, each of which is dense until its own are given."""
-        for found in observe(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss, onward):
+        gather = observe_in_turn if in_turn else observe
+        for found in gather(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss, onward):
             if found.recorded is None:
                 yield found
             else:
                 weights = TokenWeights(block, streams, self.sink_weight, self.loss)
                 yield from observe_experts(found.recorded, weights, self.device, self.damping, clock, streams.ranks)
 
-    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
+    def _prune(
+        self, block: Block, streams: Streams, clock: Stopwatch, in_turn: bool, onward: bool
+    ) -> dict[str, Tensor]:
         """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards.
+
+        ``in_turn``, ``onward``: see ``observe``.
 
         Returns:
             keep_OD by the linear's full name.
@@ -275,7 +301,7 @@ class Job:
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
         owners: dict[str, int | None] = {}
-        for found in self.observe(block, streams, clock):
+        for found in self.observe(block, streams, clock, onward, in_turn):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():
@@ -292,11 +318,26 @@ class Job:
                     done[linear.name] = record, result.notes
                     self.progress.linear(record)
                     keeps[linear.name] = result.keep_OD
-        if ranks.size > 1:
-            with clock("share"):
-                share_linears(block.linears, owners, done, keeps, ranks)
+            if in_turn:
+                self._share(found.linears, owners, done, keeps, (ranks, clock))
+        if not in_turn:
+            self._share(block.linears, owners, done, keeps, (ranks, clock))
         self._tell(block, streams, done, owners)
         return keeps
+
+    def _share(
+        self,
+        linears: Sequence[Linear],
+        owners: Mapping[str, int | None],
+        done: dict[str, Done],
+        keeps: dict[str, Tensor],
+        place: tuple[Ranks, Stopwatch],
+    ) -> None:
+        ranks, clock = place
+        if ranks.size > 1:
+            with clock("share"):
+                own = {linear.name: owners[linear.name] for linear in linears}
+                share_linears(linears, own, done, keeps, ranks)
 
     def _tell(self, block: Block, streams: Streams, done: Mapping[str, Done], owners: Mapping[str, int | None]) -> None:
         """Let the report know of the block's linears, in the order of their groups."""

@@ -17,7 +17,7 @@ from optima.calibration.loss_weights import KEPT_BYTES
 from optima.calibration.own_text import check_writes
 from optima.calibration.swept import swept_share
 from optima.linear import Methods
-from optima.memory import HostMemory, count, host_memory, work_bytes
+from optima.memory import HostMemory, count, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
@@ -114,10 +114,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         check_writes(model)
     methods = build(recipe)
     found = preflight(model, recipe, methods, recipe.max_seq_length)
-    recipe = sized(recipe, found)
+    dtype = dtype_as_read(config, recipe.dtype)
+    recipe, found = sized(recipe, found, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
-    dtype = dtype_as_read(config, recipe.dtype)
     streamed = not source.gguf_file and recipe.dataset != [SELF]
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     surveyed = recipe.surveys
@@ -146,7 +146,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         model_bytes=num_parameters * dtype.itemsize,
         host=memory,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
-        passes=forward_passes(recipe, swept),
+        passes=forward_passes(recipe, swept, all(in_turn(block, recipe) for block in found.blocks if block.linears)),
         reads=_reads(recipe, len(found.blocks) * inputs * swept),
         dtype=dtype,
         streamed=streamed,
@@ -155,10 +155,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def forward_passes(recipe: Recipe, swept: float) -> int:
+def forward_passes(recipe: Recipe, swept: float, in_turn: bool) -> int:
     """Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs."""
     epochs = recipe.tuning_epochs
-    return 2 + 2 * recipe.surveys + math.ceil(4 * swept) + (3 * epochs + 1 if epochs else 0)
+    return 2 - (in_turn and not epochs) + 2 * recipe.surveys + math.ceil(4 * swept) + (3 * epochs + 1 if epochs else 0)
 
 
 def _reads(recipe: Recipe, swept_bytes: float) -> int:

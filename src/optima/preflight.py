@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linear import Methods
+from optima.memory import no_room_in_turn
 from optima.models.masks import MaskFiles
 from optima.models.reading import check_length
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
@@ -194,6 +196,18 @@ def sequence_length(recipe: Recipe, calibration: object) -> int | None:
     return calibration.shape[1]
 
 
-def sized(recipe: Recipe, found: Preflight) -> Recipe:
-    """``recipe`` with its number of calibration sequences, which depends on the model's widths."""
-    return replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
+def sized(recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: object = None) -> tuple[Recipe, Preflight]:
+    """``recipe`` with what depends on the widths: the number of sequences, and whether all have room at once.
+
+    Args:
+        recipe: to complete.
+        found: it gets a note if there is no room to calibrate linears in turn.
+        dtype: of activations.
+        calibration: what the caller gave; of token ids the size is known.
+    """
+    if isinstance(calibration, Tensor):
+        recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
+    recipe = replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
+    if problem := no_room_in_turn(found.blocks, recipe, dtype):
+        return replace(recipe, true_sequential=False), replace(found, notes=(*found.notes, problem))
+    return recipe, found

@@ -130,8 +130,7 @@ class Recipe:
     max_change: Positive | None = _option(
         "solve", None, "most a surviving weight may move, in root mean squares of its row", shown="no bound")
     rounding: str = _option(
-        "solve", "hessian", "how weights are rounded to the checkpoint's dtype: each to make up for the errors of "
-        "those before it, or to the nearest number", ROUNDINGS)
+        "solve", "hessian", "how weights are rounded: each to make up for earlier ones, or to the nearest", ROUNDINGS)
     tuning_epochs: Seed = _option(
         "tuning", 0, "passes over the calibration text in which each block is tuned towards the dense one")
     learning_rate: Positive = _option(
@@ -149,6 +148,9 @@ class Recipe:
         "calibration", None, "number of calibration sequences",
         shown=f"{LEAST_SAMPLES}, more where the widest linear would get under {TOKENS_PER_INPUT} tokens an input")
     max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
+    true_sequential: Flag = _option(
+        "calibration", False, "calibrate each linear behind the pruned ones before it in its block: one forward pass "
+        "less, and a block's activations are held for all sequences; not for experts")
     expert_tokens: Seed = _option(
         "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = _option(
@@ -164,8 +166,7 @@ class Recipe:
         "model", False, "run code that comes with the checkpoint, or that --selector names")
     device: str = _option("run", "auto", "auto, cpu, cuda or cuda:N")
     memory_budget: Size | None = _option(
-        "run", None, "main memory that a process of the run keeps to, such as 8GiB: what is more waits in files",
-        shown="none")
+        "run", None, "main memory that a process keeps to, such as 8GiB: what is more waits in files", shown="none")
     # fmt: on
 
     def __post_init__(self) -> None:

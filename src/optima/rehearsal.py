@@ -39,6 +39,7 @@ from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
+from optima.memory import held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.stacks import Block, Linear, Stack
 from optima.pipeline import Job
@@ -61,10 +62,14 @@ Work = Callable[[Streams, Stopwatch], None]
 
 @dataclass
 class Waiting:
-    """Bytes of activations that wait during a phase: those of a run, and of the rehearsal."""
+    """Bytes of activations that wait during a phase: those of a run, and of the rehearsal.
+
+    ``held``: how many more a run holds where it computes.
+    """
 
     of_run: float
     here: int
+    held: float = 0.0
 
 
 class Peak:
@@ -88,7 +93,7 @@ class Peak:
         """Inside, a run holds so many bytes of weights; what is given of activations may also be set inside."""
         memory, waiting = PeakMemory(self._device), Waiting(of_run, here)
         yield waiting
-        found = memory.peak()
+        found = memory.peak() + int(waiting.held)
         if self._device.type == "cpu":
             found += weights - self._weights_bytes + min(int(waiting.of_run), self._left_bytes) - waiting.here
         self.num_bytes = max(self.num_bytes, found)
@@ -162,7 +167,9 @@ class Rehearsal:
         tuned = self.tuning is not None
         # Of the loss every block's tokens are known, and for tuning a matrix.
         told = 0.0 if loss is None else self._told(loss, len(stack.blocks))
-        with self.peak.phase(weights, inputs * (1 + tuned) + told, here):
+        with self.peak.phase(weights, inputs * (1 + tuned) + told, here) as phase:
+            # Its linears are not pruned inside a rehearsed pass: the memory of one at work comes on top in a run.
+            phase.held = held_bytes(block, self.recipe, self.plan.dtype)
             self._passes(block, job, streams, len(needed), needed[-1:] == [stack.blocks[stack.needed - 1]])
             keeps = self._linears(block, job, streams, len(needed))
             if tuned and keeps and needed:
@@ -212,21 +219,23 @@ class Rehearsal:
         """Statistics, and outputs carried on; ``last``: the last of the ``count`` blocks hands on nothing."""
 
         loss, surveys = job.loss, self.allocation is not None
+        turns = in_turn(block, self.recipe)
+        carried = turns and self.tuning is None
 
-        def observed(onward: bool, part: Streams, clock: Stopwatch) -> None:
+        def observed(onward: bool, turns: bool, part: Streams, clock: Stopwatch) -> None:
             job.loss = None if loss is None else _first(loss, len(part.hidden))
             with clock("hessian"):
-                for _ in job.observe(block, part, clock, onward):
+                for _ in job.observe(block, part, clock, onward, turns):
                     pass
 
         def advanced(part: Streams, clock: Stopwatch) -> None:
             with clock("forward"):
                 part.advance(block, self.device)
 
-        self._add(partial(observed, True), streams, count * surveys)
-        self._add(partial(observed, False), streams, count)
+        self._add(partial(observed, True, False), streams, count * surveys)
+        self._add(partial(observed, carried, turns), streams, count)
         job.loss = loss
-        self._add(advanced, streams, count - last + count * (self.tuning is not None))
+        self._add(advanced, streams, (count - last) * (not carried) + count * (self.tuning is not None))
 
     def _linears(self, block: Block, job: Job, streams: Streams, count: int) -> dict[str, Tensor]:
         """One of each shape and pattern; the masks of all, by name."""

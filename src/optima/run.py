@@ -30,7 +30,7 @@ from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linear import Methods
-from optima.memory import HostMemory, batch_size, host_memory
+from optima.memory import HostMemory, batch_size, count, host_memory
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
@@ -175,6 +175,7 @@ class _Checked:
     device: torch.device
     source: Source | None
     structure: PreTrainedModel
+    dtype: torch.dtype  # of the weights as read: a skeleton is made in float32
     found: Preflight
     calibration: Any
 
@@ -207,12 +208,13 @@ def _check(
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
-    recipe = sized(recipe, found)
+    dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
+    recipe, found = sized(recipe, found, dtype, calibration)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
-    return _Checked(recipe, methods, device, source, structure, found, calibration)
+    return _Checked(recipe, methods, device, source, structure, dtype, found, calibration)
 
 
 def _claim(
@@ -220,10 +222,7 @@ def _claim(
 ) -> AbstractContextManager[Destination]:
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
-    parameters = checked.structure.parameters()
-    # A skeleton is made in float32, whatever is read.
-    size = checked.source and dtype_as_read(checked.structure.config, checked.recipe.dtype).itemsize
-    num_bytes = sum(p.numel() * (size or p.element_size()) for p in parameters)
+    num_bytes = count(checked.structure) * checked.dtype.itemsize
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
@@ -278,6 +277,7 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     recipe, found = checked.recipe, checked.found
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
     job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
+    job.true_sequential = recipe.true_sequential
     job.notes.extend([*found.notes, *([weights.note] if weights.note else [])])
     if given:
         job.notes.append(GIVEN_NOTE)

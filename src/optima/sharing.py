@@ -32,13 +32,13 @@ def share_linears(
     """Bring the weights, masks and records of all linears to all processes.
 
     Args:
-        linears: of a block; those of other processes are written.
-        owners: which process pruned each, by name; None: all together, so that all have it.
+        linears: of a block, or some of them; those of other processes are written.
+        owners: which process pruned each, by name; None: all together, so that all have it. Others are left out.
         done: of this process's linears; others' are added.
         keeps: keep_OD likewise.
         ranks: the processes.
     """
-    for theirs in ranks.gather({name: value for name, value in done.items() if owners[name] == ranks.rank}):
+    for theirs in ranks.gather({name: done[name] for name, owner in owners.items() if owner == ranks.rank}):
         done.update(theirs)
     mine = {linear.name for linear in linears if linear.name in keeps}
     values = {linear.name: (linear.read(), keeps[linear.name]) for linear in linears if linear.name in mine}

@@ -38,6 +38,7 @@ def measured(directory: Path, recipe: Recipe) -> Measured:
     ("options", "more"),
     [
         ({"objective": "sink"}, set()),
+        ({"objective": "sink", "true_sequential": True}, set()),
         ({}, {"sweep"}),
         ({"tuning_epochs": 2}, {"sweep", "tune"}),
         ({"allocation": "owl", "objective": "sink"}, set()),

@@ -23,8 +23,8 @@ config = LlamaConfig(
     hidden_size={hidden}, intermediate_size={intermediate}, num_hidden_layers=2, num_attention_heads=8,
     num_key_value_heads=4, vocab_size=64, max_position_embeddings=512,
 )
-options = dict(swaps={swaps}, batch_size={batch}, max_seq_length={length})
-recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", **options)
+options = dict(swaps={swaps}, batch_size={batch}, max_seq_length={length}, num_calibration_samples={samples})
+recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", true_sequential={turns}, **options)
 methods = build(recipe)
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
@@ -38,24 +38,25 @@ def prune(layers):
     batches = list(torch.randint(0, 64, ({samples}, {length})).split({batch}))
     streams = capture(model, found.stacks[0], batches)
     memory = PeakMemory(torch.device("cpu"))
-    Job(methods, found.patterns, torch.device("cpu"), recipe.damping, 0.04).prune(found.stacks[0], streams)
+    job = Job(methods, found.patterns, torch.device("cpu"), recipe.damping, 0.04, true_sequential={turns})
+    job.prune(found.stacks[0], streams)
     return memory.peak() - memory.baseline
 
 prune(1)  # the first run also pays for the libraries' own buffers
 print(predicted, prune(2))
 """
 
-FEW = {"batch": 2, "length": 128, "samples": 4, "swaps": 0}
+FEW = {"batch": 2, "length": 128, "samples": 4, "swaps": 0, "turns": False}
+MANY = {"batch": 16, "length": 512, "samples": 16, "swaps": 0, "turns": False}
 SIZES = {
     "solve-bound": {"hidden": 384, "intermediate": 1536, "selector": "wanda", **FEW},
     "sparsegpt": {"hidden": 512, "intermediate": 1408, "selector": "sparsegpt", **FEW},
     "optima": {"hidden": 512, "intermediate": 2048, "selector": "optima", **FEW},
     "alps, wide": {"hidden": 256, "intermediate": 2816, "selector": "alps", **FEW},
     "swaps": {"hidden": 128, "intermediate": 1024, "selector": "wanda", **FEW, "swaps": 64},
-    "activation-bound": {
-        "hidden": 256, "intermediate": 512, "selector": "wanda", "batch": 16, "length": 512, "samples": 16, "swaps": 0
-    },
-}  # fmt: skip
+    "activation-bound": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY},
+    "in turn": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY, "samples": 64, "turns": True},
+}
 
 
 MINUTES = ("sparsegpt", "optima", "alps, wide", "swaps")

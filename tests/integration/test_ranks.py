@@ -78,6 +78,7 @@ RECIPES = {
     "tuned and shared out": ("--tuning-epochs", "1", "--allocation", "loss", "--swaps", "8"),
     "sink": ("--objective", "sink", "--allocation", "owl", "--selector", "wanda"),
     "gradient": ("--selector", "gradient", "--objective", "plain"),
+    "in turn": ("--selector", "wanda", "--objective", "sink", "--true-sequential"),
     "selects with weights": ("--selector", "sparsegpt", "--solver", "none"),
 }
 UNUSUAL = ("sink", "selects with weights")

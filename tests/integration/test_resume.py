@@ -412,8 +412,9 @@ class TestMethods:
             ["--selector", "optima", "--swaps", "64"],
             ["--dump-layer", "mlp"],
             ["--tuning-epochs", "2", "--sparsity", "0.7"],
+            ["--true-sequential"],
         ],
-        ids=["owl", "swaps", "dump", "tuned"],
+        ids=["owl", "swaps", "dump", "tuned", "in turn"],
     )
     def test_all_go_on(self, root: Path, options: list[str]) -> None:
         assert finish(start("whole", *options)) == 0

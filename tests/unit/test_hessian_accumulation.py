@@ -311,7 +311,7 @@ def test_low_precision_inputs_are_accumulated_in_more() -> None:
     assert hessian_DD(found).tolist() == [[1.0]]
 
 
-@pytest.mark.parametrize(("weighted", "off"), [(False, 1e-6), (True, 1e-3)])
+@pytest.mark.parametrize(("weighted", "off"), [(False, 4e-6), (True, 1e-3)])  # float32 sums, in any order
 @pytest.mark.parametrize("size", [48, 160])  # below and above what oneDNN multiplies
 def test_bfloat16_inputs_lose_nothing_by_fast_products(size: int, weighted: bool, off: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -39,6 +39,7 @@ class Probe:
         sample_dim: dimension of the hidden states that counts sequences.
         sequence_first: True if tokens are counted before it, as in XLNet.
         routed: names of the linears that are not given every token (experts).
+        repeated: names of the linears that are called several times.
     """
 
     groups: list[list[tuple[Linear, ...]]]
@@ -47,6 +48,7 @@ class Probe:
     sample_dim: int
     sequence_first: bool
     routed: frozenset[str]
+    repeated: frozenset[str] = frozenset()
 
     def first_tokens(self, inputs: Tensor, name: str, samples: int, length: int) -> Tensor | None:
         """The inputs (B, D) of each sequence's first token among those of the linear ``name``; None if unknown."""
@@ -145,6 +147,7 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
         sample_dim,
         sequence_first,
         frozenset(name for name in names if kind(name) in routed),
+        frozenset(name for name in names if len(given.inputs[name]) > 1),
     )
 
 

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 
 from optima.calibration.halving import Once, rows_of
 from optima.calibration.loss_weights import LossWeights
+from optima.calibration.passes import Passes
 from optima.calibration.probe import Given
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, bfloat16_products, full_precision
-from optima.errors import CalibrationError
+from optima.errors import CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
@@ -186,6 +187,63 @@ def observe(
         yield Found(None, linears, recorded=recorded)
 
 
+def observe_in_turn(
+    block: Block,
+    streams: Streams,
+    device: torch.device,
+    sink_weight: float,
+    damping: float,
+    stopwatch: Stopwatch | None = None,
+    weights: LossWeights | None = None,
+    onward: bool = False,
+) -> Iterator[Found]:
+    """As ``observe``, but each linear sees what the pruned linears before it hand on, not what the dense ones would.
+
+    Whoever is given a group must have pruned it, in all processes, before asking for the next. The forward pass goes on
+    from there, so that ``onward`` one pass does the work of two. Meanwhile what all sequences need inside the block is
+    held on ``device``. GPTQ's code calls this true sequential (Frantar et al., arXiv 2210.17323).
+
+    Args: see ``observe``. ``why_not_in_turn`` must be empty.
+
+    Raises:
+        CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
+        ModelError: if sequences call the linears in different orders.
+    """
+    stopwatch = stopwatch or Stopwatch(device)
+    sums = _Sums(streams, block, sink_weight, stopwatch, weights)
+    ranks, left = streams.ranks, {group[0].name: group for group in sums.groups}
+    with Passes(block, streams, device, sums.groups, sums.add) as passes:
+        while left:
+            with stopwatch("forward"), full_precision():
+                waiting = set().union(*ranks.gather(passes.go_on()))
+            if len(waiting) > 1:
+                raise ModelError(
+                    f"sequences reach {' and '.join(sorted(waiting))} in different orders: leave out true_sequential"
+                )
+            reached = sorted(waiting) or list(left)  # at the end: those that no token reached
+            groups = [left.pop(name) for name in reached]
+            with stopwatch("reduce") if ranks.size > 1 else nullcontext():
+                owners = reduce_statistics(
+                    {name: sums.accumulators[name] for name in reached}, sums.untold, groups, ranks, device
+                )
+            for name, group in zip(reached, groups, strict=True):
+                statistics = sums.accumulators.pop(name).finish(damping)
+                yield Found(statistics, group, name not in sums.untold, owners[name])
+                passes.let_through(name)
+        if onward:
+            with stopwatch("forward"), full_precision():
+                passes.finish()
+        sums.check_groups(passes.given)
+
+
+def why_not_in_turn(block: Block, streams: Streams) -> str:
+    """Why linears of the block must be calibrated at once, by a pass of their own; empty if they need not."""
+    if any(isinstance(linear, ExpertLinear) for linear in block.linears):
+        return "experts are calibrated together"
+    repeated = [linear.name for linear in block.linears if linear.name in streams.probe.repeated]
+    return f"{repeated[0]} is called several times in a forward pass" if repeated else ""
+
+
 def sampling_step(tokens: int, wanted: int) -> int:
     """The distance of about ``wanted`` tokens, at which all places of a sequence, and of a batch, have their turn."""
     step = max(tokens // wanted, 1)
@@ -201,7 +259,71 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
     """Stops a block's forward pass before the product of its last linear."""
 
 
-class _Watch:
+class _Sums:
+    """What a block's linears were given, accumulated for each group of those that share their input."""
+
+    def __init__(
+        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
+    ) -> None:
+        self._streams, self._sink_weight, self._stopwatch = streams, sink_weight, stopwatch
+        self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
+        self._leader = {linear.name: group[0].name for group in self.groups for linear in group}
+        self.accumulators = {group[0].name: Accumulator() for group in self.groups}
+        self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
+        self.untold: set[str] = set()
+        self._step = sampling_step(streams.tokens, SAMPLE)
+
+    def add(self, name: str, inputs: Tensor, batch: int, part: slice) -> None:
+        """Add the inputs that samples of a batch give the group of ``name``, its first linear."""
+        with self._stopwatch("hessian"):
+            self._add(name, inputs, batch, part)
+
+    def _add(self, name: str, inputs: Tensor, batch: int, part: slice) -> None:
+        (every, length), samples = self._streams.sizes[batch], part.stop - part.start
+        inputs_TD = inputs.reshape(-1, inputs.shape[-1])
+        before = self._streams.tokens_before + sum(math.prod(size) for size in self._streams.sizes[:batch])
+        weight_T, heavy_ND, sample_ND, extra = None, None, None, 0.0
+        if self._by_loss is not None:
+            weights = self._by_loss[name]
+            if weights is None or len(inputs_TD) != samples * length:
+                self.untold.add(name)
+            else:
+                weight_T = rows_of(weights[batch], part, every).to(inputs_TD.device)
+                sample_ND = sampled(inputs_TD, before + part.start * length, self._step)
+        elif (more := self._sink_weight * length - 1.0) > 0.0:
+            heavy_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
+            if heavy_ND is None:
+                self.untold.add(name)
+            else:
+                extra = more
+        if not self.accumulators[name].add(inputs_TD, weight_T, heavy_ND, extra, sample_ND):
+            raise CalibrationError(self._describe_bad(name, inputs_TD, batch, part))
+
+    def check_groups(self, given: Given) -> None:
+        """A few tokens told which linears share their input: on a whole batch, if they were reached, it must be so."""
+        for name, leader in self._leader.items():
+            if name in given.inputs and given.inputs[name] != given.inputs[leader]:
+                raise CalibrationError(
+                    f"{leader} and {name} share their input over a few tokens, but not over a whole calibration "
+                    "sequence: leave one of them out with --ignore"
+                )
+
+    def _describe_bad(self, name: str, inputs_TD: Tensor, batch: int, part: slice) -> str:
+        length, samples = self._streams.sizes[batch][1], part.stop - part.start
+        first = sum(count for count, _ in self._streams.sizes[:batch]) + part.start
+        if len(inputs_TD) != samples * length or self._streams.probe.sequence_first:
+            return f"the inputs of {name} contain NaN or Inf in calibration samples {first} to {first + samples - 1}"
+        by_sample = inputs_TD.reshape(samples, -1).float()
+        # Finite inputs can still overflow float32 when squared.
+        good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)
+        return (
+            f"the inputs of {name} contain NaN or Inf (first in calibration sample "
+            f"{first + int(good.to(torch.int8).argmin())}): load the model in another dtype (--dtype bfloat16 or "
+            "float32), or check its weights"
+        )
+
+
+class _Watch(_Sums):
     """Hooks on a block's linears that accumulate the inputs of each group's first."""
 
     def __init__(
@@ -213,17 +335,11 @@ class _Watch:
         weights: LossWeights | None,
         onward: bool,
     ) -> None:
-        self._streams, self._sink_weight, self._stopwatch, self._onward = streams, sink_weight, stopwatch, onward
+        super().__init__(streams, block, sink_weight, stopwatch, weights)
+        self._onward = onward
         self.recorders = recorders(block, streams)
-        self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
-        self._leader = {linear.name: group[0].name for group in self.groups for linear in group}
         self._expected = {*self._leader, *(recorded.experts.name for recorded in self.recorders)}
-        self.accumulators = {group[0].name: Accumulator() for group in self.groups}
-        self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
-        self.untold: set[str] = set()
         self._batch, self._part = 0, slice(0)
-        self._step = sampling_step(streams.tokens, SAMPLE)
-        self._before = 0  # tokens of earlier batches
         self._called: list[str] = []  # in this pass
         self._last: str | None = None  # where a pass can end, known after the first
         self._given: Given | None = None  # of the first pass
@@ -234,7 +350,6 @@ class _Watch:
     def over(self, batch: int, part: slice) -> Iterator[None]:
         """Watch one forward pass inside this context; what one left half done is not done again."""
         self._batch, self._part = batch, part
-        self._before = self._streams.tokens_before + sum(math.prod(size) for size in self._streams.sizes[:batch])
         self._called.clear()
         self._once.start(batch, part)
         given = self._given = None if self._checked else Given()
@@ -249,7 +364,7 @@ class _Watch:
                 hooks.callback(handle.remove)
             yield
         if given is not None:
-            self._check_groups(given)
+            self.check_groups(given)
             self._checked = True
             if not self._onward and sorted(self._called) == sorted(self._expected):
                 self._last = self._called[-1]
@@ -264,8 +379,7 @@ class _Watch:
                 self._given.add(name, inputs)
             with self._once(name) as new:
                 if new and inputs.numel() and self._leader[name] == name:
-                    with self._stopwatch("hessian"):
-                        self._add(name, inputs)
+                    self.add(name, inputs, self._batch, self._part)
             self._end(name)
 
         return see
@@ -280,46 +394,3 @@ class _Watch:
     def _end(self, name: str) -> None:
         if name == self._last and len(set(self._called)) == len(self._expected):
             raise _AllSeen
-
-    def _add(self, name: str, inputs: Tensor) -> None:
-        (every, length), samples = self._streams.sizes[self._batch], self._part.stop - self._part.start
-        inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-        weight_T, heavy_ND, sample_ND, extra = None, None, None, 0.0
-        if self._by_loss is not None:
-            weights = self._by_loss[name]
-            if weights is None or len(inputs_TD) != samples * length:
-                self.untold.add(name)
-            else:
-                weight_T = rows_of(weights[self._batch], self._part, every).to(inputs_TD.device)
-                sample_ND = sampled(inputs_TD, self._before + self._part.start * length, self._step)
-        elif (more := self._sink_weight * length - 1.0) > 0.0:
-            heavy_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
-            if heavy_ND is None:
-                self.untold.add(name)
-            else:
-                extra = more
-        if not self.accumulators[name].add(inputs_TD, weight_T, heavy_ND, extra, sample_ND):
-            raise CalibrationError(self._describe_bad(name, inputs_TD))
-
-    def _check_groups(self, given: Given) -> None:
-        """A few tokens told which linears share their input: on a whole batch it must be the same."""
-        for name, leader in self._leader.items():
-            if given.inputs[name] != given.inputs[leader]:
-                raise CalibrationError(
-                    f"{leader} and {name} share their input over a few tokens, but not over a whole calibration "
-                    "sequence: leave one of them out with --ignore"
-                )
-
-    def _describe_bad(self, name: str, inputs_TD: Tensor) -> str:
-        length, samples = self._streams.sizes[self._batch][1], self._part.stop - self._part.start
-        first = sum(count for count, _ in self._streams.sizes[: self._batch]) + self._part.start
-        if len(inputs_TD) != samples * length or self._streams.probe.sequence_first:
-            return f"the inputs of {name} contain NaN or Inf in calibration samples {first} to {first + samples - 1}"
-        by_sample = inputs_TD.reshape(samples, -1).float()
-        # Finite inputs can still overflow float32 when squared.
-        good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)
-        return (
-            f"the inputs of {name} contain NaN or Inf (first in calibration sample "
-            f"{first + int(good.to(torch.int8).argmin())}): load the model in another dtype (--dtype bfloat16 or "
-            "float32), or check its weights"
-        )

@@ -127,21 +127,32 @@ class Streams:
 
         ``watched`` is entered around each forward pass, with the batch and the samples of it that run.
         """
-        later = [source for own in self.probe.carried for source in own.values()]
-        wanted = {place for source, place in later if source == block.index}
 
         def run(batch: int, part: slice) -> list[Tensor]:
             with nullcontext() if watched is None else watched(batch, part):
-                output = self.run(block, batch, device, part)
-            return [tensor.detach().cpu() for tensor in (hidden_of(output), *(output[place] for place in wanted))]
+                return self.outputs(block, batch, device, part)
 
-        for batch, (samples, _) in enumerate(self.sizes):
-            parts = self.in_parts(block, batch, partial(run, batch))
-            hidden, *others = (_joined(each, samples) for each in zip(*parts, strict=True))
-            self.hidden[batch] = self.store.keep(hidden)
-            for place, tensor in zip(wanted, others, strict=True):
-                candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
-                self.carried[batch][block.index, place] = self.store.keep(share(tensor, candidates))
+        for batch in range(len(self.sizes)):
+            self.receive(block, batch, self.in_parts(block, batch, partial(run, batch)))
+
+    def outputs(self, block: Block, batch: int, device: torch.device, part: slice) -> list[Tensor]:
+        """What the block hands on for samples of a batch, on the CPU: hidden states, and what later blocks ask for."""
+        output = self.run(block, batch, device, part)
+        handed_on = (hidden_of(output), *(output[place] for place in self._wanted(block)))
+        return [tensor.detach().cpu() for tensor in handed_on]
+
+    def receive(self, block: Block, batch: int, parts: Sequence[list[Tensor]]) -> None:
+        """Put ``outputs`` of all parts of a batch, in order, in the place of what entered the block."""
+        hidden, *others = (_joined(each, self.sizes[batch][0]) for each in zip(*parts, strict=True))
+        self.hidden[batch] = self.store.keep(hidden)
+        for place, tensor in zip(self._wanted(block), others, strict=True):
+            candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
+            self.carried[batch][block.index, place] = self.store.keep(share(tensor, candidates))
+
+    def _wanted(self, block: Block) -> list[int]:
+        """Places in what the block returns that later blocks are given."""
+        later = {source for own in self.probe.carried for source in own.values()}
+        return sorted(place for source, place in later if source == block.index)
 
     def run(
         self, block: Block, batch: int, device: torch.device, part: slice | None = None, call: Called | None = None
