@@ -37,7 +37,7 @@ from optima.recipe_files import load_recipe
 
 PEER = "SparseGPT, llm-compressor"
 PEER_SCRIPT = Path(__file__).parent / "whole_run_peers" / "llm_compressor.py"
-OURS = {"OPTIMA, fast": "fast", "OPTIMA, default": None}
+FAST, IN_TURN, DEFAULT = "OPTIMA, fast", "OPTIMA, fast --true-sequential", "OPTIMA, default"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
         tokens_NL = calibration_tokens(documents, tokenizer, samples, length)
         turns: dict[str, list[Turn]] = defaultdict(list)
         for _ in range(options.repeats):
-            for name in [*([PEER] if options.peer_python else []), *OURS]:
+            for name in [*([PEER] if options.peer_python else []), *options.contenders]:
                 turns[name].append(turn(name, options, tokens_NL, windows_NL))
         print_rows(f"{samples} x {length}", turns)
 
@@ -79,6 +79,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", nargs="+", default=[], help="text to calibrate on")
     parser.add_argument("--evaluation", nargs="+", default=[], help="text to measure perplexity on")
     parser.add_argument("--peer-python", help="interpreter of an environment that has llmcompressor; none: ours alone")
+    ours = (FAST, IN_TURN, DEFAULT)
+    parser.add_argument("--contenders", nargs="+", choices=ours, default=ours, help="of ours")
     parser.add_argument("--sizes", nargs="+", type=size, default=[(64, 512), (128, 512)], metavar="SAMPLESxLENGTH")
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=3)
@@ -139,8 +141,8 @@ def watched(pid: int) -> tuple[int, int, resource.struct_rusage]:
 def run_own(options: argparse.Namespace) -> None:
     """What a user would do, on the tokens that all contenders share."""
     torch.set_num_threads(options.threads)
-    preset = OURS[options.run]
-    recipe = replace(Recipe() if preset is None else load_recipe(preset), sparsity=options.sparsity)
+    recipe = Recipe() if options.run == DEFAULT else load_recipe("fast")
+    recipe = replace(recipe, sparsity=options.sparsity, true_sequential=options.run == IN_TURN)
     prune(options.model, recipe, output_dir=options.output, calibration=load_file(options.tokens)["tokens"])
 
 

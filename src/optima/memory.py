@@ -149,13 +149,15 @@ def in_turn(block: Block, recipe: Recipe) -> bool:
 def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
     """Most of the activations that all sequences hold inside a block, where its linears are calibrated in turn.
 
-    The block's input, the sum of it and of attention's output, the norm of that, and what a linear is given.
+    The residual stream and its norm, what the first linears make of it (queries, keys, values) or the block's input,
+    and what a linear is given.
     """
     if not in_turn(block, recipe):
         return 0
-    inputs = [linear.shape[1] for linear in block.linears]
+    first, inputs = guess_groups(block)[0], [linear.shape[1] for linear in block.linears]
     tokens = recipe.samples(max(inputs)) * recipe.max_seq_length
-    return tokens * (3 * inputs[0] + max(inputs)) * dtype.itemsize
+    made = max(inputs[0], sum(linear.shape[0] for linear in first))
+    return tokens * (2 * inputs[0] + made + max(inputs)) * dtype.itemsize
 
 
 def no_room_in_turn(blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> str:

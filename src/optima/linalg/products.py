@@ -123,6 +123,8 @@ def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
         inputs_TD = inputs_TD.float()
         sum_DD += inputs_TD.mT @ inputs_TD
         return
+    if inputs_TD.dtype != torch.bfloat16:
+        inputs_TD = inputs_TD.float()
     as_it_lies = inputs_TD.dtype == torch.bfloat16 or not _packs(inputs_TD)
     inputs_DT = inputs_TD.float().mT if as_it_lies else inputs_TD.mT.contiguous()
     width = max(-(-len(inputs_DT) // PANELS), THINNEST)
