@@ -55,7 +55,7 @@ SIZES = {
     "alps, wide": {"hidden": 256, "intermediate": 2816, "selector": "alps", **FEW},
     "swaps": {"hidden": 128, "intermediate": 1024, "selector": "wanda", **FEW, "swaps": 64},
     "activation-bound": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY},
-    "in turn": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY, "samples": 64, "turns": True},
+    "in turn": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY, "samples": 32, "turns": True},
 }
 
 
