@@ -163,10 +163,14 @@ def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
 def no_room_in_turn(blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> str:
     """Why the recipe's wish to calibrate linears in turn is not met; empty if it is, or there is none."""
     held = max((held_bytes(block, recipe, dtype) for block in blocks), default=0)
+    if not held:
+        return ""
     if on_cpu(recipe):
         room = recipe.memory_budget or psutil.virtual_memory().total
-    else:
+    elif torch.cuda.is_available():
         room = torch.cuda.get_device_properties(find_device(recipe.device)).total_memory
+    else:
+        return ""  # a plan for a device elsewhere
     if held <= HELD_SHARE * room:
         return ""
     return (

@@ -5,20 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from families import build, make_ids
 from test_hessian_accumulation import GROUPS, Calls, Host, names, streams_into
 from test_out_of_memory import little_memory
-from tiny import make_llama, make_tokens
+from tiny import make_llama, make_tokens, save_model
 from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.statistics import Found, observe, observe_in_turn
 from optima.calibration.streams import Streams
 from optima.errors import CalibrationError, ModelError
+from optima.models.source import find_source
 from optima.models.stacks import Block
+from optima.plan import make_plan
 
 CPU = torch.device("cpu")
 
@@ -157,6 +160,14 @@ def test_two_passes_where_there_is_no_room_for_all_sequences(monkeypatch: pytest
     assert not report.run.recipe["true_sequential"]
     assert any("what all sequences need inside one, 0.0 GiB, is more than" in note for note in report.run.notes)
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_a_plan_may_be_for_a_device_elsewhere(true_sequential: bool, tmp_path: Path) -> None:
+    source = find_source(str(save_model(tmp_path / "model")))
+    recipe = Recipe(device="cuda", objective="sink", max_seq_length=16, true_sequential=true_sequential)
+    plan = make_plan(source, recipe)
+    assert plan.passes == 2 - true_sequential
 
 
 def test_tuning_begins_with_what_enters_the_block() -> None:
