@@ -14,7 +14,7 @@ from optima.calibration.loss_weights import LOGITS_BYTES
 from optima.device import find_device
 from optima.errors import RecipeError
 from optima.linear import Methods
-from optima.models.experts import ExpertLinear
+from optima.models.experts import ExpertLinear, has_experts
 from optima.models.stacks import Block, guess_groups
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -142,8 +142,7 @@ def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype:
 
 def in_turn(block: Block, recipe: Recipe) -> bool:
     """Whether the linears of a block can be calibrated in turn, as far as its structure tells."""
-    experts = any(isinstance(linear, ExpertLinear) for linear in block.linears)
-    return recipe.true_sequential and bool(block.linears) and not experts
+    return recipe.true_sequential and bool(block.linears) and not has_experts(block.linears)
 
 
 def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:

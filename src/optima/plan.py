@@ -18,7 +18,7 @@ from optima.calibration.own_text import check_writes
 from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, count, host_memory, in_turn, work_bytes
-from optima.models.experts import ExpertLinear
+from optima.models.experts import has_experts
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
 from optima.models.stacks import Block
@@ -128,7 +128,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     inputs = tokens * (hidden or 0) * dtype.itemsize
     swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
-    routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what experts are given is kept
+    routed = has_experts(found.linears)  # what experts are given is kept
     notes = list(found.notes)
     if surveyed:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))

@@ -34,7 +34,7 @@ from optima.errors import CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
-from optima.models.experts import ExpertLinear
+from optima.models.experts import ExpertLinear, has_experts
 from optima.models.stacks import Block, Linear
 
 # Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
@@ -238,7 +238,7 @@ def observe_in_turn(
 
 def why_not_in_turn(block: Block, streams: Streams) -> str:
     """Why linears of the block must be calibrated at once, by a pass of their own; empty if they need not."""
-    if any(isinstance(linear, ExpertLinear) for linear in block.linears):
+    if has_experts(block.linears):
         return "experts are calibrated together"
     repeated = [linear.name for linear in block.linears if linear.name in streams.probe.repeated]
     return f"{repeated[0]} is called several times in a forward pass" if repeated else ""

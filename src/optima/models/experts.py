@@ -11,7 +11,7 @@ Shapes: O outputs, D inputs, T tokens that reach an expert.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -332,3 +332,8 @@ def _layout(module: nn.Module) -> dict[str, bool]:
     if isinstance(told, bool) and told in ways:
         return dict.fromkeys(fused, told)
     return dict.fromkeys(fused, ways[0]) if len(ways) == 1 else {}
+
+
+def has_experts(linears: Iterable[object]) -> bool:
+    """Whether some of them are experts of a fused parameter, which are given the tokens routed to them alone."""
+    return any(isinstance(linear, ExpertLinear) for linear in linears)
