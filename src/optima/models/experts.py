@@ -139,7 +139,7 @@ class FusedExperts:
             if weight.numel() == fused.numel() and weight.ndim == 3:
                 return name, None
             if weight.numel() * len(fused) == fused.numel():
-                return name, ahead // fused.stride(0)
+                return name, int(ahead // fused.stride(0))  # SymInt, to newer stubs
         return None
 
     def show(self, key: _Key, call: Call) -> None:
