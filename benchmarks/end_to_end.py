@@ -37,7 +37,7 @@ from optima.recipe_files import load_recipe
 
 PEER = "SparseGPT, llm-compressor"
 PEER_SCRIPT = Path(__file__).parent / "whole_run_peers" / "llm_compressor.py"
-FAST, IN_TURN, DEFAULT = "OPTIMA, fast", "OPTIMA, fast --true-sequential", "OPTIMA, default"
+FAST, DEFAULT = "OPTIMA, fast", "OPTIMA, default"
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", nargs="+", default=[], help="text to calibrate on")
     parser.add_argument("--evaluation", nargs="+", default=[], help="text to measure perplexity on")
     parser.add_argument("--peer-python", help="interpreter of an environment that has llmcompressor; none: ours alone")
-    ours = (FAST, IN_TURN, DEFAULT)
+    ours = (FAST, DEFAULT)
     parser.add_argument("--contenders", nargs="+", choices=ours, default=ours, help="of ours")
     parser.add_argument("--sizes", nargs="+", type=size, default=[(64, 512), (128, 512)], metavar="SAMPLESxLENGTH")
     parser.add_argument("--sparsity", type=float, default=0.5)
@@ -142,7 +142,7 @@ def run_own(options: argparse.Namespace) -> None:
     """What a user would do, on the tokens that all contenders share."""
     torch.set_num_threads(options.threads)
     recipe = Recipe() if options.run == DEFAULT else load_recipe("fast")
-    recipe = replace(recipe, sparsity=options.sparsity, true_sequential=options.run == IN_TURN)
+    recipe = replace(recipe, sparsity=options.sparsity)
     prune(options.model, recipe, output_dir=options.output, calibration=load_file(options.tokens)["tokens"])
 
 

@@ -36,7 +36,8 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
     Raises:
         OptimaError: if the tokenizer or a file of text cannot be read.
     """
-    recipe, _ = sized(recipe.resolved(scope=default_scope(recipe, plan.methods.selector)), plan.found, plan.dtype)
+    recipe = recipe.resolved(scope=default_scope(recipe, plan.methods.selector))
+    recipe, _ = sized(plan.model, recipe, plan.found, plan.dtype)
     device = find_device(recipe.device)
     notes: list[str] = []
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", recipe.max_seq_length))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,8 +28,9 @@ LIBRARIES_BYTES = 512 * 2**20
 LOGITS_COPIES = 4
 # Without a budget, the share of what is free that may hold activations.
 FREE_SHARE = 0.5
-# Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn.
-HELD_SHARE = 0.125
+# Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn. By
+# ``auto`` main memory holds no more than so many times the weights that are there at a time: a run's memory stays low.
+HELD_SHARE, HELD_WEIGHTS = 0.125, 2
 # Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
 # takes, the largest of the selectors.
 BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
@@ -100,12 +102,16 @@ def host_memory(
         dtype: of the weights.
         streamed: whether they stay on disk.
     """
-    whole = count(model)
-    inside = [count(block.module) for block in blocks]
-    most = max(2 * max(inside, default=0), whole - sum(inside)) if streamed else whole
+    most = _streamed(model, blocks) if streamed else count(model)
     work = work_bytes(blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
     by_loss = LOGITS_COPIES * LOGITS_BYTES if recipe.applied_objective == "loss" else 0
     return HostMemory(most * dtype.itemsize, work, by_loss)
+
+
+def _streamed(model: nn.Module, blocks: Sequence[Block]) -> int:
+    """Parameters that are in memory at a time, where weights stay on disk."""
+    inside = [count(block.module) for block in blocks]
+    return max(2 * max(inside, default=0), count(model) - sum(inside))
 
 
 def count(module: nn.Module) -> int:
@@ -142,7 +148,7 @@ def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype:
 
 def in_turn(block: Block, recipe: Recipe) -> bool:
     """Whether the linears of a block can be calibrated in turn, as far as its structure tells."""
-    return recipe.true_sequential and bool(block.linears) and not has_experts(block.linears)
+    return bool(recipe.true_sequential and block.linears) and not has_experts(block.linears)
 
 
 def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
@@ -159,20 +165,25 @@ def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
     return tokens * (2 * inputs[0] + made + max(inputs)) * dtype.itemsize
 
 
-def no_room_in_turn(blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> str:
-    """Why the recipe's wish to calibrate linears in turn is not met; empty if it is, or there is none."""
-    held = max((held_bytes(block, recipe, dtype) for block in blocks), default=0)
-    if not held:
-        return ""
+def settle_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> tuple[bool, str]:
+    """What becomes of the recipe's ``true_sequential``, and a note if it is asked for and there is no room for it."""
+    held, auto = (
+        max((held_bytes(block, recipe, dtype) for block in blocks), default=0),
+        recipe.true_sequential == "auto",
+    )
+    if auto and (not held or recipe.tuning_epochs):  # it would save nothing
+        return False, ""
     if on_cpu(recipe):
-        room = recipe.memory_budget or psutil.virtual_memory().total
+        room = HELD_SHARE * (recipe.memory_budget or psutil.virtual_memory().total)
+        if auto and held > HELD_WEIGHTS * _streamed(model, blocks) * dtype.itemsize:
+            return False, ""
     elif torch.cuda.is_available():
-        room = torch.cuda.get_device_properties(find_device(recipe.device)).total_memory
+        room = HELD_SHARE * torch.cuda.get_device_properties(find_device(recipe.device)).total_memory
     else:
-        return ""  # a plan for a device elsewhere
-    if held <= HELD_SHARE * room:
-        return ""
-    return (
+        room = math.inf  # a plan for a device elsewhere
+    if held <= room:
+        return bool(recipe.true_sequential), ""
+    return False, "" if auto else (
         "true_sequential was left out, and a block takes two forward passes: what all sequences need inside one, "
         f"{held / GIB:.1f} GiB, is more than {HELD_SHARE:.0%} of the memory"
     )

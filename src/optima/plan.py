@@ -115,7 +115,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     methods = build(recipe)
     found = preflight(model, recipe, methods, recipe.max_seq_length)
     dtype = dtype_as_read(config, recipe.dtype)
-    recipe, found = sized(recipe, found, dtype)
+    recipe, found = sized(model, recipe, found, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
     streamed = not source.gguf_file and recipe.dataset != [SELF]

@@ -17,7 +17,7 @@ from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linear import Methods
-from optima.memory import no_room_in_turn
+from optima.memory import settle_in_turn
 from optima.models.masks import MaskFiles
 from optima.models.reading import check_length
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
@@ -196,10 +196,13 @@ def sequence_length(recipe: Recipe, calibration: object) -> int | None:
     return calibration.shape[1]
 
 
-def sized(recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: object = None) -> tuple[Recipe, Preflight]:
+def sized(
+    model: nn.Module, recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: object = None
+) -> tuple[Recipe, Preflight]:
     """``recipe`` with what depends on the widths: the number of sequences, and whether all have room at once.
 
     Args:
+        model: with its weights, or its skeleton.
         recipe: to complete.
         found: it gets a note if there is no room to calibrate linears in turn.
         dtype: of activations.
@@ -208,6 +211,5 @@ def sized(recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: obj
     if isinstance(calibration, Tensor):
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     recipe = replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
-    if problem := no_room_in_turn(found.blocks, recipe, dtype):
-        return replace(recipe, true_sequential=False), replace(found, notes=(*found.notes, problem))
-    return recipe, found
+    in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
+    return replace(recipe, true_sequential=in_turn), replace(found, notes=(*found.notes, note)) if note else found

@@ -29,8 +29,7 @@ SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded
 BOUNDED_SOLVERS = ("auto", "bounded")
 ALLOCATION_NAMES = ("uniform", "owl", "loss")
 OBJECTIVES = ("loss", "sink", "plain")
-ROUNDINGS = ("hessian", "nearest")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROUNDINGS, DTYPES = ("hessian", "nearest"), ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
 SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 LEARNING_RATE = 3e-3
@@ -68,6 +67,7 @@ Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such a
 Size = Annotated[ByteSize, Field(gt=0), AfterValidator(int), "a size such as 8GiB"]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
 Flag = Annotated[bool, Strict(), "true or false"]
+FlagOrAuto = Annotated[Flag | Literal["auto"], "true, false or auto"]
 
 
 def _option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:
@@ -148,9 +148,9 @@ class Recipe:
         "calibration", None, "number of calibration sequences",
         shown=f"{LEAST_SAMPLES}, more where the widest linear would get under {TOKENS_PER_INPUT} tokens an input")
     max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
-    true_sequential: Flag = _option(
-        "calibration", False, "calibrate each linear behind the pruned ones before it in its block: one forward pass "
-        "less, and a block's activations are held for all sequences; not for experts")
+    true_sequential: FlagOrAuto = _option(
+        "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: a "
+        "forward pass less, and a block's activations are held for all sequences; auto, in a recipe: if they are few")
     expert_tokens: Seed = _option(
         "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = _option(

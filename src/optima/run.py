@@ -209,7 +209,7 @@ def _check(
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     found = preflight(structure, recipe, methods, length)
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
-    recipe, found = sized(recipe, found, dtype, calibration)
+    recipe, found = sized(structure, recipe, found, dtype, calibration)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
@@ -277,7 +277,7 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     recipe, found = checked.recipe, checked.found
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
     job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
-    job.true_sequential = recipe.true_sequential
+    job.true_sequential = bool(recipe.true_sequential)
     job.notes.extend([*found.notes, *([weights.note] if weights.note else [])])
     if given:
         job.notes.append(GIVEN_NOTE)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +17,15 @@ from tiny import make_llama, make_tokens, save_model
 from torch import Tensor, nn
 
 from optima import Recipe, prune
+from optima.build import build as build_methods
 from optima.calibration.statistics import Found, observe, observe_in_turn
 from optima.calibration.streams import Streams
-from optima.errors import CalibrationError, ModelError
+from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
 from optima.models.stacks import Block
 from optima.plan import make_plan
+from optima.preflight import preflight, sized
+from optima.recipe_files import load_recipe
 
 CPU = torch.device("cpu")
 
@@ -160,6 +164,35 @@ def test_two_passes_where_there_is_no_room_for_all_sequences(monkeypatch: pytest
     assert not report.run.recipe["true_sequential"]
     assert any("what all sequences need inside one, 0.0 GiB, is more than" in note for note in report.run.notes)
     assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("family", "samples", "options", "expected"),
+    [
+        ("llama", 1, {}, True),
+        ("llama", 1, {"tuning_epochs": 1}, False),
+        ("llama", 64, {}, False),
+        ("llama", 64, {"true_sequential": True}, True),
+        ("mixtral", 1, {}, False),
+    ],
+)
+def test_auto_is_for_few_activations_that_save_a_pass(
+    family: str, samples: int, options: dict[str, Any], expected: bool
+) -> None:
+    """Beside these weights; another block's input, and that of its widest linear, are what a sequence holds."""
+    model = build(family)
+    chosen = {"objective": "plain", "true_sequential": "auto", "num_calibration_samples": samples, "max_seq_length": 8}
+    recipe = Recipe(**(chosen | options))
+    found = preflight(model, recipe, build_methods(recipe), 8)
+    settled, after = sized(model, recipe, found, torch.float32)
+    assert settled.true_sequential is expected
+    assert after.notes == found.notes
+
+
+def test_auto_is_in_recipes_alone() -> None:
+    assert load_recipe("fast").true_sequential == "auto"
+    with pytest.raises(RecipeError, match="true_sequential must be true, false or auto, got 'always'"):
+        Recipe(true_sequential="always")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("true_sequential", [False, True])
