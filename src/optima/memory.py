@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +16,7 @@ from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear, has_experts
 from optima.models.stacks import Block, guess_groups
+from optima.patterns import SCOPES
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.selectors.base import needs_of
@@ -28,9 +28,11 @@ LIBRARIES_BYTES = 512 * 2**20
 LOGITS_COPIES = 4
 # Without a budget, the share of what is free that may hold activations.
 FREE_SHARE = 0.5
-# Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn. By
-# ``auto`` main memory holds no more than so many times the weights that are there at a time: a run's memory stays low.
-HELD_SHARE, HELD_WEIGHTS = 0.125, 2
+# Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn.
+HELD_SHARE = 0.125
+# By ``auto`` main memory holds at most so many times the weights that are there at a time: a run's memory stays low.
+# And no more than this share of weights may go: behind sparser linears others do better on what dense ones hand on.
+AUTO_WEIGHTS, AUTO_SPARSITY = 2, 0.5
 # Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
 # takes, the largest of the selectors.
 BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
@@ -166,27 +168,29 @@ def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
 
 
 def settle_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> tuple[bool, str]:
-    """What becomes of the recipe's ``true_sequential``, and a note if it is asked for and there is no room for it."""
-    held, auto = (
-        max((held_bytes(block, recipe, dtype) for block in blocks), default=0),
-        recipe.true_sequential == "auto",
-    )
-    if auto and (not held or recipe.tuning_epochs):  # it would save nothing
+    """What becomes of the recipe's ``true_sequential``, and a note if there is no room for it."""
+    held = max((held_bytes(block, recipe, dtype) for block in blocks), default=0)
+    if recipe.true_sequential == "auto" and not _auto_in_turn(model, blocks, recipe, held / dtype.itemsize):
         return False, ""
     if on_cpu(recipe):
-        room = HELD_SHARE * (recipe.memory_budget or psutil.virtual_memory().total)
-        if auto and held > HELD_WEIGHTS * _streamed(model, blocks) * dtype.itemsize:
-            return False, ""
+        memory = recipe.memory_budget or psutil.virtual_memory().total
     elif torch.cuda.is_available():
-        room = HELD_SHARE * torch.cuda.get_device_properties(find_device(recipe.device)).total_memory
+        memory = torch.cuda.get_device_properties(find_device(recipe.device)).total_memory
     else:
-        room = math.inf  # a plan for a device elsewhere
-    if held <= room:
+        return bool(recipe.true_sequential), ""  # a plan for a device elsewhere
+    if held <= HELD_SHARE * memory:
         return bool(recipe.true_sequential), ""
-    return False, "" if auto else (
+    return False, (
         "true_sequential was left out, and a block takes two forward passes: what all sequences need inside one, "
         f"{held / GIB:.1f} GiB, is more than {HELD_SHARE:.0%} of the memory"
     )
+
+
+def _auto_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, held: float) -> bool:
+    """Whether ``auto`` means yes, if so many numbers are held."""
+    sparsity = max((pattern.sparsity for pattern in recipe.table(SCOPES[0]).patterns), default=1.0)
+    few = not on_cpu(recipe) or held <= AUTO_WEIGHTS * _streamed(model, blocks)
+    return held > 0 and few and sparsity <= AUTO_SPARSITY and not recipe.tuning_epochs  # which saves no pass
 
 
 def _waiting_bytes(block: Block) -> int:
