@@ -20,8 +20,6 @@ from optima.calibration.streams import Streams
 from optima.device import give_back_freed_memory
 from optima.models.stacks import Block, Linear
 
-# So many times while all go on, freed memory is given back: between what waits are holes that nothing larger fits.
-GIVE_BACK = 8
 # Told of a group's first linear, of the inputs that samples of a batch give the group, of the batch and the samples.
 See = Callable[[str, Tensor, int, slice], None]
 
@@ -90,12 +88,11 @@ class Passes:
     @torch.no_grad()
     def go_on(self) -> set[str]:
         """Run every pass to its next group that is not let through. The first linears of these; empty at the end."""
-        every = max(len(self._passes) // GIVE_BACK, 1)
         for batch, waiting in enumerate(self._passes):
             parts = self._streams.in_parts(self._block, batch, partial(self._go_on, batch, waiting))
             self._passes[batch] = {(part.start, part.stop): one for part, one in parts}
-            if self._device.type == "cpu" and (batch + 1) % every == 0:
-                give_back_freed_memory()
+        if self._device.type == "cpu":
+            give_back_freed_memory()  # between what waits are holes, too small for what the next group is given
         return {one.waits_at for passes in self._passes for one in passes.values() if one.waits_at is not None}
 
     def finish(self) -> None:

@@ -21,9 +21,10 @@ SMALLEST_PACKED = 64
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 # The packed layout depends on how many rows are expected.
 TYPICAL_ROWS = 512
-# Panels of a Gram matrix: 8 leave 9/16 of the products. Thinner ones than the second number are short of full speed,
-# in bfloat16 by up to a factor of four.
-PANELS, THINNEST = 8, 192
+# Units of a CPU for bfloat16.
+AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+# Panels of a Gram matrix: 8 leave 9/16 of the products. Thinner ones than the second number are short of full speed.
+PANELS, THINNEST = 8, 192 if AMX else 128
 # oneDNN compiles a product for every number of rows: numbers should repeat.
 ROUND_ROWS = 64
 # torch (ideep) keeps a thousand of them, oneDNN itself as many: 8 MB a block of SmolLM2, which needs some dozens.
@@ -117,20 +118,18 @@ def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
     """Add X^T X, products in float32, to the lower triangle of a float64 sum; ``mirror`` makes it whole.
 
     On a CPU one triangle is multiplied, panel by panel. Units for bfloat16, see ``device.bfloat16_products``, read X as
-    it lies; in float32 oneDNN is fastest on the transpose.
+    it lies; elsewhere oneDNN is fastest on the transpose.
     """
     if sum_DD.device.type != "cpu":
         inputs_TD = inputs_TD.float()
         sum_DD += inputs_TD.mT @ inputs_TD
         return
-    if inputs_TD.dtype != torch.bfloat16:
-        inputs_TD = inputs_TD.float()
-    as_it_lies = inputs_TD.dtype == torch.bfloat16 or not _packs(inputs_TD)
-    inputs_DT = inputs_TD.float().mT if as_it_lies else inputs_TD.mT.contiguous()
+    by_units = AMX and inputs_TD.dtype == torch.bfloat16
+    inputs_DT = inputs_TD.float().mT if by_units else inputs_TD.mT.contiguous().float()
     width = max(-(-len(inputs_DT) // PANELS), THINNEST)
     for begin in range(0, len(inputs_DT), width):
         panel, below = inputs_DT[begin : begin + width], inputs_DT[begin:]
-        if as_it_lies:
+        if by_units or not _packs(inputs_DT):
             product = below @ panel.mT
         else:
             product = torch.ops.mkldnn._linear_pointwise(below, panel, None, "none", [], "")
