@@ -19,6 +19,7 @@ from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, count, host_memory, in_turn, work_bytes
 from optima.models.experts import has_experts
+from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
 from optima.models.stacks import Block
@@ -113,7 +114,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     if recipe.dataset == [SELF]:
         check_writes(model)
     methods = build(recipe)
-    found = preflight(model, recipe, methods, recipe.max_seq_length)
+    found = preflight(model, recipe, methods)
+    check_length(model, recipe.max_seq_length)
     dtype = dtype_as_read(config, recipe.dtype)
     recipe, found = sized(model, recipe, found, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from optima.build import pattern_table
+from optima.calibration.given import given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.distributed import Ranks
@@ -64,21 +66,18 @@ class Preflight:
                 self.patterns[name] = replace(pattern, sparsity=sparsity)
 
 
-def preflight(model: nn.Module, recipe: Recipe, methods: Methods, length: int | None) -> Preflight:
+def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
     """Check ``recipe`` against ``model``, or its skeleton.
 
     Args:
         model: the model; its weights are not looked at.
         recipe: what to prune.
         methods: as built from the recipe.
-        length: tokens in a calibration sequence; None if the model is given something else than tokens.
 
     Raises:
-        ModelError: if nothing matches, or the model does not read token sequences as long as these.
+        ModelError: if nothing matches.
         RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
     """
-    if length is not None:
-        check_length(model, length)
     stacks = chosen_stacks(model, recipe)
     found = Preflight(tuple(stacks), {}, (*dense_notes(stacks), *outside_notes(model, stacks)))
     if not recipe.as_given:
@@ -173,14 +172,36 @@ def find_calibration(
     return Calibration(tokens_NL)
 
 
-def sequence_length(recipe: Recipe, calibration: object) -> int | None:
+def taken(calibration: object, recipe: Recipe, found: Preflight) -> Any:
+    """What is taken of what the caller gave: batches of a processor's outputs, one tensor of token ids, or documents.
+
+    Raises:
+        CalibrationError: if batches hold something else, or do not fit each other.
+    """
+    batches = given_batches(calibration)
+    return given_text(calibration, partial(_samples, recipe, found)) if batches is None else batches
+
+
+def _samples(recipe: Recipe, found: Preflight, length: int) -> int:
+    """How many calibration sequences of ``length`` tokens are wanted."""
+    return replace(recipe, max_seq_length=length).samples(max(linear.shape[1] for linear in found.linears))
+
+
+def sequence_length(model: nn.Module, recipe: Recipe, calibration: object) -> int | None:
     """Tokens in a calibration sequence; None if batches of a processor's outputs are given instead.
 
     Raises:
         CalibrationError: if what was given is none of token ids of shape (samples, length), documents and batches.
+        ModelError: if the model does not read token sequences as long as these.
     """
     if given_batches(calibration) is not None:
         return None
+    length = _length(recipe, calibration)
+    check_length(model, length)
+    return length
+
+
+def _length(recipe: Recipe, calibration: object) -> int:
     if calibration is None or (isinstance(calibration, Iterable) and not isinstance(calibration, (Tensor, str))):
         return recipe.max_seq_length
     if not isinstance(calibration, Tensor):
@@ -210,6 +231,6 @@ def sized(
     """
     if isinstance(calibration, Tensor):
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
-    recipe = replace(recipe, num_calibration_samples=recipe.samples(max(linear.shape[1] for linear in found.linears)))
+    recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
     return replace(recipe, true_sequential=in_turn), replace(found, notes=(*found.notes, note)) if note else found

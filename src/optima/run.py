@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, build_allocation, build_tuning, default_scope
 from optima.calibration.capture import capture
-from optima.calibration.given import Batches, given_text
+from optima.calibration.given import Batches
 from optima.calibration.halving import Halving
-from optima.calibration.inputs import Batch, Calibration, given_batches
+from optima.calibration.inputs import Batch, Calibration
 from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
@@ -50,8 +50,9 @@ from optima.preflight import (
     preflight,
     sequence_length,
     sized,
+    taken,
 )
-from optima.recipe import LEAST_SAMPLES, SELF, SINK_WEIGHT, Recipe
+from optima.recipe import SELF, SINK_WEIGHT, Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
@@ -87,9 +88,9 @@ def prune(
         tokenizer: for a model in memory; a path brings its own.
         calibration: instead of the recipe's dataset: documents; token ids of shape (samples, length); or batches of
             token ids, such as a ``DataLoader`` gives: tensors (batch, length), or dicts that hold them as
-            ``input_ids``. At most ``recipe.num_calibration_samples`` sequences are taken of documents and
-            batches; of batches 128 where it is None. Dicts of other things, as the processor of a model that sees or
-            hears returns them, are the arguments of its forward pass, and all are taken.
+            ``input_ids``. At most ``recipe.num_calibration_samples`` sequences are taken of documents and batches.
+            Dicts of other things, as the processor of a model that sees or hears returns them, are the arguments of its
+            forward pass, and all are taken.
         callbacks: told of each linear and block, see ``optima.Callback``.
         progress: draw a live line on stderr, or print a line a block where that is no terminal.
         overwrite: replace ``output_dir`` if it holds an earlier output.
@@ -187,11 +188,6 @@ def _check(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
     device, methods = ranks.on(recipe.device), build(recipe)
-    if (inputs := given_batches(calibration)) is not None:
-        calibration = inputs
-    else:
-        calibration = given_text(calibration, recipe.num_calibration_samples or LEAST_SAMPLES)
-    length = sequence_length(recipe, calibration)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
         if any(parameter.is_meta for parameter in model.parameters()):
@@ -206,8 +202,10 @@ def _check(
     if recipe.dataset == [SELF] and calibration is None:
         check_writes(structure)
     recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
+    found = preflight(structure, recipe, methods)
+    calibration = taken(calibration, recipe, found)
+    length = sequence_length(structure, recipe, calibration)
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
-    found = preflight(structure, recipe, methods, length)
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
     recipe, found = sized(structure, recipe, found, dtype, calibration)
     if dump_layer is not None:

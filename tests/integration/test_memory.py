@@ -28,13 +28,13 @@ recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", true_sequ
 methods = build(recipe)
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
-predicted = work_bytes(preflight(skeleton, recipe, methods, {length}).blocks, recipe, methods, torch.float32)
+predicted = work_bytes(preflight(skeleton, recipe, methods).blocks, recipe, methods, torch.float32)
 
 def prune(layers):
     torch.manual_seed(0)
     config.num_hidden_layers = layers
     model = LlamaForCausalLM(config).eval()
-    found = preflight(model, recipe, methods, {length})
+    found = preflight(model, recipe, methods)
     batches = list(torch.randint(0, 64, ({samples}, {length})).split({batch}))
     streams = capture(model, found.stacks[0], batches)
     memory = PeakMemory(torch.device("cpu"))

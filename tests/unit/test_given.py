@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -28,21 +28,25 @@ FORMS = {
 }
 
 
+def at_most(count: int) -> Callable[[int], int]:
+    return lambda length: count
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_tokens(form: Any) -> None:
-    assert torch.equal(given_text(form, 5), TOKENS)
+    assert torch.equal(given_text(form, at_most(5)), TOKENS)
 
 
 @pytest.mark.parametrize(
     "form", [TEXTS, iter(TEXTS), DataLoader(TEXTS, batch_size=2)], ids=["list", "iterator", "loader"]
 )
 def test_texts(form: Any) -> None:
-    assert list(given_text(form, 1)) == TEXTS
+    assert list(given_text(form, at_most(1))) == TEXTS
 
 
 @pytest.mark.parametrize("other", [None, "text", 7, [[1, 2]], []], ids=str)
 def test_anything_else_is_for_others_to_judge(other: Any) -> None:
-    assert given_text(other, 5) is other
+    assert given_text(other, at_most(5)) is other
 
 
 def test_no_more_is_read_than_asked_for() -> None:
@@ -50,7 +54,8 @@ def test_no_more_is_read_than_asked_for() -> None:
         while True:
             yield TOKENS
 
-    assert torch.equal(given_text(endless(), 3), TOKENS[:3])
+    assert torch.equal(given_text(endless(), at_most(3)), TOKENS[:3])
+    assert len(given_text(endless(), lambda length: 2 * length)) == 2 * TOKENS.shape[1]
 
 
 @pytest.mark.parametrize(
@@ -66,4 +71,4 @@ def test_no_more_is_read_than_asked_for() -> None:
 )
 def test_what_does_not_fit_is_refused(calibration: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        given_text(calibration, 5)
+        given_text(calibration, at_most(5))

@@ -5,7 +5,7 @@ Shapes: N sequences, B sequences of a batch, L tokens in each.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -21,12 +21,12 @@ IDS = "input_ids"
 MASK = "attention_mask"
 
 
-def given_text(calibration: Any, most: int) -> Any:
+def given_text(calibration: Any, most: Callable[[int], int]) -> Any:
     """Batches of token ids as one tensor (N, L), batches of texts as documents; anything else as it is.
 
     Args:
         calibration: what the caller gave.
-        most: sequences that are taken of batches.
+        most: how many sequences of so many tokens are taken of batches.
 
     Raises:
         CalibrationError: if batches differ in length, are padded, or hold no token ids.
@@ -50,7 +50,7 @@ def _wrapped(batch: Any) -> bool:
     return isinstance(batch, (list, tuple)) and len(batch) == 1 and isinstance(batch[0], Tensor)
 
 
-def _sequences(batches: Iterator[Any], most: int) -> Tensor:
+def _sequences(batches: Iterator[Any], most: Callable[[int], int]) -> Tensor:
     found: list[Tensor] = []
     count = 0
     for batch in batches:
@@ -62,9 +62,9 @@ def _sequences(batches: Iterator[Any], most: int) -> Tensor:
             )
         found.append(tokens_BL)
         count += len(tokens_BL)
-        if count >= most:
+        if count >= most(tokens_BL.shape[1]):
             break
-    return torch.cat(found)[:most]
+    return torch.cat(found)[: most(found[0].shape[1])]
 
 
 def _tokens(batch: Any) -> Tensor:
