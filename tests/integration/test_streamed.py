@@ -77,10 +77,12 @@ def streamed(model: PreTrainedModel, directory: Path) -> tuple[PreTrainedModel, 
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a batch that finds it there does not ask for it again."""
     seen: list[set[str]] = []
     read = Checkpoint.read
 
     def note(self: Checkpoint, names: list[str]) -> None:
+        assert names
         read(self, names)
         seen.append({name for name, tensor in self.model.state_dict().items() if not tensor.is_meta})
 
