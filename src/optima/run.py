@@ -31,6 +31,7 @@ from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, count, host_memory
+from optima.models.companions import copies_tokenizer
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
@@ -121,7 +122,9 @@ def prune(
             run = identity(recipe, checked.device, checked.structure, dump_layer)
             if ranks.first:
                 destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
-        if source is not None and tokenizer is None:
+        # Large vocabularies take seconds; where tokens were given, the file is copied as it is.
+        unread = isinstance(checked.calibration, Tensor) and source is not None and copies_tokenizer(source)
+        if source is not None and tokenizer is None and not unread:
             tokenizer = load_tokenizer(source)
         shown = make_progress() if progress and ranks.first else Progress()
         shown.reading(None if source is None else source.name)

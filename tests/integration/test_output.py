@@ -208,3 +208,12 @@ class TestInterrupt:
         said = "optima: interrupted" if number == signal.SIGINT else "optima: stopped by SIGTERM"
         assert message.splitlines()[-1].startswith(said)
         assert snapshot(root) == before
+
+
+def test_a_tokenizer_is_copied_as_it_is_where_tokens_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_model(tmp_path / "model")
+    monkeypatch.setattr("optima.run.load_tokenizer", lambda source: pytest.fail("it was read"))
+    recipe = optima.Recipe(selector="wanda", objective="plain")
+    optima.prune(model, recipe, output_dir=tmp_path / "out", calibration=make_tokens(8, 16), progress=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()

@@ -22,6 +22,7 @@ from optima.models.source import Source, explain_read_errors
 
 _logger = logging.getLogger("optima")
 
+TOKENIZER = "tokenizer.json"  # of the tokenizers library
 TOKENIZERS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "*.tiktoken", "tekken.json", "normalizer.json", "chat_template*", "*.jinja"),
@@ -59,6 +60,13 @@ def copy_companions(source: Source, directory: Path) -> None:
             _copy(origin, module, MODULE_FILES, directory)
         if card := _card(origin / README):
             metadata_save(directory / README, card)
+
+
+def copies_tokenizer(source: Source) -> bool:
+    """Whether ``copy_companions`` copies all of a tokenizer: one file that needs no code, beside what configures it."""
+    if source.local is None or source.gguf_file is not None or source.trust_remote_code:
+        return False
+    return (file := source.local / TOKENIZER).is_file() and _inside(file, source.local)
 
 
 def _fetch(source: Source, patterns: list[str]) -> Path:
