@@ -16,7 +16,7 @@ from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear, has_experts
 from optima.models.stacks import Block, guess_groups
-from optima.patterns import SCOPES
+from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.selectors.base import needs_of
@@ -31,7 +31,7 @@ FREE_SHARE = 0.5
 # Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn.
 HELD_SHARE = 0.125
 # By ``auto`` main memory holds at most so many times the weights that are there at a time: a run's memory stays low.
-# And no more than this share of weights may go: behind sparser linears others do better on what dense ones hand on.
+# At most this share of weights may go, and not by n:m: behind such linears others do better on dense ones' outputs.
 AUTO_WEIGHTS, AUTO_SPARSITY = 2, 0.5
 # Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
 # takes, the largest of the selectors.
@@ -188,9 +188,10 @@ def settle_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, dt
 
 def _auto_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, held: float) -> bool:
     """Whether ``auto`` means yes, if so many numbers are held."""
-    sparsity = max((pattern.sparsity for pattern in recipe.table(SCOPES[0]).patterns), default=1.0)
+    patterns = recipe.table(SCOPES[0]).patterns
+    gentle = all(isinstance(each, Unstructured) and each.sparsity <= AUTO_SPARSITY for each in patterns)
     few = not on_cpu(recipe) or held <= AUTO_WEIGHTS * _streamed(model, blocks)
-    return held > 0 and few and sparsity <= AUTO_SPARSITY and not recipe.tuning_epochs  # which saves no pass
+    return held > 0 and few and bool(patterns) and gentle and not recipe.tuning_epochs  # which saves no pass
 
 
 def _waiting_bytes(block: Block) -> int:

@@ -172,7 +172,7 @@ def test_two_passes_where_there_is_no_room_for_all_sequences(monkeypatch: pytest
         ("llama", 1, {}, True),
         ("llama", 1, {"tuning_epochs": 1}, False),
         ("llama", 1, {"sparsity": 0.6}, False),
-        ("llama", 1, {"pattern": ["2:4"]}, True),
+        ("llama", 1, {"pattern": ["2:4"]}, False),
         ("llama", 64, {}, False),
         ("llama", 64, {"true_sequential": True}, True),
         ("mixtral", 1, {}, False),
