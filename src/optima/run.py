@@ -122,10 +122,10 @@ def prune(
             run = identity(recipe, checked.device, checked.structure, dump_layer)
             if ranks.first:
                 destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
-        # Large vocabularies take seconds; where tokens were given, the file is copied as it is.
-        unread = isinstance(checked.calibration, Tensor) and source is not None and copies_tokenizer(source)
-        if source is not None and tokenizer is None and not unread:
-            tokenizer = load_tokenizer(source)
+        if source is not None and tokenizer is None:
+            # Large vocabularies take seconds; where tokens were given, the file is copied as it is.
+            given = isinstance(checked.calibration, Tensor)
+            tokenizer = None if given and copies_tokenizer(source) else load_tokenizer(source)
         shown = make_progress() if progress and ranks.first else Progress()
         shown.reading(None if source is None else source.name)
         network, weights, origin, text = _read(checked, tokenizer, ranks)

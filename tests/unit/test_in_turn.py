@@ -181,7 +181,7 @@ def test_two_passes_where_there_is_no_room_for_all_sequences(monkeypatch: pytest
 def test_auto_is_for_few_activations_that_save_a_pass(
     family: str, samples: int, options: dict[str, Any], expected: bool
 ) -> None:
-    """Beside these weights; another block's input, and that of its widest linear, are what a sequence holds."""
+    """Few beside the weights of these tiny models."""
     model = build(family)
     chosen = {"objective": "plain", "true_sequential": "auto", "num_calibration_samples": samples, "max_seq_length": 8}
     recipe = Recipe(**(chosen | options))
