@@ -2,6 +2,6 @@
 
 import sys
 
-from optima.cli import entry_point
+from optima.cli import main
 
-sys.exit(entry_point())
+sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -25,14 +24,6 @@ if TYPE_CHECKING:
     from optima.reporting.record import Report
 
 Command = Callable[..., None]
-
-
-def entry_point() -> int:
-    """``main`` as the whole of a process, which then ends at once."""
-    try:
-        return main()
-    finally:
-        gc.freeze()  # else Python looks through all objects of the libraries for garbage, a second or more
 
 
 def main(argv: Sequence[str] | None = None) -> int:
