@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from optima.calibration.attention import CausalByParts
 from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch
 from optima.calibration.probe import Probe, hidden_of
@@ -118,7 +119,8 @@ class Streams:
 
     def in_parts(self, block: Block, batch: int, work: Callable[[slice], Result]) -> list[Result]:
         """What ``work`` returns for the parts of a batch that the device has memory for, see ``Halving.over``."""
-        return self.halving.over(self.sizes[batch][0], work, self.inseparable(block, batch))
+        with CausalByParts():
+            return self.halving.over(self.sizes[batch][0], work, self.inseparable(block, batch))
 
     @torch.inference_mode(False)
     @torch.no_grad()
