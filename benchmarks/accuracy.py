@@ -110,7 +110,7 @@ class Bench:
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        recipe = recipe.resolved(scope=default_scope(recipe, build(recipe).selector))
+        recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, build(recipe).selector))
         applied = pattern_table(recipe, build(recipe).selector).default
         names = ["selector", "pattern", "allocation", "swaps", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []

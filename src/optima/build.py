@@ -51,17 +51,17 @@ def _swaps(candidates: int | str) -> SwapRefinement | None:
     return SwapRefinement(candidates=candidates, most_candidates=candidates) if candidates else None
 
 
-def default_scope(recipe: Recipe, selector: Selector) -> Scope:
+def default_scope(objective: str, selector: Selector) -> Scope:
     """The published scope; but rows compete where the loss says what each is worth, and those of ours only there."""
     published = selector.published_scope
-    if recipe.applied_objective == "loss":
+    if objective == "loss":
         return "layer" if published == "row" else published
     return "row" if isinstance(selector, Optima) else published
 
 
 def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
     """The patterns; unstructured ones take the default scope unless the recipe names one."""
-    return recipe.table(recipe.scope or default_scope(recipe, selector))
+    return recipe.table(recipe.scope or default_scope(recipe.applied_objective, selector))
 
 
 def build_tuning(recipe: Recipe) -> Tuning | None:

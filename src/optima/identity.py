@@ -51,7 +51,8 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
         "dump_layer": dump_layer,
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         # No part of a configuration, and in another one sums have another order.
-        "attention": sorted({str(_attention(module)) for module in model.modules()} - {"None"}),
+        "attention": _implementations(model, "_attn_implementation"),
+        "experts": _implementations(model, "_experts_implementation"),
     }
 
 
@@ -84,8 +85,9 @@ def _plain(value: Any) -> Any:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def _attention(module: nn.Module) -> str | None:
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+def _implementations(model: nn.Module, kind: str) -> list[str]:
+    found = {getattr(getattr(module, "config", None), kind, None) for module in model.modules()}
+    return sorted(str(name) for name in found if name is not None)
 
 
 def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data: str) -> dict[str, str | None]:

@@ -36,7 +36,7 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
     Raises:
         OptimaError: if the tokenizer or a file of text cannot be read.
     """
-    recipe = recipe.resolved(scope=default_scope(recipe, plan.methods.selector))
+    recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, plan.methods.selector))
     recipe, _ = sized(plan.model, recipe, plan.found, plan.dtype)
     device = find_device(recipe.device)
     notes: list[str] = []

@@ -90,6 +90,15 @@ class HostMemory:
             )
         return max(budget - self.total, 0)
 
+    def note(self, budget: int | None) -> str:
+        """What a report must tell of a budget that work on the largest linear may pass; empty if it cannot."""
+        if budget is None or budget >= self.total:
+            return ""
+        return (
+            f"memory_budget {budget / GIB:.2f} GiB may be passed: up to {self.total / GIB:.2f} GiB are taken while the "
+            "largest linear, or the logits, are at work; --ignore wide linears, or raise it"
+        )
+
 
 def host_memory(
     model: nn.Module, blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype, streamed: bool

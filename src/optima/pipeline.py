@@ -119,7 +119,7 @@ class Job:
                     with clock("forward"):
                         dense.advance(block, self.device)
                 if again:
-                    self._replay(ranks, block, BlockDone.from_dict(resumed[block.name]))
+                    self._replay(streams, block, BlockDone.from_dict(resumed[block.name]))
                 else:
                     # Tuning begins with what enters the block.
                     in_turn = self._in_turn(block, streams)
@@ -136,7 +136,9 @@ class Job:
                 if not again:
                     number = self._earlier + block.index
                     self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
-                    self._commit(block, tuple(self.linears[linears:]), tuple(self.notes[notes:]), clock)
+                    halved = tuple(ranks.gather(streams.halving.most))
+                    records, told = tuple(self.linears[linears:]), tuple(self.notes[notes:])
+                    self._commit(block, BlockDone(self.blocks[-1], records, told, halved), clock)
                 if runs_again:
                     self.weights.replaced(block, self._reader(ranks, block))
             give_back_freed_memory()
@@ -170,27 +172,25 @@ class Job:
 
         return ranks.from_first(read)
 
-    def _replay(self, ranks: Ranks, block: Block, found: BlockDone) -> None:
+    def _replay(self, streams: Streams, block: Block, found: BlockDone) -> None:
         """Give a block that an earlier run committed its weights, and the report what it told of it."""
         with self.clock("read"):
-            written = self._written(ranks, block)
+            written = self._written(streams.ranks, block)
             tensors = {name.removeprefix(f"{block.name}."): tensor for name, tensor in written.items()}
             unknown = block.module.load_state_dict(tensors, strict=False).unexpected_keys
             assert not unknown, f"{block.name} has no {unknown}"
         self.blocks.append(found.block)
         self.linears.extend(found.linears)
         self.notes.extend(found.notes)
+        streams.halving.go_on(found.halved, streams.ranks.rank)
         self.resumed_seconds += sum(found.block.seconds.values())
 
-    def _commit(
-        self, block: Block, linears: tuple[LinearRecord, ...], notes: tuple[str, ...], clock: Stopwatch
-    ) -> None:
+    def _commit(self, block: Block, done: BlockDone, clock: Stopwatch) -> None:
         """Write a block that is done, and what the report will tell of it."""
         if self.writer is None:
             return
         with clock("write"):
             tensors = block.module.state_dict(prefix=f"{block.name}.")
-            done = BlockDone(self.blocks[-1], linears, notes)
             self.writer.commit(block.name, tensors, done.to_dict(), self._changed(block))
 
     def _tune(

@@ -134,6 +134,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     notes = list(found.notes)
     if surveyed:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
+    if note := memory.note(recipe.memory_budget):
+        notes.append(note)
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(

@@ -20,10 +20,8 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
 from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
-from optima.calibration.streams import Streams
 from optima.device import PeakMemory, describe_device, evaluating, give_back_freed_memory, memory_explained, unswitched
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
@@ -37,7 +35,6 @@ from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint, load_tokenizer, note_of_dtype
-from optima.models.stacks import Stack
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Job
@@ -61,6 +58,7 @@ from optima.reporting.model_card import write_card
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import GIVEN_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
+from optima.weighing import rank_without_loss, weigh
 
 
 def prune(
@@ -144,8 +142,9 @@ def prune(
             run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
         if destination is not None:
-            prepare(network, tokenizer, source, destination.directory)
+            # The writer first: it refuses to go on with what another run left, where nothing may be written then.
             job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
+            prepare(network, tokenizer, source, destination.directory)
             job.notes.extend(destination.notes)
             if dump_layer is not None:
                 job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
@@ -182,6 +181,7 @@ class _Checked:
     dtype: torch.dtype  # of the weights as read: a skeleton is made in float32
     found: Preflight
     calibration: Any
+    scope_named: bool  # by the user
 
 
 def _check(
@@ -195,6 +195,8 @@ def _check(
         source, structure = None, model
         if any(parameter.is_meta for parameter in model.parameters()):
             raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
+        if len(places := {str(parameter.device) for parameter in model.parameters()}) > 1:
+            raise ModelError(f"the model is spread over {', '.join(sorted(places))}: load it on one device, or the CPU")
     elif isinstance(model, str | Path):
         source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
         structure = skeleton(source)[0]
@@ -204,7 +206,8 @@ def _check(
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     if recipe.dataset == [SELF] and calibration is None:
         check_writes(structure)
-    recipe = recipe.resolved(scope=default_scope(recipe, methods.selector))
+    scope_named = recipe.scope is not None
+    recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
     found = preflight(structure, recipe, methods)
     calibration = taken(calibration, recipe, found)
     length = sequence_length(structure, recipe, calibration)
@@ -215,7 +218,7 @@ def _check(
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
-    return _Checked(recipe, methods, device, source, structure, dtype, found, calibration)
+    return _Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
 
 
 def _claim(
@@ -266,10 +269,13 @@ def _network(checked: _Checked, whole: str | None = None) -> tuple[PreTrainedMod
     model = checked.structure
     if source is None:
         return model, Resident(model), {"model": type(model).__name__}
-    network, weights = open_weights(source, model, checked.recipe.dtype, whole)
+
+    def fits(streamed: bool) -> None:
+        _memory(checked, model, streamed).left(checked.recipe.memory_budget)  # refused now, if it is too little
+
+    network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
     revision, hashed = commit_of(source), fingerprint(source)
     origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
-    _memory(checked, network, weights).left(checked.recipe.memory_budget)  # refused now, if it is too little
     return network, weights, origin
 
 
@@ -279,7 +285,8 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
     job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
     job.true_sequential = bool(recipe.true_sequential)
-    job.notes.extend([*found.notes, *([weights.note] if weights.note else [])])
+    budget = _memory(checked, network, isinstance(weights, Streamed)).note(recipe.memory_budget)
+    job.notes.extend([*found.notes, *filter(None, (weights.note, budget))])
     if given:
         job.notes.append(GIVEN_NOTE)
     if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):
@@ -287,8 +294,7 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     return job
 
 
-def _memory(checked: _Checked, network: PreTrainedModel, weights: Weights) -> HostMemory:
-    streamed = isinstance(weights, Streamed)
+def _memory(checked: _Checked, network: PreTrainedModel, streamed: bool) -> HostMemory:
     return host_memory(network, checked.found.blocks, checked.recipe, checked.methods, network.dtype, streamed)
 
 
@@ -296,7 +302,7 @@ def _store(
     checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None, ranks: Ranks
 ) -> Store:
     """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
-    left = _memory(checked, network, weights).left(checked.recipe.memory_budget, ranks.here())
+    left = _memory(checked, network, isinstance(weights, Streamed)).left(checked.recipe.memory_budget, ranks.here())
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
 
@@ -318,29 +324,20 @@ def _prune_stacks(
             if by_loss:
                 job.progress.start(len(stack.blocks), 1, stage="sweep")
                 with job.clock("sweep"):
-                    job.loss = _loss_weights(network, stack, streams, job, checked.recipe)
-            if (allocation := build_allocation(checked.recipe)) is not None:
+                    job.loss, told = weigh(network, stack, streams, job.device, job.weights, checked.recipe)
+                    if job.loss is None:
+                        job.sink_weight = SINK_WEIGHT
+                        told += rank_without_loss(
+                            checked.found.patterns, checked.recipe, job.methods.selector, checked.scope_named
+                        )
+                    job.notes.extend(filter(None, [told]))
+            unknown = checked.recipe.allocation == "loss" and job.loss is None
+            if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
                     job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")
             job.prune(stack, streams, runs_again=stack is not needed[-1])
-
-
-def _loss_weights(
-    network: PreTrainedModel, stack: Stack, streams: Streams, job: Job, recipe: Recipe
-) -> LossWeights | None:
-    """What the loss feels of each token and row, or a note and the sink weight where it cannot be known."""
-    try:
-        residual, share = job.tuning is not None, recipe.swept_share
-        found = loss_weights(network, stack, streams, job.device, recipe.seed, residual, job.weights, share)
-    except NotDifferentiableError as error:
-        job.sink_weight = SINK_WEIGHT
-        job.notes.append(f"objective sink took the place of objective loss, for there are no gradients: {error}")
-        return None
-    if found.loss != WORDS:
-        job.notes.append(f"objective loss is {found.loss}: the model has no head that predicts words")
-    return found
 
 
 def _start(checked: _Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -136,6 +136,7 @@ def tune(
         masters = _masters(block, keeps)
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
+    cost = replace(cost, metric_EE=cost.metric_EE.to(device))
     error = _Error(block, streams, targets, cost, device, masters)
     history, best, rate = [error.mean(held)], 0, tuning.learning_rate
     kept = {name: master.detach().clone() for name, master in masters.items()}

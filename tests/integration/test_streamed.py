@@ -38,7 +38,7 @@ def pruned(model: Path, out: Path, **options: Any) -> dict[str, bytes | None]:
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Runs hold the whole model in memory until this is undone."""
-    monkeypatch.setattr(optima.run, "open_weights", lambda *given: open_weights(*given[:3], ""))
+    monkeypatch.setattr(optima.run, "open_weights", lambda *given: open_weights(*given[:3], whole=""))
     return monkeypatch
 
 

@@ -330,6 +330,15 @@ def test_bfloat16_inputs_lose_nothing_by_fast_products(size: int, weighted: bool
     assert ((found.hessian.matrix_DD - expected_DD) / scale_D / scale_D[:, None]).abs().max() < off
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_does_not_hold_the_batch_that_it_is_from(dtype: torch.dtype) -> None:
+    inputs_TD, accumulator = torch.randn(512, 32).to(dtype), Accumulator()
+    accumulator.add(inputs_TD, torch.ones(512), sample_ND=inputs_TD[::100])
+    found = accumulator.sample[0]
+    assert found.equal(inputs_TD[::100].float())
+    assert found.untyped_storage().nbytes() == 4 * found.numel()
+
+
 def test_linears_that_are_given_no_token_have_none() -> None:
     def forward(block: Calls, hidden: Tensor) -> None:
         block.linear(hidden)

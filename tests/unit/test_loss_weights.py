@@ -14,6 +14,7 @@ from optima import Recipe, prune
 from optima.calibration.capture import capture
 from optima.calibration.loss_weights import LossWeights, label_gradient, loss_weights
 from optima.calibration.swept import swept_share
+from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import Unstructured
@@ -155,8 +156,23 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
     with torch.inference_mode():
         model, sink = make_llama(), make_llama()
         report = prune(model, Recipe(objective="loss"), calibration=make_tokens())
+        prune(sink, Recipe(objective="sink"), calibration=make_tokens())
+    (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
+    assert note.endswith("; weights are ranked by row")
+    assert {linear.pattern for linear in report.linears} == {"0.5 per row"}
+    assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
+
+
+def test_without_gradients_what_is_shared_out_by_the_loss_is_not() -> None:
+    named = {"scope": "layer", "allocation": "loss"}
+    with torch.inference_mode():
+        model, sink, other = make_llama(), make_llama(), make_llama()
+        report = prune(model, Recipe(**named), calibration=make_tokens())
         prune(sink, Recipe(objective="sink", scope="layer"), calibration=make_tokens())
-    assert any("objective sink took the place of objective loss" in note for note in report.run.notes)
+        with pytest.raises(RecipeError, match="keep_dense chooses linears by the model's loss"):
+            prune(other, Recipe(pattern=["2:4"], keep_dense=0.3), calibration=make_tokens())
+    assert any(note.endswith("; all linears have the same sparsity") for note in report.run.notes)
+    assert {linear.pattern for linear in report.linears} == {"0.5 per layer"}
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
 
 

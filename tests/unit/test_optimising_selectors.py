@@ -30,7 +30,7 @@ from optima.qp import BatchedCholesky, Hessian, solve
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
 from optima.selectors.base import LinearTask
-from optima.selectors.optima import Optima
+from optima.selectors.optima import Optima, rough_mask
 from optima.selectors.ranking import kth_lowest
 from optima.selectors.thanos import Thanos
 
@@ -259,6 +259,15 @@ def test_optima_at_any_scale_of_the_activations(factor: float) -> None:
     keep_OD = Optima().select(layer_of(weight_OD, inputs_TD), NM(2, 4)).keep_OD
     scaled = Hessian(hessian_of(inputs_TD).matrix_DD * factor, DAMPING)
     assert torch.equal(Optima().select(layer_of(weight_OD, scaled), NM(2, 4)).keep_OD, keep_OD)
+
+
+@pytest.mark.parametrize("shape", [(1536, 576), (576, 1536), (192, 576), (256, 640), (640, 2048)])
+def test_the_sample_for_a_rough_threshold_visits_all_columns(shape: tuple[int, int]) -> None:
+    """With columns of very different scores a threshold from some of them would be far off."""
+    generator = torch.Generator().manual_seed(0)
+    score_OD = torch.rand(shape, generator=generator) * torch.exp(2.0 * torch.randn(shape[1], generator=generator))
+    keep_OD, _ = rough_mask(score_OD, Unstructured(0.5, "layer"), None)
+    assert float(keep_OD.double().mean()) == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 9, 30])

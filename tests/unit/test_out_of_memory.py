@@ -91,6 +91,21 @@ class TestHalving:
         halving.over(8, work)
         assert done == [slice(0, 4), slice(4, 6), slice(6, 8)]
 
+    @pytest.mark.parametrize(
+        ("earlier", "rank", "most"),
+        [((None,), 0, None), ((4, 2), 0, 4), ((4, 2), 1, 2), ((None, 2), 2, 2), ((), 0, None)],
+    )
+    def test_it_goes_on_as_an_earlier_run_did(
+        self, earlier: tuple[int | None, ...], rank: int, most: int | None
+    ) -> None:
+        halving = Halving()
+        halving.go_on(earlier, rank)
+        assert halving.most == most
+        assert not halving.note(), "the earlier run told of it"
+        halving.most = 1
+        halving.go_on(earlier, rank)
+        assert halving.most == 1, "never more than there is memory for"
+
     def test_it_is_told_once(self) -> None:
         halving = Halving()
         assert not halving.note()

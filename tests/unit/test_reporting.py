@@ -85,6 +85,7 @@ class TestRecord:
         assert report(unsolved()).gap_max is None
         assert report(unsolved()).gap_written_max is None
         assert report(linear(), linear(gap_written_max=0.5)).gap_written_max == 0.5
+        assert report(linear(), linear(gap_written_max=None, tuned=True)).gap_written_max is None
 
     @pytest.mark.parametrize("gaps", [(math.nan, 1.0), (1.0, math.nan)])
     def test_a_gap_that_is_not_a_number_is_not_hidden(self, gaps: tuple[float, float]) -> None:
@@ -438,3 +439,4 @@ def test_tuning_says_what_it_won_and_what_is_no_longer_certified() -> None:
     text = render_summary(replace(report(*linears), blocks=blocks))
     assert "Tuned: 1 of 2 blocks are closer to the dense ones on held-out sequences (cost -50.0% on average)" in text
     assert "errors and gaps of 1 linears are from before it" in text
+    assert "As written" not in text, "of what tuning moved it is not known"

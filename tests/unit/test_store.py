@@ -58,3 +58,5 @@ def test_what_is_left_for_activations() -> None:
     assert memory.left(None) > 1.5 * memory.left(None, processes=2) > 0
     with pytest.raises(RecipeError, match=r"memory_budget 1\.00 GiB is less than the 1\.50 GiB that libraries"):
         memory.left(GIB)
+    assert memory.note(None) == memory.note(4 * GIB) == ""
+    assert "memory_budget 3.00 GiB may be passed: up to 3.50 GiB are taken" in memory.note(3 * GIB)

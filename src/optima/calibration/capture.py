@@ -5,6 +5,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -77,7 +78,8 @@ def capture(
     streams = Streams(probe, [], [], [[] for _ in blocks], [], store or Store(), halving=halving)
     _record(model, stack, batches, streams)
     if ranks.size > 1:
-        streams.ranks, streams.samples = ranks, tuple(ranks.gather(sum(samples for samples, _ in streams.sizes)))
+        own = sum(samples for samples, _ in streams.sizes), sum(map(math.prod, streams.sizes))
+        streams.ranks, streams.parts = ranks, tuple(ranks.gather(own))
     return streams
 
 

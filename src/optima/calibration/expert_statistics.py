@@ -31,14 +31,14 @@ from optima.calibration.halving import Once, rows_of
 from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import reduce_to
 from optima.calibration.routed import Group, Recorded
-from optima.calibration.statistics import SAMPLE, Accumulator, Found, sampled, sampling_step
+from optima.calibration.statistics import SAMPLE, Accumulator, Found, sampled
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import CalibrationError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import ROUND_ROWS, mirror
-from optima.linalg.statistics import Statistics
+from optima.linalg.statistics import Statistics, sampling_step
 from optima.models.experts import Call, ExpertLinear, hidden_of_call
 from optima.models.stacks import Block
 
@@ -167,7 +167,7 @@ class _Everything:
         if ranks.size > 1:
             name = recorded.experts.name
             reduce_to({name: None}, {name: accumulator}, {name: self.sample_ND.shape[1]}, set(), (ranks, device))
-        self.common = Common(_mean(accumulator), thinned(self.sample_ND, SAMPLE).float())
+        self.common = Common(_mean(accumulator), thinned(self.sample_ND, SAMPLE).to(torch.float32, copy=True))
 
 
 class _Portion:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -78,6 +78,17 @@ class Halving:
             waiting.append(part)
         return results
 
+    def go_on(self, earlier: Sequence[int | None], rank: int) -> None:
+        """As an earlier run did: sums over smaller batches are rounded differently. Its report has the note.
+
+        Args:
+            earlier: ``most`` of each of its processes.
+            rank: of this process; one of other company takes the least.
+        """
+        known = [most for most in (earlier[rank : rank + 1] or earlier) if most is not None]
+        if known:
+            self.most = self._told = min([*known, *([] if self.most is None else [self.most])])
+
     def note(self) -> str:
         """What a report must tell that it was not told before; may be empty."""
         if self.most == self._told:
@@ -85,7 +96,7 @@ class Halving:
         self._told = self.most
         return (
             f"out of memory: {self._tried} sequences together were too many for the device, from here on {self.most} "
-            "ran at a time at most; sums over smaller batches are rounded differently, nothing else changes"
+            "ran at a time at most; sums over smaller batches are rounded differently"
         )
 
     def _error(self, count: int, whole: str) -> DeviceMemoryError:

@@ -11,7 +11,6 @@ Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens that w
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -33,7 +32,7 @@ from optima.device import Stopwatch, bfloat16_products, full_precision
 from optima.errors import CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
-from optima.linalg.statistics import Statistics
+from optima.linalg.statistics import Statistics, sampling_step
 from optima.models.experts import ExpertLinear, has_experts
 from optima.models.stacks import Block, Linear
 
@@ -94,7 +93,8 @@ class Accumulator:
             False if they, or their squares, have NaN or Inf: the sum is of no use then.
         """
         extra = [] if heavy_ND is None else [heavy_ND.float() * weight**0.5]
-        sample = [] if sample_ND is None else [sample_ND.float()]
+        # A copy: as a view it would hold the whole batch.
+        sample = [] if sample_ND is None else [sample_ND.to(torch.float32, copy=True)]
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
@@ -244,12 +244,6 @@ def why_not_in_turn(block: Block, streams: Streams) -> str:
     return f"{repeated[0]} is called several times in a forward pass" if repeated else ""
 
 
-def sampling_step(tokens: int, wanted: int) -> int:
-    """The distance of about ``wanted`` tokens, at which all places of a sequence, and of a batch, have their turn."""
-    step = max(tokens // wanted, 1)
-    return next(candidate for candidate in itertools.count(step) if math.gcd(candidate, tokens) == 1)
-
-
 def sampled(rows: Tensor, before: int, step: int) -> Tensor:
     """Every ``step``-th row, counted over all batches, of which there were ``before`` in earlier ones."""
     return rows[-before % step :: step]
@@ -281,7 +275,7 @@ class _Sums:
     def _add(self, name: str, inputs: Tensor, batch: int, part: slice) -> None:
         (every, length), samples = self._streams.sizes[batch], part.stop - part.start
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-        before = self._streams.tokens_before + sum(math.prod(size) for size in self._streams.sizes[:batch])
+        before = self._streams.before[1] + sum(math.prod(size) for size in self._streams.sizes[:batch])
         weight_T, heavy_ND, sample_ND, extra = None, None, None, 0.0
         if self._by_loss is not None:
             weights = self._by_loss[name]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from optima.models.files import explain_write_errors
+from optima.models.files import ACTIVATIONS, explain_write_errors
 
 # Smaller tensors stay in main memory: a page, a mapping and a file cost more.
 SMALLEST_MAPPED = 2**16
@@ -72,7 +72,7 @@ class Store:
     def _map(self, tensor: Tensor, size: int) -> Tensor:
         directory = self.directory or Path(tempfile.gettempdir())
         with explain_write_errors(directory, "free some space there, or raise --memory-budget"):
-            handle, name = tempfile.mkstemp(prefix=".activations-", dir=directory)
+            handle, name = tempfile.mkstemp(prefix=ACTIVATIONS, dir=directory)
             try:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(handle, 0, size)  # a full disk is an error here, not a signal later

@@ -19,6 +19,7 @@ from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch
 from optima.calibration.probe import Probe, hidden_of
 from optima.calibration.store import Store
+from optima.device import full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
@@ -46,7 +47,7 @@ class Streams:
         carried: for each batch, what blocks returned for later ones besides hidden states, by (block, place).
         store: where hidden states and what is carried wait; copies and parts share it.
         ranks: the processes that sequences are split over: these are the ones of this process.
-        samples: how many sequences each of them has; empty if there is one.
+        parts: how many sequences, and tokens, each of them has; empty if there is one.
         batches: what the model is given for each batch.
         halving: how many sequences run together; copies and parts share it.
     """
@@ -58,20 +59,21 @@ class Streams:
     carried: list[dict[tuple[int, int], Tensor]]
     store: Store = field(default_factory=Store)
     ranks: Ranks = ALONE
-    samples: tuple[int, ...] = ()
+    parts: tuple[tuple[int, int], ...] = ()
     batches: list[Batch] = field(default_factory=list)
     halving: Halving = field(default_factory=Halving)
 
     @property
     def tokens(self) -> int:
-        """Of all processes; sequences are equally long."""
+        """Of all processes."""
         own = sum(samples * length for samples, length in self.sizes)
-        return sum(self.samples) * self.sizes[0][1] if self.samples else own
+        return sum(tokens for _, tokens in self.parts) if self.parts else own
 
     @property
-    def tokens_before(self) -> int:
-        """Those of processes of lower rank."""
-        return sum(self.samples[: self.ranks.rank]) * self.sizes[0][1]
+    def before(self) -> tuple[int, int]:
+        """Sequences, and tokens, of processes of lower rank."""
+        lower = self.parts[: self.ranks.rank]
+        return sum(samples for samples, _ in lower), sum(tokens for _, tokens in lower)
 
     def copy(self) -> Streams:
         """Streams that advance on their own; the tensors they hold are shared."""
@@ -131,7 +133,7 @@ class Streams:
         """
 
         def run(batch: int, part: slice) -> list[Tensor]:
-            with nullcontext() if watched is None else watched(batch, part):
+            with full_precision(), nullcontext() if watched is None else watched(batch, part):
                 return self.outputs(block, batch, device, part)
 
         for batch in range(len(self.sizes)):

@@ -28,7 +28,7 @@ def chosen_batches(streams: Streams, share: float) -> list[int]:
     """The batches of this process that are swept: every so many, counted over all processes."""
     every = round(1.0 / swept_share(share, streams.tokens))
     size = max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
-    first, chosen = streams.tokens_before // streams.sizes[0][1] if streams.sizes else 0, []
+    first, chosen = streams.before[0], []
     for batch, (samples, _) in enumerate(streams.sizes):
         # Hidden states that are not batch first have tokens in another order: they are not told by their place.
         if first // size % every == 0 or streams.probe.sample_dim:
@@ -49,7 +49,7 @@ class Draws:
     def __init__(self, streams: Streams, numbers: int, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self._sizes = [math.prod(size) * numbers for size in streams.sizes]
-        self._left = streams.tokens_before * numbers  # to be passed over
+        self._left = streams.before[1] * numbers  # to be passed over
         self._next = 0
 
     def of(self, batch: int) -> torch.Generator:

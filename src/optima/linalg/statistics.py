@@ -5,12 +5,23 @@ Shapes: T tokens, D inputs, O outputs, N tokens that weigh more than one.
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
+
+
+def sampling_step(count: int, wanted: int) -> int:
+    """The distance of about ``wanted`` of ``count`` things at which all places of a row, of any size, have their turn.
+
+    Things may be tokens in sequences and batches, or entries of a matrix.
+    """
+    step = max(count // wanted, 1)
+    return next(candidate for candidate in itertools.count(step) if math.gcd(candidate, count) == 1)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from optima.errors import ModelError
-from optima.models.files import delete, digest, explain_write_errors, swap, sync, usable_path
+from optima.models.files import ACTIVATIONS, delete, digest, explain_write_errors, swap, sync, usable_path
 from optima.models.journal import Lines, check_same, read_journal
 
 _logger = logging.getLogger("optima")
@@ -151,7 +151,7 @@ class Destination:
                 yield
             except BaseException:
                 if self.directory.exists() and read_journal(self.journal).holds_work:
-                    _logger.warning("%s keeps what was done: the same command with --resume goes on", self.partial)
+                    _logger.warning("%s keeps what was done: what began it goes on with --resume", self.partial)
                 else:
                     self._discard()
                 raise
@@ -165,17 +165,19 @@ class Destination:
         if not found.journal.holds_work or found.ended_as(self.path):
             if resume:
                 self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
-        elif resume is None:
+        elif resume is not False:
             head = found.journal.sound[0].get("run") if found.journal.sound else None
             check_same(head if isinstance(head, dict) else {}, run, self.partial)
-            raise ModelError(
-                f"{self.partial} was left by a run into {self.path} that did not end ({found}): go on with it by "
-                "--resume, or delete it and begin again by --no-resume"
-            )
-        else:
-            keep = resume
+            if resume is None:
+                raise ModelError(
+                    f"{self.partial} was left by a run into {self.path} that did not end ({found}): go on with it by "
+                    "--resume, or delete it and begin again by --no-resume"
+                )
+            keep = True
         if keep:
-            delete(child for child in self.partial.iterdir() if child.is_dir() and child != self.directory)
+            # Also activations: a kill between the making of their file and its deletion leaves it.
+            left = (child for child in self.partial.iterdir() if child.is_dir() or child.name.startswith(ACTIVATIONS))
+            delete(child for child in left if child != self.directory)
             return
         if found.run:
             self.notes.append(f"what an unfinished run left beside {self.path} was deleted ({found})")

@@ -225,7 +225,11 @@ def _moved(
 
 
 def open_weights(
-    source: Source, structure: PreTrainedModel, dtype: str, whole: str | None = None
+    source: Source,
+    structure: PreTrainedModel,
+    dtype: str,
+    check: Callable[[bool], None] = lambda streamed: None,
+    whole: str | None = None,
 ) -> tuple[PreTrainedModel, Weights]:
     """The model of ``source`` and who gives it its weights: from disk, where that can be.
 
@@ -233,6 +237,7 @@ def open_weights(
         source: where it is from.
         structure: its skeleton.
         dtype: of the weights; ``auto`` keeps the checkpoint's own.
+        check: is told, before they are read, whether they stay on disk; it may refuse.
         whole: why it must be held in main memory, if it must.
 
     Raises:
@@ -242,8 +247,10 @@ def open_weights(
         try:
             checkpoint = open_checkpoint(source, structure, dtype)
             blocks = [block for stack in find_stacks(checkpoint.model) for block in stack.blocks]
+            check(True)
             return checkpoint.model, Streamed(checkpoint, blocks)
         except UnstreamableError as error:
             whole = str(error)
+    check(False)
     model = load_model(source, dtype)
     return model, Resident(model, f"the whole model was held in main memory: {whole}")

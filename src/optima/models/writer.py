@@ -76,7 +76,7 @@ class Writer:
     Args:
         model: as it will be when ``publish`` is called.
         blocks: full names of all blocks, in order.
-        directory: where the shards go; ``prepare`` has filled it.
+        directory: where the shards go; ``prepare`` fills it.
         journal: on the same disk but outside ``directory``. The blocks that it tells of are checked against their
             files; from the first that is damaged on, all are forgotten, and done again.
         weights: gives what is still to be written when all blocks are done; None: the model has it.

@@ -97,6 +97,7 @@ class BlockDone(Record):
     block: BlockRecord
     linears: tuple[LinearRecord, ...]
     notes: tuple[str, ...]
+    halved: tuple[int | None, ...] = ()  # sequences that ran together at most, of each process; None: whole batches
 
     def to_dict(self) -> Any:
         """Plain values of standard JSON, see the head of this file."""
@@ -168,8 +169,9 @@ class Report(Record):
 
     @property
     def gap_written_max(self) -> float | None:
-        """Largest gap of any row as written; None when no solver ran."""
-        return largest(linear.gap_written_max for linear in self.linears)
+        """Largest gap of any row as written; None when no solver ran, or tuning moved some linear behind its solve."""
+        tuned = any(linear.tuned for linear in self.linears)
+        return None if tuned else largest(linear.gap_written_max for linear in self.linears)
 
     def save(self, path: Path) -> Path:
         """Write the report and return its file: ``path`` itself if it ends in .json, else ``path/report.json``.

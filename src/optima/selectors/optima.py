@@ -28,6 +28,7 @@ from optima.linalg.hessian import Hessian
 from optima.linalg.products import scaled
 from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.linalg.statistics import sampling_step
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import MOST_COMPARED, kth_lowest, top_scores
@@ -134,6 +135,5 @@ def rough_threshold(score_OD: Tensor, pattern: Unstructured) -> Tensor:
     """A score, of each row unless the linear is ranked as one, above which are nearly as many as the pattern keeps."""
     if pattern.scope == "row":
         return kth_lowest(score_OD, max(pattern.pruned_count(score_OD.shape[1]), 1))
-    # An odd step that is no multiple of the width visits all columns.
-    sample_1N = score_OD.flatten()[None, :: (score_OD.numel() // SAMPLE) | 1]
+    sample_1N = score_OD.flatten()[None, :: sampling_step(score_OD.numel(), SAMPLE)]
     return kth_lowest(sample_1N, max(pattern.pruned_count(sample_1N.shape[1]), 1))

@@ -1,0 +1,69 @@
+"""What tokens and rows weigh in a run: by the model's loss, or, where it has no gradients, by the attention sink."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from optima.build import default_scope
+from optima.calibration.loss_weights import WORDS, LossWeights, NotDifferentiableError, loss_weights
+from optima.calibration.streams import Streams
+from optima.errors import RecipeError
+from optima.models.stacks import Stack
+from optima.models.weights import Weights
+from optima.patterns import Pattern, Unstructured
+from optima.recipe import Recipe
+from optima.selectors.base import Selector
+
+
+def weigh(
+    network: PreTrainedModel,
+    stack: Stack,
+    streams: Streams,
+    device: torch.device,
+    weights: Weights,
+    recipe: Recipe,
+) -> tuple[LossWeights | None, str]:
+    """What the loss feels of each token and row, None if there are no gradients; and what a report must tell of it.
+
+    Args:
+        network: has ``stack``.
+        stack: with the linears to prune.
+        streams: what enters its first block.
+        device: where to compute.
+        weights: gives each block its own.
+        recipe: as resolved.
+    """
+    try:
+        tuned = recipe.tuning_epochs > 0
+        found = loss_weights(network, stack, streams, device, recipe.seed, tuned, weights, recipe.swept_share)
+    except NotDifferentiableError as error:
+        return None, f"objective sink took the place of objective loss, for there are no gradients: {error}"
+    if found.loss == WORDS:
+        return found, ""
+    return found, f"objective loss is {found.loss}: the model has no head that predicts words"
+
+
+def rank_without_loss(patterns: dict[str, Pattern], recipe: Recipe, selector: Selector, scope_named: bool) -> str:
+    """Let weights compete as by ``objective: sink``, and return what a report must tell of it.
+
+    By the loss rows compete, each worth what the loss feels of it. Without, rows of little energy would be starved:
+    unless the scope was named, ``patterns``, by names of linears, get that of objective sink.
+
+    Raises:
+        RecipeError: if ``keep_dense`` is to choose linears by the loss.
+    """
+    if recipe.keep_dense is not None:
+        raise RecipeError(
+            "keep_dense chooses linears by the model's loss, and this model has no gradients: leave it out, and add "
+            "objective sink"
+        )
+    text, scope = "", default_scope("sink", selector)
+    if not scope_named and scope != recipe.scope:
+        for name, pattern in patterns.items():
+            if isinstance(pattern, Unstructured):
+                patterns[name] = replace(pattern, scope=scope)
+        text += f"; weights are ranked by {scope}"
+    return text + ("; all linears have the same sparsity" if recipe.allocation == "loss" else "")
