@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import in_processes
+from test_hessian_accumulation import streams_into
+from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima.calibration.reduction import reduce_statistics
@@ -69,6 +72,13 @@ def add(ranks: Ranks) -> None:
     if ranks.rank == 2:
         whole_DD = 3 * torch.arange(49.0, dtype=torch.float64).reshape(7, 7) + 3
         assert torch.equal(matrix_DD.tril(), whole_DD.tril())
+
+
+def test_sequences_of_other_lengths_in_other_processes_are_counted() -> None:
+    _, streams = streams_into(make_llama(), (make_tokens(2, 9),))
+    assert (streams.tokens, streams.before) == (18, (0, 0))
+    second = replace(streams, ranks=SimpleNamespace(rank=1, size=2), parts=((3, 20), (2, 18)))  # type: ignore[arg-type]
+    assert (second.tokens, second.before) == (38, (3, 20))
 
 
 def inputs_of(rank: int) -> Tensor:
