@@ -31,6 +31,7 @@ from harness.timing import use_threads
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optima import Recipe, prune
+from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.pipeline import Job
 
 LENGTH = 128
@@ -164,7 +165,6 @@ EIGEN = 20  # products of its size that an eigendecomposition takes as long as
 NVLINK, NETWORK, PCIE, NVME = 450e9, 50e9, 64e9, 6e9  # bytes a second: of a GPU, a GPU, a GPU, a machine
 GPUS = 8  # in a machine
 PASSES = 3  # over the weights: there and back for the loss, once to prune
-CARD = 40e9  # bytes for the hessians of a block
 LARGE = (
     llama("8B", {"hidden": 4096, "pair": 1024, "middle": 14336, "blocks": 32, "vocabulary": 128256}),
     llama("70B", {"hidden": 8192, "pair": 1024, "middle": 28672, "blocks": 80, "vocabulary": 128256}),
@@ -207,12 +207,12 @@ def clusters() -> str:
 
 def parts_of(model: Model, size: int, counts: Counts) -> dict[str, float]:
     account = work(model, (SEQUENCES, TOKENS), size, itemsize=2, counts=counts)
-    sums = 8.0 * sum(group.copies * group.inputs**2 for group in model.groups)
-    again = -(-sums // CARD)  # passes of a block until all of its hessians are there
+    sums = 8.0 * sum(group.copies * group.inputs**2 for group in model.groups if group.copies > 1)
+    portions = -(-sums // EXPERT_BYTES)  # of experts: each is sent all tokens again, and computes its own experts once
     weights = 2 * model.parameters
-    carried = 2 * account.activations * model.blocks * (PASSES + 1 + again)
+    carried = account.activations * model.blocks * (2 * (PASSES + 2) + portions)
     return {
-        "forward": (account.sweep + account.forward * (1 + again) / 2) / BF16,
+        "forward": (account.sweep + account.forward * (1.5 if portions else 1.0)) / BF16,
         "hessian": account.hessian / TF32,
         "solve": account.solve / FP32,
         "eigenvalues": account.eigen * EIGEN / FP32,
