@@ -282,7 +282,9 @@ class TestRecipeOnTheCommandLine:
         assert main(["prune", "model", "--output-dir", "out", "--recipe=run.yaml", *options]) == 0
         size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16, "batch_size": 2}
         recipe = Recipe(**size | expected)  # type: ignore[arg-type]
-        assert load_recipe("out/recipe.yaml") == recipe.resolved(scope=default_scope("loss", build(recipe).selector))
+        assert load_recipe("out/recipe.yaml") == recipe.resolved(
+            scope=default_scope(recipe.applied_objective, build(recipe).selector)
+        )
 
 
 class TestPlan:
