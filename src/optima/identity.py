@@ -86,8 +86,8 @@ def _plain(value: Any) -> Any:
 
 
 def _implementations(model: nn.Module, kind: str) -> list[str]:
-    found = {getattr(getattr(module, "config", None), kind, None) for module in model.modules()}
-    return sorted(str(name) for name in found if name is not None)
+    found = {str(getattr(getattr(module, "config", None), kind, None)) for module in model.modules()}
+    return sorted(found - {"None"})
 
 
 def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data: str) -> dict[str, str | None]:

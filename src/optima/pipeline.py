@@ -132,13 +132,13 @@ class Job:
                     with clock("forward"):
                         streams.advance(block, self.device)
                 # In the journal with the block: a run that goes on from here tells of it too.
-                self.notes.extend(dict.fromkeys(filter(None, ranks.gather(streams.halving.note()))))
+                told, halved = zip(*ranks.gather((streams.halving.note(), streams.halving.most)), strict=True)
+                self.notes.extend(dict.fromkeys(filter(None, told)))
                 if not again:
                     number = self._earlier + block.index
                     self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
-                    halved = tuple(ranks.gather(streams.halving.most))
-                    records, told = tuple(self.linears[linears:]), tuple(self.notes[notes:])
-                    self._commit(block, BlockDone(self.blocks[-1], records, told, halved), clock)
+                    records, new = tuple(self.linears[linears:]), tuple(self.notes[notes:])
+                    self._commit(block, BlockDone(self.blocks[-1], records, new, halved), clock)
                 if runs_again:
                     self.weights.replaced(block, self._reader(ranks, block))
             give_back_freed_memory()

@@ -156,7 +156,7 @@ def prune(
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
         job.halving = Halving(checked.device)
-        job.store = _store(checked, network, weights, destination, ranks)
+        job.store = _store(checked, weights, destination, ranks)
         _prune_stacks(network, checked, batches, job, ranks)
         job.notes.extend(job.store.notes)
         seconds = time.perf_counter() - started + job.resumed_seconds
@@ -271,7 +271,7 @@ def _network(checked: _Checked, whole: str | None = None) -> tuple[PreTrainedMod
         return model, Resident(model), {"model": type(model).__name__}
 
     def fits(streamed: bool) -> None:
-        _memory(checked, model, streamed).left(checked.recipe.memory_budget)  # refused now, if it is too little
+        _memory(checked, streamed).left(checked.recipe.memory_budget)  # refused now, if it is too little
 
     network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
     revision, hashed = commit_of(source), fingerprint(source)
@@ -285,7 +285,7 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
     job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
     job.true_sequential = bool(recipe.true_sequential)
-    budget = _memory(checked, network, isinstance(weights, Streamed)).note(recipe.memory_budget)
+    budget = _memory(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
     job.notes.extend([*found.notes, *filter(None, (weights.note, budget))])
     if given:
         job.notes.append(GIVEN_NOTE)
@@ -294,15 +294,14 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     return job
 
 
-def _memory(checked: _Checked, network: PreTrainedModel, streamed: bool) -> HostMemory:
-    return host_memory(network, checked.found.blocks, checked.recipe, checked.methods, network.dtype, streamed)
+def _memory(checked: _Checked, streamed: bool) -> HostMemory:
+    blocks = checked.found.blocks
+    return host_memory(checked.structure, blocks, checked.recipe, checked.methods, checked.dtype, streamed)
 
 
-def _store(
-    checked: _Checked, network: PreTrainedModel, weights: Weights, destination: Destination | None, ranks: Ranks
-) -> Store:
+def _store(checked: _Checked, weights: Weights, destination: Destination | None, ranks: Ranks) -> Store:
     """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
-    left = _memory(checked, network, isinstance(weights, Streamed)).left(checked.recipe.memory_budget, ranks.here())
+    left = _memory(checked, isinstance(weights, Streamed)).left(checked.recipe.memory_budget, ranks.here())
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
 
@@ -330,7 +329,7 @@ def _prune_stacks(
                         told += rank_without_loss(
                             checked.found.patterns, checked.recipe, job.methods.selector, checked.scope_named
                         )
-                    job.notes.extend(filter(None, [told]))
+                    job.notes.extend([told] if told else [])
             unknown = checked.recipe.allocation == "loss" and job.loss is None
             if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)

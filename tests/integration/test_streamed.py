@@ -203,9 +203,18 @@ def test_a_budget_below_what_weights_take_is_refused(tmp_path: Path) -> None:
         make_plan(find_source(str(tmp_path / "model")), optima.Recipe(memory_budget="1MiB", max_seq_length=16))
 
 
+def test_a_budget_counts_weights_in_the_dtype_that_they_are_read_in(tmp_path: Path) -> None:
+    make_llama().bfloat16().save_pretrained(tmp_path / "model")
+    plan = make_plan(find_source(str(tmp_path / "model")), optima.Recipe(max_seq_length=16))
+    pruned(tmp_path / "model", tmp_path / "out", memory_budget=f"{plan.host.least}B")
+    with pytest.raises(RecipeError, match="memory_budget"):
+        pruned(tmp_path / "model", tmp_path / "less", memory_budget=f"{plan.host.least - 1}B")
+
+
 def test_it_is_refused_before_the_model_writes_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_llama().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(optima.run, "own_text", None)
+    monkeypatch.setattr("optima.models.weights.load_model", None)  # nor are weights read, which are held whole
     recipe = optima.Recipe(dataset=["self"], memory_budget="1MiB", max_seq_length=16)
     with pytest.raises(RecipeError, match="memory_budget"):
         optima.prune(tmp_path / "model", recipe, output_dir=tmp_path / "out", tokenizer=make_tokenizer())

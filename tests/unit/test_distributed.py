@@ -5,22 +5,21 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import in_processes
-from test_hessian_accumulation import streams_into
 from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
+from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
 from optima.errors import CalibrationError, RankError, RecipeError
-from optima.models.stacks import ModuleLinear
+from optima.models.stacks import ModuleLinear, find_stacks
 from optima.qp import rows as qp_rows
 
 SIZE = 3
@@ -74,11 +73,11 @@ def add(ranks: Ranks) -> None:
         assert torch.equal(matrix_DD.tril(), whole_DD.tril())
 
 
-def test_sequences_of_other_lengths_in_other_processes_are_counted() -> None:
-    _, streams = streams_into(make_llama(), (make_tokens(2, 9),))
-    assert (streams.tokens, streams.before) == (18, (0, 0))
-    second = replace(streams, ranks=SimpleNamespace(rank=1, size=2), parts=((3, 20), (2, 18)))  # type: ignore[arg-type]
-    assert (second.tokens, second.before) == (38, (3, 20))
+def capture_other_lengths(ranks: Ranks) -> None:
+    model = make_llama()
+    streams = capture(model, find_stacks(model)[0], [make_tokens(2, 9 + ranks.rank)], ranks=ranks)
+    assert streams.tokens == 2 * (9 + 10 + 11)
+    assert streams.before == [(0, 0), (2, 18), (4, 38)][ranks.rank]
 
 
 def inputs_of(rank: int) -> Tensor:
@@ -113,7 +112,7 @@ def reduce(ranks: Ranks) -> None:
         assert torch.equal(found.sample_ND, torch.stack([inputs_of(n)[0] for n in range(2 if name == "a" else 3)]))
 
 
-@pytest.mark.parametrize("work", [exchange, add, reduce])
+@pytest.mark.parametrize("work", [exchange, add, capture_other_lengths, reduce])
 def test_values_arrive(work: Callable[[Ranks], object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.distributed.STRIP_BYTES", 3 * 7 * 8)  # of a matrix of 7 rows, 3 at a time
     assert in_processes(SIZE, work) == [0, 0, 0]

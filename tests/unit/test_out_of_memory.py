@@ -105,6 +105,7 @@ class TestHalving:
         halving.most = 1
         halving.go_on(earlier, rank)
         assert halving.most == 1, "never more than there is memory for"
+        assert "from here on 1 ran" in halving.note(), "of which no earlier run told"
 
     def test_it_is_told_once(self) -> None:
         halving = Halving()

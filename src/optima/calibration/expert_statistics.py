@@ -167,7 +167,7 @@ class _Everything:
         if ranks.size > 1:
             name = recorded.experts.name
             reduce_to({name: None}, {name: accumulator}, {name: self.sample_ND.shape[1]}, set(), (ranks, device))
-        self.common = Common(_mean(accumulator), thinned(self.sample_ND, SAMPLE).to(torch.float32, copy=True))
+        self.common = Common(_mean(accumulator), thinned(self.sample_ND, SAMPLE).float())
 
 
 class _Portion:

@@ -85,9 +85,9 @@ class Halving:
             earlier: ``most`` of each of its processes.
             rank: of this process; one of other company takes the least.
         """
-        known = [most for most in (earlier[rank : rank + 1] or earlier) if most is not None]
-        if known:
-            self.most = self._told = min([*known, *([] if self.most is None else [self.most])])
+        least = min((most for most in (earlier[rank : rank + 1] or earlier) if most is not None), default=None)
+        if least is not None and (self.most is None or least < self.most):
+            self.most = self._told = least
 
     def note(self) -> str:
         """What a report must tell that it was not told before; may be empty."""

@@ -163,14 +163,14 @@ def observe(
 
     @contextmanager
     def watched(batch: int, part: slice) -> Iterator[None]:
-        with watch.over(batch, part), full_precision(), torch.no_grad():
+        with watch.over(batch, part), torch.no_grad():
             yield
 
     def run(batch: int, part: slice) -> None:
         with watched(batch, part), suppress(_AllSeen):
             streams.run(block, batch, device, part)
 
-    with stopwatch("forward"):
+    with stopwatch("forward"), full_precision():
         if onward:
             streams.advance(block, device, watched)
         else:

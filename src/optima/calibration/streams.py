@@ -133,11 +133,12 @@ class Streams:
         """
 
         def run(batch: int, part: slice) -> list[Tensor]:
-            with full_precision(), nullcontext() if watched is None else watched(batch, part):
+            with nullcontext() if watched is None else watched(batch, part):
                 return self.outputs(block, batch, device, part)
 
-        for batch in range(len(self.sizes)):
-            self.receive(block, batch, self.in_parts(block, batch, partial(run, batch)))
+        with full_precision():
+            for batch in range(len(self.sizes)):
+                self.receive(block, batch, self.in_parts(block, batch, partial(run, batch)))
 
     def outputs(self, block: Block, batch: int, device: torch.device, part: slice) -> list[Tensor]:
         """What the block hands on for samples of a batch, on the CPU: hidden states, and what later blocks ask for."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import yaml
 from pydantic_core import to_jsonable_python
 
-from optima.reporting.record import LinearRecord, Report, largest, weighted_mean
+from optima.reporting.record import LinearRecord, Report, gap_written, largest, weighted_mean
 from optima.reporting.summary import (
     Linears,
     bullets,
@@ -138,7 +138,7 @@ _COLUMNS: dict[str, Callable[[Linears], str]] = {
         change(mean(linears, "error_selector"), mean(linears, "error")) if any(map(solved, linears)) else ""
     ),
     "gap max": lambda linears: gap(largest(linear.gap_max for linear in linears)),
-    "written": lambda linears: gap(largest(linear.gap_written_max for linear in linears)),
+    "written": lambda linears: gap(gap_written(linears)),
     "iterations (max)": _iterations,
     "not converged": _not_converged,
     "seconds": lambda linears: f"{sum(linear.seconds for linear in linears):.2f}",

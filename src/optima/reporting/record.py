@@ -169,9 +169,8 @@ class Report(Record):
 
     @property
     def gap_written_max(self) -> float | None:
-        """Largest gap of any row as written; None when no solver ran, or tuning moved some linear behind its solve."""
-        tuned = any(linear.tuned for linear in self.linears)
-        return None if tuned else largest(linear.gap_written_max for linear in self.linears)
+        """See ``gap_written``."""
+        return gap_written(self.linears)
 
     def save(self, path: Path) -> Path:
         """Write the report and return its file: ``path`` itself if it ends in .json, else ``path/report.json``.
@@ -249,6 +248,14 @@ def largest(values: Iterable[float | None]) -> float | None:
     """The largest of the values that are known, NaN if one is; None for none."""
     known = [value for value in values if value is not None]
     return math.nan if any(map(math.isnan, known)) else max(known, default=None)
+
+
+def gap_written(linears: Iterable[LinearRecord]) -> float | None:
+    """Largest gap of any row as written; None when no solver ran, or tuning moved a linear behind its solve."""
+    linears = list(linears)
+    if any(linear.tuned for linear in linears):
+        return None
+    return largest(linear.gap_written_max for linear in linears)
 
 
 def geometric_mean(errors: Iterable[float]) -> float:
