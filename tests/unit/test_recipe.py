@@ -22,6 +22,7 @@ from optima.recipe import (
     BOUNDED_SOLVERS,
     GROUPS,
     SELECTOR_NAMES,
+    SELF,
     SINK_WEIGHT,
     SOLVER_NAMES,
     SPREADS,
@@ -56,7 +57,10 @@ class TestYaml:
         solver=st.sampled_from(["auto", "shared-inverse-cg", "cholesky", "none"]),
         gap=st.floats(1e-300, 1.0),
         damping=st.floats(0.0, 1.0),
-        dataset=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=3),
+        # The model's own text stands alone, see BAD_VALUES: hypothesis tries words that it finds in the code.
+        dataset=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=3).filter(
+            lambda given: SELF not in given or len(given) == 1
+        ),
         seed=st.integers(0, 2**63),
     )
     def test_round_trip(self, tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
