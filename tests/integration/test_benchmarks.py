@@ -21,7 +21,12 @@ FULL_SIZE_ONLY = "NOT RUN"
 
 
 def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARKS / script), "--threads", "1", *arguments]
+    return read(script, "--threads", "1", *arguments)
+
+
+def read(script: str, *arguments: str) -> str:
+    """What a script prints that computes nothing itself."""
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
@@ -169,6 +174,24 @@ def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], t
     assert sum(line.startswith("| wanda |") for line in printed.splitlines()) == 2  # perplexity and seconds
     other_settings = run("accuracy.py", *accuracy, "--methods", "wanda", *resumed, "--damping", "0.1")
     assert len(json.loads(output.read_text())) == len(results) + 2, other_settings
+
+
+def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Path) -> None:
+    def result(method: str, seed: int, found: float, other: float, **settings: object) -> dict[str, object]:
+        settings = {"model": "m", "calibration": [64, 512], "seed": seed} | settings
+        found_on = {"perplexity": found, "perplexity_held_out": other}
+        return {"method": method, "pattern": "0.5", "settings": settings} | found_on
+
+    dense = {"method": "dense", "pattern": "-", "perplexity": 5, "perplexity_held_out": 6, "settings": {"model": "m"}}
+    ours = [result("best", 0, 10, 20), result("best", 1, 12, 20)]
+    (tmp_path / "a.json").write_text(json.dumps([dense, *ours, result("alps", 0, 20, 40)]))
+    (tmp_path / "b.json").write_text(json.dumps([result("best", 0, 99, 99), result("best", 0, 8, 9, damping=0.1)]))
+    printed = read("seeds.py", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in printed.splitlines()]
+    assert ["m", "64 x 512", "best", "", "11.0 ± 1.4 / 20.0 ± 0.0 (0.50 / 0.50)"] in cells
+    assert ["m", "64 x 512", "best", "damping 0.1", "8.0 / 9.0 (0.40 / 0.23)"] in cells
+    assert ["m", "64 x 512", "alps", "", "20.0 / 40.0"] in cells
+    assert any(row[0] == "m" and row[-1] == "5.0 / 6.0" for row in cells)
 
 
 @pytest.mark.slow
