@@ -214,6 +214,20 @@ def test_distil_compares_treatments_of_one_mask(accuracy: list[str], tmp_path: P
     assert rows[2:] == ["dense", "solved", "tuned by blocks, 1 epochs", "distilled, 1 epochs, rate 0.003"]
 
 
+@pytest.mark.slow
+def test_tuning_tells_of_each_block_that_was_asked_for(accuracy: list[str], tmp_path: Path) -> None:
+    model, text = accuracy[0], tmp_path / "documents.jsonl"
+    text.write_text("\n".join([json.dumps({"text": Path(accuracy[2]).read_text()})] * 5))
+    size = ["--num-calibration-samples", "8", "--other-samples", "4", "--max-seq-length", "16"]
+    printed = run("tuning.py", model, "--calibration", str(text), *size, "--blocks", "0", "1", "--dtype", "float32")
+    rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ")][2:]
+    assert [row[1].strip() for row in rows] == ["0", "1"]
+    for _, _, dense, *_, tuned, _ in rows:
+        assert float(dense.split("/")[0]) < 1.0
+        assert float(tuned.split("/")[0]) < 1.0
+    assert float(rows[0][2].split("/")[0]) == 0.0  # nothing is pruned before the first block
+
+
 def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path) -> None:
     output = tmp_path / "accuracy.json"
     output.write_text("[]")
