@@ -2,10 +2,11 @@
 
     python benchmarks/seeds.py results/objective.json [MORE.json ...] --baseline alps
 
-One row a model, size of the calibration text, method and what is unusual in its settings; one column a pattern. A cell
-has the perplexity of the evaluation text / of held-out calibration text, each the mean over seeds ± their standard
-deviation. In brackets stands the ratio to the baseline at the same model, size and pattern, of both, over the seeds
-that both have. Results of equal settings are taken once, from the file named first. Prints Markdown.
+One row a model, size of the calibration text, method and what is unusual in its settings, or differs between results of
+one seed; one column a pattern. A cell has the perplexity of the evaluation text / of held-out calibration text, each
+the mean over seeds ± their standard deviation. In brackets stands the ratio to the baseline at the same model, size and
+pattern, of both, over the seeds that both have; the baseline's settings must be the usual ones. Results of equal
+settings are taken once, from the file named first. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -13,13 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from optima.reporting.markdown import table
 
-DENSE = "-"  # the pattern of a model that was not pruned
+NOT_PRUNED = "-"  # the pattern of a model that was not pruned
 TEXTS = ("perplexity", "perplexity_held_out")
+UNRELATED = {"tasks", "task_limit"}  # settings that no perplexity depends on
 USUAL = {"swept_share": 1.0, "tuning_epochs": 4, "damping": 0.01}
 Cell = dict[int, tuple[float, ...]]  # perplexities by seed
 Row = tuple[str, str, str, str]  # model, tokens, method, unusual settings
@@ -30,29 +34,51 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="written by accuracy.py --output")
     parser.add_argument("--baseline", default="alps", help="the method that others are compared with")
     options = parser.parse_args()
+    results = [result for file in options.results for result in json.loads(file.read_text(encoding="utf-8"))]
+    varied = varied_settings(results)
     rows: dict[Row, dict[str, Cell]] = {}
-    for result in (result for file in options.results for result in json.loads(file.read_text(encoding="utf-8"))):
-        cell = rows.setdefault(row_of(result), {}).setdefault(result["pattern"], {})
-        cell.setdefault(
-            result["settings"].get("seed", 0), tuple(float(result[text]) for text in TEXTS if text in result)
-        )
-    patterns = sorted({pattern for row in rows.values() for pattern in row} - {DENSE})
+    for result in results:
+        cell = rows.setdefault(row_of(result, varied), {}).setdefault(result["pattern"], {})
+        cell.setdefault(seed_of(result), tuple(float(result[text]) for text in TEXTS if text in result))
+    patterns = sorted({pattern for row in rows.values() for pattern in row} - {NOT_PRUNED})
     printed = []
     for row, cells in sorted(rows.items(), key=lambda item: (item[0][0], len(item[0][1]), *item[0])):
         model, tokens, method, _ = row
         baseline = rows.get((model, tokens, options.baseline, ""), {}) if method != options.baseline else {}
-        if DENSE in cells:
-            cells = dict.fromkeys(patterns, cells[DENSE])
+        if NOT_PRUNED in cells:
+            cells = dict.fromkeys(patterns, cells[NOT_PRUNED])
         texts = [shown(cells[p]) + ratio(cells[p], baseline.get(p, {})) if p in cells else "" for p in patterns]
         printed.append([*row, *texts])
     print(table(["model", "tokens", "method", "besides", *patterns], printed, num_left=4))
 
 
-def row_of(result: dict[str, Any]) -> Row:
-    settings = result["settings"]
-    size = " x ".join(map(str, settings.get("calibration", [])))
-    others = [f"{name} {settings[name]:g}" for name, usual in USUAL.items() if settings.get(name, usual) != usual]
-    return settings["model"], size, result["method"], ", ".join(others)
+def seed_of(result: dict[str, Any]) -> int:
+    return int(result["settings"].get("seed", 0))  # a model that was not pruned has none
+
+
+def method_of(result: dict[str, Any]) -> tuple[str, str, str]:
+    """Model, tokens, method."""
+    size = " x ".join(map(str, result["settings"].get("calibration", [])))
+    return result["settings"]["model"], size, result["method"]
+
+
+def varied_settings(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], set[str]]:
+    """By method, names of the settings in which results of one pattern and seed differ: these are not the same."""
+    alike: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        alike[method_of(result), result["pattern"], seed_of(result)].append(result["settings"])
+    varied: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+    for (method, *_), (first, *others) in alike.items():
+        for other in others:
+            varied[method] |= {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)}
+    return varied
+
+
+def row_of(result: dict[str, Any], varied: Mapping[tuple[str, str, str], set[str]]) -> Row:
+    settings, method = result["settings"], method_of(result)
+    told = {name: settings[name] for name, usual in USUAL.items() if settings.get(name, usual) != usual}
+    told |= {name: settings.get(name) for name in sorted(varied[method] - USUAL.keys() - UNRELATED)}
+    return *method, ", ".join(f"{name} {str(value)[:12]}" for name, value in told.items())
 
 
 def shown(cell: Cell) -> str:

@@ -25,7 +25,7 @@ def run(script: str, *arguments: str) -> str:
 
 
 def read(script: str, *arguments: str) -> str:
-    """What a script prints that computes nothing itself."""
+    """What a script prints; one that computes is given its threads by ``run``."""
     command = [sys.executable, str(BENCHMARKS / script), *arguments]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -185,12 +185,16 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     dense = {"method": "dense", "pattern": "-", "perplexity": 5, "perplexity_held_out": 6, "settings": {"model": "m"}}
     ours = [result("best", 0, 10, 20), result("best", 1, 12, 20)]
     (tmp_path / "a.json").write_text(json.dumps([dense, *ours, result("alps", 0, 20, 40)]))
-    (tmp_path / "b.json").write_text(json.dumps([result("best", 0, 99, 99), result("best", 0, 8, 9, damping=0.1)]))
+    others = [result("wanda", 0, 30, 50, scope="row"), result("wanda", 0, 31, 51, scope="layer")]
+    again = [result("best", 0, 99, 99), result("best", 0, 8, 9, damping=0.1)]
+    (tmp_path / "b.json").write_text(json.dumps([*again, *others]))
     printed = read("seeds.py", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
     cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in printed.splitlines()]
     assert ["m", "64 x 512", "best", "", "11.0 ± 1.4 / 20.0 ± 0.0 (0.50 / 0.50)"] in cells
     assert ["m", "64 x 512", "best", "damping 0.1", "8.0 / 9.0 (0.40 / 0.23)"] in cells
     assert ["m", "64 x 512", "alps", "", "20.0 / 40.0"] in cells
+    for scope, found in (("row", "30.0 / 50.0 (1.50 / 1.25)"), ("layer", "31.0 / 51.0 (1.55 / 1.27)")):
+        assert ["m", "64 x 512", "wanda", f"scope {scope}", found] in cells
     assert any(row[0] == "m" and row[-1] == "5.0 / 6.0" for row in cells)
 
 
@@ -226,6 +230,8 @@ def test_tuning_tells_of_each_block_that_was_asked_for(accuracy: list[str], tmp_
         assert float(dense.split("/")[0]) < 1.0
         assert float(tuned.split("/")[0]) < 1.0
     assert float(rows[0][2].split("/")[0]) == 0.0  # nothing is pruned before the first block
+    with pytest.raises(AssertionError, match="--blocks 9"):
+        run("tuning.py", model, "--calibration", str(text), *size, "--blocks", "0", "9")
 
 
 def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path) -> None:
