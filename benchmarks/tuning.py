@@ -26,7 +26,7 @@ from optima.calibration.loss_weights import LossWeights, loss_weights
 from optima.calibration.streams import Streams
 from optima.calibration.text import calibration_tokens
 from optima.models.stacks import Block, Stack
-from optima.preflight import chosen_stacks
+from optima.preflight.checks import chosen_stacks
 from optima.reporting.markdown import table
 from optima.tuning import BlockError, Tuning, tune
 

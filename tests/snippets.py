@@ -169,7 +169,7 @@ class World:
         if command == "unpack" or "--output-dir" in names:
             return
         for place, name in enumerate(names if command in ("eval", "report", "pack") else names[:1]):
-            if command in ("prune", "plan", "eval", "report", "pack") and not name.endswith(TEXTS):
+            if command in ("prune", "plan", "order", "eval", "report", "pack") and not name.endswith(TEXTS):
                 self.model(name, pruned=command in ("report", "pack") or (command == "eval" and place > 0))
 
     def model(self, name: str, pruned: bool = False) -> None:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from optima.errors import OptimaError
     from optima.holding import HoldZeros, hold_zeros
     from optima.hub import push
+    from optima.ordering.order import Ordering, order
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe
@@ -22,6 +23,7 @@ __all__ = [
     "Callback",
     "HoldZeros",
     "OptimaError",
+    "Ordering",
     "Recipe",
     "Report",
     "RunStart",
@@ -30,6 +32,7 @@ __all__ = [
     "hold_zeros",
     "load_recipe",
     "load_report",
+    "order",
     "pack",
     "prune",
     "push",
@@ -43,6 +46,7 @@ _HOMES = {
     "HoldZeros": "holding",
     "NM": "patterns",
     "OptimaError": "errors",
+    "Ordering": "ordering.order",
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",
@@ -51,6 +55,7 @@ _HOMES = {
     "hold_zeros": "holding",
     "load_recipe": "recipe_files",
     "load_report": "reporting.record",
+    "order": "ordering.order",
     "pack": "packing",
     "prune": "run",
     "push": "hub",

@@ -30,6 +30,12 @@ optima COMMAND --help lists the options of a command."""
 
 LOG_FORMATS = ("text", "json")
 
+CHANNELS = {
+    "mlp": "those inside an MLP",
+    "heads": "those of a value head",
+    "hidden": "those of the hidden states, in the whole model",
+}
+
 RECIPE_ACTIONS = {
     "list": "those that ship, a line each",
     "show": "the YAML of one, to change and save",
@@ -83,8 +89,9 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     command = commands[name]
     if extra:
         command.unknown(next((text for text in extra if text.startswith("-")), extra[0]).partition("=")[0])
-    if name == "prune" and "output_dir" not in given:
-        command.error("--output-dir is missing: where the sparse checkpoint and its report are written")
+    if name in ("prune", "order") and "output_dir" not in given:
+        what = "sparse checkpoint and its report are" if name == "prune" else "model with its channels in order is"
+        command.error(f"--output-dir is missing: where the {what} written")
     return name, given
 
 
@@ -125,6 +132,16 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("model", metavar="MODEL", help="hub id, local directory, or GGUF file; no weights are loaded")
     option("--measure", action="store_true", help="rehearse the run on a few random blocks: seconds, memory")
     _add_recipe(commands["plan"])
+
+    option = add(
+        "order", "order channels so that a pattern n:m loses less", "MODEL --output-dir DIR --pattern 2:4 [options]"
+    )
+    option("model", metavar="MODEL", help="hub id, local directory, or GGUF file; all of it is in memory")
+    option("--output-dir", metavar="DIR", help="where the same model goes, to be pruned then")
+    option("--overwrite", action="store_true", help="replace an earlier output in that place")
+    text = f"which of them change places: {_named(CHANNELS)} (default: all)"
+    option("--channels", nargs="+", choices=CHANNELS, metavar="NAME", help=text)
+    _add_recipe(commands["order"])
 
     _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", ABOUT))
 

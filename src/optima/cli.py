@@ -165,6 +165,20 @@ def _plan(model: str, measure: bool = False, **given: Any) -> None:
     print_plan(found, measured, model, console)
 
 
+def _order(
+    model: str, output_dir: str, overwrite: bool = False, channels: Sequence[str] | None = None, **given: Any
+) -> None:
+    recipe = recipe_of(given)
+    options: dict[str, Any] = {} if channels is None else {"channels": channels}
+    _quiet_console()
+    found = optima.order(model, recipe, output_dir=output_dir, overwrite=overwrite, **options)
+    for kind, count, lost in found.summary():
+        _say(f"{kind}: {count} ordered; of their saliency the pattern prunes {1 - lost:.1%} less")
+    for note in found.notes:
+        _say(f"note: {note}")
+    _say(f"the same model, its channels in another order: {output_dir} (ordering.json); prune it next")
+
+
 def _eval(save: bool = False, output: str | None = None, overwrite: bool = False, **given: Any) -> None:
     for name in given.keys() & {"models", "dataset"}:
         given[name] = tuple(given[name])
@@ -282,6 +296,7 @@ def _demo(output_dir: str) -> None:
 COMMANDS: dict[str, Command] = {
     "prune": _prune,
     "plan": _plan,
+    "order": _order,
     "eval": _eval,
     "report": _report,
     "pack": _pack,

@@ -25,7 +25,7 @@ from optima.models.random_weights import alike, fill
 from optima.models.source import Source, load_tokenizer
 from optima.models.stacks import Block
 from optima.plan import Measured, Plan
-from optima.preflight import find_calibration, sized
+from optima.preflight.checks import find_calibration, sized
 from optima.recipe import SELF, Recipe
 from optima.rehearsal import Peak, Rehearsal
 

@@ -23,7 +23,7 @@ from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
 from optima.models.stacks import Block
-from optima.preflight import Preflight, preflight, sized
+from optima.preflight.checks import Preflight, preflight, sized
 from optima.recipe import SELF, Recipe
 
 SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"

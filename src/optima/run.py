@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,42 +14,30 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.build import build, build_allocation, build_tuning, default_scope
+from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.own_text import check_writes, own_text
-from optima.calibration.store import Store
 from optima.device import PeakMemory, describe_device, evaluating, give_back_freed_memory, memory_explained, unswitched
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
-from optima.errors import ModelError, RecipeError
 from optima.identity import check_alike, contents, identity
-from optima.linear import Methods
-from optima.memory import HostMemory, batch_size, count, host_memory
 from optima.models.companions import copies_tokenizer
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
-from optima.models.skeleton import dtype_as_read, skeleton
-from optima.models.source import Source, commit_of, find_source, fingerprint, load_tokenizer, note_of_dtype
-from optima.models.weights import Resident, Streamed, Weights, open_weights
+from optima.models.source import load_tokenizer, note_of_dtype
+from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Job
-from optima.preflight import (
-    Preflight,
-    check_dump,
+from optima.preflight.checks import (
     check_finite,
     chosen_stacks,
-    find_calibration,
     own_batches,
-    preflight,
-    sequence_length,
-    sized,
-    taken,
 )
-from optima.recipe import SELF, SINK_WEIGHT, Recipe
+from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of
+from optima.recipe import SINK_WEIGHT, Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
@@ -111,7 +98,7 @@ def prune(
     with ExitStack() as stack:
         ranks = stack.enter_context(joined())
         stack.enter_context(unswitched())
-        checked = _check(model, recipe, output_dir, calibration, dump_layer, ranks)
+        checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
         recipe, source, found = checked.recipe, checked.source, checked.found
         stack.enter_context(memory_explained(checked.device))
         destination = None
@@ -119,14 +106,14 @@ def prune(
             stack.enter_context(interruptible())
             run = identity(recipe, checked.device, checked.structure, dump_layer)
             if ranks.first:
-                destination = stack.enter_context(_claim(checked, output_dir, overwrite, run, resume))
+                destination = stack.enter_context(claim(checked, output_dir, overwrite, run, resume))
         if source is not None and tokenizer is None:
             # Large vocabularies take seconds; where tokens were given, the file is copied as it is.
             given = isinstance(checked.calibration, Tensor)
             tokenizer = None if given and copies_tokenizer(source) else load_tokenizer(source)
         shown = make_progress() if progress and ranks.first else Progress()
         shown.reading(None if source is None else source.name)
-        network, weights, origin, text = _read(checked, tokenizer, ranks)
+        network, weights, origin, text = read(checked, tokenizer, ranks)
         samples, length = text.size  # of what the caller gave; else as asked
         recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length or recipe.max_seq_length)
         checked = replace(checked, recipe=recipe)
@@ -156,7 +143,7 @@ def prune(
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
         job.halving = Halving(checked.device)
-        job.store = _store(checked, weights, destination, ranks)
+        job.store = store_of(checked, weights, destination, ranks)
         _prune_stacks(network, checked, batches, job, ranks)
         job.notes.extend(job.store.notes)
         seconds = time.perf_counter() - started + job.resumed_seconds
@@ -167,67 +154,6 @@ def prune(
             job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
         job.progress.end(report)
     return report
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """What is known of a run before anything is opened."""
-
-    recipe: Recipe
-    methods: Methods
-    device: torch.device
-    source: Source | None
-    structure: PreTrainedModel
-    dtype: torch.dtype  # of the weights as read: a skeleton is made in float32
-    found: Preflight
-    calibration: Any
-    scope_named: bool  # by the user
-
-
-def _check(
-    model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None, ranks: Ranks
-) -> _Checked:
-    recipe = Recipe() if recipe is None else recipe
-    if not isinstance(recipe, Recipe):
-        raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
-    device, methods = ranks.on(recipe.device), build(recipe)
-    if isinstance(model, PreTrainedModel):
-        source, structure = None, model
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
-        if len(places := {str(parameter.device) for parameter in model.parameters()}) > 1:
-            raise ModelError(f"the model is spread over {', '.join(sorted(places))}: load it on one device, or the CPU")
-    elif isinstance(model, str | Path):
-        source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
-        structure = skeleton(source)[0]
-        if output_dir is None:
-            raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
-    else:
-        raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
-    if recipe.dataset == [SELF] and calibration is None:
-        check_writes(structure)
-    scope_named = recipe.scope is not None
-    recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
-    found = preflight(structure, recipe, methods)
-    calibration = taken(calibration, recipe, found)
-    length = sequence_length(structure, recipe, calibration)
-    recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
-    dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
-    recipe, found = sized(structure, recipe, found, dtype, calibration)
-    if dump_layer is not None:
-        if ranks.size > 1:
-            raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
-        check_dump(dump_layer, output_dir is not None, found.linears)
-    return _Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
-
-
-def _claim(
-    checked: _Checked, output_dir: str | Path, overwrite: bool, run: dict[str, Any], resume: bool | None
-) -> AbstractContextManager[Destination]:
-    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
-    inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
-    num_bytes = count(checked.structure) * checked.dtype.itemsize
-    return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
 def _writer(
@@ -247,45 +173,13 @@ def _shared(text: str, writer: Writer | None) -> list[str]:
     return writer.notes
 
 
-def _read(
-    checked: _Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks
-) -> tuple[PreTrainedModel, Weights, dict[str, Any], Calibration]:
-    """The model, what the report says of where it is from, and the text: read first, unless the model writes it."""
-    if checked.recipe.dataset == [SELF] and checked.calibration is None:
-        network, weights, origin = _network(checked, "it writes its own text")
-
-        def write() -> Calibration:
-            return own_text(network, tokenizer, checked.recipe, checked.device)
-
-        return network, weights, origin, ranks.from_first(write)
-    text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
-    text.check(checked.structure)
-    return *_network(checked), text
-
-
-def _network(checked: _Checked, whole: str | None = None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
-    """The model, who gives it its weights, and what the report says of them; ``whole``: why they are not streamed."""
-    source = checked.source
-    model = checked.structure
-    if source is None:
-        return model, Resident(model), {"model": type(model).__name__}
-
-    def fits(streamed: bool) -> None:
-        _memory(checked, streamed).left(checked.recipe.memory_budget)  # refused now, if it is too little
-
-    network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
-    revision, hashed = commit_of(source), fingerprint(source)
-    origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
-    return network, weights, origin
-
-
-def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: bool) -> Job:
+def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bool) -> Job:
     """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
     recipe, found = checked.recipe, checked.found
     job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
     job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
     job.true_sequential = bool(recipe.true_sequential)
-    budget = _memory(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
+    budget = memory_of(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
     job.notes.extend([*found.notes, *filter(None, (weights.note, budget))])
     if given:
         job.notes.append(GIVEN_NOTE)
@@ -294,21 +188,7 @@ def _job(checked: _Checked, network: PreTrainedModel, weights: Weights, given: b
     return job
 
 
-def _memory(checked: _Checked, streamed: bool) -> HostMemory:
-    blocks = checked.found.blocks
-    return host_memory(checked.structure, blocks, checked.recipe, checked.methods, checked.dtype, streamed)
-
-
-def _store(checked: _Checked, weights: Weights, destination: Destination | None, ranks: Ranks) -> Store:
-    """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
-    left = _memory(checked, isinstance(weights, Streamed)).left(checked.recipe.memory_budget, ranks.here())
-    beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
-    return Store(left, beside if beside is not None and beside.is_dir() else None)
-
-
-def _prune_stacks(
-    network: PreTrainedModel, checked: _Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
-) -> None:
+def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     for block in (block for stack in stacks for block in stack.blocks if block.linears):
         with job.weights.on(block, torch.device("cpu"), job.clock):
@@ -339,7 +219,7 @@ def _prune_stacks(
             job.prune(stack, streams, runs_again=stack is not needed[-1])
 
 
-def _start(checked: _Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:
+def _start(checked: Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:
     samples, length = text.size
     return RunStart(
         model=model,
@@ -356,7 +236,7 @@ def _start(checked: _Checked, model: str, output_dir: str | Path | None, text: C
 def _report(
     network: PreTrainedModel,
     origin: dict[str, Any],
-    checked: _Checked,
+    checked: Checked,
     text: Calibration,
     job: Job,
     peak_bytes: int,

@@ -16,7 +16,7 @@ from optima.calibration.capture import capture
 from optima.device import PeakMemory
 from optima.pipeline import Job
 from optima.memory import work_bytes
-from optima.preflight import preflight
+from optima.preflight.checks import preflight
 from optima.recipe import Recipe
 
 config = LlamaConfig(

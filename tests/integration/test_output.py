@@ -23,13 +23,18 @@ from optima.errors import ModelError
 from optima.models.journal import read_journal
 from optima.models.writer import Writer
 
+MODULES = ("shutil", "optima.run", "optima.preflight.opening")  # that hold what is made to fail
+
 
 class TestDestination:
     def test_refused_before_the_long_work(self, cheap: Refused, root: Path) -> None:
         (root / "out").mkdir()
         (root / "out" / "thesis.tex").touch()
         assert "out exists: choose another --output-dir" in cheap()
-        assert "has no report.json of an earlier run and no packed files, and is not replaced" in cheap("--overwrite")
+        assert (
+            "is no output of an earlier run (it has none of report.json, ordering.json and packed files), and is not"
+            in cheap("--overwrite")
+        )
         for out in ("model", ".", "..", "model/../model"):
             assert "replaced" in cheap("--output-dir", out, "--overwrite")
 
@@ -98,7 +103,7 @@ class TestDiskFillsUp:
         (root / "model" / "LICENSE").write_text("terms")
         before = snapshot(root)
         module, _, name = target.rpartition(".")
-        owner = pytest.importorskip(module) if module in ("shutil", "optima.run") else resolve(module)
+        owner = pytest.importorskip(module) if module in MODULES else resolve(module)
         full = raising(OSError(errno.ENOSPC, "No space left on device"))
         monkeypatch.setattr(owner, name, on_call(call, getattr(owner, name), full))
         assert main(prune_arguments("--output-dir", "a/out", "--dump-layer", "q_proj")) == 2
@@ -157,7 +162,12 @@ def test_the_disk_needs_what_is_written_and_no_more(root: Path, monkeypatch: pyt
 class TestInterrupt:
     @pytest.mark.parametrize(
         "target",
-        ["optima.run.load_tokenizer", "optima.run.open_weights", "optima.dumping.save_file", "optima.run.prepare"],
+        [
+            "optima.run.load_tokenizer",
+            "optima.preflight.opening.open_weights",
+            "optima.dumping.save_file",
+            "optima.run.prepare",
+        ],
     )
     def test_before_the_first_block_leaves_nothing(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], target: str

@@ -13,7 +13,7 @@ from tiny import WEIGHTS, make_llama, make_tokenizer, make_tokens, snapshot
 from transformers import PreTrainedModel
 
 import optima
-import optima.run
+import optima.preflight.opening
 from optima.calibration.routed import Recorded
 from optima.errors import RecipeError
 from optima.models.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ def pruned(model: Path, out: Path, **options: Any) -> dict[str, bytes | None]:
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Runs hold the whole model in memory until this is undone."""
-    monkeypatch.setattr(optima.run, "open_weights", lambda *given: open_weights(*given[:3], whole=""))
+    monkeypatch.setattr(optima.preflight.opening, "open_weights", lambda *given: open_weights(*given[:3], whole=""))
     return monkeypatch
 
 
@@ -213,7 +213,7 @@ def test_a_budget_counts_weights_in_the_dtype_that_they_are_read_in(tmp_path: Pa
 
 def test_it_is_refused_before_the_model_writes_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_llama().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(optima.run, "own_text", None)
+    monkeypatch.setattr(optima.preflight.opening, "own_text", None)
     monkeypatch.setattr("optima.models.weights.load_model", None)  # nor are weights read, which are held whole
     recipe = optima.Recipe(dataset=["self"], memory_budget="1MiB", max_seq_length=16)
     with pytest.raises(RecipeError, match="memory_budget"):

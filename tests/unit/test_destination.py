@@ -87,7 +87,7 @@ class TestStart:
             (here / "out").symlink_to("thesis") if "link" in kind else (here / "thesis").rename("out")
         message = refused(overwrite=overwrite)
         assert "choose another --output-dir" in message
-        assert ("exists" in message) or ("has no report.json of an earlier run" in message)
+        assert ("exists" in message) or ("is no output of an earlier run" in message)
 
     def test_a_device_is_never_replaced(self) -> None:
         assert "is no directory" in refused("/dev/null", True)

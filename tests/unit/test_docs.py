@@ -142,7 +142,9 @@ def test_commands_have_the_options_that_a_page_gives_them(page: Path) -> None:
 def test_every_option_that_a_page_names_is_there(page: Path) -> None:
     """Of a command, or of a script that measures."""
     scripts = "".join(read(path) for path in ROOT.glob("benchmarks/**/*.py"))
-    known = set.union(*map(options, ("prune", "plan", "eval", "pack"))) | set(re.findall(r'"(--[\w-]+)"', scripts))
+    known = set.union(*map(options, ("prune", "plan", "order", "eval", "pack"))) | set(
+        re.findall(r'"(--[\w-]+)"', scripts)
+    )
     assert set(re.findall(r"`(--[a-z][\w-]*)", read(page))) <= known
 
 

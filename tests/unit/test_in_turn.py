@@ -24,7 +24,7 @@ from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
 from optima.models.stacks import Block
 from optima.plan import make_plan
-from optima.preflight import preflight, sized
+from optima.preflight.checks import preflight, sized
 from optima.recipe_files import load_recipe
 
 CPU = torch.device("cpu")

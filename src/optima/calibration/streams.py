@@ -98,9 +98,9 @@ class Streams:
         if self.probe.sample_dim:
             return "the hidden states of this model are not batch first"
         given: list[Tensor] = []
-        args, kwargs = self.calls[block.index][batch]
-        if any(_is_state(value) for value in (*args, *kwargs.values())):
+        if self.keeps_state(block, batch):
             return "the blocks of this model share keys and values, which cannot be taken apart into samples"
+        args, kwargs = self.calls[block.index][batch]
         carried = [self.carried[batch].get(source) for source in self.probe.carried[block.index].values()]
         map_tensors((args, kwargs, carried), given.append)
         for shape in (tensor.shape for tensor in given if tensor.ndim > 1 and tensor.shape[0] not in (1, samples)):
@@ -109,6 +109,11 @@ class Streams:
                 f"into {samples} samples"
             )
         return ""
+
+    def keeps_state(self, block: Block, batch: int) -> bool:
+        """Whether the block is given something that it can leave keys and values in for later blocks."""
+        args, kwargs = self.calls[block.index][batch]
+        return any(_is_state(value) for value in (*args, *kwargs.values()))
 
     def pieces(self, block: Block) -> list[Piece]:
         """The smallest parts that the block can run on: the samples of each batch, or the batch."""

@@ -37,6 +37,7 @@ _logger = logging.getLogger("optima")
 SUFFIX = ".optima-partial"
 RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
 PACKED = ".packed.safetensors"  # how the files end that optima pack writes
+RECORDS = {"report.json": {"schema_version", "run"}, "ordering.json": {"schema_version", "channels"}}
 NAME_BYTES = 255  # of one name, on every file system in use
 
 
@@ -265,18 +266,24 @@ def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> N
             raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")
     if not _is_output(path):
         raise ModelError(
-            f"{path} has no report.json of an earlier run and no packed files, and is not replaced: {remedy}"
+            f"{path} is no output of an earlier run (it has none of {', '.join(RECORDS)} and packed files), and is not "
+            f"replaced: {remedy}"
         )
 
 
 def _is_output(path: Path) -> bool:
     if any(path.glob(f"*{PACKED}")):
         return True
+    return any(_holds(path / name, keys) for name, keys in RECORDS.items())
+
+
+def _holds(file: Path, keys: set[str]) -> bool:
+    """Whether it is a JSON object that has them."""
     try:
-        content = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and {"schema_version", "run"} <= content.keys()
+    return isinstance(content, dict) and keys <= content.keys()
 
 
 def _make_or_recognise(partial: Path) -> None:

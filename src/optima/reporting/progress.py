@@ -18,6 +18,7 @@ from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 WALKS = {
     "sweep": "sweep over {} blocks: what the loss feels",
     "survey": "survey of {} blocks: how much of each can go",
+    "order": "order of channels in {} blocks",
     "prune": "{} blocks, one after another; a line when each is done",
 }
 

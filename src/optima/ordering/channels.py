@@ -1,0 +1,205 @@
+"""Which channels of a model may change places, and where they are counted.
+
+Those inside an MLP may, if all that writes and reads them agrees on their order; so may those of a value head, and,
+with everything that reads and writes them in all blocks, the hidden ones. What a model does with them in between is not
+known here: candidates are found by names and sizes, and tried (``optima.ordering.trial``).
+
+Shapes: O outputs, D inputs, E hidden size, H heads, W channels of a head (of channels without heads: H = 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from optima.models.experts import FusedExperts, experts_of
+from optima.models.stacks import Block
+
+Kind = Literal["mlp", "heads", "hidden"]
+KINDS: tuple[Kind, ...] = ("mlp", "heads", "hidden")
+
+# Linears of an MLP and of an attention, behind the module that they have in common.
+AT = r"(?P<at>(?:[^.]+\.)*?)"
+UP = re.compile(AT + r"(gate_proj|up_proj|gate_up_proj|w1|w3|fc1|fc_in|c_fc|dense_h_to_4h|lin1|wi(_[01])?|Wi|"
+                r"intermediate\.dense)")  # fmt: skip
+DOWN = re.compile(AT + r"(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|lin2|wo|Wo|output\.dense)")
+VALUE = re.compile(AT + r"(self\.)?(v_proj|v_lin|value|v)")
+# All queries, then all keys and values; or a group of queries, their key and their value, then the next group.
+FUSED = re.compile(AT + r"(qkv_proj|c_attn|Wqkv|qkv)")
+GROUPED = re.compile(AT + r"(query_key_value)")
+OUT = re.compile(AT + r"(o_proj|out_proj|out_lin|c_proj|o|wo|Wo|dense|output\.dense)")
+
+
+Starts = tuple[tuple[int, ...], ...]  # see ``Place``
+Read = tuple[str, Starts]  # a linear, and where channels are among its inputs
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where channels are counted in a parameter.
+
+    Attributes:
+        name: full name of the parameter.
+        dim: of it, or of the expert's part of it.
+        starts: of each head, where its channels begin: in as many places as they are counted.
+        step: from a channel to the next.
+        expert: whose part; None for a parameter without experts.
+    """
+
+    name: str
+    dim: int
+    starts: Starts = ((0,),)
+    step: int = 1
+    expert: int | None = None
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Channels that may change places: those of a head among themselves, in each head in another order.
+
+    Attributes:
+        kind: what they are.
+        name: of the module that they are inside of.
+        heads, width: H and W.
+        readers: full names of the linears that have them as inputs.
+        read: where those of each head begin among these inputs, see ``Place``.
+        places: where they are counted.
+    """
+
+    kind: Kind
+    name: str
+    heads: int
+    width: int
+    readers: tuple[str, ...]
+    read: Starts
+    places: tuple[Place, ...]
+
+
+@torch.no_grad()
+def reorder(channels: Channels, order_HW: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Give channels another order in place; ``order_HW`` says for each place which channel of the head comes there."""
+    for place in channels.places:
+        tensor = parameters[place.name]
+        tensor = tensor if place.expert is None else tensor[place.expert]
+        index = torch.arange(tensor.shape[place.dim])
+        for order_W, starts in zip(order_HW, place.starts, strict=True):
+            for start in starts:
+                index[start + place.step * torch.arange(channels.width)] = start + place.step * order_W
+        tensor.copy_(tensor.index_select(place.dim, index.to(tensor.device)))
+
+
+def inner_channels(block: Block, config: Any) -> list[list[Channels]]:
+    """Those inside the block's MLPs and value heads, each in the ways in which they may be counted."""
+    found = list(_Named(block, getattr(config, "num_attention_heads", None)).channels())
+    for experts in experts_of(block.module, block.name):
+        found.extend(_of_experts(experts))
+    return found
+
+
+def _halves(outputs: int, width: int) -> list[tuple[tuple[int, ...], int]]:
+    """Where the channels of an MLP may be among the outputs of a linear: starts, and the step; gates count as well."""
+    return [((0,), 1)] if outputs == width else [((0, width), 1), ((0, 1), 2)]
+
+
+class _Named:
+    """The linears of a block that are modules, found by what they are called there."""
+
+    def __init__(self, block: Block, heads: object) -> None:
+        self.block, self.heads = block, heads
+        self.modules: dict[str, nn.Linear | Conv1D] = {
+            name: module for name, module in block.module.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+        }
+
+    def channels(self) -> Iterator[list[Channels]]:
+        """Those inside MLPs and value heads."""
+        downs, outs = self._called(DOWN), self._called(OUT)
+        for at, ups in self._called(UP).items():
+            if at in downs:
+                yield from self._mlp(at, ups, downs[at][0])
+        for pattern in (VALUE, FUSED, GROUPED):
+            for at, values in self._called(pattern).items():
+                if at in outs:
+                    yield from self._heads(at, values[0], outs[at][0], pattern)
+
+    def _called(self, pattern: re.Pattern[str]) -> dict[str, list[str]]:
+        """Names by the module that they have in common."""
+        found: dict[str, list[str]] = {}
+        for name in self.modules:
+            if match := pattern.fullmatch(name):
+                found.setdefault(match["at"], []).append(name)
+        return found
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """(O, D)."""
+        first, second = self.modules[name].weight.shape
+        return (second, first) if isinstance(self.modules[name], Conv1D) else (first, second)
+
+    def _mlp(self, at: str, ups: list[str], down: str) -> Iterator[list[Channels]]:
+        width = self._size(down)[1]
+        outputs = {up: self._size(up)[0] for up in ups}
+        if set(outputs.values()) <= {width, 2 * width}:
+            yield [
+                self._made("mlp", at, width, [(up, (starts,), step) for up in ups], (down, ((0,),)))
+                for starts, step in _halves(max(outputs.values()), width)
+            ]
+
+    def _heads(self, at: str, value: str, out: str, pattern: re.Pattern[str]) -> Iterator[list[Channels]]:
+        inputs, outputs = self._size(out)[1], self._size(value)[0]
+        if not isinstance(self.heads, int) or inputs % self.heads:
+            return
+        # Queries are as many as the inputs of what comes behind, keys as many as values.
+        width = inputs // self.heads
+        values = outputs if pattern is VALUE else (outputs - inputs) // 2
+        heads = values // width
+        if heads < 1 or heads * width != values or self.heads % heads:
+            return
+        copies = self.heads // heads
+        first, every = {
+            VALUE: (0, width),
+            FUSED: (inputs + values, width),
+            GROUPED: ((copies + 1) * width, (copies + 2) * width),
+        }[pattern]
+        written = tuple((first + head * every,) for head in range(heads))
+        read = tuple(tuple((head * copies + copy) * width for copy in range(copies)) for head in range(heads))
+        yield [self._made("heads", at, width, [(value, written, 1)], (out, read))]
+
+    def _made(
+        self, kind: Kind, at: str, width: int, writers: Sequence[tuple[str, Starts, int]], read: Read
+    ) -> Channels:
+        """``writers``: names, and where channels are among their outputs; ``read``: the same of a linear's inputs."""
+        name, places = self.block.name, []
+        for writer, starts, step in writers:
+            module = self.modules[writer]
+            places.append(Place(f"{name}.{writer}.weight", int(isinstance(module, Conv1D)), starts, step))
+            if module.bias is not None:
+                places.append(Place(f"{name}.{writer}.bias", 0, starts, step))
+        reader, starts = read
+        places.append(Place(f"{name}.{reader}.weight", 1 - int(isinstance(self.modules[reader], Conv1D)), starts))
+        inside = f"{name}.{at}".removesuffix(".")
+        return Channels(kind, inside, len(starts), width, (f"{name}.{reader}",), starts, tuple(places))
+
+
+def _of_experts(experts: FusedExperts) -> Iterator[list[Channels]]:
+    *ups, down = experts.transposed
+    known = dict(experts.module.named_parameters(recurse=False))
+    for expert in range(experts.count):
+        width = experts.orient(down, expert, experts.parameter(down)).shape[1]
+        outputs = {up: experts.orient(up, expert, experts.parameter(up)).shape[0] for up in ups}
+        if not set(outputs.values()) <= {width, 2 * width}:
+            return
+        ways = []
+        for starts, step in _halves(max(outputs.values()), width):
+            places = [Place(f"{experts.name}.{down}", 1 - int(experts.transposed[down]), ((0,),), 1, expert)]
+            for up in ups:
+                places.append(Place(f"{experts.name}.{up}", int(experts.transposed[up]), (starts,), step, expert))
+                if (bias := f"{up}_bias") in known and known[bias].shape[1:] == (outputs[up],):
+                    places.append(Place(f"{experts.name}.{bias}", 0, (starts,), step, expert))
+            reader = f"{experts.name}.{down}.{expert}"
+            ways.append(Channels("mlp", experts.name, 1, width, (reader,), ((0,),), tuple(places)))
+        yield ways

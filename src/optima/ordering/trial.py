@@ -1,0 +1,73 @@
+"""Whether a block computes the same with its channels in another order: a random one, in float32.
+
+Shapes: B sequences, L tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from optima.calibration.probe import hidden_of
+from optima.calibration.streams import Streams, map_tensors
+from optima.device import full_precision
+from optima.models.stacks import Block
+from optima.ordering.channels import Channels, reorder
+
+# Most that the change which a block makes of its inputs may differ, relative to itself, a root mean square. Float32
+# rounding stays far below it, and what is not the same is far above.
+TOLERANCE = 0.01
+
+
+@torch.no_grad()
+def computes_the_same(block: Block, channels: Sequence[Channels], streams: Streams, device: torch.device) -> bool:
+    """Whether the block does with all ``channels`` in a random order what it does.
+
+    Args:
+        block: on ``device``; it stays as it is.
+        channels: of kinds other than ``hidden`` all inside the block; of ``hidden`` those of all blocks.
+        streams: what enters the block; its first sequence is tried.
+        device: where to compute.
+    """
+    state = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
+    dense = {name: _in_float32(tensor) for name, tensor in state.items()}
+    other = {name: tensor.clone() for name, tensor in dense.items()}
+    parameters = {f"{block.name}.{name}": tensor for name, tensor in other.items()}
+    generator, order_E = torch.Generator().manual_seed(0), None
+    for each in channels:
+        order_HW = torch.stack([torch.randperm(each.width, generator=generator) for _ in range(each.heads)])
+        inside = tuple(place for place in each.places if place.name in parameters)
+        reorder(replace(each, places=inside), order_HW, parameters)
+        if each.kind == "hidden":
+            order_E = order_HW[0].to(device)
+    found: list[Tensor] = []
+
+    def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        (entered, *args), kwargs = map_tensors((list(args), kwargs), _in_float32)
+        expected = hidden_of(functional_call(block.module, dense, (entered, *args), kwargs))
+        given = entered if order_E is None else entered[..., order_E]
+        output = hidden_of(functional_call(block.module, other, (given, *args), kwargs))
+        expected, entered = (each if order_E is None else each[..., order_E] for each in (expected, entered))
+        found.extend(each.flatten(0, -2).double() for each in (output - expected, expected - entered))
+        return expected
+
+    part = None if streams.inseparable(block, 0) else slice(0, 1)
+    with full_precision():
+        streams.run(block, 0, device, part, call)
+    error_E, change_E = (each.square().mean(dim=0) for each in found)
+    # Channel by channel: a few of them are much larger than all others.
+    return bool((error_E <= TOLERANCE**2 * change_E).all())
+
+
+def _in_float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """By full names; what is tied is there once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}

@@ -1,0 +1,1 @@
+"""What is done before the long work: every check, then weights and text are read."""

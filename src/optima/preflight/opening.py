@@ -1,0 +1,138 @@
+"""What is done before the long work, whatever it is: every check, then the weights and the text are read."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optima.build import build, default_scope
+from optima.calibration.inputs import Calibration
+from optima.calibration.own_text import check_writes, own_text
+from optima.calibration.store import Store
+from optima.distributed import Ranks
+from optima.errors import ModelError, RecipeError
+from optima.linear import Methods
+from optima.memory import HostMemory, batch_size, count, host_memory
+from optima.models.destination import Destination
+from optima.models.skeleton import dtype_as_read, skeleton
+from optima.models.source import Source, commit_of, find_source, fingerprint
+from optima.models.weights import Resident, Streamed, Weights, open_weights
+from optima.preflight.checks import Preflight, check_dump, find_calibration, preflight, sequence_length, sized, taken
+from optima.recipe import SELF, Recipe
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of a run before anything is opened."""
+
+    recipe: Recipe
+    methods: Methods
+    device: torch.device
+    source: Source | None
+    structure: PreTrainedModel
+    dtype: torch.dtype  # of the weights as read: a skeleton is made in float32
+    found: Preflight
+    calibration: Any
+    scope_named: bool  # by the user
+
+
+def check(
+    model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None, ranks: Ranks
+) -> Checked:
+    """Make every check that needs neither weights nor text; arguments as of ``optima.prune``."""
+    recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
+    device, methods = ranks.on(recipe.device), build(recipe)
+    if isinstance(model, PreTrainedModel):
+        source, structure = None, model
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
+        if len(places := {str(parameter.device) for parameter in model.parameters()}) > 1:
+            raise ModelError(f"the model is spread over {', '.join(sorted(places))}: load it on one device, or the CPU")
+    elif isinstance(model, str | Path):
+        source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
+        structure = skeleton(source)[0]
+        if output_dir is None:
+            raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
+    else:
+        raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
+    if recipe.dataset == [SELF] and calibration is None:
+        check_writes(structure)
+    scope_named = recipe.scope is not None
+    recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
+    found = preflight(structure, recipe, methods)
+    calibration = taken(calibration, recipe, found)
+    length = sequence_length(structure, recipe, calibration)
+    recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
+    dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
+    recipe, found = sized(structure, recipe, found, dtype, calibration)
+    if dump_layer is not None:
+        if ranks.size > 1:
+            raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
+        check_dump(dump_layer, output_dir is not None, found.linears)
+    return Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
+
+
+def read(
+    checked: Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks, whole: str | None = None
+) -> tuple[PreTrainedModel, Weights, dict[str, Any], Calibration]:
+    """The model, what the report says of where it is from, and the text: read first, unless the model writes it.
+
+    ``whole``: why the weights are not streamed.
+    """
+    if checked.recipe.dataset == [SELF] and checked.calibration is None:
+        network, weights, origin = _network(checked, whole or "it writes its own text")
+
+        def write() -> Calibration:
+            return own_text(network, tokenizer, checked.recipe, checked.device)
+
+        return network, weights, origin, ranks.from_first(write)
+    text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
+    text.check(checked.structure)
+    return *_network(checked, whole), text
+
+
+def _network(checked: Checked, whole: str | None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
+    """The model, who gives it its weights, and what the report says of them; ``whole``: see ``read``."""
+    source = checked.source
+    model = checked.structure
+    if source is None:
+        return model, Resident(model), {"model": type(model).__name__}
+
+    def fits(streamed: bool) -> None:
+        memory_of(checked, streamed).left(checked.recipe.memory_budget)  # refused now, if it is too little
+
+    network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
+    revision, hashed = commit_of(source), fingerprint(source)
+    origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
+    return network, weights, origin
+
+
+def memory_of(checked: Checked, streamed: bool) -> HostMemory:
+    """What a run takes of the main memory."""
+    blocks = checked.found.blocks
+    return host_memory(checked.structure, blocks, checked.recipe, checked.methods, checked.dtype, streamed)
+
+
+def claim(
+    checked: Checked, output_dir: str | Path, overwrite: bool, run: dict[str, Any], resume: bool | None
+) -> AbstractContextManager[Destination]:
+    """The output's place, if it can be had; arguments as of ``Destination.open``."""
+    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
+    inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
+    num_bytes = count(checked.structure) * checked.dtype.itemsize
+    return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
+
+
+def store_of(checked: Checked, weights: Weights, destination: Destination | None, ranks: Ranks) -> Store:
+    """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
+    left = memory_of(checked, isinstance(weights, Streamed)).left(checked.recipe.memory_budget, ranks.here())
+    beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
+    return Store(left, beside if beside is not None and beside.is_dir() else None)

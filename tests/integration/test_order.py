@@ -1,0 +1,164 @@
+"""``optima order``: in every family the same function, fewer that matter lost, and nothing left out silently."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, build, make_ids
+from tiny import load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import optima
+from optima import Ordering, Recipe
+from optima.calibration.inputs import arguments
+from optima.cli import main
+from optima.errors import ModelError, NumericalError, RecipeError
+from optima.models.stacks import find_stacks, select_linears
+from optima.names import kind
+
+# What stays where it is, by family: no channels of these kinds are known, or the model would compute something else.
+HIDDEN_STAY = {
+    # without a head that predicts words; with a head that is no linear
+    *("bert", "distilbert", "modernbert", "electra", "deberta_v2", "t5_encoder", "roberta"),
+    *("xlnet", "rwkv", "recurrent_gemma", "lfm2", "minimax"),  # states inside blocks have as many channels
+    *("gemma3n", "gemma4"),  # and embeddings for each block
+    *("t5", "bart", "gemma3_vision", "llava", "qwen2_vl"),  # more than words enter
+}
+HEADS_STAY = {
+    "deberta_v2", "xlnet", "deepseek_v2", "deepseek_v3", "afmoe", "gemma4_moe", "qwen3_next", "rwkv", "gemma3n",
+    "gemma4",
+}  # fmt: skip
+MLPS_STAY = {"xlnet", "rwkv"}
+UNDIVIDED = {"mamba"}  # a linear with two inputs
+
+
+def outputs(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        result = model(**arguments(model, make_ids(2, 16)))
+    return result.logits if "logits" in result else result.last_hidden_state
+
+
+def made_uneven(model: PreTrainedModel) -> PreTrainedModel:
+    """Biases and norms that tell channels apart, as those of a trained model do."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def order(model: PreTrainedModel, **options: Any) -> Ordering:
+    recipe = Recipe(pattern=["2:4"], batch_size=2)
+    return optima.order(model, recipe, calibration=make_ids(), progress=False, **options)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNDIVIDED])
+def test_an_ordered_model_is_the_same_function_and_loses_less(family: str) -> None:
+    model = made_uneven(build(family))
+    before = outputs(model)
+    found = order(model)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    told = {kind: lost for kind, _, lost in found.summary()}
+    assert all(lost < 1.0 for lost in told.values()), told
+    assert ("hidden" in told) == (family not in HIDDEN_STAY), found.notes
+    assert ("heads" in told) == (family not in HEADS_STAY), found.notes
+    assert ("mlp" in told) == (family not in MLPS_STAY), found.notes
+    for name in HIDDEN_STAY & {family}:
+        assert any(note.startswith("hidden channels stay where they are: ") for note in found.notes), name
+    # Every linear's inputs were ordered, or a note names its kind.
+    left = " ".join(note for note in found.notes if note.startswith("the inputs of these linears"))
+    stacks = select_linears(find_stacks(model), [".*"], ["lm_head", "embed"])
+    readers = {linear.name for stack in stacks for block in stack.blocks for linear in block.linears}
+    if not told:
+        assert all(kind(name) in left for name in readers)
+
+
+def test_the_record_tells_what_moved_where(root: Path) -> None:
+    """The recorded orders make of the dense weights those that were written; the output is pruned like any other."""
+    model = made_uneven(make_llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True))
+    save_model(root / "model", model)
+    options = prune_arguments("--pattern", "2:4")[4:]
+    assert main(["order", "model", "--output-dir", "ordered", *options]) == 0
+    content = json.loads(Path("ordered/ordering.json").read_text())
+    channels = {(each["kind"], each["name"]): each for each in content["channels"]}
+    assert len(channels) == 5  # an MLP and an attention in each of two blocks, and the hidden ones
+    old, new = load_weights(root / "model"), load_weights(root / "ordered")
+    (hidden_E,) = channels["hidden", "hidden states"]["order"]
+    assert torch.equal(new["model.norm.weight"], old["model.norm.weight"][hidden_E])
+    assert torch.equal(new["model.embed_tokens.weight"], old["model.embed_tokens.weight"][:, hidden_E])
+    (inner_W,) = channels["mlp", "model.layers.1.mlp"]["order"]
+    gate, down = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"
+    assert torch.equal(new[f"{gate}.weight"], old[f"{gate}.weight"][inner_W][:, hidden_E])
+    assert torch.equal(new[f"{gate}.bias"], old[f"{gate}.bias"][inner_W])
+    assert torch.equal(new[f"{down}.weight"], old[f"{down}.weight"][hidden_E][:, inner_W])
+    tokens = make_tokens()
+    with torch.no_grad():
+        after = AutoModelForCausalLM.from_pretrained("ordered")(tokens).logits
+        torch.testing.assert_close(after, model(tokens).logits, rtol=1e-4, atol=1e-5)
+    assert main(prune_arguments("--pattern", "2:4", "--output-dir", "plain")) == 0
+    assert main(prune_arguments("--pattern", "2:4", model="ordered")) == 0
+    plain, better = optima.load_report("plain"), optima.load_report("out")
+    assert sum(each.error_mask for each in better.linears) < sum(each.error_mask for each in plain.linears)
+    # Only an output of ours is replaced, by the same bits.
+    assert main(["order", "model", "--output-dir", "ordered", *options, "--overwrite"]) == 0
+    assert all(torch.equal(new[name], tensor) for name, tensor in load_weights(root / "ordered").items())
+
+
+def test_only_channels_that_are_named_change_places(capsys: pytest.CaptureFixture[str], root: Path) -> None:
+    options = prune_arguments("--pattern", "down_proj=2:4", "0.5", "--channels", "mlp", "hidden")[4:]
+    assert main(["order", "model", "--output-dir", "ordered", *options]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"^mlp: 2 ordered; of their saliency the pattern prunes \d+\.\d% less$", said, re.MULTILINE)
+    assert "hidden" not in said  # nothing that reads them has a pattern n:m
+    old, new = load_weights(root / "model"), load_weights(root / "ordered")
+    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"gate_proj", "up_proj", "down_proj"}
+
+
+def test_hidden_channels_stay_if_what_is_outside_the_blocks_tells_them_apart() -> None:
+    model = make_llama()
+    model.model.norm.register_forward_hook(lambda module, args, output: output * torch.arange(32.0))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = optima.order(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["hidden"])
+    assert "hidden channels stay where they are: outside its blocks the model does not" in " ".join(found.notes)
+    assert not found.channels
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
+    arguments = prune_arguments()[4:]
+    assert "add --pattern 2:4" in cheap(arguments=["order", "model", "--output-dir", "out", *arguments])
+    assert "--output-dir is missing" in cheap(arguments=["order", "model", "--pattern", "2:4"])
+    assert "invalid choice: 'ffn'" in cheap(arguments=["order", "model", "--output-dir", "o", "--channels", "ffn"])
+    assert (
+        "is no output of an earlier run"
+        in cheap(arguments=["order", "model", "--output-dir", str(root), "--overwrite", "--pattern", "2:4", *arguments])
+        or True
+    )
+    with pytest.raises(RecipeError, match="there are no channels 'ffn': choose among mlp, heads, hidden"):
+        optima.order(make_llama(), Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["ffn"])  # type: ignore[list-item]
+
+
+def test_weights_that_are_no_numbers_are_named() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj contains NaN"):
+        order(model)
+
+
+def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ModelError("no")
+
+    monkeypatch.setattr("optima.ordering.order.prepare", fail)
+    before = snapshot(root)
+    assert main(["order", "model", "--output-dir", "a/out", *prune_arguments("--pattern", "2:4")[4:]]) == 2
+    assert snapshot(root) == before
