@@ -19,13 +19,16 @@ from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, count, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear, has_experts
+from optima.models.ordered import read_orders
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
 from optima.models.stacks import Block
+from optima.patterns import NM
 from optima.preflight.checks import Preflight, preflight, sized
 from optima.recipe import SELF, Recipe
 
+ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
 SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
 
 
@@ -135,6 +138,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
     routed = has_experts(found.linears)  # what experts are given is kept
     notes = list(found.notes)
+    if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and read_orders(source.local) is None:
+        notes.append(ORDER_NOTE)
     if surveyed:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
     if note := memory.note(recipe.memory_budget):

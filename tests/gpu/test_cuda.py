@@ -10,8 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from qp_reference import Reference, make_matrix, make_rows, reference
+from tiny import make_llama, make_tokens
 from torch import Tensor
 
+import optima
 from optima.calibration.statistics import Accumulator
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
@@ -151,3 +153,13 @@ def test_out_of_memory_halves_the_chunk() -> None:
     solution = solve_rows(SharedInverseCG(), hessian, problem, budget_bytes=2**33)
     assert "out of memory" in solution.note
     assert (solution.status_R == Status.CONVERGED).all()
+
+
+def test_channels_ordered_on_the_device_are_the_same_function() -> None:
+    model, tokens = make_llama(), make_tokens()
+    with torch.no_grad():
+        before = model(tokens).logits
+    found = optima.order(model, optima.Recipe(pattern=["2:4"], device="cuda"), calibration=tokens, progress=False)
+    assert {kind for kind, _, _ in found.summary()} == {"mlp", "heads", "hidden"}
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-4, atol=1e-5)

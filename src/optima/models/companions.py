@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import metadata_load, metadata_save, snapshot_download
 
 from optima.models.files import explain_write_errors
+from optima.models.ordered import ORDERING_NAME
 from optima.models.source import Source, explain_read_errors
 
 _logger = logging.getLogger("optima")
@@ -33,7 +34,7 @@ SENTENCES = (MODULES, "sentence_*config.json", "config_sentence_transformers.jso
 MODULE_FILES = ("*.json", "*.txt", "*.safetensors")
 # The licence of many models asks to be passed on with them.
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
-COPIED = (*TOKENIZERS, *PROCESSORS, *SENTENCES, *LICENCES)
+COPIED = (*TOKENIZERS, *PROCESSORS, *SENTENCES, *LICENCES, ORDERING_NAME)
 README = "README.md"  # of the dense model: of its text nothing is passed on
 # What of its head is true of the pruned model too; the card is made at the end of a run (reporting/model_card.py).
 CARD_KEYS = (

@@ -31,6 +31,7 @@ from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
 from optima.models.checkpoint import no_bars
 from optima.models.files import explain_write_errors, interruptible
+from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.source import load_tokenizer
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Weights
@@ -49,7 +50,6 @@ from optima.reporting.callbacks import Listeners
 from optima.reporting.progress import Progress, make_progress
 from optima.weighing import weigh
 
-ORDERING_NAME = "ordering.json"
 HIDDEN_STAY = "hidden channels stay where they are"
 # Of the rows of all linears that order the hidden channels: evenly chosen rows, if they are larger.
 HIDDEN_BYTES = 2**29
@@ -142,6 +142,8 @@ def order(
             raise RecipeError("channels are ordered by one process: start it without torchrun")
         stack.enter_context(unswitched())
         checked = check(model, recipe, output_dir, calibration, None, ranks)
+        if checked.source is not None and read_orders(checked.source.local) is not None:
+            raise ModelError(f"the channels of {checked.source.name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
         stack.enter_context(memory_explained(checked.device))

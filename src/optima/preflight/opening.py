@@ -20,6 +20,7 @@ from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, count, host_memory
 from optima.models.destination import Destination
+from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint
 from optima.models.weights import Resident, Streamed, Weights, open_weights
@@ -67,6 +68,7 @@ def check(
         check_writes(structure)
     scope_named = recipe.scope is not None
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
+    _check_order(source, recipe)
     found = preflight(structure, recipe, methods)
     calibration = taken(calibration, recipe, found)
     length = sequence_length(structure, recipe, calibration)
@@ -78,6 +80,17 @@ def check(
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
     return Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
+
+
+def _check_order(source: Source | None, recipe: Recipe) -> None:
+    """Masks speak of weights by their places: they must be of the model with its channels in this order."""
+    if recipe.mask_from is None or source is None or source.local is None:
+        return
+    if read_orders(Path(recipe.mask_from).expanduser()) != read_orders(source.local):
+        raise RecipeError(
+            f"mask_from {recipe.mask_from} and {source.name} have their channels in different orders "
+            f"({ORDERING_NAME}): prune the model that the masks were made for"
+        )
 
 
 def read(
