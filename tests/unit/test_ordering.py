@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from optima.ordering.channels import Channels, Place, reorder
-from optima.ordering.search import best_order, lost
+from optima.ordering.search import TOGETHER, best_order, lost
 from optima.patterns import NM
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(6, 8), NM(1, 2)]
@@ -95,3 +95,10 @@ def test_each_head_keeps_its_channels_wherever_they_are_counted() -> None:
     assert parameters["twice"].tolist() == [1, 0, 2, 3, 5, 4, 6, 7]
     assert parameters["step"].tolist() == [[2, 1, 0, 3]]
     assert parameters["expert"].tolist() == [[0, 1, 2, 3], [5, 4, 6, 7]]
+
+
+def test_more_groups_than_are_assigned_together() -> None:
+    saliency_RC = random_saliency(2, 4 * (2 * TOGETHER + 1))
+    order_C = ordered(saliency_RC, NM(2, 4))
+    assert order_C.sort().values.tolist() == list(range(saliency_RC.shape[1]))
+    assert lost(saliency_RC[:, order_C], NM(2, 4)) < 0.8 * lost(saliency_RC, NM(2, 4))
