@@ -40,7 +40,7 @@ from optima.names import kind
 from optima.ordering.channels import KINDS, Channels, Kind, inner_channels, reorder
 from optima.ordering.hidden import hidden_channels, why_not_hidden
 from optima.ordering.search import best_order, lost
-from optima.ordering.trial import computes_the_same, parameters_of
+from optima.ordering.trial import computes_the_same
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks
@@ -190,6 +190,7 @@ class _Run:
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.checked.recipe.seed)
         self.patterns: dict[str, Pattern] = self.checked.found.patterns
+        self.parameters: dict[str, Tensor] = dict(self.network.named_parameters())
 
     def order(self, batches: Sequence[Batch]) -> None:
         """All stacks; the model computes the same afterwards, which is checked."""
@@ -251,7 +252,7 @@ class _Run:
         if every is not None and rows:
             order_1E = self._reorder(every, rows)
             if order_1E is not None and not self._changed() <= 1.0:
-                reorder(every, order_1E.argsort(dim=1), parameters_of(self.network))
+                reorder(every, order_1E.argsort(dim=1), self.parameters)
                 del self.done[-1], self.read[-1]
                 self.notes.append(f"{HIDDEN_STAY}: outside its blocks the model does not compute the same then")
         self.notes += job.notes
@@ -361,7 +362,7 @@ class _Run:
                 order_D[start : start + channels.width] = start + order_W
             orders.append(order_W)
         order_HW = torch.stack(orders)
-        reorder(channels, order_HW, parameters_of(self.network))
+        reorder(channels, order_HW, self.parameters)
         before, after = lost(whole_RD, pattern), lost(whole_RD[:, order_D.to(whole_RD.device)], pattern)
         share = after / before if before else 1.0
         self.done.append(Ordered(channels.kind, channels.name, share, order_HW.tolist()))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from optima.calibration.probe import hidden_of
@@ -66,8 +66,3 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
 
 def _in_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
-
-
-def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """By full names; what is tied is there once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
