@@ -5,7 +5,7 @@ Then, again and again, each group gives up one of its channels, and these are as
 That such a step is an assignment problem is from gyro-permutation (Yu et al., arXiv 2407.20496); exchanges of two
 channels for N:M are older (Pool & Yu, NeurIPS 2021).
 
-Shapes: R rows, C channels, G groups of M channels, P groups of a part.
+Shapes: R rows, C channels, G groups of M channels, P of them.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from optima.patterns import NM
 ROUNDS = 10
 # Groups that exchange channels in one assignment, which takes their third power of time; of more, any so many do.
 TOGETHER = 256
-# Entries (rows x groups x groups) that are in memory at once.
-ENTRIES = 2**24
+# Entries (rows x groups x groups) that are made at once: they stay in a cache.
+ENTRIES = 2**20
 
 
 def lost(saliency_RC: Tensor, pattern: NM) -> float:
@@ -63,8 +63,8 @@ def _costs(saliency_RC: Tensor, channel_GM: Tensor, pattern: NM) -> Tensor:
     other_RGM = saliency_RC[:, channel_GM[:, 1:]].sort(dim=-1).values
     sure_G = other_RGM[..., : pruned - 1].sum(dim=(0, 2))
     last_RG, first_RG = other_RGM[..., pruned - 1], saliency_RC[:, channel_GM[:, 0]]
-    step = max(ENTRIES // first_RG.numel(), 1)
-    parts = [
-        torch.minimum(last_RP[:, :, None], first_RG[:, None, :]).sum(dim=0) for last_RP in last_RG.split(step, dim=1)
-    ]
-    return (torch.cat(parts) + sure_G[:, None]).double().cpu()
+    cost_GG = sure_G.double()[:, None].repeat(1, len(channel_GM))
+    step = max(ENTRIES // cost_GG.numel(), 1)
+    for last, first in zip(last_RG.split(step), first_RG.split(step), strict=True):
+        cost_GG += torch.minimum(last[:, :, None], first[:, None, :]).sum(dim=0)
+    return cost_GG.cpu()
