@@ -467,7 +467,8 @@ class TestHelp:
         result = subprocess.run([sys.executable, "-m", "optima", "--help"], capture_output=True, text=True, check=True)
         assert result.stdout.startswith("usage: optima")
         assert all(
-            command in result.stdout for command in ("prune", "plan", "eval", "report", "pack", "unpack", "demo")
+            command in result.stdout
+            for command in ("prune", "plan", "order", "eval", "report", "pack", "unpack", "demo")
         )
         assert result.stderr == ""
 
