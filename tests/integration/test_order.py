@@ -35,6 +35,11 @@ HEADS_STAY = {
     "gemma4",
 }  # fmt: skip
 MLPS_STAY = {"xlnet", "rwkv"}
+# Each has something that no other has; the rest are marked slow.
+TELLING = {
+    *("llama", "gemma3", "phi3", "gpt2", "gpt_neox", "falcon", "bert", "roberta", "xlnet", "mixtral", "deepseek_v3"),
+    *("gpt_oss", "gemma4_moe", "qwen3_next", "recurrent_gemma", "gemma3n", "t5", "gemma3_vision"),
+}
 UNDIVIDED = {"mamba"}  # a linear with two inputs
 
 
@@ -59,7 +64,14 @@ def order(model: PreTrainedModel, **options: Any) -> Ordering:
     return optima.order(model, recipe, calibration=make_ids(), progress=False, **options)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in UNDIVIDED])
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in TELLING else pytest.mark.slow)
+        for family in FAMILIES
+        if family not in UNDIVIDED
+    ],
+)
 def test_an_ordered_model_is_the_same_function_and_loses_less(family: str) -> None:
     model = made_uneven(build(family))
     before = outputs(model)

@@ -228,5 +228,5 @@ def test_its_own_output_is_replaced_if_asked(model: Path, tmp_path: Path) -> Non
     optima.pack(model, overwrite=True, code_exponents=True)
     Path(tmp_path, "other").mkdir()
     Path(tmp_path, "other", "file").touch()
-    with pytest.raises(ModelError, match="no packed files"):
+    with pytest.raises(ModelError, match="is no output of an earlier run"):
         optima.pack(model, tmp_path / "other", overwrite=True)
