@@ -44,7 +44,11 @@ def moments(seed: int) -> tuple[dict[str, bytes], list[float]]:
     return weight_files(Path("whole")), [draw.uniform(0, 1.1 * seconds) for _ in range(MOMENTS)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+# What a process cannot see coming is the harder; how SIGTERM ends a run is tested below and in test_output.py too.
+SIGNALS = [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_nothing_or_the_whole(root: Path, number: signal.Signals) -> None:
     reference, delays = moments(int(number))
     codes = set()
@@ -64,7 +68,7 @@ def test_nothing_or_the_whole(root: Path, number: signal.Signals) -> None:
     AutoModelForCausalLM.from_pretrained("whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_an_earlier_output_is_there_until_the_new_one_is(root: Path, number: signal.Signals) -> None:
     reference, delays = moments(int(number))
     assert finish(start("out", "--sparsity", "0.7")) == 0
