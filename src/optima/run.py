@@ -31,13 +31,9 @@ from optima.models.source import load_tokenizer, note_of_dtype
 from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Job
-from optima.preflight.checks import (
-    check_finite,
-    chosen_stacks,
-    own_batches,
-)
+from optima.preflight.checks import check_finite, chosen_stacks, own_batches
 from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of
-from optima.recipe import SINK_WEIGHT, Recipe
+from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
@@ -45,7 +41,7 @@ from optima.reporting.model_card import write_card
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import GIVEN_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
-from optima.weighing import rank_without_loss, weigh
+from optima.weighing import rank_without_loss, sweep
 
 
 def prune(
@@ -201,15 +197,12 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
             with job.clock("forward"), job.weights.outside():
                 streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)
             if by_loss:
-                job.progress.start(len(stack.blocks), 1, stage="sweep")
-                with job.clock("sweep"):
-                    job.loss, told = weigh(network, stack, streams, job.device, job.weights, checked.recipe)
-                    if job.loss is None:
-                        job.sink_weight = SINK_WEIGHT
-                        told += rank_without_loss(
-                            checked.found.patterns, checked.recipe, job.methods.selector, checked.scope_named
-                        )
-                    job.notes.extend([told] if told else [])
+                told = sweep(job, network, stack, streams, checked.recipe)
+                if job.loss is None:
+                    told += rank_without_loss(
+                        checked.found.patterns, checked.recipe, job.methods.selector, checked.scope_named
+                    )
+                job.notes.extend([told] if told else [])
             unknown = checked.recipe.allocation == "loss" and job.loss is None
             if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)

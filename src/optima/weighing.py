@@ -14,7 +14,8 @@ from optima.errors import RecipeError
 from optima.models.stacks import Stack
 from optima.models.weights import Weights
 from optima.patterns import Pattern, Unstructured
-from optima.recipe import Recipe
+from optima.pipeline import Job
+from optima.recipe import SINK_WEIGHT, Recipe
 from optima.selectors.base import Selector
 
 
@@ -44,6 +45,16 @@ def weigh(
     if found.loss == WORDS:
         return found, ""
     return found, f"objective loss is {found.loss}: the model has no head that predicts words"
+
+
+def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, recipe: Recipe) -> str:
+    """Give ``job`` what ``weigh`` finds, or the sink weight where there are no gradients; what a report must tell."""
+    job.progress.start(len(stack.blocks), 1, stage="sweep")
+    with job.clock("sweep"):
+        job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe)
+    if job.loss is None:
+        job.sink_weight = SINK_WEIGHT
+    return told
 
 
 def rank_without_loss(patterns: dict[str, Pattern], recipe: Recipe, selector: Selector, scope_named: bool) -> str:

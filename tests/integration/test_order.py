@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import optima
 from optima import Ordering, Recipe
+from optima.arguments import CHANNELS
 from optima.calibration.inputs import arguments
 from optima.cli import main
 from optima.errors import ModelError, NumericalError, RecipeError
 from optima.models.stacks import find_stacks, select_linears
 from optima.names import kind
+from optima.ordering.channels import KINDS
 
 # What stays where it is, by family: no channels of these kinds are known, or the model would compute something else.
 HIDDEN_STAY = {
@@ -144,6 +146,10 @@ def test_an_order_goes_with_what_is_made_of_the_model(
     assert "is not as optima order wrote it" in late(arguments=["order", "ordered", "--output-dir", "o", *options])
 
 
+def test_the_help_knows_every_kind_of_channels() -> None:
+    assert tuple(CHANNELS) == KINDS
+
+
 def test_only_channels_that_are_named_change_places(capsys: pytest.CaptureFixture[str], root: Path) -> None:
     options = prune_arguments("--pattern", "down_proj=2:4", "0.5", "--channels", "mlp", "hidden")[4:]
     assert main(["order", "model", "--output-dir", "ordered", *options]) == 0
@@ -187,11 +193,12 @@ def test_weights_that_are_no_numbers_are_named() -> None:
         order(model)
 
 
-def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("part", ["prepare", "store_of", "best_order", "asdict"])
+def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     def fail(*args: object) -> None:
         raise ModelError("no")
 
-    monkeypatch.setattr("optima.ordering.order.prepare", fail)
+    monkeypatch.setattr(f"optima.ordering.order.{part}", fail)
     before = snapshot(root)
     assert main(["order", "model", "--output-dir", "a/out", *prune_arguments("--pattern", "2:4")[4:]]) == 2
     assert snapshot(root) == before

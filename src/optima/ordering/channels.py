@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from optima.models.experts import FusedExperts, experts_of
-from optima.models.stacks import Block
+from optima.models.stacks import Block, ModuleLinear, linears_of
 
 Kind = Literal["mlp", "heads", "hidden"]
 KINDS: tuple[Kind, ...] = ("mlp", "heads", "hidden")
@@ -107,13 +107,26 @@ def _halves(outputs: int, width: int) -> list[tuple[tuple[int, ...], int]]:
     return [((0,), 1)] if outputs == width else [((0, width), 1), ((0, 1), 2)]
 
 
+def outputs_dim(linear: ModuleLinear) -> int:
+    """Of its weight as it is stored."""
+    return int(isinstance(linear.module, Conv1D))
+
+
+def bias_of(experts: FusedExperts, name: str, outputs: int) -> str | None:
+    """Full name of the biases of a fused parameter, (experts, O); None if it has none."""
+    bias = dict(experts.module.named_parameters(recurse=False)).get(f"{name}_bias")
+    return f"{experts.name}.{name}_bias" if bias is not None and bias.shape[1:] == (outputs,) else None
+
+
 class _Named:
     """The linears of a block that are modules, found by what they are called there."""
 
     def __init__(self, block: Block, heads: object) -> None:
         self.block, self.heads = block, heads
-        self.modules: dict[str, nn.Linear | Conv1D] = {
-            name: module for name, module in block.module.named_modules() if isinstance(module, (nn.Linear, Conv1D))
+        self.linears = {
+            linear.name.removeprefix(f"{block.name}."): linear
+            for linear in linears_of(block.module, block.name)
+            if isinstance(linear, ModuleLinear)
         }
 
     def channels(self) -> Iterator[list[Channels]]:
@@ -130,19 +143,14 @@ class _Named:
     def _called(self, pattern: re.Pattern[str]) -> dict[str, list[str]]:
         """Names by the module that they have in common."""
         found: dict[str, list[str]] = {}
-        for name in self.modules:
+        for name in self.linears:
             if match := pattern.fullmatch(name):
                 found.setdefault(match["at"], []).append(name)
         return found
 
-    def _size(self, name: str) -> tuple[int, int]:
-        """(O, D)."""
-        first, second = self.modules[name].weight.shape
-        return (second, first) if isinstance(self.modules[name], Conv1D) else (first, second)
-
     def _mlp(self, at: str, ups: list[str], down: str) -> Iterator[list[Channels]]:
-        width = self._size(down)[1]
-        outputs = {up: self._size(up)[0] for up in ups}
+        width = self.linears[down].shape[1]
+        outputs = {up: self.linears[up].shape[0] for up in ups}
         if set(outputs.values()) <= {width, 2 * width}:
             yield [
                 self._made("mlp", at, width, [(up, (starts,), step) for up in ups], (down, ((0,),)))
@@ -150,7 +158,7 @@ class _Named:
             ]
 
     def _heads(self, at: str, value: str, out: str, pattern: re.Pattern[str]) -> Iterator[list[Channels]]:
-        inputs, outputs = self._size(out)[1], self._size(value)[0]
+        inputs, outputs = self.linears[out].shape[1], self.linears[value].shape[0]
         if not isinstance(self.heads, int) or inputs % self.heads:
             return
         # Queries are as many as the inputs of what comes behind, keys as many as values.
@@ -173,21 +181,20 @@ class _Named:
         self, kind: Kind, at: str, width: int, writers: Sequence[tuple[str, Starts, int]], read: Read
     ) -> Channels:
         """``writers``: names, and where channels are among their outputs; ``read``: the same of a linear's inputs."""
-        name, places = self.block.name, []
-        for writer, starts, step in writers:
-            module = self.modules[writer]
-            places.append(Place(f"{name}.{writer}.weight", int(isinstance(module, Conv1D)), starts, step))
-            if module.bias is not None:
-                places.append(Place(f"{name}.{writer}.bias", 0, starts, step))
-        reader, starts = read
-        places.append(Place(f"{name}.{reader}.weight", 1 - int(isinstance(self.modules[reader], Conv1D)), starts))
-        inside = f"{name}.{at}".removesuffix(".")
-        return Channels(kind, inside, len(starts), width, (f"{name}.{reader}",), starts, tuple(places))
+        places = []
+        for name, starts, step in writers:
+            writer = self.linears[name]
+            places.append(Place(f"{writer.name}.weight", outputs_dim(writer), starts, step))
+            if writer.module.bias is not None:
+                places.append(Place(f"{writer.name}.bias", 0, starts, step))
+        reader, starts = self.linears[read[0]], read[1]
+        places.append(Place(f"{reader.name}.weight", 1 - outputs_dim(reader), starts))
+        inside = f"{self.block.name}.{at}".removesuffix(".")
+        return Channels(kind, inside, len(starts), width, (reader.name,), starts, tuple(places))
 
 
 def _of_experts(experts: FusedExperts) -> Iterator[list[Channels]]:
     *ups, down = experts.transposed
-    known = dict(experts.module.named_parameters(recurse=False))
     for expert in range(experts.count):
         width = experts.orient(down, expert, experts.parameter(down)).shape[1]
         outputs = {up: experts.orient(up, expert, experts.parameter(up)).shape[0] for up in ups}
@@ -198,8 +205,8 @@ def _of_experts(experts: FusedExperts) -> Iterator[list[Channels]]:
             places = [Place(f"{experts.name}.{down}", 1 - int(experts.transposed[down]), ((0,),), 1, expert)]
             for up in ups:
                 places.append(Place(f"{experts.name}.{up}", int(experts.transposed[up]), (starts,), step, expert))
-                if (bias := f"{up}_bias") in known and known[bias].shape[1:] == (outputs[up],):
-                    places.append(Place(f"{experts.name}.{bias}", 0, (starts,), step, expert))
+                if (bias := bias_of(experts, up, outputs[up])) is not None:
+                    places.append(Place(bias, 0, (starts,), step, expert))
             reader = f"{experts.name}.{down}.{expert}"
             ways.append(Channels("mlp", experts.name, 1, width, (reader,), ((0,),), tuple(places)))
         yield ways

@@ -6,15 +6,14 @@ Shapes: O outputs, D inputs, E hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from optima.models.experts import experts_of
-from optima.models.stacks import Block, Stack
-from optima.ordering.channels import DOWN, OUT, Channels, Place
+from optima.models.experts import ExpertLinear, experts_of
+from optima.models.stacks import Block, Linear, ModuleLinear, Stack, linears_of
+from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 
 # Norms inside an attention, whose channels are those of its heads even if there are as many.
 OF_HEADS = re.compile(r"(.*\.)?(q|k|v|query|key|value)_?(layer)?_?norm\.(weight|bias)")
@@ -34,72 +33,48 @@ def why_not_hidden(model: PreTrainedModel, stacks: list[Stack]) -> str:
 
 def hidden_channels(model: PreTrainedModel, stack: Stack, size: int) -> Channels | str:
     """All ``size`` of them, or why they must stay where they are."""
-    places: list[Place] = []
-    readers: list[str] = []
-    inside: set[str] = set()
-    for block in stack.blocks:
-        names = {f"{block.name}.{name}" for name, _ in block.module.named_parameters()}
-        inside |= names
-        for name in sorted(names - set(_linear_parameters(block))):
-            if OF_HEADS.fullmatch(name):
-                continue
-            counted = _counted(name, model.get_parameter(name), size)
-            if len(counted) > 1:
-                return f"{name} has {len(counted)} dimensions of their number"
-            places += counted
-        places += _of_linears(block, size)
-        readers += [
-            linear.name
-            for linear in (*block.linears, *block.left)
-            if not _writes(linear.name.removeprefix(f"{block.name}.")) and linear.shape[1] == size
-        ]
+    linears = [linear for block in stack.blocks for linear in linears_of(block.module, block.name)]
+    places = [place for block in stack.blocks for place in _of_linears(block, size)]
+    known = {id(parameter) for linear in linears for parameter in _parameters(linear)}
     for name, parameter in model.named_parameters():
-        if name not in inside:
-            counted = _counted(name, parameter, size)
+        if id(parameter) not in known and not OF_HEADS.fullmatch(name):
+            counted = [Place(name, dim) for dim, count in enumerate(parameter.shape) if count == size]
             if len(counted) > 1:
                 return f"{name} has {len(counted)} dimensions of their number"
             places += counted
-    return Channels("hidden", "hidden states", 1, size, tuple(readers), ((0,),), tuple(places))
+    readers = tuple(linear.name for linear in linears if not _writes(linear.name) and linear.shape[1] == size)
+    return Channels("hidden", "hidden states", 1, size, readers, ((0,),), tuple(places))
 
 
-def _counted(name: str, parameter: Tensor, size: int) -> list[Place]:
-    """Wherever as many are counted."""
-    return [Place(name, dim) for dim, count in enumerate(parameter.shape) if count == size]
+def _parameters(linear: Linear) -> Iterable[Tensor]:
+    """Weight and biases; of an expert those of all of them."""
+    if isinstance(linear, ExpertLinear):
+        return linear.experts.module.parameters(recurse=False)
+    assert isinstance(linear, ModuleLinear)
+    return linear.module.parameters(recurse=False)
 
 
 def _writes(name: str) -> bool:
-    """Whether a linear of this name inside a block, or an expert, hands its outputs on to the hidden states."""
-    within = re.sub(r"\.\d+$", "", name)  # of an expert
-    return bool(DOWN.fullmatch(within) or OUT.fullmatch(within))
-
-
-def _linear_parameters(block: Block) -> Iterator[str]:
-    """Full names of all parameters of linears."""
-    for name, module in block.module.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            yield from (f"{block.name}.{name}.{own}" for own, _ in module.named_parameters(recurse=False))
-    for experts in experts_of(block.module, block.name):
-        yield from (f"{experts.name}.{own}" for own, _ in experts.module.named_parameters(recurse=False))
+    """Whether a linear of this name, or an expert, hands its outputs on to the hidden states."""
+    linear = re.sub(r"\.\d+$", "", name)  # of an expert
+    return bool(DOWN.fullmatch(linear) or OUT.fullmatch(linear))
 
 
 def _of_linears(block: Block, size: int) -> Iterator[Place]:
-    for name, module in block.module.named_modules():
-        if not isinstance(module, (nn.Linear, Conv1D)):
-            continue
-        full, transposed = f"{block.name}.{name}", isinstance(module, Conv1D)
-        outputs, inputs = reversed(module.weight.shape) if transposed else module.weight.shape
-        if _writes(name):
-            if outputs == size:
-                yield Place(f"{full}.weight", int(transposed))
-                if module.bias is not None:
-                    yield Place(f"{full}.bias", 0)
-        elif inputs == size:
-            yield Place(f"{full}.weight", 1 - int(transposed))
+    for linear in linears_of(block.module, block.name):
+        if isinstance(linear, ModuleLinear):
+            outputs, inputs = linear.shape
+            if not _writes(linear.name):
+                if inputs == size:
+                    yield Place(f"{linear.name}.weight", 1 - outputs_dim(linear))
+            elif outputs == size:
+                yield Place(f"{linear.name}.weight", outputs_dim(linear))
+                if linear.module.bias is not None:
+                    yield Place(f"{linear.name}.bias", 0)
     for experts in experts_of(block.module, block.name):
         *ups, down = experts.transposed
         for up in ups:
             yield Place(f"{experts.name}.{up}", 1 if experts.transposed[up] else 2)
         yield Place(f"{experts.name}.{down}", 2 if experts.transposed[down] else 1)
-        known = dict(experts.module.named_parameters(recurse=False))
-        if (bias := f"{down}_bias") in known and known[bias].shape[1:] == (size,):
-            yield Place(f"{experts.name}.{bias}", 1)
+        if (bias := bias_of(experts, down, size)) is not None:
+            yield Place(bias, 1)

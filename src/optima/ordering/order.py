@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -45,10 +45,10 @@ from optima.patterns import NM, Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks
 from optima.preflight.opening import Checked, check, claim, read, store_of
-from optima.recipe import SINK_WEIGHT, Recipe
+from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 from optima.reporting.progress import Progress, make_progress
-from optima.weighing import weigh
+from optima.weighing import sweep
 
 HIDDEN_STAY = "hidden channels stay where they are"
 # Of the rows of all linears that order the hidden channels: evenly chosen rows, if they are larger.
@@ -157,6 +157,8 @@ def order(
         network, weights, origin, text = read(checked, tokenizer, ranks, "its channels change places")
         recipe = checked.recipe
         assert recipe.batch_size is not None
+        if destination is not None:
+            prepare(network, tokenizer, checked.source, destination.directory)
         run = _Run(
             checked, network, weights, shown, frozenset(channels), store_of(checked, weights, destination, ranks)
         )
@@ -165,7 +167,6 @@ def order(
         seconds = time.perf_counter() - started
         found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), tuple(run.notes), seconds)
         if destination is not None:
-            prepare(network, tokenizer, checked.source, destination.directory)
             with explain_write_errors(destination.directory), no_bars():
                 network.save_pretrained(destination.directory)
                 content = json.dumps({"schema_version": 1, **asdict(found)})
@@ -224,12 +225,9 @@ class _Run:
         recipe, device = self.checked.recipe, self.checked.device
         streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
         job = Job(self.checked.methods, self.patterns, device, recipe.damping, recipe.sink_weight or 0.0)
-        job.weights = self.weights
-        if recipe.objective == "loss":
-            self.shown.start(len(stack.blocks), 1, stage="sweep")
-            job.loss, told = weigh(self.network, stack, streams, device, self.weights, recipe)
-            self.notes += [told] if told else []
-            job.sink_weight = 0.0 if job.loss else SINK_WEIGHT
+        job.weights, job.progress = self.weights, self.shown
+        if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
+            self.notes.append(told)
         every = self._hidden(stack, streams, hidden)
         read_by = set(every.readers) & self._by_pattern() if every is not None else set()
         rows: list[Tensor] = []
@@ -297,20 +295,21 @@ class _Run:
                     self.notes.append(f"{first.name}: {first.width} channels make no groups of {pattern}, and stay")
                 else:
                     candidates.append(ways)
-        for way in range(max(map(len, candidates), default=0)):  # of all at once: experts are many
-            found = [ways[min(way, len(ways) - 1)] for ways in candidates]
-            if computes_the_same(block, found, streams, self.checked.device):
-                return found
-        found = []
+        together: defaultdict[tuple[Kind, str], list[list[Channels]]] = defaultdict(list)
         for ways in candidates:
-            same = (each for each in ways if computes_the_same(block, [each], streams, self.checked.device))
-            if (one := next(same, None)) is not None:
-                found.append(one)
-            else:
-                self.notes.append(
-                    f"{ways[0].name}: its {ways[0].kind} channels stay where they are: the block does not compute the "
-                    "same with them elsewhere"
-                )
+            together[ways[0].kind, kind(ways[0].name)].append(ways)  # experts are many
+        found: list[Channels] = []
+        for own in together.values():
+            tried = (list(each) for each in zip(*own, strict=False))
+            same = (each for each in tried if computes_the_same(block, each, streams, self.checked.device))
+            if (alike := next(same, None)) is not None:
+                found += alike
+                continue
+            self.notes += [
+                f"{first.name}: its {first.kind} channels stay where they are: the block does not compute the same "
+                "with them elsewhere"
+                for first, *_ in own
+            ]
         return found
 
     def _pattern(self, channels: Channels) -> NM:
