@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import POWER
 
 # At least so many tokens are swept, if there are as many.
 LEAST_TOKENS = 8192
@@ -60,10 +59,11 @@ class Draws:
         return self._generator
 
 
-def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int]) -> None:
+def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int], power: float) -> None:
     """Give every batch its weights of tokens, where ``tokens`` has those of the batches ``swept``; squares, (T,).
 
-    Means are of the roots that are used.
+    Args:
+        power: at which weights are used: means are of these.
     """
     ranks = streams.ranks
     found = ranks.gather(
@@ -76,12 +76,12 @@ def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int])
         own = dict(zip(swept, tokens.get(name, []), strict=False))
         sum_2L = torch.zeros(2, length, dtype=torch.float64)
         for batch, square_T in own.items():
-            root_BL = square_T.double().pow(POWER).reshape(streams.sizes[batch])
+            root_BL = square_T.double().pow(power).reshape(streams.sizes[batch])
             sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
             sum_2L[1, : root_BL.shape[1]] += len(root_BL)
         weight_L, count_L = ranks.total(sum_2L)
         mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
-        square_L = mean_L.pow(1.0 / POWER).float()
+        square_L = mean_L.pow(1.0 / power).float()
         tokens[name] = [
             own[batch] if batch in own else square_L[:length].repeat(samples)
             for batch, (samples, length) in enumerate(streams.sizes)
