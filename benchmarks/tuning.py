@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima.calibration.capture import capture
-from optima.calibration.loss_weights import LossWeights, loss_weights
+from optima.calibration.loss_weights import loss_weights
 from optima.calibration.streams import Streams
+from optima.calibration.tempering import LossWeights
 from optima.calibration.text import calibration_tokens
 from optima.models.stacks import Block, Stack
 from optima.preflight.checks import chosen_stacks

@@ -15,11 +15,11 @@ from optima.allocation import Allocation
 from optima.calibration.expert_statistics import TokenWeights, observe_experts, routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.halving import Halving
-from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.statistics import Found, observe, observe_in_turn, why_not_in_turn
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
+from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics

@@ -27,7 +27,6 @@ from optima.calibration.inputs import is_encoder_decoder, words_size
 from optima.calibration.loss_weights import (
     KEPT_BYTES,
     LOGITS_BYTES,
-    LossWeights,
     NotDifferentiableError,
     at_the_head,
     second_moment,
@@ -35,6 +34,7 @@ from optima.calibration.loss_weights import (
 )
 from optima.calibration.streams import Streams
 from optima.calibration.swept import swept_share
+from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics

@@ -69,7 +69,7 @@ class BlockError:
 
     Attributes:
         metric_EE: a token's change d costs d^T M d.
-        weights: of the tokens of each batch, (T,), of mean 1; None: all alike.
+        weights: of the tokens of each batch, (T,), relative to each other; None: all alike.
     """
 
     metric_EE: Tensor

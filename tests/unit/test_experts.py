@@ -15,10 +15,11 @@ from optima import Recipe, prune
 from optima.calibration import expert_statistics
 from optima.calibration.capture import capture
 from optima.calibration.expert_statistics import Common, TokenWeights, mixed, observe_experts, routing_notes, thinned
-from optima.calibration.loss_weights import LossWeights, loss_weights
+from optima.calibration.loss_weights import loss_weights
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.statistics import Accumulator, Found, observe, sampled, sampling_step
 from optima.calibration.streams import Streams
+from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear, FusedExperts, experts_of

@@ -12,8 +12,9 @@ from tiny import make_bert, make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.loss_weights import LossWeights, label_gradient, loss_weights
+from optima.calibration.loss_weights import label_gradient, loss_weights
 from optima.calibration.swept import swept_share
+from optima.calibration.tempering import LossWeights
 from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
@@ -63,7 +64,7 @@ def test_sums_over_all_tokens_are_taken_once() -> None:
     """Each of hundreds of experts asks for them at each batch."""
     found, _ = sweep(make_llama())
     assert found.shared.keys() == found.tokens.keys()
-    expected = LossWeights(found.loss, found.tokens)
+    expected = LossWeights(found.loss, found.tokens, inputs=found.inputs)
     assert all(found.moments(name) == expected.moments(name) for name in found.tokens)
 
 

@@ -19,9 +19,10 @@ from optima import Recipe, Report, prune
 from optima.calibration import expert_statistics
 from optima.calibration.capture import capture
 from optima.calibration.halving import Halving, Once, rows_of
-from optima.calibration.loss_weights import LossWeights, loss_weights
+from optima.calibration.loss_weights import loss_weights
 from optima.calibration.probe import PROBE_LENGTH
 from optima.calibration.statistics import Found, observe
+from optima.calibration.tempering import LossWeights
 from optima.errors import DeviceMemoryError
 from optima.models.experts import FusedExperts
 from optima.models.stacks import Stack, find_stacks, select_linears
@@ -227,7 +228,7 @@ def test_a_run_is_that_of_smaller_batches(family: str, place: str) -> None:
 
 
 def test_a_run_by_the_loss_with_tuning() -> None:
-    """Sums over a whole batch are rounded differently."""
+    """Sums over a whole batch are rounded differently; Adam's first steps go by signs, also of gradients near zero."""
     model, small = make_llama(), make_llama()
     settings: dict[str, Any] = {"tuning_epochs": 1, "sparsity": 0.5}
     expected = pruned(small, 2, "loss", **settings)
@@ -237,7 +238,7 @@ def test_a_run_by_the_loss_with_tuning() -> None:
     assert "8 sequences together were too many for the device, from here on 1 ran at a time" in note
     assert not out_of_memory(expected)
     for name, parameter in small.named_parameters():
-        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.01, name
+        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.05, name
 
 
 @pytest.mark.parametrize("objective", ["sink", "loss"])
@@ -260,7 +261,7 @@ def test_experts_run_again_in_parts(objective: str, monkeypatch: pytest.MonkeyPa
     for one, other in zip(report.linears, expected.linears, strict=True):
         assert (one.name, one.tokens) == (other.name, other.tokens)
     for name, parameter in small.named_parameters():
-        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.02, name
+        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.05, name
 
 
 @pytest.mark.parametrize(

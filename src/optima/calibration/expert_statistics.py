@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from optima.calibration.halving import Once, rows_of
-from optima.calibration.loss_weights import LossWeights
 from optima.calibration.reduction import reduce_to
 from optima.calibration.routed import Group, Recorded
 from optima.calibration.statistics import SAMPLE, Accumulator, Found, sampled
 from optima.calibration.streams import Streams
+from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import CalibrationError

@@ -17,7 +17,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -29,7 +28,8 @@ from optima.calibration.halving import rows_of
 from optima.calibration.inputs import inseparable, some_of, words_size
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
-from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed
+from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed, start_alike
+from optima.calibration.tempering import LossWeights, Moments
 from optima.device import differentiable, forward_replaced, give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
@@ -42,80 +42,11 @@ LOGITS_BYTES = 256 * 2**20
 CHUNK = 512
 # Inputs of all blocks that wait in main memory for the way back; more sequences are swept one part after the other.
 KEPT_BYTES = 4 * 2**30
-# Token weights are s^POWER, row weights r^POWER: the square is the second-order loss, too heavy-tailed to be trusted.
-POWER = 0.5
 WORDS = "that of words drawn from the model"
 
 
 class NotDifferentiableError(ModelError):
     """The model has no gradients: it can be pruned, but not by its loss."""
-
-
-@dataclass
-class LossWeights:
-    """Squares of gradients at the outputs of linears and blocks, untempered.
-
-    Attributes:
-        loss: whose gradients they are, in words.
-        tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
-            Groups that are not given every token, as experts, have none.
-        routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
-        rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
-        residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
-        shared: tokens of all processes, their tempered sum and that of its squares, by the names of ``tokens`` and
-            ``routed``, which are of this process's sequences.
-    """
-
-    loss: str
-    tokens: dict[str, list[Tensor]] = field(default_factory=dict)
-    routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
-    residual: dict[str, Tensor] = field(default_factory=dict)
-    shared: dict[str, tuple[float, float, float]] = field(default_factory=dict)
-
-    def moments(self, name: str) -> tuple[float, float, float]:
-        """Tokens, the sum of their tempered weights and that of its squares, for a name of ``tokens`` or ``routed``."""
-        if name in self.shared:
-            return self.shared[name]
-        own = [own_T for _, own_T in self.routed[name]] if name in self.routed else self.tokens.get(name, [])
-        tempered = [own_T.pow(POWER) for own_T in own]
-        squares = sum(float(own_T @ own_T) for own_T in tempered)
-        return sum(map(len, tempered)), sum(float(own_T.sum()) for own_T in tempered), squares
-
-    def of_tokens(self, name: str) -> list[Tensor] | None:
-        """Tempered weights of each batch's tokens, (T,), for a group's first linear or a block ``name``; of mean 1.
-
-        None where they are not known, or no token matters.
-        """
-        count, total, _ = self.moments(name)
-        known = total and name in self.tokens
-        return [own_T.pow(POWER) * (count / total) for own_T in self.tokens[name]] if known else None
-
-    def of_routed(self, name: str, batch: int, size: int) -> Tensor | None:
-        """As ``of_tokens`` at an expert's linear ``name``: of a batch's ``size`` tokens, wherever they were routed.
-
-        A token that the dense model sent elsewhere has the mean of the expert's, which is 1.
-        """
-        count, total, _ = self.moments(name)
-        if not total or name not in self.routed:
-            return None
-        tokens_T, own_T = self.routed[name][batch]
-        weight_T = torch.ones(size)
-        weight_T[tokens_T] = own_T.pow(POWER) * (count / total)
-        return weight_T
-
-    def effective_tokens(self, name: str) -> float | None:
-        """(sum s)^2 / sum s^2 of the tempered weights: so many equal tokens would tell as much."""
-        _, total, squares = self.moments(name)
-        return total**2 / squares if total else None
-
-    def of_rows(self, name: str) -> Tensor | None:
-        """Tempered weights of a linear's rows, (O,), with the mean of those that are not; None if none matters."""
-        row_O = self.rows.get(name)
-        if row_O is None or not bool(row_O.any()):
-            return None
-        tempered_O = row_O.pow(POWER)
-        return tempered_O * (row_O.mean() / tempered_O.mean())
 
 
 def loss_weights(
@@ -154,25 +85,29 @@ def loss_weights(
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
         raise NotDifferentiableError(problem)
     assert found is not None
-    fill_in(found.tokens, streams, swept, POWER)
+    fill_in(found.tokens, streams, swept)
     fill_in_routed(found.routed, streams, swept)
-    _reduce(found, streams, swept)
+    _reduce(found, stack, streams, swept)
     give_back_freed_memory()
     return found
 
 
-def _reduce(found: LossWeights, streams: Streams, swept: Sequence[int]) -> None:
+def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[int]) -> None:
     """Means over the tokens of all processes, of which each keeps the weights of its own."""
     ranks = streams.ranks
     tokens = sum(ranks.gather(sum(math.prod(streams.sizes[batch]) for batch in swept)))
+    found.inputs = {linear.name: linear.shape[1] for block in stack.blocks for linear in block.linears}
+    found.lengths = [length for _, length in streams.sizes] if start_alike(streams) else []
     own = {name: found.moments(name) for name in (*found.tokens, *found.routed)}
-    known = ranks.gather((own, _shapes(found.rows), _shapes(found.residual)))
-    for name in _union(moments for moments, _, _ in known):
-        every = [moments.get(name, (0.0, 0.0, 0.0)) for moments, _, _ in known]
-        found.shared[name] = (sum(n for n, _, _ in every), sum(s for _, s, _ in every), sum(q for _, _, q in every))
-    for name, shape in _union(rows for _, rows, _ in known).items():  # what one was not given, another was
+    known = ranks.gather((own, list(found.routed), _shapes(found.rows), _shapes(found.residual)))
+    routed = {name for _, names, _, _ in known for name in names}
+    for name in _union(moments for moments, _, _, _ in known):
+        every = Moments.over([moments[name] for moments, _, _, _ in known if name in moments])
+        # An expert's tokens of sequences that were not swept are to come, with the mean.
+        found.shared[name] = every.among(every.tokens * streams.tokens / tokens) if name in routed else every
+    for name, shape in _union(rows for _, _, rows, _ in known).items():  # what one was not given, another was
         found.rows[name] = ranks.total(found.rows.get(name, torch.zeros(shape))) / tokens
-    for name, shape in _union(residual for _, _, residual in known).items():
+    for name, shape in _union(residual for _, _, _, residual in known).items():
         found.residual[name] = ranks.total(found.residual.get(name, torch.zeros(shape)), 0) / tokens
     if not ranks.first:  # only the first tunes blocks
         found.residual.clear()

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from optima.calibration.halving import Once, rows_of
-from optima.calibration.loss_weights import LossWeights
 from optima.calibration.passes import Passes
 from optima.calibration.probe import Given
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
+from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, bfloat16_products, full_precision
 from optima.errors import CalibrationError, ModelError
 from optima.linalg.hessian import Hessian

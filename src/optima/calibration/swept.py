@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optima.calibration.streams import Streams
+from optima.calibration.tempering import POWER
 
 # At least so many tokens are swept, if there are as many.
 LEAST_TOKENS = 8192
@@ -35,6 +36,16 @@ def chosen_batches(streams: Streams, share: float) -> list[int]:
             chosen.append(batch)
         first += samples
     return chosen
+
+
+def start_alike(streams: Streams) -> bool:
+    """Whether all sequences of all processes start with the same input, such as a BOS token."""
+    # Hidden states of other layouts have tokens that are not told by their place.
+    known = not streams.probe.sample_dim and all(hidden.ndim == 3 for hidden in streams.hidden)
+    starts_BE = [hidden[:, 0] for hidden in streams.hidden] if known else []
+    everyone = streams.ranks.collect(starts_BE[0][:1] if starts_BE else None)
+    first_1E = next((start_1E for start_1E in everyone if start_1E is not None), torch.empty(0))
+    return all(streams.ranks.gather(known and all(bool((start_BE == first_1E).all()) for start_BE in starts_BE)))
 
 
 class Draws:
@@ -59,11 +70,10 @@ class Draws:
         return self._generator
 
 
-def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int], power: float) -> None:
+def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int]) -> None:
     """Give every batch its weights of tokens, where ``tokens`` has those of the batches ``swept``; squares, (T,).
 
-    Args:
-        power: at which weights are used: means are of these.
+    Means are of the roots that are used.
     """
     ranks = streams.ranks
     found = ranks.gather(
@@ -76,12 +86,12 @@ def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int],
         own = dict(zip(swept, tokens.get(name, []), strict=False))
         sum_2L = torch.zeros(2, length, dtype=torch.float64)
         for batch, square_T in own.items():
-            root_BL = square_T.double().pow(power).reshape(streams.sizes[batch])
+            root_BL = square_T.double().pow(POWER).reshape(streams.sizes[batch])
             sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
             sum_2L[1, : root_BL.shape[1]] += len(root_BL)
         weight_L, count_L = ranks.total(sum_2L)
         mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
-        square_L = mean_L.pow(1.0 / power).float()
+        square_L = mean_L.pow(1.0 / POWER).float()
         tokens[name] = [
             own[batch] if batch in own else square_L[:length].repeat(samples)
             for batch, (samples, length) in enumerate(streams.sizes)

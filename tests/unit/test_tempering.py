@@ -1,0 +1,103 @@
+"""Weights of tokens: never so that too few decide."""
+
+import pytest
+import torch
+from tiny import make_llama, make_tokens
+
+from optima.calibration.capture import capture
+from optima.calibration.loss_weights import loss_weights
+from optima.calibration.swept import start_alike
+from optima.calibration.tempering import EFFECTIVE, LossWeights, Moments
+from optima.models.stacks import find_stacks
+
+
+def heavy_tailed(tokens: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(tokens, generator=torch.Generator().manual_seed(seed)).mul(2.5).exp()
+
+
+def effective(weight_T: torch.Tensor) -> float:
+    weight_T = weight_T.double()
+    return float(weight_T.sum() ** 2 / weight_T.square().sum())
+
+
+def weights_of(batches: list[torch.Tensor], inputs: int) -> tuple[LossWeights, torch.Tensor]:
+    found = LossWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs})
+    weights = found.of_tokens("a linear")
+    assert weights is not None
+    assert list(map(len, weights)) == list(map(len, batches))
+    return found, torch.cat(weights)
+
+
+@pytest.mark.parametrize("inputs", [0, 1, 10, 40, 124, 125, 1000])
+def test_effective_tokens_for_each_input(inputs: int) -> None:
+    square_T = heavy_tailed(1000)
+    rooted = effective(square_T.sqrt())
+    assert EFFECTIVE < rooted < 40 * EFFECTIVE, "some of the cases are bound by it"
+    found, weight_T = weights_of(list(square_T.split(300)), inputs)
+    assert float(weight_T.mean()) == pytest.approx(1.0, rel=1e-4)
+    assert effective(weight_T) == pytest.approx(max(rooted, min(EFFECTIVE * inputs, 1000)), rel=1e-3)
+    assert found.effective_tokens("a linear") == pytest.approx(effective(weight_T), rel=1e-3)
+    if rooted < EFFECTIVE * inputs < 1000:
+        order = square_T.argsort()
+        assert bool((weight_T[order].diff() >= 0).all()), "who matters more goes on mattering more"
+    elif inputs <= 1:
+        assert torch.equal(weight_T, square_T.sqrt() * (1000 / sum(float(s.sqrt().sum()) for s in square_T.split(300))))
+
+
+def test_tokens_that_matter_alike() -> None:
+    _, weight_T = weights_of([torch.full((64,), 0.25)], inputs=64)
+    assert torch.equal(weight_T, torch.ones(64))
+
+
+def test_tokens_that_were_not_swept_have_the_mean() -> None:
+    square_T = heavy_tailed(500)
+    root_T = square_T.sqrt()
+    every_T = torch.cat([root_T, root_T.mean().expand(1500)])
+    for inputs in (0, 100):
+        moments = Moments.of([square_T], inputs).among(2000)
+        assert moments.tokens == 2000
+        assert moments.effective == pytest.approx(max(effective(every_T), EFFECTIVE * inputs), rel=1e-3)
+        assert float(moments.weights(square_T, torch.zeros(500, dtype=torch.bool)).mean()) == pytest.approx(
+            1.0, rel=1e-4
+        )
+
+
+def test_parts_are_put_together() -> None:
+    square_T = heavy_tailed(600)
+    parts = Moments.over([Moments.of([part_T], 20) for part_T in square_T.split(250)])
+    assert parts == pytest.approx(Moments.of([square_T], 20), rel=1e-5)
+
+
+def test_a_start_that_all_sequences_share_is_not_counted_and_keeps_its_weight() -> None:
+    length, inputs = 25, 60
+    square_T = heavy_tailed(1000)
+    start_T = torch.arange(1000) % length == 0
+    square_T[start_T] *= 1e6
+    batches = list(square_T.split(250))
+    found = LossWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs}, lengths=[length] * len(batches))
+    weight_T = torch.cat(found.of_tokens("a linear") or [])
+    root_T = square_T.sqrt()
+    assert torch.allclose(weight_T[start_T], root_T[start_T] / root_T[~start_T].mean())
+    assert float(weight_T[~start_T].mean()) == pytest.approx(1.0, rel=1e-4)
+    assert effective(root_T[~start_T]) < EFFECTIVE * inputs == pytest.approx(effective(weight_T[~start_T]), rel=1e-3)
+    assert found.effective_tokens("a linear") == pytest.approx(EFFECTIVE * inputs, rel=1e-3)
+
+
+def test_a_shared_start_at_an_expert() -> None:
+    at_T, square_T = torch.tensor([0, 3, 8, 9]), torch.tensor([100.0, 1.0, 100.0, 9.0])
+    found = LossWeights("a loss", routed={"an expert": [(at_T, square_T)]}, lengths=[8])
+    assert found.of_routed("an expert", 0, 11) == pytest.approx([5, 1, 1, 0.5, 1, 1, 1, 1, 5, 1.5, 1])
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
+    model = make_llama()
+    tokens_NL = make_tokens(8, 16)
+    tokens_NL[:, 0] = 1
+    if not alike:
+        tokens_NL[5, 0] = 2
+    (stack,) = find_stacks(model)
+    streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
+    assert start_alike(streams) == alike
+    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=0)
+    assert found.lengths == ([16] * 3 if alike else [])
