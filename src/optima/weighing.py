@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -27,6 +28,7 @@ def weigh(
     device: torch.device,
     weights: Weights,
     recipe: Recipe,
+    told: Callable[[float], None],
 ) -> tuple[LossWeights | None, str]:
     """What the loss feels of each token and row, None if there are no gradients; and what a report must tell of it.
 
@@ -37,10 +39,11 @@ def weigh(
         device: where to compute.
         weights: gives each block its own.
         recipe: as resolved.
+        told: see ``loss_weights``.
     """
     try:
         tuned = recipe.tuning_epochs > 0
-        found = loss_weights(network, stack, streams, device, recipe.seed, tuned, weights, recipe.swept_share)
+        found = loss_weights(network, stack, streams, device, recipe.seed, tuned, weights, recipe.swept_share, told)
     except NotDifferentiableError as error:
         return None, f"objective sink took the place of objective loss, for there are no gradients: {error}"
     if found.loss == WORDS:
@@ -52,7 +55,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
     """Give ``job`` what ``weigh`` finds, or the sink weight where there are no gradients; what a report must tell."""
     job.progress.start(len(stack.blocks), 1, stage="sweep")
     with job.clock("sweep"):
-        job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe)
+        job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe, job.progress.share)
     if job.loss is None:
         job.sink_weight = SINK_WEIGHT
     return told

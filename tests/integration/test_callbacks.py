@@ -11,19 +11,20 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import families
 import pytest
-from tiny import Refused, make_llama, make_tokens, prune_arguments
+from tiny import Refused, make_bert, make_llama, make_tokens, prune_arguments
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 import optima
-from optima import BlockEvent, Callback, OptimaError, Recipe, Report, RunStart, load_report, prune
+from optima import BlockEvent, Callback, OptimaError, Recipe, Report, RunStart, ShareEvent, load_report, prune
 from optima.cli import COMMANDS, main
 from optima.reporting.log import JsonLog
 from optima.reporting.record import LinearRecord
@@ -44,6 +45,9 @@ class Diary(Callback):
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
         self.calls.append(("stage", (stage, blocks, linears_per_block, done)))
+
+    def on_share(self, share: ShareEvent) -> None:
+        self.calls.append(("share", share))
 
     def on_linear(self, linear: LinearRecord) -> None:
         self.calls.append(("linear", linear))
@@ -90,6 +94,18 @@ class TestCallbacks:
         prune(make_llama(), recipe, calibration=make_tokens(), callbacks=[diary])
         assert [stage for stage, *_ in diary.of("stage")] == ["sweep", "survey", "prune"]
         assert [block.stage for block in diary.of("block")] == ["survey"] * 2 + ["prune"] * 2
+
+    @pytest.mark.parametrize(("make", "steps"), [(make_llama, 2 + 3 + 2), (make_bert, 2 + 2)])
+    def test_a_sweep_tells_how_far_it_is(self, make: Callable[[], PreTrainedModel], steps: int) -> None:
+        """There and back through both blocks, and between them the head, batch by batch, if there is one."""
+        diary = Diary()
+        recipe = Recipe(max_seq_length=16, device="cpu", batch_size=2)
+        prune(make(), recipe, calibration=make_tokens() % 99, callbacks=[diary])
+        shares = [event.share for event in diary.of("share")]
+        assert len(shares) == steps
+        assert 0 < shares[0] < 1 == shares[-1]
+        assert shares == sorted(set(shares))
+        assert all(event.stage == "sweep" and event.elapsed > 0 <= event.left for event in diary.of("share"))
 
     def test_an_error_of_one_ends_the_run_and_closes_all(self) -> None:
         class Full(Callback):

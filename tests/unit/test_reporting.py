@@ -388,6 +388,7 @@ class TestProgress:
         screen = io.StringIO()
         listeners = Listeners([Progress(Console(file=screen))], lambda: 0.0)
         listeners.start(2, 1, stage="sweep")
+        listeners.share(1.0)
         listeners.start(2, 1, stage="survey")
         listeners.block("a")
         assert screen.getvalue().splitlines() == [
@@ -395,6 +396,26 @@ class TestProgress:
             "survey of 2 blocks: how much of each can go",
             "survey: block 1/2  error -  0:00:00 elapsed  0:00:00 left",
         ]
+
+    def test_a_long_sweep_tells_once_a_minute(self) -> None:
+        now, screen = 0.0, io.StringIO()
+        listeners = Listeners([Progress(Console(file=screen))], lambda: now)
+        listeners.start(2, 1, stage="sweep")
+        for second in range(20, 200, 20):
+            now = float(second)
+            listeners.share(second / 200)
+        assert screen.getvalue().splitlines()[1:] == [
+            "sweep: 30%  0:01:00 elapsed  0:02:20 left",
+            "sweep: 60%  0:02:00 elapsed  0:01:20 left",
+            "sweep: 90%  0:03:00 elapsed  0:00:20 left",
+        ]
+
+    def test_display_moves_with_a_sweep(self) -> None:
+        screen = io.StringIO()
+        with Listeners([Progress(Console(file=screen, force_terminal=True, width=120, color_system=None))]) as shown:
+            shown.start(8, 1, stage="sweep")
+            shown.share(0.6)
+        assert "4/8" in screen.getvalue()
 
     @pytest.mark.parametrize("width", [60, 120])
     def test_display_is_one_line(self, width: int) -> None:

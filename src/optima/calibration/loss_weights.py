@@ -58,6 +58,7 @@ def loss_weights(
     residual: bool = False,
     weights: Weights | None = None,
     share: float = 1.0,
+    told: Callable[[float], None] = lambda done: None,
 ) -> LossWeights:
     """Sweep the dense model.
 
@@ -73,13 +74,15 @@ def loss_weights(
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
         weights: brings blocks to the device; None: they are all in main memory.
         share: of the sequences that are swept, see ``optima.calibration.swept``.
+        told: now and then, how much of the work is done, 0 to 1.
 
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite; of several processes, in all.
     """
     found, problem, swept = None, "", chosen_batches(streams, share)
     try:
-        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident(), swept)
+        tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
+        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident(), swept, tally)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -124,6 +127,38 @@ def _shapes(sums: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in sums.items()}
 
 
+class _Tally:
+    """How much of a sweep is done, by products: of parameters and tokens, as often as tokens go through them."""
+
+    def __init__(self, model: PreTrainedModel, stack: Stack, tokens: int, told: Callable[[float], None]) -> None:
+        head, self._told, self._done = model.get_output_embeddings(), told, 0
+        self._size = {block.name: _size_of(block.module) for block in stack.blocks}
+        self._head = 2 * (0 if head is None else _size_of(head))  # logits, and their gradient
+        self._total = max((4 * sum(self._size.values()) + self._head) * tokens, 1)
+
+    def forward(self, block: Block, part: Streams) -> None:
+        """All batches of ``part`` went through a block."""
+        self._add(self._size[block.name] * sum(map(math.prod, part.sizes)))
+
+    def head(self, size: tuple[int, int]) -> None:
+        """A batch of (B, L) went to the head and back."""
+        self._add(self._head * math.prod(size))
+
+    def back(self, block: Block, part: Streams) -> None:
+        """All batches of ``part`` went back through a block, and forward once more for that."""
+        self._add(3 * self._size[block.name] * sum(map(math.prod, part.sizes)))
+
+    def _add(self, products: int) -> None:
+        if products:
+            self._done += products
+            self._told(self._done / self._total)
+
+
+def _size_of(module: nn.Module) -> int:
+    """Parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def _sweep(
     model: PreTrainedModel,
     stack: Stack,
@@ -133,6 +168,7 @@ def _sweep(
     residual: bool,
     weights: Weights,
     swept: Sequence[int],
+    tally: _Tally,
 ) -> LossWeights:
     """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means."""
     if any(parameter.is_inference() for parameter in model.parameters()):
@@ -147,6 +183,7 @@ def _sweep(
                 kept.append(list(part.hidden))
                 with weights.on(block, device):
                     part.advance(block, device)
+                tally.forward(block, part)
             gradients = []
             give_back_freed_memory()  # logits are large
             with weights.outside():
@@ -158,6 +195,7 @@ def _sweep(
                     else:
                         gradient = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden)
                     gradients.append(streams.store.keep(gradient))
+                    tally.head(part.sizes[batch])
             for block in reversed(stack.blocks):
                 part.hidden = kept.pop()
                 if residual:
@@ -165,6 +203,7 @@ def _sweep(
                     found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
                 with weights.on(block, device):
                     through(block, part, gradients, device, found)
+                tally.back(block, part)
     return found
 
 

@@ -26,6 +26,16 @@ class RunStart:
 
 
 @dataclass(frozen=True)
+class ShareEvent:
+    """How far a walk is that goes through all blocks several times."""
+
+    stage: str  # sweep
+    share: float  # of the work that is done, 0 to 1
+    elapsed: float  # seconds since the walk began
+    left: float  # seconds that the rest will take at this pace
+
+
+@dataclass(frozen=True)
 class BlockEvent:
     """A block is done in a walk over all blocks of a stack."""
 
@@ -52,12 +62,15 @@ class Callback:
         """A walk over blocks begins: sweep, survey or prune.
 
         Args:
-            stage: sweep (what the loss feels; tells of no block), survey (of the dense model, for an allocation), or
-                prune.
+            stage: sweep (what the loss feels; tells of shares, not of blocks), survey (of the dense model, for an
+                allocation), or prune.
             blocks: of the walk.
             linears_per_block: to prune, at most; 1 in a survey.
             done: blocks that an earlier run has done.
         """
+
+    def on_share(self, share: ShareEvent) -> None:
+        """A sweep has come further."""
 
     def on_linear(self, linear: LinearRecord) -> None:
         """A linear is pruned; tuning may still move its weights."""
@@ -103,6 +116,13 @@ class Listeners:
         self._began = self._own_began = self._clock()
         for callback in self._callbacks:
             callback.on_stage(stage, num_blocks, max(linears_per_block, 1), done)
+
+    def share(self, share: float) -> None:
+        """So much of a walk is done, 0 to 1, that does not finish one block after the other."""
+        elapsed = self._clock() - self._began
+        event = ShareEvent(self._stage, share, elapsed, elapsed / share * (1.0 - share))
+        for callback in self._callbacks:
+            callback.on_share(event)
 
     def linear(self, record: LinearRecord) -> None:
         """A linear is pruned."""

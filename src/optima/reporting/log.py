@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from pydantic_core import to_json
 
 from optima import __version__
-from optima.reporting.callbacks import BlockEvent, Callback, RunStart
+from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
 from optima.reporting.record import LinearRecord, Report
 
 LOG_VERSION = 1
@@ -53,6 +53,10 @@ class JsonLog(Callback):
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
         """The line ``stage``."""
         self.write("stage", stage=stage, blocks=blocks, done=done)
+
+    def on_share(self, share: ShareEvent) -> None:
+        """The line ``share``."""
+        self.write("share", **asdict(share))
 
     def on_linear(self, linear: LinearRecord) -> None:
         """The line ``linear``."""

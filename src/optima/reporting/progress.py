@@ -11,9 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Display
 from rich.table import Column
 
-from optima.reporting.callbacks import BlockEvent, Callback, RunStart
+from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
+# Seconds between two lines of a sweep, where no live line shows it.
+SWEEP_LINES = 60.0
 # What a walk over so many blocks does, told where no live line shows it.
 WALKS = {
     "sweep": "sweep over {} blocks: what the loss feels",
@@ -45,9 +47,9 @@ class Progress(Callback):
         self._line(f"pruning {model} on {start.device}, by {start.samples} x {start.length} tokens")
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """A walk over blocks begins; a sweep, which tells of no block, is but named."""
+        """A walk over blocks begins."""
         self._stop()
-        self._per_block, self._errors = linears_per_block, []
+        self._per_block, self._errors, self._told = linears_per_block, [], 0.0
         if self._console is None:
             return
         if self._console.is_interactive:
@@ -59,6 +61,15 @@ class Progress(Callback):
             self._line(f"going on: {done} of {blocks} blocks are done")
         else:
             self._line(WALKS[stage].format(blocks))
+
+    def on_share(self, share: ShareEvent) -> None:
+        """A sweep has come further."""
+        if self._display is not None:
+            (task,) = self._display.tasks
+            self._display.update(task.id, completed=share.share * (task.total or 0))
+        elif share.elapsed >= self._told + SWEEP_LINES:
+            self._told = share.elapsed
+            self._line(f"{share.stage}: {share.share:.0%}  {_times(share)}")
 
     def on_linear(self, linear: LinearRecord) -> None:
         """A linear is pruned."""
@@ -75,9 +86,8 @@ class Progress(Callback):
             linear = "done" if block.done == block.total else "calibrating" if block.stage == "prune" else block.stage
             self._display.update(task, completed=block.done, linear=linear)
         elif not block.resumed:
-            used, more = (timedelta(seconds=round(seconds)) for seconds in (block.elapsed, block.left))
             stage = "" if block.stage == "prune" else f"{block.stage}: "
-            self._line(f"{stage}block {block.done}/{block.total}  error {self._error()}  {used} elapsed  {more} left")
+            self._line(f"{stage}block {block.done}/{block.total}  error {self._error()}  {_times(block)}")
 
     def _line(self, text: str) -> None:
         if self._console is not None:
@@ -94,6 +104,11 @@ class Progress(Callback):
     def close(self, error: BaseException | None) -> None:
         """The run is over: the live line ends, also by Ctrl-C."""
         self._stop()
+
+
+def _times(event: BlockEvent | ShareEvent) -> str:
+    used, more = (timedelta(seconds=round(seconds)) for seconds in (event.elapsed, event.left))
+    return f"{used} elapsed  {more} left"
 
 
 def _display(console: Console) -> Display:
