@@ -54,9 +54,9 @@ def stack_of(model: nn.Module) -> Stack:
     return stack
 
 
-def pruned(model: PreTrainedModel, batch_size: int, objective: str, **settings: Any) -> Report:
+def pruned(model: PreTrainedModel, batch_size: int, objective: str, length: int = 16, **settings: Any) -> Report:
     recipe = Recipe(batch_size=batch_size, objective=objective, **settings)  # type: ignore[arg-type]
-    return prune(model, recipe, calibration=make_ids(8, 16), progress=False)
+    return prune(model, recipe, calibration=make_ids(8, length), progress=False)
 
 
 def out_of_memory(report: Report) -> list[str]:
@@ -228,9 +228,9 @@ def test_a_run_is_that_of_smaller_batches(family: str, place: str) -> None:
 
 
 def test_a_run_by_the_loss_with_tuning() -> None:
-    """Sums over a whole batch are rounded differently; Adam's first steps go by signs, also of gradients near zero."""
+    """Sums over a whole batch are rounded differently."""
     model, small = make_llama(), make_llama()
-    settings: dict[str, Any] = {"tuning_epochs": 1, "sparsity": 0.5}
+    settings: dict[str, Any] = {"tuning_epochs": 1, "sparsity": 0.5, "length": 64}
     expected = pruned(small, 2, "loss", **settings)
     with little_memory(model.model.layers[0].mlp, 2), little_memory(model.lm_head, 1):
         report = pruned(model, 8, "loss", **settings)
@@ -238,7 +238,7 @@ def test_a_run_by_the_loss_with_tuning() -> None:
     assert "8 sequences together were too many for the device, from here on 1 ran at a time" in note
     assert not out_of_memory(expected)
     for name, parameter in small.named_parameters():
-        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.05, name
+        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.01, name
 
 
 @pytest.mark.parametrize("objective", ["sink", "loss"])
@@ -261,7 +261,7 @@ def test_experts_run_again_in_parts(objective: str, monkeypatch: pytest.MonkeyPa
     for one, other in zip(report.linears, expected.linears, strict=True):
         assert (one.name, one.tokens) == (other.name, other.tokens)
     for name, parameter in small.named_parameters():
-        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.05, name
+        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.02, name
 
 
 @pytest.mark.parametrize(
