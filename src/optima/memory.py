@@ -15,7 +15,7 @@ from optima.device import find_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear, has_experts
-from optima.models.stacks import Block, guess_groups
+from optima.models.stacks import Block, count_parameters, guess_groups
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -113,7 +113,7 @@ def host_memory(
         dtype: of the weights.
         streamed: whether they stay on disk.
     """
-    most = _streamed(model, blocks) if streamed else count(model)
+    most = _streamed(model, blocks) if streamed else count_parameters(model)
     work = work_bytes(blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
     by_loss = LOGITS_COPIES * LOGITS_BYTES if recipe.applied_objective == "loss" else 0
     return HostMemory(most * dtype.itemsize, work, by_loss)
@@ -121,13 +121,8 @@ def host_memory(
 
 def _streamed(model: nn.Module, blocks: Sequence[Block]) -> int:
     """Parameters that are in memory at a time, where weights stay on disk."""
-    inside = [count(block.module) for block in blocks]
-    return max(2 * max(inside, default=0), count(model) - sum(inside))
-
-
-def count(module: nn.Module) -> int:
-    """Its parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
+    inside = [count_parameters(block.module) for block in blocks]
+    return max(2 * max(inside, default=0), count_parameters(model) - sum(inside))
 
 
 def on_cpu(recipe: Recipe) -> bool:

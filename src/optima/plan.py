@@ -17,13 +17,13 @@ from optima.calibration.loss_weights import KEPT_BYTES
 from optima.calibration.own_text import check_writes
 from optima.calibration.swept import swept_share
 from optima.linear import Methods
-from optima.memory import HostMemory, count, host_memory, in_turn, work_bytes
+from optima.memory import HostMemory, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear, has_experts
 from optima.models.ordered import read_orders
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
-from optima.models.stacks import Block
+from optima.models.stacks import Block, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, preflight, sized
 from optima.recipe import SELF, Recipe
@@ -89,7 +89,7 @@ class Plan:
         """Of weights in main memory while a run works on a block, or outside of them."""
         if not self.streamed:
             return self.model_bytes
-        inside = [count(each.module) for each in (self.found.blocks if block is None else [block])]
+        inside = [count_parameters(each.module) for each in (self.found.blocks if block is None else [block])]
         return (self.num_parameters - sum(inside) if block is None else inside[0]) * self.dtype.itemsize
 
 

@@ -33,7 +33,7 @@ from optima.calibration.tempering import LossWeights, Moments
 from optima.device import differentiable, forward_replaced, give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block, Stack
+from optima.models.stacks import Block, Stack, count_parameters
 from optima.models.weights import Resident, Weights
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -132,8 +132,8 @@ class _Tally:
 
     def __init__(self, model: PreTrainedModel, stack: Stack, tokens: int, told: Callable[[float], None]) -> None:
         head, self._told, self._done = model.get_output_embeddings(), told, 0
-        self._size = {block.name: _size_of(block.module) for block in stack.blocks}
-        self._head = 2 * (0 if head is None else _size_of(head))  # logits, and their gradient
+        self._size = {block.name: count_parameters(block.module) for block in stack.blocks}
+        self._head = 2 * (0 if head is None else count_parameters(head))  # logits, and their gradient
         self._total = max((4 * sum(self._size.values()) + self._head) * tokens, 1)
 
     def forward(self, block: Block, part: Streams) -> None:
@@ -152,11 +152,6 @@ class _Tally:
         if products:
             self._done += products
             self._told(self._done / self._total)
-
-
-def _size_of(module: nn.Module) -> int:
-    """Parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _sweep(

@@ -194,7 +194,7 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
             f"that contain linears, are {[f'{name} ({len(module)})' for name, module in lists] or 'none'}, "
             f"its children {[name for name, _ in model.named_children()]}"
         )
-    name, members = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    name, members = max(stacks, key=lambda item: count_parameters(item[1]))
     counts = _expert_counts(getattr(model, "config", None))
     owners = defaultdict(list)
     for owner, parameter in model.named_parameters(remove_duplicate=False):
@@ -311,6 +311,11 @@ def _check_own_weights(stacks: Sequence[Stack]) -> None:
             f"{name} and {other} are one weight, which two inputs would prune differently ({len(shared)} linears "
             f"share theirs): leave them out with --ignore '{re.escape(module)}'"
         )
+
+
+def count_parameters(module: nn.Module) -> int:
+    """All of them, those in submodules too."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:

@@ -18,11 +18,12 @@ from optima.calibration.store import Store
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
-from optima.memory import HostMemory, batch_size, count, host_memory
+from optima.memory import HostMemory, batch_size, host_memory
 from optima.models.destination import Destination
 from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint
+from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.preflight.checks import Preflight, check_dump, find_calibration, preflight, sequence_length, sized, taken
 from optima.recipe import SELF, Recipe
@@ -140,7 +141,7 @@ def claim(
     """The output's place, if it can be had; arguments as of ``Destination.open``."""
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
-    num_bytes = count(checked.structure) * checked.dtype.itemsize
+    num_bytes = count_parameters(checked.structure) * checked.dtype.itemsize
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
