@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.halving import rows_of
 from optima.calibration.inputs import inseparable, some_of, words_size
+from optima.calibration.left_behind import LeftBehind
 from optima.calibration.probe import forward, hidden_of, with_hidden
 from optima.calibration.streams import Streams
 from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed, start_alike
@@ -173,7 +174,7 @@ def _sweep(
     draws = Draws(streams, 1 if has_words else streams.hidden[0][0].numel() // streams.sizes[0][1], seed)
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         for batches_now in _at_a_time(streams, len(stack.blocks), swept):
-            part, kept = streams.part(batches_now), []
+            part, kept, left = streams.part(batches_now), [], LeftBehind()
             for block in stack.blocks:
                 kept.append(list(part.hidden))
                 with weights.on(block, device):
@@ -197,7 +198,7 @@ def _sweep(
                     product_EE = second_moment(gradients, device)
                     found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
                 with weights.on(block, device):
-                    through(block, part, gradients, device, found)
+                    through(block, part, gradients, device, found, left)
                 tally.back(block, part)
     return found
 
@@ -339,8 +340,19 @@ class _Notes:
             self._found.routed.setdefault(name, []).extend(routed)
 
 
-def through(block: Block, streams: Streams, gradients: list[Tensor], device: torch.device, found: LossWeights) -> None:
-    """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears."""
+def through(
+    block: Block,
+    streams: Streams,
+    gradients: list[Tensor],
+    device: torch.device,
+    found: LossWeights,
+    left: LeftBehind | None = None,
+) -> None:
+    """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears.
+
+    ``left``: of the blocks behind it.
+    """
+    left = left or LeftBehind()
     notes = _Notes(block, streams, found)
 
     def back(batch: int, part: slice) -> tuple[Tensor, Tensor]:
@@ -349,16 +361,18 @@ def through(block: Block, streams: Streams, gradients: list[Tensor], device: tor
         if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         leaves: list[Tensor] = []
+        states = streams.states(block, batch)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             leaves.append(args[0].detach().requires_grad_(True))
             return block.module(leaves[0], *args[1:], **kwargs)
 
         with notes.watch(batch, part):
+            left.lend(states)
             output = hidden_of(streams.run(block, batch, device, part, call))
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
-            output.backward(gradient)
+            left.back(states, output, gradient)
         assert leaves[0].grad is not None
         return square_T.cpu(), leaves[0].grad.cpu()
 

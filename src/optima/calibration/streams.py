@@ -5,8 +5,9 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -80,8 +81,8 @@ class Streams:
         return self.part(range(len(self.hidden)))
 
     def part(self, batches: Sequence[int]) -> Streams:
-        """Streams of some batches that advance on their own."""
-        calls = [[called[batch] for batch in batches] for called in self.calls]
+        """Streams of some batches that advance on their own, with states of their own."""
+        calls = _with_own_states([[called[batch] for batch in batches] for called in self.calls])
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
         carried, given = [dict(self.carried[batch]) for batch in batches], [self.batches[batch] for batch in batches]
         return replace(self, sizes=sizes, hidden=hidden, calls=calls, carried=carried, batches=given)
@@ -112,8 +113,12 @@ class Streams:
 
     def keeps_state(self, block: Block, batch: int) -> bool:
         """Whether the block is given something that it can leave keys and values in for later blocks."""
+        return bool(self.states(block, batch))
+
+    def states(self, block: Block, batch: int) -> list[MutableMapping[Any, Any]]:
+        """What the block is given that it can leave keys and values in, or read those of earlier blocks from."""
         args, kwargs = self.calls[block.index][batch]
-        return any(_is_state(value) for value in (*args, *kwargs.values()))
+        return [value for value in (*args, *kwargs.values()) if _is_state(value)]
 
     def pieces(self, block: Block) -> list[Piece]:
         """The smallest parts that the block can run on: the samples of each batch, or the batch."""
@@ -209,7 +214,20 @@ def _joined(parts: Sequence[Tensor], samples: int) -> Tensor:
 
 def _is_state(value: Any) -> bool:
     """Whether this is what ``map_tensors`` passes on as it is, so that blocks can write to it for later ones."""
-    return isinstance(value, Mapping) and type(value) is not dict
+    return isinstance(value, MutableMapping) and type(value) is not dict
+
+
+def _with_own_states(calls: Sequence[Sequence[Call]]) -> list[list[Call]]:
+    """``calls[block][batch]``, where states are copies, which the blocks of a batch go on sharing."""
+    copies: dict[int, Any] = {}
+
+    def own(value: Any) -> Any:
+        return copies.setdefault(id(value), copy(value)) if _is_state(value) else value
+
+    return [
+        [(tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}) for args, kwargs in called]
+        for called in calls
+    ]
 
 
 def share(value: Any, candidates: Any) -> Any:
