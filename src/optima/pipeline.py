@@ -241,7 +241,7 @@ class Job:
                 measured[linear.name] = None
                 if found.statistics is not None:
                     weight_OD = linear.read().to(self.device, torch.float32, copy=True)
-                    rows = None if self.loss is None else self.loss.of_rows(linear.name)
+                    rows = None if self.loss is None else self.loss.compared(linear.name, linear.shape[0])
                     task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
                     measured[linear.name] = allocation.measure(task, self.patterns[linear.name])
         measured = share_owned(measured, owners, streams.ranks)

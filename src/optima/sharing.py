@@ -91,6 +91,7 @@ def describe(ranks: Ranks, dtype: torch.dtype | None, tuned: bool, writer: Write
     text = f"{where} {ranks.size} processes{SHARED}; "
     if dtype is None:
         text += "their sums are added in another order in float64 alone, which moves hessians by 1e-16 of their size"
+        text += ", and in float32 for the metric of tuning" if tuned else ""
     else:
         name, size = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
         text += (

@@ -211,6 +211,18 @@ def test_samples_have_no_more_first_tokens_than_the_text() -> None:
     assert torch.cat(parts).equal(whole_N), "it does not depend on batches"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_common_tokens_are_as_many_as_asked_for(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 gives all experts every token: zeros where it is routed to another."""
+    block, streams = streams_of(build(family))
+    sizes, run_all = set(), Recorded.run_all
+    monkeypatch.setattr(expert_statistics, "COMMON_TOKENS", 24)
+    monkeypatch.setattr(Recorded, "run_all", lambda *args: (sizes.add(len(args[1])), run_all(*args))[1])
+    found_at(block, streams)
+    (size,) = sizes
+    assert 18 <= size <= 24
+
+
 def test_token_weights_reach_the_experts() -> None:
     block, streams = streams_of(build("mixtral"))
     plain, sink = found_at(block, streams), found_at(block, streams, sink=0.5)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import FAMILIES, build, make_ids
 from layers import layer_of, make_layer
-from tiny import make_bert, make_llama, make_tokens
+from tiny import VOCAB, make_bert, make_llama, make_tokens
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
@@ -164,6 +166,40 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
 
 
+def test_gradients_that_overflow_inside_the_first_block_are_told() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(5e-3)
+        model.lm_head.weight.mul_(300.0)
+        model.model.layers[0].mlp.down_proj.weight.mul_(300.0)
+    report = prune(model.half(), Recipe(batch_size=4), calibration=make_tokens(8, 16))
+    assert any("objective sink took the place of objective loss" in note for note in report.run.notes)
+
+
+def test_an_expert_that_no_token_reached_takes_nothing_from_others() -> None:
+    arguments = FAMILIES["mixtral"][2] | {"num_local_experts": 5}
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**arguments)).eval()
+    with torch.no_grad():
+        for name, router_ED in model.named_parameters():
+            if name.endswith("gate.weight"):  # two of the first four are always before the last
+                router_ED.copy_(torch.tensor([1.0, 0.9, -1.0, -0.9, 0.0])[:, None] * router_ED[0])
+    for kept in ({"allocation": "loss"}, {"pattern": ["2:4"], "keep_dense": 0.2}):
+        report = prune(copy.deepcopy(model), Recipe(batch_size=4, **kept), calibration=make_ids(16))
+        experts = [linear for linear in report.linears if ".experts." in linear.name]
+        unreached = [linear for linear in experts if not linear.tokens]
+        assert unreached
+        # Rounding to whole weights of a row moves a sparsity by as much.
+        assert min(each.sparsity for each in unreached) > max(each.sparsity for each in experts) - 1e-3
+
+
+def test_labels_of_the_batches_are_not_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.calibration.loss_weights.LOGITS_BYTES", 4 * VOCAB * 2 * 8)
+    places_BL = torch.arange(16).repeat(2, 1)  # without them, token ids alone would be read
+    batches = [{"input_ids": own, "position_ids": places_BL, "labels": own} for own in make_tokens(4, 16).split(2)]
+    assert prune(make_llama(), Recipe(), calibration=batches).run.recipe["objective"] == "loss"
+
+
 def test_without_gradients_what_is_shared_out_by_the_loss_is_not() -> None:
     named = {"scope": "layer", "allocation": "loss"}
     with torch.inference_mode():
@@ -192,6 +228,18 @@ def test_a_part_of_the_sequences_stands_for_all(
             expected_NL = root_NL.mean(dim=0).expand(2, 16)
             assert torch.allclose(part.tokens[name][batch].sqrt().reshape(2, 16), expected_NL, rtol=1e-3, atol=1e-12)
     assert part.rows.keys() == whole.rows.keys()
+
+
+def test_labels_of_an_encoder_do_not_depend_on_what_else_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    model, batches = build("t5"), list(make_ids(8, 15).split(2))  # 7 tokens go to the encoder, and 8 to the decoder
+    stack, _ = select_linears(find_stacks(model), [".*"], [])
+    whole, part = (
+        loss_weights(model, stack, capture(model, stack, batches, whole=True), torch.device("cpu"), 3, share=share)
+        for share in (1.0, 0.5)
+    )
+    for name, own in whole.tokens.items():
+        assert torch.allclose(part.tokens[name][2], own[2], rtol=1e-3, atol=1e-12)
 
 
 def test_few_tokens_are_all_swept() -> None:

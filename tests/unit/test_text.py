@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from optima.calibration import records as records_module
 from optima.calibration import text as text_module
+from optima.calibration.chats import as_text
 from optima.calibration.text import (
     Documents,
     SpecialTokens,
@@ -130,9 +131,16 @@ class TestReadDocuments:
         ):
             list(Documents(TextSource((name,))))
 
+    def test_a_chat_is_the_same_text_on_another_day(self) -> None:
+        tokenizer, chat = make_tokenizer("bos"), [{"role": "user", "content": "hi"}]
+        tokenizer.chat_template = (
+            "{{ strftime_now('%d %b %Y, %Y-%m-%d') }} {% for m in messages %}{{ m.content }}{% endfor %}"
+        )
+        assert as_text(tokenizer, chat) == "26 Jul 2024, 2024-07-26 hi"
+
     def test_chats_are_read_by_the_models_template(self, here: Path) -> None:
         chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-        records = [{"messages": chat}, {"text": "plain"}, {"own": chat, "text": None}]
+        records = [{"messages": chat}, {"messages": []}, {"text": "plain"}, {"own": chat, "text": None}]
         (here / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         tokenizer = make_tokenizer(bos_token="<s>")
         tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"

@@ -145,22 +145,21 @@ class _Everything:
         self.calls = sum(ranks.gather(len(recorded.calls)))
         accumulator = Accumulator()
         sample, sample_weights = [], []
-        rows = ranks.gather([hidden_of_call(args, kwargs)[..., 0].numel() for _, _, args, kwargs in recorded.calls])
-        before = sum(map(sum, rows[: ranks.rank]))
-        step = sampling_step(sum(map(sum, rows)), COMMON_TOKENS)
-        for batch, part, args, kwargs in recorded.calls:
-            hidden = hidden_of_call(args, kwargs).to(device)
-            hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+        # Zeros stand for tokens that are routed elsewhere (Llama 4).
+        used = [hidden_of_call(args, kwargs).flatten(0, -2).ne(0).any(dim=1) for _, _, args, kwargs in recorded.calls]
+        counts = ranks.gather(sum(int(used_T.sum()) for used_T in used))
+        before, step = sum(counts[: ranks.rank]), sampling_step(sum(counts), COMMON_TOKENS)
+        for (batch, part, args, kwargs), used_T in zip(recorded.calls, used, strict=True):
+            hidden_TD = hidden_of_call(args, kwargs).flatten(0, -2).to(device)
             weight_T = weights.of_all(batch, part)
             if weight_T is None or len(weight_T) != len(hidden_TD):
                 weight_T = torch.ones(len(hidden_TD))
-            used_T = hidden_TD.ne(0).any(dim=1)  # zeros stand for tokens that are routed elsewhere (Llama 4)
-            weight_T = weight_T.to(device)
+            used_T = used_T.to(device)
+            hidden_TD, weight_T = hidden_TD[used_T], weight_T.to(device)[used_T]
             with clock("hessian"), full_precision():
-                _accumulate(accumulator, hidden_TD[used_T], weight_T[used_T], recorded.experts.name)
-            chosen = sampled(used_T, before, step)
-            sample.append(sampled(hidden_TD, before, step)[chosen])
-            sample_weights.append(sampled(weight_T, before, step)[chosen])
+                _accumulate(accumulator, hidden_TD, weight_T, recorded.experts.name)
+            sample.append(sampled(hidden_TD, before, step))
+            sample_weights.append(sampled(weight_T, before, step))
             before += len(hidden_TD)
         every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
         self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
@@ -299,16 +298,13 @@ def _accumulate(
     name: str,
     sample_ND: Tensor | None = None,
 ) -> None:
-    """Add tokens, whose weights need not have a mean of 1."""
     # Any number of tokens reaches an expert, and oneDNN compiles a product for each: zeros make numbers repeat.
-    count = len(inputs_TD)
-    padding = -count % ROUND_ROWS
+    padding = -len(inputs_TD) % ROUND_ROWS
     padded_TD = torch.nn.functional.pad(inputs_TD, (0, 0, 0, padding))
     padded_T = None if weight_T is None else torch.nn.functional.pad(weight_T, (0, padding))
-    more = 0.0 if weight_T is None else float(weight_T.sum(dtype=torch.float64)) - count
     good = accumulator.add(padded_TD, padded_T, sample_ND=sample_ND)
     accumulator.tokens -= padding
-    accumulator.extra_weight += more
+    accumulator.extra_weight += 0.0 if weight_T is None else padding
     if not good:
         raise CalibrationError(
             f"the inputs of {name} contain NaN or Inf: load the model in another dtype (--dtype bfloat16 or float32), "

@@ -110,7 +110,8 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         # An expert's tokens of sequences that were not swept are to come, with the mean.
         found.shared[name] = every.among(every.tokens * streams.tokens / tokens) if name in routed else every
     for name, shape in _union(rows for _, _, rows, _ in known).items():  # what one was not given, another was
-        found.rows[name] = ranks.total(found.rows.get(name, torch.zeros(shape))) / tokens
+        own_O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
+        found.rows[name] = (ranks.total(own_O) / tokens).float()
     for name, shape in _union(residual for _, _, _, residual in known).items():
         found.residual[name] = ranks.total(found.residual.get(name, torch.zeros(shape)), 0) / tokens
     if not ranks.first:  # only the first tunes blocks
@@ -167,11 +168,12 @@ def _sweep(
     tally: _Tally,
 ) -> LossWeights:
     """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means."""
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise NotDifferentiableError("the model was made inside torch.inference_mode()")
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
-    draws = Draws(streams, 1 if has_words else streams.hidden[0][0].numel() // streams.sizes[0][1], seed)
+    words = (math.prod(words_size(model, batch)) for batch in streams.batches)
+    draws = Draws(list(words) if has_words else [hidden.numel() for hidden in streams.hidden], streams.ranks, seed)
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise NotDifferentiableError("the model was made inside torch.inference_mode()")
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         for batches_now in _at_a_time(streams, len(stack.blocks), swept):
             part, kept, left = streams.part(batches_now), [], LeftBehind()
@@ -220,6 +222,8 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
         vocabulary = int(model.config.get_text_config().vocab_size)
         step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
+        if not isinstance(given, Tensor):  # the model would hold a slice against all of its labels
+            given = {name: tensor for name, tensor in given.items() if name != "labels"}
 
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
@@ -320,7 +324,9 @@ class _Notes:
 
     def _note(self, name: str, batch: int, part: slice, sum_O: Tensor, sum_T: Tensor, tokens_T: Tensor | None) -> None:
         rows, (_, length) = self._found.rows, self._sizes[batch]
-        rows[name] = rows[name] + sum_O if name in rows else sum_O
+        if not bool(sum_T.isfinite().all()):
+            raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
+        rows[name] = rows.get(name, 0.0) + sum_O.double()
         begin, count = part.start * length, (part.stop - part.start) * length
         if name in self._routed:
             if tokens_T is not None:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.chats import BAD_CHAT, as_text
 from optima.calibration.halving import Halving
 from optima.calibration.inputs import Calibration, is_encoder_decoder
-from optima.calibration.text import BAD_CHAT, special_tokens, token_ids
+from optima.calibration.text import special_tokens, token_ids
 from optima.device import evaluating
 from optima.errors import CalibrationError
 from optima.recipe import Recipe
@@ -104,9 +105,7 @@ def users_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     contents: tuple[Any, ...] = (PLACEHOLDER, [{"type": "text", "text": PLACEHOLDER}])
     for content in contents if tokenizer.chat_template else ():
         with suppress(*BAD_CHAT):
-            chat = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-            assert isinstance(chat, str)
-            before, told, _ = chat.partition(PLACEHOLDER)
+            before, told, _ = as_text(tokenizer, [{"role": "user", "content": content}]).partition(PLACEHOLDER)
             (ids,) = token_ids([before], tokenizer)
             if told and ids:
                 return ids

@@ -80,7 +80,7 @@ class Accumulator:
         weight: float = 0.0,
         sample_ND: Tensor | None = None,
     ) -> bool:
-        """Add tokens that weigh 1 each, or ``weight_T``, whose mean is 1. Out of memory, it adds nothing at all.
+        """Add tokens that weigh 1 each, or ``weight_T``. Out of memory, it adds nothing at all.
 
         Args:
             inputs_TD: of the tokens.
@@ -106,6 +106,8 @@ class Accumulator:
             add_gram(self.sum_DD, inputs_TD)
         self.tokens += len(inputs_TD)
         self.extra_weight += weight * sum(map(len, extra))
+        if weight_T is not None:
+            self.extra_weight += float(weight_T.sum(dtype=torch.float64)) - len(weight_T)
         self.extra += extra
         self.sample += sample
         # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.

@@ -8,13 +8,14 @@ Shapes: B sequences in a batch, L tokens in a sequence, T tokens.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import POWER
+from optima.distributed import Ranks
 
 # At least so many tokens are swept, if there are as many.
 LEAST_TOKENS = 8192
@@ -52,20 +53,20 @@ class Draws:
     """A generator for labels: a sequence has the same whichever process it is in, and whichever others are swept.
 
     Args:
-        streams: of this process.
-        numbers: drawn for each token.
+        counts: of the numbers of each batch of this process.
+        ranks: the processes.
         seed: of all of them.
     """
 
-    def __init__(self, streams: Streams, numbers: int, seed: int) -> None:
+    def __init__(self, counts: Sequence[int], ranks: Ranks, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed)
-        self._sizes = [math.prod(size) * numbers for size in streams.sizes]
-        self._left = streams.before[1] * numbers  # to be passed over
+        self._counts = counts
+        self._left = sum(ranks.gather(sum(counts))[: ranks.rank])  # to be passed over
         self._next = 0
 
     def of(self, batch: int) -> torch.Generator:
         """For the numbers of a batch, all of which are drawn; batches come in their order."""
-        torch.rand(self._left + sum(self._sizes[self._next : batch]), generator=self._generator)
+        torch.rand(self._left + sum(self._counts[self._next : batch]), generator=self._generator)
         self._left, self._next = 0, batch + 1
         return self._generator
 
@@ -92,10 +93,8 @@ def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int])
         weight_L, count_L = ranks.total(sum_2L)
         mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
         square_L = mean_L.pow(1.0 / POWER).float()
-        tokens[name] = [
-            own[batch] if batch in own else square_L[:length].repeat(samples)
-            for batch, (samples, length) in enumerate(streams.sizes)
-        ]
+        filled = {size: square_L[: size[1]].repeat(size[0]) for size in set(streams.sizes)}  # batches share them
+        tokens[name] = [own.get(batch, filled[size]) for batch, size in enumerate(streams.sizes)]
 
 
 def fill_in_routed(routed: dict[str, list[tuple[Tensor, Tensor]]], streams: Streams, swept: list[int]) -> None:

@@ -162,6 +162,11 @@ class LossWeights:
         row_O = self.rows.get(name)
         return None if row_O is None or not bool(row_O.any()) else row_weights(row_O)
 
+    def compared(self, name: str, outputs: int) -> Tensor:
+        """As ``of_rows``, where linears compete: zeros if none matters, as for an expert that no token reached."""
+        row_O = self.of_rows(name)
+        return torch.zeros(outputs) if row_O is None else row_O
+
 
 def _places(tokens: Tensor) -> Tensor:
     return torch.arange(len(tokens))

@@ -15,16 +15,14 @@ from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from optima.calibration.chats import BAD_CHAT, as_text
 from optima.errors import CalibrationError
 
 # Configurations of data sets that have several and name none of them as the default.
 CONFIGS = {"allenai/c4": "en"}
-# What a chat template raises for messages that it was not written for.
-BAD_CHAT = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
 
 SEPARATOR = "\n\n"
 CHAT_COLUMN = "messages"
@@ -134,6 +132,7 @@ class Documents:
         for record in records:
             text = record.get(column)
             text = record.get(CHAT_COLUMN) if text is None else text
+            text = None if text == [] else text  # a chat without messages
             remedy = f"name one of its columns with --text-column: {', '.join(record)}"
             if isinstance(text, list) and all(isinstance(message, dict) for message in text):
                 text = self._chat(text, name)
@@ -160,13 +159,12 @@ class Documents:
                 "column of text with --text-column"
             )
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+            text = as_text(self._tokenizer, messages)
         except BAD_CHAT as error:
             raise CalibrationError(
                 f"a chat of dataset {name!r} does not fit the model's chat template: {error}: each message must have a "
                 "role that it knows, and a content"
             ) from error
-        assert isinstance(text, str)
         # Unless the template alone brings it, every window has its own.
         own = self._tokenizer.bos_token_id in special_tokens(self._tokenizer).before
         return text.removeprefix(self._tokenizer.bos_token or "") if own else text

@@ -237,7 +237,8 @@ class _Run:
             with self.weights.on(block, device, job.clock):
                 inner = self._inner(block, streams)
                 saliencies = self._observed(block, streams, job, inner, read_by)
-                for name in [name for name in saliencies if name in read_by]:
+                felt = read_by if job.loss is None else {name for name in read_by if job.loss.of_rows(name) is not None}
+                for name in [name for name in saliencies if name in felt]:
                     rows.append(self._some(saliencies[name], most // len(read_by)).cpu())
                 for each in inner:
                     self._reorder(each, [saliencies[name] for name in each.readers if name in saliencies], block)
