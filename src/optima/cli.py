@@ -120,8 +120,12 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
 
     options = {name: given.pop(name) for name in ("overwrite", "resume", "dump_layer") if name in given}
     repo, private = given.pop("push_to_hub", None), given.pop("private", None)
-    recipe = recipe_of(given)
     callbacks: list[Callback] = [*find_trackers(report_to)]
+    if log_format == "json":  # before anything warns
+        _quiet_console()
+        callbacks.append(log := JsonLog(sys.stderr))
+        log.take_over()
+    recipe = recipe_of(given)
     _quiet_console()
     if repo is not None:
         from optima.hub import check_push
@@ -129,9 +133,6 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
         repo = check_push(repo)
     elif private:
         raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
-    if log_format == "json":
-        callbacks.append(log := JsonLog(sys.stderr))
-        log.take_over()
     report = optima.prune(
         model, recipe, output_dir=output_dir, callbacks=callbacks, progress=log_format == "text", **options
     )

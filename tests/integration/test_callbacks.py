@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -211,29 +212,49 @@ class TestJsonLog:
 
 @pytest.fixture
 def own_handlers() -> Iterator[None]:
-    """Whatever takes over the process's logging, pytest's handlers come back."""
+    """Whatever takes over the process's logging, all handlers come back."""
     root = logging.getLogger()
-    before, level = root.handlers[:], root.level
+    found = [logger for logger in root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    before = [(logger, logger.handlers[:], logger.propagate) for logger in [root, *found]]
+    level = root.level
     root.handlers.clear()
     yield
-    root.handlers[:] = before
+    for logger, handlers, propagate in before:
+        logger.handlers[:], logger.propagate = handlers, propagate
     root.setLevel(level)
     logging.captureWarnings(False)
-    transformers_logging.disable_propagation()
-    transformers_logging.enable_default_handler()
 
 
 @pytest.mark.usefixtures("own_handlers")
-def test_what_libraries_say_is_a_line_too() -> None:
+@pytest.mark.parametrize("propagates", [True, False])
+def test_what_libraries_say_is_a_line_too(capsys: pytest.CaptureFixture[str], propagates: bool) -> None:
     screen = io.StringIO()
+    own = logging.getLogger("library.with.a.handler")
+    own.addHandler(logging.StreamHandler())
+    own.propagate = propagates
     JsonLog(screen).take_over()
     logging.getLogger("library").error("one")
     transformers_logging.get_logger("transformers.x").error("two")
+    own.error("three")
     lines = [json.loads(line) for line in screen.getvalue().splitlines()]
     assert [(line["event"], line["level"], line["message"]) for line in lines] == [
         ("log", "error", "one"),
         ("log", "error", "two"),
+        ("log", "error", "three"),
     ]
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_is_said_before_the_log_takes_over(root: Path) -> None:
+    script = "import datasets, logging, torch\nfrom optima.cli import main\nmain({})\n" + "".join(
+        f"logging.getLogger({name!r}).warning('late')\n" for name in ("datasets", "huggingface_hub", "torch.fx")
+    )
+    arguments = ["prune", "nowhere", "--output-dir", "out", "--recipe", "best", "--pattern", "2:4"]
+    command = [sys.executable, "-c", script.format([*arguments, "--log-format", "json"])]
+    errors = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    lines = [json.loads(line) for line in errors.splitlines()]
+    assert "allocation loss is left out" in lines[0]["message"]
+    assert [line["event"] for line in lines] == ["log", "error", "log", "log", "log"]
 
 
 class FakeTracker(ModuleType):

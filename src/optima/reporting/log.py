@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib import import_module
 from typing import Any, TextIO
 
 from pydantic_core import to_json
@@ -14,6 +15,7 @@ from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEven
 from optima.reporting.record import LinearRecord, Report
 
 LOG_VERSION = 1
+HANDLING = ("transformers", "datasets", "huggingface_hub", "torch")  # these write to stderr from their import on
 
 
 def log_line(event: str, **values: Any) -> str:
@@ -39,10 +41,13 @@ class JsonLog(Callback):
 
     def take_over(self) -> None:
         """Turn what libraries log, and Python's warnings, into lines too: nothing else may stand between them."""
-        from transformers.utils import logging as transformers_logging
-
-        transformers_logging.disable_default_handler()
-        transformers_logging.enable_propagation()
+        for library in HANDLING:
+            import_module(library)
+        known = list(logging.root.manager.loggerDict.values())
+        for logger in (found for found in known if isinstance(found, logging.Logger)):
+            for handler in filter(_is_screen, logger.handlers[:]):
+                logger.removeHandler(handler)
+                logger.propagate = True
         logging.basicConfig(handlers=[_Handler(self)], level=logging.WARNING, force=True)
         logging.captureWarnings(True)
 
@@ -76,6 +81,13 @@ class JsonLog(Callback):
         totals = {name: getattr(report, name) for name in names}
         run = report.run
         self.write("end", **totals, seconds=run.seconds, peak_memory_bytes=run.peak_memory_bytes, stages=run.stages)
+
+
+def _is_screen(handler: logging.Handler) -> bool:
+    """True if it writes to a stream that is there; files are their owners' business."""
+    if not isinstance(handler, logging.StreamHandler) or isinstance(handler, logging.FileHandler):
+        return False
+    return handler.stream is not None
 
 
 class _Handler(logging.Handler):
