@@ -303,17 +303,6 @@ def test_thanos_solves_rows_alike_however_many_there_are() -> None:
     torch.testing.assert_close(whole.weight_OD[990:1010], few.weight_OD, rtol=1e-12, atol=1e-12)
 
 
-def test_thanos_leaves_outlier_rows_dense() -> None:
-    weight_OD, inputs_TD = make_layer()
-    selection = Thanos(outlier_rows=0.1).select(layer_of(weight_OD, inputs_TD), NM(2, 4))
-    largest = (inputs_TD @ weight_OD.T).norm(dim=0).topk(2).indices
-    dense = selection.keep_OD.all(dim=1)
-    assert sorted(dense.nonzero()[:, 0].tolist()) == sorted(largest.tolist())
-    assert selection.weight_OD is not None
-    torch.testing.assert_close(selection.weight_OD[dense], weight_OD[dense])
-    assert (selection.keep_OD[~dense].reshape(-1, 4).sum(dim=1) == 2).all()
-
-
 @pytest.mark.parametrize("selector", [ADMM(), ALPS(), Optima()], ids=lambda selector: type(selector).__name__)
 def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS | Optima) -> None:
     weight_OD, inputs_TD = make_layer()

@@ -13,9 +13,10 @@ from tiny import blocks_of, make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.build import build
-from optima.patterns import NM, Pattern
+from optima.patterns import Pattern
 from optima.recipe import SELECTOR_NAMES
 from optima.selectors.base import Selector
+from optima.selectors.gradient import Gradient
 
 PAGE = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding="utf-8")
 
@@ -59,9 +60,13 @@ def test_it_prunes_a_model() -> None:
 
 
 def test_settings_of_a_built_in_selector() -> None:
-    weight_OD, inputs_TD = make_layer()
-    selector = loaded("settings:outliers")
-    assert selector.select(layer_of(weight_OD, inputs_TD), NM(2, 4)).keep_OD.all(dim=1).sum() == 2
+    assert loaded("settings:gentle") == Gradient(alpha=1)
+    recipes = [
+        Recipe(selector=name, max_seq_length=16, trust_remote_code=True) for name in ("settings:gentle", "gradient")
+    ]
+    own, published = [prune(make_llama(), recipe, calibration=make_tokens()) for recipe in recipes]
+    assert own.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert own.error_geomean != published.error_geomean
 
 
 def test_the_table_names_every_selector() -> None:

@@ -8,12 +8,13 @@ indices q and its other weights from j on move by -lambda K_q: with lambda K_qq 
 Unstructured sparsity follows a global residual mask: all columns from j on are ranked for what is still to be pruned
 in the linear (or row), and the block takes its part of that mask.
 
+Differs from the paper: no rows stay dense as outliers (its alpha is 0), for the counts of a pattern are exact.
+
 Shapes: O outputs (rows), D inputs, B columns of one block.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -32,13 +33,10 @@ class Thanos:
     Args:
         blocksize: columns pruned together, for unstructured sparsity.
         nm_blocksize: the same for N:M patterns, rounded down to a multiple of m.
-        outlier_rows: fraction of rows (alpha in the paper) that an N:M pattern leaves dense: those with the largest
-            output ||X w||. The paper's 0.1 spares them; 0 keeps the pattern's exact count in every row.
     """
 
     blocksize: int = 128
     nm_blocksize: int = 512
-    outlier_rows: float = 0.0
     published_scope: Scope = "layer"
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
@@ -48,14 +46,11 @@ class Thanos:
         weight_OD = task.weight_OD.masked_fill(hessian.dead_D, 0.0)
         norm_D = hessian.diagonal_D.sqrt().to(weight_OD.dtype)
         keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)
-        outlier_O = self._outliers(task) if isinstance(pattern, NM) else None
         num_inputs, width = weight_OD.shape[1], self._width(pattern)
         for begin in range(0, num_inputs, width):
             end = min(begin + width, num_inputs)
             score_OD = weight_OD[:, begin:].abs() * norm_D[begin:]
             keep_OB = _residual_mask(score_OD, end - begin, pattern, keep_OD[:, :begin])
-            if outlier_O is not None:
-                keep_OB[outlier_O] = True
             # K = U^T U, and the first B rows of K need only those of U.
             inverse_BD = upper_DD[begin:end, begin:end].mT @ upper_DD[begin:end, begin:]
             # Eq. 10: lambda_q K_qq = w_q, zero on the kept columns.
@@ -69,12 +64,6 @@ class Thanos:
         if isinstance(pattern, NM):
             return max(self.nm_blocksize // pattern.m, 1) * pattern.m
         return pattern.group_size if pattern.scope == "group" else self.blocksize
-
-    def _outliers(self, task: LinearTask) -> Tensor:
-        """Indices of the rows with the largest loss if they were removed, w H w^T."""
-        loss_O = task.hessian.loss(task.weight_OD)
-        outlier_O: Tensor = loss_O.topk(math.ceil(self.outlier_rows * len(loss_O))).indices
-        return outlier_O
 
 
 def _residual_mask(score_OD: Tensor, width: int, pattern: Pattern, before_OD: Tensor) -> Tensor:
