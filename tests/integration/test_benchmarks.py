@@ -198,6 +198,13 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     assert any(row[0] == "m" and row[-1] == "5.0 / 6.0" for row in cells)
 
 
+def test_seeds_prints_results_of_settings_that_are_no_longer_the_default() -> None:
+    file = BENCHMARKS / "results" / "gemma-3-270m.json"
+    published = [result for result in json.loads(file.read_text()) if "+" not in result["method"]]
+    found = set(re.findall(r"[\d,]+\.\d", read("seeds.py", str(file))))
+    assert {f"{result['perplexity']:,.1f}" for result in published} <= found
+
+
 @pytest.mark.slow
 def test_end_to_end_runs_from_checkpoint_to_checkpoint(accuracy: list[str]) -> None:
     model, *rest = accuracy
