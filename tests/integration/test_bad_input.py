@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from families import T5
 from safetensors.torch import load_file, save_file
 from tiny import (
     POSITIONS,
@@ -427,6 +428,31 @@ class TestOtherCommands:
         save_model(root / "bert", make_bert(), "bert")
         arguments = ["eval", "bert", "--dataset", "text.txt", "--max-seq-length", "16"]
         assert "BertModel is no causal language model" in late(arguments=arguments)
+
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (lambda: make_llama(max_position_embeddings=15), "sequences of 16 tokens exceed the 15 positions"),
+            (lambda: make_llama(vocab_size=VOCAB // 2), f"has a vocabulary of {VOCAB // 2}"),
+            (lambda: make_llama(vocab_size=VOCAB + 4), f"vocabularies of {VOCAB} and {VOCAB + 4} tokens"),
+            (
+                lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5 | {"vocab_size": VOCAB})),
+                "no causal language model",
+            ),
+            (lambda: make_llama(num_hidden_layers=1), "lacks weights of LlamaForCausalLM"),
+        ],
+        ids=["positions", "vocabulary", "logits", "encoder-decoder", "weights"],
+    )
+    def test_eval_of_a_second_model(
+        self, cheap: Refused, root: Path, other: Callable[[], hf.PreTrainedModel], message: str
+    ) -> None:
+        """The first has garbage for weights: it is not read before the second is checked."""
+        save_model(root / "other", other())
+        if "lacks" in message:
+            file = root / "other" / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 2}))
+        arguments = ["eval", "model", "other", "--dataset", "text.txt", "--max-seq-length", "16", "--divergence"]
+        assert message in cheap(arguments=arguments)
 
     def test_report(self, cheap: Refused) -> None:
         assert "cannot read the report model/report.json" in cheap(arguments=["report", "model"])

@@ -58,11 +58,7 @@ def divergence(
     sums = [torch.zeros(len(tokens_NL), dtype=torch.float64) for _ in range(3)]
     loss_N, kl_N, top1_N = sums
     with reading(reference, tokens_NL, device) as first, reading(model, tokens_NL, device) as second:
-        if first.vocabulary != second.vocabulary:
-            raise ModelError(
-                f"vocabularies of {first.vocabulary} and {second.vocabulary} tokens have no divergence: leave "
-                "--divergence out, or compare models with the same vocabulary"
-            )
+        check_vocabularies(first.vocabulary, second.vocabulary)
         for rows, batch_BL in batches(tokens_NL, batch_size, first, second):
             with first.read(batch_BL) as wanted, second.read(batch_BL) as found:
                 for start, stop in first.slices(batch_BL):
@@ -74,6 +70,15 @@ def divergence(
             check_finite(kl_N[rows], "divergence", rows.start)
             tell(min(rows.stop, len(tokens_NL)), len(tokens_NL))
     return Divergence(*(values_N / (tokens_NL.shape[1] - 1) for values_N in sums))
+
+
+def check_vocabularies(first: int, second: int) -> None:
+    """Raise ``ModelError`` if distributions over so many tokens cannot be compared."""
+    if first != second:
+        raise ModelError(
+            f"vocabularies of {first} and {second} tokens have no divergence: leave --divergence out, or compare "
+            "models with the same vocabulary"
+        )
 
 
 def _kl(p_BCV: Tensor, q_BCV: Tensor) -> Tensor:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.text import Documents, TextSource, data_hash
 from optima.device import describe_device, find_device
 from optima.errors import ModelError
 from optima.evaluation.comparison import compare, estimate
-from optima.evaluation.divergence import divergence
+from optima.evaluation.divergence import check_vocabularies, divergence
+from optima.evaluation.logits import check_text
 from optima.evaluation.perplexity import evaluation_windows, exponential, window_losses
 from optima.evaluation.record import (
     ComparisonRecord,
@@ -32,6 +34,8 @@ from optima.evaluation.record import (
 from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
 from optima.evaluation.watch import Watch
 from optima.evaluation.zeroshot import Tasks, check_tokenizer, find_files, load_tasks, zero_shot
+from optima.models.checkpoint import UnstreamableError, open_checkpoint
+from optima.models.skeleton import skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer
 from optima.reporting.record import library_versions
 
@@ -60,6 +64,7 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
     device = find_device(settings.device)
     subjects = _subjects(settings)
     tasks = _tasks(settings, subjects)
+    _check_models(settings, subjects)
     records, losses = [], []
     reference, watch = None, watch or Watch()
     for place, subject in enumerate(subjects, 1):
@@ -104,6 +109,22 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
                     "--divergence out, or compare models with the same tokenizer"
                 )
     return subjects
+
+
+def _check_models(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> None:
+    """What can be known without weights: a model that cannot be measured must not cost what was found of others."""
+    structures = [skeleton(subject.source)[0] for subject in subjects]
+    for subject, structure in zip(subjects, structures, strict=True):
+        if subject.tokens_NL is not None:
+            check_text(structure, subject.tokens_NL)
+    if settings.divergence:
+        heads = [structure.get_output_embeddings() for structure in structures]
+        sizes = [head.out_features for head in heads if isinstance(head, nn.Linear)]
+        for size in sizes[1:]:
+            check_vocabularies(sizes[0], size)
+    for subject, structure in zip(subjects[1:], structures[1:], strict=True):  # the first is read next
+        with suppress(UnstreamableError):
+            open_checkpoint(subject.source, structure, settings.dtype)
 
 
 def _tasks(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> Tasks | None:

@@ -67,17 +67,24 @@ def reading(model: PreTrainedModel, tokens_NL: Tensor, device: torch.device | st
         CalibrationError: if the model has no embedding for a token.
         ModelError: if the model is no causal language model, or cannot read windows of this length.
     """
-    length = tokens_NL.shape[1]
-    if length < 2:
-        raise ModelError(f"windows of {length} token have no next token to predict: raise --max-seq-length")
-    check_length(model, length)
-    check_vocabulary(model, tokens_NL)
+    check_text(model, tokens_NL)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     with torch.no_grad(), evaluating(model):
         probe_1L = tokens_NL[:1, :PROBE_LENGTH].to(model.device)
         whole_1LV = _check_causal(model, probe_1L)
         yield Reader(model, whole_1LV.shape[-1], _can_slice(model, probe_1L, whole_1LV))
+
+
+def check_text(model: PreTrainedModel, tokens_NL: Tensor) -> None:
+    """The checks of ``reading`` for which ``model`` may be a skeleton."""
+    length = tokens_NL.shape[1]
+    if length < 2:
+        raise ModelError(f"windows of {length} token have no next token to predict: raise --max-seq-length")
+    check_length(model, length)
+    check_vocabulary(model, tokens_NL)
+    if model.config.is_encoder_decoder:
+        raise ModelError(_not_causal(model, "it is an encoder-decoder"))
 
 
 def batches(tokens_NL: Tensor, batch_size: int, *readers: Reader) -> Iterator[tuple[slice, Tensor]]:
@@ -98,18 +105,19 @@ def _check_causal(model: PreTrainedModel, probe_1L: Tensor) -> Tensor:
 
     Tested, not looked up: other tokens in the second half must not change the logits of the first.
     """
-    problem = f"{type(model).__name__} is no causal language model, and perplexity needs one (GPT, Llama, ...): "
-    if model.config.is_encoder_decoder:
-        raise ModelError(problem + "it is an encoder-decoder")
     logits_1LV = getattr(_run(model, probe_1L), "logits", None)
     if logits_1LV is None or logits_1LV.shape[:-1] != probe_1L.shape or logits_1LV.shape[-1] <= int(probe_1L.max()):
-        raise ModelError(problem + "it gives no logits over its vocabulary")
+        raise ModelError(_not_causal(model, "it gives no logits over its vocabulary"))
     half = probe_1L.shape[1] // 2
     other_1L = torch.cat([probe_1L[:, :half], (probe_1L[:, half:] == 0).to(probe_1L.dtype)], dim=1)
     if not agree(_run(model, other_1L).logits[:, :half], logits_1LV[:, :half]):
-        raise ModelError(problem + "its predictions depend on later tokens, as an encoder's do")
+        raise ModelError(_not_causal(model, "its predictions depend on later tokens, as an encoder's do"))
     assert isinstance(logits_1LV, Tensor)
     return logits_1LV
+
+
+def _not_causal(model: PreTrainedModel, why: str) -> str:
+    return f"{type(model).__name__} is no causal language model, and perplexity needs one (GPT, Llama, ...): {why}"
 
 
 def _can_slice(model: PreTrainedModel, probe_1L: Tensor, whole_1LV: Tensor) -> bool:
