@@ -38,6 +38,13 @@ class TestData:
         assert {each.patterns for each in runtimes() if each.as_dense} == {("dense",)}
 
 
+    @pytest.mark.parametrize("file", ["README.md", "docs/faq.md", "src/optima/runtimes.yaml"])
+    def test_the_size_is_not_that_of_the_whole_checkpoint(self, file: str) -> None:
+        """docs/packing.md: embeddings are not pruned, and are half of a small model."""
+        text = (ROOT / file).read_text(encoding="utf-8")
+        assert text.count("56% of") == text.count("56% of the pruned linears' size") == 1
+
+
 class TestPatterns:
     @pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(1, 2), NM(2, 8)], ids=str)
     def test_two_of_four(self, pattern: Pattern) -> None:
