@@ -39,7 +39,7 @@ from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
 from optima.reporting.progress import Progress, make_progress
-from optima.reporting.record import GIVEN_NOTE, Report, RunRecord, library_versions
+from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
 from optima.weighing import rank_without_loss, sweep
 
@@ -124,6 +124,7 @@ def prune(
         if output_dir is not None:
             run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
+            job.notes.extend(_object_note(run["recipe"]["selector"]))
         if destination is not None:
             # The writer first: it refuses to go on with what another run left, where nothing may be written then.
             job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
@@ -182,6 +183,14 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
     if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):
         job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
     return job
+
+
+def _object_note(selector: str | dict[str, Any]) -> list[str]:
+    """That a recipe's file does not hold the settings of a selector, and what they are."""
+    if isinstance(selector, str):
+        return []
+    settings = ", ".join(f"{name}={value!r}" for name, value in selector.items() if name != "class")
+    return [f"{OBJECT_NOTE}{selector['class']}({settings})"]
 
 
 def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks) -> None:

@@ -16,6 +16,8 @@ from optima.cli import main
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
 from optima.plan import make_plan
+from optima.reporting.record import OBJECT_NOTE
+from optima.selectors.gradient import Gradient
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,12 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arguments = ["--dataset", str(tmp_path / "text.txt"), "--num-calibration-samples", "4", "--max-seq-length", "16"]
     assert main(["prune", str(model), "--output-dir", str(tmp_path / "out"), *arguments]) == 0
     assert "llama[final]/[/old]" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_the_settings_of_a_selector_object_are_told(root: Path) -> None:
+    options = {"solver": "none", "max_seq_length": 16, "num_calibration_samples": 4, "device": "cpu"}
+    recipe = Recipe(selector=Gradient(alpha=1.0), dataset=["text.txt"], **options)
+    prune("model", recipe, output_dir="out", progress=False)
+    (note,) = [note for note in load_report("out").run.notes if note.startswith(OBJECT_NOTE)]
+    assert "optima.selectors.gradient:Gradient(alpha=1.0" in note
+    assert "again with the selector's settings, which are in `report.json` alone." in Path("out/README.md").read_text()

@@ -104,6 +104,7 @@ class TestBody:
         assert "on the same calibration text" in text
         assert "keep_dense" in text
         write_card(tmp_path, report(linear(), recipe=recipe | {"dataset": ["self"]}), None)
+        assert "gives the same run again." in card_of(tmp_path).text
         assert "written by the model itself" in card_of(tmp_path).text
 
 

@@ -37,7 +37,6 @@ class TestData:
         assert {each.gain for each in runtimes() if each.as_dense} == {"none"}
         assert {each.patterns for each in runtimes() if each.as_dense} == {("dense",)}
 
-
     @pytest.mark.parametrize("file", ["README.md", "docs/faq.md", "src/optima/runtimes.yaml"])
     def test_the_size_is_not_that_of_the_whole_checkpoint(self, file: str) -> None:
         """docs/packing.md: embeddings are not pruned, and are half of a small model."""

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from optima.errors import ModelError
 from optima.reporting.markdown import table
-from optima.reporting.record import GIVEN_NOTE, Report
+from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
 from optima.reporting.summary import bullets, pattern_weights, summary
 from optima.runtimes import HEADING, table_rows
 
@@ -28,8 +28,9 @@ TAGS = ("pruning", "sparse", "optima")
 SETTINGS = ("selector", "sparsity", "pattern", "scope", "allocation", "keep_dense", "swaps", "objective", "solver")
 MORE_SETTINGS = ("gap", "damping", "rounding", "tuning_epochs", "num_calibration_samples", "max_seq_length", "seed")
 TEXTS = {"self": "written by the model itself"}  # in words, where a data set's name says nothing
-AGAIN = "`recipe.yaml` gives the same run again."
-AGAIN_GIVEN = "`recipe.yaml` gives the same run again on the same calibration text, which the caller gave."
+AGAIN = "`recipe.yaml` gives the same run again{}."
+ON_GIVEN = " on the same calibration text, which the caller gave"
+BY_OBJECT = " with the selector's settings, which are in `report.json` alone"
 NOT_YET = "Not evaluated yet: `optima eval DENSE THIS --save` writes its results here."
 
 BODY = """
@@ -153,6 +154,7 @@ def _body(directory: Path, report: Report) -> str:
     name = short_name(report.run.model)
     rows = [[key, _plain(recipe[key])] for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, [], 0)]
     given = GIVEN_NOTE in report.run.notes
+    by_object = any(note.startswith(OBJECT_NOTE) for note in report.run.notes)
     texts = [TEXTS.get(text) or short_name(text) for text in recipe.get("dataset", [])]
     rows.append(["calibration text", "given by the caller" if given else ", ".join(texts)])
     rows += [[f"{library} version", version] for library, version in report.run.versions.items()]
@@ -162,7 +164,7 @@ def _body(directory: Path, report: Report) -> str:
         sparsity=f"{report.sparsity:.1%}",
         count=len(report.linears),
         loader=_loader(directory),
-        again=AGAIN_GIVEN if given else AGAIN,
+        again=AGAIN.format((ON_GIVEN if given else "") + (BY_OBJECT if by_object else "")),
         summary=bullets(summary(report)),
         settings=table(["setting", "value"], rows, num_left=2),
         begin=BEGIN,

@@ -26,6 +26,7 @@ SCHEMA_VERSION = 2
 REPORT_NAME = "report.json"
 # By which a report and its card know that the recipe does not name the text.
 GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
+OBJECT_NOTE = "the selector was an object, of which recipe.yaml has the class alone: "  # and its settings
 Int = Annotated[int, Strict()]
 
 
