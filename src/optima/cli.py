@@ -234,6 +234,7 @@ def _report(paths: Sequence[str], html: str | None = None) -> None:
     from optima.evaluation.table import headline, render_evaluation
     from optima.reporting.markdown import render_markdown
 
+    paths = list(dict.fromkeys(paths))
     reports = {path: optima.load_report(path) for path in paths}
     beside = [(Path(path) if Path(path).is_dir() else Path(path).parent) / EVALUATION_NAME for path in paths]
     found = [load_evaluation(file) if file.is_file() else None for file in beside]

@@ -355,6 +355,8 @@ class TestReport:
         shutil.copytree("out", "other")
         assert main(["report", "out", "other/report.json", "--html", "both.html"]) == 0
         assert "<title>out · other/report.json" in Path("both.html").read_text()
+        assert main(["report", "out", "out", "other", "--html", "once.html"]) == 0
+        assert "<title>out · other " in Path("once.html").read_text()
 
     def test_a_page_that_cannot_be_written(self, capsys: pytest.CaptureFixture[str]) -> None:
         prune()
@@ -362,7 +364,7 @@ class TestReport:
         for arguments, message in (
             (["out", "--html", "out/report.html"], "out/report.html exists and is not replaced"),
             (["out", "--html", "no/such/page.html"], "name another file by --html"),
-            (["out", "out"], "name its file by --html FILE"),
+            (["out", "out/report.json"], "name its file by --html FILE"),
         ):
             capsys.readouterr()
             assert main(["report", *arguments]) == 2

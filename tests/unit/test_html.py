@@ -127,6 +127,11 @@ def test_links_within_the_page_lead_somewhere() -> None:
     assert ("section", "what-runs-it") in [(tag, attributes.get("id")) for tag, attributes in found.elements]
 
 
+def test_figures_are_of_each_run_or_of_none() -> None:
+    with pytest.raises(ValueError, match="longer"):
+        render_html({"one": report()}, [[], [("perplexity", "30.8", "")]])
+
+
 @pytest.mark.parametrize("evaluated", [0, 1])
 def test_a_run_that_was_not_evaluated_has_a_gap_in_the_headlines(evaluated: int) -> None:
     figures: list[list[tuple[str, str, str]]] = [[], []]

@@ -71,7 +71,7 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     pages.filters["prose"] = _prose
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     runs = [_view(name, report) for name, report in reports.items()]
-    for run, figures in zip(runs, more, strict=False):
+    for run, figures in zip(runs, more or [()] * len(runs), strict=True):
         run["figures"][2:2] = figures
     return pages.get_template("report.html").render(
         runs=runs,
