@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from optima.errors import ModelError
-from optima.models.destination import PACKED, Destination
-from optima.models.files import explain_write_errors, interruptible, usable_path
+from optima.models.destination import Destination
+from optima.models.files import PACKED, explain_write_errors, interruptible, usable_path
 from optima.models.packed import Size, pack_shard, read_original, unpack_shard
 
 PLAIN = ".safetensors"

@@ -81,6 +81,12 @@ class TestModel:
         (root / "model" / WEIGHTS).unlink()
         assert cheap() == "model has a config.json but no .safetensors weights"
 
+    @pytest.mark.parametrize("command", ["prune", "eval"])
+    def test_packed(self, cheap: Refused, root: Path, command: str) -> None:
+        (root / "model" / WEIGHTS).rename(root / "model" / "model.packed.safetensors")
+        arguments = prune_arguments() if command == "prune" else ["eval", "model", "--dataset", "text.txt"]
+        assert cheap(arguments=arguments) == "model is packed: unpack it with optima unpack model"
+
     @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json", "adapter.bin"])
     def test_pickle_only(self, cheap: Refused, root: Path, name: str) -> None:
         (root / "model" / WEIGHTS).rename(root / "model" / name)
@@ -401,6 +407,7 @@ class TestOtherCommands:
             (["model", "--max-windows", "0"], "--max-windows must be at least 1"),
             (["model", "--device", "gpu"], "unknown device 'gpu'"),
             (["model", "./missing"], "there is no directory ./missing"),
+            (["model", "missing-dir"], "no directory here has that name"),
             (["model", "--protocol", "sparsgpt"], "unknown protocol 'sparsgpt' (did you mean sparsegpt?)"),
             (["model", "--suite", "papers"], "unknown suite 'papers' (did you mean paper?)"),
             (["model", "--divergence"], "--divergence compares models on a text: name two models or more"),
@@ -416,7 +423,7 @@ class TestOtherCommands:
     )
     def test_eval(self, cheap: Refused, options: list[str], message: str) -> None:
         arguments = ["eval", options[0], "--dataset", "text.txt", "--max-seq-length", "16", *options[1:]]
-        if options[1:] == ["./missing"]:
+        if options[1:] in (["./missing"], ["missing-dir"]):
             arguments = ["eval", *options, "--dataset", "text.txt"]
         assert message in cheap(arguments=arguments)
 

@@ -42,9 +42,10 @@ from optima.reporting.record import library_versions
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model that is to be measured, without its weights; ``tokens_NL`` is None where no text is."""
+    """A model that is to be measured, its skeleton at first; ``tokens_NL`` is None where no text is."""
 
     source: Source
+    structure: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     tokens_NL: Tensor | None
 
@@ -91,13 +92,14 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     sources = [find_source(model, settings.trust_remote_code) for model in settings.models]
     text = TextSource(settings.dataset, settings.dataset_config, settings.split, settings.text_column)
     subjects = []
-    for source in sources:
+    structures = [skeleton(source)[0] for source in sources]
+    for source, structure in zip(sources, structures, strict=True):
         tokenizer = load_tokenizer(source)
         tokens_NL = None
         if settings.dataset:
             size = settings.max_seq_length, settings.max_windows
             tokens_NL = evaluation_windows(Documents(text, tokenizer=tokenizer), tokenizer, *size, settings.protocol)
-        subjects.append(_Subject(source, tokenizer, tokens_NL))
+        subjects.append(_Subject(source, structure, tokenizer, tokens_NL))
     if settings.divergence:
         first = subjects[0]
         for other in subjects[1:]:
@@ -113,18 +115,17 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
 
 def _check_models(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> None:
     """What can be known without weights: a model that cannot be measured must not cost what was found of others."""
-    structures = [skeleton(subject.source)[0] for subject in subjects]
-    for subject, structure in zip(subjects, structures, strict=True):
+    for subject in subjects:
         if subject.tokens_NL is not None:
-            check_text(structure, subject.tokens_NL)
+            check_text(subject.structure, subject.tokens_NL)
     if settings.divergence:
-        heads = [structure.get_output_embeddings() for structure in structures]
+        heads = [subject.structure.get_output_embeddings() for subject in subjects]
         sizes = [head.out_features for head in heads if isinstance(head, nn.Linear)]
         for size in sizes[1:]:
             check_vocabularies(sizes[0], size)
-    for subject, structure in zip(subjects[1:], structures[1:], strict=True):  # the first is read next
+    for subject in subjects[1:]:  # the first is read next
         with suppress(UnstreamableError):
-            open_checkpoint(subject.source, structure, settings.dtype)
+            open_checkpoint(subject.source, subject.structure, settings.dtype)
 
 
 def _tasks(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> Tasks | None:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from optima.errors import ModelError
-from optima.models.files import ACTIVATIONS, delete, digest, explain_write_errors, swap, sync, usable_path
+from optima.models.files import ACTIVATIONS, PACKED, delete, digest, explain_write_errors, swap, sync, usable_path
 from optima.models.journal import Lines, check_same, read_journal
 from optima.models.ordered import ORDERING_NAME
 
@@ -37,7 +37,6 @@ _logger = logging.getLogger("optima")
 
 SUFFIX = ".optima-partial"
 RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
-PACKED = ".packed.safetensors"  # how the files end that optima pack writes
 RECORDS = {"report.json": {"schema_version", "run"}, ORDERING_NAME: {"schema_version", "channels"}}
 NAME_BYTES = 255  # of one name, on every file system in use
 

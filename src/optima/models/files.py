@@ -23,6 +23,7 @@ CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
+PACKED = ".packed.safetensors"  # how the files end that optima pack writes
 
 
 class Interrupted(KeyboardInterrupt):

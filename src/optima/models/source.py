@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from optima.errors import ModelError
-from optima.models.files import digest, usable_path
+from optima.models.files import PACKED, digest, usable_path
 from optima.models.gguf import read_scalars
 
 _logger = logging.getLogger("optima")
@@ -133,8 +133,11 @@ def _check_directory(path: Path) -> None:
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"name the GGUF file itself ({ggufs[0]})" if ggufs else "it is not a Hugging Face model directory"
         raise ModelError(f"{path} has no config.json: {hint}")
-    if any(path.glob("*.safetensors")):
+    weights = list(path.glob("*.safetensors"))
+    if any(not file.name.endswith(PACKED) for file in weights):
         return
+    if weights:
+        raise ModelError(f"{path} is packed: unpack it with optima unpack {path}")
     if any((path / name).exists() for name in PICKLES) or any(path.glob("*.bin")):
         raise ModelError(
             f"{path} holds its weights only as pickle files, which can run any code when opened: convert them to "
