@@ -16,9 +16,10 @@ from typing import Any, NoReturn
 import optima
 from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
-from optima.recipe import DTYPES, GROUPS, Recipe, must_be, recipe_from_dict
+from optima.recipe import DTYPES, GROUPS, Recipe, recipe_from_dict
 from optima.recipe_files import read_recipe
 from optima.reporting.trackers import TRACKERS
+from optima.values import must_be
 
 _logger = logging.getLogger("optima")
 
@@ -238,7 +239,7 @@ def _metavar(field: dataclasses.Field[Any]) -> str:
     """What stands for a value in the help."""
     names = {"targets": "REGEX", "ignore": "REGEX", "pattern": "PATTERN", "dataset": "TEXT", "mask_from": "PATH"}
     names |= {"memory_budget": "SIZE"}
-    text = must_be(field.name)
+    text = must_be(Recipe, field.name)
     return names.get(field.name) or ("N" if "whole number" in text else "X" if "number" in text else "NAME")
 
 

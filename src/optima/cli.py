@@ -181,8 +181,6 @@ def _order(
 
 
 def _eval(save: bool = False, output: str | None = None, overwrite: bool = False, **given: Any) -> None:
-    for name in given.keys() & {"models", "dataset"}:
-        given[name] = tuple(given[name])
     if "tasks" in given:
         given["tasks"] = tuple(task for text in given["tasks"] for task in text.split(",") if task)
     settings = EvaluationSettings(**given)

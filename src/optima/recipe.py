@@ -5,21 +5,34 @@ No torch is imported here: a recipe is checked, and the help printed, before the
 
 from __future__ import annotations
 
-import difflib
 import re
-import reprlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import Field as DataclassField
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Any
 
 import yaml
-from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Strict, TypeAdapter, ValidationError
 
 from optima.errors import RecipeError
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
+from optima.values import (
+    Count,
+    Flag,
+    FlagOrAuto,
+    Fraction,
+    Positive,
+    Ridge,
+    Seed,
+    Share,
+    Size,
+    Swaps,
+    Texts,
+    Weight,
+    checked,
+    shown,
+    unknown,
+)
 
 # The names are here so that no method is imported to check one; a test holds them to the registries.
 SELECTOR_NAMES = (
@@ -48,26 +61,6 @@ GROUPS = {
     "model": "what is pruned, and how it is read",
     "run": "where it runs",
 }
-
-
-def _one_or_many(value: Any) -> Any:
-    """One text stands for a list of one."""
-    return [value] if isinstance(value, str) else value
-
-
-# The types of values, each with what it must be in words.
-Fraction = Annotated[float, Field(gt=0, lt=1), "a number strictly between 0 and 1, such as 0.5"]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), "a positive number"]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), "a number of at least 0"]
-Share = Annotated[float, Field(gt=0, le=1), "a number above 0 and at most 1"]
-Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
-Count = Annotated[int, Field(ge=1), "a whole number of at least 1"]
-Seed = Annotated[int, Field(ge=0), "a whole number of at least 0"]
-Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such as 256, or all"]
-Size = Annotated[ByteSize, Field(gt=0), AfterValidator(int), "a size such as 8GiB"]
-Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
-Flag = Annotated[bool, Strict(), "true or false"]
-FlagOrAuto = Annotated[Flag | Literal["auto"], "true, false or auto"]
 
 
 def _option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:
@@ -261,7 +254,7 @@ class Recipe:
             if isinstance(chosen, type) or not all(hasattr(chosen, part) for part in ("select", "published_scope")):
                 raise RecipeError(
                     f"selector must be a name, package.module:Class, or an object with published_scope and "
-                    f"select(task, pattern), got {_shown(chosen)}"
+                    f"select(task, pattern), got {shown(chosen)}"
                 )
         elif ":" in chosen:
             if not self.trust_remote_code:
@@ -274,7 +267,7 @@ class Recipe:
         if chosen == "external" and self.mask_from is None:
             raise RecipeError("selector external takes its masks from mask_from: name a checkpoint or a file of masks")
         if chosen != "external" and self.mask_from is not None:
-            raise RecipeError(f"mask_from is for selector external, not {_shown(chosen)}: leave out one of them")
+            raise RecipeError(f"mask_from is for selector external, not {shown(chosen)}: leave out one of them")
 
     def _check_mask(self, table: PatternTable) -> None:
         if self.sparsity is not None and self.pattern:
@@ -317,14 +310,6 @@ def check_regexes(name: str, regexes: list[str]) -> None:
             raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
 
 
-def unknown(what: str, value: str, known: Iterable[str]) -> str:
-    """An error's words for a name that is none of the ``known``, with the closest of them."""
-    known = list(known)
-    close = difflib.get_close_matches(value, known, 1)
-    meant = f" (did you mean {close[0]}?)" if close else ""
-    return f"unknown {what} {value!r}{meant}: known {what}s are {', '.join(known)}"
-
-
 def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recipe:
     """Build a recipe from plain values; missing keys take their defaults.
 
@@ -344,41 +329,14 @@ def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recip
         raise RecipeError(f"{source}: {error}" if source else str(error)) from error
 
 
-@cache
-def _kinds() -> dict[str, tuple[TypeAdapter[Any], str]]:
-    """How the values of each field are read, and what they must be in words."""
-    kinds = {}
-    for name, hint in get_type_hints(Recipe, include_extras=True).items():
-        notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
-        kinds[name] = TypeAdapter(hint), next((note for note in notes if isinstance(note, str)), "text")
-    return kinds
-
-
-def must_be(name: str) -> str:
-    """What the values of a field must be, in words."""
-    return _kinds()[name][1]
-
-
-def adapter(name: str) -> TypeAdapter[Any]:
-    """The type of a field's values."""
-    return _kinds()[name][0]
-
-
 def _checked(option: DataclassField[Any], value: Any) -> Any:
-    """``value`` as the type of a field: YAML reads 1e-4 as text, and a command line has nothing but texts."""
-    name, choices, is_flag = option.name, option.metadata["choices"], option.default is False
+    """``value`` as the type of a field, and one of its choices."""
+    name, choices = option.name, option.metadata["choices"]
     if name == "selector":
         return value
     if name == "pattern":
         value = _pattern_texts(value)
-    try:
-        if isinstance(value, bool) and not is_flag:
-            raise TypeError("true and false are no numbers")
-        value = _kinds()[name][0].validate_python(value)
-    except (ValidationError, TypeError) as error:
-        number = isinstance(option.default, int | float) and not is_flag and "such" not in must_be(name)
-        example = f", such as {option.default}" if number else ""
-        raise RecipeError(f"{name} must be {must_be(name)}{example}, got {_shown(value)}") from error
+    value = checked(Recipe, name, value, option.default)
     if choices and value is not None and value not in choices:
         raise RecipeError(unknown(name, value, choices))
     return value
@@ -391,10 +349,3 @@ def _pattern_texts(value: Any) -> Any:
     if any(isinstance(item, int) for item in items):
         raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
     return [str(item) if isinstance(item, float) else item for item in items]
-
-
-def _shown(value: Any) -> str:
-    """``repr`` of bounded length: aliases make a small file a huge value."""
-    short = reprlib.Repr()
-    short.maxstring = short.maxother = 200
-    return short.repr(value)

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from optima.errors import RecipeError
-from optima.recipe import Recipe, adapter, recipe_from_dict
+from optima.recipe import Recipe, recipe_from_dict
+from optima.values import adapter
 
 _logger = logging.getLogger("optima")
 
@@ -75,7 +76,7 @@ def recipe_schema() -> dict[str, Any]:
     """
     properties = {}
     for option in fields(Recipe):
-        values = {} if option.name == "selector" else adapter(option.name).json_schema()
+        values = {} if option.name == "selector" else adapter(Recipe, option.name).json_schema()
         default = getattr(Recipe(), option.name)
         if isinstance(default, list):  # one text stands for a list of one
             single = ["string", "number"] if option.name == "pattern" else ["string"]

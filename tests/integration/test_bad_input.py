@@ -261,7 +261,7 @@ class TestOptions:
         [
             (["--sparsity", "half"], "sparsity must be a number strictly between 0 and 1, such as 0.5, got 'half'"),
             (["--sparsity", "50%"], "such as 0.5, got '50%'"),
-            (["--seed", "1.5"], "seed must be a whole number of at least 0, such as 0, got '1.5'"),
+            (["--seed", "1.5"], "seed must be a whole number of at least 0 and below 2^63, such as 0, got '1.5'"),
             (["--sparsty", "1"], "unknown argument --sparsty (did you mean --sparsity?)\nsee optima prune --help"),
             (["--max_seq_length=8"], "unknown argument --max_seq_length (did you mean --max-seq-length?)\nsee optima"),
             (["--reci", "x"], "unknown argument --reci (did you mean --recipe?)\nsee optima prune --help"),
@@ -404,7 +404,7 @@ class TestOtherCommands:
             (["./missing"], "there is no directory ./missing"),
             (["model", "--dataset", "missing.txt"], "dataset 'missing.txt'"),
             (["model", "--max-seq-length", "5000"], "but one window of 5000 tokens needs 4999"),
-            (["model", "--max-windows", "0"], "--max-windows must be at least 1"),
+            (["model", "--max-windows", "0"], "max_windows must be a whole number of at least 1, got 0"),
             (["model", "--device", "gpu"], "unknown device 'gpu'"),
             (["model", "./missing"], "there is no directory ./missing"),
             (["model", "missing-dir"], "no directory here has that name"),

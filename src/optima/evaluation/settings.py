@@ -7,7 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from optima.errors import RecipeError
-from optima.recipe import unknown
+from optima.recipe import DTYPES
+from optima.values import Count, Flag, FrozenTexts, Seed, checked, unknown
 
 PROTOCOLS = {
     "windows": "the tokenizer's special tokens (BOS) in every window",
@@ -21,11 +22,12 @@ ABOUT = (
 )
 SUITES = {"paper": ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")}
 WINDOWS, CHOICES = 1, 8  # in one forward pass
+OF_TEXT = ("dataset_config", "split", "text_column", "protocol", "max_seq_length", "max_windows")
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """One evaluation; several models are compared with the first.
+    """One evaluation; several models are compared with the first. One text stands for a tuple of one.
 
     Attributes:
         models: hub ids, local directories or GGUF files.
@@ -51,45 +53,51 @@ class EvaluationSettings:
         RecipeError: on construction, for what cannot be carried out.
     """
 
-    models: tuple[str, ...]
-    dataset: tuple[str, ...] = ()
+    models: FrozenTexts
+    dataset: FrozenTexts = ()
     dataset_config: str | None = None
     split: str = "test"
     text_column: str = "text"
     protocol: str = "windows"
-    max_seq_length: int = 2048
-    max_windows: int | None = None
-    divergence: bool = False
-    tasks: tuple[str, ...] = ()
+    max_seq_length: Count = 2048
+    max_windows: Count | None = None
+    divergence: Flag = False
+    tasks: FrozenTexts = ()
     suite: str | None = None
     task_data: str | None = None
-    task_limit: int | None = None
-    batch_size: int | None = None
-    seed: int = 0
+    task_limit: Count | None = None
+    batch_size: Count | None = None
+    seed: Seed = 0
     device: str = "auto"
     dtype: str = "auto"
-    trust_remote_code: bool = False
+    trust_remote_code: Flag = False
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            value = checked(type(self), option.name, getattr(self, option.name), option.default)
+            object.__setattr__(self, option.name, value)
         for problem in self._problems():
             raise RecipeError(problem)
 
     def _problems(self) -> Iterator[str]:
+        if not self.models:
+            yield "models is empty: name a hub id, a local directory or a GGUF file"
         if not (self.dataset or self.task_names):
             yield "nothing to measure: name a text with --dataset, or --tasks, or a --suite"
         if self.protocol not in PROTOCOLS:
             yield unknown("protocol", self.protocol, PROTOCOLS)
+        if self.dtype not in DTYPES:
+            yield unknown("dtype", self.dtype, DTYPES)
         if self.suite is not None and self.suite not in SUITES:
             yield unknown("suite", self.suite, SUITES)
         if self.divergence and not (self.dataset and len(self.models) > 1):
             yield "--divergence compares models on a text: name two models or more, and a text with --dataset"
+        for option in fields(self):
+            if not self.dataset and option.name in OF_TEXT and getattr(self, option.name) != option.default:
+                flag = f"--{option.name.replace('_', '-')}"
+                yield f"{flag} is for a text: name one with --dataset, or leave {flag} out"
         if not self.task_names and (self.task_data is not None or self.task_limit is not None):
             yield "--task-data and --task-limit are for tasks: name some with --tasks"
-        for name in ("max_windows", "task_limit", "batch_size"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                yield f"--{name.replace('_', '-')} must be at least 1, got {value}: leave it out to use the default"
-        if self.seed < 0:
-            yield f"--seed must be at least 0, got {self.seed}"
 
     @property
     def task_names(self) -> tuple[str, ...]:

@@ -1,0 +1,87 @@
+"""Values of settings: their types, what they must be in words, and errors that say so. No torch is imported here."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Iterable
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Strict, TypeAdapter, ValidationError
+
+from optima.errors import RecipeError
+
+
+def _one_or_many(value: Any) -> Any:
+    """One text stands for a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+# The types of values, each with what it must be in words.
+Fraction = Annotated[float, Field(gt=0, lt=1), "a number strictly between 0 and 1, such as 0.5"]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), "a positive number"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), "a number of at least 0"]
+Share = Annotated[float, Field(gt=0, le=1), "a number above 0 and at most 1"]
+Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
+Count = Annotated[int, Field(ge=1), "a whole number of at least 1"]
+Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number of at least 0 and below 2^63"]
+Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such as 256, or all"]
+Size = Annotated[ByteSize, Field(gt=0), AfterValidator(int), "a size such as 8GiB"]
+Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
+FrozenTexts = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), "a list of texts"]
+Flag = Annotated[bool, Strict(), "true or false"]
+FlagOrAuto = Annotated[Flag | Literal["auto"], "true, false or auto"]
+
+
+@cache
+def _kinds(owner: type) -> dict[str, tuple[TypeAdapter[Any], str]]:
+    """How the values of each field of a class are read, and what they must be in words."""
+    kinds = {}
+    for name, hint in get_type_hints(owner, include_extras=True).items():
+        notes = [note for part in (hint, *get_args(hint)) for note in getattr(part, "__metadata__", ())]
+        kinds[name] = TypeAdapter(hint), next((note for note in notes if isinstance(note, str)), "text")
+    return kinds
+
+
+def must_be(owner: type, name: str) -> str:
+    """What the values of a class's field must be, in words."""
+    return _kinds(owner)[name][1]
+
+
+def adapter(owner: type, name: str) -> TypeAdapter[Any]:
+    """The type of the values of a class's field."""
+    return _kinds(owner)[name][0]
+
+
+def checked(owner: type, name: str, value: Any, default: Any) -> Any:
+    """``value`` as the type of a field: YAML reads 1e-4 as text, and a command line has nothing but texts.
+
+    Raises:
+        RecipeError: if it is none.
+    """
+    is_flag = default is False
+    try:
+        if isinstance(value, bool) and not is_flag:
+            raise TypeError("true and false are no numbers")
+        return adapter(owner, name).validate_python(value)
+    except (ValidationError, TypeError) as error:
+        words = must_be(owner, name)
+        number = isinstance(default, int | float) and not is_flag and "such" not in words
+        example = f", such as {default}" if number else ""
+        raise RecipeError(f"{name} must be {words}{example}, got {shown(value)}") from error
+
+
+def unknown(what: str, value: str, known: Iterable[str]) -> str:
+    """An error's words for a name that is none of the ``known``, with the closest of them."""
+    known = list(known)
+    close = difflib.get_close_matches(value, known, 1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return f"unknown {what} {value!r}{meant}: known {what}s are {', '.join(known)}"
+
+
+def shown(value: Any) -> str:
+    """``repr`` of bounded length: aliases make a small file a huge value."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 200
+    return short.repr(value)
