@@ -83,9 +83,7 @@ class Bench:
             allocation="loss" if "shared" in steps and ":" not in pattern else options.allocation,
             swaps=256 if "swaps" in steps else 0,
             objective=objective,
-            swept_share=options.swept_share,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
-            learning_rate=options.learning_rate,
             solver="auto" if solves else "none",
             gap=options.gap,
             damping=options.damping,
@@ -93,6 +91,8 @@ class Bench:
             sink_weight=options.sink_weight if objective == "sink" else None,
             seed=options.seed,
             device=options.device,
+            **({"swept_share": options.swept_share} if objective == "loss" else {}),
+            **({"learning_rate": options.learning_rate} if "tune" in steps else {}),
         )
 
     def settings(self, method: str, pattern: str) -> dict[str, Any]:

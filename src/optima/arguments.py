@@ -67,6 +67,8 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
+        if "are required" in message and any(option.option_strings and option.nargs for option in self._actions):
+            message += ": put it first, before options that take several values"
         raise OptimaError(f"{message}\nsee {self.prog} --help")
 
     def unknown(self, flag: str) -> NoReturn:
@@ -257,7 +259,8 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     if "pattern" in given:
         values.pop("sparsity", None)
         if all(":" in entry.rpartition("=")[2] for entry in given["pattern"]):
-            values.pop("scope", None)  # n:m has none
+            for name in ("scope", "group_size"):  # n:m has none
+                values.pop(name, None)
         _drop_allocation(values, given, path)
     if "sparsity" in given:
         values.pop("pattern", None)
@@ -265,10 +268,15 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     for option, method, own in (
         ("selector", "external", "mask_from"),
         ("allocation", values.get("allocation"), "allocation_spread"),
+        ("allocation", "owl", "outlier_multiple"),
         ("objective", "sink", "sink_weight"),
+        ("objective", "loss", "swept_share"),
+        ("scope", "group", "group_size"),
     ):
         if given.get(option, method) != method:
             values.pop(own, None)
+    if given.get("tuning_epochs") == "0":
+        values.pop("learning_rate", None)
     return recipe_from_dict(values | given)
 
 
@@ -281,4 +289,5 @@ def _drop_allocation(values: dict[str, Any], given: dict[str, Any], path: str) -
         "recipe %s shares out one sparsity, and pattern %s is none: its allocation %s is left out",
         path, " ".join(given["pattern"]), values.pop("allocation"),
     )  # fmt: skip
-    values.pop("allocation_spread", None)
+    for name in ("allocation_spread", "outlier_multiple"):
+        values.pop(name, None)

@@ -282,8 +282,10 @@ def _recipe(action: str, name: str | None = None) -> None:
     elif action == "schema":
         _say(json.dumps(recipe_schema(), indent=2))
     else:
-        load_recipe(str(name))
-        _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name} checks")
+        trust = (
+            " --trust-remote-code" if load_recipe(str(name)).trust_remote_code else ""
+        )  # no file says that for itself
+        _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name}{trust} checks")
 
 
 def _demo(output_dir: str) -> None:

@@ -167,8 +167,7 @@ class Recipe:
             object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
         self._check_selector()
         self._check_mask(self.table(self.scope or SCOPES[0]))
-        if self.sink_weight is not None and self.objective != "sink":
-            raise RecipeError("sink_weight is for objective sink: add objective sink, or leave it out")
+        self._check_idle()
         if self.allocation == "loss" and self.applied_objective != "loss":
             raise RecipeError(
                 f"allocation loss shares out by objective loss, not {self.applied_objective}: leave out one of them"
@@ -290,15 +289,30 @@ class Recipe:
         if self.swaps == 1:
             raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
         if self.allocation == "uniform":
-            if self.allocation_spread is not None:
-                raise RecipeError("allocation_spread is for allocation owl or loss: uniform has none")
-        elif self.selector == "external":
+            return
+        if self.selector == "external":
             raise RecipeError(f"external masks have their own sparsities: leave out allocation {self.allocation}")
-        elif len(self.pattern) > 1 or not isinstance(table.default, Unstructured):
+        if len(self.pattern) > 1 or not isinstance(table.default, Unstructured):
             raise RecipeError(
                 f"allocation {self.allocation} shares out one unstructured sparsity, not pattern "
                 f"{' '.join(self.pattern)}: use --sparsity, or allocation uniform"
             )
+
+    def _check_idle(self) -> None:
+        """What would do nothing is a misunderstanding, unless it spells out the default."""
+        published = self.selector == "sparsegpt" or self.selector not in SELECTOR_NAMES  # one's own may be by groups
+        used = {
+            "sink_weight": ("objective sink", self.objective == "sink"),
+            "swept_share": ("objective loss", self.applied_objective == "loss"),
+            "allocation_spread": ("allocation owl or loss", self.allocation != "uniform"),
+            "outlier_multiple": ("allocation owl", self.allocation == "owl"),
+            "group_size": ("scope group", self.scope == "group" or (self.scope is None and published)),
+            "learning_rate": ("tuning_epochs above 0", self.tuning_epochs > 0),
+        }
+        for option in fields(self):
+            owner, applies = used.get(option.name, ("", True))
+            if not applies and getattr(self, option.name) != option.default:
+                raise RecipeError(f"{option.name} is for {owner}: add that, or leave {option.name} out")
 
 
 def check_regexes(name: str, regexes: list[str]) -> None:

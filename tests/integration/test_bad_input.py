@@ -284,7 +284,12 @@ class TestOptions:
         ("arguments", "message"),
         [
             (["prune", "model"], "--output-dir is missing"),
-            (["prune"], "the following arguments are required: MODEL\nsee optima prune --help"),
+            (["prune"], "the following arguments are required: MODEL: put it first"),
+            (
+                ["plan", "--pattern", "2:4", "model"],
+                "MODEL: put it first, before options that take several values\nsee",
+            ),
+            (["unpack"], "the following arguments are required: DIR\nsee optima unpack --help"),
             (["eval", "model"], "nothing to measure: name a text with --dataset, or --tasks, or a --suite"),
             (["prun", "model"], "invalid choice: 'prun'"),
         ],

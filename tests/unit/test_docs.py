@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import optima
 from optima.cli import main
 from optima.recipe import SELECTOR_NAMES, SOLVER_NAMES
 
@@ -151,6 +152,11 @@ def test_every_option_that_a_page_names_is_there(page: Path) -> None:
 def test_the_readme_has_every_selector_and_every_solver() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \|", read(ROOT / "README.md"), re.MULTILINE)
     assert [name for name in (*SELECTOR_NAMES, *SOLVER_NAMES) if name not in rows] == []
+
+
+def test_the_page_of_python_has_every_public_name() -> None:
+    named = re.findall(r"^::: optima\.(\w+)$", read(ROOT / "docs" / "reference" / "python.md"), re.MULTILINE)
+    assert set(optima.__all__) - {"OptimaError"} == set(named) - {"errors"}, "errors are one entry"
 
 
 def test_the_solvers_page_has_every_solver() -> None:

@@ -205,6 +205,15 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"damping": float("nan")}, "damping must be a number from 0 to 1"),
     ({"sink_weight": 0.5}, "sink_weight is for objective sink"),
     ({"allocation": "loss", "objective": "sink"}, "allocation loss shares out by objective loss, not sink"),
+    (
+        {"swept_share": 0.5, "objective": "sink"},
+        "swept_share is for objective loss: add that, or leave swept_share out",
+    ),
+    ({"swept_share": 0.5, "solver": "none"}, "swept_share is for objective loss"),
+    ({"outlier_multiple": 3.0, "allocation": "loss"}, "outlier_multiple is for allocation owl"),
+    ({"group_size": 64}, "group_size is for scope group"),
+    ({"group_size": 64, "selector": "sparsegpt", "scope": "row"}, "group_size is for scope group"),
+    ({"learning_rate": 1e-3}, "learning_rate is for tuning_epochs above 0"),
     ({"sink_weight": -0.1}, "sink_weight must be a number of at least 0, got -0.1"),
     ({"sink_weight": float("nan")}, "sink_weight must be a number of at least 0"),
     ({"sink_weight": float("inf")}, "sink_weight must be a number of at least 0"),
@@ -251,6 +260,16 @@ class TestValues:
         recipe = Recipe(targets="q_proj", ignore="up", dataset="a.txt")  # type: ignore[arg-type]
         assert (recipe.targets, recipe.ignore, recipe.dataset) == (["q_proj"], ["up"], ["a.txt"])
         assert Recipe(targets=("a", "b")).targets == ["a", "b"]  # type: ignore[arg-type]
+
+    def test_what_does_nothing_may_spell_out_its_default(self) -> None:
+        """As files do that are written for other values to be overridden."""
+        for solver in ("auto", "none"):
+            values = Recipe(solver=solver).resolved(scope="layer").to_dict()
+            assert recipe_from_dict(values | {"group_size": 128, "learning_rate": "3e-3"}).solver == solver
+
+    @pytest.mark.parametrize("selector", ["sparsegpt", Wanda()], ids=["published by groups", "one's own"])
+    def test_groups_of_a_selector(self, selector: object) -> None:
+        assert Recipe(selector=selector, group_size=64).group_size == 64
 
     def test_is_frozen_and_shares_no_list(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -85,6 +85,9 @@ class TestCommand:
         file.write_text("sparsity: 0.6\npattern: '2:4'")
         assert main(["recipe", "validate", str(file)]) == 2
         assert "give either sparsity or pattern" in capsys.readouterr().err
+        file.write_text("selector: my.module:Mine\ntrust_remote_code: true")
+        assert main(["recipe", "validate", str(file)]) == 0
+        assert f"--recipe {file} --trust-remote-code checks" in capsys.readouterr().out
 
     def test_schema(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["recipe", "schema"]) == 0
@@ -159,3 +162,22 @@ class TestPatternOverAllocation:
     def test_an_allocation_that_is_given_too_is_refused(self) -> None:
         with pytest.raises(ValueError, match="shares out one unstructured sparsity"):
             recipe_of({"recipe": "best", "pattern": ["2:4"], "allocation": "loss"})
+
+
+@pytest.mark.parametrize(
+    ("file", "given"),
+    [
+        ("objective: loss\nswept_share: 0.5", {"objective": "sink"}),
+        ("allocation: owl\noutlier_multiple: 3", {"allocation": "loss"}),
+        ("allocation: owl\noutlier_multiple: 3", {"pattern": ["2:4"]}),
+        ("scope: group\ngroup_size: 64", {"scope": "row"}),
+        ("scope: group\ngroup_size: 64", {"pattern": ["2:4"]}),
+        ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "0"}),
+    ],
+    ids=str,
+)
+def test_what_belongs_to_a_choice_goes_with_it(tmp_path: Path, file: str, given: dict[str, object]) -> None:
+    (tmp_path / "mine.yaml").write_text(file)
+    name = file.rpartition("\n")[2].partition(":")[0]
+    recipe = recipe_of({"recipe": str(tmp_path / "mine.yaml"), **given})
+    assert getattr(recipe, name) == getattr(Recipe(), name)
