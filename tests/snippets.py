@@ -75,12 +75,12 @@ class World:
         self._namespace: dict[str, Any] | None = None
 
     def _cap(self, kind: type, name: str, most: int) -> None:
-        """No value of a field is above ``most``, whoever asks for it."""
+        """No value of a field is above ``most`` where a text is read, whoever asks for it."""
         before = kind.__post_init__  # type: ignore[attr-defined]
 
         def after(self: Any) -> None:
             value = getattr(self, name)
-            if str(value).isdigit():
+            if str(value).isdigit() and self.dataset:  # without a text its options are refused
                 object.__setattr__(self, name, min(int(value), most))
             before(self)
 
