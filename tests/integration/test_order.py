@@ -20,6 +20,7 @@ from optima.arguments import CHANNELS
 from optima.calibration.inputs import arguments
 from optima.cli import main
 from optima.errors import ModelError, NumericalError, RecipeError
+from optima.models.journal import Journal
 from optima.models.stacks import find_stacks, select_linears
 from optima.names import kind
 from optima.ordering.channels import KINDS
@@ -183,6 +184,17 @@ def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
     )
     with pytest.raises(RecipeError, match="there are no channels 'ffn': choose among mlp, heads, hidden"):
         optima.order(make_llama(), Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["ffn"])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("command", ["order", "pack"])
+def test_an_unfinished_run_of_prune_is_not_deleted(root: Path, late: Refused, command: str) -> None:
+    (root / ".out.optima-partial" / "model").mkdir(parents=True)
+    (root / ".out.optima-partial" / "run.json").write_text("{}")
+    journal = Journal(root / ".out.optima-partial" / "journal.jsonl", {"recipe": {}})
+    journal.append({"block": "model.layers.0", "file": None})
+    options = prune_arguments("--pattern", "2:4")[4:] if command == "order" else []
+    message = late(arguments=[command, "model", "--output-dir", "out", *options])
+    assert "optima prune goes on with it by --resume, or deletes it by --no-resume; any other command" in message
 
 
 def test_weights_that_are_no_numbers_are_named() -> None:

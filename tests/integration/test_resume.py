@@ -313,7 +313,7 @@ class TestOtherRuns:
         stopped()
         before = snapshot(Path.cwd())
         for options, message in [
-            ([], "go on with it by --resume, or delete it and begin again by --no-resume"),
+            ([], "prune goes on with it by --resume, or deletes it by --no-resume"),
             (["--sparsity", "0.6"], "left by another run: its recipe.sparsity was 0.5, and this one has 0.6"),
         ]:
             assert finish(start("out", *options)) == 2

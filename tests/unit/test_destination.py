@@ -340,7 +340,7 @@ class TestFailure:
     @pytest.mark.parametrize(
         ("now", "message"),
         [
-            (RUN, r"1 blocks done\): go on with it by --resume, or delete it and begin again by --no-resume"),
+            (RUN, r"1 blocks done\): optima prune goes on with it by --resume, or deletes it by --no-resume; any"),
             ({"recipe": {"sparsity": 0.6}}, r"left by another run: its recipe.sparsity was 0.5, and this one has 0.6"),
         ],
     )

@@ -171,8 +171,9 @@ class Destination:
             check_same(head if isinstance(head, dict) else {}, run, self.partial)
             if resume is None:
                 raise ModelError(
-                    f"{self.partial} was left by a run into {self.path} that did not end ({found}): go on with it by "
-                    "--resume, or delete it and begin again by --no-resume"
+                    f"{self.partial} was left by a run into {self.path} that did not end ({found}): optima "
+                    "prune goes on with it by --resume, or deletes it by --no-resume; any other command needs another "
+                    "--output-dir"
                 )
             keep = True
         if keep:

@@ -150,7 +150,7 @@ def order(
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
-            destination = stack.enter_context(claim(checked, output_dir, overwrite, {}, False))
+            destination = stack.enter_context(claim(checked, output_dir, overwrite, {}, None))
         if checked.source is not None and tokenizer is None:
             tokenizer = load_tokenizer(checked.source)
         shown = stack.enter_context(Listeners([make_progress() if progress else Progress()]))
