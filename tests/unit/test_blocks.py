@@ -251,6 +251,16 @@ def test_a_mixture_of_linear_modules() -> None:
     assert stack.blocks[0].routers == {"0.0.mlp.gate"}
 
 
+def test_a_shared_expert_as_wide_as_there_are_experts_does_not_route() -> None:
+    """The default of Qwen3-Next: 512 of both."""
+    name, config, options = FAMILIES["qwen3_next"]
+    wide = options | {"shared_expert_intermediate_size": options["num_experts"]}
+    (stack,) = find_stacks(getattr(hf, name)(getattr(hf, config)(**wide)))
+    assert [name for block in stack.blocks for name in block.routers] == [
+        f"{block.name}.mlp.shared_expert_gate" for block in stack.blocks
+    ]
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3", "qwen3_moe", "jamba", "xlnet"])
 def test_every_matrix_is_covered_or_counted(family: str) -> None:
     blocks = blocks_of(build(family))

@@ -257,7 +257,9 @@ def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
         beside = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
         beside_experts = any("expert" in child for child in beside)
         named = any("router" in part for part in parts) or (beside_experts and bool(ROUTERS & set(parts[-2:])))
-        if module.out_features == 1 or named or (beside_experts and module.out_features in counts):
+        # A shared expert may have as many channels as there are experts.
+        by_count = beside_experts and module.out_features in counts and not any("expert" in part for part in parts[:-1])
+        if module.out_features == 1 or named or by_count:
             yield name
 
 
