@@ -21,6 +21,8 @@ from optima.models.source import fingerprint_files
 from optima.recipe import Recipe
 from optima.reporting.record import library_versions
 
+# Units for short numbers, which torch's name of an instruction set does not tell: products with them are other sums.
+UNITS = ("avx512_bf16", "amx_tile", "amx_fp16")
 # Of a configuration: its place, and what saving a model in memory adds to it.
 SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -33,7 +35,8 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
     Args:
         recipe: as resolved. Its ``device`` does not count, what it leads to does.
         device: that the linears are solved on. Its kind counts, and on a CPU the number of threads and the instruction
-            set: sums in another order are other sums. Another card of the same kind may go on.
+            set with its units for short numbers: sums in another order are other sums. Another card of the same kind
+            may go on.
         model: its configuration counts, weights are not looked at.
         dump_layer: regex of what is dumped.
     """
@@ -136,4 +139,5 @@ def _bytes_of(tensor: Tensor) -> Any:
 def _kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{describe_device(device)}, {torch.backends.cpu.get_cpu_capability()}"
+    units = [unit for unit in UNITS if getattr(torch.cpu, f"_is_{unit}_supported", bool)()]
+    return ", ".join([describe_device(device), torch.backends.cpu.get_cpu_capability(), *units])

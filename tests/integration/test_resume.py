@@ -477,6 +477,15 @@ class TestModelInMemory:
             found.append(identity(optima.Recipe().resolved(scope="row"), torch.device("cpu"), model, None))
         assert {key for key in found[0] if found[0][key] != found[1][key]} == {"attention"}
 
+    @pytest.mark.parametrize("unit", ["avx512_bf16", "amx_tile"])
+    def test_only_with_the_units_that_it_had(self, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """torch calls a CPU AVX512 with and without them."""
+        found = []
+        for there in (False, True):
+            monkeypatch.setattr(f"torch.cpu._is_{unit}_supported", lambda there=there: there)
+            found.append(identity(optima.Recipe().resolved(scope="row"), torch.device("cpu"), make_llama(), None))
+        assert {key for key in found[0] if found[0][key] != found[1][key]} == {"device"}
+
 
 def test_a_run_without_a_place_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*prune_arguments(), "--resume=yes"]) == 2
