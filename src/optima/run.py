@@ -177,7 +177,7 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
     job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
     job.true_sequential = bool(recipe.true_sequential)
     budget = memory_of(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
-    job.notes.extend([*found.notes, *filter(None, (weights.note, budget))])
+    job.notes.extend([*found.notes, *weights.notes, *filter(None, (budget,))])
     if given:
         job.notes.append(GIVEN_NOTE)
     if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):

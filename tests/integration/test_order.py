@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
     assert main(prune_arguments("--pattern", "2:4", model="ordered")) == 0
     plain, better = optima.load_report("plain"), optima.load_report("out")
     assert sum(each.error_mask for each in better.linears) < sum(each.error_mask for each in plain.linears)
+    assert {stat.S_IMODE(file.stat().st_mode) & 0o044 for file in Path("ordered").iterdir()} == {0o044}
     # Only an output of ours is replaced, by the same bits.
     assert main(["order", "model", "--output-dir", "ordered", *options, "--overwrite"]) == 0
     assert all(torch.equal(new[name], tensor) for name, tensor in load_weights(root / "ordered").items())

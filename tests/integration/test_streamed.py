@@ -9,7 +9,7 @@ import pytest
 import torch
 from families import build
 from safetensors.torch import load_file, save_file
-from tiny import WEIGHTS, make_llama, make_tokenizer, make_tokens, snapshot
+from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens, snapshot, weight_files
 from transformers import PreTrainedModel
 
 import optima
@@ -167,9 +167,47 @@ def test_what_cannot_be_streamed_is_held_in_memory_and_noted(tmp_path: Path) -> 
     source = find_source(str(tmp_path))
     _, weights = open_weights(source, skeleton(source)[0], "auto")
     assert isinstance(weights, Resident)
-    assert weights.note == (
-        "the whole model was held in main memory: there is neither model.safetensors nor model.safetensors.index.json"
+    assert weights.notes == (
+        "the whole model was held in main memory: there is neither model.safetensors nor model.safetensors.index.json",
     )
+
+
+EXTRA = {"mtp.fc.weight": torch.ones(32, 64), "mtp.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}
+
+
+@pytest.mark.parametrize("whole", [None, "it writes its own text"])
+@pytest.mark.parametrize("family", ["qwen3_next", "llama"])
+def test_what_the_model_has_no_place_for_is_noted(family: str, whole: str | None, tmp_path: Path) -> None:
+    """Of the block for multi-token prediction transformers says nothing, for the class of Qwen3-Next expects it."""
+    build(family).save_pretrained(tmp_path)
+    told = {}
+    # A mask that older releases saved is no weight.
+    for name, extra in {"none": {"mtp.mask": torch.ones(4, 4, dtype=torch.bool)}, "some": EXTRA}.items():
+        save_file(load_file(tmp_path / WEIGHTS) | extra, tmp_path / WEIGHTS, {"format": "pt"})
+        source = find_source(str(tmp_path))
+        told[name] = open_weights(source, skeleton(source)[0], "auto", whole=whole)[1].notes
+    (note,) = set(told["some"]) - set(told["none"])
+    assert "has no place for (mtp.fc.weight, mtp.layers.0.mlp.up_proj.weight): they are not in the output" in note
+
+
+@pytest.mark.parametrize("work", ["prune", "order"])
+def test_what_a_checkpoint_lacks_its_output_lacks_too(work: str, tmp_path: Path) -> None:
+    """A sentence encoder without the pooler of its class, which transformers fills with other numbers each time."""
+    build("bert").save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
+    kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
+    save_file(kept, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    recipe = optima.Recipe(device="cpu", pattern=["2:4"], selector="wanda", objective="plain")
+    options: dict[str, Any] = {"tokenizer": make_tokenizer(), "calibration": make_tokens(4).clamp_max(100)}
+    outputs = []
+    for name in ("a", "b"):
+        made = getattr(optima, work)(tmp_path / "model", recipe, output_dir=tmp_path / name, **options)
+        outputs.append(weight_files(tmp_path / name))
+    assert load_weights(tmp_path / "a").keys() == kept.keys()
+    assert outputs[0] == outputs[1]
+    notes = made.run.notes if work == "prune" else made.notes
+    told = "lacks weights of BertModel (pooler.dense.bias, pooler.dense.weight): the output does too"
+    assert any(told in note for note in notes)
 
 
 @pytest.mark.parametrize(("family", "options"), [("llama", EVERYTHING), ("mixtral", CHEAP)])
@@ -214,7 +252,7 @@ def test_a_budget_counts_weights_in_the_dtype_that_they_are_read_in(tmp_path: Pa
 def test_it_is_refused_before_the_model_writes_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_llama().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(optima.preflight.opening, "own_text", None)
-    monkeypatch.setattr("optima.models.weights.load_model", None)  # nor are weights read, which are held whole
+    monkeypatch.setattr("optima.models.weights.load_whole", None)  # nor are weights read, which are held whole
     recipe = optima.Recipe(dataset=["self"], memory_budget="1MiB", max_seq_length=16)
     with pytest.raises(RecipeError, match="memory_budget"):
         optima.prune(tmp_path / "model", recipe, output_dir=tmp_path / "out", tokenizer=make_tokenizer())

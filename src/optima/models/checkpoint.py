@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Checkpoint:
 
     def __init__(self, model: PreTrainedModel, files: Collection[Path]) -> None:
         self.model = model
-        self.conversions: list[Any] = list(getattr(model, "_weight_conversions", None) or [])
+        self.conversions = _conversions(model)
         self._files: list[Any] = [_open(file) for file in files]
         on_disk = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
         self._empty: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -54,19 +54,9 @@ class Checkpoint:
             same[id(tensor)].append(name)
         self.names = {name: tuple(same[id(tensor)]) for name, tensor in self._empty.items()}
         self._on_disk: defaultdict[str, list[str]] = defaultdict(list)
-        for name in on_disk:
-            self._on_disk[self._in_model(name)].append(name)
+        for name, place in _places(model, on_disk).items():
+            self._on_disk[place].append(name)
         self._slices = {name: _Part(file, name) for name, file in on_disk.items()}
-
-    def _in_model(self, name: str) -> str:
-        """The tensor of the model that one on disk becomes (a part of); the first, if they are several."""
-        renamings = [each for each in self.conversions if isinstance(each, WeightRenaming)]
-        converters = [each for each in self.conversions if isinstance(each, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        found, _ = rename_source_key(name, renamings, converters, prefix, self._empty)
-        if found not in self._empty and name in self._empty:
-            return name
-        return found
 
     def is_read(self, name: str) -> bool:
         """Whether a tensor of the model is in memory."""
@@ -144,11 +134,9 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
         raise UnstreamableError("GGUF weights are unpacked when they are read")
     config = load_config(source)
     with explain_read_errors(source, "weights"), no_bars():
-        files = _find(source)
-        shapes: dict[str, Tensor] = {}
-        for file in files:
-            with _open(file) as opened:
-                shapes |= {name: _meta(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118 - no mapping
+        if not (files := _find(source)):
+            raise UnstreamableError(f"there is neither {WEIGHTS} nor {INDEX}")
+        shapes = _shapes(files)
         kind: Any = type(structure)
         model, loading = kind.from_pretrained(
             None, config=config, state_dict=shapes, dtype=dtype, device_map={"": "meta"}, output_loading_info=True
@@ -185,7 +173,46 @@ def _find(source: Source) -> list[Path]:
         if missing := [name for name, path in zip(names, found, strict=True) if path is None]:
             raise OSError(f"{missing[0]} is missing")
         return [path for path in found if path is not None]
-    raise UnstreamableError(f"there is neither {WEIGHTS} nor {INDEX}")
+    return []
+
+
+def _shapes(files: Collection[Path]) -> dict[str, Tensor]:
+    """Every tensor of safetensors files, on the meta device."""
+    shapes: dict[str, Tensor] = {}
+    for file in files:
+        with _open(file) as opened:
+            shapes |= {name: _meta(opened.get_slice(name)) for name in opened.keys()}  # noqa: SIM118 - no mapping
+    return shapes
+
+
+def _conversions(model: PreTrainedModel) -> list[Any]:
+    return list(getattr(model, "_weight_conversions", None) or [])
+
+
+def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Of each tensor on disk that of the model which it becomes (a part of); the first, if they are several."""
+    renamings = [each for each in _conversions(model) if isinstance(each, WeightRenaming)]
+    converters = [each for each in _conversions(model) if isinstance(each, WeightConverter)]
+    known = {**dict(model.named_buffers()), **model.state_dict(keep_vars=True)}
+
+    def place(name: str) -> str:
+        found, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
+        return name if found not in known and name in known else found
+
+    return {name: place(name) for name in names}
+
+
+def left_out(source: Source, model: PreTrainedModel) -> list[str]:
+    """Names on disk of the matrices that ``model``, read from ``source``, has no place for.
+
+    transformers says nothing of those that its class expects: a block for multi-token prediction, for example.
+    """
+    with explain_read_errors(source, "weights"):
+        shapes = _shapes(_find(source))
+    places = _places(model, shapes)
+    held = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
+    matrices = (name for name, shape in shapes.items() if shape.is_floating_point() and shape.ndim >= 2)
+    return [name for name in matrices if places[name] not in held]
 
 
 def _open(file: Path) -> Any:

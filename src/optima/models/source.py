@@ -212,6 +212,11 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
     Raises:
         ModelError: if the weights cannot be found or read, or exist only as pickle files.
     """
+    return load_whole(source, dtype)[0]
+
+
+def load_whole(source: Source, dtype: str) -> tuple[PreTrainedModel, frozenset[str]]:
+    """As ``load_model``; and names of its weights that the checkpoint may lack, and does: they are random numbers."""
     config = load_config(source)
     arguments = source.arguments | (
         _dequantize_arguments() if source.gguf_file else {"use_safetensors": True, "config": config}
@@ -221,8 +226,7 @@ def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
         model, loading = kind.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **arguments)
     assert isinstance(model, PreTrainedModel)
     check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
-    model.eval()
-    return model
+    return model.eval(), frozenset(loading["missing_keys"])
 
 
 def check_complete(source: Source, model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -234,17 +238,18 @@ def check_complete(source: Source, model: PreTrainedModel, missing: Iterable[str
     missing = [name for name in missing if not any(part in name for part in OPTIONAL_PARTS)]
     if missing:
         raise ModelError(
-            f"the checkpoint {source.name} lacks weights of {type(model).__name__} ({_some(missing)}): download it "
+            f"the checkpoint {source.name} lacks weights of {type(model).__name__} ({some(missing)}): download it "
             "again, or correct architectures in config.json"
         )
     if unexpected := list(unexpected):
-        lost = f"{source.name} has weights that {type(model).__name__} has no place for ({_some(unexpected)})"
+        lost = f"{source.name} has weights that {type(model).__name__} has no place for ({some(unexpected)})"
         if not model.config.architectures:
             raise ModelError(f"{lost}: name its architecture in config.json")
         _logger.warning("%s: they are left out", lost)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
+    """The first of ``names``, and how many more."""
     names = sorted(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.device import Stopwatch, on_device
-from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
-from optima.models.source import Source, load_model
+from optima.models.checkpoint import Checkpoint, UnstreamableError, left_out, open_checkpoint
+from optima.models.source import Source, load_whole, some
 from optima.models.stacks import Block, find_stacks
 
 Read = Callable[[], Mapping[str, Tensor]]
@@ -23,10 +23,10 @@ class Weights(Protocol):
     """Who gives a model its weights when they are wanted.
 
     Attributes:
-        note: what a report must tell of them.
+        notes: what a report must tell of them.
     """
 
-    note: str | None
+    notes: tuple[str, ...]
 
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """The block's weights are on ``device`` inside; the way there and back counts as stage ``read``."""
@@ -37,17 +37,21 @@ class Weights(Protocol):
 
     @contextmanager
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
-        """These parameters and saved buffers, by their full names, in memory."""
+        """These parameters and saved buffers, by their full names, in memory; not those that no checkpoint gave."""
 
     def replaced(self, block: Block, read: Read) -> None:
         """From now on the block has weights of its own, which ``read`` gives by full names."""
 
 
 class Resident:
-    """The whole model is in main memory: a block moves to the device and back."""
+    """The whole model is in main memory: a block moves to the device and back.
 
-    def __init__(self, model: nn.Module | None = None, note: str | None = None) -> None:
-        self.model, self.note = model, note
+    ``absent``: names of tensors that nobody gave it, which are not written either.
+    """
+
+    def __init__(self, model: nn.Module | None = None, absent: Collection[str] = ()) -> None:
+        self.model, self.absent = model, absent
+        self.notes: tuple[str, ...] = ()
 
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """See ``Weights``."""
@@ -62,7 +66,7 @@ class Resident:
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
         """See ``Weights``."""
         assert self.model is not None
-        wanted = frozenset(names)
+        wanted = frozenset(names).difference(self.absent)
         yield {name: tensor for name, tensor in self.model.state_dict().items() if name in wanted}
 
     def replaced(self, block: Block, read: Read) -> None:
@@ -86,7 +90,7 @@ class Streamed:
 
     def __init__(self, checkpoint: Checkpoint, blocks: Sequence[Block]) -> None:
         self.checkpoint = checkpoint
-        self.note: str | None = None
+        self.notes: tuple[str, ...] = ()
         self._replaced: dict[str, Read] = {}
         self._kept: list[str] = []
         self._reading = False
@@ -243,14 +247,29 @@ def open_weights(
     Raises:
         ModelError: if the weights cannot be found or read.
     """
+    model, weights, notes = _opened(source, structure, dtype, check, whole)
+    if source.gguf_file is None and (names := left_out(source, model)):
+        lost = f"{source.name} has weights that {type(model).__name__} has no place for ({some(names)})"
+        notes.append(f"{lost}: they are not in the output")
+    weights.notes = tuple(notes)
+    return model, weights
+
+
+def _opened(
+    source: Source, structure: PreTrainedModel, dtype: str, check: Callable[[bool], None], whole: str | None
+) -> tuple[PreTrainedModel, Weights, list[str]]:
+    """The same, and notes."""
     if whole is None:
         try:
             checkpoint = open_checkpoint(source, structure, dtype)
             blocks = [block for stack in find_stacks(checkpoint.model) for block in stack.blocks]
             check(True)
-            return checkpoint.model, Streamed(checkpoint, blocks)
+            return checkpoint.model, Streamed(checkpoint, blocks), []
         except UnstreamableError as error:
             whole = str(error)
     check(False)
-    model = load_model(source, dtype)
-    return model, Resident(model, f"the whole model was held in main memory: {whole}")
+    model, absent = load_whole(source, dtype)
+    notes = [f"the whole model was held in main memory: {whole}"]
+    if absent:
+        notes.append(f"{source.name} lacks weights of {type(model).__name__} ({some(absent)}): the output does too")
+    return model, Resident(model, absent), notes

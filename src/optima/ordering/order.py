@@ -29,13 +29,13 @@ from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
 from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
-from optima.models.checkpoint import no_bars
 from optima.models.files import explain_write_errors, interruptible
+from optima.models.journal import Journal
 from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.source import load_tokenizer
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Weights
-from optima.models.writer import prepare
+from optima.models.writer import Writer, prepare
 from optima.names import kind
 from optima.ordering.channels import KINDS, Channels, Kind, inner_channels, reorder
 from optima.ordering.hidden import hidden_channels, why_not_hidden
@@ -165,12 +165,15 @@ def order(
         with evaluating(network):
             run.order(text.batches(recipe.batch_size))
         seconds = time.perf_counter() - started
-        found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), tuple(run.notes), seconds)
+        notes = (*weights.notes, *run.notes)
+        found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), notes, seconds)
         if destination is not None:
-            with explain_write_errors(destination.directory), no_bars():
-                network.save_pretrained(destination.directory)
-                content = json.dumps({"schema_version": 1, **asdict(found)})
-                (destination.directory / ORDERING_NAME).write_text(content, encoding="utf-8")
+            content = json.dumps({"schema_version": 1, **asdict(found)})
+            with explain_write_errors(destination.journal):
+                journal = Journal(destination.journal, {})
+            blocks = [block.name for block in checked.found.blocks]
+            writer = Writer(network, blocks, destination.directory, journal, weights)
+            writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
     return found
 
 
