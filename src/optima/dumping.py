@@ -25,6 +25,8 @@ def dump_into(directory: Path, regex: str) -> Dump:
             with explain_write_errors(file):
                 directory.mkdir(exist_ok=True)
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+                # safetensors gives its files to their owner alone.
+                file.chmod(directory.stat().st_mode & 0o666)
                 sync(file, directory, directory.parent)  # a block that is resumed is not dumped again
 
     return dump

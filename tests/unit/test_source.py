@@ -6,12 +6,14 @@ import json
 import os
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors.torch import save_file
 from tiny import WEIGHTS, make_llama, save_model
 
 import optima
@@ -19,6 +21,7 @@ from optima.errors import ModelError
 from optima.models.gguf import read_scalars
 from optima.models.masks import MaskFiles
 from optima.models.source import (
+    Source,
     commit_of,
     explain_read_errors,
     find_source,
@@ -28,6 +31,7 @@ from optima.models.source import (
     load_tokenizer,
     note_of_dtype,
 )
+from optima.models.weights import open_weights
 from optima.plan import skeleton
 
 
@@ -198,6 +202,67 @@ class TestConfiguration:
         (model / "tokenizer_config.json").write_text(content)
         with pytest.raises(ModelError, match="tokenizer"):
             load_tokenizer(find_source(str(model)))
+
+
+CODE = """
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+class XConfig(PreTrainedConfig):
+    model_type = "x"
+
+class XModel(PreTrainedModel):
+    config_class = XConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+        self.post_init()
+
+class XForMaskedLM(PreTrainedModel):
+    config_class = XConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model, self.head = XModel(config), nn.Linear(4, 9)
+        self.post_init()
+"""
+
+
+class TestRemoteCode:
+    @pytest.fixture
+    def trusted(self, tmp_path: Path) -> Callable[..., Source]:
+        """A checkpoint with code of its own, and what its configuration says of it."""
+
+        def make(architectures: list[str], **auto_map: str) -> Source:
+            code = {auto: f"code.{name}" for auto, name in {"AutoConfig": "XConfig", **auto_map}.items()}
+            config = {"model_type": "x", "architectures": architectures, "auto_map": code}
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            (tmp_path / "code.py").write_text(CODE)
+            rows = {"model.layers.0.0": 4, "model.layers.1.0": 4, "head": 9}
+            weights = {f"{name}.weight": torch.ones(count, 4) for name, count in rows.items()}
+            biases = {f"{name}.bias": torch.ones(count) for name, count in rows.items()}
+            save_file(weights | biases, tmp_path / WEIGHTS, {"format": "pt"})
+            return find_source(str(tmp_path), True)
+
+        return make
+
+    def test_the_head_that_the_checkpoint_was_saved_with_is_kept(self, trusted: Callable[..., Source]) -> None:
+        source = trusted(["XForMaskedLM"], AutoModel="XModel", AutoModelForMaskedLM="XForMaskedLM")
+        structure, _ = skeleton(source)
+        model, weights = open_weights(source, structure, "auto")
+        with weights.state(["head.weight"]) as state:
+            assert torch.equal(state["head.weight"], torch.ones(9, 4))
+        assert type(model).__name__ == type(structure).__name__ == "XForMaskedLM"
+
+    def test_a_head_that_the_code_does_not_name_is_refused(self, trusted: Callable[..., Source]) -> None:
+        with pytest.raises(ModelError, match="is a XForMaskedLM, which auto_map in its config"):
+            skeleton(trusted(["XForMaskedLM"], AutoModel="XModel"))
+
+    def test_without_a_name_the_code_decides(self, trusted: Callable[..., Source]) -> None:
+        assert type(skeleton(trusted([], AutoModel="XModel"))[0]).__name__ == "XModel"
 
 
 class TestRevision:

@@ -244,6 +244,33 @@ class TestCompanions:
         assert "README.md" not in self.copied(source)
         assert "cannot be read" in caplog.text
 
+    def test_chat_templates_beside_the_first(self, source: Path) -> None:
+        (source / "additional_chat_templates").mkdir()
+        (source / "additional_chat_templates" / "tool_use.jinja").write_text("x")
+        (source / "additional_chat_templates" / "notes.txt").write_text("x")
+        files = self.copied(source)
+        assert {name for name in files if "/" in name} == {"additional_chat_templates/tool_use.jinja"}
+
+    def test_code_that_was_not_trusted_is_not_named(self, source: Path) -> None:
+        """transformers has the class itself; where remote code is allowed it would look for that of the source."""
+        auto_map = {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.Mine", "AutoModel": "a/b--mine.Mine"}
+        slow_and_fast = {"AutoTokenizer": ["mine.Mine", None]}
+        for name, code in (("config.json", auto_map), ("tokenizer_config.json", slow_and_fast)):
+            content = json.loads((source / name).read_text())
+            (source / name).write_text(json.dumps(content | {"auto_map": code}))
+        (source / "preprocessor_config.json").write_text("[")
+        model, tokenizer = hf.LlamaForCausalLM.from_pretrained(source), hf.AutoTokenizer.from_pretrained(source)
+        for name, given in (("out", tokenizer), ("copied", None)):
+            out = source.parent / name
+            out.mkdir()
+            prepare(model, given, find_source(str(source)), out)
+            assert not list(out.glob("*.py"))
+            assert json.loads((out / "config.json").read_text())["auto_map"] == {"AutoModel": "a/b--mine.Mine"}
+            assert "auto_map" not in json.loads((out / "tokenizer_config.json").read_text())
+            assert type(hf.AutoConfig.from_pretrained(out, trust_remote_code=True)) is hf.LlamaConfig
+            assert hf.AutoTokenizer.from_pretrained(out, trust_remote_code=True)("a")["input_ids"]
+        assert model.config.auto_map == auto_map
+
     def test_custom_code_comes_only_if_trusted(self, tmp_path: Path) -> None:
         source = save_model(tmp_path / "source")
         (source / "mine.py").write_text(

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -28,6 +29,7 @@ TOKENIZERS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*.model", "*.tiktoken", "tekken.json", "normalizer.json", "chat_template*", "*.jinja"),
 )
+TEMPLATES, TEMPLATE_FILES = "additional_chat_templates", ("*.jinja",)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 MODULES = "modules.json"  # of sentence encoders: names the directories of their pooling and dense modules
 SENTENCES = (MODULES, "sentence_*config.json", "config_sentence_transformers.json")
@@ -52,11 +54,12 @@ def copy_companions(source: Source, directory: Path) -> None:
     if source.gguf_file is not None:
         return
     with explain_read_errors(source, "model"):
-        origin = _fetch(source, [*COPIED, README])
+        origin = _fetch(source, [*COPIED, README, *(f"{TEMPLATES}/{pattern}" for pattern in TEMPLATE_FILES)])
         if modules := _modules(origin):
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
     with explain_write_errors(directory):
         _copy(origin, "", COPIED, directory)
+        _copy(origin, TEMPLATES, TEMPLATE_FILES, directory)
         for module in modules:
             _copy(origin, module, MODULE_FILES, directory)
         if card := _card(origin / README):
@@ -68,6 +71,32 @@ def copies_tokenizer(source: Source) -> bool:
     if source.local is None or source.gguf_file is not None or source.trust_remote_code:
         return False
     return (file := source.local / TOKENIZER).is_file() and _inside(file, source.local)
+
+
+def forget_missing_code(directory: Path) -> None:
+    """Take out of configurations what names code (``auto_map``) that is not in ``directory``, since nobody trusted it.
+
+    With it transformers would not load the model where remote code is allowed. Code on the hub stays named.
+    """
+    for file in sorted(directory.glob("*config.json")):
+        content: Any = None
+        with suppress(ValueError):  # copied as it is
+            content = json.loads(file.read_text(encoding="utf-8"))
+        named = content.get("auto_map") if isinstance(content, dict) else None
+        if not isinstance(named, dict):
+            continue
+        kept = {auto: code for auto, code in named.items() if _is_there(code, directory)}
+        if kept != named:
+            content["auto_map"] = kept
+            if not kept:
+                del content["auto_map"]
+            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_there(code: object, directory: Path) -> bool:
+    """Whether ``module.Class``, or each of a slow and a fast tokenizer, is in ``directory`` or on the hub."""
+    names = [name for name in (code if isinstance(code, list) else [code]) if isinstance(name, str)]
+    return all("--" in name or (directory / f"{name.partition('.')[0]}.py").is_file() for name in names)
 
 
 def _fetch(source: Source, patterns: list[str]) -> Path:

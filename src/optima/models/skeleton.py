@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from optima.models.source import Source, explain_read_errors, load_config, model_class
 
@@ -17,7 +17,7 @@ def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
     config = load_config(source)
     cls = model_class(config, source)
     with explain_read_errors(source, "configuration"), torch.device("meta"):
-        if cls in (AutoModel, AutoModelForCausalLM):
+        if hasattr(cls, "from_config"):  # an Auto class
             model = cls.from_config(config, trust_remote_code=source.trust_remote_code)
         else:
             model = cls(config)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -187,15 +187,13 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
     """The class that the checkpoint was saved from, so that its heads are kept; an Auto class where none is named.
 
     Raises:
-        ModelError: if the class is named, but the library has none of that name.
+        ModelError: if the class is named, but neither the library nor the code that comes with the model has it.
     """
     if source.gguf_file:
         return AutoModelForCausalLM
     names = [str(name) for name in config.architectures or []]
     if config.__class__.__module__.startswith("transformers_modules"):
-        # Remote code registers itself with the Auto classes.
-        auto_map = getattr(config, "auto_map", {})
-        return AutoModelForCausalLM if "AutoModelForCausalLM" in auto_map else AutoModel
+        return getattr(transformers, _auto_class(getattr(config, "auto_map", {}), names, source))
     if not names:
         return AutoModel
     if not hasattr(transformers, names[0]):
@@ -204,6 +202,22 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
             "newer release, or correct architectures in config.json"
         )
     return getattr(transformers, names[0])
+
+
+def _auto_class(auto_map: Mapping[str, Any], names: Sequence[str], source: Source) -> str:
+    """The Auto class with which remote code registered the class that the checkpoint was saved from."""
+    codes = {auto: code for auto, code in auto_map.items() if isinstance(code, str) and hasattr(transformers, auto)}
+    known = {auto: code.rpartition(".")[2] for auto, code in codes.items()}
+    if found := [auto for auto, name in known.items() if name in names[:1]]:
+        return found[0]
+    if "AutoModelForCausalLM" in known:
+        return "AutoModelForCausalLM"
+    if names:
+        raise ModelError(
+            f"{source.name} is a {names[0]}, which auto_map in its config.json does not name: add it there, or correct "
+            "architectures"
+        )
+    return "AutoModel"
 
 
 def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:

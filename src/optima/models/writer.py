@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.checkpoint import no_bars
-from optima.models.companions import copy_companions
+from optima.models.companions import copy_companions, forget_missing_code
 from optima.models.files import digest, explain_write_errors, read_header, sync
 from optima.models.journal import Journal
 from optima.models.source import Source
@@ -67,6 +67,7 @@ def prepare(
                 "correct it (model.generation_config, for example) before pruning"
             ) from error
         (saved / WEIGHTS).unlink(missing_ok=True)
+        forget_missing_code(saved)
         shutil.copytree(saved, directory, dirs_exist_ok=True)
 
 
