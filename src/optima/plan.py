@@ -19,7 +19,7 @@ from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear, has_experts
-from optima.models.ordered import read_orders
+from optima.models.ordered import orders_of
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source
@@ -138,7 +138,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
     routed = has_experts(found.linears)  # what experts are given is kept
     notes = list(found.notes)
-    if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and read_orders(source.local) is None:
+    if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
         notes.append(ORDER_NOTE)
     if surveyed:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))

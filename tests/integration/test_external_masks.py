@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import build, make_ids
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import save_file
 from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model
 from torch import Tensor
@@ -15,9 +18,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
 from optima.cli import main
+from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.models.masks import MaskFiles
+from optima.models.skeleton import skeleton
+from optima.models.source import find_source
 from optima.models.stacks import ModuleLinear
+from optima.preflight.opening import check
 
 UP = "model.layers.0.mlp.up_proj"
 EXTERNAL = ["--selector", "external", "--mask-from"]
@@ -181,6 +188,34 @@ class TestRefused:
         assert "scope needs to know the pattern of the external masks" in cheap(
             *EXTERNAL, "masks.safetensors", "--scope", "row"
         )
+
+
+@pytest.mark.parametrize("where", ["memory", "hub"])
+def test_masks_of_a_model_with_its_channels_in_another_order(
+    where: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the model is: a directory is not all that can be pruned."""
+    monkeypatch.setattr("optima.models.source.hf_hub_download", lambda path, name, **_: str(on_hub(root / path, name)))
+    monkeypatch.setattr("optima.preflight.opening.skeleton", lambda source: skeleton(find_source(str(root / "model"))))
+    (root / "owner/plain").mkdir(parents=True)
+    for name in ("owner/ordered", "masks"):
+        (root / name).mkdir(parents=True)
+        (root / name / "ordering.json").write_text(json.dumps({"channels": [{"order": [[1, 0]]}]}))
+    save_file(make_masks(), "masks/masks.safetensors")
+    recipe = Recipe(selector="external", mask_from=str(root / "masks"), max_seq_length=16)
+    monkeypatch.chdir(root / "owner")  # nothing here is called as on the hub
+    for name, fits in (("ordered", True), ("plain", False)):
+        model = make_llama()
+        model.config.name_or_path = str(root / "owner" / name)
+        given: Any = model if where == "memory" else f"owner/{name}"
+        with nullcontext() if fits else pytest.raises(RecipeError, match="have their channels in different orders"):
+            check(given, recipe, "out", make_tokens(), None, ALONE)
+
+
+def on_hub(directory: Path, name: str) -> Path:
+    if not (directory / name).exists():
+        raise EntryNotFoundError(name)
+    return directory / name
 
 
 def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -23,7 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
-from optima.models.source import Source, check_complete, explain_read_errors, load_config
+from optima.models.source import Source, check_complete, explain_read_errors, find_file, load_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -156,20 +154,11 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
 
 def _find(source: Source) -> list[Path]:
     """The files that transformers would read, in its order of preference; downloaded, if they are on the hub."""
-
-    def find(name: str) -> Path | None:
-        if source.local:
-            return path if (path := source.local / name).is_file() else None
-        try:
-            return Path(hf_hub_download(source.path, name, **source.of_hub))
-        except EntryNotFoundError:
-            return None
-
-    if file := find(WEIGHTS):
+    if file := find_file(source, WEIGHTS):
         return [file]
-    if index := find(INDEX):
+    if index := find_file(source, INDEX):
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        found = [find(name) for name in names]
+        found = [find_file(source, name) for name in names]
         if missing := [name for name, path in zip(names, found, strict=True) if path is None]:
             raise OSError(f"{missing[0]} is missing")
         return [path for path in found if path is not None]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -144,6 +144,16 @@ def _check_directory(path: Path) -> None:
             "safetensors first (load with torch and save with model.save_pretrained)"
         )
     raise ModelError(f"{path} has a config.json but no .safetensors weights")
+
+
+def find_file(source: Source, name: str) -> Path | None:
+    """A file of the model, downloaded if it is on the hub; None if there is none of that name."""
+    if source.local:
+        return path if (path := source.local / name).is_file() else None
+    try:
+        return Path(hf_hub_download(source.path, name, **source.of_hub))
+    except EntryNotFoundError:
+        return None
 
 
 def load_config(source: Source) -> PretrainedConfig:

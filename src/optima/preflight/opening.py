@@ -20,7 +20,7 @@ from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, host_memory
 from optima.models.destination import Destination
-from optima.models.ordered import ORDERING_NAME, read_orders
+from optima.models.ordered import ORDERING_NAME, orders_of, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint
 from optima.models.stacks import count_parameters
@@ -69,7 +69,7 @@ def check(
         check_writes(structure)
     scope_named = recipe.scope is not None
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
-    _check_order(source, recipe)
+    _check_order(source, structure, recipe)
     found = preflight(structure, recipe, methods)
     calibration = taken(calibration, recipe, found)
     length = sequence_length(structure, recipe, calibration)
@@ -83,14 +83,18 @@ def check(
     return Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
 
 
-def _check_order(source: Source | None, recipe: Recipe) -> None:
+def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:
     """Masks speak of weights by their places: they must be of the model with its channels in this order."""
-    if recipe.mask_from is None or source is None or source.local is None:
+    if recipe.mask_from is None:
         return
-    if read_orders(Path(recipe.mask_from).expanduser()) != read_orders(source.local):
+    # A model in memory remembers the directory that it was read from.
+    origin = model.config.name_or_path
+    own = orders_of(source) if source is not None else read_orders(Path(origin) if origin else None)
+    if read_orders(Path(recipe.mask_from).expanduser()) != own:
+        name = "the model in memory" if source is None else source.name
         raise RecipeError(
-            f"mask_from {recipe.mask_from} and {source.name} have their channels in different orders "
-            f"({ORDERING_NAME}): prune the model that the masks were made for"
+            f"mask_from {recipe.mask_from} and {name} have their channels in different orders ({ORDERING_NAME}): prune "
+            "the model that the masks were made for"
         )
 
 
