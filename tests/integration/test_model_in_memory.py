@@ -131,6 +131,27 @@ def test_weights_that_are_not_in_memory() -> None:
         prune(model, Recipe(), calibration=make_tokens())
 
 
+def test_a_quantized_one() -> None:
+    model = make_llama()
+    up = model.model.layers[1].mlp.up_proj
+    up.weight = nn.Parameter(up.weight.mul(100).to(torch.int8), requires_grad=False)
+    flagged = make_llama()  # as transformers marks it: codes may be in modules of other kinds
+    flagged.is_quantized = True
+    for each in (model, flagged):
+        with pytest.raises(ModelError, match="is quantized, and its weights are codes: load it unquantized"):
+            prune(each, Recipe(), calibration=make_tokens())
+
+
+def test_one_with_adapters() -> None:
+    """A linear with LoRA, as PEFT makes it."""
+    model = make_llama()
+    mlp = model.model.layers[0].mlp
+    adapted = nn.ModuleDict({"base_layer": mlp.up_proj, "lora_A": nn.ModuleDict({"default": nn.Linear(32, 4)})})
+    mlp.up_proj = adapted
+    with pytest.raises(ModelError, match="has adapters, which are not written: merge them"):
+        prune(model, Recipe(), calibration=make_tokens())
+
+
 def test_blocks_behind_the_last_target_are_neither_run_nor_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
     runs, moves = [], []

@@ -48,8 +48,6 @@ def prepare(
     Raises:
         ModelError: if something cannot be saved, or the disk fails.
     """
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError("the model has adapters, which are not written: merge them into its weights first")
     # Elsewhere first: save_pretrained deletes the shards that it finds.
     with explain_write_errors(directory), TemporaryDirectory(dir=directory.parent) as scratch, no_bars():
         saved = Path(scratch, "saved")  # whose mode, unlike the scratch directory's, is anybody's to read
