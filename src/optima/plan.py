@@ -18,7 +18,7 @@ from optima.calibration.own_text import check_writes
 from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, host_memory, in_turn, work_bytes
-from optima.models.experts import ExpertLinear, has_experts
+from optima.models.experts import has_experts, split_on_disk
 from optima.models.ordered import orders_of
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
@@ -47,8 +47,8 @@ class Plan:
         block_bytes: the largest block's weights.
         inputs_bytes: stored block inputs: in main memory, as far as there is room, and in files.
         model_bytes: the model's weights, on disk; so many are written again.
-        beside_bytes: of experts that are fused in the model: where they are split on disk, a second copy of them is
-            there until the run ends.
+        beside_bytes: of experts that are fused in the model and split on disk: a second copy of them is there until the
+            run ends.
         host: main memory that a run takes beside block inputs.
         left_bytes: main memory for block inputs.
         passes: forward passes over the calibration text; a backward pass counts as two.
@@ -156,8 +156,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), int(kept)),
         model_bytes=num_parameters * dtype.itemsize,
-        beside_bytes=sum(math.prod(each.shape) for each in found.linears if isinstance(each, ExpertLinear))
-        * dtype.itemsize,
+        beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
         host=memory,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
         passes=forward_passes(recipe, swept, all(in_turn(block, recipe) for block in found.blocks if block.linears)),

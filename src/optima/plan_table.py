@@ -39,7 +39,7 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         "main memory": f"at most {_size(plan.host.total + held)}: libraries and weights {_size(plan.host.least)}, "
         f"work {_size(plan.host.total - plan.host.least)}, block inputs {_size(held)}",
         "disk": f"{_size(plan.model_bytes)} for the result"
-        + (f", up to {_size(plan.beside_bytes)} for experts during the run" if plan.beside_bytes else "")
+        + (f", {_size(plan.beside_bytes)} for experts during the run" if plan.beside_bytes else "")
         + (f", {_size(plan.inputs_bytes - held)} for block inputs during the run" if plan.inputs_bytes > held else ""),
         "passes": f"{plan.passes} over the calibration text; weights are read {plan.reads} times",
         "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 import optima
 import optima.preflight.opening
 from optima.calibration.routed import Recorded
-from optima.errors import RecipeError
+from optima.errors import ModelError, RecipeError
 from optima.models.checkpoint import Checkpoint
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
@@ -188,6 +189,23 @@ def test_what_the_model_has_no_place_for_is_noted(family: str, whole: str | None
         told[name] = open_weights(source, skeleton(source)[0], "auto", whole=whole)[1].notes
     (note,) = set(told["some"]) - set(told["none"])
     assert "has no place for (mtp.fc.weight, mtp.layers.0.mlp.up_proj.weight): they are not in the output" in note
+
+
+@pytest.mark.parametrize(("family", "twice"), [("mixtral", True), ("gpt_oss", False)])
+def test_the_second_copy_of_experts_is_asked_for_first(
+    family: str, twice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where they are split on disk, they are kept beside as they are in the model."""
+    model = build(family)
+    model.save_pretrained(tmp_path / "model")
+    size = 4 * sum(parameter.numel() for parameter in model.parameters())
+    fused = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
+    free = SimpleNamespace(free=size + twice * fused - 1)
+    monkeypatch.setattr("optima.models.destination.shutil.disk_usage", lambda path: free)
+    with pytest.raises(ModelError, match="GiB free and the checkpoint needs"):
+        pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
+    free.free += 1
+    pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
 
 
 @pytest.mark.parametrize("work", ["prune", "order"])

@@ -375,10 +375,11 @@ class TestFailure:
         with pytest.raises(KeyboardInterrupt):
             fail(KeyboardInterrupt())
         free = shutil.disk_usage(here).free
-        shard = here / ".out.optima-partial" / "model" / "model-00001-of-00001.safetensors"
-        with shard.open("wb") as opened:
-            opened.truncate(free)  # sparse: it takes none
-        with claim(resume=True, num_bytes=free + free // 2):
+        partial = here / ".out.optima-partial"
+        for file in (partial / "model" / "model-00001-of-00001.safetensors", partial / "block-00000.safetensors"):
+            with file.open("wb") as opened:
+                opened.truncate(free)  # sparse: it takes none
+        with claim(resume=True, num_bytes=2 * free + free // 2):
             pass
 
     def test_a_refused_run_leaves_the_unfinished_one(self, here: Path) -> None:

@@ -131,7 +131,9 @@ class Destination:
                 destination = cls(path, _beside(path, SUFFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(destination._claim(run or {}, resume))
-                here = sum(file.stat().st_size for file in destination.directory.glob("*.safetensors"))
+                # Shards, and beside them experts as they are in the model.
+                places = (destination.directory, destination.partial)
+                here = sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
                 _check_space(path.parent, num_bytes - here)
                 sync(destination.partial, *(parent.parent for parent in (destination.partial, *new_parents)))
             yield destination

@@ -10,6 +10,7 @@ Shapes: O outputs, D inputs, T tokens that reach an expert.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 
 from optima.errors import ModelError
 
@@ -337,3 +341,13 @@ def _layout(module: nn.Module) -> dict[str, bool]:
 def has_experts(linears: Iterable[object]) -> bool:
     """Whether some of them are experts of a fused parameter, which are given the tokens routed to them alone."""
     return any(isinstance(linear, ExpertLinear) for linear in linears)
+
+
+def split_on_disk(model: PreTrainedModel, linears: Iterable[object]) -> int:
+    """Weights of ``linears`` whose fused parameter transformers writes in parts: a writer keeps them whole beside."""
+    experts = [linear for linear in linears if isinstance(linear, ExpertLinear)]
+    if not experts:
+        return 0
+    converters = [each for each in get_model_conversion_mapping(model) if isinstance(each, WeightConverter)]
+    fused = [target for each in converters for target in each.target_patterns]
+    return sum(math.prod(each.shape) for each in experts if any(target in each.name for target in fused))

@@ -20,6 +20,7 @@ from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, host_memory
 from optima.models.destination import Destination
+from optima.models.experts import split_on_disk
 from optima.models.ordered import ORDERING_NAME, orders_of, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint
@@ -54,10 +55,7 @@ def check(
     device, methods = ranks.on(recipe.device), build(recipe)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
-        if any(parameter.is_meta for parameter in model.parameters()):
-            raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
-        if len(places := {str(parameter.device) for parameter in model.parameters()}) > 1:
-            raise ModelError(f"the model is spread over {', '.join(sorted(places))}: load it on one device, or the CPU")
+        _check_in_memory(model)
     elif isinstance(model, str | Path):
         source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
         structure = skeleton(source)[0]
@@ -81,6 +79,21 @@ def check(
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
     return Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
+
+
+def _check_in_memory(model: PreTrainedModel) -> None:
+    """Raise ``ModelError`` unless all weights are there as numbers of their own."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
+    if len(places := {str(parameter.device) for parameter in model.parameters()}) > 1:
+        raise ModelError(f"the model is spread over {', '.join(sorted(places))}: load it on one device, or the CPU")
+    if getattr(model, "is_quantized", False) or any(parameter.itemsize < 2 for parameter in model.parameters()):
+        raise ModelError(
+            "the model is quantized, and its weights are codes: load it unquantized, prune it, then quantize the result"
+        )
+    # What every kind of adapter of PEFT calls the linear that it is put around.
+    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
+        raise ModelError("the model has adapters, which are not written: merge them into its weights first")
 
 
 def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:
@@ -145,7 +158,9 @@ def claim(
     """The output's place, if it can be had; arguments as of ``Destination.open``."""
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
-    num_bytes = count_parameters(checked.structure) * checked.dtype.itemsize
+    # What commits no block (a run that is not told of itself) keeps nothing beside.
+    beside = split_on_disk(checked.structure, checked.found.linears) if run else 0
+    num_bytes = (count_parameters(checked.structure) + beside) * checked.dtype.itemsize
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
