@@ -4,7 +4,8 @@
 
 torch.distributed does the work: gloo between main memories, nccl between CUDA devices. Two rules keep a run from
 hanging. Every exchange begins with ``gather``, over gloo, whose connections break at once when a process dies: the
-others then raise ``RankError``. And an ``OptimaError`` of one process is raised by all at their next ``gather``.
+others then raise ``RankError``. And an ``OptimaError`` of one process is raised by all at their next ``gather``. So
+tensors travel right behind one, for which all have the memory by then: nccl would wait for a process that has not.
 """
 
 from __future__ import annotations
@@ -179,6 +180,7 @@ class Group(Ranks):
         own = _joined(tensors, max(sizes), self._device)
         every = [torch.empty_like(own) for _ in sizes]
         if len(own):
+            self.gather(None)
             with self._watched():
                 dist.all_gather(every, own, group=self._data)
         return [
@@ -211,6 +213,7 @@ class Group(Ranks):
         data, plan = self.gather((data, _plan(tensors)))[owner]
         buffer = _joined(tensors, plan[-1][0], self._device)
         if len(buffer):
+            self.gather(None)
             with self._watched():
                 dist.broadcast(buffer, owner, group=self._data)
         result: T = value if mine else _put_together(data, plan, buffer, self._device)  # type: ignore[assignment]
@@ -221,7 +224,8 @@ class Group(Ranks):
         return self.share(make() if self.first else None, 0)
 
     def add(self, tensor: Tensor, owner: int | None = None) -> Tensor:
-        """See ``Ranks``: contiguous. No error is exchanged: a ``gather`` goes before it."""
+        """See ``Ranks``: contiguous."""
+        self.gather(None)
         with self._watched():
             if owner is None:
                 dist.all_reduce(tensor, group=self._data)

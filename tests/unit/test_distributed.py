@@ -18,7 +18,7 @@ from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
-from optima.errors import CalibrationError, RankError, RecipeError
+from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.models.stacks import ModuleLinear, find_stacks
 from optima.qp import rows as qp_rows
 
@@ -127,6 +127,35 @@ def test_an_error_of_one_is_raised_by_all() -> None:
     assert in_processes(SIZE, work) == [2, 2, 2]
     assert Path("said0").read_text() == "bad sample (said by process 1 of 3)"
     assert Path("said1").read_text() == "bad sample"
+
+
+class Full(Tensor):
+    """For which there is no memory when it is to travel."""
+
+    def refuse(self, *args: object, **options: object) -> Tensor:
+        raise DeviceMemoryError("out of memory")
+
+    detach = to = contiguous = refuse  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    "send",
+    [
+        lambda ranks, tensor: ranks.collect(tensor),
+        lambda ranks, tensor: ranks.share(tensor, 1),
+        lambda ranks, tensor: ranks.total(tensor),
+        lambda ranks, tensor: ranks.add_lower(tensor),
+    ],
+    ids=["collect", "share", "total", "add_lower"],
+)
+def test_where_one_has_no_memory_left_the_others_do_not_wait(send: Callable[[Ranks, Tensor], object]) -> None:
+    def work(ranks: Ranks) -> None:
+        tensor = torch.ones(8, 8)
+        send(ranks, tensor.as_subclass(Full) if ranks.rank == 1 else tensor)
+        raise AssertionError("nothing was refused")
+
+    assert in_processes(SIZE, work) == [2, 2, 2]
+    assert Path("said0").read_text() == "out of memory (said by process 1 of 3)"
 
 
 def test_an_error_at_the_very_end_is_raised_by_all() -> None:
