@@ -71,3 +71,16 @@ def test_auto_names_its_choice() -> None:
     bound_RD = torch.full_like(problem.target_RD, 10.0) * problem.keep_RD
     bounded = make_problem(hessian, problem.target_RD, problem.keep_RD, None, -bound_RD, bound_RD)
     assert solve_rows(Auto(), hessian, bounded).solver == "bounded"
+
+
+def test_a_chunk_of_rows_does_not_depend_on_those_before_it() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight_RD, draw_RD = torch.randn(40, 400, generator=generator), torch.rand(40, 400, generator=generator)
+    matrix_DD = make_matrix(400, 1200, seed=2)
+    solved = []
+    for before in ((), (0.03,)):
+        hessian = Hessian(matrix_DD)
+        for pruned in (*before, 0.18):
+            found = solve_rows(Auto(1e-4), hessian, make_problem(hessian, weight_RD, draw_RD > pruned))
+        solved.append(found.weight_RD)
+    assert torch.equal(*solved)

@@ -212,6 +212,14 @@ class TestRefusals:
         with pytest.raises(NumericalError, match="zero on its diagonal"):
             solve(Hessian(matrix_DD), *make_rows(2, 6, seed=15))
 
+    @pytest.mark.parametrize("size", [1e-20, 1e-22, 1e-23, 1e-24, 1e-30])
+    def test_an_input_whose_square_is_zero_in_float32_is_dead(self, size: float) -> None:
+        inputs_TD = torch.randn(64, 6, generator=torch.Generator().manual_seed(17))
+        inputs_TD[:, 2] *= size
+        hessian = Hessian(inputs_TD.mT @ inputs_TD / 64)
+        assert bool(hessian.dead_D[2]) == (size < 2e-23)
+        solve(hessian, *make_rows(2, 6, seed=15))
+
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("place", [(0, 0), (2, 5)])
     def test_hessian_not_finite(self, value: float, place: tuple[int, int]) -> None:
@@ -414,3 +422,16 @@ def test_working_set(solver: RowSolver, size: tuple[int, int], tmp_path: Path) -
     held = peak_bytes(lambda: solve_rows(solver, hessian, problem, 2**33), tmp_path)
     factors = rows * FACTORS**2 if solver.name == "low-rank-cg" else 0
     assert held <= 8 * 4 * num_inputs**2 + 4 * (7 * rows * num_inputs + factors) + SMALL
+
+
+def test_weights_off_the_mask_are_zero_whatever_a_solver_returns() -> None:
+    hessian, (weight_RD, keep_RD) = Hessian(make_matrix(32, 64, seed=3)), make_rows(6, 32, seed=4)
+    problem = make_problem(hessian, weight_RD, keep_RD)
+
+    def inner(residuals: Residuals) -> Correction:
+        exact_RD = solve_kept(hessian, residuals.residual_RD.double(), residuals.mask_RD)
+        return Correction(exact_RD + 1.0 - residuals.mask_RD, torch.zeros(len(exact_RD), dtype=torch.int32))
+
+    found = solve_with_restarts(hessian, problem, inner, 1e-4)
+    assert bool((found.weight_RD[~keep_RD] == 0).all())
+    assert float(found.gap_R.max()) <= 1e-4

@@ -20,6 +20,8 @@ from optima.linalg.products import SharedFactor, SharedMatrix, scaled
 SMALLEST_DAMPING = 1e-8
 # An eigenvalue below -INDEFINITE * the largest one is not rounding of X^T X.
 INDEFINITE = 1e-4
+# What H_ij is at most, in units of sqrt(H_jj), where H_ii is zero by underflow in float32 alone; twice, to be safe.
+UNDERFLOW = 2.0 * torch.finfo(torch.float32).tiny ** 0.5
 # Asymmetry beyond rounding, in units of sqrt(H_ii H_jj).
 ASYMMETRIC = 1e-2
 # Cholesky "succeeds" on numerically singular matrices. This is the most of (D + 4) u condition, u the unit of rounding:
@@ -65,7 +67,7 @@ class Hessian:
         diagonal_D: undamped diagonal, float64: the mean square of each input.
 
     Raises:
-        NumericalError: if the matrix has NaN/Inf, is not symmetric, or is indefinite beyond rounding.
+        NumericalError: if the matrix has NaN/Inf, is not symmetric, or is so indefinite that it cannot be factorised.
         RecipeError: if it is not a square float matrix or damping is out of range.
     """
 
@@ -92,10 +94,16 @@ class Hessian:
             raise NumericalError("the hessian contains NaN or Inf: check the calibration activations")
         if float(self.diagonal_D.min()) < 0.0:
             raise NumericalError("the hessian has a negative diagonal entry, so it is not X^T X of real inputs")
-        if bool(self._matrix_DD[self.dead_D].any()):
-            raise NumericalError(
-                "the hessian has a zero on its diagonal and other entries beside it, so it is not X^T X of real inputs"
-            )
+        if bool((beside_ND := self._matrix_DD[self.dead_D]).any()):
+            if bool((beside_ND.abs() > UNDERFLOW * self.diagonal_D.sqrt()).any()):
+                raise NumericalError(
+                    "the hessian has a zero on its diagonal and other entries beside it, so it is not X^T X of real "
+                    "inputs"
+                )
+            # An input so small that its square is zero in float32, and its products with others are not.
+            self._matrix_DD = self._matrix_DD.clone()
+            self._matrix_DD[self.dead_D] = 0.0
+            self._matrix_DD[:, self.dead_D] = 0.0
         # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
         generator = torch.Generator().manual_seed(0)
         signs_KD = torch.randint(0, 2, (4, self.num_inputs), generator=generator).mul_(2).sub_(1).to(self._matrix_DD)
@@ -198,6 +206,12 @@ class Hessian:
         return torch.cholesky_inverse(self.factor_DD)
 
     @cached_property
+    def inverse_factor_DD(self) -> Tensor:
+        """Upper Cholesky factor U of K = U^T U, float64: its rows are those of inverses without the columns before."""
+        upper_DD: Tensor = torch.linalg.cholesky(self.inverse_DD, upper=True)
+        return upper_DD
+
+    @cached_property
     def inverse_diagonal_D(self) -> Tensor:
         """Diagonal of K, float64: from K if it has been made, else the squared norms of the columns of L^-1."""
         if "inverse_DD" in vars(self):
@@ -266,19 +280,13 @@ class Hessian:
         """K in the same units, ready to multiply rows; made once. Below float64 only a few digits of it are right."""
         return self.memo(("preconditioner", dtype), lambda: SharedMatrix(self._inverse(dtype)))
 
-    @property
-    def has_preconditioner(self) -> bool:
-        """True once K has been made, for a solver or a selector."""
-        made = ("preconditioner" in key for key in self._made if isinstance(key, tuple))
-        return "inverse_DD" in vars(self) or any(made)
-
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to measure L^-1 r of rows; made once."""
         return self.memo(("whitener", dtype), lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
 
     def _inverse(self, dtype: torch.dtype) -> Tensor:
-        """K in units of the mean diagonal: from float64 where that is at hand or needed; float32 costs half."""
-        if dtype == torch.float64 or "inverse_DD" in vars(self):
+        """K in units of the mean diagonal. Not from float64 where that is at hand: digits must not hang on that."""
+        if dtype == torch.float64:
             return scaled(self.inverse_DD, self.mean_diagonal, dtype)
         return torch.cholesky_inverse(scaled(self.factor_DD, self.mean_diagonal**-0.5, torch.float32)).to(dtype)
 

@@ -78,7 +78,8 @@ class Auto:
         direct_R = FACTOR * size_R**3 + GATHER * size_R**2 + torch.where(dual_R, 4 * num_inputs**2, 0.0)
         iterations = max(-ITERATIONS_PER_DIGIT * math.log10(self.gap), 1.0)
         cost = iterations * (1 if low_rank else 2) * 2 * num_inputs**2
-        inverse = 0.0 if low_rank or hessian.has_preconditioner else INVERSE * num_inputs**3
+        # Counted though K may be at hand: the choice must not hang on what was solved before.
+        inverse = 0.0 if low_rank else INVERSE * num_inputs**3
         mixed = float(direct_R.clamp_max(cost).sum()) + inverse
         if not bool(dual_R.any()) and float(direct_R.sum()) <= mixed:
             return torch.ones_like(dual_R)

@@ -193,12 +193,13 @@ class _Rounds:
         return replace(residuals, box=box)
 
     def _apply(self, step_AD: Tensor, weight_AD: Tensor, rows: slice | Tensor) -> Tensor:
-        """The corrected weight in its own dtype; a correction that is not finite is not taken."""
+        """The corrected weight in its own dtype, zero off the mask; a correction that is not finite is not taken."""
         scale_A1 = self.verifier.scale_R[rows, None].to(weight_AD.dtype)
         step_AD = step_AD.to(weight_AD.dtype)
         if self.problem.bounded:
             new_AD = self.problem.rows(rows).clamp(step_AD * scale_A1)
         else:
-            new_AD = torch.addcmul(weight_AD, step_AD, scale_A1)
+            # Whatever a solver returns: the certificate speaks of weights on the mask.
+            new_AD = torch.addcmul(weight_AD, step_AD, scale_A1).mul_(self.verifier.mask_RD[rows])
         finite_A = new_AD.sum(dim=1).isfinite()
         return new_AD if bool(finite_A.all()) else torch.where(finite_A[:, None], new_AD, weight_AD)

@@ -36,7 +36,7 @@ class SparseGPT:
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
-        upper_DD = torch.linalg.cholesky(task.hessian.inverse_DD, upper=True).to(task.weight_OD.dtype)
+        upper_DD = task.hessian.inverse_factor_DD.to(task.weight_OD.dtype)
         weight_OD = task.weight_OD.masked_fill(task.hessian.dead_D, 0.0)
         keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)
         num_inputs = weight_OD.shape[1]

@@ -42,7 +42,7 @@ class Thanos:
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         hessian = task.hessian
-        upper_DD = torch.linalg.cholesky(hessian.inverse_DD, upper=True)
+        upper_DD = hessian.inverse_factor_DD
         weight_OD = task.weight_OD.masked_fill(hessian.dead_D, 0.0)
         norm_D = hessian.diagonal_D.sqrt().to(weight_OD.dtype)
         keep_OD = torch.ones_like(weight_OD, dtype=torch.bool)

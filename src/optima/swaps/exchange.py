@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.linalg.products import SharedMatrix
 from optima.linalg.scaling import saliency_unit
 from optima.patterns import Pattern, group_width
 from optima.qp import Auto, Hessian, make_problem, solve_rows
@@ -39,7 +38,7 @@ def exchange(hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Patt
         higher than before.
     """
     unit_D = saliency_unit(hessian).to(weight_OD.dtype)
-    operator = SharedMatrix(hessian.damped_DD.to(weight_OD.dtype))
+    operator = hessian.operator(weight_OD.dtype)
     width = group_width(pattern, weight_OD.shape[1])
     floor_O = ENERGY_FLOOR * 0.5 * (weight_OD.double().square() @ hessian.damped_DD.diagonal())
     rows = torch.arange(len(weight_OD), device=weight_OD.device)
@@ -48,7 +47,7 @@ def exchange(hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Patt
     share_O, swaps_O = torch.full_like(least_O, FIRST_SHARE), torch.zeros_like(rows)
     for _ in range(ROUNDS):
         keep_AD, kept_AD = keep_OD[rows], kept_OD[rows]
-        residual_AD = operator(weight_OD[rows] - kept_AD)
+        residual_AD = operator(weight_OD[rows] - kept_AD).mul_(hessian.mean_diagonal)
         low_AD = (kept_AD * unit_D).square_().masked_fill_(~keep_AD, torch.inf)
         high_AD = (residual_AD / unit_D).square_().masked_fill_(keep_AD, -torch.inf)
         gain_AP, leaving_AP, entering_AP = best_pairs(low_AD, high_AD, width)
