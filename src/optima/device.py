@@ -102,11 +102,29 @@ def describe_memory(device: torch.device) -> str:
     return f"{device} ({total / 2**30:.1f} GiB)"
 
 
+# What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
+NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cusolverDnCreate", "cusolverDnXcreate")
+
+
+@contextmanager
+def one_memory_error() -> Iterator[None]:
+    """Whatever is raised inside for want of the device's memory is ``torch.OutOfMemoryError``."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if not any(text in str(error) for text in NO_MEMORY):
+            raise
+        raise torch.OutOfMemoryError(str(error)) from error
+
+
 @contextmanager
 def memory_explained(device: torch.device) -> Iterator[None]:
     """Memory of ``device`` that runs out inside, where no smaller batch helps, is a ``DeviceMemoryError``."""
     try:
-        yield
+        with one_memory_error():
+            yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
             f"{describe_memory(device)} is out of memory: free some (another process may hold it), lower "
@@ -118,8 +136,8 @@ def memory_explained(device: torch.device) -> Iterator[None]:
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     """The module lives on ``device`` inside this context and returns to where it was."""
     home = next((parameter.device for parameter in module.parameters()), device)
-    module.to(device)
     try:
+        module.to(device)  # where memory runs out on the way, what had arrived goes back too
         yield
     finally:
         module.to(home)

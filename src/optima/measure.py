@@ -18,7 +18,7 @@ from torch import Tensor
 
 from optima.build import default_scope
 from optima.calibration.text import is_file
-from optima.device import evaluating, find_device, unswitched
+from optima.device import evaluating, find_device, memory_explained, unswitched
 from optima.memory import batch_size
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
 from optima.models.random_weights import alike, fill
@@ -50,7 +50,7 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
     held = sum(parameter.numel() * parameter.element_size() for parameter in plan.model.parameters())
     peak = Peak(device, held, plan.left_bytes)
     rehearsal = Rehearsal(plan, recipe, device, tokens_NL, peak)
-    with unswitched(), evaluating(plan.model):
+    with memory_explained(device), unswitched(), evaluating(plan.model):
         for stack in plan.found.stacks:
             if stack.needed:
                 rehearsal.stack(stack)

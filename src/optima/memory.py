@@ -127,7 +127,7 @@ def _streamed(model: nn.Module, blocks: Sequence[Block]) -> int:
 
 def on_cpu(recipe: Recipe) -> bool:
     """Whether a run computes in main memory. A device that is named may be elsewhere."""
-    return (find_device("auto").type if recipe.device == "auto" else recipe.device) == "cpu"
+    return (find_device("auto") if recipe.device == "auto" else torch.device(recipe.device)).type == "cpu"
 
 
 def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype) -> int:

@@ -128,6 +128,7 @@ class Job:
                     if dense is not None and keeps:
                         with clock("tune"):
                             tuned = self._tune(block, keeps, streams, dense.hidden, linears)
+                    del keeps  # a byte a weight, on the device
                 if block is not blocks[-1] and not onward:
                     with clock("forward"):
                         streams.advance(block, self.device)

@@ -53,6 +53,7 @@ class Plan:
         left_bytes: main memory for block inputs.
         passes: forward passes over the calibration text; a backward pass counts as two.
         reads: how often the weights are read from disk.
+        device: as the recipe names it.
         dtype: of the weights.
         streamed: whether weights stay on disk until they are wanted.
         seconds: that it took to make, as it does at the start of a run.
@@ -73,6 +74,7 @@ class Plan:
     left_bytes: int
     passes: int
     reads: int
+    device: str
     dtype: torch.dtype
     streamed: bool
     seconds: float
@@ -161,6 +163,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
         passes=forward_passes(recipe, swept, all(in_turn(block, recipe) for block in found.blocks if block.linears)),
         reads=_reads(recipe, len(found.blocks) * inputs * swept),
+        device=recipe.device,
         dtype=dtype,
         streamed=streamed,
         seconds=time.perf_counter() - started,

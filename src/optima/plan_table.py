@@ -69,8 +69,9 @@ def _advice(plan: Plan) -> list[str]:
         lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
     elif plan.host.total > free:
         lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
-    if torch.cuda.is_available():
-        card = torch.cuda.get_device_properties(0).total_memory
+    device = torch.device("cuda" if plan.device == "auto" else plan.device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(device).total_memory
         if plan.work_bytes + plan.block_bytes > card:
             lines.append(f"the card has {_size(card)}: {REMEDY}")
     return lines

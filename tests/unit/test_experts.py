@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch
 from optima.errors import ModelError
-from optima.models.experts import ExpertLinear, FusedExperts, experts_of
+from optima.models.experts import Call, ExpertLinear, FusedExperts, experts_of
 from optima.models.stacks import Block, find_stacks, select_linears
 from optima.models.writer import Writer
 
@@ -209,6 +210,15 @@ def test_samples_have_no_more_first_tokens_than_the_text() -> None:
     whole_N = sampled(torch.arange(tokens), 0, step)
     parts = [sampled(part, int(part[0]), step) for part in torch.arange(tokens).split(3000)]
     assert torch.cat(parts).equal(whole_N), "it does not depend on batches"
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_a_sweep_holds_no_product_of_an_expert_when_it_is_over(family: str) -> None:
+    model = build(family)
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    loss_weights(model, stack, capture(model, stack, list(make_ids(4).split(2)), whole=True), CPU, seed=0)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is Call]
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])

@@ -64,6 +64,31 @@ def out_of_memory(report: Report) -> list[str]:
 
 
 class TestHalving:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory."),
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+            RuntimeError("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`"),
+            torch.AcceleratorError("CUDA error: out of memory"),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_libraries_run_out_of_memory_in_words_of_their_own(self, error: RuntimeError) -> None:
+        def work(part: slice) -> int:
+            if part.stop - part.start > 1:
+                raise error
+            return part.start
+
+        assert Halving().over(2, work) == [0, 1]
+
+    def test_other_errors_are_what_they_are(self) -> None:
+        def work(part: slice) -> None:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            Halving().over(2, work)
+
     def test_parts_of_a_batch_cover_it_in_order(self) -> None:
         halving, tried = Halving(), []
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from optima.device import describe_memory
+from optima.device import describe_memory, one_memory_error
 from optima.errors import DeviceMemoryError
 
 Result = TypeVar("Result")
@@ -66,7 +66,8 @@ class Halving:
                 waiting += [slice(middle, part.stop), slice(part.start, middle)]
                 continue
             try:
-                results.append(work(part))
+                with one_memory_error():
+                    results.append(work(part))
                 continue
             except torch.OutOfMemoryError as error:
                 if whole or count == 1:

@@ -75,9 +75,9 @@ def own_text(
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []), evaluating(model):
         torch.manual_seed(recipe.seed)
-        nn.Module.to(model, device)
         model.generation_config = GenerationConfig()  # its own would fill in what is left open here
         try:
+            nn.Module.to(model, device)
             counts = [min(AT_ONCE, samples - first) for first in range(0, samples, AT_ONCE)]
             tokens_NL = torch.cat([part for count in counts for part in halving.over(count, write)])
         finally:

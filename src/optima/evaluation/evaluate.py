@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.text import Documents, TextSource, data_hash
-from optima.device import describe_device, find_device
+from optima.device import describe_device, find_device, memory_explained
 from optima.errors import ModelError
 from optima.evaluation.comparison import compare, estimate
 from optima.evaluation.divergence import check_vocabularies, divergence
@@ -71,7 +71,8 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
     for place, subject in enumerate(subjects, 1):
         watch.model(subject.source.name, place, len(subjects), settings.task_names)
         model = load_model(subject.source, settings.dtype)
-        record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
+        with memory_explained(device):
+            record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
         records.append(record)
         losses.append(loss_N)
         if settings.divergence and reference is None:

@@ -53,8 +53,9 @@ class Call:
 
     def watch(self, see: Callable[[Tensor], None]) -> None:
         """Show ``see`` the gradient at the outputs of the tokens, (T, O), when it is known."""
+        rows_T = self.rows_T  # a hook that held all of the call would hold the output, which holds the hook
         if self.output.requires_grad:
-            self.output.register_hook(lambda gradient: see(gradient if self.rows_T is None else gradient[self.rows_T]))
+            self.output.register_hook(lambda gradient: see(gradient if rows_T is None else gradient[rows_T]))
 
 
 Watcher = Callable[[Call], None]
@@ -307,8 +308,12 @@ class ExpertLinear(Stored):
 
     def watch_tokens(self, see: Callable[[Tensor, Tensor | None], None]) -> RemovableHandle:
         """As ``watch``, with the places of the tokens among those of the module."""
-        key = (self.within, self.expert)
-        return self.experts.add(key, lambda call: call.watch(lambda gradient: see(gradient, call.tokens_T)))
+
+        def watch(call: Call) -> None:
+            tokens_T = call.tokens_T
+            call.watch(lambda gradient: see(gradient, tokens_T))
+
+        return self.experts.add((self.within, self.expert), watch)
 
 
 def experts_of(module: nn.Module, prefix: str) -> list[FusedExperts]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from optima.device import full_precision
+from optima.device import full_precision, one_memory_error
 from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import keep_freed_memory
@@ -43,7 +43,8 @@ def solve_rows(
         begin = 0
         while begin < total or not parts:
             try:
-                parts.append(solver.solve(hessian, problem.rows(slice(begin, begin + chunk))))
+                with one_memory_error():
+                    parts.append(solver.solve(hessian, problem.rows(slice(begin, begin + chunk))))
                 begin += chunk
                 continue
             except torch.OutOfMemoryError:
