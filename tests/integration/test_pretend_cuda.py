@@ -1,0 +1,61 @@
+"""Runs on a device that says it is CUDA's, where no tensor of main memory may meet one of the device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_ids
+from pretend_cuda import PretendError, pretend_cuda
+from tiny import save_model
+
+from optima import Recipe, prune
+
+SLOW = pytest.mark.slow
+TUNED = {"allocation": "loss", "tuning_epochs": 1}
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "settings"),
+    [
+        ("llama", torch.bfloat16, {}),
+        ("llama", torch.float32, {"pattern": ["2:4"], "keep_dense": 0.2, "selector": "sparsegpt"}),
+        ("mixtral", torch.float32, TUNED),
+        pytest.param("llama", torch.bfloat16, TUNED | {"swaps": 4}, marks=SLOW),
+        pytest.param("llama", torch.float16, {"selector": "wanda", "true_sequential": True}, marks=SLOW),
+        pytest.param("gemma4", torch.bfloat16, TUNED, marks=SLOW),
+        pytest.param("t5", torch.float32, TUNED, marks=SLOW),
+        pytest.param("bert", torch.float32, TUNED, marks=SLOW),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value) if isinstance(value, dict) else None,
+)
+def test_a_run_stays_on_its_device(family: str, dtype: torch.dtype, settings: dict[str, Any]) -> None:
+    model, here = build(family).to(dtype), build(family).to(dtype)
+    with pretend_cuda():
+        report = prune(model, Recipe(device="cuda", batch_size=2, **settings), calibration=make_ids(4), progress=False)
+    assert report.run.device.startswith("cuda")
+    assert all(parameter.device.type == "cpu" for parameter in model.parameters()), "the model came back"
+    on_cpu = prune(here, Recipe(device="cpu", batch_size=2, **settings), calibration=make_ids(4), progress=False)
+    assert report.error_geomean == pytest.approx(on_cpu.error_geomean, rel=0.05)
+
+
+def test_a_run_from_disk(tmp_path: Path) -> None:
+    with pretend_cuda():
+        recipe = Recipe(device="cuda", batch_size=2, selector="wanda")
+        dense = save_model(tmp_path / "dense")
+        prune(dense, recipe, output_dir=tmp_path / "pruned", calibration=make_ids(4), progress=False)
+    assert (tmp_path / "pruned" / "report.json").is_file()
+
+
+def test_what_it_refuses() -> None:
+    with pretend_cuda():
+        mine, other = torch.ones(3, device="cuda"), torch.ones(3)
+        assert (mine.device.type, other.device.type, (mine * 2).cpu().device.type) == ("cuda", "cpu", "cpu")
+        with pytest.raises(PretendError, match="same device"):
+            mine + other
+        with pytest.raises(PretendError, match="numpy"):
+            mine.numpy()
+        with pytest.raises(PretendError, match="not implemented"):
+            torch.linalg.cholesky(torch.eye(3, device="cuda").bfloat16())
