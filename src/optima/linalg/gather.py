@@ -31,7 +31,8 @@ def gather_systems(matrix_DD: Tensor, index_RS: Tensor, real_RS: Tensor) -> Tens
         for index_S, result_SS in zip(index_RS, systems_RSS, strict=True):
             torch.index_select(matrix_DD.index_select(0, index_S), 1, index_S, out=result_SS)
     else:
-        systems_RSS = matrix_DD[index_RS[:, :, None], index_RS[:, None, :]]
+        # One flat index: of two, torch makes both as large as the result on CUDA.
+        systems_RSS = matrix_DD.take(index_RS[:, :, None] * matrix_DD.shape[1] + index_RS[:, None, :])
     if not bool(real_RS.all()):
         systems_RSS *= real_RS[:, :, None] & real_RS[:, None, :]
         systems_RSS.diagonal(dim1=1, dim2=2)[~real_RS] = 1.0
