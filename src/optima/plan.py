@@ -19,10 +19,9 @@ from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import HostMemory, host_memory, in_turn, work_bytes
 from optima.models.experts import has_experts, split_on_disk
-from optima.models.ordered import orders_of
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
-from optima.models.source import Source
+from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, preflight, sized

@@ -7,16 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from optima.errors import ModelError
-from optima.models.source import Source, explain_read_errors, find_file
 
 ORDERING_NAME = "ordering.json"
-
-
-def orders_of(source: Source) -> Any:
-    """As ``read_orders``, of a local model or one on the hub."""
-    with explain_read_errors(source, "model"):
-        file = find_file(source, ORDERING_NAME)
-    return read_orders(None if file is None else file.parent)
 
 
 def read_orders(directory: Path | None) -> Any:

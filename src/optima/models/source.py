@@ -31,6 +31,7 @@ from transformers import (
 from optima.errors import ModelError
 from optima.models.files import PACKED, digest, usable_path
 from optima.models.gguf import read_scalars
+from optima.models.ordered import ORDERING_NAME, read_orders
 
 _logger = logging.getLogger("optima")
 
@@ -154,6 +155,13 @@ def find_file(source: Source, name: str) -> Path | None:
         return Path(hf_hub_download(source.path, name, **source.of_hub))
     except EntryNotFoundError:
         return None
+
+
+def orders_of(source: Source) -> Any:
+    """As ``read_orders``, of a local model or one on the hub."""
+    with explain_read_errors(source, "model"):
+        file = find_file(source, ORDERING_NAME)
+    return read_orders(None if file is None else file.parent)
 
 
 def load_config(source: Source) -> PretrainedConfig:

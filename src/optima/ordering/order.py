@@ -31,8 +31,8 @@ from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
-from optima.models.ordered import ORDERING_NAME, orders_of
-from optima.models.source import load_tokenizer
+from optima.models.ordered import ORDERING_NAME
+from optima.models.source import load_tokenizer, orders_of
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Weights
 from optima.models.writer import Writer, prepare

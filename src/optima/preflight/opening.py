@@ -21,9 +21,9 @@ from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, host_memory
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
-from optima.models.ordered import ORDERING_NAME, orders_of, read_orders
+from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
-from optima.models.source import Source, commit_of, find_source, fingerprint
+from optima.models.source import Source, commit_of, find_source, fingerprint, orders_of
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.preflight.checks import Preflight, check_dump, find_calibration, preflight, sequence_length, sized, taken

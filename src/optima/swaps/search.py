@@ -87,8 +87,9 @@ class SwapRefinement:
         if self.rounds:
             keep_OD, swaps_O = exchange(hessian, weight_OD, keep_OD, pattern)
         dtype = torch.float64 if weight_OD.dtype == torch.float64 else hessian.working_dtype
-        width, whole = group_width(pattern, hessian.num_inputs), isinstance(pattern, NM)
-        system = hessian.memo((System, dtype, width, whole), lambda: System(hessian, dtype, width, whole))
+        # Linears of one hessian may have sparsities of their own, which make no difference to it.
+        groups = group_width(pattern, hessian.num_inputs), isinstance(pattern, NM)
+        system = hessian.memo((System, dtype, groups), lambda: System(hessian, dtype, pattern))
         count_O, order_O = keep_OD.sum(dim=1).sort(stable=True)
         chunks = order_O.split(chunk_sizes(count_O.tolist()))
         parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in chunks]
@@ -125,7 +126,7 @@ class System:
         width: inputs in a group if groups are small enough to be tried whole, else None.
     """
 
-    def __init__(self, hessian: Hessian, dtype: torch.dtype, width: int, whole: bool) -> None:
+    def __init__(self, hessian: Hessian, dtype: torch.dtype, pattern: Pattern) -> None:
         size = hessian.num_inputs
         self.unit_DD, self.norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
         self.bordered = torch.zeros(size + 1, size + 1, dtype=dtype, device=hessian.device)
@@ -133,9 +134,9 @@ class System:
         spread_D = (hessian.inverse_diagonal_D * self.norm_D.square()).clamp_min(1.0)
         self.reach_D = spread_D.sqrt() + (spread_D - 1.0).sqrt()
         self.gain_D = spread_D.sqrt()
-        self.width = width if whole else None
+        self.width = pattern.m if isinstance(pattern, NM) else None
         self.num_inputs = size
-        self.group_D = torch.arange(size + 1, device=hessian.device) // width
+        self.group_D = torch.arange(size + 1, device=hessian.device) // group_width(pattern, size)
 
 
 class _Rows:
