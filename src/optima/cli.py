@@ -282,9 +282,8 @@ def _recipe(action: str, name: str | None = None) -> None:
     elif action == "schema":
         _say(json.dumps(recipe_schema(), indent=2))
     else:
-        trust = (
-            " --trust-remote-code" if load_recipe(str(name)).trust_remote_code else ""
-        )  # no file says that for itself
+        # No file says that for itself.
+        trust = " --trust-remote-code" if load_recipe(str(name)).trust_remote_code else ""
         _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name}{trust} checks")
 
 
