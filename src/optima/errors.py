@@ -13,6 +13,10 @@ class ModelError(OptimaError):
     """A model or checkpoint that cannot be read, understood or written."""
 
 
+class NotDifferentiableError(ModelError):
+    """A model that has no gradients: it can be pruned, but not by its loss."""
+
+
 class CalibrationError(OptimaError):
     """Text or activations that cannot be used for calibration."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from optima.calibration.expert_statistics import EXPERT_BYTES
-from optima.calibration.loss_weights import LOGITS_BYTES
+from optima.calibration.head import LOGITS_BYTES, LOGITS_COPIES
 from optima.device import find_device
 from optima.errors import RecipeError
 from optima.linear import Methods
@@ -24,8 +24,6 @@ from optima.swaps.search import CHUNK_ENTRIES
 
 # Python and the libraries.
 LIBRARIES_BYTES = 512 * 2**20
-# Copies of a slice of logits that the sweep holds: logits, their softmax, the gradient, the model's own dtype.
-LOGITS_COPIES = 4
 # Without a budget, the share of what is free that may hold activations.
 FREE_SHARE = 0.5
 # Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn.

@@ -23,25 +23,21 @@ from torch import Tensor
 
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
+from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import is_encoder_decoder, words_size
-from optima.calibration.loss_weights import (
-    KEPT_BYTES,
-    LOGITS_BYTES,
-    NotDifferentiableError,
-    at_the_head,
-    second_moment,
-    through,
-)
+from optima.calibration.loss_weights import KEPT_BYTES, second_moment, through
 from optima.calibration.streams import Streams
 from optima.calibration.swept import swept_share
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
+from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
 from optima.memory import held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.stacks import Block, Linear, Stack
+from optima.models.weights import Resident
 from optima.pipeline import Job
 from optima.recipe import SINK_WEIGHT, Recipe
 from optima.selectors.base import LinearTask
@@ -189,7 +185,7 @@ class Rehearsal:
             batch, hidden = batch[:, :positions], hidden[:, :positions]
         drawn_BL = torch.rand(samples, positions)
         clock = Stopwatch(self.device)
-        with self._gradients(), clock("sweep"):
+        with self._gradients(), Resident(model).outside(head_device(stack, self.device)), clock("sweep"):
             at_the_head(model, stack, replace(streams.part([0]), hidden=[hidden], batches=[batch]), 0, drawn_BL)
         self.seconds["sweep"] += clock.total * self.batches * self.share * length / positions
 

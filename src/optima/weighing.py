@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.build import default_scope
-from optima.calibration.loss_weights import WORDS, NotDifferentiableError, loss_weights
+from optima.calibration.loss_weights import WORDS, loss_weights
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
-from optima.errors import RecipeError
+from optima.errors import NotDifferentiableError, RecipeError
 from optima.models.stacks import Stack
 from optima.models.weights import Weights
 from optima.patterns import Pattern, Unstructured

@@ -12,6 +12,11 @@ from pretend_cuda import PretendError, pretend_cuda
 from tiny import save_model
 
 from optima import Recipe, prune
+from optima.calibration.inputs import arguments
+from optima.calibration.probe import forward
+from optima.models.skeleton import skeleton
+from optima.models.source import find_source
+from optima.models.weights import Resident, Weights, open_weights
 
 SLOW = pytest.mark.slow
 TUNED = {"allocation": "loss", "tuning_epochs": 1}
@@ -47,6 +52,31 @@ def test_a_run_from_disk(tmp_path: Path) -> None:
         dense = save_model(tmp_path / "dense")
         prune(dense, recipe, output_dir=tmp_path / "pruned", calibration=make_ids(4), progress=False)
     assert (tmp_path / "pruned" / "report.json").is_file()
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_whole_pass_on_the_device(family: str, streamed: bool, tmp_path: Path) -> None:
+    model, tokens = build(family), make_ids(2)
+    expected = model(**arguments(model, tokens)).logits.detach()
+    weights: Weights = Resident(model)
+    if streamed:
+        model.save_pretrained(tmp_path)
+        source = find_source(str(tmp_path))
+        model, weights = open_weights(source, skeleton(source)[0], "auto")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.eval()
+    with pretend_cuda():
+        cuda = torch.device("cuda", 0)
+        with torch.no_grad(), weights.outside(cuda):
+            logits = forward(model, tokens).logits
+            assert logits.device == cuda
+            assert all(buffer.device == cuda for buffer in model.buffers() if buffer.numel())
+        logits = logits.cpu()
+    torch.testing.assert_close(logits, expected)
+    for name, tensor in model.state_dict().items():
+        assert tensor.device == before[name].device
+        assert tensor.is_meta or torch.equal(tensor, before[name])
 
 
 def test_what_it_refuses() -> None:

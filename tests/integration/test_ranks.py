@@ -325,7 +325,8 @@ def test_torchrun_ends_a_run_whose_process_dies() -> None:
     ended = subprocess.run([*command, "dying.py", *arguments], capture_output=True, text=True, timeout=300)
     assert ended.returncode
     assert time.time() - Path("died").stat().st_mtime < 60
-    assert "another process of this run is no more" in ended.stderr
+    # The launcher may stop the other process before that one waits for the dead one.
+    assert re.search("another process of this run is no more|optima: stopped by SIGTERM", ended.stderr)
     assert read_journal(JOURNAL).blocks
     subprocess.run([*command, "-m", "optima", *arguments, "--resume"], check=True, timeout=300)
     assert optima.load_report("out").run.processes == 2

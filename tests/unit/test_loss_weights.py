@@ -14,7 +14,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.loss_weights import label_gradient, loss_weights
+from optima.calibration.head import label_gradient
+from optima.calibration.loss_weights import loss_weights
 from optima.calibration.swept import swept_share
 from optima.calibration.tempering import LossWeights
 from optima.errors import RecipeError
@@ -194,7 +195,7 @@ def test_an_expert_that_no_token_reached_takes_nothing_from_others() -> None:
 
 
 def test_labels_of_the_batches_are_not_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.loss_weights.LOGITS_BYTES", 4 * VOCAB * 2 * 8)
+    monkeypatch.setattr("optima.calibration.head.LOGITS_BYTES", 4 * VOCAB * 2 * 8)
     places_BL = torch.arange(16).repeat(2, 1)  # without them, token ids alone would be read
     batches = [{"input_ids": own, "position_ids": places_BL, "labels": own} for own in make_tokens(4, 16).split(2)]
     assert prune(make_llama(), Recipe(), calibration=batches).run.recipe["objective"] == "loss"

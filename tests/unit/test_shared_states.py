@@ -9,8 +9,9 @@ import torch
 from families import build, make_ids
 
 from optima.calibration.capture import capture
+from optima.calibration.head import label_gradient
 from optima.calibration.inputs import words_size
-from optima.calibration.loss_weights import label_gradient, loss_weights
+from optima.calibration.loss_weights import loss_weights
 from optima.calibration.probe import forward
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import find_stacks, select_linears

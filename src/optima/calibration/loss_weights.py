@@ -7,13 +7,11 @@ the loss (docs/objective.md). Gradients are heavy-tailed, so both are used at a 
 
 The sweep goes from the last block to the first, the dense inputs of every block kept, one block on the device.
 
-Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs, V vocabulary, E hidden size, C positions
-of a slice, or words of a chunk, K chunks.
+Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs, E hidden size.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -21,33 +19,26 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima.calibration.halving import rows_of
-from optima.calibration.inputs import inseparable, some_of, words_size
+from optima.calibration.head import at_the_head, head_device
+from optima.calibration.inputs import words_size
 from optima.calibration.left_behind import LeftBehind
-from optima.calibration.probe import forward, hidden_of, with_hidden
+from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
 from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed, start_alike
 from optima.calibration.tempering import LossWeights, Moments
-from optima.device import differentiable, forward_replaced, give_back_freed_memory
-from optima.errors import ModelError
+from optima.device import differentiable, give_back_freed_memory
+from optima.errors import NotDifferentiableError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Stack, count_parameters
 from optima.models.weights import Resident, Weights
 
-# Float32 logits of a slice in memory at once, of which a softmax makes copies.
-LOGITS_BYTES = 256 * 2**20
-# Words whose probabilities are added up before a label is drawn among them.
-CHUNK = 512
 # Inputs of all blocks that wait in main memory for the way back; more sequences are swept one part after the other.
 KEPT_BYTES = 4 * 2**30
 WORDS = "that of words drawn from the model"
-
-
-class NotDifferentiableError(ModelError):
-    """The model has no gradients: it can be pruned, but not by its loss."""
 
 
 def loss_weights(
@@ -83,7 +74,7 @@ def loss_weights(
     found, problem, swept = None, "", chosen_batches(streams, share)
     try:
         tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
-        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident(), swept, tally)
+        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident(model), swept, tally)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -184,7 +175,7 @@ def _sweep(
                 tally.forward(block, part)
             gradients = []
             give_back_freed_memory()  # logits are large
-            with weights.outside():
+            with weights.outside(head_device(stack, device)):
                 for batch, hidden in enumerate(part.hidden):
                     generator = draws.of(batches_now[batch])
                     if has_words:
@@ -211,73 +202,6 @@ def _at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> Iterator[
     count = max(KEPT_BYTES // (size * (blocks + 1)), 1)
     for start in range(0, len(swept), count):
         yield swept[start : start + count]
-
-
-def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
-    """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers."""
-    home, given = next(model.parameters()).device, streams.batches[batch]
-    samples, length = drawn_BL.shape
-    step = length
-    options: dict[str, Any] = {}
-    if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
-        if not isinstance(given, Tensor):  # the model would hold a slice against all of its labels
-            given = {name: tensor for name, tensor in given.items() if name != "labels"}
-
-    def back(part: slice) -> Tensor:
-        rows = some_of(given, part, samples)
-        leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
-        with ExitStack() as replaced:
-            for block in stack.blocks:
-                returned = leaf if block is stack.blocks[-1] else None
-                like = streams.probe.outputs[block.index]
-                replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
-            for start in range(0, length, step):
-                drawn_BC = drawn_BL[part, start : start + step]
-                if in_slices:
-                    options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-                logits_TV = forward(model, rows, **options).logits.flatten(0, -2)
-                if not logits_TV.requires_grad:
-                    raise NotDifferentiableError("its words do not depend on its last block by a gradient")
-                logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
-        assert leaf.grad is not None
-        return leaf.grad.cpu()
-
-    whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
-    parts = streams.halving.over(samples, back, whole)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
-    """The gradient of -log p(label) at the logits, p less one at a label that is drawn from p.
-
-    Args:
-        logits_TV: any float dtype, which the result has too.
-        drawn_T: uniform in [0, 1): where in the cumulative sum of p the label lies. Sums go by chunks, for a sum over a
-            whole vocabulary is slow, and in float32 not exact.
-    """
-    weight_TV = logits_TV.float()
-    weight_TV = (weight_TV - weight_TV.amax(dim=1, keepdim=True)).exp_()
-    chunk_TKC = nn.functional.pad(weight_TV, (0, -weight_TV.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
-    chunk_TK = chunk_TKC.sum(dim=2)
-    above_TK = chunk_TK.cumsum(dim=1)
-    wanted_T1 = drawn_T[:, None] * above_TK[:, -1:]
-    chunk_T1 = torch.searchsorted(above_TK, wanted_T1, right=True).clamp_max(above_TK.shape[1] - 1)
-    wanted_T1 = wanted_T1 - (above_TK - chunk_TK).gather(1, chunk_T1)
-    inner_TC = chunk_TKC.gather(1, chunk_T1[:, :, None].expand(-1, 1, CHUNK))[:, 0].cumsum(dim=1)
-    inner_T1 = torch.searchsorted(inner_TC, wanted_T1, right=True).clamp_max(CHUNK - 1)
-    label_T1 = (chunk_T1 * CHUNK + inner_T1).clamp_max(weight_TV.shape[1] - 1)
-    weight_TV /= above_TK[:, -1:]
-    weight_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1.0, dtype=weight_TV.dtype))
-    return weight_TV.to(logits_TV.dtype)
-
-
-def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward that returns ``returned``, or what it is given, in the form of ``like``."""
-    if returned is None:
-        returned = args[0] if args else kwargs["hidden_states"]
-    return with_hidden(like, returned)
 
 
 def second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.device import Stopwatch, on_device
+from optima.device import Stopwatch, forward_replaced, on_device
 from optima.models.checkpoint import Checkpoint, UnstreamableError, left_out, open_checkpoint
 from optima.models.source import Source, load_whole, some
 from optima.models.stacks import Block, find_stacks
 
 Read = Callable[[], Mapping[str, Tensor]]
+MAIN = torch.device("cpu")
 
 
 class Weights(Protocol):
@@ -32,8 +33,12 @@ class Weights(Protocol):
         """The block's weights are on ``device`` inside; the way there and back counts as stage ``read``."""
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        """Inside, weights outside the blocks stay in main memory once a forward pass has asked for them."""
+    def outside(self, device: torch.device = MAIN) -> Iterator[None]:
+        """Inside, a forward pass of the whole model runs on ``device``.
+
+        Weights outside the blocks are there once it has asked for them, and stay. Blocks come and go, so that a
+        gradient finds them in main memory alone. Where that is ``device``, nothing moves.
+        """
 
     @contextmanager
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
@@ -58,9 +63,11 @@ class Resident:
         return _moved(nullcontext(), block, device, clock)
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
-        """See ``Weights``: they are there."""
-        yield
+    def outside(self, device: torch.device = MAIN) -> Iterator[None]:
+        """See ``Weights``."""
+        assert self.model is not None
+        with _forward_on(self.model, self, device):
+            yield
 
     @contextmanager
     def state(self, names: Collection[str]) -> Iterator[dict[str, Tensor]]:
@@ -93,6 +100,7 @@ class Streamed:
         self.notes: tuple[str, ...] = ()
         self._replaced: dict[str, Read] = {}
         self._kept: list[str] = []
+        self._device = MAIN  # of those
         self._reading = False
         self._inside = {
             block.name: [name for name in checkpoint.names if name.startswith(f"{block.name}.")] for block in blocks
@@ -126,13 +134,16 @@ class Streamed:
         return _moved(self._block(block.name), block, device, clock)
 
     @contextmanager
-    def outside(self) -> Iterator[None]:
+    def outside(self, device: torch.device = MAIN) -> Iterator[None]:
         """See ``Weights``."""
+        self._device = device
         try:
             # Where the first parameter is, models believe that they are.
             self._keep(self._first)
-            yield
+            with _forward_on(self.checkpoint.model, self, device):
+                yield
         finally:
+            self._device = MAIN
             self.checkpoint.release(self._kept)
             self._kept.clear()
 
@@ -201,6 +212,9 @@ class Streamed:
         missing = self._missing(names)
         self._fetch(missing)
         self._kept.extend(missing)
+        for name in missing if self._device != MAIN else ():
+            parameter = self.checkpoint.model.get_parameter(name)
+            parameter.data = parameter.data.to(self._device)
 
     def _read_when_asked(self, module: nn.Module, name: str) -> None:
         kind, last = type(module), name.rpartition(".")[2]
@@ -211,6 +225,36 @@ class Streamed:
             return kind.__getattr__(self_, attribute)
 
         module.__class__ = type(kind.__name__, (kind,), {"__getattr__": ask})
+
+
+@contextmanager
+def _forward_on(model: nn.Module, weights: Weights, device: torch.device) -> Iterator[None]:
+    """See ``Weights.outside``; weights that are still on disk are left to those who read them."""
+    if device == MAIN:
+        yield
+        return
+    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    inside = {module for block in blocks for module in block.module.modules()}
+    with ExitStack() as stack:
+        for module in (each for each in model.modules() if each not in inside):
+            # A forward pass may put another buffer into the place of one.
+            stack.callback(module._buffers.update, dict(module._buffers))
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                if not tensor.is_meta:
+                    stack.callback(setattr, tensor, "data", tensor.data)
+                    tensor.data = tensor.data.to(device)
+        for block in blocks:
+            called = partial(_brought, weights, block, device, block.module.forward)
+            stack.enter_context(forward_replaced(block.module, called))
+        yield
+
+
+def _brought(
+    weights: Weights, block: Block, device: torch.device, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The block's ``forward``, with its weights where the pass runs."""
+    with weights.on(block, device):
+        return forward(*args, **kwargs)
 
 
 @contextmanager

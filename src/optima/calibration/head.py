@@ -1,0 +1,118 @@
+"""The model's head, in slices of positions: vocabularies have up to 262k words.
+
+Shapes: B sequences in a batch, L tokens in a sequence, T tokens, V vocabulary, C positions of a slice, or words of a
+chunk, K chunks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from optima.calibration.halving import rows_of
+from optima.calibration.inputs import inseparable, some_of
+from optima.calibration.probe import forward, with_hidden
+from optima.calibration.streams import Streams
+from optima.device import forward_replaced
+from optima.errors import NotDifferentiableError
+from optima.models.stacks import Stack
+from optima.models.weights import MAIN
+
+# Float32 logits of a slice in memory at once, of which a softmax makes copies.
+LOGITS_BYTES = 256 * 2**20
+# Copies of them at a time: logits, their softmax, the gradient, the model's own dtype.
+LOGITS_COPIES = 4
+# Words whose probabilities are added up before a label is drawn among them.
+CHUNK = 512
+
+
+def head_device(stack: Stack, device: torch.device) -> torch.device:
+    """Where the head of ``stack`` runs, if blocks run on ``device``; see ``Weights.outside``."""
+    return MAIN if stack.part == "encoder" else device  # its gradients come through the decoder's blocks
+
+
+def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
+    """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers.
+
+    Args:
+        model: runs where its embedding is; of its own blocks none is called.
+        stack: the one that its head reads.
+        streams: what leaves its last block.
+        batch: number of the batch.
+        drawn_BL: uniform in [0, 1), see ``label_gradient``.
+
+    Returns:
+        In the layout of ``streams.hidden``, on the CPU.
+
+    Raises:
+        NotDifferentiableError: if its words do not depend on what leaves that block.
+    """
+    home, given = next(model.parameters()).device, streams.batches[batch]
+    samples, length = drawn_BL.shape
+    step = length
+    options: dict[str, Any] = {}
+    if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
+        vocabulary = int(model.config.get_text_config().vocab_size)
+        step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
+        if not isinstance(given, Tensor):  # the model would hold a slice against all of its labels
+            given = {name: tensor for name, tensor in given.items() if name != "labels"}
+
+    def back(part: slice) -> Tensor:
+        rows = some_of(given, part, samples)
+        leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
+        with ExitStack() as replaced:
+            for block in stack.blocks:
+                returned = leaf if block is stack.blocks[-1] else None
+                like = streams.probe.outputs[block.index]
+                replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
+            for start in range(0, length, step):
+                drawn_BC = drawn_BL[part, start : start + step]
+                if in_slices:
+                    options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
+                logits_TV = forward(model, rows, **options).logits.flatten(0, -2)
+                if not logits_TV.requires_grad:
+                    raise NotDifferentiableError("its words do not depend on its last block by a gradient")
+                logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
+        assert leaf.grad is not None
+        return leaf.grad.cpu()
+
+    whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
+    parts = streams.halving.over(samples, back, whole)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
+    """The gradient of -log p(label) at the logits, p less one at a label that is drawn from p.
+
+    Args:
+        logits_TV: any float dtype, which the result has too.
+        drawn_T: uniform in [0, 1): where in the cumulative sum of p the label lies. Sums go by chunks, for a sum over a
+            whole vocabulary is slow, and in float32 not exact.
+    """
+    weight_TV = logits_TV.float()
+    weight_TV = (weight_TV - weight_TV.amax(dim=1, keepdim=True)).exp_()
+    chunk_TKC = nn.functional.pad(weight_TV, (0, -weight_TV.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
+    chunk_TK = chunk_TKC.sum(dim=2)
+    above_TK = chunk_TK.cumsum(dim=1)
+    wanted_T1 = drawn_T[:, None] * above_TK[:, -1:]
+    chunk_T1 = torch.searchsorted(above_TK, wanted_T1, right=True).clamp_max(above_TK.shape[1] - 1)
+    wanted_T1 = wanted_T1 - (above_TK - chunk_TK).gather(1, chunk_T1)
+    inner_TC = chunk_TKC.gather(1, chunk_T1[:, :, None].expand(-1, 1, CHUNK))[:, 0].cumsum(dim=1)
+    inner_T1 = torch.searchsorted(inner_TC, wanted_T1, right=True).clamp_max(CHUNK - 1)
+    label_T1 = (chunk_T1 * CHUNK + inner_T1).clamp_max(weight_TV.shape[1] - 1)
+    weight_TV /= above_TK[:, -1:]
+    weight_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1.0, dtype=weight_TV.dtype))
+    return weight_TV.to(logits_TV.dtype)
+
+
+def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward that returns ``returned``, or what it is given, in the form of ``like``."""
+    if returned is None:
+        returned = args[0] if args else kwargs["hidden_states"]
+    return with_hidden(like, returned)
