@@ -121,17 +121,21 @@ class Group(Ranks):
 
     def on(self, name: str) -> torch.device:
         """See ``Ranks``: the first CUDA device belongs to the first process of its machine, and so on."""
-        device = find_device(name)
+        device, card = find_device(name), ""
         if device.type == "cuda":
-            local, count = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
             if device.index is not None:
                 raise RecipeError(f"device {name} is one for all processes: leave it out, and each takes its own")
-            if local >= count:
-                raise RecipeError(f"there are {count} CUDA devices on this machine: start {count} processes on it")
-            device = torch.device("cuda", local)
-        kinds = self.gather(device.type)
-        if len(set(kinds)) > 1:
-            raise RecipeError(f"the processes have different devices ({', '.join(kinds)}): name one by --device")
+            local = int(os.environ.get("LOCAL_RANK", self.rank))
+            # A batch system may show each process its own card alone.
+            device = torch.device("cuda", local if local < torch.cuda.device_count() else 0)
+            card = f"{socket.gethostname()} {torch.cuda.get_device_properties(device).uuid}"
+        known = self.gather((device.type, card))
+        if len(kinds := {kind for kind, _ in known}) > 1:
+            raise RecipeError(
+                f"the processes have different devices ({', '.join(sorted(kinds))}): name one by --device"
+            )
+        if card and len(cards := set(known)) < self.size:
+            raise RecipeError(f"{self.size} processes share {len(cards)} CUDA devices: start one process for each")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # as nccl expects
             self._data, self._device = _everyone(backend="nccl"), device

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ranks import in_processes
 from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
+from optima import distributed
 from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.statistics import Accumulator
@@ -209,6 +211,28 @@ def test_a_device_is_for_each() -> None:
     assert in_processes(SIZE, lambda ranks: ranks.on("cpu")) == [0, 0, 0]
     if not torch.cuda.is_available():
         assert in_processes(SIZE, lambda ranks: ranks.on("cuda:0")) == [2, 2, 2]
+
+
+@pytest.mark.parametrize(("count", "own", "codes"), [(SIZE, False, 0), (1, True, 0), (1, False, 2), (2, False, 2)])
+def test_each_process_has_a_card(count: int, own: bool, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``own``: each sees its own cards alone, as by ``srun --gpus-per-task``."""
+
+    def on(ranks: Ranks) -> None:
+        monkeypatch.setenv("LOCAL_RANK", str(ranks.rank))
+        monkeypatch.setattr(distributed, "_everyone", lambda backend: None)  # there is no nccl
+        device = ranks.on("auto")
+        assert device == torch.device("cuda", 0 if own else ranks.rank)
+
+    def properties(device: torch.device) -> SimpleNamespace:
+        return SimpleNamespace(uuid=f"{os.getpid() if own else ''}-{device.index}")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    assert in_processes(SIZE, on) == [codes] * SIZE
+    if codes:
+        assert f"share {count} CUDA devices" in Path("said0").read_text()
 
 
 def test_one_process_has_it_all() -> None:
