@@ -145,7 +145,6 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
 
 
 def _push(directory: str, repo: str, **given: Any) -> None:
-    _quiet_console()
     _say(f"published: {optima.push(directory, repo, **given)}")
 
 

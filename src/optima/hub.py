@@ -11,7 +11,7 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
-from optima.models.source import HUB_FAILURES
+from optima.models.failures import HUB_FAILURES
 from optima.reporting.record import REPORT_NAME
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

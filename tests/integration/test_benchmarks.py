@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from runs import run_script
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer, save_model, save_text
 
@@ -26,8 +25,7 @@ def run(script: str, *arguments: str) -> str:
 
 def read(script: str, *arguments: str) -> str:
     """What a script prints; one that computes is given its threads by ``run``."""
-    command = [sys.executable, str(BENCHMARKS / script), *arguments]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    finished = run_script(BENCHMARKS / script, *arguments)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout
 
@@ -138,8 +136,7 @@ def test_selectors_goes_on_from_earlier_results_of_the_same_options(dump: Path, 
         ([*some[1:], *again], "measured on another model or other text"),
         ([*some[1:], "--dump-dir", str(dump), "--output", str(output)], "exists: go on from it with --resume"),
     ):
-        command = [sys.executable, str(BENCHMARKS / "mask_selectors.py"), "--threads", "1", *arguments]
-        refused = subprocess.run(command, capture_output=True, text=True, check=False)
+        refused = run_script(BENCHMARKS / "mask_selectors.py", "--threads", "1", *arguments)
         assert refused.returncode == 2
         assert message in refused.stderr
 
@@ -244,8 +241,7 @@ def test_tuning_tells_of_each_block_that_was_asked_for(accuracy: list[str], tmp_
 def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path) -> None:
     output = tmp_path / "accuracy.json"
     output.write_text("[]")
-    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), *accuracy, "--output", str(output)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    finished = run_script(BENCHMARKS / "accuracy.py", *accuracy, "--output", str(output))
     assert finished.returncode == 2
     assert "--resume" in finished.stderr
     assert output.read_text() == "[]"

@@ -16,8 +16,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -29,6 +28,7 @@ from transformers import (
 )
 
 from optima.errors import ModelError
+from optima.models.failures import BAD_INPUT
 from optima.models.files import PACKED, digest, usable_path
 from optima.models.gguf import read_scalars
 from optima.models.ordered import ORDERING_NAME, read_orders
@@ -38,16 +38,6 @@ _logger = logging.getLogger("optima")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
-# Whatever the hub's client raises when it is refused, offline or cut off, with any of its HTTP libraries.
-HUB_FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-# What transformers and its readers raise for bad input. Anything else is a bug, and shows as one.
-BAD_INPUT: tuple[type[Exception], ...] = (
-    *(OSError, ValueError, ImportError),  # unreadable or no JSON; contradictions; a package that is missing
-    *(KeyError, TypeError, AttributeError),  # JSON of another form: missing fields, a list where an object belongs
-    *(ZeroDivisionError, StrictDataclassError),  # no heads; fields that the configuration's class refuses
-    *(RuntimeError, SafetensorError),  # JSON nested too deeply; negative sizes; tensors of other shapes; cut-off files
-    *HUB_FAILURES,  # a connection that breaks off
-)
 # Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
 MAX_COUNTS = (
     (re.compile(r"^(num|n|encoder|decoder)_(\w+_)?layers?$|\.block_count$"), 1000),
