@@ -127,6 +127,7 @@ def test_the_same_sequences_are_swept() -> None:
     same_but_for_time("one", "two")
 
 
+@SLOW
 def test_four_with_batches_that_begin_elsewhere() -> None:
     save_model(Path("model"), make_llama(num_hidden_layers=BLOCKS))
     size = ("--num-calibration-samples", "6", "--batch-size", "4")
@@ -155,7 +156,7 @@ def test_a_model_without_a_head() -> None:
     [
         ("mixtral", "layers.0.", 2),
         ("llama4", "layers.0.", 2),
-        ("t5", "encoder.block.0.", 2),
+        pytest.param("t5", "encoder.block.0.", 2, marks=SLOW),
         pytest.param("mixtral", "layers.0.", 4, marks=SLOW),
         pytest.param("t5", "encoder.block.0.", 4, marks=SLOW),
         pytest.param("bart", "encoder.layers.0.", 4, marks=SLOW),
@@ -269,8 +270,12 @@ def dies(rank: int, block: int) -> Callable[[int], None]:
     return prepare
 
 
+# Which of how many dies, and how many go on.
+DEATHS = [(1, 2, 1), *(pytest.param(*numbers, marks=SLOW) for numbers in ((0, 2, 3), (2, 4, 2)))]
+
+
 class TestDead:
-    @pytest.mark.parametrize(("rank", "size", "after"), [(1, 2, 1), (0, 2, 3), pytest.param(2, 4, 2, marks=SLOW)])
+    @pytest.mark.parametrize(("rank", "size", "after"), DEATHS)
     def test_all_end_and_another_number_goes_on(self, rank: int, size: int, after: int) -> None:
         options = ("--objective", "plain", "--batch-size", "1")
         assert finish(start("one", *options)) == 0
