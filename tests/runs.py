@@ -56,6 +56,7 @@ def run_script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         if not child:
             code: object = 1
             try:
+                signal.alarm(300)
                 os.dup2(out.fileno(), 1)
                 os.dup2(err.fileno(), 2)
                 sys.stdout, sys.stderr, sys.argv = open(1, "w"), open(2, "w"), [str(path), *arguments]  # noqa: SIM115
@@ -64,6 +65,8 @@ def run_script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
                 code = 0
             except SystemExit as stopped:
                 code = stopped.code or 0
+                if isinstance(code, str):
+                    print(code, file=sys.stderr)
             except BaseException:
                 traceback.print_exc()
             finally:  # the child must not return into pytest

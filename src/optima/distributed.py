@@ -135,7 +135,8 @@ class Group(Ranks):
                 f"the processes have different devices ({', '.join(sorted(kinds))}): name one by --device"
             )
         if card and len(cards := set(known)) < self.size:
-            raise RecipeError(f"{self.size} processes share {len(cards)} CUDA devices: start one process for each")
+            shared = f"{self.size} processes share {len(cards)} CUDA devices"
+            raise RecipeError(f"{shared}: start one process for each, with its LOCAL_RANK")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # as nccl expects
             self._data, self._device = _everyone(backend="nccl"), device

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import psutil
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from optima.calibration.expert_statistics import EXPERT_BYTES
-from optima.calibration.head import LOGITS_BYTES, LOGITS_COPIES
+from optima.calibration.head import logits_bytes
+from optima.calibration.inputs import is_encoder_decoder
 from optima.device import find_device
 from optima.errors import RecipeError
 from optima.linear import Methods
@@ -52,7 +54,7 @@ class HostMemory:
         weights: what is there at a time: streamed, two blocks (one at work, and its copy for the disk), or what is
             outside the blocks, if that is more; else the whole model.
         work: of the largest linear, on a CPU.
-        by_loss: of the logits, if the loss is swept.
+        by_loss: of the logits, if the loss is swept and they are there.
     """
 
     weights: int
@@ -99,7 +101,12 @@ class HostMemory:
 
 
 def host_memory(
-    model: nn.Module, blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype, streamed: bool
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    recipe: Recipe,
+    methods: Methods,
+    dtype: torch.dtype,
+    streamed: bool,
 ) -> HostMemory:
     """What a run takes.
 
@@ -113,7 +120,9 @@ def host_memory(
     """
     most = _streamed(model, blocks) if streamed else count_parameters(model)
     work = work_bytes(blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
-    by_loss = LOGITS_COPIES * LOGITS_BYTES if recipe.applied_objective == "loss" else 0
+    by_loss = 0
+    if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
+        by_loss = logits_bytes(model, batch_tokens(recipe, on_cpu(recipe)))
     return HostMemory(most * dtype.itemsize, work, by_loss)
 
 

@@ -41,7 +41,8 @@ class Plan:
         methods: as a run would build them, external masks read.
         num_parameters: of the whole model.
         pruned_parameters: weights in the linears to prune.
-        work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work.
+        work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work. An
+            accelerator also holds ``block_bytes``.
         block_bytes: the largest block's weights.
         inputs_bytes: stored block inputs: in main memory, as far as there is room, and in files.
         model_bytes: the model's weights, on disk; so many are written again.
@@ -85,23 +86,12 @@ class Plan:
         pruned = sum(self.found.patterns[name].sparsity * size for name, size in sizes.items())
         return pruned / sum(sizes.values())
 
-    @property
-    def card_bytes(self) -> int:
-        """What an accelerator holds: a block at work; or, for the loss, weights outside the blocks and logits."""
-        swept = self.outside_bytes + self.host.by_loss if self.host.by_loss else 0
-        return max(self.work_bytes + self.block_bytes, swept)
-
-    @property
-    def outside_bytes(self) -> int:
-        """Of weights outside the blocks."""
-        inside = sum(count_parameters(block.module) for block in self.found.blocks)
-        return (self.num_parameters - inside) * self.dtype.itemsize
-
     def held_bytes(self, block: Block | None = None) -> int:
         """Of weights in main memory while a run works on a block, or outside of them."""
         if not self.streamed:
             return self.model_bytes
-        return self.outside_bytes if block is None else count_parameters(block.module) * self.dtype.itemsize
+        inside = [count_parameters(each.module) for each in (self.found.blocks if block is None else [block])]
+        return (self.num_parameters - sum(inside) if block is None else inside[0]) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         + (f", {_size(plan.beside_bytes)} for experts during the run" if plan.beside_bytes else "")
         + (f", {_size(plan.inputs_bytes - held)} for block inputs during the run" if plan.inputs_bytes > held else ""),
         "passes": f"{plan.passes} over the calibration text; weights are read {plan.reads} times",
-        "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.card_bytes)}, with weights)",
+        "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
     }
     if measured is None:
         lines["time"] = "not measured: add --measure (it rehearses the run on a few random blocks)"
@@ -72,7 +72,7 @@ def _advice(plan: Plan) -> list[str]:
     device = torch.device("cuda" if plan.device == "auto" else plan.device)
     if device.type == "cuda" and torch.cuda.is_available():
         card = torch.cuda.get_device_properties(device).total_memory
-        if plan.card_bytes > card:
+        if plan.work_bytes + plan.block_bytes > card:
             lines.append(f"the card has {_size(card)}: {REMEDY}")
     return lines
 

@@ -185,7 +185,8 @@ class Rehearsal:
             batch, hidden = batch[:, :positions], hidden[:, :positions]
         drawn_BL = torch.rand(samples, positions)
         clock = Stopwatch(self.device)
-        with self._gradients(), Resident(model).outside(head_device(stack, self.device)), clock("sweep"):
+        place, _ = head_device(model, stack, self.device, samples * length)
+        with self._gradients(), Resident(model).outside(place), clock("sweep"):
             at_the_head(model, stack, replace(streams.part([0]), hidden=[hidden], batches=[batch]), 0, drawn_BL)
         self.seconds["sweep"] += clock.total * self.batches * self.share * length / positions
 

@@ -47,7 +47,7 @@ def weigh(
     except NotDifferentiableError as error:
         return None, f"objective sink took the place of objective loss, for there are no gradients: {error}"
     if found.loss == WORDS:
-        return found, ""
+        return found, found.told
     return found, f"objective loss is {found.loss}: the model has no head that predicts words"
 
 

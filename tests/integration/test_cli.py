@@ -532,6 +532,7 @@ class TestHelp:
             "from optima.cli import main\ntry: main(['prune', '--help'])\nexcept SystemExit: pass",
             "from optima.cli import main; main(['report', 'missing'])",
             "from optima.cli import main; main(['pack', 'missing'])",
+            "from optima.cli import main; main(['push', 'missing', 'somebody/x'])",
             "from optima.cli import main; main(['prune', 'model', '--output-dir', 'out', '--sparsity', '2'])",
         ],
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from families import build, make_ids
 from pretend_cuda import PretendError, pretend_cuda
+from runs import raising
 from tiny import save_model
 
 from optima import Recipe, prune
@@ -72,11 +75,33 @@ def test_a_whole_pass_on_the_device(family: str, streamed: bool, tmp_path: Path)
             logits = forward(model, tokens).logits
             assert logits.device == cuda
             assert all(buffer.device == cuda for buffer in model.buffers() if buffer.numel())
+        with pytest.raises(KeyboardInterrupt), weights.outside(cuda):
+            raise KeyboardInterrupt
+        assert all(tensor.device != cuda for tensor in chain(model.parameters(), model.buffers()))
         logits = logits.cpu()
     torch.testing.assert_close(logits, expected)
     for name, tensor in model.state_dict().items():
-        assert tensor.device == before[name].device
         assert tensor.is_meta or torch.equal(tensor, before[name])
+
+
+def test_a_weight_for_which_there_is_no_room_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build("llama").save_pretrained(tmp_path)
+    source = find_source(str(tmp_path))
+    model, weights = open_weights(source, skeleton(source)[0], "auto")
+    with pretend_cuda():
+        cuda = torch.device("cuda", 0)
+        with torch.no_grad(), weights.outside(cuda):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.Tensor, "to", raising(torch.OutOfMemoryError("no room")))
+                with pytest.raises(torch.OutOfMemoryError):
+                    assert model.lm_head.weight.device == cuda
+            assert model.lm_head.weight.device == cuda
+
+
+def test_the_head_stays_on_the_cpu_where_its_device_has_no_room() -> None:
+    with pretend_cuda(), mock.patch.object(torch.cuda, "mem_get_info", return_value=(2**20, 2**30)):
+        found = prune(build("llama"), Recipe(device="cuda"), calibration=make_ids(2), progress=False)
+    assert any(note.startswith("the head ran on the CPU: cuda") for note in found.run.notes)
 
 
 def test_what_it_refuses() -> None:

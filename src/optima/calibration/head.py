@@ -19,9 +19,9 @@ from optima.calibration.halving import rows_of
 from optima.calibration.inputs import inseparable, some_of
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
-from optima.device import forward_replaced
+from optima.device import describe_memory, forward_replaced
 from optima.errors import NotDifferentiableError
-from optima.models.stacks import Stack
+from optima.models.stacks import Stack, outside_bytes
 from optima.models.weights import MAIN
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -32,9 +32,31 @@ LOGITS_COPIES = 4
 CHUNK = 512
 
 
-def head_device(stack: Stack, device: torch.device) -> torch.device:
-    """Where the head of ``stack`` runs, if blocks run on ``device``; see ``Weights.outside``."""
-    return MAIN if stack.part == "encoder" else device  # its gradients come through the decoder's blocks
+def in_slices(model: PreTrainedModel) -> bool:
+    """Whether the model can be asked for the logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Most of the logits that are there at a time, and their copies, of batches of so many tokens."""
+    if in_slices(model) or model.get_output_embeddings() is None:
+        return LOGITS_COPIES * LOGITS_BYTES
+    return LOGITS_COPIES * max(4 * int(model.config.get_text_config().vocab_size) * tokens, LOGITS_BYTES)
+
+
+def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, tokens: int) -> tuple[torch.device, str]:
+    """Where the head runs, if blocks run on ``device``, and what a report must tell of it; see ``Weights.outside``.
+
+    ``tokens``: in the largest batch.
+    """
+    # An encoder's gradients come through the blocks of its decoder.
+    if device.type == "cpu" or stack.part == "encoder" or model.get_output_embeddings() is None:
+        return MAIN, ""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    if outside_bytes(model) + logits_bytes(model, tokens) <= free:
+        return device, ""
+    return MAIN, f"the head ran on the CPU: {describe_memory(device)} had no room for the weights outside the blocks"
 
 
 def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
@@ -57,7 +79,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     samples, length = drawn_BL.shape
     step = length
     options: dict[str, Any] = {}
-    if in_slices := "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if sliced := in_slices(model):
         vocabulary = int(model.config.get_text_config().vocab_size)
         step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
         if not isinstance(given, Tensor):  # the model would hold a slice against all of its labels
@@ -73,7 +95,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
                 replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
             for start in range(0, length, step):
                 drawn_BC = drawn_BL[part, start : start + step]
-                if in_slices:
+                if sliced:
                     options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
                 logits_TV = forward(model, rows, **options).logits.flatten(0, -2)
                 if not logits_TV.requires_grad:

@@ -175,7 +175,8 @@ def _sweep(
                 tally.forward(block, part)
             gradients = []
             give_back_freed_memory()  # logits are large
-            with weights.outside(head_device(stack, device)):
+            place, found.told = head_device(model, stack, device, max(map(math.prod, part.sizes)))
+            with weights.outside(place):
                 for batch, hidden in enumerate(part.hidden):
                     generator = draws.of(batches_now[batch])
                     if has_words:

@@ -93,6 +93,7 @@ class LossWeights:
 
     Attributes:
         loss: whose gradients they are, in words.
+        told: what a report must tell of how they were found.
         tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
             Groups that are not given every token, as experts, have none.
         routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
@@ -108,6 +109,7 @@ class LossWeights:
     routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
+    told: str = ""
     inputs: dict[str, int] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     shared: dict[str, Moments] = field(default_factory=dict)

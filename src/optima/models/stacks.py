@@ -320,6 +320,12 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def outside_bytes(model: PreTrainedModel) -> int:
+    """Of the weights outside the blocks of its stacks."""
+    inside = sum(count_parameters(block.module) for stack in find_stacks(model) for block in stack.blocks)
+    return (count_parameters(model) - inside) * model.dtype.itemsize
+
+
 def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
     """Matrices of the blocks that no linear holds (fused experts, convolutions): (how many, weights) by kind."""
     found: dict[str, tuple[int, int]] = {}

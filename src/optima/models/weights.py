@@ -34,10 +34,10 @@ class Weights(Protocol):
 
     @contextmanager
     def outside(self, device: torch.device = MAIN) -> Iterator[None]:
-        """Inside, a forward pass of the whole model runs on ``device``.
+        """Inside, a forward pass of the whole model runs on ``device``; if that is ``MAIN``, where the model is.
 
         Weights outside the blocks are there once it has asked for them, and stay. Blocks come and go, so that a
-        gradient finds them in main memory alone. Where that is ``device``, nothing moves.
+        gradient finds them where they were before alone.
         """
 
     @contextmanager
@@ -212,9 +212,13 @@ class Streamed:
         missing = self._missing(names)
         self._fetch(missing)
         self._kept.extend(missing)
-        for name in missing if self._device != MAIN else ():
-            parameter = self.checkpoint.model.get_parameter(name)
-            parameter.data = parameter.data.to(self._device)
+        try:
+            for name in missing if self._device != MAIN else ():
+                parameter = self.checkpoint.model.get_parameter(name)
+                parameter.data = parameter.data.to(self._device)
+        except BaseException:  # out of memory: whoever tries again must find them missing
+            self.checkpoint.release(missing)
+            raise
 
     def _read_when_asked(self, module: nn.Module, name: str) -> None:
         kind, last = type(module), name.rpartition(".")[2]
@@ -230,15 +234,15 @@ class Streamed:
 @contextmanager
 def _forward_on(model: nn.Module, weights: Weights, device: torch.device) -> Iterator[None]:
     """See ``Weights.outside``; weights that are still on disk are left to those who read them."""
-    if device == MAIN:
+    if device.type == "cpu":
         yield
         return
     blocks = [block for stack in find_stacks(model) for block in stack.blocks]
     inside = {module for block in blocks for module in block.module.modules()}
     with ExitStack() as stack:
         for module in (each for each in model.modules() if each not in inside):
-            # A forward pass may put another buffer into the place of one.
-            stack.callback(module._buffers.update, dict(module._buffers))
+            # A forward pass may have put another buffer into the place of one: it comes along.
+            stack.callback(_bring_buffers, module, dict(module._buffers))
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 if not tensor.is_meta:
                     stack.callback(setattr, tensor, "data", tensor.data)
@@ -247,6 +251,13 @@ def _forward_on(model: nn.Module, weights: Weights, device: torch.device) -> Ite
             called = partial(_brought, weights, block, device, block.module.forward)
             stack.enter_context(forward_replaced(block.module, called))
         yield
+
+
+def _bring_buffers(module: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """Bring those to where they were that are not the same any more."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and (known := before.get(name)) is not None and buffer is not known:
+            module._buffers[name] = buffer.to(known.device)
 
 
 def _brought(
