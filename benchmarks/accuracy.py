@@ -6,7 +6,8 @@ A method is a selector (as published), with steps behind it: +solve (its mask, t
 sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +swaps (the mask refined
 before), +shared (sparsity shared out by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes
 with the package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown. --held-out takes
-that share of the calibration text, its end, to measure on as well; nothing is calibrated on it.
+that share of the calibration text, its end, to measure on as well; nothing is calibrated on it. --own-samples adds
+sequences that the model writes itself, each begun as plain text is.
 
 A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
 places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
@@ -36,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
 from optima.build import build, default_scope, pattern_table
+from optima.calibration.own_text import own_text
 from optima.calibration.text import Documents, TextSource, calibration_tokens, data_hash
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
@@ -43,7 +45,7 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
-from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, recipe_from_dict
+from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF, recipe_from_dict
 from optima.recipe_files import read_recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
@@ -124,6 +126,7 @@ class Bench:
             "scope": applied.scope if isinstance(applied, Unstructured) else None,
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
+            **({"own_samples": options.own_samples} if options.own_samples else {}),
             **evaluation,
         }
 
@@ -201,6 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounding", choices=ROUNDINGS, default="hessian", help="of solved weights to the dtype")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
+    parser.add_argument("--own-samples", type=int, default=0, help="sequences more, which the model writes itself")
     parser.add_argument("--max-seq-length", type=int, default=512, help="tokens in a calibration sequence")
     parser.add_argument("--window", type=int, default=1024, help="tokens in a window of the evaluation text")
     parser.add_argument("--max-windows", type=int, default=20)
@@ -245,13 +249,27 @@ def make_bench(options: argparse.Namespace) -> Bench:
         documents, rest = split(source_of_text, options.held_out, options.seed)
         held_out_NL = evaluation_windows(rest, tokenizer, options.window, options.max_windows)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
+    model = load_model(source, options.dtype)
+    if options.own_samples:
+        tokens_NL = torch.cat([tokens_NL, own_sequences(model, tokenizer, options)])
     text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
-    bench = Bench(load_model(source, options.dtype), tokenizer, tokens_NL, windows_NL, held_out_NL, options)
+    bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options)
     for pattern in options.patterns:
         for method in options.methods:
             bench.recipe(method, pattern)  # checks itself
     return bench
+
+
+def own_sequences(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> Tensor:
+    """(own_samples, max_seq_length) tokens."""
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    size = {"num_calibration_samples": options.own_samples, "max_seq_length": options.max_seq_length}
+    recipe = Recipe(dataset=[SELF], seed=options.seed, **size)
+    found = own_text(model, plain, recipe, find_device(options.device)).tokens_NL
+    assert found is not None
+    return found
 
 
 def made_with(options: argparse.Namespace) -> dict[str, Any]:

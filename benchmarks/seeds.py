@@ -24,7 +24,7 @@ from optima.reporting.markdown import table
 NOT_PRUNED = "-"  # the pattern of a model that was not pruned
 TEXTS = ("perplexity", "perplexity_held_out")
 UNRELATED = {"tasks", "task_limit"}  # settings that no perplexity depends on
-USUAL = {"swept_share": 1.0, "tuning_epochs": 4, "damping": 0.01}
+USUAL = {"swept_share": 1.0, "tuning_epochs": 4, "damping": 0.01, "own_samples": 0}
 Cell = dict[int, tuple[float, ...]]  # perplexities by seed
 Row = tuple[str, str, str, str]  # model, tokens, method, unusual settings
 

@@ -247,6 +247,14 @@ def test_accuracy_does_not_overwrite_results(accuracy: list[str], tmp_path: Path
     assert output.read_text() == "[]"
 
 
+def test_accuracy_takes_text_of_the_models_own(accuracy: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "accuracy.json"
+    run("accuracy.py", *accuracy, "--methods", "wanda", "--own-samples", "3", "--output", str(output))
+    dense, *pruned = (result["settings"] for result in json.loads(output.read_text()))
+    assert "own_samples" not in dense
+    assert [(each["own_samples"], each["calibration"]) for each in pruned] == [(3, [7, 16])] * 2
+
+
 @pytest.mark.slow
 def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval.models.huggingface", reason="needs the bench extra", exc_type=ImportError)
