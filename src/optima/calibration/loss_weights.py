@@ -165,6 +165,8 @@ def _sweep(
     draws = Draws(list(words) if has_words else [hidden.numel() for hidden in streams.hidden], streams.ranks, seed)
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise NotDifferentiableError("the model was made inside torch.inference_mode()")
+    most = max((math.prod(streams.sizes[batch]) for batch in swept), default=0)
+    place, found.told = head_device(model, stack, device, most)
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         for batches_now in _at_a_time(streams, len(stack.blocks), swept):
             part, kept, left = streams.part(batches_now), [], LeftBehind()
@@ -175,7 +177,6 @@ def _sweep(
                 tally.forward(block, part)
             gradients = []
             give_back_freed_memory()  # logits are large
-            place, found.told = head_device(model, stack, device, max(map(math.prod, part.sizes)))
             with weights.outside(place):
                 for batch, hidden in enumerate(part.hidden):
                     generator = draws.of(batches_now[batch])

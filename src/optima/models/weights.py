@@ -36,8 +36,8 @@ class Weights(Protocol):
     def outside(self, device: torch.device = MAIN) -> Iterator[None]:
         """Inside, a forward pass of the whole model runs on ``device``; if that is ``MAIN``, where the model is.
 
-        Weights outside the blocks are there once it has asked for them, and stay. Blocks come and go, so that a
-        gradient finds them where they were before alone.
+        Weights outside the blocks are there once it has asked for them, and stay. A block comes for its call alone: no
+        gradient can come back through it.
         """
 
     @contextmanager
