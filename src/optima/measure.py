@@ -26,7 +26,7 @@ from optima.models.source import Source, load_tokenizer
 from optima.models.stacks import Block
 from optima.plan import Measured, Plan
 from optima.preflight.checks import find_calibration, sized
-from optima.recipe import SELF, Recipe
+from optima.recipe import Recipe
 from optima.rehearsal import Peak, Rehearsal
 
 
@@ -61,18 +61,20 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
 
 def _text(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> Tensor:
     """The calibration tokens of local files; random ones for text that is not here. A run's tokenizer is loaded."""
-    if recipe.dataset != [SELF] and all(map(is_file, recipe.dataset)):
-        tokens_NL = find_calibration(recipe, load_tokenizer(source), None).tokens_NL
-        assert tokens_NL is not None
-        return tokens_NL
-    if recipe.dataset == [SELF]:
+    samples, length = recipe.num_calibration_samples, recipe.max_seq_length
+    assert samples is not None
+    read_NL = torch.empty(0, length, dtype=torch.int64)
+    if not all(map(is_file, recipe.read)):
+        notes.append(f"the time to read {', '.join(recipe.read)} is not counted")
+    elif recipe.read:
+        found_NL = find_calibration(recipe, load_tokenizer(source), None).tokens_NL
+        assert found_NL is not None
+        read_NL = found_NL
+    if recipe.written and len(read_NL) < samples:
         notes.append("the time in which the model writes its own text is not counted")
-    else:
-        notes.append(f"the time to read {', '.join(recipe.dataset)} is not counted")
     vocabulary = int(plan.model.config.get_text_config().vocab_size)
-    assert recipe.num_calibration_samples is not None
-    size = (recipe.num_calibration_samples, recipe.max_seq_length)
-    return torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(recipe.seed))
+    size = (samples - len(read_NL), length)
+    return torch.cat([read_NL, torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(recipe.seed))])
 
 
 def _reading(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> tuple[float, float]:

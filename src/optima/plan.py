@@ -25,7 +25,7 @@ from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, preflight, sized
-from optima.recipe import SELF, Recipe
+from optima.recipe import Recipe
 
 ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
 SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
@@ -118,7 +118,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     """
     started = time.perf_counter()
     model, config = skeleton(source)
-    if recipe.dataset == [SELF]:
+    if recipe.written:
         check_writes(model)
     methods = build(recipe)
     found = preflight(model, recipe, methods)
@@ -127,7 +127,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     recipe, found = sized(model, recipe, found, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
-    streamed = not source.gguf_file and recipe.dataset != [SELF]
+    streamed = not source.gguf_file and not recipe.written
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a

@@ -130,7 +130,7 @@ class Recipe:
         "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
     dataset: Texts = _option(
         "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files; self: text that the "
-        "model itself writes")
+        "model itself writes, beside others what they lack")
     dataset_config: str | None = _option(
         "calibration", None, "configuration of a hub dataset", shown="for allenai/c4 en")
     dataset_revision: str | None = _option(
@@ -183,8 +183,6 @@ class Recipe:
             raise RecipeError("max_change does not bind tuning: set tuning_epochs to 0, or leave max_change out")
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
-        if SELF in self.dataset and len(self.dataset) > 1:
-            raise RecipeError("dataset self, the model's own text, cannot be mixed with others: leave out one of them")
         check_regexes("targets", self.targets)
         check_regexes("ignore", self.ignore)
 
@@ -204,6 +202,16 @@ class Recipe:
     def applied_objective(self) -> str:
         """The objective, or what it is where the recipe names none: methods without a solver are as published."""
         return self.objective or ("plain" if self.solver == "none" else "loss")
+
+    @property
+    def written(self) -> bool:
+        """True if the model writes calibration text: all of it, or what data sets lack."""
+        return SELF in self.dataset
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The data sets that are read."""
+        return tuple(name for name in self.dataset if name != SELF)
 
     @property
     def surveys(self) -> bool:

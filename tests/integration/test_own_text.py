@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import families
@@ -12,11 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, load_report, prune
+from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import beginning, own_text
 from optima.cli import main
 from optima.errors import CalibrationError
 from optima.models.source import find_source
 from optima.plan import make_plan
+from optima.preflight import opening
 
 CPU = torch.device("cpu")
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "24"]
@@ -96,7 +99,7 @@ def test_what_a_text_begins_with() -> None:
 def test_a_template_that_takes_no_user_is_told(template: str | None) -> None:
     tokenizer = make_tokenizer("bos")
     tokenizer.chat_template = template
-    recipe = Recipe(num_calibration_samples=2, max_seq_length=16)
+    recipe = Recipe(dataset=["self"], num_calibration_samples=2, max_seq_length=16)
     notes = own_text(make_llama(), tokenizer, recipe, torch.device("cpu")).notes
     told = template is not None and "raise" in template
     assert [note.startswith("the chat template tells no beginning") for note in notes] == [True] * told
@@ -113,6 +116,36 @@ def test_a_run_and_its_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert report.run.num_tokens == 4 * 24
 
 
+def test_it_writes_what_data_sets_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And streams its weights, as it does without, where they lack nothing."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"))
+    Path("some.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
+    opened: list[str | None] = []
+    network = opening._network
+    monkeypatch.setattr(opening, "_network", lambda checked, whole: opened.append(whole) or network(checked, whole))
+    for out, samples in (("mixed", "6"), ("read", "2")):
+        asked = ["--num-calibration-samples", samples, "--max-seq-length", "24", "--dataset", "some.txt", "self"]
+        assert main(["prune", "model", "--output-dir", out, *asked]) == 0
+        report = load_report(Path(out))
+        assert report.run.num_tokens == int(samples) * 24
+        told = [note for note in report.run.notes if "wrote the other" in note]
+        assert len(told) == (out == "mixed")
+        assert all("text for 3 of 6 sequences, and the model wrote the other 3" in note for note in told)
+    assert opened == ["it writes its own text", None]
+
+
+def test_what_was_read_comes_first() -> None:
+    read_NL = torch.full((30, 24), 7)
+    found = own_text(
+        make_llama(), make_tokenizer(), replace(recipe(), dataset=["a.txt", "self"]), CPU, Calibration(read_NL)
+    )
+    assert found.tokens_NL is not None
+    assert found.tokens_NL.shape == (40, 24)
+    assert torch.equal(found.tokens_NL[:30], read_NL)
+    assert (found.tokens_NL[30:, 0] == 0).all()
+
+
 @pytest.mark.parametrize("family", ["bart", "bert"])
 def test_a_model_that_writes_none_is_refused_before_weights_are_read(family: str, tmp_path: Path) -> None:
     families.build(family).save_pretrained(tmp_path / "model")
@@ -127,7 +160,7 @@ def test_a_model_that_writes_none_is_refused_before_weights_are_read(family: str
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(CalibrationError, match=r"writes no text .* other than self"):
         own_text(make_bert(), make_tokenizer("bert"), recipe(), CPU)
-    with pytest.raises(CalibrationError, match="needs the model's tokenizer"):
+    with pytest.raises(CalibrationError, match="needs its tokenizer"):
         prune(make_llama(), recipe())
     with pytest.raises(CalibrationError, match="raise --max-seq-length"):
         own_text(make_llama(), make_tokenizer(), Recipe(num_calibration_samples=1, max_seq_length=1), CPU)

@@ -114,11 +114,29 @@ def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
 
     Args:
         logits_TV: any float dtype, which the result has too.
-        drawn_T: uniform in [0, 1): where in the cumulative sum of p the label lies. Sums go by chunks, for a sum over a
-            whole vocabulary is slow, and in float32 not exact.
+        drawn_T: uniform in [0, 1), see ``drawn_words``.
     """
+    weight_TV = exponentials(logits_TV)
+    label_T1, total_T1 = drawn_words(weight_TV, drawn_T)
+    weight_TV /= total_T1
+    weight_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1.0, dtype=weight_TV.dtype))
+    return weight_TV.to(logits_TV.dtype)
+
+
+def exponentials(logits_TV: Tensor) -> Tensor:
+    """In float32, in proportion to the probabilities of the words, the largest 1."""
     weight_TV = logits_TV.float()
-    weight_TV = (weight_TV - weight_TV.amax(dim=1, keepdim=True)).exp_()
+    return (weight_TV - weight_TV.amax(dim=1, keepdim=True)).exp_()
+
+
+def drawn_words(weight_TV: Tensor, drawn_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token a word, (T, 1), drawn in proportion to the weights, and their sum.
+
+    Args:
+        weight_TV: not negative.
+        drawn_T: uniform in [0, 1): where in their cumulative sum the word lies. Sums go by chunks, for one over all
+            words is slow, and in float32 not exact.
+    """
     chunk_TKC = nn.functional.pad(weight_TV, (0, -weight_TV.shape[1] % CHUNK)).unflatten(1, (-1, CHUNK))
     chunk_TK = chunk_TKC.sum(dim=2)
     above_TK = chunk_TK.cumsum(dim=1)
@@ -127,10 +145,7 @@ def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
     wanted_T1 = wanted_T1 - (above_TK - chunk_TK).gather(1, chunk_T1)
     inner_TC = chunk_TKC.gather(1, chunk_T1[:, :, None].expand(-1, 1, CHUNK))[:, 0].cumsum(dim=1)
     inner_T1 = torch.searchsorted(inner_TC, wanted_T1, right=True).clamp_max(CHUNK - 1)
-    label_T1 = (chunk_T1 * CHUNK + inner_T1).clamp_max(weight_TV.shape[1] - 1)
-    weight_TV /= above_TK[:, -1:]
-    weight_TV.scatter_add_(1, label_T1, torch.full_like(label_T1, -1.0, dtype=weight_TV.dtype))
-    return weight_TV.to(logits_TV.dtype)
+    return (chunk_T1 * CHUNK + inner_T1).clamp_max(weight_TV.shape[1] - 1), above_TK[:, -1:]
 
 
 def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> Any:

@@ -171,13 +171,17 @@ class Documents:
 
 
 def calibration_tokens(
-    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_seq_length: int
+    documents: Iterable[str],
+    tokenizer: PreTrainedTokenizerBase,
+    num_samples: int,
+    max_seq_length: int,
+    fewer: bool = False,
 ) -> Tensor:
     """Pack documents into calibration sequences.
 
     Documents are tokenised one by one, each followed by a blank line, and cut into consecutive windows. Every window
     carries the tokenizer's special tokens, because models treat position 0 (an attention sink) specially. Blank
-    documents are left out, and reading stops soon after there are enough.
+    documents are left out, and reading stops soon after there are enough. ``fewer``: or as many as there are.
 
     Returns:
         tokens_NL: int64, (num_samples, max_seq_length).
@@ -193,7 +197,7 @@ def calibration_tokens(
     texts = (text + SEPARATOR for text in map(_text, documents) if text.strip())
     while len(ids) < needed and (batch := list(islice(texts, BATCH_DOCUMENTS))):
         ids += chain.from_iterable(token_ids(batch, tokenizer))
-    if len(ids) < needed:
+    if len(ids) < needed and not fewer:
         raise CalibrationError(
             f"the calibration text has {len(ids)} tokens, but {num_samples} samples of {max_seq_length} tokens need "
             f"{needed}: give more text, or lower --num-calibration-samples or --max-seq-length"

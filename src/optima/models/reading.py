@@ -55,6 +55,8 @@ def check_vocabulary(model: nn.Module, tokens_NL: Tensor) -> None:
     assert isinstance(model, PreTrainedModel)
     embedding_VE = model.get_input_embeddings().weight
     assert isinstance(embedding_VE, Tensor)
+    if not len(tokens_NL):
+        return
     lowest, largest = int(tokens_NL.min()), int(tokens_NL.max())
     if lowest < 0 or largest >= len(embedding_VE):
         raise CalibrationError(

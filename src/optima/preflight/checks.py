@@ -149,9 +149,9 @@ def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
 def find_calibration(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Iterable[Any] | None
 ) -> Calibration:
-    """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data set.
+    """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data sets.
 
-    Batches of a processor's outputs are taken as they are.
+    Batches of a processor's outputs are taken as they are. Data sets beside dataset self may lack some.
 
     Raises:
         CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
@@ -163,10 +163,11 @@ def find_calibration(
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
     column, revision = recipe.text_column, recipe.dataset_revision
-    source = TextSource(tuple(recipe.dataset), recipe.dataset_config, recipe.split, column, revision)
+    source = TextSource(recipe.read, recipe.dataset_config, recipe.split, column, revision)
     documents = Documents(source, recipe.seed, tokenizer) if given is None else given
     assert recipe.num_calibration_samples is not None, "a run resolves it"
-    tokens_NL = calibration_tokens(documents, tokenizer, recipe.num_calibration_samples, recipe.max_seq_length)
+    size, fewer = (recipe.num_calibration_samples, recipe.max_seq_length), given is None and recipe.written
+    tokens_NL = calibration_tokens(documents, tokenizer, *size, fewer)
     if isinstance(documents, Documents):
         return Calibration(tokens_NL, (), documents.skipped, documents.revision)
     return Calibration(tokens_NL)

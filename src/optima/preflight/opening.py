@@ -27,7 +27,7 @@ from optima.models.source import Source, commit_of, find_source, fingerprint, or
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.preflight.checks import Preflight, check_dump, find_calibration, preflight, sequence_length, sized, taken
-from optima.recipe import SELF, Recipe
+from optima.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def check(
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
-    if recipe.dataset == [SELF] and calibration is None:
+    if recipe.written and calibration is None:
         check_writes(structure)
     scope_named = recipe.scope is not None
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
@@ -114,20 +114,19 @@ def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) 
 def read(
     checked: Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks, whole: str | None = None
 ) -> tuple[PreTrainedModel, Weights, dict[str, Any], Calibration]:
-    """The model, what the report says of where it is from, and the text: read first, unless the model writes it.
+    """The model, what the report says of where it is from, and the text: read first; what is missing the model writes.
 
     ``whole``: why the weights are not streamed.
     """
-    if checked.recipe.dataset == [SELF] and checked.calibration is None:
-        network, weights, origin = _network(checked, whole or "it writes its own text")
-
-        def write() -> Calibration:
-            return own_text(network, tokenizer, checked.recipe, checked.device)
-
-        return network, weights, origin, ranks.from_first(write)
-    text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
-    text.check(checked.structure)
-    return *_network(checked, whole), text
+    recipe = checked.recipe
+    read = ranks.from_first(lambda: find_calibration(recipe, tokenizer, checked.calibration))
+    read.check(checked.structure)
+    if checked.calibration is not None or read.size[0] == recipe.num_calibration_samples:
+        return *_network(checked, whole), read
+    assert tokenizer is not None, "the text was read by it"
+    network, weights, origin = _network(checked, whole or "it writes its own text")
+    text = ranks.from_first(lambda: own_text(network, tokenizer, recipe, checked.device, read))
+    return network, weights, origin, text
 
 
 def _network(checked: Checked, whole: str | None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
