@@ -17,7 +17,7 @@ from optima.device import find_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear, has_experts
-from optima.models.stacks import Block, count_parameters, guess_groups
+from optima.models.stacks import Block, count_by_place, count_parameters, guess_groups
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -128,8 +128,8 @@ def host_memory(
 
 def _streamed(model: nn.Module, blocks: Sequence[Block]) -> int:
     """Parameters that are in memory at a time, where weights stay on disk."""
-    inside = [count_parameters(block.module) for block in blocks]
-    return max(2 * max(inside, default=0), count_parameters(model) - sum(inside))
+    inside, outside = count_by_place(model, blocks)
+    return max(2 * max(inside, default=0), outside)
 
 
 def on_cpu(recipe: Recipe) -> bool:

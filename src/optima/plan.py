@@ -22,7 +22,7 @@ from optima.models.experts import has_experts, split_on_disk
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, count_parameters
+from optima.models.stacks import Block, count_by_place, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, preflight, sized
 from optima.recipe import Recipe
@@ -90,8 +90,8 @@ class Plan:
         """Of weights in main memory while a run works on a block, or outside of them."""
         if not self.streamed:
             return self.model_bytes
-        inside = [count_parameters(each.module) for each in (self.found.blocks if block is None else [block])]
-        return (self.num_parameters - sum(inside) if block is None else inside[0]) * self.dtype.itemsize
+        count = count_by_place(self.model, self.found.blocks)[1] if block is None else count_parameters(block.module)
+        return count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import describe_memory, forward_replaced
 from optima.errors import NotDifferentiableError
-from optima.models.stacks import Stack, outside_bytes
+from optima.models.stacks import Stack, count_by_place, find_stacks
 from optima.models.weights import MAIN
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
@@ -54,7 +54,9 @@ def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, toke
         return MAIN, ""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    if outside_bytes(model) + logits_bytes(model, tokens) <= free:
+    blocks = [block for each in find_stacks(model) for block in each.blocks]
+    outside = count_by_place(model, blocks)[1] * model.dtype.itemsize
+    if outside + logits_bytes(model, tokens) <= free:
         return device, ""
     return MAIN, f"the head ran on the CPU: {describe_memory(device)} had no room for the weights outside the blocks"
 

@@ -320,10 +320,10 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def outside_bytes(model: PreTrainedModel) -> int:
-    """Of the weights outside the blocks of its stacks."""
-    inside = sum(count_parameters(block.module) for stack in find_stacks(model) for block in stack.blocks)
-    return (count_parameters(model) - inside) * model.dtype.itemsize
+def count_by_place(model: nn.Module, blocks: Sequence[Block]) -> tuple[list[int], int]:
+    """Parameters of each block of its stacks, and of all that is outside of them."""
+    inside = [count_parameters(block.module) for block in blocks]
+    return inside, count_parameters(model) - sum(inside)
 
 
 def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
