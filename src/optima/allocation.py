@@ -40,16 +40,8 @@ class Allocation(Protocol):
         ...
 
 
-class Observing:
-    """Measures and notes in one."""
-
-    def observe(self: Allocation, block: int, task: LinearTask, pattern: Pattern) -> None:
-        """Take note of a dense linear of the block number ``block``."""
-        self.note(block, task.name, task.weight_OD.numel(), self.measure(task, pattern))
-
-
 @dataclass
-class Owl(Observing):
+class Owl:
     """Outlier-weighed layerwise sparsity (Yin et al., ICML 2024): blocks with many outliers are pruned less.
 
     A weight is an outlier if |W_ij| ||X_j|| exceeds M times the mean over its block (eq. 2). The outlier ratios of the
@@ -105,7 +97,7 @@ class Owl(Observing):
 
 
 @dataclass
-class ByLoss(Observing):
+class ByLoss:
     """One threshold for the whole model: weights compete by what its loss feels of their removal.
 
     The saliency of a weight is r_o w_oi^2 / K_ii, K = H^-1: that of the optimal brain surgeon (Hassibi & Stork, 1993)
@@ -147,7 +139,7 @@ class ByLoss(Observing):
 
 
 @dataclass
-class KeepDense(Observing):
+class KeepDense:
     """Linears that stay dense where the others have a pattern n:m, which leaves no sparsity to share out.
 
     A linear loses the saliencies (those of ``ByLoss``) of the weights that its pattern would take, were they the least

@@ -178,18 +178,26 @@ def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
     return tokens * (2 * inputs[0] + made + max(inputs)) * dtype.itemsize
 
 
+def host_room(recipe: Recipe) -> int:
+    """Bytes of main memory for what sequences hold on their way through a block, or while the model writes.
+
+    Not of what is free now: a run that goes on must do as it did.
+    """
+    return int(HELD_SHARE * (recipe.memory_budget or psutil.virtual_memory().total))
+
+
 def settle_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> tuple[bool, str]:
     """What becomes of the recipe's ``true_sequential``, and a note if there is no room for it."""
     held = max((held_bytes(block, recipe, dtype) for block in blocks), default=0)
     if recipe.true_sequential == "auto" and not _auto_in_turn(model, blocks, recipe, held / dtype.itemsize):
         return False, ""
     if on_cpu(recipe):
-        memory = recipe.memory_budget or psutil.virtual_memory().total
+        room = host_room(recipe)
     elif torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(find_device(recipe.device)).total_memory
+        room = int(HELD_SHARE * torch.cuda.get_device_properties(find_device(recipe.device)).total_memory)
     else:
         return bool(recipe.true_sequential), ""  # a plan for a device elsewhere
-    if held <= HELD_SHARE * memory:
+    if held <= room:
         return bool(recipe.true_sequential), ""
     return False, (
         "true_sequential was left out, and a block takes two forward passes: what all sequences need inside one, "

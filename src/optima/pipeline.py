@@ -260,8 +260,10 @@ class Job:
         for found in self._each(block, streams, clock, onward, in_turn):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
-                what = "sink_weight does not count" if self.loss is None else "weights of tokens do not count"
-                note = f"{block.name}: {what} for {names}: not given one input for each token"
+                what, why = "sink_weight does not count", "not given one input for each token"
+                if self.loss is not None:
+                    what, why = "weights of tokens do not count", f"{why}, or the loss feels none of them"
+                note = f"{block.name}: {what} for {names}: {why}"
                 if note not in self.notes:  # a survey saw the same
                     self.notes.append(note)
             yield found

@@ -17,7 +17,7 @@ from optima.calibration.loss_weights import KEPT_BYTES
 from optima.calibration.own_text import check_writes
 from optima.calibration.swept import swept_share
 from optima.linear import Methods
-from optima.memory import HostMemory, host_memory, in_turn, work_bytes
+from optima.memory import GIB, HostMemory, host_memory, in_turn, work_bytes
 from optima.models.experts import has_experts, split_on_disk
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
@@ -26,6 +26,7 @@ from optima.models.stacks import Block, count_by_place, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, preflight, sized
 from optima.recipe import Recipe
+from optima.selectors.base import needs_of
 
 ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
 SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
@@ -127,7 +128,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     recipe, found = sized(model, recipe, found, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
     hidden = getattr(config.get_text_config(), "hidden_size", None)
-    streamed = not source.gguf_file and not recipe.written
+    writes = recipe.written and not recipe.read  # else it may, if these have too little
+    streamed = not source.gguf_file and not writes
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
@@ -145,6 +147,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
     if note := memory.note(recipe.memory_budget):
         notes.append(note)
+    if recipe.written:
+        size = f"{num_parameters * dtype.itemsize / GIB:.1f} GiB"
+        when = "to write its own text" if writes else "to write what the data sets lack, if they do"
+        notes.append(f"{when}, the whole model is in main memory and then on the device: {size}, and keys and values")
     if hidden is None:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
@@ -160,7 +166,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
         host=memory,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
-        passes=forward_passes(recipe, swept, all(in_turn(block, recipe) for block in found.blocks if block.linears)),
+        passes=forward_passes(
+            recipe, methods, swept, all(in_turn(block, recipe) for block in found.blocks if block.linears)
+        ),
         reads=_reads(recipe, len(found.blocks) * inputs * swept),
         device=recipe.device,
         dtype=dtype,
@@ -170,10 +178,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def forward_passes(recipe: Recipe, swept: float, in_turn: bool) -> int:
-    """Calibrate and carry on; a survey; the sweep, whose backward pass counts as two; dense targets and epochs."""
-    epochs = recipe.tuning_epochs
-    return 2 - (in_turn and not epochs) + 2 * recipe.surveys + math.ceil(4 * swept) + (3 * epochs + 1 if epochs else 0)
+def forward_passes(recipe: Recipe, methods: Methods, swept: float, in_turn: bool) -> int:
+    """Calibrate and carry on; a survey; the sweep; a selector's gradients; dense targets and epochs.
+
+    A backward pass counts as two.
+    """
+    epochs, by_gradient = recipe.tuning_epochs, "gradient" in needs_of(methods.selector)
+    once = 2 - (in_turn and not epochs) + recipe.surveys + 3 * by_gradient
+    return once + math.ceil(4 * swept) + (3 * epochs + 1 if epochs else 0)
 
 
 def _reads(recipe: Recipe, swept_bytes: float) -> int:

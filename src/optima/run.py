@@ -142,7 +142,7 @@ def prune(
         job.halving = Halving(checked.device)
         job.store = store_of(checked, weights, destination, ranks)
         _prune_stacks(network, checked, batches, job, ranks)
-        job.notes.extend(job.store.notes)
+        job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
         seconds = time.perf_counter() - started + job.resumed_seconds
         most = max(ranks.gather(memory.peak()))
         report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
@@ -209,9 +209,9 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
                 told = sweep(job, network, stack, streams, checked.recipe)
                 if job.loss is None:
                     told += rank_without_loss(
-                        checked.found.patterns, checked.recipe, job.methods.selector, checked.scope_named
+                        stack, checked.found.patterns, checked.recipe, job.methods.selector, checked.scope_named
                     )
-                job.notes.extend([told] if told else [])
+                job.notes.extend(dict.fromkeys(filter(None, ranks.gather(told))))
             unknown = checked.recipe.allocation == "loss" and job.loss is None
             if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
                 shares = job.survey(stack, streams.copy(), allocation)

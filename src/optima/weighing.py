@@ -45,7 +45,8 @@ def weigh(
         tuned = recipe.tuning_epochs > 0
         found = loss_weights(network, stack, streams, device, recipe.seed, tuned, weights, recipe.swept_share, told)
     except NotDifferentiableError as error:
-        return None, f"objective sink took the place of objective loss, for there are no gradients: {error}"
+        where = "" if stack.part == "whole" else f" in the {stack.part}"
+        return None, f"objective sink took the place of objective loss{where}, for there are no gradients: {error}"
     if found.loss == WORDS:
         return found, found.told
     return found, f"objective loss is {found.loss}: the model has no head that predicts words"
@@ -61,11 +62,13 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
     return told
 
 
-def rank_without_loss(patterns: dict[str, Pattern], recipe: Recipe, selector: Selector, scope_named: bool) -> str:
-    """Let weights compete as by ``objective: sink``, and return what a report must tell of it.
+def rank_without_loss(
+    stack: Stack, patterns: dict[str, Pattern], recipe: Recipe, selector: Selector, scope_named: bool
+) -> str:
+    """Let weights of ``stack`` compete as by ``objective: sink``, and return what a report must tell of it.
 
     By the loss rows compete, each worth what the loss feels of it. Without, rows of little energy would be starved:
-    unless the scope was named, ``patterns``, by names of linears, get that of objective sink.
+    unless the scope was named, its ``patterns``, by names of linears, get that of objective sink.
 
     Raises:
         RecipeError: if ``keep_dense`` is to choose linears by the loss.
@@ -77,8 +80,8 @@ def rank_without_loss(patterns: dict[str, Pattern], recipe: Recipe, selector: Se
         )
     text, scope = "", default_scope("sink", selector)
     if not scope_named and scope != recipe.scope:
-        for name, pattern in patterns.items():
-            if isinstance(pattern, Unstructured):
+        for name in (linear.name for block in stack.blocks for linear in block.linears):
+            if isinstance(pattern := patterns.get(name), Unstructured):
                 patterns[name] = replace(pattern, scope=scope)
         text += f"; weights are ranked by {scope}"
     return text + ("; all linears have the same sparsity" if recipe.allocation == "loss" else "")

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, load_report, prune
 from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import beginning, own_text
+from optima.calibration.own_text import beginning, keys_bytes, own_text
 from optima.cli import main
 from optima.errors import CalibrationError
 from optima.models.source import find_source
@@ -132,6 +132,8 @@ def test_it_writes_what_data_sets_lack(tmp_path: Path, monkeypatch: pytest.Monke
         told = [note for note in report.run.notes if "wrote the other" in note]
         assert len(told) == (out == "mixed")
         assert all("text for 3 of 6 sequences, and the model wrote the other 3" in note for note in told)
+        notes = make_plan(find_source("model"), Recipe(dataset=["some.txt", "self"], max_seq_length=24)).notes
+        assert any(note.startswith("to write what the data sets lack, if they do") for note in notes)
     assert opened == ["it writes its own text", None]
 
 
@@ -144,6 +146,25 @@ def test_what_was_read_comes_first() -> None:
     assert found.tokens_NL.shape == (40, 24)
     assert torch.equal(found.tokens_NL[:30], read_NL)
     assert (found.tokens_NL[30:, 0] == 0).all()
+
+
+def test_memory_limits_how_many_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = make_llama(), list[int]()
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda begun, **given: sizes.append(len(begun)) or generate(begun, **given))
+    found = own_text(model, make_tokenizer(), recipe(), CPU, room=10 * keys_bytes(model, 24))
+    assert sizes == [10] * 4
+    assert not found.notes
+    assert found.tokens_NL is not None
+    assert found.tokens_NL.shape == (40, 24)
+
+
+def test_a_model_without_finite_logits_writes_nothing() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] = torch.nan
+    with pytest.raises(CalibrationError, match="logits have NaN or Inf"):
+        own_text(model, make_tokenizer(), recipe(), CPU)
 
 
 @pytest.mark.parametrize("family", ["bart", "bert"])

@@ -6,15 +6,19 @@ import pytest
 import torch
 from layers import hessian_of, layer_of, make_layer
 
-from optima.allocation import KeepDense, Owl, quantile_places
+from optima.allocation import Allocation, KeepDense, Owl, quantile_places
 from optima.build import build_allocation
 from optima.linalg.statistics import Statistics
-from optima.patterns import NM, Unstructured
+from optima.patterns import NM, Pattern, Unstructured
 from optima.qp import Hessian
 from optima.recipe import Recipe
 from optima.selectors.base import LinearTask
 
 HALF = Unstructured(0.5)
+
+
+def observe(allocation: Allocation, block: int, task: LinearTask, pattern: Pattern) -> None:
+    allocation.note(block, task.name, task.weight_OD.numel(), allocation.measure(task, pattern))
 
 
 def make_layers() -> list[tuple[int, LinearTask]]:
@@ -32,7 +36,7 @@ def test_owl() -> None:
     """Share of |W_ij| ||X_j|| beyond M times the block's mean, scaled to a width of 2 lambda and centred."""
     owl = Owl(0.6, outlier_multiple=3.0, spread=0.1)
     for block, task in make_layers():
-        owl.observe(block, task, HALF)
+        observe(owl, block, task, HALF)
     found = owl.allocate()
 
     ratios, sizes = [], []
@@ -58,7 +62,7 @@ def test_alike_is_uniform() -> None:
     allocation = Owl(0.6)
     weight_OD, inputs_TD = make_layer()
     for block in range(3):
-        allocation.observe(block, layer_of(weight_OD, inputs_TD, name=f"{block}"), HALF)
+        observe(allocation, block, layer_of(weight_OD, inputs_TD, name=f"{block}"), HALF)
     sparsities = list(allocation.allocate().values())
     assert sum(sparsities) == pytest.approx(1.8, abs=1e-9)
     assert max(sparsities) - min(sparsities) < 1e-9
@@ -69,7 +73,7 @@ def test_extreme_sparsities_stay_inside(sparsity: float) -> None:
     allocation = Owl(sparsity, spread=0.2)
     layers = make_layers()
     for block, task in layers:
-        allocation.observe(block, task, HALF)
+        observe(allocation, block, task, HALF)
     found = allocation.allocate()
     assert all(0.0 < value < 1.0 for value in found.values())
     sizes = {task.name: task.weight_OD.numel() for _, task in layers}
@@ -79,9 +83,9 @@ def test_extreme_sparsities_stay_inside(sparsity: float) -> None:
 def test_linears_that_carry_nothing() -> None:
     allocation = Owl(0.5)
     weight_OD, inputs_TD = make_layer()
-    allocation.observe(0, LinearTask("live", weight_OD, Statistics(hessian_of(inputs_TD))), HALF)
-    allocation.observe(1, LinearTask("dead", weight_OD, Statistics(Hessian(torch.zeros(48, 48)))), HALF)
-    allocation.observe(2, LinearTask("zero", torch.zeros_like(weight_OD), Statistics(hessian_of(inputs_TD))), HALF)
+    observe(allocation, 0, LinearTask("live", weight_OD, Statistics(hessian_of(inputs_TD))), HALF)
+    observe(allocation, 1, LinearTask("dead", weight_OD, Statistics(Hessian(torch.zeros(48, 48)))), HALF)
+    observe(allocation, 2, LinearTask("zero", torch.zeros_like(weight_OD), Statistics(hessian_of(inputs_TD))), HALF)
     found = allocation.allocate()
     assert sum(found.values()) == pytest.approx(1.5, abs=1e-9)
 
@@ -103,7 +107,7 @@ def test_keep_dense_keeps_the_linears_that_lose_most_a_weight() -> None:
     """Against a loop over the groups in float64."""
     layers, allocation = make_layers(), KeepDense(0.5)
     for block, task in layers:
-        allocation.observe(block, task, NM(2, 4))
+        observe(allocation, block, task, NM(2, 4))
     found = allocation.allocate()
 
     rates, sizes = {}, {task.name: task.weight_OD.numel() for _, task in layers}
@@ -132,5 +136,5 @@ def test_keep_dense_weighs_rows_by_the_loss() -> None:
     for name, weight in {"felt": 5.0, "not felt": 1.0}.items():
         rows_O = torch.full((16,), weight)
         task = LinearTask(name, weight_OD, Statistics(hessian_of(inputs_TD)), row_weight_O=rows_O)
-        allocation.observe(0, task, NM(2, 4))
+        observe(allocation, 0, task, NM(2, 4))
     assert allocation.allocate() == {"felt": 0.0, "not felt": 0.5}

@@ -65,6 +65,7 @@ def test_no_more_is_read_than_asked_for() -> None:
         ([{"input_ids": TOKENS, "attention_mask": torch.eye(5, 16)}], "is padded"),
         ([{"text": "a"}], r"holds text, but no input_ids.*dataset\['text'\]"),
         ([{}], "holds nothing"),
+        (iter([{"input_ids": TOKENS, "pixel_values": torch.ones(5, 3, 8, 8)}]), "holds pixel_values, which is no text"),
         ([torch.ones(2, 16)], "float32: token ids are whole"),
         ([{"input_ids": [[1, 2], [3]]}], "are no tensor .*pack the text"),
     ],

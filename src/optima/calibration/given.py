@@ -19,6 +19,8 @@ Batches: TypeAlias = Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]
 
 IDS = "input_ids"
 MASK = "attention_mask"
+# What a batch of nothing but text may hold.
+TEXT_ALONE = {IDS, MASK, "token_type_ids", "labels"}
 
 
 def given_text(calibration: Any, most: Callable[[int], int]) -> Any:
@@ -75,6 +77,12 @@ def _tokens(batch: Any) -> Tensor:
                 f"a calibration batch holds {', '.join(map(str, batch)) or 'nothing'}, but no {IDS}: give token ids, "
                 "or the texts as a list, such as calibration=dataset['text']"
             )
+        for name, value in batch.items():
+            if name not in TEXT_ALONE and isinstance(value, Tensor) and value.is_floating_point():
+                raise CalibrationError(
+                    f"a calibration batch holds {name}, which is no text: give a list of batches as the model's "
+                    "processor returns them, the first with all that the model reads"
+                )
         if MASK in batch and not torch.as_tensor(batch[MASK]).bool().all():
             raise CalibrationError(
                 "a calibration batch is padded, and padding would count as text: pack the text into sequences of one "

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optima.calibration.given import TEXT_ALONE
 from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
@@ -26,10 +27,6 @@ from optima.models.stacks import Stack
 Batch = Tensor | Mapping[str, Tensor]
 # Arguments that hold the words of a batch, in the order in which they are looked for.
 WORDS_OF = {"decoder": ("decoder_input_ids", "labels"), "encoder": ("input_ids",), "whole": ("input_ids",)}
-
-
-# What a batch of nothing but text may hold, see ``optima.calibration.given``.
-TEXT_ALONE = {"input_ids", "attention_mask", "token_type_ids", "labels"}
 
 
 @dataclass(frozen=True)

@@ -260,8 +260,9 @@ class _Notes:
                 found = (tokens_T.cpu() + begin, sum_T)
                 self._routed[name][batch] = torch.cat((known[0], found[0])), torch.cat((known[1], found[1]))
         elif name not in self._unordered and len(sum_T) == count:
-            zeros = [torch.zeros(math.prod(size)) for size in self._sizes]
-            own = self._tokens.setdefault(self._leaders[name], zeros)
+            if (leader := self._leaders[name]) not in self._tokens:
+                self._tokens[leader] = [torch.zeros(math.prod(size)) for size in self._sizes]
+            own = self._tokens[leader]
             own[batch][begin : begin + count] += sum_T
 
     def close(self) -> None:

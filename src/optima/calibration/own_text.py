@@ -30,8 +30,8 @@ from optima.calibration.halving import Halving
 from optima.calibration.head import drawn_words, exponentials
 from optima.calibration.inputs import Calibration, is_encoder_decoder
 from optima.calibration.text import special_tokens, token_ids
-from optima.device import evaluating
-from optima.errors import CalibrationError
+from optima.device import describe_memory, evaluating, one_memory_error
+from optima.errors import CalibrationError, DeviceMemoryError
 from optima.recipe import Recipe
 
 AT_ONCE = 32  # sequences written together
@@ -45,6 +45,7 @@ def own_text(
     recipe: Recipe,
     device: torch.device,
     read: Calibration | None = None,
+    room: int | None = None,
 ) -> Calibration:
     """As many sequences as ``recipe`` asks for, each begun anew and written to its full length, ends of text included.
 
@@ -57,10 +58,10 @@ def own_text(
         recipe: resolved: its number, length and seed count.
         device: where to write.
         read: what the data sets had, and need not be written; not all that is asked for.
+        room: bytes of main memory for keys and values, if it writes there; None: no limit.
 
     Returns:
-        Tokens, with a note of how many were read, and one if fewer sequences than usual had to be written together,
-        which makes other random text.
+        Tokens, with a note of how many were read, and one if fewer sequences than usual had to be written together.
 
     Raises:
         CalibrationError: if the model writes no text, or nothing tells what a text begins with.
@@ -82,32 +83,40 @@ def own_text(
     # No token ends a sequence: behind the end of a text the model goes on, as in packed documents.
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     drawn_NL = torch.rand(samples, new, generator=torch.Generator().manual_seed(recipe.seed))
-    halving = Halving(device)
+    halving, together = Halving(device), AT_ONCE
+    if device.type == "cpu" and room is not None:  # where too much ends the process instead of an error
+        together = max(min(AT_ONCE, room // max(keys_bytes(model, length), 1)), 1)
 
     def write(first: int, part: slice) -> Tensor:
-        drawn_BL = drawn_NL[first + part.start : first + part.stop].to(device)
-        begun = torch.tensor([start] * len(drawn_BL), device=device)
+        draw = _Draw(drawn_NL[first + part.start : first + part.stop].to(device))
+        begun = torch.tensor([start] * (part.stop - part.start), device=device)
         written = model.generate(  # type: ignore[operator]
             begun,
             attention_mask=torch.ones_like(begun),
             generation_config=copy.copy(greedy),
-            logits_processor=LogitsProcessorList([_Draw(drawn_BL)]),
+            logits_processor=LogitsProcessorList([draw]),
         )
         assert isinstance(written, Tensor)
+        if not bool(draw.sum_B1.isfinite().all()):
+            raise CalibrationError(
+                "the model cannot write its own text, for its logits have NaN or Inf: load it in another dtype "
+                "(--dtype bfloat16 or float32), or check its weights"
+            )
         return written.cpu()
 
     with evaluating(model):
         model.generation_config = GenerationConfig()  # its own would fill in what is left open here
         try:
-            nn.Module.to(model, device)
+            _move(model, device)
             parts: list[Tensor] = []
-            for first in range(0, samples, AT_ONCE):
-                parts += halving.over(min(AT_ONCE, samples - first), partial(write, first))
+            for first in range(0, samples, together):
+                parts += halving.over(min(together, samples - first), partial(write, first))
         finally:
             model.generation_config = own
             nn.Module.to(model, home)
     few = (
-        f"out of memory: the model wrote {halving.most} sequences of its text at a time, which makes other random text"
+        f"out of memory: the model wrote {halving.most} sequences of its text at a time, whose words may differ where "
+        "roundings decide"
     )
     no_turn = "the chat template tells no beginning of a user's turn: the model's own text begins as plain text does"
     rest = f"the data sets have text for {len(known_NL)} of {asked} sequences, and the model wrote the other {samples}"
@@ -117,19 +126,46 @@ def own_text(
     return replace(read or Calibration(None), tokens_NL=torch.cat([known_NL, *parts]), notes=tuple(notes))
 
 
+def keys_bytes(model: PreTrainedModel, tokens: int) -> int:
+    """Most of the keys and values of a sequence; 0 for a model without attention."""
+    config: Any = model.config.get_text_config()
+    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
+    if not isinstance(heads, int) or not isinstance(layers, int):
+        return 0
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    return int(2 * layers * shared * size * tokens * model.dtype.itemsize)
+
+
+def _move(model: PreTrainedModel, device: torch.device) -> None:
+    try:
+        with one_memory_error():
+            nn.Module.to(model, device)
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"{describe_memory(device)} does not hold the whole model, which writes its own text: name a --dataset "
+            "other than self"
+        ) from error
+
+
 class _Draw(LogitsProcessor):
     """Leaves one word of each sequence, drawn by its probability: over 262k words faster than the library's sampling.
 
     Args:
         drawn_BL: uniform in [0, 1), for each word that is still to be written.
+
+    Attributes:
+        sum_B1: of all weights so far, in which NaN and Inf would show.
     """
 
     def __init__(self, drawn_BL: Tensor) -> None:
         self._drawn = iter(drawn_BL.unbind(dim=1))
+        self.sum_B1 = torch.zeros(len(drawn_BL), 1, device=drawn_BL.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """For logits ``scores``, (B, V), zero for one word and -inf for the others."""
-        word_B1, _ = drawn_words(exponentials(scores), next(self._drawn))
+        word_B1, sum_B1 = drawn_words(exponentials(scores), next(self._drawn))
+        self.sum_B1 += sum_B1  # not finite from here on, if it is not once
         return torch.full_like(scores, -torch.inf).scatter_(1, word_B1, 0.0)
 
 

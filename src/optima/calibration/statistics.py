@@ -306,17 +306,16 @@ class _Sums:
 
     def _describe_bad(self, name: str, inputs_TD: Tensor, batch: int, part: slice) -> str:
         length, samples = self._streams.sizes[batch][1], part.stop - part.start
-        first = sum(count for count, _ in self._streams.sizes[:batch]) + part.start
+        first = self._streams.before[0] + sum(count for count, _ in self._streams.sizes[:batch]) + part.start
+        remedy = "load the model in another dtype (--dtype bfloat16 or float32), or check its weights"
         if len(inputs_TD) != samples * length or self._streams.probe.sequence_first:
-            return f"the inputs of {name} contain NaN or Inf in calibration samples {first} to {first + samples - 1}"
+            place = f"calibration samples {first} to {first + samples - 1}"
+            return f"the inputs of {name} contain NaN or Inf in {place}: {remedy}"
         by_sample = inputs_TD.reshape(samples, -1).float()
         # Finite inputs can still overflow float32 when squared.
         good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)
-        return (
-            f"the inputs of {name} contain NaN or Inf (first in calibration sample "
-            f"{first + int(good.to(torch.int8).argmin())}): load the model in another dtype (--dtype bfloat16 or "
-            "float32), or check its weights"
-        )
+        place = f"first in calibration sample {first + int(good.to(torch.int8).argmin())}"
+        return f"the inputs of {name} contain NaN or Inf ({place}): {remedy}"
 
 
 class _Watch(_Sums):

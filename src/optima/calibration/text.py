@@ -87,6 +87,7 @@ class Documents:
         self._source = source
         self._seed = seed
         self._tokenizer = tokenizer
+        self._special: SpecialTokens | None = None  # found once
 
     def __iter__(self) -> Iterator[str]:
         """Documents, empty ones included."""
@@ -166,7 +167,8 @@ class Documents:
                 "role that it knows, and a content"
             ) from error
         # Unless the template alone brings it, every window has its own.
-        own = self._tokenizer.bos_token_id in special_tokens(self._tokenizer).before
+        self._special = self._special or special_tokens(self._tokenizer)
+        own = self._tokenizer.bos_token_id in self._special.before
         return text.removeprefix(self._tokenizer.bos_token or "") if own else text
 
 

@@ -165,7 +165,7 @@ def order(
         with evaluating(network):
             run.order(text.batches(recipe.batch_size))
         seconds = time.perf_counter() - started
-        notes = (*weights.notes, *run.notes)
+        notes = (*weights.notes, *text.notes, *run.notes)
         found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), notes, seconds)
         if destination is not None:
             content = json.dumps({"schema_version": 1, **asdict(found)})

@@ -18,7 +18,7 @@ from optima.calibration.store import Store
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
-from optima.memory import HostMemory, batch_size, host_memory
+from optima.memory import HostMemory, batch_size, host_memory, host_room
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
 from optima.models.ordered import ORDERING_NAME, read_orders
@@ -125,7 +125,7 @@ def read(
         return *_network(checked, whole), read
     assert tokenizer is not None, "the text was read by it"
     network, weights, origin = _network(checked, whole or "it writes its own text")
-    text = ranks.from_first(lambda: own_text(network, tokenizer, recipe, checked.device, read))
+    text = ranks.from_first(lambda: own_text(network, tokenizer, recipe, checked.device, read, host_room(recipe)))
     return network, weights, origin, text
 
 
@@ -155,7 +155,7 @@ def claim(
     checked: Checked, output_dir: str | Path, overwrite: bool, run: dict[str, Any], resume: bool | None
 ) -> AbstractContextManager[Destination]:
     """The output's place, if it can be had; arguments as of ``Destination.open``."""
-    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
+    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.read]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     # What commits no block (a run that is not told of itself) keeps nothing beside.
     beside = split_on_disk(checked.structure, checked.found.linears) if run else 0
