@@ -7,7 +7,7 @@ sink objective), +loss (the same by objective loss), +unsolved (all of +loss but
 before), +shared (sparsity shared out by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes
 with the package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown. --held-out takes
 that share of the calibration text, its end, to measure on as well; nothing is calibrated on it. --own-samples adds
-sequences that the model writes itself, each begun as plain text is.
+sequences that the model writes itself, each from a piece of the text on.
 
 A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
 places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
@@ -37,6 +37,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
 from optima.build import build, default_scope, pattern_table
+from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import own_text
 from optima.calibration.text import Documents, TextSource, calibration_tokens, data_hash
 from optima.device import describe_device, find_device
@@ -251,7 +252,11 @@ def make_bench(options: argparse.Namespace) -> Bench:
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     model = load_model(source, options.dtype)
     if options.own_samples:
-        tokens_NL = torch.cat([tokens_NL, own_sequences(model, tokenizer, options)])
+        size = {"num_calibration_samples": len(tokens_NL) + options.own_samples, "max_seq_length": tokens_NL.shape[1]}
+        recipe = Recipe(dataset=[SELF], seed=options.seed, **size)
+        written = own_text(model, tokenizer, recipe, find_device(options.device), Calibration(tokens_NL)).tokens_NL
+        assert written is not None
+        tokens_NL = written
     text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
     bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options)

@@ -138,14 +138,22 @@ def test_it_writes_what_data_sets_lack(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_what_was_read_comes_first() -> None:
-    read_NL = torch.full((30, 24), 7)
+    read_NL = torch.arange(1, 24).expand(30, -1) + 24 * torch.arange(30)[:, None]
+    read_NL = torch.cat([torch.zeros(30, 1, dtype=torch.int64), read_NL], dim=1)  # behind BOS, all words differ
     found = own_text(
         make_llama(), make_tokenizer(), replace(recipe(), dataset=["a.txt", "self"]), CPU, Calibration(read_NL)
     )
     assert found.tokens_NL is not None
     assert found.tokens_NL.shape == (40, 24)
     assert torch.equal(found.tokens_NL[:30], read_NL)
-    assert (found.tokens_NL[30:, 0] == 0).all()
+    own_NL = found.tokens_NL[30:]
+    assert (own_NL[:, 0] == 0).all()
+    for read_L, own_L in zip(read_NL, own_NL, strict=False):
+        assert set(own_L[1:4].tolist()) <= set(read_L.tolist()), "a piece of the text that was read"
+        assert (own_L[1:3] + 1 == own_L[2:4]).all()
+    assert len({int(own_L[1] - read_L[1]) for read_L, own_L in zip(read_NL, own_NL, strict=False)}) > 3, (
+        "from any place"
+    )
 
 
 def test_memory_limits_how_many_are_written_together(monkeypatch: pytest.MonkeyPatch) -> None:

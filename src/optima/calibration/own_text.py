@@ -4,7 +4,7 @@ Self-generated text calibrates as well as, or better than, samples of the pretra
 2410.17170; Ji et al., arXiv 2410.17711). Words are drawn from the model's own probabilities, as for the labels of the
 objective loss. A model with a chat template writes a user's turn and then its answer (Xu et al., arXiv 2406.08464).
 
-Shapes: N sequences, L tokens in each.
+Shapes: N sequences, L tokens in each, B sequences of a batch, C tokens that they begin with, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from optima.errors import CalibrationError, DeviceMemoryError
 from optima.recipe import Recipe
 
 AT_ONCE = 32  # sequences written together
+BEGUN = 8  # beside text that was read, one token of so many is its own: it keeps to what that is about
 PLACEHOLDER = "PLACEHOLDER"
 
 
@@ -49,8 +50,8 @@ def own_text(
 ) -> Calibration:
     """As many sequences as ``recipe`` asks for, each begun anew and written to its full length, ends of text included.
 
-    What was read comes first: real text is a little better, but what the model writes helps where there is no more of
-    it (see docs/results.md).
+    What was read comes first, and the model goes on from pieces of it (see docs/results.md). Else each begins as a text
+    does, or a user's turn.
 
     Args:
         model: the whole dense model; it runs on ``device``, and is taken back.
@@ -72,14 +73,14 @@ def own_text(
     known_NL = torch.empty(0, length, dtype=torch.int64) if read is None or read.tokens_NL is None else read.tokens_NL
     samples = asked - len(known_NL)
     check_writes(model)
-    start = beginning(tokenizer)
-    if len(start) >= length:
+    begun_NC = _begun(tokenizer, known_NL, samples, recipe.seed)
+    new = length - begun_NC.shape[1]
+    if new < 1:
         raise CalibrationError(
-            f"a sequence of {length} tokens has no room for text behind the {len(start)} that a text begins with: "
-            "raise --max-seq-length"
+            f"a sequence of {length} tokens has no room for text behind the {begun_NC.shape[1]} that a text begins "
+            "with: raise --max-seq-length"
         )
     home, own = next(model.parameters()).device, model.generation_config
-    new = length - len(start)
     # No token ends a sequence: behind the end of a text the model goes on, as in packed documents.
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     drawn_NL = torch.rand(samples, new, generator=torch.Generator().manual_seed(recipe.seed))
@@ -88,11 +89,11 @@ def own_text(
         together = max(min(AT_ONCE, room // max(keys_bytes(model, length), 1)), 1)
 
     def write(first: int, part: slice) -> Tensor:
-        draw = _Draw(drawn_NL[first + part.start : first + part.stop].to(device))
-        begun = torch.tensor([start] * (part.stop - part.start), device=device)
+        rows = slice(first + part.start, first + part.stop)
+        draw, begun_BC = _Draw(drawn_NL[rows].to(device)), begun_NC[rows].to(device)
         written = model.generate(  # type: ignore[operator]
-            begun,
-            attention_mask=torch.ones_like(begun),
+            begun_BC,
+            attention_mask=torch.ones_like(begun_BC),
             generation_config=copy.copy(greedy),
             logits_processor=LogitsProcessorList([draw]),
         )
@@ -121,7 +122,7 @@ def own_text(
     no_turn = "the chat template tells no beginning of a user's turn: the model's own text begins as plain text does"
     rest = f"the data sets have text for {len(known_NL)} of {asked} sequences, and the model wrote the other {samples}"
     notes = [rest] if recipe.read else []
-    notes += [no_turn] if tokenizer.chat_template and not users_turn(tokenizer) else []
+    notes += [no_turn] if not len(known_NL) and tokenizer.chat_template and not users_turn(tokenizer) else []
     notes += [few] if halving.most else []
     return replace(read or Calibration(None), tokens_NL=torch.cat([known_NL, *parts]), notes=tuple(notes))
 
@@ -167,6 +168,18 @@ class _Draw(LogitsProcessor):
         word_B1, sum_B1 = drawn_words(exponentials(scores), next(self._drawn))
         self.sum_B1 += sum_B1  # not finite from here on, if it is not once
         return torch.full_like(scores, -torch.inf).scatter_(1, word_B1, 0.0)
+
+
+def _begun(tokenizer: PreTrainedTokenizerBase, known_NL: Tensor, samples: int, seed: int) -> Tensor:
+    """What each of so many sequences begins with, (samples, C): a piece of those read, if there are any."""
+    if not len(known_NL):
+        return torch.tensor([beginning(tokenizer)] * samples)
+    length, before = known_NL.shape[1], len(special_tokens(tokenizer).before)
+    piece = max(length // BEGUN, 1)
+    source_NL = known_NL[torch.arange(samples) % len(known_NL)]  # each as often as any other
+    first_N1 = torch.randint(before, length - piece + 1, (samples, 1), generator=torch.Generator().manual_seed(seed))
+    piece_NC = source_NL.gather(1, first_N1 + torch.arange(piece))
+    return torch.cat([source_NL[:, :before], piece_NC], dim=1)
 
 
 def check_writes(model: PreTrainedModel) -> None:
