@@ -31,6 +31,7 @@ def run_demo(output_dir: Path, console: Console) -> None:
     Raises:
         ModelError: if the package that carries the model is not installed, or ``output_dir`` is in use.
     """
+    output_dir = output_dir.expanduser()
     sparse_dir = output_dir / "gemma-3-270m-50"
     if sparse_dir.exists() and not (sparse_dir / REPORT_NAME).exists():
         raise ModelError(f"{sparse_dir} is no earlier output: remove it, or choose another --output-dir")
@@ -72,7 +73,9 @@ def _model_file(directory: Path) -> Path:
         raise ModelError("the demo's model is not installed: pip install 'optima-prune[demo]'") from error
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / str(MODEL_NAME)
-    return file if file.exists() else Path(assemble(file))
+    if not file.exists():  # whole or not at all
+        Path(assemble(file.with_name(f".{file.name}.partial"))).replace(file)
+    return file
 
 
 def _prose() -> tuple[list[str], list[str]]:

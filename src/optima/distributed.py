@@ -10,6 +10,7 @@ tensors travel right behind one, for which all have the memory by then: nccl wou
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import pickle
@@ -52,10 +53,9 @@ class Ranks:
         """Whether this process writes, reports and shows progress."""
         return self.rank == 0
 
-    def part(self, count: int, rank: int | None = None) -> slice:
-        """Which of ``count`` things are this process's, or another's: contiguous; sizes differ by one at most."""
-        rank = self.rank if rank is None else rank
-        return slice(rank * count // self.size, (rank + 1) * count // self.size)
+    def part(self, count: int) -> slice:
+        """Which of ``count`` things are this process's: contiguous; sizes differ by one at most."""
+        return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def here(self) -> int:
         """How many of them are on this machine."""
@@ -293,8 +293,8 @@ def joined() -> Iterator[Ranks]:
     except BaseException:  # a bug, or Ctrl-C: this process may live on, and the others must not wait for it
         ranks.leave()
         raise
-    if not ready:
-        dist.destroy_process_group()
+    if not ready:  # kept for the next run of this script: made anew, it would read the addresses of this one
+        atexit.register(dist.destroy_process_group)
 
 
 def share_out(costs: Sequence[float], size: int, divisible: Sequence[bool] = ()) -> list[int | None]:

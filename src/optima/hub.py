@@ -82,7 +82,7 @@ def check_push(repo: str, overwrite: bool = False) -> str:
     if files - HARMLESS and REPORT_NAME not in files and not overwrite:
         raise ModelError(
             f"{full} exists and holds a model that is no output of OPTIMA: choose another name, or replace it with "
-            "--overwrite"
+            f"optima push DIR {full} --overwrite"
         )
     return full
 

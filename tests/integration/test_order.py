@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, make_ids
+from safetensors.torch import save_file
 from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -145,6 +146,18 @@ def test_an_order_goes_with_what_is_made_of_the_model(
     capsys.readouterr()
     assert "have their channels in different orders" in late(*external, "--output-dir", "other")
     assert "are in order already" in late(arguments=["order", "ordered", "--output-dir", "twice", *options])
+    # A model in memory remembers where it is from.
+    held = AutoModelForCausalLM.from_pretrained("ordered")
+    with pytest.raises(ModelError, match="the model in memory are in order already"):
+        order(held)
+    optima.prune(held, Recipe(pattern=["2:4"]), output_dir="held", calibration=make_ids(), progress=False)
+    assert Path("held/ordering.json").read_bytes() == Path("ordered/ordering.json").read_bytes()
+    # And a file of masks has its orders beside it.
+    masks = {name: tensor != 0 for name, tensor in load_weights(root / "out").items() if name.endswith("_proj.weight")}
+    save_file(masks, "held/masks.safetensors")
+    external[3], external[5] = "held/masks.safetensors", "from-file"
+    assert main(prune_arguments(*external, model="ordered")) == 0
+    capsys.readouterr()
     Path("ordered/ordering.json").write_text("{}")
     assert "is not as optima order wrote it" in late(arguments=["order", "ordered", "--output-dir", "o", *options])
 

@@ -301,17 +301,27 @@ class TestDead:
         assert optima.load_report("out").run.processes == after
 
 
+def torchrun() -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return [sys.executable, *launcher]
+
+
+@SLOW
+def test_a_script_of_torchrun_may_prune_more_than_once() -> None:
+    Path("sweep.py").write_text(
+        "import optima\n"
+        "for sparsity in (0.5, 0.6, 0.7):\n"
+        "    recipe = optima.Recipe(sparsity=sparsity, dataset=['text.txt'], num_calibration_samples=4,\n"
+        "                           max_seq_length=16, objective='plain')\n"
+        "    optima.prune('model', recipe, output_dir=f'out{sparsity}', progress=False)\n"
+    )
+    subprocess.run([*torchrun(), "sweep.py"], check=True, timeout=300)
+    assert [optima.load_report(f"out{sparsity}").run.processes for sparsity in (0.5, 0.6, 0.7)] == [2, 2, 2]
+
+
 @SLOW
 def test_torchrun_ends_a_run_whose_process_dies() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    command = torchrun()
     script = Path("dying.py")
     script.write_text(
         "import os, signal, sys\n"

@@ -137,8 +137,9 @@ class TestResults:
     def test_no_card(self, tmp_path: Path) -> None:
         assert not update_card(tmp_path, evaluation("model"), "model")
 
-    def test_a_head_that_cannot_be_read(self, tmp_path: Path) -> None:
-        (tmp_path / CARD_NAME).write_text("---\n- a\n---\n")
+    @pytest.mark.parametrize("head", ["- a", "license: [mit"])
+    def test_a_head_that_cannot_be_read(self, head: str, tmp_path: Path) -> None:
+        (tmp_path / CARD_NAME).write_text(f"---\n{head}\n---\n")
         with pytest.raises(ModelError, match="cannot be read"):
             update_card(tmp_path, evaluation("model"), "model")
 

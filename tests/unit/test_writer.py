@@ -6,7 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Callable
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +233,8 @@ class TestCompanions:
         assert [(name, options) for name, _, options in calls] == [("owner/name", {"revision": "v1"})] * 2
         patterns = [pattern for _, some, _ in calls for pattern in some]
         assert not [pattern for pattern in patterns if fnmatch("model.safetensors", pattern)]
+        for name in ("LICENSE.txt", "License", "notice.md"):
+            assert any(fnmatchcase(name, pattern) for pattern in patterns), name
 
     def test_card_data(self, source: Path) -> None:
         (source / "README.md").write_text("---\nlicense: mit\ntags: [a]\nmodel-index: x\n---\nthe dense model")

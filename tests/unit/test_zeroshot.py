@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny import LINES, make_llama, make_tokenizer
 
-from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
+from optima.errors import CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
 from optima.evaluation.zeroshot import Tasks, find_files, load_tasks, scored_positions, zero_shot
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
@@ -141,6 +141,10 @@ def test_bad_input_is_named(arc: Path) -> None:
         zero_shot(model, make_tokenizer(), load_tasks({"arc_easy": arc}))
     with pytest.raises(RecipeError, match="at least 1"):
         zero_shot(model, tokenizer, load_tasks({"arc_easy": arc}), limit=0)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(NumericalError, match="likelihood of a choice is NaN"):
+        zero_shot(model, tokenizer, load_tasks({"arc_easy": arc}))
 
 
 def test_the_name_of_a_file_tells_its_task(tmp_path: Path) -> None:

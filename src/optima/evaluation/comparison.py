@@ -62,6 +62,8 @@ def compare(reference: TaskRecord, model: TaskRecord, seed: int) -> Iterator[Pai
     """The model against the reference on one task, metric by metric."""
     assert reference.data_hash == model.data_hash, "not the same items"
     for metric, first in reference.correct.items():
+        if metric not in model.correct:
+            continue  # shares of a point, which happened to be whole in the reference
         pairs = list(zip(first, model.correct[metric], strict=True))
         only_reference, only_model = pairs.count(("1", "0")), pairs.count(("0", "1"))
         low, high = bootstrap_interval(len(pairs), only_reference, only_model, seed)

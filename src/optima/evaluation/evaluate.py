@@ -163,13 +163,13 @@ def _measure(
         model.to(device)  # type: ignore[arg-type]
         size = settings.batch_size or CHOICES
         answers = zero_shot(model, subject.tokenizer, tasks, limit=settings.task_limit, batch_size=size)
-    source = subject.source
+    source, seconds = subject.source, time.perf_counter() - started
     record = ModelRecord(
         model=source.name,
         revision=commit_of(source),
         fingerprint=fingerprint(source),
         dtype=str(model.dtype).removeprefix("torch."),
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         perplexity=None if tokens_NL is None or loss_N is None else _perplexity(tokens_NL, loss_N, settings.protocol),
         divergence=found,
         tasks=answers,

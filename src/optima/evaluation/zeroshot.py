@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import inspect
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.records import READ_ERRORS
 from optima.device import evaluating
-from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
+from optima.errors import CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
 from optima.evaluation.record import Estimate, TaskRecord
 from optima.evaluation.settings import CHOICES
 
@@ -68,11 +69,12 @@ def zero_shot(
         batch_size: choices in one forward pass.
 
     Returns:
-        One record a task: ``acc`` (the likeliest choice is the right one) and ``acc_norm`` (likelihoods per byte of the
-        choice), as far as the task defines them.
+        One record a task: ``acc`` (the likeliest choice is the right one) and ``acc_norm`` (likelihoods per character
+        of the choice), as far as the task defines them.
 
     Raises:
         ModelError: if the tokenizer has no token that begins or ends a text (lm-eval needs one).
+        NumericalError: if a likelihood is NaN.
         RecipeError: if ``limit`` is less than 1.
     """
     from lm_eval import evaluator
@@ -265,6 +267,11 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     class Quiet(HFLM):  # type: ignore[misc]
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+            if any(math.isnan(likelihood) for likelihood, _ in found):  # the first choice would count as the likeliest
+                raise NumericalError(
+                    "the likelihood of a choice is NaN: weights or activations hold NaN or overflow; check the model, "
+                    "or load it in another dtype (--dtype bfloat16 or float32)"
+                )
             return found
 
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:

@@ -37,6 +37,8 @@ MODULE_FILES = ("*.json", "*.txt", "*.safetensors")
 # The licence of many models asks to be passed on with them.
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 COPIED = (*TOKENIZERS, *PROCESSORS, *SENTENCES, *LICENCES, ORDERING_NAME)
+# The hub heeds the case of letters.
+ANY_CASE = ["".join(f"[{c}{c.lower()}]" if c.isupper() else c for c in pattern) for pattern in LICENCES]
 README = "README.md"  # of the dense model: of its text nothing is passed on
 # What of its head is true of the pruned model too; the card is made at the end of a run (reporting/model_card.py).
 CARD_KEYS = (
@@ -54,7 +56,7 @@ def copy_companions(source: Source, directory: Path) -> None:
     if source.gguf_file is not None:
         return
     with explain_read_errors(source, "model"):
-        origin = _fetch(source, [*COPIED, README, *(f"{TEMPLATES}/{pattern}" for pattern in TEMPLATE_FILES)])
+        origin = _fetch(source, [*COPIED, *ANY_CASE, README, *(f"{TEMPLATES}/{pattern}" for pattern in TEMPLATE_FILES)])
         if modules := _modules(origin):
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
     with explain_write_errors(directory):

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from optima.errors import RecipeError
-from optima.models.files import usable_path
+from optima.models.files import PACKED, usable_path
 from optima.models.stacks import Linear
 
 # Names listed in a message.
@@ -40,6 +40,8 @@ class MaskFiles:
             RecipeError: if there is nothing to read.
         """
         files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        if files and all(file.name.endswith(PACKED) for file in files):
+            raise RecipeError(f"mask_from {self.path} is packed: unpack it with optima unpack {self.path}")
         if not files or not all(file.is_file() for file in files):
             raise RecipeError(
                 f"mask_from {self.path} is neither a directory with .safetensors nor such a file: name a pruned "

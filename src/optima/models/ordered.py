@@ -11,6 +11,11 @@ from optima.errors import ModelError
 ORDERING_NAME = "ordering.json"
 
 
+def home_of(name: str | None) -> Path | None:
+    """The directory that a model in memory was read from, by what its configuration remembers; None if it was not."""
+    return path if name and (path := Path(name).expanduser()).is_dir() else None
+
+
 def read_orders(directory: Path | None) -> Any:
     """The orders of a local checkpoint's channels; None if it has its own, or is none.
 

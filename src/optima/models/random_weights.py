@@ -22,14 +22,13 @@ def alike(blocks: Sequence[Block]) -> list[list[Block]]:
     return list(found.values())
 
 
-def fill(model: PreTrainedModel, structures: Sequence[Sequence[Block]], dtype: torch.dtype, seed: int = 0) -> None:
+def fill(model: PreTrainedModel, structures: Sequence[Sequence[Block]], dtype: torch.dtype) -> None:
     """Give a model on the meta device weights, by the library's own initialisation.
 
     Args:
         model: its skeleton.
         structures: its blocks by structure; those of one share all tensors.
         dtype: of parameters that are floating-point.
-        seed: of the weights.
     """
     others = [(blocks[0].module, block.module) for blocks in structures for block in blocks[1:]]
     shared = {inner for _, other in others for inner in other.modules()}
@@ -43,7 +42,7 @@ def fill(model: PreTrainedModel, structures: Sequence[Sequence[Block]], dtype: t
             same._parameters.update(one._parameters)
             same._buffers.update(one._buffers)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         model.initialize_weights()
 
 

@@ -208,5 +208,5 @@ def _of_experts(experts: FusedExperts) -> Iterator[list[Channels]]:
                 if (bias := bias_of(experts, up, outputs[up])) is not None:
                     places.append(Place(bias, 0, (starts,), step, expert))
             reader = f"{experts.name}.{down}.{expert}"
-            ways.append(Channels("mlp", experts.name, 1, width, (reader,), ((0,),), tuple(places)))
+            ways.append(Channels("mlp", f"{experts.name}.{expert}", 1, width, (reader,), ((0,),), tuple(places)))
         yield ways

@@ -31,7 +31,7 @@ from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
-from optima.models.ordered import ORDERING_NAME
+from optima.models.ordered import ORDERING_NAME, home_of, read_orders
 from optima.models.source import load_tokenizer, orders_of
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Weights
@@ -142,8 +142,10 @@ def order(
             raise RecipeError("channels are ordered by one process: start it without torchrun")
         stack.enter_context(unswitched())
         checked = check(model, recipe, output_dir, calibration, None, ranks)
-        if checked.source is not None and orders_of(checked.source) is not None:
-            raise ModelError(f"the channels of {checked.source.name} are in order already: order the model as it came")
+        source, home = checked.source, home_of(checked.structure.config.name_or_path)
+        if (read_orders(home) if source is None else orders_of(source)) is not None:
+            name = "the model in memory" if source is None else source.name
+            raise ModelError(f"the channels of {name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
         stack.enter_context(memory_explained(checked.device))

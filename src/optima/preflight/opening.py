@@ -21,7 +21,7 @@ from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, host_memory, host_room
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
-from optima.models.ordered import ORDERING_NAME, read_orders
+from optima.models.ordered import ORDERING_NAME, home_of, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint, orders_of
 from optima.models.stacks import count_parameters
@@ -100,14 +100,13 @@ def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) 
     """Masks speak of weights by their places: they must be of the model with its channels in this order."""
     if recipe.mask_from is None:
         return
-    # A model in memory remembers the directory that it was read from.
-    origin = model.config.name_or_path
-    own = orders_of(source) if source is not None else read_orders(Path(origin) if origin else None)
-    if read_orders(Path(recipe.mask_from).expanduser()) != own:
+    own = orders_of(source) if source is not None else read_orders(home_of(model.config.name_or_path))
+    masks = Path(recipe.mask_from).expanduser()
+    if read_orders(masks if masks.is_dir() else masks.parent) != own:
         name = "the model in memory" if source is None else source.name
         raise RecipeError(
             f"mask_from {recipe.mask_from} and {name} have their channels in different orders ({ORDERING_NAME}): prune "
-            "the model that the masks were made for"
+            "the model that the masks were made for; a file of masks has its orders beside it"
         )
 
 

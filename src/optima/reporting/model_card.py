@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from optima.errors import ModelError
+from optima.models.files import explain_write_errors, write_whole
 from optima.reporting.markdown import table
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
 from optima.reporting.summary import bullets, pattern_weights, summary
@@ -114,7 +116,7 @@ def add_results(directory: Path, name: str, results: Sequence[EvalResult], text:
         return False
     try:
         card = ModelCard(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise ModelError(f"the head of {file} cannot be read ({error}): correct it, or remove the file") from error
     data = card.data
     assert isinstance(data, ModelCardData)
@@ -129,7 +131,8 @@ def add_results(directory: Path, name: str, results: Sequence[EvalResult], text:
     begin, end = card.text.find(BEGIN), card.text.find(END)
     if 0 <= begin < end:  # whoever took the marks away writes the section himself
         card.text = f"{card.text[: begin + len(BEGIN)]}\n{text}\n{card.text[end:]}"
-    file.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
+    with explain_write_errors(file, "see that it may be written, and measure again"):
+        write_whole(file, f"{str(card).rstrip()}\n".encode())
     return True
 
 
