@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,6 +82,8 @@ def _beside(
 ) -> Iterator[Path]:
     """The directory that takes the output's name when the context ends without an error."""
     source = source.resolve()
+    if bad := next((path for path in sorted(source.rglob("*")) if not os.access(path, os.R_OK)), None):
+        raise ModelError(f"{bad} cannot be read: see its permissions, or where its link leads")
     with interruptible():
         path = source.with_name(source.name + suffix) if output is None else output
         with Destination.open(path, overwrite, [source], num_bytes) as destination:

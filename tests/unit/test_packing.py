@@ -221,6 +221,13 @@ def test_what_cannot_be_packed_is_refused(model: Path, tmp_path: Path) -> None:
     refused(optima.pack, tmp_path / "parts", match="is no whole safetensors file")
 
 
+def test_what_cannot_be_read_is_named(model: Path, tmp_path: Path) -> None:
+    (model / "notes").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"notes cannot be read: .* where its link leads"):
+        optima.pack(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_its_own_output_is_replaced_if_asked(model: Path, tmp_path: Path) -> None:
     optima.pack(model)
     with pytest.raises(ModelError, match="exists"):
