@@ -314,17 +314,17 @@ def certified(solution: RowSolution | None, rounded: Rounded | None) -> dict[str
         "gap_median": float(solution.gap_R.median()),
         "gap_written_max": float(rounded.gap_R.max()),
         "gap_written_median": float(rounded.gap_R.median()),
-        "loss_written": _above_least(rounded),
+        "loss_written": above_least(rounded),
         "iterations_mean": float(solution.iterations_R.double().mean()),
         "iterations_max": int(solution.iterations_R.max()),
         "rows_not_converged": int((solution.status_R != Status.CONVERGED).sum()),
     }
 
 
-def _above_least(rounded: Rounded) -> float:
+def above_least(rounded: Rounded) -> float:
     """Loss of all rows as written above what their masks must lose by the certificates, relative to that."""
-    least = float((rounded.error_R / (1.0 + rounded.gap_R)).sum())
-    return float(rounded.error_R.sum()) / least - 1.0 if least else 0.0
+    least = float(rounded.least_R.sum())
+    return float((rounded.gap_R * rounded.least_R).sum()) / least if least else 0.0
 
 
 def _notes(task: LinearTask, solution: RowSolution | None) -> tuple[str, ...]:

@@ -93,7 +93,7 @@ class Recipe:
     group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
     allocation: str = _option("mask", "uniform", "how linears share one sparsity", ALLOCATION_NAMES)
     allocation_spread: Fraction | None = _option(
-        "mask", None, "how far a linear's sparsity may depart from the global one",
+        "mask", None, "how far a linear's sparsity may depart from the global one, before all move by one constant",
         shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
     keep_dense: Fraction | None = _option(
         "mask", None, "for patterns n:m: at most this share of the weights stays dense, in the linears where the loss "

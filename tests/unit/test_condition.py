@@ -9,10 +9,10 @@ from fractions import Fraction
 
 import pytest
 import torch
-from qp_reference import make_matrix
+from qp_reference import make_layer, make_matrix
 from torch import Tensor
 
-from optima.qp import Hessian, SharedInverseCG, certify, make_problem, solve_rows
+from optima.qp import Hessian, SharedInverseCG, certify, make_problem, solve, solve_rows
 
 
 def wilkinson(size: int) -> Tensor:
@@ -62,6 +62,21 @@ def test_the_condition_is_bounded_from_above_and_not_wildly(damping: float) -> N
         scale_D = hessian.damped_DD.diagonal().rsqrt()
         truth = float(torch.linalg.cond(hessian.damped_DD * scale_D * scale_D[:, None]))
         assert truth <= hessian.condition <= 1e3 * truth * len(matrix_DD)
+
+
+def test_no_global_switch_lowers_a_bound() -> None:
+    """Where float32 products may be made of bfloat16 numbers."""
+    hessian, problem, _ = make_layer(200, 300)
+    weight_RD = problem.target_RD * problem.keep_RD
+    exact = certify(hessian, problem, weight_RD)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = certify(hessian, problem, weight_RD)
+        solved = solve(hessian, problem.target_RD, problem.keep_RD)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found.bound_R, exact.bound_R)
+    assert torch.equal(solved.gap_R, solve(hessian, problem.target_RD, problem.keep_RD).gap_R)
 
 
 def test_a_numerically_singular_hessian_is_damped_and_says_so() -> None:

@@ -66,7 +66,9 @@ def solved(
 
 
 @every_solver
-def test_dead_inputs_vanish_where_pruned_and_stay_where_kept(solver: RowSolver) -> None:
+@pytest.mark.parametrize("started", [False, True])
+def test_dead_inputs_vanish_where_pruned_and_stay_where_kept(solver: RowSolver, started: bool) -> None:
+    """Also where a selector that moves weights has made them zero."""
     live_DD = make_matrix(12, 24, seed=0)
     weight_RD, keep_RD = make_rows(6, 15, seed=1)
     dead = torch.tensor([0, 7, 14])
@@ -75,6 +77,9 @@ def test_dead_inputs_vanish_where_pruned_and_stay_where_kept(solver: RowSolver) 
     matrix_DD[live[:, None], live] = live_DD
     hessian = Hessian(matrix_DD)
     problem = make_problem(hessian, weight_RD, keep_RD)
+    if started:
+        start_RD = solve_rows(solver, hessian, problem).weight_RD.index_fill(1, dead, 0.0)
+        problem = make_problem(hessian, weight_RD, keep_RD, start_RD)
     solution = solve_rows(solver, hessian, problem)
     assert torch.equal(hessian.dead_D.nonzero()[:, 0], dead)
     assert torch.equal(solution.weight_RD[:, dead], (weight_RD * keep_RD)[:, dead])
@@ -249,6 +254,10 @@ class TestRefusals:
             make_problem(*args, one_RD, -one_RD)
         with pytest.raises(NumericalError, match="lower contains NaN"):
             make_problem(*args, one_RD * torch.nan, None)
+        with pytest.raises(RecipeError, match=r"lower bound is \+inf"):
+            make_problem(*args, one_RD * torch.inf, None)
+        with pytest.raises(RecipeError, match="upper bound -inf"):
+            make_problem(*args, None, -one_RD * torch.inf)
 
     def test_shapes_and_dtypes(self) -> None:
         matrix_DD = make_matrix(8, 16, seed=19)

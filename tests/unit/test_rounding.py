@@ -14,6 +14,7 @@ from qp_reference import Reference, make_layer, make_matrix, make_rows, referenc
 from torch import Tensor
 
 from optima.errors import RecipeError
+from optima.linear import above_least
 from optima.qp import Auto, Bounded, Hessian, RowProblem, RowSolution, make_problem, solve_rows
 from optima.qp.rounding import Rounded, round_rows
 
@@ -177,7 +178,8 @@ def test_weights_in_the_dtype_already_stay_as_they_are() -> None:
     assert rounded.weight_RD is solution.weight_RD
     assert torch.equal(rounded.gap_R, solution.gap_R)
     assert torch.equal(rounded.error_R, solution.error_R)
-    assert not rounded.excess_R.any()
+    bound_R = rounded.gap_R * rounded.least_R
+    assert torch.allclose(rounded.least_R, rounded.error_R - bound_R, rtol=1e-12)
 
 
 def test_float64_weights_become_float32_ones_that_are_as_good() -> None:
@@ -208,6 +210,32 @@ def test_bounds_without_a_number_between_them_are_refused() -> None:
     assert representable(round_rows(hessian, problem, solution, torch.float16), problem, torch.float16)
 
 
+def test_what_all_rows_lose_is_told_in_full_where_masks_lose_next_to_nothing() -> None:
+    """Pruned weights are a millionth of the others: rounding loses far more than the mask."""
+    weight_RD, keep_RD = make_rows(20, 48, seed=2)
+    weight_RD = torch.where(keep_RD, weight_RD, 1e-6 * weight_RD)
+    hessian, problem, truth = layer(make_matrix(48, 96, seed=1), 0.01, weight_RD, keep_RD)
+    rounded = round_rows(hessian, problem, solve_rows(Auto(), hessian, problem), torch.bfloat16)
+    above_R = truth.loss(rounded.weight_RD.double()) - truth.loss(torch.from_numpy(truth.optimum()))
+    assert above_least(rounded) * float(rounded.least_R.sum()) >= above_R.sum()
+    assert above_least(rounded) > 10.0
+
+
+def test_a_dead_weight_of_any_size_leaves_the_gap_as_it_is() -> None:
+    weight_RD, keep_RD = make_rows(10, 48, seed=2)
+    weight_RD, keep_RD = 1e-21 * weight_RD, keep_RD.clone()
+    matrix_DD = make_matrix(48, 96, seed=1)
+    matrix_DD[5] = matrix_DD[:, 5] = 0.0
+    keep_RD[:, 5] = True
+    hessian = Hessian(matrix_DD, 0.01)
+    gaps = []
+    for dead in (0.0, 1.0):
+        weight_RD[:, 5] = dead
+        problem = make_problem(hessian, weight_RD, keep_RD)
+        gaps.append(round_rows(hessian, problem, solve_rows(Auto(), hessian, problem), torch.bfloat16).gap_R)
+    assert torch.allclose(*gaps, rtol=1e-3)
+
+
 def test_more_rows_than_are_rounded_together() -> None:
     """And the same bits every time."""
     hessian, problem, truth = make_layer(4800, 120)
@@ -227,8 +255,8 @@ def test_the_solvers_residual_serves_as_well_as_its_own(name: str) -> None:
     own = round_rows(hessian, problem, replace(solution, residual_RD=None, scale_R=None), torch.bfloat16, "nearest")
     given = round_rows(hessian, problem, solution, torch.bfloat16, "nearest")
     assert torch.equal(own.weight_RD, given.weight_RD)
-    tolerance = 1e-4 * own.error_R.abs() + 1e-2 * own.excess_R.abs()
-    assert bool(((own.excess_R - given.excess_R).abs() <= tolerance).all())
+    tolerance = 1e-4 * own.error_R.abs() + 1e-2 * (own.error_R - solution.error_R).abs()
+    assert bool(((own.error_R - given.error_R).abs() <= tolerance).all())
 
 
 def test_no_rows_are_no_trouble() -> None:

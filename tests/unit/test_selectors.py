@@ -16,6 +16,7 @@ from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.base import SELECTORS, load_foreign, make_selector, needs_of
 from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
+from optima.selectors.ranking import count_error, top_scores
 from optima.selectors.ria import RIA
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.wanda import Wanda
@@ -100,6 +101,14 @@ def test_gradient(pattern: Pattern) -> None:
     assert torch.equal(Gradient().select(layer, pattern).keep_OD, plain_keep(score_OD, pattern))
     with pytest.raises(RecipeError, match="needs the gradient of linear"):
         Gradient().select(replace(layer, gradient_OD=None), pattern)
+
+
+def test_groups_that_reach_over_the_end_of_a_row_are_refused() -> None:
+    score_OD = torch.arange(12.0).reshape(2, 6)
+    with pytest.raises(RecipeError, match="2:4 does not divide 6 inputs"):
+        top_scores(score_OD, NM(2, 4))
+    keep_OD = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    assert count_error(keep_OD, NM(2, 4)) == "groups of 4 do not divide 6 inputs"
 
 
 def test_only_the_gradient_selector_needs_gradients() -> None:

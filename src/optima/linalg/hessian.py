@@ -20,6 +20,7 @@ from optima.linalg.products import SharedFactor, SharedMatrix, scaled
 SMALLEST_DAMPING = 1e-8
 # An eigenvalue below -INDEFINITE * the largest one is not rounding of X^T X.
 INDEFINITE = 1e-4
+REMEDY = "add up X^T X / T of finite inputs in float32 or float64"
 # What H_ij is at most, in units of sqrt(H_jj), where H_ii is zero by underflow in float32 alone; twice, to be safe.
 UNDERFLOW = 2.0 * torch.finfo(torch.float32).tiny ** 0.5
 # Asymmetry beyond rounding, in units of sqrt(H_ii H_jj).
@@ -93,12 +94,14 @@ class Hessian:
         if not (lowest.isfinite() and highest.isfinite()):
             raise NumericalError("the hessian contains NaN or Inf: check the calibration activations")
         if float(self.diagonal_D.min()) < 0.0:
-            raise NumericalError("the hessian has a negative diagonal entry, so it is not X^T X of real inputs")
+            raise NumericalError(
+                f"the hessian has a negative diagonal entry, so it is not X^T X of real inputs: {REMEDY}"
+            )
         if bool((beside_ND := self._matrix_DD[self.dead_D]).any()):
             if bool((beside_ND.abs() > UNDERFLOW * self.diagonal_D.sqrt()).any()):
                 raise NumericalError(
                     "the hessian has a zero on its diagonal and other entries beside it, so it is not X^T X of real "
-                    "inputs"
+                    f"inputs: {REMEDY}"
                 )
             # An input so small that its square is zero in float32, and its products with others are not.
             self._matrix_DD = self._matrix_DD.clone()
@@ -169,7 +172,7 @@ class Hessian:
         if lowest < -INDEFINITE * largest:
             raise NumericalError(
                 f"the hessian is indefinite beyond rounding (eigenvalues from {lowest:.3g} to {largest:.3g}): "
-                "it is not X^T X of real inputs"
+                f"it is not X^T X of real inputs: {REMEDY}"
             )
 
     def damped(self, damping: float) -> Tensor:

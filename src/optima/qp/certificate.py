@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optima.device import full_precision
 from optima.linalg.hessian import Hessian
 from optima.qp.problem import RowProblem
 
@@ -58,8 +59,9 @@ class Certificate(NamedTuple):
 
 def certify(hessian: Hessian, problem: RowProblem, weight_RD: Tensor) -> Certificate:
     """Certify feasible ``weight_RD`` against ``problem`` with one float64 product and one triangular solve."""
-    verifier = Verifier(hessian, problem)
-    found = verifier(weight_RD)
+    with full_precision(), torch.no_grad():
+        verifier = Verifier(hessian, problem)
+        found = verifier(weight_RD)
     unit_R1 = (hessian.mean_diagonal * verifier.scale_R)[:, None]
     return found._replace(residual_RD=found.residual_RD.double() * unit_R1)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from enum import IntEnum
+from math import inf
 from typing import Any, Protocol
 
 import torch
@@ -157,7 +158,7 @@ def make_problem(
     (its target becomes 0) and its kept weight stays as it is.
 
     Raises:
-        RecipeError: on wrong shapes, a start or bounds that contradict keep or each other.
+        RecipeError: on wrong shapes, or bounds that leave nothing between them. Off keep start and bounds are zero.
         NumericalError: on NaN or Inf in the weights.
     """
     tensors = {"weight": target_RD, "keep": keep_RD, "start": start_RD, "lower": lower_RD, "upper": upper_RD}
@@ -175,12 +176,15 @@ def make_problem(
     lower_RD, upper_RD = bound(lower_RD), bound(upper_RD)
     if lower_RD is not None and upper_RD is not None and bool((lower_RD > upper_RD).any()):
         raise RecipeError("a lower bound exceeds its upper bound: swap them or widen the range")
+    if any(bound is not None and bool((bound == end).any()) for bound, end in ((lower_RD, inf), (upper_RD, -inf))):
+        raise RecipeError("a lower bound is +inf, or an upper bound -inf, which no weight can be: swap the two")
     problem = RowProblem(target_RD.detach().to(hessian.device, dtype), keep_RD, None, lower_RD, upper_RD)
     if bool(hessian.dead_D.any()):
         feasible_RD = problem.clamp(problem.target_RD)
         problem = replace(problem, target_RD=torch.where(hessian.dead_D, feasible_RD, problem.target_RD))
     if start_RD is not None:
-        problem = replace(problem, start_RD=problem.clamp(start_RD.detach().to(hessian.device, dtype)))
+        start_RD = torch.where(hessian.dead_D, problem.target_RD, start_RD.detach().to(hessian.device, dtype))
+        problem = replace(problem, start_RD=problem.clamp(start_RD))
     return problem
 
 

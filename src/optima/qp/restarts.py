@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optima.device import full_precision
 from optima.linalg.hessian import Hessian
 from optima.qp.certificate import ALL, Certificate, Verifier
 from optima.qp.problem import RowProblem, RowSolution, Status
@@ -70,12 +71,13 @@ Inner = Callable[[Residuals], Correction]
 
 def solve_with_restarts(hessian: Hessian, problem: RowProblem, inner: Inner, gap: float) -> RowSolution:
     """Alternate ``inner`` and the certificate until every row's certified gap is at most ``gap`` or stalls."""
-    rounds = _Rounds(hessian, problem, inner, gap)
-    for _ in range(MAX_ROUNDS):
-        if not len(rounds.active):
-            break
-        rounds.next()
-    return rounds.solution()
+    with full_precision(), torch.no_grad():
+        rounds = _Rounds(hessian, problem, inner, gap)
+        for _ in range(MAX_ROUNDS):
+            if not len(rounds.active):
+                break
+            rounds.next()
+        return rounds.solution()
 
 
 class _Rounds:

@@ -27,7 +27,7 @@ from optima.device import full_precision
 from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import ROUND_ROWS
-from optima.qp.certificate import ENERGY_FLOOR
+from optima.qp.certificate import ENERGY_FLOOR, Verifier
 from optima.qp.cg import ConjugateGradient
 from optima.qp.preconditioners import FactorModel
 from optima.qp.problem import RowProblem, RowSolution
@@ -58,13 +58,14 @@ class Rounded:
         weight_RD: in the dtype asked for, zero off keep, within the bounds.
         error_R: upper bound on E(q), float64, above it by rounding errors only.
         gap_R: certified relative suboptimality of these weights, float64; see ``optima.qp.certificate``.
-        excess_R: upper bound on E(q) - E(v), float64; negative where rounding lowered the error.
+        least_R: what the gap is relative to, float64: E(v) - bound, which no weights on the mask fall below, or the
+            certificate's floor where that is more.
     """
 
     weight_RD: Tensor
     error_R: Tensor
     gap_R: Tensor
-    excess_R: Tensor
+    least_R: Tensor
 
 
 def round_rows(
@@ -87,9 +88,12 @@ def round_rows(
         RecipeError: if a weight's bounds have no number of ``dtype`` between them.
     """
     weight_RD = solution.weight_RD
-    if torch.promote_types(weight_RD.dtype, dtype) == dtype or not weight_RD.numel():
-        unchanged_R = torch.zeros_like(solution.error_R)
-        return Rounded(weight_RD.to(dtype), solution.error_R, solution.gap_R, unchanged_R)
+    if not weight_RD.numel():
+        return Rounded(weight_RD.to(dtype), solution.error_R, solution.gap_R, torch.zeros_like(solution.error_R))
+    if torch.promote_types(weight_RD.dtype, dtype) == dtype:
+        floor_R = ENERGY_FLOOR * Verifier(hessian, problem).energy_R
+        _, least_R = _proven(solution.error_R, solution.gap_R, floor_R)
+        return Rounded(weight_RD.to(dtype), solution.error_R, solution.gap_R, least_R)
     size = max(CHUNK_ENTRIES.get(weight_RD.device.type, DEVICE_CHUNK_ENTRIES) // hessian.num_inputs, 1)
     rounded_RD = torch.empty_like(weight_RD, dtype=dtype)
     facts = torch.empty(3, len(weight_RD), dtype=torch.float64, device=weight_RD.device)
@@ -124,7 +128,11 @@ class _Rows:
         self.root_D = diagonal_D.sqrt().to(working)
         # The weight of a dead input is rounded like others, at no loss.
         self.mask_RD = problem.keep_RD.to(working) * ~hessian.dead_D
-        largest_R = torch.maximum(weight_RD.abs().amax(dim=1), problem.target_RD.abs().amax(dim=1)).double()
+        live_D = ~hessian.dead_D  # a dead weight may be of any size
+        largest_R = torch.maximum(
+            (weight_RD * live_D).abs().amax(dim=1), (problem.target_RD * live_D).abs().amax(dim=1)
+        )
+        largest_R = largest_R.double()
         self.scale_R = largest_R.clamp(SMALLEST_SCALE, 1.0 / SMALLEST_SCALE).log2().round().exp2()
         self.scale_R1 = self.scale_R.to(working)[:, None]
         self.weight_RD = weight_RD.to(working) / self.scale_R1
@@ -148,10 +156,7 @@ class _Rows:
             target_RD = torch.maximum(target_RD.abs(), problem.clamp(target_RD).abs())
         self.unit_R = self.hessian.mean_diagonal * self.scale_R.square()
         energy_R = 0.5 * self._norm(target_RD.to(self.root_D) / self.scale_R1).square()
-        floor_R = ENERGY_FLOOR * energy_R * self.unit_R
-        # The gap is relative to the larger of E - bound and the floor.
-        self.bound_R = torch.maximum(error_R * gap_R / (1.0 + gap_R), gap_R * floor_R)
-        self.least_R = torch.maximum(error_R - self.bound_R, floor_R)
+        self.bound_R, self.least_R = _proven(error_R, gap_R, ENERGY_FLOOR * energy_R * self.unit_R)
 
     def improve(self) -> None:
         """Lower the error of the rows that lose too much."""
@@ -204,14 +209,20 @@ class _Rows:
         return (self.written_RD * self.scale_R1).to(self.dtype)
 
     def certified(self) -> Tensor:
-        """Error, gap and excess of what is written, (3, R) float64."""
+        """Error and gap of what is written, and what that is relative to, (3, R) float64."""
         change_R, weight_R = self._norm((self.written_RD - self.weight_RD) * self.mask_RD), self._norm(self.weight_RD)
         reach_R = len(self.root_D) ** 0.5 * (change_R + self.reach_R) + weight_R
         margin_R = MARGIN * torch.finfo(self.root_D.dtype).eps * change_R * reach_R
         excess_R = (self.rise_R + margin_R) * self.unit_R
         loss_R = (self.bound_R + excess_R).clamp_min(0.0)
         gap_R = torch.where(loss_R == 0, 0.0, loss_R / self.least_R)
-        return torch.stack([self.error_R + excess_R, gap_R, excess_R])
+        return torch.stack([self.error_R + excess_R, gap_R, self.least_R])
+
+
+def _proven(error_R: Tensor, gap_R: Tensor, floor_R: Tensor) -> tuple[Tensor, Tensor]:
+    """A certificate's bound again, and what its gap is relative to: the larger of E - bound and the floor."""
+    bound_R = torch.maximum(error_R * gap_R / (1.0 + gap_R), gap_R * floor_R)
+    return bound_R, torch.maximum(error_R - bound_R, floor_R)
 
 
 def _range(problem: RowProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -133,16 +133,18 @@ def load_foreign(path: str) -> Selector:
     try:
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
-        raise RecipeError(f"selector {path}: {module_name} cannot be imported ({error})") from error
+        raise RecipeError(
+            f"selector {path}: {module_name} cannot be imported ({error}): install it, or run from its directory"
+        ) from error
     finally:
         if not known:
             sys.path.remove("")
     if class_name not in vars(module):
-        raise RecipeError(f"selector {path}: {module_name} has no {class_name}")
+        raise RecipeError(f"selector {path}: {module_name} has no {class_name}: name a class of it")
     try:
         selector = vars(module)[class_name]()
     except TypeError as error:
-        raise RecipeError(f"selector {path} cannot be made without arguments ({error})") from error
+        raise RecipeError(f"selector {path} cannot be made without arguments ({error}): give them defaults") from error
     if not isinstance(selector, Selector):
         raise RecipeError(f"selector {path} is no selector: it needs published_scope and select(task, pattern)")
     return selector

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from optima.errors import RecipeError
 from optima.patterns import NM, Given, Pattern, Unstructured, group_width
 
 # Up to this many columns, comparators on whole columns find a threshold faster than a selection in every row.
@@ -35,9 +36,14 @@ def top_scores(score_OD: Tensor, pattern: Pattern) -> Tensor:
 
     Returns:
         keep_OD: boolean, True = the weight survives.
+
+    Raises:
+        RecipeError: if groups of n:m do not divide the inputs.
     """
     num_outputs, num_inputs = score_OD.shape
     if isinstance(pattern, NM):
+        if num_inputs % pattern.m:
+            raise RecipeError(f"pattern {pattern} does not divide {num_inputs} inputs: choose another for this linear")
         grouped = score_OD.reshape(-1, pattern.m)
         return keep_all_but_lowest(grouped, pattern.m - pattern.n).reshape(num_outputs, num_inputs)
     if pattern.scope == "row":
@@ -104,6 +110,8 @@ def count_error(keep_OD: Tensor, pattern: Pattern) -> str:
     if isinstance(pattern, Given):
         return ""
     if isinstance(pattern, NM):
+        if num_inputs % pattern.m:
+            return f"groups of {pattern.m} do not divide {num_inputs} inputs"
         kept_G = keep_OD.reshape(-1, pattern.m).sum(dim=1)
         wrong = (kept_G != pattern.n).nonzero()[:, 0]
         if not len(wrong):
