@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
-from qp_reference import make_layer, make_matrix
+from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
 from optima.qp import Hessian, SharedInverseCG, certify, make_problem, solve, solve_rows
@@ -62,6 +63,22 @@ def test_the_condition_is_bounded_from_above_and_not_wildly(damping: float) -> N
         scale_D = hessian.damped_DD.diagonal().rsqrt()
         truth = float(torch.linalg.cond(hessian.damped_DD * scale_D * scale_D[:, None]))
         assert truth <= hessian.condition <= 1e3 * truth * len(matrix_DD)
+
+
+def test_a_bound_in_float32_near_its_limit_is_one() -> None:
+    """As ill-conditioned as float32 may be, with inverses of blocks in its norm; against LAPACK in float64."""
+    hessian = Hessian(make_matrix(300, 150, seed=1), 1.5e-5)
+    assert 2e7 < hessian.condition < 1e8
+    assert hessian.working_dtype == torch.float32
+    weight_RD, keep_RD = make_rows(40, 300, seed=2)
+    problem = make_problem(hessian, weight_RD, keep_RD)
+    for point_RD in (weight_RD * keep_RD, solve_rows(SharedInverseCG(), hessian, problem).weight_RD):
+        bound_R = certify(hessian, problem, point_RD).bound_R.numpy()
+        matrix_DD, away_RD = hessian.damped_DD.numpy(), (weight_RD.double() - point_RD.double()).numpy()
+        for row, keep_D in enumerate(keep_RD.numpy()):
+            residual_S = (away_RD[row] @ matrix_DD)[keep_D]
+            excess = 0.5 * residual_S @ np.linalg.solve(matrix_DD[np.ix_(keep_D, keep_D)], residual_S)
+            assert excess <= bound_R[row]
 
 
 def test_no_global_switch_lowers_a_bound() -> None:

@@ -70,7 +70,7 @@ class LinearRecord(Record):
     )  # damped loss as written above the rows' certified lower bounds (or floors), relative to these
     tokens: Int  # calibration tokens that reached the linear
     swaps: Int | None  # swaps made in the mask; None if none were asked for
-    rows_swap_optimal: Int | None  # rows of which no single swap lowers the error, as is proven; None likewise
+    rows_swap_optimal: Int | None  # rows of which no single swap lowers the error by 1e-5 of it; None likewise
     tokens_effective: float | None = None  # equal tokens that would tell as much; None if not weighted
     tuned: bool = False  # tuning moved the weights after their solve: errors and gaps are from before
 
