@@ -49,9 +49,9 @@ def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, toke
 
     ``tokens``: in the largest batch.
     """
-    # An encoder's gradients come through the blocks of its decoder. A model that lives on the device needs no move.
-    home = next(model.parameters()).device
-    if home == device or device.type == "cpu" or stack.part == "encoder" or model.get_output_embeddings() is None:
+    there = device.type in ("cpu", next(model.parameters()).device.type)  # a model in memory may live on the device
+    # An encoder's gradients come through the blocks of its decoder.
+    if there or stack.part == "encoder" or model.get_output_embeddings() is None:
         return MAIN, ""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
