@@ -19,7 +19,6 @@ from optima.cli import main
 from optima.errors import CalibrationError
 from optima.models.source import find_source
 from optima.plan import make_plan
-from optima.preflight import opening
 
 CPU = torch.device("cpu")
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "24"]
@@ -121,9 +120,6 @@ def test_it_writes_what_data_sets_lack(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     save_model(Path("model"))
     Path("some.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
-    opened: list[str | None] = []
-    network = opening._network
-    monkeypatch.setattr(opening, "_network", lambda checked, whole: opened.append(whole) or network(checked, whole))
     for out, samples in (("mixed", "6"), ("read", "2")):
         asked = ["--num-calibration-samples", samples, "--max-seq-length", "24", "--dataset", "some.txt", "self"]
         assert main(["prune", "model", "--output-dir", out, *asked]) == 0
@@ -132,9 +128,10 @@ def test_it_writes_what_data_sets_lack(tmp_path: Path, monkeypatch: pytest.Monke
         told = [note for note in report.run.notes if "wrote the other" in note]
         assert len(told) == (out == "mixed")
         assert all("text for 3 of 6 sequences, and the model wrote the other 3" in note for note in told)
+        whole = [note for note in report.run.notes if "held in main memory: it writes its own text" in note]
+        assert len(whole) == len(told)
         notes = make_plan(find_source("model"), Recipe(dataset=["some.txt", "self"], max_seq_length=24)).notes
         assert any(note.startswith("to write what the data sets lack, if they do") for note in notes)
-    assert opened == ["it writes its own text", None]
 
 
 def test_what_was_read_comes_first() -> None:

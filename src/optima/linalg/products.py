@@ -76,7 +76,7 @@ class SharedFactor:
             self._blocks.append((len(identity), pack(scaled(inverse, 1.0 / unit, dtype)), pack(below)))
 
     def squared_norm(self, rows_RD: Tensor) -> Tensor:
-        """||L^-1 r||^2 of each row r, of at most 256 inputs as the products are, their sums added in float64, (R,)."""
+        """||L^-1 r||^2 of each row r, (R,); the sums over blocks of inputs are added up in float64."""
         rows_RD = rows_RD.to(self.dtype)
         if self._factor_DD is not None:
             solved_RD = torch.linalg.solve_triangular(self._factor_DD.mT, rows_RD, upper=True, left=False).double()

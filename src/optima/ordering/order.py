@@ -31,8 +31,8 @@ from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
-from optima.models.ordered import ORDERING_NAME, home_of, read_orders
-from optima.models.source import load_tokenizer, orders_of
+from optima.models.ordered import ORDERING_NAME
+from optima.models.source import load_tokenizer
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Weights
 from optima.models.writer import Writer, prepare
@@ -44,7 +44,7 @@ from optima.ordering.trial import computes_the_same
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks
-from optima.preflight.opening import Checked, check, claim, read, store_of
+from optima.preflight.opening import Checked, check, claim, known_orders, read, store_of
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 from optima.reporting.progress import Progress, make_progress
@@ -142,9 +142,8 @@ def order(
             raise RecipeError("channels are ordered by one process: start it without torchrun")
         stack.enter_context(unswitched())
         checked = check(model, recipe, output_dir, calibration, None, ranks)
-        source, home = checked.source, home_of(checked.structure.config.name_or_path)
-        if (read_orders(home) if source is None else orders_of(source)) is not None:
-            name = "the model in memory" if source is None else source.name
+        if known_orders(checked.source, checked.structure) is not None:
+            name = "the model in memory" if checked.source is None else checked.source.name
             raise ModelError(f"the channels of {name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")

@@ -96,13 +96,17 @@ def _check_in_memory(model: PreTrainedModel) -> None:
         raise ModelError("the model has adapters, which are not written: merge them into its weights first")
 
 
+def known_orders(source: Source | None, model: PreTrainedModel) -> Any:
+    """The orders of the model's channels, read from disk or in memory; None if it has its own."""
+    return orders_of(source) if source is not None else read_orders(home_of(model.config.name_or_path))
+
+
 def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:
     """Masks speak of weights by their places: they must be of the model with its channels in this order."""
     if recipe.mask_from is None:
         return
-    own = orders_of(source) if source is not None else read_orders(home_of(model.config.name_or_path))
     masks = Path(recipe.mask_from).expanduser()
-    if read_orders(masks if masks.is_dir() else masks.parent) != own:
+    if read_orders(masks if masks.is_dir() else masks.parent) != known_orders(source, model):
         name = "the model in memory" if source is None else source.name
         raise RecipeError(
             f"mask_from {recipe.mask_from} and {name} have their channels in different orders ({ORDERING_NAME}): prune "

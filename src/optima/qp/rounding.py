@@ -129,10 +129,7 @@ class _Rows:
         # The weight of a dead input is rounded like others, at no loss.
         self.mask_RD = problem.keep_RD.to(working) * ~hessian.dead_D
         live_D = ~hessian.dead_D  # a dead weight may be of any size
-        largest_R = torch.maximum(
-            (weight_RD * live_D).abs().amax(dim=1), (problem.target_RD * live_D).abs().amax(dim=1)
-        )
-        largest_R = largest_R.double()
+        largest_R = (torch.maximum(weight_RD.abs(), problem.target_RD.abs()) * live_D).amax(dim=1).double()
         self.scale_R = largest_R.clamp(SMALLEST_SCALE, 1.0 / SMALLEST_SCALE).log2().round().exp2()
         self.scale_R1 = self.scale_R.to(working)[:, None]
         self.weight_RD = weight_RD.to(working) / self.scale_R1
