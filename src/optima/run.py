@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks, own_batches
-from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of
+from optima.preflight.opening import Checked, as_given, check, claim, memory_of, read, store_of, written
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
@@ -110,17 +109,17 @@ def prune(
         shown = make_progress() if progress and ranks.first else Progress()
         shown.reading(None if source is None else source.name)
         network, weights, origin, text = read(checked, tokenizer, ranks)
-        samples, length = text.size  # of what the caller gave; else as asked
-        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length or recipe.max_seq_length)
-        checked = replace(checked, recipe=recipe)
+        checked = as_given(checked, text)
+        recipe = checked.recipe
         assert recipe.batch_size is not None
-        batches, alike = own_batches(text, recipe.batch_size, ranks)
         origin["processes"] = ranks.size
         job = _job(checked, network, weights, calibration is not None)
-        job.notes.extend(text.notes)
         if ranks.first:
             job.progress = stack.enter_context(Listeners([shown, *callbacks]))
-            job.progress.begin(_start(checked, origin["model"], output_dir, text))
+            job.progress.begin(_start(checked, origin["model"], output_dir))
+        text = written(checked, network, tokenizer, text, ranks, job.progress)
+        job.notes.extend(text.notes)
+        batches, alike = own_batches(text, recipe.batch_size, ranks)
         if output_dir is not None:
             run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
@@ -221,8 +220,9 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
             job.prune(stack, streams, runs_again=stack is not needed[-1])
 
 
-def _start(checked: Checked, model: str, output_dir: str | Path | None, text: Calibration) -> RunStart:
-    samples, length = text.size
+def _start(checked: Checked, model: str, output_dir: str | Path | None) -> RunStart:
+    samples, length = checked.recipe.num_calibration_samples, checked.recipe.max_seq_length
+    assert samples is not None, "a run resolves it"
     return RunStart(
         model=model,
         output_dir=None if output_dir is None else str(output_dir),

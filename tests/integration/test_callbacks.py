@@ -13,13 +13,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import families
 import pytest
-from tiny import Refused, make_bert, make_llama, make_tokens, prune_arguments
+from tiny import Refused, make_bert, make_llama, make_tokenizer, make_tokens, prune_arguments
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -95,6 +96,21 @@ class TestCallbacks:
         prune(make_llama(), recipe, calibration=make_tokens(), callbacks=[diary])
         assert [stage for stage, *_ in diary.of("stage")] == ["sweep", "survey", "prune"]
         assert [block.stage for block in diary.of("block")] == ["survey"] * 2 + ["prune"] * 2
+
+    def test_the_writing_of_text_is_a_walk(self) -> None:
+        """And the run has begun by then."""
+        diary = Diary()
+        recipe = replace(RECIPE, dataset=["self"], num_calibration_samples=36)
+        report = prune(make_llama(), recipe, tokenizer=make_tokenizer(), callbacks=[diary])
+        assert [kind for kind, _ in diary.calls[:2]] == ["start", "stage"], "before text is written"
+        assert diary.of("stage")[0] == ("write", 36, 1, 0)
+        shares = [event.share for event in diary.of("share")]
+        assert shares == sorted(set(shares))
+        assert 0 < shares[0] < 1 == shares[-1]
+        assert {event.stage for event in diary.of("share")} == {"write"}
+        (start,) = diary.of("start")
+        assert (start.samples, start.length) == (36, 16)
+        assert report.run.num_tokens == 36 * 16
 
     @pytest.mark.parametrize(("make", "steps"), [(make_llama, 2 + 3 + 2), (make_bert, 2 + 2)])
     def test_a_sweep_tells_how_far_it_is(self, make: Callable[[], PreTrainedModel], steps: int) -> None:

@@ -21,7 +21,7 @@ from runs import finish, start
 from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, prune_arguments, save_model, save_text
 
 import optima
-from optima.calibration import swept
+from optima.calibration import own_text, swept
 from optima.calibration.statistics import Accumulator
 from optima.calibration.streams import Streams
 from optima.distributed import Ranks
@@ -125,6 +125,22 @@ def test_the_same_sequences_are_swept() -> None:
     assert finish_ranks(start_ranks(2, "two", *options, prepare=sweep_a_quarter)) == [0, 0], said(2)
     assert differing("one", "two")[0] <= 1e-3
     same_but_for_time("one", "two")
+
+
+def write_one_at_a_time(rank: int = 0) -> None:
+    """For ``prepare``: there are batches for every process."""
+    own_text.AT_ONCE = 1
+
+
+def test_they_share_the_writing_of_text() -> None:
+    Path("short.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
+    options = ("--dataset", "short.txt", "self", "--num-calibration-samples", "11", "--max-seq-length", "24")
+    assert finish(start("one", *options, prepare=write_one_at_a_time)) == 0
+    assert finish_ranks(start_ranks(2, "two", *options, prepare=write_one_at_a_time)) == [0, 0], said(2)
+    assert differing("one", "two")[0] <= 1e-3
+    one, two = optima.load_report("one").run, optima.load_report("two").run
+    assert one.data_hash == two.data_hash
+    assert all(any("the model wrote the other 8" in note for note in run.notes) for run in (one, two))
 
 
 @SLOW

@@ -1,6 +1,7 @@
 import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -387,11 +388,14 @@ class TestProgress:
     def test_what_comes_before_is_named(self) -> None:
         screen = io.StringIO()
         listeners = Listeners([Progress(Console(file=screen))], lambda: 0.0)
+        listeners.start(8, 1, stage="write")
+        listeners.share(1.0)
         listeners.start(2, 1, stage="sweep")
         listeners.share(1.0)
         listeners.start(2, 1, stage="survey")
         listeners.block("a")
         assert screen.getvalue().splitlines() == [
+            "the model writes 8 sequences of text",
             "sweep over 2 blocks: what the loss feels",
             "survey of 2 blocks: how much of each can go",
             "survey: block 1/2  error -  0:00:00 elapsed  0:00:00 left",
@@ -410,12 +414,13 @@ class TestProgress:
             "sweep: 90%  0:03:00 elapsed  0:00:20 left",
         ]
 
-    def test_display_moves_with_a_sweep(self) -> None:
+    @pytest.mark.parametrize(("stage", "unit"), [("sweep", "block"), ("write", "sequence")])
+    def test_display_moves_with_a_walk_that_tells_of_shares(self, stage: str, unit: str) -> None:
         screen = io.StringIO()
         with Listeners([Progress(Console(file=screen, force_terminal=True, width=120, color_system=None))]) as shown:
-            shown.start(8, 1, stage="sweep")
+            shown.start(8, 1, stage=stage)
             shown.share(0.6)
-        assert "4/8" in screen.getvalue()
+        assert re.search(rf"{unit} +4/8", screen.getvalue())
 
     @pytest.mark.parametrize("width", [60, 120])
     def test_display_is_one_line(self, width: int) -> None:

@@ -10,6 +10,7 @@ Shapes: N sequences, L tokens in each, B sequences of a batch, C tokens that the
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -31,6 +32,7 @@ from optima.calibration.head import drawn_words, exponentials
 from optima.calibration.inputs import Calibration, is_encoder_decoder
 from optima.calibration.text import special_tokens, token_ids
 from optima.device import describe_memory, evaluating, one_memory_error
+from optima.distributed import ALONE, Ranks
 from optima.errors import CalibrationError, DeviceMemoryError
 from optima.recipe import Recipe
 
@@ -47,6 +49,8 @@ def own_text(
     device: torch.device,
     read: Calibration | None = None,
     room: int | None = None,
+    ranks: Ranks = ALONE,
+    told: Callable[[float], object] = float,
 ) -> Calibration:
     """As many sequences as ``recipe`` asks for, each begun anew and written to its full length, ends of text included.
 
@@ -60,6 +64,8 @@ def own_text(
         device: where to write.
         read: what the data sets had, and need not be written; not all that is asked for.
         room: bytes of main memory for keys and values, if it writes there; None: no limit.
+        ranks: the processes that write, all of them some; each returns all.
+        told: how much of this process's part is written, 0 to 1, at every percent.
 
     Returns:
         Tokens, with a note of how many were read, and one if fewer sequences than usual had to be written together.
@@ -87,10 +93,19 @@ def own_text(
     halving, together = Halving(device), AT_ONCE
     if device.type == "cpu" and room is not None:  # where too much ends the process instead of an error
         together = max(min(AT_ONCE, room // max(keys_bytes(model, length), 1)), 1)
+    together = min(ranks.gather(together))  # words may differ with those beside them, where roundings decide
+    firsts = list(range(0, samples, together))[ranks.part(-(-samples // together))]
+    drew, words = 0, new * sum(min(together, samples - first) for first in firsts)
+
+    def draw_told(count: int) -> None:
+        nonlocal drew
+        percent, drew = 100 * drew // words, min(drew + count, words)  # what runs out of memory is written anew
+        if 100 * drew // words > percent:
+            told(drew / words)
 
     def write(first: int, part: slice) -> Tensor:
         rows = slice(first + part.start, first + part.stop)
-        draw, begun_BC = _Draw(drawn_NL[rows].to(device)), begun_NC[rows].to(device)
+        draw, begun_BC = _Draw(drawn_NL[rows].to(device), draw_told), begun_NC[rows].to(device)
         written = model.generate(  # type: ignore[operator]
             begun_BC,
             attention_mask=torch.ones_like(begun_BC),
@@ -110,20 +125,22 @@ def own_text(
         try:
             _move(model, device)
             parts: list[Tensor] = []
-            for first in range(0, samples, together):
+            for first in firsts:
                 parts += halving.over(min(together, samples - first), partial(write, first))
         finally:
             model.generation_config = own
             nn.Module.to(model, home)
+    parts = [part for each in ranks.collect(parts) for part in each]
+    most = min((each for each in ranks.gather(halving.most) if each is not None), default=None)
     few = (
-        f"out of memory: the model wrote {halving.most} sequences of its text at a time, whose words may differ where "
+        f"out of memory: the model wrote {most} sequences of its text at a time, whose words may differ where "
         "roundings decide"
     )
     no_turn = "the chat template tells no beginning of a user's turn: the model's own text begins as plain text does"
     rest = f"the data sets have text for {len(known_NL)} of {asked} sequences, and the model wrote the other {samples}"
     notes = [rest] if recipe.read else []
     notes += [no_turn] if not len(known_NL) and tokenizer.chat_template and not users_turn(tokenizer) else []
-    notes += [few] if halving.most else []
+    notes += [few] if most else []
     return replace(read or Calibration(None), tokens_NL=torch.cat([known_NL, *parts]), notes=tuple(notes))
 
 
@@ -154,19 +171,21 @@ class _Draw(LogitsProcessor):
 
     Args:
         drawn_BL: uniform in [0, 1), for each word that is still to be written.
+        told: how many words were drawn, whenever some were.
 
     Attributes:
         sum_B1: of all weights so far, in which NaN and Inf would show.
     """
 
-    def __init__(self, drawn_BL: Tensor) -> None:
-        self._drawn = iter(drawn_BL.unbind(dim=1))
+    def __init__(self, drawn_BL: Tensor, told: Callable[[int], object]) -> None:
+        self._drawn, self._told = iter(drawn_BL.unbind(dim=1)), told
         self.sum_B1 = torch.zeros(len(drawn_BL), 1, device=drawn_BL.device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """For logits ``scores``, (B, V), zero for one word and -inf for the others."""
         word_B1, sum_B1 = drawn_words(exponentials(scores), next(self._drawn))
         self.sum_B1 += sum_B1  # not finite from here on, if it is not once
+        self._told(len(scores))
         return torch.full_like(scores, -torch.inf).scatter_(1, word_B1, 0.0)
 
 

@@ -44,7 +44,7 @@ from optima.ordering.trial import computes_the_same
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks
-from optima.preflight.opening import Checked, check, claim, known_orders, read, store_of
+from optima.preflight.opening import Checked, check, claim, known_orders, read, store_of, written
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 from optima.reporting.progress import Progress, make_progress
@@ -156,6 +156,7 @@ def order(
             tokenizer = load_tokenizer(checked.source)
         shown = stack.enter_context(Listeners([make_progress() if progress else Progress()]))
         network, weights, origin, text = read(checked, tokenizer, ranks, "its channels change places")
+        text = written(checked, network, tokenizer, text, ranks, shown)
         recipe = checked.recipe
         assert recipe.batch_size is not None
         if destination is not None:

@@ -28,6 +28,7 @@ from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.preflight.checks import Preflight, check_dump, find_calibration, preflight, sequence_length, sized, taken
 from optima.recipe import Recipe
+from optima.reporting.callbacks import Listeners
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,47 @@ def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) 
 def read(
     checked: Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks, whole: str | None = None
 ) -> tuple[PreTrainedModel, Weights, dict[str, Any], Calibration]:
-    """The model, what the report says of where it is from, and the text: read first; what is missing the model writes.
+    """The model, what the report says of where it is from, and the text: read first; ``written`` has what it lacks.
 
     ``whole``: why the weights are not streamed.
     """
-    recipe = checked.recipe
-    read = ranks.from_first(lambda: find_calibration(recipe, tokenizer, checked.calibration))
-    read.check(checked.structure)
-    if checked.calibration is not None or read.size[0] == recipe.num_calibration_samples:
-        return *_network(checked, whole), read
+    text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
+    text.check(checked.structure)
+    return *_network(checked, whole or ("it writes its own text" if _lacks(checked, text) else None)), text
+
+
+def as_given(checked: Checked, text: Calibration) -> Checked:
+    """With as many sequences and tokens as the caller's text has, whatever was asked."""
+    if checked.calibration is None:
+        return checked
+    samples, length = text.size
+    recipe = replace(
+        checked.recipe, num_calibration_samples=samples, max_seq_length=length or checked.recipe.max_seq_length
+    )
+    return replace(checked, recipe=recipe)
+
+
+def _lacks(checked: Checked, text: Calibration) -> bool:
+    """Whether the model has to write some."""
+    return checked.calibration is None and text.size[0] < (checked.recipe.num_calibration_samples or 0)
+
+
+def written(
+    checked: Checked,
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    text: Calibration,
+    ranks: Ranks,
+    progress: Listeners,
+) -> Calibration:
+    """``text``, and what it lacks, which the model writes."""
+    if not _lacks(checked, text):
+        return text
     assert tokenizer is not None, "the text was read by it"
-    network, weights, origin = _network(checked, whole or "it writes its own text")
-    text = ranks.from_first(lambda: own_text(network, tokenizer, recipe, checked.device, read, host_room(recipe)))
-    return network, weights, origin, text
+    recipe = checked.recipe
+    assert recipe.num_calibration_samples is not None, "a run resolves it"
+    progress.start(recipe.num_calibration_samples - text.size[0], 1, stage="write")
+    return own_text(network, tokenizer, recipe, checked.device, text, host_room(recipe), ranks, progress.share)
 
 
 def _network(checked: Checked, whole: str | None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:

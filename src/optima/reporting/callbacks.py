@@ -27,9 +27,9 @@ class RunStart:
 
 @dataclass(frozen=True)
 class ShareEvent:
-    """How far a walk is that goes through all blocks several times."""
+    """How far a walk is that does not finish one thing after the other."""
 
-    stage: str  # sweep
+    stage: str  # write, or sweep
     share: float  # of the work that is done, 0 to 1
     elapsed: float  # seconds since the walk began
     left: float  # seconds that the rest will take at this pace
@@ -59,18 +59,18 @@ class Callback:
         """Every check is made, and the first long work begins."""
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """A walk over blocks begins: sweep, survey or prune.
+        """A walk begins: write, sweep, survey or prune.
 
         Args:
-            stage: sweep (what the loss feels; tells of shares, not of blocks), survey (of the dense model, for an
-                allocation), or prune.
-            blocks: of the walk.
+            stage: write (the model's own text; tells of shares), sweep (over blocks: what the loss feels; tells of
+                shares), survey (of the dense model, for an allocation), or prune.
+            blocks: of the walk; of write: sequences.
             linears_per_block: to prune, at most; 1 in a survey.
             done: blocks that an earlier run has done.
         """
 
     def on_share(self, share: ShareEvent) -> None:
-        """A sweep has come further."""
+        """The writing of text, or a sweep, has come further."""
 
     def on_linear(self, linear: LinearRecord) -> None:
         """A linear is pruned; tuning may still move its weights."""
@@ -111,7 +111,7 @@ class Listeners:
             callback.on_start(start)
 
     def start(self, num_blocks: int, linears_per_block: int, done: int = 0, stage: str = "prune") -> None:
-        """A walk over ``num_blocks`` blocks of at most ``linears_per_block`` linears; ``done`` are so already."""
+        """A walk over ``num_blocks``, see ``Callback.on_stage``; ``done`` are so already."""
         self._stage, self._total, self._done, self._own = stage, num_blocks, 0, 0
         self._began = self._own_began = self._clock()
         for callback in self._callbacks:

@@ -14,10 +14,11 @@ from rich.table import Column
 from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
-# Seconds between two lines of a sweep, where no live line shows it.
-SWEEP_LINES = 60.0
-# What a walk over so many blocks does, told where no live line shows it.
+# Seconds between two lines of a walk that tells of shares, where no live line shows it.
+SHARE_LINES = 60.0
+# What a walk over so many blocks, or sequences, does, told where no live line shows it.
 WALKS = {
+    "write": "the model writes {} sequences of text",
     "sweep": "sweep over {} blocks: what the loss feels",
     "survey": "survey of {} blocks: how much of each can go",
     "order": "order of channels in {} blocks",
@@ -47,13 +48,13 @@ class Progress(Callback):
         self._line(f"pruning {model} on {start.device}, by {start.samples} x {start.length} tokens")
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """A walk over blocks begins."""
+        """A walk begins."""
         self._stop()
         self._per_block, self._errors, self._told = linears_per_block, [], 0.0
         if self._console is None:
             return
         if self._console.is_interactive:
-            self._display = _display(self._console)
+            self._display = _display(self._console, "sequence" if stage == "write" else "block")
             doing = "calibrating" if stage == "prune" else stage
             self._display.add_task("", total=blocks, completed=done, linear=doing, error="-")
             self._display.start()
@@ -63,11 +64,11 @@ class Progress(Callback):
             self._line(WALKS[stage].format(blocks))
 
     def on_share(self, share: ShareEvent) -> None:
-        """A sweep has come further."""
+        """The writing, or a sweep, has come further."""
         if self._display is not None:
             (task,) = self._display.tasks
             self._display.update(task.id, completed=share.share * (task.total or 0))
-        elif share.elapsed >= self._told + SWEEP_LINES:
+        elif share.elapsed >= self._told + SHARE_LINES:
             self._told = share.elapsed
             self._line(f"{share.stage}: {share.share:.0%}  {_times(share)}")
 
@@ -111,12 +112,12 @@ def _times(event: BlockEvent | ShareEvent) -> str:
     return f"{used} elapsed  {more} left"
 
 
-def _display(console: Console) -> Display:
+def _display(console: Console, unit: str) -> Display:
     def text(shown: str, **settings: Any) -> TextColumn:
         return TextColumn(shown, markup=False, table_column=Column(no_wrap=True, **settings))
 
     return Display(
-        text("block"),
+        text(unit),
         MofNCompleteColumn(table_column=Column(no_wrap=True)),
         BarColumn(bar_width=20),
         text("error {task.fields[error]}"),
