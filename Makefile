@@ -1,5 +1,5 @@
 # Everything a visitor or CI runs. Each target makes the environment that it needs; a second call is quick.
-PYTHON ?= python3#     any Python from 3.10; used only to make the environments
+PYTHON ?= python3#     any Python from 3.11; used only to make the environments
 JOBS ?= 2#             processes of `make test`, one thread each
 PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k certificate -x"
 
@@ -56,8 +56,8 @@ distclean: clean ## remove the environments and the demo's output too
 $(VENV)/.installed: EXTRA := dev
 $(DEMO_VENV)/.installed: EXTRA := demo
 $(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "$(PYTHON) is missing or older than 3.10: name another with make PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) is missing or older than 3.11: name another with make PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' || \
 	  { echo "$(PYTHON) has no venv module: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(@D), minutes the first time"

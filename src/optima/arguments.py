@@ -144,7 +144,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--overwrite", action="store_true", help="replace an earlier output in that place")
     text = f"which of them change places: {_named(CHANNELS)} (default: all)"
     option("--channels", nargs="+", choices=CHANNELS, metavar="NAME", help=text)
-    _add_recipe(commands["order"])
+    _add_recipe(commands["order"], of_order)
 
     _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", ABOUT))
 
@@ -219,12 +219,22 @@ def _add_output(option: Callable[..., Any], suffix: str) -> None:
     option("--overwrite", action="store_true", help="replace an earlier output in that place")
 
 
-def _add_recipe(parser: _Parser) -> None:
-    """An option for each field of a recipe, group by group."""
+def of_order(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field of a recipe counts where channels are ordered."""
+    unused = ("mask", "solve", "tuning")
+    return field.name == "pattern" or not (
+        field.metadata["group"] in unused or field.name in ("true_sequential", "expert_tokens")
+    )
+
+
+def _add_recipe(parser: _Parser, counts: Callable[[dataclasses.Field[Any]], bool] = bool) -> None:
+    """An option for each field of a recipe that ``counts``, group by group."""
     text = "YAML file with any of the options below, or one of optima recipe list; the command line overrides it"
     parser.add_argument("--recipe", metavar="NAME", help=text)
-    groups = {name: parser.add_argument_group(f"{name} ({about})") for name, about in GROUPS.items()}
-    for field in dataclasses.fields(Recipe):
+    offered = [field for field in dataclasses.fields(Recipe) if counts(field)]
+    known = {field.metadata["group"] for field in offered}
+    groups = {name: parser.add_argument_group(f"{name} ({about})") for name, about in GROUPS.items() if name in known}
+    for field in offered:
         flag, group = f"--{field.name.replace('_', '-')}", groups[field.metadata["group"]]
         text = ": ".join(filter(None, [field.metadata["help"], ", ".join(field.metadata["choices"])]))
         default = getattr(Recipe(), field.name)

@@ -183,6 +183,8 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     if "tasks" in given:
         given["tasks"] = tuple(task for text in given["tasks"] for task in text.split(",") if task)
     settings = EvaluationSettings(**given)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise OptimaError("models are evaluated by one process: start optima eval without torchrun")
     places = _places(settings.models, save, output, overwrite)
     console = _quiet_console()
     from optima.evaluation.evaluate import evaluate
@@ -308,12 +310,16 @@ COMMANDS: dict[str, Command] = {
 
 
 def _quiet_console() -> Console:
-    """A console for our own output alone; the libraries' bars and advice would drown it."""
+    """A console for our own output alone; the libraries' bars and advice would drown it, but for those of downloads."""
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; some bars have no other switch
     import datasets
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # which are the hub's too
+    if downloads:
+        enable_progress_bars()
     datasets.disable_progress_bars()
     return _Console()

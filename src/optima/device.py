@@ -119,16 +119,23 @@ def one_memory_error() -> Iterator[None]:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
+# What makes a run smaller.
+REMEDY = (
+    "lower --batch-size, then --max-seq-length; --objective sink and --tuning-epochs 0 need no gradients; --ignore the "
+    "widest linears"
+)
+
+
 @contextmanager
-def memory_explained(device: torch.device) -> Iterator[None]:
+def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[None]:
     """Memory of ``device`` that runs out inside, where no smaller batch helps, is a ``DeviceMemoryError``."""
     try:
         with one_memory_error():
             yield
     except torch.OutOfMemoryError as error:
         raise DeviceMemoryError(
-            f"{describe_memory(device)} is out of memory: free some (another process may hold it), lower "
-            "--max-seq-length, or take a larger device; optima plan says what a run needs"
+            f"{describe_memory(device)} is out of memory: free some (another process may hold it), or take a "
+            f"larger device. {remedy[0].upper()}{remedy[1:]}"
         ) from error
 
 

@@ -9,13 +9,12 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
+from optima.device import REMEDY
 from optima.models.stacks import Block
 from optima.names import kind
 from optima.patterns import Pattern
 from optima.plan import Measured, Plan
 from optima.runtimes import table_rows, weights_of
-
-REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients; --ignore the widest linears"
 
 
 def print_plan(plan: Plan, measured: Measured | None, name: str, console: Console) -> None:

@@ -89,7 +89,7 @@ class Recipe:
         "that matches counts", shown="none")
     scope: str | None = _option(
         "mask", None, "what an unstructured sparsity is ranked over", SCOPES,
-        "layer with objective loss, else the selector's own")
+        "the selector's published one, but layer instead of row with objective loss; for optima row without")
     group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
     allocation: str = _option("mask", "uniform", "how linears share one sparsity", ALLOCATION_NAMES)
     allocation_spread: Fraction | None = _option(
@@ -149,10 +149,12 @@ class Recipe:
     batch_size: Count | None = _option(
         "calibration", None, "sequences in one forward pass", shown="8; on a CPU 2,048 tokens' worth")
     seed: Seed = _option("calibration", 0, "seed of the choice of text")
-    targets: Texts = _option("model", [".*"], "regexes; linears whose full name matches one are pruned")
+    targets: Texts = _option(
+        "model", [".*"], "regexes; linears whose full name matches one are pruned; a router only by one that does not "
+        "match the module around it too")
     ignore: Texts = _option(
-        "model", ["lm_head", "embed"], "regexes; linears whose full name matches one are left alone; none if given "
-        "without a value")
+        "model", ["lm_head", "embed"], "regexes, in place of the default; linears whose full name matches one are left "
+        "alone; none if given without a value")
     dtype: str = _option("model", "auto", "load the model as this; auto: the checkpoint's own", DTYPES)
     revision: str | None = _option("model", None, "commit, tag or branch of a hub model", shown="its newest")
     trust_remote_code: Flag = _option(

@@ -25,6 +25,8 @@ DIALECT = "http://json-schema.org/draft-07/schema#"  # the one that YAML editors
 def load_recipe(path: str | Path) -> Recipe:
     """Read a YAML recipe: a file, or one of ``SHIPPED`` by its name.
 
+    Its ``trust_remote_code`` counts here, other than on the command line: look into a file from elsewhere first.
+
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
     """

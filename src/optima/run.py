@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +260,7 @@ def _report(
         peak_memory_bytes=peak_bytes,
         seconds=seconds,
         stages=job.stages(),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         notes=(*job.notes, *([note] if note else [])),
     )
     return Report(run, tuple(job.linears), tuple(job.blocks))

@@ -406,7 +406,9 @@ class TestEval:
         arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "7", "--batch-size", "3"]
         assert main(["eval", "model", "out", *arguments]) == 0
         output, message = capfd.readouterr()
-        assert message == "measuring model (1 of 2)\nmeasuring out (2 of 2)\n"
+        assert re.fullmatch(
+            r"measuring model \(1 of 2\)\nmodel: perplexity [\d.]+\nmeasuring out \(2 of 2\)\n", message
+        )
         rows = [line.split() for line in output.splitlines() if line.split()[:1] in (["model"], ["out"])][1:]
         assert [row[0] for row in rows] == ["model", "out"]
         assert all(200 < float(row[1]) < 500 for row in rows), "random weights: about the vocabulary's size"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 
@@ -230,7 +231,9 @@ def test_routers_are_left_dense_by_default(family: str) -> None:
     expected = ROUTERS.get(family, [])
     found = [linear.removeprefix(f"{block.name}.") for block in stacks[0].blocks for linear in block.routers]
     assert found == expected
-    dense, pruned = (select_linears(stacks, [".*"], [], routers) for routers in (False, True))
+    inside = [f"{stacks[0].name}.", r"\.\d+\.", ".*"]  # which match the modules around routers too
+    named = [re.escape(linear) + "$" for block in stacks[0].blocks for linear in block.routers]
+    dense, pruned = (select_linears(stacks, targets, []) for targets in (inside, inside + named))
     assert not {linear for block in dense[0].blocks for linear in block.routers} & set(names(dense[0].blocks))
     assert len(names(pruned[0].blocks)) == len(names(dense[0].blocks)) + len(expected)
     if expected:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
 from optima.evaluation import logits as logits_module
 from optima.evaluation.perplexity import evaluation_windows, perplexity, window_losses
+from optima.evaluation.record import Estimate, ModelRecord, PerplexityRecord, TaskRecord
 from optima.evaluation.settings import PROTOCOLS
 from optima.evaluation.watch import Watch
 
@@ -295,12 +296,16 @@ def test_a_long_evaluation_says_how_far_it_is() -> None:
     for done in (1, 2, 3, 4):
         now = 10.0 * done
         watch.windows(done, 4)
+    text = PerplexityRecord(20.0, Estimate(3.0, None), "windows", 4, 8, "")
+    task = TaskRecord("piqa", 2, {"acc": Estimate(0.5, None)}, {}, "")
+    watch.measured(ModelRecord("dense", None, "", "float32", 1.0, text, None, (task,)))
     watch.model("sparse", 2, 2)
     watch.windows(4, 4)
     assert screen.getvalue().splitlines() == [
         "measuring dense (1 of 2); tasks: piqa",
         "window 3/4  0:00:30 elapsed  0:00:10 left",
         "window 4/4  0:00:40 elapsed  0:00:00 left",
+        "dense: perplexity 20.000, piqa acc 50.00%",
         "measuring sparse (2 of 2)",
     ]
 

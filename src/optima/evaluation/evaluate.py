@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 
 import torch
@@ -38,6 +38,9 @@ from optima.models.checkpoint import UnstreamableError, open_checkpoint
 from optima.models.skeleton import skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer
 from optima.reporting.record import library_versions
+
+# A whole model is on the device, and with a divergence two.
+REMEDY = "lower --batch-size, leave --divergence out, which keeps two models there, or take --device cpu"
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,10 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
     for place, subject in enumerate(subjects, 1):
         watch.model(subject.source.name, place, len(subjects), settings.task_names)
         model = load_model(subject.source, settings.dtype)
-        with memory_explained(device):
+        with memory_explained(device, REMEDY):
             record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
+        if place < len(subjects):  # else the tables have it right away
+            watch.measured(record)
         records.append(record)
         losses.append(loss_N)
         if settings.divergence and reference is None:
@@ -83,7 +88,7 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
         settings=settings.to_dict(),
         versions=versions,
         device=describe_device(device),
-        created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
         models=tuple(records),
         comparisons=_comparisons(records, losses, settings.seed),
     )

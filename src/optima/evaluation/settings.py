@@ -17,7 +17,7 @@ PROTOCOLS = {
 ABOUT = (
     'Perplexity: documents joined by "\\n\\n" and tokenised once; non-overlapping windows of max-seq-length tokens; '
     "exp of the mean negative log-likelihood of next tokens. Tasks: zero-shot accuracy by lm-eval, which pip install "
-    "'optima-prune[eval]' brings. One of --dataset, --tasks and --suite is needed. Every model is compared with the "
+    "'.[eval]' in the clone brings. One of --dataset, --tasks and --suite is needed. Every model is compared with the "
     "first on the same windows and items."
 )
 SUITES = {"paper": ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")}

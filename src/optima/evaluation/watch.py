@@ -8,6 +8,8 @@ from datetime import timedelta
 
 from rich.console import Console
 
+from optima.evaluation.record import ModelRecord
+
 EVERY = 30.0  # seconds between two lines, so that a short evaluation stays short
 
 
@@ -32,6 +34,13 @@ class Watch:
         more = f"; tasks: {', '.join(tasks)}" if tasks else ""
         self._line(f"measuring {name} ({place} of {models}){more}")
         self._began = self._told = self._clock()
+
+    def measured(self, record: ModelRecord) -> None:
+        """What was found of a model: it must not be lost if a later one cannot be measured."""
+        found = [] if record.perplexity is None else [f"perplexity {record.perplexity.perplexity:.3f}"]
+        for task in record.tasks:
+            found += [f"{task.task} {metric} {each.value:.2%}" for metric, each in task.metrics.items()]
+        self._line(f"{record.model}: {', '.join(found)}")
 
     def windows(self, done: int, total: int) -> None:
         """So many windows of the text are done, of the model that was named last."""

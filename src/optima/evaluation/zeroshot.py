@@ -322,7 +322,7 @@ def _check_installed() -> None:
         import lm_eval.models.huggingface  # noqa: F401
     except ImportError as error:
         raise OptimaError(
-            f"tasks need lm-eval, which cannot be imported ({error}): pip install 'optima-prune[eval]'"
+            f"tasks need lm-eval, which cannot be imported ({error}): pip install 'lm-eval>=0.4.13,<0.5'"
         ) from error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
@@ -131,9 +132,10 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
     if source.gguf_file:
         raise UnstreamableError("GGUF weights are unpacked when they are read")
     config = load_config(source)
-    with explain_read_errors(source, "weights"), no_bars():
+    with explain_read_errors(source, "weights"):
         if not (files := _find(source)):
             raise UnstreamableError(f"there is neither {WEIGHTS} nor {INDEX}")
+    with explain_read_errors(source, "weights"), no_bars():
         shapes = _shapes(files)
         kind: Any = type(structure)
         model, loading = kind.from_pretrained(
@@ -268,11 +270,13 @@ def _set(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Without transformers' bars for what it reads and writes."""
-    shown = transformers_logging.is_progress_bar_enabled()
+    """Without transformers' bars for what it reads and writes, with which it switches off the hub's."""
+    shown, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+        if downloads:
+            enable_progress_bars()

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -145,7 +145,7 @@ class Destination:
         with self._lock() as lock:
             self._take(run, resume)
             try:
-                started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                started = datetime.now(UTC).isoformat(timespec="seconds")
                 process = {"command": shlex.join(sys.argv), "pid": os.getpid(), "host": socket.gethostname()}
                 lock.truncate(0)
                 lock.write(json.dumps({**process, "started": started}) + "\n")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,8 @@ def find_source(name: str, trust_remote_code: bool = False, revision: str | None
     path = usable_path(name, "the model", "give a hub id, a local model directory or a GGUF file")
     source = Source(name, name, None, trust_remote_code, revision)
     if name.endswith(".gguf"):
+        if find_spec("gguf") is None:
+            raise ModelError(f"{name} is read with the package gguf, which is not installed: pip install gguf")
         parts = name.split("/")
         if path.is_file():
             source = replace(source, path=str(path.parent), gguf_file=path.name)
@@ -306,6 +309,8 @@ def explain_read_errors(source: Source, what: str) -> Iterator[None]:
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
         detail = textwrap.shorten(kind + str(error), 300, placeholder=" ...") or type(error).__name__
         remedy = REMEDIES[what] if source.local or what != "model" else HUB_REMEDY
+        if not source.local and what != "model":
+            remedy = f"check the network, the room on the disk and your login (hf auth login); else {remedy}"
         if "trust_remote_code" in str(error):
             remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
         raise ModelError(f"the {what} of {source.name} cannot be read ({detail}): {remedy}") from error

@@ -263,12 +263,10 @@ def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
             yield name
 
 
-def select_linears(
-    stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequence[str], routers: bool = False
-) -> list[Stack]:
+def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequence[str]) -> list[Stack]:
     """The stacks with only the linears whose full name matches a target and no ignored regex (``re.search``).
 
-    Routers are left dense unless ``routers`` says that targets mean them too.
+    A router is meant only by a target that does not match the module around it as well.
 
     Raises:
         ModelError: if nothing is left (the message lists what was there), or two linears are one weight.
@@ -277,12 +275,13 @@ def select_linears(
     names = [linear.name for stack in stacks for block in stack.blocks for linear in block.linears]
     check_bounded([*targets, *ignore], names)
 
-    def wanted(name: str) -> bool:
-        return any(re.search(regex, name) for regex in targets) and not any(re.search(regex, name) for regex in ignore)
+    def wanted(name: str, routes: bool) -> bool:
+        around = name.rpartition(".")[0]
+        meant = (regex for regex in targets if not (routes and re.search(regex, around)))
+        return any(re.search(regex, name) for regex in meant) and not any(re.search(regex, name) for regex in ignore)
 
     def select(block: Block) -> Block:
-        dense = frozenset[str]() if routers else block.routers
-        linears = tuple(linear for linear in block.linears if wanted(linear.name) and linear.name not in dense)
+        linears = tuple(linear for linear in block.linears if wanted(linear.name, linear.name in block.routers))
         chosen = {linear.name for linear in linears}
         left = tuple(linear for linear in block.linears if linear.name not in chosen)
         return replace(block, linears=linears, left=left)

@@ -95,9 +95,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
 
 def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
     """The stacks of ``model`` with the linears that ``recipe`` prunes."""
-    # Whoever names targets of their own means routers too, where they match.
-    routers = recipe.targets != Recipe().targets
-    return select_linears(find_stacks(model), recipe.targets, recipe.ignore, routers)
+    return select_linears(find_stacks(model), recipe.targets, recipe.ignore)
 
 
 def check_finite(linears: Sequence[Linear]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any, TextIO
 
@@ -20,7 +20,7 @@ HANDLING = ("transformers", "datasets", "huggingface_hub", "torch")  # these wri
 
 def log_line(event: str, **values: Any) -> str:
     """One event. Numbers that JSON cannot hold are the strings ``"Infinity"``, ``"-Infinity"`` and ``"NaN"``."""
-    time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
     return to_json({"event": event, "time": time, **values}, inf_nan_mode="strings").decode()
 
 
