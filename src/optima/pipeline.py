@@ -85,7 +85,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.clock = Stopwatch(self.device)  # of what happens outside the blocks
-        self._earlier = 0  # blocks of stacks that are done: a report numbers the blocks of a model
+        self.earlier = 0  # blocks of the stacks before: a report numbers the blocks of a model
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage so far."""
@@ -136,7 +136,7 @@ class Job:
                 told, halved = zip(*ranks.gather((streams.halving.note(), streams.halving.most)), strict=True)
                 self.notes.extend(dict.fromkeys(filter(None, told)))
                 if not again:
-                    number = self._earlier + block.index
+                    number = self.earlier + block.index
                     self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
                     records, new = tuple(self.linears[linears:]), tuple(self.notes[notes:])
                     self._commit(block, BlockDone(self.blocks[-1], records, new, halved), clock)
@@ -145,7 +145,7 @@ class Job:
             give_back_freed_memory()
             self.progress.notes(self.notes)
             self.progress.block(block.name, self.blocks[-1], again)
-        self._earlier += len(stack.blocks)
+        self.earlier += len(stack.blocks)
 
     def _reader(self, ranks: Ranks, block: Block) -> Read:
         """Gives what pruning made of a block, which is on the device."""
@@ -204,12 +204,13 @@ class Job:
         # In one process, with the sequences of all: what comes out must not depend on how many share the work.
         every, tuned = at_first(block, Sequences(streams, targets, weights)), None
         if every is not None:
-            with torch.inference_mode(False):  # gradients are taken through it
+            with torch.inference_mode(False), full_precision():  # gradients are taken through it
                 if self.loss is None:
                     cost = BlockError.by_channel(every.targets)
                 else:
                     cost = BlockError.by_loss(self.loss.residual[block.name], every.weights)
-            tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning, self.device)
+            with full_precision():
+                tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning, self.device)
         tuned = streams.ranks.share(tuned, 0)
         if tuned.best:
             share_tuned(block, keeps, streams.ranks)
@@ -241,7 +242,7 @@ class Job:
             for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
                 measured[linear.name] = None
                 if found.statistics is not None:
-                    weight_OD = linear.read().to(self.device, torch.float32, copy=True)
+                    weight_OD = self._dense(linear)
                     rows = None if self.loss is None else self.loss.compared(linear.name, linear.shape[0])
                     task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
                     measured[linear.name] = allocation.measure(task, self.patterns[linear.name])
@@ -317,7 +318,7 @@ class Job:
                     gradient_OD = gradients.get(linear.name)
                     result = self._prune_linear(linear, found.statistics, gradient_OD, clock, together)
                     linear.write(result.weight_OD)
-                    record = replace(result.record, block=self._earlier + block.index, tokens_effective=effective)
+                    record = replace(result.record, block=self.earlier + block.index, tokens_effective=effective)
                     done[linear.name] = record, result.notes
                     self.progress.linear(record)
                     keeps[linear.name] = result.keep_OD
@@ -361,8 +362,11 @@ class Job:
     ) -> LinearResult:
         if self.dump is not None:
             self.dump(linear, statistics)
-        stored = linear.read()
-        weight_OD = stored.to(self.device, torch.float32, copy=True)
         rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
-        task = LinearTask(linear.name, weight_OD, statistics, gradient_OD, rows_O)
-        return prune_linear(task, self.patterns[linear.name], self.methods, stored.dtype, clock, ranks)
+        task = LinearTask(linear.name, self._dense(linear), statistics, gradient_OD, rows_O)
+        return prune_linear(task, self.patterns[linear.name], self.methods, linear.read().dtype, clock, ranks)
+
+    def _dense(self, linear: Linear) -> Tensor:
+        """A copy of the weight, (O, D), in float32, or float64 if it is."""
+        stored = linear.read()
+        return stored.to(self.device, torch.promote_types(stored.dtype, torch.float32), copy=True)

@@ -183,6 +183,11 @@ class Recipe:
             raise RecipeError(f"max_change needs a solver that holds bounds: use solver {holding}, not {self.solver}")
         if self.max_change is not None and self.tuning_epochs:
             raise RecipeError("max_change does not bind tuning: set tuning_epochs to 0, or leave max_change out")
+        if self.swaps and (self.max_change is not None or self.solver == "none"):
+            other = "solver none" if self.max_change is None else "max_change"
+            raise RecipeError(
+                f"swaps compare masks by their best weights, which {other} rules out: leave out one of them"
+            )
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
         check_regexes("targets", self.targets)

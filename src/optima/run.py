@@ -39,6 +39,7 @@ from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report, RunRecord, library_versions
+from optima.selectors.base import needs_of
 from optima.sharing import describe
 from optima.weighing import rank_without_loss, sweep
 
@@ -135,7 +136,10 @@ def prune(
         give_back_freed_memory()
         if ranks.first:
             dtype = None if alike else network.dtype
-            job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, job.writer), job.writer))
+            by_gradient = "gradient" in needs_of(job.methods.selector)
+            job.notes.extend(
+                _shared(describe(ranks, dtype, job.tuning is not None, by_gradient, job.writer), job.writer)
+            )
         job.progress.notes(job.notes)
         memory = PeakMemory(checked.device)
         job.halving = Halving(checked.device)
@@ -200,7 +204,10 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         needed = [stack for stack in stacks if stack.needed]
-        for stack in needed:
+        for stack in stacks:
+            if not stack.needed:
+                job.earlier += len(stack.blocks)
+                continue
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside():
                 streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)

@@ -149,7 +149,13 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
-                (error(trained[index]) * scale).backward()
+                lost = error(trained[index])
+                if not lost.requires_grad:
+                    raise ModelError(
+                        f"{block.name} cannot be tuned, for its output does not depend on its weights by a gradient: "
+                        "set --tuning-epochs to 0"
+                    )
+                (lost * scale).backward()
             optimizer.step()
             optimizer.zero_grad()
             step += 1
@@ -210,7 +216,7 @@ def size_of(master: Tensor) -> float:
 
 
 def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Float32 copies of what is tuned, by name: pruned weights, and vectors such as norms and biases."""
+    """Copies of what is tuned, in float32 at least, by name: pruned weights, and vectors such as norms and biases."""
     pruned: defaultdict[int, list[Linear]] = defaultdict(list)  # one parameter may hold many experts
     for linear in block.linears:
         if linear.name in keeps:
@@ -220,7 +226,8 @@ def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
         linears = pruned.get(id(parameter), [])
         if not linears and (parameter.ndim != 1 or not parameter.is_floating_point()):
             continue
-        master = masters[name] = parameter.detach().float().clone().requires_grad_(True)
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        master = masters[name] = parameter.detach().to(dtype, copy=True).requires_grad_(True)
         if linears:
             keep_like = torch.zeros_like(master)  # a CPU multiplies by floats eight times as fast as by booleans
             for linear in linears:

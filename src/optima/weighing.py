@@ -12,6 +12,7 @@ from optima.build import default_scope
 from optima.calibration.loss_weights import WORDS, loss_weights
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
+from optima.device import full_precision
 from optima.errors import NotDifferentiableError, RecipeError
 from optima.models.stacks import Stack
 from optima.models.weights import Weights
@@ -55,7 +56,7 @@ def weigh(
 def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, recipe: Recipe) -> str:
     """Give ``job`` what ``weigh`` finds, or the sink weight where there are no gradients; what a report must tell."""
     job.progress.start(len(stack.blocks), 1, stage="sweep")
-    with job.clock("sweep"):
+    with job.clock("sweep"), full_precision():
         job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe, job.progress.share)
     if job.loss is None:
         job.sink_weight = SINK_WEIGHT
@@ -80,8 +81,8 @@ def rank_without_loss(
         )
     text, scope = "", default_scope("sink", selector)
     if not scope_named and scope != recipe.scope:
-        for name in (linear.name for block in stack.blocks for linear in block.linears):
-            if isinstance(pattern := patterns.get(name), Unstructured):
-                patterns[name] = replace(pattern, scope=scope)
-        text += f"; weights are ranked by {scope}"
+        names = [linear.name for block in stack.blocks for linear in block.linears]
+        ranked = {name: each for name in names if isinstance(each := patterns.get(name), Unstructured)}
+        patterns.update({name: replace(pattern, scope=scope) for name, pattern in ranked.items()})
+        text += f"; weights are ranked by {scope}" if ranked else ""
     return text + ("; all linears have the same sparsity" if recipe.allocation == "loss" else "")

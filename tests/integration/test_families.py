@@ -153,7 +153,8 @@ def test_the_decoder_is_calibrated_on_the_pruned_encoder() -> None:
     """With and without pruning the encoder, the decoder's masks differ; by themselves they would be the same."""
     whole, decoder = build("t5"), build("t5")
     prune(whole, Recipe(pattern=["2:4"]), calibration=make_ids())
-    prune(decoder, Recipe(pattern=["2:4"], targets=["^decoder"]), calibration=make_ids())
+    report = prune(decoder, Recipe(pattern=["2:4"], targets=["^decoder"]), calibration=make_ids())
+    assert {linear.block for linear in report.linears} == {3, 4, 5}, "as where the encoder's blocks are pruned too"
     cross = "decoder.block.1.layer.1.EncDecAttention.k"
     assert not torch.equal(linears_to_prune(whole)[cross].read(), linears_to_prune(decoder)[cross].read())
     assert not (linears_to_prune(decoder)["encoder.block.0.layer.0.SelfAttention.q"].read() == 0).any()

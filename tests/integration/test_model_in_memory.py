@@ -72,6 +72,16 @@ def test_a_wider_dtype_holds_the_solved_weights_as_they_are() -> None:
     assert torch.equal(wide.float(), sparse)
 
 
+def test_without_a_solver_a_wider_dtype_keeps_all_its_digits() -> None:
+    model = make_llama().double()
+    dense = {name: weight + torch.rand_like(weight) * 1e-12 for name, weight in weights(model).items()}
+    model.load_state_dict(dense, strict=False)
+    prune(model, Recipe(selector="magnitude", solver="none"), calibration=make_tokens())
+    for linear in (linear for block in blocks_of(model) for linear in block.linears):
+        weight_OD, dense_OD = linear.read(), dense[f"{linear.name}.weight"]
+        assert torch.equal(weight_OD[weight_OD != 0], dense_OD[weight_OD != 0])
+
+
 WIDTHS = (torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -85,14 +95,29 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+@contextmanager
+def bfloat16_where_there_are_units() -> Iterator[None]:
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize(
     "switch",
-    [torch.autocast("cpu", dtype=torch.bfloat16), torch.device("meta"), *map(default_dtype, WIDTHS)],
-    ids=["autocast", "meta", *map(str, WIDTHS)],
+    [
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        torch.device("meta"),
+        bfloat16_where_there_are_units(),
+        *map(default_dtype, WIDTHS),
+    ],
+    ids=["autocast", "meta", "medium", *map(str, WIDTHS)],
 )
 def test_the_callers_switches_change_no_bit(switch: Any) -> None:
     expected, model = make_llama(), make_llama()
-    recipe = Recipe(sparsity=0.5, allocation="loss")
+    recipe = Recipe(sparsity=0.5, allocation="loss", tuning_epochs=1)
     prune(expected, recipe, calibration=make_tokens())
     tokens = make_tokens()
     with switch:

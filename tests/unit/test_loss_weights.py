@@ -167,6 +167,13 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
 
 
+def test_what_ranks_nothing_is_told_of_no_scope() -> None:
+    with torch.inference_mode():
+        report = prune(make_llama(), Recipe(objective="loss", pattern=["2:4"]), calibration=make_tokens())
+    (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
+    assert "ranked" not in note
+
+
 def test_gradients_that_overflow_inside_the_first_block_are_told() -> None:
     model = make_llama()
     with torch.no_grad():

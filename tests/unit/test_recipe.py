@@ -226,6 +226,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"max_change": 0, "solver": "bounded"}, "max_change must be a positive number, got 0"),
     ({"max_change": 0.5, "solver": "none"}, "max_change needs a solver that holds bounds"),
     ({"max_change": 0.5, "tuning_epochs": 1}, "max_change does not bind tuning: set tuning_epochs to 0"),
+    ({"max_change": 0.5, "swaps": 8}, "swaps compare masks by their best weights, which max_change rules out"),
+    ({"solver": "none", "swaps": 8}, "swaps compare masks by their best weights, which solver none rules out"),
     ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
     ({"rounding": "up"}, "unknown rounding 'up': known roundings are hessian, nearest"),
     ({"swaps": 1}, "swaps must be 0, at least 2"),

@@ -93,6 +93,14 @@ def test_what_is_made_for_inference_is_refused() -> None:
         prune(model, recipe, calibration=make_tokens(16, 16))
 
 
+def test_a_block_without_gradients_is_refused() -> None:
+    model = make_llama()
+    layer = model.model.layers[0]
+    layer.forward = torch.no_grad()(layer.forward)
+    with pytest.raises(ModelError, match=r"layers\.0 cannot be tuned, .* set --tuning-epochs to 0"):
+        tuned(model, 2e-3)
+
+
 @pytest.mark.parametrize("size", [1.0, 30.0])
 def test_large_hidden_states_do_not_stop_it(size: float) -> None:
     """The cost is relative to the energy of the outputs: its gradient falls as their size, and a float16 loses it."""

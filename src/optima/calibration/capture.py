@@ -19,7 +19,7 @@ from optima.calibration.inputs import Batch, first_of, inseparable, some_of, sta
 from optima.calibration.probe import PROBE_LENGTH, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams, share
-from optima.device import forward_replaced
+from optima.device import forward_replaced, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.linalg.products import keep_freed_memory
@@ -32,6 +32,7 @@ class _AllCaptured(Exception):  # noqa: N818 - not an error
 
 @torch.inference_mode(False)  # gradients are taken through what is captured
 @torch.no_grad()
+@full_precision()  # as blocks run, to which it is compared
 def capture(
     model: nn.Module,
     stack: Stack,

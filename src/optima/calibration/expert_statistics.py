@@ -142,7 +142,8 @@ class _Everything:
         self, recorded: Recorded, weights: TokenWeights, device: torch.device, clock: Stopwatch, ranks: Ranks
     ) -> None:
         self.weights, self.device, self.clock, self.ranks = weights, device, clock, ranks
-        self.calls = sum(ranks.gather(len(recorded.calls)))
+        calls = ranks.gather(len(recorded.calls))
+        self.calls, self.before = sum(calls), sum(calls[: ranks.rank])
         accumulator = Accumulator()
         sample, sample_weights = [], []
         # Zeros stand for tokens that are routed elsewhere (Llama 4).
@@ -234,7 +235,8 @@ class _Portion:
                 if new and len(call.inputs_TD):
                     weight_T, told = self.everything.weights.at(name, batch, part, call.tokens_T)
                     self.untold.update(() if told else (name,))
-                    self._add(into, name, call, weight_T, -(-SAMPLE // self.everything.calls), batch + part.start)
+                    turn = self.everything.before + batch + part.start  # the same, however many processes there are
+                    self._add(into, name, call, weight_T, -(-SAMPLE // self.everything.calls), turn)
 
         return self._watched(groups, add)
 

@@ -8,6 +8,8 @@ Shapes: O outputs, D inputs, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,10 @@ from optima.calibration.streams import Streams
 from optima.device import differentiable
 from optima.errors import ModelError
 from optima.models.stacks import Block
+
+# Root mean square of the gradient at the output: in float16 it would be lost without. By a power of two, which rounds
+# nothing elsewhere.
+GRADIENT = 2.0**-6
 
 
 def regional_gradients(block: Block, streams: Streams, device: torch.device) -> dict[str, Tensor]:
@@ -44,11 +50,12 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
             for sample in range(count):
                 output_1LE = hidden_of(streams.run(block, batch, device, slice(sample, sample + 1))).float()
                 loss = torch.linalg.vector_norm(output_1LE) / length**0.5
-                found = torch.autograd.grad(loss, weights, allow_unused=True)
+                scale = 2.0 ** round(math.log2(GRADIENT * length * output_1LE.shape[-1] ** 0.5))
+                found = torch.autograd.grad(loss * scale, weights, allow_unused=True)
                 gradients = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
                 for linear in block.linears:
                     if (gradient := gradients[id(linear.parameter)]) is not None:
-                        sums[linear.name] += linear.orient(gradient).float().square()
+                        sums[linear.name] += linear.orient(gradient).float().div_(scale).square()
                 samples += 1
     samples = sum(streams.ranks.gather(samples))
     return {name: streams.ranks.total(sum_OD).div_(samples).sqrt_() for name, sum_OD in sums.items()}

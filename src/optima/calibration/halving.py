@@ -87,7 +87,7 @@ class Halving:
             rank: of this process; one of other company takes the least.
         """
         least = min((most for most in (earlier[rank : rank + 1] or earlier) if most is not None), default=None)
-        if least is not None and (self.most is None or least < self.most):
+        if least is not None and (self.most is None or least <= self.most):
             self.most = self._told = least
 
     def note(self) -> str:
