@@ -1,12 +1,13 @@
 """Weights of tokens: never so that too few decide."""
 
+import families
 import pytest
 import torch
-from tiny import make_llama, make_tokens
+from tiny import make_bert, make_llama, make_tokens
 
+from optima.calibration import swept
 from optima.calibration.capture import capture
 from optima.calibration.loss_weights import loss_weights
-from optima.calibration.swept import start_alike
 from optima.calibration.tempering import EFFECTIVE, LossWeights, Moments
 from optima.models.stacks import find_stacks
 
@@ -98,6 +99,33 @@ def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
         tokens_NL[5, 0] = 2
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
-    assert start_alike(streams) == alike
     found = loss_weights(model, stack, streams, torch.device("cpu"), seed=0)
     assert found.lengths == ([16] * 3 if alike else [])
+
+
+def test_a_start_that_sees_later_tokens_is_not_one_input() -> None:
+    """As [CLS] of BERT, whose state tells of the text."""
+    model, tokens_NL = make_bert().eval(), make_tokens(8, 16) % 99
+    tokens_NL[:, 0] = 1
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(10 if "query" in name or "key" in name or "value" in name else 1)
+    (stack,) = find_stacks(model)
+    streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
+    assert not loss_weights(model, stack, streams, torch.device("cpu"), seed=0).lengths
+
+
+def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3n's: (4, B, L, E), of which linears see (B, L, E)."""
+    monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
+    model, tokens_NL = families.build("gemma3n"), families.make_ids(8, 16)
+    tokens_NL[:, 0] = 1
+    (stack,) = find_stacks(model)
+    streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
+    assert swept.chosen_batches(streams, 0.25) == [0, 4]
+    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=0, share=0.25)
+    assert found.lengths == [16] * 8
+    for name, batches in found.tokens.items():
+        versions = 4 if name in {block.name for block in stack.blocks} else 1
+        assert {len(square_T) for square_T in batches} == {16 * versions}, name
+        assert batches[1].equal(batches[2])

@@ -28,7 +28,7 @@ from optima.calibration.inputs import words_size
 from optima.calibration.left_behind import LeftBehind
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
-from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed, start_alike
+from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed, first_tokens, start_alike
 from optima.calibration.tempering import LossWeights, Moments
 from optima.device import differentiable, give_back_freed_memory
 from optima.errors import NotDifferentiableError
@@ -72,9 +72,10 @@ def loss_weights(
         NotDifferentiableError: if there are no gradients, or they are not finite; of several processes, in all.
     """
     found, problem, swept = None, "", chosen_batches(streams, share)
+    ends: list[Tensor] = []
     try:
         tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
-        found = _sweep(model, stack, streams, device, seed, residual, weights or Resident(model), swept, tally)
+        found, ends = _sweep(model, stack, streams, device, seed, residual, weights or Resident(model), swept, tally)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -82,17 +83,17 @@ def loss_weights(
     assert found is not None
     fill_in(found.tokens, streams, swept)
     fill_in_routed(found.routed, streams, swept)
-    _reduce(found, stack, streams, swept)
+    _reduce(found, stack, streams, swept, start_alike(streams, ends))
     give_back_freed_memory()
     return found
 
 
-def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[int]) -> None:
+def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[int], alike: bool) -> None:
     """Means over the tokens of all processes, of which each keeps the weights of its own."""
     ranks = streams.ranks
     tokens = sum(ranks.gather(sum(math.prod(streams.sizes[batch]) for batch in swept)))
     found.inputs = {linear.name: linear.shape[1] for block in stack.blocks for linear in block.linears}
-    found.lengths = [length for _, length in streams.sizes] if start_alike(streams) else []
+    found.lengths = [length for _, length in streams.sizes] if alike else []
     own = {name: found.moments(name) for name in (*found.tokens, *found.routed)}
     known = ranks.gather((own, list(found.routed), _shapes(found.rows), _shapes(found.residual)))
     routed = {name for _, names, _, _ in known for name in names}
@@ -157,8 +158,12 @@ def _sweep(
     weights: Weights,
     swept: Sequence[int],
     tally: _Tally,
-) -> LossWeights:
-    """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means."""
+) -> tuple[LossWeights, list[Tensor]]:
+    """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means.
+
+    And what leaves the last block of each sequence's first token.
+    """
+    ends: list[Tensor] = []
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
     words = (math.prod(words_size(model, batch)) for batch in streams.batches)
@@ -175,6 +180,7 @@ def _sweep(
                 with weights.on(block, device):
                     part.advance(block, device)
                 tally.forward(block, part)
+            ends += [first_tokens(streams, hidden) for hidden in part.hidden]
             gradients = []
             give_back_freed_memory()  # logits are large
             with weights.outside(place):
@@ -195,7 +201,7 @@ def _sweep(
                 with weights.on(block, device):
                     through(block, part, gradients, device, found, left)
                 tally.back(block, part)
-    return found
+    return found, ends
 
 
 def _at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -8,6 +8,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, T tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,8 @@ from optima.distributed import Ranks
 
 # At least so many tokens are swept, if there are as many.
 LEAST_TOKENS = 8192
+# What leaves the last block of equal tokens differs by less, relative to its norm, unless it depends on the text.
+ALIKE = 0.05
 
 
 def swept_share(share: float, tokens: int) -> float:
@@ -32,21 +35,38 @@ def chosen_batches(streams: Streams, share: float) -> list[int]:
     size = max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
     first, chosen = streams.before[0], []
     for batch, (samples, _) in enumerate(streams.sizes):
-        # Hidden states that are not batch first have tokens in another order: they are not told by their place.
-        if first // size % every == 0 or streams.probe.sample_dim:
+        # Where tokens are counted before sequences they are not told by their place.
+        if first // size % every == 0 or streams.probe.sequence_first:
             chosen.append(batch)
         first += samples
     return chosen
 
 
-def start_alike(streams: Streams) -> bool:
-    """Whether all sequences of all processes start with the same input, such as a BOS token."""
-    # Hidden states of other layouts have tokens that are not told by their place.
-    known = not streams.probe.sample_dim and all(hidden.ndim == 3 for hidden in streams.hidden)
-    starts_BE = [hidden[:, 0] for hidden in streams.hidden] if known else []
-    everyone = streams.ranks.collect(starts_BE[0][:1] if starts_BE else None)
-    first_1E = next((start_1E for start_1E in everyone if start_1E is not None), torch.empty(0))
-    return all(streams.ranks.gather(known and all(bool((start_BE == first_1E).all()) for start_BE in starts_BE)))
+def first_tokens(streams: Streams, hidden: Tensor) -> Tensor:
+    """What hidden states have of each sequence's first token, (B, E); nothing where tokens are not told by place."""
+    if streams.probe.sequence_first:
+        return hidden.new_empty(0, 0)
+    # Gemma 3n has several versions of them. A copy: a view would hold all tokens.
+    return hidden.select(-2, 0).movedim(streams.probe.sample_dim, 0).flatten(1).clone()
+
+
+def start_alike(streams: Streams, ends: Sequence[Tensor]) -> bool:
+    """Whether all sequences of all processes start with one input, such as BOS, which is one in every block.
+
+    It is not where a token sees later ones, or what an encoder made of another text.
+
+    Args:
+        streams: what enters the first block.
+        ends: of the batches that were swept, ``first_tokens`` of what leaves the last block.
+    """
+    starts = [first_tokens(streams, hidden) for hidden in streams.hidden]
+    everyone = streams.ranks.collect((starts[0][:1] if starts else None, ends[0][:1] if ends else None))
+    start_1E = next((start for start, _ in everyone if start is not None), torch.empty(0))
+    end_1E = next((end for _, end in everyone if end is not None), torch.empty(0)).float()
+    alike = all(bool((start_BE == start_1E).all()) for start_BE in starts)
+    for end_BE in ends:  # rounded as their batches are
+        alike = alike and bool(((end_BE.float() - end_1E).norm(dim=1) <= ALIKE * end_1E.norm(dim=1)).all())
+    return not streams.probe.sequence_first and all(streams.ranks.gather(alike))
 
 
 class Draws:
@@ -74,26 +94,26 @@ class Draws:
 def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int]) -> None:
     """Give every batch its weights of tokens, where ``tokens`` has those of the batches ``swept``; squares, (T,).
 
-    Means are of the roots that are used.
+    Means are of the roots that are used. Of several versions of the hidden states each has tokens of its own.
     """
     ranks = streams.ranks
-    found = ranks.gather(
-        (list(tokens), len(swept) == len(streams.sizes), max((n for _, n in streams.sizes), default=0))
-    )
+    versions = {name: len(own[0]) // math.prod(streams.sizes[swept[0]]) for name, own in tokens.items()}
+    found = ranks.gather((versions, len(swept) == len(streams.sizes), max((n for _, n in streams.sizes), default=0)))
     if all(whole for _, whole, _ in found):
         return
     length = max(own for _, _, own in found)
-    for name in dict.fromkeys(name for names, _, _ in found for name in names):
+    for name, count in {name: count for known, _, _ in found for name, count in known.items()}.items():
         own = dict(zip(swept, tokens.get(name, []), strict=False))
         sum_2L = torch.zeros(2, length, dtype=torch.float64)
         for batch, square_T in own.items():
-            root_BL = square_T.double().pow(POWER).reshape(streams.sizes[batch])
+            root_BL = square_T.double().pow(POWER).reshape(-1, streams.sizes[batch][1])
             sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
             sum_2L[1, : root_BL.shape[1]] += len(root_BL)
         weight_L, count_L = ranks.total(sum_2L)
         mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
         square_L = mean_L.pow(1.0 / POWER).float()
-        filled = {size: square_L[: size[1]].repeat(size[0]) for size in set(streams.sizes)}  # batches share them
+        # Batches share them.
+        filled = {size: square_L[: size[1]].repeat(count * size[0]) for size in set(streams.sizes)}
         tokens[name] = [own.get(batch, filled[size]) for batch, size in enumerate(streams.sizes)]
 
 
