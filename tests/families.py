@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     # Divides hidden states between blocks.
     "rwkv-rescaled": (
         ("RwkvForCausalLM", "RwkvConfig", V | {"hidden_size": 32, "num_hidden_layers": 4, "rescale_every": 2}),
-        r"run on its own, rwkv\.blocks\.2 does not give what it gives inside the model",
+        r"changes the hidden states between rwkv\.blocks\.1 and the next block",
     ),
 }
 # fmt: on

@@ -65,11 +65,11 @@ def give_back_freed_memory() -> None:
         trim(0)
 
 
-def find_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` is the first CUDA device if there is one.
+def named_device(name: str) -> torch.device:
+    """The device called ``name``, which need not be there; ``auto`` is the first CUDA device if there is one.
 
     Raises:
-        RecipeError: if there is no such device, or it has no float64 (the certificate needs it).
+        RecipeError: if none is called so, or it has no float64 (the certificate needs it).
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +79,16 @@ def find_device(name: str) -> torch.device:
         raise RecipeError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
         raise RecipeError(f"device {name!r} is not supported (no float64 for the certificate): use cpu or cuda")
+    return device
+
+
+def find_device(name: str) -> torch.device:
+    """As ``named_device``.
+
+    Raises:
+        RecipeError: also if the device is not there.
+    """
+    device = named_device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")

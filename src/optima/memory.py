@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -13,11 +14,11 @@ from transformers import PreTrainedModel
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.head import logits_bytes
 from optima.calibration.inputs import is_encoder_decoder
-from optima.device import find_device
+from optima.device import find_device, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear, has_experts
-from optima.models.stacks import Block, count_by_place, count_parameters, guess_groups
+from optima.models.stacks import Block, count_by_place, count_parameters, find_stacks, guess_groups, routed_share
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -54,7 +55,7 @@ class HostMemory:
         weights: what is there at a time: streamed, two blocks (one at work, and its copy for the disk), or what is
             outside the blocks, if that is more; else the whole model.
         work: of the largest linear, on a CPU.
-        by_loss: of the logits, if the loss is swept and they are there.
+        by_loss: of the logits, if the loss is swept and they are there; of an encoder's, the decoder's weights too.
     """
 
     weights: int
@@ -119,11 +120,19 @@ def host_memory(
         streamed: whether they stay on disk.
     """
     most = _streamed(model, blocks) if streamed else count_parameters(model)
-    work = work_bytes(blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
-    by_loss = 0
+    work = work_bytes(model, blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
+    by_loss = _through_decoder(model, recipe, dtype) if streamed else 0
     if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
-        by_loss = logits_bytes(model, batch_tokens(recipe, on_cpu(recipe)))
+        by_loss += logits_bytes(model, batch_tokens(recipe, on_cpu(recipe)))
     return HostMemory(most * dtype.itemsize, work, by_loss)
+
+
+def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> int:
+    """Of the weights that an encoder's sweep holds all at once, for its gradients come through the decoder."""
+    if recipe.applied_objective != "loss" or not is_encoder_decoder(model):
+        return 0
+    stacks = [stack for stack in find_stacks(model) if stack.part == "decoder"]
+    return sum(count_parameters(block.module) for stack in stacks for block in stack.blocks) * dtype.itemsize
 
 
 def _streamed(model: nn.Module, blocks: Sequence[Block]) -> int:
@@ -134,24 +143,28 @@ def _streamed(model: nn.Module, blocks: Sequence[Block]) -> int:
 
 def on_cpu(recipe: Recipe) -> bool:
     """Whether a run computes in main memory. A device that is named may be elsewhere."""
-    return (find_device("auto") if recipe.device == "auto" else torch.device(recipe.device)).type == "cpu"
+    return named_device(recipe.device).type == "cpu"
 
 
-def work_bytes(blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype) -> int:
+def work_bytes(
+    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype
+) -> int:
     """Upper bound of the work space on the device, the block's own weights aside.
 
     Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
     """
     tokens = batch_tokens(recipe, on_cpu(recipe))
     gradients = 12 if "gradient" in needs_of(methods.selector) else 0
+    share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
     most = 0
     for block in blocks:
         sizes = [linear.shape for linear in block.linears]
         waiting = _waiting_bytes(block)
         linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
-        activations = BUFFERS * tokens * sum(o + d for o, d in sizes) * dtype.itemsize
+        numbers = [sum(linear.shape) * (share if isinstance(linear, ExpertLinear) else 1) for linear in block.linears]
+        activations = BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
         weights = sum(o * d for o, d in sizes)
-        held = held_bytes(block, recipe, dtype)
+        held = held_bytes(block, recipe, dtype, attention)
         most = max(most, waiting + gradients * weights + max(linear, activations) + held)
         if recipe.tuning_epochs or recipe.applied_objective == "loss":
             # What autograd keeps, and of each weight what the optimizer does.
@@ -164,31 +177,41 @@ def in_turn(block: Block, recipe: Recipe) -> bool:
     return bool(recipe.true_sequential and block.linears) and not has_experts(block.linears)
 
 
-def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
+def attention_numbers(model: PreTrainedModel, length: int) -> int:
+    """Of each token, where a model's attention makes matrices of all pairs of tokens; else 0."""
+    config: Any = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", None)
+    return length * heads if isinstance(heads, int) and config._attn_implementation == "eager" else 0
+
+
+def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype, attention: int = 0) -> int:
     """Most of the activations that all sequences hold inside a block, where its linears are calibrated in turn.
 
     The residual stream and its norm, what the first linears make of it (queries, keys, values) or the block's input,
-    and what a linear is given.
+    what a linear is given, and of each token ``attention`` numbers.
     """
     if not in_turn(block, recipe):
         return 0
     first, inputs = guess_groups(block)[0], [linear.shape[1] for linear in block.linears]
     tokens = recipe.samples(max(inputs)) * recipe.max_seq_length
     made = max(inputs[0], sum(linear.shape[0] for linear in first))
-    return tokens * (2 * inputs[0] + made + max(inputs)) * dtype.itemsize
+    return tokens * (2 * inputs[0] + made + max(inputs) + attention) * dtype.itemsize
 
 
-def host_room(recipe: Recipe) -> int:
+def host_room(recipe: Recipe, processes: int = 1) -> int:
     """Bytes of main memory for what sequences hold on their way through a block, or while the model writes.
 
-    Not of what is free now: a run that goes on must do as it did.
+    Not of what is free now: a run that goes on must do as it did. A budget is each process's own.
     """
-    return int(HELD_SHARE * (recipe.memory_budget or psutil.virtual_memory().total))
+    return int(HELD_SHARE * (recipe.memory_budget or psutil.virtual_memory().total / processes))
 
 
-def settle_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype) -> tuple[bool, str]:
+def settle_in_turn(
+    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype
+) -> tuple[bool, str]:
     """What becomes of the recipe's ``true_sequential``, and a note if there is no room for it."""
-    held = max((held_bytes(block, recipe, dtype) for block in blocks), default=0)
+    attention = attention_numbers(model, recipe.max_seq_length)
+    held = max((held_bytes(block, recipe, dtype, attention) for block in blocks), default=0)
     if recipe.true_sequential == "auto" and not _auto_in_turn(model, blocks, recipe, held / dtype.itemsize):
         return False, ""
     if on_cpu(recipe):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -127,7 +128,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     dtype = dtype_as_read(config, recipe.dtype)
     recipe, found = sized(model, recipe, found, dtype)
     num_parameters = sum(p.numel() for p in model.parameters())
-    hidden = getattr(config.get_text_config(), "hidden_size", None)
+    hidden, beside = _numbers(config.get_text_config())
     writes = recipe.written and not recipe.read  # else it may, if these have too little
     streamed = not source.gguf_file and not writes
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
@@ -159,9 +160,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         methods=methods,
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
-        work_bytes=work_bytes(found.blocks, recipe, methods, dtype),
+        work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), int(kept)),
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), int(kept))
+        + tokens * beside * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
         host=memory,
@@ -176,6 +178,13 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         seconds=time.perf_counter() - started,
         notes=tuple(notes),
     )
+
+
+def _numbers(text: Any) -> tuple[int | None, int]:
+    """What blocks hand on for a token, None if that is unknown, and what they are called with besides (Gemma 3n)."""
+    hidden, versions = getattr(text, "hidden_size", None), getattr(text, "altup_num_inputs", None) or 1
+    beside = getattr(text, "hidden_size_per_layer_input", None) or 0
+    return hidden and versions * hidden, beside * (getattr(text, "num_hidden_layers", None) or 0)
 
 
 def forward_passes(recipe: Recipe, methods: Methods, swept: float, in_turn: bool) -> int:

@@ -12,6 +12,7 @@ import torch
 from families import FAMILIES, REFUSED, VOCAB, build, make_ids
 from rich.console import Console
 from safetensors.torch import load_file
+from tiny import make_llama
 from torch import Tensor, nn
 
 from optima import Recipe, prune
@@ -20,7 +21,7 @@ from optima.calibration.inputs import Batch, arguments
 from optima.errors import CalibrationError, ModelError
 from optima.models.experts import ExpertLinear
 from optima.models.source import find_source
-from optima.models.stacks import Linear, Stack, find_stacks, select_linears
+from optima.models.stacks import Linear, Stack, find_stacks, routed_share, select_linears
 from optima.names import kind
 from optima.plan import make_plan
 from optima.plan_table import print_plan
@@ -166,11 +167,70 @@ def test_the_decoder_is_calibrated_on_the_pruned_encoder() -> None:
         ([{"input_features": [1.0]}], "batch 0: input_features is a list, not a tensor"),
         ([{"sounds": torch.ones(2, 3)}], "batch 0 has sounds, which WhisperForConditionalGeneration does not read"),
         ([{"input_features": torch.ones(1, 8, 23)}], "cannot run on what it is given"),
+        ([{"text": "a record"}], "holds text, but no input_ids: .* such as calibration=dataset"),
     ],
 )
 def test_batches_that_do_not_fit(calibration: list[dict[str, Tensor]], message: str) -> None:
     with pytest.raises((CalibrationError, ModelError), match=message):
         prune(build("whisper"), Recipe(), calibration=calibration)
+
+
+def pairs(**more: Tensor) -> list[dict[str, Tensor]]:
+    """What a collator of pairs of texts returns."""
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} | more for ids in make_ids(4, 8).split(2)]
+
+
+def test_a_decoder_is_calibrated_on_the_labels_that_are_given() -> None:
+    """Not on the second half of the text."""
+    model, named = build("t5"), build("t5")
+    report = prune(model, Recipe(), calibration=pairs(labels=make_ids(2, 10)))
+    start = torch.full((2, 1), named.config.decoder_start_token_id)
+    shifted = torch.cat([start, make_ids(2, 10)[:, :-1]], dim=1)
+    prune(named, Recipe(), calibration=pairs(decoder_input_ids=shifted))
+    assert report.run.num_tokens == 2 * 2 * 10
+    assert all(own.equal(other) for own, other in zip(model.parameters(), named.parameters(), strict=True))
+
+
+def test_padding_of_pairs_is_refused() -> None:
+    labels = make_ids(2, 10)
+    labels[1, 7:] = -100
+    for padded in ({"labels": labels}, {"labels": labels.abs(), "decoder_attention_mask": labels > 0}):
+        with pytest.raises(CalibrationError, match=r"padded, .* or of one sequence each"):
+            prune(build("t5"), Recipe(), calibration=pairs(**padded))
+
+
+def test_padding_beside_sounds_is_told() -> None:
+    model = build("whisper")
+    frames = 2 * model.config.max_source_positions
+    batch = {"input_features": torch.randn(2, model.config.num_mel_bins, frames), "labels": make_ids(2, 10)}
+    mask = torch.ones(2, frames, dtype=torch.int64)
+    mask[1, frames // 2 :] = 0
+    report = prune(model, Recipe(objective="sink"), calibration=[batch | {"attention_mask": mask}])
+    assert "padding counts as text: 25% of the positions are padded" in report.run.notes
+
+
+def test_embeddings_in_the_place_of_words() -> None:
+    words, embedded = make_llama(), make_llama()
+    ids = make_ids(2)
+    with torch.no_grad():
+        batch = {"inputs_embeds": embedded.get_input_embeddings()(ids)}
+    prune(words, Recipe(), calibration=ids)
+    prune(embedded, Recipe(), calibration=[batch])
+    assert all(own.equal(other) for own, other in zip(words.parameters(), embedded.parameters(), strict=True))
+
+
+def test_as_many_heads_as_samples_are_no_samples() -> None:
+    """MPT's blocks are called with a position bias of (heads, 1, L)."""
+    model = build("mpt")
+    (stack,) = find_stacks(model)
+    streams = capture(model, stack, [make_ids(model.config.n_heads)])
+    assert "cannot be taken apart into 4 samples" in streams.inseparable(stack.blocks[0], 0)
+
+
+def test_a_mixture_is_planned_for_the_experts_that_a_token_takes() -> None:
+    assert routed_share(build("mixtral").config) == 0.5
+    assert routed_share(build("qwen3_moe").config) < 1.0
+    assert routed_share(build("gemma3").config) == 1.0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -28,7 +28,7 @@ recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", true_sequ
 methods = build(recipe)
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
-predicted = work_bytes(preflight(skeleton, recipe, methods).blocks, recipe, methods, torch.float32)
+predicted = work_bytes(skeleton, preflight(skeleton, recipe, methods).blocks, recipe, methods, torch.float32)
 
 def prune(layers):
     torch.manual_seed(0)

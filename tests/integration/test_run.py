@@ -82,6 +82,15 @@ def test_plan_of_fused_experts(family: str, tmp_path: Path) -> None:
     assert any("experts" in name for name in planned)
 
 
+@pytest.mark.parametrize(("device", "message"), [("gpu", "unknown device 'gpu'"), ("mps", "'mps' is not supported")])
+def test_a_plan_for_a_device_that_no_run_takes(device: str, message: str, tmp_path: Path) -> None:
+    """One that is elsewhere is planned for."""
+    save_model(tmp_path)
+    assert make_plan(find_source(str(tmp_path)), Recipe(device="cuda:7")).device == "cuda:7"
+    with pytest.raises(RecipeError, match=message):
+        make_plan(find_source(str(tmp_path)), Recipe(device=device))
+
+
 @pytest.mark.parametrize("form", ["tensor", "batches", "documents"])
 def test_the_recipe_says_how_much_text_was_read(tmp_path: Path, form: str) -> None:
     tokens_NL, recipe = make_tokens(20, 16), Recipe()

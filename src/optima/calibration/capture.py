@@ -18,7 +18,7 @@ from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch, first_of, inseparable, some_of, stack_size
 from optima.calibration.probe import PROBE_LENGTH, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.store import Store
-from optima.calibration.streams import Streams, share
+from optima.calibration.streams import Call, Streams, map_tensors, share
 from optima.device import forward_replaced, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
@@ -76,7 +76,11 @@ def capture(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
-    streams = Streams(probe, [], [], [[] for _ in blocks], [], store or Store(), halving=halving)
+    fixed: set[int] = set()
+    if trial.sizes[0][0] == 1:
+        map_tensors(trial.calls, lambda tensor: fixed.add(len(tensor)) if tensor.ndim > 1 and len(tensor) > 1 else None)
+    calls: list[list[Call]] = [[] for _ in blocks]
+    streams = Streams(probe, [], [], calls, [], store or Store(), halving=halving, fixed=frozenset(fixed))
     _record(model, stack, batches, streams)
     if ranks.size > 1:
         own = sum(samples for samples, _ in streams.sizes), sum(map(math.prod, streams.sizes))
@@ -122,7 +126,7 @@ def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:
         if index == 0:
             streams.hidden.append(streams.store.keep(hidden.detach().cpu()))
         earlier = [*streams.calls[index][-1:], *(streams.calls[index - 1][-1:] if index else [])]
-        streams.calls[index].append(share((args, kwargs), earlier))
+        streams.calls[index].append(share((args, kwargs), earlier, streams.store.keep))
         if last:
             raise _AllCaptured
         return with_hidden(output, hidden)

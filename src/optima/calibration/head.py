@@ -50,9 +50,10 @@ def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, toke
     ``tokens``: in the largest batch.
     """
     there = device.type in ("cpu", next(model.parameters()).device.type)  # a model in memory may live on the device
-    # An encoder's gradients come through the blocks of its decoder.
-    if there or stack.part == "encoder" or model.get_output_embeddings() is None:
+    if there or model.get_output_embeddings() is None:
         return MAIN, ""
+    if stack.part == "encoder":
+        return MAIN, "the encoder's gradients came through its decoder on the CPU, whose weights were there all at once"
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     blocks = [block for each in find_stacks(model) for block in each.blocks]

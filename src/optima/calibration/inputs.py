@@ -26,6 +26,7 @@ from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
 # Arguments that hold the words of a batch, in the order in which they are looked for.
+PADDED = ("attention_mask", "decoder_attention_mask")
 WORDS_OF = {"decoder": ("decoder_input_ids", "labels"), "encoder": ("input_ids",), "whole": ("input_ids",)}
 
 
@@ -91,11 +92,11 @@ class Calibration:
                 )
 
 
-def given_batches(calibration: object) -> tuple[Mapping[str, Tensor], ...] | None:
+def given_batches(model: nn.Module, calibration: object) -> Calibration | None:
     """``calibration`` as batches of a processor's outputs; None if it is something else, or text alone.
 
     Raises:
-        CalibrationError: if a batch holds something else than tensors.
+        CalibrationError: if a batch holds something else than tensors, or is text with padding.
     """
     if isinstance(calibration, (Tensor, str)) or not isinstance(calibration, Iterable):
         return None
@@ -104,7 +105,8 @@ def given_batches(calibration: object) -> tuple[Mapping[str, Tensor], ...] | Non
     if not hasattr(calibration, "__len__"):
         return None
     first = next(iter(calibration), None)
-    if not isinstance(first, Mapping) or set(first) <= TEXT_ALONE:
+    alone = TEXT_ALONE - {"labels"} if is_encoder_decoder(model) else TEXT_ALONE  # which its decoder reads
+    if not isinstance(first, Mapping) or set(first) <= alone or _is_record(first):
         return None
     batches = list(calibration)
     for number, batch in enumerate(batches):
@@ -115,7 +117,28 @@ def given_batches(calibration: object) -> tuple[Mapping[str, Tensor], ...] | Non
                     f"calibration batch {number}: {name} is a {type(value).__name__}, not a tensor with numbers: give "
                     "what the model's processor returns with return_tensors='pt'"
                 )
-    return tuple(dict(batch) for batch in batches)
+    return Calibration(None, tuple(dict(batch) for batch in batches), notes=_padding_note(batches))
+
+
+def _is_record(first: Mapping[str, Any]) -> bool:
+    """Whether it is a record of a data set, rather than what a processor returns."""
+    texts = any(isinstance(value, str) for value in first.values())
+    return texts or ("input_ids" in first and not any(isinstance(value, Tensor) for value in first.values()))
+
+
+def _padding_note(batches: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """What a report must tell of padding beside images or sounds; elsewhere it is refused."""
+    masks = [batch[name].bool() for batch in batches for name in PADDED if name in batch]
+    masks += [batch["labels"] >= 0 for batch in batches if "labels" in batch and "input_ids" in batch]
+    padded = sum(int((~mask).sum()) for mask in masks)
+    if not padded:
+        return ()
+    if not any(tensor.is_floating_point() for batch in batches for tensor in batch.values()):
+        raise CalibrationError(
+            "calibration batches are padded, and padding would count as text: give batches of sequences of one length, "
+            "or of one sequence each"
+        )
+    return (f"padding counts as text: {padded / sum(mask.numel() for mask in masks):.0%} of the positions are padded",)
 
 
 def arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -134,10 +157,17 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def words_size(model: nn.Module, batch: Batch) -> tuple[int, int]:
-    """(B, L) of the words that the model's head predicts."""
-    part = "decoder" if is_encoder_decoder(model) else "whole"
-    words = _words(arguments(model, batch), WORDS_OF[part])
-    assert words is not None, "a batch without words has no loss"
+    """(B, L) of the words that the model's head predicts.
+
+    Raises:
+        CalibrationError: if the batch has none, or none for the decoder.
+    """
+    names: tuple[str, ...] = WORDS_OF["decoder"] if is_encoder_decoder(model) else (*WORDS_OF["whole"], "inputs_embeds")
+    words = _words(arguments(model, batch), names)
+    if words is None:
+        raise CalibrationError(
+            f"a calibration batch has no {' or '.join(names)}, of which the loss is: add them, or take objective sink"
+        )
     return len(words), words.shape[1]
 
 
@@ -151,8 +181,14 @@ def stack_size(model: nn.Module, stack: Stack, batch: Batch) -> tuple[int, int |
 
 
 def first_of(model: nn.Module, batch: Batch, length: int) -> Batch:
-    """Enough of a batch to look at a model with: ``length`` tokens of a stack, or all of a processor's outputs."""
-    return batch[:1, : length * (1 + is_encoder_decoder(model))] if isinstance(batch, Tensor) else batch
+    """Enough of a batch to look at a model with: ``length`` tokens of a stack, or a sample of a processor's outputs.
+
+    Where samples cannot be told apart, all of them.
+    """
+    if isinstance(batch, Tensor):
+        return batch[:1, : length * (1 + is_encoder_decoder(model))]
+    samples = len(next(iter(batch.values())))
+    return batch if inseparable(batch, samples) else some_of(batch, slice(0, 1), samples)
 
 
 def inseparable(batch: Batch, samples: int) -> str:

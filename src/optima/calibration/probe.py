@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -134,6 +135,7 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
             f"{type(model).__name__} does not call each of {stack.blocks[0].name} .. {stack.blocks[-1].name} exactly "
             "once, in order, in a forward pass (shared or skipped blocks), which this tool cannot prune"
         )
+    _check_chain(model, stack, calls)
     _check_experts(stack, given)
     outputs = [output for *_, output in calls]
     samples, length = stack_size(model, stack, batch)
@@ -149,6 +151,17 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
         frozenset(name for name in names if kind(name) in routed),
         frozenset(name for name in names if len(given.inputs[name]) > 1),
     )
+
+
+def _check_chain(model: nn.Module, stack: Stack, calls: Sequence[_Called]) -> None:
+    """What leaves a block is what enters the next: no model may change it in between, as some do that see."""
+    for (index, *_, output), (_, args, kwargs, _) in pairwise(calls):
+        entering, left = args[0] if args else kwargs.get("hidden_states"), hidden_of(output)
+        if isinstance(entering, Tensor) and not (entering is left or torch.equal(entering, left)):
+            raise ModelError(
+                f"{type(model).__name__} changes the hidden states between {stack.blocks[index].name} and the next "
+                "block, which this tool cannot prune"
+            )
 
 
 def _check_experts(stack: Stack, given: Given) -> None:

@@ -51,6 +51,7 @@ class Streams:
         parts: how many sequences, and tokens, each of them has; empty if there is one.
         batches: what the model is given for each batch.
         halving: how many sequences run together; copies and parts share it.
+        fixed: first dimensions of what blocks are called with for one sample, which do not count samples (heads).
     """
 
     probe: Probe
@@ -63,6 +64,7 @@ class Streams:
     parts: tuple[tuple[int, int], ...] = ()
     batches: list[Batch] = field(default_factory=list)
     halving: Halving = field(default_factory=Halving)
+    fixed: frozenset[int] = frozenset()
 
     @property
     def tokens(self) -> int:
@@ -104,7 +106,8 @@ class Streams:
         args, kwargs = self.calls[block.index][batch]
         carried = [self.carried[batch].get(source) for source in self.probe.carried[block.index].values()]
         map_tensors((args, kwargs, carried), given.append)
-        for shape in (tensor.shape for tensor in given if tensor.ndim > 1 and tensor.shape[0] not in (1, samples)):
+        counts = (1, samples) if samples not in self.fixed else (1,)  # else nobody knows which of the two it is
+        for shape in (tensor.shape for tensor in given if tensor.ndim > 1 and tensor.shape[0] not in counts):
             return (
                 f"a block of this model is called with a tensor of shape {tuple(shape)}, which cannot be taken apart "
                 f"into {samples} samples"
@@ -230,15 +233,19 @@ def _with_own_states(calls: Sequence[Sequence[Call]]) -> list[list[Call]]:
     ]
 
 
-def share(value: Any, candidates: Any) -> Any:
-    """``value`` on the CPU, with every tensor that equals one inside ``candidates`` replaced by that one."""
+def share(value: Any, candidates: Any, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Any:
+    """``value`` on the CPU, with every tensor that equals one inside ``candidates`` replaced by that one.
+
+    All others go through ``keep``.
+    """
     pool: list[Tensor] = []
     map_tensors(candidates, pool.append)
 
     def convert(tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
         same = (t for t in pool if t.shape == tensor.shape and t.dtype == tensor.dtype and torch.equal(t, tensor))
-        return next(same, tensor)
+        found = next(same, None)
+        return keep(tensor) if found is None else found
 
     return map_tensors(value, convert)
 

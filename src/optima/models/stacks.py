@@ -24,6 +24,8 @@ from optima.names import check_bounded, kind
 
 # What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
 EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
+# And of those that a token is sent to: num_experts_per_tok, moe_topk, experts_per_token ...
+EXPERTS_EACH = re.compile(r"(\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?")
 ROUTERS = {"gate", "wg"}
 # Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
 TOGETHER = (
@@ -240,6 +242,15 @@ def _expert_counts(config: Any) -> set[int]:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     values = [value for name, value in vars(config or object).items() if EXPERT_COUNT.fullmatch(name)]
     return {value for value in values if isinstance(value, int) and value > 1}
+
+
+def routed_share(config: Any) -> float:
+    """Of the experts of a mixture, the share that a token is sent to; 1 where the configuration does not say."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    counts = _expert_counts(config)
+    each = [value for name, value in vars(config or object).items() if EXPERTS_EACH.fullmatch(name)]
+    known = [value for value in each if isinstance(value, int) and value > 0]
+    return min(max(known) / min(counts), 1.0) if known and counts else 1.0
 
 
 def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import pattern_table
 from optima.calibration.given import given_text
@@ -145,7 +145,7 @@ def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
 
 
 def find_calibration(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Iterable[Any] | None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Calibration | Iterable[Any] | None
 ) -> Calibration:
     """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data sets.
 
@@ -156,8 +156,8 @@ def find_calibration(
     """
     if isinstance(given, Tensor):
         return Calibration(given.cpu().long())
-    if (inputs := given_batches(given)) is not None:
-        return Calibration(None, inputs)
+    if isinstance(given, Calibration):
+        return given
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
     column, revision = recipe.text_column, recipe.dataset_revision
@@ -171,13 +171,13 @@ def find_calibration(
     return Calibration(tokens_NL)
 
 
-def taken(calibration: object, recipe: Recipe, found: Preflight) -> Any:
+def taken(model: nn.Module, calibration: object, recipe: Recipe, found: Preflight) -> Any:
     """What is taken of what the caller gave: batches of a processor's outputs, one tensor of token ids, or documents.
 
     Raises:
         CalibrationError: if batches hold something else, or do not fit each other.
     """
-    batches = given_batches(calibration)
+    batches = given_batches(model, calibration)
     return given_text(calibration, partial(_samples, recipe, found)) if batches is None else batches
 
 
@@ -193,7 +193,7 @@ def sequence_length(model: nn.Module, recipe: Recipe, calibration: object) -> in
         CalibrationError: if what was given is none of token ids of shape (samples, length), documents and batches.
         ModelError: if the model does not read token sequences as long as these.
     """
-    if given_batches(calibration) is not None:
+    if isinstance(calibration, Calibration):
         return None
     length = _length(recipe, calibration)
     check_length(model, length)
@@ -217,7 +217,7 @@ def _length(recipe: Recipe, calibration: object) -> int:
 
 
 def sized(
-    model: nn.Module, recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: object = None
+    model: PreTrainedModel, recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: object = None
 ) -> tuple[Recipe, Preflight]:
     """``recipe`` with what depends on the widths: the number of sequences, and whether all have room at once.
 
@@ -226,10 +226,13 @@ def sized(
         recipe: to complete.
         found: it gets a note if there is no room to calibrate linears in turn.
         dtype: of activations.
-        calibration: what the caller gave; of token ids the size is known.
+        calibration: what the caller gave; of token ids and a processor's outputs the size is known.
     """
     if isinstance(calibration, Tensor):
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
+    if isinstance(calibration, Calibration):
+        samples, length = calibration.size
+        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length or recipe.max_seq_length)
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
     return replace(recipe, true_sequential=in_turn), replace(found, notes=(*found.notes, note)) if note else found

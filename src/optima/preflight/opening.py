@@ -70,7 +70,7 @@ def check(
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
     _check_order(source, structure, recipe)
     found = preflight(structure, recipe, methods)
-    calibration = taken(calibration, recipe, found)
+    calibration = taken(structure, calibration, recipe, found)
     length = sequence_length(structure, recipe, calibration)
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
@@ -158,7 +158,8 @@ def written(
     recipe = checked.recipe
     assert recipe.num_calibration_samples is not None, "a run resolves it"
     progress.start(recipe.num_calibration_samples - text.size[0], 1, stage="write")
-    return own_text(network, tokenizer, recipe, checked.device, text, host_room(recipe), ranks, progress.share)
+    room = host_room(recipe, ranks.here())
+    return own_text(network, tokenizer, recipe, checked.device, text, room, ranks, progress.share)
 
 
 def _network(checked: Checked, whole: str | None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
