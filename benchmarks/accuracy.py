@@ -11,7 +11,11 @@ sequences that the model writes itself, each from a piece of the text on.
 
 A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
 places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
---known-only runs nothing at all: it prints the tables of the results at hand.
+--known-only prunes and measures nothing: it prints the tables of the results at hand (text of the model's own is
+written, by which they are known). Results of other weights, texts or settings are not taken; those from before weights
+were told apart are, and a line says so.
+
+Recipes have their own scope, allocation, damping, rounding, gap and sink weight: the options for these are not theirs.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import copy
 import hashlib
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -44,7 +49,7 @@ from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.source import find_source, fingerprint, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF, recipe_from_dict
 from optima.recipe_files import read_recipe
@@ -69,6 +74,7 @@ class Bench:
     windows_NL: Tensor
     held_out_NL: Tensor | None
     options: argparse.Namespace
+    fingerprint: str  # of the model's weights
 
     def recipe(self, method: str, pattern: str) -> Recipe:
         name, *steps = method.split("+")
@@ -83,7 +89,7 @@ class Bench:
             selector=name,
             pattern=[pattern],
             scope=None if ":" in pattern else options.scope,
-            allocation="loss" if "shared" in steps and ":" not in pattern else options.allocation,
+            allocation="uniform" if ":" in pattern else "loss" if "shared" in steps else options.allocation,
             swaps=256 if "swaps" in steps else 0,
             objective=objective,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
@@ -103,6 +109,7 @@ class Bench:
         options = self.options
         evaluation = {
             "model": Path(options.model).name,
+            "fingerprint": self.fingerprint,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "windows": list(self.windows_NL.shape),
             "evaluation_hash": data_hash(self.windows_NL),
@@ -121,6 +128,7 @@ class Bench:
         names += ["objective"] if recipe.objective == "loss" else []
         names += ["swept_share"] if recipe.objective == "loss" and recipe.swept_share < 1.0 else []
         names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
+        names += ["true_sequential"] if recipe.true_sequential else []
         names += ["allocation_spread"] if recipe.allocation != "uniform" else []
         return {name: getattr(recipe, name) for name in names} | {
             # As applied: what a selector published may change.
@@ -198,10 +206,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--swept-share", type=float, default=1.0, help="of methods with +loss")
     parser.add_argument("--tuning-epochs", type=int, default=4, help="of methods with +tune")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of methods with +tune")
-    parser.add_argument("--scope", choices=SCOPES, help="of all methods' sparsities (default: as published)")
-    parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of all methods' sparsities")
+    parser.add_argument("--scope", choices=SCOPES, help="of selectors' sparsities (default: as published)")
+    parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of selectors' sparsities")
     parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--sink-weight", type=float, help="of all methods (default: the recipe's)")
+    parser.add_argument("--sink-weight", type=float, help="of methods with +solve (default: the recipe's)")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="hessian", help="of solved weights to the dtype")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
@@ -224,6 +232,8 @@ def make_parser() -> argparse.ArgumentParser:
 def method(text: str) -> str:
     """A selector with steps, or a recipe."""
     name, *steps = text.split("+")
+    if "unsolved" in steps and "loss" not in steps:
+        raise argparse.ArgumentTypeError(f"{text}: unsolved is a part of loss: write {name}+loss+unsolved")
     if text in PRESETS or (name in SELECTORS and STEPS.issuperset(steps)):
         return text
     known = f"{', '.join(SELECTORS)} with any of +{' +'.join(sorted(STEPS))}, or {', '.join(PRESETS)}"
@@ -259,22 +269,11 @@ def make_bench(options: argparse.Namespace) -> Bench:
         tokens_NL = written
     text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
-    bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options)
+    bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options, fingerprint(source))
     for pattern in options.patterns:
         for method in options.methods:
             bench.recipe(method, pattern)  # checks itself
     return bench
-
-
-def own_sequences(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: argparse.Namespace) -> Tensor:
-    """(own_samples, max_seq_length) tokens."""
-    plain = copy.deepcopy(tokenizer)
-    plain.chat_template = None
-    size = {"num_calibration_samples": options.own_samples, "max_seq_length": options.max_seq_length}
-    recipe = Recipe(dataset=[SELF], seed=options.seed, **size)
-    found = own_text(model, plain, recipe, find_device(options.device)).tokens_NL
-    assert found is not None
-    return found
 
 
 def made_with(options: argparse.Namespace) -> dict[str, Any]:
@@ -314,7 +313,11 @@ def find(results: Sequence[dict[str, Any]], bench: Bench, method: str, pattern: 
     for result in results:
         # One that has tasks besides stands for one that has none.
         settings = result["settings"] | ({} if wanted["tasks"] else without_tasks)
+        unknown = "fingerprint" not in settings
+        settings |= {"fingerprint": wanted["fingerprint"]} if unknown else {}
         if result["method"] == method and result["pattern"] == pattern and settings == wanted:
+            if unknown:
+                print(f"{method} {pattern}: taken by the model's name; its weights are not on record", file=sys.stderr)
             return result
     return None
 

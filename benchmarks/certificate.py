@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from optima.qp.certificate import ENERGY_FLOOR
 from optima.selectors.ranking import top_scores
 from optima.selectors.wanda import wanda_score
 
+# Those that ``auto`` takes, named: small problems would never meet one that is for large ones.
+SOLVERS = ("low-rank-cg", "shared-inverse-cg", "cholesky")
 SPECTRA = ("white", "llm", "rank-deficient", "duplicated", "dead", "scaled", "ill-conditioned", "asymmetric")
 
 
@@ -161,8 +164,9 @@ def generated(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowPr
             problem = make_problem(hessian, weight_RD, keep_RD, start_RD)
         gap = pick([1.0, 1e-1, 1e-2, 1e-4, 1e-6], generator)
         limit = int(pick([1, 2, 3, 5, 200], generator))
-        solver = solver_of(options.solver, gap)
-        if hasattr(solver, "max_iterations"):
+        names = options.solvers
+        solver = solver_of(names[int(torch.randint(len(names), (1,), generator=generator))], gap)
+        if hasattr(solver, "max_iterations"):  # rows that stop early are checked too
             solver = replace(solver, max_iterations=limit)
         yield kind, hessian, problem, solver
 
@@ -176,15 +180,17 @@ def real(options: argparse.Namespace) -> Iterator[tuple[str, Hessian, RowProblem
             score_RD = wanda_score(case.weight_OD, hessian)
             for pattern in (Unstructured(0.5), Unstructured(0.8), NM(2, 4)):
                 problem = make_problem(hessian, case.weight_OD, top_scores(score_RD, pattern))
-                for gap in (1e-1, 1e-3, 1e-5):
-                    yield case.name, hessian, problem, solver_of(options.solver, gap)
+                for gap, name in product((1e-1, 1e-3, 1e-5), options.solvers):
+                    yield case.name, hessian, problem, solver_of(name, gap)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=150_000, help="generated rows; each is checked at two points")
     parser.add_argument("--batch", type=int, default=400, help="rows that share a hessian")
-    parser.add_argument("--solver", default="auto", choices=SOLVER_NAMES, help="whose certificates")
+    parser.add_argument(
+        "--solvers", nargs="+", default=SOLVERS, choices=SOLVER_NAMES, help="whose certificates, each of some batches"
+    )
     parser.add_argument("--spectra", nargs="+", default=SPECTRA, choices=SPECTRA, help="kinds of generated hessians")
     parser.add_argument("--dump-dir", type=Path, help="real layers, one safetensors file per linear")
     parser.add_argument("--match", default="", help="regex on the names of dumped layers")

@@ -5,7 +5,8 @@
 A linear w is given X where the dense model has D. Let d = (X^T X + damping)^-1 X^T (D - X) w. With X (w + a d) as its
 target, pruning would make up for a part of (D - X) w. Prints that part, in squares and on the evaluation text: at the
 best strength a and at 1, for the calibration text's first quarter and all of it, and for each damping relative to the
-mean diagonal. Observed blocks have their dense weights in both models, as when they are pruned in their turn.
+mean diagonal. Observed blocks have their dense weights in both models, all at once: where they stand close together,
+the later ones are given less error than in their turn.
 
 Shapes: T tokens, D inputs, O outputs.
 """
@@ -77,6 +78,9 @@ def main(arguments: list[str] | None = None) -> list[list[str]]:
     rows = []
     for name in linears:
         held_out = found[2][name]
+        if not held_out.error:  # in front of all that is pruned both models have the same inputs
+            rows.append([name, str(found[1][name].tokens), "", "0.000", "", "", ""])
+            continue
         for sums in (found[0][name], found[1][name]):
             for damping in options.dampings:
                 parts = held_out.parts(sums.shift(damping))

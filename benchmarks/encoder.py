@@ -25,7 +25,7 @@ from optima.models.source import find_source, load_model, load_tokenizer
 METHODS = {
     "magnitude": Recipe(selector="magnitude", solver="none"),
     "wanda": Recipe(selector="wanda", solver="none"),
-    "fast": Recipe(selector="wanda", objective="sink", tuning_epochs=0),
+    "wanda, re-solved": Recipe(selector="wanda", objective="sink", tuning_epochs=0),
     "objective loss": Recipe(tuning_epochs=0),
     "objective loss, tuned": Recipe(tuning_epochs=4),
 }

@@ -242,7 +242,7 @@ def measure(
     clock = Stopwatch(keep_OD.device)
     some = replace(task, weight_OD=task.weight_OD[rows_R])
     # A layer's count does not hold for some of its rows.
-    own = pattern if isinstance(pattern, NM) else Given(pattern.sparsity)
+    own = pattern if isinstance(pattern, NM) else Given(pattern.sparsity, pattern.scope, pattern.group_size)
     methods = Methods(Chosen(keep_OD[rows_R]), swaps, Auto())
     result = prune_linear(some, own, methods, clock=clock)
     record = result.record

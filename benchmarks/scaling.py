@@ -42,6 +42,7 @@ FITTED = (
 )
 PREDICTED = {"hidden": 384, "heads": 384, "pair": 128, "middle": 1024, "blocks": 6, "vocabulary": 512}
 SAMPLES = 32
+PROCESSES = (1, 2)
 EIGEN_HERE = 6  # products of its size that an eigendecomposition takes as long as, at 512 to 2,048 inputs
 
 
@@ -58,26 +59,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("what", choices=("measure", "clusters"))
     parser.add_argument("--samples", type=int, default=SAMPLES, help="sequences of 128 tokens")
     parser.add_argument("--scale", type=float, default=1.0, help="shrinks the models, to try the script")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     options = parser.parse_args(arguments)
     if options.what == "clusters":
         print(clusters())
         return
-    use_threads(options.threads)
+    use_threads(max(PROCESSES) * options.threads)
     print(machine(torch.device("cpu"), options.threads))
-    print(compare(options.samples, options.scale))
+    print(compare(options.samples, options.scale, options.threads))
 
 
 # Here: rates of stages from two models, and what they say of a third.
 
 
-def compare(samples: int, scale: float) -> str:
+def compare(samples: int, scale: float, threads: int) -> str:
     fitted = [scaled(sizes, scale) for sizes in FITTED]
     predicted = scaled(PREDICTED, scale)
-    found = [measure(sizes, samples, 1) for sizes in fitted]
+    found = [measure(sizes, samples, 1, threads) for sizes in fitted]
     lines = ["| processes | | predicted | measured | off |", "| ---: | --- | ---: | ---: | ---: |"]
-    for size in (1, 2):
-        true, account = measure(predicted, samples, size), account_of(predicted, samples, size)
+    for size in PROCESSES:
+        true, account = measure(predicted, samples, size, threads), account_of(predicted, samples, size)
         total = 0.0
         for stage in STAGES:
             known = [(flops(sizes, samples, 1, stage), found[n].seconds[stage]) for n, sizes in enumerate(fitted)]
@@ -117,12 +118,12 @@ def account_of(sizes: dict[str, int], samples: int, processes: int) -> Work:
     return work(llama("", sizes), (samples, LENGTH), processes, itemsize=4)
 
 
-def measure(sizes: dict[str, int], samples: int, processes: int) -> Measured:
+def measure(sizes: dict[str, int], samples: int, processes: int, threads: int) -> Measured:
     with tempfile.TemporaryDirectory() as directory:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        arguments = (processes, port, sizes, samples, directory)
+        arguments = (processes, threads, port, sizes, samples, directory)
         multiprocessing.start_processes(child, arguments, processes, start_method="spawn")
         found = [torch.load(Path(directory, f"{rank}.pt")) for rank in range(processes)]
     seconds = {
@@ -132,8 +133,10 @@ def measure(sizes: dict[str, int], samples: int, processes: int) -> Measured:
     return Measured(seconds, found[0][1])
 
 
-def child(rank: int, processes: int, port: int, sizes: dict[str, int], samples: int, directory: str) -> None:
-    torch.set_num_threads(1)
+def child(
+    rank: int, processes: int, threads: int, port: int, sizes: dict[str, int], samples: int, directory: str
+) -> None:
+    torch.set_num_threads(threads)
     if processes > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})

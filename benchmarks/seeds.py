@@ -16,6 +16,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from optima.reporting.markdown import table
 NOT_PRUNED = "-"  # the pattern of a model that was not pruned
 TEXTS = ("perplexity", "perplexity_held_out")
 UNRELATED = {"tasks", "task_limit"}  # settings that no perplexity depends on
+OF_SEED = {"seed", "calibration_hash"}  # and settings that differ with the seed
 USUAL = {"swept_share": 1.0, "tuning_epochs": 4, "damping": 0.01, "own_samples": 0}
 Cell = dict[int, tuple[float, ...]]  # perplexities by seed
 Row = tuple[str, str, str, str]  # model, tokens, method, unusual settings
@@ -57,20 +59,27 @@ def seed_of(result: dict[str, Any]) -> int:
 
 
 def method_of(result: dict[str, Any]) -> tuple[str, str, str]:
-    """Model, tokens, method."""
-    size = " x ".join(map(str, result["settings"].get("calibration", [])))
-    return result["settings"]["model"], size, result["method"]
+    """Model, tokens that were read, method."""
+    settings = result["settings"]
+    samples, *length = settings.get("calibration", [0])
+    size = " x ".join(map(str, [samples - settings.get("own_samples", 0), *length])) if length else ""
+    return settings["model"], size, result["method"]
 
 
 def varied_settings(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], set[str]]:
-    """By method, names of the settings in which results of one pattern and seed differ: these are not the same."""
+    """By method, names of the settings in which results of one pattern differ but for the seed's own."""
     alike: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        alike[method_of(result), result["pattern"], seed_of(result)].append(result["settings"])
+        alike[method_of(result), result["pattern"]].append(result["settings"])
     varied: dict[tuple[str, str, str], set[str]] = defaultdict(set)
-    for (method, *_), (first, *others) in alike.items():
-        for other in others:
-            varied[method] |= {name for name in first.keys() | other.keys() if first.get(name) != other.get(name)}
+    for (method, _), same in alike.items():
+        for first, other in combinations(same, 2):
+            own = OF_SEED if first.get("seed") != other.get("seed") else set()
+            if first.get("own_samples") != other.get("own_samples"):  # which the row says
+                own = own | {"calibration", "calibration_hash"}
+            own = own | {"fingerprint"} - (first.keys() & other.keys())  # older results do not have it
+            names = (first.keys() | other.keys()) - own
+            varied[method] |= {name for name in names if first.get(name) != other.get(name)}
     return varied
 
 

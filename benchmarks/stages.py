@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     documents = Documents(TextSource(tuple(options.calibration)), 0)
     samples, length = options.num_calibration_samples, options.max_seq_length
     tokens = calibration_tokens(documents, load_tokenizer(source), samples, length)
-    recipe = Recipe(selector=options.selector, objective=options.objective, pattern=[options.pattern])
+    recipe = Recipe(selector=options.selector, objective=options.objective, pattern=[options.pattern], device="cpu")
     report = prune(copy.deepcopy(model), recipe, calibration=tokens)
     print(f"{machine(device, options.threads)}\n{Path(options.model).name}, {samples} x {length} tokens")
     print("\n| stage | seconds | share |\n| --- | ---: | ---: |")

@@ -37,8 +37,11 @@ def _faster(entries: Sequence[Entry], method: str, target: float, factor: float,
     ratios = [(entry.ratio, entry) for entry in peers if entry.ratio is not None]
     if not ratios:
         return Claim(text, None, "no such entry in this run")
-    smallest = min(ratio for ratio, _ in ratios)
-    return Claim(text, smallest >= factor, _range([(ratio, entry.case) for ratio, entry in ratios]))
+    smallest, entry = min(ratios, key=lambda pair: pair[0])
+    found = _range([(ratio, each.case) for ratio, each in ratios])
+    if entry.lower_bound and smallest < factor:
+        return Claim(text, None, f"{found}; the peer was stopped before it got there")
+    return Claim(text, smallest >= factor, found)
 
 
 def _range(found: Sequence[tuple[float, str]]) -> str:

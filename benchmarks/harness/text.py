@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import random
 
-from optima.calibration.text import Documents, TextSource
+from optima.calibration.text import Documents, TextSource, is_file
+from optima.errors import OptimaError
 
 
 def split(source: TextSource, held_out: float, seed: int) -> tuple[list[str], list[str]]:
-    """The documents but for the last ``held_out`` of them, shuffled; and those, in order."""
+    """The documents but for the last ``held_out`` of them, shuffled; and those, in order.
+
+    Raises:
+        OptimaError: unless these are local files with documents enough for both.
+    """
+    if not 0.0 < held_out < 1.0:
+        raise OptimaError(f"--held-out is a share above 0 and below 1, not {held_out:g}")
+    if remote := [name for name in source.dataset if not is_file(name)]:
+        raise OptimaError(f"{remote[0]} is read to its end to hold some of it out: give local files")
     documents = list(Documents(source))
     first = int((1.0 - held_out) * len(documents))
+    if not 0 < first < len(documents):
+        raise OptimaError(f"{len(documents)} documents cannot be split: give several, a .jsonl file for example")
     shuffled = documents[:first]
     random.Random(seed).shuffle(shuffled)
     return shuffled, documents[first:]

@@ -136,7 +136,8 @@ class _Meter(TorchDispatchMode):
 
     FACTORS = frozenset(
         {"linalg_solve_triangular", "linalg_cholesky_ex", "cholesky_inverse", "cholesky_solve", "_linalg_eigh",
-         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention"}
+         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+         "_scaled_dot_product_flash_attention"}
     )  # fmt: skip
     CONVERSIONS = frozenset({"to_mkldnn", "_to_dense"})
 

@@ -51,7 +51,8 @@ def read(options: argparse.Namespace) -> Untreated:
     dense, tokenizer = load_model(source, options.dtype), load_tokenizer(source)
     documents, held_out = split(TextSource(tuple(options.calibration)), held_out=0.2, seed=0)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
-    recipe = Recipe(pattern=[options.pattern], allocation="uniform" if ":" in options.pattern else "loss")
+    allocation = "uniform" if ":" in options.pattern else "loss"
+    recipe = Recipe(pattern=[options.pattern], allocation=allocation, device="cpu")
     return Untreated(dense, tokenizer, tokens_NL, held_out, recipe)
 
 

@@ -1,4 +1,7 @@
-"""The price of re-solving in a whole run: `optima prune` with Wanda alone and with Wanda + OPTIMA, as commands."""
+"""The price of re-solving in a whole run: `optima prune` with Wanda alone and with Wanda + OPTIMA, as commands.
+
+All else is alike: without an objective the second run would sweep the model too.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ def _prune(model: str, calibration: list[str], solver: str, threads: int) -> flo
     with tempfile.TemporaryDirectory() as directory:
         command = [
             sys.executable, "-m", "optima", "prune", model, "--output-dir", str(Path(directory) / "pruned"),
-            "--selector", "wanda", "--solver", solver, "--gap", "1e-4", "--sparsity", "0.5", "--device", "cpu",
+            "--selector", "wanda", "--objective", "plain", "--solver", solver, "--gap", "1e-4",
+            "--sparsity", "0.5", "--device", "cpu",
             "--num-calibration-samples", "64", "--max-seq-length", "512", "--dataset", *calibration,
         ]  # fmt: skip
         begin = time.perf_counter()

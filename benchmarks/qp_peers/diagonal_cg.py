@@ -3,8 +3,9 @@
 Everything but the preconditioner follows optima's own solver: the same float32 products over all rows at once, rows
 that are done leave the batch, restarts from float64 residuals. Two stopping rules, both better than a fixed count:
 
-* certified: now and then one more product r K gives the bound 1/2 r^T K r that ours gets for free (K may be rounded,
-  as in ours); the last word is ``optima.qp.certify``.
+* certified: now and then one more product r K gives the bound 1/2 r^T K r that ours with the shared inverse gets for
+  free (K may be rounded, as in ours); the last word is ``optima.qp.certify``. It begins with a float64 certificate of
+  all rows and makes the inverse, of which low-rank CG needs neither: what that costs counts as the peer's.
 * oracle: a rehearsal that knows the optimum counts the iterations each row needs, and the timed run does just those,
   with no check and no certificate. No real run can do this; it bounds what any stopping rule could achieve.
 
@@ -21,9 +22,9 @@ from harness.products import Packed
 from torch import Tensor
 
 from optima.qp import Hessian, RowProblem, certify
+from optima.qp.batch import AIM
 
-# As in optima's solver: aim below the tolerance; rows leave when at most this share of the batch is open.
-AIM = 0.7
+# As in optima's solver: rows leave when at most this share of the batch is open.
 COMPACT = 0.8
 MAX_ITERATIONS = 2000
 MAX_ROUNDS = 6

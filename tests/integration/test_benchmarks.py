@@ -183,6 +183,10 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     ours = [result("best", 0, 10, 20), result("best", 1, 12, 20)]
     (tmp_path / "a.json").write_text(json.dumps([dense, *ours, result("alps", 0, 20, 40)]))
     others = [result("wanda", 0, 30, 50, scope="row"), result("wanda", 0, 31, 51, scope="layer")]
+    others += [result("ria", 0, 40, 60, scope="row"), result("ria", 1, 41, 61, scope="layer")]  # no two seeds of one
+    others += [result("sparsegpt", seed, 70, 80, calibration_hash=str(seed)) for seed in (0, 1)]
+    own = result("best", 0, 9, 19, calibration=[128, 512], own_samples=64, calibration_hash="own")
+    others += [own]
     again = [result("best", 0, 99, 99), result("best", 0, 8, 9, damping=0.1)]
     (tmp_path / "b.json").write_text(json.dumps([*again, *others]))
     printed = read("seeds.py", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
@@ -192,6 +196,10 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     assert ["m", "64 x 512", "alps", "", "20.0 / 40.0"] in cells
     for scope, found in (("row", "30.0 / 50.0 (1.50 / 1.25)"), ("layer", "31.0 / 51.0 (1.55 / 1.27)")):
         assert ["m", "64 x 512", "wanda", f"scope {scope}", found] in cells
+    for scope, found in (("row", "40.0 / 60.0 (2.00 / 1.50)"), ("layer", "41.0 / 61.0")):
+        assert ["m", "64 x 512", "ria", f"scope {scope}", found] in cells
+    assert ["m", "64 x 512", "sparsegpt", "", "70.0 ± 0.0 / 80.0 ± 0.0 (3.50 / 2.00)"] in cells
+    assert ["m", "64 x 512", "best", "own_samples 64", "9.0 / 19.0 (0.45 / 0.47)"] in cells
     assert any(row[0] == "m" and row[-1] == "5.0 / 6.0" for row in cells)
 
 
@@ -212,6 +220,18 @@ def test_end_to_end_runs_from_checkpoint_to_checkpoint(accuracy: list[str]) -> N
     assert "| 2 x 16 | OPTIMA, default |" in printed
 
 
+def test_what_cannot_be_held_out_is_refused(accuracy: list[str], tmp_path: Path) -> None:
+    for share, text, message in (
+        ("1.5", accuracy[2], "share above 0 and below 1, not 1.5"),
+        ("0.2", str(accuracy[2]), "1 documents cannot be split"),
+        ("0.2", "allenai/c4", "allenai/c4 is read to its end"),
+    ):
+        arguments = [accuracy[0], "--calibration", text, "--held-out", share, *accuracy[3:]]
+        found = run_script(BENCHMARKS / "accuracy.py", *arguments, "--threads", "1")
+        assert found.returncode == 2
+        assert message in found.stderr
+
+
 def test_distil_compares_treatments_of_one_mask(accuracy: list[str], tmp_path: Path) -> None:
     arguments = accuracy[: accuracy.index("--patterns")]
     lines = [json.dumps({"text": Path(arguments[2]).read_text()})] * 5  # the last is held out
@@ -219,7 +239,12 @@ def test_distil_compares_treatments_of_one_mask(accuracy: list[str], tmp_path: P
     Path(arguments[2]).write_text("\n".join(lines))
     printed = run("distil.py", *arguments, "--epochs", "1", "--learning-rates", "0.003")
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
-    assert rows[2:] == ["dense", "solved", "tuned by blocks, 1 epochs", "distilled, 1 epochs, rate 0.003"]
+    assert rows[2:] == [
+        "dense",
+        "mask found, solved",
+        "solved and tuned by blocks, 1 epochs",
+        "distilled, 1 epochs, rate 0.003",
+    ]
 
 
 @pytest.mark.slow
