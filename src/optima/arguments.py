@@ -182,9 +182,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _add_eval(option: Callable[..., Any]) -> None:
     option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, the reference first")
+    text = "commit, tag or branch of the first model, if it is on the hub (default: its newest)"
+    option("--revision", metavar="NAME", help=text)
     text = "text for perplexity: hub ids, or local .txt, .jsonl, .json or .parquet files"
     option("--dataset", nargs="+", metavar="TEXT", help=text)
     option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
+    option("--dataset-revision", metavar="NAME", help="commit, tag or branch of it (default: its newest)")
     option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
     option("--text-column", metavar="NAME", help="column that holds the text (default: text)")
     option("--protocol", metavar="NAME", help=f"{_named(PROTOCOLS)} (default: {next(iter(PROTOCOLS))})")

@@ -1,5 +1,8 @@
 """Every error a user can cause. The message names the input at fault and what to do about it."""
 
+# Where activations are no numbers.
+OTHER_DTYPE = "load the model in another dtype (--dtype bfloat16 or float32), or check its weights"
+
 
 class OptimaError(Exception):
     """Base of all errors that OPTIMA raises on purpose."""

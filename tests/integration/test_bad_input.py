@@ -411,6 +411,7 @@ class TestOtherCommands:
             (["model", "--max-seq-length", "5000"], "but one window of 5000 tokens needs 4999"),
             (["model", "--max-windows", "0"], "max_windows must be a whole number of at least 1, got 0"),
             (["model", "--device", "gpu"], "unknown device 'gpu'"),
+            (["model", "--revision", "v1"], "model is a local model and has no revision 'v1'"),
             (["model", "./missing"], "there is no directory ./missing"),
             (["model", "missing-dir"], "no directory here has that name"),
             (["model", "--protocol", "sparsgpt"], "unknown protocol 'sparsgpt' (did you mean sparsegpt?)"),

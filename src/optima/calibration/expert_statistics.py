@@ -35,7 +35,7 @@ from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
-from optima.errors import CalibrationError
+from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import ROUND_ROWS, mirror
 from optima.linalg.statistics import Statistics, sampling_step
@@ -308,10 +308,7 @@ def _accumulate(
     accumulator.tokens -= padding
     accumulator.extra_weight += 0.0 if weight_T is None else padding
     if not good:
-        raise CalibrationError(
-            f"the inputs of {name} contain NaN or Inf: load the model in another dtype (--dtype bfloat16 or float32), "
-            "or check its weights"
-        )
+        raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
 
 
 def thinned(rows: Tensor, count: int, turn: int = 0) -> Tensor:

@@ -33,7 +33,7 @@ from optima.calibration.inputs import Calibration, is_encoder_decoder
 from optima.calibration.text import special_tokens, token_ids
 from optima.device import describe_memory, evaluating, one_memory_error
 from optima.distributed import ALONE, Ranks
-from optima.errors import CalibrationError, DeviceMemoryError
+from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError
 from optima.recipe import Recipe
 
 AT_ONCE = 32  # sequences written together
@@ -115,8 +115,7 @@ def own_text(
         assert isinstance(written, Tensor)
         if not bool(draw.sum_B1.isfinite().all()):
             raise CalibrationError(
-                "the model cannot write its own text, for its logits have NaN or Inf: load it in another dtype "
-                "(--dtype bfloat16 or float32), or check its weights"
+                f"the model cannot write its own text, for its logits have NaN or Inf: {OTHER_DTYPE}"
             )
         return written.cpu()
 

@@ -29,7 +29,7 @@ from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, bfloat16_products, full_precision
-from optima.errors import CalibrationError, ModelError
+from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics, sampling_step
@@ -307,15 +307,14 @@ class _Sums:
     def _describe_bad(self, name: str, inputs_TD: Tensor, batch: int, part: slice) -> str:
         length, samples = self._streams.sizes[batch][1], part.stop - part.start
         first = self._streams.before[0] + sum(count for count, _ in self._streams.sizes[:batch]) + part.start
-        remedy = "load the model in another dtype (--dtype bfloat16 or float32), or check its weights"
         if len(inputs_TD) != samples * length or self._streams.probe.sequence_first:
             place = f"calibration samples {first} to {first + samples - 1}"
-            return f"the inputs of {name} contain NaN or Inf in {place}: {remedy}"
+            return f"the inputs of {name} contain NaN or Inf in {place}: {OTHER_DTYPE}"
         by_sample = inputs_TD.reshape(samples, -1).float()
         # Finite inputs can still overflow float32 when squared.
         good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)
         place = f"first in calibration sample {first + int(good.to(torch.int8).argmin())}"
-        return f"the inputs of {name} contain NaN or Inf ({place}): {remedy}"
+        return f"the inputs of {name} contain NaN or Inf ({place}): {OTHER_DTYPE}"
 
 
 class _Watch(_Sums):

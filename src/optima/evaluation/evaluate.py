@@ -95,8 +95,12 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
 
 
 def _subjects(settings: EvaluationSettings) -> list[_Subject]:
-    sources = [find_source(model, settings.trust_remote_code) for model in settings.models]
-    text = TextSource(settings.dataset, settings.dataset_config, settings.split, settings.text_column)
+    revisions = [settings.revision, *[None] * (len(settings.models) - 1)]  # the first is what others were made of
+    sources = [
+        find_source(m, settings.trust_remote_code, each) for m, each in zip(settings.models, revisions, strict=True)
+    ]
+    named = settings.dataset, settings.dataset_config, settings.split, settings.text_column, settings.dataset_revision
+    text = TextSource(*named)
     subjects = []
     structures = [skeleton(source)[0] for source in sources]
     for source, structure in zip(sources, structures, strict=True):

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.text import SEPARATOR, SpecialTokens, pack, special_tokens, text_length, token_ids
-from optima.errors import CalibrationError, NumericalError, RecipeError
+from optima.errors import OTHER_DTYPE, CalibrationError, NumericalError, RecipeError
 from optima.evaluation.logits import batches, reading
 from optima.evaluation.watch import silent
 
@@ -147,7 +147,4 @@ def check_finite(sums_B: Tensor, what: str, first: int) -> None:
     """Raise ``NumericalError`` if a window's sum is NaN or infinite; ``first`` is the number of the first window."""
     for window, value in enumerate(sums_B.tolist(), first):
         if not math.isfinite(value):
-            raise NumericalError(
-                f"the {what} of window {window} is {value}: weights or activations hold NaN or overflow; check "
-                "the checkpoint, or load it with --dtype float32"
-            )
+            raise NumericalError(f"the {what} of window {window} is {value}: {OTHER_DTYPE}")

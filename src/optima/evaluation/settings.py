@@ -22,7 +22,7 @@ ABOUT = (
 )
 SUITES = {"paper": ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")}
 WINDOWS, CHOICES = 1, 8  # in one forward pass
-OF_TEXT = ("dataset_config", "split", "text_column", "protocol", "max_seq_length", "max_windows")
+OF_TEXT = ("dataset_config", "dataset_revision", "split", "text_column", "protocol", "max_seq_length", "max_windows")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,9 @@ class EvaluationSettings:
     Attributes:
         models: hub ids, local directories or GGUF files.
         dataset: hub ids or local files of the text for perplexity; empty measures none.
+        revision: commit, tag or branch of the first model, if it is on the hub; None for its newest.
         dataset_config: configuration of a hub dataset.
+        dataset_revision: commit, tag or branch of a hub dataset; None for its newest.
         split: split of a hub dataset.
         text_column: column that holds the text.
         protocol: one of ``PROTOCOLS``.
@@ -55,7 +57,9 @@ class EvaluationSettings:
 
     models: FrozenTexts
     dataset: FrozenTexts = ()
+    revision: str | None = None
     dataset_config: str | None = None
+    dataset_revision: str | None = None
     split: str = "test"
     text_column: str = "text"
     protocol: str = "windows"

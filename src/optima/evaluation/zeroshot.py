@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.records import READ_ERRORS
 from optima.device import evaluating
-from optima.errors import CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
+from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
 from optima.evaluation.record import Estimate, TaskRecord
 from optima.evaluation.settings import CHOICES
 
@@ -268,10 +268,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
             found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
             if any(math.isnan(likelihood) for likelihood, _ in found):  # the first choice would count as the likeliest
-                raise NumericalError(
-                    "the likelihood of a choice is NaN: weights or activations hold NaN or overflow; check the model, "
-                    "or load it in another dtype (--dtype bfloat16 or float32)"
-                )
+                raise NumericalError(f"the likelihood of a choice is NaN: {OTHER_DTYPE}")
             return found
 
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
