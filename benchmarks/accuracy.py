@@ -4,10 +4,10 @@
 
 A method is a selector (as published), with steps behind it: +solve (its mask, the surviving weights re-solved, by the
 sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +swaps (the mask refined
-before), +shared (sparsity shared out by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes
-with the package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown. --held-out takes
-that share of the calibration text, its end, to measure on as well; nothing is calibrated on it. --own-samples adds
-sequences that the model writes itself, each from a piece of the text on.
+before the solve), +shared (sparsity shared out by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe
+that comes with the package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown.
+--held-out takes that share of the calibration text, its end, to measure on as well; nothing is calibrated on it.
+--own-samples adds sequences that the model writes itself, each from a piece of the text on.
 
 A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
 places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
@@ -234,6 +234,8 @@ def method(text: str) -> str:
     name, *steps = text.split("+")
     if "unsolved" in steps and "loss" not in steps:
         raise argparse.ArgumentTypeError(f"{text}: unsolved is a part of loss: write {name}+loss+unsolved")
+    if "swaps" in steps and (not {"solve", "loss"} & set(steps) or "unsolved" in steps):
+        raise argparse.ArgumentTypeError(f"{text}: swaps compare masks by their best weights: add +solve or +loss")
     if text in PRESETS or (name in SELECTORS and STEPS.issuperset(steps)):
         return text
     known = f"{', '.join(SELECTORS)} with any of +{' +'.join(sorted(STEPS))}, or {', '.join(PRESETS)}"

@@ -37,11 +37,11 @@ def _faster(entries: Sequence[Entry], method: str, target: float, factor: float,
     ratios = [(entry.ratio, entry) for entry in peers if entry.ratio is not None]
     if not ratios:
         return Claim(text, None, "no such entry in this run")
-    smallest, entry = min(ratios, key=lambda pair: pair[0])
     found = _range([(ratio, each.case) for ratio, each in ratios])
-    if entry.lower_bound and smallest < factor:
+    below = [each for ratio, each in ratios if ratio < factor]
+    if below and all(each.lower_bound for each in below):
         return Claim(text, None, f"{found}; the peer was stopped before it got there")
-    return Claim(text, smallest >= factor, found)
+    return Claim(text, not below, found)
 
 
 def _range(found: Sequence[tuple[float, str]]) -> str:

@@ -122,11 +122,11 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
     repo, private = given.pop("push_to_hub", None), given.pop("private", None)
     callbacks: list[Callback] = [*find_trackers(report_to)]
     if log_format == "json":  # before anything warns
-        _quiet_console()
+        _quiet_console(downloads=False)
         callbacks.append(log := JsonLog(sys.stderr))
         log.take_over()
     recipe = recipe_of(given)
-    _quiet_console()
+    _quiet_console(downloads=log_format == "text")
     if repo is not None:
         from optima.hub import check_push
 
@@ -309,15 +309,18 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def _quiet_console() -> Console:
-    """A console for our own output alone; the libraries' bars and advice would drown it, but for those of downloads."""
+def _quiet_console(downloads: bool = True) -> Console:
+    """A console for our own output alone; the libraries' bars and advice would drown it.
+
+    Those of ``downloads`` stay in a terminal, of one process.
+    """
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; some bars have no other switch
     import datasets
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    downloads = sys.stderr.isatty() and not are_progress_bars_disabled()
+    downloads &= sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0" and not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # which are the hub's too
     if downloads:
         enable_progress_bars()

@@ -172,6 +172,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+# Root mean square of gradients at a block's outputs, to which losses are scaled: float16 holds a 256th of it in full,
+# and a million times it. By powers of two, which round nothing elsewhere.
+GRADIENT = 2.0**-6
+
+
 @contextmanager
 def differentiable(module: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
     """Of the module's parameters only ``weights`` require gradients inside; all are as they were afterwards."""

@@ -18,7 +18,15 @@ from optima.device import find_device, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear, has_experts
-from optima.models.stacks import Block, count_by_place, count_parameters, find_stacks, guess_groups, routed_share
+from optima.models.stacks import (
+    Block,
+    Linear,
+    count_by_place,
+    count_parameters,
+    find_stacks,
+    guess_groups,
+    routed_share,
+)
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -161,7 +169,7 @@ def work_bytes(
         sizes = [linear.shape for linear in block.linears]
         waiting = _waiting_bytes(block)
         linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
-        numbers = [sum(linear.shape) * (share if isinstance(linear, ExpertLinear) else 1) for linear in block.linears]
+        numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in block.linears]
         activations = BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
         weights = sum(o * d for o, d in sizes)
         held = held_bytes(block, recipe, dtype, attention)
@@ -170,6 +178,11 @@ def work_bytes(
             # What autograd keeps, and of each weight what the optimizer does.
             most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
     return most
+
+
+def _is_sent_some(linear: Linear) -> bool:
+    """Whether a linear is given some tokens alone."""
+    return isinstance(linear, ExpertLinear) and linear.experts.are_sent_tokens
 
 
 def in_turn(block: Block, recipe: Recipe) -> bool:
@@ -184,7 +197,7 @@ def attention_numbers(model: PreTrainedModel, length: int) -> int:
     return length * heads if isinstance(heads, int) and config._attn_implementation == "eager" else 0
 
 
-def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype, attention: int = 0) -> int:
+def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype, attention: int) -> int:
     """Most of the activations that all sequences hold inside a block, where its linears are calibrated in turn.
 
     The residual stream and its norm, what the first linears make of it (queries, keys, values) or the block's input,
@@ -201,7 +214,8 @@ def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype, attention: int 
 def host_room(recipe: Recipe, processes: int = 1) -> int:
     """Bytes of main memory for what sequences hold on their way through a block, or while the model writes.
 
-    Not of what is free now: a run that goes on must do as it did. A budget is each process's own.
+    Not of what is free now: a run that goes on must do as it did, if there are as many processes on the machine. A
+    budget is each process's own.
     """
     return int(HELD_SHARE * (recipe.memory_budget or psutil.virtual_memory().total / processes))
 

@@ -34,7 +34,7 @@ from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
-from optima.memory import held_bytes, in_turn
+from optima.memory import attention_numbers, held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
@@ -165,7 +165,8 @@ class Rehearsal:
         told = 0.0 if loss is None else self._told(loss, len(stack.blocks))
         with self.peak.phase(weights, inputs * (1 + tuned) + told, here) as phase:
             # Its linears are not pruned inside a rehearsed pass: the memory of one at work comes on top in a run.
-            phase.held = held_bytes(block, self.recipe, self.plan.dtype)
+            attention = attention_numbers(self.plan.model, self.recipe.max_seq_length)
+            phase.held = held_bytes(block, self.recipe, self.plan.dtype, attention)
             self._passes(block, job, streams, len(needed), needed[-1:] == [stack.blocks[stack.needed - 1]])
             keeps = self._linears(block, job, streams, len(needed))
             if tuned and keeps and needed:

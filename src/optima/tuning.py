@@ -23,7 +23,7 @@ from torch.func import functional_call
 from optima.calibration.halving import rows_of
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Piece, Streams
-from optima.device import differentiable
+from optima.device import GRADIENT, differentiable
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
 
@@ -31,7 +31,6 @@ HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
-GRADIENT = 2.0**-6  # root mean square; float16 holds a 256th of it in full, and a million times it
 
 
 @dataclass(frozen=True)

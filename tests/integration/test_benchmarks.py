@@ -220,6 +220,14 @@ def test_end_to_end_runs_from_checkpoint_to_checkpoint(accuracy: list[str]) -> N
     assert "| 2 x 16 | OPTIMA, default |" in printed
 
 
+@pytest.mark.parametrize(("method", "message"), [("wanda+swaps", "add +solve"), ("alps+unsolved", "+loss+unsolved")])
+def test_steps_that_do_not_go_together(method: str, message: str) -> None:
+    arguments = ["model", "--calibration", "text", "--evaluation", "text", "--methods", method]
+    found = run_script(BENCHMARKS / "accuracy.py", *arguments)
+    assert found.returncode == 2
+    assert message in found.stderr
+
+
 def test_what_cannot_be_held_out_is_refused(accuracy: list[str], tmp_path: Path) -> None:
     for share, text, message in (
         ("1.5", accuracy[2], "share above 0 and below 1, not 1.5"),

@@ -16,9 +16,13 @@ from tiny import make_llama
 from torch import Tensor, nn
 
 from optima import Recipe, prune
+from optima.build import build as build_methods
 from optima.calibration.capture import capture
+from optima.calibration.head import head_device
 from optima.calibration.inputs import Batch, arguments
+from optima.calibration.store import Store
 from optima.errors import CalibrationError, ModelError
+from optima.memory import attention_numbers, work_bytes
 from optima.models.experts import ExpertLinear
 from optima.models.source import find_source
 from optima.models.stacks import Linear, Stack, find_stacks, routed_share, select_linears
@@ -199,13 +203,32 @@ def test_padding_of_pairs_is_refused() -> None:
             prune(build("t5"), Recipe(), calibration=pairs(**padded))
 
 
+def test_no_more_pairs_are_taken_than_asked_for() -> None:
+    few = Recipe(num_calibration_samples=2)
+    assert prune(build("t5"), few, calibration=pairs(labels=make_ids(2, 10))).run.num_tokens == 2 * 10
+
+
+def test_pairs_that_are_no_tensors_do_not_lose_their_labels() -> None:
+    records = [{name: ids.tolist() for name, ids in batch.items()} for batch in pairs(labels=make_ids(2, 10))]
+    for given in (records, iter(pairs(labels=make_ids(2, 10)))):
+        with pytest.raises(CalibrationError, match="labels that would be left out: give a list"):
+            prune(build("t5"), Recipe(), calibration=given)
+
+
+def test_labels_that_nobody_reads_are_no_padding() -> None:
+    """As of collators for fine-tuning, which leave out the prompt."""
+    ids = make_ids(2, 10)
+    batch = {"input_ids": ids, "position_ids": torch.arange(10).expand(2, 10), "labels": ids.clone()}
+    batch["labels"][:, :4] = -100
+    assert not any("padding" in note for note in prune(make_llama(), Recipe(), calibration=[batch]).run.notes)
+
+
 def test_padding_beside_sounds_is_told() -> None:
     model = build("whisper")
     frames = 2 * model.config.max_source_positions
     batch = {"input_features": torch.randn(2, model.config.num_mel_bins, frames), "labels": make_ids(2, 10)}
-    mask = torch.ones(2, frames, dtype=torch.int64)
-    mask[1, frames // 2 :] = 0
-    report = prune(model, Recipe(objective="sink"), calibration=[batch | {"attention_mask": mask}])
+    batch["labels"][1, 5:] = -100
+    report = prune(model, Recipe(objective="sink"), calibration=[batch])
     assert "padding counts as text: 25% of the positions are padded" in report.run.notes
 
 
@@ -214,8 +237,8 @@ def test_embeddings_in_the_place_of_words() -> None:
     ids = make_ids(2)
     with torch.no_grad():
         batch = {"inputs_embeds": embedded.get_input_embeddings()(ids)}
-    prune(words, Recipe(), calibration=ids)
-    prune(embedded, Recipe(), calibration=[batch])
+    told = prune(words, Recipe(), calibration=ids).run
+    assert prune(embedded, Recipe(), calibration=[batch]).run.num_tokens == told.num_tokens == ids.numel()
     assert all(own.equal(other) for own, other in zip(words.parameters(), embedded.parameters(), strict=True))
 
 
@@ -231,6 +254,40 @@ def test_a_mixture_is_planned_for_the_experts_that_a_token_takes() -> None:
     assert routed_share(build("mixtral").config) == 0.5
     assert routed_share(build("qwen3_moe").config) < 1.0
     assert routed_share(build("gemma3").config) == 1.0
+    config = build("deepseek_v3").config
+    share, config.index_topk = routed_share(config), 2048
+    assert routed_share(config) == share < 1.0, "that of an index of tokens is none of experts"
+    for family, sent in (("mixtral", True), ("gpt_oss", True), ("llama4", False)):
+        found = [linear for linear in linears_to_prune(build(family)).values() if isinstance(linear, ExpertLinear)]
+        assert {linear.experts.are_sent_tokens for linear in found} == {sent}, family
+
+
+def test_matrices_of_attention_are_planned_for_where_there_are_any() -> None:
+    model, recipe = build("gemma3"), Recipe(max_seq_length=16, num_calibration_samples=4)
+    (stack,) = find_stacks(model)
+    found = []
+    for kind_of in ("sdpa", "eager"):
+        model.config._attn_implementation = kind_of
+        found.append(work_bytes(model, stack.blocks, recipe, build_methods(recipe), torch.float64))
+    assert found[0] <= found[1]
+    assert attention_numbers(model, 16) == 16 * model.config.num_attention_heads
+
+
+def test_what_blocks_are_called_with_waits_in_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 4's inputs of each layer are larger than its hidden states."""
+    model, kept = build("gemma4"), list[Tensor]()
+    monkeypatch.setattr(Store, "keep", lambda self, tensor: kept.append(tensor) or tensor)
+    (stack,) = find_stacks(model)
+    capture(model, stack, [make_ids(2)])
+    beside = model.config.get_text_config().hidden_size_per_layer_input
+    assert sum(tensor.shape[-1] == beside and tensor.ndim == 3 for tensor in kept) >= len(stack.blocks)
+
+
+def test_an_encoder_on_a_card_says_where_its_head_runs() -> None:
+    encoder, _ = find_stacks(model := build("t5"))
+    place, told = head_device(model, encoder, torch.device("cuda"), 8)
+    assert place.type == "cpu"
+    assert "through its decoder on the CPU" in told
 
 
 @pytest.mark.parametrize("family", FAMILIES)

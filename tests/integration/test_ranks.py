@@ -128,8 +128,16 @@ def test_the_same_sequences_are_swept() -> None:
 
 
 def write_one_at_a_time(rank: int = 0) -> None:
-    """For ``prepare``: there are batches for every process."""
+    """For ``prepare``: there are batches for every process, which leaves a line of each."""
     own_text.AT_ONCE = 1
+    generate = hf.GenerationMixin.generate
+
+    def noted(*args: object, **kwargs: object) -> object:
+        with open(f"wrote{rank}.txt", "a") as file:
+            file.write("a batch\n")
+        return generate(*args, **kwargs)
+
+    hf.GenerationMixin.generate = noted
 
 
 def test_they_share_the_writing_of_text() -> None:
@@ -140,6 +148,7 @@ def test_they_share_the_writing_of_text() -> None:
     assert differing("one", "two")[0] <= 1e-3
     one, two = optima.load_report("one").run, optima.load_report("two").run
     assert one.data_hash == two.data_hash
+    assert [len(Path(f"wrote{rank}.txt").read_text().splitlines()) for rank in (0, 1)] == [8 + 4, 4], "one, then two"
     assert all(any("the model wrote the other 8" in note for note in run.notes) for run in (one, two))
 
 

@@ -231,9 +231,13 @@ def test_routers_are_left_dense_by_default(family: str) -> None:
     expected = ROUTERS.get(family, [])
     found = [linear.removeprefix(f"{block.name}.") for block in stacks[0].blocks for linear in block.routers]
     assert found == expected
-    inside = [f"{stacks[0].name}.", r"\.\d+\.", ".*"]  # which match the modules around routers too
+    inside = [f"{stacks[0].name}.", r"\.\d+\.", ".*", "mlp", r"mlp\.", r"\."]  # which match the modules around them too
     named = [re.escape(linear) + "$" for block in stacks[0].blocks for linear in block.routers]
     dense, pruned = (select_linears(stacks, targets, []) for targets in (inside, inside + named))
+    if any("router" in name for name in expected):
+        by_part = select_linears(stacks, ["router"], [])
+        routing = {linear for block in stacks[0].blocks for linear in block.routers if "router" in linear}
+        assert set(names(by_part[0].blocks)) == routing
     assert not {linear for block in dense[0].blocks for linear in block.routers} & set(names(dense[0].blocks))
     assert len(names(pruned[0].blocks)) == len(names(dense[0].blocks)) + len(expected)
     if expected:

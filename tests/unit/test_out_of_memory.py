@@ -128,9 +128,10 @@ class TestHalving:
         halving.go_on(earlier, rank)
         assert halving.most == most
         assert not halving.note(), "the earlier run told of it"
-        halving.most = most
-        halving.go_on(earlier, rank)
-        assert not halving.note(), "also where memory was as short again before"
+        again = Halving()
+        again.most = most
+        again.go_on(earlier, rank)
+        assert not again.note(), "also where memory was as short before"
         halving.most = 1
         halving.go_on(earlier, rank)
         assert halving.most == 1, "never more than there is memory for"

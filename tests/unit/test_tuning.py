@@ -11,9 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
+from optima.device import GRADIENT
 from optima.errors import ModelError
 from optima.models.stacks import find_stacks, select_linears
-from optima.tuning import GRADIENT, BlockError, Tuned, Tuning, tune
+from optima.tuning import BlockError, Tuned, Tuning, tune
 
 CPU = torch.device("cpu")
 

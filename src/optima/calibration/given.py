@@ -20,18 +20,20 @@ Batches: TypeAlias = Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]
 IDS = "input_ids"
 MASK = "attention_mask"
 # What a batch of nothing but text may hold.
-TEXT_ALONE = {IDS, MASK, "token_type_ids", "labels"}
+LABELS = "labels"
+TEXT_ALONE = {IDS, MASK, "token_type_ids", LABELS}
 
 
-def given_text(calibration: Any, most: Callable[[int], int]) -> Any:
+def given_text(calibration: Any, most: Callable[[int], int], pairs: bool = False) -> Any:
     """Batches of token ids as one tensor (N, L), batches of texts as documents; anything else as it is.
 
     Args:
         calibration: what the caller gave.
         most: how many sequences of so many tokens are taken of batches.
+        pairs: whether the model reads labels too, which would be lost here.
 
     Raises:
-        CalibrationError: if batches differ in length, are padded, or hold no token ids.
+        CalibrationError: if batches differ in length, are padded, or hold no token ids; or labels of pairs.
     """
     if isinstance(calibration, Mapping):
         calibration = [calibration]  # what a tokenizer returns for several texts at once
@@ -41,6 +43,11 @@ def given_text(calibration: Any, most: Callable[[int], int]) -> Any:
     first = next(batches, None)
     everything = chain([] if first is None else [first], batches)
     if isinstance(first, (Tensor, Mapping)) or _wrapped(first):
+        if pairs and isinstance(first, Mapping) and LABELS in first:
+            raise CalibrationError(
+                f"calibration has {LABELS} that would be left out: give a list, or a DataLoader with a length, of "
+                "batches of tensors, as a collator returns them"
+            )
         return _sequences(everything, most)
     if isinstance(first, (list, tuple)) and first and all(isinstance(text, str) for text in first):
         return chain.from_iterable(everything)

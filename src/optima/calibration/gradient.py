@@ -15,13 +15,9 @@ from torch import Tensor
 
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
-from optima.device import differentiable
-from optima.errors import ModelError
+from optima.device import GRADIENT, differentiable
+from optima.errors import OTHER_DTYPE, ModelError, NumericalError
 from optima.models.stacks import Block
-
-# Root mean square of the gradient at the output: in float16 it would be lost without. By a power of two, which rounds
-# nothing elsewhere.
-GRADIENT = 2.0**-6
 
 
 def regional_gradients(block: Block, streams: Streams, device: torch.device) -> dict[str, Tensor]:
@@ -38,6 +34,7 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
         gradient_OD, float32, by the linear's full name; zero where no sample reached the linear.
 
     Raises:
+        NumericalError: if a gradient is not finite.
         ModelError: if the block cannot be run on single sequences, or was made inside ``torch.inference_mode()``.
     """
     weights = list({id(linear.parameter): linear.parameter for linear in block.linears}.values())
@@ -57,5 +54,8 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
                     if (gradient := gradients[id(linear.parameter)]) is not None:
                         sums[linear.name] += linear.orient(gradient).float().div_(scale).square()
                 samples += 1
+    for name, sum_OD in sums.items():
+        if not bool(sum_OD.isfinite().all()):
+            raise NumericalError(f"the gradient at the weight of {name} is not finite: {OTHER_DTYPE}")
     samples = sum(streams.ranks.gather(samples))
     return {name: streams.ranks.total(sum_OD).div_(samples).sqrt_() for name, sum_OD in sums.items()}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ from optima.models.reading import check_vocabulary
 from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
-# Arguments that hold the words of a batch, in the order in which they are looked for.
+# Arguments that are zero where there is padding.
 PADDED = ("attention_mask", "decoder_attention_mask")
+# Arguments that hold the words of a batch, in the order in which they are looked for.
 WORDS_OF = {"decoder": ("decoder_input_ids", "labels"), "encoder": ("input_ids",), "whole": ("input_ids",)}
 
 
@@ -55,8 +56,9 @@ class Calibration:
     @property
     def num_tokens(self) -> int:
         """Words that are read."""
-        words = [_words(batch, ("decoder_input_ids", "labels", "input_ids")) for batch in self.inputs]
-        return sum(0 if tensor is None else tensor.numel() for tensor in [*words, self.tokens_NL])
+        names = ("decoder_input_ids", "labels", "input_ids", "inputs_embeds")
+        words = [_words(batch, names) for batch in self.inputs]
+        return sum(0 if tensor is None else tensor.shape[:2].numel() for tensor in [*words, self.tokens_NL])
 
     @property
     def size(self) -> tuple[int, int]:
@@ -92,8 +94,13 @@ class Calibration:
                 )
 
 
-def given_batches(model: nn.Module, calibration: object) -> Calibration | None:
-    """``calibration`` as batches of a processor's outputs; None if it is something else, or text alone.
+def given_batches(model: nn.Module, calibration: object, most: Callable[[int], int]) -> Calibration | None:
+    """``calibration`` as batches of a processor's outputs, or of pairs; None if it is something else, or text alone.
+
+    Args:
+        model: that reads them, or its skeleton.
+        calibration: what the caller gave.
+        most: how many sequences of so many tokens are taken of pairs of texts.
 
     Raises:
         CalibrationError: if a batch holds something else than tensors, or is text with padding.
@@ -108,7 +115,7 @@ def given_batches(model: nn.Module, calibration: object) -> Calibration | None:
     alone = TEXT_ALONE - {"labels"} if is_encoder_decoder(model) else TEXT_ALONE  # which its decoder reads
     if not isinstance(first, Mapping) or set(first) <= alone or _is_record(first):
         return None
-    batches = list(calibration)
+    batches = list(_enough(calibration, most) if set(first) <= TEXT_ALONE else calibration)
     for number, batch in enumerate(batches):
         wrong = {"batch": batch} if not isinstance(batch, Mapping) or not batch else batch
         for name, value in wrong.items():
@@ -117,7 +124,18 @@ def given_batches(model: nn.Module, calibration: object) -> Calibration | None:
                     f"calibration batch {number}: {name} is a {type(value).__name__}, not a tensor with numbers: give "
                     "what the model's processor returns with return_tensors='pt'"
                 )
-    return Calibration(None, tuple(dict(batch) for batch in batches), notes=_padding_note(batches))
+    return Calibration(None, tuple(dict(batch) for batch in batches), notes=_padding_note(model, batches))
+
+
+def _enough(batches: Iterable[Any], most: Callable[[int], int]) -> Iterator[Any]:
+    """The first of them, as many as have the sequences that are wanted."""
+    count = 0
+    for batch in batches:
+        yield batch
+        words = _words(batch, WORDS_OF["decoder"])
+        count += 0 if words is None else len(words)
+        if words is not None and count >= most(words.shape[1]):
+            return
 
 
 def _is_record(first: Mapping[str, Any]) -> bool:
@@ -126,10 +144,11 @@ def _is_record(first: Mapping[str, Any]) -> bool:
     return texts or ("input_ids" in first and not any(isinstance(value, Tensor) for value in first.values()))
 
 
-def _padding_note(batches: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
+def _padding_note(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
     """What a report must tell of padding beside images or sounds; elsewhere it is refused."""
     masks = [batch[name].bool() for batch in batches for name in PADDED if name in batch]
-    masks += [batch["labels"] >= 0 for batch in batches if "labels" in batch and "input_ids" in batch]
+    if is_encoder_decoder(model):  # whose decoder reads them
+        masks += [batch["labels"] >= 0 for batch in batches if "labels" in batch]
     padded = sum(int((~mask).sum()) for mask in masks)
     if not padded:
         return ()

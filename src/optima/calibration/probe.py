@@ -157,11 +157,19 @@ def _check_chain(model: nn.Module, stack: Stack, calls: Sequence[_Called]) -> No
     """What leaves a block is what enters the next: no model may change it in between, as some do that see."""
     for (index, *_, output), (_, args, kwargs, _) in pairwise(calls):
         entering, left = args[0] if args else kwargs.get("hidden_states"), hidden_of(output)
-        if isinstance(entering, Tensor) and not (entering is left or torch.equal(entering, left)):
+        if isinstance(entering, Tensor) and not _same(entering, left):
             raise ModelError(
                 f"{type(model).__name__} changes the hidden states between {stack.blocks[index].name} and the next "
                 "block, which this tool cannot prune"
             )
+
+
+def _same(entering: Tensor, left: Tensor) -> bool:
+    """The same numbers; NaN equals NaN, of which a loss will tell."""
+    if entering is left:
+        return True
+    alike = (entering.shape, entering.dtype, entering.device) == (left.shape, left.dtype, left.device)
+    return alike and torch.allclose(entering, left, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _check_experts(stack: Stack, given: Given) -> None:

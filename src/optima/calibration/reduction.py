@@ -6,13 +6,14 @@ Shapes: D inputs, O outputs, N tokens whose inputs are kept, T tokens, E hidden 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.calibration.streams import Call, Streams
-from optima.distributed import Ranks, share_out
+from optima.distributed import ALONE, Ranks, share_out
 from optima.models.stacks import Block, Linear
 from optima.qp.rows import chunk_rows
 
@@ -163,13 +164,15 @@ def at_first(block: Block, own: Sequences) -> Sequences | None:
         return None
     calls: list[list[Call]] = [[] for _ in range(block.index)]
     keep = streams.store.keep
-    whole = Streams(
-        streams.probe,
-        [size for part in parts for size in part.sizes],
-        [keep(hidden) for part in parts for hidden in part.hidden],
-        [*calls, [call for part in parts for call in part.calls]],
-        [{place: keep(tensor) for place, tensor in places.items()} for part in parts for places in part.carried],
-        streams.store,
+    whole = replace(
+        streams,
+        sizes=[size for part in parts for size in part.sizes],
+        hidden=[keep(hidden) for part in parts for hidden in part.hidden],
+        calls=[*calls, [call for part in parts for call in part.calls]],
+        carried=[{at: keep(tensor) for at, tensor in places.items()} for part in parts for places in part.carried],
+        ranks=ALONE,
+        parts=(),
+        batches=[],
     )
     known = [part.weights for part in parts if part.weights is not None]
     all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None

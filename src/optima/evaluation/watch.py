@@ -38,6 +38,8 @@ class Watch:
     def measured(self, record: ModelRecord) -> None:
         """What was found of a model: it must not be lost if a later one cannot be measured."""
         found = [] if record.perplexity is None else [f"perplexity {record.perplexity.perplexity:.3f}"]
+        if (apart := record.divergence) is not None:
+            found.append(f"KL {apart.kl.value:.4f}, top-1 same {apart.top1.value:.2%}")
         for task in record.tasks:
             found += [f"{task.task} {metric} {each.value:.2%}" for metric, each in task.metrics.items()]
         self._line(f"{record.model}: {', '.join(found)}")

@@ -10,6 +10,7 @@ Shapes: O outputs, D inputs, T tokens that reach an expert.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -102,6 +103,11 @@ class FusedExperts:
             self._own = {"forward": attributes["forward"]} if "forward" in attributes else {}
             attributes["forward"] = self._forward
         return _Handle(self, key, watcher)
+
+    @property
+    def are_sent_tokens(self) -> bool:
+        """Whether they are told which tokens are whose; else each is given all (Llama 4)."""
+        return len(inspect.signature(type(self.module).forward).parameters) > 2
 
     def drop(self, key: _Key) -> None:
         """Forget a key that nobody watches; the module's own forward comes back behind the last."""

@@ -25,8 +25,8 @@ from optima.names import check_bounded, kind
 # What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
 EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
 # And of those that a token is sent to: num_experts_per_tok, moe_topk, experts_per_token ...
-EXPERTS_EACH = re.compile(r"(\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?")
-ROUTERS = {"gate", "wg"}
+EXPERTS_EACH = re.compile(r"(?!index_)((\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?)")
+ROUTER, ROUTERS = "router", {"gate", "wg"}
 # Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
 TOGETHER = (
     re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
@@ -267,7 +267,7 @@ def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
         around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
         beside = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
         beside_experts = any("expert" in child for child in beside)
-        named = any("router" in part for part in parts) or (beside_experts and bool(ROUTERS & set(parts[-2:])))
+        named = any(ROUTER in part for part in parts) or (beside_experts and bool(ROUTERS & set(parts[-2:])))
         # A shared expert may have as many channels as there are experts.
         by_count = beside_experts and module.out_features in counts and not any("expert" in part for part in parts[:-1])
         if module.out_features == 1 or named or by_count:
@@ -277,7 +277,7 @@ def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
 def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequence[str]) -> list[Stack]:
     """The stacks with only the linears whose full name matches a target and no ignored regex (``re.search``).
 
-    A router is meant only by a target that does not match the module around it as well.
+    A router is meant only by a target that does not match the module around it as well, as ``mlp`` and ``mlp.`` do.
 
     Raises:
         ModelError: if nothing is left (the message lists what was there), or two linears are one weight.
@@ -287,7 +287,7 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
     check_bounded([*targets, *ignore], names)
 
     def wanted(name: str, routes: bool) -> bool:
-        around = name.rpartition(".")[0]
+        around = _around(name)
         meant = (regex for regex in targets if not (routes and re.search(regex, around)))
         return any(re.search(regex, name) for regex in meant) and not any(re.search(regex, name) for regex in ignore)
 
@@ -301,10 +301,18 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
     if not any(stack.needed for stack in selected):
         raise ModelError(
             f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: "
-            f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}"
+            f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}; those that route "
+            "need a target that does not match the module around them"
         )
     _check_own_weights(selected)
     return selected
+
+
+def _around(router: str) -> str:
+    """The name of the module that holds a router, with a dot behind; the router may be a module of several parts."""
+    *around, last, _ = ["", *router.split(".")]
+    names_router = any(ROUTER in last or last == name for name in ROUTERS)
+    return ".".join([*around, *([] if names_router else [last])][1:]) + "."
 
 
 def _check_own_weights(stacks: Sequence[Stack]) -> None:

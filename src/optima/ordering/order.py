@@ -58,6 +58,7 @@ INNER_ROWS = 2**12
 # Most that the model's outputs may change, relative to them, in units of rounding to its dtype.
 ROUNDINGS = 16
 CHECKED_TOKENS = 128
+REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def order(
             raise ModelError(f"the channels of {name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
-        stack.enter_context(memory_explained(checked.device))
+        stack.enter_context(memory_explained(checked.device, REMEDY))
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import pattern_table
 from optima.calibration.given import given_text
-from optima.calibration.inputs import Batch, Calibration, given_batches
+from optima.calibration.inputs import Batch, Calibration, given_batches, is_encoder_decoder
 from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
@@ -177,8 +177,9 @@ def taken(model: nn.Module, calibration: object, recipe: Recipe, found: Prefligh
     Raises:
         CalibrationError: if batches hold something else, or do not fit each other.
     """
-    batches = given_batches(model, calibration)
-    return given_text(calibration, partial(_samples, recipe, found)) if batches is None else batches
+    most = partial(_samples, recipe, found)
+    batches = given_batches(model, calibration, most)
+    return given_text(calibration, most, is_encoder_decoder(model)) if batches is None else batches
 
 
 def _samples(recipe: Recipe, found: Preflight, length: int) -> int:
@@ -232,7 +233,9 @@ def sized(
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     if isinstance(calibration, Calibration):
         samples, length = calibration.size
-        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length or recipe.max_seq_length)
+        if is_encoder_decoder(model) or not length:  # what its encoder reads may be longer
+            length = max(length, recipe.max_seq_length)
+        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length)
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
     return replace(recipe, true_sequential=in_turn), replace(found, notes=(*found.notes, note)) if note else found
