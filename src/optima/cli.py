@@ -218,6 +218,8 @@ def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bo
     from optima.reporting.record import REPORT_NAME
 
     places = [Path(model).expanduser() for model in models] if save else []
+    if overwrite and not (save or output):
+        raise OptimaError("--overwrite is for what --save or --output writes: name one, or leave it out")
     places = [place for place in places if (place / REPORT_NAME).is_file()]
     if save and not places:
         named = ", ".join(m if Path(m).expanduser().is_dir() else f"{m} (no directory here)" for m in models)
@@ -260,11 +262,11 @@ def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[
 
 
 def _pack(**given: Any) -> None:
-    print(optima.pack(**given))
+    _say(str(optima.pack(**given)))
 
 
 def _unpack(**given: Any) -> None:
-    print(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
+    _say(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
 
 
 def _recipe(action: str, name: str | None = None) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 FACTORS, OWN_SHARE = 64, 0.5
 BATCHES = 3  # that a stage is timed on
 LONG = 2.0  # seconds that tell enough, without a second look
+TUNED = 4  # sequences that tuning is timed on, at least: one is held out, and looked at twice
 HEAD_TOKENS = 512  # that the head is timed on, at least
 
 Work = Callable[[Streams, Stopwatch], None]
@@ -127,12 +128,12 @@ class Rehearsal:
     @torch.no_grad()
     def stack(self, stack: Stack) -> None:
         """Rehearse a stack."""
-        model, outside = self.plan.model, self.plan.held_bytes()
+        model, outside, whole = self.plan.model, self.plan.held_bytes(), self.by_loss
         one, few = (Stopwatch(self.device) for _ in range(2))
         with self.peak.phase(outside) as waiting:
             for clock, batches in ((one, self._few[:1]), (few, self._few)):
                 with clock("forward"):
-                    streams = capture(model, stack, batches, self.by_loss)
+                    streams = capture(model, stack, batches, whole)
             waiting.here = _bytes(streams.hidden)
             inputs = waiting.of_run = waiting.here * self.batches / len(self._few)
         self._count(self._whole(one.seconds, few.seconds, len(self._few)))
@@ -140,9 +141,11 @@ class Rehearsal:
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
             swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, KEPT_BYTES)
-            with self.peak.phase(outside, swept, _bytes(streams.hidden)):
+            with self.peak.phase(outside, swept, _bytes(streams.hidden)), self._or_by_sink():
                 self._head(stack, streams)
-        structures = {blocks[0].index: blocks for blocks in alike(stack.blocks)}
+        # Without a sweep nothing behind the last block to prune runs, or was recorded.
+        known = stack.blocks if whole else stack.blocks[: stack.needed]
+        structures = {blocks[0].index: blocks for blocks in alike(known)}
         for block in stack.blocks[: max(structures) + 1]:
             with on_device(block.module, self.device):
                 if block.index in structures:
@@ -205,13 +208,19 @@ class Rehearsal:
                     found.residual[block.name] = second_moment(gradients, self.device)
                 through(block, part, gradients, self.device, found)
 
-        try:
+        with self._or_by_sink():
             self._add(work, streams, count * self.share)
+        # Where one batch took long enough, no other was looked at.
+        return _repeated(found, len(streams.hidden)) if self.by_loss else None
+
+    @contextmanager
+    def _or_by_sink(self) -> Iterator[None]:
+        """What the loss would weigh, if there are gradients; else the run goes by the sink weight, and so does this."""
+        try:
+            yield
         except NotDifferentiableError as error:
             self.by_loss, self._sink = False, SINK_WEIGHT
             self.notes.append(f"objective sink will take the place of objective loss: there are no gradients: {error}")
-            return None
-        return found
 
     def _passes(self, block: Block, job: Job, streams: Streams, count: int, last: bool) -> None:
         """Statistics, and outputs carried on; ``last``: the last of the ``count`` blocks hands on nothing."""
@@ -274,16 +283,17 @@ class Rehearsal:
                 cost = BlockError.by_channel(dense.hidden)
                 tune(block, keeps, part, dense.hidden, cost, epoch, self.device)
 
-        self._add(work, streams, count * epochs)
+        # One piece alone would be held out, and no step made.
+        self._add(work, streams, count * epochs, -(-TUNED // len(streams.part([0]).pieces(block))))
 
-    def _add(self, work: Work, streams: Streams, count: float) -> None:
-        """Do some of the work that a run does ``count`` times on all batches."""
+    def _add(self, work: Work, streams: Streams, count: float, times: int = 1) -> None:
+        """Do some of the work that a run does ``count`` times on all batches; here each ``times`` over."""
         if not count:
             return
         timed: list[dict[str, float]] = []
         for batches in (1, 1, len(streams.hidden)):  # the first time libraries compile
-            work(streams.part(range(batches)), clock := Stopwatch(self.device))
-            timed.append(clock.seconds)
+            work(streams.part(list(range(batches)) * times), clock := Stopwatch(self.device))
+            timed.append({stage: seconds / times for stage, seconds in clock.seconds.items()})
             if clock.total > LONG:
                 break
         one = timed[-2] if len(timed) == 3 else {}
@@ -314,6 +324,16 @@ class Rehearsal:
     def _gradients(self) -> Iterator[None]:
         with torch.inference_mode(False), torch.enable_grad(), differentiable(self.plan.model):
             yield
+
+
+def _repeated(loss: LossWeights, batches: int) -> LossWeights:
+    """The weights of so many batches, of which some were looked at; all have one size."""
+
+    def over(own: list[Any]) -> list[Any]:
+        return (own * batches)[:batches]
+
+    tokens = {name: over(own) for name, own in loss.tokens.items()}
+    return replace(loss, tokens=tokens, routed={name: over(own) for name, own in loss.routed.items()})
 
 
 def _first(loss: LossWeights, batches: int) -> LossWeights:

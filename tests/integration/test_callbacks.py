@@ -324,6 +324,19 @@ class TestTrackers:
         assert last == steps[-1]
         assert not [name for values, _ in logs for name in values if name[-1].isdigit()]
 
+    def test_steps_go_on_where_a_run_was_resumed(self, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+        class Stop(Callback):
+            def on_block(self, block: BlockEvent) -> None:
+                raise KeyboardInterrupt
+
+        recipe = replace(RECIPE, dataset=["text.txt"])
+        with pytest.raises(KeyboardInterrupt):
+            prune("model", recipe, output_dir="out", callbacks=[Stop()])
+        fake = FakeTracker("wandb")
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        prune("model", recipe, output_dir="out", callbacks=find_trackers(["wandb"]), resume=True)
+        assert [step for kind, (_, step) in fake.calls[1:-1]] == [2, 2], "the second block, and the totals"
+
     def test_tensorboard_can_read_what_is_written(self, root: Path) -> None:
         reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
         assert main(prune_arguments("--report-to", "tensorboard")) == 0

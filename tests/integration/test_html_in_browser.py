@@ -105,6 +105,14 @@ def test_keys_alone_do_the_same(show: Open) -> None:
     assert page.evaluate("document.activeElement.closest('#map')") is None, "a grid is one stop"
 
 
+def test_keys_pass_over_what_a_block_does_not_have(show: Open) -> None:
+    page = show(report(*(each for each in run().linears if (each.block, "up_proj" in each.name) != (1, True))))
+    page.locator("#map [tabindex='0']").focus()
+    for key in ("ArrowRight", "ArrowDown"):
+        page.keyboard.press(key)
+    api.expect(cell(page, "down_proj", 1)).to_be_focused()
+
+
 def test_hovering_marks_the_linear_everywhere(show: Open) -> None:
     page = show(run())
     row(page, "layers.1.mlp.up_proj").hover()

@@ -12,9 +12,9 @@ from rich.console import Console
 from tiny import make_bert, make_llama, save_model
 
 import optima.rehearsal
-from optima import Recipe, prune
+from optima import Recipe, prune, rehearsal
 from optima.device import PeakMemory
-from optima.errors import OptimaError
+from optima.errors import NotDifferentiableError, OptimaError
 from optima.linear import prune_linear
 from optima.measure import measure
 from optima.models.random_weights import alike, fill
@@ -117,12 +117,12 @@ def test_blocks_alike_share_their_random_weights(family: str, tmp_path: Path) ->
 def test_what_is_once_and_what_is_of_each_batch(tmp_path: Path) -> None:
     source, recipe = find_source(str(save_model(tmp_path / "model"))), Recipe(**FEW)
     peak = Peak(torch.device("cpu"), 0, 0)
-    rehearsal = Rehearsal(make_plan(source, recipe), recipe, torch.device("cpu"), torch.zeros(12, 16), peak)
-    assert rehearsal.batches == 10
-    assert rehearsal._whole({"a": 3.0}, {"a": 5.0}, 3) == {"a": pytest.approx(12.0)}  # 2 and 1 of each
-    assert rehearsal._whole({"a": 4.0}, {"a": 3.0}, 3) == {"a": pytest.approx(3.0)}  # noise is no gain
-    assert rehearsal._whole({"a": 0.5}, {"a": 3.0}, 3) == {"a": pytest.approx(10.0)}
-    assert rehearsal._whole({}, {"a": 2.0}, 1) == {"a": pytest.approx(20.0)}
+    tried = Rehearsal(make_plan(source, recipe), recipe, torch.device("cpu"), torch.zeros(12, 16), peak)
+    assert tried.batches == 10
+    assert tried._whole({"a": 3.0}, {"a": 5.0}, 3) == {"a": pytest.approx(12.0)}  # 2 and 1 of each
+    assert tried._whole({"a": 4.0}, {"a": 3.0}, 3) == {"a": pytest.approx(3.0)}  # noise is no gain
+    assert tried._whole({"a": 0.5}, {"a": 3.0}, 3) == {"a": pytest.approx(10.0)}
+    assert tried._whole({}, {"a": 2.0}, 1) == {"a": pytest.approx(20.0)}
 
 
 def test_memory_is_that_of_the_run_not_of_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,6 +134,38 @@ def test_memory_is_that_of_the_run_not_of_the_rehearsal(monkeypatch: pytest.Monk
     with peak.phase(weights=100) as waiting:  # known inside alone
         waiting.of_run, waiting.here = 9000.0, 20  # what is more than fits waits in files
     assert peak.num_bytes == 1000 - 300 + 100 + 500 - 20
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("options", [{}, {"objective": "sink"}], ids=["loss", "sink"])
+def test_a_large_model_is_looked_at_on_one_batch(
+    family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one takes long enough; with one sequence in it, as on a CPU."""
+    monkeypatch.setattr(rehearsal, "LONG", 0.0)
+    steps: list[int] = []
+    monkeypatch.setattr(rehearsal, "tune", lambda block, _, streams, *more: steps.append(len(streams.pieces(block))))
+    save_model(tmp_path / "model", make_llama() if family == "llama" else build(family))
+    recipe = Recipe(tuning_epochs=1, **FEW | {"batch_size": 1} | options)
+    found = measured(tmp_path / "model", recipe)
+    assert not any("gradients" in note for note in found.notes)
+    assert set(steps) == {4}, "one is held out, the others tuned on"
+
+
+def test_structures_that_are_not_pruned_are_not_run(tmp_path: Path) -> None:
+    """Of three: mixtures stand behind dense blocks, and all but the first block stay as they are."""
+    directory = save_model(tmp_path / "model", build("deepseek_v3"))
+    found = measured(directory, Recipe(objective="sink", targets=[r"layers\.0\."], **FEW))
+    assert found.seconds["linears"] > 0
+
+
+def test_a_head_without_gradients_goes_by_the_sink(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise NotDifferentiableError("its words do not depend on its last block by a gradient")
+
+    monkeypatch.setattr(rehearsal, "at_the_head", refuse)
+    notes = measured(save_model(tmp_path / "model"), Recipe(**FEW)).notes
+    assert any("objective sink will take the place" in note for note in notes)
 
 
 def test_blocks_behind_the_last_pruned_one_cost_their_sweep_alone(tmp_path: Path) -> None:

@@ -248,4 +248,6 @@ def test_thousands_of_experts_are_joined() -> None:
             assert joint_record.iterations_mean == pytest.approx(sum(r.iterations_mean for r in own) / 256)
             assert joint_record.gap_max == 1e-5
     assert joint["model.layers.7.self_attn.q_proj"].rows == 8
+    shared = [replace(record, pattern=f"0.{number % 3 + 4}") for number, record in enumerate(records)]
+    assert {record.pattern for record in joined(shared) if record.name.endswith("*")} == {"3 patterns"}
     assert joined(records[:10]) == tuple(records[:10])

@@ -88,6 +88,14 @@ class TestBody:
         write_card(tmp_path, report(), None)
         assert "AutoModel.from_pretrained" in card_of(tmp_path).text
 
+    def test_code_of_its_own_has_to_be_trusted(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "theirs.Theirs"}}')
+        write_card(tmp_path, report(recipe=RUN.recipe | {"damping": 0.0, "swaps": 0}), None)
+        text = card_of(tmp_path).text
+        assert text.count(", trust_remote_code=True)") == 2
+        assert "| damping " in text, "which is not the default"
+        assert "| swaps " not in text
+
     @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "T5EncoderModel", "BertModel"])
     def test_the_class_that_auto_model_might_not_choose(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')

@@ -316,6 +316,11 @@ def test_every_batch_is_told() -> None:
     assert told == [(2, 5), (4, 5), (5, 5)]
 
 
+def test_windows_without_special_tokens_are_as_many_as_asked_for() -> None:
+    documents = (f"{LINES[number % len(LINES)]}" for number in range(4000))
+    assert len(evaluation_windows(documents, make_tokenizer("bos"), 4, 2000, "sparsegpt")) == 2000
+
+
 def test_no_more_text_is_read_than_the_windows_need() -> None:
     tokenizer, read = make_tokenizer("bos"), []
 

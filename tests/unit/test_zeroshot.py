@@ -13,7 +13,7 @@ import torch
 from tiny import LINES, make_llama, make_tokenizer
 
 from optima.errors import CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
-from optima.evaluation.zeroshot import Tasks, find_files, load_tasks, scored_positions, zero_shot
+from optima.evaluation.zeroshot import Tasks, find_files, load_tasks, scored_positions, task_record, zero_shot
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the eval extra")
@@ -122,6 +122,15 @@ def test_a_group_is_its_tasks_together(arc: Path) -> None:
     assert found.items == 12
     assert found.correct == {"acc": 2 * single.correct["acc"]}
     assert found.metrics["acc"].value == pytest.approx(single.metrics["acc"].value)
+
+
+def test_a_mean_over_tasks_of_unequal_size_is_no_share_of_items() -> None:
+    samples = {"a": [{"doc_id": 0, "doc_hash": "", "acc": 1.0}]}
+    samples["b"] = [{"doc_id": i, "doc_hash": "", "acc": float(i == 0)} for i in range(3)]
+    for accuracy, correct in ((0.5, {"acc": "1100"}), (2 / 3, {})):
+        found = task_record("both", ("a", "b"), {"results": {"both": {"acc,none": accuracy}}, "samples": samples})
+        assert found.metrics["acc"].value == accuracy
+        assert found.correct == correct
 
 
 @needs_lm_eval

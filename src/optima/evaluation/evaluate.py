@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import Documents, TextSource, data_hash
+from optima.calibration.text import Documents, TextSource, data_hash, is_file
 from optima.device import describe_device, find_device, memory_explained
-from optima.errors import ModelError
+from optima.errors import ModelError, RecipeError
 from optima.evaluation.comparison import compare, estimate
 from optima.evaluation.divergence import check_vocabularies, divergence
 from optima.evaluation.logits import check_text
@@ -101,6 +101,8 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     ]
     named = settings.dataset, settings.dataset_config, settings.split, settings.text_column, settings.dataset_revision
     text = TextSource(*named)
+    if settings.dataset and all(map(is_file, settings.dataset)) and any(named[place] for place in (1, 4)):
+        raise RecipeError("--dataset-config and --dataset-revision are for data sets of the hub: leave them out")
     subjects = []
     structures = [skeleton(source)[0] for source in sources]
     for source, structure in zip(sources, structures, strict=True):

@@ -100,8 +100,8 @@ class EvaluationSettings:
             if not self.dataset and option.name in OF_TEXT and getattr(self, option.name) != option.default:
                 flag = f"--{option.name.replace('_', '-')}"
                 yield f"{flag} is for a text: name one with --dataset, or leave {flag} out"
-        if not self.task_names and (self.task_data is not None or self.task_limit is not None):
-            yield "--task-data and --task-limit are for tasks: name some with --tasks"
+        if not self.task_names and (self.task_data is not None or self.task_limit is not None or self.seed):
+            yield "--task-data, --task-limit and --seed (of the bootstrap) are for tasks: name some with --tasks"
 
     @property
     def task_names(self) -> tuple[str, ...]:

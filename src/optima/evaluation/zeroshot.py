@@ -87,7 +87,7 @@ def zero_shot(
         found = evaluator.evaluate(
             language_model(model, copy.deepcopy(tokenizer), batch_size), tasks.loaded, limit=limit
         )
-    return tuple(_record(name, leaves, found) for name, leaves in tasks.names.items())
+    return tuple(task_record(name, leaves, found) for name, leaves in tasks.names.items())
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> None:
@@ -240,8 +240,11 @@ def _undefined_error() -> type[Exception]:
     return UndefinedError
 
 
-def _record(name: str, leaves: Sequence[str], found: Mapping[str, Any]) -> TaskRecord:
-    """lm-eval names a number ``metric,filter``; a standard error of a single item is the text "N/A"."""
+def task_record(name: str, leaves: Sequence[str], found: Mapping[str, Any]) -> TaskRecord:
+    """What lm-eval found of a task or group ``name``, the items of its ``leaves`` in order.
+
+    It names a number ``metric,filter``; a standard error of a single item is the text "N/A".
+    """
     results = {**found["results"], **found.get("groups", {})}[name]
     samples = [sample for leaf in leaves for sample in sorted(found["samples"][leaf], key=lambda each: each["doc_id"])]
     metrics, correct = {}, {}
@@ -251,7 +254,9 @@ def _record(name: str, leaves: Sequence[str], found: Mapping[str, Any]) -> TaskR
             known = isinstance(stderr, float)
             metrics[metric] = Estimate(float(results[f"{metric},none"]), float(stderr) if known else None)
             answers = [float(sample[metric]) for sample in samples]
-            if set(answers) <= {0.0, 1.0}:  # some tasks give shares of a point
+            # Some tasks give shares of a point, and some groups a mean over tasks of unequal size: no share of items.
+            alike = math.isclose(math.fsum(answers), metrics[metric].value * len(answers), abs_tol=1e-6)
+            if set(answers) <= {0.0, 1.0} and alike:
                 correct[metric] = "".join(str(int(answer)) for answer in answers)
     digest = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode())
     return TaskRecord(name, len(samples), metrics, correct, digest.hexdigest())

@@ -40,11 +40,13 @@ def joined(linears: Sequence[LinearRecord], most: int = MOST_SHOWN) -> tuple[Lin
 def _one(members: Sequence[LinearRecord]) -> LinearRecord:
     first, own = members[0], name_in_block(members[0])
     effective = [linear.tokens_effective for linear in members if linear.tokens_effective is not None]
+    patterns = {linear.pattern for linear in members}
     values: dict[str, Any] = {
         **{name: sum(getattr(linear, name) or 0 for linear in members) for name in ADDED},
         **{name: largest(getattr(linear, name) for linear in members) for name in LARGEST},
         **{name: geometric_mean(getattr(linear, name) for linear in members) for name in LIKE_ERRORS},
         "iterations_mean": _mean_iterations(members),
+        "pattern": first.pattern if len(patterns) == 1 else f"{len(patterns)} patterns",
         "sparsity": weighted_mean(members, "sparsity"),
         "sparsity_asked": weighted_mean(members, "sparsity_asked"),
         "tokens": min(linear.tokens for linear in members),

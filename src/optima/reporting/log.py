@@ -96,4 +96,8 @@ class _Handler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.write("log", level=record.levelname.lower(), logger=record.name, message=record.getMessage())
+        try:
+            message = record.getMessage()
+        except (TypeError, ValueError):  # a library's call that is malformed, which must not end a run
+            message = f"{record.msg} {record.args}"
+        self._log.write("log", level=record.levelname.lower(), logger=record.name, message=message)

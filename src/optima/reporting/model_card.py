@@ -29,6 +29,7 @@ BEGIN, END = "<!-- optima:results -->", "<!-- /optima:results -->"  # what eval 
 TAGS = ("pruning", "sparse", "optima")
 SETTINGS = ("selector", "sparsity", "pattern", "scope", "allocation", "keep_dense", "swaps", "objective", "solver")
 MORE_SETTINGS = ("gap", "damping", "rounding", "tuning_epochs", "num_calibration_samples", "max_seq_length", "seed")
+OFF_AT_ZERO = ("swaps", "tuning_epochs", "true_sequential", "trust_remote_code")
 TEXTS = {"self": "written by the model itself"}  # in words, where a data set's name says nothing
 AGAIN = "`recipe.yaml` gives the same run again{}."
 ON_GIVEN = " on the same calibration text, which the caller gave"
@@ -46,8 +47,8 @@ It is an ordinary checkpoint with the names and shapes of the dense one.
 ```python
 from transformers import AutoTokenizer, {loader}
 
-model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto")
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO")
+model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})
 ```
 
 Where the weights end in `.packed.safetensors`, run `optima unpack` on the directory first.
@@ -155,7 +156,8 @@ def _card_data(head: dict[str, Any], report: Report, base_model: str | None) -> 
 def _body(directory: Path, report: Report) -> str:
     recipe = report.run.recipe
     name = short_name(report.run.model)
-    rows = [[key, _plain(recipe[key])] for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, [], 0)]
+    told = [key for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, [])]
+    rows = [[key, _plain(recipe[key])] for key in told if recipe[key] or key not in OFF_AT_ZERO]
     given = GIVEN_NOTE in report.run.notes
     by_object = any(note.startswith(OBJECT_NOTE) for note in report.run.notes)
     texts = [TEXTS.get(text) or short_name(text) for text in recipe.get("dataset", [])]
@@ -167,6 +169,7 @@ def _body(directory: Path, report: Report) -> str:
         sparsity=f"{report.sparsity:.1%}",
         count=len(report.linears),
         loader=_loader(directory),
+        trust=", trust_remote_code=True" if _config(directory).get("auto_map") else "",
         again=AGAIN.format((ON_GIVEN if given else "") + (BY_OBJECT if by_object else "")),
         summary=bullets(summary(report)),
         settings=table(["setting", "value"], rows, num_left=2),
@@ -182,10 +185,15 @@ def _plain(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
+def _config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
+
+
 def _loader(directory: Path) -> str:
     """The class of transformers that loads the checkpoint with its head, if it has one."""
-    file = directory / "config.json"
-    names = (json.loads(file.read_text(encoding="utf-8")).get("architectures") or []) if file.is_file() else []
+    names = _config(directory).get("architectures") or []
     if any(name.endswith("ForCausalLM") for name in names):
         return "AutoModelForCausalLM"
     return next((name for name in names if hasattr(transformers, name)), "AutoModel")

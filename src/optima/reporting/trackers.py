@@ -104,6 +104,7 @@ class Tracking(Callback):
 
     def on_block(self, block: BlockEvent) -> None:
         """See ``Callback``."""
+        self._step += block.record is not None  # over all stacks: ``done`` begins anew with each
         if self._tracker is None or block.record is None or block.resumed:
             return
         kinds: dict[str, list[LinearRecord]] = defaultdict(list)
@@ -118,7 +119,6 @@ class Tracking(Callback):
             values["tuning/before"] = block.record.tuning[0]
             values["tuning/kept"] = block.record.tuning[block.record.tuning_epoch]
         self._linears = []
-        self._step += 1  # over all stacks: ``done`` begins anew with each
         self._tracker.log(values, self._step)
 
     def on_end(self, report: Report) -> None:

@@ -95,8 +95,8 @@ function select(linears, from) {
   there.focus({ preventScroll: true });
   there.scrollIntoView({ block: "center" });
 }
-// One stop of the Tab key for a whole grid; arrows move inside it, Enter is a click.
-function rove(grid, columns) {
+// One stop of the Tab key for a whole grid; arrows move inside it, over what is empty, and Enter is a click.
+function rove(grid) {
   const items = [...grid.querySelectorAll("[tabindex]")];
   if (items.length) items[0].tabIndex = 0;
   grid.addEventListener("focusin", ({ target }) => {
@@ -104,7 +104,11 @@ function rove(grid, columns) {
   });
   grid.addEventListener("keydown", (event) => {
     const here = items.indexOf(event.target);
-    const next = items[here + { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key]];
+    const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1 }[event.key];
+    const column = event.key === "ArrowUp" || event.key === "ArrowDown" ? event.target.cellIndex : undefined;
+    let at = here + step;
+    while (column !== undefined && items[at] && items[at].cellIndex !== column) at += step;
+    const next = items[at];
     if (here < 0 || (event.key !== "Enter" && !next)) return;
     event.preventDefault();
     if (next) next.focus();
@@ -173,11 +177,12 @@ function drawMap({ linears, kinds }) {
       place(cell, members.sort((a, b) => b.error - a.error), members.length > 1 ? `${words} · ${members.length} linears` : describe(members[0]));
     }
   }
-  rove(table, blocks.length);
+  rove(table);
   const [low, between, high] = document.querySelector(".legend").children;
-  [low.textContent, high.textContent] = range.map(text);
-  if (values.some((x) => x < range[0])) low.prepend("≤ ");
-  if (values.some((x) => x > range[1])) high.prepend("≥ ");
+  const drawn = values.filter((x) => x !== null);
+  [low.textContent, high.textContent] = drawn.length ? range.map(text) : ["", ""];
+  if (drawn.some((x) => x < range[0])) low.prepend("≤ ");
+  if (drawn.some((x) => x > range[1])) high.prepend("≥ ");
   between.style.background = bar;
 }
 
@@ -273,7 +278,7 @@ function drawTable({ linears }) {
     }
     place(row, [linear], describe(linear));
   }
-  rove(table, 1);
+  rove(table);
   $("count").textContent = `${show(found.length)} of ${show(linears.length)}${found.length > MOST_ROWS ? `, the first ${show(MOST_ROWS)} shown` : ""}`;
 }
 
