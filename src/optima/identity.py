@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from optima.device import describe_device
 from optima.distributed import Ranks
 from optima.errors import ModelError
+from optima.models.journal import differences, shown
 from optima.models.masks import MaskFiles
 from optima.models.source import fingerprint_files
 from optima.recipe import Recipe
@@ -113,14 +114,13 @@ def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data
 
 def check_alike(run: Mapping[str, Any], ranks: Ranks) -> None:
     """Raise ``ModelError`` in all processes if they are not in the same run."""
-    every = ranks.gather({key: json.dumps(value, sort_keys=True) for key, value in run.items()})
-    for rank, other in enumerate(every):
-        for key, value in other.items():
-            if value != every[0][key]:
-                raise ModelError(
-                    f"process {rank} has another {key} than process 0 ({value[:60]}, and {every[0][key][:60]}): give "
-                    "all the same model, options, versions and kind of device"
-                )
+    first, *others = map(json.loads, ranks.gather(json.dumps(run)))
+    for rank, other in enumerate(others, 1):
+        for key, theirs, own in differences(first, other):
+            raise ModelError(
+                f"process {rank} has another {key} than process 0 ({shown(own)}, and {shown(theirs)}): give all the "
+                "same model, options, versions and kind of device"
+            )
 
 
 def _fingerprint(network: PreTrainedModel) -> str:

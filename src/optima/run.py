@@ -22,7 +22,7 @@ from optima.device import PeakMemory, describe_device, evaluating, give_back_fre
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.identity import check_alike, contents, identity
-from optima.models.companions import copies_tokenizer
+from optima.models.companions import copies_tokenizer, to_save
 from optima.models.destination import Destination
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
@@ -97,19 +97,17 @@ def prune(
         checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
         recipe, source, found = checked.recipe, checked.source, checked.found
         stack.enter_context(memory_explained(checked.device))
+        run = identity(recipe, checked.device, checked.structure, dump_layer)
+        check_alike(run, ranks)  # or they would not exchange the same
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
-            run = identity(recipe, checked.device, checked.structure, dump_layer)
             if ranks.first:
                 destination = stack.enter_context(claim(checked, output_dir, overwrite, run, resume))
-        if source is not None and tokenizer is None:
-            # Large vocabularies take seconds; where tokens were given, the file is copied as it is.
-            given = isinstance(checked.calibration, Tensor)
-            tokenizer = None if given and copies_tokenizer(source) else load_tokenizer(source)
+        reader = _tokenizer(checked, tokenizer)
         shown = make_progress() if progress and ranks.first else Progress()
         shown.reading(None if source is None else source.name)
-        network, weights, origin, text = read(checked, tokenizer, ranks)
+        network, weights, origin, text = read(checked, reader, ranks)
         checked = as_given(checked, text)
         recipe = checked.recipe
         assert recipe.batch_size is not None
@@ -118,21 +116,22 @@ def prune(
         if ranks.first:
             job.progress = stack.enter_context(Listeners([shown, *callbacks]))
             job.progress.begin(_start(checked, origin["model"], output_dir))
-        text = written(checked, network, tokenizer, text, ranks, job.progress)
+        text = written(checked, network, reader, text, ranks, job.progress)
         job.notes.extend(text.notes)
         batches, alike = own_batches(text, recipe.batch_size, ranks)
-        if output_dir is not None:
+        if output_dir is not None or ranks.size > 1:
             run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
+        if output_dir is not None:
             job.notes.extend(_object_note(run["recipe"]["selector"]))
         if destination is not None:
             # The writer first: it refuses to go on with what another run left, where nothing may be written then.
             job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
-            prepare(network, tokenizer, source, destination.directory)
+            prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
             job.notes.extend(destination.notes)
             if dump_layer is not None:
                 job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
-        del tokenizer  # of a large vocabulary: 0.2 GB that nothing needs from here on
+        del tokenizer, reader  # of a large vocabulary: 0.2 GB that nothing needs from here on
         give_back_freed_memory()
         if ranks.first:
             dtype = None if alike else network.dtype
@@ -154,6 +153,15 @@ def prune(
             job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
         job.progress.end(report)
     return report
+
+
+def _tokenizer(checked: Checked, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:
+    """The caller's, else the model's own, if that is read from disk."""
+    if given is not None:
+        return given
+    # Large vocabularies take seconds; where tokens were given, the file is copied as it is.
+    ready, source = isinstance(checked.calibration, Tensor), checked.source
+    return None if source is None or (ready and copies_tokenizer(source)) else load_tokenizer(source)
 
 
 def _writer(

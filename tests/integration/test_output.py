@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
@@ -15,7 +16,18 @@ from types import SimpleNamespace
 import pytest
 from runs import on_call, raising
 from safetensors import SafetensorError
-from tiny import TEXT, Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, save_text, snapshot
+from tiny import (
+    TEXT,
+    Refused,
+    load_weights,
+    make_llama,
+    make_tokenizer,
+    make_tokens,
+    prune_arguments,
+    save_model,
+    save_text,
+    snapshot,
+)
 
 import optima
 from optima.cli import main
@@ -218,6 +230,21 @@ class TestInterrupt:
         said = "optima: interrupted" if number == signal.SIGINT else "optima: stopped by SIGTERM"
         assert message.splitlines()[-1].startswith(said)
         assert snapshot(root) == before
+
+
+def test_a_tokenizer_is_copied_as_it_is_where_text_is_read(tmp_path: Path) -> None:
+    """What this release of transformers would write of it, others may not know. A caller's own is saved."""
+    model, text = save_model(tmp_path / "model"), save_text(tmp_path / "text.txt")
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"of": "an older release"}))
+    recipe = optima.Recipe(
+        selector="wanda", objective="plain", dataset=[str(text)], num_calibration_samples=4, max_seq_length=16
+    )
+    optima.prune(model, recipe, output_dir=tmp_path / "out", progress=False)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    optima.prune(model, recipe, output_dir=tmp_path / "own", tokenizer=make_tokenizer("none"), progress=False)
+    assert (tmp_path / "own" / "tokenizer.json").read_bytes() != (model / "tokenizer.json").read_bytes()
 
 
 def test_a_tokenizer_is_copied_as_it_is_where_tokens_are_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -206,6 +207,26 @@ def test_the_second_copy_of_experts_is_asked_for_first(
         pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
     free.free += 1
     pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
+
+
+def test_weights_that_a_class_may_lack_are_made_anew(tmp_path: Path) -> None:
+    """BART's final_logits_bias: the model is read whole then, and a note says why."""
+    build("bart").save_pretrained(tmp_path / "model")
+    weights = load_file(tmp_path / "model" / WEIGHTS)
+    del weights["final_logits_bias"]
+    save_file(weights, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
+    notes = optima.load_report(tmp_path / "out").run.notes
+    assert any("final_logits_bias is not in the checkpoint" in note for note in notes)
+
+
+def test_a_configuration_that_names_its_weights(tmp_path: Path) -> None:
+    make_llama().save_pretrained(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": WEIGHTS}))
+    pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
+    notes = optima.load_report(tmp_path / "out").run.notes
+    assert any(f"names files of its own ({WEIGHTS})" in note for note in notes)
 
 
 @pytest.mark.parametrize("work", ["prune", "order"])

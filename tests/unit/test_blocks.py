@@ -245,6 +245,29 @@ def test_routers_are_left_dense_by_default(family: str) -> None:
         assert any(f"{expected[0]} (" in note and "as targets ask" in note for note in dense_notes(pruned))
 
 
+def test_what_chooses_the_tokens_that_attention_sees_stays_dense() -> None:
+    """The indexer of DeepSeek-V3.2, which has no gradient."""
+    _, _, options = FAMILIES["deepseek_v3"]
+    config = hf.DeepseekV32Config(**options | {"index_n_heads": 2, "index_head_dim": 16, "index_topk": 8})
+    with torch.device("meta"):
+        stacks = find_stacks(hf.DeepseekV32ForCausalLM(config))
+    (dense,), (asked,) = (select_linears(stacks, targets, []) for targets in (["self_attn"], ["indexer"]))
+    assert names(dense.blocks)
+    assert not any("indexer" in name for name in names(dense.blocks))
+    assert any("indexer.wk" in name for name in names(asked.blocks))
+
+
+def test_several_configurations_of_text_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+
+    def refuse(config: object, **options: object) -> None:
+        raise ValueError("Multiple valid text configs were found")
+
+    monkeypatch.setattr(hf.PretrainedConfig, "get_text_config", refuse)
+    with pytest.raises(ModelError, match="holds several of text"):
+        find_stacks(model)
+
+
 def test_a_mixture_of_linear_modules() -> None:
     """As in remote code: the experts are pruned, the gate beside them is not, gate_proj inside them is."""
 

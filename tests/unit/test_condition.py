@@ -13,7 +13,8 @@ import torch
 from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
-from optima.qp import Hessian, SharedInverseCG, certify, make_problem, solve, solve_rows
+from optima.errors import RecipeError
+from optima.qp import Hessian, SharedInverseCG, certify, make_problem, make_solver, solve, solve_rows
 
 
 def wilkinson(size: int) -> Tensor:
@@ -100,3 +101,26 @@ def test_a_numerically_singular_hessian_is_damped_and_says_so() -> None:
     hessian = Hessian(wilkinson(60), damping=0.0)
     assert 0.0 < hessian.damping <= 1e-6
     assert hessian.condition <= 1e13
+
+
+@pytest.mark.parametrize("solver", ["low-rank-cg", "shared-inverse-cg", "cholesky", "bounded"])
+def test_rows_that_lose_next_to_nothing_are_certified(solver: str) -> None:
+    """As of a sparse model whose zeros drifted: what must be lost is below the floor that a gap is relative to."""
+    generator = torch.Generator().manual_seed(0)
+    factors_FD, own_TD = (torch.randn(n, 64, generator=generator) for n in (8, 256))
+    hessian = Hessian((factors_FD.mT @ factors_FD / 8 + 0.1 * own_TD.mT @ own_TD / 256).double(), 0.01)
+    dense_RD = torch.randn(300, 64, generator=generator)
+    keep_RD = torch.rand(300, 64, generator=generator) > 0.5
+    drifted_RD = torch.where(keep_RD, dense_RD, 3e-5 * dense_RD)
+    solution = solve_rows(make_solver(solver, 1e-4), hessian, make_problem(hessian, drifted_RD, keep_RD))
+    assert bool((solution.gap_R <= 1e-4).all()), float(solution.gap_R.max())
+
+
+def test_a_point_that_is_not_feasible_has_no_certificate() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs_TD, dense_RD = torch.randn(64, 16, generator=generator), torch.randn(4, 16, generator=generator)
+    hessian, keep_RD = Hessian(inputs_TD.mT @ inputs_TD / 64), torch.rand(4, 16, generator=generator) > 0.5
+    problem = make_problem(hessian, dense_RD, keep_RD)
+    assert bool(certify(hessian, problem, dense_RD * keep_RD).bound_R.isfinite().all())
+    with pytest.raises(RecipeError, match="not zero off keep"):
+        certify(hessian, problem, dense_RD)

@@ -21,6 +21,7 @@ from optima.calibration.reduction import reduce_statistics
 from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
+from optima.identity import check_alike
 from optima.models.stacks import ModuleLinear, find_stacks
 from optima.qp import rows as qp_rows
 
@@ -112,6 +113,16 @@ def reduce(ranks: Ranks) -> None:
         assert torch.allclose(found.hessian.matrix_DD, (all_TD.mT @ all_TD / len(all_TD)).double())
         assert found.sample_ND is not None
         assert torch.equal(found.sample_ND, torch.stack([inputs_of(n)[0] for n in range(2 if name == "a" else 3)]))
+
+
+def other_recipes(ranks: Ranks) -> None:
+    check_alike({"recipe": {"allocation": "uniform", "sparsity": 0.5 + ranks.rank}, "device": "cpu"}, ranks)
+
+
+def test_what_differs_between_processes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert in_processes(2, other_recipes) == [2, 2]
+    assert "process 1 has another recipe.sparsity than process 0 (1.5, and 0.5)" in Path("said0").read_text()
 
 
 @pytest.mark.parametrize("work", [exchange, add, capture_other_lengths, reduce])

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -20,6 +21,7 @@ import optima
 from optima.errors import ModelError
 from optima.models.gguf import read_scalars
 from optima.models.masks import MaskFiles
+from optima.models.skeleton import dtype_as_read
 from optima.models.source import (
     Source,
     commit_of,
@@ -293,6 +295,11 @@ class TestFingerprint:
             other.model.layers[1].mlp.up_proj.weight[3, 4] += 1
         assert fingerprint(find_source(str(save_model(tmp_path / "other", other)))) != first
 
+    def test_files_that_are_not_read_do_not_count(self, model: Path) -> None:
+        before = fingerprint(find_source(str(model)))
+        (model / "consolidated.safetensors").write_bytes(b"for another program")
+        assert fingerprint(find_source(str(model))) == before
+
     def test_follows_every_byte_of_a_large_file(self, model: Path) -> None:
         found = set()
         for place in (None, 10**6, 10**7 + 1, 3 * 10**7 - 1):
@@ -324,3 +331,34 @@ def test_a_path_that_cannot_be(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     for use in (find_source, MaskFiles, optima.pack, optima.unpack):
         with pytest.raises(ModelError, match="cannot be used"):
             use(name)
+
+
+def test_a_class_in_another_spelling(tmp_path: Path) -> None:
+    """As PhiMoE was published."""
+    families.build("phimoe").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    for name in ("PhiMoEForCausalLM", "PhiFewForCausalLM"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"architectures": [name]}))
+        if name == "PhiMoEForCausalLM":
+            assert type(skeleton(find_source(str(tmp_path)))[0]).__name__ == "PhimoeForCausalLM"
+        else:
+            with pytest.raises(ModelError, match="is a PhiFewForCausalLM, which transformers"):
+                skeleton(find_source(str(tmp_path)))
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_quantized_in_a_part(part: str, tmp_path: Path) -> None:
+    families.build("gemma3_vision").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    values[part]["quantization_config"] = {"quant_method": "fp8"}
+    file.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match="is quantized: prune the unquantized checkpoint"):
+        skeleton(find_source(str(tmp_path)))
+
+
+def test_the_dtype_of_the_language_part() -> None:
+    config = families.build("gemma3_vision").config
+    config.dtype, config.text_config.dtype = None, torch.bfloat16
+    assert dtype_as_read(config, "auto") == torch.bfloat16
+    assert dtype_as_read(config, "float32") == torch.float32

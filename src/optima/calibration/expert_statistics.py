@@ -35,7 +35,7 @@ from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
-from optima.errors import OTHER_DTYPE, CalibrationError
+from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import ROUND_ROWS, mirror
 from optima.linalg.statistics import Statistics, sampling_step
@@ -110,9 +110,15 @@ def observe_experts(
         CalibrationError: on NaN or Inf in an expert's inputs.
         ModelError: see ``Recorded.run_all``.
     """
-    if not recorded.calls:
+    calls = ranks.gather(len(recorded.calls))
+    if not any(calls):
         yield from (Found(None, group) for group in recorded.groups)
         return
+    if not all(calls):
+        raise ModelError(
+            f"{recorded.experts.name} is given tokens in some processes alone: mix the batches, so that each has some "
+            "for all experts, or start one process"
+        )
     everything = _Everything(recorded, weights, device, clock, ranks)
     by_expert: defaultdict[int, list[Group]] = defaultdict(list)
     for group in recorded.groups:

@@ -178,9 +178,10 @@ def _check_experts(stack: Stack, given: Given) -> None:
     seen = {(linear.experts.name, linear.within) for linear in linears if given.tokens[linear.name]}
     for linear in linears:
         if (linear.experts.name, linear.within) not in seen:
+            last = re.escape(".".join(linear.experts.name.split(".")[-2:]))
             raise ModelError(
-                f"{linear.experts.name} does not show which tokens its experts are given, which pruning needs: leave "
-                f"them out with --ignore '{re.escape(linear.experts.name.rpartition('.')[2])}'"
+                f"{linear.experts.name} was not called, or does not show which tokens its experts are given, which "
+                f"pruning needs: leave them out with --ignore '{last}'"
             )
 
 

@@ -6,7 +6,6 @@ asked for are made of. accelerate's disk offload would hold a second copy of all
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +21,16 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
-from optima.models.source import Source, check_complete, explain_read_errors, find_file, load_config
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+from optima.models.source import (
+    INDEX,
+    WEIGHTS,
+    Source,
+    check_complete,
+    explain_read_errors,
+    find_file,
+    load_config,
+    shards,
+)
 
 
 class UnstreamableError(Exception):
@@ -69,7 +75,8 @@ class Checkpoint:
         loaded = self._empty.keys() - info.missing_keys
         for name in names:
             if loaded.isdisjoint(self.names[name]):
-                raise UnstreamableError(f"{name} is made of parts of others")
+                why = "is made of parts of others" if self._parts([name]) else "is not in the checkpoint"
+                raise UnstreamableError(f"{name} {why}")
 
     def read(self, names: Collection[str]) -> None:
         """Put the tensors ``names``, and those that are the same, into the model, on the CPU."""
@@ -132,6 +139,8 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
     if source.gguf_file:
         raise UnstreamableError("GGUF weights are unpacked when they are read")
     config = load_config(source)
+    if named := getattr(config, "transformers_weights", None):
+        raise UnstreamableError(f"its configuration names files of its own ({named})")
     with explain_read_errors(source, "weights"):
         if not (files := _find(source)):
             raise UnstreamableError(f"there is neither {WEIGHTS} nor {INDEX}")
@@ -159,7 +168,7 @@ def _find(source: Source) -> list[Path]:
     if file := find_file(source, WEIGHTS):
         return [file]
     if index := find_file(source, INDEX):
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = shards(index)
         found = [find_file(source, name) for name in names]
         if missing := [name for name, path in zip(names, found, strict=True) if path is None]:
             raise OSError(f"{missing[0]} is missing")

@@ -17,10 +17,11 @@ from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load, metadata_save, snapshot_download
+from transformers import PreTrainedTokenizerBase
 
 from optima.models.files import explain_write_errors
 from optima.models.ordered import ORDERING_NAME
-from optima.models.source import Source, explain_read_errors
+from optima.models.source import Source, explain_read_errors, find_file
 
 _logger = logging.getLogger("optima")
 
@@ -70,9 +71,22 @@ def copy_companions(source: Source, directory: Path) -> None:
 
 def copies_tokenizer(source: Source) -> bool:
     """Whether ``copy_companions`` copies all of a tokenizer: one file that needs no code, beside what configures it."""
-    if source.local is None or source.gguf_file is not None or source.trust_remote_code:
+    if source.gguf_file is not None or source.trust_remote_code:
         return False
+    if source.local is None:
+        with explain_read_errors(source, "tokenizer"):
+            return find_file(source, TOKENIZER) is not None
     return (file := source.local / TOKENIZER).is_file() and _inside(file, source.local)
+
+
+def to_save(
+    source: Source | None, given: PreTrainedTokenizerBase | None, read: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that has to be saved: the caller's, or the one that was read, unless its own files are copied.
+
+    What transformers writes anew is in the words of its own release, which others may not know.
+    """
+    return None if given is None and source is not None and copies_tokenizer(source) else read
 
 
 def forget_missing_code(directory: Path) -> None:

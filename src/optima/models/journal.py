@@ -129,23 +129,25 @@ class Journal:
 
 def check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
     """Raise ``ModelError`` at the first key of both, however deep, whose values differ."""
-    for key, old, new in _differences(earlier, json.loads(json.dumps(now))):
+    for key, old, new in differences(earlier, json.loads(json.dumps(now))):
         raise ModelError(
-            f"{directory} was left by another run: its {key} was {_shown(old)}, and this one has {_shown(new)}; finish "
+            f"{directory} was left by another run: its {key} was {shown(old)}, and this one has {shown(new)}; finish "
             "it as it was begun, with --resume, or delete it and begin again with --no-resume"
         )
 
 
-def _differences(earlier: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+def differences(earlier: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys with both values, where these differ."""
     if isinstance(earlier, dict) and isinstance(now, dict):
         for name in earlier if key == "" else sorted({*earlier, *now}):
             if key or name in now:  # at the top, what is not known yet is compared later
-                yield from _differences(earlier.get(name), now.get(name), f"{key}.{name}" if key else name)
+                yield from differences(earlier.get(name), now.get(name), f"{key}.{name}" if key else name)
     elif earlier != now:
         yield key, earlier, now
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """For a message."""
     text = json.dumps(value)
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 

@@ -31,6 +31,7 @@ class MaskFiles:
     def __init__(self, path: str) -> None:
         self.path = usable_path(path, "mask_from", "name a pruned checkpoint or a safetensors file of masks")
         self._packed: dict[str, Tensor] = {}  # eight weights in a byte
+        self._experts: tuple[str, Tensor] = "", torch.empty(0)  # of the last fused parameter that was asked for
 
     @cached_property
     def files(self) -> dict[str, tuple[Path, str]]:
@@ -67,7 +68,11 @@ class MaskFiles:
         key = self._find(linear.name)
         if key not in self._packed:
             self._packed[key] = _pack(self._read(linear, key))
-        return linear.orient(_unpack(self._packed[key], linear.parameter.shape))
+        if linear.parameter.ndim == 2:
+            return linear.orient(_unpack(self._packed[key], linear.parameter.shape))
+        if self._experts[0] != key:  # unpacked once for all that follow each other
+            self._experts = key, _unpack(self._packed[key], linear.parameter.shape)
+        return linear.orient(self._experts[1])
 
     def _read(self, linear: Linear, name: str) -> Tensor:
         """The mask called ``name`` as it is stored."""

@@ -28,7 +28,8 @@ def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
 
 def dtype_as_read(config: PretrainedConfig, dtype: str) -> torch.dtype:
     """What weights are read in, and written in: ``dtype``, or of ``auto`` the configuration's, which may have none."""
-    found = config.dtype if dtype == "auto" else dtype
+    own = config.dtype or config.get_text_config().dtype  # of models that see, the language part's may be the only one
+    found = own if dtype == "auto" else dtype
     found = getattr(torch, found) if isinstance(found, str) else found or torch.float32
     assert isinstance(found, torch.dtype)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 import textwrap
@@ -19,6 +20,8 @@ import transformers
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -36,6 +39,7 @@ from optima.models.ordered import ORDERING_NAME, read_orders
 
 _logger = logging.getLogger("optima")
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
@@ -172,7 +176,8 @@ def load_config(source: Source) -> PretrainedConfig:
         _check_counts(source, values)
         config = AutoConfig.from_pretrained(source.path, **source.arguments)
     assert isinstance(config, PretrainedConfig)
-    if getattr(config, "quantization_config", None) and not source.gguf_file:
+    parts = [config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))]
+    if any(getattr(part, "quantization_config", None) for part in parts) and not source.gguf_file:
         raise ModelError(f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result")
     return config
 
@@ -208,6 +213,11 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
     if not names:
         return AutoModel
     if not hasattr(transformers, names[0]):
+        # Published under another spelling (PhiMoEForCausalLM): what an Auto class makes of it is that model.
+        for auto in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+            found: Any = auto.get(type(config), None)
+            if getattr(found, "__name__", "").lower() == names[0].lower():
+                return found
         raise ModelError(
             f"{source.name} is a {names[0]}, which transformers {transformers.__version__} does not have: install a "
             "newer release, or correct architectures in config.json"
@@ -337,9 +347,19 @@ def fingerprint(source: Source) -> str:
     See ``fingerprint_files``: of its safetensors files, or the GGUF file.
     """
     directory = _directory(source)
-    return fingerprint_files(
-        [directory / source.gguf_file] if source.gguf_file else sorted(directory.glob("*.safetensors"))
-    )
+    if source.gguf_file:
+        return fingerprint_files([directory / source.gguf_file])
+    # Others may lie beside them, which other programs read or fetched.
+    if (directory / WEIGHTS).is_file():
+        return fingerprint_files([directory / WEIGHTS])
+    if (index := directory / INDEX).is_file():
+        return fingerprint_files([directory / name for name in shards(index)])
+    return fingerprint_files(sorted(directory.glob("*.safetensors")))
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names, in the order of their names."""
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:

@@ -27,6 +27,7 @@ EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
 # And of those that a token is sent to: num_experts_per_tok, moe_topk, experts_per_token ...
 EXPERTS_EACH = re.compile(r"(?!index_)((\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?)")
 ROUTER, ROUTERS = "router", {"gate", "wg"}
+INDEXER = "indexer"  # holds linears that choose the tokens that attention sees (DeepSeek-V3.2, GLM-5)
 # Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
 TOGETHER = (
     re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
@@ -170,15 +171,30 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     Raises:
         ModelError: if there is no such list.
     """
-    config: Any = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False) and isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel):
+        return [_stack(model, model, "whole")]
+    try:
+        sees = model.config.get_text_config() is not model.config
+    except ValueError as error:
+        raise ModelError(
+            f"the configuration of {type(model).__name__} holds several of text, and which of them is meant is not "
+            "known here: load the language model alone"
+        ) from error
+    if model.config.is_encoder_decoder:
         return [
-            _stack(model, model.get_encoder(), "encoder"),
+            _stack(model, _language(model.get_encoder()), "encoder"),
             _stack(model, model.get_decoder(), "decoder"),
         ]
-    if isinstance(model, PreTrainedModel) and config.get_text_config() is not config:
-        return [_stack(model, model.get_decoder(), "whole")]
-    return [_stack(model, model, "whole")]
+    return [_stack(model, model.get_decoder() if sees else model, "whole")]
+
+
+def _language(encoder: nn.Module) -> nn.Module:
+    """What of an encoder reads text, where it sees too (T5Gemma 2)."""
+    config: Any = getattr(encoder, "config", None)
+    if not isinstance(encoder, PreTrainedModel) or config.get_text_config() is config:
+        return encoder
+    found: nn.Module = encoder.get_decoder()
+    return found
 
 
 def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder", "decoder"]) -> Stack:
@@ -254,7 +270,7 @@ def routed_share(config: Any) -> float:
 
 
 def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
-    """Names inside the block of the linears that route.
+    """Names inside the block of the linears that route tokens to experts, or choose those that attention sees.
 
     One output is a gate. Otherwise the name says so (router), or a neighbour holds experts and either the name (gate,
     wg) or the number of outputs does. The gate of an ordinary MLP is called gate_proj, and has no experts beside it.
@@ -267,7 +283,11 @@ def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
         around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
         beside = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
         beside_experts = any("expert" in child for child in beside)
-        named = any(ROUTER in part for part in parts) or (beside_experts and bool(ROUTERS & set(parts[-2:])))
+        named = (
+            INDEXER in parts
+            or any(ROUTER in part for part in parts)
+            or (beside_experts and bool(ROUTERS & set(parts[-2:])))
+        )
         # A shared expert may have as many channels as there are experts.
         by_count = beside_experts and module.out_features in counts and not any("expert" in part for part in parts[:-1])
         if module.out_features == 1 or named or by_count:
@@ -311,7 +331,7 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
 def _around(router: str) -> str:
     """The name of the module that holds a router, with a dot behind; the router may be a module of several parts."""
     *around, last, _ = ["", *router.split(".")]
-    names_router = any(ROUTER in last or last == name for name in ROUTERS)
+    names_router = ROUTER in last or last in {*ROUTERS, INDEXER}
     return ".".join([*around, *([] if names_router else [last])][1:]) + "."
 
 

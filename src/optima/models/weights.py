@@ -119,7 +119,7 @@ class Streamed:
             for name, _ in module.named_parameters(recurse=False)
         }
         lazy = {name for name in outside if all(same in owners for same in checkpoint.names[name])}
-        checkpoint.check(lazy)
+        checkpoint.check(outside)
         checkpoint.read([name for name in outside if name not in lazy])
         for name in sorted(lazy):
             self._read_when_asked(owners[name], name)

@@ -26,10 +26,9 @@ from optima.models.companions import copy_companions, forget_missing_code
 from optima.models.files import digest, explain_write_errors, read_header, sync
 from optima.models.journal import Journal
 from optima.models.ordered import ORDERING_NAME, home_of, read_orders
-from optima.models.source import Source
+from optima.models.source import INDEX, WEIGHTS, Source
 from optima.models.weights import Resident, Weights
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
 OUTSIDE = ""  # the group of what is in no block
 LARGE_BYTES = 2**30  # an embedding above this has a file of its own, so that no more is in memory at a time

@@ -29,6 +29,7 @@ from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
 from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
+from optima.models.companions import to_save
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
 from optima.models.ordered import ORDERING_NAME
@@ -153,15 +154,15 @@ def order(
         if output_dir is not None:
             stack.enter_context(interruptible())
             destination = stack.enter_context(claim(checked, output_dir, overwrite, {}, None))
-        if checked.source is not None and tokenizer is None:
-            tokenizer = load_tokenizer(checked.source)
+        reader = load_tokenizer(checked.source) if checked.source is not None and tokenizer is None else tokenizer
         shown = stack.enter_context(Listeners([make_progress() if progress else Progress()]))
-        network, weights, origin, text = read(checked, tokenizer, ranks, "its channels change places")
-        text = written(checked, network, tokenizer, text, ranks, shown)
+        network, weights, origin, text = read(checked, reader, ranks, "its channels change places")
+        text = written(checked, network, reader, text, ranks, shown)
         recipe = checked.recipe
         assert recipe.batch_size is not None
         if destination is not None:
-            prepare(network, tokenizer, checked.source, destination.directory)
+            saved = to_save(checked.source, tokenizer, reader)
+            prepare(network, saved, checked.source, destination.directory)
         run = _Run(
             checked, network, weights, shown, frozenset(channels), store_of(checked, weights, destination, ranks)
         )

@@ -72,9 +72,9 @@ class Auto:
         """Which rows to solve directly, where others are given to low-rank CG or not."""
         num_inputs = float(hessian.num_inputs)
         size_R = torch.minimum(kept_R, num_inputs - kept_R)
-        if hessian.device.type != "cpu":
-            return size_R.square() <= num_inputs
         dual_R = 2 * kept_R > num_inputs
+        if hessian.device.type != "cpu":
+            return (size_R.square() <= num_inputs) & ~(dual_R & low_rank)  # which alone would have K made
         direct_R = FACTOR * size_R**3 + GATHER * size_R**2 + torch.where(dual_R, 4 * num_inputs**2, 0.0)
         iterations = max(-ITERATIONS_PER_DIGIT * math.log10(self.gap), 1.0)
         cost = iterations * (1 if low_rank else 2) * 2 * num_inputs**2
@@ -83,7 +83,11 @@ class Auto:
         mixed = float(direct_R.clamp_max(cost).sum()) + inverse
         if not bool(dual_R.any()) and float(direct_R.sum()) <= mixed:
             return torch.ones_like(dual_R)
-        return direct_R <= cost
+        found_R = direct_R <= cost
+        if low_rank:  # others do without K, which rows that keep much must save first
+            saved = float((cost - direct_R)[found_R & dual_R].sum())
+            found_R &= ~dual_R if saved <= INVERSE * num_inputs**3 else torch.ones_like(dual_R)
+        return found_R
 
 
 def _solve(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:

@@ -27,7 +27,8 @@ def unfinished(bound_R: Tensor, error_R: Tensor, gap: float) -> Tensor:
         error_R: E likewise.
         gap: certified relative gap that the caller was asked for.
     """
-    going_R: Tensor = bound_R > AIM * gap * (error_R - bound_R).clamp_min(ENERGY_FLOOR)
+    # A row's unit of energy is between half and twice that of the certificate's floor: at least as strict as that.
+    going_R: Tensor = bound_R > AIM * gap * (error_R - bound_R).clamp_min(0.5 * ENERGY_FLOOR)
     return going_R
 
 

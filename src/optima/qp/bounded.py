@@ -60,7 +60,7 @@ class Bounded:
 
         def inner(residuals: Residuals) -> Correction:
             batch = _Batch(hessian, residuals)
-            (weight_RD,) = batch.run(self.gap, self.max_iterations)
+            (weight_RD,) = batch.run(residuals.aim(self.gap), self.max_iterations)
             return Correction(weight_RD, batch.iterations_R)
 
         lower_RD, upper_RD = problem.box()

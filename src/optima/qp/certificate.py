@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from optima.device import full_precision
+from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.qp.problem import RowProblem
 
@@ -58,7 +59,13 @@ class Certificate(NamedTuple):
 
 
 def certify(hessian: Hessian, problem: RowProblem, weight_RD: Tensor) -> Certificate:
-    """Certify feasible ``weight_RD`` against ``problem`` with one float64 product and one triangular solve."""
+    """Certify feasible ``weight_RD`` against ``problem`` with one float64 product and one triangular solve.
+
+    Raises:
+        RecipeError: if a weight is not zero off keep, or outside its bounds: nothing is known of such rows.
+    """
+    if not bool((problem.clamp(weight_RD) == weight_RD).all()):
+        raise RecipeError("certify: weights are not zero off keep, or outside their bounds: clamp them by the problem")
     with full_precision(), torch.no_grad():
         verifier = Verifier(hessian, problem)
         found = verifier(weight_RD)

@@ -54,7 +54,7 @@ class SharedInverseCG:
         def inner(residuals: Residuals) -> Correction:
             inverse = SharedInverse(hessian, residuals.residual_RD.dtype, exact=residuals.repeated)
             batch = Extended(hessian, inverse, residuals)
-            step_RD, residual_RD = batch.run(self.gap, self.max_iterations)
+            step_RD, residual_RD = batch.run(residuals.aim(self.gap), self.max_iterations)
             extension_RD = residual_RD.sub_(residual_RD * residuals.mask_RD)
             return Correction(step_RD, batch.iterations_R, extension_RD)
 
@@ -84,7 +84,7 @@ class LowRankCG:
 
         def inner(residuals: Residuals) -> Correction:
             batch = Measured(hessian, FactorModel.of(hessian, residuals.residual_RD.dtype), residuals)
-            (step_RD,) = batch.run(self.gap, self.max_iterations)
+            (step_RD,) = batch.run(residuals.aim(self.gap), self.max_iterations)
             return Correction(step_RD, batch.iterations_R)
 
         return solve_with_restarts(hessian, problem, inner, self.gap)
@@ -168,7 +168,8 @@ class Extended(ConjugateGradient):
         """The rule's ratio, and the extension that goes with it."""
         excess = (self.ratio - alpha).clamp_min(0.0)
         self.ratio = torch.where(moving, excess / (excess + growth.clamp_min(0.0)), self.ratio).nan_to_num(1.0)
-        self.residual.lerp_(self.residual * self.mask, self.ratio[:, None])
+        # The extension of a row that stays is the one that it had.
+        self.residual.lerp_(self.residual * self.mask, torch.where(moving, self.ratio, 0.0)[:, None])
 
 
 class Measured(ConjugateGradient):
