@@ -18,6 +18,7 @@ from optima.device import find_device, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear, has_experts
+from optima.models.routers import routed_share
 from optima.models.stacks import (
     Block,
     Linear,
@@ -25,7 +26,6 @@ from optima.models.stacks import (
     count_parameters,
     find_stacks,
     guess_groups,
-    routed_share,
 )
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES

@@ -24,8 +24,9 @@ from optima.calibration.store import Store
 from optima.errors import CalibrationError, ModelError
 from optima.memory import attention_numbers, work_bytes
 from optima.models.experts import ExpertLinear
+from optima.models.routers import routed_share
 from optima.models.source import find_source
-from optima.models.stacks import Linear, Stack, find_stacks, routed_share, select_linears
+from optima.models.stacks import Linear, Stack, find_stacks, select_linears
 from optima.names import kind
 from optima.plan import make_plan
 from optima.plan_table import print_plan

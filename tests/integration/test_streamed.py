@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,7 +169,7 @@ def test_what_cannot_be_streamed_is_held_in_memory_and_noted(tmp_path: Path) -> 
     _, weights = open_weights(source, skeleton(source)[0], "auto")
     assert isinstance(weights, Resident)
     assert weights.notes == (
-        "the whole model was held in main memory: there is neither model.safetensors nor model.safetensors.index.json",
+        "the whole model was held in main memory: its configuration names files of its own (other.safetensors)",
     )
 
 
@@ -218,15 +217,6 @@ def test_weights_that_a_class_may_lack_are_made_anew(tmp_path: Path) -> None:
     pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
     notes = optima.load_report(tmp_path / "out").run.notes
     assert any("final_logits_bias is not in the checkpoint" in note for note in notes)
-
-
-def test_a_configuration_that_names_its_weights(tmp_path: Path) -> None:
-    make_llama().save_pretrained(tmp_path / "model")
-    config = tmp_path / "model" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"transformers_weights": WEIGHTS}))
-    pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
-    notes = optima.load_report(tmp_path / "out").run.notes
-    assert any(f"names files of its own ({WEIGHTS})" in note for note in notes)
 
 
 @pytest.mark.parametrize("work", ["prune", "order"])

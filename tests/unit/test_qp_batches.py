@@ -67,6 +67,10 @@ def test_auto_names_its_choice() -> None:
     solution = solve_rows(Auto(), hessian, make_problem(hessian, weight_RD, keep_RD))
     assert solution.solver == "cholesky+low-rank-cg"
     assert not solution.note, "a choice is nothing that a reader of the report must know"
+    _, keep_RD = make_rows(80, 640, seed=1)
+    keep_RD[0] = torch.arange(640) > 10
+    few = solve_rows(Auto(), hessian, make_problem(hessian, weight_RD, keep_RD))
+    assert few.solver == "low-rank-cg", "one row that keeps nearly all is not worth the inverse that it would take"
     hessian, problem, _ = make_layer(4, 24)
     bound_RD = torch.full_like(problem.target_RD, 10.0) * problem.keep_RD
     bounded = make_problem(hessian, problem.target_RD, problem.keep_RD, None, -bound_RD, bound_RD)

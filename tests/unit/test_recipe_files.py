@@ -57,8 +57,9 @@ class TestSchema:
         assert misfits(read_recipe(name)) == set()
 
     def test_takes_what_a_run_writes(self) -> None:
-        recipe = Recipe(pattern=["mlp=2:4", "0.5"], swaps="all", max_change=0.5)
+        recipe = Recipe(pattern=["mlp=2:4", "0.5"], swaps="all")
         assert misfits(recipe.resolved(scope="layer").to_dict()) == set()
+        assert misfits(Recipe(max_change=0.5).resolved(scope="layer").to_dict()) == set()
         assert misfits({"selector": "my.module:Mine", "swaps": 256, "pattern": 0.5, "dataset": "text.txt"}) == set()
 
     def test_refuses_what_a_recipe_refuses(self) -> None:

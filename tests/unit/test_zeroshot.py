@@ -183,7 +183,7 @@ def test_remedy_without_lm_eval(arc: Path, monkeypatch: pytest.MonkeyPatch) -> N
         return real(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(OptimaError, match=r"pip install 'optima-prune\[eval\]'"):
+    with pytest.raises(OptimaError, match=r"pip install 'lm-eval>="):
         load_tasks({"arc_easy": arc})
 
 

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from optima.device import full_precision
 from optima.errors import NumericalError, RecipeError
 from optima.linalg.products import SharedFactor, SharedMatrix, scaled
 
@@ -114,8 +113,7 @@ class Hessian:
         smallest = max(float(self.diagonal_D.max()) * 1e-30, 1e-60)
         scale_D = self.diagonal_D.clamp_min(smallest).rsqrt().to(signs_KD)
         signs_KD *= scale_D
-        with full_precision():  # rounded by a caller's autocast, equal sums would differ
-            asymmetry_KD = (signs_KD @ self._matrix_DD - (self._matrix_DD @ signs_KD.mT).mT) * scale_D
+        asymmetry_KD = (signs_KD @ self._matrix_DD - (self._matrix_DD @ signs_KD.mT).mT) * scale_D
         if float(asymmetry_KD.abs().max()) > ASYMMETRIC:
             raise NumericalError("the hessian is not symmetric: pass X^T X / T")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonpath
 from typing import Any, Literal, Protocol
@@ -20,14 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
 from optima.models.experts import Stored, experts_of
+from optima.models.routers import expert_counts, module_around, routers_of
 from optima.names import check_bounded, kind
 
-# What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
-EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
-# And of those that a token is sent to: num_experts_per_tok, moe_topk, experts_per_token ...
-EXPERTS_EACH = re.compile(r"(?!index_)((\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?)")
-ROUTER, ROUTERS = "router", {"gate", "wg"}
-INDEXER = "indexer"  # holds linears that choose the tokens that attention sees (DeepSeek-V3.2, GLM-5)
 # Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
 TOGETHER = (
     re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
@@ -213,7 +208,7 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
             f"its children {[name for name, _ in model.named_children()]}"
         )
     name, members = max(stacks, key=lambda item: count_parameters(item[1]))
-    counts = _expert_counts(getattr(model, "config", None))
+    counts = expert_counts(getattr(model, "config", None))
     owners = defaultdict(list)
     for owner, parameter in model.named_parameters(remove_duplicate=False):
         owners[_memory(parameter)].append(owner.removesuffix(".weight"))
@@ -221,7 +216,7 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
     for index, module in enumerate(members):
         prefix = f"{name}.{index}" if name else str(index)
         linears = tuple(linears_of(module, prefix))
-        routers = frozenset(f"{prefix}.{inner}" for inner in _routers(module, counts))
+        routers = frozenset(f"{prefix}.{inner}" for inner in routers_of(module, counts))
         pairs = ((linear.name, other) for linear in linears for other in owners[_memory(linear.parameter)])
         # An expert's parameter is called like all of them.
         shared = {linear: other for linear, other in pairs if other not in (linear, linear.rpartition(".")[0])}
@@ -254,46 +249,6 @@ def _may_be_stack(members: nn.ModuleList) -> bool:
     return not bare and any(isinstance(m, (nn.Linear, Conv1D)) for block in members for m in block.modules())
 
 
-def _expert_counts(config: Any) -> set[int]:
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    values = [value for name, value in vars(config or object).items() if EXPERT_COUNT.fullmatch(name)]
-    return {value for value in values if isinstance(value, int) and value > 1}
-
-
-def routed_share(config: Any) -> float:
-    """Of the experts of a mixture, the share that a token is sent to; 1 where the configuration does not say."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    counts = _expert_counts(config)
-    each = [value for name, value in vars(config or object).items() if EXPERTS_EACH.fullmatch(name)]
-    known = [value for value in each if isinstance(value, int) and value > 0]
-    return min(max(known) / min(counts), 1.0) if known and counts else 1.0
-
-
-def _routers(block: nn.Module, counts: set[int]) -> Iterator[str]:
-    """Names inside the block of the linears that route tokens to experts, or choose those that attention sees.
-
-    One output is a gate. Otherwise the name says so (router), or a neighbour holds experts and either the name (gate,
-    wg) or the number of outputs does. The gate of an ordinary MLP is called gate_proj, and has no experts beside it.
-    """
-    modules = dict(block.named_modules())
-    for name, module in modules.items():
-        if not isinstance(module, nn.Linear):
-            continue
-        parts = name.split(".")
-        around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
-        beside = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
-        beside_experts = any("expert" in child for child in beside)
-        named = (
-            INDEXER in parts
-            or any(ROUTER in part for part in parts)
-            or (beside_experts and bool(ROUTERS & set(parts[-2:])))
-        )
-        # A shared expert may have as many channels as there are experts.
-        by_count = beside_experts and module.out_features in counts and not any("expert" in part for part in parts[:-1])
-        if module.out_features == 1 or named or by_count:
-            yield name
-
-
 def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequence[str]) -> list[Stack]:
     """The stacks with only the linears whose full name matches a target and no ignored regex (``re.search``).
 
@@ -307,7 +262,7 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
     check_bounded([*targets, *ignore], names)
 
     def wanted(name: str, routes: bool) -> bool:
-        around = _around(name)
+        around = module_around(name)
         meant = (regex for regex in targets if not (routes and re.search(regex, around)))
         return any(re.search(regex, name) for regex in meant) and not any(re.search(regex, name) for regex in ignore)
 
@@ -326,13 +281,6 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
         )
     _check_own_weights(selected)
     return selected
-
-
-def _around(router: str) -> str:
-    """The name of the module that holds a router, with a dot behind; the router may be a module of several parts."""
-    *around, last, _ = ["", *router.split(".")]
-    names_router = ROUTER in last or last in {*ROUTERS, INDEXER}
-    return ".".join([*around, *([] if names_router else [last])][1:]) + "."
 
 
 def _check_own_weights(stacks: Sequence[Stack]) -> None:

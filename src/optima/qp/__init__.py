@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from optima.device import full_precision
 from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.qp.auto import Auto
@@ -110,7 +111,8 @@ def solve(
     """
     if keep is None or (weight is None) == (linear_term is None):
         raise RecipeError("solve needs keep and one of weight and linear_term")
-    hessian = hessian if isinstance(hessian, Hessian) else Hessian(hessian)
+    with full_precision():  # rounded by a caller's autocast, a symmetric matrix may not look like one
+        hessian = hessian if isinstance(hessian, Hessian) else Hessian(hessian)
     if linear_term is not None:
         weight = target_of(hessian, linear_term)
     assert weight is not None
