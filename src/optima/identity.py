@@ -114,9 +114,10 @@ def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data
 
 def check_alike(run: Mapping[str, Any], ranks: Ranks) -> None:
     """Raise ``ModelError`` in all processes if they are not in the same run."""
-    first, *others = map(json.loads, ranks.gather(json.dumps(run)))
+    first, *others = ranks.gather(json.dumps(run))
     for rank, other in enumerate(others, 1):
-        for key, theirs, own in differences(first, other):
+        found = differences(json.loads(first), json.loads(other)) if other != first else ()
+        for key, theirs, own in found:
             raise ModelError(
                 f"process {rank} has another {key} than process 0 ({shown(own)}, and {shown(theirs)}): give all the "
                 "same model, options, versions and kind of device"

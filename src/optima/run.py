@@ -31,7 +31,7 @@ from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, prepare
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks, own_batches
-from optima.preflight.opening import Checked, as_given, check, claim, memory_of, read, store_of, written
+from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of, written
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
@@ -97,8 +97,7 @@ def prune(
         checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
         recipe, source, found = checked.recipe, checked.source, checked.found
         stack.enter_context(memory_explained(checked.device))
-        run = identity(recipe, checked.device, checked.structure, dump_layer)
-        check_alike(run, ranks)  # or they would not exchange the same
+        run = _identity(checked, dump_layer, ranks, output_dir is not None)
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
@@ -108,8 +107,6 @@ def prune(
         shown = make_progress() if progress and ranks.first else Progress()
         shown.reading(None if source is None else source.name)
         network, weights, origin, text = read(checked, reader, ranks)
-        checked = as_given(checked, text)
-        recipe = checked.recipe
         assert recipe.batch_size is not None
         origin["processes"] = ranks.size
         job = _job(checked, network, weights, calibration is not None)
@@ -119,7 +116,7 @@ def prune(
         text = written(checked, network, reader, text, ranks, job.progress)
         job.notes.extend(text.notes)
         batches, alike = own_batches(text, recipe.batch_size, ranks)
-        if output_dir is not None or ranks.size > 1:
+        if run:
             run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
             check_alike(run, ranks)
         if output_dir is not None:
@@ -153,6 +150,16 @@ def prune(
             job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
         job.progress.end(report)
     return report
+
+
+def _identity(checked: Checked, dump_layer: str | None, ranks: Ranks, written: bool) -> dict[str, Any]:
+    """What tells this run from others, the same in all processes, else they would not exchange the same.
+
+    Nothing if nobody asks: of one process, unless something is ``written``.
+    """
+    run = identity(checked.recipe, checked.device, checked.structure, dump_layer) if written or ranks.size > 1 else {}
+    check_alike(run, ranks)
+    return run
 
 
 def _tokenizer(checked: Checked, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:

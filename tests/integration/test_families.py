@@ -381,3 +381,12 @@ def test_swaps_refine_a_selector_and_are_reported(pattern: str) -> None:
             assert linear.rows_swap_optimal == (linear.rows if swaps else None)
             assert (linear.swaps is not None) == bool(swaps)
     assert sum(errors["all"]) < 0.97 * sum(errors[0])
+
+
+def test_pairs_are_sized_by_what_they_show() -> None:
+    """Not by the length that a recipe has for text; sounds show none."""
+    report = prune(build("t5"), Recipe(), calibration=pairs(labels=make_ids(2, 10)))
+    assert report.run.recipe["max_seq_length"] == 10
+    ragged = [{"input_ids": make_ids(2, 8), "labels": [[1, 2]]}]
+    with pytest.raises(CalibrationError, match="labels is a list, not a tensor"):
+        prune(build("t5"), Recipe(), calibration=ragged)

@@ -43,7 +43,7 @@ def given_text(calibration: Any, most: Callable[[int], int], pairs: bool = False
     first = next(batches, None)
     everything = chain([] if first is None else [first], batches)
     if isinstance(first, (Tensor, Mapping)) or _wrapped(first):
-        if pairs and isinstance(first, Mapping) and LABELS in first:
+        if pairs and isinstance(first, Mapping) and {IDS, LABELS} <= set(first):
             raise CalibrationError(
                 f"calibration has {LABELS} that would be left out: give a list, or a DataLoader with a length, of "
                 "batches of tensors, as a collator returns them"

@@ -61,6 +61,16 @@ class Calibration:
         return sum(0 if tensor is None else tensor.shape[:2].numel() for tensor in [*words, self.tokens_NL])
 
     @property
+    def longest(self) -> int | None:
+        """Words in the longest sequence that a stack reads; None where one reads none (sounds)."""
+        if self.tokens_NL is not None:
+            return self.tokens_NL.shape[1]
+        if any(_words(batch, ("input_ids", "inputs_embeds")) is None for batch in self.inputs):
+            return None
+        names = ("input_ids", "inputs_embeds", "decoder_input_ids", "labels")
+        return max(batch[name].shape[1] for batch in self.inputs for name in names if name in batch)
+
+    @property
     def size(self) -> tuple[int, int]:
         """Sequences, and the words in each."""
         if self.tokens_NL is not None:
@@ -132,10 +142,11 @@ def _enough(batches: Iterable[Any], most: Callable[[int], int]) -> Iterator[Any]
     count = 0
     for batch in batches:
         yield batch
-        words = _words(batch, WORDS_OF["decoder"])
-        count += 0 if words is None else len(words)
-        if words is not None and count >= most(words.shape[1]):
-            return
+        words = _words(batch, WORDS_OF["decoder"]) if isinstance(batch, Mapping) else None
+        if isinstance(words, Tensor) and words.ndim == 2:  # anything else is refused in a moment
+            count += len(words)
+            if count >= most(words.shape[1]):
+                return
 
 
 def _is_record(first: Mapping[str, Any]) -> bool:

@@ -28,7 +28,8 @@ _logger = logging.getLogger("optima")
 TOKENIZER = "tokenizer.json"  # of the tokenizers library
 TOKENIZERS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("*.model", "*.tiktoken", "tekken.json", "normalizer.json", "chat_template*", "*.jinja"),
+    *("*_vocab.json", "*.spm", "bpe.codes", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
+    *("chat_template*", "*.jinja"),
 )
 TEMPLATES, TEMPLATE_FILES = "additional_chat_templates", ("*.jinja",)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")

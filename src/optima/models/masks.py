@@ -72,7 +72,7 @@ class MaskFiles:
             return linear.orient(_unpack(self._packed[key], linear.parameter.shape))
         if self._experts[0] != key:  # unpacked once for all that follow each other
             self._experts = key, _unpack(self._packed[key], linear.parameter.shape)
-        return linear.orient(self._experts[1])
+        return linear.orient(self._experts[1]).clone()
 
     def _read(self, linear: Linear, name: str) -> Tensor:
         """The mask called ``name`` as it is stored."""

@@ -349,6 +349,9 @@ def fingerprint(source: Source) -> str:
     directory = _directory(source)
     if source.gguf_file:
         return fingerprint_files([directory / source.gguf_file])
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if config.get("transformers_weights"):
+        return fingerprint_files(sorted(directory.glob("*.safetensors")))
     # Others may lie beside them, which other programs read or fetched.
     if (directory / WEIGHTS).is_file():
         return fingerprint_files([directory / WEIGHTS])

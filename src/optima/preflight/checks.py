@@ -232,10 +232,8 @@ def sized(
     if isinstance(calibration, Tensor):
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     if isinstance(calibration, Calibration):
-        samples, length = calibration.size
-        if is_encoder_decoder(model) or not length:  # what its encoder reads may be longer
-            length = max(length, recipe.max_seq_length)
-        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length)
+        length = calibration.longest or recipe.max_seq_length
+        recipe = replace(recipe, num_calibration_samples=calibration.size[0], max_seq_length=length)
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
     return replace(recipe, true_sequential=in_turn), replace(found, notes=(*found.notes, note)) if note else found

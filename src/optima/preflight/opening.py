@@ -127,17 +127,6 @@ def read(
     return *_network(checked, whole or ("it writes its own text" if _lacks(checked, text) else None)), text
 
 
-def as_given(checked: Checked, text: Calibration) -> Checked:
-    """With as many sequences and tokens as the caller's text has, whatever was asked."""
-    if checked.calibration is None:
-        return checked
-    samples, length = text.size
-    recipe = replace(
-        checked.recipe, num_calibration_samples=samples, max_seq_length=length or checked.recipe.max_seq_length
-    )
-    return replace(checked, recipe=recipe)
-
-
 def _lacks(checked: Checked, text: Calibration) -> bool:
     """Whether the model has to write some."""
     return checked.calibration is None and text.size[0] < (checked.recipe.num_calibration_samples or 0)
