@@ -103,6 +103,24 @@ def test_masks_of_fused_experts_are_stored_as_they_are(root: Path, family: str) 
         assert torch.equal(model.get_parameter(name) != 0, mask)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_masks_of_experts_that_a_checkpoint_stores_one_by_one(root: Path, family: str) -> None:
+    """transformers writes parts of fused parameters under names of their own, as all published ones have them."""
+    theirs, fused = build(family), {}
+    for name, parameter in theirs.named_parameters():
+        if parameter.ndim == 3:
+            fused[name] = torch.rand(parameter.shape) < 0.5
+            parameter.data *= fused[name]
+    theirs.save_pretrained("theirs")
+    assert fused
+    assert not fused.keys() & load_weights(Path("theirs")).keys()
+    model = build(family)
+    recipe = Recipe(selector="external", mask_from="theirs", targets=["experts"], max_seq_length=16)
+    prune(model, recipe, calibration=make_ids())
+    for name, mask in fused.items():
+        assert torch.equal(model.get_parameter(name) != 0, mask)
+
+
 def test_masks_for_a_part_of_the_model(root: Path) -> None:
     masks = {name: mask for name, mask in make_masks((3, 8)).items() if "mlp" in name}
     weights = pruned(*EXTERNAL, saved(masks), "--targets", "mlp")
@@ -221,6 +239,15 @@ def on_hub(directory: Path, name: str) -> Path:
 def test_a_dense_checkpoint_has_no_masks(late: Refused, root: Path) -> None:
     save_model(Path("dense"))
     assert "prunes nothing" in late(*EXTERNAL, "dense")
+
+
+def test_names_that_no_model_has(late: Refused, root: Path) -> None:
+    save_model(Path("theirs"))
+    save_file({f"own.{i}.{name}": w for i, (name, w) in enumerate(make_llama().state_dict().items())}, "w.safetensors")
+    Path("w.safetensors").replace("theirs/model.safetensors")
+    message = late(*EXTERNAL, "theirs")
+    assert "has no mask for model.layers.0.self_attn.q_proj" in message
+    assert "nor one that transformers would make of these: the checkpoint theirs lacks weights" in message
 
 
 def test_two_masks_for_one_linear(root: Path) -> None:

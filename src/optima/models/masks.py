@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
 
@@ -11,8 +11,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from optima.errors import RecipeError
+from optima.errors import ModelError, RecipeError
+from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
 from optima.models.files import PACKED, usable_path
+from optima.models.skeleton import skeleton
+from optima.models.source import find_source
 from optima.models.stacks import Linear
 
 # Names listed in a message.
@@ -25,7 +28,8 @@ class MaskFiles:
     Args:
         path: a Hugging Face directory with safetensors, in which a weight survives where it is not zero, or one
             safetensors file of bool or uint8 tensors (1 = the weight survives), each called like its linear, with or
-            without ``.weight``. Masks have the shape in which the model stores the weight.
+            without ``.weight``. Masks have the shape in which the model stores the weight. What a directory stores
+            under other names, or in parts, as experts often are, is read as transformers reads it.
     """
 
     def __init__(self, path: str) -> None:
@@ -49,6 +53,17 @@ class MaskFiles:
                 "checkpoint or a safetensors file of masks"
             )
         return {key.removesuffix(".weight"): (file, key) for file in files for key in _keys(file)}
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """A directory as transformers reads it.
+
+        Raises:
+            ModelError: if it holds no model.
+            UnstreamableError: if it has to be read whole.
+        """
+        source = find_source(str(self.path))
+        return open_checkpoint(source, skeleton(source)[0], "auto")
 
     def check_names(self, known: Collection[str]) -> None:
         """Raise ``RecipeError`` if a file of masks has one for something that is not in ``known``."""
@@ -75,10 +90,8 @@ class MaskFiles:
         return linear.orient(self._experts[1]).clone()
 
     def _read(self, linear: Linear, name: str) -> Tensor:
-        """The mask called ``name`` as it is stored."""
-        file, key = self.files[name]
-        with safe_open(file, framework="pt") as tensors:
-            stored: Tensor = tensors.get_tensor(key)
+        """The mask called ``name`` as the model stores it."""
+        key, stored = self._stored(name)
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
                 f"mask_from {self.path}: {key} is {stored.dtype}, not bool or uint8: save masks as bool, or "
@@ -93,18 +106,30 @@ class MaskFiles:
             )
         return stored != 0
 
-    def _find(self, name: str) -> str:
-        """The stored name of a linear: its own, or the same without the prefix of the model around its blocks.
+    def _stored(self, name: str) -> tuple[str, Tensor]:
+        """The full name and the tensor that ``_find`` called ``name``."""
+        if name in self.files:
+            file, key = self.files[name]
+            with safe_open(file, framework="pt") as tensors:
+                return key, tensors.get_tensor(key)
+        key = name if name in self.checkpoint.names else f"{name}.weight"
+        self.checkpoint.read([key])
+        tensor = self.checkpoint.model.get_parameter(key).detach()
+        self.checkpoint.release([key])
+        return key, tensor
 
-        Experts of one fused parameter share the mask that is called like it.
-        """
-        fused = name.rpartition(".")[0]
-        found = [each for each in (name, fused) if each in self.files][:1]
-        found = found or [key for key in self.files if _same(key, name) or _same(key, fused)]
+    def _find(self, name: str) -> str:
+        """The stored name of a linear, or else the one that it has in the model that a directory holds."""
+        found, why = _matches(name, self.files), ""
+        if not found and (self.path / "config.json").is_file():
+            try:
+                found = _matches(name, {key.removesuffix(".weight") for key in self.checkpoint.names})
+            except (ModelError, UnstreamableError) as error:
+                why = f", nor one that transformers would make of these: {error}"
         if len(found) != 1:
             raise RecipeError(
                 f"mask_from {self.path} has {'no' if not found else 'more than one'} mask for {name} (it has "
-                f"{_some(self.files)}): add it, or leave the linear out with --ignore '{name}'"
+                f"{_some(self.files)}){why}: add it, or leave the linear out with --ignore '{name}'"
             )
         return found[0]
 
@@ -117,6 +142,16 @@ def _pack(keep: Tensor) -> Tensor:
 def _unpack(packed: Tensor, shape: torch.Size) -> Tensor:
     bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     return bits.bool().reshape(-1)[: shape.numel()].reshape(shape)
+
+
+def _matches(name: str, stored: Iterable[str]) -> list[str]:
+    """Which of ``stored`` is a linear's mask: called like it, or the same but for the prefix of the model around.
+
+    Experts of one fused parameter share the mask that is called like it.
+    """
+    fused, stored = name.rpartition(".")[0], set(stored)
+    found = [each for each in (name, fused) if each in stored][:1]
+    return found or sorted(key for key in stored if _same(key, name) or _same(key, fused))
 
 
 def _same(first: str, second: str) -> bool:
