@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.errors import DeviceMemoryError, RecipeError
+from optima.main_memory import total_memory
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -105,10 +106,8 @@ def describe_device(device: torch.device) -> str:
 
 def describe_memory(device: torch.device) -> str:
     """The device and how much memory it has, for messages."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-    else:
-        total = psutil.virtual_memory().total
+    on_card = device.type == "cuda"
+    total = torch.cuda.get_device_properties(device).total_memory if on_card else total_memory()
     return f"{device} ({total / 2**30:.1f} GiB)"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -17,6 +16,7 @@ from optima.calibration.inputs import is_encoder_decoder
 from optima.device import find_device, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods
+from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear, has_experts
 from optima.models.routers import routed_share
 from optima.models.stacks import (
@@ -91,7 +91,7 @@ class HostMemory:
             RecipeError: if the run takes more, activations aside.
         """
         if budget is None:
-            return int(psutil.virtual_memory().available * FREE_SHARE / processes)
+            return int(available_memory() * FREE_SHARE / processes)
         if budget < self.least:
             raise RecipeError(
                 f"memory_budget {budget / GIB:.2f} GiB is less than the {self.least / GIB:.2f} GiB that libraries "
@@ -217,7 +217,7 @@ def host_room(recipe: Recipe, processes: int = 1) -> int:
     Not of what is free now: a run that goes on must do as it did, if there are as many processes on the machine. A
     budget is each process's own.
     """
-    return int(HELD_SHARE * (recipe.memory_budget or psutil.virtual_memory().total / processes))
+    return int(HELD_SHARE * (recipe.memory_budget or total_memory() / processes))
 
 
 def settle_in_turn(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import psutil
 import torch
 from rich.console import Console
 from rich.table import Column, Table
 
 from optima.device import REMEDY
+from optima.main_memory import available_memory
 from optima.models.stacks import Block
 from optima.names import kind
 from optima.patterns import Pattern
@@ -63,7 +63,7 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
 def _advice(plan: Plan) -> list[str]:
     """What to change if main memory or the card does not hold what the plan takes."""
     lines = []
-    free = psutil.virtual_memory().available
+    free = available_memory()
     if plan.host.least > free:
         lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
     elif plan.host.total > free:
