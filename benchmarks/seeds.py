@@ -5,8 +5,9 @@
 One row a model, size of the calibration text, method and what is unusual in its settings, or differs between results of
 one seed; one column a pattern. A cell has the perplexity of the evaluation text / of held-out calibration text, each
 the mean over seeds ± their standard deviation. In brackets stands the ratio to the baseline at the same model, size and
-pattern, of both, over the seeds that both have; the baseline's settings must be the usual ones. Results of equal
-settings are taken once, from the file named first. Prints Markdown.
+pattern, of both, over the seeds that both have; the baseline's settings must be the usual ones, and both must have been
+calibrated and measured on the same text. Results of equal settings are taken once, from the file named first. Prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ NOT_PRUNED = "-"  # the pattern of a model that was not pruned
 TEXTS = ("perplexity", "perplexity_held_out")
 UNRELATED = {"tasks", "task_limit"}  # settings that no perplexity depends on
 OF_SEED = {"seed", "calibration_hash"}  # and settings that differ with the seed
+MEASURED = ("evaluation_hash", "held_out_hash", "windows", "dtype")  # settings that perplexities cannot differ in
 USUAL = {"swept_share": 1.0, "tuning_epochs": 4, "damping": 0.01, "own_samples": 0}
-Cell = dict[int, tuple[float, ...]]  # perplexities by seed
+Texts = tuple[Any, ...]  # those that a result was measured on, and calibrated on
+Cell = dict[int, tuple[tuple[float, ...], Texts]]  # perplexities by seed
 Row = tuple[str, str, str, str]  # model, tokens, method, unusual settings
 
 
@@ -41,7 +44,8 @@ def main() -> None:
     rows: dict[Row, dict[str, Cell]] = {}
     for result in results:
         cell = rows.setdefault(row_of(result, varied), {}).setdefault(result["pattern"], {})
-        cell.setdefault(seed_of(result), tuple(float(result[text]) for text in TEXTS if text in result))
+        found = tuple(float(result[text]) for text in TEXTS if text in result)
+        cell.setdefault(seed_of(result), (found, texts_of(result)))
     patterns = sorted({pattern for row in rows.values() for pattern in row} - {NOT_PRUNED})
     printed = []
     for row, cells in sorted(rows.items(), key=lambda item: (item[0][0], len(item[0][1]), *item[0])):
@@ -56,6 +60,13 @@ def main() -> None:
 
 def seed_of(result: dict[str, Any]) -> int:
     return int(result["settings"].get("seed", 0))  # a model that was not pruned has none
+
+
+def texts_of(result: dict[str, Any]) -> Texts:
+    """Beside text of its own a model has the text that its seed draws, with which the hash of both does not compare."""
+    settings = result["settings"]
+    own = settings.get("own_samples") or result["pattern"] == NOT_PRUNED
+    return *(str(settings.get(name)) for name in MEASURED), None if own else settings.get("calibration_hash")
 
 
 def method_of(result: dict[str, Any]) -> tuple[str, str, str]:
@@ -92,19 +103,24 @@ def row_of(result: dict[str, Any], varied: Mapping[tuple[str, str, str], set[str
 
 def shown(cell: Cell) -> str:
     """The mean over seeds on each text, and its spread."""
-    columns = list(zip(*cell.values(), strict=True))
+    columns = list(zip(*(found for found, _ in cell.values()), strict=True))
     spreads = [f" ± {statistics.stdev(column):.1f}" if len(column) > 1 else "" for column in columns]
     return " / ".join(
         f"{statistics.mean(column):,.1f}{spread}" for column, spread in zip(columns, spreads, strict=True)
     )
 
 
+def same(first: Texts, other: Texts) -> bool:
+    """None agrees with any."""
+    return all(None in pair or pair[0] == pair[1] for pair in zip(first, other, strict=True))
+
+
 def ratio(cell: Cell, baseline: Cell) -> str:
-    """By which each text's perplexity is that of the baseline, over the seeds of both."""
-    seeds = cell.keys() & baseline.keys()
+    """By which each text's perplexity is that of the baseline, over the seeds of both that had the same text."""
+    seeds = [seed for seed in cell.keys() & baseline.keys() if same(cell[seed][1], baseline[seed][1])]
     if not seeds:
         return ""
-    totals = [[sum(column) for column in zip(*(of[seed] for seed in seeds), strict=True)] for of in (cell, baseline)]
+    totals = [[sum(column) for column in zip(*(of[seed][0] for seed in seeds), strict=True)] for of in (cell, baseline)]
     return f" ({' / '.join(f'{own / other:.2f}' for own, other in zip(*totals, strict=True))})"
 
 

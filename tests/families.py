@@ -151,6 +151,10 @@ BART = SMALL | {
 FAMILIES |= {
     "t5": ("T5ForConditionalGeneration", "T5Config", T5 | {"decoder_start_token_id": 0}),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART),
+    "t5gemma": (
+        "T5GemmaForConditionalGeneration", "T5GemmaConfig",
+        V | {"encoder": dict(GEMMA), "decoder": GEMMA | {"cross_attention_hidden_size": 32}, "pad_token_id": 0},
+    ),
 }
 # The language part is pruned.
 VISION = {

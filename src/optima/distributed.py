@@ -294,7 +294,13 @@ def joined() -> Iterator[Ranks]:
         ranks.leave()
         raise
     if not ready:  # kept for the next run of this script: made anew, it would read the addresses of this one
-        atexit.register(dist.destroy_process_group)
+        atexit.register(_give_up_group)
+
+
+def _give_up_group() -> None:
+    """Unless the script has done it itself."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def share_out(costs: Sequence[float], size: int, divisible: Sequence[bool] = ()) -> list[int | None]:

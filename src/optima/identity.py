@@ -34,7 +34,8 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
     Names of places are no part of it where the content is: the model's path is not here, ``contents`` has its weights.
 
     Args:
-        recipe: as resolved. Its ``device`` does not count, what it leads to does.
+        recipe: as resolved, but for a scope that nobody named, which what the loss says of rows may change. Its
+            ``device`` does not count, what it leads to does.
         device: that the linears are solved on. Its kind counts, and on a CPU the number of threads and the instruction
             set with its units for short numbers: sums in another order are other sums. Another card of the same kind
             may go on.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,7 @@ class HostMemory:
 
     Attributes:
         weights: what is there at a time: streamed, two blocks (one at work, and its copy for the disk), or what is
-            outside the blocks, if that is more; else the whole model.
+            outside the blocks, if that is more; else the whole model. Of masks from elsewhere a bit a weight.
         work: of the largest linear, on a CPU.
         by_loss: of the logits, if the loss is swept and they are there; of an encoder's, the decoder's weights too.
     """
@@ -132,7 +133,9 @@ def host_memory(
     by_loss = _through_decoder(model, recipe, dtype) if streamed else 0
     if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
         by_loss += logits_bytes(model, batch_tokens(recipe, on_cpu(recipe)))
-    return HostMemory(most * dtype.itemsize, work, by_loss)
+    pruned = sum(math.prod(linear.shape) for block in blocks for linear in block.linears)
+    masks = pruned // 8 if recipe.mask_from is not None else 0
+    return HostMemory(most * dtype.itemsize + masks, work, by_loss)
 
 
 def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> int:
@@ -275,8 +278,6 @@ def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
     return BYTES_PER_SQUARE * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
 
 
-def batch_size(recipe: Recipe, on_cpu: bool, length: int | None) -> int:
-    """Sequences of ``length`` tokens in one forward pass; of unknown length as many as the batches have."""
-    if length is None:
-        return recipe.batch_size or 1
+def batch_size(recipe: Recipe, on_cpu: bool, length: int) -> int:
+    """Sequences of ``length`` tokens in one forward pass."""
     return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu else BATCH_SIZE)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,7 @@ def prune(
         if ranks.first:
             job.progress = stack.enter_context(Listeners([shown, *callbacks]))
             job.progress.begin(_start(checked, origin["model"], output_dir))
+        memory = PeakMemory(checked.device)  # before the model writes text, whole on the device
         text = written(checked, network, reader, text, ranks, job.progress)
         job.notes.extend(text.notes)
         batches, alike = own_batches(text, recipe.batch_size, ranks)
@@ -137,7 +139,6 @@ def prune(
                 _shared(describe(ranks, dtype, job.tuning is not None, by_gradient, job.writer), job.writer)
             )
         job.progress.notes(job.notes)
-        memory = PeakMemory(checked.device)
         job.halving = Halving(checked.device)
         job.store = store_of(checked, weights, destination, ranks)
         _prune_stacks(network, checked, batches, job, ranks)
@@ -147,7 +148,7 @@ def prune(
         report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
         if job.writer is not None:
             base = source.path if source is not None and source.local is None else None
-            job.writer.publish(lambda directory: _write_reports(recipe, report, directory, base))
+            job.writer.publish(lambda directory: _write_reports(checked.as_applied, report, directory, base))
         job.progress.end(report)
     return report
 
@@ -157,7 +158,8 @@ def _identity(checked: Checked, dump_layer: str | None, ranks: Ranks, written: b
 
     Nothing if nobody asks: of one process, unless something is ``written``.
     """
-    run = identity(checked.recipe, checked.device, checked.structure, dump_layer) if written or ranks.size > 1 else {}
+    named = checked.recipe if checked.scope_named else replace(checked.recipe, scope=None)
+    run = identity(named, checked.device, checked.structure, dump_layer) if written or ranks.size > 1 else {}
     check_alike(run, ranks)
     return run
 
@@ -270,7 +272,7 @@ def _report(
     note = None if source is None else note_of_dtype(source, network.dtype)
     run = RunRecord(
         **origin,
-        recipe=recipe.to_dict(),
+        recipe=checked.as_applied.to_dict(),
         versions=library_versions(),
         seed=recipe.seed,
         data_hash=text.hash,

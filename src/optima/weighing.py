@@ -80,7 +80,7 @@ def rank_without_loss(
             "objective sink"
         )
     text, scope = "", default_scope("sink", selector)
-    if not scope_named and scope != recipe.scope:
+    if not scope_named and recipe.scope not in (None, scope):  # None: masks from elsewhere, taken as they are
         names = [linear.name for block in stack.blocks for linear in block.linears]
         ranked = {name: each for name in names if isinstance(each := patterns.get(name), Unstructured)}
         patterns.update({name: replace(pattern, scope=scope) for name, pattern in ranked.items()})

@@ -186,7 +186,7 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     others += [result("ria", 0, 40, 60, scope="row"), result("ria", 1, 41, 61, scope="layer")]  # no two seeds of one
     others += [result("sparsegpt", seed, 70, 80, calibration_hash=str(seed)) for seed in (0, 1)]
     own = result("best", 0, 9, 19, calibration=[128, 512], own_samples=64, calibration_hash="own")
-    others += [own]
+    others += [own, result("gradient", 0, 9, 19, evaluation_hash="another text")]
     again = [result("best", 0, 99, 99), result("best", 0, 8, 9, damping=0.1)]
     (tmp_path / "b.json").write_text(json.dumps([*again, *others]))
     printed = read("seeds.py", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
@@ -200,6 +200,7 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
         assert ["m", "64 x 512", "ria", f"scope {scope}", found] in cells
     assert ["m", "64 x 512", "sparsegpt", "", "70.0 ± 0.0 / 80.0 ± 0.0 (3.50 / 2.00)"] in cells
     assert ["m", "64 x 512", "best", "own_samples 64", "9.0 / 19.0 (0.45 / 0.47)"] in cells
+    assert ["m", "64 x 512", "gradient", "", "9.0 / 19.0"] in cells  # alps was measured on other text
     assert any(row[0] == "m" and row[-1] == "5.0 / 6.0" for row in cells)
 
 

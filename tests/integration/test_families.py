@@ -196,6 +196,26 @@ def test_a_decoder_is_calibrated_on_the_labels_that_are_given() -> None:
     assert all(own.equal(other) for own, other in zip(model.parameters(), named.parameters(), strict=True))
 
 
+def test_labels_where_the_head_goes_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slice of logits is not held against them, and the decoder still reads them."""
+    monkeypatch.setattr("optima.calibration.head.LOGITS_BYTES", 4 * VOCAB * 3)
+    model, named, whole = build("t5gemma"), build("t5gemma"), build("t5gemma")
+    labels = make_ids(2, 10)
+    report = prune(model, Recipe(), calibration=pairs(labels=labels))
+    shifted = model.prepare_decoder_input_ids_from_labels(labels)
+    prune(named, Recipe(), calibration=pairs(decoder_input_ids=shifted))
+    assert not any("objective" in note for note in report.run.notes)
+    assert all(own.equal(other) for own, other in zip(model.parameters(), named.parameters(), strict=True))
+    # What cannot make the decoder's words of them keeps them, and is not asked for slices.
+    monkeypatch.delattr("transformers.T5GemmaForConditionalGeneration.prepare_decoder_input_ids_from_labels")
+    assert prune(whole, Recipe(), calibration=pairs(labels=labels)).run.notes == report.run.notes
+
+
+def test_labels_that_are_classes_are_no_words() -> None:
+    with pytest.raises(CalibrationError, match=r"labels of shape \(2,\) are no words for the decoder: leave them out"):
+        prune(build("t5"), Recipe(), calibration=pairs(labels=torch.tensor([0, 1])))
+
+
 def test_padding_of_pairs_is_refused() -> None:
     labels = make_ids(2, 10)
     labels[1, 7:] = -100

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ HIDDEN_STAY = {
     *("bert", "distilbert", "modernbert", "electra", "deberta_v2", "t5_encoder", "roberta"),
     *("xlnet", "rwkv", "recurrent_gemma", "lfm2", "minimax"),  # states inside blocks have as many channels
     *("gemma3n", "gemma4"),  # and embeddings for each block
-    *("t5", "bart", "gemma3_vision", "llava", "qwen2_vl"),  # more than words enter
+    *("t5", "t5gemma", "bart", "gemma3_vision", "llava", "qwen2_vl"),  # more than words enter
 }
 HEADS_STAY = {
     "deberta_v2", "xlnet", "deepseek_v2", "deepseek_v3", "afmoe", "gemma4_moe", "qwen3_next", "rwkv", "gemma3n",
@@ -160,6 +161,24 @@ def test_an_order_goes_with_what_is_made_of_the_model(
     capsys.readouterr()
     Path("ordered/ordering.json").write_text("{}")
     assert "is not as optima order wrote it" in late(arguments=["order", "ordered", "--output-dir", "o", *options])
+
+
+def test_a_model_that_was_ordered_in_memory_tells_it(root: Path) -> None:
+    """Though it was read from where the channels are as they came."""
+    plain, model = (AutoModelForCausalLM.from_pretrained("model") for _ in range(2))
+    done = order(made_uneven(model), output_dir="ordered")
+    assert done.channels
+    with pytest.raises(ModelError, match="the model in memory are in order already"):
+        order(model)
+    for held, name in ((plain, "of-plain"), (model, "of-ordered")):
+        optima.prune(held, Recipe(pattern=["2:4"]), output_dir=name, calibration=make_ids(), progress=False)
+    assert not Path("of-plain/ordering.json").exists()
+    own, written = (json.loads(Path(name, "ordering.json").read_text()) for name in ("of-ordered", "ordered"))
+    assert own["channels"] == written["channels"]
+    recipe = Recipe(selector="external", mask_from="of-ordered")
+    optima.prune(model, recipe, calibration=make_ids(), progress=False)
+    with pytest.raises(RecipeError, match="have their channels in different orders"):
+        optima.prune(model, replace(recipe, mask_from="of-plain"), calibration=make_ids(), progress=False)
 
 
 def test_the_help_knows_every_kind_of_channels() -> None:

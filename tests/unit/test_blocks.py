@@ -20,6 +20,8 @@ from optima.models.stacks import (
     Block,
     Linear,
     ModuleLinear,
+    count_by_place,
+    count_parameters,
     dense_notes,
     find_stacks,
     guess_groups,
@@ -300,6 +302,15 @@ def test_every_matrix_is_covered_or_counted(family: str) -> None:
     assert covered + sum(weights for _, weights in counted.values()) == matrices
     if family == "deepseek_v3":  # its first block has no experts
         assert counted["model.layers.*.mlp.gate.weight"] == (2, 2 * 4 * 32)
+
+
+def test_weights_that_blocks_share_are_not_counted_off_what_is_outside() -> None:
+    model = make_llama()
+    first, second = blocks_of(model)
+    inside, outside = count_by_place(model, [first, second])
+    assert sum(inside) + outside == count_parameters(model)
+    second.module.mlp = first.module.mlp
+    assert count_by_place(model, [first, second]) == (inside, outside)
 
 
 def test_what_options_leave_out_is_noted() -> None:

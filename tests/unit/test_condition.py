@@ -5,6 +5,7 @@ Shapes: D inputs, S kept weights of a row.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
-from optima.errors import RecipeError
+from optima.errors import NumericalError, RecipeError
 from optima.qp import Hessian, SharedInverseCG, certify, make_problem, make_solver, solve, solve_rows
 
 
@@ -124,3 +125,22 @@ def test_a_point_that_is_not_feasible_has_no_certificate() -> None:
     assert bool(certify(hessian, problem, dense_RD * keep_RD).bound_R.isfinite().all())
     with pytest.raises(RecipeError, match="not zero off keep"):
         certify(hessian, problem, dense_RD)
+
+
+@pytest.mark.parametrize("value", [1e38, math.nan, math.inf, -math.inf])
+def test_weights_that_are_too_large_to_certify_are_not_optimal(value: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs_TD = torch.randn(64, 16, generator=generator)
+    dense_RD = 1e-3 * torch.randn(4, 16, generator=generator)
+    hessian, keep_RD = Hessian(inputs_TD.mT @ inputs_TD / 64), torch.ones(4, 16, dtype=torch.bool)
+    keep_RD[:, 8:] = False
+    problem = make_problem(hessian, dense_RD, keep_RD)
+    weight_RD = dense_RD * keep_RD
+    weight_RD[0, 0] = value
+    if math.isfinite(value):
+        found = certify(hessian, problem, weight_RD)
+        assert found.bound_R[0] == found.gap_R[0] == math.inf
+        assert bool(found.gap_R[1:].isfinite().all())
+    else:
+        with pytest.raises(NumericalError, match="contain NaN or Inf"):
+            certify(hessian, problem, weight_RD)

@@ -22,6 +22,7 @@ from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import Unstructured
+from optima.recipe import recipe_from_dict
 from optima.selectors.magnitude import Magnitude
 
 
@@ -164,6 +165,13 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
     (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
     assert note.endswith("; weights are ranked by row")
     assert {linear.pattern for linear in report.linears} == {"0.5 per row"}
+    assert report.run.recipe["scope"] is None  # that of the report gives the same run again
+    with torch.inference_mode():
+        again = prune(make_llama(), recipe_from_dict(report.run.recipe), calibration=make_tokens())
+        named = prune(make_llama(), Recipe(objective="loss", scope="layer"), calibration=make_tokens())
+    assert [linear.pattern for linear in again.linears] == [linear.pattern for linear in report.linears]
+    assert {linear.pattern for linear in named.linears} == {"0.5 per layer"}
+    assert named.run.recipe["scope"] == "layer"
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
 
 

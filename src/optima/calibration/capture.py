@@ -63,7 +63,14 @@ def capture(
     keep_freed_memory()
     # The same in every process: they must find the same groups.
     first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
-    probe = look(model, stack, first)
+    try:
+        probe = look(model, stack, first)
+    except ModelError:
+        if first is batches[0] or isinstance(first, Tensor):
+            raise
+        # Its images may be as many as its texts, and not one each.
+        first = ranks.from_first(lambda: batches[0])
+        probe = look(model, stack, first)
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
     halving = halving or Halving()
     trial = Streams(probe, [], [], [[] for _ in blocks], [], halving=halving)

@@ -21,6 +21,7 @@ IDS = "input_ids"
 MASK = "attention_mask"
 # What a batch of nothing but text may hold.
 LABELS = "labels"
+DECODER_IDS = "decoder_input_ids"
 TEXT_ALONE = {IDS, MASK, "token_type_ids", LABELS}
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optima.calibration.given import DECODER_IDS, LABELS
 from optima.calibration.halving import rows_of
-from optima.calibration.inputs import inseparable, some_of
+from optima.calibration.inputs import Batch, inseparable, is_encoder_decoder, some_of
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import describe_memory, forward_replaced
@@ -83,11 +84,11 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     samples, length = drawn_BL.shape
     step = length
     options: dict[str, Any] = {}
-    if sliced := in_slices(model):
+    unlabelled = _unlabelled(model, given) if in_slices(model) else None
+    if sliced := unlabelled is not None:
+        given = unlabelled
         vocabulary = int(model.config.get_text_config().vocab_size)
         step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
-        if not isinstance(given, Tensor):  # the model would hold a slice against all of its labels
-            given = {name: tensor for name, tensor in given.items() if name != "labels"}
 
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
@@ -111,6 +112,17 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
     parts = streams.halving.over(samples, back, whole)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _unlabelled(model: PreTrainedModel, given: Batch) -> Batch | None:
+    """A batch without labels, against all of which the model would hold a slice; None if its words are nowhere else."""
+    if isinstance(given, Tensor) or LABELS not in given:
+        return given
+    others = {name: tensor for name, tensor in given.items() if name != LABELS}
+    if not is_encoder_decoder(model) or DECODER_IDS in given:
+        return others
+    shifted: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    return None if shifted is None else others | {DECODER_IDS: shifted(labels=given[LABELS])}
 
 
 def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:

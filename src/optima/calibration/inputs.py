@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.given import TEXT_ALONE
+from optima.calibration.given import DECODER_IDS, LABELS, TEXT_ALONE
 from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
@@ -28,7 +28,7 @@ Batch = Tensor | Mapping[str, Tensor]
 # Arguments that are zero where there is padding.
 PADDED = ("attention_mask", "decoder_attention_mask")
 # Arguments that hold the words of a batch, in the order in which they are looked for.
-WORDS_OF = {"decoder": ("decoder_input_ids", "labels"), "encoder": ("input_ids",), "whole": ("input_ids",)}
+WORDS_OF = {"decoder": (DECODER_IDS, LABELS), "encoder": ("input_ids",), "whole": ("input_ids",)}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Calibration:
     @property
     def num_tokens(self) -> int:
         """Words that are read."""
-        names = ("decoder_input_ids", "labels", "input_ids", "inputs_embeds")
+        names = (DECODER_IDS, LABELS, "input_ids", "inputs_embeds")
         words = [_words(batch, names) for batch in self.inputs]
         return sum(0 if tensor is None else tensor.shape[:2].numel() for tensor in [*words, self.tokens_NL])
 
@@ -67,8 +67,13 @@ class Calibration:
             return self.tokens_NL.shape[1]
         if any(_words(batch, ("input_ids", "inputs_embeds")) is None for batch in self.inputs):
             return None
-        names = ("input_ids", "inputs_embeds", "decoder_input_ids", "labels")
+        names = ("input_ids", "inputs_embeds", DECODER_IDS, LABELS)
         return max(batch[name].shape[1] for batch in self.inputs for name in names if name in batch)
+
+    @property
+    def largest(self) -> int:
+        """Sequences in the largest of the batches that were given."""
+        return max(len(next(iter(batch.values()))) for batch in self.inputs)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -122,7 +127,7 @@ def given_batches(model: nn.Module, calibration: object, most: Callable[[int], i
     if not hasattr(calibration, "__len__"):
         return None
     first = next(iter(calibration), None)
-    alone = TEXT_ALONE - {"labels"} if is_encoder_decoder(model) else TEXT_ALONE  # which its decoder reads
+    alone = TEXT_ALONE - {LABELS} if is_encoder_decoder(model) else TEXT_ALONE  # which its decoder reads
     if not isinstance(first, Mapping) or set(first) <= alone or _is_record(first):
         return None
     batches = list(_enough(calibration, most) if set(first) <= TEXT_ALONE else calibration)
@@ -133,6 +138,11 @@ def given_batches(model: nn.Module, calibration: object, most: Callable[[int], i
                 raise CalibrationError(
                     f"calibration batch {number}: {name} is a {type(value).__name__}, not a tensor with numbers: give "
                     "what the model's processor returns with return_tensors='pt'"
+                )
+            if name == LABELS and LABELS not in alone and value.ndim < 2:
+                raise CalibrationError(
+                    f"calibration batch {number}: {LABELS} of shape {tuple(value.shape)} are no words for the decoder: "
+                    "leave them out"
                 )
     return Calibration(None, tuple(dict(batch) for batch in batches), notes=_padding_note(model, batches))
 
@@ -159,7 +169,7 @@ def _padding_note(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> 
     """What a report must tell of padding beside images or sounds; elsewhere it is refused."""
     masks = [batch[name].bool() for batch in batches for name in PADDED if name in batch]
     if is_encoder_decoder(model):  # whose decoder reads them
-        masks += [batch["labels"] >= 0 for batch in batches if "labels" in batch]
+        masks += [batch[LABELS] >= 0 for batch in batches if LABELS in batch]
     padded = sum(int((~mask).sum()) for mask in masks)
     if not padded:
         return ()
@@ -178,7 +188,7 @@ def arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     if not is_encoder_decoder(model):
         return {"input_ids": batch}
     half = batch.shape[1] // 2
-    return {"input_ids": batch[:, :half], "decoder_input_ids": batch[:, half:]}
+    return {"input_ids": batch[:, :half], DECODER_IDS: batch[:, half:]}
 
 
 def is_encoder_decoder(model: nn.Module) -> bool:

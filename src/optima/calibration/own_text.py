@@ -144,12 +144,16 @@ def own_text(
 
 
 def keys_bytes(model: PreTrainedModel, tokens: int) -> int:
-    """Most of the keys and values of a sequence; 0 for a model without attention."""
+    """Most of the keys and values of a sequence; 0 for a model without attention.
+
+    By the widest heads that the configuration names: those of some layers, or keys of two parts (DeepSeek-V3).
+    """
     config: Any = model.config.get_text_config()
     heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
     if not isinstance(heads, int) or not isinstance(layers, int):
         return 0
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    named = [getattr(config, name, None) or 0 for name in ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")]
+    size = max(named) or config.hidden_size // heads
     shared = getattr(config, "num_key_value_heads", None) or heads
     return int(2 * layers * shared * size * tokens * model.dtype.itemsize)
 

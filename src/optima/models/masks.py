@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Collection, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from optima.errors import ModelError, RecipeError
 from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
+from optima.models.experts import ExpertLinear
 from optima.models.files import PACKED, usable_path
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
@@ -35,7 +37,6 @@ class MaskFiles:
     def __init__(self, path: str) -> None:
         self.path = usable_path(path, "mask_from", "name a pruned checkpoint or a safetensors file of masks")
         self._packed: dict[str, Tensor] = {}  # eight weights in a byte
-        self._experts: tuple[str, Tensor] = "", torch.empty(0)  # of the last fused parameter that was asked for
 
     @cached_property
     def files(self) -> dict[str, tuple[Path, str]]:
@@ -65,10 +66,19 @@ class MaskFiles:
         source = find_source(str(self.path))
         return open_checkpoint(source, skeleton(source)[0], "auto")
 
+    @cached_property
+    def _stored_names(self) -> _Names:
+        return _Names(self.files)
+
+    @cached_property
+    def _model_names(self) -> _Names:
+        return _Names(key.removesuffix(".weight") for key in self.checkpoint.names)
+
     def check_names(self, known: Collection[str]) -> None:
         """Raise ``RecipeError`` if a file of masks has one for something that is not in ``known``."""
+        of_model = _Names(known)
         for name in () if self.path.is_dir() else self.files:
-            if not any(_same(name, other) for other in known):
+            if not of_model.alike(name):
                 raise RecipeError(
                     f"mask_from {self.path}: the model has no linear {name}: rename the mask as the model calls the "
                     f"linear (for example {_some(known)}), or remove it"
@@ -83,11 +93,11 @@ class MaskFiles:
         key = self._find(linear.name)
         if key not in self._packed:
             self._packed[key] = _pack(self._read(linear, key))
-        if linear.parameter.ndim == 2:
-            return linear.orient(_unpack(self._packed[key], linear.parameter.shape))
-        if self._experts[0] != key:  # unpacked once for all that follow each other
-            self._experts = key, _unpack(self._packed[key], linear.parameter.shape)
-        return linear.orient(self._experts[1]).clone()
+        shape = linear.parameter.shape
+        if not isinstance(linear, ExpertLinear):
+            return linear.orient(_unpack(self._packed[key], shape))
+        own = _unpack(self._packed[key], shape[1:], linear.expert)
+        return linear.orient(own.expand(shape))
 
     def _read(self, linear: Linear, name: str) -> Tensor:
         """The mask called ``name`` as the model stores it."""
@@ -120,10 +130,10 @@ class MaskFiles:
 
     def _find(self, name: str) -> str:
         """The stored name of a linear, or else the one that it has in the model that a directory holds."""
-        found, why = _matches(name, self.files), ""
+        found, why = self._stored_names.matches(name), ""
         if not found and (self.path / "config.json").is_file():
             try:
-                found = _matches(name, {key.removesuffix(".weight") for key in self.checkpoint.names})
+                found = self._model_names.matches(name)
             except (ModelError, UnstreamableError) as error:
                 why = f", nor one that transformers would make of these: {error}"
         if len(found) != 1:
@@ -139,19 +149,41 @@ def _pack(keep: Tensor) -> Tensor:
     return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
 
 
-def _unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.bool().reshape(-1)[: shape.numel()].reshape(shape)
+def _unpack(packed: Tensor, shape: torch.Size, part: int = 0) -> Tensor:
+    """A mask of ``shape``, or the one behind so many ``part``s of that shape."""
+    begin, end = part * shape.numel(), (part + 1) * shape.numel()
+    bits = (packed[begin // 8 : -(-end // 8), None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.bool().reshape(-1)[begin % 8 :][: shape.numel()].reshape(shape)
 
 
-def _matches(name: str, stored: Iterable[str]) -> list[str]:
-    """Which of ``stored`` is a linear's mask: called like it, or the same but for the prefix of the model around.
+class _Names:
+    """Names of masks, or of linears, to be found among many."""
 
-    Experts of one fused parameter share the mask that is called like it.
-    """
-    fused, stored = name.rpartition(".")[0], set(stored)
-    found = [each for each in (name, fused) if each in stored][:1]
-    return found or sorted(key for key in stored if _same(key, name) or _same(key, fused))
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
+        for name in self._names:
+            self._by_tail[_tail(name)].append(name)
+
+    def matches(self, linear: str) -> list[str]:
+        """Which are a linear's mask: called like it, or the same but for the prefix of the model around.
+
+        Experts of one fused parameter share the mask that is called like it.
+        """
+        fused = linear.rpartition(".")[0]
+        found = [each for each in (linear, fused) if each in self._names][:1]
+        return found or sorted({*self.alike(linear), *self.alike(fused)})
+
+    def alike(self, name: str) -> list[str]:
+        """Those that differ at most by the prefix."""
+        return [other for other in self._by_tail.get(_tail(name), ()) if _same(name, other)]
+
+
+def _tail(name: str) -> str:
+    """What names that are ``_same`` share at least: from the first number on, or the last part."""
+    parts = name.split(".")
+    first = next((place for place, part in enumerate(parts) if re.search(r"\d", part)), -1)
+    return ".".join(parts[first:])
 
 
 def _same(first: str, second: str) -> bool:

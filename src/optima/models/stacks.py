@@ -307,9 +307,10 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def count_by_place(model: nn.Module, blocks: Sequence[Block]) -> tuple[list[int], int]:
-    """Parameters of each block of its stacks, and of all that is outside of them."""
-    inside = [count_parameters(block.module) for block in blocks]
-    return inside, count_parameters(model) - sum(inside)
+    """Parameters of each block of its stacks, and of all that is outside of them. Blocks may share theirs."""
+    own = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+    return [count_parameters(block.module) for block in blocks], outside
 
 
 def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:

@@ -25,7 +25,7 @@ from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions, forget_missing_code
 from optima.models.files import digest, explain_write_errors, read_header, sync
 from optima.models.journal import Journal
-from optima.models.ordered import ORDERING_NAME, home_of, read_orders
+from optima.models.ordered import write_orders
 from optima.models.source import INDEX, WEIGHTS, Source
 from optima.models.weights import Resident, Weights
 
@@ -55,8 +55,8 @@ def prepare(
         saved.mkdir()
         if source is not None:
             copy_companions(source, saved)
-        elif (home := home_of(model.config.name_or_path)) is not None and read_orders(home) is not None:
-            shutil.copyfile(home / ORDERING_NAME, saved / ORDERING_NAME)
+        else:
+            write_orders(model, saved)
         try:
             model.save_pretrained(saved, state_dict={})
             if tokenizer is not None:

@@ -32,7 +32,7 @@ from optima.linalg.statistics import Statistics
 from optima.models.companions import to_save
 from optima.models.files import explain_write_errors, interruptible
 from optima.models.journal import Journal
-from optima.models.ordered import ORDERING_NAME
+from optima.models.ordered import ORDERING_NAME, mark_ordered
 from optima.models.source import load_tokenizer
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Weights
@@ -167,7 +167,11 @@ def order(
             checked, network, weights, shown, frozenset(channels), store_of(checked, weights, destination, ranks)
         )
         with evaluating(network):
-            run.order(text.batches(recipe.batch_size))
+            try:
+                run.order(text.batches(recipe.batch_size))
+            finally:
+                if run.done:
+                    mark_ordered(network, [asdict(each) for each in run.done])
         seconds = time.perf_counter() - started
         notes = (*weights.notes, *text.notes, *run.notes)
         found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), notes, seconds)

@@ -21,11 +21,12 @@ from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, host_memory, host_room
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
-from optima.models.ordered import ORDERING_NAME, home_of, read_orders
+from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, commit_of, find_source, fingerprint, orders_of
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
+from optima.patterns import Unstructured
 from optima.preflight.checks import Preflight, check_dump, find_calibration, preflight, sequence_length, sized, taken
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
@@ -44,6 +45,13 @@ class Checked:
     found: Preflight
     calibration: Any
     scope_named: bool  # by the user
+
+    @property
+    def as_applied(self) -> Recipe:
+        """The recipe that gives the same run again: an open scope stays open if the loss turned out to say nothing."""
+        ranked = {each.scope for each in self.found.patterns.values() if isinstance(each, Unstructured)}
+        own = self.scope_named or self.recipe.scope is None or ranked <= {self.recipe.scope}
+        return self.recipe if own else replace(self.recipe, scope=None)
 
 
 def check(
@@ -72,7 +80,10 @@ def check(
     found = preflight(structure, recipe, methods)
     calibration = taken(structure, calibration, recipe, found)
     length = sequence_length(structure, recipe, calibration)
-    recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
+    if length is not None:
+        recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
+    elif isinstance(calibration, Calibration):
+        recipe = replace(recipe, batch_size=calibration.largest)
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
     recipe, found = sized(structure, recipe, found, dtype, calibration)
     if dump_layer is not None:
@@ -99,7 +110,7 @@ def _check_in_memory(model: PreTrainedModel) -> None:
 
 def known_orders(source: Source | None, model: PreTrainedModel) -> Any:
     """The orders of the model's channels, read from disk or in memory; None if it has its own."""
-    return orders_of(source) if source is not None else read_orders(home_of(model.config.name_or_path))
+    return orders_of(source) if source is not None else orders_in_memory(model)
 
 
 def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:

@@ -14,13 +14,14 @@ Shapes: R rows, D inputs, B rows certified together.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.device import full_precision
-from optima.errors import RecipeError
+from optima.errors import NumericalError, RecipeError
 from optima.linalg.hessian import Hessian
 from optima.qp.problem import RowProblem
 
@@ -44,7 +45,7 @@ class Certificate(NamedTuple):
         error_R: E(v) = 1/2 (v - w)^T H (v - w).
         bound_R: guaranteed upper bound on E(v) - E(v*).
         gap_R: bound relative to max(E(v) - bound, ENERGY_FLOOR * 1/2 sum_i H_ii w_i^2), the certified
-            relative suboptimality, since E(v*) >= E(v) - bound.
+            relative suboptimality, since E(v*) >= E(v) - bound. Infinite where numbers were too large to tell.
         residual_RD: negative gradient on the kept weights, zero elsewhere.
     """
 
@@ -63,7 +64,10 @@ def certify(hessian: Hessian, problem: RowProblem, weight_RD: Tensor) -> Certifi
 
     Raises:
         RecipeError: if a weight is not zero off keep, or outside its bounds: nothing is known of such rows.
+        NumericalError: if a weight is NaN or Inf.
     """
+    if not bool(weight_RD.isfinite().all()):
+        raise NumericalError("certify: weights contain NaN or Inf: nothing is known of such rows")
     if not bool((problem.clamp(weight_RD) == weight_RD).all()):
         raise RecipeError("certify: weights are not zero off keep, or outside their bounds: clamp them by the problem")
     with full_precision(), torch.no_grad():
@@ -138,21 +142,23 @@ class Verifier:
             free_BD = free_BD + extension_BD
         norm_B = self._raised(hessian.whitener(free_BD.dtype).squared_norm(free_BD), size_B)
         bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + cost_B)
+        bound_B.nan_to_num_(math.inf, math.inf)
         # Relative to what the optimum must at least lose, or to the floor of what matters.
         gap_B = bound_B / torch.maximum(error_B - bound_B, ENERGY_FLOOR * self.energy_R[rows])
-        return Certificate(error_B, bound_B, torch.where(bound_B == 0, 0.0, gap_B), residual_BD)
+        gap_B = torch.where(bound_B == 0, 0.0, gap_B).nan_to_num_(math.inf, math.inf)
+        return Certificate(error_B, bound_B, gap_B, residual_BD)
 
     def _raised(self, norm_B: Tensor, size_B: Tensor) -> Tensor:
         """||L^-1 r'||^2 raised by all that rounding can have hidden of it (docs/mathematics.md, section 6).
 
         The factor and a substitution in float64 change its root by the first factor at most; the residual's own
         rounding, whitened, is at most the second term, with ``size_B`` the root of sum_i H_ii (w - v)_i^2. A norm that
-        is exactly zero has nothing to round.
+        is exactly zero has nothing to round; one that is no number stays none.
         """
         rounding, condition = self.hessian.rounding, self.hessian.condition
         factor, term = (1.0 + rounding * condition) ** 2, rounding * (self.hessian.num_inputs * condition) ** 0.5
         proven_B = (factor * norm_B.sqrt() + term * size_B).square()
-        return torch.where(norm_B > 0, torch.maximum(WHITENING_MARGIN * norm_B, proven_B), 0.0)
+        return torch.where(norm_B == 0, 0.0, torch.maximum(WHITENING_MARGIN * norm_B, proven_B))
 
 
 def _split_multipliers(
