@@ -10,15 +10,18 @@ from unittest import mock
 import pytest
 import torch
 from families import build, make_ids
-from pretend_cuda import PretendError, pretend_cuda
+from pretend_cuda import PretendError, on_cuda, pretend_cuda
 from runs import raising
 from tiny import save_model
 
 from optima import Recipe, prune
+from optima.calibration.capture import capture
 from optima.calibration.inputs import arguments
 from optima.calibration.probe import forward
+from optima.calibration.streams import map_tensors
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
+from optima.models.stacks import find_stacks, select_linears
 from optima.models.weights import Resident, Weights, open_weights
 
 SLOW = pytest.mark.slow
@@ -114,3 +117,20 @@ def test_what_it_refuses() -> None:
             mine.numpy()
         with pytest.raises(PretendError, match="not implemented"):
             torch.linalg.cholesky(torch.eye(3, device="cuda").bfloat16())
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
+def test_keys_and_values_for_later_blocks_wait_in_main_memory(family: str) -> None:
+    model = build(family)
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    waiting: list[torch.Tensor] = []
+    with pretend_cuda(), torch.no_grad():
+        cuda, weights = torch.device("cuda", 0), Resident(model)
+        streams = capture(model, stack, [make_ids(2)], whole=True)
+        for block in stack.blocks:
+            with weights.on(block, cuda):
+                streams.advance(block, cuda)
+            for state in streams.states(block, 0):
+                map_tensors(list(state.values()), waiting.append)
+        assert waiting
+        assert not any(on_cuda(tensor) for tensor in waiting)

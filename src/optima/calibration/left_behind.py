@@ -51,7 +51,7 @@ class LeftBehind:
                 for tensor, later in zip(own, waiting, strict=bool(waiting)):
                     if tensor.requires_grad:
                         written.append(tensor)
-                        gradients.append(later)
+                        gradients.append(later.to(tensor.device))
         torch.autograd.backward(written, gradients)
         for state in states:
             for key, value in state.items():
@@ -72,5 +72,5 @@ class LeftBehind:
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Without its history, and fit for gradients."""
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+    """Without its history, in main memory, and fit for gradients."""
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach().cpu()

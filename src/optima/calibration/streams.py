@@ -5,8 +5,8 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -166,6 +166,9 @@ class Streams:
         for place, tensor in zip(self._wanted(block), others, strict=True):
             candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
             self.carried[batch][block.index, place] = self.store.keep(share(tensor, candidates))
+        for state in self.states(block, batch):  # what the block wrote waits where hidden states do
+            for key, value in state.items():
+                state[key] = map_tensors(value, lambda tensor: self.store.keep(tensor.cpu()))
 
     def _wanted(self, block: Block) -> list[int]:
         """Places in what the block returns that later blocks are given."""
@@ -194,7 +197,26 @@ class Streams:
             # What is there once, or has no samples, serves all.
             inputs = map_tensors(inputs, lambda each: each[part] if each.ndim > 1 and len(each) > 1 else each)
         hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(device))
-        return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
+        with _lent(self.states(block, batch), device):
+            return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
+
+
+@contextmanager
+def _lent(states: Sequence[MutableMapping[Any, Any]], device: torch.device) -> Iterator[None]:
+    """What states hold is on ``device`` inside, and where it was behind; what is written meanwhile stays."""
+    held = [
+        (state, key, value, map_tensors(value, lambda tensor: tensor.to(device)))
+        for state in states
+        for key, value in state.items()
+    ]
+    for state, key, _, lent in held:
+        state[key] = lent
+    try:
+        yield
+    finally:
+        for state, key, value, lent in held:
+            if state.get(key) is lent:
+                state[key] = value
 
 
 def _usable(tensor: Tensor) -> Tensor:
