@@ -43,9 +43,15 @@ HELD_SHARE = 0.125
 # By ``auto`` main memory holds at most so many times the weights that are there at a time: a run's memory stays low.
 # At most this share of weights may go, and not by n:m: behind such linears others do better on dense ones' outputs.
 AUTO_WEIGHTS, AUTO_SPARSITY = 2, 0.5
-# Most bytes at a time for each entry of a hessian that is worked with, and for each weight of its linear: what ALPS
-# takes, the largest of the selectors.
-BYTES_PER_SQUARE, BYTES_PER_WEIGHT = 72, 56
+# Most bytes at a time for each entry of a hessian that is worked with: the tensors of a linear by solver auto, and one
+# float64 matrix more for what LAPACK copies. Of selectors and solvers that are not named, more than any of ours takes.
+BYTES_PER_SQUARE = {
+    **dict.fromkeys(("magnitude", "wanda", "ria", "gradient", "external"), 44),
+    **{"optima": 52, "admm": 56, "alps": 56, "sparsegpt": 62, "thanos": 62},
+}
+MOST_BYTES_PER_SQUARE = 72
+# And for each weight of its linear: what ALPS takes, the largest.
+BYTES_PER_WEIGHT = 56
 # Of a batch's activations, how many of each linear's input and output are there at a time.
 BUFFERS = 2
 # How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
@@ -171,7 +177,7 @@ def work_bytes(
     for block in blocks:
         sizes = [linear.shape for linear in block.linears]
         waiting = _waiting_bytes(block)
-        linear = max((_linear_bytes(o, d, methods.swaps is not None) for o, d in sizes), default=0)
+        linear = max((_linear_bytes(o, d, recipe) for o, d in sizes), default=0)
         numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in block.linears]
         activations = BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
         weights = sum(o * d for o, d in sizes)
@@ -269,13 +275,15 @@ def batch_tokens(recipe: Recipe, cpu: bool) -> int:
     return min(samples, recipe.num_calibration_samples or samples) * recipe.max_seq_length
 
 
-def _linear_bytes(outputs: int, inputs: int, swaps: bool) -> int:
+def _linear_bytes(outputs: int, inputs: int, recipe: Recipe) -> int:
     """Of one linear at work: matrices, weights, a chunk of rows in the solver, and one in the swaps."""
     size = outputs * inputs
     rows = min(BYTES_PER_ENTRY * size, DEFAULT_BUDGET_BYTES)
     # A matrix of every row's kept weights, its factor, and the indices that gather it.
-    systems = 12 * min(CHUNK_ENTRIES, size * inputs) if swaps else 0
-    return BYTES_PER_SQUARE * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
+    systems = 12 * min(CHUNK_ENTRIES, size * inputs) if recipe.swaps else 0
+    named = recipe.selector if isinstance(recipe.selector, str) and recipe.solver in ("auto", "none") else ""
+    square = BYTES_PER_SQUARE.get(named, MOST_BYTES_PER_SQUARE)
+    return square * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
 
 
 def batch_size(recipe: Recipe, on_cpu: bool, length: int) -> int:
