@@ -244,6 +244,17 @@ def test_labels_that_nobody_reads_are_no_padding() -> None:
     assert not any("padding" in note for note in prune(make_llama(), Recipe(), calibration=[batch]).run.notes)
 
 
+def test_as_many_images_as_texts_but_not_one_each() -> None:
+    """Both images are the first prompt's, so that the first prompt with the first image is none."""
+    model = build("gemma3_vision")
+    ids = make_ids(2, 12).clamp_max(90)
+    ids[0, 2:10] = model.config.image_token_index
+    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "token_type_ids": (ids == 99).long()}
+    report = prune(model, Recipe(objective="sink"), calibration=[batch])
+    assert report.run.num_tokens == 24
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 def test_padding_beside_sounds_is_told() -> None:
     model = build("whisper")
     frames = 2 * model.config.max_source_positions
