@@ -12,11 +12,11 @@ memory. The last fifth of the calibration text is measured on too; nothing is ca
 from __future__ import annotations
 
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from harness.treatment import CPU, Untreated, heading, make_parser, read
@@ -27,7 +27,7 @@ from optima import hold_zeros
 from optima.calibration.text import Documents, TextSource
 from optima.device import PeakMemory
 from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.models.ordered import ORDERING_NAME, home_of
+from optima.models.ordered import write_orders
 from optima.tuning import size_of
 
 
@@ -96,8 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         # Saved, and no longer held: it would count in the memory of the rows behind it. Its zeros are the mask.
         bench.row("mask found, solved", lambda: untreated.pruned(untreated.recipe)).save_pretrained(place)
-        if (order := home_of(untreated.dense.config.name_or_path)) and (order / ORDERING_NAME).is_file():
-            shutil.copy(order / ORDERING_NAME, place)
+        write_orders(untreated.dense, Path(place))
         same_mask = replace(
             untreated.recipe, selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
             tuning_epochs=options.epochs,

@@ -39,7 +39,7 @@ def _selector(recipe: Recipe) -> Selector:
         return own
     if name == "external":
         assert recipe.mask_from is not None, "a recipe checks it"
-        return External(MaskFiles(recipe.mask_from))
+        return External(MaskFiles(recipe.mask_from, recipe.trust_remote_code))
     # A recipe allows code of the user's own only where it is trusted.
     return load_foreign(name) if ":" in name else make_selector(name)
 

@@ -185,7 +185,7 @@ class _Error:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
         (batch, part), call = piece, partial(functional_call, module, rounded)
-        found = hidden_of(self.streams.run(self.block, batch, self.device, part, call))
+        found = hidden_of(self.streams.run(self.block, batch, self.device, part, call, looks=True))
         weights, samples = self.cost.weights, self.streams.sizes[batch][0]
         weight_T = None if weights is None else rows_of(weights[batch], part, samples)
         return self.cost(found, rows_of(self.targets[batch], part, samples).to(self.device), weight_T)

@@ -8,6 +8,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+import transformers
 from tiny import make_bert, make_llama, make_tokenizer, save_model, weight_files
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,6 +163,18 @@ def test_memory_limits_how_many_are_written_together(monkeypatch: pytest.MonkeyP
     assert not found.notes
     assert found.tokens_NL is not None
     assert found.tokens_NL.shape == (40, 24)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4", "deepseek_v3"])
+def test_keys_and_values_are_not_more_than_is_counted(family: str) -> None:
+    """Heads of some layers are wider than those of others, keys than values."""
+    kind, config, arguments = families.FAMILIES[family]
+    wider = {"gemma4": {"global_head_dim": 16}}.get(family, {})
+    model = getattr(transformers, kind)(getattr(transformers, config)(**arguments | wider)).eval()
+    with torch.no_grad():
+        layers = model(families.make_ids(2, 8), use_cache=True).past_key_values.layers
+    held = sum(each.keys.nbytes + each.values.nbytes for each in layers if each.keys is not None)
+    assert 0 < held <= 2 * keys_bytes(model, 8)
 
 
 def test_a_model_without_finite_logits_writes_nothing() -> None:

@@ -129,6 +129,9 @@ def test_keys_and_values_for_later_blocks_wait_in_main_memory(family: str) -> No
         streams = capture(model, stack, [make_ids(2)], whole=True)
         for block in stack.blocks:
             with weights.on(block, cuda):
+                known = [dict(state) for state in streams.states(block, 0)]
+                streams.run(block, 0, cuda, looks=True)
+                assert known == [dict(state) for state in streams.states(block, 0)]
                 streams.advance(block, cuda)
             for state in streams.states(block, 0):
                 map_tensors(list(state.values()), waiting.append)

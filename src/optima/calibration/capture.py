@@ -63,6 +63,7 @@ def capture(
     keep_freed_memory()
     # The same in every process: they must find the same groups.
     first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
+    apart = ""
     try:
         probe = look(model, stack, first)
     except ModelError:
@@ -70,10 +71,10 @@ def capture(
             raise
         # Its images may be as many as its texts, and not one each.
         first = ranks.from_first(lambda: batches[0])
-        probe = look(model, stack, first)
+        probe, apart = look(model, stack, first), "a batch of this model cannot be taken apart into its samples"
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
     halving = halving or Halving()
-    trial = Streams(probe, [], [], [[] for _ in blocks], [], halving=halving)
+    trial = Streams(probe, [], [], [[] for _ in blocks], [], halving=halving, whole=apart)
     _record(model, stack, [first], trial)
     for block in blocks:
         home = next((each.device for each in block.module.parameters() if not each.is_meta), trial.hidden[0].device)
@@ -87,7 +88,7 @@ def capture(
     if trial.sizes[0][0] == 1:
         map_tensors(trial.calls, lambda tensor: fixed.add(len(tensor)) if tensor.ndim > 1 and len(tensor) > 1 else None)
     calls: list[list[Call]] = [[] for _ in blocks]
-    streams = Streams(probe, [], [], calls, [], store or Store(), halving=halving, fixed=frozenset(fixed))
+    streams = Streams(probe, [], [], calls, [], store or Store(), halving=halving, whole=apart, fixed=frozenset(fixed))
     _record(model, stack, batches, streams)
     if ranks.size > 1:
         own = sum(samples for samples, _ in streams.sizes), sum(map(math.prod, streams.sizes))
@@ -120,7 +121,8 @@ def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], streams: S
             replaced.enter_context(forward_replaced(block.module, _recorder(streams, block, block is blocks[-1])))
         for batch in batches:
             samples = stack_size(model, stack, batch)[0]
-            streams.halving.over(samples, partial(record, batch, samples), inseparable(batch, samples))
+            whole = streams.whole or inseparable(batch, samples)
+            streams.halving.over(samples, partial(record, batch, samples), whole)
 
 
 def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:

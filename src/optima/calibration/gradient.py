@@ -45,7 +45,8 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
         sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
         for batch, (count, length) in enumerate(streams.sizes):
             for sample in range(count):
-                output_1LE = hidden_of(streams.run(block, batch, device, slice(sample, sample + 1))).float()
+                one = slice(sample, sample + 1)
+                output_1LE = hidden_of(streams.run(block, batch, device, one, looks=True)).float()
                 loss = torch.linalg.vector_norm(output_1LE) / length**0.5
                 scale = 2.0 ** round(math.log2(GRADIENT * length * output_1LE.shape[-1] ** 0.5))
                 found = torch.autograd.grad(loss * scale, weights, allow_unused=True)

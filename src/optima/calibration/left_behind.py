@@ -73,4 +73,4 @@ class LeftBehind:
 
 def _plain(tensor: Tensor) -> Tensor:
     """Without its history, in main memory, and fit for gradients."""
-    return tensor.detach().clone() if tensor.is_inference() else tensor.detach().cpu()
+    return (tensor.detach().clone() if tensor.is_inference() else tensor.detach()).cpu()

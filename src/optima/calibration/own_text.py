@@ -146,16 +146,24 @@ def own_text(
 def keys_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Most of the keys and values of a sequence; 0 for a model without attention.
 
-    By the widest heads that the configuration names: those of some layers, or keys of two parts (DeepSeek-V3).
+    By the widest heads that are named: those of some layers (Gemma 4), or keys of two parts (DeepSeek-V3).
     """
     config: Any = model.config.get_text_config()
-    heads, layers = getattr(config, "num_attention_heads", None), getattr(config, "num_hidden_layers", None)
-    if not isinstance(heads, int) or not isinstance(layers, int):
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int):
+        return 0
+    # Newer releases refuse to name for all layers what differs among them.
+    each = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config] * layers
+    return 2 * sum(map(_key_numbers, each)) * tokens * model.dtype.itemsize
+
+
+def _key_numbers(config: Any) -> int:
+    """Of a layer and a token, in its keys or its values, whichever are more."""
+    heads = getattr(config, "num_attention_heads", None)
+    if not isinstance(heads, int):
         return 0
     named = [getattr(config, name, None) or 0 for name in ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")]
-    size = max(named) or config.hidden_size // heads
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    return int(2 * layers * shared * size * tokens * model.dtype.itemsize)
+    return (getattr(config, "num_key_value_heads", None) or heads) * (max(named) or int(config.hidden_size) // heads)
 
 
 def _move(model: PreTrainedModel, device: torch.device) -> None:

@@ -170,7 +170,7 @@ def observe(
 
     def run(batch: int, part: slice) -> None:
         with watched(batch, part), suppress(_AllSeen):
-            streams.run(block, batch, device, part)
+            streams.run(block, batch, device, part, looks=True)
 
     with stopwatch("forward"), full_precision():
         if onward:

@@ -51,6 +51,7 @@ class Streams:
         parts: how many sequences, and tokens, each of them has; empty if there is one.
         batches: what the model is given for each batch.
         halving: how many sequences run together; copies and parts share it.
+        whole: why batches cannot be taken apart, as the look at the model showed; empty if they can.
         fixed: first dimensions of what blocks are called with for one sample, which do not count samples (heads).
     """
 
@@ -64,6 +65,7 @@ class Streams:
     parts: tuple[tuple[int, int], ...] = ()
     batches: list[Batch] = field(default_factory=list)
     halving: Halving = field(default_factory=Halving)
+    whole: str = ""
     fixed: frozenset[int] = frozenset()
 
     @property
@@ -96,8 +98,8 @@ class Streams:
     def inseparable(self, block: Block, batch: int) -> str:
         """Why a batch cannot be taken apart into samples when it enters ``block``; empty if it can."""
         samples = self.sizes[batch][0]
-        if samples == 1:
-            return ""
+        if samples == 1 or self.whole:
+            return self.whole if samples > 1 else ""
         if self.probe.sample_dim:
             return "the hidden states of this model are not batch first"
         given: list[Tensor] = []
@@ -120,8 +122,7 @@ class Streams:
 
     def states(self, block: Block, batch: int) -> list[MutableMapping[Any, Any]]:
         """What the block is given that it can leave keys and values in, or read those of earlier blocks from."""
-        args, kwargs = self.calls[block.index][batch]
-        return [value for value in (*args, *kwargs.values()) if _is_state(value)]
+        return _states_in(*self.calls[block.index][batch])
 
     def pieces(self, block: Block) -> list[Piece]:
         """The smallest parts that the block can run on: the samples of each batch, or the batch."""
@@ -176,11 +177,18 @@ class Streams:
         return sorted(place for source, place in later if source == block.index)
 
     def run(
-        self, block: Block, batch: int, device: torch.device, part: slice | None = None, call: Called | None = None
+        self,
+        block: Block,
+        batch: int,
+        device: torch.device,
+        part: slice | None = None,
+        call: Called | None = None,
+        looks: bool = False,
     ) -> Any:
         """What the block returns for a batch, or the samples ``part`` of it, on ``device``, where the block is.
 
-        ``call`` is given the arguments by place, and those by name, instead of the block.
+        ``call`` is given the arguments by place, and those by name, instead of the block. If it only ``looks``, what
+        the block leaves for later ones is not kept.
 
         Raises:
             ModelError: if the block is called with something that cannot be taken apart into samples.
@@ -197,7 +205,10 @@ class Streams:
             # What is there once, or has no samples, serves all.
             inputs = map_tensors(inputs, lambda each: each[part] if each.ndim > 1 and len(each) > 1 else each)
         hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(device))
-        with _lent(self.states(block, batch), device):
+        if looks:
+            (((own, kwargs),),) = _with_own_states([[(tuple(args), kwargs)]])
+            args = list(own)
+        with _lent(_states_in(args, kwargs), device):
             return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
 
@@ -237,7 +248,11 @@ def _joined(parts: Sequence[Tensor], samples: int) -> Tensor:
     return torch.cat(list(parts))
 
 
-def _is_state(value: Any) -> bool:
+def _states_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[MutableMapping[Any, Any]]:
+    return [value for value in (*args, *kwargs.values()) if is_state(value)]
+
+
+def is_state(value: Any) -> bool:
     """Whether this is what ``map_tensors`` passes on as it is, so that blocks can write to it for later ones."""
     return isinstance(value, MutableMapping) and type(value) is not dict
 
@@ -247,7 +262,7 @@ def _with_own_states(calls: Sequence[Sequence[Call]]) -> list[list[Call]]:
     copies: dict[int, Any] = {}
 
     def own(value: Any) -> Any:
-        return copies.setdefault(id(value), copy(value)) if _is_state(value) else value
+        return copies.setdefault(id(value), copy(value)) if is_state(value) else value
 
     return [
         [(tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}) for args, kwargs in called]

@@ -32,9 +32,11 @@ class MaskFiles:
             safetensors file of bool or uint8 tensors (1 = the weight survives), each called like its linear, with or
             without ``.weight``. Masks have the shape in which the model stores the weight. What a directory stores
             under other names, or in parts, as experts often are, is read as transformers reads it.
+        trust_remote_code: run the code that comes with a checkpoint, to read it so.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, trust_remote_code: bool = False) -> None:
+        self._trusted = trust_remote_code
         self.path = usable_path(path, "mask_from", "name a pruned checkpoint or a safetensors file of masks")
         self._packed: dict[str, Tensor] = {}  # eight weights in a byte
 
@@ -63,7 +65,7 @@ class MaskFiles:
             ModelError: if it holds no model.
             UnstreamableError: if it has to be read whole.
         """
-        source = find_source(str(self.path))
+        source = find_source(str(self.path), self._trusted)
         return open_checkpoint(source, skeleton(source)[0], "auto")
 
     @cached_property

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from optima.calibration.probe import hidden_of
-from optima.calibration.streams import Streams, map_tensors
+from optima.calibration.streams import Streams, is_state, map_tensors
 from optima.device import full_precision
 from optima.models.stacks import Block
 from optima.ordering.channels import Channels, reorder
@@ -49,6 +49,9 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (entered, *args), kwargs = map_tensors((list(args), kwargs), _in_float32)
+        for state in filter(is_state, (*args, *kwargs.values())):
+            for key, value in state.items():
+                state[key] = map_tensors(value, _in_float32)
         expected = hidden_of(functional_call(block.module, dense, (entered, *args), kwargs))
         given = entered if order_E is None else entered[..., order_E]
         output = hidden_of(functional_call(block.module, other, (given, *args), kwargs))
@@ -58,7 +61,7 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
 
     part = None if streams.inseparable(block, 0) else slice(0, 1)
     with full_precision():
-        streams.run(block, 0, device, part, call)
+        streams.run(block, 0, device, part, call, looks=True)
     error_E, change_E = (each.square().mean(dim=0) for each in found)
     # Channel by channel: a few of them are much larger than all others.
     return bool((error_E <= TOLERANCE**2 * change_E).all())
