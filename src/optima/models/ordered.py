@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from optima.errors import ModelError
+
+if TYPE_CHECKING:  # optima pack, which reads these names, does not wait for torch
+    from torch import nn
 
 ORDERING_NAME = "ordering.json"
 _MARK = "optima_orders"  # of a model in memory, what the file would hold
