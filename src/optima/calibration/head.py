@@ -109,7 +109,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
-    whole = streams.whole or inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
+    whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
     parts = streams.halving.over(samples, back, whole)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

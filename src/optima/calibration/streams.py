@@ -98,8 +98,10 @@ class Streams:
     def inseparable(self, block: Block, batch: int) -> str:
         """Why a batch cannot be taken apart into samples when it enters ``block``; empty if it can."""
         samples = self.sizes[batch][0]
-        if samples == 1 or self.whole:
-            return self.whole if samples > 1 else ""
+        if samples == 1:
+            return ""
+        if self.whole:
+            return self.whole
         if self.probe.sample_dim:
             return "the hidden states of this model are not batch first"
         given: list[Tensor] = []

@@ -232,8 +232,8 @@ def sized(
     if isinstance(calibration, Tensor):
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     if isinstance(calibration, Calibration):
-        length = calibration.longest or recipe.max_seq_length
-        recipe = replace(recipe, num_calibration_samples=calibration.size[0], max_seq_length=length)
+        length, samples = calibration.longest or recipe.max_seq_length, calibration.size[0]
+        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length, batch_size=calibration.largest)
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
     return replace(recipe, true_sequential=in_turn), replace(found, notes=(*found.notes, note)) if note else found

@@ -82,8 +82,6 @@ def check(
     length = sequence_length(structure, recipe, calibration)
     if length is not None:
         recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
-    elif isinstance(calibration, Calibration):
-        recipe = replace(recipe, batch_size=calibration.largest)
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
     recipe, found = sized(structure, recipe, found, dtype, calibration)
     if dump_layer is not None:
