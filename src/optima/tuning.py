@@ -101,7 +101,9 @@ class BlockError:
     def __call__(self, found: Tensor, target: Tensor, weight_T: Tensor | None) -> Tensor:
         """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight."""
         change_TE = (found.float() - target.float()).flatten(0, -2)
-        cost_T = ((change_TE @ self.metric_EE.to(change_TE)) * change_TE).sum(dim=-1)
+        fixed_TE = change_TE.detach()
+        pull_TE = fixed_TE @ self.metric_EE.to(fixed_TE)
+        cost_T = ((2.0 * change_TE - fixed_TE) * pull_TE).sum(dim=-1)  # M is symmetric: one product, not one more back
         return cost_T.mean() if weight_T is None else (cost_T * weight_T.to(cost_T)).mean()
 
 
@@ -231,5 +233,10 @@ def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
             keep_like = torch.zeros_like(master)  # a CPU multiplies by floats eight times as fast as by booleans
             for linear in linears:
                 linear.orient(keep_like).copy_(keeps[linear.name])
-            master.register_hook(partial(torch.mul, keep_like))
+            master.register_post_accumulate_grad_hook(partial(_mask_gradient, keep_like))
     return masters
+
+
+def _mask_gradient(keep_like: Tensor, master: Tensor) -> None:
+    assert master.grad is not None
+    master.grad.mul_(keep_like)  # in place: a step is short, and memory for another gradient is a part of it
