@@ -1,4 +1,4 @@
-"""A stand-in for the hub: as much of its HTTP interface as huggingface_hub's own client asks for to push a folder."""
+"""A stand-in for the hub: as much of its HTTP interface as huggingface_hub's own client asks for to push and read."""
 
 from __future__ import annotations
 
@@ -45,12 +45,21 @@ class _Handler(BaseHTTPRequestHandler):
             if files is None:
                 self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             elif "/tree/" in path:
-                self._answer([{"type": "file", "path": name, "size": 1, "oid": "1"} for name in files])
+                below = path.partition("/tree/")[2].partition("/")[2]
+                found = [
+                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                    for name, content in files.items()
+                    if name.startswith(f"{below}/" if below else "")
+                ]
+                self._answer(found) if found else self._missing()
             else:
                 siblings = [{"rfilename": name} for name in files]
                 self._answer({"id": repo, "sha": COMMIT, "siblings": siblings, "private": repo in self.server.private})
+        elif "/resolve/" in path:
+            repo, _, rest = path[1:].partition("/resolve/")
+            self._file(self.server.repos.get(repo, {}).get(rest.partition("/")[2]))
         else:
-            self._answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+            self._missing()
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -58,7 +67,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body, path = self._body(), self.path.partition("?")[0]
         if path == "/api/validate-yaml":
-            self._answer({"errors": [], "warnings": []})
+            wrong = b"base_model: /" in body
+            errors = [{"message": "base_model is no id"}] if wrong else []
+            self._answer({"errors": errors, "warnings": []}, 400 if wrong else 200)
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked.get('organization') or OWNER}/{asked['name']}"
@@ -83,6 +94,16 @@ class _Handler(BaseHTTPRequestHandler):
             self._commit("/".join(path.split("/")[3:5]), [json.loads(line) for line in body.splitlines()])
         else:
             self._answer({"error": f"the stand-in knows no {path}"}, 500)
+
+    def _missing(self) -> None:
+        self._answer({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+
+    def _file(self, content: bytes | None) -> None:
+        if content is None:
+            self._missing()
+        else:
+            headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self._answer(content, 200, headers)
 
     def do_PUT(self) -> None:
         body = self._body()
@@ -118,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         known = [f"Bearer {token}" for token in (TOKEN, READER)]
         if self.headers.get("Authorization") not in known and not self.path.startswith("/blob/"):
             value, status, headers = {"error": "Invalid credentials"}, 401, {}
-        content = json.dumps(value).encode()
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         for name, text in (headers or {}).items():
             self.send_header(name, text)

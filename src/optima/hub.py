@@ -97,3 +97,6 @@ def _explained(repo: str) -> Iterator[None]:
             f"the hub cannot be pushed to ({repo}): {text}. Log in with hf auth login or set HF_TOKEN to a token that "
             "may write, and see that you are online"
         ) from error
+    except ValueError as error:  # of the head of README.md, which the hub checks first
+        text = " ".join(str(error).split())
+        raise ModelError(f"the hub refuses {repo} ({text}): correct it, then optima push") from error

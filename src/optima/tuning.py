@@ -217,7 +217,10 @@ def size_of(master: Tensor) -> float:
 
 
 def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what is tuned, in float32 at least, by name: pruned weights, and vectors such as norms and biases."""
+    """Copies of what is tuned, in float32 at least, by name: pruned weights, and vectors such as norms and biases.
+
+    But for those of other blocks too, whose dense outputs would change as well.
+    """
     pruned: defaultdict[int, list[Linear]] = defaultdict(list)  # one parameter may hold many experts
     for linear in block.linears:
         if linear.name in keeps:
@@ -225,7 +228,7 @@ def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
     masters = {}
     for name, parameter in block.module.named_parameters():
         linears = pruned.get(id(parameter), [])
-        if not linears and (parameter.ndim != 1 or not parameter.is_floating_point()):
+        if not linears and (name in block.common or parameter.ndim != 1 or not parameter.is_floating_point()):
             continue
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         master = masters[name] = parameter.detach().to(dtype, copy=True).requires_grad_(True)

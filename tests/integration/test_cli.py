@@ -465,6 +465,10 @@ class TestDemo:
         assert "is no earlier output: remove it, or choose another --output-dir" in capsys.readouterr().err
         assert snapshot(root) == before
 
+    def test_a_place_that_cannot_be_written(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["demo", "--output-dir", str(root / "text.txt")]) == 2
+        assert "text.txt failed" in capsys.readouterr().err
+
 
 class TestHelp:
     def test_module(self) -> None:

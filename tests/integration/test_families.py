@@ -138,6 +138,20 @@ def test_blocks_that_share_weights_can_be_pruned_around_them() -> None:
     assert any("shared_transformer.self_attn.q_proj (2 places)" in note for note in report.run.notes)
 
 
+def test_what_blocks_share_is_not_tuned(tmp_path: Path) -> None:
+    """Tuned in one of them it would change the dense outputs of the other, and the file can hold one only."""
+    model = build("zamba2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = Recipe(ignore=["shared_transformer"], tuning_epochs=2)
+    report = prune(model, recipe, output_dir=tmp_path / "out", calibration=make_ids())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert not [name for name in changed if "shared_transformer" in name]
+    assert [name for name in changed if name.endswith("norm.weight")]
+    assert any(linear.tuned for linear in report.linears if linear.block == 1)
+    written = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in model.state_dict().items())
+
+
 def test_sounds_and_their_words(tmp_path: Path) -> None:
     model = build("whisper")
     torch.manual_seed(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -106,6 +107,15 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(
     assert found.stderr.count("\n") == 1
     assert not (place / "never").exists()
     assert hub.repos["team/dense"]["model.safetensors"] == b"dense"
+
+
+def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Push, place: Path) -> None:
+    shutil.copytree(place / "out", place / "edited")
+    (place / "edited" / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
+    found = optima("push", "edited", "x")
+    assert found.returncode == 2, found.stderr
+    assert "base_model is no id" in found.stderr
+    assert found.stderr.count("\n") == 1
 
 
 def test_what_is_no_output(optima: Push) -> None:

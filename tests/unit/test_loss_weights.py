@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES, build, make_ids
 from layers import layer_of, make_layer
 from tiny import VOCAB, make_bert, make_llama, make_tokens
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
 from optima.calibration.head import label_gradient
 from optima.calibration.loss_weights import loss_weights
-from optima.calibration.swept import swept_share
+from optima.calibration.store import Store
+from optima.calibration.swept import Draws, swept_share
 from optima.calibration.tempering import LossWeights
+from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
@@ -150,6 +153,31 @@ def test_an_encoder_is_weighed_by_its_hidden_states() -> None:
     found, _ = sweep(make_bert().eval())
     assert found.loss == "the square of the change of the last hidden states"
     assert all(bool(row_O.any()) for row_O in found.rows.values())
+
+
+def test_a_model_for_pretraining_is_weighed_by_its_words() -> None:
+    torch.manual_seed(0)
+    model = BertForPreTraining(make_bert().config).eval()
+    report = prune(model, Recipe(pattern=["2:4"]), calibration=make_tokens())
+    assert report.run.recipe["objective"] == "loss"
+    assert not [note for note in report.run.notes if "sink" in note]
+
+
+def test_what_tuning_needs_keeps_to_the_budget(tmp_path: Path) -> None:
+    model = make_llama(hidden_size=128)
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    store = Store(0, tmp_path)
+    streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True, store=store)
+    before = store.mapped
+    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=3, residual=True)
+    assert store.mapped - before == sum(4 * metric_EE.numel() for metric_EE in found.residual.values()) > 0
+
+
+def test_labels_are_passed_over_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = torch.rand(50, generator=torch.Generator().manual_seed(7))[40:]
+    monkeypatch.setattr("optima.calibration.swept.AT_ONCE", 9)
+    draws = Draws([10, 30, 10], ALONE, seed=7)
+    assert torch.equal(torch.rand(10, generator=draws.of(2)), expected)
 
 
 def test_blocks_that_are_not_pruned_carry_gradients() -> None:

@@ -24,7 +24,7 @@ from optima.reporting.record import (
     library_versions,
     load_report,
 )
-from optima.reporting.summary import render_summary
+from optima.reporting.summary import duration, num_bytes, render_summary
 
 
 def section(text: str, title: str) -> list[str]:
@@ -466,3 +466,10 @@ def test_tuning_says_what_it_won_and_what_is_no_longer_certified() -> None:
     assert "Tuned: 1 of 2 blocks are closer to the dense ones on held-out sequences (cost -50.0% on average)" in text
     assert "errors and gaps of 1 linears are from before it" in text
     assert "As written" not in text, "of what tuning moved it is not known"
+
+
+def test_times_and_sizes_are_rounded_within_their_unit() -> None:
+    times = {59.94: "59.9 s", 59.97: "1 min 0 s", 119.6: "2 min 0 s", 61.4: "1 min 1 s", 3599.7: "1 h 0 min"}
+    assert {seconds: duration(seconds) for seconds in times} == times
+    assert num_bytes(2**30 - 1) == "1.00 GiB"
+    assert num_bytes(1000 * 2**20) == "1000 MiB"

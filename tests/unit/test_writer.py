@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from tiny import blocks_of, load_weights, make_bert, make_llama, make_tokenizer, make_tokens, save_model
 from transformers import PreTrainedModel
@@ -240,6 +241,13 @@ class TestCompanions:
         (source / "README.md").write_text("---\nlicense: mit\ntags: [a]\nmodel-index: x\n---\nthe dense model")
         assert "README.md" in self.copied(source)
         assert (source.parent / "out" / "README.md").read_text() == "---\nlicense: mit\ntags:\n- a\n---\n"
+
+    def test_card_data_that_the_hub_would_refuse(self, source: Path) -> None:
+        head = f"language: [en, no]\nbase_model: {source}\ntags: [a, 5]\npipeline_tag: x"
+        (source / "README.md").write_text(f"---\n{head}\n---\n")
+        self.copied(source)
+        card = metadata_load(source.parent / "out" / "README.md")
+        assert card == {"tags": ["a"], "language": ["en", "no"], "pipeline_tag": "x"}
 
     def test_card_that_cannot_be_read(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
         (source / "README.md").write_text("---\na: [\n---\n")

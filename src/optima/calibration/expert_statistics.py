@@ -165,8 +165,8 @@ class _Everything:
             hidden_TD, weight_T = hidden_TD[used_T], weight_T.to(device)[used_T]
             with clock("hessian"), full_precision():
                 _accumulate(accumulator, hidden_TD, weight_T, recorded.experts.name)
-            sample.append(sampled(hidden_TD, before, step))
-            sample_weights.append(sampled(weight_T, before, step))
+            sample.append(sampled(hidden_TD, before, step).clone())  # a view would hold the whole batch
+            sample_weights.append(sampled(weight_T, before, step).clone())
             before += len(hidden_TD)
         every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
         self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))

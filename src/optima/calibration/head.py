@@ -102,7 +102,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
                 drawn_BC = drawn_BL[part, start : start + step]
                 if sliced:
                     options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-                logits_TV = forward(model, rows, **options).logits.flatten(0, -2)
+                logits_TV = _logits(forward(model, rows, **options)).flatten(0, -2)
                 if not logits_TV.requires_grad:
                     raise NotDifferentiableError("its words do not depend on its last block by a gradient")
                 logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
@@ -112,6 +112,14 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
     parts = streams.halving.over(samples, back, whole)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _logits(returned: Any) -> Tensor:
+    """Of words; a model for pretraining has those of another head beside them."""
+    for name in ("logits", "prediction_logits"):
+        if isinstance(found := getattr(returned, name, None), Tensor):
+            return found
+    raise NotDifferentiableError("it returns no logits of words")
 
 
 def _unlabelled(model: PreTrainedModel, given: Batch) -> Batch | None:

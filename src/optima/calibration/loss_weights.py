@@ -105,9 +105,9 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         own_O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
         found.rows[name] = (ranks.total(own_O) / tokens).float()
     for name, shape in _union(residual for _, _, _, residual in known).items():
-        found.residual[name] = ranks.total(found.residual.get(name, torch.zeros(shape)), 0) / tokens
-    if not ranks.first:  # only the first tunes blocks
-        found.residual.clear()
+        total_EE = ranks.total(found.residual.pop(name, torch.zeros(shape)), 0)
+        if ranks.first:  # which tunes blocks
+            found.residual[name] = streams.store.keep(total_EE / tokens)
 
 
 Named = TypeVar("Named")

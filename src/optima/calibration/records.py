@@ -12,10 +12,12 @@ from typing import Any
 from datasets import load_dataset, load_dataset_builder
 from datasets.exceptions import DatasetsError
 
+from optima.models.failures import HUB_FAILURES
+
 SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of the datasets library
 # What the library and reading its records raise for a bad name, network, split, configuration or file.
-READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
+READ_ERRORS = (OSError, ValueError, RuntimeError, ImportError, DatasetsError, *HUB_FAILURES)
 
 
 def hub_records(

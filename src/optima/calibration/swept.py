@@ -22,6 +22,8 @@ from optima.distributed import Ranks
 LEAST_TOKENS = 8192
 # What leaves the last block of equal tokens differs by less, relative to its norm, unless it depends on the text.
 ALIKE = 0.05
+# Numbers that are drawn to be passed over, at a time.
+AT_ONCE = 2**24
 
 
 def swept_share(share: float, tokens: int) -> float:
@@ -86,7 +88,9 @@ class Draws:
 
     def of(self, batch: int) -> torch.Generator:
         """For the numbers of a batch, all of which are drawn; batches come in their order."""
-        torch.rand(self._left + sum(self._counts[self._next : batch]), generator=self._generator)
+        passed = self._left + sum(self._counts[self._next : batch])
+        for start in range(0, passed, AT_ONCE):
+            torch.rand(min(passed - start, AT_ONCE), generator=self._generator)
         self._left, self._next = 0, batch + 1
         return self._generator
 

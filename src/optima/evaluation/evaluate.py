@@ -159,7 +159,8 @@ def _measure(
     watch: Watch,
 ) -> tuple[ModelRecord, Tensor | None]:
     """The record of one model, and its loss on each window."""
-    device = find_device(settings.device)
+    device, source = find_device(settings.device), subject.source
+    revision, hashed = commit_of(source), fingerprint(source)
     started = time.perf_counter()
     tokens_NL, loss_N, found = subject.tokens_NL, None, None
     if tokens_NL is not None:
@@ -174,11 +175,11 @@ def _measure(
         model.to(device)  # type: ignore[arg-type]
         size = settings.batch_size or CHOICES
         answers = zero_shot(model, subject.tokenizer, tasks, limit=settings.task_limit, batch_size=size)
-    source, seconds = subject.source, time.perf_counter() - started
+    seconds = time.perf_counter() - started
     record = ModelRecord(
         model=source.name,
-        revision=commit_of(source),
-        fingerprint=fingerprint(source),
+        revision=revision,
+        fingerprint=hashed,
         dtype=str(model.dtype).removeprefix("torch."),
         seconds=seconds,
         perplexity=None if tokens_NL is None or loss_N is None else _perplexity(tokens_NL, loss_N, settings.protocol),

@@ -17,6 +17,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import metadata_load, metadata_save, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedTokenizerBase
 
 from optima.models.files import explain_write_errors
@@ -117,7 +119,15 @@ def _is_there(code: object, directory: Path) -> bool:
 
 
 def _fetch(source: Source, patterns: list[str]) -> Path:
-    return source.local or Path(snapshot_download(source.path, allow_patterns=patterns, **source.of_hub))
+    if source.local:
+        return source.local
+    try:
+        return Path(snapshot_download(source.path, allow_patterns=patterns, **source.of_hub))
+    except LocalEntryNotFoundError as error:  # newer releases of the library say where the part is that they have
+        if not (found := getattr(error, "snapshot_path", None)):
+            raise
+        _logger.warning("some files beside the weights of %s are not copied: %s", source.name, error)
+        return Path(found)
 
 
 def _copy(origin: Path, below: str, patterns: Iterable[str], directory: Path) -> None:
@@ -164,4 +174,24 @@ def _card(file: Path) -> dict[str, Any]:
     except (ValueError, yaml.YAMLError) as error:
         _logger.warning("the head of %s cannot be read (%s): no card data is passed on", file, error)
         return {}
-    return {key: found[key] for key in CARD_KEYS if key in found}
+    card = {key: found[key] for key in CARD_KEYS if key in found}
+    if "language" in card:  # what YAML 1.1 makes of no, Norwegian
+        card["language"] = ["no" if each is False else each for each in _listed(card["language"])]
+    if "tags" in card:
+        card["tags"] = [tag for tag in _listed(card["tags"]) if isinstance(tag, str)]
+    if "base_model" in card:
+        card["base_model"] = [name for name in _listed(card["base_model"]) if _on_hub(name)]
+    return {key: value for key, value in card.items() if value not in (None, [])}
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _on_hub(name: Any) -> bool:
+    """Whether the hub takes it for a model: trainers write down directories of their machine."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()

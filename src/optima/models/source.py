@@ -258,10 +258,22 @@ def load_whole(source: Source, dtype: str) -> tuple[PreTrainedModel, frozenset[s
     )
     kind = model_class(config, source)
     with explain_read_errors(source, "weights"):
+        _check_hub(source, config)
         model, loading = kind.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **arguments)
     assert isinstance(model, PreTrainedModel)
     check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
     return model.eval(), frozenset(loading["missing_keys"])
+
+
+def _check_hub(source: Source, config: PretrainedConfig) -> None:
+    """transformers would load what others propose as a conversion of pickle files."""
+    if source.local or source.gguf_file or getattr(config, "transformers_weights", None):
+        return
+    if not find_file(source, WEIGHTS) and not find_file(source, INDEX):
+        raise ModelError(
+            f"{source.name} has neither {WEIGHTS} nor {INDEX}, and pickle files can run any code when opened: convert "
+            "them to safetensors first (load with torch and save with model.save_pretrained), or check the network"
+        )
 
 
 def check_complete(source: Source, model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
@@ -376,4 +388,5 @@ def fingerprint_files(files: Iterable[Path]) -> str:
 def _directory(source: Source) -> Path:
     if source.local:
         return Path(source.path).resolve()
-    return Path(snapshot_download(source.path, local_files_only=True, **source.of_hub))
+    one = source.gguf_file or "config.json"  # the cache need not have all of the repository
+    return Path(snapshot_download(source.path, allow_patterns=one, local_files_only=True, **source.of_hub))

@@ -124,6 +124,7 @@ class Block:
         routers: names of the linears that send tokens to experts, or weigh an expert's output.
         left: linears that ``select_linears`` left out.
         shared: of the linears whose weight is also another parameter of the model, that one's name.
+        common: names, inside the module, of parameters that are outside it too.
     """
 
     stack: str
@@ -134,6 +135,7 @@ class Block:
     routers: frozenset[str] = frozenset()
     left: tuple[Linear, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
+    common: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,12 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
         pairs = ((linear.name, other) for linear in linears for other in owners[_memory(linear.parameter)])
         # An expert's parameter is called like all of them.
         shared = {linear: other for linear, other in pairs if other not in (linear, linear.rpartition(".")[0])}
-        blocks.append(Block(name, index, prefix, module, linears, routers, shared=shared))
+        common = frozenset(
+            inner
+            for inner, parameter in module.named_parameters()
+            if not all(f"{other}.".startswith(f"{prefix}.") for other in owners[_memory(parameter)])
+        )
+        blocks.append(Block(name, index, prefix, module, linears, routers, shared=shared, common=common))
     return Stack(name, tuple(blocks), part)
 
 

@@ -223,14 +223,16 @@ def change(before: float, after: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time in words."""
-    minutes, seconds = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
 def num_bytes(count: int) -> str:
     """A size in words."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+    return f"{count / 2**30:.2f} GiB" if round(count / 2**20) >= 1024 else f"{count / 2**20:.0f} MiB"
 
 
 def code(name: str) -> str:

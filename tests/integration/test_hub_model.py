@@ -1,0 +1,104 @@
+"""Models that live on the hub: the command line against a stand-in hub, each test from an empty cache."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from standin_hub import COMMIT, TOKEN, StandInHub
+from tiny import make_llama, prune_arguments, save_model, save_text
+
+from optima.reporting.record import load_report
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+MODEL = "team/model"
+WANDA = ("--selector", "wanda", "--solver", "none", "--objective", "plain")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Of a model with its weights in several files, as the hub holds it."""
+    directory = save_model(tmp_path_factory.mktemp("hub") / "model")
+    make_llama().save_pretrained(directory, max_shard_size="40KB")
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    more = {".gitattributes": b"*.safetensors", "README.md": b"---\nlicense: mit\n---\n", "LICENSE": b"terms"}
+    return {path.name: path.read_bytes() for path in directory.iterdir()} | more
+
+
+@pytest.fixture
+def hub(files: dict[str, bytes]) -> Iterator[StandInHub]:
+    with StandInHub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        server.repos[MODEL] = dict(files)
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def optima(hub: StandInHub, tmp_path: Path) -> Run:
+    """Run the command in a process of its own: this one is offline for good."""
+    save_text(tmp_path / "text.txt")
+
+    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path / "home"),
+        } | settings  # fmt: skip
+        command = [sys.executable, "-m", "optima", *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+    return run
+
+
+def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> None:
+    """What a run leaves in the cache is a part of the repository, and enough for the next."""
+    for output in ("first", "second"):
+        found = optima(*prune_arguments(*WANDA, "--output-dir", output, model=MODEL))
+        assert found.returncode == 0, found.stderr
+    first, second = (load_report(tmp_path / output).run for output in ("first", "second"))
+    assert first.model_revision == COMMIT
+    assert first.model_fingerprint == second.model_fingerprint
+    assert (tmp_path / "first" / "LICENSE").read_bytes() == b"terms"
+    measured = ("eval", MODEL, "second", "--dataset", "text.txt", "--max-seq-length", "16")
+    found = optima(*measured)
+    assert found.returncode == 0, found.stderr
+    found = optima(*measured, HF_HUB_OFFLINE="1")
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
+    """A cache filled by name lacks the licence: what is not there is not copied."""
+    wanted = ["*.json", "*.safetensors"]
+    code = f"import huggingface_hub; huggingface_hub.snapshot_download({MODEL!r}, allow_patterns={wanted})"
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    found = optima(*prune_arguments(*WANDA, model=MODEL), HF_HUB_OFFLINE="1")
+    assert found.returncode == 0, found.stderr
+    assert not (tmp_path / "out" / "LICENSE").exists()
+    assert "LICENSE" in found.stderr
+
+
+def test_pickles_are_refused(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
+    """transformers would look for a conversion that others proposed."""
+    repo = {name: content for name, content in hub.repos[MODEL].items() if "safetensors" not in name}
+    torch.save(make_llama().state_dict(), tmp_path / "pytorch_model.bin")
+    hub.repos[MODEL] = repo | {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
+    found = optima(*prune_arguments(*WANDA, model=MODEL))
+    assert found.returncode == 2
+    assert "has neither model.safetensors nor model.safetensors.index.json, and pickle files" in found.stderr
+
+
+def test_a_proxy_that_refuses_is_one_error(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
+    save_model(tmp_path / "model")
+    arguments = prune_arguments(*WANDA, "--dataset", "team/text")
+    found = optima(*arguments, HF_ENDPOINT="https://hub.invalid", HTTPS_PROXY=hub.url, https_proxy=hub.url)
+    assert found.returncode == 2, found.stderr
+    assert "dataset 'team/text'" in found.stderr
+    assert "and the network" in found.stderr
