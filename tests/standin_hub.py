@@ -5,15 +5,21 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
+from collections.abc import Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 TOKEN, READER, OWNER = "hf_standin", "hf_reader", "somebody"
 COMMIT = "0" * 40
 
 
 class StandInHub(ThreadingHTTPServer):
-    """Serves on a free port of this machine; ``repos`` holds the files of each repository, ``private`` those names."""
+    """Serves on a free port of this machine; ``repos`` holds the files of each repository, ``private`` those names.
+
+    Data sets are called ``datasets/owner/name``.
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -25,6 +31,24 @@ class StandInHub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+def _repo(path: str) -> str:
+    """Of an address of the interface: ``/api/models/owner/name/...``."""
+    kind, repo = path.split("/")[2], "/".join(path.split("/")[3:5])
+    return repo if kind == "models" else f"{kind}/{repo}"
+
+
+def _listed(files: dict[str, bytes], names: Iterable[str]) -> list[dict[str, Any]]:
+    """Files, and the directories among ``names``."""
+    found: list[dict[str, Any]] = []
+    for name in names:
+        if name in files:
+            oid = hashlib.sha1(files[name]).hexdigest()
+            found.append({"type": "file", "path": name, "size": len(files[name]), "oid": oid})
+        elif any(file.startswith(f"{name}/") for file in files):
+            found.append({"type": "directory", "path": name, "oid": "0"})
+    return found
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -39,25 +63,24 @@ class _Handler(BaseHTTPRequestHandler):
             role = "read" if READER in self.headers.get("Authorization", "") else "write"
             auth = {"accessToken": {"role": role}}
             self._answer({"type": "user", "name": OWNER, "orgs": [{"name": "team"}], "auth": auth})
-        elif path.startswith("/api/models/"):
-            repo = "/".join(path.split("/")[3:5])
+        elif path.startswith(("/api/models/", "/api/datasets/")):
+            repo = _repo(path)
             files = self.server.repos.get(repo)
             if files is None:
                 self._answer({"error": "Repository not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             elif "/tree/" in path:
                 below = path.partition("/tree/")[2].partition("/")[2]
-                found = [
-                    {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-                    for name, content in files.items()
-                    if name.startswith(f"{below}/" if below else "")
-                ]
-                self._answer(found) if found else self._missing()
+                start = f"{below}/" if below else ""
+                names = [name for name in files if name.startswith(start)]
+                if "recursive=false" in self.path.lower():
+                    names = list(dict.fromkeys(start + name.removeprefix(start).partition("/")[0] for name in names))
+                self._answer(_listed(files, names)) if names else self._missing()
             else:
                 siblings = [{"rfilename": name} for name in files]
                 self._answer({"id": repo, "sha": COMMIT, "siblings": siblings, "private": repo in self.server.private})
         elif "/resolve/" in path:
             repo, _, rest = path[1:].partition("/resolve/")
-            self._file(self.server.repos.get(repo, {}).get(rest.partition("/")[2]))
+            self._file(self.server.repos.get(repo, {}).get(unquote(rest.partition("/")[2])))
         else:
             self._missing()
 
@@ -70,6 +93,8 @@ class _Handler(BaseHTTPRequestHandler):
             wrong = b"base_model: /" in body
             errors = [{"message": "base_model is no id"}] if wrong else []
             self._answer({"errors": errors, "warnings": []}, 400 if wrong else 200)
+        elif "/paths-info/" in path:
+            self._answer(_listed(self.server.repos[_repo(path)], parse_qs(body.decode()).get("paths", [])))
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked.get('organization') or OWNER}/{asked['name']}"
@@ -91,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             self._answer({"transfer": "basic", "objects": objects})
         elif "/commit/" in path:
-            self._commit("/".join(path.split("/")[3:5]), [json.loads(line) for line in body.splitlines()])
+            self._commit(_repo(path), [json.loads(line) for line in body.splitlines()])
         else:
             self._answer({"error": f"the stand-in knows no {path}"}, 500)
 
@@ -103,7 +128,12 @@ class _Handler(BaseHTTPRequestHandler):
             self._missing()
         else:
             headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
-            self._answer(content, 200, headers)
+            asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            first, last = (int(number) if number else None for number in asked.groups()) if asked else (0, None)
+            part = content[first : None if last is None else last + 1]
+            if asked:
+                headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{len(content)}"
+            self._answer(part, 206 if asked else 200, headers)
 
     def do_PUT(self) -> None:
         body = self._body()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import subprocess
 import sys
@@ -11,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from standin_hub import COMMIT, TOKEN, StandInHub
-from tiny import make_llama, prune_arguments, save_model, save_text
+from tiny import LINES, make_llama, prune_arguments, save_model, save_text
 
 from optima.reporting.record import load_report
 
@@ -65,10 +68,7 @@ def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> No
     assert first.model_revision == COMMIT
     assert first.model_fingerprint == second.model_fingerprint
     assert (tmp_path / "first" / "LICENSE").read_bytes() == b"terms"
-    measured = ("eval", MODEL, "second", "--dataset", "text.txt", "--max-seq-length", "16")
-    found = optima(*measured)
-    assert found.returncode == 0, found.stderr
-    found = optima(*measured, HF_HUB_OFFLINE="1")
+    found = optima("eval", MODEL, "second", "--dataset", "text.txt", "--max-seq-length", "16", HF_HUB_OFFLINE="1")
     assert found.returncode == 0, found.stderr
 
 
@@ -95,6 +95,23 @@ def test_pickles_are_refused(optima: Run, hub: StandInHub, tmp_path: Path) -> No
     assert "has neither model.safetensors nor model.safetensors.index.json, and pickle files" in found.stderr
 
 
+def test_the_default_text_is_read_from_the_hub(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
+    """allenai/c4 as it lies there: a configuration of compressed records, described by its README."""
+    card = {"config_name": "en", "data_files": [{"split": "train", "path": "en/c4-train.*.json.gz"}]}
+    records = "".join(json.dumps({"text": text, "url": "x"}) + "\n" for text in LINES * 30)
+    hub.repos["datasets/allenai/c4"] = {
+        "README.md": f"---\n{yaml.safe_dump({'configs': [card]})}---\n".encode(),
+        "en/c4-train.00000-of-00001.json.gz": gzip.compress(records.encode()),
+    }
+    size = ("--num-calibration-samples", "4", "--max-seq-length", "16")
+    found = optima("prune", MODEL, "--sparsity", "0.5", "--output-dir", "out", *size)
+    assert found.returncode == 0, found.stderr
+    run = load_report(tmp_path / "out").run
+    assert run.dataset_revision == COMMIT
+    assert run.num_tokens == 64
+
+
+@pytest.mark.slow
 def test_a_proxy_that_refuses_is_one_error(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
     save_model(tmp_path / "model")
     arguments = prune_arguments(*WANDA, "--dataset", "team/text")
