@@ -150,6 +150,13 @@ BART = SMALL | {
 }
 FAMILIES |= {
     "t5": ("T5ForConditionalGeneration", "T5Config", T5 | {"decoder_start_token_id": 0}),
+    "switch": (  # its experts are modules, of which a batch may not reach some
+        "SwitchTransformersForConditionalGeneration", "SwitchTransformersConfig",
+        T5 | {
+            "num_layers": 2, "num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+            "num_experts": 4, "decoder_start_token_id": 0,
+        },
+    ),
     "bart": ("BartForConditionalGeneration", "BartConfig", BART),
     "t5gemma": (
         "T5GemmaForConditionalGeneration", "T5GemmaConfig",

@@ -181,15 +181,15 @@ class Group(Ranks):
         """See ``Ranks``."""
         data, tensors = _take_apart(value)
         parts = self.gather((data, _plan(tensors)))
-        sizes = [plan[-1][0] for _, plan in parts]
-        own = _joined(tensors, max(sizes), self._device)
-        every = [torch.empty_like(own) for _ in sizes]
-        if len(own):
+        size = max(plan[-1][0] for _, plan in parts)
+        own = _joined(tensors, size, self._device)
+        flat = torch.empty(len(parts) * size, dtype=torch.uint8, device=self._device)
+        if size:
             self.gather(None)
-            with self._watched():
-                dist.all_gather(every, own, group=self._data)
+            with self._watched():  # into one tensor: for several, nccl takes as much memory again
+                dist.all_gather_into_tensor(flat, own, group=self._data)
         return [
-            value if rank == self.rank else _put_together(data, plan, every[rank], self._device)
+            value if rank == self.rank else _put_together(data, plan, flat[rank * size :], self._device)
             for rank, (data, plan) in enumerate(parts)
         ]
 

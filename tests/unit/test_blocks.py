@@ -28,6 +28,7 @@ from optima.models.stacks import (
     select_linears,
     uncovered,
 )
+from optima.names import kind
 
 LLAMA_LINEARS = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -216,6 +217,7 @@ class TestSelectLinears:
 
 
 ROUTERS = {
+    "switch": ["layer.1.mlp.router.classifier"],
     "llama4": ["feed_forward.router"],
     "phimoe": ["mlp.router"] * 3,
     "hunyuan_moe": ["mlp.gate.wg"] * 3,
@@ -243,8 +245,9 @@ def test_routers_are_left_dense_by_default(family: str) -> None:
     assert not {linear for block in dense[0].blocks for linear in block.routers} & set(names(dense[0].blocks))
     assert len(names(pruned[0].blocks)) == len(names(dense[0].blocks)) + len(expected)
     if expected:
-        assert any(f"{expected[0]} (" in note and "stays dense" in note for note in dense_notes(dense))
-        assert any(f"{expected[0]} (" in note and "as targets ask" in note for note in dense_notes(pruned))
+        told = f"{kind(expected[0])} ("
+        assert any(told in note and "stays dense" in note for note in dense_notes(dense))
+        assert any(told in note and "as targets ask" in note for note in dense_notes(pruned))
 
 
 def test_what_chooses_the_tokens_that_attention_sees_stays_dense() -> None:

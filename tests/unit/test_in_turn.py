@@ -155,6 +155,14 @@ def test_families(family: str) -> None:
     assert any("experts are calibrated together" in note for note in report.run.notes) == (family == "mixtral")
 
 
+def test_a_batch_need_not_reach_all_experts() -> None:
+    """Of those that are modules each is called by itself."""
+    recipe = replace(load_recipe("fast"), batch_size=1)
+    report = prune(build("switch"), recipe, calibration=make_ids(), progress=False)
+    assert any("experts are calibrated together" in note for note in report.run.notes)
+    assert [linear for linear in report.linears if "expert_" in linear.name and linear.sparsity == 0.5]
+
+
 def test_two_passes_where_there_is_no_room_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.memory.HELD_SHARE", 1e-9)
     one, other = make_llama(), make_llama()

@@ -52,7 +52,8 @@ class TestPatterns:
     @pytest.mark.parametrize("pattern", [HALF, NM(3, 4), NM(4, 8), NM(6, 8), Given(0.5)], ids=str)
     def test_not_two_of_four(self, pattern: Pattern) -> None:
         assert not {"torchao", "PyTorch"} & names(pattern)
-        assert "Core ML" in names(pattern)
+        assert "MACKO" in names(pattern)
+        assert ("Core ML" in names(pattern)) == (pattern.sparsity >= 0.5)
 
     def test_six_of_eight(self) -> None:
         assert "SlideSparse" in names(NM(6, 8))

@@ -24,7 +24,8 @@ PAGE = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding=
 @pytest.fixture(autouse=True)
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's two files, in the current directory."""
-    codes = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    run = re.sub(r"<!-- not run[^>]*-->\n```python\n.*?```", "", PAGE, flags=re.DOTALL)
+    codes = re.findall(r"```python\n(.*?)```", run, re.DOTALL)
     for name, code in zip(("surgeon", "settings"), codes, strict=True):
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.delitem(sys.modules, name, raising=False)

@@ -25,6 +25,7 @@ from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions, forget_missing_code
 from optima.models.files import digest, explain_write_errors, read_header, sync
 from optima.models.journal import Journal
+from optima.models.older_names import keep_older_names
 from optima.models.ordered import write_orders
 from optima.models.source import INDEX, WEIGHTS, Source
 from optima.models.weights import Resident, Weights
@@ -68,6 +69,7 @@ def prepare(
                 "correct it (model.generation_config, for example) before pruning"
             ) from error
         (saved / WEIGHTS).unlink(missing_ok=True)
+        keep_older_names(model.config, source, saved)
         forget_missing_code(saved)
         shutil.copytree(saved, directory, dirs_exist_ok=True)
 
