@@ -187,7 +187,7 @@ class Group(Ranks):
         if size:
             self.gather(None)
             with self._watched():  # into one tensor: for several, nccl takes as much memory again
-                dist.all_gather_into_tensor(flat, own, group=self._data)
+                getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(flat, own, group=self._data)
         return [
             value if rank == self.rank else _put_together(data, plan, flat[rank * size :], self._device)
             for rank, (data, plan) in enumerate(parts)

@@ -81,10 +81,33 @@ def test_of_a_model_in_memory_they_are_derived(out: Path, rope: dict[str, Any]) 
 def test_what_would_be_read_as_another_model_is_left_out(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("optima.models.older_names._derived", lambda saved: {"rope_scaling": LLAMA3})
+    monkeypatch.setattr("optima.models.older_names._with_older", lambda saved, raw: saved | {"rope_scaling": LLAMA3})
     prepare(make_llama(), None, None, out)
     assert "rope_scaling" not in written(out)
     assert "older ones read them wrongly" in caplog.text
+
+
+def test_a_flat_source_whose_text_is_written_apart(tmp_path: Path, out: Path) -> None:
+    """Qwen2.5-VL as it is published, with a longer context as its authors advise."""
+    text = {
+        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    scaling = {"type": "yarn", "mrope_section": [1, 1, 2], "factor": 4, "original_max_position_embeddings": 16}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    raw = text | {"model_type": "qwen2_5_vl", "architectures": ["Qwen2_5_VLForConditionalGeneration"]}
+    raw |= {"rope_theta": 1e6, "rope_scaling": scaling, "torch_dtype": "float32", "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").touch()
+    config = transformers.Qwen2_5_VLConfig.from_pretrained(tmp_path)
+    prepare(transformers.Qwen2_5_VLForConditionalGeneration(config), None, find_source(str(tmp_path)), out)
+    new = written(out)
+    assert "rope_theta" not in new
+    assert new["torch_dtype"] == "float32"
+    assert new["text_config"]["rope_theta"] == 1e6
+    assert new["text_config"]["rope_scaling"]["mrope_section"] == [1, 1, 2]
+    read = transformers.Qwen2_5_VLConfig.from_pretrained(out).text_config
+    assert read.rope_parameters == config.text_config.rope_parameters
 
 
 def test_without_rotary_embeddings_nothing_is_added(out: Path) -> None:

@@ -252,6 +252,11 @@ class TestCompanions:
         card = metadata_load(source.parent / "out" / "README.md")
         assert card == {"tags": ["a"], "language": ["en", "no"], "pipeline_tag": "x"}
 
+    def test_card_data_left_blank(self, source: Path) -> None:
+        (source / "README.md").write_text("---\nbase_model:\nlanguage:\ntags:\n- \nlicense: mit\n---\n")
+        self.copied(source)
+        assert metadata_load(source.parent / "out" / "README.md") == {"license": "mit"}
+
     def test_card_that_cannot_be_read(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
         (source / "README.md").write_text("---\na: [\n---\n")
         assert "README.md" not in self.copied(source)

@@ -60,7 +60,8 @@ def copy_companions(source: Source, directory: Path) -> None:
     if source.gguf_file is not None:
         return
     with explain_read_errors(source, "model"):
-        origin = _fetch(source, [*COPIED, *ANY_CASE, README, *(f"{TEMPLATES}/{pattern}" for pattern in TEMPLATE_FILES)])
+        templates = [f"{TEMPLATES}/{pattern}" for pattern in TEMPLATE_FILES]
+        origin = _fetch_known(source, [*COPIED, *ANY_CASE, README, *templates])
         if modules := _modules(origin):
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
     with explain_write_errors(directory):
@@ -119,10 +120,13 @@ def _is_there(code: object, directory: Path) -> bool:
 
 
 def _fetch(source: Source, patterns: list[str]) -> Path:
-    if source.local:
-        return source.local
+    return source.local or Path(snapshot_download(source.path, allow_patterns=patterns, **source.of_hub))
+
+
+def _fetch_known(source: Source, patterns: list[str]) -> Path:
+    """As far as the cache has them, if the hub cannot be reached: of such files few models have all."""
     try:
-        return Path(snapshot_download(source.path, allow_patterns=patterns, **source.of_hub))
+        return _fetch(source, patterns)
     except LocalEntryNotFoundError as error:  # newer releases of the library say where the part is that they have
         if not (found := getattr(error, "snapshot_path", None)):
             raise
@@ -176,9 +180,9 @@ def _card(file: Path) -> dict[str, Any]:
         return {}
     card = {key: found[key] for key in CARD_KEYS if key in found}
     if "language" in card:  # what YAML 1.1 makes of no, Norwegian
-        card["language"] = ["no" if each is False else each for each in _listed(card["language"])]
+        card["language"] = _texts("no" if each is False else each for each in _listed(card["language"]))
     if "tags" in card:
-        card["tags"] = [tag for tag in _listed(card["tags"]) if isinstance(tag, str)]
+        card["tags"] = _texts(_listed(card["tags"]))
     if "base_model" in card:
         card["base_model"] = [name for name in _listed(card["base_model"]) if _on_hub(name)]
     return {key: value for key, value in card.items() if value not in (None, [])}
@@ -188,10 +192,14 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
+def _texts(values: Iterable[Any]) -> list[str]:
+    return [value for value in values if isinstance(value, str)]
+
+
 def _on_hub(name: Any) -> bool:
     """Whether the hub takes it for a model: trainers write down directories of their machine."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists()
+    return isinstance(name, str) and not Path(name).exists()

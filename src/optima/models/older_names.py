@@ -14,58 +14,59 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from optima.models.failures import BAD_INPUT
 from optima.models.source import Source, explain_read_errors
 
 _logger = logging.getLogger("optima")
 
-ROTARY = re.compile("rope|rotary")
+ROTARY, THETA, TYPE, PARTIAL = "rope_parameters", "rope_theta", "rope_type", "partial_rotary_factor"
+OLDER = re.compile("rope|rotary")
 DTYPE, OLD_DTYPE = "dtype", "torch_dtype"
+TEXT = "text_config"
 
 
 def keep_older_names(config: PretrainedConfig, source: Source | None, directory: Path) -> None:
     """Add them to the config.json in ``directory``: as the source has them, else by what is written there.
 
-    Left out if transformers would then read another configuration.
+    Of rotary embeddings that differ between layers only the source knows the names. None are added if transformers
+    would then read another configuration.
     """
+    raw: dict[str, Any] = {}
+    if source is not None and not source.gguf_file:
+        with explain_read_errors(source, "configuration"):
+            raw = PretrainedConfig.get_config_dict(source.path, **source.of_hub)[0]
     file = directory / "config.json"
     text = file.read_text(encoding="utf-8")
     saved = json.loads(text)
-    if source is None or source.gguf_file:
-        older = _derived(saved)
-    else:
-        with explain_read_errors(source, "configuration"):
-            older = PretrainedConfig.get_config_dict(source.path, **source.of_hub)[0]
-    found = _carried(older, saved)
-    if found == saved:
+    if (found := _with_older(saved, raw)) == saved:
         return
-    before = type(config).from_pretrained(directory).to_dict()
-    file.write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    after = type(config).from_pretrained(directory).to_dict()
-    if before != {key: after.get(key) for key in before}:  # names that mean nothing there may be there
+    try:
+        before = type(config).from_pretrained(directory).to_dict()
+        file.write_text(json.dumps(found, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        after = type(config).from_pretrained(directory).to_dict()
+        same = before == {key: after.get(key) for key in before}  # names that mean nothing there may be there
+    except BAD_INPUT:
+        same = False
+    if not same:
         file.write_text(text, encoding="utf-8")
         _logger.warning("config.json has rotary embeddings as transformers 5 names them: older ones read them wrongly")
 
 
-def _carried(older: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """``saved`` with those of ``older``, in the configurations inside it too."""
+def _with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, or one inside it, with the older names beside; ``raw``: the source's own."""
     found = dict(saved)
-    for key, value in older.items():
-        if isinstance(value, dict) and isinstance(saved.get(key), dict):
-            found[key] = _carried(value, saved[key])
-        elif key == OLD_DTYPE and DTYPE in saved:
-            found[key] = saved[DTYPE]
-        elif key not in saved and ROTARY.search(key):
-            found[key] = value
+    rotary = saved.get(ROTARY)
+    if isinstance(rotary, dict) and THETA in rotary:  # all layers share it
+        scaling = {key: value for key, value in rotary.items() if key not in (THETA, PARTIAL)}
+        found |= {key: value for key, value in rotary.items() if key in (THETA, PARTIAL)}
+        if scaling.keys() - {TYPE} or scaling.get(TYPE, "default") != "default":
+            found["rope_scaling"] = scaling
+    moved = TEXT in saved and TEXT not in raw  # into a configuration of its own
+    found |= {key: value for key, value in raw.items() if key not in saved and OLDER.search(key) and not moved}
+    if OLD_DTYPE in raw and DTYPE in saved:
+        found[OLD_DTYPE] = saved[DTYPE]
+    for key, inner in saved.items():
+        if isinstance(inner, dict) and key != ROTARY:
+            own = raw.get(key)
+            found[key] = _with_older(inner, own if isinstance(own, dict) else {})
     return found
-
-
-def _derived(saved: dict[str, Any]) -> dict[str, Any]:
-    """From rotary embeddings that all layers share: others have names of their model's own."""
-    older = {key: _derived(value) for key, value in saved.items() if isinstance(value, dict)}
-    rotary = saved.get("rope_parameters")
-    if isinstance(rotary, dict) and "rope_theta" in rotary:
-        scaling = {key: value for key, value in rotary.items() if key not in ("rope_theta", "partial_rotary_factor")}
-        older |= {key: value for key, value in rotary.items() if key not in scaling}
-        if scaling.get("rope_type", "default") != "default":
-            older["rope_scaling"] = scaling
-    return older
