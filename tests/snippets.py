@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,6 +41,7 @@ WINDOW = 64  # tokens of an evaluation's window
 DOCUMENTS = [f"{LINES[i % 3]} {i} " * 20 for i in range(40)]
 UNCALLED = {("git", "clone"), ("python3", "-m"), ("hf", "download")}
 TEXTS = (".txt", ".jsonl", ".json", ".parquet")
+PACKED_MASKS = "mask_compressed.npz"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ class World:
             Path(snippet.about).write_text(snippet.text, encoding="utf-8")
             sys.modules.pop(Path(snippet.about).stem, None)
         elif snippet.language == "python":
+            if PACKED_MASKS in snippet.text:
+                self._packed_masks()
             exec(compile(snippet.text, f"line {snippet.line}", "exec"), self.namespace)
         else:
             for line in snippet.text.replace("\\\n", " ").splitlines():
@@ -207,6 +211,12 @@ class World:
     def _masks(self, file: Path) -> None:
         weights = load_weights(self.pruned)
         save_file({name: weight != 0 for name, weight in weights.items() if "_proj" in name}, file)
+
+    def _packed_masks(self) -> None:
+        """As MaskLLM publishes them."""
+        weights = load_weights(self.pruned)
+        bits = {f"{name}.mask": np.packbits(weight.numpy() != 0) for name, weight in weights.items() if "_proj" in name}
+        np.savez_compressed(PACKED_MASKS, **bits)
 
 
 class Builder:

@@ -63,7 +63,7 @@ SIZES = {
 }
 
 
-QUICK = ("solve-bound", "activation-bound", "in turn")
+QUICK = ("activation-bound", "in turn")
 
 
 @pytest.mark.parametrize(

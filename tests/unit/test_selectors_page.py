@@ -24,9 +24,7 @@ PAGE = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding=
 @pytest.fixture(autouse=True)
 def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page's two files, in the current directory."""
-    run = re.sub(r"<!-- not run[^>]*-->\n```python\n.*?```", "", PAGE, flags=re.DOTALL)
-    codes = re.findall(r"```python\n(.*?)```", run, re.DOTALL)
-    for name, code in zip(("surgeon", "settings"), codes, strict=True):
+    for name, code in re.findall(r"<!-- file: (\w+)\.py -->\n```python\n(.*?)```", PAGE, re.DOTALL):
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.chdir(tmp_path)
