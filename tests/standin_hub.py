@@ -5,14 +5,22 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterable
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
 TOKEN, READER, OWNER = "hf_standin", "hf_reader", "somebody"
 COMMIT = "0" * 40
+
+Run = Callable[..., subprocess.CompletedProcess[str]]  # ``optima`` with these arguments and environment
 
 
 class StandInHub(ThreadingHTTPServer):
@@ -31,6 +39,29 @@ class StandInHub(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+@contextmanager
+def serving() -> Iterator[StandInHub]:
+    """A hub that answers."""
+    with StandInHub() as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        yield hub
+        hub.shutdown()
+
+
+def command_with(hub: StandInHub, place: Path) -> Run:
+    """The command line in ``place``, its cache there, in processes of their own: this one is offline for good."""
+
+    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {
+            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(place / "home"),
+        } | settings  # fmt: skip
+        command = [sys.executable, "-m", "optima", *arguments]
+        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+
+    return run
 
 
 def _repo(path: str) -> str:

@@ -7,19 +7,17 @@ import json
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from standin_hub import COMMIT, TOKEN, StandInHub
+from standin_hub import COMMIT, TOKEN, Run, StandInHub, command_with, serving
 from tiny import LINES, make_llama, prune_arguments, save_model, save_text
 
 from optima.reporting.record import load_report
 
-Run = Callable[..., subprocess.CompletedProcess[str]]
 MODEL = "team/model"
 WANDA = ("--selector", "wanda", "--solver", "none", "--objective", "plain")
 
@@ -36,27 +34,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(files: dict[str, bytes]) -> Iterator[StandInHub]:
-    with StandInHub() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving() as server:
         server.repos[MODEL] = dict(files)
         yield server
-        server.shutdown()
 
 
 @pytest.fixture
 def optima(hub: StandInHub, tmp_path: Path) -> Run:
-    """Run the command in a process of its own: this one is offline for good."""
     save_text(tmp_path / "text.txt")
-
-    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(tmp_path / "home"),
-        } | settings  # fmt: skip
-        command = [sys.executable, "-m", "optima", *arguments]
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-
-    return run
+    return command_with(hub, tmp_path)
 
 
 def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> None:

@@ -4,28 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from standin_hub import OWNER, READER, TOKEN, StandInHub
+from standin_hub import OWNER, READER, Run, StandInHub, command_with, serving
 from tiny import prune_arguments, save_model, save_text
 
 from optima.cli import main
 
-Push = Callable[..., subprocess.CompletedProcess[str]]
-
 
 @pytest.fixture
 def hub() -> Iterator[StandInHub]:
-    with StandInHub() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serving() as server:
         yield server
-        server.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +35,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def optima(hub: StandInHub, place: Path) -> Push:
-    """Run the command in a process of its own: this one is offline for good."""
-
-    def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(place / "home"),
-        } | settings  # fmt: skip
-        command = [sys.executable, "-m", "optima", *arguments]
-        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
-
-    return run
+def optima(hub: StandInHub, place: Path) -> Run:
+    return command_with(hub, place)
 
 
-def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Push, place: Path) -> None:
+def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Run, place: Path) -> None:
     (place / "out" / "layers").mkdir(exist_ok=True)
     (place / "out" / "layers" / "dump.safetensors").write_bytes(b"a hessian")
     found = optima("push", "out", "sparse", "--private", "--message", "the first")
@@ -76,7 +59,7 @@ def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Pu
     assert "model-00009-of-00009.safetensors" not in hub.repos["team/sparse"]
 
 
-def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Push) -> None:
+def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
     arguments = prune_arguments("--selector", "magnitude", "--output-dir", "second")
     found = optima(*arguments, "--push-to-hub", "team/second")
     assert found.returncode == 0, found.stderr
@@ -98,7 +81,7 @@ def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Push) -> None:
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_run(
-    hub: StandInHub, optima: Push, place: Path, repo: str, settings: dict[str, str], message: str
+    hub: StandInHub, optima: Run, place: Path, repo: str, settings: dict[str, str], message: str
 ) -> None:
     hub.repos["team/dense"] = {"model.safetensors": b"dense", ".gitattributes": b""}
     found = optima(*prune_arguments("--output-dir", "never"), "--push-to-hub", repo, **settings)
@@ -109,7 +92,7 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(
     assert hub.repos["team/dense"]["model.safetensors"] == b"dense"
 
 
-def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Push, place: Path) -> None:
+def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Run, place: Path) -> None:
     shutil.copytree(place / "out", place / "edited")
     (place / "edited" / "README.md").write_text("---\nbase_model: /home/me/model\n---\n")
     found = optima("push", "edited", "x")
@@ -118,7 +101,7 @@ def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Push, place: Path)
     assert found.stderr.count("\n") == 1
 
 
-def test_what_is_no_output(optima: Push) -> None:
+def test_what_is_no_output(optima: Run) -> None:
     found = optima("push", "model", "x")
     assert found.returncode == 2
     assert "is no output of optima prune" in found.stderr
