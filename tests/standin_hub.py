@@ -50,14 +50,19 @@ def serving() -> Iterator[StandInHub]:
         hub.shutdown()
 
 
+def environment_of(hub: StandInHub, place: Path) -> dict[str, str]:
+    """Of a process that takes ``hub`` for the hub, its cache in ``place``."""
+    return os.environ | {
+        "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(place / "home"),
+    }  # fmt: skip
+
+
 def command_with(hub: StandInHub, place: Path) -> Run:
     """The command line in ``place``, its cache there, in processes of their own: this one is offline for good."""
 
     def run(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {
-            "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(place / "home"),
-        } | settings  # fmt: skip
+        environment = environment_of(hub, place) | settings
         command = [sys.executable, "-m", "optima", *arguments]
         return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from standin_hub import COMMIT, TOKEN, Run, StandInHub, command_with, serving
+from standin_hub import COMMIT, Run, StandInHub, command_with, environment_of, serving
 from tiny import LINES, make_llama, prune_arguments, save_model, save_text
 
 from optima.reporting.record import load_report
@@ -62,9 +61,7 @@ def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHu
     """A cache filled by name lacks the licence: what is not there is not copied."""
     wanted = ["*.json", "*.safetensors"]
     code = f"import huggingface_hub; huggingface_hub.snapshot_download({MODEL!r}, allow_patterns={wanted})"
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", code], env=environment_of(hub, tmp_path), check=True)
     found = optima(*prune_arguments(*WANDA, model=MODEL), HF_HUB_OFFLINE="1")
     assert found.returncode == 0, found.stderr
     assert not (tmp_path / "out" / "LICENSE").exists()

@@ -59,7 +59,7 @@ def _with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     if isinstance(rotary, dict) and THETA in rotary:  # all layers share it
         scaling = {key: value for key, value in rotary.items() if key not in (THETA, PARTIAL)}
         found |= {key: value for key, value in rotary.items() if key in (THETA, PARTIAL)}
-        if scaling.keys() - {TYPE} or scaling.get(TYPE, "default") != "default":
+        if scaling not in ({}, {TYPE: "default"}):
             found["rope_scaling"] = scaling
     moved = TEXT in saved and TEXT not in raw  # into a configuration of its own
     found |= {key: value for key, value in raw.items() if key not in saved and OLDER.search(key) and not moved}
