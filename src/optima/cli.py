@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 import optima
 from optima.arguments import parse, recipe_of, wants_json
+from optima.console import OwnConsole
 from optima.errors import OptimaError
 from optima.evaluation.settings import EvaluationSettings
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = Text.assemble(("optima: error:", "bold red"), " ", str(error))
         return _end(argv, 2, error, message)
     except BrokenPipeError:
-        _give_up_stdout()
+        _give_up(sys.stdout, sys.stderr)
         return 141
     except KeyboardInterrupt as error:
         return _end(argv, getattr(error, "exit_code", 130), error, Text(f"optima: {str(error) or 'interrupted'}"))
@@ -67,9 +68,10 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
     return status
 
 
-def _give_up_stdout() -> None:
-    """Python flushes stdout once more at its exit."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _give_up(*streams: TextIO) -> None:
+    """Python flushes them once more at its exit."""
+    for stream in streams:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -80,14 +82,14 @@ def _writing() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _give_up_stdout()
+        _give_up(sys.stdout)
         raise OptimaError(
             f"the standard output cannot be written ({error.strerror}): free some space, or send it elsewhere"
         ) from error
 
 
-class _Console(Console):
-    """A console for our own output alone. Nothing is markup, and who leaves a pipe gets no exit status of rich's."""
+class _Console(OwnConsole):
+    """A console for our own output alone. Nothing is markup."""
 
     def __init__(self) -> None:
         super().__init__(emoji=False, markup=False)
@@ -95,10 +97,6 @@ class _Console(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         with _writing():
             super().print(*objects, **options)
-
-    def on_broken_pipe(self) -> None:
-        """Called where the error is handled."""
-        raise
 
 
 def _say(text: str) -> None:
@@ -191,7 +189,7 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     from optima.evaluation.table import print_tables
     from optima.evaluation.watch import Watch
 
-    found = evaluate(settings, Watch(Console(stderr=True)))
+    found = evaluate(settings, Watch(OwnConsole(stderr=True)))
     try:
         files = [found.save(place) for place in places]
         cards = _update_cards(found, settings.models) if save else []

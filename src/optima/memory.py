@@ -87,18 +87,21 @@ class HostMemory:
         """An upper bound: the logits are gone before linears are worked on."""
         return self.least + max(self.work, self.by_loss)
 
-    def left(self, budget: int | None, processes: int = 1) -> int:
+    def left(self, budget: int | None, processes: int = 1, there: int = 0) -> int:
         """What remains for the activations of a process; the rest of them waits in files.
 
         Args:
-            budget: bytes that the process keeps to; None: its part of half of what is free.
+            budget: bytes that the process keeps to; None: its part of half of what is free, or of what the rest of
+                the run leaves.
             processes: that share what is free.
+            there: bytes of ``total`` that the process has taken by now.
 
         Raises:
             RecipeError: if the run takes more, activations aside.
         """
         if budget is None:
-            return int(available_memory() * FREE_SHARE / processes)
+            free = available_memory() / processes
+            return int(max(min(free * FREE_SHARE, free - (self.total - there)), 0))
         if budget < self.least:
             raise RecipeError(
                 f"memory_budget {budget / GIB:.2f} GiB is less than the {self.least / GIB:.2f} GiB that libraries "

@@ -66,10 +66,10 @@ def _advice(plan: Plan) -> list[str]:
     free = available_memory()
     if plan.host.least > free:
         lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
-    elif plan.host.total > free:
+    elif plan.host.total + min(plan.inputs_bytes, plan.left_bytes) > free:
         lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
     device = torch.device("cuda" if plan.device == "auto" else plan.device)
-    if device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
         card = torch.cuda.get_device_properties(device).total_memory
         if plan.work_bytes + plan.block_bytes > card:
             lines.append(f"the card has {_size(card)}: {REMEDY}")

@@ -61,9 +61,10 @@ def recipe_text(path: str | Path) -> str:
         _logger.warning("recipe %s is the one that ships with OPTIMA: for the file of that name say ./%s", path, path)
     try:
         return file.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         known = f"a file, or one of {', '.join(SHIPPED)}"
-        raise RecipeError(f"recipe {path} cannot be read ({error.strerror}): name {known}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise RecipeError(f"recipe {path} cannot be read ({reason}): name {known}") from error
 
 
 def describe_shipped() -> dict[str, str]:

@@ -92,63 +92,64 @@ def prune(
             is left partly pruned.
     """
     started = time.perf_counter()
-    with ExitStack() as stack:
-        ranks = stack.enter_context(joined())
-        stack.enter_context(unswitched())
-        checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
-        recipe, source, found = checked.recipe, checked.source, checked.found
-        stack.enter_context(memory_explained(checked.device))
-        run = _identity(checked, dump_layer, ranks, output_dir is not None)
-        destination = None
-        if output_dir is not None:
-            stack.enter_context(interruptible())
+    with ExitStack() as told:  # of the end when the output has its name
+        with ExitStack() as stack:
+            ranks = stack.enter_context(joined())
+            stack.enter_context(unswitched())
+            checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
+            recipe, source, found = checked.recipe, checked.source, checked.found
+            stack.enter_context(memory_explained(checked.device))
+            run = _identity(checked, dump_layer, ranks, output_dir is not None)
+            destination = None
+            if output_dir is not None:
+                stack.enter_context(interruptible())
+                if ranks.first:
+                    destination = stack.enter_context(claim(checked, output_dir, overwrite, run, resume))
+            reader = _tokenizer(checked, tokenizer)
+            shown = make_progress() if progress and ranks.first else Progress()
+            shown.reading(None if source is None else source.name)
+            network, weights, origin, text = read(checked, reader, ranks)
+            assert recipe.batch_size is not None
+            origin["processes"] = ranks.size
+            job = _job(checked, network, weights, calibration is not None)
             if ranks.first:
-                destination = stack.enter_context(claim(checked, output_dir, overwrite, run, resume))
-        reader = _tokenizer(checked, tokenizer)
-        shown = make_progress() if progress and ranks.first else Progress()
-        shown.reading(None if source is None else source.name)
-        network, weights, origin, text = read(checked, reader, ranks)
-        assert recipe.batch_size is not None
-        origin["processes"] = ranks.size
-        job = _job(checked, network, weights, calibration is not None)
-        if ranks.first:
-            job.progress = stack.enter_context(Listeners([shown, *callbacks]))
-            job.progress.begin(_start(checked, origin["model"], output_dir))
-        memory = PeakMemory(checked.device)  # before the model writes text, whole on the device
-        text = written(checked, network, reader, text, ranks, job.progress)
-        job.notes.extend(text.notes)
-        batches, alike = own_batches(text, recipe.batch_size, ranks)
-        if run:
-            run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
-            check_alike(run, ranks)
-        if output_dir is not None:
-            job.notes.extend(_object_note(run["recipe"]["selector"]))
-        if destination is not None:
-            # The writer first: it refuses to go on with what another run left, where nothing may be written then.
-            job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
-            prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
-            job.notes.extend(destination.notes)
-            if dump_layer is not None:
-                job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
-        del tokenizer, reader  # of a large vocabulary: 0.2 GB that nothing needs from here on
-        give_back_freed_memory()
-        if ranks.first:
-            dtype = None if alike else network.dtype
-            by_gradient = "gradient" in needs_of(job.methods.selector)
-            job.notes.extend(
-                _shared(describe(ranks, dtype, job.tuning is not None, by_gradient, job.writer), job.writer)
-            )
-        job.progress.notes(job.notes)
-        job.halving = Halving(checked.device)
-        job.store = store_of(checked, weights, destination, ranks)
-        _prune_stacks(network, checked, batches, job, ranks)
-        job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
-        seconds = time.perf_counter() - started + job.resumed_seconds
-        most = max(ranks.gather(memory.peak()))
-        report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
-        if job.writer is not None:
-            base = source.path if source is not None and source.local is None else None
-            job.writer.publish(lambda directory: _write_reports(checked.as_applied, report, directory, base))
+                job.progress = told.enter_context(Listeners([shown, *callbacks]))
+                job.progress.begin(_start(checked, origin["model"], output_dir))
+            memory = PeakMemory(checked.device)  # before the model writes text, whole on the device
+            text = written(checked, network, reader, text, ranks, job.progress)
+            job.notes.extend(text.notes)
+            batches, alike = own_batches(text, recipe.batch_size, ranks)
+            if run:
+                run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
+                check_alike(run, ranks)
+            if output_dir is not None:
+                job.notes.extend(_object_note(run["recipe"]["selector"]))
+            if destination is not None:
+                # The writer first: it refuses to go on with what another run left, where nothing may be written then.
+                job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
+                prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
+                job.notes.extend(destination.notes)
+                if dump_layer is not None:
+                    job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+            del tokenizer, reader  # of a large vocabulary: 0.2 GB that nothing needs from here on
+            give_back_freed_memory()
+            if ranks.first:
+                dtype = None if alike else network.dtype
+                by_gradient = "gradient" in needs_of(job.methods.selector)
+                job.notes.extend(
+                    _shared(describe(ranks, dtype, job.tuning is not None, by_gradient, job.writer), job.writer)
+                )
+            job.progress.notes(job.notes)
+            job.halving = Halving(checked.device)
+            job.store = store_of(checked, weights, destination, ranks)
+            _prune_stacks(network, checked, batches, job, ranks)
+            job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
+            seconds = time.perf_counter() - started + job.resumed_seconds
+            most = max(ranks.gather(memory.peak()))
+            report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
+            if job.writer is not None:
+                base = source.path if source is not None and source.local is None else None
+                job.writer.publish(lambda directory: _write_reports(checked.as_applied, report, directory, base))
         job.progress.end(report)
     return report
 

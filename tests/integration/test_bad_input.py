@@ -413,7 +413,7 @@ class TestOtherCommands:
             (["model", "--device", "gpu"], "unknown device 'gpu'"),
             (
                 ["model", "--dataset-revision", "v1"],
-                "--dataset-config and --dataset-revision are for data sets of the hub",
+                "--dataset-config, --split and --dataset-revision are for data sets of the hub",
             ),
             (["model", "--seed", "1"], "--seed (of the bootstrap) are for tasks"),
             (["model", "--overwrite"], "--overwrite is for what --save or --output writes"),

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -149,7 +150,19 @@ class TestCallbacks:
         diary = Diary()
         report = prune("model", recipe, output_dir="out", callbacks=[diary], resume=True)
         assert [block.resumed for block in diary.of("block")] == [True, False]
+        assert [math.isnan(block.left) for block in diary.of("block")] == [True, False], "nothing is known from replays"
         assert tuple(diary.of("linear")) == report.linears[7:]
+
+    def test_the_output_has_its_name_at_the_end(self, root: Path) -> None:
+        class Upload(Callback):
+            def on_end(self, report: Report) -> None:
+                found.append(load_report("out"))
+
+        found: list[Report] = []
+        options = {"callbacks": [Upload()], "calibration": make_tokens(), "overwrite": True}
+        (root / "out").mkdir()
+        assert found == [prune("model", RECIPE, output_dir="out", **options)]
+        assert found[1:] == [prune("model", replace(RECIPE, sparsity=0.25), output_dir="out", **options)][1:]
 
     def test_progress_can_be_left_out(self, capfd: pytest.CaptureFixture[str]) -> None:
         prune(make_llama(), RECIPE, calibration=make_tokens(), progress=False)

@@ -44,6 +44,7 @@ def optima(hub: StandInHub, tmp_path: Path) -> Run:
     return command_with(hub, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> None:
     """What a run leaves in the cache is a part of the repository, and enough for the next."""
     for output in ("first", "second"):

@@ -68,6 +68,7 @@ def test_nothing_or_the_whole(root: Path, number: signal.Signals) -> None:
     AutoModelForCausalLM.from_pretrained("whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_an_earlier_output_is_there_until_the_new_one_is(root: Path, number: signal.Signals) -> None:
     reference, delays = moments(int(number))

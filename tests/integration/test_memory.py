@@ -63,7 +63,7 @@ SIZES = {
 }
 
 
-QUICK = ("activation-bound", "in turn")
+QUICK = ("activation-bound",)
 
 
 @pytest.mark.parametrize(

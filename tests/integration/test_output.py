@@ -205,7 +205,7 @@ class TestInterrupt:
         (note,) = (note for note in optima.load_report(root / "out").run.notes if "unfinished" in note)
         assert "1 blocks done" in note
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+    @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
     def test_signal(self, root: Path, number: signal.Signals) -> None:
         save_text(root / "text.txt", TEXT * 100)
         before = snapshot(root)

@@ -73,10 +73,10 @@ def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
         ("a/b/c", {}, "is no name of a repository"),
         ("someone-else/x", {}, "is not yours: the hub knows you as somebody, team"),
         ("x", {"HF_TOKEN": "hf_wrong"}, "hf auth login"),
-        ("x", {"HF_TOKEN": ""}, "hf auth login"),
-        ("x", {"HF_TOKEN": READER}, "may only read"),
+        pytest.param("x", {"HF_TOKEN": ""}, "hf auth login", marks=pytest.mark.slow),
+        pytest.param("x", {"HF_TOKEN": READER}, "may only read", marks=pytest.mark.slow),
         ("x", {"HF_HUB_OFFLINE": "1"}, "online"),
-        ("x", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "online"),
+        pytest.param("x", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "online", marks=pytest.mark.slow),
         ("team/dense", {}, "no output of OPTIMA"),
     ],
 )

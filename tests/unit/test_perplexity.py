@@ -293,13 +293,16 @@ def test_a_long_evaluation_says_how_far_it_is() -> None:
     now, screen = 0.0, io.StringIO()
     watch = Watch(Console(file=screen), lambda: now)
     watch.model("dense", 1, 2, ["piqa"])
+    now = 100.0
+    watch.loaded()
     for done in (1, 2, 3, 4):
-        now = 10.0 * done
+        now = 100.0 + 10.0 * done
         watch.windows(done, 4)
     text = PerplexityRecord(20.0, Estimate(3.0, None), "windows", 4, 8, "")
     task = TaskRecord("piqa", 2, {"acc": Estimate(0.5, None)}, {}, "")
     watch.measured(ModelRecord("dense", None, "", "float32", 1.0, text, None, (task,)))
     watch.model("sparse", 2, 2)
+    watch.loaded()
     watch.windows(4, 4)
     assert screen.getvalue().splitlines() == [
         "measuring dense (1 of 2); tasks: piqa",

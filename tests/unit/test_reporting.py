@@ -240,6 +240,10 @@ class TestMarkdown:
         ]
         assert "Where the time went" not in render_markdown(report())
 
+    def test_seconds_of_several_processes_are_no_part_of_the_run(self) -> None:
+        assert "of it on linears" in render_markdown(report())
+        assert "of it on linears" not in render_markdown(report(processes=2))
+
     def test_where_model_and_text_came_from(self) -> None:
         text = render_markdown(report(model_revision="abc", dataset_revision="def", skipped_records=1234))
         assert "revision abc" in text
@@ -432,6 +436,24 @@ class TestProgress:
         assert "done" in text
         # Cursor-up would mean that the line wrapped.
         assert "\x1b[1A" not in text
+
+    def test_display_does_not_go_back_where_blocks_are_replayed(self) -> None:
+        screen = io.StringIO()
+        with Listeners([Progress(Console(file=screen, force_terminal=True, width=120, color_system=None))]) as shown:
+            shown.start(4, 1, done=2)
+            shown.block("a", resumed=True)
+            shown.block("b", resumed=True)
+            shown.block("c")
+        assert set(re.findall(r"(\d)/4", screen.getvalue())) == {"2", "3"}
+
+    def test_a_reader_of_stderr_that_leaves_ends_as_one_of_stdout(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Left(io.StringIO):
+            def write(self, text: str) -> int:
+                raise BrokenPipeError
+
+        monkeypatch.setattr("sys.stderr", Left())
+        with pytest.raises(BrokenPipeError):
+            run_of(make_progress())
 
     def test_interrupt_restores_the_cursor_and_does_not_claim_to_be_done(self) -> None:
         screen = io.StringIO()

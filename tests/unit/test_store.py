@@ -51,6 +51,14 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Store(0, tmp_path / "missing").keep(torch.zeros(SMALLEST_MAPPED))
 
 
+def test_without_a_budget_the_rest_of_the_run_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.memory.available_memory", lambda: 8 * GIB)
+    memory = HostMemory(weights=GIB, work=5 * GIB, by_loss=0)
+    assert memory.left(None) == 8 * GIB - memory.total
+    assert memory.left(None, there=memory.least) == 3 * GIB
+    assert memory.left(None, processes=2) == 0
+
+
 def test_what_is_left_for_activations() -> None:
     memory = HostMemory(weights=GIB, work=GIB, by_loss=2 * GIB)
     assert memory.left(8 * GIB) == 5 * GIB - LIBRARIES_BYTES

@@ -37,6 +37,7 @@ def arc(tmp_path: Path) -> Path:
 
 
 @needs_lm_eval
+@pytest.mark.slow
 def test_items_agree_with_lm_eval_run_as_it_is(arc: Path, tmp_path: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -42,6 +42,8 @@ from optima.reporting.record import library_versions
 # A whole model is on the device, and with a divergence two.
 REMEDY = "lower --batch-size, leave --divergence out, which keeps two models there, or take --device cpu"
 
+OF_HUB = ("dataset_config", "split", "dataset_revision")
+
 
 @dataclass(frozen=True)
 class _Subject:
@@ -74,6 +76,7 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
     for place, subject in enumerate(subjects, 1):
         watch.model(subject.source.name, place, len(subjects), settings.task_names)
         model = load_model(subject.source, settings.dtype)
+        watch.loaded()
         with memory_explained(device, REMEDY):
             record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
         if place < len(subjects):  # else the tables have it right away
@@ -101,8 +104,10 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     ]
     named = settings.dataset, settings.dataset_config, settings.split, settings.text_column, settings.dataset_revision
     text = TextSource(*named)
-    if settings.dataset and all(map(is_file, settings.dataset)) and any(named[place] for place in (1, 4)):
-        raise RecipeError("--dataset-config and --dataset-revision are for data sets of the hub: leave them out")
+    said = any(getattr(settings, name) != getattr(EvaluationSettings, name) for name in OF_HUB)
+    if said and settings.dataset and all(map(is_file, settings.dataset)):
+        names = "--dataset-config, --split and --dataset-revision"
+        raise RecipeError(f"{names} are for data sets of the hub: leave them out")
     subjects = []
     structures = [skeleton(source)[0] for source in sources]
     for source, structure in zip(sources, structures, strict=True):

@@ -6,6 +6,7 @@ that something was not measured, or that a standard error has too few values to 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def check_free(path: Path, overwrite: bool) -> None:
         load_evaluation(file)  # nothing else is replaced
     if not file.parent.is_dir():
         raise ModelError(f"{file.parent} is no directory: make it, or choose another place for {file.name}")
+    if not os.access(file.parent, os.W_OK):
+        raise ModelError(f"{file.parent} cannot be written to: choose another place for {file.name}")
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

@@ -33,6 +33,9 @@ class Watch:
         """Model number ``place`` of ``models`` is read, and measured then; ``tasks`` tell of no progress."""
         more = f"; tasks: {', '.join(tasks)}" if tasks else ""
         self._line(f"measuring {name} ({place} of {models}){more}")
+
+    def loaded(self) -> None:
+        """Its weights are read: what takes long begins."""
         self._began = self._told = self._clock()
 
     def measured(self, record: ModelRecord) -> None:

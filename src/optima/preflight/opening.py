@@ -196,6 +196,9 @@ def claim(
 
 def store_of(checked: Checked, weights: Weights, destination: Destination | None, ranks: Ranks) -> Store:
     """For activations, with the memory that weights and work leave; its files are beside the output if it is here."""
-    left = memory_of(checked, isinstance(weights, Streamed)).left(checked.recipe.memory_budget, ranks.here())
+    streamed = isinstance(weights, Streamed)
+    memory = memory_of(checked, streamed)
+    there = memory.least - memory.weights * streamed
+    left = memory.left(checked.recipe.memory_budget, ranks.here(), there)
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -44,7 +45,7 @@ class BlockEvent:
     done: int  # blocks of this walk that are done, this one included
     total: int  # blocks of this walk
     elapsed: float  # seconds since the walk began
-    left: float  # seconds that the other blocks will take if they are like those that this run did
+    left: float  # seconds that the others will take if they are like those that this run did; NaN before one of these
     resumed: bool = False  # an earlier run had done it
     record: BlockRecord | None = None  # what it took; None in a survey
 
@@ -137,7 +138,7 @@ class Listeners:
             self._own_began = now  # replayed blocks are quick: they say nothing of the others
         else:
             self._own += 1
-        left = (now - self._own_began) / max(self._own, 1) * (self._total - self._done)
+        left = (now - self._own_began) / self._own * (self._total - self._done) if self._own else math.nan
         event = BlockEvent(self._stage, name, self._done, self._total, now - self._began, left, resumed, record)
         for callback in self._callbacks:
             callback.on_block(event)

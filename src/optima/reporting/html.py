@@ -29,6 +29,7 @@ from optima.reporting.summary import (
     gap,
     mean,
     num_bytes,
+    on_linears,
     pattern_weights,
     run_facts,
     solved,
@@ -126,7 +127,7 @@ def _figures(report: Report) -> list[Figure]:
         ("sparsity as written", f"{report.sparsity:.2%}", f"asked {report.sparsity_asked:.2%}"),
         ("mean error", error(report.error_geomean), f"{by} from the selector’s" if by else ""),
         ("largest gap as written", certified or "–", f"{gap(report.gap_max)} before the cast" if certified else ""),
-        ("time", duration(run.seconds), f"{duration(sum(linear.seconds for linear in linears))} on linears"),
+        ("time", duration(run.seconds), on_linears(report, "on linears")),
         ("peak memory", num_bytes(run.peak_memory_bytes), run.device),
     ]
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Display
 from rich.table import Column
 
+from optima.console import OwnConsole
 from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
@@ -82,11 +83,13 @@ class Progress(Callback):
 
     def on_block(self, block: BlockEvent) -> None:
         """A block is done."""
+        if block.resumed:
+            return  # counted from the start
         if self._display is not None:
             (task,) = self._display.task_ids
             linear = "done" if block.done == block.total else "calibrating" if block.stage == "prune" else block.stage
             self._display.update(task, completed=block.done, linear=linear)
-        elif not block.resumed:
+        else:
             stage = "" if block.stage == "prune" else f"{block.stage}: "
             self._line(f"{stage}block {block.done}/{block.total}  error {self._error()}  {_times(block)}")
 
@@ -131,4 +134,4 @@ def _display(console: Console, unit: str) -> Display:
 
 def make_progress() -> Progress:
     """Progress on stderr; no colour setting of the environment makes a file or a pipe draw."""
-    return Progress(Console(stderr=True, force_interactive=None if sys.stderr.isatty() else False))
+    return Progress(OwnConsole(stderr=True, force_interactive=None if sys.stderr.isatty() else False))

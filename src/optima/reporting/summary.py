@@ -149,10 +149,15 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("calibration", ", ".join(text)),
         ("device, dtype", f"{device}, {run.dtype}"),
         ("peak memory", num_bytes(run.peak_memory_bytes)),
-        ("time", f"{duration(run.seconds)}, {duration(sum(linear.seconds for linear in linears))} of it on linears"),
+        ("time", ", ".join(filter(None, [duration(run.seconds), on_linears(report, "of it on linears")]))),
         ("finished", run.created),
     ]
     return [row for row in rows if row[1]]
+
+
+def on_linears(report: Report, what: str) -> str:
+    """The seconds of all linears, and ``what``. Nothing of several processes: theirs are no part of the run's."""
+    return f"{duration(sum(linear.seconds for linear in report.linears))} {what}" if report.run.processes == 1 else ""
 
 
 def stage_times(report: Report) -> list[tuple[str, float, float]]:

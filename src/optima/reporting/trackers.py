@@ -96,7 +96,7 @@ class Tracking(Callback):
     def on_start(self, start: RunStart) -> None:
         """The tracker's run is named after the output, or the model that stays in memory."""
         name = Path(start.output_dir or start.model).name
-        self._tracker = self._open(name, {"model": start.model, "device": start.device, **start.recipe})
+        self._tracker = self._open(name, {**start.recipe, "model": start.model, "device": start.device})
 
     def on_linear(self, linear: LinearRecord) -> None:
         """See ``Callback``."""

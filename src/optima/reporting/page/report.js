@@ -16,7 +16,8 @@ function show(x) {
   if (x === null) return "–";
   if (!Number.isFinite(x)) return Number.isNaN(x) ? "not a number" : "∞";
   if (Number.isInteger(x)) return String(x).replace(/\B(?=(\d{3})+$)/g, "\u2009");
-  if (x >= 1e-3 && x < 1e4) return x.toPrecision(3);
+  if (x >= 1e-3 && x < 999.5) return x.toPrecision(3);
+  if (x >= 999.5 && x < 1e4) return show(Math.round(x));
   const [mantissa, power] = x.toExponential(1).split("e");
   return `${mantissa}×10${power.replace("+", "").replace("-", "⁻").replace(/\d/g, (digit) => "⁰¹²³⁴⁵⁶⁷⁸⁹"[digit])}`;
 }
@@ -274,7 +275,7 @@ function drawTable({ linears }) {
     const row = make(body, "tr", { tabindex: -1 });
     for (const { title, get, text = show, exact = get } of columns) {
       const value = get(linear);
-      make(row, title === "linear" ? "th" : "td", { title: exact(linear) }, typeof value === "string" ? value : text(value, linear));
+      make(row, title === "linear" ? "th" : "td", { title: exact(linear) ?? "" }, typeof value === "string" ? value : text(value, linear));
     }
     place(row, [linear], describe(linear));
   }
