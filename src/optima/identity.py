@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import cached_property
+from pathlib import Path, PurePath
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -19,8 +22,9 @@ from optima.errors import ModelError
 from optima.models.journal import differences, shown
 from optima.models.masks import MaskFiles
 from optima.models.source import fingerprint_files
-from optima.recipe import Recipe
+from optima.recipe import SELECTOR_NAMES, Recipe
 from optima.reporting.record import library_versions
+from optima.selectors.base import Selector
 
 # Units for short numbers, which torch's name of an instruction set does not tell: products with them are other sums.
 UNITS = ("avx512_bf16", "amx_tile", "amx_fp16")
@@ -28,7 +32,9 @@ UNITS = ("avx512_bf16", "amx_tile", "amx_fp16")
 SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
-def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_layer: str | None) -> dict[str, Any]:
+def identity(
+    recipe: Recipe, selector: Selector, device: torch.device, model: PreTrainedModel, dump_layer: str | None
+) -> dict[str, Any]:
     """What is known before weights and text are read.
 
     Names of places are no part of it where the content is: the model's path is not here, ``contents`` has its weights.
@@ -36,6 +42,7 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
     Args:
         recipe: as resolved, but for a scope that nobody named, which what the loss says of rows may change. Its
             ``device`` does not count, what it leads to does.
+        selector: as built: of one that is not the package's own, settings and code count.
         device: that the linears are solved on. Its kind counts, and on a CPU the number of threads and the instruction
             set with its units for short numbers: sums in another order are other sums. Another card of the same kind
             may go on.
@@ -44,13 +51,12 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
     """
     values = recipe.to_dict()
     del values["device"], values["memory_budget"]
-    if not isinstance(recipe.selector, str):
-        values["selector"] = settings_of(recipe.selector)
     versions = library_versions()
     del versions["python"]
     config = {key: value for key, value in model.config.to_dict().items() if key not in SAVED}
     return {
         "recipe": values,
+        "selector": None if recipe.selector in SELECTOR_NAMES else _foreign(selector),
         "versions": versions,
         "device": _kind(device),
         "dump_layer": dump_layer,
@@ -64,19 +70,45 @@ def identity(recipe: Recipe, device: torch.device, model: PreTrainedModel, dump_
 def settings_of(selector: Any) -> dict[str, Any]:
     """A selector's class and public attributes, as JSON: what it was made with, and not what it keeps for itself."""
     kind = type(selector)
+    names = [*getattr(selector, "__dict__", ()), *getattr(kind, "_fields", ())]
+    for parent in reversed(kind.__mro__[:-1]):
+        slots = vars(parent).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+        names += [key for key, item in vars(parent).items() if _is_data(item)]
     settings = {
-        key: _plain(item)
-        for key, item in vars(selector).items()
+        key: _plain(getattr(selector, key))
+        for key in dict.fromkeys(names)
         # What is computed when it is first asked for is no setting.
         if not key.startswith("_") and not isinstance(getattr(kind, key, None), cached_property)
     }
     return {"class": _plain(kind), **settings}
 
 
+def _is_data(item: Any) -> bool:
+    """Whether an attribute of a class is a setting: no method, property or place of one."""
+    return not callable(item) and not hasattr(item, "__get__")
+
+
+def _foreign(selector: Selector) -> dict[str, Any]:
+    """What is known of a selector that is not the package's own; the file of its class too, if it has one."""
+    try:
+        file = Path(inspect.getsourcefile(type(selector)) or "")
+    except (TypeError, OSError):  # made where there is no file, as in a console
+        file = Path()
+    code = hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
+    return settings_of(selector) | {"code": code}
+
+
 def _plain(value: Any) -> Any:
     """Data as it is, tensors by their bytes; of other objects (a logger, a model) the class."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, PurePath | torch.dtype):
+        return str(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, Tensor):
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes_of(value)).hexdigest()}"
     if isinstance(value, Mapping):

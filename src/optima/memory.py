@@ -55,7 +55,7 @@ BYTES_PER_WEIGHT = 56
 # Of a batch's activations, how many of each linear's input and output are there at a time.
 BUFFERS = 2
 # How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
-GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 24
+GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 28
 GIB = 2**30
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048

@@ -123,7 +123,7 @@ def prune(
                 run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
                 check_alike(run, ranks)
             if output_dir is not None:
-                job.notes.extend(_object_note(run["recipe"]["selector"]))
+                job.notes.extend(_object_note(recipe, run))
             if destination is not None:
                 # The writer first: it refuses to go on with what another run left, where nothing may be written then.
                 job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
@@ -160,7 +160,8 @@ def _identity(checked: Checked, dump_layer: str | None, ranks: Ranks, written: b
     Nothing if nobody asks: of one process, unless something is ``written``.
     """
     named = checked.recipe if checked.scope_named else replace(checked.recipe, scope=None)
-    run = identity(named, checked.device, checked.structure, dump_layer) if written or ranks.size > 1 else {}
+    known = named, checked.methods.selector, checked.device, checked.structure, dump_layer
+    run = identity(*known) if written or ranks.size > 1 else {}
     check_alike(run, ranks)
     return run
 
@@ -206,11 +207,12 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
     return job
 
 
-def _object_note(selector: str | dict[str, Any]) -> list[str]:
+def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """That a recipe's file does not hold the settings of a selector, and what they are."""
-    if isinstance(selector, str):
+    if isinstance(recipe.selector, str):
         return []
-    settings = ", ".join(f"{name}={value!r}" for name, value in selector.items() if name != "class")
+    selector = run["selector"]
+    settings = ", ".join(f"{name}={value!r}" for name, value in selector.items() if name not in ("class", "code"))
     return [f"{OBJECT_NOTE}{selector['class']}({settings})"]
 
 

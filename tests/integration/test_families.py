@@ -169,6 +169,20 @@ def test_sounds_and_their_words(tmp_path: Path) -> None:
     assert torch.equal(outputs(reloaded, batches[0]), outputs(model, batches[0]))
 
 
+def test_what_a_processor_returns_is_rounded_to_the_models_dtype() -> None:
+    torch.manual_seed(1)
+    batches = [{"input_features": torch.randn(2, 8, 24), "decoder_input_ids": make_ids(2, 7)}]
+    report = prune(build("whisper").bfloat16(), Recipe(pattern=["2:4"]), calibration=batches)
+    assert report.run.dtype == "bfloat16"
+
+
+def test_a_forward_pass_that_fails_is_named() -> None:
+    model = build("t5")
+    model.get_encoder().forward = lambda *args, **kwargs: model.nothing
+    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration itself fails in transformers .*AttributeError"):
+        prune(model, Recipe(), calibration=make_ids())
+
+
 def test_the_decoder_is_calibrated_on_the_pruned_encoder() -> None:
     """With and without pruning the encoder, the decoder's masks differ; by themselves they would be the same."""
     whole, decoder = build("t5"), build("t5")

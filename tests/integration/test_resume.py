@@ -14,8 +14,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from runs import MESSAGES, Disk, finish, on_call, raising, start, stop_at_sync
@@ -25,11 +28,12 @@ from tiny import make_llama, make_tokens, prune_arguments, save_model, save_text
 import optima
 from optima.cli import main
 from optima.errors import ModelError
-from optima.identity import identity
+from optima.identity import identity, settings_of
 from optima.models.journal import Journal, read_journal
 from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.selectors.base import LinearTask, Selection
+from optima.selectors.optima import Optima
 from optima.selectors.ranking import top_scores
 
 BLOCKS = 3
@@ -465,21 +469,69 @@ class TestModelInMemory:
             run(Lot(2), resume=True)
         run(Lot(1), resume=True)
 
+    def test_only_with_the_code_that_its_selector_had(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        code = (
+            "from optima.selectors.base import Selection\nfrom optima.selectors.ranking import top_scores\n"
+            "class Last:\n    published_scope = 'row'\n    def select(self, task, pattern):\n"
+            "        return Selection(top_scores(POWER * task.weight_OD.abs(), pattern))\n"
+        )
+        (root / "surgeon.py").write_text(f"POWER = 1\n{code}")
+        arguments = prune_arguments("--selector", "surgeon:Last", "--trust-remote-code")
+        with monkeypatch.context() as patch:
+            patch.setattr(Writer, "commit", on_call(2, Writer.commit, raising(KeyboardInterrupt())))
+            assert main(arguments) == 130
+        (root / "surgeon.py").write_text(f"POWER = -1\n{code}")
+        assert main([*arguments, "--resume"]) == 2
+        assert "selector" in capsys.readouterr().err
+        (root / "surgeon.py").write_text(f"POWER = 1\n{code}")
+        assert main([*arguments, "--resume"]) == 0
+
+    def test_settings_of_any_kind_of_selector_are_told_apart(self) -> None:
+        @dataclass(slots=True)
+        class Slots:
+            path: Path
+            scores: object = None
+            published_scope = "row"
+
+        class Steps(NamedTuple):
+            count: int = 1
+
+        class Old(Lot):
+            steps = 3
+
+        class New(Lot):
+            steps = 4
+
+        pairs: list[tuple[object, object]] = [
+            (Slots(Path("a")), Slots(Path("b"))),
+            (Slots(Path("a"), np.zeros(2)), Slots(Path("a"), np.ones(2))),
+            (Slots(Path("a"), np.float32(1)), Slots(Path("a"), np.float32(2))),
+            (Slots(Path("a"), torch.float32), Slots(Path("a"), torch.float64)),
+            (Steps(), Steps(2)),
+            (Old(1), New(1)),
+        ]
+        for first, second in pairs:
+            found = [settings_of(each) | {"class": ""} for each in (first, second)]
+            assert found[0] != found[1]
+            assert json.loads(json.dumps(found)) == found
+
     def test_only_with_the_attention_that_it_had(self) -> None:
         model = make_llama()
-        found = []
+        found, recipe = [], optima.Recipe().resolved(scope="row")
         for attention in ("eager", "sdpa"):
             model.set_attn_implementation(attention)
-            found.append(identity(optima.Recipe().resolved(scope="row"), torch.device("cpu"), model, None))
+            found.append(identity(recipe, Optima(), torch.device("cpu"), model, None))
         assert {key for key in found[0] if found[0][key] != found[1][key]} == {"attention"}
 
     @pytest.mark.parametrize("unit", ["avx512_bf16", "amx_tile"])
     def test_only_with_the_units_that_it_had(self, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
         """torch calls a CPU AVX512 with and without them."""
-        found = []
+        found, recipe = [], optima.Recipe().resolved(scope="row")
         for there in (False, True):
             monkeypatch.setattr(f"torch.cpu._is_{unit}_supported", lambda there=there: there)
-            found.append(identity(optima.Recipe().resolved(scope="row"), torch.device("cpu"), make_llama(), None))
+            found.append(identity(recipe, Optima(), torch.device("cpu"), make_llama(), None))
         assert {key for key in found[0] if found[0][key] != found[1][key]} == {"device"}
 
 

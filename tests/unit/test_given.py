@@ -68,6 +68,8 @@ def test_no_more_is_read_than_asked_for() -> None:
         (iter([{"input_ids": TOKENS, "pixel_values": torch.ones(5, 3, 8, 8)}]), "holds pixel_values, which is no text"),
         ([torch.ones(2, 16)], "float32: token ids are whole"),
         ([{"input_ids": [[1, 2], [3]]}], "are no tensor .*pack the text"),
+        ([{"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]}], "are no tensor .*pack the text"),
+        ([{"input_ids": [torch.ones(2), torch.ones(2)], "attention_mask": []}], "are no tensor .*set_format"),
     ],
 )
 def test_what_does_not_fit_is_refused(calibration: Any, message: str) -> None:

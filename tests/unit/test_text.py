@@ -148,6 +148,24 @@ class TestReadDocuments:
         own = TextSource(("a.jsonl",), text_column="own")
         assert list(Documents(own, tokenizer=tokenizer)) == ["[user] hi[assistant] ho"] * 2
 
+    def test_an_empty_chat_does_not_end_those_of_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        chats = [{"messages": [] if place in (0, 3) else [{"role": "user", "content": "hi"}]} for place in range(6)]
+        monkeypatch.setattr(records_module, "hub_records", lambda *given: (chats, None))
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        documents = Documents(TextSource(("some/chats",)), tokenizer=tokenizer)
+        assert list(documents) == ["hi"] * 4
+        assert documents.skipped == 2
+
+    def test_keys_that_a_message_lacks_are_not_there(self, here: Path) -> None:
+        """Arrow gives each message of a column all keys that any of them has."""
+        message = {"role": "user", "content": "hi", "tool_calls": None}
+        (here / "a.jsonl").write_text(json.dumps({"messages": [message]}))
+        tokenizer = make_tokenizer()
+        count = "{% if 'tool_calls' in m %}{{ m.tool_calls|length }}{% endif %}"
+        tokenizer.chat_template = f"{{% for m in messages %}}{count}{{{{ m.content }}}}{{% endfor %}}"
+        assert list(Documents(TextSource(("a.jsonl",)), tokenizer=tokenizer)) == ["hi"]
+
     def test_the_beginning_that_only_a_template_writes_stays(self, here: Path) -> None:
         (here / "a.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
         tokenizer = make_tokenizer("none", bos_token="<s>")
@@ -292,6 +310,22 @@ class TestCalibrationTokens:
         whole = calibration_tokens(LINES * 9, TOKENIZERS["bos"], 4, 16)
         monkeypatch.setattr(text_module, "BATCH_DOCUMENTS", 2)
         assert torch.equal(calibration_tokens(LINES * 9, TOKENIZERS["bos"], 4, 16), whole)
+
+    def test_a_long_text_is_read_in_pieces_and_no_further_than_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        text = "\n".join(LINES * 9)
+        whole = calibration_tokens([text], TOKENIZERS["bos"], 4, 16)
+        sizes = []
+        monkeypatch.setattr(text_module, "MOST_AT_ONCE", 100)
+        counted = text_module.token_ids
+
+        def count(texts: list[str], *given: object) -> list[list[int]]:
+            sizes.append(sum(map(len, texts)))
+            return counted(texts, *given)
+
+        monkeypatch.setattr(text_module, "token_ids", count)
+        assert torch.equal(calibration_tokens([text], TOKENIZERS["bos"], 4, 16), whole)
+        assert max(sizes) < 200
+        assert sum(sizes) < len(text)
 
     def test_long_text_is_neither_truncated_nor_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
         tokenizer = make_tokenizer("bos", model_max_length=8)

@@ -77,6 +77,16 @@ def _sequences(batches: Iterator[Any], most: Callable[[int], int]) -> Tensor:
     return torch.cat(found)[: most(found[0].shape[1])]
 
 
+def _tensor(batch: Mapping[str, Any], name: str) -> Tensor:
+    try:
+        return torch.as_tensor(batch[name])
+    except (ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"the {name} of a calibration batch are no tensor ({error}): pack the text into sequences of one length, "
+            "and let a data set give tensors (dataset.set_format('torch'))"
+        ) from error
+
+
 def _tokens(batch: Any) -> Tensor:
     """The token ids of a batch, (B, L)."""
     if isinstance(batch, Mapping):
@@ -91,20 +101,14 @@ def _tokens(batch: Any) -> Tensor:
                     f"a calibration batch holds {name}, which is no text: give a list of batches as the model's "
                     "processor returns them, the first with all that the model reads"
                 )
-        if MASK in batch and not torch.as_tensor(batch[MASK]).bool().all():
+        tokens = _tensor(batch, IDS)
+        if MASK in batch and not _tensor(batch, MASK).bool().all():
             raise CalibrationError(
                 "a calibration batch is padded, and padding would count as text: pack the text into sequences of one "
                 "length, or give the documents themselves"
             )
-        batch = batch[IDS]
-    elif _wrapped(batch):
-        batch = batch[0]
-    try:
-        tokens = torch.as_tensor(batch)
-    except (ValueError, TypeError) as error:
-        raise CalibrationError(
-            f"the {IDS} of a calibration batch are no tensor ({error}): pack the text into sequences of one length"
-        ) from error
+    else:
+        tokens = _tensor({IDS: batch[0] if _wrapped(batch) else batch}, IDS)
     tokens_BL = tokens[None] if tokens.ndim == 1 else tokens
     if tokens_BL.ndim != 2 or tokens_BL.is_floating_point() or not tokens_BL.numel():
         raise CalibrationError(

@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from optima.calibration.inputs import Batch, arguments, stack_size
@@ -102,8 +103,11 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
     configs = (model.config, *(getattr(model.config, name, None) for name in ("text_config", "decoder")))
     if any(getattr(config, "use_cache", None) is not None for config in configs):
         options["use_cache"] = False  # what one block keeps would be handed to the others
+    given = {name: tensor.to(device) for name, tensor in arguments(model, batch).items()}
+    # Processors return float32, and not every model rounds it to its own dtype.
+    given |= {name: tensor.to(model.dtype) for name, tensor in given.items() if tensor.is_floating_point()}
     try:
-        return model(**{name: tensor.to(device) for name, tensor in arguments(model, batch).items()}, **options)
+        return model(**given, **options)
     except (TypeError, ValueError) as error:  # what the library raises where other inputs are missing
         what = "token ids alone" if isinstance(batch, Tensor) else "what it is given for calibration"
         raise ModelError(f"{type(model).__name__} cannot run on {what}: {error}") from error
@@ -129,7 +133,16 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
             hooks.callback(handle.remove)
             for linear in block.linears:
                 hooks.callback(linear.observe(partial(given.add, linear.name)).remove)
-        forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
+        try:
+            forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, RuntimeError) as error:
+            raise ModelError(
+                f"the forward pass of {type(model).__name__} itself fails in transformers {transformers.__version__} "
+                f"({type(error).__name__}: {error}): try another release, or another class in architectures of "
+                "config.json"
+            ) from error
     if [index for index, *_ in calls] != list(range(len(stack.blocks))):
         raise ModelError(
             f"{type(model).__name__} does not call each of {stack.blocks[0].name} .. {stack.blocks[-1].name} exactly "

@@ -164,7 +164,11 @@ class Streams:
 
     def receive(self, block: Block, batch: int, parts: Sequence[list[Tensor]]) -> None:
         """Put ``outputs`` of all parts of a batch, in order, in the place of what entered the block."""
-        hidden, *others = (_joined(each, self.sizes[batch][0]) for each in zip(*parts, strict=True))
+        states, *more = zip(*parts, strict=True)
+        hidden, others = (
+            states[0] if len(states) == 1 else torch.cat(states),
+            [_joined(each, self.sizes[batch][0]) for each in more],
+        )
         self.hidden[batch] = self.store.keep(hidden)
         for place, tensor in zip(self._wanted(block), others, strict=True):
             candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice, zip_longest
+from itertools import chain, zip_longest
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -26,7 +26,8 @@ CONFIGS = {"allenai/c4": "en"}
 
 SEPARATOR = "\n\n"
 CHAT_COLUMN = "messages"
-BATCH_DOCUMENTS = 64  # tokenised at once: enough to keep every core busy
+# Tokenised at once: enough to keep every core busy, and characters that take a gigabyte.
+BATCH_DOCUMENTS, MOST_AT_ONCE = 64, 2**22
 FILES = (".txt", ".jsonl", ".json", ".parquet")
 
 
@@ -146,7 +147,7 @@ class Documents:
             else:
                 missing += 1
                 self.skipped += 1
-                if column not in record and not is_file(name):
+                if not {column, CHAT_COLUMN} & record.keys() and not is_file(name):
                     break  # all records of a hub dataset have the same columns
         if missing and not found:
             raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {remedy}")
@@ -156,9 +157,12 @@ class Documents:
         template = None if self._tokenizer is None else self._tokenizer.chat_template
         if self._tokenizer is None or template is None:
             raise CalibrationError(
-                f"dataset {name!r} holds chats, which take a chat template: use a tokenizer that has one, or name a "
-                "column of text with --text-column"
+                f"dataset {name!r} holds chats, which take a chat template, and this tokenizer "
+                f"({type(self._tokenizer).__name__}) has none: use one that has, or name a column of text with "
+                "--text-column"
             )
+        # Arrow gives each message of a column all the keys that any of them has.
+        messages = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
         try:
             text = as_text(self._tokenizer, messages)
         except BAD_CHAT as error:
@@ -197,14 +201,39 @@ def calibration_tokens(
     needed = num_samples * text_length(special, max_seq_length)
     ids: list[int] = []
     texts = (text + SEPARATOR for text in map(_text, documents) if text.strip())
-    while len(ids) < needed and (batch := list(islice(texts, BATCH_DOCUMENTS))):
+    for batch in _batches(texts):
         ids += chain.from_iterable(token_ids(batch, tokenizer))
+        if len(ids) >= needed:
+            break
     if len(ids) < needed and not fewer:
         raise CalibrationError(
             f"the calibration text has {len(ids)} tokens, but {num_samples} samples of {max_seq_length} tokens need "
             f"{needed}: give more text, or lower --num-calibration-samples or --max-seq-length"
         )
     return pack(ids[:needed], special, max_seq_length)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts that are tokenised at once; one that is long is cut behind ends of lines, for a token takes 600 bytes."""
+    batch: list[str] = []
+    for text in texts:
+        for piece in pieces(text):
+            batch.append(piece)
+            if len(batch) == BATCH_DOCUMENTS or sum(map(len, batch)) >= MOST_AT_ONCE:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text, in pieces that end with a line if it is long: tokens at a cut may be others than in the whole."""
+    begin = 0
+    while len(text) - begin > MOST_AT_ONCE:
+        end = text.rfind("\n", begin, begin + MOST_AT_ONCE) + 1 or begin + MOST_AT_ONCE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
 
 
 def _text(document: object) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import SEPARATOR, SpecialTokens, pack, special_tokens, text_length, token_ids
+from optima.calibration.text import SEPARATOR, SpecialTokens, pack, pieces, special_tokens, text_length, token_ids
 from optima.errors import OTHER_DTYPE, CalibrationError, NumericalError, RecipeError
 from optima.evaluation.logits import batches, reading
 from optima.evaluation.watch import silent
@@ -74,8 +74,12 @@ def _beginning(documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, eno
         count = max(len(taken), FIRST_DOCUMENTS)
         more = list(rest if enough is None else islice(rest, count))
         taken += more
-        (ids,) = token_ids([SEPARATOR.join(taken)], tokenizer)
-        if enough is None or len(ids) >= enough or len(more) < count:
+        ids = list[int]()
+        for piece in pieces(SEPARATOR.join(taken)):
+            ids += token_ids([piece], tokenizer)[0]
+            if enough is not None and len(ids) >= enough:
+                return ids
+        if enough is None or len(more) < count:
             return ids
 
 

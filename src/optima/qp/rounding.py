@@ -218,7 +218,8 @@ class _Rows:
 
 def _proven(error_R: Tensor, gap_R: Tensor, floor_R: Tensor) -> tuple[Tensor, Tensor]:
     """A certificate's bound again, and what its gap is relative to: the larger of E - bound and the floor."""
-    bound_R = torch.maximum(error_R * gap_R / (1.0 + gap_R), gap_R * floor_R)
+    share_R = torch.where(gap_R.isinf(), 1.0, gap_R / (1.0 + gap_R))
+    bound_R = torch.maximum(error_R * share_R, gap_R * floor_R)
     return bound_R, torch.maximum(error_R - bound_R, floor_R)
 
 
