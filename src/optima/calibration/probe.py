@@ -105,7 +105,8 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
         options["use_cache"] = False  # what one block keeps would be handed to the others
     given = {name: tensor.to(device) for name, tensor in arguments(model, batch).items()}
     # Processors return float32, and not every model rounds it to its own dtype.
-    given |= {name: tensor.to(model.dtype) for name, tensor in given.items() if tensor.is_floating_point()}
+    own = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    given |= {name: tensor.to(own) for name, tensor in given.items() if tensor.is_floating_point()}
     try:
         return model(**given, **options)
     except (TypeError, ValueError) as error:  # what the library raises where other inputs are missing
