@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from optima.calibration.coupling import couples
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.head import logits_bytes
 from optima.calibration.inputs import is_encoder_decoder
@@ -187,9 +188,18 @@ def work_bytes(
         held = held_bytes(block, recipe, dtype, attention)
         most = max(most, waiting + gradients * weights + max(linear, activations) + held)
         if recipe.tuning_epochs or recipe.applied_objective == "loss":
-            # What autograd keeps, and of each weight what the optimizer does.
-            most = max(most, GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0))
+            # What autograd keeps; of each weight what the optimizer does, or of rows sums of products, and a batch's.
+            coupled = 2 * coupling_bytes([block], methods, recipe)
+            kept = max(BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0), coupled)
+            most = max(most, GRADIENT_BUFFERS * activations + kept)
     return most
+
+
+def coupling_bytes(blocks: Sequence[Block], methods: Methods, recipe: Recipe) -> int:
+    """Of what is found of the rows of linears that go together, two float32 matrices a linear until all are swept."""
+    if recipe.applied_objective != "loss" or "coupling" not in needs_of(methods.selector):
+        return 0
+    return sum(8 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))
 
 
 def _is_sent_some(linear: Linear) -> bool:

@@ -363,7 +363,8 @@ class Job:
         if self.dump is not None:
             self.dump(linear, statistics)
         rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
-        task = LinearTask(linear.name, self._dense(linear), statistics, gradient_OD, rows_O)
+        coupling_OO = None if self.loss is None else self.loss.coupling.get(linear.name)
+        task = LinearTask(linear.name, self._dense(linear), statistics, gradient_OD, rows_O, coupling_OO)
         return prune_linear(task, self.patterns[linear.name], self.methods, linear.read().dtype, clock, ranks)
 
     def _dense(self, linear: Linear) -> Tensor:

@@ -18,7 +18,7 @@ from optima.calibration.loss_weights import KEPT_BYTES
 from optima.calibration.own_text import check_writes
 from optima.calibration.swept import swept_share
 from optima.linear import Methods
-from optima.memory import GIB, HostMemory, host_memory, in_turn, work_bytes
+from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
 from optima.models.experts import has_experts, split_on_disk
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
@@ -140,6 +140,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     inputs = tokens * (hidden or 0) * dtype.itemsize
     swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
+    coupled = coupling_bytes(found.blocks, methods, recipe)
+    kept += coupled * bool(swept)
     routed = has_experts(found.linears)  # what experts are given is kept
     notes = list(found.notes)
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
@@ -162,7 +164,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed), int(kept))
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed) + coupled // 2, int(kept))
         + tokens * beside * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
+from optima.calibration.coupling import coupling
 from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import is_encoder_decoder, words_size
 from optima.calibration.loss_weights import KEPT_BYTES, second_moment, through
@@ -40,7 +42,7 @@ from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.pipeline import Job
 from optima.recipe import SINK_WEIGHT, Recipe
-from optima.selectors.base import LinearTask
+from optima.selectors.base import LinearTask, needs_of
 from optima.tuning import BlockError, tune
 
 if TYPE_CHECKING:
@@ -206,7 +208,10 @@ class Rehearsal:
                 part.copy().advance(block, self.device)
                 if self.tuning is not None:
                     found.residual[block.name] = second_moment(gradients, self.device)
-                through(block, part, gradients, self.device, found)
+                coupled = "coupling" in needs_of(self.plan.methods.selector)
+                numbers = list(accumulate((samples for samples, _ in part.sizes), initial=0)) if coupled else None
+                through(block, part, gradients, self.device, found, numbers=numbers)
+                found.coupling = {name: coupling(halves) for name, halves in found.coupling.items()}
 
         with self._or_by_sink():
             self._add(work, streams, count * self.share)
@@ -315,10 +320,11 @@ class Rehearsal:
         return found
 
     def _told(self, loss: LossWeights, blocks: int) -> float:
-        """Bytes that a run keeps of the loss: of each block its tokens, and for tuning a matrix."""
+        """Bytes that a run keeps of the loss: of each block its tokens, for tuning a matrix, and those of its rows."""
         tokens = sum(_bytes(own) for own in loss.tokens.values())
         tokens += sum(_bytes([each for pair in own for each in pair]) for own in loss.routed.values())
-        return blocks * (tokens * self.batches / len(self._few) + _bytes(list(loss.residual.values())))
+        matrices = [*loss.residual.values(), *loss.coupling.values()]
+        return blocks * (tokens * self.batches / len(self._few) + _bytes(matrices))
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from optima.models.weights import Weights
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
 from optima.recipe import SINK_WEIGHT, Recipe
-from optima.selectors.base import Selector
+from optima.selectors.base import Selector, needs_of
 
 
 def weigh(
@@ -29,6 +29,7 @@ def weigh(
     device: torch.device,
     weights: Weights,
     recipe: Recipe,
+    coupled: bool,
     told: Callable[[float], None],
 ) -> tuple[LossWeights | None, str]:
     """What the loss feels of each token and row, None if there are no gradients; and what a report must tell of it.
@@ -40,11 +41,13 @@ def weigh(
         device: where to compute.
         weights: gives each block its own.
         recipe: as resolved.
+        coupled: see ``loss_weights``.
         told: see ``loss_weights``.
     """
     try:
         tuned = recipe.tuning_epochs > 0
-        found = loss_weights(network, stack, streams, device, recipe.seed, tuned, weights, recipe.swept_share, told)
+        share = recipe.swept_share
+        found = loss_weights(network, stack, streams, device, recipe.seed, tuned, weights, share, told, coupled)
     except NotDifferentiableError as error:
         where = "" if stack.part == "whole" else f" in the {stack.part}"
         return None, f"objective sink took the place of objective loss{where}, for there are no gradients: {error}"
@@ -57,7 +60,8 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
     """Give ``job`` what ``weigh`` finds, or the sink weight where there are no gradients; what a report must tell."""
     job.progress.start(len(stack.blocks), 1, stage="sweep")
     with job.clock("sweep"), full_precision():
-        job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe, job.progress.share)
+        coupled = "coupling" in needs_of(job.methods.selector)
+        job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe, coupled, job.progress.share)
     if job.loss is None:
         job.sink_weight = SINK_WEIGHT
     return told

@@ -111,9 +111,10 @@ def test_groups_that_reach_over_the_end_of_a_row_are_refused() -> None:
     assert count_error(keep_OD, NM(2, 4)) == "groups of 4 do not divide 6 inputs"
 
 
-def test_only_the_gradient_selector_needs_gradients() -> None:
+def test_what_selectors_need() -> None:
     assert {name: needs_of(make_selector(name)) for name in SELECTORS if needs_of(make_selector(name))} == {
-        "gradient": {"gradient"}
+        "gradient": {"gradient"},
+        "optima": {"coupling"},
     }
 
 
@@ -241,5 +242,5 @@ class TestOwnSelector:
         class Curious(Wanda):
             needs = frozenset({"gradient", "fisher"})
 
-        with pytest.raises(RecipeError, match="Curious needs fisher: known needs are gradient"):
+        with pytest.raises(RecipeError, match="Curious needs fisher: known needs are coupling, gradient"):
             needs_of(Curious())

@@ -16,12 +16,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optima.calibration.coupling import Halves, coupling
 from optima.calibration.halving import rows_of
 from optima.calibration.head import at_the_head, head_device
 from optima.calibration.inputs import words_size
@@ -51,6 +53,7 @@ def loss_weights(
     weights: Weights | None = None,
     share: float = 1.0,
     told: Callable[[float], None] = lambda done: None,
+    coupled: bool = False,
 ) -> LossWeights:
     """Sweep the dense model.
 
@@ -67,6 +70,7 @@ def loss_weights(
         weights: brings blocks to the device; None: they are all in main memory.
         share: of the sequences that are swept, see ``optima.calibration.swept``.
         told: now and then, how much of the work is done, 0 to 1.
+        coupled: find ``LossWeights.coupling`` too, see ``calibration.coupling.couples``.
 
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite; of several processes, in all.
@@ -75,7 +79,8 @@ def loss_weights(
     ends: list[Tensor] = []
     try:
         tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
-        found, ends = _sweep(model, stack, streams, device, seed, residual, weights or Resident(model), swept, tally)
+        asked, weights = (residual, coupled), weights or Resident(model)
+        found, ends = _sweep(model, stack, streams, device, seed, asked, weights, swept, tally)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -95,19 +100,23 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
     found.inputs = {linear.name: linear.shape[1] for block in stack.blocks for linear in block.linears}
     found.lengths = [length for _, length in streams.sizes] if alike else []
     own = {name: found.moments(name) for name in (*found.tokens, *found.routed)}
-    known = ranks.gather((own, list(found.routed), _shapes(found.rows), _shapes(found.residual)))
-    routed = {name for _, names, _, _ in known for name in names}
-    for name in _union(moments for moments, _, _, _ in known):
-        every = Moments.over([moments[name] for moments, _, _, _ in known if name in moments])
+    shapes = _shapes(found.rows), _shapes(found.residual), _shapes(found.coupling)
+    known = ranks.gather((own, list(found.routed), *shapes))
+    routed = {name for _, names, *_ in known for name in names}
+    for name in _union(moments for moments, *_ in known):
+        every = Moments.over([moments[name] for moments, *_ in known if name in moments])
         # An expert's tokens of sequences that were not swept are to come, with the mean.
         found.shared[name] = every.among(every.tokens * streams.tokens / tokens) if name in routed else every
-    for name, shape in _union(rows for _, _, rows, _ in known).items():  # what one was not given, another was
+    for name, shape in _union(rows for _, _, rows, *_ in known).items():  # what one was not given, another was
         own_O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
         found.rows[name] = (ranks.total(own_O) / tokens).float()
-    for name, shape in _union(residual for _, _, _, residual in known).items():
+    for name, shape in _union(residual for *_, residual, _ in known).items():
         total_EE = ranks.total(found.residual.pop(name, torch.zeros(shape)), 0)
         if ranks.first:  # which tunes blocks
             found.residual[name] = streams.store.keep(total_EE / tokens)
+    for name, shape in _union(halves for *_, halves in known).items():
+        halves = ranks.total(found.coupling.pop(name, torch.zeros(shape)))
+        found.coupling[name] = streams.store.keep(coupling(halves))
 
 
 Named = TypeVar("Named")
@@ -154,16 +163,18 @@ def _sweep(
     streams: Streams,
     device: torch.device,
     seed: int,
-    residual: bool,
+    asked: tuple[bool, bool],
     weights: Weights,
     swept: Sequence[int],
     tally: _Tally,
 ) -> tuple[LossWeights, list[Tensor]]:
     """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means.
 
-    And what leaves the last block of each sequence's first token.
+    And what leaves the last block of each sequence's first token. ``asked``: ``residual`` and ``coupled`` of it.
     """
     ends: list[Tensor] = []
+    residual, coupled = asked
+    first = list(accumulate((samples for samples, _ in streams.sizes), initial=streams.before[0]))
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
     words = (math.prod(words_size(model, batch)) for batch in streams.batches)
@@ -175,6 +186,7 @@ def _sweep(
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         for batches_now in _at_a_time(streams, len(stack.blocks), swept):
             part, kept, left = streams.part(batches_now), [], LeftBehind()
+            numbers = [first[batch] for batch in batches_now] if coupled else None
             for block in stack.blocks:
                 kept.append(list(part.hidden))
                 with weights.on(block, device):
@@ -199,7 +211,7 @@ def _sweep(
                     product_EE = second_moment(gradients, device)
                     found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
                 with weights.on(block, device):
-                    through(block, part, gradients, device, found, left)
+                    through(block, part, gradients, device, found, left, numbers)
                 tally.back(block, part)
     return found, ends
 
@@ -225,11 +237,12 @@ def second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
 class _Notes:
     """Squares of the gradients at a block's linears: of rows at once, of tokens once all batches were through."""
 
-    def __init__(self, block: Block, streams: Streams, found: LossWeights) -> None:
+    def __init__(self, block: Block, streams: Streams, found: LossWeights, numbers: Sequence[int] | None) -> None:
         self._block, self._sizes, self._unordered, self._found = block, streams.sizes, streams.probe.routed, found
         self._leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
         self._tokens: dict[str, list[Tensor]] = {}
         self._routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._halves, self._store = Halves(block, streams.sizes, numbers), streams.store
 
     @contextmanager
     def watch(self, batch: int, part: slice) -> Iterator[None]:
@@ -237,9 +250,12 @@ class _Notes:
         noted: list[Callable[[], None]] = []
 
         def note(name: str, gradient: Tensor, tokens_T: Tensor | None = None) -> None:
-            square_TO = gradient.detach().float().square().flatten(0, -2)
-            sum_O, sum_T = square_TO.sum(dim=0), square_TO.sum(dim=1).cpu()
-            noted.append(partial(self._note, name, batch, part, sum_O, sum_T, tokens_T))
+            gradient_TO = gradient.detach().flatten(0, -2)
+            square_TO = gradient_TO.float().square()
+            sum_O, sum_T = square_TO.sum(dim=0), square_TO.sum(dim=1)
+            noted.append(partial(self._note, name, batch, part, sum_O, sum_T.cpu(), tokens_T))
+            if (products := self._halves.of(name, gradient_TO, sum_T, batch, part)) is not None:
+                noted.append(partial(self._halves.add, name, products))
 
         with ExitStack() as hooks:
             for linear in self._block.linears:
@@ -272,7 +288,9 @@ class _Notes:
             own[batch][begin : begin + count] += sum_T
 
     def close(self) -> None:
-        """Hand on what was noted of tokens."""
+        """Hand on what was noted of tokens, and of rows that go together."""
+        for name, halves in self._halves.sums.items():
+            self._found.coupling[name] = self._store.keep(halves.cpu() + self._found.coupling.get(name, 0.0))
         for name, batches in self._tokens.items():
             self._found.tokens.setdefault(name, []).extend(batches)
         for name, routed in self._routed.items():
@@ -286,13 +304,14 @@ def through(
     device: torch.device,
     found: LossWeights,
     left: LeftBehind | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> None:
     """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears.
 
-    ``left``: of the blocks behind it.
+    ``left``: of the blocks behind it. ``numbers``: see ``Halves``.
     """
     left = left or LeftBehind()
-    notes = _Notes(block, streams, found)
+    notes = _Notes(block, streams, found, numbers)
 
     def back(batch: int, part: slice) -> tuple[Tensor, Tensor]:
         gradient = rows_of(gradients[batch], part, streams.sizes[batch][0]).to(device)

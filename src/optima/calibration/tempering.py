@@ -99,6 +99,7 @@ class LossWeights:
         routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
+        coupling: by the name of a linear: how its rows go together, see ``calibration.coupling``, (O, O).
         inputs: of each linear, by its name.
         lengths: of each batch's sequences, if all start with the same input; empty if they do not.
         shared: of the tokens of all processes, by the names of ``tokens`` and ``routed``, which are of this process's.
@@ -109,6 +110,7 @@ class LossWeights:
     routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
+    coupling: dict[str, Tensor] = field(default_factory=dict)
     told: str = ""
     inputs: dict[str, int] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)

@@ -1,5 +1,7 @@
 """(H + rho I)^-1 for one penalty rho after another, from one eigendecomposition (as in ALPS, arXiv 2406.07831).
 
+And the same where rows go together: Y with C Y H + rho Y = X, from one eigendecomposition more.
+
 Shapes: O outputs (rows), D inputs.
 """
 
@@ -51,3 +53,27 @@ class ShiftedInverse:
         if self._forms:
             return SharedMatrix(multiply(self._vector_DD * share_D, self._to_rows))
         return lambda rows_OD: multiply(multiply(rows_OD, self._to_eigen).mul_(share_D), self._to_rows)
+
+
+class CoupledInverse:
+    """X to Y with C Y H + rho Y = X, four products each.
+
+    Args:
+        rows: eigendecomposition of C, (O, O), in the dtype of the rows.
+        inputs: that of H.
+    """
+
+    def __init__(self, rows: Eigen, inputs: Eigen) -> None:
+        self._rows, self._value_D = rows, inputs.value_D
+        self._to_rows, self._to_eigen = pack(inputs.vector_DD), pack(inputs.vector_DD.mT.contiguous())
+
+    def at(self, penalty: float) -> Callable[[Tensor], Tensor]:
+        """X to Y by this penalty."""
+        value_O, vector_OO = self._rows
+        divisor_OD = torch.outer(value_O, self._value_D).add_(penalty)
+
+        def solve(rows_OD: Tensor) -> Tensor:
+            eigen_OD = multiply(vector_OO.mT @ rows_OD, self._to_eigen).div_(divisor_OD)
+            return vector_OO @ multiply(eigen_OD, self._to_rows)
+
+        return solve

@@ -30,6 +30,8 @@ class LinearTask:
             root of the sample's tokens as in H; for selectors that need it.
         row_weight_O: what the model's loss feels of each row, positive, of any scale; None if rows count alike. What a
             selector gets from ``prune_linear`` is scaled by its root already.
+        coupling_OO: how rows go together in the loss, see ``calibration.coupling``; for selectors that need it, and
+            None where it is not known.
     """
 
     name: str
@@ -37,6 +39,7 @@ class LinearTask:
     statistics: Statistics
     gradient_OD: Tensor | None = None
     row_weight_O: Tensor | None = None
+    coupling_OO: Tensor | None = None
 
     @property
     def hessian(self) -> Hessian:
@@ -75,20 +78,23 @@ class Selector(Protocol):
 
 
 def needs_of(selector: Selector) -> frozenset[str]:
-    """What calibration must find for ``selector`` beyond the statistics: nothing, or ``gradient`` for ``gradient_OD``.
+    """What calibration must find for ``selector`` beyond the statistics.
+
+    ``gradient`` for ``gradient_OD``, ``coupling`` for ``coupling_OO``, which there is by objective loss alone.
 
     Raises:
         RecipeError: if it asks for what nothing can give.
     """
     needs = frozenset(getattr(selector, "needs", ()))
     if unknown := needs - NEEDS:
+        known = ", ".join(sorted(NEEDS))
         raise RecipeError(
-            f"selector {type(selector).__name__} needs {', '.join(sorted(unknown))}: known needs are {', '.join(NEEDS)}"
+            f"selector {type(selector).__name__} needs {', '.join(sorted(unknown))}: known needs are {known}"
         )
     return needs
 
 
-NEEDS = frozenset({"gradient"})
+NEEDS = frozenset({"gradient", "coupling"})
 SELECTORS = {
     "magnitude": "magnitude:Magnitude",
     "wanda": "wanda:Wanda",

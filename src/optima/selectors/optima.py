@@ -11,6 +11,10 @@ On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-thet
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
 a one-swap optimum (``optima.swaps.search`` finds little to improve), at the cost of products.
 
+Where it is known how rows go together in the loss (``calibration.coupling``), errors of rows that would add up are not
+chosen together: with C between the rows as H is between the inputs, B solves C B H + rho B = C W H + rho (D - U), in
+units of the rows that are made of C as those of the inputs are of H.
+
 Its scope is ``layer``: with the rows scaled by what the loss feels of them (docs/objective.md) they compete fairly.
 Without, rows whose outputs have little energy would be starved, and ``optima.build`` ranks each row alone.
 
@@ -20,6 +24,7 @@ Shapes: O outputs (rows), D inputs, G groups of an N:M pattern in a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +32,7 @@ from torch import Tensor
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import scaled
 from optima.linalg.scaling import saliency_unit, scaled_weight
-from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.linalg.shifted_inverse import CoupledInverse, Eigen, ShiftedInverse, eigendecomposition
 from optima.linalg.statistics import sampling_step
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
@@ -65,6 +70,7 @@ class Optima:
     iterations: int = 3
     theta: float = 0.75
     published_scope: Scope = "layer"
+    needs: ClassVar[frozenset[str]] = frozenset({"coupling"})
 
     def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
         """Units between the two saliencies, and the eigendecomposition of the damped H in them, in ``dtype``."""
@@ -81,10 +87,24 @@ class Optima:
         unit_D, eigen = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
         dense_OD = scaled_weight(task.weight_OD, task.hessian, unit_D)
         target_OD = hessian.operator(dtype)(dense_OD / unit_D).div_(unit_D)
-        inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
+        inverse: ShiftedInverse | CoupledInverse
+        if task.coupling_OO is None:
+            inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
+        else:
+            unit_O1, matrix_OO = self._rows(task.coupling_OO.to(dense_OD))
+            dense_OD, target_OD = dense_OD * unit_O1, matrix_OO @ target_OD.mul_(unit_O1)
+            inverse = CoupledInverse(eigendecomposition(matrix_OO, dtype), eigen)
         return Selection(self._split(inverse, target_OD, dense_OD, pattern))
 
-    def _split(self, inverse: ShiftedInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern) -> Tensor:
+    def _rows(self, coupling_OO: Tensor) -> tuple[Tensor, Tensor]:
+        """Units of the rows, between those of both saliencies as the inputs' are, (O, 1), and the coupling in them."""
+        left_O = 1.0 / torch.linalg.inv(coupling_OO).diagonal()
+        unit_O1 = left_O.pow(self.theta).mul_(coupling_OO.diagonal().pow(1.0 - self.theta)).sqrt_()[:, None]
+        return unit_O1, (coupling_OO / unit_O1).div_(unit_O1.mT)
+
+    def _split(
+        self, inverse: ShiftedInverse | CoupledInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern
+    ) -> Tensor:
         projection_OD = dense_OD * top_scores(dense_OD.abs(), pattern)
         dual_OD = torch.zeros_like(dense_OD)
         stages = self.group_stages if isinstance(pattern, NM) else self.stages

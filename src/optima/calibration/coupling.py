@@ -1,0 +1,95 @@
+"""Which rows of a linear go together: the correlations of the gradients at its outputs.
+
+To second order the loss grows by 1/2 tr(G D H D^T), D the change of the weight, H of its inputs and G = E g g^T of the
+gradients g at its outputs (K-FAC: Martens and Grosse, arXiv 1503.05671). The diagonal of G are the row weights. What
+stands beside it says how errors of two rows add up: masks are chosen by it (``selectors.optima``), rows are solved one
+by one, and with certificates, all the same.
+
+Shapes: B sequences in a batch, T tokens, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from optima.calibration.tempering import POWER
+from optima.device import bfloat16_products
+from optima.models.experts import ExpertLinear
+from optima.models.stacks import Block, Linear
+
+# Of what rows have in common, as far as two halves of the text agree on it, so much is believed.
+BELIEVED = 0.9
+
+
+def couples(linear: Linear) -> bool:
+    """Whether it is found how a linear's rows go together: in an MLP's first half they are many, and do so little."""
+    outputs, inputs = linear.shape
+    return outputs <= inputs and not isinstance(linear, ExpertLinear)
+
+
+class Halves:
+    """Sums of g g^T at a block's linears, (2, O, O), over the tokens of each half of the sequences, on the device.
+
+    Tempered as token weights are (``calibration.tempering``): few tokens have most of the squares.
+
+    Args:
+        block: whose linears they are.
+        sizes: (B, L) of each batch.
+        numbers: of each batch's first sequence, among those of all processes; None: nothing is summed.
+    """
+
+    def __init__(self, block: Block, sizes: Sequence[tuple[int, int]], numbers: Sequence[int] | None) -> None:
+        self._names = {linear.name for linear in block.linears if numbers is not None and couples(linear)}
+        self._sizes, self._numbers = sizes, numbers
+        self.sums: dict[str, Tensor] = {}
+
+    def of(self, name: str, gradient_TO: Tensor, square_T: Tensor, batch: int, part: slice) -> Tensor | None:
+        """The sums over some samples of a batch; None where they are not found.
+
+        ``square_T``: of each token's gradient.
+        """
+        count, (_, length) = part.stop - part.start, self._sizes[batch]
+        if self._numbers is None or name not in self._names or len(square_T) != count * length:
+            return None
+        first = self._numbers[batch] + part.start
+        # Not every second one: those that are swept may all be even.
+        odd_B = torch.tensor([number.bit_count() % 2 for number in range(first, first + count)])
+        factor_T = square_T.pow((POWER - 1.0) / 2.0).masked_fill_(square_T == 0.0, 0.0)
+        tempered_BTO = (gradient_TO.float() * factor_T[:, None]).unflatten(0, (count, length))
+        products = torch.empty(2, *gradient_TO.shape[1:] * 2, device=gradient_TO.device)
+        with bfloat16_products() if gradient_TO.dtype == torch.bfloat16 else nullcontext():
+            for half, product_OO in enumerate(products):
+                half_TO = tempered_BTO[(odd_B == half).to(gradient_TO.device)].flatten(0, 1)
+                torch.mm(half_TO.mT, half_TO, out=product_OO)
+        return products
+
+    def add(self, name: str, products: Tensor) -> None:
+        """Add what ``of`` returned."""
+        self.sums[name] = self.sums[name].add_(products) if name in self.sums else products
+
+
+def coupling(halves: Tensor) -> Tensor:
+    """How rows go together, (O, O), positive definite: their correlations over both ``halves``, drawn towards none.
+
+    What the halves agree on is signal. A correlation of a between them is one of 2 a / (1 + a), squared, between the
+    whole and the truth (Spearman and Brown, 1910).
+    """
+    first_OO, second_OO = map(_correlations, halves)
+    size = float(first_OO.norm() * second_OO.norm())
+    agreement = float(torch.sum(first_OO * second_OO)) / size if size > 0.0 else 0.0
+    coupling_OO = _correlations(halves.sum(dim=0)).mul_(BELIEVED * max(2.0 * agreement / (1.0 + agreement), 0.0))
+    coupling_OO.diagonal().fill_(1.0)
+    return coupling_OO
+
+
+def _correlations(product_OO: Tensor) -> Tensor:
+    """Those of different rows; 0 on the diagonal, and for rows that the loss does not feel."""
+    square_O = product_OO.diagonal()
+    unit_O = torch.where(square_O > 0.0, square_O.rsqrt(), 0.0)
+    correlation_OO = (product_OO * unit_O).mul_(unit_O[:, None])
+    correlation_OO.diagonal().zero_()
+    return correlation_OO

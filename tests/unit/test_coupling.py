@@ -1,0 +1,137 @@
+"""How rows of a linear go together in the loss: found by the sweep, and heeded by the masks of ``optima``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from layers import layer_of, make_layer
+from tiny import make_llama, make_tokens
+
+from optima import Recipe, prune
+from optima.calibration.capture import capture
+from optima.calibration.coupling import BELIEVED, couples, coupling
+from optima.calibration.head import label_gradient
+from optima.calibration.loss_weights import loss_weights
+from optima.linalg.shifted_inverse import CoupledInverse, eigendecomposition
+from optima.models.stacks import find_stacks, select_linears
+from optima.patterns import NM, Pattern, Unstructured
+from optima.selectors.optima import Optima
+
+CPU = torch.device("cpu")
+
+
+def correlations(product_OO: torch.Tensor) -> torch.Tensor:
+    unit_O = product_OO.diagonal().rsqrt()
+    return product_OO * unit_O * unit_O[:, None]
+
+
+def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
+    model = make_llama().eval()
+    tokens_NL = make_tokens(8, 16)
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    streams = capture(model, stack, list(tokens_NL.split(4)), whole=True)
+    found = loss_weights(model, stack, streams, CPU, seed=3, coupled=True)
+    assert set(found.coupling) == {linear.name for block in stack.blocks for linear in block.linears if couples(linear)}
+    name = "model.layers.1.mlp.down_proj"
+    seen: list[torch.Tensor] = []
+    model.get_submodule(name).register_forward_hook(
+        lambda module, args, output: seen.append(output) or output.retain_grad()
+    )
+    generator = torch.Generator().manual_seed(3)
+    halves = torch.zeros(2, 32, 32, dtype=torch.float64)
+    for begin, tokens_BL in zip((0, 4), tokens_NL.split(4), strict=True):
+        drawn_T = torch.rand(tokens_BL.shape, generator=generator).flatten()
+        logits_TV = model(input_ids=tokens_BL).logits.flatten(0, 1)
+        logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
+        for number, gradient_LO in enumerate(seen[-1].grad.double(), begin):
+            tempered_LO = gradient_LO / gradient_LO.norm(dim=1, keepdim=True).sqrt()
+            halves[number.bit_count() % 2] += tempered_LO.mT @ tempered_LO
+    assert torch.allclose(found.coupling[name].double(), coupling(halves), atol=1e-4)
+    off_OO = correlations(halves.sum(dim=0)).fill_diagonal_(0.0)
+    share = float(found.coupling[name].double().fill_diagonal_(0.0).norm() / off_OO.norm())
+    assert 0.0 < share < BELIEVED
+
+
+def test_what_halves_do_not_agree_on_is_not_believed() -> None:
+    torch.manual_seed(0)
+    mixing_OO = torch.eye(24) + 0.3 * torch.randn(24, 24)
+    truth_OO = correlations(mixing_OO @ mixing_OO.mT)
+    left, off = [], []
+    for tokens in (30, 3000):
+        gradients = torch.randn(2, tokens, 24) @ mixing_OO.mT
+        halves = gradients.mT @ gradients
+        found_OO = coupling(halves)
+        assert float(torch.linalg.eigvalsh(found_OO)[0]) > 0.0
+        left.append(float((found_OO - truth_OO).norm()))
+        off.append(float((correlations(halves.sum(dim=0)) - truth_OO).norm()))
+    assert left[0] < off[0], "of little text less is believed"
+    assert left[1] < left[0]
+    alone = torch.stack([torch.eye(3), torch.eye(3)])
+    assert torch.equal(coupling(alone), torch.eye(3))
+    nothing = torch.zeros(2, 3, 3)
+    assert torch.equal(coupling(nothing), torch.eye(3)), "rows that the loss does not feel"
+
+
+def test_the_inverse_solves_its_equation() -> None:
+    torch.manual_seed(0)
+    rows_OO, inputs_DD = (a @ a.mT + torch.eye(len(a)) for a in (torch.randn(6, 6), torch.randn(9, 9)))
+    right_OD = torch.randn(6, 9)
+    inverse = CoupledInverse(eigendecomposition(rows_OO, torch.float32), eigendecomposition(inputs_DD, torch.float32))
+    for penalty in (0.3, 2.0):
+        found_OD = inverse.at(penalty)(right_OD)
+        assert torch.allclose(rows_OO @ found_OD @ inputs_DD + penalty * found_OD, right_OD, atol=1e-3)
+
+
+def least_loss(
+    keep_OD: torch.Tensor, weight_OD: torch.Tensor, rows_OO: torch.Tensor, hessian_DD: torch.Tensor
+) -> float:
+    """The least tr(C D H D^T) of any weights with this mask, by a dense solve of all rows together."""
+    kept = keep_OD.flatten().nonzero()[:, 0]
+    matrix = torch.kron(rows_OO, hessian_DD)
+    change = -weight_OD.flatten().clone()
+    rest = matrix[kept] @ change - matrix[kept][:, kept] @ change[kept]
+    change[kept] = torch.linalg.solve(matrix[kept][:, kept], -rest)
+    return float(change @ matrix @ change)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), Unstructured(0.5, "layer")])
+def test_masks_that_heed_it_lose_less(pattern: Pattern) -> None:
+    gained = []
+    for seed in range(6):
+        task = layer_of(*make_layer(16, 24 + 4 * seed))
+        torch.manual_seed(seed)
+        mixing_OO = torch.randn(16, 6) @ torch.randn(6, 16) / 6 + 0.5 * torch.eye(16)
+        rows_OO = correlations((mixing_OO @ mixing_OO.mT).double())
+        coupled = replace(task, coupling_OO=rows_OO)
+        plain, heeding = (
+            least_loss(Optima().select(each, pattern).keep_OD, task.weight_OD, rows_OO, task.hessian.damped_DD)
+            for each in (task, coupled)
+        )
+        gained.append(heeding / plain)
+    assert sum(gained) / len(gained) < 0.9
+
+
+def test_rows_that_do_not_go_together_are_pruned_as_before() -> None:
+    task = layer_of(*make_layer(16, 24))
+    alone = Optima().select(replace(task, coupling_OO=torch.eye(16)), NM(2, 4)).keep_OD
+    assert float((alone == Optima().select(task, NM(2, 4)).keep_OD).float().mean()) > 0.99
+
+
+def test_a_run_heeds_it() -> None:
+    heeding, plain = make_llama(), make_llama()
+    prune(heeding, Recipe(pattern=["2:4"]), calibration=make_tokens())
+
+    class Plain(Optima):
+        needs = frozenset()
+
+    prune(plain, Recipe(pattern=["2:4"], selector=Plain()), calibration=make_tokens())
+    changed = {
+        name.rpartition(".")[0].rpartition(".")[2]
+        for name, weight in heeding.state_dict().items()
+        if not torch.equal(weight == 0, plain.state_dict()[name] == 0)
+    }
+    assert "down_proj" in changed
+    first = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(heeding.state_dict()[first] == 0, plain.state_dict()[first] == 0)
