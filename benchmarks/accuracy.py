@@ -54,7 +54,7 @@ from optima.patterns import SCOPES, Unstructured
 from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF, recipe_from_dict
 from optima.recipe_files import read_recipe
 from optima.reporting.record import library_versions
-from optima.selectors.base import SELECTORS
+from optima.selectors.base import SELECTORS, needs_of
 
 DENSE = "dense"
 OWN = "optima"  # has no published update: its weights come from the solve
@@ -120,8 +120,10 @@ class Bench:
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, build(recipe).selector))
-        applied = pattern_table(recipe, build(recipe).selector).default
+        selector = build(recipe).selector
+        recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, selector))
+        applied = pattern_table(recipe, selector).default
+        coupled = recipe.applied_objective == "loss" and "coupling" in needs_of(selector)
         names = ["selector", "pattern", "allocation", "swaps", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
         names += ["rounding"] if recipe.solver != "none" else []
@@ -136,6 +138,7 @@ class Bench:
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
             **({"own_samples": options.own_samples} if options.own_samples else {}),
+            **({"coupling": True} if coupled else {}),  # results from before masks heeded it have other masks
             **evaluation,
         }
 
