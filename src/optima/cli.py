@@ -69,7 +69,7 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
 
 
 def _give_up(*streams: TextIO) -> None:
-    """Python flushes them once more at its exit."""
+    """Point them at the null device, for Python flushes them once more at its exit."""
     for stream in streams:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -6,7 +6,7 @@ from rich.console import Console
 
 
 class OwnConsole(Console):
-    """rich's own ends the process with status 1 there."""
+    """Lets ``BrokenPipeError`` through, where rich's own ends the process with status 1."""
 
     def on_broken_pipe(self) -> None:
         """Called where the ``BrokenPipeError`` is handled."""

@@ -76,17 +76,17 @@ def settings_of(selector: Any) -> dict[str, Any]:
         names += [slots] if isinstance(slots, str) else slots
         names += [key for key, item in vars(parent).items() if _is_data(item)]
     settings = {
-        key: _plain(getattr(selector, key))
+        key: _plain(getattr(selector, key, None))
         for key in dict.fromkeys(names)
-        # What is computed when it is first asked for is no setting.
-        if not key.startswith("_") and not isinstance(getattr(kind, key, None), cached_property)
+        # What is computed is no setting.
+        if not key.startswith("_") and not isinstance(getattr(kind, key, None), property | cached_property)
     }
     return {"class": _plain(kind), **settings}
 
 
 def _is_data(item: Any) -> bool:
-    """Whether an attribute of a class is a setting: no method, property or place of one."""
-    return not callable(item) and not hasattr(item, "__get__")
+    """Whether an attribute of a class is a setting: what cannot change, for a run may fill what can."""
+    return isinstance(item, bool | int | float | str | tuple | frozenset | PurePath | torch.dtype)
 
 
 def _foreign(selector: Selector) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, PurePath | torch.dtype):
         return str(value)
     if isinstance(value, np.generic):
-        return value.item()
+        return _plain(value.item())
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, Tensor):
@@ -119,7 +119,7 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return settings_of(value)
     named = value if hasattr(value, "__qualname__") else type(value)  # a class or a function has a name of its own
-    return f"{named.__module__}:{named.__qualname__}"
+    return f"{getattr(named, '__module__', '')}:{named.__qualname__}"
 
 
 def _implementations(model: nn.Module, kind: str) -> list[str]:

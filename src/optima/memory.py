@@ -93,7 +93,7 @@ class HostMemory:
 
         Args:
             budget: bytes that the process keeps to; None: its part of half of what is free, or of what the rest of
-                the run leaves.
+                the run leaves, whichever is less.
             processes: that share what is free.
             there: bytes of ``total`` that the process has taken by now.
 
@@ -188,7 +188,7 @@ def work_bytes(
         held = held_bytes(block, recipe, dtype, attention)
         most = max(most, waiting + gradients * weights + max(linear, activations) + held)
         if recipe.tuning_epochs or recipe.applied_objective == "loss":
-            # What autograd keeps; of each weight what the optimizer does, or of rows sums of products, and a batch's.
+            # What autograd keeps, and the larger of what the optimizer keeps and the coupling's sums with a batch's.
             coupled = 2 * coupling_bytes([block], methods, recipe)
             kept = max(BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0), coupled)
             most = max(most, GRADIENT_BUFFERS * activations + kept)
@@ -196,7 +196,7 @@ def work_bytes(
 
 
 def coupling_bytes(blocks: Sequence[Block], methods: Methods, recipe: Recipe) -> int:
-    """Of what is found of the rows of linears that go together, two float32 matrices a linear until all are swept."""
+    """Of the coupling during the sweep: two float32 O x O matrices a linear. Half of one stays until it is pruned."""
     if recipe.applied_objective != "loss" or "coupling" not in needs_of(methods.selector):
         return 0
     return sum(8 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))

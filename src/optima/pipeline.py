@@ -327,6 +327,8 @@ class Job:
         if not in_turn:
             self._share(block.linears, owners, done, keeps, (ranks, clock))
         self._tell(block, streams, done, owners)
+        if self.loss is not None:
+            self.loss.forget({linear.name for linear in block.linears})
         return keeps
 
     def _share(

@@ -66,7 +66,7 @@ def _advice(plan: Plan) -> list[str]:
     free = available_memory()
     if plan.host.least > free:
         lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
-    elif plan.host.total + min(plan.inputs_bytes, plan.left_bytes) > free:
+    elif plan.host.total > free:
         lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
     device = torch.device("cuda" if plan.device == "auto" else plan.device)
     if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
-from optima.calibration.coupling import coupling
+from optima.calibration.coupling import couples, coupling
 from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import is_encoder_decoder, words_size
 from optima.calibration.loss_weights import KEPT_BYTES, second_moment, through
@@ -36,7 +36,7 @@ from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
-from optima.memory import attention_numbers, held_bytes, in_turn
+from optima.memory import attention_numbers, coupling_bytes, held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
@@ -143,6 +143,7 @@ class Rehearsal:
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
             swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, KEPT_BYTES)
+            swept += coupling_bytes(stack.blocks, self.plan.methods, self.recipe)
             with self.peak.phase(outside, swept, _bytes(streams.hidden)), self._or_by_sink():
                 self._head(stack, streams)
         # Without a sweep nothing behind the last block to prune runs, or was recorded.
@@ -211,7 +212,7 @@ class Rehearsal:
                 coupled = "coupling" in needs_of(self.plan.methods.selector)
                 numbers = list(accumulate((samples for samples, _ in part.sizes), initial=0)) if coupled else None
                 through(block, part, gradients, self.device, found, numbers=numbers)
-                found.coupling = {name: coupling(halves) for name, halves in found.coupling.items()}
+                found.coupling = {name: coupling(halves).bfloat16() for name, halves in found.coupling.items()}
 
         with self._or_by_sink():
             self._add(work, streams, count * self.share)
@@ -268,7 +269,10 @@ class Rehearsal:
             statistics = Statistics(hessian) if statistics is None else replace(statistics, hessian=hessian)
             rows_O = torch.rand(len(weight_OD), device=self.device) if self.by_loss else None
             # External masks are found by the name.
-            task = LinearTask(linear.name, weight_OD, statistics, torch.rand_like(weight_OD), rows_O)
+            coupling_OO = None
+            if self.by_loss and "coupling" in needs_of(job.methods.selector) and couples(linear):
+                coupling_OO = coupling(made_up_hessian(linear.shape[0]).expand(2, -1, -1).clone()).to(self.device)
+            task = LinearTask(linear.name, weight_OD, statistics, torch.rand_like(weight_OD), rows_O, coupling_OO)
             clock = Stopwatch(self.device)
             with clock("linears"):
                 result = prune_linear(task, pattern, job.methods, stored.dtype)

@@ -92,7 +92,7 @@ def prune(
             is left partly pruned.
     """
     started = time.perf_counter()
-    with ExitStack() as told:  # of the end when the output has its name
+    with ExitStack() as told:  # callbacks hear of the end only once the output has its name
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
             stack.enter_context(unswitched())
@@ -102,7 +102,7 @@ def prune(
             run = _identity(checked, dump_layer, ranks, output_dir is not None)
             destination = None
             if output_dir is not None:
-                stack.enter_context(interruptible())
+                told.enter_context(interruptible())
                 if ranks.first:
                     destination = stack.enter_context(claim(checked, output_dir, overwrite, run, resume))
             reader = _tokenizer(checked, tokenizer)
@@ -135,10 +135,8 @@ def prune(
             give_back_freed_memory()
             if ranks.first:
                 dtype = None if alike else network.dtype
-                by_gradient = "gradient" in needs_of(job.methods.selector)
-                job.notes.extend(
-                    _shared(describe(ranks, dtype, job.tuning is not None, by_gradient, job.writer), job.writer)
-                )
+                needs = needs_of(job.methods.selector) - (set() if recipe.applied_objective == "loss" else {"coupling"})
+                job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, needs, job.writer), job.writer))
             job.progress.notes(job.notes)
             job.halving = Halving(checked.device)
             job.store = store_of(checked, weights, destination, ranks)

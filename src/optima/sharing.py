@@ -74,14 +74,16 @@ def share_tuned(block: Block, pruned: Collection[str], ranks: Ranks) -> None:
             changed[name].copy_(tensor)
 
 
-def describe(ranks: Ranks, dtype: torch.dtype | None, tuned: bool, by_gradient: bool, writer: Writer | None) -> str:
+def describe(
+    ranks: Ranks, dtype: torch.dtype | None, tuned: bool, needs: Collection[str], writer: Writer | None
+) -> str:
     """By how many processes a run goes on, and what that changes; empty if it has always been one.
 
     Args:
         ranks: the processes.
         dtype: of the activations, if these are computed in other batches than by one process; None if in the same.
         tuned: whether blocks are tuned.
-        by_gradient: whether the selector asks for gradients.
+        needs: of the selector.
         writer: of the run, which knows earlier notes.
     """
     done = [] if writer is None else list(writer.done)
@@ -92,7 +94,12 @@ def describe(ranks: Ranks, dtype: torch.dtype | None, tuned: bool, by_gradient: 
     text = f"{where} {ranks.size} processes{SHARED}; "
     if dtype is None:
         text += "their sums are added in another order in float64 alone, which moves hessians by 1e-16 of their size"
-        single = [name for name, there in (("the metric of tuning", tuned), ("gradients", by_gradient)) if there]
+        sums = {
+            "the metric of tuning": tuned,
+            "gradients": "gradient" in needs,
+            "coupled rows": "coupling" in needs,
+        }
+        single = [name for name, there in sums.items() if there]
         text += f", and in float32 for {' and '.join(single)}" if single else ""
     else:
         name, size = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps

@@ -1,11 +1,11 @@
 """Which rows of a linear go together: the correlations of the gradients at its outputs.
 
 To second order the loss grows by 1/2 tr(G D H D^T), D the change of the weight, H of its inputs and G = E g g^T of the
-gradients g at its outputs (K-FAC: Martens and Grosse, arXiv 1503.05671). The diagonal of G are the row weights. What
-stands beside it says how errors of two rows add up: masks are chosen by it (``selectors.optima``), rows are solved one
-by one, and with certificates, all the same.
+gradients g at its outputs (K-FAC: Martens and Grosse, arXiv 1503.05671). The diagonal of G holds the row weights. The
+rest says how errors of two rows add up: masks are chosen by it (``selectors.optima``); rows are still solved one by
+one, with certificates.
 
-Shapes: B sequences in a batch, T tokens, O outputs.
+Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ from optima.device import bfloat16_products
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear
 
-# Of what rows have in common, as far as two halves of the text agree on it, so much is believed.
+# Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.
 BELIEVED = 0.9
+# Matrices of more rows, one for each linear, would take more memory than all else that waits.
+MOST_ROWS = 4096
 
 
 def couples(linear: Linear) -> bool:
-    """Whether it is found how a linear's rows go together: in an MLP's first half they are many, and do so little."""
+    """Whether the coupling of a linear's rows is found.
+
+    Not where outputs outnumber inputs, as in an MLP's first half: it costs more there, and gains less. Nor for experts,
+    most of which are given few tokens.
+    """
     outputs, inputs = linear.shape
-    return outputs <= inputs and not isinstance(linear, ExpertLinear)
+    return outputs <= min(inputs, MOST_ROWS) and not isinstance(linear, ExpertLinear)
 
 
 class Halves:
@@ -39,7 +45,7 @@ class Halves:
     Args:
         block: whose linears they are.
         sizes: (B, L) of each batch.
-        numbers: of each batch's first sequence, among those of all processes; None: nothing is summed.
+        numbers: of each batch's first sequence, see ``swept.sweep_numbers``; None: nothing is summed.
     """
 
     def __init__(self, block: Block, sizes: Sequence[tuple[int, int]], numbers: Sequence[int] | None) -> None:
@@ -47,7 +53,7 @@ class Halves:
         self._sizes, self._numbers = sizes, numbers
         self.sums: dict[str, Tensor] = {}
 
-    def of(self, name: str, gradient_TO: Tensor, square_T: Tensor, batch: int, part: slice) -> Tensor | None:
+    def products(self, name: str, gradient_TO: Tensor, square_T: Tensor, batch: int, part: slice) -> Tensor | None:
         """The sums over some samples of a batch; None where they are not found.
 
         ``square_T``: of each token's gradient.
@@ -56,8 +62,7 @@ class Halves:
         if self._numbers is None or name not in self._names or len(square_T) != count * length:
             return None
         first = self._numbers[batch] + part.start
-        # Not every second one: those that are swept may all be even.
-        odd_B = torch.tensor([number.bit_count() % 2 for number in range(first, first + count)])
+        odd_B = torch.arange(first, first + count) % 2
         factor_T = square_T.pow((POWER - 1.0) / 2.0).masked_fill_(square_T == 0.0, 0.0)
         tempered_BTO = (gradient_TO.float() * factor_T[:, None]).unflatten(0, (count, length))
         products = torch.empty(2, *gradient_TO.shape[1:] * 2, device=gradient_TO.device)
@@ -68,7 +73,7 @@ class Halves:
         return products
 
     def add(self, name: str, products: Tensor) -> None:
-        """Add what ``of`` returned."""
+        """Add what ``products`` returned."""
         self.sums[name] = self.sums[name].add_(products) if name in self.sums else products
 
 
@@ -80,8 +85,8 @@ def coupling(halves: Tensor) -> Tensor:
     """
     first_OO, second_OO = map(_correlations, halves)
     size = float(first_OO.norm() * second_OO.norm())
-    agreement = float(torch.sum(first_OO * second_OO)) / size if size > 0.0 else 0.0
-    coupling_OO = _correlations(halves.sum(dim=0)).mul_(BELIEVED * max(2.0 * agreement / (1.0 + agreement), 0.0))
+    agreement = min(max(float(torch.sum(first_OO * second_OO)) / size, 0.0), 1.0) if size > 0.0 else 0.0
+    coupling_OO = _correlations(halves.sum(dim=0)).mul_(BELIEVED * 2.0 * agreement / (1.0 + agreement))
     coupling_OO.diagonal().fill_(1.0)
     return coupling_OO
 

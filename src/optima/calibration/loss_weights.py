@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -30,7 +29,15 @@ from optima.calibration.inputs import words_size
 from optima.calibration.left_behind import LeftBehind
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
-from optima.calibration.swept import Draws, chosen_batches, fill_in, fill_in_routed, first_tokens, start_alike
+from optima.calibration.swept import (
+    Draws,
+    chosen_batches,
+    fill_in,
+    fill_in_routed,
+    first_tokens,
+    start_alike,
+    sweep_numbers,
+)
 from optima.calibration.tempering import LossWeights, Moments
 from optima.device import differentiable, give_back_freed_memory
 from optima.errors import NotDifferentiableError
@@ -79,7 +86,9 @@ def loss_weights(
     ends: list[Tensor] = []
     try:
         tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
-        asked, weights = (residual, coupled), weights or Resident(model)
+        # Where tokens are counted before sequences, halves of these cannot be told.
+        numbers = sweep_numbers(streams, share) if coupled and not streams.probe.sequence_first else None
+        asked, weights = (residual, numbers), weights or Resident(model)
         found, ends = _sweep(model, stack, streams, device, seed, asked, weights, swept, tally)
     except NotDifferentiableError as error:
         problem = str(error)
@@ -116,7 +125,7 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
             found.residual[name] = streams.store.keep(total_EE / tokens)
     for name, shape in _union(halves for *_, halves in known).items():
         halves = ranks.total(found.coupling.pop(name, torch.zeros(shape)))
-        found.coupling[name] = streams.store.keep(coupling(halves))
+        found.coupling[name] = streams.store.keep(coupling(halves).bfloat16())  # half the memory: it guides a search
 
 
 Named = TypeVar("Named")
@@ -163,18 +172,18 @@ def _sweep(
     streams: Streams,
     device: torch.device,
     seed: int,
-    asked: tuple[bool, bool],
+    asked: tuple[bool, Sequence[int] | None],
     weights: Weights,
     swept: Sequence[int],
     tally: _Tally,
 ) -> tuple[LossWeights, list[Tensor]]:
     """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means.
 
-    And what leaves the last block of each sequence's first token. ``asked``: ``residual`` and ``coupled`` of it.
+    And what leaves the last block of each sequence's first token. ``asked``: whether for ``residual``, and, if for
+    ``coupling``, the numbers of each batch's first sequence.
     """
     ends: list[Tensor] = []
-    residual, coupled = asked
-    first = list(accumulate((samples for samples, _ in streams.sizes), initial=streams.before[0]))
+    residual, numbers = asked
     has_words = model.get_output_embeddings() is not None
     found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
     words = (math.prod(words_size(model, batch)) for batch in streams.batches)
@@ -186,7 +195,7 @@ def _sweep(
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
         for batches_now in _at_a_time(streams, len(stack.blocks), swept):
             part, kept, left = streams.part(batches_now), [], LeftBehind()
-            numbers = [first[batch] for batch in batches_now] if coupled else None
+            own = None if numbers is None else [numbers[batch] for batch in batches_now]
             for block in stack.blocks:
                 kept.append(list(part.hidden))
                 with weights.on(block, device):
@@ -211,7 +220,7 @@ def _sweep(
                     product_EE = second_moment(gradients, device)
                     found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
                 with weights.on(block, device):
-                    through(block, part, gradients, device, found, left, numbers)
+                    through(block, part, gradients, device, found, left, own)
                 tally.back(block, part)
     return found, ends
 
@@ -254,7 +263,8 @@ class _Notes:
             square_TO = gradient_TO.float().square()
             sum_O, sum_T = square_TO.sum(dim=0), square_TO.sum(dim=1)
             noted.append(partial(self._note, name, batch, part, sum_O, sum_T.cpu(), tokens_T))
-            if (products := self._halves.of(name, gradient_TO, sum_T, batch, part)) is not None:
+            products = self._halves.products(name, gradient_TO, sum_T, batch, part)
+            if products is not None and name not in self._unordered:
                 noted.append(partial(self._halves.add, name, products))
 
         with ExitStack() as hooks:

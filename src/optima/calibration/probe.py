@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor, nn
 
 from optima.calibration.inputs import Batch, arguments, stack_size
+from optima.device import one_memory_error
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Linear, Stack
@@ -93,6 +94,14 @@ def identity(tensor: Tensor) -> object:
     return (tensor.device, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
 
 
+def _is_ours(error: BaseException) -> bool:
+    """Whether it was raised by a hook of this package, which is a bug."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("optima.")
+
+
 def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
     """What the model's own forward pass on a batch returns, where its embedding is.
 
@@ -135,10 +144,13 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
             for linear in block.linears:
                 hooks.callback(linear.observe(partial(given.add, linear.name)).remove)
         try:
-            forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
+            with one_memory_error():
+                forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, RuntimeError) as error:
+            if _is_ours(error):
+                raise
             raise ModelError(
                 f"the forward pass of {type(model).__name__} itself fails in transformers {transformers.__version__} "
                 f"({type(error).__name__}: {error}): try another release, or another class in architectures of "

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -31,10 +32,22 @@ def swept_share(share: float, tokens: int) -> float:
     return 1.0 / max(int(1.0 / max(share, LEAST_TOKENS / max(tokens, 1))), 1)
 
 
+def _steps(streams: Streams, share: float) -> tuple[int, int]:
+    """One in how many batches is swept, and how many sequences a batch has, over all processes."""
+    size = max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
+    return round(1.0 / swept_share(share, streams.tokens)), size
+
+
+def sweep_numbers(streams: Streams, share: float) -> list[int]:
+    """Of each batch that is swept, the number of its first sequence among those that are, over all processes."""
+    every, size = _steps(streams, share)
+    firsts = accumulate((samples for samples, _ in streams.sizes), initial=streams.before[0])
+    return [first // (size * every) * size + first % size for first in firsts]
+
+
 def chosen_batches(streams: Streams, share: float) -> list[int]:
     """The batches of this process that are swept: every so many, counted over all processes."""
-    every = round(1.0 / swept_share(share, streams.tokens))
-    size = max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
+    every, size = _steps(streams, share)
     first, chosen = streams.before[0], []
     for batch, (samples, _) in enumerate(streams.sizes):
         # Where tokens are counted before sequences they are not told by their place.

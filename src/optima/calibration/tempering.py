@@ -11,7 +11,7 @@ Shapes: T tokens, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -115,6 +115,11 @@ class LossWeights:
     inputs: dict[str, int] = field(default_factory=dict)
     lengths: list[int] = field(default_factory=list)
     shared: dict[str, Moments] = field(default_factory=dict)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Linears are pruned: let go of what is large and needed once."""
+        for name in names:
+            self.coupling.pop(name, None)
 
     def moments(self, name: str) -> Moments:
         """Of the tempered weights, for a name of ``tokens`` or ``routed``."""

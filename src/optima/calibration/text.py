@@ -26,7 +26,7 @@ CONFIGS = {"allenai/c4": "en"}
 
 SEPARATOR = "\n\n"
 CHAT_COLUMN = "messages"
-# Tokenised at once: enough to keep every core busy, and characters that take a gigabyte.
+# Tokenised at once: so many documents keep every core busy; so many characters take about a gigabyte.
 BATCH_DOCUMENTS, MOST_AT_ONCE = 64, 2**22
 FILES = (".txt", ".jsonl", ".json", ".parquet")
 

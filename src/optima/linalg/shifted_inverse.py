@@ -24,7 +24,7 @@ class Eigen(NamedTuple):
 
 
 def eigendecomposition(matrix_DD: Tensor, dtype: torch.dtype) -> Eigen:
-    """Made in the dtype of ``matrix_DD``, which is H in units of the inputs already, and cast to that of the rows."""
+    """Made in the dtype of ``matrix_DD``, which is in its units already, and cast to that of the rows."""
     value_D, vector_DD = torch.linalg.eigh(matrix_DD)
     return Eigen(value_D.to(dtype), vector_DD.to(dtype))
 

@@ -45,7 +45,7 @@ class BlockEvent:
     done: int  # blocks of this walk that are done, this one included
     total: int  # blocks of this walk
     elapsed: float  # seconds since the walk began
-    left: float  # seconds that the others will take if they are like those that this run did; NaN before one of these
+    left: float  # seconds that the others will take if they are like those that this run did; NaN until it has done one
     resumed: bool = False  # an earlier run had done it
     record: BlockRecord | None = None  # what it took; None in a survey
 

@@ -84,7 +84,7 @@ class Progress(Callback):
     def on_block(self, block: BlockEvent) -> None:
         """A block is done."""
         if block.resumed:
-            return  # counted from the start
+            return  # the display began with it counted
         if self._display is not None:
             (task,) = self._display.task_ids
             linear = "done" if block.done == block.total else "calibrating" if block.stage == "prune" else block.stage

@@ -3,7 +3,7 @@
 As in ADMM (Boza, arXiv 2401.02938) and ALPS (Meng et al., NeurIPS 2024), a least-squares fit that is pulled towards the
 last mask and the projection of fit and dual onto the pattern alternate:
 
-    B = (H + rho I)^-1 (H W^T + rho (D - U)),   D = P(B + U),   U = B + U - D.
+    B = W + rho (D - U - W) (H + rho I)^-1,   D = P(B + U),   U = B + U - D.
 
 Those work in units in which H has a unit diagonal, where P ranks weights as if no other could make up for one,
 by w_i^2 H_ii. With all others making up for it the saliency is w_i^2 / K_ii, K = H^-1 (the optimal brain surgeon's).
@@ -12,7 +12,7 @@ rho rises slowly from where the fit is nearly free to where the mask is settled.
 a one-swap optimum (``optima.swaps.search`` finds little to improve), at the cost of products.
 
 Where it is known how rows go together in the loss (``calibration.coupling``), errors of rows that would add up are not
-chosen together: with C between the rows as H is between the inputs, B solves C B H + rho B = C W H + rho (D - U), in
+chosen together: with C between the rows as H is between the inputs, C (B - W) H + rho (B - W) = rho (D - U - W), in
 units of the rows that are made of C as those of the inputs are of H.
 
 Its scope is ``layer``: with the rows scaled by what the loss feels of them (docs/objective.md) they compete fairly.
@@ -52,7 +52,8 @@ class Optima:
     """The mask only: a solver finds its weights.
 
     Cost: an eigendecomposition a Hessian, then a product in each of ``stages * iterations`` iterations, and one of
-    D x D matrices in each stage (two products an iteration where the linear has few rows).
+    D x D matrices in each stage (two products an iteration where the linear has few rows). With coupled rows one
+    eigendecomposition of O x O more, and four products an iteration.
 
     Args:
         first_penalty: rho of the first stage.
@@ -86,15 +87,14 @@ class Optima:
         hessian, dtype = task.hessian, task.weight_OD.dtype
         unit_D, eigen = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
         dense_OD = scaled_weight(task.weight_OD, task.hessian, unit_D)
-        target_OD = hessian.operator(dtype)(dense_OD / unit_D).div_(unit_D)
         inverse: ShiftedInverse | CoupledInverse
         if task.coupling_OO is None:
             inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
         else:
             unit_O1, matrix_OO = self._rows(task.coupling_OO.to(dense_OD))
-            dense_OD, target_OD = dense_OD * unit_O1, matrix_OO @ target_OD.mul_(unit_O1)
+            dense_OD *= unit_O1
             inverse = CoupledInverse(eigendecomposition(matrix_OO, dtype), eigen)
-        return Selection(self._split(inverse, target_OD, dense_OD, pattern))
+        return Selection(self._split(inverse, dense_OD, pattern))
 
     def _rows(self, coupling_OO: Tensor) -> tuple[Tensor, Tensor]:
         """Units of the rows, between those of both saliencies as the inputs' are, (O, 1), and the coupling in them."""
@@ -102,9 +102,7 @@ class Optima:
         unit_O1 = left_O.pow(self.theta).mul_(coupling_OO.diagonal().pow(1.0 - self.theta)).sqrt_()[:, None]
         return unit_O1, (coupling_OO / unit_O1).div_(unit_O1.mT)
 
-    def _split(
-        self, inverse: ShiftedInverse | CoupledInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern
-    ) -> Tensor:
+    def _split(self, inverse: ShiftedInverse | CoupledInverse, dense_OD: Tensor, pattern: Pattern) -> Tensor:
         projection_OD = dense_OD * top_scores(dense_OD.abs(), pattern)
         dual_OD = torch.zeros_like(dense_OD)
         stages = self.group_stages if isinstance(pattern, NM) else self.stages
@@ -116,7 +114,7 @@ class Optima:
             # The multiplier is rho U: it does not jump when rho does.
             dual_OD /= ratio if stage else 1.0
             for iteration in range(self.iterations):
-                sum_OD = solve(torch.sub(projection_OD, dual_OD).mul_(rho).add_(target_OD)).add_(dual_OD)
+                sum_OD = solve(torch.sub(projection_OD, dual_OD).sub_(dense_OD).mul_(rho)).add_(dense_OD).add_(dual_OD)
                 if iteration == 0 and stage % STAGES_PER_THRESHOLD == 0:
                     threshold = None
                 keep_OD, threshold = rough_mask(sum_OD.abs(), pattern, threshold)
