@@ -41,7 +41,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.load(recipe_text(path), _Loader)  # S506: _Loader is a SafeLoader.
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
     except RecursionError as error:
         raise RecipeError(f"recipe {path} is nested too deeply: no value of a recipe is more than a list") from error

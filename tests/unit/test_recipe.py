@@ -27,7 +27,7 @@ from optima.recipe import (
     SPREADS,
     recipe_from_dict,
 )
-from optima.recipe_files import SHIPPED
+from optima.recipe_files import SHIPPED, recipe_text
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
 from optima.swaps.search import SwapRefinement
@@ -159,8 +159,10 @@ class TestYaml:
 
     def test_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(RecipeError, match="is not valid YAML"):
+        with pytest.raises(RecipeError, match="cannot be read .*can't decode byte"):
             load_recipe(tmp_path / "run.yaml")
+        with pytest.raises(RecipeError, match="cannot be read .*can't decode byte"):
+            recipe_text(tmp_path / "run.yaml")
 
     @pytest.mark.parametrize("name", ["missing.yaml", "."])
     def test_no_file(self, tmp_path: Path, name: str) -> None:
