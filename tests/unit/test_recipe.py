@@ -159,9 +159,9 @@ class TestYaml:
 
     def test_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
-        with pytest.raises(RecipeError, match="cannot be read .*can't decode byte"):
+        with pytest.raises(RecipeError, match=r"cannot be read .*can't decode byte"):
             load_recipe(tmp_path / "run.yaml")
-        with pytest.raises(RecipeError, match="cannot be read .*can't decode byte"):
+        with pytest.raises(RecipeError, match=r"cannot be read .*can't decode byte"):
             recipe_text(tmp_path / "run.yaml")
 
     @pytest.mark.parametrize("name", ["missing.yaml", "."])
