@@ -141,7 +141,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
     coupled = coupling_bytes(found.blocks, methods, recipe)
-    kept += coupled * bool(swept)
+    kept += coupled
     routed = has_experts(found.linears)  # what experts are given is kept
     notes = list(found.notes)
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:

@@ -263,8 +263,9 @@ class _Notes:
             square_TO = gradient_TO.float().square()
             sum_O, sum_T = square_TO.sum(dim=0), square_TO.sum(dim=1)
             noted.append(partial(self._note, name, batch, part, sum_O, sum_T.cpu(), tokens_T))
-            products = self._halves.products(name, gradient_TO, sum_T, batch, part)
-            if products is not None and name not in self._unordered:
+            told = name not in self._unordered
+            products = self._halves.products(name, gradient_TO, sum_T, batch, part) if told else None
+            if products is not None:
                 noted.append(partial(self._halves.add, name, products))
 
         with ExitStack() as hooks:

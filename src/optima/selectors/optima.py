@@ -98,8 +98,8 @@ class Optima:
 
     def _rows(self, coupling_OO: Tensor) -> tuple[Tensor, Tensor]:
         """Units of the rows, between those of both saliencies as the inputs' are, (O, 1), and the coupling in them."""
-        left_O = 1.0 / torch.linalg.inv(coupling_OO).diagonal()
-        unit_O1 = left_O.pow(self.theta).mul_(coupling_OO.diagonal().pow(1.0 - self.theta)).sqrt_()[:, None]
+        # Their own saliencies are those of a unit diagonal already.
+        unit_O1 = torch.linalg.inv(coupling_OO).diagonal().pow(-self.theta / 2.0)[:, None]
         return unit_O1, (coupling_OO / unit_O1).div_(unit_O1.mT)
 
     def _split(self, inverse: ShiftedInverse | CoupledInverse, dense_OD: Tensor, pattern: Pattern) -> Tensor:
