@@ -214,7 +214,7 @@ def calibration_tokens(
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that are tokenised at once; one that is long is cut behind ends of lines, for a token takes 600 bytes."""
+    """Texts that are tokenised at once; one that is long is cut behind ends of lines, for tokens take memory."""
     batch: list[str] = []
     for text in texts:
         for piece in pieces(text):
