@@ -54,7 +54,7 @@ from optima.patterns import SCOPES, Unstructured
 from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF, recipe_from_dict
 from optima.recipe_files import read_recipe
 from optima.reporting.record import library_versions
-from optima.selectors.base import SELECTORS, needs_of
+from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
 OWN = "optima"  # has no published update: its weights come from the solve
@@ -120,10 +120,9 @@ class Bench:
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        selector = build(recipe).selector
-        recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, selector))
-        applied = pattern_table(recipe, selector).default
-        coupled = recipe.applied_objective == "loss" and "coupling" in needs_of(selector)
+        methods = build(recipe)
+        recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
+        applied = pattern_table(recipe, methods.selector).default
         names = ["selector", "pattern", "allocation", "swaps", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
         names += ["rounding"] if recipe.solver != "none" else []
@@ -138,7 +137,7 @@ class Bench:
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
             **({"own_samples": options.own_samples} if options.own_samples else {}),
-            **({"coupling": True} if coupled else {}),  # results from before masks heeded it have other masks
+            **({"coupling": True} if "coupling" in methods.needs else {}),  # earlier results lack it
             **evaluation,
         }
 

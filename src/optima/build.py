@@ -8,7 +8,7 @@ from optima.models.masks import MaskFiles
 from optima.patterns import SCOPES, PatternTable, Scope
 from optima.qp import make_solver
 from optima.recipe import SPREADS, Recipe
-from optima.selectors.base import Selector, load_foreign, make_selector
+from optima.selectors.base import Selector, load_foreign, make_selector, needs_of
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
 from optima.swaps.search import SwapRefinement
@@ -21,14 +21,16 @@ def build(recipe: Recipe) -> Methods:
     """What is done to every linear.
 
     Raises:
-        RecipeError: if a method of the user's own cannot be loaded.
+        RecipeError: if a method of the user's own cannot be loaded, or asks for what nothing can give.
     """
+    selector = _selector(recipe)
     return Methods(
-        selector=_selector(recipe),
+        selector=selector,
         swaps=_swaps(recipe.swaps),
         solver=make_solver(recipe.solver, recipe.gap),
         max_change=recipe.max_change,
         rounding="nearest" if recipe.rounding == "nearest" else "hessian",
+        needs=needs_of(selector) - (set() if recipe.applied_objective == "loss" else {"coupling"}),
     )
 
 

@@ -44,6 +44,7 @@ class Methods:
         max_change: most a kept weight may move, in root mean squares of its row; None for no bound.
         rounding: ``hessian`` or ``nearest``, see ``optima.qp.rounding``.
         budget_bytes: work space of the solver for one chunk of rows.
+        needs: what calibration finds for the selector, of what it asks for, see ``optima.selectors.base.needs_of``.
     """
 
     selector: Selector
@@ -52,6 +53,7 @@ class Methods:
     max_change: float | None = None
     rounding: Literal["hessian", "nearest"] = "hessian"
     budget_bytes: int = DEFAULT_BUDGET_BYTES
+    needs: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

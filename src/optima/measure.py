@@ -28,7 +28,6 @@ from optima.plan import Measured, Plan
 from optima.preflight.checks import find_calibration, sized
 from optima.recipe import Recipe
 from optima.rehearsal import Peak, Rehearsal
-from optima.selectors.base import needs_of
 
 
 def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
@@ -46,7 +45,7 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
     tokens_NL = _text(plan, recipe, source, notes)
     ready = plan.seconds + time.perf_counter() - started
     opening, reading = _reading(plan, recipe, source, notes)
-    if "gradient" in needs_of(plan.methods.selector):
+    if "gradient" in plan.methods.needs:
         notes.append("the time in which the selector's gradients are taken is not counted")
     structures = alike(plan.found.blocks)
     fill(plan.model, structures, plan.dtype)

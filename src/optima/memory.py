@@ -32,7 +32,6 @@ from optima.models.stacks import (
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
-from optima.selectors.base import needs_of
 from optima.swaps.search import CHUNK_ENTRIES
 
 # Python and the libraries.
@@ -175,7 +174,7 @@ def work_bytes(
     Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
     """
     tokens = batch_tokens(recipe, on_cpu(recipe))
-    gradients = 12 if "gradient" in needs_of(methods.selector) else 0
+    gradients = 12 if "gradient" in methods.needs else 0
     share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
     most = 0
     for block in blocks:
@@ -189,17 +188,17 @@ def work_bytes(
         most = max(most, waiting + gradients * weights + max(linear, activations) + held)
         if recipe.tuning_epochs or recipe.applied_objective == "loss":
             # What autograd keeps, and the larger of what the optimizer keeps and the coupling's sums with a batch's.
-            coupled = 2 * coupling_bytes([block], methods, recipe)
+            coupled = 4 * coupling_bytes([block], methods)
             kept = max(BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0), coupled)
             most = max(most, GRADIENT_BUFFERS * activations + kept)
     return most
 
 
-def coupling_bytes(blocks: Sequence[Block], methods: Methods, recipe: Recipe) -> int:
-    """Of the coupling during the sweep: two float32 O x O matrices a linear. Half of one stays until it is pruned."""
-    if recipe.applied_objective != "loss" or "coupling" not in needs_of(methods.selector):
+def coupling_bytes(blocks: Sequence[Block], methods: Methods) -> int:
+    """Of the coupling in a sweep: a float32 O x O matrix a linear. Half of it stays until the linear is pruned."""
+    if "coupling" not in methods.needs:
         return 0
-    return sum(8 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))
+    return sum(4 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))
 
 
 def _is_sent_some(linear: Linear) -> bool:

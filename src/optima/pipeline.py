@@ -31,7 +31,7 @@ from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
-from optima.selectors.base import LinearTask, needs_of
+from optima.selectors.base import LinearTask
 from optima.sharing import Done, share_linears, share_owned, share_tuned
 from optima.tuning import BlockError, Tuned, Tuning, tune
 
@@ -301,7 +301,7 @@ class Job:
         """
         ranks, gradients, keeps = streams.ranks, {}, {}
         done: dict[str, Done] = {}
-        if block.linears and "gradient" in needs_of(self.methods.selector):
+        if block.linears and "gradient" in self.methods.needs:
             with clock("gradient"), full_precision():
                 gradients = regional_gradients(block, streams, self.device)
         owners: dict[str, int | None] = {}

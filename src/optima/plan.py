@@ -27,7 +27,6 @@ from optima.models.stacks import Block, count_by_place, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, preflight, sized
 from optima.recipe import Recipe
-from optima.selectors.base import needs_of
 
 ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
 SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
@@ -140,7 +139,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     inputs = tokens * (hidden or 0) * dtype.itemsize
     swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
-    coupled = coupling_bytes(found.blocks, methods, recipe)
+    coupled = coupling_bytes(found.blocks, methods)
     kept += coupled
     routed = has_experts(found.linears)  # what experts are given is kept
     notes = list(found.notes)
@@ -164,7 +163,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
         block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed) + coupled // 4, int(kept))
+        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed) + coupled // 2, int(kept))
         + tokens * beside * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
@@ -194,7 +193,7 @@ def forward_passes(recipe: Recipe, methods: Methods, swept: float, in_turn: bool
 
     A backward pass counts as two.
     """
-    epochs, by_gradient = recipe.tuning_epochs, "gradient" in needs_of(methods.selector)
+    epochs, by_gradient = recipe.tuning_epochs, "gradient" in methods.needs
     once = 2 - (in_turn and not epochs) + recipe.surveys + 3 * by_gradient
     return once + math.ceil(4 * swept) + (3 * epochs + 1 if epochs else 0)
 

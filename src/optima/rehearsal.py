@@ -24,7 +24,7 @@ from torch import Tensor
 
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
-from optima.calibration.coupling import couples, coupling
+from optima.calibration.coupling import couples, coupling, unpacked
 from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import is_encoder_decoder, words_size
 from optima.calibration.loss_weights import KEPT_BYTES, second_moment, through
@@ -42,7 +42,7 @@ from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.pipeline import Job
 from optima.recipe import SINK_WEIGHT, Recipe
-from optima.selectors.base import LinearTask, needs_of
+from optima.selectors.base import LinearTask
 from optima.tuning import BlockError, tune
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class Rehearsal:
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
             swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, KEPT_BYTES)
-            swept += coupling_bytes(stack.blocks, self.plan.methods, self.recipe)
+            swept += coupling_bytes(stack.blocks, self.plan.methods)
             with self.peak.phase(outside, swept, _bytes(streams.hidden)), self._or_by_sink():
                 self._head(stack, streams)
         # Without a sweep nothing behind the last block to prune runs, or was recorded.
@@ -209,10 +209,10 @@ class Rehearsal:
                 part.copy().advance(block, self.device)
                 if self.tuning is not None:
                     found.residual[block.name] = second_moment(gradients, self.device)
-                coupled = "coupling" in needs_of(self.plan.methods.selector)
+                coupled = "coupling" in self.plan.methods.needs
                 numbers = list(accumulate((samples for samples, _ in part.sizes), initial=0)) if coupled else None
                 through(block, part, gradients, self.device, found, numbers=numbers)
-                found.coupling = {name: coupling(halves).bfloat16() for name, halves in found.coupling.items()}
+                found.coupling = {name: coupling(unpacked(each)).bfloat16() for name, each in found.coupling.items()}
 
         with self._or_by_sink():
             self._add(work, streams, count * self.share)
@@ -270,7 +270,7 @@ class Rehearsal:
             rows_O = torch.rand(len(weight_OD), device=self.device) if self.by_loss else None
             # External masks are found by the name.
             coupling_OO = None
-            if self.by_loss and "coupling" in needs_of(job.methods.selector) and couples(linear):
+            if self.by_loss and "coupling" in job.methods.needs and couples(linear):
                 coupling_OO = coupling(made_up_hessian(linear.shape[0]).expand(2, -1, -1).clone()).to(self.device)
             task = LinearTask(linear.name, weight_OD, statistics, torch.rand_like(weight_OD), rows_O, coupling_OO)
             clock = Stopwatch(self.device)

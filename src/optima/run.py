@@ -40,7 +40,6 @@ from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report, RunRecord, library_versions
-from optima.selectors.base import needs_of
 from optima.sharing import describe
 from optima.weighing import rank_without_loss, sweep
 
@@ -135,8 +134,8 @@ def prune(
             give_back_freed_memory()
             if ranks.first:
                 dtype = None if alike else network.dtype
-                needs = needs_of(job.methods.selector) - (set() if recipe.applied_objective == "loss" else {"coupling"})
-                job.notes.extend(_shared(describe(ranks, dtype, job.tuning is not None, needs, job.writer), job.writer))
+                shared = describe(ranks, dtype, job.tuning is not None, job.methods.needs, job.writer)
+                job.notes.extend(_shared(shared, job.writer))
             job.progress.notes(job.notes)
             job.halving = Halving(checked.device)
             job.store = store_of(checked, weights, destination, ranks)

@@ -19,7 +19,7 @@ from optima.models.weights import Weights
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
 from optima.recipe import SINK_WEIGHT, Recipe
-from optima.selectors.base import Selector, needs_of
+from optima.selectors.base import Selector
 
 
 def weigh(
@@ -60,7 +60,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
     """Give ``job`` what ``weigh`` finds, or the sink weight where there are no gradients; what a report must tell."""
     job.progress.start(len(stack.blocks), 1, stage="sweep")
     with job.clock("sweep"), full_precision():
-        coupled = "coupling" in needs_of(job.methods.selector)
+        coupled = "coupling" in job.methods.needs
         job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe, coupled, job.progress.share)
     if job.loss is None:
         job.sink_weight = SINK_WEIGHT

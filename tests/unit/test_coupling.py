@@ -11,7 +11,7 @@ from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.coupling import BELIEVED, couples, coupling
+from optima.calibration.coupling import BELIEVED, couples, coupling, packed, unpacked
 from optima.calibration.head import label_gradient
 from optima.calibration.loss_weights import loss_weights
 from optima.linalg.shifted_inverse import CoupledInverse, eigendecomposition
@@ -52,6 +52,13 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     off_OO = correlations(halves.sum(dim=0)).fill_diagonal_(0.0)
     share = float(found.coupling[name].double().fill_diagonal_(0.0).norm() / off_OO.norm())
     assert 0.0 < share < BELIEVED
+
+
+def test_two_symmetric_matrices_wait_in_the_memory_of_one() -> None:
+    number = torch.arange(50.0).reshape(2, 5, 5)
+    halves = number + number.mT
+    assert torch.equal(unpacked(packed(halves)), halves)
+    assert packed(halves).shape == (5, 6)
 
 
 def test_what_halves_do_not_agree_on_is_not_believed() -> None:

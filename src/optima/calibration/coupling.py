@@ -15,6 +15,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from optima.calibration.tempering import POWER
 from optima.device import bfloat16_products
@@ -75,6 +76,20 @@ class Halves:
     def add(self, name: str, products: Tensor) -> None:
         """Add what ``products`` returned."""
         self.sums[name] = self.sums[name].add_(products) if name in self.sums else products
+
+
+def packed(halves: Tensor) -> Tensor:
+    """Both symmetric matrices in the memory of one, (O, O + 1): the first right of the diagonal, the second left of it.
+
+    They wait so, and are added to such others.
+    """
+    return pad(halves[0].triu(), (1, 0)) + pad(halves[1].tril(), (0, 1))
+
+
+def unpacked(packed_OP: Tensor) -> Tensor:
+    """The two of ``packed``, (2, O, O)."""
+    upper_OO, lower_OO = packed_OP[:, 1:], packed_OP[:, :-1]
+    return torch.stack((upper_OO.triu() + upper_OO.triu(1).mT, lower_OO.tril() + lower_OO.tril(-1).mT))
 
 
 def coupling(halves: Tensor) -> Tensor:

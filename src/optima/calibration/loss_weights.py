@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.coupling import Halves, coupling
+from optima.calibration.coupling import Halves, coupling, packed, unpacked
 from optima.calibration.halving import rows_of
 from optima.calibration.head import at_the_head, head_device
 from optima.calibration.inputs import words_size
@@ -124,7 +124,7 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         if ranks.first:  # which tunes blocks
             found.residual[name] = streams.store.keep(total_EE / tokens)
     for name, shape in _union(halves for *_, halves in known).items():
-        halves = ranks.total(found.coupling.pop(name, torch.zeros(shape)))
+        halves = unpacked(ranks.total(found.coupling.pop(name, torch.zeros(shape))))
         found.coupling[name] = streams.store.keep(coupling(halves).bfloat16())  # half the memory: it guides a search
 
 
@@ -301,7 +301,7 @@ class _Notes:
     def close(self) -> None:
         """Hand on what was noted of tokens, and of rows that go together."""
         for name, halves in self._halves.sums.items():
-            self._found.coupling[name] = self._store.keep(halves.cpu() + self._found.coupling.get(name, 0.0))
+            self._found.coupling[name] = self._store.keep(packed(halves).cpu() + self._found.coupling.get(name, 0.0))
         for name, batches in self._tokens.items():
             self._found.tokens.setdefault(name, []).extend(batches)
         for name, routed in self._routed.items():
