@@ -94,12 +94,12 @@ class Bench:
             objective=objective,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             solver="auto" if solves else "none",
-            gap=options.gap,
             damping=options.damping,
             rounding=options.rounding,
             sink_weight=options.sink_weight if objective == "sink" else None,
             seed=options.seed,
             device=options.device,
+            **({"gap": options.gap} if solves else {}),
             **({"swept_share": options.swept_share} if objective == "loss" else {}),
             **({"learning_rate": options.learning_rate} if "tune" in steps else {}),
         )

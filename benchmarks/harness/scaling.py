@@ -11,33 +11,46 @@ from dataclasses import dataclass
 
 import torch
 
+from optima.calibration.coupling import MOST_ROWS
 from optima.calibration.swept import swept_share
 from optima.distributed import STRIP_BYTES, share_out
 from optima.qp.rows import chunk_rows
 from optima.recipe import Recipe
+from optima.selectors.optima import Optima
 
 SAMPLE = 512  # inputs that go to the owner beside a hessian
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a recipe, by ``profiled`` at 512 and 1,024 inputs: of selecting, and of the rest, which can be shared.
+    """Of a recipe: of selecting, and of the rest, which can be shared and was counted at 512 and 1,024 inputs.
 
     Attributes:
-        select_rows, rows: products of a linear's rows with a D x D matrix.
-        select_cubes, cubes: products of two such matrices; a Cholesky and an inverse take as long as one.
-        eigen: eigendecompositions.
+        selector: of the package; None if what it takes is not worth counting.
+        rows: products of a linear's rows with a D x D matrix.
+        cubes: products of two such matrices; a Cholesky and an inverse take as long as one.
     """
 
-    select_rows: float
-    rows: float
-    select_cubes: float
-    cubes: float
-    eigen: float
+    selector: Optima | None
+    rows: float = 32
+    cubes: float = 2
+
+    def select(self, outputs: int, inputs: int, coupled: bool) -> tuple[float, float]:
+        """Operations of one linear's mask: products, and eigendecompositions of its rows."""
+        if self.selector is None:
+            return 0.0, 0.0
+        stages, iterations = self.selector.stages, self.selector.iterations
+        product = 2.0 * outputs * inputs**2
+        if coupled:  # two products on either side
+            both = 2 * product + 4.0 * outputs**2 * inputs
+            return stages * iterations * both + 2.0 * outputs**3, 2.0 * outputs**3
+        if inputs <= iterations * outputs:
+            return stages * (iterations * product + 2.0 * inputs**3), 0.0
+        return stages * iterations * 2 * product, 0.0
 
 
-DEFAULT = Counts(select_rows=27, rows=32, select_cubes=8, cubes=2, eigen=1)
-WANDA = Counts(select_rows=0, rows=32, select_cubes=0, cubes=2, eigen=0)
+DEFAULT = Counts(Optima())
+WANDA = Counts(None)
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,11 @@ class Group:
         """As ``optima.calibration.reduction.cost`` shares work out."""
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
+    def coupled(self, counts: Counts) -> list[int]:
+        """Outputs of the linears whose rows are coupled: see ``optima.calibration.coupling.couples``."""
+        most = min(self.inputs, MOST_ROWS) if counts.selector is not None and self.copies == 1 else 0
+        return [outputs for outputs in self.outputs if outputs <= most]
+
     def chunks(self, device: str) -> int:
         """Into which the rows of its largest linear fall apart."""
         outputs = max(self.outputs)
@@ -65,10 +83,11 @@ class Group:
 
     def solve(self, counts: Counts, share: float) -> tuple[float, float]:
         """Operations of a process that has a share of the rows: products, and eigendecompositions."""
-        rows = counts.rows * share + counts.select_rows
-        cubes = counts.cubes + counts.select_cubes
-        products = 2 * (cubes * self.inputs**3 + rows * self.weights * self.inputs)
-        return products, 2 * counts.eigen * self.inputs**3
+        coupled = self.coupled(counts)
+        selects = [counts.select(outputs, self.inputs, outputs in coupled) for outputs in self.outputs]
+        products = 2 * (counts.cubes * self.inputs**3 + counts.rows * share * self.weights * self.inputs)
+        eigen = 2.0 * self.inputs**3 * (counts.selector is not None)
+        return products + sum(product for product, _ in selects), eigen + sum(rows for _, rows in selects)
 
 
 @dataclass(frozen=True)
@@ -150,6 +169,8 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
     one = model.forward_flops(tokens, length)
     last = 2.0 * tokens * sum(group.copies * group.share * group.weights for group in model.groups[-1:])
     head = 2.0 * tokens * model.vocabulary * model.hidden
+    swept = swept_share(Recipe().swept_share, math.prod(tokens_of))
+    coupling = 2.0 * tokens * sum(outputs**2 for group in model.groups for outputs in group.coupled(counts))
     gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
     each = [group for group in model.groups for _ in range(group.copies)]
     device = "cuda" if itemsize == 2 else "cpu"  # here float32 on a CPU, there bfloat16 on cards
@@ -164,11 +185,12 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
             load[rank] += products
             eigen[rank] += spectrum
         reduced += lower_bytes(group.inputs) + 4 * min(SAMPLE, samples * length) * group.inputs
+        reduced += sum(8 * outputs * (outputs + 1) for outputs in group.coupled(counts))
         # Where all have rows, the mask goes out before.
         shared += group.weights * (itemsize + (1 if owner is not None else 2))
     alone = processes == 1
     return Work(
-        sweep=(model.blocks * 3 * one + 2 * head) * swept_share(Recipe().swept_share, math.prod(tokens_of)),
+        sweep=(model.blocks * (3 * one + coupling) + 2 * head) * swept,
         forward=model.blocks * (2 * one - last) - one,
         hessian=model.blocks * gram,
         solve=model.blocks * max(load),

@@ -277,7 +277,12 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         _drop_allocation(values, given, path)
     if "sparsity" in given:
         values.pop("pattern", None)
-    # What belongs to a method goes with it.
+    _drop_idle(values, given)
+    return recipe_from_dict(values | given)
+
+
+def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """What the file says for a method goes with it, where another was given."""
     for option, method, own in (
         ("selector", "external", "mask_from"),
         ("allocation", values.get("allocation"), "allocation_spread"),
@@ -288,9 +293,9 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     ):
         if given.get(option, method) != method:
             values.pop(own, None)
-    if given.get("tuning_epochs") == "0":
-        values.pop("learning_rate", None)
-    return recipe_from_dict(values | given)
+    for option, nothing, own in (("tuning_epochs", "0", "learning_rate"), ("solver", "none", "gap")):
+        if given.get(option) == nothing:
+            values.pop(own, None)
 
 
 def _drop_allocation(values: dict[str, Any], given: dict[str, Any], path: str) -> None:

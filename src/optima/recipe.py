@@ -170,14 +170,16 @@ class Recipe:
         self._check_selector()
         self._check_mask(self.table(self.scope or SCOPES[0]))
         self._check_idle()
-        if self.allocation == "loss" and self.applied_objective != "loss":
-            raise RecipeError(
-                f"allocation loss shares out by objective loss, not {self.applied_objective}: leave out one of them"
-            )
-        if self.keep_dense is not None and self.applied_objective != "loss":
-            raise RecipeError(
-                f"keep_dense chooses linears by objective loss, not {self.applied_objective}: leave out one of them"
-            )
+        if self.applied_objective != "loss":
+            named = self.objective or "plain, as with solver none unless it is named"
+            if self.allocation == "loss":
+                raise RecipeError(
+                    f"allocation loss needs objective loss, not {named}: say objective loss, or allocation uniform"
+                )
+            if self.keep_dense is not None:
+                raise RecipeError(
+                    f"keep_dense needs objective loss, not {named}: say objective loss, or leave keep_dense out"
+                )
         if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
             holding = " or ".join(BOUNDED_SOLVERS)
             raise RecipeError(f"max_change needs a solver that holds bounds: use solver {holding}, not {self.solver}")
@@ -285,10 +287,10 @@ class Recipe:
 
     def _check_mask(self, table: PatternTable) -> None:
         if self.sparsity is not None and self.pattern:
-            raise RecipeError(
-                f"give either sparsity or pattern, not both: pattern {' '.join(self.pattern)} {self.sparsity:g} prunes "
-                f"{self.sparsity:g} where no other entry matches"
-            )
+            text, rest = "give either sparsity or pattern, not both", f"{self.sparsity:g}"
+            if all("=" in entry for entry in self.pattern):
+                text += f": pattern {' '.join(self.pattern)} {rest} prunes {rest} where no other entry matches"
+            raise RecipeError(text)
         if self.as_given and (self.scope is not None or self.swaps):
             name = "swaps needs" if self.scope is None else "scope needs"
             raise RecipeError(f"{name} to know the pattern of the external masks: name their sparsity or pattern")
@@ -323,6 +325,7 @@ class Recipe:
             "outlier_multiple": ("allocation owl", self.allocation == "owl"),
             "group_size": ("scope group", self.scope == "group" or (self.scope is None and published)),
             "learning_rate": ("tuning_epochs above 0", self.tuning_epochs > 0),
+            "gap": ("a solver", self.solver != "none"),
         }
         for option in fields(self):
             owner, applies = used.get(option.name, ("", True))

@@ -204,7 +204,10 @@ class TestOptions:
             (["--allocation", "owl", "--pattern", "2:4"], "shares out one unstructured sparsity, not pattern 2:4: use"),
             (["--allocation", "owl", "--pattern", "mlp=0.6", "0.5"], "one unstructured sparsity, not pattern mlp=0.6"),
             (["--keep-dense", "0.1"], "keep_dense is for patterns n:m"),
-            (["--keep-dense", "0.1", "--pattern", "2:4", "--objective", "sink"], "keep_dense chooses linears by obj"),
+            (
+                ["--keep-dense", "0.1", "--pattern", "2:4", "--objective", "sink"],
+                "keep_dense needs objective loss, not si",
+            ),
             (["--allocation", "even"], "unknown allocation 'even': known allocations are uniform, owl"),
             (
                 ["--allocation", "owl", "--allocation-spread", "0"],

@@ -68,7 +68,7 @@ class TestPatterns:
         rows = {row[0]: row[2] for row in table_rows({NM(2, 4): 3, HALF: 1})}
         assert rows["PyTorch, semi-structured"].endswith("(75% of the pruned weights)")
         assert "pruned weights" not in rows["Core ML"]
-        assert rows["vLLM, SGLang, TensorRT-LLM"] == "none"
+        assert rows["vLLM, SGLang"] == "none"
 
     def test_as_a_report_names_them(self) -> None:
         assert named_pattern("2:4", 0.5) == NM(2, 4)
