@@ -1,8 +1,13 @@
-"""A console that leaves to us what becomes of a pipe that nobody reads any more."""
+"""A console that leaves to us what becomes of a pipe that nobody reads any more, and of a full disk behind it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from rich.console import Console
+
+from optima.errors import OptimaError
 
 
 class OwnConsole(Console):
@@ -11,3 +16,15 @@ class OwnConsole(Console):
     def on_broken_pipe(self) -> None:
         """Called where the ``BrokenPipeError`` is handled."""
         raise
+
+
+@contextmanager
+def explain_log_errors() -> Iterator[None]:
+    """A log that cannot be written is one clear error; one that nobody reads stays a ``BrokenPipeError``."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        text = f"standard error cannot be written ({error.strerror}): free some space, or send it elsewhere"
+        raise OptimaError(text) from error

@@ -11,7 +11,9 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
+from optima.evaluation.record import EVALUATION_NAME
 from optima.models.failures import HUB_FAILURES
+from optima.models.ordered import ORDERING_NAME
 from optima.reporting.record import REPORT_NAME
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -51,7 +53,8 @@ def push(
             folder_path=folder,
             commit_message=message or "Pruned by OPTIMA",
             ignore_patterns=list(NOT_PUSHED),
-            delete_patterns=list(WEIGHTS),  # shards of an earlier push that are not among these
+            # Of an earlier push, what is not among these files: they would speak of another model.
+            delete_patterns=[*WEIGHTS, EVALUATION_NAME, ORDERING_NAME],
         )
         return f"{api.endpoint}/{full}"
 

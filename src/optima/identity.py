@@ -46,7 +46,7 @@ def identity(
         device: that the linears are solved on. Its kind counts, and on a CPU the number of threads and the instruction
             set with its units for short numbers: sums in another order are other sums. Another card of the same kind
             may go on.
-        model: its configuration counts, weights are not looked at.
+        model: its class and configuration count, and code that came with it; weights are not looked at.
         dump_layer: regex of what is dumped.
     """
     values = recipe.to_dict()
@@ -58,6 +58,8 @@ def identity(
         "recipe": values,
         "selector": None if recipe.selector in SELECTOR_NAMES else _foreign(selector),
         "versions": versions,
+        "code": _code(model),
+        "class": type(model).__name__,
         "device": _kind(device),
         "dump_layer": dump_layer,
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
@@ -65,6 +67,15 @@ def identity(
         "attention": _implementations(model, "_attn_implementation"),
         "experts": _implementations(model, "_experts_implementation"),
     }
+
+
+def _code(model: PreTrainedModel) -> str:
+    """A hash of this package's code, and of what came with the checkpoint: a version says little of a clone."""
+    files = [*Path(__file__).parent.rglob("*.py")]
+    for kind in (type(model), type(model.config)):
+        if kind.__module__.startswith("transformers_modules"):
+            files += Path(inspect.getfile(kind)).parent.glob("*.py")
+    return fingerprint_files(sorted(set(files)))
 
 
 def settings_of(selector: Any) -> dict[str, Any]:

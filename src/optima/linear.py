@@ -101,8 +101,7 @@ def prune_linear(
     with full_precision():
         with clock("select"):
             # By all, for it leaves what rows are solved with on the hessian; the first one's counts.
-            chosen = checked(_select(methods.selector, task, pattern), task, pattern, methods.selector)
-            chosen = together.share(chosen, 0)
+            chosen = together.share(_select(methods.selector, task, pattern), 0)
         chunks = _chunks(task, methods.budget_bytes)
         own = [_work(task, chosen, pattern, methods, dtype, clock, rows) for rows in chunks[together.part(len(chunks))]]
         if together.size > 1:
@@ -202,7 +201,7 @@ def _whole(parts: Sequence[_Rows]) -> _Rows:
 
 
 def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection:
-    """What ``selector`` answers, the dense weight unharmed: errors are measured against it."""
+    """What ``selector`` answers, checked, the dense weight unharmed: errors are measured against it."""
     root_O1 = None
     if task.row_weight_O is not None:
         # Rows scaled by the roots of their weights compete in units of the weighted loss, whatever the selector.
@@ -216,6 +215,7 @@ def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection
         raise RecipeError(f"selector {name} returned {type(selection).__name__}, not a Selection: mend the selector")
     if version is not None and task.weight_OD._version != version:
         raise RecipeError(f"selector {name} changed the dense weight of {task.name}: let it work on a copy")
+    selection = checked(selection, task, pattern, selector)
     if root_O1 is not None and selection.weight_OD is not None:
         return Selection(selection.keep_OD, selection.weight_OD / root_O1)
     return selection

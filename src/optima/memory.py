@@ -19,7 +19,7 @@ from optima.device import find_device, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.main_memory import available_memory, total_memory
-from optima.models.experts import ExpertLinear, has_experts
+from optima.models.experts import ExpertLinear
 from optima.models.routers import routed_share
 from optima.models.stacks import (
     Block,
@@ -28,6 +28,7 @@ from optima.models.stacks import (
     count_parameters,
     find_stacks,
     guess_groups,
+    has_experts,
 )
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
@@ -141,7 +142,7 @@ def host_memory(
     work = work_bytes(model, blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
     by_loss = _through_decoder(model, recipe, dtype) if streamed else 0
     if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
-        by_loss += logits_bytes(model, batch_tokens(recipe, on_cpu(recipe)))
+        by_loss += logits_bytes(model, batch_tokens(recipe))
     pruned = sum(math.prod(linear.shape) for block in blocks for linear in block.linears)
     masks = pruned // 8 if recipe.mask_from is not None else 0
     return HostMemory(most * dtype.itemsize + masks, work, by_loss)
@@ -173,7 +174,7 @@ def work_bytes(
 
     Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
     """
-    tokens = batch_tokens(recipe, on_cpu(recipe))
+    tokens = batch_tokens(recipe)
     gradients = 12 if "gradient" in methods.needs else 0
     share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
     most = 0
@@ -281,9 +282,9 @@ def _waiting_bytes(block: Block) -> int:
     return sum(everywhere) + min(sum(experts), EXPERT_BYTES + max(experts, default=0)) + 2 * max(experts, default=0)
 
 
-def batch_tokens(recipe: Recipe, cpu: bool) -> int:
+def batch_tokens(recipe: Recipe) -> int:
     """Tokens in a forward pass."""
-    samples = batch_size(recipe, cpu, recipe.max_seq_length)
+    samples = batch_size(recipe, on_cpu(recipe), recipe.max_seq_length)
     return min(samples, recipe.num_calibration_samples or samples) * recipe.max_seq_length
 
 

@@ -19,13 +19,13 @@ from optima.calibration.own_text import check_writes
 from optima.calibration.swept import swept_share
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
-from optima.models.experts import has_experts, split_on_disk
+from optima.models.experts import split_on_disk
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, count_by_place, count_parameters
+from optima.models.stacks import Block, count_by_place, count_parameters, has_experts
 from optima.patterns import NM
-from optima.preflight.checks import Preflight, preflight, sized
+from optima.preflight.checks import Preflight, check_order, preflight, sized
 from optima.recipe import Recipe
 
 ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
@@ -122,6 +122,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     if recipe.written:
         check_writes(model)
     methods = build(recipe)
+    check_order(source, model, recipe)
     found = preflight(model, recipe, methods)
     check_length(model, recipe.max_seq_length)
     dtype = dtype_as_read(config, recipe.dtype)

@@ -50,6 +50,8 @@ EXPERT_TOKENS = 256
 LEAST_SAMPLES = 128  # of calibration, as in the papers
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
 SELF = "self"  # the data set that the model itself writes
+# Configurations of data sets that have several and name none of them as the default.
+CONFIGS = {"allenai/c4": "en"}
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
 
 GROUPS = {
@@ -247,7 +249,7 @@ class Recipe:
             "allocation_spread": SPREADS.get(self.allocation),
             "objective": self.applied_objective,
             "sink_weight": SINK_WEIGHT if self.objective == "sink" else None,
-            "dataset_config": "en" if self.dataset == ["allenai/c4"] else None,
+            "dataset_config": CONFIGS.get(self.dataset[0]) if len(self.dataset) == 1 else None,
         }
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +23,12 @@ from torch import Tensor
 
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
-from optima.calibration.coupling import couples, coupling, unpacked
+from optima.calibration.coupling import couples, coupling, finished
 from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import is_encoder_decoder, words_size
 from optima.calibration.loss_weights import KEPT_BYTES, second_moment, through
 from optima.calibration.streams import Streams
-from optima.calibration.swept import swept_share
+from optima.calibration.swept import sweep_numbers, swept_share
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.errors import NotDifferentiableError
@@ -210,9 +209,9 @@ class Rehearsal:
                 if self.tuning is not None:
                     found.residual[block.name] = second_moment(gradients, self.device)
                 coupled = "coupling" in self.plan.methods.needs
-                numbers = list(accumulate((samples for samples, _ in part.sizes), initial=0)) if coupled else None
+                numbers = sweep_numbers(part, 1.0) if coupled else None
                 through(block, part, gradients, self.device, found, numbers=numbers)
-                found.coupling = {name: coupling(unpacked(each)).bfloat16() for name, each in found.coupling.items()}
+                found.coupling = {name: finished(each) for name, each in found.coupling.items()}
 
         with self._or_by_sink():
             self._add(work, streams, count * self.share)

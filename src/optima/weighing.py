@@ -2,69 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from transformers import PreTrainedModel
 
 from optima.build import default_scope
 from optima.calibration.loss_weights import WORDS, loss_weights
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import LossWeights
 from optima.device import full_precision
 from optima.errors import NotDifferentiableError, RecipeError
 from optima.models.stacks import Stack
-from optima.models.weights import Weights
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
 from optima.recipe import SINK_WEIGHT, Recipe
 from optima.selectors.base import Selector
 
 
-def weigh(
-    network: PreTrainedModel,
-    stack: Stack,
-    streams: Streams,
-    device: torch.device,
-    weights: Weights,
-    recipe: Recipe,
-    coupled: bool,
-    told: Callable[[float], None],
-) -> tuple[LossWeights | None, str]:
-    """What the loss feels of each token and row, None if there are no gradients; and what a report must tell of it.
+def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, recipe: Recipe) -> str:
+    """Give ``job`` what the loss feels of each token and row, or the sink weight where there are no gradients.
 
     Args:
+        job: of the run.
         network: has ``stack``.
         stack: with the linears to prune.
         streams: what enters its first block.
-        device: where to compute.
-        weights: gives each block its own.
         recipe: as resolved.
-        coupled: see ``loss_weights``.
-        told: see ``loss_weights``.
+
+    Returns:
+        What a report must tell of it.
     """
-    try:
-        tuned = recipe.tuning_epochs > 0
-        share = recipe.swept_share
-        found = loss_weights(network, stack, streams, device, recipe.seed, tuned, weights, share, told, coupled)
-    except NotDifferentiableError as error:
-        where = "" if stack.part == "whole" else f" in the {stack.part}"
-        return None, f"objective sink took the place of objective loss{where}, for there are no gradients: {error}"
-    if found.loss == WORDS:
-        return found, found.told
-    return found, f"objective loss is {found.loss}: the model has no head that predicts words"
-
-
-def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, recipe: Recipe) -> str:
-    """Give ``job`` what ``weigh`` finds, or the sink weight where there are no gradients; what a report must tell."""
     job.progress.start(len(stack.blocks), 1, stage="sweep")
-    with job.clock("sweep"), full_precision():
-        coupled = "coupling" in job.methods.needs
-        job.loss, told = weigh(network, stack, streams, job.device, job.weights, recipe, coupled, job.progress.share)
-    if job.loss is None:
+    try:
+        with job.clock("sweep"), full_precision():
+            job.loss = loss_weights(
+                network,
+                stack,
+                streams,
+                job.device,
+                recipe.seed,
+                residual=recipe.tuning_epochs > 0,
+                weights=job.weights,
+                share=recipe.swept_share,
+                told=job.progress.share,
+                coupled="coupling" in job.methods.needs,
+            )
+    except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
-    return told
+        part = "" if stack.part == "whole" else f" in the {stack.part}"
+        return f"objective sink took the place of objective loss{part}, for there are no gradients: {error}"
+    if job.loss.loss == WORDS:
+        return job.loss.told
+    return f"objective loss is {job.loss.loss}: the model has no head that predicts words"
 
 
 def rank_without_loss(

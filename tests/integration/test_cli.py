@@ -392,6 +392,12 @@ class TestReport:
             "it elsewhere\n"
         )
 
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+    @pytest.mark.parametrize("options", ["", "--log-format json"])
+    def test_a_full_disk_behind_the_log_changes_no_status(self, root: Path, options: str) -> None:
+        command = f"{sys.executable} -m optima prune nowhere --output-dir out {options} 2> /dev/full"
+        assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 2
+
 
 class TestEval:
     def test_names_are_no_markup(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,6 +146,7 @@ def test_an_order_goes_with_what_is_made_of_the_model(
     assert main(prune_arguments(*external, model="ordered")) == 0
     capsys.readouterr()
     assert "have their channels in different orders" in late(*external, "--output-dir", "other")
+    assert "have their channels in different orders" in late(arguments=["plan", "model", *external[:4]])
     assert "are in order already" in late(arguments=["order", "ordered", "--output-dir", "twice", *options])
     # A model in memory remembers where it is from.
     held = AutoModelForCausalLM.from_pretrained("ordered")

@@ -380,6 +380,23 @@ def edit_config() -> None:
     Path("model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
 
 
+def edit_class() -> None:
+    shutil.copy("model/config.json", "kept")
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
+
+
+OWN = optima.identity.__file__
+
+
+def edit_code() -> None:
+    """What this process has loaded stays; children take its package to be another."""
+    shutil.copytree(Path(OWN).parent, "package/optima", dirs_exist_ok=True)
+    with Path("package/optima/pipeline.py").open("a") as file:
+        file.write("# another line\n")
+    optima.identity.__file__ = str(Path("package/optima/identity.py").resolve())
+
+
 def edit_text() -> None:
     shutil.copy("text.txt", "kept")
     save_text(Path("text.txt"), "Other words. " * 99)
@@ -397,6 +414,8 @@ CHANGES: list[tuple[str, Callable[[], list[str] | None], Callable[[], object]]] 
     ("device", lambda: torch.set_num_threads(2), lambda: torch.set_num_threads(1)),
     ("weights", edit_weights, put_back("model/model.safetensors")),
     ("configuration", edit_config, put_back("model/config.json")),
+    ("class", edit_class, put_back("model/config.json")),
+    ("code", edit_code, lambda: setattr(optima.identity, "__file__", OWN)),
     (
         "tokens",
         edit_text,

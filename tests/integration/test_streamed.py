@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,6 +241,38 @@ def test_what_a_checkpoint_lacks_its_output_lacks_too(work: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("family", "options"), [("llama", EVERYTHING), ("mixtral", CHEAP)])
+class Meddler(optima.Callback):
+    """Does something to the model's file once a block is done."""
+
+    def __init__(self, file: Path, change: Callable[[bytes], bytes]) -> None:
+        self.file, self.change = file, change
+
+    def on_block(self, block: object) -> None:
+        content = self.file.read_bytes()
+        with self.file.open("r+b") as file:  # the same file, as cp and rsync --inplace leave it
+            file.write(self.change(content))
+            file.truncate()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[::-1], "was changed while it was read"),
+        (lambda content: content[:999], "read any more"),
+    ],
+    ids=["other numbers", "cut off"],
+)
+def test_weights_that_change_while_a_run_reads_them_end_it(
+    change: Callable[[bytes], bytes], message: str, tmp_path: Path
+) -> None:
+    make_llama().save_pretrained(tmp_path / "model")
+    recipe, meddler = optima.Recipe(**CHEAP), Meddler(tmp_path / "model" / WEIGHTS, change)
+    told = {"tokenizer": make_tokenizer(), "calibration": make_tokens(4).clamp_max(100), "callbacks": [meddler]}
+    with pytest.raises(ModelError, match=message):
+        optima.prune(tmp_path / "model", recipe, output_dir=tmp_path / "out", **told)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
     family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,6 +25,7 @@ from optima.models.stacks import (
     dense_notes,
     find_stacks,
     guess_groups,
+    is_expert,
     select_linears,
     uncovered,
 )
@@ -214,6 +215,15 @@ class TestSelectLinears:
         with pytest.raises(ModelError, match=r"are one weight.*ignore 'mlp\\.up_proj'"):
             select_linears(find_stacks(model), [".*"], [])
         assert select_linears(find_stacks(model), [".*"], ["up_proj"])
+
+
+@pytest.mark.parametrize(("family", "count"), [("switch", 8), ("mixtral", 24), ("qwen2_moe", 24)])
+def test_experts_are_told_in_one_parameter_or_in_modules(family: str, count: int) -> None:
+    for stack in find_stacks(build(family)):
+        linears = [linear for block in stack.blocks for linear in block.linears]
+        found = [linear.name for linear in linears if is_expert(linear)]
+        assert found == [linear.name for linear in linears if ".experts." in linear.name]
+        assert len(found) == count
 
 
 ROUTERS = {

@@ -20,7 +20,7 @@ from tiny import snapshot
 from optima.errors import ModelError
 from optima.models import files
 from optima.models.destination import Destination, unfinished
-from optima.models.files import Interrupted, exchange, interruptible
+from optima.models.files import Interrupted, exchange, interruptible, stop_if_asked
 from optima.models.journal import Journal
 
 REPORT = json.dumps({"schema_version": 1, "run": {}, "linears": []})
@@ -108,6 +108,15 @@ class TestStart:
         (here / "linked-input").symlink_to("above/model")
         message = refused(out, True, inputs=["link", "linked-input"])
         assert "which this run reads" in message or "holds the current directory" in message
+
+    @pytest.mark.parametrize("inner", ["out/70", "out/deep/.70.optima-partial"])
+    def test_nor_is_an_output_that_holds_another(self, inner: str) -> None:
+        make_output(Path("out"))
+        if inner.endswith("partial"):
+            Path(inner).mkdir(parents=True)
+        else:
+            make_output(Path(inner))
+        assert re.search(f"out holds .*{inner}, an output or one in the making", refused(overwrite=True))
 
     @pytest.mark.parametrize("path", ["/", "/proc", ".", ".."])
     def test_mount_points_and_the_current_directory(self, path: str) -> None:
@@ -256,6 +265,36 @@ class TestEnd:
             run(overwrite=True)
         assert (here / "out" / "old").exists()
         assert (here / "out.1" / "new").exists()
+
+    def test_what_cannot_be_renamed_at_all_stays_where_the_message_says(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(self: Path, target: Path) -> Path:
+            raise OSError(errno.EACCES, "Permission denied")
+
+        def pack() -> None:  # commits no block
+            with claim() as destination:
+                (destination.directory / "new").write_text("new")
+                monkeypatch.setattr(Path, "rename", refuse)
+
+        with pytest.raises(ModelError, match=r"Permission denied.*is in .*\.out\.optima-partial/model"):
+            pack()
+        assert (here / ".out.optima-partial" / "model" / "new").exists()
+
+    def test_stopped_behind_the_swap_it_was_done(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        make_output(here / "out")
+
+        def stop(*paths: Path) -> None:
+            if (here / "out" / "new").exists():
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr("optima.models.destination.sync", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(overwrite=True)
+        assert snapshot(here).keys() == {"out", "out/new", "out/report.json"}
+        assert "goes on with --resume" not in caplog.text
 
     def test_without_an_exchange_there_are_two_renames(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(files, "exchange", lambda first, second: False)
@@ -444,6 +483,19 @@ class TestSignals:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_what_a_finalizer_swallowed_is_raised_again(self) -> None:
+        class Unlucky:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGTERM)
+
+        with interruptible():
+            stop_if_asked()
+            Unlucky()
+            with pytest.raises(Interrupted, match="SIGTERM"):
+                stop_if_asked()
+        stop_if_asked()
 
     def test_another_thread_installs_none(self) -> None:
         def enter() -> None:

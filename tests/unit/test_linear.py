@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -88,18 +88,23 @@ def wrong_answers() -> dict[str, Selection]:
         "nan on the mask": Selection(keep_OD, torch.where(keep_OD, torch.nan, 0.0)),
         "weights that are no tensor": Selection(keep_OD, keep_OD.double().numpy()),  # type: ignore[arg-type]
         "weights of another shape": Selection(keep_OD, torch.ones(8, 32)),
+        "weights of one row": Selection(keep_OD, torch.zeros(1, 64)),
+        "whole numbers": Selection(keep_OD, keep_OD.long()),
     }
 
 
 @pytest.mark.parametrize("name", wrong_answers())
 @pytest.mark.parametrize("solver", [None, Auto()], ids=["published", "solved"])
-def test_a_selector_that_breaks_its_contract_is_named(name: str, solver: Auto | None) -> None:
+@pytest.mark.parametrize("weighed", [False, True], ids=["rows alike", "rows weighed"])
+def test_a_selector_that_breaks_its_contract_is_named(name: str, solver: Auto | None, weighed: bool) -> None:
     weight_OD, inputs_TD = make_layer(8, 64, dtype=torch.float32)
+    task = layer_of(weight_OD, inputs_TD, name="model.linear")
+    task = replace(task, row_weight_O=torch.arange(1.0, 9.0) if weighed else None)
     methods = Methods(Answers(wrong_answers()[name]), solver=solver)
     with pytest.raises(
         RecipeError, match=r"selector Answers broke its contract on model\.linear, pattern 0\.5 per row"
     ):
-        prune_linear(layer_of(weight_OD, inputs_TD, name="model.linear"), HALF, methods)
+        prune_linear(task, HALF, methods)
 
 
 def test_a_selector_that_works_in_place_is_named() -> None:

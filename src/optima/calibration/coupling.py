@@ -19,8 +19,7 @@ from torch.nn.functional import pad
 
 from optima.calibration.tempering import POWER
 from optima.device import bfloat16_products
-from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block, Linear
+from optima.models.stacks import Block, Linear, is_expert
 
 # Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.
 BELIEVED = 0.9
@@ -35,7 +34,7 @@ def couples(linear: Linear) -> bool:
     most of which are given few tokens.
     """
     outputs, inputs = linear.shape
-    return outputs <= min(inputs, MOST_ROWS) and not isinstance(linear, ExpertLinear)
+    return outputs <= min(inputs, MOST_ROWS) and not is_expert(linear)
 
 
 class Halves:
@@ -90,6 +89,11 @@ def unpacked(packed_OP: Tensor) -> Tensor:
     """The two of ``packed``, (2, O, O)."""
     upper_OO, lower_OO = packed_OP[:, 1:], packed_OP[:, :-1]
     return torch.stack((upper_OO.triu() + upper_OO.triu(1).mT, lower_OO.tril() + lower_OO.tril(-1).mT))
+
+
+def finished(packed_OP: Tensor) -> Tensor:
+    """``coupling`` of two sums as they waited, in half the memory: it guides a search."""
+    return coupling(unpacked(packed_OP)).bfloat16()
 
 
 def coupling(halves: Tensor) -> Tensor:

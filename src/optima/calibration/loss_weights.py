@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.coupling import Halves, coupling, packed, unpacked
+from optima.calibration.coupling import Halves, finished, packed
 from optima.calibration.halving import rows_of
 from optima.calibration.head import at_the_head, head_device
 from optima.calibration.inputs import words_size
@@ -124,8 +124,7 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         if ranks.first:  # which tunes blocks
             found.residual[name] = streams.store.keep(total_EE / tokens)
     for name, shape in _union(halves for *_, halves in known).items():
-        halves = unpacked(ranks.total(found.coupling.pop(name, torch.zeros(shape))))
-        found.coupling[name] = streams.store.keep(coupling(halves).bfloat16())  # half the memory: it guides a search
+        found.coupling[name] = streams.store.keep(finished(ranks.total(found.coupling.pop(name, torch.zeros(shape)))))
 
 
 Named = TypeVar("Named")

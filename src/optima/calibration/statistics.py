@@ -33,8 +33,8 @@ from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics, sampling_step
-from optima.models.experts import ExpertLinear, has_experts
-from optima.models.stacks import Block, Linear
+from optima.models.experts import ExpertLinear
+from optima.models.stacks import Block, Linear, has_experts
 
 # Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
 SAMPLE = 512
@@ -240,9 +240,7 @@ def observe_in_turn(
 
 def why_not_in_turn(block: Block, streams: Streams) -> str:
     """Why linears of the block must be calibrated at once, by a pass of their own; empty if they need not."""
-    # Of experts that are modules a batch may not reach some.
-    modules = any("expert" in linear.name and linear.name in streams.probe.routed for linear in block.linears)
-    if modules or has_experts(block.linears):
+    if has_experts(block.linears):  # a batch may not reach some
         return "experts are calibrated together"
     repeated = [linear.name for linear in block.linears if linear.name in streams.probe.repeated]
     return f"{repeated[0]} is called several times in a forward pass" if repeated else ""

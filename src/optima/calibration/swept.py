@@ -39,7 +39,7 @@ def _steps(streams: Streams, share: float) -> tuple[int, int]:
 
 
 def sweep_numbers(streams: Streams, share: float) -> list[int]:
-    """Of each batch that is swept, the number of its first sequence among those that are, over all processes."""
+    """Of each batch, the number of its first sequence among those that are swept, over all processes."""
     every, size = _steps(streams, share)
     firsts = accumulate((samples for samples, _ in streams.sizes), initial=streams.before[0])
     return [first // (size * every) * size + first % size for first in firsts]

@@ -99,7 +99,8 @@ class LossWeights:
         routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
         rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
-        coupling: by the name of a linear: how its rows go together, see ``calibration.coupling``, (O, O).
+        coupling: by the name of a linear: how its rows go together, (O, O); during the sweep the sums of both halves,
+            see ``calibration.coupling.packed``.
         inputs: of each linear, by its name.
         lengths: of each batch's sequences, if all start with the same input; empty if they do not.
         shared: of the tokens of all processes, by the names of ``tokens`` and ``routed``, which are of this process's.

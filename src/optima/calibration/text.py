@@ -20,9 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.calibration.chats import BAD_CHAT, as_text
 from optima.errors import CalibrationError
-
-# Configurations of data sets that have several and name none of them as the default.
-CONFIGS = {"allenai/c4": "en"}
+from optima.recipe import CONFIGS
 
 SEPARATOR = "\n\n"
 CHAT_COLUMN = "messages"
@@ -108,9 +106,9 @@ class Documents:
         from optima.calibration.records import READ_ERRORS, file_records, hub_records
 
         source = self._source
+        config = source.config or CONFIGS.get(name)
         try:
             if not is_file(name):
-                config = source.config or CONFIGS.get(name)
                 records, revision = hub_records(name, config, source.split, source.revision, self._seed)
                 if len(source.dataset) == 1:
                     self.revision = revision
@@ -120,7 +118,7 @@ class Documents:
             else:
                 yield from self._texts(file_records(Path(name)), name)
         except READ_ERRORS as error:
-            place = "" if is_file(name) else f" (config {source.config}, split {source.split})"
+            place = "" if is_file(name) else f" (config {config}, split {source.split})"
             remedy = "the file" if is_file(name) else "its name, --dataset-config and --split, and the network"
             known = "/".join(FILES)
             raise CalibrationError(

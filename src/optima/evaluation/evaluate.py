@@ -36,7 +36,7 @@ from optima.evaluation.watch import Watch
 from optima.evaluation.zeroshot import Tasks, check_tokenizer, find_files, load_tasks, zero_shot
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
 from optima.models.skeleton import skeleton
-from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer
+from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer, pinned
 from optima.reporting.record import library_versions
 
 # A whole model is on the device, and with a divergence two.
@@ -109,8 +109,9 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
         names = "--dataset-config, --split and --dataset-revision"
         raise RecipeError(f"{names} are for data sets of the hub: leave them out")
     subjects = []
-    structures = [skeleton(source)[0] for source in sources]
-    for source, structure in zip(sources, structures, strict=True):
+    structures = [skeleton(source) for source in sources]
+    for source, (structure, config) in zip(sources, structures, strict=True):
+        source = pinned(source, config)
         tokenizer = load_tokenizer(source)
         tokens_NL = None
         if settings.dataset:

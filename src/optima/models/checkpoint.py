@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
+from optima.errors import ModelError
 from optima.models.source import (
     INDEX,
     WEIGHTS,
@@ -51,6 +52,7 @@ class Checkpoint:
     def __init__(self, model: PreTrainedModel, files: Collection[Path]) -> None:
         self.model = model
         self.conversions = _conversions(model)
+        self._stats = {file: _stat(file) for file in files}
         self._files: list[Any] = [_open(file) for file in files]
         on_disk = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
         self._empty: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -106,8 +108,16 @@ class Checkpoint:
 
     def _load(self, parts: Mapping[str, Any], device_map: dict[str, str]) -> Any:
         config = LoadStateDictConfig(dtype=self.model.dtype, device_map=device_map, weight_mapping=self.conversions)
-        with no_bars():
-            return self.model._load_pretrained_model(self.model, dict(parts), None, config)[0]
+        place = next((str(file.parent) for file in self._stats), "")
+        try:
+            with no_bars():
+                found = self.model._load_pretrained_model(self.model, dict(parts), None, config)[0]
+            changed = next((file for file, known in self._stats.items() if _stat(file) != known), None)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"the weights in {place} cannot be read any more ({error}): see to the disk") from error
+        if changed is not None:
+            raise ModelError(f"{changed} was changed while it was read: leave a model alone until the run is over")
+        return found
 
 
 class _Part:
@@ -122,6 +132,12 @@ class _Part:
     def __getitem__(self, index: Any) -> Tensor:
         part: Tensor = self._file.get_tensor(self._name) if index is ... else self._slice[index]
         return part
+
+
+def _stat(file: Path) -> tuple[int, int, int]:
+    """What differs once a file was replaced or written into."""
+    found = file.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> Checkpoint:

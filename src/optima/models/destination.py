@@ -29,7 +29,17 @@ from pathlib import Path
 from typing import IO, Any
 
 from optima.errors import ModelError
-from optima.models.files import ACTIVATIONS, PACKED, delete, digest, explain_write_errors, swap, sync, usable_path
+from optima.models.files import (
+    ACTIVATIONS,
+    PACKED,
+    delete,
+    digest,
+    explain_write_errors,
+    swap,
+    sync,
+    uninterrupted,
+    usable_path,
+)
 from optima.models.journal import Lines, check_same, read_journal
 from optima.models.ordered import ORDERING_NAME
 
@@ -78,12 +88,13 @@ def unfinished(path: Path) -> Unfinished | None:
 class Destination:
     """The output directory of one run: ``path`` is OUT without links, ``partial`` holds everything until the end.
 
-    ``notes`` say what became of the leavings of an earlier run.
+    ``notes`` say what became of the leavings of an earlier run. ``_finished`` is where the whole output is.
     """
 
     path: Path
     partial: Path
     notes: list[str] = field(default_factory=list)
+    _finished: Path | None = None
 
     @property
     def directory(self) -> Path:
@@ -153,10 +164,14 @@ class Destination:
                 self.directory.mkdir(exist_ok=True)
                 yield
             except BaseException:
-                if self.directory.exists() and read_journal(self.journal).holds_work:
-                    _logger.warning("%s keeps what was done: what began it goes on with --resume", self.partial)
-                else:
-                    self._discard()
+                with uninterrupted():
+                    if self._finished is not None:
+                        if not self._finished.is_relative_to(self.partial):
+                            self._discard()
+                    elif self.directory.exists() and read_journal(self.journal).holds_work:
+                        _logger.warning("%s keeps what was done: what began it goes on with --resume", self.partial)
+                    else:
+                        self._discard()
                 raise
             self._discard()
 
@@ -229,10 +244,12 @@ class Destination:
             else:
                 # Onto nothing or an empty directory: the system refuses all else.
                 self.directory.rename(self.path)
+            self._finished = self.path
         except (OSError, ModelError) as error:
             kept = self.directory
             with suppress(OSError):
                 kept = kept.rename(free)
+            self._finished = kept
             raise ModelError(f"{error}; the finished checkpoint is in {kept}") from error
         # The name first: without the journal, what is not yet under it would count for nothing.
         sync(self.path.parent, self.partial)
@@ -272,6 +289,14 @@ def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> N
             f"{path} is no output of an earlier run (it has none of {', '.join(RECORDS)} and packed files), and is not "
             f"replaced: {remedy}"
         )
+    if (inner := _output_inside(path)) is not None:
+        raise ModelError(f"{path} holds {inner}, an output or one in the making, and is not replaced: {remedy}")
+
+
+def _output_inside(path: Path) -> Path | None:
+    """An output below ``path``, or what a run that goes on writes there."""
+    below = (each for each in path.rglob("*") if each.is_dir())
+    return next((each for each in below if each.name.endswith(SUFFIX) or _is_output(each)), None)
 
 
 def _is_output(path: Path) -> bool:

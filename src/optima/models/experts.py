@@ -349,11 +349,6 @@ def _layout(module: nn.Module) -> dict[str, bool]:
     return dict.fromkeys(fused, ways[0]) if len(ways) == 1 else {}
 
 
-def has_experts(linears: Iterable[object]) -> bool:
-    """Whether some of them are experts of a fused parameter, which are given the tokens routed to them alone."""
-    return any(isinstance(linear, ExpertLinear) for linear in linears)
-
-
 def split_on_disk(model: PreTrainedModel, linears: Iterable[object]) -> int:
     """Weights of ``linears`` whose fused parameter transformers writes in parts: a writer keeps them whole beside."""
     experts = [linear for linear in linears if isinstance(linear, ExpertLinear)]

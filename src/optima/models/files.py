@@ -24,6 +24,7 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
 PACKED = ".packed.safetensors"  # how the files end that optima pack writes
+_asked: list[int] = []  # signals that asked this process to stop
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,6 +47,7 @@ def interruptible() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         nonlocal stopped
         stopped = True
+        _asked.append(number)
         for other in installed:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
@@ -57,9 +59,30 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        _asked.clear()
         for number, handler in installed.items():
             # What others made of it inside stays: another process of the run is no more, and that is not told yet.
             if stopped or signal.getsignal(number) == stop:
+                signal.signal(number, handler)
+
+
+def stop_if_asked() -> None:
+    """Raise ``Interrupted`` once more: in a finalizer Python swallows what a signal raises."""
+    if _asked:
+        raise Interrupted(_asked[0])
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that would end the process do nothing inside: to clear up is short. For the main thread."""
+    known: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        known = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in known.items():
+            if handler is not None:  # one that is not Python's cannot be put back by it
                 signal.signal(number, handler)
 
 

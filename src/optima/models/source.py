@@ -40,7 +40,6 @@ from optima.models.ordered import ORDERING_NAME, read_orders
 _logger = logging.getLogger("optima")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
 # Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
@@ -136,7 +135,7 @@ def _check_directory(path: Path) -> None:
         return
     if weights:
         raise ModelError(f"{path} is packed: unpack it with optima unpack {path}")
-    if any((path / name).exists() for name in PICKLES) or any(path.glob("*.bin")):
+    if any(path.glob("*.bin")) or any(path.glob("*.bin.index.json")):
         raise ModelError(
             f"{path} holds its weights only as pickle files, which can run any code when opened: convert them to "
             "safetensors first (load with torch and save with model.save_pretrained)"
@@ -180,6 +179,12 @@ def load_config(source: Source) -> PretrainedConfig:
     if any(getattr(part, "quantization_config", None) for part in parts) and not source.gguf_file:
         raise ModelError(f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result")
     return config
+
+
+def pinned(source: Source, config: PretrainedConfig) -> Source:
+    """The same model at the commit of its configuration: a branch may move while the rest is fetched."""
+    commit = getattr(config, "_commit_hash", None)
+    return source if source.local or commit is None else replace(source, revision=commit)
 
 
 def _check_counts(source: Source, values: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonpath
 from typing import Any, Literal, Protocol
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
-from optima.models.experts import Stored, experts_of
+from optima.models.experts import ExpertLinear, Stored, experts_of
 from optima.models.routers import expert_counts, module_around, routers_of
 from optima.names import check_bounded, kind
 
@@ -28,6 +28,8 @@ TOGETHER = (
     re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
     re.compile(r"gate(_proj)?|up(_proj)?|w1|w3"),
 )
+# Experts that are modules of their own, such as experts.3.up_proj or experts.expert_3.wi; a shared one is none.
+EXPERT = re.compile(r"\bexperts\.\w*\d")
 
 
 class Linear(Protocol):
@@ -248,6 +250,16 @@ def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
         if isinstance(child, (nn.Linear, Conv1D))
     ]
     return modules + [linear for experts in experts_of(module, prefix) for linear in experts.linears()]
+
+
+def has_experts(linears: Iterable[Linear]) -> bool:
+    """Whether some of them are experts, which are given the tokens routed to them alone."""
+    return any(map(is_expert, linears))
+
+
+def is_expert(linear: Linear) -> bool:
+    """Whether a linear is an expert's, in a fused parameter or in a module of its own."""
+    return isinstance(linear, ExpertLinear) or EXPERT.search(linear.name) is not None
 
 
 def _may_be_stack(members: nn.ModuleList) -> bool:

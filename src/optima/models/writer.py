@@ -23,7 +23,7 @@ from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions, forget_missing_code
-from optima.models.files import digest, explain_write_errors, read_header, sync
+from optima.models.files import digest, explain_write_errors, read_header, stop_if_asked, sync
 from optima.models.journal import Journal
 from optima.models.older_names import keep_older_names
 from optima.models.ordered import write_orders
@@ -174,6 +174,7 @@ class Writer:
             line = {"block": block, **shards, "places": places, "record": record}
             self.journal.append(line)
         self._lines[block] = line
+        stop_if_asked()
 
     def read(self, block: str) -> dict[str, Tensor]:
         """The tensors of a committed block that had changed, by their names in the model, as they were written."""

@@ -10,7 +10,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,8 @@ from optima.ordering.search import best_order, lost
 from optima.ordering.trial import computes_the_same
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
-from optima.preflight.checks import check_finite, chosen_stacks
-from optima.preflight.opening import Checked, check, claim, known_orders, read, store_of, written
+from optima.preflight.checks import check_finite, chosen_stacks, known_orders
+from optima.preflight.opening import Checked, check, claim, read, store_of, written
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 from optima.reporting.progress import Progress, make_progress
@@ -235,7 +235,8 @@ class _Run:
     def _stack(self, stack: Stack, batches: Sequence[Batch], hidden: str) -> None:
         recipe, device = self.checked.recipe, self.checked.device
         streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
-        job = Job(self.checked.methods, self.patterns, device, recipe.damping, recipe.sink_weight or 0.0)
+        methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
+        job = Job(methods, self.patterns, device, recipe.damping, recipe.sink_weight or 0.0)
         job.weights, job.progress = self.weights, self.shown
         if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
             self.notes.append(told)

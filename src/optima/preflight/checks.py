@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linear import Methods
 from optima.memory import settle_in_turn
 from optima.models.masks import MaskFiles
+from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.models.reading import check_length
+from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
 from optima.names import check_bounded
 from optima.patterns import Pattern, Unstructured
@@ -91,6 +94,24 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
         for linear in found.linears:
             found.patterns[linear.name] = methods.selector.check(linear, found.patterns.get(linear.name))
     return found
+
+
+def known_orders(source: Source | None, model: PreTrainedModel) -> Any:
+    """The orders of the model's channels, read from disk or in memory; None if it has its own."""
+    return orders_of(source) if source is not None else orders_in_memory(model)
+
+
+def check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:
+    """Masks speak of weights by their places: they must be of the model with its channels in this order."""
+    if recipe.mask_from is None:
+        return
+    masks = Path(recipe.mask_from).expanduser()
+    if read_orders(masks if masks.is_dir() else masks.parent) != known_orders(source, model):
+        name = "the model in memory" if source is None else source.name
+        raise RecipeError(
+            f"mask_from {recipe.mask_from} and {name} have their channels in different orders ({ORDERING_NAME}): prune "
+            "the model that the masks were made for; a file of masks has its orders beside it"
+        )
 
 
 def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:

@@ -21,13 +21,21 @@ from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, host_memory, host_room
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
-from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.models.skeleton import dtype_as_read, skeleton
-from optima.models.source import Source, commit_of, find_source, fingerprint, orders_of
+from optima.models.source import Source, commit_of, find_source, fingerprint, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.patterns import Unstructured
-from optima.preflight.checks import Preflight, check_dump, find_calibration, preflight, sequence_length, sized, taken
+from optima.preflight.checks import (
+    Preflight,
+    check_dump,
+    check_order,
+    find_calibration,
+    preflight,
+    sequence_length,
+    sized,
+    taken,
+)
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 
@@ -67,7 +75,8 @@ def check(
         _check_in_memory(model)
     elif isinstance(model, str | Path):
         source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
-        structure = skeleton(source)[0]
+        structure, config = skeleton(source)
+        source = pinned(source, config)
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
@@ -76,7 +85,7 @@ def check(
         check_writes(structure)
     scope_named = recipe.scope is not None
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
-    _check_order(source, structure, recipe)
+    check_order(source, structure, recipe)
     found = preflight(structure, recipe, methods)
     calibration = taken(structure, calibration, recipe, found)
     length = sequence_length(structure, recipe, calibration)
@@ -104,24 +113,6 @@ def _check_in_memory(model: PreTrainedModel) -> None:
     # What every kind of adapter of PEFT calls the linear that it is put around.
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ModelError("the model has adapters, which are not written: merge them into its weights first")
-
-
-def known_orders(source: Source | None, model: PreTrainedModel) -> Any:
-    """The orders of the model's channels, read from disk or in memory; None if it has its own."""
-    return orders_of(source) if source is not None else orders_in_memory(model)
-
-
-def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:
-    """Masks speak of weights by their places: they must be of the model with its channels in this order."""
-    if recipe.mask_from is None:
-        return
-    masks = Path(recipe.mask_from).expanduser()
-    if read_orders(masks if masks.is_dir() else masks.parent) != known_orders(source, model):
-        name = "the model in memory" if source is None else source.name
-        raise RecipeError(
-            f"mask_from {recipe.mask_from} and {name} have their channels in different orders ({ORDERING_NAME}): prune "
-            "the model that the masks were made for; a file of masks has its orders beside it"
-        )
 
 
 def read(

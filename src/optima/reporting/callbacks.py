@@ -40,7 +40,7 @@ class ShareEvent:
 class BlockEvent:
     """A block is done in a walk over all blocks of a stack."""
 
-    stage: str  # survey, or prune
+    stage: str  # survey, prune or order
     name: str  # of the block
     done: int  # blocks of this walk that are done, this one included
     total: int  # blocks of this walk
@@ -60,11 +60,11 @@ class Callback:
         """Every check is made, and the first long work begins."""
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """A walk begins: write, sweep, survey or prune.
+        """A walk begins: write, sweep, survey, prune or order.
 
         Args:
             stage: write (the model's own text; tells of shares), sweep (over blocks: what the loss feels; tells of
-                shares), survey (of the dense model, for an allocation), or prune.
+                shares), survey (of the dense model, for an allocation), prune, or order (its channels).
             blocks: of the walk; of write: sequences.
             linears_per_block: to prune, at most; 1 in a survey.
             done: blocks that an earlier run has done.

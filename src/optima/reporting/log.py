@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
@@ -11,6 +12,8 @@ from typing import Any, TextIO
 from pydantic_core import to_json
 
 from optima import __version__
+from optima.console import explain_log_errors
+from optima.errors import OptimaError
 from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
 from optima.reporting.record import LinearRecord, Report
 
@@ -36,8 +39,9 @@ class JsonLog(Callback):
 
     def write(self, event: str, **values: Any) -> None:
         """One line."""
-        self._stream.write(log_line(event, **values) + "\n")
-        self._stream.flush()
+        with explain_log_errors():
+            self._stream.write(log_line(event, **values) + "\n")
+            self._stream.flush()
 
     def take_over(self) -> None:
         """Turn what libraries log, and Python's warnings, into lines too: nothing else may stand between them."""
@@ -100,4 +104,5 @@ class _Handler(logging.Handler):
             message = record.getMessage()
         except (TypeError, ValueError):  # a library's call that is malformed, which must not end a run
             message = f"{record.msg} {record.args}"
-        self._log.write("log", level=record.levelname.lower(), logger=record.name, message=message)
+        with suppress(OSError, OptimaError):  # a run that writes is told by its own next line
+            self._log.write("log", level=record.levelname.lower(), logger=record.name, message=message)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Display
 from rich.table import Column
 
-from optima.console import OwnConsole
+from optima.console import OwnConsole, explain_log_errors
 from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
@@ -95,7 +95,8 @@ class Progress(Callback):
 
     def _line(self, text: str) -> None:
         if self._console is not None:
-            self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            with explain_log_errors():
+                self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def _error(self) -> str:
         return f"{geometric_mean(self._errors):.4f}" if self._errors else "-"

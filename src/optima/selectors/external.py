@@ -43,29 +43,22 @@ class External:
         Raises:
             RecipeError: if the mask is missing, has another shape, prunes nothing, or breaks the pattern.
         """
-        self._linears[linear.name] = linear
-        return check_mask(linear.name, self.masks.keep_OD(linear), pattern)
+        name = linear.name
+        self._linears[name] = linear
+        keep_OD = self.masks.keep_OD(linear)
+        if bool(keep_OD.all()):
+            raise RecipeError(
+                f"the external mask of {name} prunes nothing: leave the linear out with --ignore '{re.escape(name)}'"
+            )
+        if pattern is None:
+            return Given(1.0 - float(keep_OD.double().mean()))
+        if problem := count_error(keep_OD, pattern):
+            raise RecipeError(
+                f"the external mask of {name} is not {pattern}: {problem}; leave out --pattern, --sparsity and --scope "
+                "to take the mask as it is"
+            )
+        return pattern
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         return Selection(self.masks.keep_OD(self._linears[task.name]).to(task.weight_OD.device))
-
-
-def check_mask(name: str, keep_OD: Tensor, pattern: Pattern | None) -> Pattern:
-    """The pattern of a linear under its external mask: the one asked for, or what the mask happens to have.
-
-    Raises:
-        RecipeError: if the mask prunes nothing, or breaks the pattern that was asked for.
-    """
-    if bool(keep_OD.all()):
-        raise RecipeError(
-            f"the external mask of {name} prunes nothing: leave the linear out with --ignore '{re.escape(name)}'"
-        )
-    if pattern is None:
-        return Given(1.0 - float(keep_OD.double().mean()))
-    if problem := count_error(keep_OD, pattern):
-        raise RecipeError(
-            f"the external mask of {name} is not {pattern}: {problem}; leave out --pattern, --sparsity and --scope to "
-            "take the mask as it is"
-        )
-    return pattern
