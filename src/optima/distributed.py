@@ -370,7 +370,7 @@ def _plan(tensors: Sequence[Tensor]) -> list[_Entry]:
     begin = 0
     for tensor in tensors:
         plan.append((begin, tuple(tensor.shape), tensor.dtype, tensor.device.type == "cpu"))
-        begin += -(-tensor.numel() * tensor.element_size() // ALIGNMENT) * ALIGNMENT
+        begin += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
     return [*plan, (begin, (), torch.uint8, True)]
 
 
@@ -386,7 +386,7 @@ def _joined(tensors: Sequence[Tensor], size: int, device: torch.device) -> Tenso
 def _put_together(data: bytes, plan: Sequence[_Entry], buffer: Tensor, device: torch.device) -> Any:
     tensors = []
     for begin, shape, dtype, in_memory in plan[:-1]:
-        count = torch.Size(shape).numel() * torch.empty(0, dtype=dtype).element_size()
+        count = torch.Size(shape).numel() * dtype.itemsize
         found = buffer[begin : begin + count].view(dtype).reshape(shape)
         # A copy: one tensor that is kept would keep the bytes of all.
         tensors.append(found.to("cpu" if in_memory else device, copy=True))

@@ -49,7 +49,7 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
         notes.append("the time in which the selector's gradients are taken is not counted")
     structures = alike(plan.found.blocks)
     fill(plan.model, structures, plan.dtype)
-    held = sum(parameter.numel() * parameter.element_size() for parameter in plan.model.parameters())
+    held = sum(parameter.nbytes for parameter in plan.model.parameters())
     peak = Peak(device, held, plan.left_bytes)
     rehearsal = Rehearsal(plan, recipe, device, tokens_NL, peak)
     with memory_explained(device), unswitched(), evaluating(plan.model):

@@ -14,12 +14,12 @@ from transformers import PreTrainedModel
 from optima.calibration.coupling import couples
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.head import logits_bytes
-from optima.calibration.inputs import is_encoder_decoder
 from optima.device import find_device, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear
+from optima.models.reading import is_encoder_decoder
 from optima.models.routers import routed_share
 from optima.models.stacks import (
     Block,

@@ -25,7 +25,7 @@ from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
 from optima.calibration.coupling import couples, coupling, finished
 from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
-from optima.calibration.inputs import is_encoder_decoder, words_size
+from optima.calibration.inputs import words_size
 from optima.calibration.loss_weights import KEPT_BYTES, second_moment, through
 from optima.calibration.streams import Streams
 from optima.calibration.swept import sweep_numbers, swept_share
@@ -37,6 +37,7 @@ from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
 from optima.memory import attention_numbers, coupling_bytes, held_bytes, in_turn
 from optima.models.random_weights import alike
+from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.pipeline import Job
@@ -352,7 +353,7 @@ def _first(loss: LossWeights, batches: int) -> LossWeights:
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def made_up_hessian(inputs: int) -> Tensor:

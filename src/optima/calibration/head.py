@@ -6,7 +6,6 @@ chunk, K chunks.
 
 from __future__ import annotations
 
-import inspect
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -17,11 +16,12 @@ from transformers import PreTrainedModel
 
 from optima.calibration.given import DECODER_IDS, LABELS
 from optima.calibration.halving import rows_of
-from optima.calibration.inputs import Batch, inseparable, is_encoder_decoder, some_of
+from optima.calibration.inputs import Batch, inseparable, some_of
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import describe_memory, forward_replaced
 from optima.errors import NotDifferentiableError
+from optima.models.reading import in_slices, is_encoder_decoder
 from optima.models.stacks import Stack, count_by_place, find_stacks
 from optima.models.weights import MAIN
 
@@ -31,11 +31,6 @@ LOGITS_BYTES = 256 * 2**20
 LOGITS_COPIES = 4
 # Words whose probabilities are added up before a label is drawn among them.
 CHUNK = 512
-
-
-def in_slices(model: PreTrainedModel) -> bool:
-    """Whether the model can be asked for the logits of some positions alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
 
 
 def logits_bytes(model: PreTrainedModel, tokens: int) -> int:

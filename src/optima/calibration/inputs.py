@@ -21,7 +21,7 @@ from optima.calibration.given import DECODER_IDS, LABELS, TEXT_ALONE
 from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
-from optima.models.reading import check_vocabulary
+from optima.models.reading import check_vocabulary, is_encoder_decoder
 from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -189,11 +189,6 @@ def arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"input_ids": batch}
     half = batch.shape[1] // 2
     return {"input_ids": batch[:, :half], DECODER_IDS: batch[:, half:]}
-
-
-def is_encoder_decoder(model: nn.Module) -> bool:
-    """Whether the model has two stacks, the second of which reads what the first made."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def words_size(model: nn.Module, batch: Batch) -> tuple[int, int]:

@@ -226,7 +226,7 @@ def _sweep(
 
 def _at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> Iterator[Sequence[int]]:
     """Batches of ``swept`` whose inputs of all blocks are kept together."""
-    size = max((hidden.numel() * hidden.element_size() for hidden in streams.hidden), default=1)
+    size = max((hidden.nbytes for hidden in streams.hidden), default=1)
     count = max(KEPT_BYTES // (size * (blocks + 1)), 1)
     for start in range(0, len(swept), count):
         yield swept[start : start + count]

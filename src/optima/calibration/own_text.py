@@ -29,11 +29,12 @@ from transformers import (
 from optima.calibration.chats import BAD_CHAT, as_text
 from optima.calibration.halving import Halving
 from optima.calibration.head import drawn_words, exponentials
-from optima.calibration.inputs import Calibration, is_encoder_decoder
+from optima.calibration.inputs import Calibration
 from optima.calibration.text import special_tokens, token_ids
 from optima.device import describe_memory, evaluating, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError
+from optima.models.reading import is_encoder_decoder
 from optima.recipe import Recipe
 
 AT_ONCE = 32  # sequences written together

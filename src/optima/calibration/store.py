@@ -42,7 +42,7 @@ class Store:
         Raises:
             ModelError: if the disk fails or is full.
         """
-        size = tensor.numel() * tensor.element_size()
+        size = tensor.nbytes
         if self.budget is None or size < SMALLEST_MAPPED or id(tensor) in self._known:
             return tensor
         is_mapped = self.held + size > self.budget

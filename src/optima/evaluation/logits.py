@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from optima.calibration.probe import PROBE_LENGTH, agree
 from optima.device import evaluating, forward_replaced
 from optima.errors import ModelError, RecipeError
-from optima.models.reading import check_length, check_vocabulary
+from optima.models.reading import check_length, check_vocabulary, in_slices, is_encoder_decoder
 
 LOGITS_BYTES = 64 * 2**20  # float32 logits in memory at once: 64 positions of a vocabulary of 262k
 
@@ -83,7 +83,7 @@ def check_text(model: PreTrainedModel, tokens_NL: Tensor) -> None:
         raise ModelError(f"windows of {length} token have no next token to predict: raise --max-seq-length")
     check_length(model, length)
     check_vocabulary(model, tokens_NL)
-    if model.config.is_encoder_decoder:
+    if is_encoder_decoder(model):
         raise ModelError(_not_causal(model, "it is an encoder-decoder"))
 
 
@@ -123,7 +123,7 @@ def _not_causal(model: PreTrainedModel, why: str) -> str:
 def _can_slice(model: PreTrainedModel, probe_1L: Tensor, whole_1LV: Tensor) -> bool:
     """Whether ``_sliced`` gives the logits ``whole_1LV``: tested, not looked up. A warning says that it does not."""
     half, length = probe_1L.shape[1] // 2, probe_1L.shape[1]
-    if "logits_to_keep" in inspect.signature(model.forward).parameters and model.get_decoder() is not model:
+    if in_slices(model) and model.get_decoder() is not model:
         with _sliced(model, probe_1L) as logits_of:
             if agree(torch.cat([logits_of(0, half), logits_of(half, length)], dim=1), whole_1LV):
                 return True

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import difflib
 import hashlib
-import inspect
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,6 +31,7 @@ from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
 from optima.evaluation.record import Estimate, TaskRecord
 from optima.evaluation.settings import CHOICES
+from optima.models.reading import in_slices
 
 METRICS = ("acc", "acc_norm")
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -276,7 +276,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
                 raise NumericalError(f"the likelihood of a choice is NaN: {OTHER_DTYPE}")
             return found
 
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+    if not in_slices(model):
         return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
     class LastLogits(Quiet):

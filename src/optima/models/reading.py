@@ -13,6 +13,16 @@ from transformers import PretrainedConfig, PreTrainedModel
 from optima.errors import CalibrationError, ModelError
 
 
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model has two stacks, the second of which reads what the first made."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def in_slices(model: nn.Module) -> bool:
+    """Whether the model can be asked for the logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
 def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
     if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
@@ -21,7 +31,7 @@ def check_length(model: nn.Module, length: int) -> None:
             f"{type(model).__name__} reads {what}, not text: from Python, give prune(..., calibration=...) batches of "
             "its processor's outputs"
         )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(model):
         if length < 2:
             raise ModelError(f"{type(model).__name__} reads the two halves of a text: use --max-seq-length 2 or more")
         length = length - length // 2

@@ -249,7 +249,7 @@ def _groups(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, list[str
     large: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         owner = next((block for block in blocks if name.startswith(f"{block}.")), OUTSIDE)
-        if owner == OUTSIDE and tensor.numel() * tensor.element_size() > LARGE_BYTES:
+        if owner == OUTSIDE and tensor.nbytes > LARGE_BYTES:
             owner = large.setdefault(id(tensor), name)  # tied weights go together
         groups.setdefault(owner, []).append(name)
     return groups

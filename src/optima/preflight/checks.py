@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import pattern_table
 from optima.calibration.given import given_text
-from optima.calibration.inputs import Batch, Calibration, given_batches, is_encoder_decoder
+from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
@@ -23,7 +23,7 @@ from optima.linear import Methods
 from optima.memory import settle_in_turn
 from optima.models.masks import MaskFiles
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
-from optima.models.reading import check_length
+from optima.models.reading import check_length, is_encoder_decoder
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
 from optima.names import check_bounded
