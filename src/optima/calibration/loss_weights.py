@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -43,7 +44,7 @@ from optima.device import differentiable, give_back_freed_memory
 from optima.errors import NotDifferentiableError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Stack, count_parameters
-from optima.models.weights import Resident, Weights
+from optima.models.weights import MAIN, Resident, Weights
 
 # Inputs of all blocks that wait in main memory for the way back; more sequences are swept one part after the other.
 KEPT_BYTES = 4 * 2**30
@@ -88,8 +89,8 @@ def loss_weights(
         tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
         # Where tokens are counted before sequences, halves of these cannot be told.
         numbers = sweep_numbers(streams, share) if coupled and not streams.probe.sequence_first else None
-        asked, weights = (residual, numbers), weights or Resident(model)
-        found, ends = _sweep(model, stack, streams, device, seed, asked, weights, swept, tally)
+        sweep = _Sweep(model, stack, streams, device, weights or Resident(model), tally, residual, numbers)
+        found, ends = sweep.run(swept, seed)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -165,63 +166,103 @@ class _Tally:
             self._told(self._done / self._total)
 
 
-def _sweep(
-    model: PreTrainedModel,
-    stack: Stack,
-    streams: Streams,
-    device: torch.device,
-    seed: int,
-    asked: tuple[bool, Sequence[int] | None],
-    weights: Weights,
-    swept: Sequence[int],
-    tally: _Tally,
-) -> tuple[LossWeights, list[Tensor]]:
-    """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means.
+@dataclass
+class _Sweep:
+    """There and back through the dense model, some of the sequences at a time.
 
-    And what leaves the last block of each sequence's first token. ``asked``: whether for ``residual``, and, if for
-    ``coupling``, the numbers of each batch's first sequence.
+    Attributes:
+        model, stack, streams, device, weights: see ``loss_weights``.
+        tally: told of what is done.
+        residual: whether ``LossWeights.residual`` is found.
+        numbers: of each batch's first sequence, if ``LossWeights.coupling`` is found; see ``Halves``.
+        place: where the head runs.
     """
-    ends: list[Tensor] = []
-    residual, numbers = asked
-    has_words = model.get_output_embeddings() is not None
-    found = LossWeights(WORDS if has_words else "the square of the change of the last hidden states")
-    words = (math.prod(words_size(model, batch)) for batch in streams.batches)
-    draws = Draws(list(words) if has_words else [hidden.numel() for hidden in streams.hidden], streams.ranks, seed)
-    if any(parameter.is_inference() for parameter in model.parameters()):
-        raise NotDifferentiableError("the model was made inside torch.inference_mode()")
-    most = max((math.prod(streams.sizes[batch]) for batch in swept), default=0)
-    place, found.told = head_device(model, stack, device, most)
-    with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
-        for batches_now in _at_a_time(streams, len(stack.blocks), swept):
-            part, kept, left = streams.part(batches_now), [], LeftBehind()
-            own = None if numbers is None else [numbers[batch] for batch in batches_now]
-            for block in stack.blocks:
-                kept.append(list(part.hidden))
-                with weights.on(block, device):
-                    part.advance(block, device)
-                tally.forward(block, part)
-            ends += [first_tokens(streams, hidden) for hidden in part.hidden]
-            gradients = []
-            give_back_freed_memory()  # logits are large
-            with weights.outside(place):
-                for batch, hidden in enumerate(part.hidden):
-                    generator = draws.of(batches_now[batch])
-                    if has_words:
-                        drawn_BL = torch.rand(words_size(model, part.batches[batch]), generator=generator)
-                        gradient = at_the_head(model, stack, part, batch, drawn_BL)
-                    else:
-                        gradient = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden)
-                    gradients.append(streams.store.keep(gradient))
-                    tally.head(part.sizes[batch])
-            for block in reversed(stack.blocks):
-                part.hidden = kept.pop()
-                if residual:
-                    product_EE = second_moment(gradients, device)
-                    found.residual[block.name] = streams.store.keep(found.residual.get(block.name, 0.0) + product_EE)
-                with weights.on(block, device):
-                    through(block, part, gradients, device, found, left, own)
-                tally.back(block, part)
-    return found, ends
+
+    model: PreTrainedModel
+    stack: Stack
+    streams: Streams
+    device: torch.device
+    weights: Weights
+    tally: _Tally
+    residual: bool
+    numbers: Sequence[int] | None
+    place: torch.device = MAIN
+
+    def run(self, swept: Sequence[int], seed: int) -> tuple[LossWeights, list[Tensor]]:
+        """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means.
+
+        And what leaves the last block of each sequence's first token.
+        """
+        if any(parameter.is_inference() for parameter in self.model.parameters()):
+            raise NotDifferentiableError("the model was made inside torch.inference_mode()")
+        found = LossWeights(WORDS if self._has_words else "the square of the change of the last hidden states")
+        most = max((math.prod(self.streams.sizes[batch]) for batch in swept), default=0)
+        self.place, found.told = head_device(self.model, self.stack, self.device, most)
+        ends: list[Tensor] = []
+        draws = self._draws(seed)
+        with torch.inference_mode(False), torch.enable_grad(), differentiable(self.model):
+            for batches_now in _at_a_time(self.streams, len(self.stack.blocks), swept):
+                part = self.streams.part(batches_now)
+                kept = self._there(part)
+                ends += [first_tokens(self.streams, hidden) for hidden in part.hidden]
+                gradients = self._at_the_head(part, batches_now, draws)
+                own = None if self.numbers is None else [self.numbers[batch] for batch in batches_now]
+                self._back(part, kept, gradients, found, own)
+        return found, ends
+
+    @property
+    def _has_words(self) -> bool:
+        return self.model.get_output_embeddings() is not None
+
+    def _draws(self, seed: int) -> Draws:
+        """Of labels for all batches of this process, whichever are swept."""
+        words = [math.prod(words_size(self.model, batch)) for batch in self.streams.batches] if self._has_words else []
+        return Draws(words or [hidden.numel() for hidden in self.streams.hidden], self.streams.ranks, seed)
+
+    def _there(self, part: Streams) -> list[list[Tensor]]:
+        """Through all blocks; what entered each."""
+        kept = []
+        for block in self.stack.blocks:
+            kept.append(list(part.hidden))
+            with self.weights.on(block, self.device):
+                part.advance(block, self.device)
+            self.tally.forward(block, part)
+        return kept
+
+    def _at_the_head(self, part: Streams, batches_now: Sequence[int], draws: Draws) -> list[Tensor]:
+        """Gradients at the output of the last block, of each of ``batches_now``."""
+        gradients = []
+        give_back_freed_memory()  # logits are large
+        with self.weights.outside(self.place):
+            for batch, hidden in enumerate(part.hidden):
+                generator = draws.of(batches_now[batch])
+                if self._has_words:
+                    drawn_BL = torch.rand(words_size(self.model, part.batches[batch]), generator=generator)
+                    gradient = at_the_head(self.model, self.stack, part, batch, drawn_BL)
+                else:
+                    gradient = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden)
+                gradients.append(self.streams.store.keep(gradient))
+                self.tally.head(part.sizes[batch])
+        return gradients
+
+    def _back(
+        self,
+        part: Streams,
+        kept: list[list[Tensor]],
+        gradients: list[Tensor],
+        found: LossWeights,
+        numbers: Sequence[int] | None,
+    ) -> None:
+        """Through all blocks, the last first; ``numbers`` of the batches of ``part``."""
+        left = LeftBehind()
+        for block in reversed(self.stack.blocks):
+            part.hidden = kept.pop()
+            if self.residual:
+                sum_EE = second_moment(gradients, self.device) + found.residual.get(block.name, 0.0)
+                found.residual[block.name] = self.streams.store.keep(sum_EE)
+            with self.weights.on(block, self.device):
+                through(block, part, gradients, self.device, found, left, numbers)
+            self.tally.back(block, part)
 
 
 def _at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> Iterator[Sequence[int]]:
