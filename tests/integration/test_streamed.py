@@ -240,7 +240,6 @@ def test_what_a_checkpoint_lacks_its_output_lacks_too(work: str, tmp_path: Path)
     assert any(told in note for note in notes)
 
 
-@pytest.mark.parametrize(("family", "options"), [("llama", EVERYTHING), ("mixtral", CHEAP)])
 class Meddler(optima.Callback):
     """Does something to the model's file once a block is done."""
 
@@ -273,6 +272,7 @@ def test_weights_that_change_while_a_run_reads_them_end_it(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("family", "options"), [("llama", EVERYTHING), ("mixtral", CHEAP)])
 def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
     family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from layers import hessian_of, layer_of, make_layer
 
-from optima.allocation import Allocation, KeepDense, Owl, quantile_places
+from optima.allocation import Allocation, ByLoss, KeepDense, Owl, quantile_places
 from optima.build import build_allocation
 from optima.linalg.statistics import Statistics
 from optima.patterns import NM, Pattern, Unstructured
@@ -138,3 +138,22 @@ def test_keep_dense_weighs_rows_by_the_loss() -> None:
         task = LinearTask(name, weight_OD, Statistics(hessian_of(inputs_TD)), row_weight_O=rows_O)
         observe(allocation, 0, task, NM(2, 4))
     assert allocation.allocate() == {"felt": 0.0, "not felt": 0.5}
+
+
+@pytest.mark.parametrize("spread", [0.4, 0.05])
+def test_by_loss_is_one_threshold_cut_at_the_spread(spread: float) -> None:
+    allocation, layers = ByLoss(0.5, spread), make_layers()
+    for block, task in layers:
+        observe(allocation, block, task, HALF)
+    found = allocation.allocate()
+    own = {}
+    for _, task in layers:
+        inverse_D = torch.linalg.inv(task.hessian.damped_DD).diagonal()
+        own[task.name] = (task.weight_OD.square() / inverse_D).flatten()
+    limit = torch.cat(list(own.values())).median()
+    shares = {name: float((score_N <= limit).double().mean()) for name, score_N in own.items()}
+    shift = [found[name] - min(max(share, 0.5 - spread), 0.5 + spread) for name, share in shares.items()]
+    assert max(shift) - min(shift) < 5e-3
+    total = sum(map(len, own.values()))
+    assert sum(found[name] * len(score_N) for name, score_N in own.items()) == pytest.approx(0.5 * total)
+    assert max(shares.values()) - min(shares.values()) > 0.1, "a spread of 0.05 cuts some"

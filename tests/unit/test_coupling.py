@@ -147,3 +147,11 @@ def test_a_run_heeds_it() -> None:
     assert "down_proj" in changed
     first = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(heeding.state_dict()[first] == 0, plain.state_dict()[first] == 0)
+
+
+def test_belief_is_that_of_spearman_and_brown() -> None:
+    first_OO, second_OO = torch.eye(3), torch.eye(3)
+    first_OO[0, 1] = first_OO[1, 0] = second_OO[0, 1] = second_OO[1, 0] = second_OO[0, 2] = second_OO[2, 0] = 0.5
+    agreement = 0.5**0.5
+    believed, found_OO = BELIEVED * 2 * agreement / (1 + agreement), coupling(torch.stack([first_OO, second_OO]))
+    assert found_OO[0].tolist() == pytest.approx([1.0, 0.5 * believed, 0.25 * believed])

@@ -300,3 +300,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
         assert torch.equal(tensor, model.state_dict()[name]), name
     assert {record.block for record in report.linears} == set(range(6 if family == "t5" else 3))
     assert weight_files(tmp_path / "out") == weight_files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_tuned_experts_keep_their_masks(family: str) -> None:
+    model = build(family)
+    report = prune(model, Recipe(pattern=["2:4"], tuning_epochs=2), calibration=make_ids(16))
+    assert any(record.tuned and ".experts." in record.name for record in report.linears)
+    (stack,) = select_linears(find_stacks(model), ["experts"], [])
+    for linear in (linear for block in stack.blocks for linear in block.linears):
+        assert bool(((linear.read() == 0).reshape(-1, 4).sum(dim=1) == 2).all())

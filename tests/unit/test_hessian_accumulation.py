@@ -15,6 +15,7 @@ from optima import Recipe, prune
 from optima.calibration.capture import capture
 from optima.calibration.statistics import Accumulator, Found, observe
 from optima.calibration.streams import Streams
+from optima.calibration.tempering import LossWeights
 from optima.errors import CalibrationError
 from optima.models.stacks import Block, Linear, find_stacks, select_linears
 
@@ -391,3 +392,19 @@ def test_pipeline_says_where_the_weights_of_tokens_do_not_count(allocation: str,
     assert len(about) == (objective != "plain")
     assert all("layers.1" in note and "model.layers.1.mlp.expert, model.layers.1.mlp.twin:" in note for note in about)
     assert "model.layers.1.mlp.expert" in {linear.name for linear in report.linears}
+
+
+def test_tokens_weigh_what_the_loss_feels_of_them() -> None:
+    """H = X^T S X / tr S, S the roots of the squares; the plain loss counts every token alike."""
+    model, batches = make_llama(), make_tokens(5, 16).split(2)
+    block, streams = streams_into(model, batches)
+    square_T = torch.rand(80, generator=torch.Generator().manual_seed(4)) ** 4
+    loss = LossWeights("", {group[0].name: list(square_T.split(32)) for group in streams.groups(block)})
+    collected = list(observe(block, streams, CPU, 0.0, 0.01, None, loss))
+    assert names(collected) == GROUPS
+    inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
+    root_T1 = square_T.double().sqrt()[:, None]
+    for found in collected:
+        inputs_TD = inputs[found.linears[0].name]
+        expected_DD = (root_T1 * inputs_TD).mT @ inputs_TD / root_T1.sum()
+        torch.testing.assert_close(hessian_DD(found), expected_DD, rtol=1e-4, atol=1e-6 * float(expected_DD.max()))

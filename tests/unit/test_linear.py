@@ -144,3 +144,20 @@ def test_a_stage_inside_another_pauses_it(monkeypatch: pytest.MonkeyPatch) -> No
         now[0] += 1.0
     assert clock.seconds == {"forward": 4.0, "hessian": 2.0}
     assert clock.total == 6.0
+
+
+def test_selectors_see_rows_at_the_root_of_their_weights_and_what_they_return_is_scaled_back() -> None:
+    seen = []
+
+    class Halves(Wanda):
+        def select(self, task: LinearTask, pattern: Pattern) -> Selection:
+            seen.append(task.weight_OD.clone())
+            keep_OD = super().select(task, pattern).keep_OD
+            return Selection(keep_OD, 0.5 * task.weight_OD * keep_OD)
+
+    weight_OD, inputs_TD = make_layer(4, 32, dtype=torch.float32)
+    task = replace(layer_of(weight_OD, inputs_TD), row_weight_O=torch.tensor([1.0, 4.0, 9.0, 16.0]))
+    result = prune_linear(task, HALF, Methods(Halves()))
+    ratio_OD = seen[0] / weight_OD
+    torch.testing.assert_close(ratio_OD / ratio_OD[0, 0], torch.arange(1.0, 5.0)[:, None].expand(4, 32))
+    torch.testing.assert_close(result.weight_OD, 0.5 * weight_OD * result.keep_OD)

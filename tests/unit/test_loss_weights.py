@@ -24,9 +24,11 @@ from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
-from optima.patterns import Unstructured
+from optima.patterns import Pattern, Unstructured
 from optima.recipe import recipe_from_dict
+from optima.selectors.base import LinearTask, Selection
 from optima.selectors.magnitude import Magnitude
+from optima.selectors.wanda import Wanda
 
 
 def sweep(model: torch.nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[LossWeights, torch.Tensor]:
@@ -291,3 +293,18 @@ def test_few_tokens_are_all_swept() -> None:
     assert all(torch.equal(part.rows[name], row_O) for name, row_O in whole.rows.items())
     assert swept_share(0.25, 64 * 512) == swept_share(0.25, 2**20) == 0.25
     assert swept_share(0.25, 32 * 512) == 0.5
+
+
+def test_a_run_hands_the_weights_of_rows_to_the_selector() -> None:
+    seen = {}
+
+    class Spy(Wanda):
+        def select(self, task: LinearTask, pattern: Pattern) -> Selection:
+            seen[task.name] = task.row_weight_O
+            return super().select(task, pattern)
+
+    prune(make_llama(), Recipe(selector=Spy(), seed=3, batch_size=4), calibration=make_tokens(8, 16))
+    found, _ = sweep(make_llama().eval(), 4)
+    assert seen.keys() == found.rows.keys()
+    for name in found.rows:
+        torch.testing.assert_close(seen[name], found.of_rows(name), rtol=1e-4, atol=0.0)

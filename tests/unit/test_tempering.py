@@ -8,7 +8,7 @@ from tiny import make_bert, make_llama, make_tokens
 from optima.calibration import swept
 from optima.calibration.capture import capture
 from optima.calibration.loss_weights import loss_weights
-from optima.calibration.tempering import EFFECTIVE, LossWeights, Moments
+from optima.calibration.tempering import EFFECTIVE, LossWeights, Moments, row_weights
 from optima.models.stacks import find_stacks
 
 
@@ -129,3 +129,7 @@ def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch
         versions = 4 if name in {block.name for block in stack.blocks} else 1
         assert {len(square_T) for square_T in batches} == {16 * versions}, name
         assert batches[1].equal(batches[2])
+
+
+def test_rows_weigh_at_a_root_with_the_mean_of_their_squares() -> None:
+    assert row_weights(torch.tensor([1.0, 16.0, 81.0, 0.0])).tolist() == pytest.approx([7.0, 28.0, 63.0, 0.0])

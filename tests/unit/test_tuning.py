@@ -144,3 +144,34 @@ def test_the_report_says_what_is_no_longer_certified() -> None:
         assert linear.gap_max is not None
         assert linear.sparsity == pytest.approx(0.7, abs=0.01)
     assert "tune" in report.run.stages
+
+
+def test_a_change_costs_its_square_in_the_metric_times_its_tokens_weight() -> None:
+    torch.manual_seed(0)
+    root_EE, change_TE, weight_T = torch.randn(6, 6), torch.randn(10, 6), torch.rand(10)
+    residual_EE = root_EE @ root_EE.mT
+    cost = BlockError.by_loss(residual_EE, None)
+    raised_EE = residual_EE + 0.1 * residual_EE.diagonal().diag()
+    pull_TE = change_TE @ (raised_EE / raised_EE.diagonal().mean())
+    found_TE = change_TE.clone().requires_grad_()
+    error = cost(found_TE, torch.zeros_like(found_TE), weight_T)
+    error.backward()
+    assert float(error) == pytest.approx(float(((pull_TE * change_TE).sum(dim=1) * weight_T).mean()), rel=1e-4)
+    assert found_TE.grad is not None
+    torch.testing.assert_close(found_TE.grad, 2.0 * pull_TE * weight_T[:, None] / 10, rtol=1e-4, atol=1e-6)
+
+
+def test_an_epoch_that_made_it_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.tuning.BACKTRACK", 0.0)  # no step behind it
+    before, worse, *after = tuned(make_llama().eval(), 1e3).held_out
+    assert not worse < before
+    assert after == [before, before]
+
+
+def test_the_rate_is_relative_to_a_tensors_size() -> None:
+    """The same function by weights of other sizes is tuned as far."""
+    plain, scaled = make_llama().eval(), make_llama().eval()
+    with torch.no_grad():
+        scaled.model.layers[0].mlp.up_proj.weight *= 16
+        scaled.model.layers[0].mlp.down_proj.weight /= 16
+    assert tuned(scaled, 2e-3).held_out == pytest.approx(tuned(plain, 2e-3).held_out, rel=1e-2)
