@@ -113,7 +113,7 @@ def describe_memory(device: torch.device) -> str:
 
 
 # What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
-NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "cusolverDnCreate", "cusolverDnXcreate")
+NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "cublasCreate", "cusolverDnCreate", "cusolverDnXcreate")
 
 
 @contextmanager
@@ -150,14 +150,21 @@ def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[Non
 
 
 @contextmanager
-def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """The module lives on ``device`` inside this context and returns to where it was."""
+def on_device(module: nn.Module, device: torch.device, comes_back: bool = True) -> Iterator[None]:
+    """The module lives on ``device`` inside this context and returns to where it was.
+
+    ``comes_back``: False for parameters that are given up behind it: their way back would take as long as that there.
+    """
     home = next((parameter.device for parameter in module.parameters()), device)
     try:
         module.to(device)  # where memory runs out on the way, what had arrived goes back too
         yield
     finally:
-        module.to(home)
+        if comes_back or home == device:
+            module.to(home)
+        else:
+            for part in module.modules():
+                part._buffers.update({name: each.to(home) for name, each in part._buffers.items() if each is not None})
 
 
 @contextmanager

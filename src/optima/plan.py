@@ -14,9 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.build import build
-from optima.calibration.loss_weights import KEPT_BYTES
 from optima.calibration.own_text import check_writes
-from optima.calibration.swept import swept_share
+from optima.calibration.swept import kept_bytes, swept_share
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
 from optima.models.experts import split_on_disk
@@ -139,7 +138,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
-    kept = inputs + min((len(found.blocks) + 1) * inputs * swept, KEPT_BYTES) if swept else 0
+    kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
     coupled = coupling_bytes(found.blocks, methods)
     kept += coupled
     routed = has_experts(found.linears)  # what experts are given is kept
@@ -201,4 +200,4 @@ def forward_passes(recipe: Recipe, methods: Methods, swept: float, in_turn: bool
 
 def _reads(recipe: Recipe, swept_bytes: float) -> int:
     """Two looks at the model and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
-    return 4 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / KEPT_BYTES)
+    return 4 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / kept_bytes())

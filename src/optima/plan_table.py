@@ -70,9 +70,9 @@ def _advice(plan: Plan) -> list[str]:
         lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
     device = torch.device("cuda" if plan.device == "auto" else plan.device)
     if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
-        card = torch.cuda.get_device_properties(device).total_memory
-        if plan.work_bytes + plan.block_bytes > card:
-            lines.append(f"the card has {_size(card)}: {REMEDY}")
+        room, _ = torch.cuda.mem_get_info(device)  # beside other processes and the driver's own
+        if plan.work_bytes + plan.block_bytes > room:
+            lines.append(f"the card has {_size(room)} free: {REMEDY}")
     return lines
 
 

@@ -26,9 +26,9 @@ from optima.calibration.capture import capture
 from optima.calibration.coupling import couples, coupling, finished
 from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import words_size
-from optima.calibration.loss_weights import KEPT_BYTES, second_moment, through
+from optima.calibration.loss_weights import second_moment, through
 from optima.calibration.streams import Streams
-from optima.calibration.swept import sweep_numbers, swept_share
+from optima.calibration.swept import kept_bytes, sweep_numbers, swept_share
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.errors import NotDifferentiableError
@@ -142,7 +142,7 @@ class Rehearsal:
         swept = 0.0
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
-            swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, KEPT_BYTES)
+            swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, kept_bytes())
             swept += coupling_bytes(stack.blocks, self.plan.methods)
             with self.peak.phase(outside, swept, _bytes(streams.hidden)), self._or_by_sink():
                 self._head(stack, streams)

@@ -52,6 +52,21 @@ def test_a_run_stays_on_its_device(family: str, dtype: torch.dtype, settings: di
     assert report.error_geomean == pytest.approx(on_cpu.error_geomean, rel=0.05)
 
 
+def test_weights_that_are_given_up_take_no_way_back(tmp_path: Path) -> None:
+    """It would take as long as the way there. Buffers, which no checkpoint may have, come back."""
+    source = find_source(str(save_model(tmp_path / "dense")))
+    with pretend_cuda():
+        model, weights = open_weights(source, skeleton(source)[0], "auto")
+        (block, *_) = find_stacks(model)[0].blocks
+        block.module.register_buffer("own", torch.ones(2), persistent=False)
+        with weights.on(block, torch.device("cuda")):
+            there = dict(block.module.named_parameters())
+            assert all(on_cuda(tensor) for tensor in (*there.values(), block.module.own))
+        assert all(on_cuda(parameter) for parameter in there.values())
+        assert all(parameter.is_meta for parameter in block.module.parameters())
+        assert not on_cuda(block.module.own)
+
+
 def test_a_run_from_disk(tmp_path: Path) -> None:
     with pretend_cuda():
         recipe = Recipe(device="cuda", batch_size=2, selector="wanda")

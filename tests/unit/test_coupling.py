@@ -155,3 +155,19 @@ def test_belief_is_that_of_spearman_and_brown() -> None:
     agreement = 0.5**0.5
     believed, found_OO = BELIEVED * 2 * agreement / (1 + agreement), coupling(torch.stack([first_OO, second_OO]))
     assert found_OO[0].tolist() == pytest.approx([1.0, 0.5 * believed, 0.25 * believed])
+
+
+def test_where_an_eigendecomposition_does_not_converge_another_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    root_DD = torch.randn(12, 12)
+    matrix_DD, eigh = root_DD @ root_DD.mT, torch.linalg.eigh
+
+    def only_in_float64(given_DD: torch.Tensor) -> object:
+        if given_DD.dtype == torch.float32:
+            raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
+        return eigh(given_DD)
+
+    monkeypatch.setattr(torch.linalg, "eigh", only_in_float64)
+    found = eigendecomposition(matrix_DD, torch.float32)
+    assert found.value_D.dtype == found.vector_DD.dtype == torch.float32
+    torch.testing.assert_close(found.vector_DD * found.value_D @ found.vector_DD.mT, matrix_DD, rtol=1e-4, atol=1e-4)

@@ -79,7 +79,7 @@ def test_sums_over_all_tokens_are_taken_once() -> None:
 
 def test_sequences_may_be_swept_one_part_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = sweep(make_llama().eval(), 2)
-    monkeypatch.setattr("optima.calibration.loss_weights.KEPT_BYTES", 1)
+    monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes: 1)
     parts, _ = sweep(make_llama().eval(), 2)
     for name in whole.tokens:
         assert all(map(torch.equal, whole.tokens[name], parts.tokens[name]))
@@ -122,7 +122,7 @@ def test_the_metric_of_tuning_is_the_second_moment_of_the_gradients(monkeypatch:
     tokens_NL = make_tokens(8, 16)
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     for kept in (2**32, 1):
-        monkeypatch.setattr("optima.calibration.loss_weights.KEPT_BYTES", kept)
+        monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes, kept=kept: kept)
         batches = list(tokens_NL.split(4))
         streams = capture(model, stack, batches, whole=True)
         found = loss_weights(model, stack, streams, torch.device("cpu"), 3, residual=True)

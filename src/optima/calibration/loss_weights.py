@@ -32,6 +32,7 @@ from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
 from optima.calibration.swept import (
     Draws,
+    at_a_time,
     chosen_batches,
     fill_in,
     fill_in_routed,
@@ -46,8 +47,6 @@ from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Stack, count_parameters
 from optima.models.weights import MAIN, Resident, Weights
 
-# Inputs of all blocks that wait in main memory for the way back; more sequences are swept one part after the other.
-KEPT_BYTES = 4 * 2**30
 WORDS = "that of words drawn from the model"
 
 
@@ -85,12 +84,13 @@ def loss_weights(
     """
     found, problem, swept = None, "", chosen_batches(streams, share)
     ends: list[Tensor] = []
+    parts = at_a_time(streams, len(stack.blocks), swept)
     try:
         tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
         # Where tokens are counted before sequences, halves of these cannot be told.
         numbers = sweep_numbers(streams, share) if coupled and not streams.probe.sequence_first else None
         sweep = _Sweep(model, stack, streams, device, weights or Resident(model), tally, residual, numbers)
-        found, ends = sweep.run(swept, seed)
+        found, ends = sweep.run(parts, seed)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
@@ -98,12 +98,14 @@ def loss_weights(
     assert found is not None
     fill_in(found.tokens, streams, swept)
     fill_in_routed(found.routed, streams, swept)
-    _reduce(found, stack, streams, swept, start_alike(streams, ends))
+    _reduce(found, stack, streams, swept, start_alike(streams, ends), device)
     give_back_freed_memory()
     return found
 
 
-def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[int], alike: bool) -> None:
+def _reduce(
+    found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[int], alike: bool, device: torch.device
+) -> None:
     """Means over the tokens of all processes, of which each keeps the weights of its own."""
     ranks = streams.ranks
     tokens = sum(ranks.gather(sum(math.prod(streams.sizes[batch]) for batch in swept)))
@@ -125,7 +127,8 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         if ranks.first:  # which tunes blocks
             found.residual[name] = streams.store.keep(total_EE / tokens)
     for name, shape in _union(halves for *_, halves in known).items():
-        found.coupling[name] = streams.store.keep(finished(ranks.total(found.coupling.pop(name, torch.zeros(shape)))))
+        sums_OP = ranks.total(found.coupling.pop(name, torch.zeros(shape)))
+        found.coupling[name] = streams.store.keep(finished(sums_OP.to(device)).cpu())
 
 
 Named = TypeVar("Named")
@@ -188,20 +191,20 @@ class _Sweep:
     numbers: Sequence[int] | None
     place: torch.device = MAIN
 
-    def run(self, swept: Sequence[int], seed: int) -> tuple[LossWeights, list[Tensor]]:
-        """Sums over this process's tokens of the batches ``swept``, where ``loss_weights`` returns means.
+    def run(self, parts: Sequence[Sequence[int]], seed: int) -> tuple[LossWeights, list[Tensor]]:
+        """Sums over this process's tokens of the batches in all ``parts``, where ``loss_weights`` returns means.
 
         And what leaves the last block of each sequence's first token.
         """
         if any(parameter.is_inference() for parameter in self.model.parameters()):
             raise NotDifferentiableError("the model was made inside torch.inference_mode()")
         found = LossWeights(WORDS if self._has_words else "the square of the change of the last hidden states")
-        most = max((math.prod(self.streams.sizes[batch]) for batch in swept), default=0)
+        most = max((math.prod(self.streams.sizes[batch]) for part in parts for batch in part), default=0)
         self.place, found.told = head_device(self.model, self.stack, self.device, most)
         ends: list[Tensor] = []
         draws = self._draws(seed)
         with torch.inference_mode(False), torch.enable_grad(), differentiable(self.model):
-            for batches_now in _at_a_time(self.streams, len(self.stack.blocks), swept):
+            for batches_now in parts:
                 part = self.streams.part(batches_now)
                 kept = self._there(part)
                 ends += [first_tokens(self.streams, hidden) for hidden in part.hidden]
@@ -263,14 +266,6 @@ class _Sweep:
             with self.weights.on(block, self.device):
                 through(block, part, gradients, self.device, found, left, numbers)
             self.tally.back(block, part)
-
-
-def _at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> Iterator[Sequence[int]]:
-    """Batches of ``swept`` whose inputs of all blocks are kept together."""
-    size = max((hidden.nbytes for hidden in streams.hidden), default=1)
-    count = max(KEPT_BYTES // (size * (blocks + 1)), 1)
-    for start in range(0, len(swept), count):
-        yield swept[start : start + count]
 
 
 def second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -18,11 +18,14 @@ from torch import Tensor
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import POWER
 from optima.distributed import Ranks
+from optima.main_memory import total_memory
 
 # At least so many tokens are swept, if there are as many.
 LEAST_TOKENS = 8192
 # What leaves the last block of equal tokens differs by less, relative to its norm, unless it depends on the text.
 ALIKE = 0.05
+# Inputs of all blocks that wait for the way back: so many bytes at least, or this share of main memory.
+KEPT_BYTES, KEPT_SHARE = 4 * 2**30, 1.0 / 8.0
 # Numbers that are drawn to be passed over, at a time.
 AT_ONCE = 2**24
 
@@ -55,6 +58,22 @@ def chosen_batches(streams: Streams, share: float) -> list[int]:
             chosen.append(batch)
         first += samples
     return chosen
+
+
+def kept_bytes(processes: int = 1) -> int:
+    """Most of the inputs of all blocks that wait together; of more sequences, one part is swept after the other.
+
+    Every part reads all weights anew. Of the memory that there is, not of what is free: a run that goes on must add
+    what it added. ``processes``: of the run, on this machine.
+    """
+    return max(KEPT_BYTES, int(KEPT_SHARE * total_memory() / processes))
+
+
+def at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> list[Sequence[int]]:
+    """The batches ``swept`` in parts, of each of which the inputs of all blocks are kept together."""
+    size = max((hidden.nbytes for hidden in streams.hidden), default=1)
+    count = max(kept_bytes(streams.ranks.here()) // (size * (blocks + 1)), 1)
+    return [swept[start : start + count] for start in range(0, len(swept), count)]
 
 
 def first_tokens(streams: Streams, hidden: Tensor) -> Tensor:

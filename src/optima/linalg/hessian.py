@@ -34,8 +34,9 @@ DIRECTIONS, APPLICATIONS, MARGIN = 8, 3, 10.0
 BLOCK_ENTRIES = 2**22
 # Columns of the inverse of L that are in memory at once while only the diagonal of K is wanted.
 COLUMNS = 256
-# Side of the tiles in which the triangles are averaged: two of them stay in the cache while one is transposed.
-TILE = 128
+# Side of the tiles in which the triangles are averaged: on a CPU two of them stay in the cache while one is transposed,
+# elsewhere every tile is a few calls.
+TILE, TILE_ELSEWHERE = 128, 4096
 # Float32 iterations lose no digit that restarts cannot restore below this condition.
 FLOAT32_CONDITION = 1e8
 
@@ -320,11 +321,11 @@ def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:
 
 def _symmetrise(matrix_DD: Tensor) -> None:
     """Average the triangles in place, tile by tile: a Cholesky reads one of them, products read both."""
-    size = len(matrix_DD)
-    for row in range(0, size, TILE):
-        for column in range(row, size, TILE):
-            upper = matrix_DD[row : row + TILE, column : column + TILE]
-            lower = matrix_DD[column : column + TILE, row : row + TILE]
+    size, tile = len(matrix_DD), TILE if matrix_DD.is_cpu else TILE_ELSEWHERE
+    for row in range(0, size, tile):
+        for column in range(row, size, tile):
+            upper = matrix_DD[row : row + tile, column : column + tile]
+            lower = matrix_DD[column : column + tile, row : row + tile]
             average = (upper + lower.mT).mul_(0.5)
             upper.copy_(average)
             lower.copy_(average.mT)

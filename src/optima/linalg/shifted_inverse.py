@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from optima.linalg.products import SharedMatrix, multiply, pack
 
@@ -25,7 +26,10 @@ class Eigen(NamedTuple):
 
 def eigendecomposition(matrix_DD: Tensor, dtype: torch.dtype) -> Eigen:
     """Made in the dtype of ``matrix_DD``, which is in its units already, and cast to that of the rows."""
-    value_D, vector_DD = torch.linalg.eigh(matrix_DD)
+    try:
+        value_D, vector_DD = torch.linalg.eigh(matrix_DD)
+    except LinAlgError:  # cuSOLVER has not converged where LAPACK did (pytorch issues 94772, 105359)
+        value_D, vector_DD = (each.to(matrix_DD) for each in torch.linalg.eigh(matrix_DD.double().cpu()))
     return Eigen(value_D.to(dtype), vector_DD.to(dtype))
 
 

@@ -131,7 +131,9 @@ class Streamed:
 
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """See ``Weights``."""
-        return _moved(self._block(block.name), block, device, clock)
+        # What is read for the visit alone is given up behind it.
+        given_up = bool(self._missing(self._inside[block.name]))
+        return _moved(self._block(block.name), block, device, clock, comes_back=not given_up)
 
     @contextmanager
     def outside(self, device: torch.device = MAIN) -> Iterator[None]:
@@ -270,14 +272,18 @@ def _brought(
 
 @contextmanager
 def _moved(
-    read: AbstractContextManager[None], block: Block, device: torch.device, clock: Stopwatch | None
+    read: AbstractContextManager[None],
+    block: Block,
+    device: torch.device,
+    clock: Stopwatch | None,
+    comes_back: bool = True,
 ) -> Iterator[None]:
     """Inside ``read`` a block that is on ``device``; the way there and back counts as stage ``read``."""
     clock = clock or Stopwatch(device)
     with ExitStack() as stack:
         with clock("read"):
             stack.enter_context(read)
-            stack.enter_context(on_device(block.module, device))
+            stack.enter_context(on_device(block.module, device, comes_back))
         yield
         with clock("read"):
             stack.close()
