@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import AutoModelForCausalLM
 import optima
 from optima.cli import main
 from optima.errors import ModelError
+from optima.models.files import exchange
+from optima.models.packed import pack_shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "packing.md"
 both = pytest.mark.parametrize("code_exponents", [False, True], ids=["plain", "coded"])
@@ -237,3 +240,19 @@ def test_its_own_output_is_replaced_if_asked(model: Path, tmp_path: Path) -> Non
     Path(tmp_path, "other", "file").touch()
     with pytest.raises(ModelError, match="is no output of an earlier run"):
         optima.pack(model, tmp_path / "other", overwrite=True)
+
+
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_packed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By ``optima prune --overwrite`` of another shell: shards of both would lie beside the report of one."""
+    shutil.copytree(model, tmp_path / "other")
+
+    def replace(*arguments: object) -> object:
+        assert exchange(model, tmp_path / "other")
+        return pack_shard(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("optima.packing.pack_shard", replace)
+    with pytest.raises(ModelError, match="model was replaced while it was read"):
+        optima.pack(model, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()

@@ -116,6 +116,15 @@ def explain_write_errors(path: Path, remedy: str = "free some space or choose an
         raise ModelError(f"writing {path} failed ({error}): {remedy}") from error
 
 
+@contextmanager
+def the_same(directory: Path) -> Iterator[None]:
+    """A ``ModelError`` if another directory bears the name in the end: what was read is then of both."""
+    before = directory.stat()
+    yield
+    if not os.path.samestat(before, directory.stat()):
+        raise ModelError(f"{directory} was replaced while it was read: try again")
+
+
 def sync(*paths: Path) -> None:
     """Make files and directories outlast a loss of power."""
     for path in paths:
