@@ -55,6 +55,7 @@ def environment_of(hub: StandInHub, place: Path) -> dict[str, str]:
     return os.environ | {
         "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HOME": str(place / "home"),
+        "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
     }  # fmt: skip
 
 

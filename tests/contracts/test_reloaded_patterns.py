@@ -1,4 +1,4 @@
-"""Every N:M mask is a valid one after its checkpoint is saved and loaded again."""
+"""N:M masks are valid ones after their checkpoint is saved and loaded again."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ from tiny import blocks_of, make_llama, make_tokens
 from transformers import AutoModelForCausalLM
 
 from optima import Recipe, prune
-from optima.selectors.base import SELECTORS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:8"])
-@pytest.mark.parametrize("selector", SELECTORS)
+@pytest.mark.parametrize("selector", ["wanda", "sparsegpt", "optima"])
 def test_reloaded(selector: str, pattern: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kept, group = map(int, pattern.split(":"))
     recipe = Recipe(selector=selector, pattern=[pattern], max_seq_length=16)

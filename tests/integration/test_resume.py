@@ -342,14 +342,14 @@ class TestOtherRuns:
 
     def test_one_at_the_same_time_is_refused(self, whole: Path) -> None:
         stopped()
-        wait, go = os.pipe()
+        (wait, go), (told, end) = os.pipe(), os.pipe()
 
         def prepare() -> None:
             prune = optima.pipeline.Job.prune
 
             def waits(self: object, *args: object, **options: object) -> None:
                 os.write(go, b"x")
-                time.sleep(1.5)
+                os.read(told, 1)
                 prune(self, *args, **options)  # type: ignore[arg-type]
 
             optima.pipeline.Job.prune = waits  # type: ignore[method-assign, assignment]
@@ -360,6 +360,7 @@ class TestOtherRuns:
         for option in ("--resume", "--no-resume"):
             assert finish(start("out", option)) == 2
             assert "another run is writing" in said()
+        os.write(end, b"x")
         assert finish(child) == 0
         check_same(whole)
 

@@ -59,7 +59,8 @@ def test_without_a_budget_the_rest_of_the_run_has_room(monkeypatch: pytest.Monke
     assert memory.left(None, processes=2) == 0
 
 
-def test_what_is_left_for_activations() -> None:
+def test_what_is_left_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.memory.available_memory", lambda: 64 * GIB)
     memory = HostMemory(weights=GIB, work=GIB, by_loss=2 * GIB)
     assert memory.left(8 * GIB) == 5 * GIB - LIBRARIES_BYTES
     assert memory.left(2 * GIB) == 0
