@@ -23,6 +23,9 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 TYPICAL_ROWS = 512
 # Units of a CPU for bfloat16.
 AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
+# Tokens whose products are added in float32 elsewhere: tensor cores cut sums off, where a CPU rounds them (Ootomo and
+# Yokota, arXiv 2203.03341), and the more of them the more is lost.
+SLICE = 4096
 # Panels of a Gram matrix: 8 leave 9/16 of the products. Thinner ones than the second number are short of full speed.
 PANELS, THINNEST = 8, 192 if AMX else 128
 # oneDNN compiles a product for every number of rows: numbers should repeat.
@@ -121,8 +124,9 @@ def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
     it lies; elsewhere oneDNN is fastest on the transpose.
     """
     if sum_DD.device.type != "cpu":
-        inputs_TD = inputs_TD.float()
-        sum_DD += inputs_TD.mT @ inputs_TD
+        for part_TD in inputs_TD.split(SLICE):
+            part_TD = part_TD.float()
+            sum_DD += part_TD.mT @ part_TD
         return
     by_units = AMX and inputs_TD.dtype == torch.bfloat16
     inputs_DT = inputs_TD.float().mT if by_units else inputs_TD.mT.contiguous().float()
