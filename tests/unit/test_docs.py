@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])
 PROSE = [page for page in PAGES if page.name != "CHANGELOG.md"]
 # Pages of the site that are made from the code when it is built (tools/site/hooks.py).
-MADE = [ROOT / "docs" / "reference" / name for name in ("cli.md", "errors.md", "shipped-recipes.md")]
+MADE = [ROOT / "docs" / "reference" / name for name in ("cli.md", "errors.md", "runtimes.md", "shipped-recipes.md")]
 MOST_WORDS = 20  # in a sentence, on average over a page
 LONGEST = 40  # words of the longest sentence
 WIDEST_CELL = 200  # characters of a table's cell
