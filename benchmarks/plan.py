@@ -98,7 +98,7 @@ def child(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     if not job["run"]:
         source = find_source(job["model"])
-        found = measure(make_plan(source, recipe), recipe, source)
+        found = measure(make_plan(source, recipe), source)
         seconds, peak, stages = sum(found.seconds.values()), found.peak_bytes, found.seconds
     else:
         run = prune(job["model"], recipe, output_dir=job["output"], progress=False).run

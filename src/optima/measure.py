@@ -25,33 +25,32 @@ from optima.models.random_weights import alike, fill
 from optima.models.source import Source, load_tokenizer
 from optima.models.stacks import Block
 from optima.plan import Measured, Plan
-from optima.preflight.checks import find_calibration, sized
-from optima.recipe import Recipe
+from optima.preflight.checks import find_calibration
 from optima.rehearsal import Peak, Rehearsal
 
 
-def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
+def measure(plan: Plan, source: Source) -> Measured:
     """Rehearse the run that was planned. The plan's model is given random weights for it.
 
     Raises:
         OptimaError: if the tokenizer or a file of text cannot be read.
     """
-    recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, plan.methods.selector))
-    recipe, _ = sized(plan.model, recipe, plan.found, plan.dtype)
+    recipe = plan.recipe.resolved(scope=default_scope(plan.recipe.applied_objective, plan.methods.selector))
     device = find_device(recipe.device)
     notes: list[str] = []
     recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", recipe.max_seq_length))
+    plan = replace(plan, recipe=recipe)
     started = time.perf_counter()
-    tokens_NL = _text(plan, recipe, source, notes)
+    tokens_NL = _text(plan, source, notes)
     ready = plan.seconds + time.perf_counter() - started
-    opening, reading = _reading(plan, recipe, source, notes)
+    opening, reading = _reading(plan, source, notes)
     if "gradient" in plan.methods.needs:
         notes.append("the time in which the selector's gradients are taken is not counted")
     structures = alike(plan.found.blocks)
     fill(plan.model, structures, plan.dtype)
     held = sum(parameter.nbytes for parameter in plan.model.parameters())
     peak = Peak(device, held, plan.left_bytes)
-    rehearsal = Rehearsal(plan, recipe, device, tokens_NL, peak)
+    rehearsal = Rehearsal(plan, device, tokens_NL, peak)
     with memory_explained(device), unswitched(), evaluating(plan.model):
         for stack in plan.found.stacks:
             if stack.needed:
@@ -61,8 +60,9 @@ def measure(plan: Plan, recipe: Recipe, source: Source) -> Measured:
     return Measured(seconds, peak.num_bytes, (*notes, *rehearsal.notes))
 
 
-def _text(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> Tensor:
+def _text(plan: Plan, source: Source, notes: list[str]) -> Tensor:
     """The calibration tokens of local files; random ones for text that is not here. A run's tokenizer is loaded."""
+    recipe = plan.recipe
     samples, length = recipe.num_calibration_samples, recipe.max_seq_length
     assert samples is not None
     read_NL = torch.empty(0, length, dtype=torch.int64)
@@ -79,7 +79,7 @@ def _text(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> Tenso
     return torch.cat([read_NL, torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(recipe.seed))])
 
 
-def _reading(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> tuple[float, float]:
+def _reading(plan: Plan, source: Source, notes: list[str]) -> tuple[float, float]:
     """Seconds to open the checkpoint, and to read its weights as often as a run does, by those of one block."""
     if source.local is None or not plan.streamed:
         what = "load the whole model" if source.local else "download weights and read them"
@@ -87,7 +87,7 @@ def _reading(plan: Plan, recipe: Recipe, source: Source, notes: list[str]) -> tu
         return 0.0, 0.0
     started = time.perf_counter()
     try:
-        checkpoint = open_checkpoint(source, plan.model, recipe.dtype)
+        checkpoint = open_checkpoint(source, plan.model, plan.recipe.dtype)
     except UnstreamableError as error:
         notes.append(f"the whole model will be held in main memory, which is not counted: {error}")
         return 0.0, 0.0

@@ -37,6 +37,7 @@ class Plan:
 
     Attributes:
         model: its skeleton.
+        recipe: with the number of sequences that the model takes.
         found: stacks, linears and patterns (on the meta device), and what stays dense.
         methods: as a run would build them, external masks read.
         num_parameters: of the whole model.
@@ -52,7 +53,6 @@ class Plan:
         left_bytes: main memory for block inputs.
         passes: forward passes over the calibration text; a backward pass counts as two.
         reads: how often the weights are read from disk.
-        device: as the recipe names it.
         dtype: of the weights.
         streamed: whether weights stay on disk until they are wanted.
         seconds: that it took to make, as it does at the start of a run.
@@ -60,6 +60,7 @@ class Plan:
     """
 
     model: PreTrainedModel
+    recipe: Recipe
     found: Preflight
     methods: Methods
     num_parameters: int
@@ -73,7 +74,6 @@ class Plan:
     left_bytes: int
     passes: int
     reads: int
-    device: str
     dtype: torch.dtype
     streamed: bool
     seconds: float
@@ -157,6 +157,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
         model=model,
+        recipe=recipe,
         found=found,
         methods=methods,
         num_parameters=num_parameters,
@@ -173,7 +174,6 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             recipe, methods, swept, all(in_turn(block, recipe) for block in found.blocks if block.linears)
         ),
         reads=_reads(recipe, len(found.blocks) * inputs * swept),
-        device=recipe.device,
         dtype=dtype,
         streamed=streamed,
         seconds=time.perf_counter() - started,

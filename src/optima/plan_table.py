@@ -68,7 +68,7 @@ def _advice(plan: Plan) -> list[str]:
         lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
     elif plan.host.total > free:
         lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
-    device = torch.device("cuda" if plan.device == "auto" else plan.device)
+    device = torch.device("cuda" if plan.recipe.device == "auto" else plan.recipe.device)
     if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
         room, _ = torch.cuda.mem_get_info(device)  # beside other processes and the driver's own
         if plan.work_bytes + plan.block_bytes > room:

@@ -41,7 +41,7 @@ from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.pipeline import Job
-from optima.recipe import SINK_WEIGHT, Recipe
+from optima.recipe import SINK_WEIGHT
 from optima.selectors.base import LinearTask
 from optima.tuning import BlockError, tune
 
@@ -102,8 +102,7 @@ class Rehearsal:
     """Runs the stages of a run, and adds up what all of it would take.
 
     Args:
-        plan: of the run; its model has random weights.
-        recipe: with the numbers of sequences, and of those in a batch.
+        plan: of the run, its recipe with the number of sequences in a batch; its model has random weights.
         device: where blocks run.
         tokens_NL: calibration tokens, at least as many as are looked at.
         peak: of its memory.
@@ -113,7 +112,8 @@ class Rehearsal:
         notes: what could not be rehearsed.
     """
 
-    def __init__(self, plan: Plan, recipe: Recipe, device: torch.device, tokens_NL: Tensor, peak: Peak) -> None:
+    def __init__(self, plan: Plan, device: torch.device, tokens_NL: Tensor, peak: Peak) -> None:
+        recipe = plan.recipe
         assert recipe.batch_size is not None
         assert recipe.num_calibration_samples is not None
         self.plan, self.recipe, self.device, self.peak = plan, recipe, device, peak

@@ -31,7 +31,7 @@ ALWAYS = {"start", "read", "forward", "hessian", "linears", "write"}
 
 def measured(directory: Path, recipe: Recipe) -> Measured:
     source = find_source(str(directory))
-    return measure(make_plan(source, recipe), recipe, source)
+    return measure(make_plan(source, recipe), source)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_blocks_alike_share_their_random_weights(family: str, tmp_path: Path) ->
 def test_what_is_once_and_what_is_of_each_batch(tmp_path: Path) -> None:
     source, recipe = find_source(str(save_model(tmp_path / "model"))), Recipe(**FEW)
     peak = Peak(torch.device("cpu"), 0, 0)
-    tried = Rehearsal(make_plan(source, recipe), recipe, torch.device("cpu"), torch.zeros(12, 16), peak)
+    tried = Rehearsal(make_plan(source, recipe), torch.device("cpu"), torch.zeros(12, 16), peak)
     assert tried.batches == 10
     assert tried._whole({"a": 3.0}, {"a": 5.0}, 3) == {"a": pytest.approx(12.0)}  # 2 and 1 of each
     assert tried._whole({"a": 4.0}, {"a": 3.0}, 3) == {"a": pytest.approx(3.0)}  # noise is no gain
