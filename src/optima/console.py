@@ -26,5 +26,6 @@ def explain_log_errors() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        text = f"standard error cannot be written ({error.strerror}): free some space, or send it elsewhere"
-        raise OptimaError(text) from error
+        raise OptimaError(
+            f"standard error cannot be written ({error.strerror}): free some space, or send it elsewhere"
+        ) from error

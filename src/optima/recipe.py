@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import Field as DataclassField
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -289,10 +289,7 @@ class Recipe:
 
     def _check_mask(self, table: PatternTable) -> None:
         if self.sparsity is not None and self.pattern:
-            text, rest = "give either sparsity or pattern, not both", f"{self.sparsity:g}"
-            if all("=" in entry for entry in self.pattern):
-                text += f": pattern {' '.join(self.pattern)} {rest} prunes {rest} where no other entry matches"
-            raise RecipeError(text)
+            self._refuse_both()
         if self.as_given and (self.scope is not None or self.swaps):
             name = "swaps needs" if self.scope is None else "scope needs"
             raise RecipeError(f"{name} to know the pattern of the external masks: name their sparsity or pattern")
@@ -316,6 +313,15 @@ class Recipe:
                 f"allocation {self.allocation} shares out one unstructured sparsity, not pattern "
                 f"{' '.join(self.pattern)}: use --sparsity, or allocation uniform"
             )
+
+    def _refuse_both(self) -> NoReturn:
+        if any("=" not in entry for entry in self.pattern):
+            raise RecipeError("give either sparsity or pattern, not both")
+        rest = f"{self.sparsity:g}"
+        raise RecipeError(
+            f"give either sparsity or pattern, not both: pattern {' '.join(self.pattern)} {rest} prunes {rest} where no "
+            "other entry matches"
+        )
 
     def _check_idle(self) -> None:
         """What would do nothing is a misunderstanding, unless it spells out the default."""
