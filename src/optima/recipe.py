@@ -317,10 +317,9 @@ class Recipe:
     def _refuse_both(self) -> NoReturn:
         if any("=" not in entry for entry in self.pattern):
             raise RecipeError("give either sparsity or pattern, not both")
-        rest = f"{self.sparsity:g}"
+        named, rest = " ".join(self.pattern), f"{self.sparsity:g}"
         raise RecipeError(
-            f"give either sparsity or pattern, not both: pattern {' '.join(self.pattern)} {rest} prunes {rest} where no "
-            "other entry matches"
+            f"give either sparsity or pattern, not both: pattern {named} {rest} prunes {rest} where no other entry matches"
         )
 
     def _check_idle(self) -> None:
