@@ -319,7 +319,8 @@ class Recipe:
             raise RecipeError("give either sparsity or pattern, not both")
         named, rest = " ".join(self.pattern), f"{self.sparsity:g}"
         raise RecipeError(
-            f"give either sparsity or pattern, not both: pattern {named} {rest} prunes {rest} where no other entry matches"
+            f"give either sparsity or pattern, not both: pattern {named} {rest} prunes {rest} where no other "
+            "entry matches"
         )
 
     def _check_idle(self) -> None:
