@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from optima.linalg.statistics import sampling_step
 from optima.patterns import NM, Pattern
 from optima.selectors.base import LinearTask
 from optima.selectors.wanda import wanda_score
@@ -22,6 +23,8 @@ from optima.selectors.wanda import wanda_score
 SPARSEST, DENSEST = 0.99, 0.01
 # Of a linear's saliencies.
 QUANTILES = 1001
+# Saliencies of a linear that they are taken of.
+SAMPLE = 2**18
 
 
 class Allocation(Protocol):
@@ -116,8 +119,9 @@ class ByLoss:
     _sizes: dict[str, int] = field(default_factory=dict, init=False)
 
     def measure(self, task: LinearTask, pattern: Pattern) -> Tensor:
-        """See ``Allocation``: quantiles of the saliencies."""
-        sorted_N = saliency_by_loss(task).flatten().sort().values
+        """See ``Allocation``: quantiles of the saliencies, or of a sample of them."""
+        saliency_N = saliency_by_loss(task).flatten()
+        sorted_N = saliency_N[:: sampling_step(max(len(saliency_N), 1), SAMPLE)].sort().values
         return sorted_N[quantile_places(len(sorted_N)).to(sorted_N.device)].cpu()
 
     def note(self, block: int, name: str, size: int, measured: Tensor) -> None:

@@ -75,11 +75,12 @@ def build_allocation(recipe: Recipe) -> Allocation | None:
     """What shares out the sparsity over the linears; None if all have the same."""
     if recipe.keep_dense is not None:
         return KeepDense(recipe.keep_dense)
-    if recipe.allocation == "uniform":
+    allocation = recipe.applied_allocation
+    if allocation == "uniform":
         return None
     default = recipe.table(SCOPES[0]).default
     assert default is not None, "a recipe checks it"
-    spread = recipe.allocation_spread or SPREADS[recipe.allocation]
-    if recipe.allocation == "loss":
+    spread = recipe.allocation_spread or SPREADS[allocation]
+    if allocation == "loss":
         return ByLoss(default.sparsity, spread)
     return Owl(default.sparsity, recipe.outlier_multiple, spread)

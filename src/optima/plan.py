@@ -146,7 +146,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
         notes.append(ORDER_NOTE)
     if surveyed:
-        notes.append(SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.allocation}"))
+        notes.append(
+            SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.applied_allocation}")
+        )
     if note := memory.note(recipe.memory_budget):
         notes.append(note)
     if recipe.written:

@@ -93,7 +93,9 @@ class Recipe:
         "mask", None, "what an unstructured sparsity is ranked over", SCOPES,
         "the selector's published one, but layer instead of row with objective loss; for optima row without")
     group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
-    allocation: str = _option("mask", "uniform", "how linears share one sparsity", ALLOCATION_NAMES)
+    allocation: str | None = _option(
+        "mask", None, "how linears share one unstructured sparsity: all have the same, by their outliers (OWL), or by "
+        "what the model's loss feels of them", ALLOCATION_NAMES, "loss with objective loss, else uniform")
     allocation_spread: Fraction | None = _option(
         "mask", None, "how far a linear's sparsity may depart from the global one, before all move by one constant",
         shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
@@ -174,14 +176,10 @@ class Recipe:
         self._check_idle()
         if self.applied_objective != "loss":
             named = self.objective or "plain, as with solver none unless it is named"
-            if self.allocation == "loss":
-                raise RecipeError(
-                    f"allocation loss needs objective loss, not {named}: say objective loss, or allocation uniform"
-                )
-            if self.keep_dense is not None:
-                raise RecipeError(
-                    f"keep_dense needs objective loss, not {named}: say objective loss, or leave keep_dense out"
-                )
+            shared = self.allocation == "loss"
+            what, other = ("allocation loss", "allocation uniform") if shared else ("keep_dense", "no keep_dense")
+            if shared or self.keep_dense is not None:
+                raise RecipeError(f"{what} needs objective loss, not {named}: say objective loss, or {other}")
         if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
             holding = " or ".join(BOUNDED_SOLVERS)
             raise RecipeError(f"max_change needs a solver that holds bounds: use solver {holding}, not {self.solver}")
@@ -215,6 +213,15 @@ class Recipe:
         return self.objective or ("plain" if self.solver == "none" else "loss")
 
     @property
+    def applied_allocation(self) -> str:
+        """The allocation, or what it is where the recipe names none: by the loss, if there is one sparsity to share."""
+        if self.allocation is not None:
+            return self.allocation
+        one = len(self.pattern) <= 1 and isinstance(self.table(SCOPES[0]).default, Unstructured)
+        by_loss = self.applied_objective == "loss" and self.selector != "external"
+        return "loss" if one and by_loss else "uniform"
+
+    @property
     def written(self) -> bool:
         """True if the model writes calibration text: all of it, or what data sets lack."""
         return SELF in self.dataset
@@ -227,7 +234,7 @@ class Recipe:
     @property
     def surveys(self) -> bool:
         """True if the dense model is surveyed first: for a linear's sparsity, or whether it is pruned at all."""
-        return self.allocation != "uniform" or self.keep_dense is not None
+        return self.applied_allocation != "uniform" or self.keep_dense is not None
 
     def samples(self, inputs: int) -> int:
         """Calibration sequences, for a model whose widest linear has so many ``inputs``."""
@@ -246,7 +253,8 @@ class Recipe:
         defaults: dict[str, Any] = {
             "sparsity": None if self.pattern or self.as_given else DEFAULT_SPARSITY,
             "scope": scope if unstructured else None,
-            "allocation_spread": SPREADS.get(self.allocation),
+            "allocation": self.applied_allocation,
+            "allocation_spread": SPREADS.get(self.applied_allocation),
             "objective": self.applied_objective,
             "sink_weight": SINK_WEIGHT if self.objective == "sink" else None,
             "dataset_config": CONFIGS.get(self.dataset[0]) if len(self.dataset) == 1 else None,
@@ -304,7 +312,7 @@ class Recipe:
             )
         if self.swaps == 1:
             raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
-        if self.allocation == "uniform":
+        if self.allocation in (None, "uniform"):
             return
         if self.selector == "external":
             raise RecipeError(f"external masks have their own sparsities: leave out allocation {self.allocation}")
@@ -329,7 +337,7 @@ class Recipe:
         used = {
             "sink_weight": ("objective sink", self.objective == "sink"),
             "swept_share": ("objective loss", self.applied_objective == "loss"),
-            "allocation_spread": ("allocation owl or loss", self.allocation != "uniform"),
+            "allocation_spread": ("allocation owl or loss", self.applied_allocation != "uniform"),
             "outlier_multiple": ("allocation owl", self.allocation == "owl"),
             "group_size": ("scope group", self.scope == "group" or (self.scope is None and published)),
             "learning_rate": ("tuning_epochs above 0", self.tuning_epochs > 0),

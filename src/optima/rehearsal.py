@@ -28,7 +28,7 @@ from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import words_size
 from optima.calibration.loss_weights import second_moment, through
 from optima.calibration.streams import Streams
-from optima.calibration.swept import kept_bytes, sweep_numbers, swept_share
+from optima.calibration.swept import kept_bytes, survey_share, sweep_numbers, swept_share
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.errors import NotDifferentiableError
@@ -121,7 +121,10 @@ class Rehearsal:
         self.allocation, self._sink = build_allocation(recipe), recipe.sink_weight or 0.0
         samples = min(recipe.batch_size, recipe.num_calibration_samples)
         self.batches = recipe.num_calibration_samples / samples
-        self.share = swept_share(recipe.swept_share, recipe.num_calibration_samples * tokens_NL.shape[1])
+        tokens = recipe.num_calibration_samples * tokens_NL.shape[1]
+        self.share = swept_share(recipe.swept_share, tokens)
+        widest = max(linear.shape[1] for linear in plan.found.linears)
+        self.surveyed = survey_share(recipe.swept_share, widest, tokens)
         self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
         self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -231,12 +234,12 @@ class Rehearsal:
     def _passes(self, block: Block, job: Job, streams: Streams, count: int, last: bool) -> None:
         """Statistics, and outputs carried on; ``last``: the last of the ``count`` blocks hands on nothing."""
 
-        loss, surveys = job.loss, self.allocation is not None
+        loss = job.loss
         turns = in_turn(block, self.recipe)
         carried = turns and self.tuning is None
 
         def observed(onward: bool, turns: bool, part: Streams, clock: Stopwatch) -> None:
-            job.loss = None if loss is None else _first(loss, len(part.hidden))
+            job.loss = None if loss is None else loss.part(range(len(part.hidden)))
             with clock("hessian"):
                 for _ in job.observe(block, part, clock, onward, turns):
                     pass
@@ -245,7 +248,8 @@ class Rehearsal:
             with clock("forward"):
                 part.advance(block, self.device)
 
-        self._add(partial(observed, True, False), streams, count * surveys)
+        if self.allocation is not None:
+            self._add(partial(observed, True, False), streams, count * (self.surveyed if self.by_loss else 1.0))
         self._add(partial(observed, carried, turns), streams, count)
         job.loss = loss
         self._add(advanced, streams, (count - last) * (not carried) + count * (self.tuning is not None))
@@ -344,12 +348,6 @@ def _repeated(loss: LossWeights, batches: int) -> LossWeights:
 
     tokens = {name: over(own) for name, own in loss.tokens.items()}
     return replace(loss, tokens=tokens, routed={name: over(own) for name, own in loss.routed.items()})
-
-
-def _first(loss: LossWeights, batches: int) -> LossWeights:
-    """The weights of the first batches alone."""
-    tokens = {name: own[:batches] for name, own in loss.tokens.items()}
-    return replace(loss, tokens=tokens, routed={name: own[:batches] for name, own in loss.routed.items()})
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

@@ -213,7 +213,7 @@ class TestOptions:
                 ["--allocation", "owl", "--allocation-spread", "0"],
                 "allocation_spread must be a number strictly between",
             ),
-            (["--allocation-spread", "0.1"], "allocation_spread is for allocation owl"),
+            (["--allocation-spread", "0.1", "--solver", "none"], "allocation_spread is for allocation owl"),
             (["--scope", "group", "--group-size", "0"], "group_size must be a whole number of at least 1, such as 128"),
             # All other linears have 32 inputs.
             (["--pattern", "2:32"], "divisible by 32, but model.layers.0.mlp.down_proj has 48"),

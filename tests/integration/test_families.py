@@ -52,7 +52,8 @@ def test_prune_save_reload(family: str, tmp_path: Path) -> None:
     model = build(family)
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     check_chain(model)
-    report = prune(model, Recipe(batch_size=2, pattern=[pattern]), output_dir=tmp_path / "out", calibration=make_ids())
+    recipe = Recipe(batch_size=2, pattern=[pattern], allocation="uniform")
+    report = prune(model, recipe, output_dir=tmp_path / "out", calibration=make_ids())
 
     linears = linears_to_prune(model)
     pruned = {record.name for record in report.linears}
@@ -142,7 +143,7 @@ def test_what_blocks_share_is_not_tuned(tmp_path: Path) -> None:
     """Tuned in one of them it would change the dense outputs of the other, and the file can hold one only."""
     model = build("zamba2")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    recipe = Recipe(ignore=["shared_transformer"], tuning_epochs=2)
+    recipe = Recipe(ignore=["shared_transformer"], tuning_epochs=2, allocation="uniform")
     report = prune(model, recipe, output_dir=tmp_path / "out", calibration=make_ids())
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert not [name for name in changed if "shared_transformer" in name]

@@ -91,7 +91,16 @@ def test_linears_that_carry_nothing() -> None:
 
 
 def test_defaults_are_the_published_ones() -> None:
-    assert build_allocation(Recipe(sparsity=0.5)) is None
+    assert build_allocation(Recipe(sparsity=0.5)) == ByLoss(0.5, spread=0.1)
+    assert build_allocation(Recipe(sparsity=0.5, selector="wanda")) == ByLoss(0.5, spread=0.1)
+    for nothing_to_share in (
+        {"objective": "sink"},
+        {"solver": "none"},
+        {"pattern": ["2:4"]},
+        {"pattern": ["mlp=0.6", "0.5"]},
+        {"allocation": "uniform"},
+    ):
+        assert build_allocation(Recipe(**nothing_to_share)) is None  # type: ignore[arg-type]
     assert build_allocation(Recipe(sparsity=0.7, allocation="owl")) == Owl(0.7, outlier_multiple=5.0, spread=0.08)
 
 

@@ -163,7 +163,7 @@ def test_an_expert_without_tokens_is_pruned_and_named() -> None:
             layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
             layer.mlp.gate.weight[2:] = 0.0
             layer.mlp.gate.top_k = 1  # so that the others are never chosen
-    report = prune(model, Recipe(batch_size=2, expert_tokens=1), calibration=make_ids())
+    report = prune(model, Recipe(batch_size=2, expert_tokens=1, allocation="uniform"), calibration=make_ids())
     tokens = {record.name: record.tokens for record in report.linears if ".experts." in record.name}
     unreached = [name for name, count in tokens.items() if not count]
     assert len(unreached) == 3 * 2 * 2

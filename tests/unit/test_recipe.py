@@ -243,7 +243,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"selector": "external"}, "selector external takes its masks from mask_from"),
     ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'optima'"),
     ({"allocation": "error"}, "unknown allocation 'error': known allocations are uniform, owl"),
-    ({"allocation_spread": 0.1}, "allocation_spread is for allocation owl"),
+    ({"allocation_spread": 0.1, "objective": "sink"}, "allocation_spread is for allocation owl"),
     ({"allocation": "owl", "pattern": "2:4"}, "shares out one unstructured sparsity, not pattern 2:4"),
     ({"selector": "somewhere:Mine"}, "selector somewhere:Mine loads and runs code: if you trust it, add --trust-"),
 ]

@@ -143,7 +143,7 @@ class TestPatternOverAllocation:
     def test_a_pattern_given_ends_the_files_allocation(self, caplog: pytest.LogCaptureFixture) -> None:
         caplog.set_level(logging.WARNING)
         recipe = recipe_of({"recipe": "best", "pattern": ["2:4"]})
-        assert (recipe.pattern, recipe.allocation, recipe.tuning_epochs) == (["2:4"], "uniform", 4)
+        assert (recipe.pattern, recipe.applied_allocation, recipe.tuning_epochs) == (["2:4"], "uniform", 4)
         assert "its allocation loss is left out" in caplog.text
         assert recipe_of({"recipe": "owl-70", "pattern": ["mlp=2:4", "0.5"]}).allocation_spread is None
 

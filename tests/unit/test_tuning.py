@@ -133,7 +133,9 @@ def test_its_gradients_are_scaled_to_one_size() -> None:
 
 def test_the_report_says_what_is_no_longer_certified() -> None:
     report = prune(
-        make_llama(), Recipe(tuning_epochs=2, learning_rate=1e-3, sparsity=0.7), calibration=make_tokens(128, 16)
+        make_llama(),
+        Recipe(tuning_epochs=2, learning_rate=1e-3, sparsity=0.7, allocation="uniform"),
+        calibration=make_tokens(128, 16),
     )
     assert all(len(block.tuning) == 3 for block in report.blocks)
     moved = {block.index for block in report.blocks if block.tuning_epoch}

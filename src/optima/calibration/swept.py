@@ -22,6 +22,8 @@ from optima.main_memory import total_memory
 
 # At least so many tokens are swept, if there are as many.
 LEAST_TOKENS = 8192
+# And so many for each input of the widest linear surveyed: of fewer, the inverse of its hessian is that of the sample.
+SURVEYED_TOKENS = 8
 # What leaves the last block of equal tokens differs by less, relative to its norm, unless it depends on the text.
 ALIKE = 0.05
 # Inputs of all blocks that wait for the way back: so many bytes at least, or this share of main memory.
@@ -33,6 +35,17 @@ AT_ONCE = 2**24
 def swept_share(share: float, tokens: int) -> float:
     """One in how many sequences is swept, as a share: of so many ``tokens``, when ``share`` of them would do."""
     return 1.0 / max(int(1.0 / max(share, LEAST_TOKENS / max(tokens, 1))), 1)
+
+
+def survey_share(share: float, inputs: int, tokens: int) -> float:
+    """The share of the sequences that a survey takes where ``share`` is swept; ``inputs`` of the widest linear."""
+    return swept_share(max(share, SURVEYED_TOKENS * inputs / max(tokens, 1)), tokens)
+
+
+def surveyed_batches(streams: Streams, share: float, inputs: int) -> Sequence[int]:
+    """The batches of this process that a survey takes, see ``survey_share``: all, if a process would have none."""
+    chosen = chosen_batches(streams, survey_share(share, inputs, streams.tokens))
+    return chosen if all(streams.ranks.gather(bool(chosen))) else range(len(streams.sizes))
 
 
 def _steps(streams: Streams, share: float) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -121,6 +121,15 @@ class LossWeights:
         """Linears are pruned: let go of what is large and needed once."""
         for name in names:
             self.coupling.pop(name, None)
+
+    def part(self, batches: Sequence[int]) -> LossWeights:
+        """The weights of some batches, as ``Streams.part``; what is known of all tokens stays."""
+        tokens, routed = (
+            {name: [own[batch] for batch in batches] for name, own in known.items()}
+            for known in (self.tokens, self.routed)
+        )
+        lengths = [self.lengths[batch] for batch in batches] if self.lengths else []
+        return replace(self, tokens=tokens, routed=routed, lengths=lengths)  # type: ignore[arg-type]
 
     def moments(self, name: str) -> Moments:
         """Of the tempered weights, for a name of ``tokens`` or ``routed``."""
