@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -58,7 +58,7 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
     """Tell why a command ends, in the form in which the rest is told."""
     if os.environ.get("LOCAL_RANK", "0") != "0":  # of torchrun's processes on a machine, all have the same to say
         return status
-    with suppress(OSError, OptimaError):  # the status tells it too
+    try:
         if wants_json(argv):
             from optima.reporting.log import JsonLog
 
@@ -66,6 +66,8 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
             JsonLog(sys.stderr).write("error", kind=type(error).__name__, message=text, exit_code=status)
         else:
             Console(stderr=True, soft_wrap=True).print(message)
+    except (OSError, OptimaError):  # a full disk: the status tells it too
+        _give_up(sys.stderr)
     return status
 
 

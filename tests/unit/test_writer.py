@@ -305,3 +305,18 @@ class TestCompanions:
         prepare(model, None, find_source(str(source), True), tmp_path / "out")
         assert (tmp_path / "out" / "mine.py").exists()
         assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == auto_map
+
+
+@pytest.mark.parametrize(("name", "files"), [("llama", 5), ("llama tied", 4)])
+def test_large_tensors_outside_blocks_have_files_of_their_own(
+    name: str, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than one of them is in memory at a time; tied ones are one."""
+    monkeypatch.setattr("optima.models.writer.LARGE_BYTES", 1000)
+    model = build(name)
+    model.save_pretrained(tmp_path / "whole")
+    write(model, tmp_path)
+    found, expected = load_weights(tmp_path / "out"), load_weights(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(tensor.equal(expected[key]) for key, tensor in found.items())
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == files
