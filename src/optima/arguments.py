@@ -274,9 +274,10 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         if all(":" in entry.rpartition("=")[2] for entry in given["pattern"]):
             for name in ("scope", "group_size"):  # n:m has none
                 values.pop(name, None)
-        _drop_allocation(values, given, path)
     if "sparsity" in given:
         values.pop("pattern", None)
+    if reason := _unshared(given):
+        _drop_allocation(values, path, reason)
     _drop_idle(values, given)
     return recipe_from_dict(values | given)
 
@@ -285,7 +286,7 @@ def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
     """What the file says for a method goes with it, where another was given."""
     for option, method, own in (
         ("selector", "external", "mask_from"),
-        ("allocation", values.get("allocation"), "allocation_spread"),
+        ("allocation", values.get("allocation") or "loss", "allocation_spread"),
         ("allocation", "owl", "outlier_multiple"),
         ("objective", "sink", "sink_weight"),
         ("objective", "loss", "swept_share"),
@@ -298,14 +299,25 @@ def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
             values.pop(own, None)
 
 
-def _drop_allocation(values: dict[str, Any], given: dict[str, Any], path: str) -> None:
-    """An allocation of the file shares out one unstructured sparsity; a pattern given without one ends it."""
-    one_sparsity = len(given["pattern"]) == 1 and not set(":=") & set(given["pattern"][0])
-    if values.get("allocation", "uniform") == "uniform" or "allocation" in given or one_sparsity:
+def _unshared(given: dict[str, Any]) -> str:
+    """Why an allocation of the file ends: it shares out one unstructured sparsity. Empty if it goes on."""
+    if "allocation" in given:
+        return ""
+    pattern = given.get("pattern", ["0.5"])
+    if len(pattern) > 1 or set(":=") & set(pattern[0]):
+        return f"pattern {' '.join(pattern)}"
+    ends = {"objective": given.get("objective", "loss") != "loss", "selector": given.get("selector") == "external"}
+    return next((f"{option} {given[option]}" for option, so in ends.items() if so), "")
+
+
+def _drop_allocation(values: dict[str, Any], path: str, reason: str) -> None:
+    """What the file says of an allocation goes, with a warning if it names one that may depend on what was given."""
+    named = values.get("allocation")
+    if named == "owl" and reason.startswith("objective"):  # which it does not need
         return
-    _logger.warning(
-        "recipe %s shares out one sparsity, and pattern %s is none: its allocation %s is left out",
-        path, " ".join(given["pattern"]), values.pop("allocation"),
-    )  # fmt: skip
-    for name in ("allocation_spread", "outlier_multiple"):
-        values.pop(name, None)
+    if named not in (None, "uniform"):
+        _logger.warning("recipe %s: its allocation %s is left out, for %s was given", path, named, reason)
+        del values["allocation"]
+    if named != "uniform":
+        for name in ("allocation_spread", "outlier_multiple"):
+            values.pop(name, None)

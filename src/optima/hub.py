@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from optima.errors import ModelError
 from optima.evaluation.record import EVALUATION_NAME
 from optima.models.failures import HUB_FAILURES
-from optima.models.files import the_same
+from optima.models.files import stat_of, the_same
 from optima.models.ordered import ORDERING_NAME
 from optima.reporting.record import REPORT_NAME
 
@@ -46,7 +46,7 @@ def push(
     if not (folder / REPORT_NAME).is_file() or not any(folder.glob(WEIGHTS[0])):
         raise ModelError(f"{folder} is no output of optima prune: it holds no {REPORT_NAME}, or no weights")
     full = check_push(repo, overwrite)
-    with _explained(full), the_same(folder):
+    with _explained(full), the_same(folder, stat_of(folder)):
         api = HfApi()
         api.create_repo(full, private=private, exist_ok=True)
         api.upload_folder(

@@ -71,11 +71,11 @@ def identity(
 
 def _code(model: PreTrainedModel) -> str:
     """A hash of this package's code, and of what came with the checkpoint: a version says little of a clone."""
-    files = [*Path(__file__).parent.rglob("*.py")]
+    files = sorted(Path(__file__).parent.rglob("*.py"))
     for kind in (type(model), type(model.config)):
         if kind.__module__.startswith("transformers_modules"):
-            files += Path(inspect.getfile(kind)).parent.glob("*.py")
-    return fingerprint_files(sorted(set(files)))
+            files += sorted(Path(inspect.getfile(kind)).parent.glob("*.py"))
+    return fingerprint_files(files)
 
 
 def settings_of(selector: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from optima.errors import ModelError
 from optima.models.destination import Destination
-from optima.models.files import PACKED, explain_write_errors, interruptible, the_same, usable_path
+from optima.models.files import PACKED, explain_write_errors, interruptible, stat_of, the_same, usable_path
 from optima.models.packed import Size, pack_shard, read_original, unpack_shard
 
 PLAIN = ".safetensors"
@@ -33,11 +33,12 @@ def pack(
             written.
     """
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
+    before = stat_of(source)
     if packed := _shards(source, PACKED):
         raise ModelError(f"{packed[0]} is packed already: unpack it with optima unpack {source}")
     if not (shards := _shards(source, PLAIN)):
         raise ModelError(f"{source} holds no {PLAIN} files: name the local directory of a checkpoint in this format")
-    with _beside(source, "-packed", output_dir, overwrite) as new, the_same(source):
+    with _beside(source, "-packed", output_dir, overwrite) as new, the_same(source, before):
         _copy_rest(source, new, PLAIN, PACKED)
         sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED), code_exponents) for shard in shards]
     return sum(sizes, Size())
@@ -56,11 +57,12 @@ def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrit
             cannot be written.
     """
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
+    before = stat_of(source)
     if not (shards := _shards(source, PACKED)):
         raise ModelError(f"{source} holds no {PACKED} files: name a directory that optima pack wrote")
     originals = [read_original(shard) for shard in shards]
     num_bytes = sum(original.num_bytes for original in originals)
-    with _beside(source, "-unpacked", output_dir, overwrite, num_bytes) as new, the_same(source):
+    with _beside(source, "-unpacked", output_dir, overwrite, num_bytes) as new, the_same(source, before):
         _copy_rest(source, new, PACKED, PLAIN)
         for shard, original in zip(shards, originals, strict=True):
             unpack_shard(shard, new / _renamed(shard.name, PACKED, PLAIN), original)

@@ -224,18 +224,14 @@ class Job:
         return tuned
 
     @torch.no_grad()
-    def survey(
-        self, stack: Stack, streams: Streams, allocation: Allocation, batches: Sequence[int]
-    ) -> dict[str, float]:
-        """Each linear's share of one sparsity, from a pass of ``batches`` over the dense blocks."""
-        blocks, streams, loss = stack.blocks[: stack.needed], streams.part(batches), self.loss
-        self.loss = None if loss is None else loss.part(batches)
+    def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
+        """Each linear's share of one sparsity, from a pass over the dense blocks; ``streams`` are used up."""
+        blocks = stack.blocks[: stack.needed]
         self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 self._survey(block, streams, allocation, onward=block is not blocks[-1])
             self.progress.block(block.name)
-        self.loss = loss
         return allocation.allocate()
 
     def _survey(self, block: Block, streams: Streams, allocation: Allocation, onward: bool) -> None:

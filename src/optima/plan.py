@@ -18,11 +18,11 @@ from optima.calibration.own_text import check_writes
 from optima.calibration.swept import kept_bytes, swept_share
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
-from optima.models.experts import split_on_disk
+from optima.models.experts import ExpertLinear, split_on_disk
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, count_by_place, count_parameters, has_experts
+from optima.models.stacks import Block, count_by_place, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, check_order, preflight, sized
 from optima.recipe import Recipe
@@ -141,7 +141,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
     coupled = coupling_bytes(found.blocks, methods)
     kept += coupled
-    routed = has_experts(found.linears)  # what experts are given is kept
+    routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what they are given is kept
     notes = list(found.notes)
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
         notes.append(ORDER_NOTE)

@@ -28,7 +28,7 @@ from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
 from optima.calibration.inputs import words_size
 from optima.calibration.loss_weights import second_moment, through
 from optima.calibration.streams import Streams
-from optima.calibration.swept import kept_bytes, survey_share, sweep_numbers, swept_share
+from optima.calibration.swept import kept_bytes, sweep_numbers, swept_share
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.errors import NotDifferentiableError
@@ -123,8 +123,6 @@ class Rehearsal:
         self.batches = recipe.num_calibration_samples / samples
         tokens = recipe.num_calibration_samples * tokens_NL.shape[1]
         self.share = swept_share(recipe.swept_share, tokens)
-        widest = max(linear.shape[1] for linear in plan.found.linears)
-        self.surveyed = survey_share(recipe.swept_share, widest, tokens)
         self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
         self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -249,7 +247,7 @@ class Rehearsal:
                 part.advance(block, self.device)
 
         if self.allocation is not None:
-            self._add(partial(observed, True, False), streams, count * (self.surveyed if self.by_loss else 1.0))
+            self._add(partial(observed, True, False), streams, count)
         self._add(partial(observed, carried, turns), streams, count)
         job.loss = loss
         self._add(advanced, streams, (count - last) * (not carried) + count * (self.tuning is not None))

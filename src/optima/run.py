@@ -19,7 +19,6 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.swept import surveyed_batches
 from optima.device import PeakMemory, describe_device, evaluating, give_back_freed_memory, memory_explained, unswitched
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
@@ -238,9 +237,7 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
                 job.notes.extend(dict.fromkeys(filter(None, ranks.gather(told))))
             unknown = checked.recipe.allocation == "loss" and job.loss is None
             if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
-                share = 1.0 if job.loss is None else checked.recipe.swept_share
-                widest = max(linear.shape[1] for block in stack.blocks for linear in block.linears)
-                shares = job.survey(stack, streams, allocation, surveyed_batches(streams, share, widest))
+                shares = job.survey(stack, streams.copy(), allocation)
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
                     job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")

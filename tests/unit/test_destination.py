@@ -433,7 +433,7 @@ class TestFailure:
         partial = here / ".out.optima-partial"
         (partial / "model").mkdir(parents=True)
         (partial / "run.json").write_text(content)
-        (partial / "journal.jsonl").write_text('{"journal": 1}\n{"blo')
+        (partial / "journal.jsonl").write_text('{"journal": 2}\n{"blo')
         found = unfinished(here / "out")
         assert found is not None
         assert not found.journal.holds_work

@@ -160,6 +160,31 @@ class TestPatternOverAllocation:
         ]
         assert spreads == [0.03, 0.03, None]
 
+    @pytest.mark.parametrize(
+        ("given", "reason"),
+        [
+            ({"objective": "sink"}, "objective sink"),
+            ({"selector": "external", "mask_from": "masks"}, "selector external"),
+            ({"pattern": ["2:4"]}, "pattern 2:4"),
+        ],
+    )
+    def test_what_leaves_nothing_to_share_ends_that_of_a_runs_own_file(
+        self, tmp_path: Path, given: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        Recipe().resolved(scope="layer").save(tmp_path / "recipe.yaml")
+        recipe = recipe_of({"recipe": str(tmp_path / "recipe.yaml"), **given})
+        assert (recipe.applied_allocation, recipe.allocation_spread) == ("uniform", None)
+        assert f"its allocation loss is left out, for {reason} was given" in caplog.text
+
+    def test_a_spread_alone_is_of_the_default(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        (tmp_path / "mine.yaml").write_text("allocation_spread: 0.05")
+        spreads = [
+            recipe_of({"recipe": str(tmp_path / "mine.yaml"), **given}).allocation_spread
+            for given in ({}, {"allocation": "loss"}, {"pattern": ["2:4"]}, {"objective": "sink"})
+        ]
+        assert spreads == [0.05, 0.05, None, None]
+        assert not caplog.text
+
     def test_an_allocation_that_is_given_too_is_refused(self) -> None:
         with pytest.raises(ValueError, match="shares out one unstructured sparsity"):
             recipe_of({"recipe": "best", "pattern": ["2:4"], "allocation": "loss"})

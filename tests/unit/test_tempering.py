@@ -135,13 +135,6 @@ def test_rows_weigh_at_a_root_with_the_mean_of_their_squares() -> None:
     assert row_weights(torch.tensor([1.0, 16.0, 81.0, 0.0])).tolist() == pytest.approx([7.0, 28.0, 63.0, 0.0])
 
 
-def test_a_survey_takes_what_was_swept_or_enough_for_the_widest_linear() -> None:
-    assert swept.survey_share(0.25, inputs=1000, tokens=10**6) == 0.25
-    assert swept.survey_share(0.25, inputs=1000, tokens=20_000) == 0.5, "8 tokens for each input"
-    assert swept.survey_share(0.25, inputs=10**6, tokens=20_000) == 1.0
-    assert swept.survey_share(1.0, inputs=1, tokens=10**6) == 1.0
-
-
 def test_weights_of_some_batches() -> None:
     squares = [heavy_tailed(30, seed) for seed in range(3)]
     found = LossWeights("a loss", {"a linear": squares}, lengths=[10, 10, 5], inputs={"a linear": 4})

@@ -10,8 +10,9 @@ Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -46,11 +47,18 @@ class Halves:
         block: whose linears they are.
         sizes: (B, L) of each batch.
         numbers: of each batch's first sequence, see ``swept.sweep_numbers``; None: nothing is summed.
+        before: sums over earlier batches, ``packed``: batches are added one after the other, however they are parted.
     """
 
-    def __init__(self, block: Block, sizes: Sequence[tuple[int, int]], numbers: Sequence[int] | None) -> None:
+    def __init__(
+        self,
+        block: Block,
+        sizes: Sequence[tuple[int, int]],
+        numbers: Sequence[int] | None,
+        before: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self._names = {linear.name for linear in block.linears if numbers is not None and couples(linear)}
-        self._sizes, self._numbers = sizes, numbers
+        self._sizes, self._numbers, self._before = sizes, numbers, before
         self.sums: dict[str, Tensor] = {}
 
     def products(self, name: str, gradient_TO: Tensor, square_T: Tensor, batch: int, part: slice) -> Tensor | None:
@@ -74,6 +82,8 @@ class Halves:
 
     def add(self, name: str, products: Tensor) -> None:
         """Add what ``products`` returned."""
+        if name not in self.sums and name in self._before:
+            self.sums[name] = unpacked(self._before[name].to(products))
         self.sums[name] = self.sums[name].add_(products) if name in self.sums else products
 
 

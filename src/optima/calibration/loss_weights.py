@@ -261,17 +261,17 @@ class _Sweep:
         for block in reversed(self.stack.blocks):
             part.hidden = kept.pop()
             if self.residual:
-                sum_EE = second_moment(gradients, self.device) + found.residual.get(block.name, 0.0)
+                sum_EE = second_moment(gradients, self.device, found.residual.get(block.name))
                 found.residual[block.name] = self.streams.store.keep(sum_EE)
             with self.weights.on(block, self.device):
                 through(block, part, gradients, self.device, found, left, numbers)
             self.tally.back(block, part)
 
 
-def second_moment(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum over tokens of g g^T, (E, E), on the CPU."""
+def second_moment(gradients: Sequence[Tensor], device: torch.device, before_EE: Tensor | None = None) -> Tensor:
+    """The sum over tokens of g g^T, (E, E), on the CPU; batches are added to that of earlier ones, one by one."""
     size = gradients[0].shape[-1]
-    product_EE = torch.zeros(size, size, device=device)
+    product_EE = torch.zeros(size, size, device=device) if before_EE is None else before_EE.to(device, copy=True)
     for gradient in gradients:
         flat_TE = gradient.to(device).flatten(0, -2).float()
         product_EE += flat_TE.mT @ flat_TE
@@ -286,7 +286,7 @@ class _Notes:
         self._leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
         self._tokens: dict[str, list[Tensor]] = {}
         self._routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._halves, self._store = Halves(block, streams.sizes, numbers), streams.store
+        self._halves, self._store = Halves(block, streams.sizes, numbers, found.coupling), streams.store
 
     @contextmanager
     def watch(self, batch: int, part: slice) -> Iterator[None]:
@@ -336,7 +336,7 @@ class _Notes:
     def close(self) -> None:
         """Hand on what was noted of tokens, and of rows that go together."""
         for name, halves in self._halves.sums.items():
-            self._found.coupling[name] = self._store.keep(packed(halves).cpu() + self._found.coupling.get(name, 0.0))
+            self._found.coupling[name] = self._store.keep(packed(halves).cpu())
         for name, batches in self._tokens.items():
             self._found.tokens.setdefault(name, []).extend(batches)
         for name, routed in self._routed.items():

@@ -240,7 +240,8 @@ def observe_in_turn(
 
 def why_not_in_turn(block: Block, streams: Streams) -> str:
     """Why linears of the block must be calibrated at once, by a pass of their own; empty if they need not."""
-    if has_experts(block.linears):  # a batch may not reach some
+    named = any("expert" in linear.name and linear.name in streams.probe.routed for linear in block.linears)
+    if named or has_experts(block.linears):  # a batch may not reach some
         return "experts are calibrated together"
     repeated = [linear.name for linear in block.linears if linear.name in streams.probe.repeated]
     return f"{repeated[0]} is called several times in a forward pass" if repeated else ""

@@ -22,8 +22,6 @@ from optima.main_memory import total_memory
 
 # At least so many tokens are swept, if there are as many.
 LEAST_TOKENS = 8192
-# And so many for each input of the widest linear surveyed: of fewer, the inverse of its hessian is that of the sample.
-SURVEYED_TOKENS = 8
 # What leaves the last block of equal tokens differs by less, relative to its norm, unless it depends on the text.
 ALIKE = 0.05
 # Inputs of all blocks that wait for the way back: so many bytes at least, or this share of main memory.
@@ -35,17 +33,6 @@ AT_ONCE = 2**24
 def swept_share(share: float, tokens: int) -> float:
     """One in how many sequences is swept, as a share: of so many ``tokens``, when ``share`` of them would do."""
     return 1.0 / max(int(1.0 / max(share, LEAST_TOKENS / max(tokens, 1))), 1)
-
-
-def survey_share(share: float, inputs: int, tokens: int) -> float:
-    """The share of the sequences that a survey takes where ``share`` is swept; ``inputs`` of the widest linear."""
-    return swept_share(max(share, SURVEYED_TOKENS * inputs / max(tokens, 1)), tokens)
-
-
-def surveyed_batches(streams: Streams, share: float, inputs: int) -> Sequence[int]:
-    """The batches of this process that a survey takes, see ``survey_share``: all, if a process would have none."""
-    chosen = chosen_batches(streams, survey_share(share, inputs, streams.tokens))
-    return chosen if all(streams.ranks.gather(bool(chosen))) else range(len(streams.sizes))
 
 
 def _steps(streams: Streams, share: float) -> tuple[int, int]:
@@ -76,16 +63,17 @@ def chosen_batches(streams: Streams, share: float) -> list[int]:
 def kept_bytes(processes: int = 1) -> int:
     """Most of the inputs of all blocks that wait together; of more sequences, one part is swept after the other.
 
-    Every part reads all weights anew. Of the memory that there is, not of what is free: a run that goes on must add
-    what it added. ``processes``: of the run, on this machine.
+    Every part reads all weights anew. ``processes``: of the run, on this machine.
     """
     return max(KEPT_BYTES, int(KEPT_SHARE * total_memory() / processes))
 
 
 def at_a_time(streams: Streams, blocks: int, swept: Sequence[int]) -> list[Sequence[int]]:
     """The batches ``swept`` in parts, of each of which the inputs of all blocks are kept together."""
-    size = max((hidden.nbytes for hidden in streams.hidden), default=1)
-    count = max(kept_bytes(streams.ranks.here()) // (size * (blocks + 1)), 1)
+    size, room = max((hidden.nbytes for hidden in streams.hidden), default=1), kept_bytes(streams.ranks.here())
+    if streams.store.budget is not None:  # what is more would wait in files
+        room = max(min(room, streams.store.budget), KEPT_BYTES)
+    count = max(room // (size * (blocks + 1)), 1)
     return [swept[start : start + count] for start in range(0, len(swept), count)]
 
 

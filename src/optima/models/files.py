@@ -116,12 +116,19 @@ def explain_write_errors(path: Path, remedy: str = "free some space or choose an
         raise ModelError(f"writing {path} failed ({error}): {remedy}") from error
 
 
+def stat_of(directory: Path) -> os.stat_result | None:
+    """What tells a directory from another of its name; None if there is none."""
+    with suppress(OSError):
+        return directory.stat()
+    return None
+
+
 @contextmanager
-def the_same(directory: Path) -> Iterator[None]:
+def the_same(directory: Path, before: os.stat_result | None) -> Iterator[None]:
     """A ``ModelError`` if another directory bears the name in the end: what was read is then of both."""
-    before = directory.stat()
     yield
-    if not os.path.samestat(before, directory.stat()):
+    after = stat_of(directory)
+    if before is None or after is None or not os.path.samestat(before, after):
         raise ModelError(f"{directory} was replaced while it was read: try again")
 
 

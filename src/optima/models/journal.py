@@ -1,6 +1,6 @@
 """The journal of a run: what it is, then one line a committed block. It is what a killed run goes on from.
 
-    {"journal": 1, "run": {...}, "chain": ...}          all that decides the result
+    {"journal": 2, "run": {...}, "chain": ...}          all that decides the result
     {"block": name, "file": {"name": ..., "sha256": ...}, "beside": ..., "places": {...}, "record": ..., "chain": ...}
     {"note": text, "chain": ...}                        what a later run made of it
 
@@ -21,7 +21,7 @@ from typing import Any
 from optima.errors import ModelError
 from optima.models.files import sync
 
-FORMAT = 1
+FORMAT = 2
 START = (0, "")  # of a file without lines: where it ends, and the chain so far
 SHOWN = 60  # letters of a value in a message
 

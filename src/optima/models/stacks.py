@@ -28,8 +28,8 @@ TOGETHER = (
     re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
     re.compile(r"gate(_proj)?|up(_proj)?|w1|w3"),
 )
-# Experts that are modules of their own, such as experts.3.up_proj or experts.expert_3.wi; a shared one is none.
-EXPERT = re.compile(r"\bexperts\.\w*\d")
+# Experts that are modules of their own, such as experts.3.up_proj or expert_3.wi; a shared one is none.
+EXPERT = re.compile(r"(?<!shared_)experts?[._]\w*?\d")
 
 
 class Linear(Protocol):
