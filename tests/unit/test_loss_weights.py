@@ -308,3 +308,19 @@ def test_a_run_hands_the_weights_of_rows_to_the_selector() -> None:
     assert seen.keys() == found.rows.keys()
     for name in found.rows:
         torch.testing.assert_close(seen[name], found.of_rows(name), rtol=1e-4, atol=0.0)
+
+
+def test_the_parts_of_a_sweep_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many there are depends on main memory, and a run may go on on another machine."""
+    found = []
+    for kept in (2**32, 1):
+        monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes, kept=kept: kept)
+        model = make_llama().eval()
+        (stack,) = select_linears(find_stacks(model), [".*"], [])
+        streams = capture(model, stack, list(make_tokens(12, 16).split(2)), whole=True)
+        cpu = torch.device("cpu")
+        found.append(loss_weights(model, stack, streams, cpu, seed=3, residual=True, coupled=True))
+    for name in ("residual", "coupling", "rows"):
+        whole, parts = (getattr(each, name) for each in found)
+        assert whole.keys() == parts.keys() != set()
+        assert all(torch.equal(own, parts[key]) for key, own in whole.items()), name
