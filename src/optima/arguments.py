@@ -276,7 +276,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
                 values.pop(name, None)
     if "sparsity" in given:
         values.pop("pattern", None)
-    if reason := _unshared(given):
+    if reason := _unshared(given, values.get("allocation")):
         _drop_allocation(values, path, reason)
     _drop_idle(values, given)
     return recipe_from_dict(values | given)
@@ -299,22 +299,22 @@ def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
             values.pop(own, None)
 
 
-def _unshared(given: dict[str, Any]) -> str:
-    """Why an allocation of the file ends: it shares out one unstructured sparsity. Empty if it goes on."""
+def _unshared(given: dict[str, Any], allocation: str | None) -> str:
+    """Why the file's allocation ends, which shares one unstructured sparsity, OWL without the loss; else empty."""
     if "allocation" in given:
         return ""
     pattern = given.get("pattern", ["0.5"])
     if len(pattern) > 1 or set(":=") & set(pattern[0]):
         return f"pattern {' '.join(pattern)}"
-    ends = {"objective": given.get("objective", "loss") != "loss", "selector": given.get("selector") == "external"}
-    return next((f"{option} {given[option]}" for option, so in ends.items() if so), "")
+    if given.get("selector") == "external":
+        return "selector external"
+    by_loss = given.get("objective", "loss") == "loss" or allocation == "owl"
+    return "" if by_loss else f"objective {given['objective']}"
 
 
 def _drop_allocation(values: dict[str, Any], path: str, reason: str) -> None:
-    """What the file says of an allocation goes, with a warning if it names one that may depend on what was given."""
+    """What the file says of an allocation goes, with a warning if it names one."""
     named = values.get("allocation")
-    if named == "owl" and reason.startswith("objective"):  # which it does not need
-        return
     if named not in (None, "uniform"):
         _logger.warning("recipe %s: its allocation %s is left out, for %s was given", path, named, reason)
         del values["allocation"]

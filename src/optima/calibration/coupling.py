@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ class Halves:
         block: Block,
         sizes: Sequence[tuple[int, int]],
         numbers: Sequence[int] | None,
-        before: Mapping[str, Tensor] = MappingProxyType({}),
+        before: Mapping[str, Tensor],
     ) -> None:
         self._names = {linear.name for linear in block.linears if numbers is not None and couples(linear)}
         self._sizes, self._numbers, self._before = sizes, numbers, before
