@@ -49,7 +49,8 @@ from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
-from optima.models.source import find_source, fingerprint, load_model, load_tokenizer
+from optima.models.fingerprint import fingerprint
+from optima.models.source import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF, recipe_from_dict
 from optima.recipe_files import read_recipe

@@ -35,7 +35,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional
 
-from optima.calibration.statistics import Accumulator
+from optima.calibration.accumulator import Accumulator
 from optima.device import Stopwatch
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear

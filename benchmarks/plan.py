@@ -26,10 +26,10 @@ from harness.table import machine
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
-from optima.measure import measure
 from optima.models.source import find_source, load_tokenizer
 from optima.plan import make_plan
 from optima.recipe_files import load_recipe
+from optima.rehearsal.measure import measure
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from harness.treatment import CPU, heading, make_parser, read
+from harness.treatment import heading, make_parser, read
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -50,12 +50,12 @@ class Text:
 
     def targets(self, dense: Block) -> list[Tensor]:
         streams = self.dense.copy()
-        streams.advance(dense, CPU)
+        streams.advance(dense)
         return streams.hidden
 
     def error(self, block: Block, targets: list[Tensor], cost: BlockError) -> float:
         streams = self.pruned.copy()
-        streams.advance(block, CPU)
+        streams.advance(block)
         pairs = zip(streams.hidden, targets, strict=True)
         return sum(float(cost(found, target, None)) for found, target in pairs) / len(targets)
 
@@ -79,7 +79,7 @@ def main() -> None:
     )
     models, stacks = (dense, pruned), (stack, chosen_stacks(pruned, recipe)[-1])
     own, other = (Text.of(models, stacks, tokens) for tokens in (untreated.tokens_NL, other_NL))
-    loss = loss_weights(dense, stack, own.dense, CPU, seed=0, residual=True, share=recipe.swept_share)
+    loss = loss_weights(dense, stack, own.dense, seed=0, residual=True, share=recipe.swept_share)
     rows = []
     for blocks in zip(*(stack.blocks for stack in stacks), strict=True):
         if blocks[0].index in options.blocks:
@@ -87,8 +87,8 @@ def main() -> None:
         if blocks[0].index == max(options.blocks):
             break
         for text in (own, other):
-            text.dense.advance(blocks[0], CPU)
-            text.pruned.advance(blocks[1], CPU)
+            text.dense.advance(blocks[0])
+            text.pruned.advance(blocks[1])
     rates = [f"tuned, rate {rate:g}" for rate in options.learning_rates]
     print(table(["block", "dense block", *rates], rows))
 
@@ -110,7 +110,7 @@ def row(
     keeps = {linear.name: linear.read() != 0 for linear in pruned.linears}
     for rate in options.learning_rates:
         with torch.no_grad():
-            tune(pruned, keeps, texts[0].pruned, targets[0], cost, Tuning(options.epochs, rate), CPU)
+            tune(pruned, keeps, texts[0].pruned, targets[0], cost, Tuning(options.epochs, rate))
         cells.append(errors(pruned))
         pruned.module.load_state_dict(before)
     shown = [" / ".join(f"{e / s:.3f}" for e, s in zip(cell, solved, strict=True)) for cell in cells]

@@ -44,9 +44,8 @@ class Counts:
         if coupled:  # two products on either side
             both = 2 * product + 4.0 * outputs**2 * inputs
             return stages * iterations * both + 2.0 * outputs**3, 2.0 * outputs**3
-        if inputs <= iterations * outputs:
-            return stages * (iterations * product + 2.0 * inputs**3), 0.0
-        return stages * iterations * 2 * product, 0.0
+        factor = 2.0 if inputs <= iterations * outputs else 1.0 / 3.0  # with its inverse, or without
+        return stages * (iterations * product + factor * inputs**3), 0.0
 
 
 DEFAULT = Counts(Optima())
@@ -86,7 +85,7 @@ class Group:
         coupled = self.coupled(counts)
         selects = [counts.select(outputs, self.inputs, outputs in coupled) for outputs in self.outputs]
         products = 2 * (counts.cubes * self.inputs**3 + counts.rows * share * self.weights * self.inputs)
-        eigen = 2.0 * self.inputs**3 * (counts.selector is not None)
+        eigen = 2.0 * self.inputs**3 * bool(coupled)
         return products + sum(product for product, _ in selects), eigen + sum(rows for _, rows in selects)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import optima
 from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
-from optima.recipe import DTYPES, GROUPS, Recipe, recipe_from_dict
+from optima.recipe import DTYPES, GROUPS, OF_HUB, Recipe, recipe_from_dict
 from optima.recipe_files import read_recipe
 from optima.reporting.trackers import TRACKERS
 from optima.values import must_be
@@ -294,6 +294,8 @@ def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
     ):
         if given.get(option, method) != method:
             values.pop(own, None)
+    for own in OF_HUB if "dataset" in given else ():
+        values.pop(own, None)
     for option, nothing, own in (("tuning_epochs", "0", "learning_rate"), ("solver", "none", "gap")):
         if given.get(option) == nothing:
             values.pop(own, None)

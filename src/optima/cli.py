@@ -160,7 +160,7 @@ def _plan(model: str, measure: bool = False, **given: Any) -> None:
     found = plan.make_plan(source, recipe)
     measured = None
     if measure:
-        from optima.measure import measure as rehearse
+        from optima.rehearsal.measure import measure as rehearse
 
         measured = rehearse(found, source)
     print_plan(found, measured, model, console)

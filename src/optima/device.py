@@ -116,6 +116,11 @@ def describe_memory(device: torch.device) -> str:
 NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "cublasCreate", "cusolverDnCreate", "cusolverDnXcreate")
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As users and reports write it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 @contextmanager
 def one_memory_error() -> Iterator[None]:
     """Whatever is raised inside for want of the device's memory is ``torch.OutOfMemoryError``."""
@@ -132,7 +137,7 @@ def one_memory_error() -> Iterator[None]:
 # What makes a run smaller.
 REMEDY = (
     "lower --batch-size, then --max-seq-length; --objective sink and --tuning-epochs 0 need no gradients; --ignore the "
-    "widest linears"
+    "widest linears. With other options --resume does not go on from the blocks that are written"
 )
 
 

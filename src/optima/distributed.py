@@ -139,7 +139,7 @@ class Group(Ranks):
             raise RecipeError(f"{shared}: start one process for each, with its LOCAL_RANK")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # as nccl expects
-            self._data, self._device = _everyone(backend="nccl"), device
+            self._data, self._device = everyone(backend="nccl"), device
         return device
 
     def gather(self, value: T) -> list[T]:
@@ -283,7 +283,7 @@ def joined() -> Iterator[Ranks]:
             dist.init_process_group("gloo")
         except RuntimeError as error:  # of the rendezvous, in many forms
             raise RankError(f"the processes of this run do not find each other ({error}): see the launcher") from error
-    ranks = Group(_everyone(backend="gloo", timeout=PATIENCE))
+    ranks = Group(everyone(backend="gloo", timeout=PATIENCE))
     try:
         yield ranks
         ranks.gather(None)
@@ -393,7 +393,7 @@ def _put_together(data: bytes, plan: Sequence[_Entry], buffer: Tensor, device: t
     return _Unpickler(io.BytesIO(data), tensors).load()
 
 
-def _everyone(**options: Any) -> dist.ProcessGroup:
+def everyone(**options: Any) -> dist.ProcessGroup:
     """A new group of all processes. Newer torch types it as what a process outside of the group would be given, too."""
     group: Any = dist.new_group(**options)
     assert isinstance(group, dist.ProcessGroup)

@@ -19,9 +19,9 @@ from transformers import PreTrainedModel
 from optima.device import describe_device
 from optima.distributed import Ranks
 from optima.errors import ModelError
+from optima.models.fingerprint import fingerprint_files
 from optima.models.journal import differences, shown
 from optima.models.masks import MaskFiles
-from optima.models.source import fingerprint_files
 from optima.recipe import SELECTOR_NAMES, Recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import Selector

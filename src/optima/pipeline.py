@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from optima.allocation import Allocation
-from optima.calibration.expert_statistics import TokenWeights, observe_experts, routing_notes
+from optima.calibration.accumulator import Found
+from optima.calibration.expert_statistics import routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.halving import Halving
 from optima.calibration.reduction import Sequences, at_first
-from optima.calibration.statistics import Found, observe, observe_in_turn, why_not_in_turn
+from optima.calibration.statistics import observe, observe_in_turn, why_not_in_turn
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
@@ -25,17 +26,19 @@ from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
 from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block, Linear, Stack
+from optima.models.stacks import Block, Linear, Stack, is_expert
 from optima.models.weights import Read, Resident, Weights
 from optima.models.writer import Writer
 from optima.patterns import Pattern
 from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask
-from optima.sharing import Done, share_linears, share_owned, share_tuned
-from optima.tuning import BlockError, Tuned, Tuning, tune
+from optima.sharing import Pruned, share_owned
+from optima.tuning import BlockError, Tuned, Tuning, changed, share_tuned, tune
 
 Dump = Callable[[Linear, Statistics], None]
+# Mamba reads the weight of its dt_proj like this.
+UNCALLED = "its module was never called, which does not mean that the model does not use its weight"
 
 
 @dataclass
@@ -52,7 +55,6 @@ class Job:
         progress: tells of every linear and block.
         weights: brings blocks to the device.
         store: keeps activations.
-        halving: how many sequences run together.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
         dump: called with each linear and its statistics before it is pruned.
         loss: weights of tokens and rows by the model's loss, or None.
@@ -61,6 +63,9 @@ class Job:
         resumed_seconds: what an earlier run spent on the blocks that it had done.
         notes: what was not done, or deviated from the recipe.
         true_sequential: a linear is calibrated behind the pruned ones before it in the block.
+        halving: how many sequences run together.
+        clock: of what happens outside the blocks.
+        earlier: blocks of the stacks before: a report numbers the blocks of a model.
     """
 
     methods: Methods
@@ -71,7 +76,6 @@ class Job:
     progress: Listeners = field(default_factory=Listeners)
     weights: Weights = field(default_factory=Resident)
     store: Store = field(default_factory=Store)
-    halving: Halving = field(default_factory=Halving)
     writer: Writer | None = None
     dump: Dump | None = None
     loss: LossWeights | None = None
@@ -84,8 +88,9 @@ class Job:
     true_sequential: bool = False
 
     def __post_init__(self) -> None:
-        self.clock = Stopwatch(self.device)  # of what happens outside the blocks
-        self.earlier = 0  # blocks of the stacks before: a report numbers the blocks of a model
+        self.halving = Halving(self.device)
+        self.clock = Stopwatch(self.device)
+        self.earlier = 0
 
     def stages(self) -> dict[str, float]:
         """Seconds of each stage so far."""
@@ -117,21 +122,21 @@ class Job:
             with self.weights.on(block, self.device, clock):
                 if dense is not None:
                     with clock("forward"):
-                        dense.advance(block, self.device)
+                        dense.advance(block)
                 if again:
                     self._replay(streams, block, BlockDone.from_dict(resumed[block.name]))
                 else:
                     # Tuning begins with what enters the block.
                     in_turn = self._in_turn(block, streams)
                     onward = in_turn and dense is None and block is not blocks[-1]
-                    keeps, tuned = self._prune(block, streams, clock, in_turn, onward), Tuned((), 0)
+                    keeps, tuned = self._prune(block, streams, clock, in_turn=in_turn, onward=onward), Tuned((), 0)
                     if dense is not None and keeps:
                         with clock("tune"):
                             tuned = self._tune(block, keeps, streams, dense.hidden, linears)
                     del keeps  # a byte a weight, on the device
                 if block is not blocks[-1] and not onward:
                     with clock("forward"):
-                        streams.advance(block, self.device)
+                        streams.advance(block)
                 # In the journal with the block: a run that goes on from here tells of it too.
                 told, halved = zip(*ranks.gather((streams.halving.note(), streams.halving.most)), strict=True)
                 self.notes.extend(dict.fromkeys(filter(None, told)))
@@ -159,10 +164,10 @@ class Job:
 
     def _changed(self, block: Block) -> list[str]:
         """Full names of the tensors of a block, the last that was done, that pruning changed."""
-        pruned = {linear.parameter.data_ptr() for linear in block.linears}
-        tuned = self.blocks[-1].tuning_epoch > 0
+        found = changed(block, {record.name for record in self.linears}, tuned=self.blocks[-1].tuning_epoch > 0)
+        places = {parameter.data_ptr() for parameter in found.values()}  # one parameter may have several names
         state = block.module.state_dict(prefix=f"{block.name}.")
-        return [name for name, tensor in state.items() if tensor.data_ptr() in pruned or (tuned and tensor.ndim == 1)]
+        return [name for name, tensor in state.items() if tensor.data_ptr() in places]
 
     def _written(self, ranks: Ranks, block: Block) -> dict[str, Tensor]:
         """What was committed of a block, which every process asks for at the same time."""
@@ -210,7 +215,7 @@ class Job:
                 else:
                     cost = BlockError.by_loss(self.loss.residual[block.name], every.weights)
             with full_precision():
-                tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning, self.device)
+                tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning)
         tuned = streams.ranks.share(tuned, 0)
         if tuned.best:
             share_tuned(block, keeps, streams.ranks)
@@ -237,7 +242,7 @@ class Job:
     def _survey(self, block: Block, streams: Streams, allocation: Allocation, onward: bool) -> None:
         measured: dict[str, Tensor | None] = {}
         owners: dict[str, int | None] = {}
-        for found in self.observe(block, streams, self.clock, onward):
+        for found in self.observe(block, streams, self.clock, onward=onward):
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
                 measured[linear.name] = None
@@ -252,13 +257,14 @@ class Job:
                 allocation.note(block.index, linear.name, math.prod(linear.shape), own)
 
     def observe(
-        self, block: Block, streams: Streams, clock: Stopwatch, onward: bool = False, in_turn: bool = False
+        self, block: Block, streams: Streams, clock: Stopwatch, *, onward: bool = False, in_turn: bool = False
     ) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once.
 
         ``in_turn``: each is gathered when its turn comes, behind the pruned linears before it; see ``observe_in_turn``.
         """
-        for found in self._each(block, streams, clock, onward, in_turn):
+        gather = observe_in_turn if in_turn else observe
+        for found in gather(block, streams, self.sink_weight, self.damping, clock, self.loss, onward):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
                 what, why = "sink_weight does not count", "not given one input for each token"
@@ -279,18 +285,8 @@ class Job:
                 self.notes.append(note)
         return not reason
 
-    def _each(self, block: Block, streams: Streams, clock: Stopwatch, onward: bool, in_turn: bool) -> Iterator[Found]:
-        """Of modules that every token reaches, then of experts, each of which is dense until its own are given."""
-        gather = observe_in_turn if in_turn else observe
-        for found in gather(block, streams, self.device, self.sink_weight, self.damping, clock, self.loss, onward):
-            if found.recorded is None:
-                yield found
-            else:
-                weights = TokenWeights(block, streams, self.sink_weight, self.loss)
-                yield from observe_experts(found.recorded, weights, self.device, self.damping, clock, streams.ranks)
-
     def _prune(
-        self, block: Block, streams: Streams, clock: Stopwatch, in_turn: bool, onward: bool
+        self, block: Block, streams: Streams, clock: Stopwatch, *, in_turn: bool, onward: bool
     ) -> dict[str, Tensor]:
         """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards.
 
@@ -299,63 +295,53 @@ class Job:
         Returns:
             keep_OD by the linear's full name.
         """
-        ranks, gradients, keeps = streams.ranks, {}, {}
-        done: dict[str, Done] = {}
+        ranks, gradients, pruned = streams.ranks, {}, Pruned()
         if block.linears and "gradient" in self.methods.needs:
             with clock("gradient"), full_precision():
-                gradients = regional_gradients(block, streams, self.device)
-        owners: dict[str, int | None] = {}
-        for found in self.observe(block, streams, clock, onward, in_turn):
+                gradients = regional_gradients(block, streams)
+        for found in self.observe(block, streams, clock, onward=onward, in_turn=in_turn):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
-            owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
+            pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():
                 if linear.name not in self.patterns:
-                    done[linear.name] = None, ()  # the survey keeps it dense
+                    pruned.done[linear.name] = None, ()  # the survey keeps it dense
                 elif found.statistics is None:
-                    done[linear.name] = None, (f"{linear.name} was not pruned: no calibration token reached it",)
+                    why = "no calibration token reached it" if is_expert(linear) else UNCALLED
+                    pruned.done[linear.name] = None, (f"{linear.name} was not pruned: {why}",)
                 else:
                     together = ranks if found.owner is None else ALONE
                     gradient_OD = gradients.get(linear.name)
                     result = self._prune_linear(linear, found.statistics, gradient_OD, clock, together)
                     linear.write(result.weight_OD)
                     record = replace(result.record, block=self.earlier + block.index, tokens_effective=effective)
-                    done[linear.name] = record, result.notes
+                    pruned.done[linear.name] = record, result.notes
                     self.progress.linear(record)
-                    keeps[linear.name] = result.keep_OD
+                    pruned.keeps[linear.name] = result.keep_OD
             if in_turn:
-                self._share(found.linears, owners, done, keeps, (ranks, clock))
+                self._share(pruned, found.linears, ranks, clock)
         if not in_turn:
-            self._share(block.linears, owners, done, keeps, (ranks, clock))
-        self._tell(block, streams, done, owners)
+            self._share(pruned, block.linears, ranks, clock)
+        self._tell(block, streams, pruned)
         if self.loss is not None:
             self.loss.forget({linear.name for linear in block.linears})
-        return keeps
+        return pruned.keeps
 
-    def _share(
-        self,
-        linears: Sequence[Linear],
-        owners: Mapping[str, int | None],
-        done: dict[str, Done],
-        keeps: dict[str, Tensor],
-        place: tuple[Ranks, Stopwatch],
-    ) -> None:
-        ranks, clock = place
+    def _share(self, pruned: Pruned, linears: Sequence[Linear], ranks: Ranks, clock: Stopwatch) -> None:
         if ranks.size > 1:
             with clock("share"):
-                own = {linear.name: owners[linear.name] for linear in linears}
-                share_linears(linears, own, done, keeps, ranks)
+                pruned.share(linears, ranks)
 
-    def _tell(self, block: Block, streams: Streams, done: Mapping[str, Done], owners: Mapping[str, int | None]) -> None:
+    def _tell(self, block: Block, streams: Streams, pruned: Pruned) -> None:
         """Let the report know of the block's linears, in the order of their groups."""
         routed = {}
         for linear in (linear for group in streams.groups(block) for linear in group):
-            told, notes = done[linear.name]
+            told, notes = pruned.done[linear.name]
             self.notes.extend(notes)
             if told is not None:
                 self.linears.append(told)
                 if isinstance(linear, ExpertLinear):
                     routed[linear.name] = told.tokens
-                if owners[linear.name] not in (None, streams.ranks.rank):
+                if pruned.owners[linear.name] not in (None, streams.ranks.rank):
                     self.progress.linear(told)
         self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
 

@@ -1,6 +1,6 @@
 """What a run would prune and take, from the model's configuration alone: no weights are loaded.
 
-Memory is one stated upper bound. ``optima.measure`` says what a run really takes on this machine.
+Memory is one stated upper bound. ``optima.rehearsal`` says what a run really takes on this machine.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from optima.build import build
 from optima.calibration.own_text import check_writes
 from optima.calibration.swept import kept_bytes, swept_share
+from optima.calibration.text import check_of_hub
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear, split_on_disk
@@ -118,6 +119,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     """
     started = time.perf_counter()
     model, config = skeleton(source)
+    check_of_hub(recipe, recipe.read)
     if recipe.written:
         check_writes(model)
     methods = build(recipe)
@@ -126,7 +128,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     check_length(model, recipe.max_seq_length)
     dtype = dtype_as_read(config, recipe.dtype)
     recipe, found = sized(model, recipe, found, dtype)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters = count_parameters(model)
     hidden, beside = _numbers(config.get_text_config())
     writes = recipe.written and not recipe.read  # else it may, if these have too little
     streamed = not source.gguf_file and not writes
@@ -165,7 +167,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
-        block_bytes=max(sum(p.numel() for p in block.module.parameters()) for block in found.blocks) * dtype.itemsize,
+        block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed) + coupled // 2, int(kept))
         + tokens * beside * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,

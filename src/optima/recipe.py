@@ -48,6 +48,7 @@ SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 LEARNING_RATE = 3e-3
 EXPERT_TOKENS = 256
 LEAST_SAMPLES = 128  # of calibration, as in the papers
+OF_HUB = ("dataset_config", "split", "dataset_revision")  # options of the hub's data sets
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
 SELF = "self"  # the data set that the model itself writes
 # Configurations of data sets that have several and name none of them as the default.

@@ -17,19 +17,25 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
 from optima.calibration.given import Batches
-from optima.calibration.halving import Halving
+from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch, Calibration
-from optima.device import PeakMemory, describe_device, evaluating, give_back_freed_memory, memory_explained, unswitched
+from optima.device import (
+    PeakMemory,
+    describe_device,
+    dtype_name,
+    evaluating,
+    give_back_freed_memory,
+    memory_explained,
+    unswitched,
+)
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.identity import check_alike, contents, identity
 from optima.models.companions import copies_tokenizer, to_save
-from optima.models.destination import Destination
-from optima.models.files import explain_write_errors, interruptible
-from optima.models.journal import Journal
+from optima.models.files import interruptible
 from optima.models.source import load_tokenizer, note_of_dtype
 from optima.models.weights import Streamed, Weights
-from optima.models.writer import Writer, prepare
+from optima.models.writer import Writer, open_writer, prepare
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks, own_batches
 from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of, written
@@ -125,7 +131,7 @@ def prune(
                 job.notes.extend(_object_note(recipe, run))
             if destination is not None:
                 # The writer first: it refuses to go on with what another run left, where nothing may be written then.
-                job.writer = _writer(network, [block.name for block in found.blocks], destination, run, weights)
+                job.writer = open_writer(network, found.blocks, destination, run, weights)
                 prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
                 job.notes.extend(destination.notes)
                 if dump_layer is not None:
@@ -137,7 +143,6 @@ def prune(
                 shared = describe(ranks, dtype, job.tuning is not None, job.methods.needs, job.writer)
                 job.notes.extend(_shared(shared, job.writer))
             job.progress.notes(job.notes)
-            job.halving = Halving(checked.device)
             job.store = store_of(checked, weights, destination, ranks)
             _prune_stacks(network, checked, batches, job, ranks)
             job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
@@ -172,14 +177,6 @@ def _tokenizer(checked: Checked, given: PreTrainedTokenizerBase | None) -> PreTr
     return None if source is None or (ready and copies_tokenizer(source)) else load_tokenizer(source)
 
 
-def _writer(
-    network: PreTrainedModel, blocks: list[str], destination: Destination, run: dict[str, Any], weights: Weights
-) -> Writer:
-    with explain_write_errors(destination.journal):
-        journal = Journal(destination.journal, run)
-    return Writer(network, blocks, destination.directory, journal, weights)
-
-
 def _shared(text: str, writer: Writer | None) -> list[str]:
     """Notes: ``text`` if there is one, and what earlier runs left, which this one goes on from."""
     if writer is None:
@@ -192,15 +189,23 @@ def _shared(text: str, writer: Writer | None) -> list[str]:
 def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bool) -> Job:
     """What is done, with the notes that can be made beforehand; ``given``: the caller brought the text."""
     recipe, found = checked.recipe, checked.found
-    job = Job(checked.methods, found.patterns, checked.device, recipe.damping, recipe.sink_weight or 0.0)
-    job.tuning, job.weights, job.expert_tokens = build_tuning(recipe), weights, recipe.expert_tokens
-    job.true_sequential = bool(recipe.true_sequential)
+    job = Job(
+        checked.methods,
+        found.patterns,
+        checked.device,
+        recipe.damping,
+        recipe.sink_weight or 0.0,
+        weights=weights,
+        tuning=build_tuning(recipe),
+        expert_tokens=recipe.expert_tokens,
+        true_sequential=bool(recipe.true_sequential),
+    )
     budget = memory_of(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
     job.notes.extend([*found.notes, *weights.notes, *filter(None, (budget,))])
     if given:
         job.notes.append(GIVEN_NOTE)
-    if checked.source is None and recipe.dtype not in ("auto", _name(network.dtype)):
-        job.notes.append(f"the model was given in {_name(network.dtype)}, and is not {recipe.dtype} as asked")
+    if checked.source is None and recipe.dtype not in ("auto", dtype_name(network.dtype)):
+        job.notes.append(f"the model was given in {dtype_name(network.dtype)}, and is not {recipe.dtype} as asked")
     return job
 
 
@@ -226,7 +231,7 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
                 job.earlier += len(stack.blocks)
                 continue
             # The decoder's when its turn comes: it reads what the pruned encoder made.
-            with job.clock("forward"), job.weights.outside():
+            with job.clock("forward"), job.weights.outside(embedding_device(network, checked.device, batches)):
                 streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)
             if by_loss:
                 told = sweep(job, network, stack, streams, checked.recipe)
@@ -280,7 +285,7 @@ def _report(
         dataset_revision=text.revision,
         skipped_records=text.skipped,
         device=describe_device(checked.device),
-        dtype=", ".join(sorted({_name(p.dtype) for p in network.parameters()})),
+        dtype=", ".join(sorted({dtype_name(p.dtype) for p in network.parameters()})),
         peak_memory_bytes=peak_bytes,
         seconds=seconds,
         stages=job.stages(),
@@ -288,10 +293,6 @@ def _report(
         notes=(*job.notes, *([note] if note else [])),
     )
     return Report(run, tuple(job.linears), tuple(job.blocks))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: str | None) -> None:

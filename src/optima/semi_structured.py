@@ -48,7 +48,7 @@ def accelerate(model: nn.Module) -> Accelerated:
         ModelError: without such a device, or where no linear fits; nothing has been changed then.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    _check_device(next(model.parameters(), None))
+    check_device(next(model.parameters(), None))
     skipped = {name: reason for name, module in linears.items() if (reason := why_not(module.weight)) is not None}
     fitting = [name for name in linears if name not in skipped]
     if not fitting:
@@ -81,7 +81,8 @@ def is_two_of_four(weight_OD: Tensor) -> bool:
     return bool((kept_OG <= 2).all())
 
 
-def _check_device(parameter: Tensor | None) -> None:
+def check_device(parameter: Tensor | None) -> None:
+    """Raise ``ModelError`` unless the model of this parameter is on a device with sparse tensor cores."""
     where = None if parameter is None else parameter.device
     if where is None or where.type != "cuda":
         there = "" if torch.cuda.is_available() else ", and PyTorch sees none here"

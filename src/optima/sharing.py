@@ -6,13 +6,15 @@ Shapes: O outputs, D inputs.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from optima.device import dtype_name
 from optima.distributed import Ranks
-from optima.models.stacks import Block, Linear
+from optima.models.stacks import Linear
 from optima.models.writer import Writer
 from optima.reporting.record import LinearRecord
 
@@ -22,32 +24,33 @@ SHARED = " shared the work"  # by which a note is known
 Done = tuple[LinearRecord | None, tuple[str, ...]]
 
 
-def share_linears(
-    linears: Sequence[Linear],
-    owners: Mapping[str, int | None],
-    done: dict[str, Done],
-    keeps: dict[str, Tensor],
-    ranks: Ranks,
-) -> None:
-    """Bring the weights, masks and records of all linears to all processes.
+@dataclass
+class Pruned:
+    """What became of a block's linears, by their names.
 
-    Args:
-        linears: of a block, or some of them; those of other processes are written.
-        owners: which process pruned each, by name; None: all together, so that all have it. Others are left out.
-        done: of this process's linears; others' are added.
-        keeps: keep_OD likewise.
-        ranks: the processes.
+    Attributes:
+        owners: which process prunes each; None: all together, so that all have it.
+        done: what is told of those that this process has.
+        keeps: keep_OD of those of them that were pruned.
     """
-    for theirs in ranks.gather({name: done[name] for name, owner in owners.items() if owner == ranks.rank}):
-        done.update(theirs)
-    mine = {linear.name for linear in linears if linear.name in keeps}
-    values = {linear.name: (linear.read(), keeps[linear.name]) for linear in linears if linear.name in mine}
-    pruned = {name: owner for name, owner in owners.items() if done[name][0] is not None}
-    found = share_owned(values, pruned, ranks)
-    for linear in linears:
-        if linear.name in found and linear.name not in mine:
-            weight_OD, keeps[linear.name] = found[linear.name]
-            linear.write(weight_OD)
+
+    owners: dict[str, int | None] = field(default_factory=dict)
+    done: dict[str, Done] = field(default_factory=dict)
+    keeps: dict[str, Tensor] = field(default_factory=dict)
+
+    def share(self, linears: Sequence[Linear], ranks: Ranks) -> None:
+        """Bring some linears to all processes: their weights, which are written, their masks, and what is told."""
+        owners = {linear.name: self.owners[linear.name] for linear in linears}
+        for theirs in ranks.gather({name: self.done[name] for name, owner in owners.items() if owner == ranks.rank}):
+            self.done.update(theirs)
+        mine = {linear.name: linear for linear in linears if linear.name in self.keeps}
+        values = {name: (linear.read(), self.keeps[name]) for name, linear in mine.items()}
+        pruned = {name: owner for name, owner in owners.items() if self.done[name][0] is not None}
+        found = share_owned(values, pruned, ranks)
+        for linear in linears:
+            if linear.name in found and linear.name not in mine:
+                weight_OD, self.keeps[linear.name] = found[linear.name]
+                linear.write(weight_OD)
 
 
 def share_owned(values: Mapping[str, T], owners: Mapping[str, int | None], ranks: Ranks) -> dict[str, T]:
@@ -58,20 +61,6 @@ def share_owned(values: Mapping[str, T], owners: Mapping[str, int | None], ranks
         if names:
             found |= ranks.share({name: values[name] for name in names} if owner == ranks.rank else None, owner)
     return found
-
-
-@torch.no_grad()
-def share_tuned(block: Block, pruned: Collection[str], ranks: Ranks) -> None:
-    """Bring what tuning changed in the first process to all: the ``pruned`` linears, norms and biases."""
-    parameters = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
-    changed = {
-        name: parameter.detach()
-        for name, parameter in block.module.named_parameters()
-        if id(parameter) in parameters or parameter.ndim == 1
-    }
-    if ranks.size > 1:
-        for name, tensor in ranks.from_first(lambda: changed).items():
-            changed[name].copy_(tensor)
 
 
 def describe(
@@ -102,7 +91,7 @@ def describe(
         single = [name for name, there in sums.items() if there]
         text += f", and in float32 for {' and '.join(single)}" if single else ""
     else:
-        name, size = str(dtype).removeprefix("torch."), torch.finfo(dtype).eps
+        name, size = dtype_name(dtype), torch.finfo(dtype).eps
         text += (
             f"their batches are not those of one process, which moves activations by roundings of {name}, {size:.0e}"
         )

@@ -12,18 +12,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from optima.calibration.halving import rows_of
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Piece, Streams
 from optima.device import GRADIENT, differentiable
+from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
 
@@ -114,18 +115,16 @@ def tune(
     targets: Sequence[Tensor],
     cost: BlockError,
     tuning: Tuning,
-    device: torch.device,
 ) -> Tuned:
     """Tune a block in place.
 
     Args:
-        block: pruned, on ``device``.
+        block: pruned, on the device of ``streams``.
         keeps: keep_OD of its pruned linears by their full names.
         streams: what enters the pruned block.
         targets: of each batch, what the dense block makes of dense inputs.
         cost: what is minimised.
         tuning: how.
-        device: where to compute.
 
     Raises:
         ModelError: if the block has no gradients.
@@ -137,8 +136,8 @@ def tune(
         masters = _masters(block, keeps)
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
-    cost = replace(cost, metric_EE=cost.metric_EE.to(device))
-    error = _Error(block, streams, targets, cost, device, masters)
+    cost = replace(cost, metric_EE=cost.metric_EE.to(streams.device))
+    error = _Error(block, streams, targets, cost, masters)
     history, best, rate = [error.mean(held)], 0, tuning.learning_rate
     kept = {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
@@ -180,17 +179,16 @@ class _Error:
     streams: Streams
     targets: Sequence[Tensor]
     cost: BlockError
-    device: torch.device
     masters: Mapping[str, Tensor]
 
     def __call__(self, piece: Piece) -> Tensor:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
         (batch, part), call = piece, partial(functional_call, module, rounded)
-        found = hidden_of(self.streams.run(self.block, batch, self.device, part, call, looks=True))
+        found = hidden_of(self.streams.run(self.block, batch, part, call, looks=True))
         weights, samples = self.cost.weights, self.streams.sizes[batch][0]
         weight_T = None if weights is None else rows_of(weights[batch], part, samples)
-        return self.cost(found, rows_of(self.targets[batch], part, samples).to(self.device), weight_T)
+        return self.cost(found, rows_of(self.targets[batch], part, samples).to(self.streams.device), weight_T)
 
     def mean(self, pieces: Sequence[Piece]) -> float:
         """Over several pieces, without gradients."""
@@ -216,20 +214,38 @@ def size_of(master: Tensor) -> float:
     return math.sqrt(float(master.square().sum()) / max(int(master.count_nonzero()), 1))
 
 
-def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of what is tuned, in float32 at least, by name: pruned weights, and vectors such as norms and biases.
+def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[str, nn.Parameter]:
+    """What a run changes in a block, by its name there: ``pruned`` linears, and if it is ``tuned`` norms and biases.
 
     But for those of other blocks too, whose dense outputs would change as well.
     """
+    weights = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
+    vectors = {
+        id(parameter)
+        for name, parameter in block.module.named_parameters()
+        if tuned and parameter.ndim == 1 and parameter.is_floating_point() and name not in block.common
+    }
+    return {name: each for name, each in block.module.named_parameters() if id(each) in weights | vectors}
+
+
+@torch.no_grad()
+def share_tuned(block: Block, pruned: Collection[str], ranks: Ranks) -> None:
+    """Bring what tuning changed in the first process to all."""
+    if ranks.size > 1:
+        own = {name: parameter.detach() for name, parameter in changed(block, pruned).items()}
+        for name, tensor in ranks.from_first(lambda: own).items():
+            own[name].copy_(tensor)
+
+
+def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of what is tuned, in float32 at least, by name."""
     pruned: defaultdict[int, list[Linear]] = defaultdict(list)  # one parameter may hold many experts
     for linear in block.linears:
         if linear.name in keeps:
             pruned[id(linear.parameter)].append(linear)
     masters = {}
-    for name, parameter in block.module.named_parameters():
+    for name, parameter in changed(block, keeps).items():
         linears = pruned.get(id(parameter), [])
-        if not linears and (name in block.common or parameter.ndim != 1 or not parameter.is_floating_point()):
-            continue
         dtype = torch.promote_types(parameter.dtype, torch.float32)
         master = masters[name] = parameter.detach().to(dtype, copy=True).requires_grad_(True)
         if linears:

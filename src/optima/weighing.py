@@ -38,7 +38,6 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
                 network,
                 stack,
                 streams,
-                job.device,
                 recipe.seed,
                 residual=recipe.tuning_epochs > 0,
                 weights=job.weights,

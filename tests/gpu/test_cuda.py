@@ -14,7 +14,7 @@ from tiny import make_llama, make_tokens
 from torch import Tensor
 
 import optima
-from optima.calibration.statistics import Accumulator
+from optima.calibration.accumulator import Accumulator
 from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured

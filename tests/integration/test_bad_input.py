@@ -234,6 +234,10 @@ class TestOptions:
             ),
             (["--max-seq-length", "1"], "no room for text beside the tokenizer's special tokens (1)"),
             (["--recipe", "missing.yaml"], "recipe missing.yaml cannot be read (No such file"),
+            (
+                ["--split", "validation"],
+                "--dataset-config, --split and --dataset-revision are for data sets of the hub",
+            ),
             (["--dump-layer", "("], "'(' is not a regular expression"),
             (["--dump-layer", "nothing"], "dump_layer 'nothing' matches none of the linears to prune"),
         ],
@@ -445,6 +449,11 @@ class TestOtherCommands:
     def test_eval_of_garbage(self, cheap: Refused) -> None:
         arguments = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16"]
         assert "the weights of model cannot be read" in cheap(arguments=arguments)
+
+    def test_eval_of_more_than_main_memory(self, cheap: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("optima.evaluation.evaluate.available_memory", lambda: 2**16)
+        arguments = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16"]
+        assert "model takes 0.0 GiB of main memory, and 0.0 are free: take --device cuda" in cheap(arguments=arguments)
 
     def test_eval_of_an_encoder(self, late: Refused, root: Path) -> None:
         save_model(root / "bert", make_bert(), "bert")

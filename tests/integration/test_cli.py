@@ -336,7 +336,9 @@ class TestPlan:
         (first, second) = (line for line in lines if "down_proj" in line)
         assert "3:8" in first
         assert "1:4" in second
-        assert all("0.5 per layer" in line for line in lines if "_proj" in line and "self_attn" in line)
+        attention = [line for line in lines if "_proj" in line and "self_attn" in line]
+        assert attention
+        assert all("0.5 per layer" in line for line in attention)
         assert any(line.startswith("sparsity of all of them") and "61.25%" in line for line in lines)
 
 

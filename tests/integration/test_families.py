@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, REFUSED, VOCAB, build, make_ids
 from rich.console import Console
+from runs import raising
 from safetensors.torch import load_file
 from tiny import make_llama
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from optima.calibration.capture import capture
 from optima.calibration.head import head_device
 from optima.calibration.inputs import Batch, arguments
 from optima.calibration.store import Store
-from optima.errors import CalibrationError, ModelError
+from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import attention_numbers, work_bytes
 from optima.models.experts import ExpertLinear
 from optima.models.routers import routed_share
@@ -87,7 +88,8 @@ def check_everything_is_named(model: nn.Module, report: Report) -> None:
     blocks = tuple(f"{block.name}." for stack in find_stacks(model) for block in stack.blocks)
     for name, parameter in model.named_parameters():
         owner = name.removesuffix(".weight")
-        if parameter.ndim < 2 or owner in pruned or f"{owner}.0" in pruned or "head" in name:
+        vector = parameter.ndim < 2 or name.endswith("bias")  # experts and heads may have one each
+        if vector or owner in pruned or f"{owner}.0" in pruned or "head" in name:
             continue
         if parameter not in embeddings or name.startswith(blocks):
             assert {kind(name), kind(owner), owner} & set(notes.split()), f"{name} stays dense without a word"
@@ -111,7 +113,7 @@ def check_chain_of(model: nn.Module, stack: Stack) -> None:
     handle.remove()
     streams = capture(model, whole(stack), batches)
     for block in stack.blocks:
-        streams.advance(block, torch.device("cpu"))
+        streams.advance(block)
     for hidden, want in zip(streams.hidden, expected, strict=True):
         assert torch.equal(hidden, want)
 
@@ -182,6 +184,43 @@ def test_a_forward_pass_that_fails_is_named() -> None:
     model.get_encoder().forward = lambda *args, **kwargs: model.nothing
     with pytest.raises(ModelError, match=r"T5ForConditionalGeneration itself fails in transformers .*AttributeError"):
         prune(model, Recipe(), calibration=make_ids())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Expected x.is_cuda() to be true"),
+        ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)"),
+    ],
+)
+def test_kernels_that_need_a_card_are_named(error: Exception) -> None:
+    """transformers takes them wherever a model runs, once their package is installed."""
+    model = build("falcon_h1")
+    model.model.layers[0].mamba.forward = raising(error)
+    with pytest.raises(ModelError, match=r"kernels that need a GPU .* take --device cuda and text alone, or uninstall"):
+        prune(model, Recipe(), calibration=make_ids())
+
+
+def test_a_weight_that_is_read_without_a_call_stays_dense_and_is_told() -> None:
+    model = build("mamba")
+    before = model.backbone.layers[0].mixer.dt_proj.weight.clone()
+    report = prune(model, Recipe(objective="sink"), calibration=make_ids())
+    assert model.backbone.layers[0].mixer.dt_proj.weight.equal(before)
+    told = [note for note in report.run.notes if "layers.0.mixer.dt_proj was not pruned" in note]
+    assert len(told) == 1
+    assert "its module was never called" in told[0]
+
+
+def test_biases_of_experts_are_no_matrices() -> None:
+    report = prune(build("gpt_oss"), Recipe(objective="sink"), calibration=make_ids())
+    assert not [note for note in report.run.notes if "bias" in note]
+
+
+def test_eigenvalues_that_nobody_finds_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.preflight.checks.MOST_EIGENVALUES", 31)
+    with pytest.raises(RecipeError, match=r"alps needs the eigenvalues .* 32 inputs are more than the 31"):
+        prune(make_llama(), Recipe(selector="alps"), calibration=make_ids())
+    prune(make_llama(), Recipe(objective="sink"), calibration=make_ids())
 
 
 def test_the_decoder_is_calibrated_on_the_pruned_encoder() -> None:

@@ -11,19 +11,19 @@ from families import build
 from rich.console import Console
 from tiny import make_bert, make_llama, save_model
 
-import optima.rehearsal
-from optima import Recipe, prune, rehearsal
+from optima import Recipe, prune
 from optima.device import PeakMemory
 from optima.errors import NotDifferentiableError, OptimaError
 from optima.linear import prune_linear
-from optima.measure import measure
 from optima.models.random_weights import alike, fill
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
 from optima.models.stacks import find_stacks
 from optima.plan import Measured, make_plan
 from optima.plan_table import print_plan
-from optima.rehearsal import Peak, Rehearsal
+from optima.rehearsal import stages
+from optima.rehearsal.measure import measure
+from optima.rehearsal.stages import Peak, Rehearsal, extrapolated
 
 FEW: dict[str, Any] = {"max_seq_length": 16, "num_calibration_samples": 40, "batch_size": 4, "device": "cpu"}
 ALWAYS = {"start", "read", "forward", "hessian", "linears", "write"}
@@ -75,7 +75,7 @@ def test_a_linear_of_each_shape_in_the_models_dtype(tmp_path: Path, monkeypatch:
         seen.append((tuple(task.weight_OD.shape), dtype))
         return prune_linear(task, pattern, methods, dtype)
 
-    monkeypatch.setattr(optima.rehearsal, "prune_linear", watched)
+    monkeypatch.setattr(stages, "prune_linear", watched)
     measured(save_model(tmp_path / "model", make_llama(num_hidden_layers=5).bfloat16()), Recipe(**FEW))
     assert sorted(seen) == [(shape, torch.bfloat16) for shape in [(16, 32), (32, 32), (32, 48), (48, 32)]]
 
@@ -119,10 +119,10 @@ def test_what_is_once_and_what_is_of_each_batch(tmp_path: Path) -> None:
     peak = Peak(torch.device("cpu"), 0, 0)
     tried = Rehearsal(make_plan(source, recipe), torch.device("cpu"), torch.zeros(12, 16), peak)
     assert tried.batches == 10
-    assert tried._whole({"a": 3.0}, {"a": 5.0}, 3) == {"a": pytest.approx(12.0)}  # 2 and 1 of each
-    assert tried._whole({"a": 4.0}, {"a": 3.0}, 3) == {"a": pytest.approx(3.0)}  # noise is no gain
-    assert tried._whole({"a": 0.5}, {"a": 3.0}, 3) == {"a": pytest.approx(10.0)}
-    assert tried._whole({}, {"a": 2.0}, 1) == {"a": pytest.approx(20.0)}
+    assert extrapolated({"a": 3.0}, {"a": 5.0}, 3, 10) == {"a": pytest.approx(12.0)}  # 2 and 1 of each
+    assert extrapolated({"a": 4.0}, {"a": 3.0}, 3, 10) == {"a": pytest.approx(3.0)}  # noise is no gain
+    assert extrapolated({"a": 0.5}, {"a": 3.0}, 3, 10) == {"a": pytest.approx(10.0)}
+    assert extrapolated({}, {"a": 2.0}, 1, 10) == {"a": pytest.approx(20.0)}
 
 
 def test_memory_is_that_of_the_run_not_of_the_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,9 +142,9 @@ def test_a_large_model_is_looked_at_on_one_batch(
     family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one takes long enough; with one sequence in it, as on a CPU."""
-    monkeypatch.setattr(rehearsal, "LONG", 0.0)
+    monkeypatch.setattr(stages, "LONG", 0.0)
     steps: list[int] = []
-    monkeypatch.setattr(rehearsal, "tune", lambda block, _, streams, *more: steps.append(len(streams.pieces(block))))
+    monkeypatch.setattr(stages, "tune", lambda block, _, streams, *more: steps.append(len(streams.pieces(block))))
     save_model(tmp_path / "model", make_llama() if family == "llama" else build(family))
     recipe = Recipe(tuning_epochs=1, **FEW | {"batch_size": 1} | options)
     found = measured(tmp_path / "model", recipe)
@@ -163,7 +163,7 @@ def test_a_head_without_gradients_goes_by_the_sink(tmp_path: Path, monkeypatch: 
     def refuse(*args: object) -> None:
         raise NotDifferentiableError("its words do not depend on its last block by a gradient")
 
-    monkeypatch.setattr(rehearsal, "at_the_head", refuse)
+    monkeypatch.setattr(stages, "at_the_head", refuse)
     notes = measured(save_model(tmp_path / "model"), Recipe(**FEW)).notes
     assert any("objective sink will take the place" in note for note in notes)
 

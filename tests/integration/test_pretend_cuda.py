@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from families import build, make_ids
 from pretend_cuda import PretendError, on_cuda, pretend_cuda
 from runs import raising
-from tiny import save_model
+from tiny import load_weights, save_model
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
+from optima.calibration.halving import Halving
 from optima.calibration.inputs import arguments
 from optima.calibration.probe import forward
 from optima.calibration.streams import map_tensors
@@ -23,6 +25,7 @@ from optima.models.skeleton import skeleton
 from optima.models.source import find_source
 from optima.models.stacks import find_stacks, select_linears
 from optima.models.weights import Resident, Weights, open_weights
+from optima.reporting.record import load_report
 
 SLOW = pytest.mark.slow
 TUNED = {"allocation": "loss", "tuning_epochs": 1}
@@ -68,11 +71,18 @@ def test_weights_that_are_given_up_take_no_way_back(tmp_path: Path) -> None:
 
 
 def test_a_run_from_disk(tmp_path: Path) -> None:
-    with pretend_cuda():
-        recipe = Recipe(device="cuda", batch_size=2, selector="wanda")
-        dense = save_model(tmp_path / "dense")
-        prune(dense, recipe, output_dir=tmp_path / "pruned", calibration=make_ids(4), progress=False)
-    assert (tmp_path / "pruned" / "report.json").is_file()
+    dense, errors = save_model(tmp_path / "dense"), []
+    for device in ("cuda", "cpu"):
+        recipe, output = Recipe(device=device, batch_size=2, selector="wanda"), tmp_path / device
+        with pretend_cuda() if device == "cuda" else nullcontext():
+            prune(dense, recipe, output_dir=output, calibration=make_ids(4), progress=False)
+        report = load_report(output)
+        assert report.run.device.startswith(device)
+        errors.append(report.error_geomean)
+        written = load_weights(output)
+        zeros = [float((written[f"{linear.name}.weight"] == 0).float().mean()) for linear in report.linears]
+        assert zeros == pytest.approx([linear.sparsity for linear in report.linears])
+    assert errors[0] == pytest.approx(errors[1], rel=0.01)
 
 
 @pytest.mark.parametrize("streamed", [True, False])
@@ -141,13 +151,13 @@ def test_keys_and_values_for_later_blocks_wait_in_main_memory(family: str) -> No
     waiting: list[torch.Tensor] = []
     with pretend_cuda(), torch.no_grad():
         cuda, weights = torch.device("cuda", 0), Resident(model)
-        streams = capture(model, stack, [make_ids(2)], whole=True)
+        streams = capture(model, stack, [make_ids(2)], whole=True, halving=Halving(cuda))
         for block in stack.blocks:
             with weights.on(block, cuda):
                 known = [dict(state) for state in streams.states(block, 0)]
-                streams.run(block, 0, cuda, looks=True)
+                streams.run(block, 0, looks=True)
                 assert known == [dict(state) for state in streams.states(block, 0)]
-                streams.advance(block, cuda)
+                streams.advance(block)
             for state in streams.states(block, 0):
                 map_tensors(list(state.values()), waiting.append)
         assert waiting

@@ -22,7 +22,7 @@ from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, pru
 
 import optima
 from optima.calibration import own_text, swept
-from optima.calibration.statistics import Accumulator
+from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Streams
 from optima.distributed import Ranks
 from optima.models.journal import read_journal
@@ -284,10 +284,10 @@ def dies(rank: int, block: int) -> Callable[[int], None]:
     def prepare(own: int) -> None:
         advance = Streams.advance
 
-        def killed(self: Streams, at: object, device: torch.device) -> None:
+        def killed(self: Streams, at: object, *more: object) -> None:
             if at.index == block and self.ranks.size > 1:  # type: ignore[attr-defined]
                 os.kill(os.getpid(), signal.SIGKILL)
-            advance(self, at, device)  # type: ignore[arg-type]
+            advance(self, at, *more)  # type: ignore[arg-type]
 
         if own == rank:
             Streams.advance = killed  # type: ignore[assignment, method-assign]
@@ -353,11 +353,11 @@ def test_torchrun_ends_a_run_whose_process_dies() -> None:
         "from optima.calibration.streams import Streams\n"
         "from optima.cli import main\n"
         "advance = Streams.advance\n"
-        "def killed(self, block, device):\n"
+        "def killed(self, block, *more):\n"
         "    if os.environ['RANK'] == '1' and block.index == 1 and self.ranks.size > 1:\n"
         "        open('died', 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    advance(self, block, device)\n"
+        "    advance(self, block, *more)\n"
         "Streams.advance = killed\n"
         "sys.exit(main())\n"
     )

@@ -85,7 +85,7 @@ def test_forward_passes_of_blocks_take_parts() -> None:
     block, streams = streams_into(model, [tokens])
     hidden = streams.hidden[0].clone()
     with Keys() as keys:
-        streams.advance(block, torch.device("cpu"))
+        streams.advance(block)
     assert keys.given == [64, 100]
     with torch.no_grad():
         args, kwargs = streams.calls[block.index][0]

@@ -14,12 +14,16 @@ from optima.calibration.capture import capture
 from optima.calibration.coupling import BELIEVED, couples, coupling, packed, unpacked
 from optima.calibration.head import label_gradient
 from optima.calibration.loss_weights import loss_weights
-from optima.linalg.shifted_inverse import CoupledInverse, eigendecomposition
+from optima.linalg.shifted_inverse import (
+    CoupledInverse,
+    FactoredInverse,
+    ShiftedInverse,
+    eigendecomposition,
+    largest_eigenvalue,
+)
 from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.optima import Optima
-
-CPU = torch.device("cpu")
 
 
 def correlations(product_OO: torch.Tensor) -> torch.Tensor:
@@ -32,7 +36,7 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     tokens_NL = make_tokens(8, 16)
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     streams = capture(model, stack, list(tokens_NL.split(4)), whole=True)
-    found = loss_weights(model, stack, streams, CPU, seed=3, coupled=True)
+    found = loss_weights(model, stack, streams, seed=3, coupled=True)
     assert set(found.coupling) == {linear.name for block in stack.blocks for linear in block.linears if couples(linear)}
     name = "model.layers.1.mlp.down_proj"
     seen: list[torch.Tensor] = []
@@ -84,6 +88,31 @@ def test_what_halves_do_not_agree_on_is_not_believed() -> None:
     assert torch.equal(coupling(alone), torch.eye(3))
     nothing = torch.zeros(2, 3, 3)
     assert torch.equal(coupling(nothing), torch.eye(3)), "rows that the loss does not feel"
+
+
+@pytest.mark.parametrize("outputs", [4, 40])  # the matrix is formed for many rows alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_factorisation_solves_as_an_eigendecomposition_does(outputs: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    root_DD = torch.randn(60, 60, dtype=torch.float64)
+    matrix_DD, rows_OD = root_DD @ root_DD.mT, torch.randn(outputs, 60)
+    factored = FactoredInverse(matrix_DD.to(dtype), rows_OD, products=3)
+    eigen = ShiftedInverse(eigendecomposition(matrix_DD, torch.float32), rows_OD, products=3)
+    for penalty in (0.3, 2.0):
+        exact_OD = torch.linalg.solve(matrix_DD + penalty * torch.eye(60), rows_OD.double().mT).mT
+        for found_OD in (factored.at(penalty)(rows_OD), eigen.at(penalty)(rows_OD)):
+            assert found_OD.dtype == torch.float32
+            assert torch.allclose(found_OD.double(), exact_OD, atol=1e-4)
+
+
+def test_the_largest_eigenvalue_is_little_below_what_it_is() -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        root_DD = torch.randn(50, 50) * torch.linspace(0.1, 3.0, 50)
+        matrix_DD = root_DD.mT @ root_DD
+        exact = float(torch.linalg.eigvalsh(matrix_DD)[-1])
+        assert 0.8 * exact < largest_eigenvalue(matrix_DD) <= exact * (1 + 1e-5)
+    assert largest_eigenvalue(torch.zeros(0, 0)) == 0.0
 
 
 def test_the_inverse_solves_its_equation() -> None:

@@ -16,9 +16,9 @@ from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima import distributed
+from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics
-from optima.calibration.statistics import Accumulator
 from optima.distributed import ALONE, Ranks, joined, share_out
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.identity import check_alike
@@ -99,7 +99,9 @@ def reduce(ranks: Ranks) -> None:
             accumulator.add(inputs_of(ranks.rank))
             accumulator.sample.append(inputs_of(ranks.rank)[:1])
     untold = {"b"} if ranks.rank == 1 else set()
-    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], ranks, torch.device("cpu"))
+    model = make_llama()
+    streams = capture(model, find_stacks(model)[0], [make_tokens(2, 9)], ranks=ranks)
+    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], streams)
     assert untold == {"b"}
     assert owners["c"] is None
     for name, accumulator in accumulators.items():
@@ -230,7 +232,7 @@ def test_each_process_has_a_card(count: int, own: bool, codes: int, monkeypatch:
 
     def on(ranks: Ranks) -> None:
         monkeypatch.setenv("LOCAL_RANK", str(ranks.rank))
-        monkeypatch.setattr(distributed, "_everyone", lambda backend: None)  # there is no nccl
+        monkeypatch.setattr(distributed, "everyone", lambda backend: None)  # there is no nccl
         device = ranks.on("auto")
         assert device == torch.device("cuda", 0 if own else ranks.rank)
 

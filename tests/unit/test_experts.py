@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +15,20 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration import expert_statistics
+from optima.calibration.accumulator import Accumulator, Found, sampled
 from optima.calibration.capture import capture
-from optima.calibration.expert_statistics import Common, TokenWeights, mixed, observe_experts, routing_notes, thinned
+from optima.calibration.expert_statistics import Common, mixed, routing_notes, thinned
 from optima.calibration.loss_weights import loss_weights
 from optima.calibration.routed import Recorded, recorders
-from optima.calibration.statistics import Accumulator, Found, observe, sampled, sampling_step
+from optima.calibration.statistics import observe
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
-from optima.device import Stopwatch
 from optima.errors import ModelError
+from optima.linalg.statistics import sampling_step
 from optima.models.experts import Call, ExpertLinear, FusedExperts, experts_of
 from optima.models.stacks import Block, find_stacks, select_linears
 from optima.models.writer import Writer
 
-CPU = torch.device("cpu")
 LOOPS = ["mixtral", "gpt_oss", "nemotron_h"]
 FORMS = [*LOOPS, "llama4"]
 
@@ -39,14 +40,13 @@ def streams_of(model: nn.Module) -> tuple[Block, Streams]:
     for block in stack.blocks:
         if any(isinstance(linear, ExpertLinear) for linear in block.linears):
             return block, streams
-        streams.advance(block, CPU)
+        streams.advance(block)
     raise AssertionError("no experts")
 
 
 def found_at(block: Block, streams: Streams, sink: float = 0.0, loss: LossWeights | None = None) -> dict[str, Found]:
-    (recorded,) = (each.recorded for each in observe(block, streams, CPU, sink, 0.0, None, loss) if each.recorded)
-    weights = TokenWeights(block, streams, sink, loss)
-    return {each.linears[0].name: each for each in observe_experts(recorded, weights, CPU, 0.0, Stopwatch(CPU))}
+    found = observe(block, streams, sink, 0.0, None, loss)
+    return {each.linears[0].name: each for each in found if isinstance(each.linears[0], ExpertLinear)}
 
 
 def given(block: Block, streams: Streams) -> dict[str, list[Tensor]]:
@@ -59,7 +59,7 @@ def given(block: Block, streams: Streams) -> dict[str, list[Tensor]]:
     calls: list[tuple[Tensor, ...]] = []
     with torch.no_grad():
         for batch in range(len(streams.hidden)):
-            streams.run(block, batch, CPU)
+            streams.run(block, batch)
     handle.remove()
     for args in calls:
         for number in range(experts.count):
@@ -116,9 +116,16 @@ def test_common_tokens_go_through_the_expert_itself(family: str) -> None:
 
 
 def record(block: Block, streams: Streams) -> Recorded:
-    found = [each.recorded for each in observe(block, streams, CPU, 0.0, 0.0) if each.recorded]
-    assert len(recorders(block, streams)) == len(found) == 1
-    return found[0]
+    (recorded,) = recorders(block, streams)
+    for batch, (samples, _) in enumerate(streams.sizes):
+        note = partial(recorded.note, batch, slice(samples))
+        handle = recorded.experts.module.register_forward_pre_hook(
+            lambda module, args, kwargs, note=note: note(args, kwargs), with_kwargs=True
+        )
+        with torch.no_grad():
+            streams.run(block, batch)
+        handle.remove()
+    return recorded
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])
@@ -177,7 +184,7 @@ def test_gradients_are_those_of_each_expert() -> None:
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     batches = list(make_ids(4, 16).split(2))
     streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, CPU, seed=0)
+    found = loss_weights(model, stack, streams, seed=0)
     sizes = [size[0] * size[1] for size in streams.sizes]
     total = torch.zeros(sum(sizes))
     for number in range(4):
@@ -216,7 +223,7 @@ def test_samples_have_no_more_first_tokens_than_the_text() -> None:
 def test_a_sweep_holds_no_product_of_an_expert_when_it_is_over(family: str) -> None:
     model = build(family)
     (stack,) = select_linears(find_stacks(model), [".*"], [])
-    loss_weights(model, stack, capture(model, stack, list(make_ids(4).split(2)), whole=True), CPU, seed=0)
+    loss_weights(model, stack, capture(model, stack, list(make_ids(4).split(2)), whole=True), seed=0)
     gc.collect()
     assert not [each for each in gc.get_objects() if type(each) is Call]
 

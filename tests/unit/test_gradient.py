@@ -19,8 +19,6 @@ from optima.calibration.gradient import regional_gradients
 from optima.errors import ModelError
 from optima.models.stacks import Block, find_stacks
 
-CPU = torch.device("cpu")
-
 
 def make(kind: str, **settings: Any) -> PreTrainedModel:
     torch.manual_seed(0)
@@ -43,7 +41,7 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 def first_block(model: PreTrainedModel, batch_size: int) -> dict[str, Tensor]:
     (stack,) = find_stacks(model)
     streams = capture(model, stack, make_tokens().split(batch_size))
-    return regional_gradients(stack.blocks[0], streams, CPU)
+    return regional_gradients(stack.blocks[0], streams)
 
 
 def plain(model: PreTrainedModel, block: Block) -> dict[str, Tensor]:

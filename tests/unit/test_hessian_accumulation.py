@@ -12,14 +12,14 @@ from tiny import blocks_of, make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima import Recipe, prune
+from optima.calibration.accumulator import Accumulator, Found
 from optima.calibration.capture import capture
-from optima.calibration.statistics import Accumulator, Found, observe
+from optima.calibration.statistics import observe
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
 from optima.errors import CalibrationError
 from optima.models.stacks import Block, Linear, find_stacks, select_linears
 
-CPU = torch.device("cpu")
 GROUPS = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
     ["self_attn.o_proj"],
@@ -67,7 +67,7 @@ def collect(
     model: nn.Module, batches: tuple[Tensor, ...], sink_weight: float = 0.0, targets: tuple[str, ...] = (".*",)
 ) -> list[Found]:
     block, streams = streams_into(model, batches, targets)
-    return list(observe(block, streams, CPU, sink_weight, damping=0.01))
+    return list(observe(block, streams, sink_weight, damping=0.01))
 
 
 def names(found: list[Found]) -> list[list[str]]:
@@ -198,7 +198,7 @@ def test_the_product_of_the_last_linear_is_left_out() -> None:
     block, streams = streams_into(model, make_tokens(6).split(2))
     products: list[int] = []
     block.module.mlp.down_proj.register_forward_hook(lambda *args: products.append(1))
-    found = list(observe(block, streams, CPU, 0.0, 0.01))
+    found = list(observe(block, streams, 0.0, 0.01))
     assert len(products) == 1
     assert [group.statistics.tokens for group in found if group.statistics is not None] == [6 * 16] * 4
 
@@ -208,10 +208,10 @@ def test_one_pass_observes_and_carries_on() -> None:
     model = make_llama()
     block, streams = streams_into(model, make_tokens(6).split(2))
     once, passes = streams.copy(), list[int]()
-    apart = list(observe(block, streams, CPU, 0.04, 0.01))
-    streams.advance(block, CPU)
+    apart = list(observe(block, streams, 0.04, 0.01))
+    streams.advance(block)
     block.module.register_forward_hook(lambda *args: passes.append(1))
-    together = list(observe(block, once, CPU, 0.04, 0.01, onward=True))
+    together = list(observe(block, once, 0.04, 0.01, onward=True))
     assert len(passes) == len(once.hidden) == 3
     for one, other in zip(once.hidden, streams.hidden, strict=True):
         assert torch.equal(one, other)
@@ -400,7 +400,7 @@ def test_tokens_weigh_what_the_loss_feels_of_them() -> None:
     block, streams = streams_into(model, batches)
     square_T = torch.rand(80, generator=torch.Generator().manual_seed(4)) ** 4
     loss = LossWeights("", {group[0].name: list(square_T.split(32)) for group in streams.groups(block)})
-    collected = list(observe(block, streams, CPU, 0.0, 0.01, None, loss))
+    collected = list(observe(block, streams, 0.0, 0.01, None, loss))
     assert names(collected) == GROUPS
     inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
     root_T1 = square_T.double().sqrt()[:, None]

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.build import build as build_methods
-from optima.calibration.statistics import Found, observe, observe_in_turn
+from optima.calibration.accumulator import Found
+from optima.calibration.statistics import observe, observe_in_turn
 from optima.calibration.streams import Streams
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
@@ -26,8 +27,6 @@ from optima.models.stacks import Block
 from optima.plan import make_plan
 from optima.preflight.checks import preflight, sized
 from optima.recipe_files import load_recipe
-
-CPU = torch.device("cpu")
 
 
 def halve(found: Found) -> None:
@@ -40,7 +39,7 @@ def halve(found: Found) -> None:
 
 def in_turn(block: Block, streams: Streams, onward: bool = True) -> list[Found]:
     every = []
-    for found in observe_in_turn(block, streams, CPU, 0.5, 0.01, onward=onward):
+    for found in observe_in_turn(block, streams, 0.5, 0.01, onward=onward):
         every.append(found)
         halve(found)
     return every
@@ -60,12 +59,12 @@ def test_each_sees_what_the_pruned_ones_before_it_hand_on(batch_size: int) -> No
     assert names(found) == GROUPS
     block, again = streams_into(model, batches)
     for place, one in enumerate(found):
-        expected = list(observe(block, again, CPU, 0.5, 0.01))[place]
+        expected = list(observe(block, again, 0.5, 0.01))[place]
         assert torch.equal(hessian_DD(one), hessian_DD(expected))
         assert one.statistics is not None
         assert one.statistics.tokens == 80
         halve(expected)
-    again.advance(block, CPU)
+    again.advance(block)
     assert all(map(torch.equal, streams.hidden, again.hidden))
 
 

@@ -36,7 +36,7 @@ def sweep(model: torch.nn.Module, batch_size: int = 4, share: float = 1.0) -> tu
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     batches = list(tokens_NL.split(batch_size))
     streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=3, share=share)  # type: ignore[arg-type]
+    found = loss_weights(model, stack, streams, seed=3, share=share)  # type: ignore[arg-type]
     return found, tokens_NL
 
 
@@ -65,6 +65,7 @@ def test_they_are_the_gradients_of_the_whole_model() -> None:
 
 def test_batches_do_not_matter() -> None:
     first, second = sweep(make_llama().eval(), 4)[0], sweep(make_llama().eval(), 8)[0]
+    assert first.rows.keys() == second.rows.keys() != set()
     for name in first.rows:
         assert torch.allclose(first.rows[name], second.rows[name], rtol=1e-4)
 
@@ -75,16 +76,6 @@ def test_sums_over_all_tokens_are_taken_once() -> None:
     assert found.shared.keys() == found.tokens.keys()
     expected = LossWeights(found.loss, found.tokens, inputs=found.inputs)
     assert all(found.moments(name) == expected.moments(name) for name in found.tokens)
-
-
-def test_sequences_may_be_swept_one_part_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole, _ = sweep(make_llama().eval(), 2)
-    monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes: 1)
-    parts, _ = sweep(make_llama().eval(), 2)
-    for name in whole.tokens:
-        assert all(map(torch.equal, whole.tokens[name], parts.tokens[name]))
-    for name in whole.rows:
-        assert torch.allclose(whole.rows[name], parts.rows[name], rtol=1e-5)
 
 
 def test_tempering_keeps_the_mean() -> None:
@@ -125,7 +116,7 @@ def test_the_metric_of_tuning_is_the_second_moment_of_the_gradients(monkeypatch:
         monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes, kept=kept: kept)
         batches = list(tokens_NL.split(4))
         streams = capture(model, stack, batches, whole=True)
-        found = loss_weights(model, stack, streams, torch.device("cpu"), 3, residual=True)
+        found = loss_weights(model, stack, streams, 3, residual=True)
         seen: list[torch.Tensor] = []
         handle = stack.blocks[0].module.register_forward_hook(
             lambda module, args, output: seen.append(output) or output.retain_grad()  # noqa: B023
@@ -171,7 +162,7 @@ def test_what_tuning_needs_keeps_to_the_budget(tmp_path: Path) -> None:
     store = Store(0, tmp_path)
     streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True, store=store)
     before = store.mapped
-    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=3, residual=True)
+    found = loss_weights(model, stack, streams, seed=3, residual=True)
     assert store.mapped - before == sum(4 * metric_EE.numel() for metric_EE in found.residual.values()) > 0
 
 
@@ -281,8 +272,7 @@ def test_labels_of_an_encoder_do_not_depend_on_what_else_is_swept(monkeypatch: p
     model, batches = build("t5"), list(make_ids(8, 15).split(2))  # 7 tokens go to the encoder, and 8 to the decoder
     stack, _ = select_linears(find_stacks(model), [".*"], [])
     whole, part = (
-        loss_weights(model, stack, capture(model, stack, batches, whole=True), torch.device("cpu"), 3, share=share)
-        for share in (1.0, 0.5)
+        loss_weights(model, stack, capture(model, stack, batches, whole=True), 3, share=share) for share in (1.0, 0.5)
     )
     for name, own in whole.tokens.items():
         assert torch.allclose(part.tokens[name][2], own[2], rtol=1e-3, atol=1e-12)
@@ -318,8 +308,10 @@ def test_the_parts_of_a_sweep_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
         model = make_llama().eval()
         (stack,) = select_linears(find_stacks(model), [".*"], [])
         streams = capture(model, stack, list(make_tokens(12, 16).split(2)), whole=True)
-        cpu = torch.device("cpu")
-        found.append(loss_weights(model, stack, streams, cpu, seed=3, residual=True, coupled=True))
+        found.append(loss_weights(model, stack, streams, seed=3, residual=True, coupled=True))
+    whole, parts = (each.tokens for each in found)
+    assert whole.keys() == parts.keys() != set()
+    assert all(all(map(torch.equal, own, parts[name])) for name, own in whole.items())
     for name in ("residual", "coupling", "rows"):
         whole, parts = (getattr(each, name) for each in found)
         assert whole.keys() == parts.keys() != set()

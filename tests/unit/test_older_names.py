@@ -81,7 +81,7 @@ def test_of_a_model_in_memory_they_are_derived(out: Path, rope: dict[str, Any]) 
 def test_what_would_be_read_as_another_model_is_left_out(
     out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("optima.models.older_names._with_older", lambda saved, raw: saved | {"rope_scaling": LLAMA3})
+    monkeypatch.setattr("optima.models.older_names.with_older", lambda saved, raw: saved | {"rope_scaling": LLAMA3})
     prepare(make_llama(), None, None, out)
     assert "rope_scaling" not in written(out)
     assert "older ones read them wrongly" in caplog.text

@@ -17,17 +17,16 @@ from transformers import PreTrainedModel
 
 from optima import Recipe, Report, prune
 from optima.calibration import expert_statistics
+from optima.calibration.accumulator import Found
 from optima.calibration.capture import capture
 from optima.calibration.halving import Halving, Once, rows_of
 from optima.calibration.loss_weights import loss_weights
 from optima.calibration.probe import PROBE_LENGTH
-from optima.calibration.statistics import Found, observe
+from optima.calibration.statistics import observe
 from optima.calibration.tempering import LossWeights
 from optima.errors import DeviceMemoryError
 from optima.models.experts import FusedExperts
 from optima.models.stacks import Stack, find_stacks, select_linears
-
-CPU = torch.device("cpu")
 
 
 @contextmanager
@@ -140,9 +139,13 @@ class TestHalving:
         assert "from here on 1 ran" in halving.note(), "of which no earlier run told"
 
     def test_it_is_told_once(self) -> None:
+        def work(part: slice) -> None:
+            if part.stop - part.start > 2:
+                raise torch.OutOfMemoryError
+
         halving = Halving()
         assert not halving.note()
-        halving.most, halving._tried = 2, 8
+        halving.over(8, work)
         assert "8 sequences together were too many" in halving.note()
         assert not halving.note()
 
@@ -195,8 +198,8 @@ def test_statistics_are_those_of_smaller_batches(place: str) -> None:
         streams = capture(model, stack, make_tokens(8, 16).split(batch_size), halving=halving)
         every = []
         for block in stack.blocks:
-            every += list(observe(block, streams, CPU, 0.5, 0.01))
-            streams.advance(block, CPU)
+            every += list(observe(block, streams, 0.5, 0.01))
+            streams.advance(block)
         return every
 
     model, halving = make_llama(), Halving()
@@ -218,7 +221,7 @@ def test_the_sweep_finds_what_smaller_batches_find(place: str, backward: bool) -
     def found(batch_size: int, halving: Halving) -> LossWeights:
         stack = stack_of(model)
         streams = capture(model, stack, make_tokens(8, 16).split(batch_size), whole=True, halving=halving)
-        return loss_weights(model, stack, streams, CPU, seed=3, residual=True)
+        return loss_weights(model, stack, streams, seed=3, residual=True)
 
     model, halving = make_llama(), Halving()
     with little_memory(model.get_submodule(place), 2, backward):

@@ -199,6 +199,8 @@ class TestPatternOverAllocation:
         ("scope: group\ngroup_size: 64", {"scope": "row"}),
         ("scope: group\ngroup_size: 64", {"pattern": ["2:4"]}),
         ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "0"}),
+        ("dataset: allenai/c4\ndataset_config: en", {"dataset": ["text.txt"]}),
+        ("dataset: allenai/c4\nsplit: validation", {"dataset": ["self"]}),
     ],
     ids=str,
 )

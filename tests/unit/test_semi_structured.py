@@ -64,12 +64,12 @@ class TestWithoutTheDevice:
             accelerate(_OnCuda(nn.Linear(64, 32)))
 
     def test_no_linear_fits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("optima.semi_structured._check_device", lambda parameter: None)
+        monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)
         with pytest.raises(ModelError, match=r"no linear of this LlamaForCausalLM can run .* is torch.float32"):
             accelerate(make_llama())
 
     def test_only_what_fits_is_converted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("optima.semi_structured._check_device", lambda parameter: None)
+        monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)
         monkeypatch.setattr("optima.semi_structured.to_sparse_semi_structured", lambda weight_OD: -weight_OD)
         model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(64, 64)).bfloat16()
         model[0].weight = nn.Parameter(two_of_four())

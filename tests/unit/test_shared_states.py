@@ -16,7 +16,6 @@ from optima.calibration.probe import forward
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import find_stacks, select_linears
 
-CPU = torch.device("cpu")
 FAMILIES = ["gemma3n", "gemma4"]
 
 
@@ -25,7 +24,7 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
     model, tokens_NL = build(family), make_ids(4)
     stack = select_linears(find_stacks(model), [".*"], [])[-1]
     batches = list(tokens_NL.split(2))
-    found = loss_weights(model, stack, capture(model, stack, batches, whole=True), CPU, seed=3)
+    found = loss_weights(model, stack, capture(model, stack, batches, whole=True), seed=3)
     linears = [each for block in stack.blocks for each in block.linears if not isinstance(each, ExpertLinear)]
     tokens = sum(math.prod(words_size(model, tokens_BL)) for tokens_BL in batches)
     expected = {linear.name: torch.zeros(linear.shape[0]) for linear in linears}
@@ -53,13 +52,13 @@ def test_dense_streams_do_not_read_what_pruned_ones_wrote(family: str) -> None:
     streams = capture(model, stack, [tokens_NL], whole=True)
     alone = streams.copy()
     for block in stack.blocks:
-        alone.advance(block, CPU)
+        alone.advance(block)
         outputs.append(alone.hidden[0])
     dense = streams.copy()
     for block, output in zip(stack.blocks, outputs, strict=True):
-        dense.advance(block, CPU)
+        dense.advance(block)
         assert torch.equal(dense.hidden[0], output)
         for linear in block.linears:
             linear.write(linear.read() * 0.5)
-        streams.advance(block, CPU)
+        streams.advance(block)
         assert not torch.equal(streams.hidden[0], output)

@@ -19,15 +19,14 @@ from tiny import WEIGHTS, make_llama, save_model
 
 import optima
 from optima.errors import ModelError
+from optima.models.fingerprint import commit_of, fingerprint
 from optima.models.gguf import read_scalars
 from optima.models.masks import MaskFiles
 from optima.models.skeleton import dtype_as_read
 from optima.models.source import (
     Source,
-    commit_of,
     explain_read_errors,
     find_source,
-    fingerprint,
     load_config,
     load_model,
     load_tokenizer,
@@ -187,6 +186,10 @@ class TestConfiguration:
     def test_one_that_is_missing_on_the_hub(self) -> None:
         with pytest.raises(ModelError, match="the spelling, the network and, if it is private or gated, your login"):
             load_config(find_source("nobody/nothing"))
+
+    def test_a_card_without_room_is_no_broken_checkpoint(self, model: Path) -> None:
+        with pytest.raises(torch.OutOfMemoryError), explain_read_errors(find_source(str(model)), "weights"):
+            raise torch.OutOfMemoryError
 
     def test_a_bug_shows_as_one(self, model: Path) -> None:
         for what in ("weights", "model"):

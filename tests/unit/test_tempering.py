@@ -99,7 +99,7 @@ def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
         tokens_NL[5, 0] = 2
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
-    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=0)
+    found = loss_weights(model, stack, streams, seed=0)
     assert found.lengths == ([16] * 3 if alike else [])
 
 
@@ -112,7 +112,7 @@ def test_a_start_that_sees_later_tokens_is_not_one_input() -> None:
             parameter.mul_(10 if "query" in name or "key" in name or "value" in name else 1)
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
-    assert not loss_weights(model, stack, streams, torch.device("cpu"), seed=0).lengths
+    assert not loss_weights(model, stack, streams, seed=0).lengths
 
 
 def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
     assert swept.chosen_batches(streams, 0.25) == [0, 4]
-    found = loss_weights(model, stack, streams, torch.device("cpu"), seed=0, share=0.25)
+    found = loss_weights(model, stack, streams, seed=0, share=0.25)
     assert found.lengths == [16] * 8
     for name, batches in found.tokens.items():
         versions = 4 if name in {block.name for block in stack.blocks} else 1

@@ -16,8 +16,6 @@ from optima.errors import ModelError
 from optima.models.stacks import find_stacks, select_linears
 from optima.tuning import BlockError, Tuned, Tuning, tune
 
-CPU = torch.device("cpu")
-
 
 def make_gpt2() -> GPT2LMHeadModel:
     """Its linears store their weights as inputs x outputs."""
@@ -31,16 +29,15 @@ def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, bat
     block = stack.blocks[0]
     streams = capture(model, stack, list(make_tokens(sequences, 16).split(batch_size)))
     dense = streams.copy()
-    dense.advance(block, CPU)
+    dense.advance(block)
     keeps = {}
     for linear in block.linears:
         weight_OD = linear.read().clone()
         keeps[linear.name] = weight_OD.abs() > weight_OD.abs().median()
         linear.write(weight_OD * keeps[linear.name])
     with torch.no_grad():
-        found = tune(
-            block, keeps, streams, dense.hidden, BlockError.by_channel(dense.hidden), Tuning(3, learning_rate), CPU
-        )
+        cost = BlockError.by_channel(dense.hidden)
+        found = tune(block, keeps, streams, dense.hidden, cost, Tuning(3, learning_rate))
     for linear in block.linears:
         assert bool((linear.read()[~keeps[linear.name]] == 0).all())
     return found
@@ -177,3 +174,15 @@ def test_the_rate_is_relative_to_a_tensors_size() -> None:
         scaled.model.layers[0].mlp.up_proj.weight *= 16
         scaled.model.layers[0].mlp.down_proj.weight /= 16
     assert tuned(scaled, 2e-3).held_out == pytest.approx(tuned(plain, 2e-3).held_out, rel=1e-2)
+
+
+def test_a_norm_of_another_block_stays() -> None:
+    """Its dense outputs, towards which that block is tuned, would change."""
+    model = make_llama().eval()
+    first, second = model.model.layers
+    second.input_layernorm = first.input_layernorm
+    before = first.input_layernorm.weight.clone()
+    own = first.post_attention_layernorm.weight.clone()
+    assert tuned(model, 2e-3).best > 0
+    assert first.input_layernorm.weight.equal(before)
+    assert not first.post_attention_layernorm.weight.equal(own)

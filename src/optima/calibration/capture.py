@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +46,8 @@ def capture(
     """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
     The whole model runs on ``PROBE_LENGTH`` tokens, then its blocks one by one; the outputs must agree. On the batches
-    only the embedding and what surrounds the blocks is computed, where the model's weights are.
+    only the embedding and what surrounds the blocks is computed. All this happens where the model's weights are, or are
+    brought when it runs (``Weights.outside``): some models have parts that only run there.
 
     Args:
         model: the whole model, in evaluation mode.
@@ -54,7 +56,8 @@ def capture(
         whole: no block is left out.
         ranks: the processes that each have batches of their own, of sequences that are equally long.
         store: keeps the hidden states; None: main memory does.
-        halving: takes apart the batches that the device has no memory for; those of the streams are smaller then.
+        halving: of the device where blocks will run; takes apart the batches that it has no memory for, and those of
+            the streams are smaller then. None: of the CPU.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
@@ -74,11 +77,11 @@ def capture(
         probe, apart = look(model, stack, first), "a batch of this model cannot be taken apart into its samples"
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
     halving = halving or Halving()
-    trial = Streams(probe, [], [], [[] for _ in blocks], [], halving=halving, whole=apart)
+    home = Halving(next(model.parameters()).device)  # blocks come to where the embedding is, see ``Weights.outside``
+    trial = Streams(probe, [], [], [[] for _ in blocks], [], halving=home, whole=apart)
     _record(model, stack, [first], trial)
     for block in blocks:
-        home = next((each.device for each in block.module.parameters() if not each.is_meta), trial.hidden[0].device)
-        trial.advance(block, home)
+        trial.advance(block)
         if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index])):
             raise ModelError(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
@@ -92,7 +95,7 @@ def capture(
     _record(model, stack, batches, streams)
     if ranks.size > 1:
         own = sum(samples for samples, _ in streams.sizes), sum(map(math.prod, streams.sizes))
-        streams.ranks, streams.parts = ranks, tuple(ranks.gather(own))
+        return replace(streams, ranks=ranks, parts=tuple(ranks.gather(own)))
     return streams
 
 

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from optima.calibration.tempering import POWER
 from optima.device import bfloat16_products
+from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.models.stacks import Block, Linear, is_expert
 
 # Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.
@@ -31,10 +32,10 @@ def couples(linear: Linear) -> bool:
     """Whether the coupling of a linear's rows is found.
 
     Not where outputs outnumber inputs, as in an MLP's first half: it costs more there, and gains less. Nor for experts,
-    most of which are given few tokens.
+    most of which are given few tokens, nor for more inputs than an eigendecomposition can have.
     """
     outputs, inputs = linear.shape
-    return outputs <= min(inputs, MOST_ROWS) and not is_expert(linear)
+    return outputs <= min(inputs, MOST_ROWS) and inputs <= MOST_EIGENVALUES and not is_expert(linear)
 
 
 class Halves:

@@ -27,14 +27,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from optima.calibration.accumulator import SAMPLE, Accumulator, Found, sampled
 from optima.calibration.halving import Once, rows_of
 from optima.calibration.reduction import reduce_to
 from optima.calibration.routed import Group, Recorded
-from optima.calibration.statistics import SAMPLE, Accumulator, Found, sampled
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision
-from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import ROUND_ROWS, mirror
@@ -66,8 +65,7 @@ class TokenWeights:
             self._all = []
             for samples, length in streams.sizes:
                 weight_T = torch.ones(samples * length)
-                first = slice(samples) if streams.probe.sequence_first else slice(None, None, length)
-                weight_T[first] = max(1.0, sink_weight * length)
+                weight_T[streams.probe.starts(samples, length)] = max(1.0, sink_weight * length)
                 self._all.append(weight_T)
 
     def of_all(self, batch: int, part: slice) -> Tensor | None:
@@ -88,29 +86,22 @@ class TokenWeights:
         return None if routed_T is None else routed_T.to(tokens_T.device)[tokens_T + part.start * length], True
 
 
-def observe_experts(
-    recorded: Recorded,
-    weights: TokenWeights,
-    device: torch.device,
-    damping: float,
-    clock: Stopwatch,
-    ranks: Ranks = ALONE,
-) -> Iterator[Found]:
-    """The statistics of every expert of a module, which is on ``device``; an expert is dense until its are given.
+def observe_experts(recorded: Recorded, weights: TokenWeights, damping: float, clock: Stopwatch) -> Iterator[Found]:
+    """The statistics of every expert of a module; an expert is dense until its are given.
+
+    Each process has calls of its own, and is given the statistics of the experts that it owns.
 
     Args:
-        recorded: the module and its inputs.
+        recorded: the module, which is on the device of its streams, and its inputs.
         weights: of tokens.
-        device: where to compute.
         damping: of the hessians.
         clock: told of the stages ``forward`` and ``hessian``.
-        ranks: the processes; each has calls of its own, and is given the statistics of the experts that it owns.
 
     Raises:
         CalibrationError: on NaN or Inf in an expert's inputs.
         ModelError: see ``Recorded.run_all``.
     """
-    calls = ranks.gather(len(recorded.calls))
+    calls = recorded.streams.ranks.gather(len(recorded.calls))
     if not any(calls):
         yield from (Found(None, group) for group in recorded.groups)
         return
@@ -119,7 +110,7 @@ def observe_experts(
             f"{recorded.experts.name} is given tokens in some processes alone: mix the batches, so that each has some "
             "for all experts, or start one process"
         )
-    everything = _Everything(recorded, weights, device, clock, ranks)
+    everything = _Everything(recorded, weights, clock)
     by_expert: defaultdict[int, list[Group]] = defaultdict(list)
     for group in recorded.groups:
         assert isinstance(group[0], ExpertLinear)
@@ -144,10 +135,9 @@ class Common:
 class _Everything:
     """All tokens of the block at the module's input, whatever they are routed to."""
 
-    def __init__(
-        self, recorded: Recorded, weights: TokenWeights, device: torch.device, clock: Stopwatch, ranks: Ranks
-    ) -> None:
-        self.weights, self.device, self.clock, self.ranks = weights, device, clock, ranks
+    def __init__(self, recorded: Recorded, weights: TokenWeights, clock: Stopwatch) -> None:
+        self.weights, self.clock = weights, clock
+        ranks, device = recorded.streams.ranks, recorded.streams.device
         calls = ranks.gather(len(recorded.calls))
         self.calls, self.before = sum(calls), sum(calls[: ranks.rank])
         accumulator = Accumulator()
@@ -172,7 +162,7 @@ class _Everything:
         self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
         if ranks.size > 1:
             name = recorded.experts.name
-            reduce_to({name: None}, {name: accumulator}, {name: self.sample_ND.shape[1]}, set(), (ranks, device))
+            reduce_to({name: None}, {name: accumulator}, set(), recorded.streams)
         self.common = Common(_mean(accumulator), thinned(self.sample_ND, SAMPLE).float())
 
 
@@ -188,10 +178,10 @@ class _Portion:
         groups = [group for groups in self.experts.values() for group in groups]
         own = {group[0].name: Accumulator() for group in groups}
         for place in range(len(self.recorded.calls)):
-            self.recorded.run(place, self.everything.device, partial(self._part_watched, groups, own, Once()))
+            self.recorded.run(place, partial(self._part_watched, groups, own, Once()))
         owners = self._reduce(groups, own)
         for number, groups in self.experts.items():
-            if owners[number] != self.everything.ranks.rank:
+            if owners[number] != self.recorded.streams.ranks.rank:
                 yield from (Found(None, group, group[0].name not in self.untold, owners[number]) for group in groups)
                 continue
             inner = [group for group in groups if self._inner(group)]
@@ -207,12 +197,11 @@ class _Portion:
 
     def _reduce(self, groups: list[Group], own: dict[str, Accumulator]) -> dict[int, int]:
         """Each expert's sums of all processes at its owner; the owners by the expert's number."""
-        ranks = self.everything.ranks
+        ranks = self.recorded.streams.ranks
         owners = {number: place % ranks.size for place, number in enumerate(self.experts)}
         if ranks.size > 1:
             names = {group[0].name: owners[number] for number, groups in self.experts.items() for group in groups}
-            sizes = {group[0].name: group[0].shape[1] for group in groups}
-            reduce_to(names, own, sizes, self.untold, (ranks, self.everything.device))
+            reduce_to(names, own, self.untold, self.recorded.streams)
         return owners
 
     def _inner(self, group: Group) -> bool:

@@ -20,15 +20,14 @@ from optima.errors import OTHER_DTYPE, ModelError, NumericalError
 from optima.models.stacks import Block
 
 
-def regional_gradients(block: Block, streams: Streams, device: torch.device) -> dict[str, Tensor]:
+def regional_gradients(block: Block, streams: Streams) -> dict[str, Tensor]:
     """Root mean square over samples of the gradient of ||f(X)||_2 / sqrt(L), for every linear of the block.
 
     The norm is by the root of the tokens because H is a mean over tokens: the ratio of the two is then as published.
 
     Args:
-        block: on ``device``.
+        block: on the device of ``streams``.
         streams: what enters the block, run one sequence at a time.
-        device: where to compute.
 
     Returns:
         gradient_OD, float32, by the linear's full name; zero where no sample reached the linear.
@@ -42,11 +41,11 @@ def regional_gradients(block: Block, streams: Streams, device: torch.device) -> 
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     samples = 0
     with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module, weights):
-        sums = {linear.name: torch.zeros(linear.shape, device=device) for linear in block.linears}
+        sums = {linear.name: torch.zeros(linear.shape, device=streams.device) for linear in block.linears}
         for batch, (count, length) in enumerate(streams.sizes):
             for sample in range(count):
                 one = slice(sample, sample + 1)
-                output_1LE = hidden_of(streams.run(block, batch, device, one, looks=True)).float()
+                output_1LE = hidden_of(streams.run(block, batch, one, looks=True)).float()
                 loss = torch.linalg.vector_norm(output_1LE) / length**0.5
                 scale = 2.0 ** round(math.log2(GRADIENT * length * output_1LE.shape[-1] ** 0.5))
                 found = torch.autograd.grad(loss * scale, weights, allow_unused=True)

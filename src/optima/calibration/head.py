@@ -6,6 +6,7 @@ chunk, K chunks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -52,11 +53,31 @@ def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, toke
         return MAIN, "the encoder's gradients came through its decoder on the CPU, whose weights were there all at once"
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    blocks = [block for each in find_stacks(model) for block in each.blocks]
-    outside = count_by_place(model, blocks)[1] * model.dtype.itemsize
-    if outside + logits_bytes(model, tokens) <= free:
+    if _outside_bytes(model) + logits_bytes(model, tokens) <= free:
         return device, ""
     return MAIN, f"the head ran on the CPU: {describe_memory(device)} had no room for the weights outside the blocks"
+
+
+def embedding_device(model: PreTrainedModel, device: torch.device, batches: Sequence[Batch]) -> torch.device:
+    """Where the model runs while the inputs of its blocks are captured, if these run on ``device``.
+
+    There, for kernels of some models run nowhere else. But in main memory if the weights outside the blocks are more
+    than half of a card, or batches are not of words alone: to look at the model is to hold the inputs of all linears.
+    It is the same in all processes, and when a run goes on.
+    """
+    first = next(model.parameters())
+    inside = {id(each) for stack in find_stacks(model) for block in stack.blocks for each in block.module.parameters()}
+    if device.type in ("cpu", first.device.type) or id(first) in inside:  # inputs go to where the first parameter is
+        return MAIN
+    if not all(isinstance(batch, Tensor) for batch in batches):
+        return MAIN
+    fits = 2 * _outside_bytes(model) <= torch.cuda.get_device_properties(device).total_memory
+    return device if fits else MAIN
+
+
+def _outside_bytes(model: PreTrainedModel) -> int:
+    blocks = [block for each in find_stacks(model) for block in each.blocks]
+    return count_by_place(model, blocks)[1] * model.dtype.itemsize
 
 
 def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:

@@ -13,22 +13,19 @@ Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs, E h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.coupling import Halves, finished, packed
-from optima.calibration.halving import rows_of
+from optima.calibration.backward import second_moment, through
+from optima.calibration.coupling import finished
 from optima.calibration.head import at_the_head, head_device
 from optima.calibration.inputs import words_size
 from optima.calibration.left_behind import LeftBehind
-from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
 from optima.calibration.swept import (
     Draws,
@@ -43,9 +40,8 @@ from optima.calibration.swept import (
 from optima.calibration.tempering import LossWeights, Moments
 from optima.device import differentiable, give_back_freed_memory
 from optima.errors import NotDifferentiableError
-from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Stack, count_parameters
-from optima.models.weights import MAIN, Resident, Weights
+from optima.models.weights import Resident, Weights
 
 WORDS = "that of words drawn from the model"
 
@@ -54,7 +50,6 @@ def loss_weights(
     model: PreTrainedModel,
     stack: Stack,
     streams: Streams,
-    device: torch.device,
     seed: int,
     residual: bool = False,
     weights: Weights | None = None,
@@ -71,7 +66,6 @@ def loss_weights(
         model: the whole model, in evaluation mode.
         stack: the stack that its head reads.
         streams: what enters the first block, with the calls of all blocks; left as it is.
-        device: where blocks run.
         seed: of the labels.
         residual: find ``LossWeights.residual`` too, at a product of E x E entries a token and block.
         weights: brings blocks to the device; None: they are all in main memory.
@@ -89,23 +83,24 @@ def loss_weights(
         tally = _Tally(model, stack, sum(math.prod(streams.sizes[batch]) for batch in swept), told)
         # Where tokens are counted before sequences, halves of these cannot be told.
         numbers = sweep_numbers(streams, share) if coupled and not streams.probe.sequence_first else None
-        sweep = _Sweep(model, stack, streams, device, weights or Resident(model), tally, residual, numbers)
+        most = max((math.prod(streams.sizes[batch]) for batch in swept), default=0)
+        place, told_of_place = head_device(model, stack, streams.device, most)
+        sweep = _Sweep(model, stack, streams, weights or Resident(model), tally, place, residual, numbers)
         found, ends = sweep.run(parts, seed)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):
         raise NotDifferentiableError(problem)
     assert found is not None
+    found.told = told_of_place
     fill_in(found.tokens, streams, swept)
     fill_in_routed(found.routed, streams, swept)
-    _reduce(found, stack, streams, swept, start_alike(streams, ends), device)
+    _reduce(found, stack, streams, swept, start_alike(streams, ends))
     give_back_freed_memory()
     return found
 
 
-def _reduce(
-    found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[int], alike: bool, device: torch.device
-) -> None:
+def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[int], alike: bool) -> None:
     """Means over the tokens of all processes, of which each keeps the weights of its own."""
     ranks = streams.ranks
     tokens = sum(ranks.gather(sum(math.prod(streams.sizes[batch]) for batch in swept)))
@@ -128,7 +123,7 @@ def _reduce(
             found.residual[name] = streams.store.keep(total_EE / tokens)
     for name, shape in _union(halves for *_, halves in known).items():
         sums_OP = ranks.total(found.coupling.pop(name, torch.zeros(shape)))
-        found.coupling[name] = streams.store.keep(finished(sums_OP.to(device)).cpu())
+        found.coupling[name] = streams.store.keep(finished(sums_OP.to(streams.device)).cpu())
 
 
 Named = TypeVar("Named")
@@ -169,27 +164,26 @@ class _Tally:
             self._told(self._done / self._total)
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Sweep:
     """There and back through the dense model, some of the sequences at a time.
 
     Attributes:
-        model, stack, streams, device, weights: see ``loss_weights``.
+        model, stack, streams, weights: see ``loss_weights``.
         tally: told of what is done.
+        place: where the head runs.
         residual: whether ``LossWeights.residual`` is found.
         numbers: of each batch's first sequence, if ``LossWeights.coupling`` is found; see ``Halves``.
-        place: where the head runs.
     """
 
     model: PreTrainedModel
     stack: Stack
     streams: Streams
-    device: torch.device
     weights: Weights
     tally: _Tally
+    place: torch.device
     residual: bool
     numbers: Sequence[int] | None
-    place: torch.device = MAIN
 
     def run(self, parts: Sequence[Sequence[int]], seed: int) -> tuple[LossWeights, list[Tensor]]:
         """Sums over this process's tokens of the batches in all ``parts``, where ``loss_weights`` returns means.
@@ -199,8 +193,6 @@ class _Sweep:
         if any(parameter.is_inference() for parameter in self.model.parameters()):
             raise NotDifferentiableError("the model was made inside torch.inference_mode()")
         found = LossWeights(WORDS if self._has_words else "the square of the change of the last hidden states")
-        most = max((math.prod(self.streams.sizes[batch]) for part in parts for batch in part), default=0)
-        self.place, found.told = head_device(self.model, self.stack, self.device, most)
         ends: list[Tensor] = []
         draws = self._draws(seed)
         with torch.inference_mode(False), torch.enable_grad(), differentiable(self.model):
@@ -227,8 +219,8 @@ class _Sweep:
         kept = []
         for block in self.stack.blocks:
             kept.append(list(part.hidden))
-            with self.weights.on(block, self.device):
-                part.advance(block, self.device)
+            with self.weights.on(block, part.device):
+                part.advance(block)
             self.tally.forward(block, part)
         return kept
 
@@ -261,127 +253,8 @@ class _Sweep:
         for block in reversed(self.stack.blocks):
             part.hidden = kept.pop()
             if self.residual:
-                sum_EE = second_moment(gradients, self.device, found.residual.get(block.name))
+                sum_EE = second_moment(gradients, part.device, found.residual.get(block.name))
                 found.residual[block.name] = self.streams.store.keep(sum_EE)
-            with self.weights.on(block, self.device):
-                through(block, part, gradients, self.device, found, left, numbers)
+            with self.weights.on(block, part.device):
+                through(block, part, gradients, found, left, numbers)
             self.tally.back(block, part)
-
-
-def second_moment(gradients: Sequence[Tensor], device: torch.device, before_EE: Tensor | None = None) -> Tensor:
-    """The sum over tokens of g g^T, (E, E), on the CPU; batches are added to that of earlier ones, one by one."""
-    size = gradients[0].shape[-1]
-    product_EE = torch.zeros(size, size, device=device) if before_EE is None else before_EE.to(device, copy=True)
-    for gradient in gradients:
-        flat_TE = gradient.to(device).flatten(0, -2).float()
-        product_EE += flat_TE.mT @ flat_TE
-    return product_EE.cpu()
-
-
-class _Notes:
-    """Squares of the gradients at a block's linears: of rows at once, of tokens once all batches were through."""
-
-    def __init__(self, block: Block, streams: Streams, found: LossWeights, numbers: Sequence[int] | None) -> None:
-        self._block, self._sizes, self._unordered, self._found = block, streams.sizes, streams.probe.routed, found
-        self._leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
-        self._tokens: dict[str, list[Tensor]] = {}
-        self._routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._halves, self._store = Halves(block, streams.sizes, numbers, found.coupling), streams.store
-
-    @contextmanager
-    def watch(self, batch: int, part: slice) -> Iterator[None]:
-        """Note the gradients of samples of a batch in a backward pass inside, if it gets to its end."""
-        noted: list[Callable[[], None]] = []
-
-        def note(name: str, gradient: Tensor, tokens_T: Tensor | None = None) -> None:
-            gradient_TO = gradient.detach().flatten(0, -2)
-            square_TO = gradient_TO.float().square()
-            sum_O, sum_T = square_TO.sum(dim=0), square_TO.sum(dim=1)
-            noted.append(partial(self._note, name, batch, part, sum_O, sum_T.cpu(), tokens_T))
-            told = name not in self._unordered
-            products = self._halves.products(name, gradient_TO, sum_T, batch, part) if told else None
-            if products is not None:
-                noted.append(partial(self._halves.add, name, products))
-
-        with ExitStack() as hooks:
-            for linear in self._block.linears:
-                see = partial(note, linear.name)
-                if isinstance(linear, ExpertLinear):
-                    nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-                    self._routed.setdefault(linear.name, [nowhere for _ in self._sizes])
-                    hooks.callback(linear.watch_tokens(see).remove)
-                else:
-                    hooks.callback(linear.watch(see).remove)
-            yield
-        for each in noted:
-            each()
-
-    def _note(self, name: str, batch: int, part: slice, sum_O: Tensor, sum_T: Tensor, tokens_T: Tensor | None) -> None:
-        rows, (_, length) = self._found.rows, self._sizes[batch]
-        if not bool(sum_T.isfinite().all()):
-            raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
-        rows[name] = rows.get(name, 0.0) + sum_O.double()
-        begin, count = part.start * length, (part.stop - part.start) * length
-        if name in self._routed:
-            if tokens_T is not None:
-                known = self._routed[name][batch]
-                found = (tokens_T.cpu() + begin, sum_T)
-                self._routed[name][batch] = torch.cat((known[0], found[0])), torch.cat((known[1], found[1]))
-        elif name not in self._unordered and len(sum_T) == count:
-            if (leader := self._leaders[name]) not in self._tokens:
-                self._tokens[leader] = [torch.zeros(math.prod(size)) for size in self._sizes]
-            own = self._tokens[leader]
-            own[batch][begin : begin + count] += sum_T
-
-    def close(self) -> None:
-        """Hand on what was noted of tokens, and of rows that go together."""
-        for name, halves in self._halves.sums.items():
-            self._found.coupling[name] = self._store.keep(packed(halves).cpu())
-        for name, batches in self._tokens.items():
-            self._found.tokens.setdefault(name, []).extend(batches)
-        for name, routed in self._routed.items():
-            self._found.routed.setdefault(name, []).extend(routed)
-
-
-def through(
-    block: Block,
-    streams: Streams,
-    gradients: list[Tensor],
-    device: torch.device,
-    found: LossWeights,
-    left: LeftBehind | None = None,
-    numbers: Sequence[int] | None = None,
-) -> None:
-    """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears.
-
-    ``left``: of the blocks behind it. ``numbers``: see ``Halves``.
-    """
-    left = left or LeftBehind()
-    notes = _Notes(block, streams, found, numbers)
-
-    def back(batch: int, part: slice) -> tuple[Tensor, Tensor]:
-        gradient = rows_of(gradients[batch], part, streams.sizes[batch][0]).to(device)
-        square_T = gradient.float().square().sum(dim=-1).flatten()
-        if not bool(square_T.isfinite().all()):
-            raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
-        leaves: list[Tensor] = []
-        states = streams.states(block, batch)
-
-        def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            leaves.append(args[0].detach().requires_grad_(True))
-            return block.module(leaves[0], *args[1:], **kwargs)
-
-        with notes.watch(batch, part):
-            left.lend(states)
-            output = hidden_of(streams.run(block, batch, device, part, call))
-            if not output.requires_grad:
-                raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
-            left.back(states, output, gradient)
-        assert leaves[0].grad is not None
-        return square_T.cpu(), leaves[0].grad.cpu()
-
-    for batch in range(len(gradients)):
-        squares, parts = zip(*streams.in_parts(block, batch, partial(back, batch)), strict=True)
-        found.tokens.setdefault(block.name, []).append(torch.cat(squares))
-        gradients[batch] = streams.store.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
-    notes.close()

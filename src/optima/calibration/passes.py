@@ -47,9 +47,8 @@ class Passes:
     """Forward passes of all batches of ``streams`` through a block, inside this context.
 
     Args:
-        block: on ``device``.
+        block: on the device of the streams.
         streams: what enters it.
-        device: where to compute.
         groups: linears by the input that they share; of each, a pass waits at the one that it calls first.
         see: is shown the input before a pass waits, once.
 
@@ -57,10 +56,8 @@ class Passes:
         given: what the linears were given in the first pass.
     """
 
-    def __init__(
-        self, block: Block, streams: Streams, device: torch.device, groups: Sequence[Sequence[Linear]], see: See
-    ) -> None:
-        self._block, self._streams, self._device, self._groups, self._see = block, streams, device, groups, see
+    def __init__(self, block: Block, streams: Streams, groups: Sequence[Sequence[Linear]], see: See) -> None:
+        self._block, self._streams, self._groups, self._see = block, streams, groups, see
         self._passes: list[dict[tuple[int, int], _Pass]] = [{} for _ in streams.sizes]
         self._let_through: set[str] = set()
         self._now = 0, slice(0)
@@ -91,7 +88,7 @@ class Passes:
         for batch, waiting in enumerate(self._passes):
             parts = self._streams.in_parts(self._block, batch, partial(self._go_on, batch, waiting))
             self._passes[batch] = {(part.start, part.stop): one for part, one in parts}
-        if self._device.type == "cpu":
+        if self._streams.device.type == "cpu":
             give_back_freed_memory()  # between what waits are holes, too small for what the next group is given
         return {one.waits_at for passes in self._passes for one in passes.values() if one.waits_at is not None}
 
@@ -107,7 +104,7 @@ class Passes:
         if one is None:
             if not batch and not part.start:
                 self.given = Given()
-            one = _Pass(partial(self._streams.outputs, self._block, batch, self._device, part))
+            one = _Pass(partial(self._streams.outputs, self._block, batch, part))
         self._now = batch, part
         one.go_on()
         return part, one

@@ -62,8 +62,11 @@ class Probe:
         told = len(counts) > 1 and [count for count in counts if count != 1] == [n for n in order if n != 1]
         if not (flat or told):
             return None
-        inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-        return inputs_TD[:samples] if self.sequence_first else inputs_TD[::length]
+        return inputs.reshape(-1, inputs.shape[-1])[self.starts(samples, length)]
+
+    def starts(self, samples: int, length: int) -> slice:
+        """Where the first token of each sequence is among all tokens of a batch."""
+        return slice(samples) if self.sequence_first else slice(None, None, length)
 
 
 class Given:
@@ -94,6 +97,19 @@ def identity(tensor: Tensor) -> object:
     return (tensor.device, address, tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
 
 
+# What Triton and CUDA extensions say of tensors in main memory.
+OF_KERNELS = ("is_cuda", "cannot be accessed from Triton")
+
+
+def _refuse_kernels(model: nn.Module, error: Exception) -> None:
+    """Raise if it comes from kernels of a package that the library takes wherever a model runs."""
+    if any(text in str(error) for text in OF_KERNELS):
+        raise ModelError(
+            f"{type(model).__name__} runs by kernels that need a GPU ({error}): take --device cuda and text alone, or "
+            "uninstall their package (causal_conv1d, fla or mamba_ssm), without which it runs anywhere"
+        ) from error
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether it was raised by a hook of this package, which is a bug."""
     trace = error.__traceback__
@@ -118,7 +134,11 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
     given |= {name: tensor.to(own) for name, tensor in given.items() if tensor.is_floating_point()}
     try:
         return model(**given, **options)
+    except RuntimeError as error:
+        _refuse_kernels(model, error)
+        raise
     except (TypeError, ValueError) as error:  # what the library raises where other inputs are missing
+        _refuse_kernels(model, error)
         what = "token ids alone" if isinstance(batch, Tensor) else "what it is given for calibration"
         raise ModelError(f"{type(model).__name__} cannot run on {what}: {error}") from error
 

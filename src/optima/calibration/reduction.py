@@ -7,26 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Call, Streams
 from optima.distributed import ALONE, Ranks, share_out
 from optima.models.stacks import Block, Linear
 from optima.qp.rows import chunk_rows
-
-if TYPE_CHECKING:
-    from optima.calibration.statistics import Accumulator
 
 # A linear's products of O x D x D, forward and back, for select, solve and rounding; its hessian costs a few of D^3.
 PRODUCTS = 10
 
 
 class _Counts(NamedTuple):
-    """What one process holds of a group: tokens, their weight beyond one, and how many rows of inputs it has kept."""
+    """What one process holds of a group: D, tokens, their weight beyond one, how many rows of inputs it has kept."""
 
+    size: int
     tokens: int
     extra_weight: float
     extra: int
@@ -37,8 +36,7 @@ def reduce_statistics(
     accumulators: Mapping[str, Accumulator],
     untold: set[str],
     groups: Sequence[Sequence[Linear]],
-    ranks: Ranks,
-    device: torch.device,
+    streams: Streams,
 ) -> dict[str, int | None]:
     """Bring the sums of all processes together: each group's at its owner, or at all if they solve it together.
 
@@ -48,35 +46,31 @@ def reduce_statistics(
         accumulators: of each group, by its first linear; changed in place.
         untold: names of groups whose tokens could not be told apart here; those of other processes are added.
         groups: of linears that share their input.
-        ranks: the processes.
-        device: where the sums are.
+        streams: of this process; the sums are on their device.
 
     Returns:
         The owner of each group, by its first linear; None: all processes.
     """
     names = [group[0].name for group in groups]
-    if ranks.size == 1:
+    if streams.ranks.size == 1:
         return dict.fromkeys(names, 0)
-    divisible = [any(_chunks(linear, device) > 1 for linear in group) for group in groups]
-    owners = dict(zip(names, share_out([cost(group) for group in groups], ranks.size, divisible), strict=True))
-    sizes = {group[0].name: group[0].shape[1] for group in groups}
-    reduce_to(owners, accumulators, sizes, untold, (ranks, device))
+    divisible = [any(_chunks(linear, streams.device) > 1 for linear in group) for group in groups]
+    owners = dict(zip(names, share_out([cost(group) for group in groups], streams.ranks.size, divisible), strict=True))
+    reduce_to(owners, accumulators, untold, streams)
     return owners
 
 
 def reduce_to(
     owners: Mapping[str, int | None],
     accumulators: Mapping[str, Accumulator],
-    sizes: Mapping[str, int],
     untold: set[str],
-    place: tuple[Ranks, torch.device],
+    streams: Streams,
 ) -> None:
-    """As ``reduce_statistics``, where the owners are known; ``sizes``: D of each, ``place``: processes and device."""
-    ranks, _ = place
-    found = ranks.gather(({name: _counts(accumulators[name]) for name in owners}, frozenset(untold)))
+    """As ``reduce_statistics``, where the owners are known."""
+    found = streams.ranks.gather(({name: _counts(accumulators[name]) for name in owners}, frozenset(untold)))
     untold.update(*(theirs for _, theirs in found))
     for name, owner in owners.items():
-        _reduce(accumulators[name], [own[name] for own, _ in found], sizes[name], owner, place)
+        _reduce(accumulators[name], [own[name] for own, _ in found], owner, streams)
 
 
 def cost(group: Sequence[Linear]) -> float:
@@ -93,23 +87,19 @@ def _chunks(linear: Linear, device: torch.device) -> int:
 
 def _counts(accumulator: Accumulator) -> _Counts:
     extra, sample = (sum(map(len, rows)) for rows in (accumulator.extra, accumulator.sample))
-    return _Counts(accumulator.tokens, accumulator.extra_weight, extra, sample)
+    size = 0 if accumulator.sum_DD is None else len(accumulator.sum_DD)
+    return _Counts(size, accumulator.tokens, accumulator.extra_weight, extra, sample)
 
 
-def _reduce(
-    accumulator: Accumulator,
-    counts: Sequence[_Counts],
-    size: int,
-    owner: int | None,
-    place: tuple[Ranks, torch.device],
-) -> None:
-    ranks, device = place
+def _reduce(accumulator: Accumulator, counts: Sequence[_Counts], owner: int | None, streams: Streams) -> None:
+    ranks = streams.ranks
     accumulator.tokens = sum(count.tokens for count in counts)
     accumulator.extra_weight = sum(count.extra_weight for count in counts)
     if not accumulator.tokens:
         return
     if accumulator.sum_DD is None:
-        accumulator.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=device)
+        size = max(count.size for count in counts)
+        accumulator.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=streams.device)
     ranks.add_lower(accumulator.sum_DD, owner)
     extra_ND = _stacked(accumulator.extra, [count.extra for count in counts], accumulator.sum_DD, (ranks, owner))
     sample_ND = _stacked(accumulator.sample, [count.sample for count in counts], accumulator.sum_DD, (ranks, owner))

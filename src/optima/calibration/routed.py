@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,14 +9,12 @@ import torch
 from torch import Tensor
 
 from optima.calibration.halving import rows_of
-from optima.calibration.streams import Streams, map_tensors
+from optima.calibration.streams import Streams, Watched, map_tensors
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear, FusedExperts
 from optima.models.stacks import Block, Linear
 
 Group = tuple[Linear, ...]
-# What surrounds a pass over samples of a batch.
-Watched = Callable[[int, slice], AbstractContextManager[None]]
 
 
 @dataclass
@@ -45,19 +41,18 @@ class Recorded:
 
         self.calls.append((batch, part, map_tensors(args, kept), map_tensors(kwargs, kept)))
 
-    def run(self, place: int, device: torch.device, watched: Watched) -> None:
+    def run(self, place: int, watched: Watched) -> None:
         """The call number ``place`` again, for the experts that are watched.
 
         Args:
             place: in ``calls``.
-            device: where the module is.
             watched: what surrounds it; given the batch and the samples of it that run together.
         """
         batch, part, args, kwargs = self.calls[place]
         samples = part.stop - part.start
 
         def run(own: slice) -> None:
-            inputs = map_tensors((args, kwargs), lambda tensor: rows_of(tensor, own, samples).to(device))
+            inputs = map_tensors((args, kwargs), lambda tensor: rows_of(tensor, own, samples).to(self.streams.device))
             with watched(batch, slice(part.start + own.start, part.start + own.stop)), self.experts.only_watched():
                 self.experts.module(*inputs[0], **inputs[1])
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optima.calibration.accumulator import SAMPLE, Accumulator, Found, sampled
+from optima.calibration.expert_statistics import TokenWeights, observe_experts
 from optima.calibration.halving import Once, rows_of
 from optima.calibration.passes import Passes
 from optima.calibration.probe import Given
@@ -28,108 +29,16 @@ from optima.calibration.reduction import reduce_statistics
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
-from optima.device import Stopwatch, bfloat16_products, full_precision
+from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import add_gram, mirror
-from optima.linalg.statistics import Statistics, sampling_step
+from optima.linalg.statistics import sampling_step
 from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block, Linear, has_experts
-
-# Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
-SAMPLE = 512
-
-
-@dataclass(frozen=True)
-class Found:
-    """What calibration found for linears that share their input.
-
-    Attributes:
-        statistics: of the input; None if no token reached the linears.
-        linears: the linears.
-        told: False if tokens could not be told from each other, as in the experts of a mixture: they weigh alike then.
-        owner: number of the process that prunes them; None: all processes together. Others have no statistics.
-        recorded: instead of statistics what a module of experts was given, see ``calibration.expert_statistics``.
-    """
-
-    statistics: Statistics | None
-    linears: tuple[Linear, ...]
-    told: bool = True
-    owner: int | None = 0
-    recorded: Recorded | None = None
-
-
-class Accumulator:
-    """X^T S X over the tokens seen so far, S their weights: float32 products of each batch, summed in float64.
-
-    Where X is of bfloat16, so is S^1/2 X.
-    """
-
-    def __init__(self) -> None:
-        self.sum_DD: Tensor | None = None
-        self.tokens = 0
-        self.extra_weight = 0.0
-        self.extra: list[Tensor] = []
-        self.sample: list[Tensor] = []
-
-    def add(
-        self,
-        inputs_TD: Tensor,
-        weight_T: Tensor | None = None,
-        heavy_ND: Tensor | None = None,
-        weight: float = 0.0,
-        sample_ND: Tensor | None = None,
-    ) -> bool:
-        """Add tokens that weigh 1 each, or ``weight_T``. Out of memory, it adds nothing at all.
-
-        Args:
-            inputs_TD: of the tokens.
-            weight_T: of each.
-            heavy_ND: those of them that weigh more, each by ``weight``.
-            weight: see there.
-            sample_ND: those of them to keep.
-
-        Returns:
-            False if they, or their squares, have NaN or Inf: the sum is of no use then.
-        """
-        extra = [] if heavy_ND is None else [heavy_ND.float() * weight**0.5]
-        # A copy: as a view it would hold the whole batch.
-        sample = [] if sample_ND is None else [sample_ND.to(torch.float32, copy=True)]
-        if self.sum_DD is None:
-            size = inputs_TD.shape[1]
-            self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
-        if weight_T is not None:
-            weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
-            # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
-            inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
-        with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
-            add_gram(self.sum_DD, inputs_TD)
-        self.tokens += len(inputs_TD)
-        self.extra_weight += weight * sum(map(len, extra))
-        if weight_T is not None:
-            self.extra_weight += float(weight_T.sum(dtype=torch.float64)) - len(weight_T)
-        self.extra += extra
-        self.sample += sample
-        # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
-        return bool(self.sum_DD.diagonal().isfinite().all())
-
-    def finish(self, damping: float) -> Statistics | None:
-        """H = X^T S X / tr S and what it is made of; None if there were no tokens. The accumulator is used up."""
-        if self.sum_DD is None:
-            return None
-        extra_ND = torch.cat(self.extra) if self.extra else None
-        mirror(self.sum_DD)
-        if extra_ND is not None:
-            self.sum_DD.addmm_(extra_ND.double().mT, extra_ND.double())
-        hessian = Hessian(self.sum_DD.div_(self.tokens + self.extra_weight), damping)
-        sample_ND = torch.cat(self.sample) if self.sample else None
-        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight, sample_ND)
+from optima.models.stacks import Block, has_experts
 
 
 def observe(
     block: Block,
     streams: Streams,
-    device: torch.device,
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
@@ -138,12 +47,12 @@ def observe(
 ) -> Iterator[Found]:
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
 
-    Of several processes each is given all groups; see ``Found.owner``.
+    Of several processes each is given all groups; see ``Found.owner``. Experts come last: each is dense until its own
+    statistics are given, see ``calibration.expert_statistics``.
 
     Args:
-        block: on ``device``, with the linears to prune.
+        block: on the device of ``streams``, with the linears to prune.
         streams: what enters the block.
-        device: where to compute.
         sink_weight: without ``weights``, of the first token of each sequence, relative to all tokens of the sequence
             together: it counts as ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
         damping: of the hessians.
@@ -155,11 +64,11 @@ def observe(
     Raises:
         CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
     """
-    stopwatch = stopwatch or Stopwatch(device)
+    stopwatch = stopwatch or Stopwatch(streams.device)
     if not block.linears:
         if onward:
             with stopwatch("forward"):
-                streams.advance(block, device)
+                streams.advance(block)
         return
     watch = _Watch(streams, block, sink_weight, stopwatch, weights, onward)
 
@@ -170,29 +79,28 @@ def observe(
 
     def run(batch: int, part: slice) -> None:
         with watched(batch, part), suppress(_AllSeen):
-            streams.run(block, batch, device, part, looks=True)
+            streams.run(block, batch, part, looks=True)
 
     with stopwatch("forward"), full_precision():
         if onward:
-            streams.advance(block, device, watched)
+            streams.advance(block, watched)
         else:
             for batch in range(len(streams.hidden)):
                 streams.in_parts(block, batch, partial(run, batch))
     with stopwatch("reduce") if streams.ranks.size > 1 else nullcontext():
-        owners = reduce_statistics(watch.accumulators, watch.untold, watch.groups, streams.ranks, device)
+        owners = reduce_statistics(watch.accumulators, watch.untold, watch.groups, streams)
     # What all do together comes first: nobody waits in it for one who works alone.
     for group in sorted(watch.groups, key=lambda group: owners[group[0].name] is not None):
         name = group[0].name
         yield Found(watch.accumulators.pop(name).finish(damping), group, name not in watch.untold, owners[name])
     for recorded in watch.recorders:
-        linears = tuple(linear for group in recorded.groups for linear in group)
-        yield Found(None, linears, recorded=recorded)
+        told = TokenWeights(block, streams, sink_weight, weights)
+        yield from observe_experts(recorded, told, damping, stopwatch)
 
 
 def observe_in_turn(
     block: Block,
     streams: Streams,
-    device: torch.device,
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
@@ -203,7 +111,7 @@ def observe_in_turn(
 
     Whoever is given a group must have pruned it, in all processes, before asking for the next. The forward pass goes on
     from there, so that ``onward`` one pass does the work of two. Meanwhile what all sequences need inside the block is
-    held on ``device``. GPTQ's code calls this true sequential (Frantar et al., arXiv 2210.17323).
+    held on the device. GPTQ's code calls this true sequential (Frantar et al., arXiv 2210.17323).
 
     Args: see ``observe``. ``why_not_in_turn`` must be empty.
 
@@ -211,10 +119,10 @@ def observe_in_turn(
         CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
         ModelError: if sequences call the linears in different orders.
     """
-    stopwatch = stopwatch or Stopwatch(device)
+    stopwatch = stopwatch or Stopwatch(streams.device)
     sums = _Sums(streams, block, sink_weight, stopwatch, weights)
     ranks, left = streams.ranks, {group[0].name: group for group in sums.groups}
-    with Passes(block, streams, device, sums.groups, sums.add) as passes:
+    with Passes(block, streams, sums.groups, sums.add) as passes:
         while left:
             with stopwatch("forward"), full_precision():
                 waiting = set().union(*ranks.gather(passes.go_on()))
@@ -225,9 +133,8 @@ def observe_in_turn(
             reached = sorted(waiting) or list(left)  # at the end: those that no token reached
             groups = [left.pop(name) for name in reached]
             with stopwatch("reduce") if ranks.size > 1 else nullcontext():
-                owners = reduce_statistics(
-                    {name: sums.accumulators[name] for name in reached}, sums.untold, groups, ranks, device
-                )
+                own = {name: sums.accumulators[name] for name in reached}
+                owners = reduce_statistics(own, sums.untold, groups, streams)
             for name, group in zip(reached, groups, strict=True):
                 statistics = sums.accumulators.pop(name).finish(damping)
                 yield Found(statistics, group, name not in sums.untold, owners[name])
@@ -240,16 +147,10 @@ def observe_in_turn(
 
 def why_not_in_turn(block: Block, streams: Streams) -> str:
     """Why linears of the block must be calibrated at once, by a pass of their own; empty if they need not."""
-    named = any("expert" in linear.name and linear.name in streams.probe.routed for linear in block.linears)
-    if named or has_experts(block.linears):  # a batch may not reach some
+    if has_experts(block.linears):  # a batch may not reach some
         return "experts are calibrated together"
     repeated = [linear.name for linear in block.linears if linear.name in streams.probe.repeated]
     return f"{repeated[0]} is called several times in a forward pass" if repeated else ""
-
-
-def sampled(rows: Tensor, before: int, step: int) -> Tensor:
-    """Every ``step``-th row, counted over all batches, of which there were ``before`` in earlier ones."""
-    return rows[-before % step :: step]
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error

@@ -50,7 +50,7 @@ class Streams:
         ranks: the processes that sequences are split over: these are the ones of this process.
         parts: how many sequences, and tokens, each of them has; empty if there is one.
         batches: what the model is given for each batch.
-        halving: how many sequences run together; copies and parts share it.
+        halving: where blocks run, and how many sequences together; copies and parts share it.
         whole: why batches cannot be taken apart, as the look at the model showed; empty if they can.
         fixed: first dimensions of what blocks are called with for one sample, which do not count samples (heads).
     """
@@ -79,6 +79,11 @@ class Streams:
         """Sequences, and tokens, of processes of lower rank."""
         lower = self.parts[: self.ranks.rank]
         return sum(samples for samples, _ in lower), sum(tokens for _, tokens in lower)
+
+    @property
+    def device(self) -> torch.device:
+        """Where blocks run."""
+        return self.halving.device
 
     def copy(self) -> Streams:
         """Streams that advance on their own; the tensors they hold are shared."""
@@ -142,7 +147,7 @@ class Streams:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def advance(self, block: Block, device: torch.device, watched: Watched | None = None) -> None:
+    def advance(self, block: Block, watched: Watched | None = None) -> None:
         """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out.
 
         ``watched`` is entered around each forward pass, with the batch and the samples of it that run.
@@ -150,15 +155,15 @@ class Streams:
 
         def run(batch: int, part: slice) -> list[Tensor]:
             with nullcontext() if watched is None else watched(batch, part):
-                return self.outputs(block, batch, device, part)
+                return self.outputs(block, batch, part)
 
         with full_precision():
             for batch in range(len(self.sizes)):
                 self.receive(block, batch, self.in_parts(block, batch, partial(run, batch)))
 
-    def outputs(self, block: Block, batch: int, device: torch.device, part: slice) -> list[Tensor]:
+    def outputs(self, block: Block, batch: int, part: slice) -> list[Tensor]:
         """What the block hands on for samples of a batch, on the CPU: hidden states, and what later blocks ask for."""
-        output = self.run(block, batch, device, part)
+        output = self.run(block, batch, part)
         handed_on = (hidden_of(output), *(output[place] for place in self._wanted(block)))
         return [tensor.detach().cpu() for tensor in handed_on]
 
@@ -186,12 +191,11 @@ class Streams:
         self,
         block: Block,
         batch: int,
-        device: torch.device,
         part: slice | None = None,
         call: Called | None = None,
         looks: bool = False,
     ) -> Any:
-        """What the block returns for a batch, or the samples ``part`` of it, on ``device``, where the block is.
+        """What the block, which is on the device, returns for a batch, or the samples ``part`` of it.
 
         ``call`` is given the arguments by place, and those by name, instead of the block. If it only ``looks``, what
         the block leaves for later ones is not kept.
@@ -210,11 +214,11 @@ class Streams:
                 raise ModelError(f"{problem}: use --batch-size 1")
             # What is there once, or has no samples, serves all.
             inputs = map_tensors(inputs, lambda each: each[part] if each.ndim > 1 and len(each) > 1 else each)
-        hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(device))
+        hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(self.device))
         if looks:
             (((own, kwargs),),) = _with_own_states([[(tuple(args), kwargs)]])
             args = list(own)
-        with _lent(_states_in(args, kwargs), device):
+        with _lent(_states_in(args, kwargs), self.device):
             return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from optima.calibration.chats import BAD_CHAT, as_text
-from optima.errors import CalibrationError
-from optima.recipe import CONFIGS
+from optima.errors import CalibrationError, RecipeError
+from optima.recipe import CONFIGS, OF_HUB
 
 SEPARATOR = "\n\n"
 CHAT_COLUMN = "messages"
@@ -307,6 +307,15 @@ def _check_regular(name: str) -> None:
     folder = path.is_dir() and path.suffix not in FILES  # it may be laid out as hub datasets are
     if path.exists() and not path.is_file() and not folder:
         raise CalibrationError(f"dataset {name!r} is no regular file: give a file of text ({'/'.join(FILES)})")
+
+
+def check_of_hub(settings: object, names: Sequence[str]) -> None:
+    """Raise ``RecipeError`` if ``settings`` choose parts of data sets of the hub, and ``names`` are none of them."""
+    said = any(getattr(settings, name) != getattr(type(settings), name) for name in OF_HUB)
+    if said and all(map(is_file, names)):
+        raise RecipeError(
+            "--dataset-config, --split and --dataset-revision are for data sets of the hub: leave them out"
+        )
 
 
 def is_file(name: str) -> bool:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import Documents, TextSource, data_hash, is_file
-from optima.device import describe_device, find_device, memory_explained
-from optima.errors import ModelError, RecipeError
+from optima.calibration.text import Documents, TextSource, check_of_hub, data_hash
+from optima.device import describe_device, dtype_name, find_device, memory_explained
+from optima.errors import ModelError
 from optima.evaluation.comparison import compare, estimate
 from optima.evaluation.divergence import check_vocabularies, divergence
 from optima.evaluation.logits import check_text
@@ -34,15 +34,18 @@ from optima.evaluation.record import (
 from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
 from optima.evaluation.watch import Watch
 from optima.evaluation.zeroshot import Tasks, check_tokenizer, find_files, load_tasks, zero_shot
+from optima.main_memory import available_memory
+from optima.memory import GIB
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
-from optima.models.skeleton import skeleton
-from optima.models.source import Source, commit_of, find_source, fingerprint, load_model, load_tokenizer, pinned
+from optima.models.fingerprint import commit_of, fingerprint
+from optima.models.skeleton import dtype_as_read, skeleton
+from optima.models.source import Source, find_source, load_model, load_tokenizer, pinned
+from optima.models.stacks import count_parameters
 from optima.reporting.record import library_versions
 
+SMALLEST_ITEM = 2  # bytes of a weight
 # A whole model is on the device, and with a divergence two.
 REMEDY = "lower --batch-size, leave --divergence out, which keeps two models there, or take --device cpu"
-
-OF_HUB = ("dataset_config", "split", "dataset_revision")
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,15 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
     subjects = _subjects(settings)
     tasks = _tasks(settings, subjects)
     _check_models(settings, subjects)
+    if device.type == "cpu":
+        _check_room(settings, subjects)
     records, losses = [], []
     reference, watch = None, watch or Watch()
     for place, subject in enumerate(subjects, 1):
         watch.model(subject.source.name, place, len(subjects), settings.task_names)
-        model = load_model(subject.source, settings.dtype)
-        watch.loaded()
         with memory_explained(device, REMEDY):
+            model = load_model(subject.source, settings.dtype, device)
+            watch.loaded()
             record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
         if place < len(subjects):  # else the tables have it right away
             watch.measured(record)
@@ -104,10 +109,8 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     ]
     named = settings.dataset, settings.dataset_config, settings.split, settings.text_column, settings.dataset_revision
     text = TextSource(*named)
-    said = any(getattr(settings, name) != getattr(EvaluationSettings, name) for name in OF_HUB)
-    if said and settings.dataset and all(map(is_file, settings.dataset)):
-        names = "--dataset-config, --split and --dataset-revision"
-        raise RecipeError(f"{names} are for data sets of the hub: leave them out")
+    if settings.dataset:
+        check_of_hub(settings, settings.dataset)
     subjects = []
     structures = [skeleton(source) for source in sources]
     for source, (structure, config) in zip(sources, structures, strict=True):
@@ -144,6 +147,26 @@ def _check_models(settings: EvaluationSettings, subjects: Sequence[_Subject]) ->
     for subject in subjects[1:]:  # the first is read next
         with suppress(UnstreamableError):
             open_checkpoint(subject.source, subject.structure, settings.dtype)
+
+
+def _itemsize(structure: PreTrainedModel, dtype: str) -> int:
+    """Bytes a weight takes at least; an old configuration may not tell the dtype of its weights."""
+    known = dtype != "auto" or structure.config.dtype is not None
+    return dtype_as_read(structure.config, dtype).itemsize if known else SMALLEST_ITEM
+
+
+def _check_room(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> None:
+    """Of main memory: whoever takes more than there is would be killed, without a word."""
+    sizes = [count_parameters(each.structure) * _itemsize(each.structure, settings.dtype) for each in subjects]
+    kept = sizes[0] if settings.divergence else 0  # beside each of the others
+    for size, subject in zip(sizes, subjects, strict=True):
+        need, free = size + (kept if subject is not subjects[0] else 0), available_memory()
+        if need > free:
+            raise ModelError(
+                f"{subject.source.name} takes {need / GIB:.1f} GiB of main memory, and {free / GIB:.1f} are free: take "
+                "--device cuda, --dtype bfloat16 if its weights are float32, or a larger machine; prune and pack need "
+                "no more than a block"
+            )
 
 
 def _tasks(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> Tasks | None:
@@ -186,7 +209,7 @@ def _measure(
         model=source.name,
         revision=revision,
         fingerprint=hashed,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         seconds=seconds,
         perplexity=None if tokens_NL is None or loss_N is None else _perplexity(tokens_NL, loss_N, settings.protocol),
         divergence=found,

@@ -22,16 +22,8 @@ from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
 from optima.errors import ModelError
-from optima.models.source import (
-    INDEX,
-    WEIGHTS,
-    Source,
-    check_complete,
-    explain_read_errors,
-    find_file,
-    load_config,
-    shards,
-)
+from optima.models.files import shards
+from optima.models.source import INDEX, WEIGHTS, Source, check_complete, explain_read_errors, find_file, load_config
 
 
 class UnstreamableError(Exception):

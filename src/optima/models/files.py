@@ -207,3 +207,8 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(opened.read(8), "little")
         header: dict[str, Any] = json.loads(opened.read(length))
     return header, 8 + length
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names, in the order of their names."""
+    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))

@@ -38,7 +38,7 @@ def keep_older_names(config: PretrainedConfig, source: Source | None, directory:
     file = directory / "config.json"
     text = file.read_text(encoding="utf-8")
     saved = json.loads(text)
-    if (found := _with_older(saved, raw)) == saved:
+    if (found := with_older(saved, raw)) == saved:
         return
     try:
         before = type(config).from_pretrained(directory).to_dict()
@@ -52,7 +52,7 @@ def keep_older_names(config: PretrainedConfig, source: Source | None, directory:
         _logger.warning("config.json has rotary embeddings as transformers 5 names them: older ones read them wrongly")
 
 
-def _with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+def with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     """A configuration, or one inside it, with the older names beside; ``raw``: the source's own."""
     found = dict(saved)
     rotary = saved.get(ROTARY)
@@ -68,5 +68,5 @@ def _with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     for key, inner in saved.items():
         if isinstance(inner, dict) and key != ROTARY:
             own = raw.get(key)
-            found[key] = _with_older(inner, own if isinstance(own, dict) else {})
+            found[key] = with_older(inner, own if isinstance(own, dict) else {})
     return found

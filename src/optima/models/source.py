@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -17,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -31,9 +28,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.models.failures import BAD_INPUT
-from optima.models.files import PACKED, digest, usable_path
+from optima.models.files import PACKED, usable_path
 from optima.models.gguf import read_scalars
 from optima.models.ordered import ORDERING_NAME, read_orders
 
@@ -246,21 +244,30 @@ def _auto_class(auto_map: Mapping[str, Any], names: Sequence[str], source: Sourc
     return "AutoModel"
 
 
-def load_model(source: Source, dtype: str = "auto") -> PreTrainedModel:
-    """Load the weights into main memory, in evaluation mode; dtype ``auto`` keeps the checkpoint's own.
+def load_model(source: Source, dtype: str = "auto", device: torch.device | None = None) -> PreTrainedModel:
+    """Load the weights in evaluation mode; dtype ``auto`` keeps the checkpoint's own.
+
+    Args:
+        source: where they are.
+        dtype: of the weights.
+        device: where they go, without a stay in main memory; None: into that.
 
     Raises:
         ModelError: if the weights cannot be found or read, or exist only as pickle files.
     """
-    return load_whole(source, dtype)[0]
+    return load_whole(source, dtype, device)[0]
 
 
-def load_whole(source: Source, dtype: str) -> tuple[PreTrainedModel, frozenset[str]]:
+def load_whole(
+    source: Source, dtype: str, device: torch.device | None = None
+) -> tuple[PreTrainedModel, frozenset[str]]:
     """As ``load_model``; and names of its weights that the checkpoint may lack, and does: they are random numbers."""
     config = load_config(source)
     arguments = source.arguments | (
         _dequantize_arguments() if source.gguf_file else {"use_safetensors": True, "config": config}
     )
+    if device is not None and device.type != "cpu":
+        arguments["device_map"] = {"": device}
     kind = model_class(config, source)
     with explain_read_errors(source, "weights"):
         _check_hub(source, config)
@@ -332,6 +339,8 @@ def explain_read_errors(source: Source, what: str) -> Iterator[None]:
     errors: tuple[type[Exception], ...] = (*BAD_INPUT, AssertionError) if what == "configuration" else BAD_INPUT
     try:
         yield
+    except torch.OutOfMemoryError:  # of the card that weights are read to
+        raise
     except errors as error:
         kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
         detail = textwrap.shorten(kind + str(error), 300, placeholder=" ...") or type(error).__name__
@@ -347,51 +356,6 @@ def note_of_dtype(source: Source, dtype: torch.dtype) -> str | None:
     """What a GGUF file becomes, for the report: it is unpacked, and written larger than it was."""
     if source.gguf_file is None:
         return None
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     remedy = ": --dtype bfloat16 halves it" if dtype == torch.float32 else ""
     return f"{source.name} is a GGUF file; its weights were unpacked and are written as {name}{remedy}"
-
-
-def commit_of(source: Source) -> str | None:
-    """The commit of a hub snapshot, read from the hub's cache; None for other directories. Call it after a load."""
-    directory = _directory(source)
-    return directory.name if directory.parent.name == "snapshots" else None
-
-
-def fingerprint(source: Source) -> str:
-    """A hash of the source's weights, to tell whether two runs read the same ones. Call it after a load.
-
-    See ``fingerprint_files``: of its safetensors files, or the GGUF file.
-    """
-    directory = _directory(source)
-    if source.gguf_file:
-        return fingerprint_files([directory / source.gguf_file])
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    if config.get("transformers_weights"):
-        return fingerprint_files(sorted(directory.glob("*.safetensors")))
-    # Others may lie beside them, which other programs read or fetched.
-    if (directory / WEIGHTS).is_file():
-        return fingerprint_files([directory / WEIGHTS])
-    if (index := directory / INDEX).is_file():
-        return fingerprint_files([directory / name for name in shards(index)])
-    return fingerprint_files(sorted(directory.glob("*.safetensors")))
-
-
-def shards(index: Path) -> list[str]:
-    """The files that an index names, in the order of their names."""
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-
-
-def fingerprint_files(files: Iterable[Path]) -> str:
-    """SHA-256 over the name of each file and that of its content: half a second a gigabyte, several at a time."""
-    files = list(files)
-    with ThreadPoolExecutor() as pool:  # hashing lets other threads work
-        lines = [f"{file.name} {content}\n" for file, content in zip(files, pool.map(digest, files), strict=True)]
-    return f"sha256-of-files:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
-
-
-def _directory(source: Source) -> Path:
-    if source.local:
-        return Path(source.path).resolve()
-    one = source.gguf_file or "config.json"  # the cache need not have all of the repository
-    return Path(snapshot_download(source.path, allow_patterns=one, local_files_only=True, **source.of_hub))

@@ -338,10 +338,15 @@ def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
     for block in blocks:
         covered = {id(linear.parameter) for linear in (*block.linears, *block.left)}
         for name, parameter in block.module.named_parameters():
-            if parameter.ndim >= 2 and id(parameter) not in covered:
+            if _is_matrix(name, parameter) and id(parameter) not in covered:
                 count, weights = found.get(key := kind(f"{block.name}.{name}"), (0, 0))
                 found[key] = (count + 1, weights + parameter.numel())
     return found
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Of weights: experts have a bias each (gpt-oss)."""
+    return parameter.ndim >= 2 and not name.endswith("bias")
 
 
 def dense_notes(stacks: Sequence[Stack]) -> list[str]:
@@ -369,7 +374,7 @@ def outside_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     known = {id(parameter) for stack in stacks for block in stack.blocks for parameter in block.module.parameters()}
     known |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) or module is head}
-    matrices = [(name, p) for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in known]
+    matrices = [(name, p) for name, p in model.named_parameters() if _is_matrix(name, p) and id(p) not in known]
     names = Counter(kind(name.removesuffix(".weight")) for name, _ in matrices)
     listed = ", ".join(f"{name} ({_times(count)})" for name, count in names.items())
     return [f"outside the blocks, and dense: {listed}"] if listed else []

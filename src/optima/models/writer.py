@@ -23,11 +23,13 @@ from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions, forget_missing_code
+from optima.models.destination import Destination
 from optima.models.files import digest, explain_write_errors, read_header, stop_if_asked, sync
 from optima.models.journal import Journal
 from optima.models.older_names import keep_older_names
 from optima.models.ordered import write_orders
 from optima.models.source import INDEX, WEIGHTS, Source
+from optima.models.stacks import Block
 from optima.models.weights import Resident, Weights
 
 ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
@@ -72,6 +74,15 @@ def prepare(
         keep_older_names(model.config, source, saved)
         forget_missing_code(saved)
         shutil.copytree(saved, directory, dirs_exist_ok=True)
+
+
+def open_writer(
+    model: PreTrainedModel, blocks: Sequence[Block], destination: Destination, run: dict[str, Any], weights: Weights
+) -> Writer:
+    """A writer into ``destination`` for ``blocks``; its journal goes on if it is that of this ``run``."""
+    with explain_write_errors(destination.journal):
+        journal = Journal(destination.journal, run)
+    return Writer(model, [block.name for block in blocks], destination.directory, journal, weights)
 
 
 class Writer:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.capture import capture
 from optima.calibration.halving import Halving
+from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch
 from optima.calibration.probe import forward
 from optima.calibration.store import Store
@@ -30,13 +31,12 @@ from optima.errors import ModelError, RecipeError
 from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
 from optima.models.companions import to_save
-from optima.models.files import explain_write_errors, interruptible
-from optima.models.journal import Journal
+from optima.models.files import interruptible
 from optima.models.ordered import ORDERING_NAME, mark_ordered
 from optima.models.source import load_tokenizer
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Weights
-from optima.models.writer import Writer, prepare
+from optima.models.writer import open_writer, prepare
 from optima.names import kind
 from optima.ordering.channels import KINDS, Channels, Kind, inner_channels, reorder
 from optima.ordering.hidden import hidden_channels, why_not_hidden
@@ -177,10 +177,7 @@ def order(
         found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), notes, seconds)
         if destination is not None:
             content = json.dumps({"schema_version": 1, **asdict(found)})
-            with explain_write_errors(destination.journal):
-                journal = Journal(destination.journal, {})
-            blocks = [block.name for block in checked.found.blocks]
-            writer = Writer(network, blocks, destination.directory, journal, weights)
+            writer = open_writer(network, checked.found.blocks, destination, {}, weights)
             writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
     return found
 
@@ -209,6 +206,7 @@ class _Run:
         stacks = chosen_stacks(self.network, self.checked.recipe)
         for block in (block for stack in stacks for block in stack.blocks):
             check_finite(block.linears)
+        self.place = embedding_device(self.network, self.checked.device, batches)
         self.sample, self.outputs = batches[0], self._outputs(batches[0])
         hidden = why_not_hidden(self.network, stacks)
         for stack in (stack for stack in stacks if stack.needed):
@@ -224,7 +222,8 @@ class _Run:
     def _outputs(self, batch: Batch) -> Tensor:
         """Of the beginning of one sequence: logits, or what the model returns first."""
         given = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
-        found: Tensor = forward(self.network, given)[0]
+        with self.weights.outside(self.place):
+            found: Tensor = forward(self.network, given)[0]
         return found.float()
 
     def _changed(self) -> float:
@@ -234,10 +233,11 @@ class _Run:
 
     def _stack(self, stack: Stack, batches: Sequence[Batch], hidden: str) -> None:
         recipe, device = self.checked.recipe, self.checked.device
-        streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
+        with self.weights.outside(self.place):
+            streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
         methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
-        job = Job(methods, self.patterns, device, recipe.damping, recipe.sink_weight or 0.0)
-        job.weights, job.progress = self.weights, self.shown
+        sink = recipe.sink_weight or 0.0
+        job = Job(methods, self.patterns, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
         if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
             self.notes.append(told)
         every = self._hidden(stack, streams, hidden)
@@ -284,10 +284,10 @@ class _Run:
             trial = streams.part([0])
             for block in stack.blocks:
                 with self.weights.on(block, self.checked.device):
-                    if not computes_the_same(block, [found], trial, self.checked.device):
+                    if not computes_the_same(block, [found], trial):
                         found = f"{block.name} does not compute the same with them elsewhere"
                         break
-                    trial.advance(block, self.checked.device)
+                    trial.advance(block)
         if isinstance(found, str):
             self.notes.append(f"{HIDDEN_STAY}: {found}")
             return None
@@ -314,7 +314,7 @@ class _Run:
         found: list[Channels] = []
         for own in together.values():
             tried = (list(each) for each in zip(*own, strict=False))
-            same = (each for each in tried if computes_the_same(block, each, streams, self.checked.device))
+            same = (each for each in tried if computes_the_same(block, each, streams))
             if (alike := next(same, None)) is not None:
                 found += alike
                 continue

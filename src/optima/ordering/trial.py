@@ -25,14 +25,13 @@ TOLERANCE = 0.01
 
 
 @torch.no_grad()
-def computes_the_same(block: Block, channels: Sequence[Channels], streams: Streams, device: torch.device) -> bool:
+def computes_the_same(block: Block, channels: Sequence[Channels], streams: Streams) -> bool:
     """Whether the block does with all ``channels`` in a random order what it does.
 
     Args:
-        block: on ``device``; it stays as it is.
+        block: on the device of ``streams``; it stays as it is.
         channels: of kinds other than ``hidden`` all inside the block; of ``hidden`` those of all blocks.
         streams: what enters the block; its first sequence is tried.
-        device: where to compute.
     """
     state = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
     dense = {name: _in_float32(tensor) for name, tensor in state.items()}
@@ -44,7 +43,7 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
         inside = tuple(place for place in each.places if place.name in parameters)
         reorder(replace(each, places=inside), order_HW, parameters)
         if each.kind == "hidden":
-            order_E = order_HW[0].to(device)
+            order_E = order_HW[0].to(streams.device)
     found: list[Tensor] = []
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -61,7 +60,7 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
 
     part = None if streams.inseparable(block, 0) else slice(0, 1)
     with full_precision():
-        streams.run(block, 0, device, part, call, looks=True)
+        streams.run(block, 0, part, call, looks=True)
     error_E, change_E = (each.square().mean(dim=0) for each in found)
     # Channel by channel: a few of them are much larger than all others.
     return bool((error_E <= TOLERANCE**2 * change_E).all())

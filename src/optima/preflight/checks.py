@@ -19,6 +19,7 @@ from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.text import Documents, TextSource, calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
+from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
 from optima.memory import settle_in_turn
 from optima.models.masks import MaskFiles
@@ -29,6 +30,7 @@ from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks,
 from optima.names import check_bounded
 from optima.patterns import Pattern, Unstructured
 from optima.recipe import Recipe, check_regexes
+from optima.selectors.alps import ALPS
 from optima.selectors.external import External
 
 # Of several processes, the largest part of the sequences, relative to equal parts.
@@ -93,7 +95,18 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
             masks.check_names([*(name for name, module in model.named_modules() if hasattr(module, "weight")), *fused])
         for linear in found.linears:
             found.patterns[linear.name] = methods.selector.check(linear, found.patterns.get(linear.name))
+    if isinstance(methods.selector, ALPS):
+        _check_eigenvalues(found.linears)
     return found
+
+
+def _check_eigenvalues(linears: Iterable[Linear]) -> None:
+    for linear in linears:
+        if linear.shape[1] > MOST_EIGENVALUES:
+            raise RecipeError(
+                f"selector alps needs the eigenvalues of the hessian of {linear.name}, and its {linear.shape[1]:,} "
+                f"inputs are more than the {MOST_EIGENVALUES:,} that can be had: take another selector, or --ignore it"
+            )
 
 
 def known_orders(source: Source | None, model: PreTrainedModel) -> Any:

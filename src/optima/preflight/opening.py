@@ -15,14 +15,16 @@ from optima.build import build, default_scope
 from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
+from optima.calibration.text import check_of_hub
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
 from optima.memory import HostMemory, batch_size, host_memory, host_room
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
+from optima.models.fingerprint import commit_of, fingerprint
 from optima.models.skeleton import dtype_as_read, skeleton
-from optima.models.source import Source, commit_of, find_source, fingerprint, pinned
+from optima.models.source import Source, find_source, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.patterns import Unstructured
@@ -81,8 +83,10 @@ def check(
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
-    if recipe.written and calibration is None:
-        check_writes(structure)
+    if calibration is None:
+        check_of_hub(recipe, recipe.read)
+        if recipe.written:
+            check_writes(structure)
     scope_named = recipe.scope is not None
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
     check_order(source, structure, recipe)

@@ -26,7 +26,7 @@ from optima.models.source import Source, load_tokenizer
 from optima.models.stacks import Block
 from optima.plan import Measured, Plan
 from optima.preflight.checks import find_calibration
-from optima.rehearsal import Peak, Rehearsal
+from optima.rehearsal.stages import Peak, Rehearsal
 
 
 def measure(plan: Plan, source: Source) -> Measured:

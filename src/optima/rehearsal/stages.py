@@ -16,17 +16,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from optima.build import build_allocation, build_tuning
+from optima.calibration.backward import second_moment, through
 from optima.calibration.capture import capture
 from optima.calibration.coupling import couples, coupling, finished
-from optima.calibration.head import LOGITS_BYTES, at_the_head, head_device
+from optima.calibration.halving import Halving
+from optima.calibration.head import LOGITS_BYTES, at_the_head, embedding_device, head_device
 from optima.calibration.inputs import words_size
-from optima.calibration.loss_weights import second_moment, through
+from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
 from optima.calibration.swept import kept_bytes, sweep_numbers, swept_share
 from optima.calibration.tempering import LossWeights
@@ -41,12 +43,10 @@ from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.pipeline import Job
+from optima.plan import Plan
 from optima.recipe import SINK_WEIGHT
 from optima.selectors.base import LinearTask
 from optima.tuning import BlockError, tune
-
-if TYPE_CHECKING:
-    from optima.plan import Plan
 
 # Of a made-up hessian: common factors of the inputs, and what each input has to itself. Conjugate gradients take about
 # as many iterations as on most linears of trained models.
@@ -98,6 +98,17 @@ class Peak:
         self.num_bytes = max(self.num_bytes, found)
 
 
+def extrapolated(one: Mapping[str, float], few: Mapping[str, float], count: int, batches: float) -> dict[str, float]:
+    """Seconds of each stage for all ``batches``: what those of one and of ``count`` share, and the rest of each."""
+    found = {}
+    for stage, seconds in few.items():
+        each = seconds / count
+        if stage in one and count > 1:
+            each = min(max((seconds - one[stage]) / (count - 1), 0.0), each)
+        found[stage] = seconds + each * (batches - count)
+    return found
+
+
 class Rehearsal:
     """Runs the stages of a run, and adds up what all of it would take.
 
@@ -133,13 +144,14 @@ class Rehearsal:
         """Rehearse a stack."""
         model, outside, whole = self.plan.model, self.plan.held_bytes(), self.by_loss
         one, few = (Stopwatch(self.device) for _ in range(2))
+        place = embedding_device(model, self.device, self._few)
         with self.peak.phase(outside) as waiting:
             for clock, batches in ((one, self._few[:1]), (few, self._few)):
-                with clock("forward"):
-                    streams = capture(model, stack, batches, whole)
+                with clock("forward"), Resident(model).outside(place):
+                    streams = capture(model, stack, batches, whole, halving=Halving(self.device))
             waiting.here = _bytes(streams.hidden)
             inputs = waiting.of_run = waiting.here * self.batches / len(self._few)
-        self._count(self._whole(one.seconds, few.seconds, len(self._few)))
+        self._count(extrapolated(one.seconds, few.seconds, len(self._few), self.batches))
         swept = 0.0
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
@@ -155,7 +167,7 @@ class Rehearsal:
                 if block.index in structures:
                     self._structure(stack, structures[block.index], streams, (inputs, swept))
                 if block.index < max(structures):
-                    streams.advance(block, self.device)
+                    streams.advance(block)
 
     def _structure(self, stack: Stack, blocks: Sequence[Block], streams: Streams, waiting: tuple[float, float]) -> None:
         """Rehearse the first of ``blocks``, for all of them; ``waiting``: bytes of inputs, and behind a sweep."""
@@ -207,12 +219,12 @@ class Rehearsal:
             found = LossWeights("")
             gradients = [torch.randn_like(hidden) for hidden in part.hidden]
             with self._gradients(), clock("sweep"):
-                part.copy().advance(block, self.device)
+                part.copy().advance(block)
                 if self.tuning is not None:
                     found.residual[block.name] = second_moment(gradients, self.device)
                 coupled = "coupling" in self.plan.methods.needs
                 numbers = sweep_numbers(part, 1.0) if coupled else None
-                through(block, part, gradients, self.device, found, numbers=numbers)
+                through(block, part, gradients, found, numbers=numbers)
                 found.coupling = {name: finished(each) for name, each in found.coupling.items()}
 
         with self._or_by_sink():
@@ -233,18 +245,18 @@ class Rehearsal:
         """Statistics, and outputs carried on; ``last``: the last of the ``count`` blocks hands on nothing."""
 
         loss = job.loss
-        turns = in_turn(block, self.recipe)
+        turns = in_turn(block, self.recipe) and not why_not_in_turn(block, streams)
         carried = turns and self.tuning is None
 
         def observed(onward: bool, turns: bool, part: Streams, clock: Stopwatch) -> None:
             job.loss = None if loss is None else loss.part(range(len(part.hidden)))
             with clock("hessian"):
-                for _ in job.observe(block, part, clock, onward, turns):
+                for _ in job.observe(block, part, clock, onward=onward, in_turn=turns):
                     pass
 
         def advanced(part: Streams, clock: Stopwatch) -> None:
             with clock("forward"):
-                part.advance(block, self.device)
+                part.advance(block)
 
         if self.allocation is not None:
             self._add(partial(observed, True, False), streams, count)
@@ -289,10 +301,10 @@ class Rehearsal:
 
         def work(part: Streams, clock: Stopwatch) -> None:
             dense = part.copy()
-            dense.advance(block, self.device)
+            dense.advance(block)
             with clock("tune"):
                 cost = BlockError.by_channel(dense.hidden)
-                tune(block, keeps, part, dense.hidden, cost, epoch, self.device)
+                tune(block, keeps, part, dense.hidden, cost, epoch)
 
         # One piece alone would be held out, and no step made.
         self._add(work, streams, count * epochs, -(-TUNED // len(streams.part([0]).pieces(block))))
@@ -308,22 +320,12 @@ class Rehearsal:
             if clock.total > LONG:
                 break
         one = timed[-2] if len(timed) == 3 else {}
-        self._count(self._whole(one, timed[-1], batches), count)
+        self._count(extrapolated(one, timed[-1], batches, self.batches), count)
 
     def _count(self, seconds: Mapping[str, float], times: float = 1) -> None:
         """Add up seconds of stages."""
         for stage, found in seconds.items():
             self.seconds[stage] += found * times
-
-    def _whole(self, one: Mapping[str, float], few: Mapping[str, float], count: int) -> dict[str, float]:
-        """Seconds of all batches: what those of one and of a few have in common, and the rest of each."""
-        found = {}
-        for stage, seconds in few.items():
-            each = seconds / count
-            if stage in one and count > 1:
-                each = min(max((seconds - one[stage]) / (count - 1), 0.0), each)
-            found[stage] = seconds + each * (self.batches - count)
-        return found
 
     def _told(self, loss: LossWeights, blocks: int) -> float:
         """Bytes that a run keeps of the loss: of each block its tokens, for tuning a matrix, and those of its rows."""

@@ -17,7 +17,7 @@ NUM_NAMED = 5
 CAST_ALLOWANCE = 1e-5
 # Fewer calibration tokens than this for each input of the widest linear, and the fit is to the text rather than to
 # the language: at 1.3 tokens an input SmolLM2-135M at 2:4 went from perplexity 30 to 192.
-TOKENS_PER_INPUT = 4
+THIN_TEXT = 4
 
 Linears = Sequence[LinearRecord]
 
@@ -108,7 +108,7 @@ def _tuning(report: Report) -> list[str]:
 def _warnings(report: Report) -> list[str]:
     """What must not be missed."""
     linears = report.linears
-    thin = [linear for linear in linears if linear.tokens < TOKENS_PER_INPUT * linear.shape[1]]
+    thin = [linear for linear in linears if linear.tokens < THIN_TEXT * linear.shape[1]]
     found = {
         f"{report.rows_not_converged:,} rows did not converge and keep the best weights found": [
             linear for linear in linears if linear.rows_not_converged
@@ -128,7 +128,7 @@ def _warnings(report: Report) -> list[str]:
         "nothing was measured, the mask costs nothing (inputs or weights are zero)": [
             linear for linear in linears if linear.error_mask == 0 and linear.sparsity > 0
         ],
-        f"little calibration text, fewer than {TOKENS_PER_INPUT} tokens for each input; more samples will help": thin,
+        f"little calibration text, fewer than {THIN_TEXT} tokens for each input; more samples will help": thin,
     }  # fmt: skip
     return [f"**Warning:** {what}: {names(where)}." for what, where in found.items() if where]
 

@@ -32,14 +32,14 @@ from torch import Tensor
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import scaled
 from optima.linalg.scaling import saliency_unit, scaled_weight
-from optima.linalg.shifted_inverse import CoupledInverse, Eigen, ShiftedInverse, eigendecomposition
+from optima.linalg.shifted_inverse import CoupledInverse, Eigen, FactoredInverse, eigendecomposition, largest_eigenvalue
 from optima.linalg.statistics import sampling_step
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import MOST_COMPARED, kth_lowest, top_scores
 
-# Eigenvalues are off by the precision times the largest of them (59 to 1,349 in Gemma 3 270M). Beside rho that must be
-# little, or they are found in float64, which takes half as much memory again.
+# What is made of H is off by the precision times its largest eigenvalue (59 to 1,349 in Gemma 3 270M). Beside rho that
+# must be little, or it is made in float64, which takes half as much memory again.
 ROUNDING = 0.01
 # Scores of a linear from which a threshold is taken while the mask is still moving.
 SAMPLE = 2**15
@@ -51,9 +51,9 @@ STAGES_PER_THRESHOLD = 2
 class Optima:
     """The mask only: a solver finds its weights.
 
-    Cost: an eigendecomposition a Hessian, then a product in each of ``stages * iterations`` iterations, and one of
-    D x D matrices in each stage (two products an iteration where the linear has few rows). With coupled rows one
-    eigendecomposition of O x O more, and four products an iteration.
+    Cost: a product in each of ``stages * iterations`` iterations, and as much as one of D x D matrices in each stage.
+    With coupled rows instead of the latter an eigendecomposition a Hessian and one of O x O, and four products an
+    iteration.
 
     Args:
         first_penalty: rho of the first stage.
@@ -73,24 +73,31 @@ class Optima:
     published_scope: Scope = "layer"
     needs: ClassVar[frozenset[str]] = frozenset({"coupling"})
 
-    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
-        """Units between the two saliencies, and the eigendecomposition of the damped H in them, in ``dtype``."""
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Units between the two saliencies, in ``dtype``, and the damped H in them, in float64 where that is needed."""
         # In units of the mean diagonal, as the operator is: nothing depends on the scale of the activations.
         unit_D = saliency_unit(hessian, self.theta) / hessian.mean_diagonal**0.5
-        eigen = eigendecomposition(_in_units(hessian, unit_D.to(dtype)), dtype)
-        if len(unit_D) and torch.finfo(dtype).eps * float(eigen.value_D[-1]) > ROUNDING * self.first_penalty:
-            eigen = eigendecomposition(_in_units(hessian, unit_D), dtype)
-        return unit_D.to(dtype), eigen
+        matrix_DD = _in_units(hessian, unit_D.to(dtype))
+        if torch.finfo(dtype).eps * largest_eigenvalue(matrix_DD) > ROUNDING * self.first_penalty:
+            matrix_DD = _in_units(hessian, unit_D)
+        return unit_D.to(dtype), matrix_DD
+
+    def _prepare_coupled(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Eigen]:
+        """The same units, and the eigendecomposition of the damped H in them."""
+        unit_D, matrix_DD = self._prepare(hessian, dtype)
+        return unit_D, eigendecomposition(matrix_DD, dtype)
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         hessian, dtype = task.hessian, task.weight_OD.dtype
-        unit_D, eigen = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
-        dense_OD = scaled_weight(task.weight_OD, task.hessian, unit_D)
-        inverse: ShiftedInverse | CoupledInverse
+        inverse: FactoredInverse | CoupledInverse
         if task.coupling_OO is None:
-            inverse = ShiftedInverse(eigen, dense_OD, self.iterations)
+            unit_D, matrix_DD = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
+            dense_OD = scaled_weight(task.weight_OD, hessian, unit_D)
+            inverse = FactoredInverse(matrix_DD, dense_OD, self.iterations)
         else:
+            unit_D, eigen = hessian.memo((self, dtype, "eigen"), lambda: self._prepare_coupled(hessian, dtype))
+            dense_OD = scaled_weight(task.weight_OD, hessian, unit_D)
             unit_O1, matrix_OO = self._rows(task.coupling_OO.to(dense_OD))
             dense_OD *= unit_O1
             inverse = CoupledInverse(eigendecomposition(matrix_OO, dtype), eigen)
@@ -102,7 +109,7 @@ class Optima:
         unit_O1 = torch.linalg.inv(coupling_OO).diagonal().pow(-self.theta / 2.0)[:, None]
         return unit_O1, (coupling_OO / unit_O1).div_(unit_O1.mT)
 
-    def _split(self, inverse: ShiftedInverse | CoupledInverse, dense_OD: Tensor, pattern: Pattern) -> Tensor:
+    def _split(self, inverse: FactoredInverse | CoupledInverse, dense_OD: Tensor, pattern: Pattern) -> Tensor:
         projection_OD = dense_OD * top_scores(dense_OD.abs(), pattern)
         dual_OD = torch.zeros_like(dense_OD)
         stages = self.group_stages if isinstance(pattern, NM) else self.stages
