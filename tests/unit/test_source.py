@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from tiny import WEIGHTS, make_llama, save_model
+from transformers import LlamaForCausalLM
 
 import optima
 from optima.errors import ModelError
@@ -365,3 +366,19 @@ def test_the_dtype_of_the_language_part() -> None:
     config.dtype, config.text_config.dtype = None, torch.bfloat16
     assert dtype_as_read(config, "auto") == torch.bfloat16
     assert dtype_as_read(config, "float32") == torch.float32
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", {"": torch.device("cuda", 1)}), ("cpu", None)])
+def test_a_card_is_given_weights_without_a_stay_in_main_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, expected: object
+) -> None:
+    """There is no card here: transformers is asked for one, and loads into main memory."""
+    seen, load = [], LlamaForCausalLM.from_pretrained
+
+    def loading(*args: Any, device_map: object = None, **options: Any) -> Any:
+        seen.append(device_map)
+        return load(*args, **options)
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", loading)
+    load_model(find_source(str(save_model(tmp_path / "model"))), "auto", torch.device(device))
+    assert seen == [expected]
