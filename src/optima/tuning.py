@@ -220,12 +220,12 @@ def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[s
     But for those of other blocks too, whose dense outputs would change as well.
     """
     weights = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
-    vectors = {
-        id(parameter)
-        for name, parameter in block.module.named_parameters()
-        if tuned and parameter.ndim == 1 and parameter.is_floating_point() and name not in block.common
-    }
-    return {name: each for name, each in block.module.named_parameters() if id(each) in weights | vectors}
+
+    def is_own_vector(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.ndim == 1 and parameter.is_floating_point() and name not in block.common
+
+    named = block.module.named_parameters()
+    return {name: each for name, each in named if id(each) in weights or (tuned and is_own_vector(name, each))}
 
 
 @torch.no_grad()

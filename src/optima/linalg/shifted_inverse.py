@@ -37,6 +37,11 @@ def eigendecomposition(matrix_DD: Tensor, dtype: torch.dtype) -> Eigen:
     return Eigen(value_D.to(dtype), vector_DD.to(dtype))
 
 
+def _is_formed(rows_OD: Tensor, products: int) -> bool:
+    """Whether to form the inverse for so many products: with few rows it takes longer than it spares."""
+    return rows_OD.shape[1] <= products * rows_OD.shape[0]
+
+
 class ShiftedInverse:
     """(H + rho I)^-1 in the dtype of the rows that it will multiply.
 
@@ -52,7 +57,7 @@ class ShiftedInverse:
     def __init__(self, eigen: Eigen, rows_OD: Tensor, products: int) -> None:
         self._value_D, self._vector_DD = eigen
         self._to_rows = pack(self._vector_DD)
-        self._forms = rows_OD.shape[1] <= products * rows_OD.shape[0]
+        self._forms = _is_formed(rows_OD, products)
         self._to_eigen = self._to_rows if self._forms else pack(self._vector_DD.mT.contiguous())
 
     def at(self, penalty: float) -> Callable[[Tensor], Tensor]:
@@ -77,7 +82,7 @@ class FactoredInverse:
 
     def __init__(self, matrix_DD: Tensor, rows_OD: Tensor, products: int) -> None:
         self._matrix_DD, self._dtype = matrix_DD, rows_OD.dtype
-        self._forms = matrix_DD.dtype != rows_OD.dtype or rows_OD.shape[1] <= products * rows_OD.shape[0]
+        self._forms = matrix_DD.dtype != rows_OD.dtype or _is_formed(rows_OD, products)
 
     def at(self, penalty: float) -> Callable[[Tensor], Tensor]:
         """Multiplies rows by (H + penalty I)^-1."""
