@@ -51,8 +51,9 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
+from optima.options import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF
 from optima.patterns import SCOPES, Unstructured
-from optima.recipe import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF, recipe_from_dict
+from optima.recipe import recipe_from_dict
 from optima.recipe_files import read_recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
@@ -102,7 +103,7 @@ class Bench:
             device=options.device,
             **({"gap": options.gap} if solves else {}),
             **({"swept_share": options.swept_share} if objective == "loss" else {}),
-            **({"learning_rate": options.learning_rate} if "tune" in steps else {}),
+            **({"learning_rate": options.learning_rate, "tuning_share": 1.0} if "tune" in steps else {}),
         )
 
     def settings(self, method: str, pattern: str) -> dict[str, Any]:
@@ -130,6 +131,7 @@ class Bench:
         names += ["objective"] if recipe.objective == "loss" else []
         names += ["swept_share"] if recipe.objective == "loss" and recipe.swept_share < 1.0 else []
         names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
+        names += ["tuning_share"] if recipe.tuning_epochs and recipe.tuning_share < 1.0 else []
         names += ["true_sequential"] if recipe.true_sequential else []
         names += ["allocation_spread"] if recipe.allocation != "uniform" else []
         return {name: getattr(recipe, name) for name in names} | {

@@ -141,7 +141,7 @@ def child(
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_PORT": port}
         os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in names.items()}})
     tokens = torch.randint(0, sizes["vocabulary"], (samples, LENGTH), generator=torch.Generator().manual_seed(0))
-    recipe = Recipe(sparsity=0.5, batch_size=4, allocation="uniform")
+    recipe = Recipe(sparsity=0.5, batch_size=4, allocation="uniform", tuning_epochs=0)
     moved: Counter[str] = Counter()
     jobs: list[Job] = []
     made = Job.__post_init__

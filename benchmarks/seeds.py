@@ -28,7 +28,14 @@ TEXTS = ("perplexity", "perplexity_held_out")
 UNRELATED = {"tasks", "task_limit"}  # settings that no perplexity depends on
 OF_SEED = {"seed", "calibration_hash"}  # and settings that differ with the seed
 MEASURED = ("evaluation_hash", "held_out_hash", "windows", "dtype")  # settings that perplexities cannot differ in
-USUAL = {"swept_share": 1.0, "tuning_epochs": 4, "damping": 0.01, "own_samples": 0, "coupling": False}
+USUAL = {
+    "swept_share": 1.0,
+    "tuning_epochs": 4,
+    "tuning_share": 1.0,
+    "damping": 0.01,
+    "own_samples": 0,
+    "coupling": False,
+}
 Texts = tuple[Any, ...]  # those that a result was measured on, and calibrated on
 Cell = dict[int, tuple[tuple[float, ...], Texts]]  # perplexities by seed
 Row = tuple[str, str, str, str]  # model, tokens, method, unusual settings

@@ -16,7 +16,8 @@ from typing import Any, NoReturn
 import optima
 from optima.errors import OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
-from optima.recipe import DTYPES, GROUPS, OF_HUB, Recipe, recipe_from_dict
+from optima.options import DTYPES, GROUPS, OF_HUB
+from optima.recipe import Recipe, recipe_from_dict
 from optima.recipe_files import read_recipe
 from optima.reporting.trackers import TRACKERS
 from optima.values import must_be
@@ -296,7 +297,8 @@ def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
             values.pop(own, None)
     for own in OF_HUB if "dataset" in given else ():
         values.pop(own, None)
-    for option, nothing, own in (("tuning_epochs", "0", "learning_rate"), ("solver", "none", "gap")):
+    idle = {"learning_rate": ("tuning_epochs", "0"), "tuning_share": ("tuning_epochs", "0"), "gap": ("solver", "none")}
+    for own, (option, nothing) in idle.items():
         if given.get(option) == nothing:
             values.pop(own, None)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from optima.allocation import Allocation, ByLoss, KeepDense, Owl
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
+from optima.options import SPREADS
 from optima.patterns import SCOPES, PatternTable, Scope
 from optima.qp import make_solver
-from optima.recipe import SPREADS, Recipe
+from optima.recipe import Recipe
 from optima.selectors.base import Selector, load_foreign, make_selector, needs_of
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
@@ -68,7 +69,8 @@ def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
 
 def build_tuning(recipe: Recipe) -> Tuning | None:
     """How blocks are tuned; None if they are not."""
-    return Tuning(recipe.tuning_epochs, recipe.learning_rate) if recipe.tuning_epochs else None
+    epochs = recipe.tuning_epochs
+    return Tuning(epochs, recipe.learning_rate, recipe.tuning_share) if epochs else None
 
 
 def build_allocation(recipe: Recipe) -> Allocation | None:

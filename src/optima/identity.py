@@ -22,7 +22,8 @@ from optima.errors import ModelError
 from optima.models.fingerprint import fingerprint_files
 from optima.models.journal import differences, shown
 from optima.models.masks import MaskFiles
-from optima.recipe import SELECTOR_NAMES, Recipe
+from optima.options import SELECTOR_NAMES
+from optima.recipe import Recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import Selector
 

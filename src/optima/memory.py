@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -190,7 +190,7 @@ def work_bytes(
         if recipe.tuning_epochs or recipe.applied_objective == "loss":
             # What autograd keeps, and the larger of what the optimizer keeps and the coupling's sums with a batch's.
             coupled = 4 * coupling_bytes([block], methods)
-            kept = max(BYTES_PER_TUNED * weights * (recipe.tuning_epochs > 0), coupled)
+            kept = max(BYTES_PER_TUNED * weights * bool(recipe.tuning_epochs), coupled)
             most = max(most, GRADIENT_BUFFERS * activations + kept)
     return most
 
@@ -250,17 +250,41 @@ def settle_in_turn(
     held = max((held_bytes(block, recipe, dtype, attention) for block in blocks), default=0)
     if recipe.true_sequential == "auto" and not _auto_in_turn(model, blocks, recipe, held / dtype.itemsize):
         return False, ""
-    if on_cpu(recipe):
-        room = host_room(recipe)
-    elif torch.cuda.is_available():
-        room = int(HELD_SHARE * torch.cuda.get_device_properties(find_device(recipe.device)).total_memory)
-    else:
-        return bool(recipe.true_sequential), ""  # a plan for a device elsewhere
-    if held <= room:
+    room = _memory_at_work(recipe)
+    if room is None or held <= int(HELD_SHARE * room):
         return bool(recipe.true_sequential), ""
     return False, (
         "true_sequential was left out, and a block takes two forward passes: what all sequences need inside one, "
         f"{held / GIB:.1f} GiB, is more than {HELD_SHARE:.0%} of the memory"
+    )
+
+
+def _memory_at_work(recipe: Recipe) -> int | None:
+    """Bytes of memory where blocks run; None for a plan for a device elsewhere."""
+    if on_cpu(recipe):
+        return recipe.memory_budget or total_memory()
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(find_device(recipe.device)).total_memory)
+    return None
+
+
+def settle_tuning(
+    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype
+) -> tuple[int, str]:
+    """How many epochs a run tunes, and a note if blocks would be tuned by default, and there is no room for it."""
+    epochs = recipe.applied_epochs
+    if recipe.tuning_epochs is not None or not epochs:
+        return epochs, ""
+    room = _memory_at_work(
+        replace(recipe, memory_budget=None)
+    )  # work may pass a budget, and a run that goes on have another
+    block = max(count_parameters(block.module) for block in blocks) * dtype.itemsize
+    taken = block + work_bytes(model, blocks, replace(recipe, tuning_epochs=epochs), methods, dtype)
+    if room is None or taken <= room:
+        return epochs, ""
+    return 0, (
+        f"blocks were not tuned: one at work takes up to {taken / GIB:.1f} GiB, and the memory has {room / GIB:.1f} "
+        f"GiB; --tuning-epochs {epochs} tries"
     )
 
 

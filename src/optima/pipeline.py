@@ -20,6 +20,7 @@ from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.statistics import observe, observe_in_turn, why_not_in_turn
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
+from optima.calibration.swept import tuned_batches
 from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
@@ -113,7 +114,8 @@ class Job:
         resumed = ranks.from_first(lambda: {} if self.writer is None else self.writer.done)
         done = sum(block.name in resumed for block in blocks)
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done)
-        dense = streams.copy() if self.tuning is not None else None
+        taken = [] if self.tuning is None else tuned_batches(streams, self.tuning.share)
+        dense = None if self.tuning is None else streams.part(taken)
         for block in blocks:
             again = block.name in resumed
             clock = self.clock if again else Stopwatch(self.device)
@@ -132,7 +134,8 @@ class Job:
                     keeps, tuned = self._prune(block, streams, clock, in_turn=in_turn, onward=onward), Tuned((), 0)
                     if dense is not None and keeps:
                         with clock("tune"):
-                            tuned = self._tune(block, keeps, streams, dense.hidden, linears)
+                            own = self._sequences(block, streams, taken, dense.hidden)
+                            tuned = self._tune(block, keeps, own, linears)
                     del keeps  # a byte a weight, on the device
                 if block is not blocks[-1] and not onward:
                     with clock("forward"):
@@ -199,15 +202,20 @@ class Job:
             tensors = block.module.state_dict(prefix=f"{block.name}.")
             self.writer.commit(block.name, tensors, done.to_dict(), self._changed(block))
 
-    def _tune(
-        self, block: Block, keeps: Mapping[str, Tensor], streams: Streams, targets: Sequence[Tensor], first: int
-    ) -> Tuned:
+    def _sequences(
+        self, block: Block, streams: Streams, batches: Sequence[int], targets: Sequence[Tensor]
+    ) -> Sequences:
+        """What a block is tuned on: some batches of ``streams``, and what the dense block makes of them."""
+        loss = None if self.loss is None else self.loss.part(batches)
+        with torch.inference_mode(False):  # gradients are taken through what is made of them
+            weights = None if loss is None else loss.of_tokens(block.name)
+        return Sequences(streams.part(batches), targets, weights)
+
+    def _tune(self, block: Block, keeps: Mapping[str, Tensor], own: Sequences, first: int) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        with torch.inference_mode(False):  # gradients are taken through what is made of them
-            weights = None if self.loss is None else self.loss.of_tokens(block.name)
         # In one process, with the sequences of all: what comes out must not depend on how many share the work.
-        every, tuned = at_first(block, Sequences(streams, targets, weights)), None
+        every, tuned, ranks = at_first(block, own), None, own.streams.ranks
         if every is not None:
             with torch.inference_mode(False), full_precision():  # gradients are taken through it
                 if self.loss is None:
@@ -216,9 +224,9 @@ class Job:
                     cost = BlockError.by_loss(self.loss.residual[block.name], every.weights)
             with full_precision():
                 tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning)
-        tuned = streams.ranks.share(tuned, 0)
+        tuned = ranks.share(tuned, 0)
         if tuned.best:
-            share_tuned(block, keeps, streams.ranks)
+            share_tuned(block, keeps, ranks)
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]
@@ -229,14 +237,19 @@ class Job:
         return tuned
 
     @torch.no_grad()
-    def survey(self, stack: Stack, streams: Streams, allocation: Allocation) -> dict[str, float]:
-        """Each linear's share of one sparsity, from a pass over the dense blocks; ``streams`` are used up."""
+    def survey(
+        self, stack: Stack, streams: Streams, allocation: Allocation, batches: Sequence[int]
+    ) -> dict[str, float]:
+        """Each linear's share of one sparsity, from a pass of some ``batches`` over the dense blocks."""
+        whole, streams = self.loss, streams.part(batches).counted()
+        self.loss = None if whole is None else whole.part(batches)
         blocks = stack.blocks[: stack.needed]
         self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 self._survey(block, streams, allocation, onward=block is not blocks[-1])
             self.progress.block(block.name)
+        self.loss = whole
         return allocation.allocate()
 
     def _survey(self, block: Block, streams: Streams, allocation: Allocation, onward: bool) -> None:

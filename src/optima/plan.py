@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.build import build
 from optima.calibration.own_text import check_writes
-from optima.calibration.swept import kept_bytes, swept_share
+from optima.calibration.swept import kept_bytes, swept_share, tuned_share
 from optima.calibration.text import check_of_hub
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
@@ -127,19 +127,20 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     found = preflight(model, recipe, methods)
     check_length(model, recipe.max_seq_length)
     dtype = dtype_as_read(config, recipe.dtype)
-    recipe, found = sized(model, recipe, found, dtype)
+    recipe, found = sized(model, recipe, found, methods, dtype)
     num_parameters = count_parameters(model)
     hidden, beside = _numbers(config.get_text_config())
     writes = recipe.written and not recipe.read  # else it may, if these have too little
     streamed = not source.gguf_file and not writes
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
-    surveyed = recipe.surveys
     # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
     # sweep for the loss keeps those of all blocks, up to a limit.
     assert recipe.num_calibration_samples is not None
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
+    surveyed = recipe.surveys * (swept or 1.0)
+    tuned = tuned_share(recipe.tuning_share, tokens) if recipe.tuning_epochs else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
     coupled = coupling_bytes(found.blocks, methods)
     kept += coupled
@@ -168,14 +169,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
         block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(inputs * (1 + max(surveyed, recipe.tuning_epochs > 0) + routed) + coupled // 2, int(kept))
+        inputs_bytes=max(int(inputs * (1 + max(surveyed, tuned) + routed)) + coupled // 2, int(kept))
         + tokens * beside * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
         host=memory,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
         passes=forward_passes(
-            recipe, methods, swept, all(in_turn(block, recipe) for block in found.blocks if block.linears)
+            recipe, methods, (swept, tuned), all(in_turn(block, recipe) for block in found.blocks if block.linears)
         ),
         reads=_reads(recipe, len(found.blocks) * inputs * swept),
         dtype=dtype,
@@ -192,14 +193,21 @@ def _numbers(text: Any) -> tuple[int | None, int]:
     return hidden and versions * hidden, beside * (getattr(text, "num_hidden_layers", None) or 0)
 
 
-def forward_passes(recipe: Recipe, methods: Methods, swept: float, in_turn: bool) -> int:
+def forward_passes(recipe: Recipe, methods: Methods, shares: tuple[float, float], in_turn: bool) -> int:
     """Calibrate and carry on; a survey; the sweep; a selector's gradients; dense targets and epochs.
 
-    A backward pass counts as two.
+    A backward pass counts as two. A survey takes the sequences that are swept, if any are.
+
+    Args:
+        recipe: as sized.
+        methods: as built from it.
+        shares: of the sequences that are swept, and tuned on.
+        in_turn: whether all blocks are calibrated in turn.
     """
-    epochs, by_gradient = recipe.tuning_epochs, "gradient" in methods.needs
-    once = 2 - (in_turn and not epochs) + recipe.surveys + 3 * by_gradient
-    return once + math.ceil(4 * swept) + (3 * epochs + 1 if epochs else 0)
+    (swept, tuned), by_gradient = shares, "gradient" in methods.needs
+    once = 2 - (in_turn and not tuned) + 3 * by_gradient
+    part = 4 * swept + recipe.surveys * (swept or 1.0) + (3 * (recipe.tuning_epochs or 0) + 1) * tuned
+    return once + math.ceil(part)
 
 
 def _reads(recipe: Recipe, swept_bytes: float) -> int:

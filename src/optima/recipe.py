@@ -6,15 +6,34 @@ No torch is imported here: a recipe is checked, and the help printed, before the
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import Field as DataclassField
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from optima.errors import RecipeError
+from optima.options import (
+    ALLOCATION_NAMES,
+    BOUNDED_SOLVERS,
+    CONFIGS,
+    DEFAULT_SPARSITY,
+    DTYPES,
+    EPOCHS,
+    EXPERT_TOKENS,
+    LEARNING_RATE,
+    LEAST_SAMPLES,
+    OBJECTIVES,
+    ROUNDINGS,
+    SELECTOR_NAMES,
+    SELF,
+    SINK_WEIGHT,
+    SOLVER_NAMES,
+    SPREADS,
+    TOKENS_PER_INPUT,
+    option,
+)
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
 from optima.values import (
     Count,
@@ -34,45 +53,6 @@ from optima.values import (
     unknown,
 )
 
-# The names are here so that no method is imported to check one; a test holds them to the registries.
-SELECTOR_NAMES = (
-    "magnitude", "wanda", "ria", "gradient", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
-)  # fmt: skip
-SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "none")
-BOUNDED_SOLVERS = ("auto", "bounded")
-ALLOCATION_NAMES = ("uniform", "owl", "loss")
-OBJECTIVES = ("loss", "sink", "plain")
-ROUNDINGS, DTYPES = ("hessian", "nearest"), ("auto", "float32", "bfloat16", "float16")
-DEFAULT_SPARSITY = 0.5
-SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
-LEARNING_RATE = 3e-3
-EXPERT_TOKENS = 256
-LEAST_SAMPLES = 128  # of calibration, as in the papers
-OF_HUB = ("dataset_config", "split", "dataset_revision")  # options of the hub's data sets
-TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
-SELF = "self"  # the data set that the model itself writes
-# Configurations of data sets that have several and name none of them as the default.
-CONFIGS = {"allenai/c4": "en"}
-SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
-
-GROUPS = {
-    "mask": "which weights survive",
-    "objective": "what is minimised",
-    "solve": "what becomes of the survivors",
-    "tuning": "gradient steps on a block's survivors",
-    "calibration": "the text that decides",
-    "model": "what is pruned, and how it is read",
-    "run": "where it runs",
-}
-
-
-def _option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:
-    """A field: its group and sentence of help, the names it takes, its default in words."""
-    metadata = {"group": group, "help": text, "choices": tuple(choices), "shown": shown}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,93 +65,96 @@ class Recipe:
     """
 
     # fmt: off
-    sparsity: Fraction | None = _option("mask", None, "fraction of weights to prune", shown="0.5")
-    pattern: Texts = _option(
+    sparsity: Fraction | None = option("mask", None, "fraction of weights to prune", shown="0.5")
+    pattern: Texts = option(
         "mask", [], "instead of a sparsity: n:m keeps n of every m consecutive inputs (2:4); several, each for the "
         "linears whose name a regex finds: REGEX=2:4, REGEX=0.6, and one without a regex for all others; the first "
         "that matches counts", shown="none")
-    scope: str | None = _option(
+    scope: str | None = option(
         "mask", None, "what an unstructured sparsity is ranked over", SCOPES,
         "the selector's published one, but layer instead of row with objective loss; for optima row without")
-    group_size: Count = _option("mask", GROUP_SIZE, "inputs in a group, for scope group")
-    allocation: str | None = _option(
+    group_size: Count = option("mask", GROUP_SIZE, "inputs in a group, for scope group")
+    allocation: str | None = option(
         "mask", None, "how linears share one unstructured sparsity: all have the same, by their outliers (OWL), or by "
         "what the model's loss feels of them", ALLOCATION_NAMES, "loss with objective loss, else uniform")
-    allocation_spread: Fraction | None = _option(
+    allocation_spread: Fraction | None = option(
         "mask", None, "how far a linear's sparsity may depart from the global one, before all move by one constant",
         shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
-    keep_dense: Fraction | None = _option(
+    keep_dense: Fraction | None = option(
         "mask", None, "for patterns n:m: at most this share of the weights stays dense, in the linears where the loss "
         "feels their pruning most", shown="none")
-    outlier_multiple: Positive = _option(
+    outlier_multiple: Positive = option(
         "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
-    selector: Any = _option(
+    selector: Any = option(
         "mask", "optima", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
-    mask_from: str | None = _option(
+    mask_from: str | None = option(
         "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none")
-    swaps: Swaps = _option(
+    swaps: Swaps = option(
         "mask", 0, "improve the mask by swaps of a kept and a pruned weight: this many candidates of a row are tried "
         "in a round (256 is good); all: as many as a proof takes; 0: none")
-    objective: str | None = _option(
+    objective: str | None = option(
         "objective", None, "how tokens and outputs count: as the model's loss feels them (one backward pass over the "
         "dense model), every token alike but for each sequence's first (the attention sink), or plainly alike",
         OBJECTIVES, "loss; plain with solver none, as published")
-    sink_weight: Weight | None = _option(
+    sink_weight: Weight | None = option(
         "objective", None, "for objective sink: weight of a sequence's first token, relative to all its tokens",
         shown=f"{SINK_WEIGHT}")
-    swept_share: Share = _option(
+    swept_share: Share = option(
         "objective", 0.25, "for objective loss: the share of the sequences that the backward pass takes, of at least "
         "8192 tokens; other tokens weigh what those at their place do")
-    damping: Ridge = _option("objective", 0.01, "ridge, relative to the mean diagonal of the hessian")
-    solver: str = _option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
-    gap: Positive = _option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")
-    max_change: Positive | None = _option(
+    damping: Ridge = option("objective", 0.01, "ridge, relative to the mean diagonal of the hessian")
+    solver: str = option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
+    gap: Positive = option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")
+    max_change: Positive | None = option(
         "solve", None, "most a surviving weight may move, in root mean squares of its row", shown="no bound")
-    rounding: str = _option(
+    rounding: str = option(
         "solve", "hessian", "how weights are rounded: each to make up for earlier ones, or to the nearest", ROUNDINGS)
-    tuning_epochs: Seed = _option(
-        "tuning", 0, "passes over the calibration text in which each block is tuned towards the dense one")
-    learning_rate: Positive = _option(
+    tuning_epochs: Seed | None = option(
+        "tuning", None, "passes over calibration text in which each block is tuned towards the dense one; certificates "
+        "speak of the weights before", shown=f"{EPOCHS} with objective loss and a solver, if there is room; else 0")
+    tuning_share: Share = option(
+        "tuning", 0.25, "the share of the sequences that blocks are tuned on, of at least 32768 tokens")
+    learning_rate: Positive = option(
         "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
-    dataset: Texts = _option(
+    dataset: Texts = option(
         "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files; self: text that the "
         "model itself writes, beside others what they lack")
-    dataset_config: str | None = _option(
+    dataset_config: str | None = option(
         "calibration", None, "configuration of a hub dataset", shown="for allenai/c4 en")
-    dataset_revision: str | None = _option(
+    dataset_revision: str | None = option(
         "calibration", None, "commit, tag or branch of a hub dataset", shown="its newest")
-    split: str = _option("calibration", "train", "split of a hub dataset")
-    text_column: str = _option("calibration", "text", "column that holds the text, or a chat (else messages)")
-    num_calibration_samples: Count | None = _option(
+    split: str = option("calibration", "train", "split of a hub dataset")
+    text_column: str = option("calibration", "text", "column that holds the text, or a chat (else messages)")
+    num_calibration_samples: Count | None = option(
         "calibration", None, "number of calibration sequences",
         shown=f"{LEAST_SAMPLES}, more where the widest linear would get under {TOKENS_PER_INPUT} tokens an input")
-    max_seq_length: Count = _option("calibration", 2048, "tokens in each calibration sequence")
-    true_sequential: FlagOrAuto = _option(
+    max_seq_length: Count = option("calibration", 2048, "tokens in each calibration sequence")
+    true_sequential: FlagOrAuto = option(
         "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: a "
         "forward pass less, and a block's activations are held for all sequences; auto, in a recipe: if they are few")
-    expert_tokens: Seed = _option(
+    expert_tokens: Seed = option(
         "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
-    batch_size: Count | None = _option(
+    batch_size: Count | None = option(
         "calibration", None, "sequences in one forward pass", shown="8; on a CPU 2,048 tokens' worth")
-    seed: Seed = _option("calibration", 0, "seed of the choice of text")
-    targets: Texts = _option(
+    seed: Seed = option("calibration", 0, "seed of the choice of text")
+    targets: Texts = option(
         "model", [".*"], "regexes; linears whose full name matches one are pruned; a router only by one that does not "
         "match the module around it too")
-    ignore: Texts = _option(
+    ignore: Texts = option(
         "model", ["lm_head", "embed"], "regexes, in place of the default; linears whose full name matches one are left "
         "alone; none if given without a value")
-    dtype: str = _option("model", "auto", "load the model as this; auto: the checkpoint's own", DTYPES)
-    revision: str | None = _option("model", None, "commit, tag or branch of a hub model", shown="its newest")
-    trust_remote_code: Flag = _option(
+    dtype: str = option("model", "auto", "load the model as this; auto: the checkpoint's own", DTYPES)
+    revision: str | None = option("model", None, "commit, tag or branch of a hub model", shown="its newest")
+    trust_remote_code: Flag = option(
         "model", False, "run code that comes with the checkpoint, or that --selector names")
-    device: str = _option("run", "auto", "auto, cpu, cuda or cuda:N")
-    memory_budget: Size | None = _option(
+    device: str = option("run", "auto", "auto, cpu, cuda or cuda:N")
+    memory_budget: Size | None = option(
         "run", None, "main memory that a process keeps to, such as 8GiB: what is more waits in files", shown="none")
     # fmt: on
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            object.__setattr__(self, option.name, _checked(option, getattr(self, option.name)))
+        for each in fields(self):
+            object.__setattr__(self, each.name, _checked(each, getattr(self, each.name)))
         self._check_selector()
         self._check_mask(self.table(self.scope or SCOPES[0]))
         self._check_idle()
@@ -223,6 +206,14 @@ class Recipe:
         return "loss" if one and by_loss else "uniform"
 
     @property
+    def applied_epochs(self) -> int:
+        """Epochs of tuning, or what they are where the recipe names none: it tunes if solved in units of the loss."""
+        if self.tuning_epochs is not None:
+            return self.tuning_epochs
+        bound = self.solver == "none" or self.max_change is not None
+        return 0 if bound or self.applied_objective != "loss" else EPOCHS
+
+    @property
     def written(self) -> bool:
         """True if the model writes calibration text: all of it, or what data sets lack."""
         return SELF in self.dataset
@@ -245,7 +236,7 @@ class Recipe:
     def resolved(self, *, scope: str) -> Recipe:
         """The recipe with its open defaults filled in as applied, so that a file of it means the same for ever.
 
-        But for ``samples`` and the batch, which depend on the model and the device.
+        But for ``samples``, the batch and tuning, which depend on the model and the device.
 
         Args:
             scope: for a recipe that names none, see ``optima.build.default_scope``.
@@ -264,7 +255,7 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to YAML and to the report; a selector object is named by its class."""
-        values = {option.name: getattr(self, option.name) for option in fields(self)}
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
         values = {name: list(value) if isinstance(value, list) else value for name, value in values.items()}
         if not isinstance(self.selector, str):
             kind = type(self.selector)
@@ -341,13 +332,14 @@ class Recipe:
             "allocation_spread": ("allocation owl or loss", self.applied_allocation != "uniform"),
             "outlier_multiple": ("allocation owl", self.allocation == "owl"),
             "group_size": ("scope group", self.scope == "group" or (self.scope is None and published)),
-            "learning_rate": ("tuning_epochs above 0", self.tuning_epochs > 0),
+            "learning_rate": ("tuning_epochs above 0", self.applied_epochs > 0),
+            "tuning_share": ("tuning_epochs above 0", self.applied_epochs > 0),
             "gap": ("a solver", self.solver != "none"),
         }
-        for option in fields(self):
-            owner, applies = used.get(option.name, ("", True))
-            if not applies and getattr(self, option.name) != option.default:
-                raise RecipeError(f"{option.name} is for {owner}: add that, or leave {option.name} out")
+        for each in fields(self):
+            owner, applies = used.get(each.name, ("", True))
+            if not applies and getattr(self, each.name) != each.default:
+                raise RecipeError(f"{each.name} is for {owner}: add that, or leave {each.name} out")
 
 
 def check_regexes(name: str, regexes: list[str]) -> None:
@@ -365,7 +357,7 @@ def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recip
     Raises:
         RecipeError: on unknown keys, wrong types or values; the message names ``source``, if it is given.
     """
-    known = [option.name for option in fields(Recipe)]
+    known = [each.name for each in fields(Recipe)]
     try:
         for key in values:
             plain = str(key).replace("-", "_")
@@ -378,14 +370,14 @@ def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recip
         raise RecipeError(f"{source}: {error}" if source else str(error)) from error
 
 
-def _checked(option: DataclassField[Any], value: Any) -> Any:
+def _checked(each: DataclassField[Any], value: Any) -> Any:
     """``value`` as the type of a field, and one of its choices."""
-    name, choices = option.name, option.metadata["choices"]
+    name, choices = each.name, each.metadata["choices"]
     if name == "selector":
         return value
     if name == "pattern":
         value = _pattern_texts(value)
-    value = checked(Recipe, name, value, option.default)
+    value = checked(Recipe, name, value, each.default)
     if choices and value is not None and value not in choices:
         raise RecipeError(unknown(name, value, choices))
     return value

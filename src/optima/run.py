@@ -19,6 +19,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch, Calibration
+from optima.calibration.swept import swept_batches
 from optima.device import (
     PeakMemory,
     describe_device,
@@ -242,7 +243,9 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
                 job.notes.extend(dict.fromkeys(filter(None, ranks.gather(told))))
             unknown = checked.recipe.allocation == "loss" and job.loss is None
             if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
-                shares = job.survey(stack, streams.copy(), allocation)
+                # Those that the sweep went by, whose tokens' own weights are known, tell linears from each other well.
+                share = 1.0 if job.loss is None else checked.recipe.swept_share
+                shares = job.survey(stack, streams, allocation, swept_batches(streams, share))
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
                     job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")

@@ -12,9 +12,10 @@ from optima.calibration.streams import Streams
 from optima.device import full_precision
 from optima.errors import NotDifferentiableError, RecipeError
 from optima.models.stacks import Stack
+from optima.options import SINK_WEIGHT
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
-from optima.recipe import SINK_WEIGHT, Recipe
+from optima.recipe import Recipe
 from optima.selectors.base import Selector
 
 
@@ -39,7 +40,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
                 stack,
                 streams,
                 recipe.seed,
-                residual=recipe.tuning_epochs > 0,
+                residual=job.tuning is not None,
                 weights=job.weights,
                 share=recipe.swept_share,
                 told=job.progress.share,
@@ -48,7 +49,9 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
     except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
         part = "" if stack.part == "whole" else f" in the {stack.part}"
-        return f"objective sink took the place of objective loss{part}, for there are no gradients: {error}"
+        untuned = "" if job.tuning is None else ", and blocks are not tuned"
+        job.tuning = None
+        return f"objective sink took the place of objective loss{part}{untuned}, for there are no gradients: {error}"
     if job.loss.loss == WORDS:
         return job.loss.told
     return f"objective loss is {job.loss.loss}: the model has no head that predicts words"

@@ -35,7 +35,7 @@ from optima import Recipe, load_recipe, load_report
 from optima.build import build, default_scope
 from optima.cli import main
 from optima.evaluation.record import load_evaluation
-from optima.recipe import GROUPS
+from optima.options import GROUPS
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
 WANDA = ["--selector", "wanda", "--objective", "sink"]  # every row loses the same number
@@ -284,9 +284,8 @@ class TestRecipeOnTheCommandLine:
         assert main(["prune", "model", "--output-dir", "out", "--recipe=run.yaml", *options]) == 0
         size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16, "batch_size": 2}
         recipe = Recipe(**size | expected)  # type: ignore[arg-type]
-        assert load_recipe("out/recipe.yaml") == recipe.resolved(
-            scope=default_scope(recipe.applied_objective, build(recipe).selector)
-        )
+        resolved = recipe.resolved(scope=default_scope(recipe.applied_objective, build(recipe).selector))
+        assert load_recipe("out/recipe.yaml") == dataclasses.replace(resolved, tuning_epochs=recipe.applied_epochs)
 
 
 class TestPlan:

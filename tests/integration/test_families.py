@@ -68,8 +68,9 @@ def test_prune_save_reload(family: str, tmp_path: Path) -> None:
     reloaded = type(model).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(outputs(reloaded), outputs(model))
     owners = pruned | {name.rpartition(".")[0] for name in pruned if isinstance(linears[name], ExpertLinear)}
+    vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}  # which tuning changes too
     for name, tensor in model.state_dict().items():
-        if name.removesuffix(".weight") not in owners:
+        if name.removesuffix(".weight") not in owners and name not in vectors:
             assert torch.equal(tensor, dense[name]), f"{name} is not to be pruned and changed"
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"config.json", "report.json", "report.md", "recipe.yaml"} <= files
@@ -107,9 +108,11 @@ def check_chain_of(model: nn.Module, stack: Stack) -> None:
     handle = stack.blocks[-1].module.register_forward_hook(
         lambda module, args, output: expected.append(output[0] if isinstance(output, (tuple, list)) else output)
     )
+    # A cache copies keys, and some processors multiply a copy in another order: as in capture, there is none.
+    without = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
     with torch.no_grad():
         for batch in batches:
-            model(**arguments(model, batch))
+            model(**arguments(model, batch), **without)
     handle.remove()
     streams = capture(model, whole(stack), batches)
     for block in stack.blocks:

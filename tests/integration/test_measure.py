@@ -39,8 +39,8 @@ def measured(directory: Path, recipe: Recipe) -> Measured:
     [
         ({"objective": "sink"}, set()),
         ({"objective": "sink", "true_sequential": True}, set()),
-        ({}, {"sweep"}),
-        ({"tuning_epochs": 2}, {"sweep", "tune"}),
+        ({"tuning_epochs": 0}, {"sweep"}),
+        ({}, {"sweep", "tune"}),
         ({"allocation": "owl", "objective": "sink"}, set()),
     ],
 )

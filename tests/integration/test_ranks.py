@@ -115,8 +115,8 @@ def test_shared_rows_are_those_of_one() -> None:
 
 
 def sweep_a_quarter(rank: int = 0) -> None:
-    """For ``prepare``: however few tokens there are."""
-    swept.LEAST_TOKENS = 1
+    """For ``prepare``: however few tokens there are. As many are surveyed and tuned on."""
+    swept.LEAST_TOKENS = swept.LEAST_TUNED = 1
 
 
 def test_the_same_sequences_are_swept() -> None:

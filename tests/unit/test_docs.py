@@ -13,7 +13,7 @@ import pytest
 
 import optima
 from optima.cli import main
-from optima.recipe import SELECTOR_NAMES, SOLVER_NAMES
+from optima.options import SELECTOR_NAMES, SOLVER_NAMES
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), ROOT / "benchmarks" / "README.md"])

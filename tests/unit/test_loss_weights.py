@@ -185,6 +185,7 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
         prune(sink, Recipe(objective="sink"), calibration=make_tokens())
     (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
     assert note.endswith("; weights are ranked by row; all linears have the same sparsity")
+    assert ", and blocks are not tuned, for there are no gradients: " in note
     assert {linear.pattern for linear in report.linears} == {"0.5 per row"}
     assert report.run.recipe["scope"] is None  # that of the report gives the same run again
     with torch.inference_mode():

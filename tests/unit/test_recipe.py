@@ -16,17 +16,10 @@ from optima import Recipe, load_recipe
 from optima.allocation import Owl
 from optima.build import PROOF_ROUNDS, build, build_allocation, pattern_table
 from optima.errors import RecipeError
+from optima.options import BOUNDED_SOLVERS, GROUPS, SELECTOR_NAMES, SINK_WEIGHT, SOLVER_NAMES, SPREADS
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import SOLVERS, Auto, BatchedCholesky
-from optima.recipe import (
-    BOUNDED_SOLVERS,
-    GROUPS,
-    SELECTOR_NAMES,
-    SINK_WEIGHT,
-    SOLVER_NAMES,
-    SPREADS,
-    recipe_from_dict,
-)
+from optima.recipe import recipe_from_dict
 from optima.recipe_files import SHIPPED, recipe_text
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
@@ -215,7 +208,9 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"outlier_multiple": 3.0, "allocation": "loss"}, "outlier_multiple is for allocation owl"),
     ({"group_size": 64}, "group_size is for scope group"),
     ({"group_size": 64, "selector": "sparsegpt", "scope": "row"}, "group_size is for scope group"),
-    ({"learning_rate": 1e-3}, "learning_rate is for tuning_epochs above 0"),
+    ({"learning_rate": 1e-3, "tuning_epochs": 0}, "learning_rate is for tuning_epochs above 0"),
+    ({"tuning_share": 0.5, "objective": "sink"}, "tuning_share is for tuning_epochs above 0"),
+    ({"tuning_share": 0, "tuning_epochs": 1}, "tuning_share must be a number above 0 and at most 1"),
     ({"sink_weight": -0.1}, "sink_weight must be a number of at least 0, got -0.1"),
     ({"sink_weight": float("nan")}, "sink_weight must be a number of at least 0"),
     ({"sink_weight": float("inf")}, "sink_weight must be a number of at least 0"),

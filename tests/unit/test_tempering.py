@@ -122,7 +122,7 @@ def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch
     tokens_NL[:, 0] = 1
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
-    assert swept.chosen_batches(streams, 0.25) == [0, 4]
+    assert swept.swept_batches(streams, 0.25) == [0, 4]
     found = loss_weights(model, stack, streams, seed=0, share=0.25)
     assert found.lengths == [16] * 8
     for name, batches in found.tokens.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -74,6 +75,55 @@ def test_batches_do_not_matter() -> None:
 def test_one_sequence_is_too_few() -> None:
     found = tuned(make_llama().eval(), 1e-2, sequences=1)
     assert found == Tuned(found.held_out[:1], 0)
+
+
+@pytest.mark.parametrize(("share", "steps"), [(1.0, 14), (0.5, 7), (0.25, 3)])
+def test_a_share_of_the_sequences_is_taken(share: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of eight is held out of them, and a step is one sequence."""
+    monkeypatch.setattr("optima.calibration.swept.LEAST_TUNED", 1)
+    model, taken = make_llama(), []
+    model.model.layers[1].register_forward_pre_hook(lambda *_: taken.append(torch.is_grad_enabled()))
+    recipe = Recipe(objective="plain", tuning_epochs=1, tuning_share=share, batch_size=4)
+    report = prune(model, recipe, calibration=make_tokens(16, 16))
+    assert sum(taken) == steps
+    assert report.blocks[1].tuning
+
+
+def test_few_tokens_are_all_taken() -> None:
+    found = [
+        prune(make_llama(), Recipe(tuning_epochs=1, tuning_share=share), calibration=make_tokens(16, 16)).blocks
+        for share in (0.25, 1.0)
+    ]
+    assert [block.tuning for block in found[0]] == [block.tuning for block in found[1]]
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs"),
+    [
+        ({}, 1),
+        ({"selector": "wanda"}, 1),
+        ({"objective": "sink"}, 0),
+        ({"solver": "none"}, 0),
+        ({"solver": "none", "objective": "loss"}, 0),
+        ({"max_change": 0.5}, 0),
+        ({"tuning_epochs": 0}, 0),
+        ({"tuning_epochs": 3, "objective": "plain"}, 3),
+    ],
+)
+def test_what_is_solved_in_units_of_the_loss_is_tuned(options: dict[str, Any], epochs: int) -> None:
+    report = prune(make_llama(), Recipe(**options), calibration=make_tokens(16, 16))
+    assert report.run.recipe["tuning_epochs"] == epochs
+    assert [len(block.tuning) for block in report.blocks] == [epochs + 1 if epochs else 0] * 2
+
+
+def test_the_default_leaves_tuning_out_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.memory.total_memory", lambda: 2**16)
+    report = prune(make_llama(), Recipe(), calibration=make_tokens(16, 16))
+    assert any(note.startswith("blocks were not tuned: one at work takes up to ") for note in report.run.notes)
+    assert report.run.recipe["tuning_epochs"] == 0
+    assert report.gap_written_max is not None  # so the file has the certified weights
+    named = prune(make_llama(), Recipe(tuning_epochs=1), calibration=make_tokens(16, 16))
+    assert all(block.tuning for block in named.blocks)
 
 
 def test_it_leaves_no_gradients() -> None:

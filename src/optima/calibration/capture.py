@@ -5,7 +5,6 @@ Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -93,10 +92,7 @@ def capture(
     calls: list[list[Call]] = [[] for _ in blocks]
     streams = Streams(probe, [], [], calls, [], store or Store(), halving=halving, whole=apart, fixed=frozenset(fixed))
     _record(model, stack, batches, streams)
-    if ranks.size > 1:
-        own = sum(samples for samples, _ in streams.sizes), sum(map(math.prod, streams.sizes))
-        return replace(streams, ranks=ranks, parts=tuple(ranks.gather(own)))
-    return streams
+    return replace(streams, ranks=ranks).counted()
 
 
 def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], streams: Streams) -> None:

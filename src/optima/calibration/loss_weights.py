@@ -30,12 +30,12 @@ from optima.calibration.streams import Streams
 from optima.calibration.swept import (
     Draws,
     at_a_time,
-    chosen_batches,
     fill_in,
     fill_in_routed,
     first_tokens,
     start_alike,
     sweep_numbers,
+    swept_batches,
 )
 from optima.calibration.tempering import LossWeights, Moments
 from optima.device import differentiable, give_back_freed_memory
@@ -76,7 +76,7 @@ def loss_weights(
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite; of several processes, in all.
     """
-    found, problem, swept = None, "", chosen_batches(streams, share)
+    found, problem, swept = None, "", swept_batches(streams, share)
     ends: list[Tensor] = []
     parts = at_a_time(streams, len(stack.blocks), swept)
     try:

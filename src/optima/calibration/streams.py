@@ -96,6 +96,13 @@ class Streams:
         carried, given = [dict(self.carried[batch]) for batch in batches], [self.batches[batch] for batch in batches]
         return replace(self, sizes=sizes, hidden=hidden, calls=calls, carried=carried, batches=given)
 
+    def counted(self) -> Streams:
+        """These streams, with how much of them each process has: they may be a part. All processes call it."""
+        if self.ranks.size == 1:
+            return self
+        own = sum(samples for samples, _ in self.sizes), sum(samples * length for samples, length in self.sizes)
+        return replace(self, parts=tuple(self.ranks.gather(own)))
+
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]

@@ -1,4 +1,4 @@
-"""Which sequences the sweep for the loss takes, and what stands in for the weights of the other tokens.
+"""Which sequences gradients are taken of, and what stands in for the weights of the tokens of the others.
 
 What the loss feels of a row is a mean over tokens, which a part of them gives. What it feels of a token hangs on its
 place (first tokens above all): tokens that were not swept weigh what those at the same place of other sequences do.
@@ -20,8 +20,8 @@ from optima.calibration.tempering import POWER
 from optima.distributed import Ranks
 from optima.main_memory import total_memory
 
-# At least so many tokens are swept, if there are as many.
-LEAST_TOKENS = 8192
+# At least so many tokens are swept, or tuned on, if there are as many.
+LEAST_TOKENS, LEAST_TUNED = 8192, 32768
 # What leaves the last block of equal tokens differs by less, relative to its norm, unless it depends on the text.
 ALIKE = 0.05
 # Inputs of all blocks that wait for the way back: so many bytes at least, or this share of main memory.
@@ -32,24 +32,43 @@ AT_ONCE = 2**24
 
 def swept_share(share: float, tokens: int) -> float:
     """One in how many sequences is swept, as a share: of so many ``tokens``, when ``share`` of them would do."""
-    return 1.0 / max(int(1.0 / max(share, LEAST_TOKENS / max(tokens, 1))), 1)
+    return _one_in_many(share, tokens, LEAST_TOKENS)
+
+
+def tuned_share(share: float, tokens: int) -> float:
+    """As ``swept_share``, of the sequences that blocks are tuned on."""
+    return _one_in_many(share, tokens, LEAST_TUNED)
+
+
+def _one_in_many(share: float, tokens: int, least: int) -> float:
+    return 1.0 / max(int(1.0 / max(share, least / max(tokens, 1))), 1)
 
 
 def _steps(streams: Streams, share: float) -> tuple[int, int]:
-    """One in how many batches is swept, and how many sequences a batch has, over all processes."""
+    """One in how many batches is the ``share``, and how many sequences a batch has, over all processes."""
     size = max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
-    return round(1.0 / swept_share(share, streams.tokens)), size
+    return round(1.0 / share), size
 
 
 def sweep_numbers(streams: Streams, share: float) -> list[int]:
     """Of each batch, the number of its first sequence among those that are swept, over all processes."""
-    every, size = _steps(streams, share)
+    every, size = _steps(streams, swept_share(share, streams.tokens))
     firsts = accumulate((samples for samples, _ in streams.sizes), initial=streams.before[0])
     return [first // (size * every) * size + first % size for first in firsts]
 
 
-def chosen_batches(streams: Streams, share: float) -> list[int]:
-    """The batches of this process that are swept: every so many, counted over all processes."""
+def swept_batches(streams: Streams, share: float) -> list[int]:
+    """The batches of this process that are swept."""
+    return _every(streams, swept_share(share, streams.tokens))
+
+
+def tuned_batches(streams: Streams, share: float) -> list[int]:
+    """The batches of this process that blocks are tuned on."""
+    return _every(streams, tuned_share(share, streams.tokens))
+
+
+def _every(streams: Streams, share: float) -> list[int]:
+    """Every so many batches, counted over all processes."""
     every, size = _steps(streams, share)
     first, chosen = streams.before[0], []
     for batch, (samples, _) in enumerate(streams.sizes):

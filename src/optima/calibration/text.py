@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.calibration.chats import BAD_CHAT, as_text
 from optima.errors import CalibrationError, RecipeError
-from optima.recipe import CONFIGS, OF_HUB
+from optima.options import CONFIGS, OF_HUB
 
 SEPARATOR = "\n\n"
 CHAT_COLUMN = "messages"

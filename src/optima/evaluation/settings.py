@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from optima.errors import RecipeError
-from optima.recipe import DTYPES
+from optima.options import DTYPES
 from optima.values import Count, Flag, FrozenTexts, Seed, checked, unknown
 
 PROTOCOLS = {

@@ -21,7 +21,7 @@ from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
-from optima.memory import settle_in_turn
+from optima.memory import settle_in_turn, settle_tuning
 from optima.models.masks import MaskFiles
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.models.reading import check_length, is_encoder_decoder
@@ -252,14 +252,20 @@ def _length(recipe: Recipe, calibration: object) -> int:
 
 
 def sized(
-    model: PreTrainedModel, recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: object = None
+    model: PreTrainedModel,
+    recipe: Recipe,
+    found: Preflight,
+    methods: Methods,
+    dtype: torch.dtype,
+    calibration: object = None,
 ) -> tuple[Recipe, Preflight]:
-    """``recipe`` with what depends on the widths: the number of sequences, and whether all have room at once.
+    """``recipe`` with what depends on the widths: the number of sequences, and what there is room for.
 
     Args:
         model: with its weights, or its skeleton.
         recipe: to complete.
-        found: it gets a note if there is no room to calibrate linears in turn.
+        found: it gets a note if there is no room to tune blocks, or to calibrate linears in turn.
+        methods: as built from the recipe.
         dtype: of activations.
         calibration: what the caller gave; of token ids and a processor's outputs the size is known.
     """
@@ -269,5 +275,8 @@ def sized(
         length, samples = calibration.longest or recipe.max_seq_length, calibration.size[0]
         recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length, batch_size=calibration.largest)
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
+    epochs, untuned = settle_tuning(model, found.blocks, recipe, methods, dtype)
+    recipe = replace(recipe, tuning_epochs=epochs)
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
-    return replace(recipe, true_sequential=in_turn), replace(found, notes=(*found.notes, note)) if note else found
+    notes = (*found.notes, *filter(None, (untuned, note)))
+    return replace(recipe, true_sequential=in_turn), replace(found, notes=notes)

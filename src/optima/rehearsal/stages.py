@@ -30,7 +30,7 @@ from optima.calibration.head import LOGITS_BYTES, at_the_head, embedding_device,
 from optima.calibration.inputs import words_size
 from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
-from optima.calibration.swept import kept_bytes, sweep_numbers, swept_share
+from optima.calibration.swept import kept_bytes, sweep_numbers, swept_share, tuned_share
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.errors import NotDifferentiableError
@@ -42,9 +42,9 @@ from optima.models.random_weights import alike
 from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
+from optima.options import SINK_WEIGHT
 from optima.pipeline import Job
 from optima.plan import Plan
-from optima.recipe import SINK_WEIGHT
 from optima.selectors.base import LinearTask
 from optima.tuning import BlockError, tune
 
@@ -134,6 +134,7 @@ class Rehearsal:
         self.batches = recipe.num_calibration_samples / samples
         tokens = recipe.num_calibration_samples * tokens_NL.shape[1]
         self.share = swept_share(recipe.swept_share, tokens)
+        self.tuned = tuned_share(recipe.tuning_share, tokens) if recipe.tuning_epochs else 0.0
         self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
         self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -179,16 +180,15 @@ class Rehearsal:
             with self.peak.phase(weights, swept, here):
                 loss = self._sweep(block, streams, len(blocks))
         job = Job(self.plan.methods, self.plan.found.patterns, self.device, self.recipe.damping, self._sink, loss=loss)
-        tuned = self.tuning is not None
         # Of the loss every block's tokens are known, and for tuning a matrix.
         told = 0.0 if loss is None else self._told(loss, len(stack.blocks))
-        with self.peak.phase(weights, inputs * (1 + tuned) + told, here) as phase:
+        with self.peak.phase(weights, inputs * (1 + self.tuned) + told, here) as phase:
             # Its linears are not pruned inside a rehearsed pass: the memory of one at work comes on top in a run.
             attention = attention_numbers(self.plan.model, self.recipe.max_seq_length)
             phase.held = held_bytes(block, self.recipe, self.plan.dtype, attention)
             self._passes(block, job, streams, len(needed), needed[-1:] == [stack.blocks[stack.needed - 1]])
             keeps = self._linears(block, job, streams, len(needed))
-            if tuned and keeps and needed:
+            if self.tuning is not None and keeps and needed:
                 self._tune(block, keeps, streams, len(needed))
 
     def _head(self, stack: Stack, streams: Streams) -> None:
@@ -259,10 +259,10 @@ class Rehearsal:
                 part.advance(block)
 
         if self.allocation is not None:
-            self._add(partial(observed, True, False), streams, count)
+            self._add(partial(observed, True, False), streams, count * (1.0 if loss is None else self.share))
         self._add(partial(observed, carried, turns), streams, count)
         job.loss = loss
-        self._add(advanced, streams, (count - last) * (not carried) + count * (self.tuning is not None))
+        self._add(advanced, streams, (count - last) * (not carried) + count * self.tuned)
 
     def _linears(self, block: Block, job: Job, streams: Streams, count: int) -> dict[str, Tensor]:
         """One of each shape and pattern; the masks of all, by name."""
@@ -307,7 +307,7 @@ class Rehearsal:
                 tune(block, keeps, part, dense.hidden, cost, epoch)
 
         # One piece alone would be held out, and no step made.
-        self._add(work, streams, count * epochs, -(-TUNED // len(streams.part([0]).pieces(block))))
+        self._add(work, streams, count * epochs * self.tuned, -(-TUNED // len(streams.part([0]).pieces(block))))
 
     def _add(self, work: Work, streams: Streams, count: float, times: int = 1) -> None:
         """Do some of the work that a run does ``count`` times on all batches; here each ``times`` over."""

@@ -1,0 +1,46 @@
+"""What options of a run there are: their names, their defaults, and how one is declared. No torch is imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from typing import Any
+
+# The names are here so that no method is imported to check one; a test holds them to the registries.
+SELECTOR_NAMES = (
+    "magnitude", "wanda", "ria", "gradient", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
+)  # fmt: skip
+SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "none")
+BOUNDED_SOLVERS = ("auto", "bounded")
+ALLOCATION_NAMES = ("uniform", "owl", "loss")
+OBJECTIVES = ("loss", "sink", "plain")
+ROUNDINGS, DTYPES = ("hessian", "nearest"), ("auto", "float32", "bfloat16", "float16")
+DEFAULT_SPARSITY = 0.5
+SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
+LEARNING_RATE, EPOCHS = 3e-3, 1  # of tuning
+EXPERT_TOKENS = 256
+LEAST_SAMPLES = 128  # of calibration, as in the papers
+OF_HUB = ("dataset_config", "split", "dataset_revision")  # options of the hub's data sets
+TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
+SELF = "self"  # the data set that the model itself writes
+# Configurations of data sets that have several and name none of them as the default.
+CONFIGS = {"allenai/c4": "en"}
+SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
+
+GROUPS = {
+    "mask": "which weights survive",
+    "objective": "what is minimised",
+    "solve": "what becomes of the survivors",
+    "tuning": "gradient steps on a block's survivors",
+    "calibration": "the text that decides",
+    "model": "what is pruned, and how it is read",
+    "run": "where it runs",
+}
+
+
+def option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:
+    """A field: its group and sentence of help, the names it takes, its default in words."""
+    metadata = {"group": group, "help": text, "choices": tuple(choices), "shown": shown}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
