@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -124,6 +124,7 @@ class Bench:
         recipe = self.recipe(method, pattern)
         methods = build(recipe)
         recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
+        recipe = replace(recipe, tuning_epochs=recipe.applied_epochs)
         applied = pattern_table(recipe, methods.selector).default
         names = ["selector", "pattern", "allocation", "swaps", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
@@ -140,7 +141,13 @@ class Bench:
             "calibration_hash": data_hash(self.tokens_NL),
             "calibration": list(self.tokens_NL.shape),
             **({"own_samples": options.own_samples} if options.own_samples else {}),
-            **({"coupling": True} if "coupling" in methods.needs else {}),  # earlier results lack it
+            # Earlier results lack these.
+            **({"coupling": True} if "coupling" in methods.needs else {}),
+            **(
+                {"surveyed_share": recipe.swept_share}
+                if recipe.allocation == "loss" and recipe.swept_share < 1.0
+                else {}
+            ),
             **evaluation,
         }
 

@@ -99,7 +99,7 @@ def main() -> None:
         write_orders(untreated.dense, Path(place))
         same_mask = replace(
             untreated.recipe, selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
-            tuning_epochs=options.epochs,
+            tuning_epochs=options.epochs, tuning_share=1.0,
         )  # fmt: skip
         bench.row(f"solved and tuned by blocks, {options.epochs} epochs", lambda: untreated.pruned(same_mask))
         for rate in options.learning_rates:

@@ -35,6 +35,7 @@ USUAL = {
     "damping": 0.01,
     "own_samples": 0,
     "coupling": False,
+    "surveyed_share": 1.0,
 }
 Texts = tuple[Any, ...]  # those that a result was measured on, and calibrated on
 Cell = dict[int, tuple[tuple[float, ...], Texts]]  # perplexities by seed

@@ -297,10 +297,18 @@ def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
             values.pop(own, None)
     for own in OF_HUB if "dataset" in given else ():
         values.pop(own, None)
-    idle = {"learning_rate": ("tuning_epochs", "0"), "tuning_share": ("tuning_epochs", "0"), "gap": ("solver", "none")}
-    for own, (option, nothing) in idle.items():
-        if given.get(option) == nothing:
-            values.pop(own, None)
+    for own in ("learning_rate", "tuning_share") if _untuned(values, given) else ():
+        values.pop(own, None)
+    if given.get("solver") == "none":
+        values.pop("gap", None)
+
+
+def _untuned(values: dict[str, Any], given: dict[str, Any]) -> bool:
+    """Whether blocks will not be tuned because of what was given, see ``Recipe.applied_epochs``."""
+    epochs = given.get("tuning_epochs", values.get("tuning_epochs"))
+    if epochs is not None:
+        return given.get("tuning_epochs") == "0"
+    return given.get("solver") == "none" or given.get("objective", "loss") != "loss" or "max_change" in given
 
 
 def _unshared(given: dict[str, Any], allocation: str | None) -> str:

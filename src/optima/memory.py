@@ -176,23 +176,36 @@ def work_bytes(
     """
     tokens = batch_tokens(recipe)
     gradients = 12 if "gradient" in methods.needs else 0
-    share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
+    attention = attention_numbers(model, recipe.max_seq_length)
     most = 0
     for block in blocks:
         sizes = [linear.shape for linear in block.linears]
         waiting = _waiting_bytes(block)
         linear = max((_linear_bytes(o, d, recipe) for o, d in sizes), default=0)
-        numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in block.linears]
-        activations = BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
+        activations = _activation_bytes(model, block, recipe, tokens, dtype)
         weights = sum(o * d for o, d in sizes)
         held = held_bytes(block, recipe, dtype, attention)
         most = max(most, waiting + gradients * weights + max(linear, activations) + held)
-        if recipe.tuning_epochs or recipe.applied_objective == "loss":
-            # What autograd keeps, and the larger of what the optimizer keeps and the coupling's sums with a batch's.
-            coupled = 4 * coupling_bytes([block], methods)
-            kept = max(BYTES_PER_TUNED * weights * bool(recipe.tuning_epochs), coupled)
-            most = max(most, GRADIENT_BUFFERS * activations + kept)
+        if recipe.applied_objective == "loss":
+            # What autograd keeps, and the coupling's sums with a batch's.
+            most = max(most, GRADIENT_BUFFERS * activations + 4 * coupling_bytes([block], methods))
+        if recipe.tuning_epochs:
+            most = max(most, _tuning_bytes(model, block, recipe, dtype))
     return most
+
+
+def _activation_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, tokens: int, dtype: torch.dtype) -> int:
+    """Of a forward pass through a block on so many tokens."""
+    share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
+    numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in block.linears]
+    return BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
+
+
+def _tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
+    """What the optimizer keeps of a block's weights, and autograd of a sequence, which is a step."""
+    weights = sum(linear.shape[0] * linear.shape[1] for linear in block.linears)
+    activations = _activation_bytes(model, block, recipe, recipe.max_seq_length, dtype)
+    return GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights
 
 
 def coupling_bytes(blocks: Sequence[Block], methods: Methods) -> int:
@@ -250,7 +263,7 @@ def settle_in_turn(
     held = max((held_bytes(block, recipe, dtype, attention) for block in blocks), default=0)
     if recipe.true_sequential == "auto" and not _auto_in_turn(model, blocks, recipe, held / dtype.itemsize):
         return False, ""
-    room = _memory_at_work(recipe)
+    room = _memory_at_work(recipe, recipe.memory_budget)
     if room is None or held <= int(HELD_SHARE * room):
         return bool(recipe.true_sequential), ""
     return False, (
@@ -259,32 +272,31 @@ def settle_in_turn(
     )
 
 
-def _memory_at_work(recipe: Recipe) -> int | None:
-    """Bytes of memory where blocks run; None for a plan for a device elsewhere."""
+def _memory_at_work(recipe: Recipe, budget: int | None) -> int | None:
+    """Bytes of memory where blocks run, in main memory the ``budget``; None for a plan for a device elsewhere."""
     if on_cpu(recipe):
-        return recipe.memory_budget or total_memory()
+        return budget or total_memory()
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(find_device(recipe.device)).total_memory)
     return None
 
 
 def settle_tuning(
-    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, methods: Methods, dtype: torch.dtype
-) -> tuple[int, str]:
-    """How many epochs a run tunes, and a note if blocks would be tuned by default, and there is no room for it."""
-    epochs = recipe.applied_epochs
-    if recipe.tuning_epochs is not None or not epochs:
-        return epochs, ""
-    room = _memory_at_work(
-        replace(recipe, memory_budget=None)
-    )  # work may pass a budget, and a run that goes on have another
-    block = max(count_parameters(block.module) for block in blocks) * dtype.itemsize
-    taken = block + work_bytes(model, blocks, replace(recipe, tuning_epochs=epochs), methods, dtype)
+    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype
+) -> tuple[Recipe, str]:
+    """``recipe`` with its epochs as applied, and a note if blocks are not tuned because there is no room for one."""
+    settled = replace(recipe, tuning_epochs=recipe.applied_epochs)
+    if recipe.tuning_epochs is not None or not settled.tuning_epochs:
+        return settled, ""
+    room = _memory_at_work(recipe, None)  # work may pass a budget, and a run that goes on may have another
+    sizes = [count_parameters(block.module) * dtype.itemsize for block in blocks]
+    taken = max(size + _tuning_bytes(model, block, recipe, dtype) for size, block in zip(sizes, blocks, strict=True))
     if room is None or taken <= room:
-        return epochs, ""
-    return 0, (
-        f"blocks were not tuned: one at work takes up to {taken / GIB:.1f} GiB, and the memory has {room / GIB:.1f} "
-        f"GiB; --tuning-epochs {epochs} tries"
+        return settled, ""
+    share, rate = Recipe.tuning_share, Recipe.learning_rate  # what would do nothing is refused
+    return replace(recipe, tuning_epochs=0, tuning_share=share, learning_rate=rate), (
+        f"blocks are not tuned: one takes up to {taken / GIB:.1f} GiB then, and the memory has {room / GIB:.1f} GiB; "
+        f"--tuning-epochs {settled.tuning_epochs} tries"
     )
 
 

@@ -206,10 +206,9 @@ class Job:
         self, block: Block, streams: Streams, batches: Sequence[int], targets: Sequence[Tensor]
     ) -> Sequences:
         """What a block is tuned on: some batches of ``streams``, and what the dense block makes of them."""
-        loss = None if self.loss is None else self.loss.part(batches)
         with torch.inference_mode(False):  # gradients are taken through what is made of them
-            weights = None if loss is None else loss.of_tokens(block.name)
-        return Sequences(streams.part(batches), targets, weights)
+            known = None if self.loss is None else self.loss.of_tokens(block.name)
+        return Sequences(streams.part(batches), targets, known and [known[batch] for batch in batches])
 
     def _tune(self, block: Block, keeps: Mapping[str, Tensor], own: Sequences, first: int) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""

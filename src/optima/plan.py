@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.build import build
 from optima.calibration.own_text import check_writes
-from optima.calibration.swept import kept_bytes, swept_share, tuned_share
+from optima.calibration.swept import kept_bytes, surveyed_share, swept_share, tuned_share
 from optima.calibration.text import check_of_hub
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
@@ -23,7 +23,7 @@ from optima.models.experts import ExpertLinear, split_on_disk
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, count_by_place, count_parameters
+from optima.models.stacks import Block, count_by_place, count_parameters, has_experts
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, check_order, preflight, sized
 from optima.recipe import Recipe
@@ -127,7 +127,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     found = preflight(model, recipe, methods)
     check_length(model, recipe.max_seq_length)
     dtype = dtype_as_read(config, recipe.dtype)
-    recipe, found = sized(model, recipe, found, methods, dtype)
+    recipe, found = sized(model, recipe, found, dtype)
     num_parameters = count_parameters(model)
     hidden, beside = _numbers(config.get_text_config())
     writes = recipe.written and not recipe.read  # else it may, if these have too little
@@ -139,7 +139,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
     swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
-    surveyed = recipe.surveys * (swept or 1.0)
+    experts = has_experts(found.linears)
+    surveyed = recipe.surveys * (surveyed_share(recipe.swept_share, tokens, experts) if swept else 1.0)
     tuned = tuned_share(recipe.tuning_share, tokens) if recipe.tuning_epochs else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
     coupled = coupling_bytes(found.blocks, methods)
@@ -176,7 +177,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         host=memory,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
         passes=forward_passes(
-            recipe, methods, (swept, tuned), all(in_turn(block, recipe) for block in found.blocks if block.linears)
+            recipe,
+            methods,
+            (swept, surveyed, tuned),
+            all(in_turn(block, recipe) for block in found.blocks if block.linears),
         ),
         reads=_reads(recipe, len(found.blocks) * inputs * swept),
         dtype=dtype,
@@ -193,20 +197,20 @@ def _numbers(text: Any) -> tuple[int | None, int]:
     return hidden and versions * hidden, beside * (getattr(text, "num_hidden_layers", None) or 0)
 
 
-def forward_passes(recipe: Recipe, methods: Methods, shares: tuple[float, float], in_turn: bool) -> int:
+def forward_passes(recipe: Recipe, methods: Methods, shares: tuple[float, float, float], in_turn: bool) -> int:
     """Calibrate and carry on; a survey; the sweep; a selector's gradients; dense targets and epochs.
 
-    A backward pass counts as two. A survey takes the sequences that are swept, if any are.
+    A backward pass counts as two.
 
     Args:
         recipe: as sized.
         methods: as built from it.
-        shares: of the sequences that are swept, and tuned on.
+        shares: of the sequences that are swept, surveyed and tuned on.
         in_turn: whether all blocks are calibrated in turn.
     """
-    (swept, tuned), by_gradient = shares, "gradient" in methods.needs
+    (swept, surveyed, tuned), by_gradient = shares, "gradient" in methods.needs
     once = 2 - (in_turn and not tuned) + 3 * by_gradient
-    part = 4 * swept + recipe.surveys * (swept or 1.0) + (3 * (recipe.tuning_epochs or 0) + 1) * tuned
+    part = 4 * swept + surveyed + (3 * (recipe.tuning_epochs or 0) + 1) * tuned
     return once + math.ceil(part)
 
 

@@ -19,7 +19,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.swept import swept_batches
+from optima.calibration.swept import surveyed_batches
 from optima.device import (
     PeakMemory,
     describe_device,
@@ -35,6 +35,7 @@ from optima.identity import check_alike, contents, identity
 from optima.models.companions import copies_tokenizer, to_save
 from optima.models.files import interruptible
 from optima.models.source import load_tokenizer, note_of_dtype
+from optima.models.stacks import has_experts
 from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, open_writer, prepare
 from optima.pipeline import Job
@@ -234,6 +235,7 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside(embedding_device(network, checked.device, batches)):
                 streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)
+            job.loss, job.tuning = None, build_tuning(checked.recipe)
             if by_loss:
                 told = sweep(job, network, stack, streams, checked.recipe)
                 if job.loss is None:
@@ -245,7 +247,8 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
             if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
                 # Those that the sweep went by, whose tokens' own weights are known, tell linears from each other well.
                 share = 1.0 if job.loss is None else checked.recipe.swept_share
-                shares = job.survey(stack, streams, allocation, swept_batches(streams, share))
+                experts = any(has_experts(block.linears) for block in stack.blocks)
+                shares = job.survey(stack, streams, allocation, surveyed_batches(streams, share, experts))
                 checked.found.share(shares)
                 if dense := [name for name, share in shares.items() if not share]:
                     job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")

@@ -49,8 +49,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
     except NotDifferentiableError as error:
         job.sink_weight = SINK_WEIGHT
         part = "" if stack.part == "whole" else f" in the {stack.part}"
-        untuned = "" if job.tuning is None else ", and blocks are not tuned"
-        job.tuning = None
+        untuned, job.tuning = "" if job.tuning is None else ", and blocks are not tuned", None
         return f"objective sink took the place of objective loss{part}{untuned}, for there are no gradients: {error}"
     if job.loss.loss == WORDS:
         return job.loss.told

@@ -238,6 +238,21 @@ def test_families(family: str, block: str, tuning: int, size: int) -> None:
         assert change <= 0.2 * all_of_it
 
 
+def test_experts_are_surveyed_where_one_process_has_all_swept_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
+
+    def work(ranks: Ranks | None = None) -> None:
+        model = families.build("mixtral")
+        report = optima.prune(model, optima.Recipe(batch_size=1), calibration=families.make_ids(4))
+        asked = [linear.sparsity_asked for linear in report.linears]
+        torch.save(asked, f"{0 if ranks is None else ranks.size}-{0 if ranks is None else ranks.rank}.pt")
+
+    work()
+    assert in_processes(2, work) == [0, 0]
+    one, first, second = (torch.load(f"{name}.pt") for name in ("0-0", "2-0", "2-1"))
+    assert first == second == pytest.approx(one, abs=1e-3)
+
+
 @pytest.mark.parametrize("tuning", [0, pytest.param(1, marks=SLOW)])
 def test_an_encoder_on_disk_runs_again_in_each_process_as_often_as_it_has_batches(tuning: int) -> None:
     families.build("t5").save_pretrained("t5")

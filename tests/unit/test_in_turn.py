@@ -193,7 +193,7 @@ def test_auto_is_for_few_activations_that_save_a_pass(
     chosen = {"objective": "plain", "true_sequential": "auto", "num_calibration_samples": samples, "max_seq_length": 8}
     recipe = Recipe(**(chosen | options))
     found = preflight(model, recipe, build_methods(recipe))
-    settled, after = sized(model, recipe, found, build_methods(recipe), torch.float32)
+    settled, after = sized(model, recipe, found, torch.float32)
     assert settled.true_sequential is expected
     assert after.notes == found.notes
 

@@ -40,6 +40,11 @@ def tuned_share(share: float, tokens: int) -> float:
     return _one_in_many(share, tokens, LEAST_TUNED)
 
 
+def surveyed_share(share: float, tokens: int, experts: bool) -> float:
+    """As ``swept_share``, of the sequences of a survey: all where there are experts, each of which is given few."""
+    return 1.0 if experts else swept_share(share, tokens)
+
+
 def _one_in_many(share: float, tokens: int, least: int) -> float:
     return 1.0 / max(int(1.0 / max(share, least / max(tokens, 1))), 1)
 
@@ -65,6 +70,11 @@ def swept_batches(streams: Streams, share: float) -> list[int]:
 def tuned_batches(streams: Streams, share: float) -> list[int]:
     """The batches of this process that blocks are tuned on."""
     return _every(streams, tuned_share(share, streams.tokens))
+
+
+def surveyed_batches(streams: Streams, share: float, experts: bool) -> list[int]:
+    """The batches of this process that a survey takes."""
+    return _every(streams, surveyed_share(share, streams.tokens, experts))
 
 
 def _every(streams: Streams, share: float) -> list[int]:

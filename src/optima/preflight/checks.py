@@ -255,7 +255,6 @@ def sized(
     model: PreTrainedModel,
     recipe: Recipe,
     found: Preflight,
-    methods: Methods,
     dtype: torch.dtype,
     calibration: object = None,
 ) -> tuple[Recipe, Preflight]:
@@ -265,7 +264,6 @@ def sized(
         model: with its weights, or its skeleton.
         recipe: to complete.
         found: it gets a note if there is no room to tune blocks, or to calibrate linears in turn.
-        methods: as built from the recipe.
         dtype: of activations.
         calibration: what the caller gave; of token ids and a processor's outputs the size is known.
     """
@@ -275,8 +273,7 @@ def sized(
         length, samples = calibration.longest or recipe.max_seq_length, calibration.size[0]
         recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length, batch_size=calibration.largest)
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
-    epochs, untuned = settle_tuning(model, found.blocks, recipe, methods, dtype)
-    recipe = replace(recipe, tuning_epochs=epochs)
+    recipe, untuned = settle_tuning(model, found.blocks, recipe, dtype)
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
     notes = (*found.notes, *filter(None, (untuned, note)))
     return replace(recipe, true_sequential=in_turn), replace(found, notes=notes)

@@ -96,7 +96,7 @@ def check(
     if length is not None:
         recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
-    recipe, found = sized(structure, recipe, found, methods, dtype, calibration)
+    recipe, found = sized(structure, recipe, found, dtype, calibration)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")

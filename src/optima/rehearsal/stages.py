@@ -30,7 +30,7 @@ from optima.calibration.head import LOGITS_BYTES, at_the_head, embedding_device,
 from optima.calibration.inputs import words_size
 from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
-from optima.calibration.swept import kept_bytes, sweep_numbers, swept_share, tuned_share
+from optima.calibration.swept import kept_bytes, surveyed_share, sweep_numbers, swept_share, tuned_share
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device
 from optima.errors import NotDifferentiableError
@@ -40,7 +40,7 @@ from optima.linear import prune_linear
 from optima.memory import attention_numbers, coupling_bytes, held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.reading import is_encoder_decoder
-from optima.models.stacks import Block, Linear, Stack
+from optima.models.stacks import Block, Linear, Stack, has_experts
 from optima.models.weights import Resident
 from optima.options import SINK_WEIGHT
 from optima.pipeline import Job
@@ -134,6 +134,7 @@ class Rehearsal:
         self.batches = recipe.num_calibration_samples / samples
         tokens = recipe.num_calibration_samples * tokens_NL.shape[1]
         self.share = swept_share(recipe.swept_share, tokens)
+        self.surveyed = surveyed_share(recipe.swept_share, tokens, has_experts(plan.found.linears))
         self.tuned = tuned_share(recipe.tuning_share, tokens) if recipe.tuning_epochs else 0.0
         self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
         self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
@@ -239,6 +240,8 @@ class Rehearsal:
             yield
         except NotDifferentiableError as error:
             self.by_loss, self._sink = False, SINK_WEIGHT
+            self.tuning, self.tuned = None, 0.0
+            self.allocation = None if self.recipe.allocation == "loss" else self.allocation
             self.notes.append(f"objective sink will take the place of objective loss: there are no gradients: {error}")
 
     def _passes(self, block: Block, job: Job, streams: Streams, count: int, last: bool) -> None:
@@ -259,7 +262,7 @@ class Rehearsal:
                 part.advance(block)
 
         if self.allocation is not None:
-            self._add(partial(observed, True, False), streams, count * (1.0 if loss is None else self.share))
+            self._add(partial(observed, True, False), streams, count * (1.0 if loss is None else self.surveyed))
         self._add(partial(observed, carried, turns), streams, count)
         job.loss = loss
         self._add(advanced, streams, (count - last) * (not carried) + count * self.tuned)

@@ -28,7 +28,16 @@ CARD_NAME = "README.md"
 BEGIN, END = "<!-- optima:results -->", "<!-- /optima:results -->"  # what eval --save replaces
 TAGS = ("pruning", "sparse", "optima")
 SETTINGS = ("selector", "sparsity", "pattern", "scope", "allocation", "keep_dense", "swaps", "objective", "solver")
-MORE_SETTINGS = ("gap", "damping", "rounding", "tuning_epochs", "num_calibration_samples", "max_seq_length", "seed")
+MORE_SETTINGS = (
+    "gap",
+    "damping",
+    "rounding",
+    "tuning_epochs",
+    "tuning_share",
+    "num_calibration_samples",
+    "max_seq_length",
+    "seed",
+)
 OFF_AT_ZERO = ("swaps", "tuning_epochs")
 TEXTS = {"self": "written by the model itself"}  # in words, where a data set's name says nothing
 AGAIN = "`recipe.yaml` gives the same run again{}."
