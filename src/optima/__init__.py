@@ -1,4 +1,4 @@
-"""OPTIMA: one-shot pruning of transformers with certified optimal weights."""
+"""OPTIMA: one-shot pruning of transformers, solved to a certified optimum, then tuned block by block."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

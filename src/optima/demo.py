@@ -52,6 +52,7 @@ def run_demo(output_dir: Path, console: Console) -> None:
         "OPTIMA, fast": replace(load_recipe("fast"), **size),
         "OPTIMA": Recipe(**size),
     }
+    tuned: list[str] = []
     for name, recipe in recipes.items():
         console.print(f"pruning to 50%: {name}")
         sparse = copy.deepcopy(model)
@@ -59,9 +60,11 @@ def run_demo(output_dir: Path, console: Console) -> None:
         given: dict[str, Any] = {"tokenizer": tokenizer, "calibration": tokens}
         report = prune(sparse, recipe, output_dir=place, overwrite=True, resume=False, **given)
         gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"
+        tuned += [name] if any(linear.tuned for linear in report.linears) else []
         rows.append((name, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
     table = Table("model", "perplexity", "error of a linear (geometric mean)", "certified gap (worst row)")
-    table.caption = "errors and gaps of OPTIMA are from before its blocks were tuned"
+    if tuned:
+        table.caption = f"errors and gaps of {', '.join(tuned)} are from before blocks were tuned"
     for name, value, error, gap in rows:
         table.add_row(name, f"{value:.2f}", error, gap)
     console.print(table)

@@ -202,7 +202,7 @@ def _activation_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, toke
 
 
 def _tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
-    """What the optimizer keeps of a block's weights, and autograd of a sequence, which is a step."""
+    """What the optimizer keeps of a block's weights, and autograd of a step: one sequence, in nearly all models."""
     weights = sum(linear.shape[0] * linear.shape[1] for linear in block.linears)
     activations = _activation_bytes(model, block, recipe, recipe.max_seq_length, dtype)
     return GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights

@@ -111,7 +111,8 @@ class Recipe:
         "solve", "hessian", "how weights are rounded: each to make up for earlier ones, or to the nearest", ROUNDINGS)
     tuning_epochs: Seed | None = option(
         "tuning", None, "passes over calibration text in which each block is tuned towards the dense one; certificates "
-        "speak of the weights before", shown=f"{EPOCHS} with objective loss and a solver, if there is room; else 0")
+        "speak of the weights before",
+        shown=f"{EPOCHS} with objective loss and a solver, without max_change, if there is room; else 0")
     tuning_share: Share = option(
         "tuning", 0.25, "the share of the sequences that blocks are tuned on, of at least 32768 tokens")
     learning_rate: Positive = option(
@@ -210,8 +211,8 @@ class Recipe:
         """Epochs of tuning, or what they are where the recipe names none: it tunes if solved in units of the loss."""
         if self.tuning_epochs is not None:
             return self.tuning_epochs
-        bound = self.solver == "none" or self.max_change is not None
-        return 0 if bound or self.applied_objective != "loss" else EPOCHS
+        solved = self.solver != "none" and self.max_change is None
+        return EPOCHS if solved and self.applied_objective == "loss" else 0
 
     @property
     def written(self) -> bool:

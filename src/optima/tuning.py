@@ -41,7 +41,8 @@ class Tuning:
     Attributes:
         epochs: passes over the sequences that are not held out.
         learning_rate: of Adam, at the start, relative to the root mean square of each tensor; it falls to 0 along a
-            cosine. A step is one sequence. An epoch that makes it worse is undone, and a quarter of the rate left.
+            cosine. A step is one sequence, or a batch that cannot be taken apart. An epoch that makes it worse is
+            undone, and a quarter of the rate left.
         share: of the sequences that are taken, see ``calibration.swept.tuned_batches``.
     """
 

@@ -80,7 +80,9 @@ def test_the_headline() -> None:
     assert "mean error 0.1000 −50.0% from the selector’s" in shown
     assert "largest gap as written 2.0 × 10 −3 5.0 × 10 −5 before the cast" in shown
     assert "time 1 min 2 s 0.2 s on linears peak memory 3.00 GiB cpu" in shown
-    assert "largest gap as written –" in page(report(unsolved())).shown
+    assert "largest gap as written – time" in page(report(unsolved())).shown
+    tuned = linear(tuned=True, gap_written_max=None, gap_written_median=None, loss_written=None)
+    assert "largest gap as written – 5.0 × 10 −5 before tuning" in page(report(tuned)).shown
 
 
 def test_figures_from_elsewhere_join_the_headline() -> None:

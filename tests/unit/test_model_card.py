@@ -96,6 +96,13 @@ class TestBody:
         assert "| damping " in text, "which is not the default"
         assert "| swaps " not in text
 
+    @pytest.mark.parametrize("tuned", [True, False])
+    def test_settings_of_tuning_are_told_of_what_was_tuned(self, tuned: bool, tmp_path: Path) -> None:
+        made = report(recipe=RUN.recipe | {"tuning_epochs": 1, "tuning_share": 0.25})  # asked for, at least
+        blocks = tuple(replace(block, tuning=(2.0, 1.0) if tuned else ()) for block in made.blocks)
+        write_card(tmp_path, replace(made, blocks=blocks), None)
+        assert [f"| {name} " in card_of(tmp_path).text for name in ("tuning_epochs", "tuning_share")] == [tuned] * 2
+
     @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "T5EncoderModel", "BertModel"])
     def test_the_class_that_auto_model_might_not_choose(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')

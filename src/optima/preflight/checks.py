@@ -252,11 +252,7 @@ def _length(recipe: Recipe, calibration: object) -> int:
 
 
 def sized(
-    model: PreTrainedModel,
-    recipe: Recipe,
-    found: Preflight,
-    dtype: torch.dtype,
-    calibration: object = None,
+    model: PreTrainedModel, recipe: Recipe, found: Preflight, dtype: torch.dtype, calibration: object = None
 ) -> tuple[Recipe, Preflight]:
     """``recipe`` with what depends on the widths: the number of sequences, and what there is room for.
 

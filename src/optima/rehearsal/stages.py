@@ -128,14 +128,12 @@ class Rehearsal:
         assert recipe.batch_size is not None
         assert recipe.num_calibration_samples is not None
         self.plan, self.recipe, self.device, self.peak = plan, recipe, device, peak
-        self.by_loss, self.tuning = recipe.applied_objective == "loss", build_tuning(recipe)
-        self.allocation, self._sink = build_allocation(recipe), recipe.sink_weight or 0.0
         samples = min(recipe.batch_size, recipe.num_calibration_samples)
         self.batches = recipe.num_calibration_samples / samples
         tokens = recipe.num_calibration_samples * tokens_NL.shape[1]
         self.share = swept_share(recipe.swept_share, tokens)
         self.surveyed = surveyed_share(recipe.swept_share, tokens, has_experts(plan.found.linears))
-        self.tuned = tuned_share(recipe.tuning_share, tokens) if recipe.tuning_epochs else 0.0
+        self.tuned = tuned_share(recipe.tuning_share, tokens)
         self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
         self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -144,6 +142,9 @@ class Rehearsal:
     @torch.no_grad()
     def stack(self, stack: Stack) -> None:
         """Rehearse a stack."""
+        recipe = self.recipe
+        self.by_loss, self.tuning = recipe.applied_objective == "loss", build_tuning(recipe)
+        self.allocation, self._sink = build_allocation(recipe), recipe.sink_weight or 0.0
         model, outside, whole = self.plan.model, self.plan.held_bytes(), self.by_loss
         one, few = (Stopwatch(self.device) for _ in range(2))
         place = embedding_device(model, self.device, self._few)
@@ -183,7 +184,7 @@ class Rehearsal:
         job = Job(self.plan.methods, self.plan.found.patterns, self.device, self.recipe.damping, self._sink, loss=loss)
         # Of the loss every block's tokens are known, and for tuning a matrix.
         told = 0.0 if loss is None else self._told(loss, len(stack.blocks))
-        with self.peak.phase(weights, inputs * (1 + self.tuned) + told, here) as phase:
+        with self.peak.phase(weights, inputs * (1 + self.tuned * (self.tuning is not None)) + told, here) as phase:
             # Its linears are not pruned inside a rehearsed pass: the memory of one at work comes on top in a run.
             attention = attention_numbers(self.plan.model, self.recipe.max_seq_length)
             phase.held = held_bytes(block, self.recipe, self.plan.dtype, attention)
@@ -240,9 +241,11 @@ class Rehearsal:
             yield
         except NotDifferentiableError as error:
             self.by_loss, self._sink = False, SINK_WEIGHT
-            self.tuning, self.tuned = None, 0.0
+            untuned, self.tuning = "" if self.tuning is None else ", and blocks are not tuned", None
             self.allocation = None if self.recipe.allocation == "loss" else self.allocation
-            self.notes.append(f"objective sink will take the place of objective loss: there are no gradients: {error}")
+            self.notes.append(
+                f"objective sink will take the place of objective loss{untuned}: there are no gradients: {error}"
+            )
 
     def _passes(self, block: Block, job: Job, streams: Streams, count: int, last: bool) -> None:
         """Statistics, and outputs carried on; ``last``: the last of the ``count`` blocks hands on nothing."""
@@ -265,7 +268,7 @@ class Rehearsal:
             self._add(partial(observed, True, False), streams, count * (1.0 if loss is None else self.surveyed))
         self._add(partial(observed, carried, turns), streams, count)
         job.loss = loss
-        self._add(advanced, streams, (count - last) * (not carried) + count * self.tuned)
+        self._add(advanced, streams, (count - last) * (not carried) + count * self.tuned * (self.tuning is not None))
 
     def _linears(self, block: Block, job: Job, streams: Streams, count: int) -> dict[str, Tensor]:
         """One of each shape and pattern; the masks of all, by name."""

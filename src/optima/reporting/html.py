@@ -123,17 +123,15 @@ def _figures(report: Report) -> list[Figure]:
     run, linears = report.run, report.linears
     by = change(mean(linears, "error_selector"), mean(linears, "error")) if any(map(solved, linears)) else ""
     certified = gap(report.gap_written_max)
-    largest = (
-        "largest gap as written",
-        certified or "–",
-        f"{gap(report.gap_max)} before the cast" if certified else "",
-    )
-    if report.gap_max is not None and any(linear.tuned for linear in linears):
-        largest = ("largest gap, before tuning", gap(report.gap_max), "of the solve")
+    since = "before the cast" if certified else "before tuning"
     return [
         ("sparsity as written", f"{report.sparsity:.2%}", f"asked {report.sparsity_asked:.2%}"),
         ("mean error", error(report.error_geomean), f"{by} from the selector’s" if by else ""),
-        largest,
+        (
+            "largest gap as written",
+            certified or "–",
+            f"{gap(report.gap_max)} {since}" if report.gap_max is not None else "",
+        ),
         ("time", duration(run.seconds), on_linears(report, "on linears")),
         ("peak memory", num_bytes(run.peak_memory_bytes), run.device),
     ]

@@ -38,7 +38,7 @@ MORE_SETTINGS = (
     "max_seq_length",
     "seed",
 )
-OFF_AT_ZERO = ("swaps", "tuning_epochs")
+OFF_AT_ZERO, OF_TUNING = ("swaps",), {"tuning_epochs", "tuning_share"}
 TEXTS = {"self": "written by the model itself"}  # in words, where a data set's name says nothing
 AGAIN = "`recipe.yaml` gives the same run again{}."
 ON_GIVEN = " on the same calibration text, which the caller gave"
@@ -165,7 +165,8 @@ def _card_data(head: dict[str, Any], report: Report, base_model: str | None) -> 
 def _body(directory: Path, report: Report) -> str:
     recipe = report.run.recipe
     name = short_name(report.run.model)
-    told = [key for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, [])]
+    idle = set() if any(block.tuning for block in report.blocks) else OF_TUNING
+    told = [key for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, []) and key not in idle]
     rows = [[key, _plain(recipe[key])] for key in told if recipe[key] or key not in OFF_AT_ZERO]
     given = GIVEN_NOTE in report.run.notes
     by_object = any(note.startswith(OBJECT_NOTE) for note in report.run.notes)
