@@ -51,7 +51,7 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.zeroshot import load_tasks
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.options import ALLOCATION_NAMES, LEARNING_RATE, ROUNDINGS, SELF
+from optima.options import ALLOCATION_NAMES, ROUNDINGS, SELF
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import recipe_from_dict
 from optima.recipe_files import read_recipe
@@ -217,7 +217,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the calibration text, to measure on too")
     parser.add_argument("--swept-share", type=float, default=1.0, help="of methods with +loss")
     parser.add_argument("--tuning-epochs", type=int, default=4, help="of methods with +tune")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="of methods with +tune")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of methods with +tune")
     parser.add_argument("--scope", choices=SCOPES, help="of selectors' sparsities (default: as published)")
     parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of selectors' sparsities")
     parser.add_argument("--damping", type=float, default=0.01)
