@@ -70,7 +70,7 @@ class HostMemory:
     Attributes:
         weights: what is there at a time: streamed, two blocks (one at work, and its copy for the disk), or what is
             outside the blocks, if that is more; else the whole model. Of masks from elsewhere a bit a weight.
-        work: of the largest linear, on a CPU.
+        work: of the largest linear, or of a block's sweep or tuning, on a CPU.
         by_loss: of the logits, if the loss is swept and they are there; of an encoder's, the decoder's weights too.
     """
 
@@ -116,7 +116,8 @@ class HostMemory:
             return ""
         return (
             f"memory_budget {budget / GIB:.2f} GiB may be passed: up to {self.total / GIB:.2f} GiB are taken while the "
-            "largest linear, or the logits, are at work; --ignore wide linears, or raise it"
+            "largest linear, the logits, or a block's tuning are at work; --tuning-epochs 0, --ignore wide linears, or "
+            "raise it"
         )
 
 
@@ -172,7 +173,8 @@ def work_bytes(
 ) -> int:
     """Upper bound of the work space on the device, the block's own weights aside.
 
-    Either a batch of activations beside the hessians, or the hessians, which wait in float64, and one linear at work.
+    The most of: a batch of activations beside the hessians; the hessians, which wait in float64, and one linear at
+    work; a batch of the sweep; a step of tuning.
     """
     tokens = batch_tokens(recipe)
     gradients = 12 if "gradient" in methods.needs else 0

@@ -43,7 +43,7 @@ class Plan:
         methods: as a run would build them, external masks read.
         num_parameters: of the whole model.
         pruned_parameters: weights in the linears to prune.
-        work_bytes: upper bound of the work space on the device: all hessians of a block, and one linear at work. An
+        work_bytes: upper bound of the work space on the device: of hessians and a linear, a sweep, or tuning. An
             accelerator also holds ``block_bytes``.
         block_bytes: the largest block's weights.
         inputs_bytes: stored block inputs: in main memory, as far as there is room, and in files.

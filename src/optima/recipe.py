@@ -131,8 +131,9 @@ class Recipe:
         shown=f"{LEAST_SAMPLES}, more where the widest linear would get under {TOKENS_PER_INPUT} tokens an input")
     max_seq_length: Count = option("calibration", 2048, "tokens in each calibration sequence")
     true_sequential: FlagOrAuto = option(
-        "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: a "
-        "forward pass less, and a block's activations are held for all sequences; auto, in a recipe: if they are few")
+        "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: "
+        "a forward pass less if not tuned, and a block's activations are held for all sequences; auto, in a recipe: if "
+        "they are few")
     expert_tokens: Seed = option(
         "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = option(

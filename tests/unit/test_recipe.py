@@ -209,7 +209,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 64}, "group_size is for scope group"),
     ({"group_size": 64, "selector": "sparsegpt", "scope": "row"}, "group_size is for scope group"),
     ({"learning_rate": 1e-3, "tuning_epochs": 0}, "learning_rate is for tuning_epochs above 0"),
-    ({"tuning_share": 0.5, "objective": "sink"}, "tuning_share is for tuning_epochs above 0"),
+    ({"tuning_share": 0.25, "objective": "sink"}, "tuning_share is for tuning_epochs above 0"),
     ({"tuning_share": 0, "tuning_epochs": 1}, "tuning_share must be a number above 0 and at most 1"),
     ({"sink_weight": -0.1}, "sink_weight must be a number of at least 0, got -0.1"),
     ({"sink_weight": float("nan")}, "sink_weight must be a number of at least 0"),
@@ -263,7 +263,7 @@ class TestValues:
         """As files do that are written for other values to be overridden."""
         for solver in ("auto", "none"):
             values = Recipe(solver=solver).resolved(scope="layer").to_dict()
-            assert recipe_from_dict(values | {"group_size": 128, "learning_rate": "3e-3"}).solver == solver
+            assert recipe_from_dict(values | {"group_size": 128, "learning_rate": "6e-3"}).solver == solver
 
     @pytest.mark.parametrize("selector", ["sparsegpt", Wanda()], ids=["published by groups", "one's own"])
     def test_groups_of_a_selector(self, selector: object) -> None:

@@ -55,7 +55,7 @@ class LinearRecord(Record):
     error: float  # error of the result as written
     error_plain: float  # the same with every token alike; equal to ``error`` where no token is weighted
     solver: str  # the solver that ran, or ``none``
-    gap_max: float | None  # largest certified gap of a row, before the cast; None when no solver ran
+    gap_max: float | None  # largest certified gap of a row, before cast and tuning; None when no solver ran
     gap_median: float | None  # median of the same
     iterations_mean: float  # iterations of a row, on average
     iterations_max: Int  # iterations of the slowest row
@@ -63,7 +63,7 @@ class LinearRecord(Record):
     rows_not_converged: Int  # rows whose certified gap did not reach the one asked for
     damping: float  # damping used, after any escalation, relative to the mean of the hessian's diagonal
     seconds: float  # time of selection, swaps, solve and measurement
-    gap_written_max: float | None  # largest gap of a row as written; None when no solver ran
+    gap_written_max: float | None  # largest gap of a row as written; None when no solver ran, or if tuned
     gap_written_median: float | None  # median of the same
     loss_written: float | None  # damped loss as written above the rows' certified least (or floor), relative to it
     tokens: Int  # calibration tokens that reached the linear

@@ -83,7 +83,8 @@ def _certificate(report: Report) -> list[str]:
     most = (
         f"the largest gap is **{gap(found)}**" if math.isfinite(found) else "**some rows have no certificate at all**"
     )
-    lines = [f"Certified{target} before the cast: **{share}** that a solver worked on; {most}."]
+    since = "the cast and tuning" if any(linear.tuned for linear in report.linears) else "the cast"
+    lines = [f"Certified{target} before {since}: **{share}** that a solver worked on; {most}."]
     written = report.gap_written_max
     if written is not None:
         losses = [linear.loss_written for linear in report.linears if linear.loss_written is not None]
