@@ -57,6 +57,8 @@ BYTES_PER_WEIGHT = 56
 BUFFERS = 2
 # How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
 GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 28
+# And of each of the E x E numbers that tell what a change of a block's outputs costs.
+METRIC_BYTES = 4
 GIB = 2**30
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048
@@ -199,7 +201,8 @@ def work_bytes(
 def _activation_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, tokens: int, dtype: torch.dtype) -> int:
     """Of a forward pass through a block on so many tokens."""
     share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
-    numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in block.linears]
+    linears = (*block.linears, *block.left)
+    numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in linears]
     return BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
 
 

@@ -22,7 +22,7 @@ from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.calibration.swept import tuned_batches
 from optima.calibration.tempering import LossWeights
-from optima.device import Stopwatch, full_precision, give_back_freed_memory
+from optima.device import Stopwatch, full_precision, give_back_freed_memory, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
@@ -35,7 +35,7 @@ from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask
 from optima.sharing import Pruned, share_owned
-from optima.tuning import BlockError, Tuned, Tuning, changed, share_tuned, tune
+from optima.tuning import OUT_OF_MEMORY, BlockError, Tuned, Tuning, changed, share_tuned, tune
 
 Dump = Callable[[Linear, Statistics], None]
 # Mamba reads the weight of its dt_proj like this.
@@ -134,9 +134,10 @@ class Job:
                     keeps, tuned = self._prune(block, streams, clock, in_turn=in_turn, onward=onward), Tuned((), 0)
                     if dense is not None and keeps:
                         with clock("tune"):
-                            own = self._sequences(block, streams, taken, dense.hidden)
-                            tuned = self._tune(block, keeps, own, linears)
+                            tuned = self._tune(block, keeps, (streams, taken, dense.hidden), linears)
                     del keeps  # a byte a weight, on the device
+                if self.loss is not None:
+                    self.loss.residual.pop(block.name, None)  # E x E numbers
                 if block is not blocks[-1] and not onward:
                     with clock("forward"):
                         streams.advance(block)
@@ -202,28 +203,38 @@ class Job:
             tensors = block.module.state_dict(prefix=f"{block.name}.")
             self.writer.commit(block.name, tensors, done.to_dict(), self._changed(block))
 
-    def _sequences(
-        self, block: Block, streams: Streams, batches: Sequence[int], targets: Sequence[Tensor]
-    ) -> Sequences:
-        """What a block is tuned on: some batches of ``streams``, and what the dense block makes of them."""
+    def _sequences(self, block: Block, given: tuple[Streams, Sequence[int], Sequence[Tensor]]) -> Sequences:
+        """What a block is tuned on: some batches of streams, and what the dense block makes of them."""
+        streams, batches, targets = given
         with torch.inference_mode(False):  # gradients are taken through what is made of them
             known = None if self.loss is None else self.loss.of_tokens(block.name)
         return Sequences(streams.part(batches), targets, known and [known[batch] for batch in batches])
 
-    def _tune(self, block: Block, keeps: Mapping[str, Tensor], own: Sequences, first: int) -> Tuned:
+    def _tune(
+        self,
+        block: Block,
+        keeps: Mapping[str, Tensor],
+        given: tuple[Streams, Sequence[int], Sequence[Tensor]],
+        first: int,
+    ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
         # In one process, with the sequences of all: what comes out must not depend on how many share the work.
-        every, tuned, ranks = at_first(block, own), None, own.streams.ranks
+        every, tuned, ranks = at_first(block, self._sequences(block, given)), None, given[0].ranks
         if every is not None:
             with torch.inference_mode(False), full_precision():  # gradients are taken through it
                 if self.loss is None:
                     cost = BlockError.by_channel(every.targets)
                 else:
                     cost = BlockError.by_loss(self.loss.residual[block.name], every.weights)
-            with full_precision():
-                tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning)
+            try:
+                with full_precision(), one_memory_error():
+                    tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning)
+            except torch.OutOfMemoryError:  # nothing of the block has changed yet
+                tuned = Tuned((), 0, OUT_OF_MEMORY)
         tuned = ranks.share(tuned, 0)
+        if tuned.problem and tuned.problem not in self.notes:
+            self.notes.append(tuned.problem)
         if tuned.best:
             share_tuned(block, keeps, ranks)
         written = {linear.name: linear for linear in block.linears}

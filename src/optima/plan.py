@@ -18,7 +18,7 @@ from optima.calibration.own_text import check_writes
 from optima.calibration.swept import kept_bytes, surveyed_share, swept_share, tuned_share
 from optima.calibration.text import check_of_hub
 from optima.linear import Methods
-from optima.memory import GIB, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
+from optima.memory import GIB, METRIC_BYTES, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear, split_on_disk
 from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
@@ -144,7 +144,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     tuned = tuned_share(recipe.tuning_share, tokens) if recipe.tuning_epochs else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
     coupled = coupling_bytes(found.blocks, methods)
-    kept += coupled
+    metrics = METRIC_BYTES * (hidden or 0) ** 2 * len(found.blocks) if swept and tuned else 0
+    kept += coupled + metrics
     routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what they are given is kept
     notes = list(found.notes)
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
@@ -170,7 +171,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
         block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(int(inputs * (1 + max(surveyed, tuned) + routed)) + coupled // 2, int(kept))
+        inputs_bytes=max(int(inputs * (1 + max(surveyed, tuned) + routed)) + coupled // 2 + metrics, int(kept))
         + tokens * beside * dtype.itemsize,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,

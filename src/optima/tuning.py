@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -32,6 +32,8 @@ HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
+ONE_PIECE = "blocks are not tuned: one sequence, or one batch that cannot be taken apart, is all the text there is"
+OUT_OF_MEMORY = "a block for which the device has no memory in tuning keeps the weights of its solve"
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,12 @@ class Tuned:
     Attributes:
         held_out: mean error on the sequences that were held out, before the first epoch and after each.
         best: the epoch whose weights the block has; 0 for those before the first.
+        problem: why no step was made, as a report must tell it; empty if steps were made.
     """
 
     held_out: tuple[float, ...]
     best: int
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,8 @@ def tune(
     pieces = streams.pieces(block)
     held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
     trained = [piece for piece in pieces if piece not in held]
+    if not trained:
+        return Tuned((), 0, ONE_PIECE)
     with torch.inference_mode(False):
         masters = _masters(block, keeps)
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
@@ -144,10 +150,10 @@ def tune(
     history, best, rate = [error.mean(held)], 0, tuning.learning_rate
     kept = {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
-    steps, step = max(tuning.epochs * len(trained), 1), 0
+    steps, step = tuning.epochs * len(trained), 0
     generator = torch.Generator().manual_seed(0)
-    scale = cost.gradient_scale(history[0], streams.sizes[0][1])
-    for epoch in range(tuning.epochs if trained else 0):
+    scale = cost.gradient_scale(history[0], _tokens(streams, trained[0]))
+    for epoch in range(tuning.epochs):
         for index in torch.randperm(len(trained), generator=generator).tolist():
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
@@ -159,11 +165,12 @@ def tune(
                         "set --tuning-epochs to 0"
                     )
                 (lost * scale).backward()
-            optimizer.step()
+            if _finite(master.grad for master in masters.values()):  # one overflow would be in all later steps
+                optimizer.step()
             optimizer.zero_grad()
             step += 1
         history.append(error.mean(held))
-        if history[-1] < min(history[:-1]):
+        if history[-1] < min(history[:-1]) and _finite(masters.values()):
             best = epoch + 1
             _copy(masters, kept)
         else:  # undone, and tried again in smaller steps
@@ -202,7 +209,16 @@ class _Error:
 @torch.no_grad()
 def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
     for name, tensor in destination.items():
-        tensor.detach().copy_(source[name])
+        tensor.detach().copy_(source[name]).add_(0.0)  # what is rounded to -0 becomes 0, as pruned weights are
+
+
+def _finite(tensors: Iterable[Tensor | None]) -> bool:
+    return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def _tokens(streams: Streams, piece: Piece) -> int:
+    batch, part = piece
+    return len(range(part.start, part.stop)) * streams.sizes[batch][1]
 
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:
@@ -220,15 +236,17 @@ def size_of(master: Tensor) -> float:
 def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[str, nn.Parameter]:
     """What a run changes in a block, by its name there: ``pruned`` linears, and if it is ``tuned`` norms and biases.
 
-    But for those of other blocks too, whose dense outputs would change as well.
+    But for those of other blocks too, whose dense outputs would change as well, and for biases of what is left dense.
     """
     weights = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
+    named = dict(block.module.named_parameters())
 
     def is_own_vector(name: str, parameter: nn.Parameter) -> bool:
-        return parameter.ndim == 1 and parameter.is_floating_point() and name not in block.common
+        matrix = named.get(f"{name.removesuffix('bias')}weight", parameter) if name.endswith("bias") else parameter
+        left_dense = matrix.ndim > 1 and id(matrix) not in weights
+        return parameter.ndim == 1 and parameter.is_floating_point() and name not in block.common and not left_dense
 
-    named = block.module.named_parameters()
-    return {name: each for name, each in named if id(each) in weights or (tuned and is_own_vector(name, each))}
+    return {name: each for name, each in named.items() if id(each) in weights or (tuned and is_own_vector(name, each))}
 
 
 @torch.no_grad()

@@ -12,7 +12,8 @@ from optima.calibration.capture import capture
 from optima.calibration.head import label_gradient
 from optima.calibration.inputs import words_size
 from optima.calibration.loss_weights import loss_weights
-from optima.calibration.probe import forward
+from optima.calibration.probe import forward, hidden_of
+from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import find_stacks, select_linears
 
@@ -42,6 +43,21 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
         handle.remove()
     for name, expected_O in expected.items():
         torch.testing.assert_close(found.rows[name], expected_O, rtol=1e-3, atol=1e-3 * float(expected_O.mean()))
+
+
+def test_a_look_takes_batches_apart() -> None:
+    """As tuning does: each of its steps is one sequence, and reads the keys and values of that sequence."""
+    model, tokens_NL = build("gemma4"), make_ids(4)
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    streams = capture(model, stack, [tokens_NL], whole=True)
+    with torch.no_grad():
+        for block in stack.blocks:
+            assert streams.pieces(block) == [(0, slice(first, first + 1)) for first in range(4)]
+            parts = [hidden_of(streams.run(block, *piece, looks=True)) for piece in streams.pieces(block)]
+            with pytest.raises(ModelError, match="share keys and values"):
+                streams.run(block, 0, slice(0, 1))
+            streams.advance(block)
+            torch.testing.assert_close(torch.cat(parts), streams.hidden[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import copy
+import gc
+import math
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from families import build, make_ids
 from tiny import POSITIONS, VOCAB, make_llama, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
+from optima.calibration.streams import Streams
 from optima.device import GRADIENT
 from optima.errors import ModelError
-from optima.models.stacks import find_stacks, select_linears
-from optima.tuning import BlockError, Tuned, Tuning, tune
+from optima.models.stacks import Block, find_stacks, select_linears
+from optima.reporting.summary import render_summary
+from optima.tuning import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, tune
 
 
 def make_gpt2() -> GPT2LMHeadModel:
@@ -24,8 +30,10 @@ def make_gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=POSITIONS, n_embd=32, n_layer=2, n_head=4))
 
 
-def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, batch_size: int = 4) -> Tuned:
-    """Prune half of the first block by magnitude and tune it towards what it was."""
+def half_pruned(
+    model: torch.nn.Module, sequences: int = 64, batch_size: int = 4
+) -> tuple[Block, dict[str, torch.Tensor], Streams, list[torch.Tensor]]:
+    """The first block, half of it pruned by magnitude; its masks, what enters it, and what it made of that before."""
     (stack,) = select_linears(find_stacks(model), [".*"], [])
     block = stack.blocks[0]
     streams = capture(model, stack, list(make_tokens(sequences, 16).split(batch_size)))
@@ -36,9 +44,14 @@ def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, bat
         weight_OD = linear.read().clone()
         keeps[linear.name] = weight_OD.abs() > weight_OD.abs().median()
         linear.write(weight_OD * keeps[linear.name])
+    return block, keeps, streams, dense.hidden
+
+
+def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, batch_size: int = 4) -> Tuned:
+    """Prune half of the first block by magnitude and tune it towards what it was."""
+    block, keeps, streams, targets = half_pruned(model, sequences, batch_size)
     with torch.no_grad():
-        cost = BlockError.by_channel(dense.hidden)
-        found = tune(block, keeps, streams, dense.hidden, cost, Tuning(3, learning_rate))
+        found = tune(block, keeps, streams, targets, BlockError.by_channel(targets), Tuning(3, learning_rate))
     for linear in block.linears:
         assert bool((linear.read()[~keeps[linear.name]] == 0).all())
     return found
@@ -74,7 +87,10 @@ def test_batches_do_not_matter() -> None:
 
 def test_one_sequence_is_too_few() -> None:
     found = tuned(make_llama().eval(), 1e-2, sequences=1)
-    assert found == Tuned(found.held_out[:1], 0)
+    assert found == Tuned((), 0, ONE_PIECE)
+    report = prune(make_llama(), Recipe(), calibration=make_tokens(1, 16))
+    assert report.run.notes.count(ONE_PIECE) == 1
+    assert "Tuned:" not in render_summary(report)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(1.0, 14), (0.5, 7), (0.25, 3)])
@@ -118,12 +134,59 @@ def test_what_is_solved_in_units_of_the_loss_is_tuned(options: dict[str, Any], e
 
 def test_the_default_leaves_tuning_out_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.memory.total_memory", lambda: 2**16)
-    report = prune(make_llama(), Recipe(tuning_share=0.5), calibration=make_tokens(16, 16))
+    report = prune(make_llama(), Recipe(tuning_share=0.25), calibration=make_tokens(16, 16))
     assert any(note.startswith("blocks are not tuned: one takes up to ") for note in report.run.notes)
     assert report.run.recipe["tuning_epochs"] == 0
     assert report.gap_written_max is not None  # so the file has the certified weights
     named = prune(make_llama(), Recipe(tuning_epochs=1), calibration=make_tokens(16, 16))
     assert all(block.tuning for block in named.blocks)
+
+
+def test_a_block_without_memory_for_it_keeps_its_certified_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def second_fails(block: Block, *more: Any) -> Tuned:
+        if block.index:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return tune(block, *more)
+
+    monkeypatch.setattr("optima.pipeline.tune", second_fails)
+    report = prune(make_llama(), Recipe(), calibration=make_tokens(16, 16))
+    assert report.run.notes.count(OUT_OF_MEMORY) == 1
+    assert [len(block.tuning) for block in report.blocks] == [2, 0]
+    assert all(linear.gap_written_max is not None for linear in report.linears if linear.block)
+
+
+def test_what_a_block_was_tuned_on_does_not_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(block: Block, keeps: Any, streams: Streams, targets: Any, *more: Any) -> Tuned:
+        gc.collect()
+        assert not any(each() is not None for each in waiting)
+        waiting.extend(map(weakref.ref, (*streams.hidden, *targets, more[0].metric_EE)))
+        return tune(block, keeps, streams, targets, *more)
+
+    monkeypatch.setattr("optima.pipeline.tune", watched)
+    prune(make_llama(), Recipe(batch_size=4), calibration=make_tokens(16, 16))
+    assert waiting
+
+
+def test_a_sequence_whose_gradients_overflow_is_left_out() -> None:
+    model = make_llama().eval()
+    block, keeps, streams, targets = half_pruned(model)
+    targets[0] = targets[0].index_fill(0, torch.tensor(0), math.inf)
+    found = tune(block, keeps, streams, targets, BlockError(torch.eye(targets[0].shape[-1])), Tuning(1, 2e-3))
+    assert found.best == 1
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen2"])
+def test_what_is_left_dense_keeps_its_biases(family: str) -> None:
+    model = build(family)
+    dense = copy.deepcopy(model)
+    prune(model, Recipe(tuning_epochs=1, ignore=["lm_head", "self_attn"]), calibration=make_ids(16))
+    moved = {name for name, parameter in model.named_parameters() if not parameter.equal(dense.get_parameter(name))}
+    assert any("norm" in name for name in moved)
+    assert not [name for name in moved if "self_attn" in name and "bias" in name]
+    assert not [name for name in moved if "router" in name]
 
 
 def test_it_leaves_no_gradients() -> None:

@@ -107,8 +107,11 @@ class Streams:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    def inseparable(self, block: Block, batch: int) -> str:
-        """Why a batch cannot be taken apart into samples when it enters ``block``; empty if it can."""
+    def inseparable(self, block: Block, batch: int, looks: bool = False) -> str:
+        """Why a batch cannot be taken apart into samples when it enters ``block``; empty if it can.
+
+        What later blocks are to read of it can be read in parts, but not written: by a pass that only ``looks`` it can.
+        """
         samples = self.sizes[batch][0]
         if samples == 1:
             return ""
@@ -117,11 +120,12 @@ class Streams:
         if self.probe.sample_dim:
             return "the hidden states of this model are not batch first"
         given: list[Tensor] = []
-        if self.keeps_state(block, batch):
+        states = [dict(state) for state in self.states(block, batch)]
+        if states and not looks:
             return "the blocks of this model share keys and values, which cannot be taken apart into samples"
         args, kwargs = self.calls[block.index][batch]
         carried = [self.carried[batch].get(source) for source in self.probe.carried[block.index].values()]
-        map_tensors((args, kwargs, carried), given.append)
+        map_tensors((args, kwargs, carried, states), given.append)
         counts = (1, samples) if samples not in self.fixed else (1,)  # else nobody knows which of the two it is
         for shape in (tensor.shape for tensor in given if tensor.ndim > 1 and tensor.shape[0] not in counts):
             return (
@@ -139,11 +143,11 @@ class Streams:
         return _states_in(*self.calls[block.index][batch])
 
     def pieces(self, block: Block) -> list[Piece]:
-        """The smallest parts that the block can run on: the samples of each batch, or the batch."""
+        """The smallest parts that the block can look at: the samples of each batch, or the batch."""
         return [
             (batch, slice(first, first + step))
             for batch, (samples, _) in enumerate(self.sizes)
-            for step in [samples if self.inseparable(block, batch) else 1]
+            for step in [samples if self.inseparable(block, batch, looks=True) else 1]
             for first in range(0, samples, step)
         ]
 
@@ -215,16 +219,21 @@ class Streams:
         for argument, source in self.probe.carried[block.index].items():
             where: Any = args if isinstance(argument, int) else kwargs
             where[argument] = self.carried[batch][source]
-        inputs = (self.hidden[batch], args, kwargs)
-        if part is not None and part.stop - part.start < samples:
-            if problem := self.inseparable(block, batch):
-                raise ModelError(f"{problem}: use --batch-size 1")
-            # What is there once, or has no samples, serves all.
-            inputs = map_tensors(inputs, lambda each: each[part] if each.ndim > 1 and len(each) > 1 else each)
-        hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(self.device))
         if looks:
             (((own, kwargs),),) = _with_own_states([[(tuple(args), kwargs)]])
             args = list(own)
+        inputs = (self.hidden[batch], args, kwargs)
+        if part is not None and part.stop - part.start < samples:
+            if problem := self.inseparable(block, batch, looks):
+                raise ModelError(f"{problem}: use --batch-size 1")
+
+            def piece(each: Tensor) -> Tensor:  # what is there once, or has no samples, serves all
+                return each[part] if each.ndim > 1 and len(each) > 1 else each
+
+            inputs = map_tensors(inputs, piece)
+            for state in _states_in(args, kwargs) if looks else []:  # copies
+                state.update({key: map_tensors(value, piece) for key, value in state.items()})
+        hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(self.device))
         with _lent(_states_in(args, kwargs), self.device):
             return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 

@@ -37,7 +37,7 @@ from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
-from optima.memory import attention_numbers, coupling_bytes, held_bytes, in_turn
+from optima.memory import METRIC_BYTES, attention_numbers, coupling_bytes, held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack, has_experts
@@ -160,6 +160,8 @@ class Rehearsal:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
             swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, kept_bytes())
             swept += coupling_bytes(stack.blocks, self.plan.methods)
+            if self.tuning is not None:
+                swept += METRIC_BYTES * streams.hidden[0].shape[-1] ** 2 * len(stack.blocks)
             with self.peak.phase(outside, swept, _bytes(streams.hidden)), self._or_by_sink():
                 self._head(stack, streams)
         # Without a sweep nothing behind the last block to prune runs, or was recorded.

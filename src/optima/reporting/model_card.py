@@ -90,7 +90,7 @@ Where the weights end in `.packed.safetensors`, run `optima unpack` on the direc
 LIMITS = (
     "The certificate is about each linear's error on the calibration text, before cast and tuning, not about tasks.",
     "Nothing was trained after pruning, but for what the table calls `tuning_epochs`.",
-    "Embeddings, norms and whatever the report names as dense were not pruned.",
+    "Embeddings, norms and whatever the report names as dense were not pruned. Tuning moves norms and biases too.",
     "The dense model's licence, intended use and biases are this model's too; read its card.",
 )
 
