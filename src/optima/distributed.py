@@ -3,9 +3,9 @@
     torchrun --nproc-per-node 8 -m optima prune MODEL --output-dir OUT
 
 torch.distributed does the work: gloo between main memories, nccl between CUDA devices. Two rules keep a run from
-hanging. Every exchange begins with ``gather``, over gloo, whose connections break at once when a process dies: the
-others then raise ``RankError``. And an ``OptimaError`` of one process is raised by all at their next ``gather``. So
-tensors travel right behind one, for which all have the memory by then: nccl would wait for a process that has not.
+hanging. Every exchange begins with ``gather``, over gloo, whose connections break at once when a process dies: others
+raise ``RankError``. And an ``OptimaError`` of one process is raised by all at their next ``gather``. Tensors travel
+right behind one, for which all have the memory by then: nccl would wait for a process that has not.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Ranks:
         """Every process's value, by rank, with the tensors inside it, which keep their kind of device."""
         return [value]
 
-    def to_first(self, value: T) -> list[T]:
-        """Every process's value in the first process, by rank, with the tensors inside it; nothing elsewhere."""
+    def to_first(self, value: T, received: Callable[[T], T] = lambda value: value) -> list[T]:
+        """Every process's value in the first, by rank, with its tensors; ``received`` is given those of others."""
         return [value]
 
     def share(self, value: T | None, owner: int) -> T:
@@ -193,7 +193,7 @@ class Group(Ranks):
             for rank, (data, plan) in enumerate(parts)
         ]
 
-    def to_first(self, value: T) -> list[T]:
+    def to_first(self, value: T, received: Callable[[T], T] = lambda value: value) -> list[T]:
         """See ``Ranks``: by way of main memory."""
         data, tensors = _take_apart(value)
         parts, found, cpu = self.gather((data, _plan(tensors))), [value], torch.device("cpu")
@@ -208,7 +208,7 @@ class Group(Ranks):
             if len(buffer):
                 with self._watched():
                     dist.recv(buffer, rank, group=self._control)
-            found.append(_put_together(data, plan, buffer, self._device))
+            found.append(received(_put_together(data, plan, buffer, self._device)))
         return found
 
     def share(self, value: T | None, owner: int) -> T:

@@ -20,7 +20,7 @@ from optima.calibration.text import check_of_hub
 from optima.linear import Methods
 from optima.memory import GIB, METRIC_BYTES, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear, split_on_disk
-from optima.models.reading import check_length
+from optima.models.reading import check_length, is_encoder_decoder
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, count_by_place, count_parameters, has_experts
@@ -138,10 +138,11 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     assert recipe.num_calibration_samples is not None
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     inputs = tokens * (hidden or 0) * dtype.itemsize
-    swept = swept_share(recipe.swept_share, tokens) if recipe.applied_objective == "loss" else 0.0
+    own = tokens // 2 if is_encoder_decoder(model) else tokens  # of a stack
+    swept = swept_share(recipe.swept_share, own) if recipe.applied_objective == "loss" else 0.0
     experts = has_experts(found.linears)
-    surveyed = recipe.surveys * (surveyed_share(recipe.swept_share, tokens, experts) if swept else 1.0)
-    tuned = tuned_share(recipe.tuning_share, tokens) if recipe.tuning_epochs else 0.0
+    surveyed = recipe.surveys * (surveyed_share(recipe.swept_share, own, experts) if swept else 1.0)
+    tuned = tuned_share(recipe.tuning_share, own) if recipe.tuning_epochs else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
     coupled = coupling_bytes(found.blocks, methods)
     metrics = METRIC_BYTES * (hidden or 0) ** 2 * len(found.blocks) if swept and tuned else 0

@@ -149,21 +149,28 @@ def at_first(block: Block, own: Sequences) -> Sequences | None:
         return own
     weights = None if own.weights is None else list(own.weights)
     called, carried = streams.calls[block.index], streams.carried
-    parts = streams.ranks.to_first(_Part(streams.sizes, streams.hidden, called, carried, list(own.targets), weights))
+    keep = streams.store.keep
+
+    def received(part: _Part) -> _Part:
+        kept = [{at: keep(tensor) for at, tensor in places.items()} for places in part.carried]
+        hidden, targets = [keep(each) for each in part.hidden], [keep(each) for each in part.targets]
+        return part._replace(hidden=hidden, carried=kept, targets=targets)
+
+    part = _Part(streams.sizes, streams.hidden, called, carried, list(own.targets), weights)
+    parts = streams.ranks.to_first(part, received)
     if not parts:
         return None
     calls: list[list[Call]] = [[] for _ in range(block.index)]
-    keep = streams.store.keep
     whole = replace(
         streams,
         sizes=[size for part in parts for size in part.sizes],
-        hidden=[keep(hidden) for part in parts for hidden in part.hidden],
+        hidden=[hidden for part in parts for hidden in part.hidden],
         calls=[*calls, [call for part in parts for call in part.calls]],
-        carried=[{at: keep(tensor) for at, tensor in places.items()} for part in parts for places in part.carried],
+        carried=[places for part in parts for places in part.carried],
         ranks=ALONE,
         parts=(),
         batches=[],
     )
     known = [part.weights for part in parts if part.weights is not None]
     all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None
-    return Sequences(whole, [keep(target) for part in parts for target in part.targets], all_weights)
+    return Sequences(whole, [target for part in parts for target in part.targets], all_weights)

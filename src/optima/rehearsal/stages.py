@@ -131,6 +131,8 @@ class Rehearsal:
         samples = min(recipe.batch_size, recipe.num_calibration_samples)
         self.batches = recipe.num_calibration_samples / samples
         tokens = recipe.num_calibration_samples * tokens_NL.shape[1]
+        if is_encoder_decoder(plan.model):  # of a stack
+            tokens //= 2
         self.share = swept_share(recipe.swept_share, tokens)
         self.surveyed = surveyed_share(recipe.swept_share, tokens, has_experts(plan.found.linears))
         self.tuned = tuned_share(recipe.tuning_share, tokens)
