@@ -145,7 +145,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     tuned = tuned_share(recipe.tuning_share, own) if recipe.tuning_epochs else 0.0
     kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
     coupled = coupling_bytes(found.blocks, methods)
-    metrics = METRIC_BYTES * (hidden or 0) ** 2 * len(found.blocks) if swept and tuned else 0
+    width = getattr(config.get_text_config(), "hidden_size", None) or 0  # of one version of the hidden states
+    metrics = METRIC_BYTES * width**2 * len(found.blocks) if swept and tuned else 0
     kept += coupled + metrics
     routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what they are given is kept
     notes = list(found.notes)

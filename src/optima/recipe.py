@@ -265,8 +265,10 @@ class Recipe:
         return values
 
     def save(self, path: Path) -> None:
-        """Write the recipe as YAML."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        """Write the recipe as YAML, without what does nothing: its default may be another in a later version."""
+        idle = self._idle()
+        values = {name: value for name, value in self.to_dict().items() if name not in idle}
+        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     def _check_selector(self) -> None:
         chosen = self.selector
@@ -327,6 +329,13 @@ class Recipe:
 
     def _check_idle(self) -> None:
         """What would do nothing is a misunderstanding, unless it spells out the default."""
+        defaults = {each.name: each.default for each in fields(self)}
+        for name, owner in self._idle().items():
+            if getattr(self, name) != defaults[name]:
+                raise RecipeError(f"{name} is for {owner}: add that, or leave {name} out")
+
+    def _idle(self) -> dict[str, str]:
+        """Options that do nothing, and what they are for."""
         published = self.selector == "sparsegpt" or self.selector not in SELECTOR_NAMES  # one's own may be by groups
         used = {
             "sink_weight": ("objective sink", self.objective == "sink"),
@@ -338,10 +347,7 @@ class Recipe:
             "tuning_share": ("tuning_epochs above 0", self.applied_epochs > 0),
             "gap": ("a solver", self.solver != "none"),
         }
-        for each in fields(self):
-            owner, applies = used.get(each.name, ("", True))
-            if not applies and getattr(self, each.name) != each.default:
-                raise RecipeError(f"{each.name} is for {owner}: add that, or leave {each.name} out")
+        return {name: owner for name, (owner, applies) in used.items() if not applies}
 
 
 def check_regexes(name: str, regexes: list[str]) -> None:

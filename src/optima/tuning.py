@@ -32,7 +32,10 @@ HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
-ONE_PIECE = "blocks are not tuned: one sequence, or one batch that cannot be taken apart, is all the text there is"
+ONE_PIECE = (
+    "blocks are not tuned: one sequence, or one batch that cannot be taken apart, is all that tuning takes; give more "
+    "sequences, or a larger --tuning-share"
+)
 OUT_OF_MEMORY = "a block for which the device has no memory in tuning keeps the weights of its solve"
 
 
@@ -60,7 +63,7 @@ class Tuned:
     Attributes:
         held_out: mean error on the sequences that were held out, before the first epoch and after each.
         best: the epoch whose weights the block has; 0 for those before the first.
-        problem: why no step was made, as a report must tell it; empty if steps were made.
+        problem: why it was not tuned although it was to be, as a report must tell it; else empty.
     """
 
     held_out: tuple[float, ...]

@@ -161,12 +161,22 @@ def test_what_a_block_was_tuned_on_does_not_wait_for_the_next(monkeypatch: pytes
     def watched(block: Block, keeps: Any, streams: Streams, targets: Any, *more: Any) -> Tuned:
         gc.collect()
         assert not any(each() is not None for each in waiting)
-        waiting.extend(map(weakref.ref, (*streams.hidden, *targets, more[0].metric_EE)))
+        waiting.extend(map(weakref.ref, (*streams.hidden, *targets)))
         return tune(block, keeps, streams, targets, *more)
 
+    by_loss = BlockError.by_loss
+
+    def watched_metric(residual_EE: torch.Tensor, weights: Any) -> BlockError:
+        metrics.append(weakref.ref(residual_EE))
+        assert not any(each() is not None for each in metrics[:-1])
+        return by_loss(residual_EE, weights)
+
+    metrics: list[weakref.ref[torch.Tensor]] = []
+    monkeypatch.setattr(BlockError, "by_loss", watched_metric)
     monkeypatch.setattr("optima.pipeline.tune", watched)
     prune(make_llama(), Recipe(batch_size=4), calibration=make_tokens(16, 16))
     assert waiting
+    assert len(metrics) == 2
 
 
 def test_a_sequence_whose_gradients_overflow_is_left_out() -> None:
@@ -181,6 +191,10 @@ def test_a_sequence_whose_gradients_overflow_is_left_out() -> None:
 @pytest.mark.parametrize("family", ["gpt_oss", "qwen2"])
 def test_what_is_left_dense_keeps_its_biases(family: str) -> None:
     model = build(family)
+    with torch.no_grad():  # zeros stay zeros in tuning
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.01 * torch.randn_like(parameter)
     dense = copy.deepcopy(model)
     prune(model, Recipe(tuning_epochs=1, ignore=["lm_head", "self_attn"]), calibration=make_ids(16))
     moved = {name for name, parameter in model.named_parameters() if not parameter.equal(dense.get_parameter(name))}

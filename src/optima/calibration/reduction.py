@@ -15,6 +15,7 @@ from torch import Tensor
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Call, Streams
 from optima.distributed import ALONE, Ranks, share_out
+from optima.errors import OptimaError
 from optima.models.stacks import Block, Linear
 from optima.qp.rows import chunk_rows
 
@@ -151,13 +152,23 @@ def at_first(block: Block, own: Sequences) -> Sequences | None:
     called, carried = streams.calls[block.index], streams.carried
     keep = streams.store.keep
 
+    problems: list[OptimaError] = []
+
     def received(part: _Part) -> _Part:
-        kept = [{at: keep(tensor) for at, tensor in places.items()} for places in part.carried]
-        hidden, targets = [keep(each) for each in part.hidden], [keep(each) for each in part.targets]
+        if problems:
+            return part._replace(hidden=[], carried=[], targets=[])
+        try:
+            kept = [{at: keep(tensor) for at, tensor in places.items()} for places in part.carried]
+            hidden, targets = [keep(each) for each in part.hidden], [keep(each) for each in part.targets]
+        except OptimaError as error:  # the others wait until theirs was received, too
+            problems.append(error)
+            return received(part)
         return part._replace(hidden=hidden, carried=kept, targets=targets)
 
     part = _Part(streams.sizes, streams.hidden, called, carried, list(own.targets), weights)
     parts = streams.ranks.to_first(part, received)
+    if problems:
+        raise problems[0]
     if not parts:
         return None
     calls: list[list[Call]] = [[] for _ in range(block.index)]

@@ -32,7 +32,7 @@ from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
 from optima.calibration.swept import kept_bytes, surveyed_share, sweep_numbers, swept_share, tuned_share
 from optima.calibration.tempering import LossWeights
-from optima.device import PeakMemory, Stopwatch, differentiable, on_device
+from optima.device import PeakMemory, Stopwatch, differentiable, on_device, one_memory_error
 from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
@@ -46,7 +46,7 @@ from optima.options import SINK_WEIGHT
 from optima.pipeline import Job
 from optima.plan import Plan
 from optima.selectors.base import LinearTask
-from optima.tuning import BlockError, tune
+from optima.tuning import OUT_OF_MEMORY, BlockError, tune
 
 # Of a made-up hessian: common factors of the inputs, and what each input has to itself. Conjugate gradients take about
 # as many iterations as on most linears of trained models.
@@ -195,7 +195,11 @@ class Rehearsal:
             self._passes(block, job, streams, len(needed), needed[-1:] == [stack.blocks[stack.needed - 1]])
             keeps = self._linears(block, job, streams, len(needed))
             if self.tuning is not None and keeps and needed:
-                self._tune(block, keeps, streams, len(needed))
+                try:
+                    with one_memory_error():
+                        self._tune(block, keeps, streams, len(needed))
+                except torch.OutOfMemoryError:  # as in a run
+                    self.notes += [note for note in [OUT_OF_MEMORY] if note not in self.notes]
 
     def _head(self, stack: Stack, streams: Streams) -> None:
         """The gradients at the model's head, from some positions of a batch."""

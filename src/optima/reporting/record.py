@@ -52,7 +52,7 @@ class LinearRecord(Record):
     sparsity: float  # share of the weights that are zero as written
     error_mask: float  # error of the mask alone, the surviving weights at their dense values
     error_selector: float  # error of the selector's own weights, cast; ``error_mask`` when it only selects
-    error: float  # error of the result as written
+    error: float  # error of the result as written, or before tuning
     error_plain: float  # the same with every token alike; equal to ``error`` where no token is weighted
     solver: str  # the solver that ran, or ``none``
     gap_max: float | None  # largest certified gap of a row, before cast and tuning; None when no solver ran
@@ -65,7 +65,9 @@ class LinearRecord(Record):
     seconds: float  # time of selection, swaps, solve and measurement
     gap_written_max: float | None  # largest gap of a row as written; None when no solver ran, or if tuned
     gap_written_median: float | None  # median of the same
-    loss_written: float | None  # damped loss as written above the rows' certified least (or floor), relative to it
+    loss_written: (
+        float | None
+    )  # damped loss as written above what is certified (or floor), relative to it; None likewise
     tokens: Int  # calibration tokens that reached the linear
     swaps: Int | None  # swaps made in the mask; None if none were asked for
     rows_swap_optimal: Int | None  # rows of which no single swap lowers the error by 1e-5 of it; None likewise
