@@ -65,9 +65,7 @@ class LinearRecord(Record):
     seconds: float  # time of selection, swaps, solve and measurement
     gap_written_max: float | None  # largest gap of a row as written; None when no solver ran, or if tuned
     gap_written_median: float | None  # median of the same
-    loss_written: (
-        float | None
-    )  # damped loss as written above what is certified (or floor), relative to it; None likewise
+    loss_written: float | None  # damped loss as written above the certified least (or floor), relative; None likewise
     tokens: Int  # calibration tokens that reached the linear
     swaps: Int | None  # swaps made in the mask; None if none were asked for
     rows_swap_optimal: Int | None  # rows of which no single swap lowers the error by 1e-5 of it; None likewise
