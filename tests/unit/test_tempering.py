@@ -122,7 +122,9 @@ def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch
     tokens_NL[:, 0] = 1
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
-    assert swept.swept_batches(streams, 0.25) == [0, 4]
+    taken = [swept.swept_batches(streams, share) for share in (0.25, 0.4, 0.6, 1.0)]
+    assert taken == [[0, 4], [0, 2, 5, 7], [0, 1, 3, 5, 6], list(range(8))]
+    assert swept.sweep_numbers(streams, 0.6) == [0, 1, 2, 2, 3, 3, 4, 5, 5]
     found = loss_weights(model, stack, streams, seed=0, share=0.25)
     assert found.lengths == [16] * 8
     for name, batches in found.tokens.items():

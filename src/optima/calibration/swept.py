@@ -28,16 +28,18 @@ ALIKE = 0.05
 KEPT_BYTES, KEPT_SHARE = 4 * 2**30, 1.0 / 8.0
 # Numbers that are drawn to be passed over, at a time.
 AT_ONCE = 2**24
+# A third of three is one.
+ROUNDING = 1e-9
 
 
 def swept_share(share: float, tokens: int) -> float:
-    """One in how many sequences is swept, as a share: of so many ``tokens``, when ``share`` of them would do."""
-    return _one_in_many(share, tokens, LEAST_TOKENS)
+    """The share of the sequences that is swept: of so many ``tokens``, when ``share`` of them would do."""
+    return _at_least(share, tokens, LEAST_TOKENS)
 
 
 def tuned_share(share: float, tokens: int) -> float:
     """As ``swept_share``, of the sequences that blocks are tuned on."""
-    return _one_in_many(share, tokens, LEAST_TUNED)
+    return _at_least(share, tokens, LEAST_TUNED)
 
 
 def surveyed_share(share: float, tokens: int, experts: bool) -> float:
@@ -45,45 +47,49 @@ def surveyed_share(share: float, tokens: int, experts: bool) -> float:
     return 1.0 if experts else swept_share(share, tokens)
 
 
-def _one_in_many(share: float, tokens: int, least: int) -> float:
-    return 1.0 / max(int(1.0 / max(share, least / max(tokens, 1))), 1)
+def _at_least(share: float, tokens: int, least: int) -> float:
+    return min(max(share, least / max(tokens, 1)), 1.0)
 
 
-def _steps(streams: Streams, share: float) -> tuple[int, int]:
-    """One in how many batches is the ``share``, and how many sequences a batch has, over all processes."""
-    size = max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
-    return round(1.0 / share), size
+def _batch_size(streams: Streams) -> int:
+    """How many sequences a batch has, over all processes."""
+    return max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
+
+
+def _taken(batches: int, share: float) -> int:
+    """How many of the first so many ``batches`` are a ``share`` of them; the first one always is."""
+    return math.ceil(batches * share - ROUNDING)
 
 
 def sweep_numbers(streams: Streams, share: float) -> list[int]:
     """Of each batch, the number of its first sequence among those that are swept, over all processes."""
-    every, size = _steps(streams, swept_share(share, streams.tokens))
+    share, size = swept_share(share, streams.tokens), _batch_size(streams)
     firsts = accumulate((samples for samples, _ in streams.sizes), initial=streams.before[0])
-    return [first // (size * every) * size + first % size for first in firsts]
+    return [_taken(first // size, share) * size + first % size for first in firsts]
 
 
 def swept_batches(streams: Streams, share: float) -> list[int]:
     """The batches of this process that are swept."""
-    return _every(streams, swept_share(share, streams.tokens))
+    return _spread(streams, swept_share(share, streams.tokens))
 
 
 def tuned_batches(streams: Streams, share: float) -> list[int]:
     """The batches of this process that blocks are tuned on."""
-    return _every(streams, tuned_share(share, streams.tokens))
+    return _spread(streams, tuned_share(share, streams.tokens))
 
 
 def surveyed_batches(streams: Streams, share: float, experts: bool) -> list[int]:
     """The batches of this process that a survey takes."""
-    return _every(streams, surveyed_share(share, streams.tokens, experts))
+    return _spread(streams, surveyed_share(share, streams.tokens, experts))
 
 
-def _every(streams: Streams, share: float) -> list[int]:
-    """Every so many batches, counted over all processes."""
-    every, size = _steps(streams, share)
-    first, chosen = streams.before[0], []
+def _spread(streams: Streams, share: float) -> list[int]:
+    """A share of the batches, evenly spread, counted over all processes."""
+    size, first, chosen = _batch_size(streams), streams.before[0], []
     for batch, (samples, _) in enumerate(streams.sizes):
+        place = first // size
         # Where tokens are counted before sequences they are not told by their place.
-        if first // size % every == 0 or streams.probe.sequence_first:
+        if _taken(place + 1, share) > _taken(place, share) or streams.probe.sequence_first:
             chosen.append(batch)
         first += samples
     return chosen
