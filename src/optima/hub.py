@@ -11,13 +11,16 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
-from optima.evaluation.record import EVALUATION_NAME
+from optima.models.companions import LICENCES, TOKENIZERS
 from optima.models.failures import HUB_FAILURES
 from optima.models.files import stat_of, the_same
-from optima.models.ordered import ORDERING_NAME
 from optima.reporting.record import REPORT_NAME
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+# Of the model that was there before, what is not among the files that are pushed; pictures and texts stay.
+OF_A_MODEL = (
+    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
+    *("*.json", "*.yaml", "*.html", "*.py", *TOKENIZERS, *LICENCES),
+)
 NOT_PUSHED = ("layers/*", ".*", "**/.*")  # hessians of --dump-layer, hidden files
 HARMLESS = {".gitattributes", "README.md"}  # what the hub's own page makes
 
@@ -43,7 +46,7 @@ def push(
         ModelError: if the directory is no such output, the name is none, nobody is logged in, or the hub refuses.
     """
     folder = Path(directory).expanduser()
-    if not (folder / REPORT_NAME).is_file() or not any(folder.glob(WEIGHTS[0])):
+    if not (folder / REPORT_NAME).is_file() or not any(folder.glob("*.safetensors")):
         raise ModelError(f"{folder} is no output of optima prune: it holds no {REPORT_NAME}, or no weights")
     full = check_push(repo, overwrite)
     with _explained(full), the_same(folder, stat_of(folder)):
@@ -54,8 +57,7 @@ def push(
             folder_path=folder,
             commit_message=message or "Pruned by OPTIMA",
             ignore_patterns=list(NOT_PUSHED),
-            # Of an earlier push, what is not among these files: they would speak of another model.
-            delete_patterns=[*WEIGHTS, EVALUATION_NAME, ORDERING_NAME],
+            delete_patterns=list(OF_A_MODEL),
         )
         return f"{api.endpoint}/{full}"
 

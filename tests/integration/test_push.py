@@ -54,10 +54,12 @@ def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Ru
     card = ModelCard(files["README.md"].decode())
     assert {"pruning", "sparse", "2:4"} <= set(card.data.tags)
 
-    earlier = ("model-00009-of-00009.safetensors", "evaluation.json", "ordering.json")
-    hub.repos["team/sparse"] = dict(files) | dict.fromkeys(earlier, b"of an earlier push")
+    earlier = ["model-00009-of-00009.safetensors", "evaluation.json", "ordering.json", "pytorch_model.bin", "old.gguf"]
+    earlier += ["chat_template.jinja", "preprocessor_config.json", "modeling_mine.py", "LICENSE.txt", "tokenizer.model"]
+    theirs = ["plot.png", "notes.md"]
+    hub.repos["team/sparse"] = dict(files) | dict.fromkeys([*earlier, *theirs], b"of an earlier push")
     assert optima("push", "out", "team/sparse").returncode == 0
-    assert hub.repos["team/sparse"].keys().isdisjoint(earlier)
+    assert hub.repos["team/sparse"].keys() == files.keys() | set(theirs)
 
 
 def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:

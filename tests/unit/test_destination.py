@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -159,6 +160,22 @@ class TestStart:
 
         monkeypatch.setattr(Path, "mkdir", refuse)
         assert "not for you" in refused("a/out")
+
+    def test_a_file_system_without_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(*args: object) -> None:
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+        assert "cannot lock files (Function not implemented)" in refused("a/out")
+
+    def test_a_file_system_that_cannot_sync_directories(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def sync(handle: int) -> None:
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(errno.EINVAL, "not of directories")
+
+        monkeypatch.setattr("os.fsync", sync)
+        run()
+        assert (here / "out" / "new").exists()
 
     def test_space_is_checked_first(self) -> None:
         assert "GiB free and the checkpoint needs" in refused("a/out", num_bytes=2 * shutil.disk_usage(".").free)

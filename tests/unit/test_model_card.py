@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,6 +88,12 @@ class TestBody:
         (tmp_path / "config.json").write_text('{"architectures": ["TheirModel"]}')
         write_card(tmp_path, report(), None)
         assert "AutoModel.from_pretrained" in card_of(tmp_path).text
+
+    def test_code_of_its_own_under_a_name_of_its_own(self, tmp_path: Path) -> None:
+        auto_map = {"AutoConfig": "their.Config", "AutoModelForCausalLM": "their.LMHeadModel"}
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LMHeadModel"], "auto_map": auto_map}))
+        write_card(tmp_path, report(), None)
+        assert "AutoModelForCausalLM.from_pretrained" in card_of(tmp_path).text
 
     def test_code_of_its_own_has_to_be_trusted(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "theirs.Theirs"}}')

@@ -74,8 +74,27 @@ def test_of_a_model_in_memory_they_are_derived(out: Path, rope: dict[str, Any]) 
     prepare(model, None, None, out)
     new = written(out)
     assert new["rope_theta"] == 1e6
+    assert new["torch_dtype"] == new["dtype"]
     assert new.get("rope_scaling") == (rope if rope is LLAMA3 else None)
     assert transformers.AutoConfig.from_pretrained(out).rope_parameters == model.config.rope_parameters
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 8.0}])
+def test_of_layers_of_two_kinds_in_memory(out: Path, rope: dict[str, Any] | None, caplog: Any) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    layers: dict[str, Any] = {"vocab_size": 300, "num_hidden_layers": 2}
+    names = {"rope_theta": 5e5, "rope_local_base_freq": 2e4}
+    config = transformers.Gemma3TextConfig(**sizes, **layers, **names, head_dim=8, rope_scaling=rope)
+    prepare(transformers.Gemma3ForCausalLM(config), None, None, out)
+    new = written(out)
+    assert {key: new[key] for key in names} == names
+    assert new.get("rope_scaling") == rope
+    assert transformers.Gemma3TextConfig.from_pretrained(out).rope_parameters == config.rope_parameters
+    assert not caplog.text
+    bert = transformers.ModernBertConfig(**sizes, **layers, pad_token_id=0)
+    prepare(transformers.ModernBertForMaskedLM(bert), None, None, out)
+    assert "rope_theta" not in written(out)
+    assert "older ones read them wrongly" in caplog.text
 
 
 def test_what_would_be_read_as_another_model_is_left_out(
@@ -112,4 +131,4 @@ def test_a_flat_source_whose_text_is_written_apart(tmp_path: Path, out: Path) ->
 
 def test_without_rotary_embeddings_nothing_is_added(out: Path) -> None:
     prepare(make_bert(), None, None, out)
-    assert not [key for key in written(out) if "rope" in key or key == "torch_dtype"]
+    assert not [key for key in written(out) if "rope" in key]

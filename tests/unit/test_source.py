@@ -13,6 +13,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from tiny import WEIGHTS, make_llama, save_model
@@ -266,6 +267,20 @@ class TestRemoteCode:
     def test_a_head_that_the_code_does_not_name_is_refused(self, trusted: Callable[..., Source]) -> None:
         with pytest.raises(ModelError, match="is a XForMaskedLM, which auto_map in its config"):
             skeleton(trusted(["XForMaskedLM"], AutoModel="XModel"))
+
+    def test_of_a_configuration_that_the_library_has(self, tmp_path: Path) -> None:
+        """As transformers does where code is trusted."""
+        source = save_model(tmp_path / "model")
+        (source / "code.py").write_text("import transformers\nclass Mine(transformers.LlamaForCausalLM): ...\n")
+        config = json.loads((source / "config.json").read_text())
+        theirs, other = "LlamaForCausalLM", "LlamaForSequenceClassification"
+        for code, name, found in (("Mine", "Mine", "Mine"), ("Mine", theirs, "Mine"), ("Mine", other, other)):
+            auto_map = {"AutoModelForCausalLM": f"code.{code}"}
+            (source / "config.json").write_text(json.dumps(config | {"auto_map": auto_map, "architectures": [name]}))
+            structure, _ = skeleton(find_source(str(source), True))
+            assert type(structure).__name__ == found
+            if name != "Mine":
+                assert type(skeleton(find_source(str(source)))[0]) is getattr(transformers, name)
 
     def test_without_a_name_the_code_decides(self, trusted: Callable[..., Source]) -> None:
         assert type(skeleton(trusted([], AutoModel="XModel"))[0]).__name__ == "XModel"

@@ -19,6 +19,7 @@ from tiny import blocks_of, load_weights, make_bert, make_llama, make_tokenizer,
 from transformers import PreTrainedModel
 
 from optima.errors import ModelError
+from optima.models.companions import copies_tokenizer
 from optima.models.journal import Journal
 from optima.models.source import find_source
 from optima.models.writer import Writer, prepare
@@ -33,6 +34,8 @@ LATENT = {
     "qk_nope_head_dim": 4,
     "v_head_dim": 4,
 }
+# What config.json has beside what transformers writes.
+OLDER = {"rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq", "torch_dtype"}
 EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -88,7 +91,7 @@ def test_names_and_bits_are_those_of_transformers(tmp_path: Path, name: str, loa
         if (tmp_path / "whole" / file).exists():
             ours, theirs = (json.loads((tmp_path / place / file).read_text()) for place in ("out", "whole"))
             assert {key: ours[key] for key in theirs} == theirs
-            assert ours.keys() - theirs.keys() <= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+            assert ours.keys() - theirs.keys() <= OLDER
     logits = []
     for directory in ("out", "whole"):
         reloaded = type(model).from_pretrained(tmp_path / directory, dtype="auto").eval()
@@ -305,6 +308,28 @@ class TestCompanions:
         prepare(model, None, find_source(str(source), True), tmp_path / "out")
         assert (tmp_path / "out" / "mine.py").exists()
         assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == auto_map
+
+    def test_trusted_code_of_a_processor_comes_with_what_it_imports(self, source: Path) -> None:
+        (source / "seeing.py").write_text("from .cutting import cut\n\nclass Seeing:\n    cut = cut\n")
+        (source / "cutting.py").write_text("def cut(): ...\n")
+        (source / "other.py").write_text("raise SystemExit\n")
+        settings = {"auto_map": {"AutoProcessor": "seeing.Seeing"}}
+        (source / "processor_config.json").write_text(json.dumps(settings))
+        model = hf.LlamaForCausalLM.from_pretrained(source)
+        for name, trusted, code in (("out", True, ["cutting.py", "seeing.py"]), ("not", False, [])):
+            out = source.parent / name
+            out.mkdir()
+            prepare(model, None, find_source(str(source), trusted), out)
+            assert sorted(file.name for file in out.glob("*.py")) == code
+            assert ("auto_map" in json.loads((out / "processor_config.json").read_text())) is trusted
+
+    def test_a_tokenizer_without_code_is_copied_though_code_is_trusted(self, source: Path) -> None:
+        trusted = find_source(str(source), True)
+        assert copies_tokenizer(trusted)
+        settings = json.loads((source / "tokenizer_config.json").read_text())
+        (source / "tokenizer_config.json").write_text(json.dumps(settings | {"auto_map": {"AutoTokenizer": "a.B"}}))
+        assert not copies_tokenizer(trusted)
+        assert copies_tokenizer(find_source(str(source)))
 
 
 @pytest.mark.parametrize(("name", "files"), [("llama", 5), ("llama tied", 4)])

@@ -1,7 +1,7 @@
 """The small files beside the weights that transformers, sentence-transformers and the hub know by name.
 
 Nothing else is copied, no other directories, and nothing through a link that leaves the model: what is copied may be
-published. Custom code is saved by transformers itself, and only if it was trusted.
+published. Code is copied only if it was trusted.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,11 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.models.files import explain_write_errors
 from optima.models.ordered import ORDERING_NAME
+from optima.models.own_code import code_files, names_code
 from optima.models.source import Source, explain_read_errors, find_file
 
 _logger = logging.getLogger("optima")
 
-TOKENIZER = "tokenizer.json"  # of the tokenizers library
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # of the tokenizers library
 TOKENIZERS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
     *("*_vocab.json", "*.spm", "bpe.codes", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
@@ -61,11 +61,14 @@ def copy_companions(source: Source, directory: Path) -> None:
         return
     with explain_read_errors(source, "model"):
         templates = [f"{TEMPLATES}/{pattern}" for pattern in TEMPLATE_FILES]
-        origin = _fetch_known(source, [*COPIED, *ANY_CASE, README, *templates])
+        code = ["*.json", "*.py"] if source.trust_remote_code else []
+        origin = _fetch_known(source, [*COPIED, *ANY_CASE, README, *templates, *code])
         if modules := _modules(origin):
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
     with explain_write_errors(directory):
         _copy(origin, "", COPIED, directory)
+        if source.trust_remote_code:
+            _copy(origin, "", [file.name for file in code_files(origin)], directory)
         _copy(origin, TEMPLATES, TEMPLATE_FILES, directory)
         for module in modules:
             _copy(origin, module, MODULE_FILES, directory)
@@ -75,12 +78,13 @@ def copy_companions(source: Source, directory: Path) -> None:
 
 def copies_tokenizer(source: Source) -> bool:
     """Whether ``copy_companions`` copies all of a tokenizer: one file that needs no code, beside what configures it."""
-    if source.gguf_file is not None or source.trust_remote_code:
+    if source.gguf_file is not None:
         return False
-    if source.local is None:
-        with explain_read_errors(source, "tokenizer"):
-            return find_file(source, TOKENIZER) is not None
-    return (file := source.local / TOKENIZER).is_file() and _inside(file, source.local)
+    with explain_read_errors(source, "tokenizer"):
+        file, settings = find_file(source, TOKENIZER), find_file(source, TOKENIZER_CONFIG)
+    if source.trust_remote_code and settings is not None and names_code(settings):
+        return False
+    return file is not None and (source.local is None or _inside(file, source.local))
 
 
 def to_save(
@@ -91,32 +95,6 @@ def to_save(
     What transformers writes anew is in the words of its own release, which others may not know.
     """
     return None if given is None and source is not None and copies_tokenizer(source) else read
-
-
-def forget_missing_code(directory: Path) -> None:
-    """Take out of configurations what names code (``auto_map``) that is not in ``directory``, since nobody trusted it.
-
-    With it transformers would not load the model where remote code is allowed. Code on the hub stays named.
-    """
-    for file in sorted(directory.glob("*config.json")):
-        content: Any = None
-        with suppress(ValueError):  # copied as it is
-            content = json.loads(file.read_text(encoding="utf-8"))
-        named = content.get("auto_map") if isinstance(content, dict) else None
-        if not isinstance(named, dict):
-            continue
-        kept = {auto: code for auto, code in named.items() if _is_there(code, directory)}
-        if kept != named:
-            content["auto_map"] = kept
-            if not kept:
-                del content["auto_map"]
-            file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _is_there(code: object, directory: Path) -> bool:
-    """Whether ``module.Class``, or each of a slow and a fast tokenizer, is in ``directory`` or on the hub."""
-    names = [name for name in (code if isinstance(code, list) else [code]) if isinstance(name, str)]
-    return all("--" in name or (directory / f"{name.partition('.')[0]}.py").is_file() for name in names)
 
 
 def _fetch(source: Source, patterns: list[str]) -> Path:

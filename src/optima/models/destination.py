@@ -141,6 +141,7 @@ class Destination:
                 _check_replaceable(path, overwrite, read)
                 destination = cls(path, _beside(path, SUFFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
+                stack.callback(destination._remove_empty)
                 stack.enter_context(destination._claim(run or {}, resume))
                 # Shards, and beside them experts as they are in the model.
                 places = (destination.directory, destination.partial)
@@ -216,6 +217,13 @@ class Destination:
                         f"another run is writing {self.path} ({unfinished(self.path)}): wait for it, or choose another "
                         "--output-dir"
                     ) from None
+                except OSError as error:
+                    if not os.fstat(lock.fileno()).st_size:  # made here
+                        (self.partial / RUN).unlink()
+                    raise ModelError(
+                        f"{self.path.parent} is on a file system that cannot lock files ({error.strerror}): two "
+                        "runs could write there at once: choose an --output-dir on another, such as a local disk"
+                    ) from error
                 # Otherwise a run that just ended has removed what was opened here.
                 if os.path.samestat(os.fstat(lock.fileno()), (self.partial / RUN).stat()):
                     stack.pop_all()
@@ -228,6 +236,9 @@ class Destination:
             (self.partial / RUN).unlink()
         except OSError as error:
             _logger.warning("%s cannot be deleted (%s): delete it by hand", self.partial, error.strerror)
+
+    def _remove_empty(self) -> None:
+        """Remove the partial directory if nothing is in it: behind the lock, for NFS keeps names of open files."""
         with suppress(OSError):  # another run may have claimed it by now
             self.partial.rmdir()
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from optima.errors import ModelError
 
 CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
+CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)  # of a directory, as some mounts answer
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
@@ -133,11 +134,14 @@ def the_same(directory: Path, before: os.stat_result | None) -> Iterator[None]:
 
 
 def sync(*paths: Path) -> None:
-    """Make files and directories outlast a loss of power."""
+    """Make files and directories outlast a loss of power; directories where the file system can."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError as error:
+            if error.errno not in CANNOT_SYNC or not path.is_dir():
+                raise
         finally:
             os.close(handle)
 

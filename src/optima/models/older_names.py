@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from transformers import PretrainedConfig
 
@@ -23,13 +23,15 @@ ROTARY, THETA, TYPE, PARTIAL = "rope_parameters", "rope_theta", "rope_type", "pa
 OLDER = re.compile("rope|rotary")
 DTYPE, OLD_DTYPE = "dtype", "torch_dtype"
 TEXT = "text_config"
+FULL, SLIDING, LOCAL_THETA, GEMMA = "full_attention", "sliding_attention", "rope_local_base_freq", "gemma3"
+UNKNOWN = "config.json has rotary embeddings as transformers 5 names them: older ones read them wrongly"
 
 
 def keep_older_names(config: PretrainedConfig, source: Source | None, directory: Path) -> None:
     """Add them to the config.json in ``directory``: as the source has them, else by what is written there.
 
-    Of rotary embeddings that differ between layers only the source knows the names. None are added if transformers
-    would then read another configuration.
+    Of rotary embeddings that differ between layers only the source knows the names, but for Gemma 3's. None are added
+    if transformers would then read another configuration.
     """
     raw: dict[str, Any] = {}
     if source is not None and not source.gguf_file:
@@ -38,7 +40,11 @@ def keep_older_names(config: PretrainedConfig, source: Source | None, directory:
     file = directory / "config.json"
     text = file.read_text(encoding="utf-8")
     saved = json.loads(text)
-    if (found := with_older(saved, raw)) == saved:
+    raw = raw or {OLD_DTYPE: saved.get(DTYPE)}
+    found = with_older(saved, raw)
+    if any(_is_by_layer(each.get(ROTARY)) and THETA not in each for each in (found, found.get(TEXT, {}))):
+        _logger.warning(UNKNOWN)
+    if found == saved:
         return
     try:
         before = type(config).from_pretrained(directory).to_dict()
@@ -49,13 +55,15 @@ def keep_older_names(config: PretrainedConfig, source: Source | None, directory:
         same = False
     if not same:
         file.write_text(text, encoding="utf-8")
-        _logger.warning("config.json has rotary embeddings as transformers 5 names them: older ones read them wrongly")
+        _logger.warning(UNKNOWN)
 
 
 def with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
     """A configuration, or one inside it, with the older names beside; ``raw``: the source's own."""
     found = dict(saved)
     rotary = saved.get(ROTARY)
+    if _is_by_layer(rotary) and str(saved.get("model_type")).startswith(GEMMA):
+        found[LOCAL_THETA], rotary = rotary[SLIDING][THETA], rotary[FULL]
     if isinstance(rotary, dict) and THETA in rotary:  # all layers share it
         scaling = {key: value for key, value in rotary.items() if key not in (THETA, PARTIAL)}
         found |= {key: value for key, value in rotary.items() if key in (THETA, PARTIAL)}
@@ -70,3 +78,8 @@ def with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
             own = raw.get(key)
             found[key] = with_older(inner, own if isinstance(own, dict) else {})
     return found
+
+
+def _is_by_layer(rotary: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether layers of two kinds have rotary embeddings of their own."""
+    return isinstance(rotary, dict) and all(isinstance(rotary.get(kind), dict) for kind in (FULL, SLIDING))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -34,6 +34,7 @@ from optima.models.failures import BAD_INPUT
 from optima.models.files import PACKED, usable_path
 from optima.models.gguf import read_scalars
 from optima.models.ordered import ORDERING_NAME, read_orders
+from optima.models.own_code import auto_class
 
 _logger = logging.getLogger("optima")
 
@@ -211,9 +212,16 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
     if source.gguf_file:
         return AutoModelForCausalLM
     names = [str(name) for name in config.architectures or []]
-    if config.__class__.__module__.startswith("transformers_modules"):
-        return getattr(transformers, _auto_class(getattr(config, "auto_map", {}), names, source))
-    if not names:
+    own = config.__class__.__module__.startswith("transformers_modules")
+    registered = auto_class(getattr(config, "auto_map", None) or {}, names) if own or source.trust_remote_code else None
+    if registered is not None:
+        return getattr(transformers, registered)
+    if own and names:
+        raise ModelError(
+            f"{source.name} is a {names[0]}, which auto_map in its config.json does not name: add it there, or correct "
+            "architectures"
+        )
+    if own or not names:
         return AutoModel
     if not hasattr(transformers, names[0]):
         # Published under another spelling (PhiMoEForCausalLM): what an Auto class makes of it is that model.
@@ -226,22 +234,6 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
             "newer release, or correct architectures in config.json"
         )
     return getattr(transformers, names[0])
-
-
-def _auto_class(auto_map: Mapping[str, Any], names: Sequence[str], source: Source) -> str:
-    """The Auto class with which remote code registered the class that the checkpoint was saved from."""
-    codes = {auto: code for auto, code in auto_map.items() if isinstance(code, str) and hasattr(transformers, auto)}
-    known = {auto: code.rpartition(".")[2] for auto, code in codes.items()}
-    if found := [auto for auto, name in known.items() if name in names[:1]]:
-        return found[0]
-    if "AutoModelForCausalLM" in known:
-        return "AutoModelForCausalLM"
-    if names:
-        raise ModelError(
-            f"{source.name} is a {names[0]}, which auto_map in its config.json does not name: add it there, or correct "
-            "architectures"
-        )
-    return "AutoModel"
 
 
 def load_model(source: Source, dtype: str = "auto", device: torch.device | None = None) -> PreTrainedModel:

@@ -22,12 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.models.checkpoint import no_bars
-from optima.models.companions import copy_companions, forget_missing_code
+from optima.models.companions import copy_companions
 from optima.models.destination import Destination
 from optima.models.files import digest, explain_write_errors, read_header, stop_if_asked, sync
 from optima.models.journal import Journal
 from optima.models.older_names import keep_older_names
 from optima.models.ordered import write_orders
+from optima.models.own_code import forget_missing_code
 from optima.models.source import INDEX, WEIGHTS, Source
 from optima.models.stacks import Block
 from optima.models.weights import Resident, Weights

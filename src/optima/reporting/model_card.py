@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from optima.errors import ModelError
 from optima.models.files import explain_write_errors, write_whole
+from optima.models.own_code import auto_class
 from optima.reporting.markdown import table
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
 from optima.reporting.summary import bullets, pattern_weights, summary
@@ -203,7 +204,10 @@ def _config(directory: Path) -> dict[str, Any]:
 
 def _loader(directory: Path) -> str:
     """The class of transformers that loads the checkpoint with its head, if it has one."""
-    names = _config(directory).get("architectures") or []
+    config = _config(directory)
+    names = config.get("architectures") or []
+    if (auto := auto_class(config.get("auto_map") or {}, names)) is not None:
+        return auto
     if any(name.endswith("ForCausalLM") for name in names):
         return "AutoModelForCausalLM"
     return next((name for name in names if hasattr(transformers, name)), "AutoModel")

@@ -1,0 +1,85 @@
+"""Code that comes with a checkpoint: which class of transformers it registers (``auto_map``), and its files."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.dynamic_module_utils import get_relative_import_files
+
+_logger = logging.getLogger("optima")
+
+CONFIGURATIONS = "*config.json"
+MAP = "auto_map"
+LANGUAGE_MODEL, LANGUAGE_MODELS = "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")
+
+
+def auto_class(auto_map: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The Auto class with which code registered the model that the checkpoint was saved from.
+
+    Args:
+        auto_map: of the configuration.
+        names: of the checkpoint's class, as ``architectures`` has them.
+    """
+    codes = {auto: code for auto, code in auto_map.items() if isinstance(code, str) and hasattr(transformers, auto)}
+    known = {auto: code.rpartition(".")[2] for auto, code in codes.items()}
+    for auto, name in known.items():
+        if name in names[:1]:
+            return auto
+    # The library's own head for another task is not that of the code.
+    other = any(hasattr(transformers, name) and not name.endswith(LANGUAGE_MODELS) for name in names[:1])
+    return LANGUAGE_MODEL if LANGUAGE_MODEL in known and not other else None
+
+
+def code_files(directory: Path) -> list[Path]:
+    """What the configurations of a model name, and what that imports from beside it."""
+    named = {code for _, content in _configurations(directory) for each in content[MAP].values() for code in _of(each)}
+    files = [directory / f"{code.partition('.')[0]}.py" for code in sorted(named) if "--" not in code]
+    files = [file for file in files if file.is_file()]
+    return list(dict.fromkeys([*files, *(Path(other) for file in files for other in get_relative_import_files(file))]))
+
+
+def names_code(configuration: Path) -> bool:
+    """Whether a configuration does."""
+    return any(file.name == configuration.name for file, _ in _configurations(configuration.parent))
+
+
+def forget_missing_code(directory: Path) -> None:
+    """Take out of configurations what names code that is not in ``directory``, since nobody trusted it.
+
+    With it transformers would not load the model where remote code is allowed. Code on the hub stays named.
+    """
+    for file, content in _configurations(directory):
+        kept = {auto: code for auto, code in content[MAP].items() if _are_there(_of(code), directory)}
+        if kept == content[MAP]:
+            continue
+        _logger.warning("the %s of the output names no code: that of the model was not trusted", file.name)
+        content[MAP] = kept
+        if not kept:
+            del content[MAP]
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _configurations(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Those that name code."""
+    for file in sorted(directory.glob(CONFIGURATIONS)):
+        content: Any = None
+        with suppress(ValueError):  # copied as it is
+            content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and isinstance(content.get(MAP), dict):
+            yield file, content
+
+
+def _of(code: object) -> list[str]:
+    """``module.Class``, or each of a slow and a fast tokenizer."""
+    return [name for name in (code if isinstance(code, list) else [code]) if isinstance(name, str)]
+
+
+def _are_there(names: Iterable[str], directory: Path) -> bool:
+    """In ``directory``, or on the hub."""
+    return all("--" in name or (directory / f"{name.partition('.')[0]}.py").is_file() for name in names)
