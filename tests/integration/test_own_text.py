@@ -88,6 +88,10 @@ def test_what_a_text_begins_with() -> None:
     assert chat.decode(beginning(chat)) == "the "
     chat.chat_template = "{% for m in messages %}the {% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
     assert chat.decode(beginning(chat)) == "the ", "a template that takes parts"
+    chat = make_tokenizer("bos", bos_token="<s>")
+    for own in ("", "{{ bos_token }}"):  # some templates leave BOS to the tokenizer
+        chat.chat_template = own + "{% for m in messages %}the {{ m.content }}{% endfor %}"
+        assert chat.decode(beginning(chat)) == "<s>the "
     chat = make_tokenizer("bos")
     chat.chat_template = "{{ raise_exception('no users') }}"
     assert beginning(chat) == [0]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import families
 import pytest
 import torch
-from tiny import make_tokens
+from tiny import make_llama, make_tokens
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from optima.calibration.given import given_text
+from optima.calibration.inputs import arguments
 from optima.errors import CalibrationError
 
 TOKENS = make_tokens()
@@ -75,3 +77,13 @@ def test_no_more_is_read_than_asked_for() -> None:
 def test_what_does_not_fit_is_refused(calibration: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         given_text(calibration, at_most(5))
+
+
+def test_a_decoder_begins_with_the_token_that_starts_it() -> None:
+    tokens_NL, model = make_tokens(3, 9), families.build("t5")
+    model.config.decoder_start_token_id = 7
+    found = arguments(model, tokens_NL)
+    assert found["input_ids"].equal(tokens_NL[:, :4])
+    assert found["decoder_input_ids"][:, 0].tolist() == [7, 7, 7]
+    assert found["decoder_input_ids"][:, 1:].equal(tokens_NL[:, 4:-1])
+    assert arguments(make_llama(), tokens_NL)["input_ids"] is tokens_NL

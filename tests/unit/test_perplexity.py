@@ -211,7 +211,7 @@ class TestErrors:
     @pytest.mark.parametrize("name", list(NOT_CAUSAL))
     def test_model_that_is_not_causal(self, name: str) -> None:
         make, reason = NOT_CAUSAL[name]
-        with pytest.raises(ModelError, match=rf"no causal language model, and perplexity needs one.*{reason}"):
+        with pytest.raises(ModelError, match=rf"no causal language model, and perplexity and tasks need one.*{reason}"):
             perplexity(build(make), windows())
 
     def test_nan_names_the_window(self) -> None:

@@ -59,6 +59,34 @@ class TestReadDocuments:
         documents = list(Documents(TextSource(("a.txt", "b.jsonl", "c.json", "d.parquet"))))
         assert documents == ["été\n\n\nlast line\n", "one\ntwo", "", "three", "four", "five", "six"]
 
+    def test_records_however_json_holds_them(self, here: Path) -> None:
+        records = [{"text": "één\u2028zwei"}, {"n": 1}, {"text": "\ud83d\ude00 \ud800"}, {"text": "a\x00\tb"}]
+        lines = [json.dumps(record) for record in records]
+        (here / "lines.json").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+        (here / "array.jsonl").write_text("\n" + json.dumps(records, ensure_ascii=True))
+        (here / "pretty.jsonl").write_text("\n".join(json.dumps(record, indent=1) for record in records))
+        for name in ("lines.json", "array.jsonl", "pretty.jsonl"):
+            expected = ["één\u2028zwei", "\U0001f600 ?", "a\x00\tb"]
+            assert list(Documents(TextSource((name,)))) == expected, name
+            assert sorted(Documents(TextSource((name,)), seed=0)) == sorted(expected), name
+        (here / "raw.jsonl").write_bytes(b'{"text": "a\x01b"}\n["c"]')
+        with pytest.raises(CalibrationError, match="line 2 holds a list, not an object with columns"):
+            list(Documents(TextSource(("raw.jsonl",))))
+
+    def test_other_columns_may_hold_anything_however_long_the_file_is(self, here: Path) -> None:
+        """Readers that guess the types of columns from a first part stumble over the second."""
+        with (here / "a.jsonl").open("w") as file:
+            for number in range(1200):
+                late = number > 1100
+                other = {
+                    "url": "x" if late else None,
+                    "meta": "y" if late else {"a": 1},
+                    **({"new": 1.5} if late else {}),
+                }
+                file.write(json.dumps({"text": str(number), "long": "z" * 10000, **other}) + "\n")
+        for seed in (None, 0):
+            assert sorted(map(int, Documents(TextSource(("a.jsonl",)), seed))) == list(range(1200))
+
     def test_home_directory(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A shell expands ~, but nothing does so in a recipe's file."""
         monkeypatch.setenv("HOME", str(here))
@@ -183,6 +211,36 @@ class TestReadDocuments:
         (here / "a.txt").write_text("mine")
         assert sorted(Documents(TextSource(("a.txt", "allenai/c4", "some/other")), seed=0)) == ["hub", "hub", "mine"]
         assert asked == [("allenai/c4", "en"), ("some/other", None)]
+
+    def test_only_chats_that_are_taken_are_written_out(self, here: Path) -> None:
+        roles = ["user"] * 9 + ["tool"]
+        chats = [{"messages": [{"role": role, "content": "hi"}]} for role in roles]
+        (here / "a.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = (
+            "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+            "{{ m.content }}{% endfor %}"
+        )
+        documents = Documents(TextSource(("a.jsonl",)), 0, tokenizer)
+        assert list(islice(documents, 2)) == ["hi", "hi"]
+        with pytest.raises(CalibrationError, match="no tools"):
+            list(documents)
+
+    def test_messages_of_other_keys(self, here: Path) -> None:
+        (here / "a.jsonl").write_text(json.dumps({"messages": [{"from": "human", "value": "hi"}]}))
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        with pytest.raises(CalibrationError, match="a message of from, value: each needs a role and a content"):
+            list(Documents(TextSource(("a.jsonl",)), tokenizer=tokenizer))
+
+    @pytest.mark.parametrize("seed", [None, 0])
+    def test_chats_do_not_stand_for_a_column_that_is_not_there(self, here: Path, seed: int | None) -> None:
+        chat = [{"role": "user", "content": "hi"}]
+        (here / "a.jsonl").write_text(json.dumps({"content": "an article", "messages": chat}))
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        with pytest.raises(CalibrationError, match=r"no column 'contents' with text.*: content, messages"):
+            list(Documents(TextSource(("a.jsonl",), text_column="contents"), seed, tokenizer))
 
     @pytest.mark.parametrize("template", [None, "{{ messages[0].name.first }}", "{{ raise_exception('no system') }}"])
     def test_chats_that_cannot_be_read(self, here: Path, template: str | None) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import builtins
 import json
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import LINES, make_llama, make_tokenizer
+import transformers
+from tiny import LINES, make_bert, make_llama, make_tokenizer
 
 from optima.errors import CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
 from optima.evaluation.zeroshot import Tasks, find_files, load_tasks, scored_positions, task_record, zero_shot
@@ -88,6 +90,32 @@ def test_likelihoods_agree_with_lm_eval_run_as_it_is(monkeypatch: pytest.MonkeyP
         zero_shot(model, make_tokenizer(**ENDS), load_tasks({"arc_easy": arc}), limit=1, batch_size=batch_size)
         ours = seen[-1].loglikelihood(requests)
         torch.testing.assert_close(torch.tensor(ours), torch.tensor(plain), rtol=1e-5, atol=1e-5)
+
+
+@needs_lm_eval
+def test_what_a_tokenizer_puts_behind_a_text_is_not_scored(arc: Path) -> None:
+    """Choices would begin a token too late, and end with it."""
+    tasks = load_tasks({"arc_easy": arc})
+    without, behind = (zero_shot(make_llama(), make_tokenizer(name, **ENDS), tasks) for name in ("none", "eos"))
+    assert without == behind
+
+
+@needs_lm_eval
+def test_prompts_that_do_not_fit_are_counted(arc: Path) -> None:
+    tasks = load_tasks({"arc_easy": arc})
+    (whole,) = zero_shot(make_llama(), make_tokenizer(**ENDS), tasks)
+    assert whole.cut == 0
+    (cut,) = zero_shot(make_llama(max_position_embeddings=24), make_tokenizer(**ENDS), tasks)
+    assert cut.cut > 0
+    with pytest.raises(ModelError, match=r"a choice of the tasks has \d+ tokens, and .* reads 3: leave that task out"):
+        zero_shot(make_llama(max_position_embeddings=3), make_tokenizer(**ENDS), tasks)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("model", [make_bert, lambda: transformers.BertForMaskedLM(make_bert().config).eval()])
+def test_encoders_answer_nothing(arc: Path, model: Callable[[], Any]) -> None:
+    with pytest.raises(ModelError, match="no causal language model"):
+        zero_shot(model(), make_tokenizer(**ENDS), load_tasks({"arc_easy": arc}))
 
 
 @needs_lm_eval

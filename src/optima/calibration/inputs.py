@@ -1,7 +1,8 @@
 """What a model is given to read: token ids, or a processor's outputs, and which of them each stack runs on.
 
-An encoder-decoder reads the first half of every text with its encoder, and goes on with the second half in its decoder:
-prefix language modelling (Raffel et al., JMLR 2020, section 3.1.4), which needs no pairs of texts.
+An encoder-decoder reads the first half of every text with its encoder, and goes on with the second half in its decoder,
+behind the token that starts it: prefix language modelling (Raffel et al., JMLR 2020, section 3.1.4), which needs no
+pairs of texts.
 
 Shapes: N sequences, B sequences in a batch, L tokens in a sequence.
 """
@@ -188,7 +189,17 @@ def arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     if not is_encoder_decoder(model):
         return {"input_ids": batch}
     half = batch.shape[1] // 2
-    return {"input_ids": batch[:, :half], DECODER_IDS: batch[:, half:]}
+    decoded, start = batch[:, half:], _decoder_start(model)
+    if start is not None:  # it reads each word to tell the next
+        decoded = torch.cat([torch.full_like(decoded[:, :1], start), decoded[:, :-1]], dim=1)
+    return {"input_ids": batch[:, :half], DECODER_IDS: decoded}
+
+
+def _decoder_start(model: nn.Module) -> int | None:
+    """The token that a decoder reads first, as ``generate`` finds it; None where nothing names one."""
+    settings = [getattr(model, name, None) for name in ("config", "generation_config")]
+    found = [getattr(each, name, None) for name in ("decoder_start_token_id", "bos_token_id") for each in settings]
+    return next((token for token in found if isinstance(token, int)), None)
 
 
 def words_size(model: nn.Module, batch: Batch) -> tuple[int, int]:

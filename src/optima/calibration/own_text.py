@@ -235,12 +235,13 @@ def users_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that a text begins with: those before a user's words in a chat, or BOS.
+    """The tokens that a text begins with: BOS, and those before a user's words in a chat.
 
     Raises:
         CalibrationError: if there are none.
     """
-    found = users_turn(tokenizer) or special_tokens(tokenizer).before
+    turn, before = users_turn(tokenizer), special_tokens(tokenizer).before
+    found = turn if turn[: len(before)] == before else before + turn  # as sequences of text that was read begin
     if not found:
         ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         found = [int(token) for token in ends if token is not None][:1]

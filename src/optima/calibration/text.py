@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import accumulate, chain, zip_longest
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +25,11 @@ from optima.calibration.chats import BAD_CHAT, as_text
 from optima.errors import CalibrationError, RecipeError
 from optima.options import CONFIGS, OF_HUB
 
+if TYPE_CHECKING:
+    from optima.calibration.records import LocalRecords
+
 SEPARATOR = "\n\n"
-CHAT_COLUMN = "messages"
+TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
 # Tokenised at once: so many documents keep every core busy; so many characters take about a gigabyte.
 BATCH_DOCUMENTS, MOST_AT_ONCE = 64, 2**22
 FILES = (".txt", ".jsonl", ".json", ".parquet")
@@ -46,7 +52,7 @@ class TextSource:
     dataset: tuple[str, ...]
     config: str | None = None
     split: str = "train"
-    text_column: str = "text"
+    text_column: str = TEXT_COLUMN
     revision: str | None = None
 
 
@@ -95,28 +101,61 @@ class Documents:
             for name in source.dataset:
                 yield from self._read(name)
             return
-        documents = [text for name in source.dataset if is_file(name) for text in self._read(name)]
-        Random(seed).shuffle(documents)
+        documents = self._shuffled([name for name in source.dataset if is_file(name)], Random(seed))
         streams = [self._read(name) for name in source.dataset if not is_file(name)]
         for turn in zip_longest(documents, *streams):
             yield from (text for text in turn if text is not None)
 
     def _read(self, name: str) -> Iterator[str]:
-        """The documents of one dataset; local files are shuffled by the caller."""
-        from optima.calibration.records import READ_ERRORS, file_records, hub_records
+        """The documents of one dataset; local files in their own order."""
+        from optima.calibration.records import hub_records
+
+        source, records = self._source, self._records(name)
+        with self._explained(name):
+            if records is not None:
+                yield from (self._text(value, name) for _, value in self._values(records, name))
+                return
+            config = source.config or CONFIGS.get(name)
+            found, revision = hub_records(name, config, source.split, source.revision, self._seed)
+            if len(source.dataset) == 1:
+                self.revision = revision
+            yield from (self._text(value, name) for _, value in self._values(enumerate(found), name))
+
+    def _shuffled(self, names: Sequence[str], random: Random) -> Iterator[str]:
+        """The documents of local files, together: where they begin is kept, and each is read again."""
+        found, places = [], []
+        for name in names:
+            records = self._records(name)
+            assert records is not None
+            with self._explained(name):
+                places.append(array("q", (number for number, _ in self._values(records, name))))
+            found.append((name, records))
+        ends = list(accumulate(map(len, places)))
+        order = array("q", range(ends[-1] if ends else 0))
+        random.shuffle(order)
+        for number in order:
+            file = bisect_right(ends, number)
+            name, records = found[file]
+            with self._explained(name):
+                text = self._text(self._value(records[places[file][number - ends[file]]], name), name)
+            yield text
+
+    def _records(self, name: str) -> LocalRecords | None:
+        """Of a local file; None of a dataset of the hub."""
+        from optima.calibration.records import file_records
+
+        with self._explained(name):
+            return file_records(Path(name), (self._source.text_column, CHAT_COLUMN)) if is_file(name) else None
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        """Turn a failure to read into an error that names the dataset."""
+        from optima.calibration.records import READ_ERRORS
 
         source = self._source
         config = source.config or CONFIGS.get(name)
         try:
-            if not is_file(name):
-                records, revision = hub_records(name, config, source.split, source.revision, self._seed)
-                if len(source.dataset) == 1:
-                    self.revision = revision
-                yield from self._texts(records, name)
-            elif Path(name).suffix == ".txt":
-                yield Path(name).read_text(encoding="utf-8-sig")
-            else:
-                yield from self._texts(file_records(Path(name)), name)
+            yield
         except READ_ERRORS as error:
             place = "" if is_file(name) else f" (config {config}, split {source.split})"
             remedy = "the file" if is_file(name) else "its name, --dataset-config and --split, and the network"
@@ -125,30 +164,41 @@ class Documents:
                 f"dataset {name!r}{place} cannot be read: {error}: check {remedy}, or give a local {known} file"
             ) from error
 
-    def _texts(self, records: Iterable[dict[str, Any]], name: str) -> Iterator[str]:
-        """The text of each record; one without is skipped and counted."""
+    def _values(self, records: Iterable[tuple[int, dict[str, Any]]], name: str) -> Iterator[tuple[int, Any]]:
+        """The number of each record and its text or chat; one without is skipped and counted."""
         column = self._source.text_column
-        found, missing, remedy = False, 0, ""
-        for record in records:
-            text = record.get(column)
-            text = record.get(CHAT_COLUMN) if text is None else text
-            text = None if text == [] else text  # a chat without messages
-            remedy = f"name one of its columns with --text-column: {', '.join(record)}"
-            if isinstance(text, list) and all(isinstance(message, dict) for message in text):
-                text = self._chat(text, name)
-            if isinstance(text, str):
+        found, known, last, any_record = False, column == TEXT_COLUMN, "", False
+        for number, record in records:
+            any_record, last = True, f"name one of its columns with --text-column: {', '.join(record)}"
+            known = known or column in record
+            value = self._value(record, name)
+            if value is not None:
                 found = True
-                yield text
-            elif text is not None:
-                kind = type(text).__name__
-                raise CalibrationError(f"column {column!r} of dataset {name!r} holds {kind}, not text: {remedy}")
+                yield number, value
             else:
-                missing += 1
                 self.skipped += 1
-                if not {column, CHAT_COLUMN} & record.keys() and not is_file(name):
-                    break  # all records of a hub dataset have the same columns
-        if missing and not found:
-            raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {remedy}")
+            if not is_file(name) and not (known and {column, CHAT_COLUMN} & record.keys()):
+                break  # all records of a hub dataset have the same columns
+        if any_record and not (found and known):
+            raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {last}")
+
+    def _value(self, record: dict[str, Any], name: str) -> Any:
+        """A record's text, or its chat; None if it has neither."""
+        column = self._source.text_column
+        value = record.get(column)
+        value = record.get(CHAT_COLUMN) if value is None else value
+        if value is None or value == []:  # a chat without messages
+            return None
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+            return value
+        raise CalibrationError(
+            f"column {column!r} of dataset {name!r} holds {type(value).__name__}, not text: name one of its columns "
+            f"with --text-column: {', '.join(record)}"
+        )
+
+    def _text(self, value: Any, name: str) -> str:
+        text = value if isinstance(value, str) else self._chat(value, name)
+        return text.encode("utf-8", "replace").decode("utf-8")  # half of a pair that is one letter in UTF-16
 
     def _chat(self, messages: list[dict[str, Any]], name: str) -> str:
         """A chat as the model reads it."""
@@ -158,6 +208,11 @@ class Documents:
                 f"dataset {name!r} holds chats, which take a chat template, and this tokenizer "
                 f"({type(self._tokenizer).__name__}) has none: use one that has, or name a column of text with "
                 "--text-column"
+            )
+        if odd := next((each for each in messages if not _is_message(each)), None):
+            raise CalibrationError(
+                f"a chat of dataset {name!r} has a message of {', '.join(odd)}: each needs a role and a content; "
+                "rename its keys, or name a column of text with --text-column"
             )
         # Arrow gives each message of a column all the keys that any of them has.
         messages = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
@@ -172,6 +227,10 @@ class Documents:
         self._special = self._special or special_tokens(self._tokenizer)
         own = self._tokenizer.bos_token_id in self._special.before
         return text.removeprefix(self._tokenizer.bos_token or "") if own else text
+
+
+def _is_message(message: Mapping[str, Any]) -> bool:
+    return "role" in message and bool({"content", "tool_calls"} & message.keys())
 
 
 def calibration_tokens(

@@ -21,7 +21,7 @@ from optima.device import describe_device, dtype_name, find_device, memory_expla
 from optima.errors import ModelError
 from optima.evaluation.comparison import compare, estimate
 from optima.evaluation.divergence import check_vocabularies, divergence
-from optima.evaluation.logits import check_text
+from optima.evaluation.logits import check_kind, check_text
 from optima.evaluation.perplexity import evaluation_windows, exponential, window_losses
 from optima.evaluation.record import (
     ComparisonRecord,
@@ -56,6 +56,7 @@ class _Subject:
     structure: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     tokens_NL: Tensor | None
+    text: Documents | None
 
 
 def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evaluation:
@@ -116,11 +117,11 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     for source, (structure, config) in zip(sources, structures, strict=True):
         source = pinned(source, config)
         tokenizer = load_tokenizer(source)
-        tokens_NL = None
-        if settings.dataset:
+        tokens_NL, documents = None, Documents(text, tokenizer=tokenizer) if settings.dataset else None
+        if documents is not None:
             size = settings.max_seq_length, settings.max_windows
-            tokens_NL = evaluation_windows(Documents(text, tokenizer=tokenizer), tokenizer, *size, settings.protocol)
-        subjects.append(_Subject(source, structure, tokenizer, tokens_NL))
+            tokens_NL = evaluation_windows(documents, tokenizer, *size, settings.protocol)
+        subjects.append(_Subject(source, structure, tokenizer, tokens_NL, documents))
     if settings.divergence:
         first = subjects[0]
         for other in subjects[1:]:
@@ -137,6 +138,7 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
 def _check_models(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> None:
     """What can be known without weights: a model that cannot be measured must not cost what was found of others."""
     for subject in subjects:
+        check_kind(subject.structure)
         if subject.tokens_NL is not None:
             check_text(subject.structure, subject.tokens_NL)
     if settings.divergence:
@@ -211,17 +213,19 @@ def _measure(
         fingerprint=hashed,
         dtype=dtype_name(model.dtype),
         seconds=seconds,
-        perplexity=None if tokens_NL is None or loss_N is None else _perplexity(tokens_NL, loss_N, settings.protocol),
+        perplexity=None if loss_N is None else _perplexity(subject, loss_N, settings.protocol),
         divergence=found,
         tasks=answers,
     )
     return record, loss_N
 
 
-def _perplexity(tokens_NL: Tensor, loss_N: Tensor, protocol: str) -> PerplexityRecord:
-    loss = estimate(loss_N)
-    num_windows, length = tokens_NL.shape
-    return PerplexityRecord(exponential(loss.value), loss, protocol, num_windows, length, data_hash(tokens_NL))
+def _perplexity(subject: _Subject, loss_N: Tensor, protocol: str) -> PerplexityRecord:
+    assert subject.tokens_NL is not None
+    assert subject.text is not None
+    loss, (num_windows, length) = estimate(loss_N), subject.tokens_NL.shape
+    text = data_hash(subject.tokens_NL), subject.text.revision, subject.text.skipped
+    return PerplexityRecord(exponential(loss.value), loss, protocol, num_windows, length, *text)
 
 
 def _comparisons(

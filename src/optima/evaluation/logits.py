@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
 
 from optima.calibration.probe import PROBE_LENGTH, agree
 from optima.device import evaluating, forward_replaced
@@ -87,6 +87,23 @@ def check_text(model: PreTrainedModel, tokens_NL: Tensor) -> None:
         raise ModelError(_not_causal(model, "it is an encoder-decoder"))
 
 
+def check_kind(model: PreTrainedModel) -> None:
+    """Raise ``ModelError`` if a model is known to predict no next tokens; for it may be a skeleton."""
+    masked: list[Any] = list(MODEL_FOR_MASKED_LM_MAPPING.values())
+    if is_encoder_decoder(model):
+        raise ModelError(_not_causal(model, "it is an encoder-decoder"))
+    if type(model) in masked:
+        raise ModelError(_not_causal(model, "it predicts masked tokens from both sides"))
+    if type(model).__module__.startswith("transformers.") and model.get_output_embeddings() is None:
+        raise ModelError(_not_causal(model, "it gives no logits over its vocabulary"))
+
+
+def check_causal(model: PreTrainedModel, tokens_1L: Tensor) -> None:
+    """Raise ``ModelError`` unless ``model``, where it is, predicts each next token from those before it."""
+    with torch.no_grad(), evaluating(model):
+        _check_causal(model, tokens_1L[:, :PROBE_LENGTH].to(model.device))
+
+
 def batches(tokens_NL: Tensor, batch_size: int, *readers: Reader) -> Iterator[tuple[slice, Tensor]]:
     """The windows in batches on the readers' device, with their places: one by one if a reader keeps all its logits.
 
@@ -117,7 +134,8 @@ def _check_causal(model: PreTrainedModel, probe_1L: Tensor) -> Tensor:
 
 
 def _not_causal(model: PreTrainedModel, why: str) -> str:
-    return f"{type(model).__name__} is no causal language model, and perplexity needs one (GPT, Llama, ...): {why}"
+    name = type(model).__name__
+    return f"{name} is no causal language model, and perplexity and tasks need one (GPT, Llama, ...): {why}"
 
 
 def _can_slice(model: PreTrainedModel, probe_1L: Tensor, whole_1LV: Tensor) -> bool:

@@ -48,13 +48,13 @@ def evaluation_windows(
     """
     if max_windows is not None and max_windows < 1:
         raise RecipeError(f"--max-windows must be at least 1, got {max_windows}: leave it out to evaluate all the text")
-    special = special_tokens(tokenizer)
+    special = special_tokens(tokenizer)._replace(after=[])  # no text ends where a window does
     # By protocol sparsegpt windows have no special tokens of their own.
     own = max_seq_length if protocol == "sparsegpt" else text_length(special, max_seq_length)
     enough = None if max_windows is None else max_windows * own + MARGIN
     ids = _beginning(documents, tokenizer, enough)
     if protocol == "sparsegpt":
-        ids, special = [*special.before, *ids, *special.after], SpecialTokens([], [])
+        ids, special = [*special.before, *ids], SpecialTokens([], [])
     needed = text_length(special, max_seq_length)
     if len(ids) < needed:
         raise CalibrationError(

@@ -39,6 +39,8 @@ class PerplexityRecord(Record):
     windows: Int
     length: Int  # tokens in a window
     data_hash: str  # SHA-256 of the tokens
+    dataset_revision: str | None = None  # commit of a hub dataset; None for several, and for local files
+    skipped_records: Int = 0  # records that were read and had none in the text column
 
     @property
     def stderr(self) -> float | None:
@@ -63,6 +65,7 @@ class TaskRecord(Record):
     metrics: dict[str, Estimate]  # acc, acc_norm: shares of items, with lm-eval's standard errors
     correct: dict[str, str]  # metric whose items are right or wrong -> a character an item in their order, 1: right
     data_hash: str  # SHA-256 of lm-eval's hashes of the items
+    cut: Int = 0  # choices behind a prompt that lost its beginning, for the model reads no more
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
     for (heading, rows), note in (
         (text_table(found), f"{', '.join([*protocols, *lengths])}; ± standard error over windows"),
         (divergence_table(found), f"from the predictions of {first}, token by token, ± standard error over windows"),
-        (task_table(found), "zero-shot accuracy in percent, ± standard error"),
+        (task_table(found), task_note(found)),
         (comparison_table(found), comparison_note(found)),
     ):
         kept = [i for i in range(len(heading)) if any(row[i] for row in rows)]
@@ -107,6 +107,14 @@ def task_table(found: Evaluation) -> tuple[list[str], Rows]:
             values = [with_error(task.metrics[metric], ".2%").replace("%", "") for task in same]
             rows.append([same[0].task, metric, str(same[0].items), *values])
     return heading, rows
+
+
+def task_note(found: Evaluation) -> str:
+    """What the numbers of ``task_table`` are, and of which choices a model did not see the whole prompt."""
+    cut = {f"{each.cut} of {each.task} on {model.model}": each.cut for model in found.models for each in model.tasks}
+    told = [text for text, count in cut.items() if count]
+    lost = [f"choices behind a prompt that lost its beginning, for the model reads no more: {', '.join(told)}"]
+    return "; ".join(["zero-shot accuracy in percent, ± standard error", *lost[: len(told)]])
 
 
 def comparison_table(found: Evaluation) -> tuple[list[str], Rows]:

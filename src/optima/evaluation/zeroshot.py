@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,8 +28,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.records import READ_ERRORS
+from optima.calibration.text import special_tokens, token_ids
 from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
+from optima.evaluation.logits import check_causal
 from optima.evaluation.record import Estimate, TaskRecord
 from optima.evaluation.settings import CHOICES
 from optima.models.reading import in_slices
@@ -36,6 +39,7 @@ from optima.models.reading import in_slices
 METRICS = ("acc", "acc_norm")
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SPLIT = "test"
+PROBE = "Any text of some words shows whether a model reads it from its beginning to its end."
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def zero_shot(
         of the choice), as far as the task defines them.
 
     Raises:
-        ModelError: if the tokenizer has no token that begins or ends a text (lm-eval needs one).
+        ModelError: if the model predicts no next tokens, if a choice is longer than what it reads, or if the tokenizer
+            has no token that begins or ends a text (lm-eval needs one).
         NumericalError: if a likelihood is NaN.
         RecipeError: if ``limit`` is less than 1.
     """
@@ -82,12 +87,14 @@ def zero_shot(
     if limit is not None and limit < 1:
         raise RecipeError(f"--task-limit must be at least 1, got {limit}: leave it out to use every item")
     check_tokenizer(tokenizer)
+    check_causal(model, torch.tensor(token_ids([PROBE], tokenizer)))
     # lm-eval gives a tokenizer without padding one, and switches the model to evaluation.
     with evaluating(model), _warnings_only_from("lm_eval"):
-        found = evaluator.evaluate(
-            language_model(model, copy.deepcopy(tokenizer), batch_size), tasks.loaded, limit=limit
-        )
-    return tuple(task_record(name, leaves, found) for name, leaves in tasks.names.items())
+        read = language_model(model, copy.deepcopy(tokenizer), batch_size)
+        found = evaluator.evaluate(read, tasks.loaded, limit=limit)
+    return tuple(
+        task_record(name, leaves, found, sum(read.cut[leaf] for leaf in leaves)) for name, leaves in tasks.names.items()
+    )
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, model: str = "the model") -> None:
@@ -240,7 +247,7 @@ def _undefined_error() -> type[Exception]:
     return UndefinedError
 
 
-def task_record(name: str, leaves: Sequence[str], found: Mapping[str, Any]) -> TaskRecord:
+def task_record(name: str, leaves: Sequence[str], found: Mapping[str, Any], cut: int = 0) -> TaskRecord:
     """What lm-eval found of a task or group ``name``, the items of its ``leaves`` in order.
 
     It names a number ``metric,filter``; a standard error of a single item is the text "N/A".
@@ -259,7 +266,7 @@ def task_record(name: str, leaves: Sequence[str], found: Mapping[str, Any]) -> T
             if set(answers) <= {0.0, 1.0} and alike:
                 correct[metric] = "".join(str(int(answer)) for answer in answers)
     digest = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode())
-    return TaskRecord(name, len(samples), metrics, correct, digest.hexdigest())
+    return TaskRecord(name, len(samples), metrics, correct, digest.hexdigest(), cut)
 
 
 def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> Any:
@@ -269,17 +276,43 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
     """
     from lm_eval.models.huggingface import HFLM
 
+    after = special_tokens(tokenizer).after  # behind a prompt they would end the text before the choice
+
     class Quiet(HFLM):  # type: ignore[misc]
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.cut: Counter[str] = Counter()  # see TaskRecord, by the name of a task
+
+        def tok_encode(self, string: str, *given: Any, **options: Any) -> list[int]:
+            ids: list[int] = super().tok_encode(string, *given, **options)
+            return ids[: -len(after)] if after and ids[-len(after) :] == after else ids
+
+        def _loglikelihood_tokens(
+            self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
+        ) -> list[tuple[float, bool]]:
+            if (longest := max((len(choice) for *_, choice in requests), default=0)) > self.max_length:
+                raise ModelError(
+                    f"a choice of the tasks has {longest} tokens, and {type(model).__name__} reads {self.max_length}: "
+                    "leave that task out"
+                )
+            for name, (_, prompt, choice) in zip(self._names, requests, strict=True):
+                self.cut[name] += len(prompt) + len(choice) > self.max_length + 1
+            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            return found
+
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            self._names = [request.task_name for request in requests]
             found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
             if any(math.isnan(likelihood) for likelihood, _ in found):  # the first choice would count as the likeliest
                 raise NumericalError(f"the likelihood of a choice is NaN: {OTHER_DTYPE}")
             return found
 
-    if not in_slices(model):
-        return Quiet(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    kind: Any = _with_last_logits(Quiet) if in_slices(model) else Quiet
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
 
-    class LastLogits(Quiet):
+
+def _with_last_logits(kind: Any) -> Any:
+    class LastLogits(kind):  # type: ignore[misc]
         def _loglikelihood_tokens(
             self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **options: Any
         ) -> list[tuple[float, bool]]:
@@ -288,7 +321,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             for _, context, continuation in requests:
                 row = tuple((context + continuation)[-(self.max_length + 1) : -1])
                 self._wanted[row] = max(len(continuation), self._wanted.get(row, 0))
-            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True, **options)
+            found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, **options)
             return found
 
         def _model_call(self, inps: Tensor, **options: Any) -> Tensor:
@@ -297,7 +330,7 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
                 logits_BLV: Tensor = self.model(inps, logits_to_keep=scored_positions(inps, self._wanted)).logits
             return logits_BLV
 
-    return LastLogits(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    return LastLogits
 
 
 def scored_positions(inputs_BL: Tensor, wanted: Mapping[tuple[int, ...], int]) -> int:
