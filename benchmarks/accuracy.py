@@ -143,6 +143,7 @@ class Bench:
             **({"own_samples": options.own_samples} if options.own_samples else {}),
             # Earlier results lack these.
             **({"coupling": True} if "coupling" in methods.needs else {}),
+            **({"tempered_rows": True} if recipe.objective == "loss" and isinstance(applied, Unstructured) else {}),
             **(
                 {"surveyed_share": recipe.swept_share}
                 if recipe.allocation == "loss" and recipe.swept_share < 1.0

@@ -36,6 +36,7 @@ USUAL = {
     "own_samples": 0,
     "coupling": False,
     "surveyed_share": 1.0,
+    "tempered_rows": False,
 }
 Texts = tuple[Any, ...]  # those that a result was measured on, and calibrated on
 Cell = dict[int, tuple[tuple[float, ...], Texts]]  # perplexities by seed

@@ -11,7 +11,7 @@ from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.coupling import BELIEVED, couples, coupling, packed, unpacked
+from optima.calibration.coupling import BELIEVED, couples, coupling, finished, packed, unpacked
 from optima.calibration.head import label_gradient
 from optima.calibration.loss_weights import loss_weights
 from optima.linalg.shifted_inverse import (
@@ -63,6 +63,13 @@ def test_two_symmetric_matrices_wait_in_the_memory_of_one() -> None:
     halves = number + number.mT
     assert torch.equal(unpacked(packed(halves)), halves)
     assert packed(halves).shape == (5, 6)
+
+
+def test_rounding_leaves_it_positive_definite() -> None:
+    """Of gradients that hardly differ in direction, with many rows: the hardest case."""
+    rows_RO = torch.randn(2, 2048, generator=torch.Generator().manual_seed(0))
+    halves = (rows_RO.mT @ rows_RO).expand(2, -1, -1)
+    assert float(torch.linalg.eigvalsh(finished(packed(halves)).float())[0]) > 0.05
 
 
 def test_what_halves_do_not_agree_on_is_not_believed() -> None:

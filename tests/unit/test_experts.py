@@ -96,7 +96,7 @@ def test_hessians_are_of_the_tokens_that_are_routed(family: str) -> None:
         # What is left of the hessian when the share of all tokens is taken off.
         common_DD = (len(rows_TD) + size) * statistics.hessian.matrix_DD.double() - rows_TD.mT @ rows_TD
         assert torch.linalg.eigvalsh(common_DD).min() > -1e-4 * common_DD.diagonal().mean()
-        assert statistics.sample_ND is not None
+        assert statistics.sample_ND is None, "no token is weighed"
 
 
 @pytest.mark.parametrize("family", FORMS)
@@ -150,6 +150,8 @@ def test_few_tokens_are_mixed_with_all() -> None:
     expected_DD = (rows_TD.double().mT @ rows_TD.double() + 8 * common_DD) / 14
     assert torch.allclose(statistics.hessian.matrix_DD.double(), expected_DD, rtol=1e-5, atol=1e-6)
     assert statistics.tokens == 6
+    assert statistics.sample_ND is not None
+    assert mixed(own, Common(common_DD, rows_TD), 0.0, weighed=False).sample_ND is None
     alone = mixed(Accumulator(), Common(common_DD, rows_TD), 0.0)
     assert alone.tokens == 0
     assert torch.equal(alone.hessian.matrix_DD.double(), common_DD)

@@ -271,7 +271,7 @@ class TestValues:
         """As files do that are written for other values to be overridden."""
         for solver in ("auto", "none"):
             values = Recipe(solver=solver).resolved(scope="layer").to_dict()
-            assert recipe_from_dict(values | {"group_size": 128, "learning_rate": "6e-3"}).solver == solver
+            assert recipe_from_dict(values | {"group_size": 128, "learning_rate": "4.5e-3"}).solver == solver
 
     @pytest.mark.parametrize("selector", ["sparsegpt", Wanda()], ids=["published by groups", "one's own"])
     def test_groups_of_a_selector(self, selector: object) -> None:

@@ -133,6 +133,15 @@ def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch
         assert batches[1].equal(batches[2])
 
 
+def test_rows_that_few_tokens_tell_are_drawn_towards_their_mean() -> None:
+    square_O = torch.tensor([1.0, 16.0, 81.0, 0.0])
+    whole_O = row_weights(square_O)
+    for tokens in (0.0, 16.0, 1e6):
+        found_O = row_weights(square_O, tokens)
+        assert float(found_O.mean()) == pytest.approx(float(whole_O.mean()))
+        assert torch.allclose(found_O, 24.5 + (whole_O - 24.5) * tokens / (tokens + 16), atol=1e-4)
+
+
 def test_rows_weigh_at_a_root_with_the_mean_of_their_squares() -> None:
     assert row_weights(torch.tensor([1.0, 16.0, 81.0, 0.0])).tolist() == pytest.approx([7.0, 28.0, 63.0, 0.0])
 

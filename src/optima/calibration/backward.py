@@ -19,7 +19,7 @@ from optima.calibration.halving import rows_of
 from optima.calibration.left_behind import LeftBehind
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import LossWeights
+from optima.calibration.tempering import LossWeights, tempering
 from optima.errors import NotDifferentiableError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block
@@ -53,8 +53,9 @@ class _Notes:
         def note(name: str, gradient: Tensor, tokens_T: Tensor | None = None) -> None:
             gradient_TO = gradient.detach().flatten(0, -2)
             square_TO = gradient_TO.float().square()
-            sum_O, sum_T = square_TO.sum(dim=0), square_TO.sum(dim=1)
-            noted.append(partial(self._note, name, batch, part, sum_O, sum_T.cpu(), tokens_T))
+            sum_T = square_TO.sum(dim=1)
+            sum_2O = torch.stack((square_TO.sum(dim=0), tempering(sum_T) @ square_TO))
+            noted.append(partial(self._note, name, batch, part, sum_2O, sum_T.cpu(), tokens_T))
             told = name not in self._unordered
             products = self._halves.products(name, gradient_TO, sum_T, batch, part) if told else None
             if products is not None:
@@ -73,11 +74,11 @@ class _Notes:
         for each in noted:
             each()
 
-    def _note(self, name: str, batch: int, part: slice, sum_O: Tensor, sum_T: Tensor, tokens_T: Tensor | None) -> None:
+    def _note(self, name: str, batch: int, part: slice, sum_2O: Tensor, sum_T: Tensor, tokens_T: Tensor | None) -> None:
         rows, (_, length) = self._found.rows, self._sizes[batch]
         if not bool(sum_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
-        rows[name] = rows.get(name, 0.0) + sum_O.double()
+        rows[name] = rows.get(name, 0.0) + sum_2O.double()
         begin, count = part.start * length, (part.stop - part.start) * length
         if name in self._routed:
             if tokens_T is not None:
@@ -94,7 +95,11 @@ class _Notes:
         """Hand on what was noted of tokens, and of rows that go together."""
         for name, halves in self._halves.sums.items():
             self._found.coupling[name] = self._store.keep(packed(halves).cpu())
-        for name, batches in self._tokens.items():
+        ordered = {
+            leader for name, leader in self._leaders.items() if name not in self._routed.keys() | self._unordered
+        }
+        for name in sorted(ordered):  # one that was not called has zeros, for another part of the batches may call it
+            batches = self._tokens.get(name) or [torch.zeros(math.prod(size)) for size in self._sizes]
             self._found.tokens.setdefault(name, []).extend(batches)
         for name, routed in self._routed.items():
             self._found.routed.setdefault(name, []).extend(routed)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from optima.calibration.tempering import POWER
+from optima.calibration.tempering import tempering
 from optima.device import bfloat16_products
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.models.stacks import Block, Linear, is_expert
@@ -71,8 +71,7 @@ class Halves:
             return None
         first = self._numbers[batch] + part.start
         odd_B = torch.arange(first, first + count) % 2
-        factor_T = square_T.pow((POWER - 1.0) / 2.0).masked_fill_(square_T == 0.0, 0.0)
-        tempered_BTO = (gradient_TO.float() * factor_T[:, None]).unflatten(0, (count, length))
+        tempered_BTO = (gradient_TO.float() * tempering(square_T).sqrt_()[:, None]).unflatten(0, (count, length))
         products = torch.empty(2, *gradient_TO.shape[1:] * 2, device=gradient_TO.device)
         with bfloat16_products() if gradient_TO.dtype == torch.bfloat16 else nullcontext():
             for half, product_OO in enumerate(products):
@@ -102,8 +101,8 @@ def unpacked(packed_OP: Tensor) -> Tensor:
 
 
 def finished(packed_OP: Tensor) -> Tensor:
-    """``coupling`` of two sums as they waited, in half the memory: it guides a search."""
-    return coupling(unpacked(packed_OP)).bfloat16()
+    """``coupling`` of two sums as they waited, in half the memory, rounded too little to have a negative eigenvalue."""
+    return coupling(unpacked(packed_OP)).half()
 
 
 def coupling(halves: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ class TokenWeights:
 
     def __init__(self, block: Block, streams: Streams, sink_weight: float, loss: LossWeights | None) -> None:
         self._sizes, self._loss = streams.sizes, loss
-        self._weighs = loss is not None or sink_weight > 0.0
+        self.weighs = loss is not None or sink_weight > 0.0
         self._all = None if loss is None else loss.of_tokens(block.name)
         if loss is None and sink_weight:
             self._all = []
@@ -75,7 +75,7 @@ class TokenWeights:
     def at(self, name: str, batch: int, part: slice, tokens_T: Tensor | None) -> tuple[Tensor | None, bool]:
         """Of the tokens ``tokens_T`` of samples of a batch at an expert's linear; and False if they are not told."""
         length = self._sizes[batch][1]
-        if not self._weighs:
+        if not self.weighs:
             return None, True
         if tokens_T is None or (len(tokens_T) and int(tokens_T.max()) >= (part.stop - part.start) * length):
             return None, False
@@ -192,7 +192,8 @@ class _Portion:
             common = {name: Common(_mean(found), torch.cat(found.sample)) for name, found in behind.items()}
             for group in groups:
                 name = group[0].name
-                statistics = mixed(own.pop(name), common.pop(name, self.everything.common), damping)
+                drawn = common.pop(name, self.everything.common)
+                statistics = mixed(own.pop(name), drawn, damping, self.everything.weights.weighs)
                 yield Found(statistics, group, name not in self.untold, owners[number])
 
     def _reduce(self, groups: list[Group], own: dict[str, Accumulator]) -> dict[int, int]:
@@ -246,19 +247,20 @@ class _Portion:
             _accumulate(into[name], call.inputs_TD, weight_T, name, thinned(call.inputs_TD, count, turn))
 
 
-def mixed(own: Accumulator, common: Common, damping: float) -> Statistics:
+def mixed(own: Accumulator, common: Common, damping: float, weighed: bool = True) -> Statistics:
     """An expert's statistics, as though D tokens had been drawn from all of the block's besides its own.
 
     Args:
         own: of the tokens that are routed to it, if there are any; used up.
         common: of all tokens of the block.
         damping: of the hessian.
+        weighed: whether tokens have weights, and what is lost with all alike is told by a sample.
     """
     if own.sum_DD is None:
-        return Statistics(Hessian(common.mean_DD.clone(), damping), sample_ND=common.sample_ND)
+        return Statistics(Hessian(common.mean_DD.clone(), damping), sample_ND=common.sample_ND if weighed else None)
     share = own.tokens / (own.tokens + len(common.mean_DD))
     hessian_DD = _mean(own).mul_(share).add_(common.mean_DD, alpha=1.0 - share)
-    return Statistics(Hessian(hessian_DD, damping), own.tokens, sample_ND=torch.cat(own.sample))
+    return Statistics(Hessian(hessian_DD, damping), own.tokens, sample_ND=torch.cat(own.sample) if weighed else None)
 
 
 def routing_notes(block: str, tokens: Mapping[str, int], least: int) -> list[str]:

@@ -37,7 +37,7 @@ from optima.calibration.swept import (
     sweep_numbers,
     swept_batches,
 )
-from optima.calibration.tempering import LossWeights, Moments
+from optima.calibration.tempering import LossWeights, Moments, rows_of_sums
 from optima.device import differentiable, give_back_freed_memory
 from optima.errors import NotDifferentiableError
 from optima.models.stacks import Block, Stack, count_parameters
@@ -114,9 +114,11 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         every = Moments.over([moments[name] for moments, *_ in known if name in moments])
         # An expert's tokens of sequences that were not swept are to come, with the mean.
         found.shared[name] = every.among(every.tokens * streams.tokens / tokens) if name in routed else every
+        if name in routed:
+            found.reached[name] = every.tokens
     for name, shape in _union(rows for _, _, rows, *_ in known).items():  # what one was not given, another was
-        own_O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
-        found.rows[name] = (ranks.total(own_O) / tokens).float()
+        own_2O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
+        found.rows[name] = rows_of_sums(ranks.total(own_2O) / tokens).float()
     for name, shape in _union(residual for *_, residual, _ in known).items():
         total_EE = ranks.total(found.residual.pop(name, torch.zeros(shape)), 0)
         if ranks.first:  # which tunes blocks

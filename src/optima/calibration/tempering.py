@@ -22,6 +22,8 @@ from torch import Tensor
 POWER = 0.5
 # Effective tokens for each input of a linear, at least.
 EFFECTIVE = 8
+# Where rows are told by so many tokens, half of what they differ by is believed.
+FEW_TOKENS = 16
 
 
 class Moments(NamedTuple):
@@ -81,10 +83,22 @@ class Moments(NamedTuple):
         return torch.where(start_T, own_T, torch.lerp(torch.ones_like(own_T), own_T, self.kept))
 
 
-def row_weights(square_O: Tensor) -> Tensor:
-    """Of a linear's rows, (O,), with the mean of their squares."""
+def tempering(square_T: Tensor) -> Tensor:
+    """By what to multiply what is summed over tokens of these squares, (T,), so that few of them do not decide."""
+    return square_T.pow(POWER - 1.0).masked_fill_(square_T == 0.0, 0.0)
+
+
+def rows_of_sums(sum_2O: Tensor) -> Tensor:
+    """Of a linear's rows, (O,): the second of these sums, of tempered squares, at the level of the first."""
+    square, tempered = sum_2O.sum(dim=1).tolist()
+    return sum_2O[1] * (square / tempered if tempered else 0.0)
+
+
+def row_weights(square_O: Tensor, tokens: float = math.inf) -> Tensor:
+    """Of a linear's rows, (O,), with the mean of their squares; drawn towards it where so few ``tokens`` tell them."""
     tempered_O = square_O.pow(POWER)
-    return tempered_O * (square_O.mean() / tempered_O.mean())
+    weight_O = tempered_O * (square_O.mean() / tempered_O.mean())
+    return weight_O if tokens == math.inf else torch.lerp(weight_O.mean(), weight_O, tokens / (tokens + FEW_TOKENS))
 
 
 @dataclass
@@ -97,7 +111,9 @@ class LossWeights:
         tokens: by the name of a group's first linear, or of a block: for each batch (T,), summed over the outputs.
             Groups that are not given every token, as experts, have none.
         routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
-        rows: by the name of a linear: the mean over tokens of g_to^2, (O,).
+        rows: by the name of a linear: the mean over tokens of g_to^2, tempered as tokens are, with the mean of what is
+            not, (O,); during the sweep the sums of both, (2, O).
+        reached: by the name of an expert's linear: the tokens whose gradients are known, of all processes.
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
         coupling: by the name of a linear: how its rows go together, (O, O); during the sweep the sums of both halves,
             see ``calibration.coupling.packed``.
@@ -110,6 +126,7 @@ class LossWeights:
     tokens: dict[str, list[Tensor]] = field(default_factory=dict)
     routed: dict[str, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
     rows: dict[str, Tensor] = field(default_factory=dict)
+    reached: dict[str, float] = field(default_factory=dict)
     residual: dict[str, Tensor] = field(default_factory=dict)
     coupling: dict[str, Tensor] = field(default_factory=dict)
     told: str = ""
@@ -179,7 +196,8 @@ class LossWeights:
     def of_rows(self, name: str) -> Tensor | None:
         """Tempered weights of a linear's rows, (O,), with the mean of those that are not; None if none matters."""
         row_O = self.rows.get(name)
-        return None if row_O is None or not bool(row_O.any()) else row_weights(row_O)
+        known = self.reached.get(name, math.inf)
+        return None if row_O is None or not bool(row_O.any()) else row_weights(row_O, known)
 
     def compared(self, name: str, outputs: int) -> Tensor:
         """As ``of_rows``, where linears compete: zeros if none matters, as for an expert that no token reached."""
