@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -11,15 +13,16 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
-from optima.models.companions import LICENCES, TOKENIZERS
+from optima.models.companions import TEMPLATES, TOKENIZERS
 from optima.models.failures import HUB_FAILURES
 from optima.models.files import stat_of, the_same
 from optima.reporting.record import REPORT_NAME
 
 # Of the model that was there before, what is not among the files that are pushed; pictures and texts stay.
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OF_A_MODEL = (
-    *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
-    *("*.json", "*.yaml", "*.html", "*.py", *TOKENIZERS, *LICENCES),
+    *(*WEIGHTS, "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
+    *("*.json", "*.yaml", "*.html", "*.py", *TOKENIZERS),
 )
 NOT_PUSHED = ("layers/*", ".*", "**/.*")  # hessians of --dump-layer, hidden files
 HARMLESS = {".gitattributes", "README.md"}  # what the hub's own page makes
@@ -57,7 +60,7 @@ def push(
             folder_path=folder,
             commit_message=message or "Pruned by OPTIMA",
             ignore_patterns=list(NOT_PUSHED),
-            delete_patterns=list(OF_A_MODEL),
+            delete_patterns=[escape(file) for file in api.list_repo_files(full) if _of_a_model(file)],
         )
         return f"{api.endpoint}/{full}"
 
@@ -91,6 +94,12 @@ def check_push(repo: str, overwrite: bool = False) -> str:
             f"optima push DIR {full} --overwrite"
         )
     return full
+
+
+def _of_a_model(file: str) -> bool:
+    """Weights anywhere; of the rest what lies beside them, where transformers looks for it."""
+    beside = "/" not in file or file.startswith(f"{TEMPLATES}/")
+    return any(fnmatchcase(file, pattern) for pattern in (OF_A_MODEL if beside else WEIGHTS))
 
 
 @contextmanager

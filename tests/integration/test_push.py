@@ -55,8 +55,9 @@ def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Ru
     assert {"pruning", "sparse", "2:4"} <= set(card.data.tags)
 
     earlier = ["model-00009-of-00009.safetensors", "evaluation.json", "ordering.json", "pytorch_model.bin", "old.gguf"]
-    earlier += ["chat_template.jinja", "preprocessor_config.json", "modeling_mine.py", "LICENSE.txt", "tokenizer.model"]
-    theirs = ["plot.png", "notes.md"]
+    earlier += ["chat_template.jinja", "preprocessor_config.json", "modeling_mine.py", "tokenizer.model"]
+    earlier += ["additional_chat_templates/tool.jinja", "1_Pooling/model.safetensors"]
+    theirs = ["plot.png", "notes.md", "LICENSE", "scripts/plot.py", "scripts/runs.json"]
     hub.repos["team/sparse"] = dict(files) | dict.fromkeys([*earlier, *theirs], b"of an earlier push")
     assert optima("push", "out", "team/sparse").returncode == 0
     assert hub.repos["team/sparse"].keys() == files.keys() | set(theirs)

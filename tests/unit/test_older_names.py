@@ -95,6 +95,16 @@ def test_of_layers_of_two_kinds_in_memory(out: Path, rope: dict[str, Any] | None
     prepare(transformers.ModernBertForMaskedLM(bert), None, None, out)
     assert "rope_theta" not in written(out)
     assert "older ones read them wrongly" in caplog.text
+    caplog.clear()
+    bert.save_pretrained(out)
+    older = written(out) | {"global_rope_theta": 160000.0, "local_rope_theta": 10000.0}
+    (out / "model.safetensors").touch()
+    (out / "new").mkdir()
+    for published in (older, {key: value for key, value in older.items() if key != "rope_parameters"}, written(out)):
+        (out / "config.json").write_text(json.dumps(published))
+        prepare(transformers.ModernBertForMaskedLM(bert), None, find_source(str(out)), out / "new")
+        assert ("local_rope_theta" in written(out / "new")) is (published.keys() >= older.keys() - {"rope_parameters"})
+    assert not caplog.text, "the source has others, or none either"
 
 
 def test_what_would_be_read_as_another_model_is_left_out(

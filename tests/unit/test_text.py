@@ -65,7 +65,9 @@ class TestReadDocuments:
         (here / "lines.json").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
         (here / "array.jsonl").write_text("\n" + json.dumps(records, ensure_ascii=True))
         (here / "pretty.jsonl").write_text("\n".join(json.dumps(record, indent=1) for record in records))
-        for name in ("lines.json", "array.jsonl", "pretty.jsonl"):
+        mixed = [lines[0], *lines[1:3], "null", json.dumps(records[3], indent=1)]
+        (here / "mixed.jsonl").write_text("{}\n{}{}\n{}\n{}".format(*mixed))
+        for name in ("lines.json", "array.jsonl", "pretty.jsonl", "mixed.jsonl"):
             expected = ["één\u2028zwei", "\U0001f600 ?", "a\x00\tb"]
             assert list(Documents(TextSource((name,)))) == expected, name
             assert sorted(Documents(TextSource((name,)), seed=0)) == sorted(expected), name
@@ -232,6 +234,15 @@ class TestReadDocuments:
         tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
         with pytest.raises(CalibrationError, match="a message of from, value: each needs a role and a content"):
             list(Documents(TextSource(("a.jsonl",)), tokenizer=tokenizer))
+
+    @pytest.mark.parametrize("seed", [None, 0])
+    def test_one_of_several_files_may_hold_chats(self, here: Path, seed: int | None) -> None:
+        (here / "a.jsonl").write_text(json.dumps({"content": "an article"}))
+        (here / "c.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        source = TextSource(("a.jsonl", "c.jsonl"), text_column="content")
+        assert sorted(Documents(source, seed, tokenizer)) == ["an article", "hi"]
 
     @pytest.mark.parametrize("seed", [None, 0])
     def test_chats_do_not_stand_for_a_column_that_is_not_there(self, here: Path, seed: int | None) -> None:

@@ -310,7 +310,9 @@ class TestCompanions:
         assert json.loads((tmp_path / "out" / "config.json").read_text())["auto_map"] == auto_map
 
     def test_trusted_code_of_a_processor_comes_with_what_it_imports(self, source: Path) -> None:
-        (source / "seeing.py").write_text("from .cutting import cut\n\nclass Seeing:\n    cut = cut\n")
+        (source / "seeing.py").write_text(
+            "from .cutting import cut\nfrom .gone import x\n\nclass Seeing:\n    cut = cut\n"
+        )
         (source / "cutting.py").write_text("def cut(): ...\n")
         (source / "other.py").write_text("raise SystemExit\n")
         settings = {"auto_map": {"AutoProcessor": "seeing.Seeing"}}

@@ -80,6 +80,8 @@ class _Notes:
             raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
         rows[name] = rows.get(name, 0.0) + sum_2O.double()
         begin, count = part.start * length, (part.stop - part.start) * length
+        if name in self._routed or name in self._unordered:
+            self._found.reached[name] = self._found.reached.get(name, 0.0) + len(sum_T)
         if name in self._routed:
             if tokens_T is not None:
                 known = self._routed[name][batch]

@@ -114,8 +114,8 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         every = Moments.over([moments[name] for moments, *_ in known if name in moments])
         # An expert's tokens of sequences that were not swept are to come, with the mean.
         found.shared[name] = every.among(every.tokens * streams.tokens / tokens) if name in routed else every
-        if name in routed:
-            found.reached[name] = every.tokens
+    reached = ranks.gather(found.reached)
+    found.reached = {name: sum(own.get(name, 0.0) for own in reached) for name in _union(reached)}
     for name, shape in _union(rows for _, _, rows, *_ in known).items():  # what one was not given, another was
         own_2O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
         found.rows[name] = rows_of_sums(ranks.total(own_2O) / tokens).float()

@@ -8,9 +8,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +19,7 @@ from datasets.exceptions import DatasetsError
 
 from optima.models.failures import HUB_FAILURES
 
+ROWS = 256  # of a parquet file that become records at a time
 SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled
 # What reading records raises for a bad name, network, split, configuration or file; TypeError: columns of the hub whose
 # later records have other types.
@@ -34,7 +35,8 @@ READ_ERRORS = (
 )
 Record = dict[str, Any]
 DECODER = json.JSONDecoder(strict=False)  # control characters inside texts are the text's
-WHITE = b" \t\r\n\xef\xbb\xbf"  # and a byte order mark
+BOM = b"\xef\xbb\xbf"
+WHITE = b" \t\r\n" + BOM
 
 
 class LocalRecords(Protocol):
@@ -71,34 +73,17 @@ def file_records(path: Path, columns: Sequence[str]) -> LocalRecords:
     if path.suffix not in (".jsonl", ".json"):
         raise ValueError(f"files of type {path.suffix!r} are not supported")
     with path.open("rb") as file:
-        first = next((line for line in file if line.strip(WHITE)), b"").strip(WHITE)
-    return JsonLines(path) if _is_whole(first) else Held(_every(path.read_text(encoding="utf-8-sig")))
-
-
-def _is_whole(line: bytes) -> bool:
-    """Whether a first line holds a record: the file is then one of lines, not a list or records over several lines."""
-    try:
-        return not line or isinstance(DECODER.decode(line.decode("utf-8")), dict)
-    except json.JSONDecodeError:
-        return False
-
-
-def _every(text: str) -> list[Record]:
-    """The records of a list, or one after another."""
-    found: list[object] = []
-    text, place = text.strip(), 0
-    while place < len(text):
-        value, place = DECODER.raw_decode(text, place)
-        found += value if isinstance(value, list) else [value]
-        while text[place : place + 1].isspace():
-            place += 1
-    return [_record(each, f"record {number}") for number, each in enumerate(found, 1)]
+        first = next((line for line in file if line.strip(WHITE)), b"").lstrip(WHITE)[:1]
+    if first != b"[":
+        return JsonLines(path)
+    found = json.loads(path.read_text(encoding="utf-8-sig"), strict=False)
+    return Held([_record(each, f"record {number}") for number, each in enumerate(found, 1)])
 
 
 def _record(value: object, place: str) -> Record:
-    if not isinstance(value, dict):
+    if value is not None and not isinstance(value, dict):
         raise ValueError(f"{place} holds a {type(value).__name__}, not an object with columns")
-    return value
+    return value or {}
 
 
 @dataclass(frozen=True)
@@ -116,34 +101,51 @@ class Held:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """A record a line. Their numbers are where lines begin."""
+    """A record a line, or over several lines, or several on one. Their numbers are the bytes before them."""
 
     path: Path
 
     def __iter__(self) -> Iterator[tuple[int, Record]]:
-        begin = 0
+        begin, line = 0, 1
         with self.path.open("rb") as file:
-            for number, line in zip(count(1), file, strict=False):
-                if line.strip(WHITE):
-                    yield begin, self._read(line, f"line {number}")
-                begin += len(line)
+            while read := file.readline():
+                values, read = _values(file, read, f"line {line}")
+                for place, value in values:
+                    yield begin + place, _record(value, f"line {line}")
+                begin, line = begin + len(read), line + read.count(b"\n")
 
     def __getitem__(self, number: int) -> Record:
+        place = f"the line behind {number} bytes"
         with self.path.open("rb") as file:
             file.seek(number)
-            return self._read(file.readline(), f"the line at byte {number}")
+            values, _ = _values(file, file.readline(), place)
+        return _record(values[0][1], place)
 
-    def _read(self, line: bytes, place: str) -> Record:
+
+def _values(file: BinaryIO, read: bytes, place: str) -> tuple[list[tuple[int, object]], bytes]:
+    """The values of a line that was ``read``, each with the bytes before it, and of more lines until they are whole."""
+    while True:
+        begin = len(BOM) if read.startswith(BOM) else 0
+        found: list[tuple[int, object]] = []
         try:
-            value = DECODER.decode(line.decode("utf-8-sig").strip())
-        except ValueError as error:
+            text, end = read[begin:].decode("utf-8"), 0
+            while (start := end + len(text[end:]) - len(text[end:].lstrip())) < len(text):
+                value, end = DECODER.raw_decode(text, start)
+                found.append((begin + len(text[:start].encode()), value))
+            return found, read
+        except json.JSONDecodeError as error:
+            # As many lines again: of records over many lines each is looked at few times.
+            more = b"".join(islice(file, max(read.count(b"\n"), 1))) if error.pos >= len(text.rstrip()) else b""
+            if not more:
+                raise ValueError(f"{place}: {error}") from error
+            read += more
+        except UnicodeDecodeError as error:
             raise ValueError(f"{place}: {error}") from error
-        return _record(value, place)
 
 
 @dataclass(frozen=True)
 class Parquet:
-    """A record a row; of the columns that are wanted, and the names of all."""
+    """A record a row; of the columns that are wanted, and the names of all. Read again, the columns are held."""
 
     path: Path
     columns: Sequence[str]
@@ -151,9 +153,10 @@ class Parquet:
     def __iter__(self) -> Iterator[tuple[int, Record]]:
         numbers = count()
         with pq.ParquetFile(self.path) as file:
-            for batch in file.iter_batches(columns=self._wanted):
-                for row in batch.to_pylist():
-                    yield next(numbers), self._empty | row
+            for group in range(file.num_row_groups):
+                for batch in file.iter_batches(ROWS, [group], self._wanted):
+                    for row in batch.to_pylist():
+                        yield next(numbers), self._empty | row
 
     def __getitem__(self, number: int) -> Record:
         row: Record = self._table.slice(number, 1).to_pylist()[0]

@@ -113,7 +113,7 @@ class LossWeights:
         routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their squares.
         rows: by the name of a linear: the mean over tokens of g_to^2, tempered as tokens are, with the mean of what is
             not, (O,); during the sweep the sums of both, (2, O).
-        reached: by the name of an expert's linear: the tokens whose gradients are known, of all processes.
+        reached: by the name of a linear that is not given every token: so many have known gradients, of all processes.
         residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
         coupling: by the name of a linear: how its rows go together, (O, O); during the sweep the sums of both halves,
             see ``calibration.coupling.packed``.

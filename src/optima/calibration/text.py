@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 SEPARATOR = "\n\n"
 TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
+NO_COLUMN = "{} has no column {!r} with text: name one of its columns with --text-column: {}"
 # Tokenised at once: so many documents keep every core busy; so many characters take about a gigabyte.
 BATCH_DOCUMENTS, MOST_AT_ONCE = 64, 2**22
 FILES = (".txt", ".jsonl", ".json", ".parquet")
@@ -89,6 +90,7 @@ class Documents:
             _check_regular(name)
         self.skipped = 0
         self.revision: str | None = None
+        self._known, self._last = source.text_column == TEXT_COLUMN, ""  # whether a record has the column; columns
         self._source = source
         self._seed = seed
         self._tokenizer = tokenizer
@@ -100,6 +102,7 @@ class Documents:
         if seed is None:
             for name in source.dataset:
                 yield from self._read(name)
+            self._check_column()
             return
         documents = self._shuffled([name for name in source.dataset if is_file(name)], Random(seed))
         streams = [self._read(name) for name in source.dataset if not is_file(name)]
@@ -130,6 +133,8 @@ class Documents:
             with self._explained(name):
                 places.append(array("q", (number for number, _ in self._values(records, name))))
             found.append((name, records))
+        if len(names) == len(self._source.dataset):
+            self._check_column()
         ends = list(accumulate(map(len, places)))
         order = array("q", range(ends[-1] if ends else 0))
         random.shuffle(order)
@@ -166,21 +171,30 @@ class Documents:
 
     def _values(self, records: Iterable[tuple[int, dict[str, Any]]], name: str) -> Iterator[tuple[int, Any]]:
         """The number of each record and its text or chat; one without is skipped and counted."""
-        column = self._source.text_column
-        found, known, last, any_record = False, column == TEXT_COLUMN, "", False
+        column, alone = self._source.text_column, len(self._source.dataset) == 1
+        found, last = False, ""
         for number, record in records:
-            any_record, last = True, f"name one of its columns with --text-column: {', '.join(record)}"
-            known = known or column in record
+            last, self._known = ", ".join(record) or last, self._known or column in record
+            if not is_file(name) and alone and not self._known:
+                break
             value = self._value(record, name)
             if value is not None:
                 found = True
                 yield number, value
             else:
                 self.skipped += 1
-            if not is_file(name) and not (known and {column, CHAT_COLUMN} & record.keys()):
+            if not is_file(name) and not {column, CHAT_COLUMN} & record.keys():
                 break  # all records of a hub dataset have the same columns
-        if any_record and not (found and known):
-            raise CalibrationError(f"dataset {name!r} has no column {column!r} with text: {last}")
+        if last and not found:
+            raise CalibrationError(NO_COLUMN.format(f"dataset {name!r}", column, last))
+        self._last = last or self._last
+
+    def _check_column(self) -> None:
+        """Refuse a column that no record has, even if they have chats: its name may be misspelt."""
+        column = self._source.text_column
+        if not self._known and self._last:
+            name = ", ".join(map(repr, self._source.dataset))
+            raise CalibrationError(NO_COLUMN.format(f"dataset {name}", column, self._last))
 
     def _value(self, record: dict[str, Any], name: str) -> Any:
         """A record's text, or its chat; None if it has neither."""

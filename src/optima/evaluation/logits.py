@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedModel
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from optima.calibration.probe import PROBE_LENGTH, agree
 from optima.device import evaluating, forward_replaced
@@ -89,12 +93,14 @@ def check_text(model: PreTrainedModel, tokens_NL: Tensor) -> None:
 
 def check_kind(model: PreTrainedModel) -> None:
     """Raise ``ModelError`` if a model is known to predict no next tokens; for it may be a skeleton."""
-    masked: list[Any] = list(MODEL_FOR_MASKED_LM_MAPPING.values())
     if is_encoder_decoder(model):
         raise ModelError(_not_causal(model, "it is an encoder-decoder"))
-    if type(model) in masked:
+    if not type(model).__module__.startswith("transformers."):
+        return
+    masked = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+    if type(model).__name__ in masked:
         raise ModelError(_not_causal(model, "it predicts masked tokens from both sides"))
-    if type(model).__module__.startswith("transformers.") and model.get_output_embeddings() is None:
+    if model.get_output_embeddings() is None:
         raise ModelError(_not_causal(model, "it gives no logits over its vocabulary"))
 
 

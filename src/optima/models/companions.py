@@ -61,14 +61,14 @@ def copy_companions(source: Source, directory: Path) -> None:
         return
     with explain_read_errors(source, "model"):
         templates = [f"{TEMPLATES}/{pattern}" for pattern in TEMPLATE_FILES]
-        code = ["*.json", "*.py"] if source.trust_remote_code else []
+        code = ["config.json", "*.py"] if source.trust_remote_code else []
         origin = _fetch_known(source, [*COPIED, *ANY_CASE, README, *templates, *code])
         if modules := _modules(origin):
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
+        trusted = code_files(origin) if source.trust_remote_code else []
     with explain_write_errors(directory):
         _copy(origin, "", COPIED, directory)
-        if source.trust_remote_code:
-            _copy(origin, "", [file.name for file in code_files(origin)], directory)
+        _copy(origin, "", [file.name for file in trusted], directory)
         _copy(origin, TEMPLATES, TEMPLATE_FILES, directory)
         for module in modules:
             _copy(origin, module, MODULE_FILES, directory)

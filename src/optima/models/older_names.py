@@ -42,8 +42,8 @@ def keep_older_names(config: PretrainedConfig, source: Source | None, directory:
     saved = json.loads(text)
     raw = raw or {OLD_DTYPE: saved.get(DTYPE)}
     found = with_older(saved, raw)
-    if any(_is_by_layer(each.get(ROTARY)) and THETA not in each for each in (found, found.get(TEXT, {}))):
-        _logger.warning(UNKNOWN)
+    if ROTARY not in raw and any(_is_by_layer(each.get(ROTARY)) and not _has_older(each) for each in _both(found)):
+        _logger.warning(UNKNOWN)  # unless the source has no others either
     if found == saved:
         return
     try:
@@ -78,6 +78,15 @@ def with_older(saved: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
             own = raw.get(key)
             found[key] = with_older(inner, own if isinstance(own, dict) else {})
     return found
+
+
+def _both(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """A configuration, and that of its text, if it has one."""
+    return [config, config.get(TEXT) or {}]
+
+
+def _has_older(config: dict[str, Any]) -> bool:
+    return any(OLDER.search(key) and key != ROTARY for key in config)
 
 
 def _is_by_layer(rotary: Any) -> TypeGuard[dict[str, Any]]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_imports
 
 _logger = logging.getLogger("optima")
 
@@ -39,9 +39,14 @@ def auto_class(auto_map: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def code_files(directory: Path) -> list[Path]:
     """What the configurations of a model name, and what that imports from beside it."""
     named = {code for _, content in _configurations(directory) for each in content[MAP].values() for code in _of(each)}
-    files = [directory / f"{code.partition('.')[0]}.py" for code in sorted(named) if "--" not in code]
-    files = [file for file in files if file.is_file()]
-    return list(dict.fromkeys([*files, *(Path(other) for file in files for other in get_relative_import_files(file))]))
+    found: list[Path] = []
+    names = [code.partition(".")[0] for code in sorted(named) if "--" not in code]
+    while names:
+        file = directory / f"{names.pop(0)}.py"
+        if file not in found and file.is_file():  # what is not there may be wanted nowhere
+            found.append(file)
+            names += get_relative_imports(file)
+    return found
 
 
 def names_code(configuration: Path) -> bool:

@@ -41,7 +41,7 @@ from optima.names import kind
 from optima.ordering.channels import KINDS, Channels, Kind, inner_channels, reorder
 from optima.ordering.hidden import hidden_channels, why_not_hidden
 from optima.ordering.search import best_order, lost
-from optima.ordering.trial import TOLERANCE, computes_the_same
+from optima.ordering.trial import computes_the_same
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks, known_orders
@@ -56,8 +56,9 @@ HIDDEN_STAY = "hidden channels stay where they are"
 HIDDEN_BYTES = 2**29
 # Rows of one linear that order the channels inside a block.
 INNER_ROWS = 2**12
-# Most that the model's outputs may change, relative to them, in units of rounding to its dtype, if that is the larger.
-ROUNDINGS = 16
+# Most that the model's outputs may change, relative to them, in units of rounding to its dtype; and what many blocks
+# make of the roundings of float32.
+ROUNDINGS, DEEP = 16, 1e-3
 CHECKED_TOKENS = 128
 REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
 
@@ -229,7 +230,7 @@ class _Run:
     def _changed(self) -> float:
         """How far the model is from computing the same, relative to the most that rounding explains."""
         change = (self._outputs(self.sample) - self.outputs).norm() / self.outputs.norm()
-        return float(change) / max(ROUNDINGS * torch.finfo(self.network.dtype).eps, TOLERANCE)
+        return float(change) / max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP)
 
     def _stack(self, stack: Stack, batches: Sequence[Batch], hidden: str) -> None:
         recipe, device = self.checked.recipe, self.checked.device
