@@ -13,9 +13,8 @@ from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
-from optima.models.companions import TEMPLATES, TOKENIZERS
 from optima.models.failures import HUB_FAILURES
-from optima.models.files import stat_of, the_same
+from optima.models.files import TEMPLATES, TOKENIZERS, stat_of, the_same
 from optima.reporting.record import REPORT_NAME
 
 # Of the model that was there before, what is not among the files that are pushed; pictures and texts stay.

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedTokenizerBase
 
-from optima.models.files import explain_write_errors
+from optima.models.files import TEMPLATES, TOKENIZERS, explain_write_errors
 from optima.models.ordered import ORDERING_NAME
 from optima.models.own_code import code_files, names_code
 from optima.models.source import Source, explain_read_errors, find_file
@@ -28,12 +28,7 @@ from optima.models.source import Source, explain_read_errors, find_file
 _logger = logging.getLogger("optima")
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"  # of the tokenizers library
-TOKENIZERS = (
-    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
-    *("*_vocab.json", "*.spm", "bpe.codes", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
-    *("chat_template*", "*.jinja"),
-)
-TEMPLATES, TEMPLATE_FILES = "additional_chat_templates", ("*.jinja",)
+TEMPLATE_FILES = ("*.jinja",)
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 MODULES = "modules.json"  # of sentence encoders: names the directories of their pooling and dense modules
 SENTENCES = (MODULES, "sentence_*config.json", "config_sentence_transformers.json")

@@ -25,6 +25,12 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
 PACKED = ".packed.safetensors"  # how the files end that optima pack writes
+TOKENIZERS = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*_vocab.json", "*.spm", "bpe.codes", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
+    *("chat_template*", "*.jinja"),
+)
+TEMPLATES = "additional_chat_templates"  # of a tokenizer, in a directory of their own
 _asked: list[int] = []  # signals that asked this process to stop
 
 
