@@ -71,6 +71,10 @@ class TestReadDocuments:
             expected = ["één\u2028zwei", "\U0001f600 ?", "a\x00\tb"]
             assert list(Documents(TextSource((name,)))) == expected, name
             assert sorted(Documents(TextSource((name,)), seed=0)) == sorted(expected), name
+        (here / "lists.json").write_text('[{"text": "a\nb"}]\n\n[{"text": "c"}]')
+        (here / "newline.jsonl").write_text('{"text": "a\nb"}\n{"text": "c"}\n')
+        for name in ("lists.json", "newline.jsonl"):
+            assert list(Documents(TextSource((name,)))) == ["a\nb", "c"]
         (here / "raw.jsonl").write_bytes(b'{"text": "a\x01b"}\n["c"]')
         with pytest.raises(CalibrationError, match="line 2 holds a list, not an object with columns"):
             list(Documents(TextSource(("raw.jsonl",))))
@@ -88,6 +92,18 @@ class TestReadDocuments:
                 file.write(json.dumps({"text": str(number), "long": "z" * 10000, **other}) + "\n")
         for seed in (None, 0):
             assert sorted(map(int, Documents(TextSource(("a.jsonl",)), seed))) == list(range(1200))
+
+    def test_a_record_over_several_lines_is_read_alone(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        texts = [str(number) for number in range(2000)]
+        (here / "a.jsonl").write_text("\n".join(json.dumps({"text": text}, indent=1) for text in texts))
+        records = records_module.JsonLines(here / "a.jsonl")
+        numbers = [number for number, _ in records]
+        assert [records[number]["text"] for number in numbers] == texts
+        read = []
+        decode = records_module.DECODER.raw_decode
+        monkeypatch.setattr(records_module.DECODER, "raw_decode", lambda *given: read.append(given) or decode(*given))
+        assert records[numbers[0]] == {"text": "0"}
+        assert sum(len(text) for text, _ in read) < 200
 
     def test_home_directory(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A shell expands ~, but nothing does so in a recipe's file."""
@@ -250,8 +266,12 @@ class TestReadDocuments:
         (here / "a.jsonl").write_text(json.dumps({"content": "an article", "messages": chat}))
         tokenizer = make_tokenizer()
         tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        with pytest.raises(CalibrationError, match=r"no column 'contents' with text.*: content, messages"):
-            list(Documents(TextSource(("a.jsonl",), text_column="contents"), seed, tokenizer))
+        (here / "plain.txt").write_text("plain")
+        for names in (("a.jsonl",), ("plain.txt", "a.jsonl")):
+            documents = Documents(TextSource(names, text_column="contents"), seed, tokenizer)
+            with pytest.raises(CalibrationError, match=r"no column 'contents' with text.*: content, messages"):
+                next(iter(documents))
+        assert list(Documents(TextSource(("plain.txt",), text_column="contents"), seed, tokenizer)) == ["plain"]
 
     @pytest.mark.parametrize("template", [None, "{{ messages[0].name.first }}", "{{ raise_exception('no system') }}"])
     def test_chats_that_cannot_be_read(self, here: Path, template: str | None) -> None:

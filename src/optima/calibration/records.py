@@ -36,7 +36,7 @@ READ_ERRORS = (
 Record = dict[str, Any]
 DECODER = json.JSONDecoder(strict=False)  # control characters inside texts are the text's
 BOM = b"\xef\xbb\xbf"
-WHITE = b" \t\r\n" + BOM
+WHITE, SPACE = b" \t\r\n" + BOM, re.compile(r"\s*")
 
 
 class LocalRecords(Protocol):
@@ -76,7 +76,9 @@ def file_records(path: Path, columns: Sequence[str]) -> LocalRecords:
         first = next((line for line in file if line.strip(WHITE)), b"").lstrip(WHITE)[:1]
     if first != b"[":
         return JsonLines(path)
-    found = json.loads(path.read_text(encoding="utf-8-sig"), strict=False)
+    with path.open("rb") as file:
+        lists = [value for _, value, _ in _values(file)]
+    found = [each for value in lists for each in (value if isinstance(value, list) else [value])]
     return Held([_record(each, f"record {number}") for number, each in enumerate(found, 1)])
 
 
@@ -106,41 +108,47 @@ class JsonLines:
     path: Path
 
     def __iter__(self) -> Iterator[tuple[int, Record]]:
-        begin, line = 0, 1
         with self.path.open("rb") as file:
-            while read := file.readline():
-                values, read = _values(file, read, f"line {line}")
-                for place, value in values:
-                    yield begin + place, _record(value, f"line {line}")
-                begin, line = begin + len(read), line + read.count(b"\n")
+            for number, value, line in _values(file):
+                yield number, _record(value, f"line {line}")
 
     def __getitem__(self, number: int) -> Record:
-        place = f"the line behind {number} bytes"
         with self.path.open("rb") as file:
             file.seek(number)
-            values, _ = _values(file, file.readline(), place)
-        return _record(values[0][1], place)
+            _, value, line = next(_values(file))
+        return _record(value, f"line {line} behind {number} bytes")
 
 
-def _values(file: BinaryIO, read: bytes, place: str) -> tuple[list[tuple[int, object]], bytes]:
-    """The values of a line that was ``read``, each with the bytes before it, and of more lines until they are whole."""
-    while True:
-        begin = len(BOM) if read.startswith(BOM) else 0
-        found: list[tuple[int, object]] = []
+def _values(file: BinaryIO) -> Iterator[tuple[int, object, int]]:
+    """The values from here on, each with the bytes before it and the line that ends it; no more is held than one takes.
+
+    Of a value over many lines as many lines again are read before it is looked at once more.
+    """
+    text, bytes_before, line, lines = "", file.tell(), 0, 0
+    problem: json.JSONDecodeError | None = None
+    while new := list(islice(file, max(lines, 1))):
+        if new[0].startswith(BOM) and not text:
+            new[0], bytes_before = new[0][len(BOM) :], bytes_before + len(BOM)
+        line, lines, end = line + len(new), lines + len(new), 0
         try:
-            text, end = read[begin:].decode("utf-8"), 0
-            while (start := end + len(text[end:]) - len(text[end:].lstrip())) < len(text):
-                value, end = DECODER.raw_decode(text, start)
-                found.append((begin + len(text[:start].encode()), value))
-            return found, read
-        except json.JSONDecodeError as error:
-            # As many lines again: of records over many lines each is looked at few times.
-            more = b"".join(islice(file, max(read.count(b"\n"), 1))) if error.pos >= len(text.rstrip()) else b""
-            if not more:
-                raise ValueError(f"{place}: {error}") from error
-            read += more
+            text += b"".join(new).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{place}: {error}") from error
+            raise ValueError(f"line {line}: {error}") from error
+        while (start := SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
+            bytes_before, end = bytes_before + len(text[end:start].encode()), start
+            try:
+                value, end = DECODER.raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                problem = error
+                if error.pos < len(text.rstrip()) and not error.msg.startswith("Unterminated string"):
+                    raise ValueError(f"line {line}: {error}") from error
+                break
+            yield bytes_before, value, line
+            bytes_before, lines, problem = bytes_before + len(text[start:end].encode()), 0, None
+        bytes_before += len(text[end:].encode()) if problem is None else 0
+        text = "" if problem is None else text[end:]
+    if problem is not None:
+        raise ValueError(f"line {line}: {problem}") from problem
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class Documents:
             _check_regular(name)
         self.skipped = 0
         self.revision: str | None = None
-        self._known, self._last = source.text_column == TEXT_COLUMN, ""  # whether a record has the column; columns
+        self._known = source.text_column == TEXT_COLUMN  # whether a record has the column
         self._source = source
         self._seed = seed
         self._tokenizer = tokenizer
@@ -99,10 +99,10 @@ class Documents:
     def __iter__(self) -> Iterator[str]:
         """Documents, empty ones included."""
         source, seed = self._source, self._seed
+        self._look_for_column()
         if seed is None:
             for name in source.dataset:
                 yield from self._read(name)
-            self._check_column()
             return
         documents = self._shuffled([name for name in source.dataset if is_file(name)], Random(seed))
         streams = [self._read(name) for name in source.dataset if not is_file(name)]
@@ -133,8 +133,6 @@ class Documents:
             with self._explained(name):
                 places.append(array("q", (number for number, _ in self._values(records, name))))
             found.append((name, records))
-        if len(names) == len(self._source.dataset):
-            self._check_column()
         ends = list(accumulate(map(len, places)))
         order = array("q", range(ends[-1] if ends else 0))
         random.shuffle(order)
@@ -171,11 +169,14 @@ class Documents:
 
     def _values(self, records: Iterable[tuple[int, dict[str, Any]]], name: str) -> Iterator[tuple[int, Any]]:
         """The number of each record and its text or chat; one without is skipped and counted."""
-        column, alone = self._source.text_column, len(self._source.dataset) == 1
+        column, hub = self._source.text_column, [each for each in self._source.dataset if not is_file(each)]
         found, last = False, ""
         for number, record in records:
-            last, self._known = ", ".join(record) or last, self._known or column in record
-            if not is_file(name) and alone and not self._known:
+            last = ", ".join(record) or last
+            # All records of a hub dataset have the same columns.
+            if name in hub and not {column, CHAT_COLUMN} & record.keys():
+                break
+            if hub == [name] and not self._known and column not in record:
                 break
             value = self._value(record, name)
             if value is not None:
@@ -183,18 +184,23 @@ class Documents:
                 yield number, value
             else:
                 self.skipped += 1
-            if not is_file(name) and not {column, CHAT_COLUMN} & record.keys():
-                break  # all records of a hub dataset have the same columns
         if last and not found:
             raise CalibrationError(NO_COLUMN.format(f"dataset {name!r}", column, last))
-        self._last = last or self._last
 
-    def _check_column(self) -> None:
+    def _look_for_column(self) -> None:
         """Refuse a column that no record has, even if they have chats: its name may be misspelt."""
-        column = self._source.text_column
-        if not self._known and self._last:
+        column, last = self._source.text_column, ""
+        local = [name for name in self._source.dataset if is_file(name) and Path(name).suffix != ".txt"]
+        for name in local if not self._known else []:
+            with self._explained(name):
+                for _, record in self._records(name) or ():
+                    if column in record:
+                        self._known = True
+                        return
+                    last = ", ".join(record) or last
+        if last and not self._known and all(map(is_file, self._source.dataset)):
             name = ", ".join(map(repr, self._source.dataset))
-            raise CalibrationError(NO_COLUMN.format(f"dataset {name}", column, self._last))
+            raise CalibrationError(NO_COLUMN.format(f"dataset {name}", column, last))
 
     def _value(self, record: dict[str, Any], name: str) -> Any:
         """A record's text, or its chat; None if it has neither."""

@@ -42,8 +42,9 @@ def keep_older_names(config: PretrainedConfig, source: Source | None, directory:
     saved = json.loads(text)
     raw = raw or {OLD_DTYPE: saved.get(DTYPE)}
     found = with_older(saved, raw)
-    if ROTARY not in raw and any(_is_by_layer(each.get(ROTARY)) and not _has_older(each) for each in _both(found)):
-        _logger.warning(UNKNOWN)  # unless the source has no others either
+    newer = any(ROTARY in each for each in _both(raw))  # the source has no older ones either
+    if not newer and any(_is_by_layer(each.get(ROTARY)) and not _has_older(each) for each in _both(found)):
+        _logger.warning(UNKNOWN)
     if found == saved:
         return
     try:

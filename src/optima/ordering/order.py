@@ -25,7 +25,7 @@ from optima.calibration.inputs import Batch
 from optima.calibration.probe import forward
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
-from optima.device import evaluating, memory_explained, unswitched
+from optima.device import evaluating, full_precision, memory_explained, unswitched
 from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
 from optima.linalg.scaling import saliency_unit, scaled_weight
@@ -223,7 +223,7 @@ class _Run:
     def _outputs(self, batch: Batch) -> Tensor:
         """Of the beginning of one sequence: logits, or what the model returns first."""
         given = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
-        with self.weights.outside(self.place):
+        with self.weights.outside(self.place), full_precision():
             found: Tensor = forward(self.network, given)[0]
         return found.float()
 
