@@ -30,7 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optima import Recipe, prune
-from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.calibration.documents import Documents, TextSource
+from optima.calibration.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.recipe_files import load_recipe

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optima.calibration.text import Documents, TextSource
+from optima.calibration.documents import Documents, TextSource
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.models.stacks import find_stacks

@@ -14,9 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.build import build
+from optima.calibration.documents import check_of_hub
 from optima.calibration.own_text import check_writes
 from optima.calibration.swept import kept_bytes, surveyed_share, swept_share, tuned_share
-from optima.calibration.text import check_of_hub
 from optima.linear import Methods
 from optima.memory import GIB, METRIC_BYTES, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
 from optima.models.experts import ExpertLinear, split_on_disk

@@ -20,15 +20,8 @@ from transformers import PreTrainedTokenizerFast
 from optima.calibration import records as records_module
 from optima.calibration import text as text_module
 from optima.calibration.chats import as_text
-from optima.calibration.text import (
-    Documents,
-    SpecialTokens,
-    TextSource,
-    calibration_tokens,
-    data_hash,
-    pack,
-    special_tokens,
-)
+from optima.calibration.documents import Documents, TextSource
+from optima.calibration.text import SpecialTokens, calibration_tokens, data_hash, pack, special_tokens
 from optima.errors import CalibrationError
 
 TOKENIZERS = {template: make_tokenizer(template) for template in TEMPLATES}

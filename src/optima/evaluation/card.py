@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from optima.calibration.text import is_file
+from optima.calibration.documents import is_file
 from optima.evaluation.record import Evaluation, ModelRecord
 from optima.evaluation.table import render_evaluation
 from optima.reporting.model_card import add_results, short_name

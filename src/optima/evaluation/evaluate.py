@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import Documents, TextSource, check_of_hub, data_hash
+from optima.calibration.documents import Documents, TextSource, check_of_hub
+from optima.calibration.text import data_hash
 from optima.device import describe_device, dtype_name, find_device, memory_explained
 from optima.errors import ModelError
 from optima.evaluation.comparison import compare, estimate

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import pattern_table
+from optima.calibration.documents import Documents, TextSource
 from optima.calibration.given import given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
-from optima.calibration.text import Documents, TextSource, calibration_tokens
+from optima.calibration.text import calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES

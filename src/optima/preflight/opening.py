@@ -12,10 +12,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build, default_scope
+from optima.calibration.documents import check_of_hub
 from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import check_writes, own_text
 from optima.calibration.store import Store
-from optima.calibration.text import check_of_hub
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
 from optima.linear import Methods

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optima.build import default_scope
-from optima.calibration.text import is_file
+from optima.calibration.documents import is_file
 from optima.device import evaluating, find_device, memory_explained, unswitched
 from optima.memory import batch_size
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
