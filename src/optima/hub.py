@@ -48,9 +48,9 @@ def push(
         ModelError: if the directory is no such output, the name is none, nobody is logged in, or the hub refuses.
     """
     folder = Path(directory).expanduser()
-    if not (folder / REPORT_NAME).is_file() or not any(folder.glob("*.safetensors")):
+    if not (folder / REPORT_NAME).is_file() or not any(folder.glob(WEIGHTS[0])):
         raise ModelError(f"{folder} is no output of optima prune: it holds no {REPORT_NAME}, or no weights")
-    full = check_push(repo, overwrite)
+    full, there = _checked(repo, overwrite)
     with _explained(full), the_same(folder, stat_of(folder)):
         api = HfApi()
         api.create_repo(full, private=private, exist_ok=True)
@@ -59,7 +59,7 @@ def push(
             folder_path=folder,
             commit_message=message or "Pruned by OPTIMA",
             ignore_patterns=list(NOT_PUSHED),
-            delete_patterns=[escape(file) for file in api.list_repo_files(full) if _of_a_model(file)],
+            delete_patterns=[escape(file) for file in there if _of_a_model(file)],
         )
         return f"{api.endpoint}/{full}"
 
@@ -70,6 +70,11 @@ def check_push(repo: str, overwrite: bool = False) -> str:
     Raises:
         ModelError: if not; the message says what to do.
     """
+    return _checked(repo, overwrite)[0]
+
+
+def _checked(repo: str, overwrite: bool) -> tuple[str, list[str]]:
+    """``owner/name``, and the files that are there."""
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -84,15 +89,15 @@ def check_push(repo: str, overwrite: bool = False) -> str:
         if full.partition("/")[0] not in owners:
             raise ModelError(f"{full} is not yours: the hub knows you as {', '.join(owners)}")
         try:
-            files = set(api.list_repo_files(full))
+            files = api.list_repo_files(full)
         except RepositoryNotFoundError:
-            return full
-    if files - HARMLESS and REPORT_NAME not in files and not overwrite:
+            return full, []
+    if set(files) - HARMLESS and REPORT_NAME not in files and not overwrite:
         raise ModelError(
             f"{full} exists and holds a model that is no output of OPTIMA: choose another name, or replace it with "
             f"optima push DIR {full} --overwrite"
         )
-    return full
+    return full, files
 
 
 def _of_a_model(file: str) -> bool:

@@ -54,10 +54,11 @@ class _Notes:
             gradient_TO = gradient.detach().flatten(0, -2)
             square_TO = gradient_TO.float().square()
             sum_T = square_TO.sum(dim=1)
-            sum_2O = torch.stack((square_TO.sum(dim=0), tempering(sum_T) @ square_TO))
+            factor_T = tempering(sum_T)
+            sum_2O = torch.stack((square_TO.sum(dim=0), factor_T @ square_TO))
             noted.append(partial(self._note, name, batch, part, sum_2O, sum_T.cpu(), tokens_T))
             told = name not in self._unordered
-            products = self._halves.products(name, gradient_TO, sum_T, batch, part) if told else None
+            products = self._halves.products(name, gradient_TO, factor_T, batch, part) if told else None
             if products is not None:
                 noted.append(partial(self._halves.add, name, products))
 
@@ -97,9 +98,8 @@ class _Notes:
         """Hand on what was noted of tokens, and of rows that go together."""
         for name, halves in self._halves.sums.items():
             self._found.coupling[name] = self._store.keep(packed(halves).cpu())
-        ordered = {
-            leader for name, leader in self._leaders.items() if name not in self._routed.keys() | self._unordered
-        }
+        parted = self._routed.keys() | self._unordered
+        ordered = {leader for name, leader in self._leaders.items() if name not in parted}
         for name in sorted(ordered):  # one that was not called has zeros, for another part of the batches may call it
             batches = self._tokens.get(name) or [torch.zeros(math.prod(size)) for size in self._sizes]
             self._found.tokens.setdefault(name, []).extend(batches)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from optima.calibration.tempering import tempering
 from optima.device import bfloat16_products
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.models.stacks import Block, Linear, is_expert
@@ -61,17 +60,17 @@ class Halves:
         self._sizes, self._numbers, self._before = sizes, numbers, before
         self.sums: dict[str, Tensor] = {}
 
-    def products(self, name: str, gradient_TO: Tensor, square_T: Tensor, batch: int, part: slice) -> Tensor | None:
+    def products(self, name: str, gradient_TO: Tensor, factor_T: Tensor, batch: int, part: slice) -> Tensor | None:
         """The sums over some samples of a batch; None where they are not found.
 
-        ``square_T``: of each token's gradient.
+        ``factor_T``: ``tempering`` of each token's products.
         """
         count, (_, length) = part.stop - part.start, self._sizes[batch]
-        if self._numbers is None or name not in self._names or len(square_T) != count * length:
+        if self._numbers is None or name not in self._names or len(factor_T) != count * length:
             return None
         first = self._numbers[batch] + part.start
         odd_B = torch.arange(first, first + count) % 2
-        tempered_BTO = (gradient_TO.float() * tempering(square_T).sqrt_()[:, None]).unflatten(0, (count, length))
+        tempered_BTO = (gradient_TO.float() * factor_T.sqrt()[:, None]).unflatten(0, (count, length))
         products = torch.empty(2, *gradient_TO.shape[1:] * 2, device=gradient_TO.device)
         with bfloat16_products() if gradient_TO.dtype == torch.bfloat16 else nullcontext():
             for half, product_OO in enumerate(products):

@@ -96,26 +96,16 @@ class Documents:
 
     def _read(self, name: str) -> Iterator[str]:
         """The documents of one dataset; local files in their own order."""
-        from optima.calibration.records import hub_records
-
-        source, records = self._source, self._records(name)
         with self._explained(name):
-            if records is not None:
-                yield from (self._text(value, name) for _, value in self._values(records, name))
-                return
-            config = source.config or CONFIGS.get(name)
-            found, revision = hub_records(name, config, source.split, source.revision, self._seed)
-            if len(source.dataset) == 1:
-                self.revision = revision
-            yield from (self._text(value, name) for _, value in self._values(enumerate(found), name))
+            records = self._local(name) if is_file(name) else self._of_hub(name)
+            yield from (self._text(value, name) for _, value in self._values(records, name))
 
     def _shuffled(self, names: Sequence[str], random: Random) -> Iterator[str]:
         """The documents of local files, together: where they begin is kept, and each is read again."""
         found, places = [], []
         for name in names:
-            records = self._records(name)
-            assert records is not None
             with self._explained(name):
+                records = self._local(name)
                 places.append(array("q", (number for number, _ in self._values(records, name))))
             found.append((name, records))
         ends = list(accumulate(map(len, places)))
@@ -128,24 +118,32 @@ class Documents:
                 text = self._text(self._value(records[places[file][number - ends[file]]], name), name)
             yield text
 
-    def _records(self, name: str) -> LocalRecords | None:
-        """Of a local file; None of a dataset of the hub."""
+    def _local(self, name: str) -> LocalRecords:
         from optima.calibration.records import file_records
 
-        with self._explained(name):
-            return file_records(Path(name), (self._source.text_column, CHAT_COLUMN)) if is_file(name) else None
+        return file_records(Path(name), (self._source.text_column, CHAT_COLUMN))
+
+    def _of_hub(self, name: str) -> Iterable[tuple[int, dict[str, Any]]]:
+        from optima.calibration.records import hub_records
+
+        source = self._source
+        found, revision = hub_records(name, self._config(name), source.split, source.revision, self._seed)
+        if len(source.dataset) == 1:
+            self.revision = revision
+        return enumerate(found)
+
+    def _config(self, name: str) -> str | None:
+        return self._source.config or CONFIGS.get(name)
 
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         """Turn a failure to read into an error that names the dataset."""
         from optima.calibration.records import READ_ERRORS
 
-        source = self._source
-        config = source.config or CONFIGS.get(name)
         try:
             yield
         except READ_ERRORS as error:
-            place = "" if is_file(name) else f" (config {config}, split {source.split})"
+            place = "" if is_file(name) else f" (config {self._config(name)}, split {self._source.split})"
             remedy = "the file" if is_file(name) else "its name, --dataset-config and --split, and the network"
             known = "/".join(FILES)
             raise CalibrationError(
@@ -158,11 +156,9 @@ class Documents:
         found, last = False, ""
         for number, record in records:
             last = ", ".join(record) or last
-            # All records of a hub dataset have the same columns.
-            if name in hub and not {column, CHAT_COLUMN} & record.keys():
-                break
-            if hub == [name] and not self._known and column not in record:
-                break
+            chats = CHAT_COLUMN in record and (self._known or hub != [name])
+            if name in hub and column not in record and not chats:
+                break  # all records of a hub dataset have the same columns
             value = self._value(record, name)
             if value is not None:
                 found = True
@@ -178,7 +174,7 @@ class Documents:
         local = [name for name in self._source.dataset if is_file(name) and Path(name).suffix != ".txt"]
         for name in local if not self._known else []:
             with self._explained(name):
-                for _, record in self._records(name) or ():
+                for _, record in self._local(name):
                     if column in record:
                         self._known = True
                         return

@@ -74,9 +74,9 @@ def file_records(path: Path, columns: Sequence[str]) -> LocalRecords:
         raise ValueError(f"files of type {path.suffix!r} are not supported")
     with path.open("rb") as file:
         first = next((line for line in file if line.strip(WHITE)), b"").lstrip(WHITE)[:1]
-    if first != b"[":
-        return JsonLines(path)
-    with path.open("rb") as file:
+        if first != b"[":
+            return JsonLines(path)
+        file.seek(0)
         lists = [value for _, value, _ in _values(file)]
     found = [each for value in lists for each in (value if isinstance(value, list) else [value])]
     return Held([_record(each, f"record {number}") for number, each in enumerate(found, 1)])
@@ -124,31 +124,39 @@ def _values(file: BinaryIO) -> Iterator[tuple[int, object, int]]:
 
     Of a value over many lines as many lines again are read before it is looked at once more.
     """
-    text, bytes_before, line, lines = "", file.tell(), 0, 0
-    problem: json.JSONDecodeError | None = None
+    rest, before, line, lines = "", file.tell(), 0, 0  # what is not whole yet, the bytes before it, and its lines
+    problem: ValueError | None = None
     while new := list(islice(file, max(lines, 1))):
-        if new[0].startswith(BOM) and not text:
-            new[0], bytes_before = new[0][len(BOM) :], bytes_before + len(BOM)
+        if new[0].startswith(BOM) and not rest:
+            new[0], before = new[0][len(BOM) :], before + len(BOM)
         line, lines, end = line + len(new), lines + len(new), 0
         try:
-            text += b"".join(new).decode("utf-8")
+            rest += b"".join(new).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"line {line}: {error}") from error
-        while (start := SPACE.match(text, end).end()) < len(text):  # type: ignore[union-attr]
-            bytes_before, end = bytes_before + len(text[end:start].encode()), start
+        while (start := _behind_space(rest, end)) < len(rest):
             try:
-                value, end = DECODER.raw_decode(text, start)
+                value, stop = DECODER.raw_decode(rest, start)
             except json.JSONDecodeError as error:
-                problem = error
-                if error.pos < len(text.rstrip()) and not error.msg.startswith("Unterminated string"):
-                    raise ValueError(f"line {line}: {error}") from error
+                problem = ValueError(f"line {line}: {error}")
+                if error.pos < len(rest.rstrip()) and not error.msg.startswith("Unterminated string"):
+                    raise problem from error
                 break
-            yield bytes_before, value, line
-            bytes_before, lines, problem = bytes_before + len(text[start:end].encode()), 0, None
-        bytes_before += len(text[end:].encode()) if problem is None else 0
-        text = "" if problem is None else text[end:]
-    if problem is not None:
-        raise ValueError(f"line {line}: {problem}") from problem
+            before += _bytes(rest[end:start])
+            yield before, value, line
+            before, end, lines = before + _bytes(rest[start:stop]), stop, 0
+        before, rest = before + _bytes(rest[end:start]), rest[start:]
+    if rest and problem is not None:
+        raise problem
+
+
+def _behind_space(text: str, place: int) -> int:
+    found = SPACE.match(text, place)
+    return place if found is None else found.end()
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode())
 
 
 @dataclass(frozen=True)

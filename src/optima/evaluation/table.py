@@ -113,8 +113,10 @@ def task_note(found: Evaluation) -> str:
     """What the numbers of ``task_table`` are, and of which choices a model did not see the whole prompt."""
     cut = {f"{each.cut} of {each.task} on {model.model}": each.cut for model in found.models for each in model.tasks}
     told = [text for text, count in cut.items() if count]
-    lost = [f"choices behind a prompt that lost its beginning, for the model reads no more: {', '.join(told)}"]
-    return "; ".join(["zero-shot accuracy in percent, ± standard error", *lost[: len(told)]])
+    note = "zero-shot accuracy in percent, ± standard error"
+    if not told:
+        return note
+    return f"{note}; choices behind a prompt that lost its beginning, for the model reads no more: {', '.join(told)}"
 
 
 def comparison_table(found: Evaluation) -> tuple[list[str], Rows]:

@@ -76,8 +76,9 @@ def copies_tokenizer(source: Source) -> bool:
     if source.gguf_file is not None:
         return False
     with explain_read_errors(source, "tokenizer"):
-        file, settings = find_file(source, TOKENIZER), find_file(source, TOKENIZER_CONFIG)
-    if source.trust_remote_code and settings is not None and names_code(settings):
+        file = find_file(source, TOKENIZER)
+        settings = find_file(source, TOKENIZER_CONFIG) if source.trust_remote_code else None
+    if settings is not None and names_code(settings):
         return False
     return file is not None and (source.local is None or _inside(file, source.local))
 

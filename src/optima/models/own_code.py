@@ -51,7 +51,7 @@ def code_files(directory: Path) -> list[Path]:
 
 def names_code(configuration: Path) -> bool:
     """Whether a configuration does."""
-    return any(file.name == configuration.name for file, _ in _configurations(configuration.parent))
+    return _content(configuration) is not None
 
 
 def forget_missing_code(directory: Path) -> None:
@@ -73,11 +73,16 @@ def forget_missing_code(directory: Path) -> None:
 def _configurations(directory: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Those that name code."""
     for file in sorted(directory.glob(CONFIGURATIONS)):
-        content: Any = None
-        with suppress(ValueError):  # copied as it is
-            content = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and isinstance(content.get(MAP), dict):
+        if (content := _content(file)) is not None:
             yield file, content
+
+
+def _content(configuration: Path) -> dict[str, Any] | None:
+    """None if it names no code."""
+    content: Any = None
+    with suppress(ValueError):  # copied as it is
+        content = json.loads(configuration.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) and isinstance(content.get(MAP), dict) else None
 
 
 def _of(code: object) -> list[str]:
