@@ -394,7 +394,7 @@ class TestReport:
         )
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
-    @pytest.mark.parametrize("options", ["", "--log-format json"])
+    @pytest.mark.parametrize("options", ["", pytest.param("--log-format json", marks=pytest.mark.slow)])
     def test_a_full_disk_behind_the_log_changes_no_status(self, root: Path, options: str) -> None:
         command = f"{sys.executable} -m optima prune nowhere --output-dir out {options} 2> /dev/full"
         assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 2
@@ -425,6 +425,7 @@ class TestEval:
             "protocol windows (the tokenizer's special tokens (BOS) in every window), 7 windows of 16 tokens" in output
         )
 
+    @pytest.mark.slow
     def test_a_reader_that_leaves_is_no_error(self) -> None:
         command = f"{sys.executable} -m optima eval model --dataset text.txt --max-seq-length 16 --max-windows 1 | true"
         result = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)

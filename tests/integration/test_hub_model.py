@@ -69,6 +69,7 @@ def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHu
     assert "LICENSE" in found.stderr
 
 
+@pytest.mark.slow
 def test_pickles_are_refused(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
     """transformers would look for a conversion that others proposed."""
     repo = {name: content for name, content in hub.repos[MODEL].items() if "safetensors" not in name}

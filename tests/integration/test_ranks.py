@@ -81,7 +81,7 @@ RECIPES = {
     "in turn": ("--selector", "wanda", "--objective", "sink", "--true-sequential"),
     "selects with weights": ("--selector", "sparsegpt", "--solver", "none"),
 }
-UNUSUAL = ("sink", "selects with weights")
+UNUSUAL = ("sink", "gradient", "in turn", "selects with weights")
 SLOW = pytest.mark.slow
 
 
@@ -180,7 +180,7 @@ def test_a_model_without_a_head() -> None:
     ("family", "block", "size"),
     [
         ("mixtral", "layers.0.", 2),
-        ("llama4", "layers.0.", 2),
+        pytest.param("llama4", "layers.0.", 2, marks=SLOW),
         pytest.param("t5", "encoder.block.0.", 2, marks=SLOW),
         pytest.param("mixtral", "layers.0.", 4, marks=SLOW),
         pytest.param("t5", "encoder.block.0.", 4, marks=SLOW),
@@ -207,7 +207,7 @@ def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
 @pytest.mark.parametrize(
     ("family", "block", "tuning", "size"),
     [
-        ("mixtral", "layers.0.", 0, 2),
+        pytest.param("mixtral", "layers.0.", 0, 2, marks=SLOW),
         ("t5_encoder", "block.0.", 1, 2),
         pytest.param("mixtral", "layers.0.", 0, 4, marks=SLOW),
         pytest.param("t5_encoder", "block.0.", 1, 4, marks=SLOW),
@@ -238,6 +238,7 @@ def test_families(family: str, block: str, tuning: int, size: int) -> None:
         assert change <= 0.2 * all_of_it
 
 
+@SLOW
 def test_experts_are_surveyed_where_one_process_has_all_swept_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
 

@@ -40,6 +40,7 @@ from optima.selectors.ranking import top_scores
 BLOCKS = 3
 PARTIAL = Path(".out.optima-partial")
 JOURNAL = PARTIAL / "journal.jsonl"
+SLOW = pytest.mark.slow
 TIMED = ("report.json", "report.md", "report.html")  # all else is compared byte by byte
 
 
@@ -141,7 +142,7 @@ def stopped(blocks: int = 2, *options: str) -> None:
 
 
 class TestStopped:
-    @pytest.mark.parametrize("blocks", range(1, BLOCKS + 1))
+    @pytest.mark.parametrize("blocks", [1, pytest.param(2, marks=SLOW), BLOCKS])
     def test_after_a_block(self, whole: Path, blocks: int) -> None:
         stopped(blocks)
         assert f"resumed after model.layers.{blocks - 1}" in check_goes_on(whole)
@@ -264,7 +265,7 @@ class TestFullDisk:
 
 
 class TestDamage:
-    @pytest.mark.parametrize("size", [0, 100, None])
+    @pytest.mark.parametrize("size", [pytest.param(0, marks=SLOW), 100, pytest.param(None, marks=SLOW)])
     def test_a_shard_is_done_again_with_all_after_it(self, whole: Path, size: int | None) -> None:
         stopped(3)
         (shard,) = PARTIAL.glob("model/model-00002-*")
@@ -276,13 +277,14 @@ class TestDamage:
     @pytest.mark.parametrize(
         "edit",
         [
-            lambda lines: [lines[0], lines[1].replace('"tokens": 64', '"tokens": 65'), *lines[2:]],
-            lambda lines: [lines[0], lines[1][1:], *lines[2:]],
-            lambda lines: [lines[0], *lines[2:]],
-            lambda lines: [lines[0], lines[2], lines[1], lines[3]],
-            lambda lines: [lines[0], "\0" * 50, *lines[2:]],
+            pytest.param(
+                lambda lines: [lines[0], lines[1].replace('"tokens": 64', '"tokens": 65'), *lines[2:]], id="figure"
+            ),
+            pytest.param(lambda lines: [lines[0], *lines[2:]], id="missing"),
+            pytest.param(lambda lines: [lines[0], lines[1][1:], *lines[2:]], id="no json", marks=SLOW),
+            pytest.param(lambda lines: [lines[0], lines[2], lines[1], lines[3]], id="order", marks=SLOW),
+            pytest.param(lambda lines: [lines[0], "\0" * 50, *lines[2:]], id="zeros", marks=SLOW),
         ],
-        ids=["figure", "no json", "missing", "order", "zeros"],
     )
     def test_a_line_is_done_again_with_all_after_it(self, whole: Path, edit: Callable[[list[str]], list[str]]) -> None:
         stopped(3)
@@ -432,13 +434,12 @@ class TestMethods:
     @pytest.mark.parametrize(
         "options",
         [
-            ["--allocation", "owl"],
-            ["--selector", "optima", "--swaps", "64"],
-            ["--dump-layer", "mlp"],
-            ["--tuning-epochs", "2", "--sparsity", "0.7"],
-            ["--true-sequential"],
+            pytest.param(["--tuning-epochs", "2", "--sparsity", "0.7"], id="tuned"),
+            pytest.param(["--true-sequential"], id="in turn"),
+            pytest.param(["--allocation", "owl"], id="owl", marks=SLOW),
+            pytest.param(["--selector", "optima", "--swaps", "64"], id="swaps", marks=SLOW),
+            pytest.param(["--dump-layer", "mlp"], id="dump", marks=SLOW),
         ],
-        ids=["owl", "swaps", "dump", "tuned", "in turn"],
     )
     def test_all_go_on(self, root: Path, options: list[str]) -> None:
         assert finish(start("whole", *options)) == 0

@@ -48,6 +48,7 @@ def test_a_message_of_the_code_is_on_the_page(errors: Any) -> None:
     assert any(re.fullmatch(shape, own) for shape in shapes if shape.count(".+") < 6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("material") is None, reason="needs the docs extra")
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     environment = {

@@ -48,12 +48,12 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     ("family", "options"),
     [
         ("llama", EVERYTHING),
-        ("gemma3", {}),
         ("mixtral", CHEAP),
         ("gpt2", CHEAP),
-        ("t5", {}),
         ("bart", CHEAP),
-        ("gpt_oss", CHEAP),
+        pytest.param("gemma3", {}, marks=pytest.mark.slow),
+        pytest.param("t5", {}, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", CHEAP, marks=pytest.mark.slow),
     ],
 )
 def test_equals_a_resident_run(

@@ -6,6 +6,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[2] / "src" / "optima"
@@ -24,9 +25,8 @@ What is not here is a bug, or an error of a library: please report it with the t
 def errors(source: Path = SOURCE) -> dict[str, str]:
     """The classes of errors and what they are for, the base first, in the order of the code."""
     found = {"OptimaError": ""}
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(source.rglob("*.py"))]
     for _ in range(3):  # children of children
-        for tree in trees:
+        for tree in _trees(source):
             for node in ast.walk(tree):
                 if isinstance(node, ast.ClassDef) and (
                     node.name in found or any(isinstance(base, ast.Name) and base.id in found for base in node.bases)
@@ -39,13 +39,18 @@ def messages(source: Path = SOURCE) -> dict[str, set[str]]:
     """What each class of error says, with ‹values› where the code fills them in."""
     found: dict[str, set[str]] = defaultdict(set)
     names = errors(source)
-    for file in sorted(source.rglob("*.py")):
-        for call in _raised(ast.parse(file.read_text(encoding="utf-8"))):
+    for tree in _trees(source):
+        for call in _raised(tree):
             name = call.func.id if isinstance(call.func, ast.Name) else ""
             text = _text(call.args[0]) if name in names and call.args else ""
             if len(re.findall(r"[a-z]{2,}", re.sub("‹.*?›", "", text))) > 2:  # else nothing but values
                 found[name].add(text)
     return found
+
+
+@cache
+def _trees(source: Path) -> tuple[ast.Module, ...]:
+    return tuple(ast.parse(file.read_text(encoding="utf-8")) for file in sorted(source.rglob("*.py")))
 
 
 def _raised(tree: ast.AST) -> Iterator[ast.Call]:
