@@ -112,8 +112,16 @@ def describe_memory(device: torch.device) -> str:
     return f"{device} ({total / 2**30:.1f} GiB)"
 
 
-# What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
-NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "cublasCreate", "cusolverDnCreate", "cusolverDnXcreate")
+# What the driver, cuBLAS, cuSOLVER and the CPU's allocator say where there is no memory for them, in errors of other
+# types than torch's own.
+NO_MEMORY = (
+    "out of memory",
+    "DefaultCPUAllocator: can't allocate memory",
+    "STATUS_ALLOC_FAILED",
+    "cublasCreate",
+    "cusolverDnCreate",
+    "cusolverDnXcreate",
+)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from optima.calibration.coupling import couples
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.head import logits_bytes
-from optima.device import find_device, named_device
+from optima.device import REMEDY, find_device, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods
 from optima.main_memory import available_memory, total_memory
@@ -111,6 +111,19 @@ class HostMemory:
                 "and weights take at a time: raise it, or leave it out"
             )
         return max(budget - self.total, 0)
+
+    def shortage(self, processes: int = 1) -> str:
+        """What to tell a user before the work if ``processes`` that take as much may end for want of memory, or empty.
+
+        Of what is free, libraries have taken their part.
+        """
+        free = available_memory() / processes + LIBRARIES_BYTES
+        if self.total <= free:
+            return ""
+        said = f"{free / GIB:.1f} GiB of main memory are free, and up to {self.total / GIB:.1f} GiB may be taken"
+        return f"{said}, {self.least / GIB:.1f} GiB of it by weights: " + (
+            "free some, or use another machine" if self.least > free else REMEDY
+        )
 
     def note(self, budget: int | None) -> str:
         """What a report must tell of a budget that work on the largest linear may pass; empty if it cannot."""

@@ -218,5 +218,5 @@ def forward_passes(recipe: Recipe, methods: Methods, shares: tuple[float, float,
 
 
 def _reads(recipe: Recipe, swept_bytes: float) -> int:
-    """Two looks at the model and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
-    return 4 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / kept_bytes())
+    """Fingerprint, two looks and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
+    return 5 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / kept_bytes())

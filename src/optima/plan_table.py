@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from optima.device import REMEDY
-from optima.main_memory import available_memory
 from optima.models.stacks import Block
 from optima.names import kind
 from optima.patterns import Pattern
@@ -62,12 +61,8 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
 
 def _advice(plan: Plan) -> list[str]:
     """What to change if main memory or the card does not hold what the plan takes."""
-    lines = []
-    free = available_memory()
-    if plan.host.least > free:
-        lines.append(f"{_size(free)} of main memory are free, and weights take more: free some, or use another machine")
-    elif plan.host.total > free:
-        lines.append(f"{_size(free)} of main memory are free: {REMEDY}")
+    short = plan.host.shortage()
+    lines = [short] if short else []
     device = torch.device("cuda" if plan.recipe.device == "auto" else plan.recipe.device)
     if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
         room, _ = torch.cuda.mem_get_info(device)  # beside other processes and the driver's own

@@ -29,7 +29,7 @@ from tiny import (
     save_text,
 )
 
-from optima import Recipe, prune
+from optima import Recipe, load_report, prune
 from optima.cli import main
 from optima.errors import CalibrationError, RecipeError
 
@@ -360,6 +360,18 @@ class TestWeights:
         edit_weights(root, lambda tensors: tensors.update(extra=torch.zeros(3)))
         assert main(prune_arguments()) == 0
         assert "has no place for (extra): they are left out" in caplog.text
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+    def test_codes_that_the_configuration_does_not_name(self, late: Refused, root: Path, dtype: torch.dtype) -> None:
+        name = "model.layers.1.mlp.up_proj.weight"
+        edit_weights(root, lambda tensors: tensors.update({name: tensors[name].mul(50).to(dtype)}))
+        assert f"model is quantized ({name} is {str(dtype).removeprefix('torch.')}): prune the unquantized" in late()
+
+    def test_biases_that_the_configuration_denies(self, root: Path) -> None:
+        edit_weights(root, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}))
+        assert main(prune_arguments()) == 0
+        notes = load_report(root / "out").run.notes
+        assert any("has no place for (model.layers.0.self_attn.q_proj.bias): they are not in" in note for note in notes)
 
     def test_wrong_shape(self, late: Refused, root: Path) -> None:
         edit_config(root, intermediate_size=40)

@@ -24,6 +24,7 @@ from optima.calibration.loss_weights import loss_weights
 from optima.calibration.probe import PROBE_LENGTH
 from optima.calibration.statistics import observe
 from optima.calibration.tempering import LossWeights
+from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
 from optima.models.experts import FusedExperts
 from optima.models.stacks import Stack, find_stacks, select_linears
@@ -46,6 +47,11 @@ def little_memory(module: nn.Module, most: int, backward: bool = False) -> Itera
         yield
     finally:
         handle.remove()
+
+
+def test_of_the_cpu() -> None:
+    with pytest.raises(DeviceMemoryError, match="cpu"), memory_explained(torch.device("cpu")):
+        torch.empty(2**50)
 
 
 def stack_of(model: nn.Module) -> Stack:

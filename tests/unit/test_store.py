@@ -69,3 +69,11 @@ def test_what_is_left_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
         memory.left(GIB)
     assert memory.note(None) == memory.note(4 * GIB) == ""
     assert "memory_budget 3.00 GiB may be passed: up to 3.50 GiB are taken" in memory.note(3 * GIB)
+
+
+def test_a_run_that_may_not_fit_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.memory.available_memory", lambda: 4 * GIB)
+    assert HostMemory(weights=GIB, work=3 * GIB, by_loss=0).shortage() == ""
+    memory = HostMemory(weights=3 * GIB, work=2 * GIB, by_loss=0)
+    assert "up to 5.5 GiB may be taken, 3.5 GiB of it by weights: lower --batch-size" in memory.shortage()
+    assert memory.shortage(2).endswith("free some, or use another machine")

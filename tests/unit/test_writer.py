@@ -189,15 +189,17 @@ class TestCompanions:
         # The tokenizer has no template: the one copied stays.
         assert self.copied(source) == known | own | {"preprocessor_config.json"}
 
-    def test_modules_of_a_sentence_encoder(self, source: Path) -> None:
-        paths = ["", "1_Pooling", "2_Dense", "../elsewhere", "/etc"]
-        (source / "modules.json").write_text(json.dumps([{"idx": i, "path": path} for i, path in enumerate(paths)]))
+    def test_modules_of_a_sentence_encoder(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+        paths = ["", "1_Pooling", "2_Dense", "3_Dense", "../elsewhere", "/etc"]
+        kinds = [{"path": path, "type": f"sentence_transformers.models.{path[2:]}"} for path in paths]
+        (source / "modules.json").write_text(json.dumps(kinds))
         for name in ("1_Pooling/config.json", "2_Dense/model.safetensors", "2_Dense/x.bin", "../elsewhere/config.json"):
             (source / name).parent.mkdir(exist_ok=True)
             (source / name).write_text("{}")
         files = self.copied(source)
         assert {"modules.json", "1_Pooling/config.json", "2_Dense/model.safetensors"} <= files
         assert not [name for name in files if "elsewhere" in name or "x.bin" in name]
+        assert [record.args for record in caplog.records] == [(str(source), "3_Dense")], "what has weights in pickles"
 
     def test_a_link_that_leaves_the_model(self, source: Path, caplog: pytest.LogCaptureFixture) -> None:
         (source.parent / "secret").write_text("secret")

@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import LoadStateDictConfig, str_to_torch_dtype
 from transformers.utils import logging as transformers_logging
 
+from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.models.files import shards
 from optima.models.source import INDEX, WEIGHTS, Source, check_complete, explain_read_errors, find_file, load_config
@@ -211,16 +212,35 @@ def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
 
 
 def left_out(source: Source, model: PreTrainedModel) -> list[str]:
-    """Names on disk of the matrices that ``model``, read from ``source``, has no place for.
+    """Names on disk of the weights that ``model``, read from ``source``, has no place for.
 
     transformers says nothing of those that its class expects: a block for multi-token prediction, for example.
+    Rotary frequencies, which older releases saved, are no weights.
     """
-    with explain_read_errors(source, "weights"):
-        shapes = _shapes(_find(source))
+    shapes = _on_disk(source)
     places = _places(model, shapes)
     held = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
-    matrices = (name for name, shape in shapes.items() if shape.is_floating_point() and shape.ndim >= 2)
-    return [name for name in matrices if places[name] not in held]
+    weights = (name for name, shape in shapes.items() if shape.is_floating_point() and shape.ndim)
+    return [name for name in weights if places[name] not in held and not name.endswith("inv_freq")]
+
+
+def check_numbers(source: Source) -> None:
+    """Raise ``ModelError`` if weights are codes on disk, which would be read without their scales.
+
+    Not every quantized checkpoint says so in its configuration.
+    """
+    for name, shape in _on_disk(source).items():
+        small = shape.itemsize < 2 if shape.is_floating_point() else name.endswith("weight")
+        if small and shape.ndim >= 2:
+            raise ModelError(
+                f"{source.name} is quantized ({name} is {dtype_name(shape.dtype)}): prune the unquantized checkpoint, "
+                "then quantize the result"
+            )
+
+
+def _on_disk(source: Source) -> dict[str, Tensor]:
+    with explain_read_errors(source, "weights"):
+        return _shapes(_find(source))
 
 
 def _open(file: Path) -> Any:

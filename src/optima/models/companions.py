@@ -33,6 +33,7 @@ PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_prepro
 MODULES = "modules.json"  # of sentence encoders: names the directories of their pooling and dense modules
 SENTENCES = (MODULES, "sentence_*config.json", "config_sentence_transformers.json")
 MODULE_FILES = ("*.json", "*.txt", "*.safetensors")
+WITH_WEIGHTS = ("Dense", "LayerNorm", "LSTM", "CNN", "WeightedLayerPooling")
 # The licence of many models asks to be passed on with them.
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 COPIED = (*TOKENIZERS, *PROCESSORS, *SENTENCES, *LICENCES, ORDERING_NAME)
@@ -60,6 +61,7 @@ def copy_companions(source: Source, directory: Path) -> None:
         origin = _fetch_known(source, [*COPIED, *ANY_CASE, README, *templates, *code])
         if modules := _modules(origin):
             origin = _fetch(source, [f"{module}/{pattern}" for module in modules for pattern in MODULE_FILES])
+            _warn_of_pickles(source, origin, modules)
         trusted = code_files(origin) if source.trust_remote_code else []
     with explain_write_errors(directory):
         _copy(origin, "", COPIED, directory)
@@ -130,18 +132,31 @@ def _inside(file: Path, origin: Path) -> bool:
     return file.resolve().is_relative_to(home)
 
 
-def _modules(origin: Path) -> list[str]:
-    """The directories that a sentence encoder names, but for the model's own."""
+def _modules(origin: Path) -> dict[str, str]:
+    """The directories that a sentence encoder names, but for the model's own, and what is in each."""
     file = origin / MODULES
     if not file.is_file() or not _inside(file, origin):
-        return []
+        return {}
     try:
         modules = json.loads(file.read_text(encoding="utf-8"))
-        paths = [PurePosixPath(module["path"]) for module in modules]
-    except (ValueError, KeyError, TypeError) as error:
+        kinds = {PurePosixPath(each["path"]): str(each.get("type", "")).rpartition(".")[2] for each in modules}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         _logger.warning("%s names no modules (%s): no directory is copied for it", file, error)
-        return []
-    return [str(path) for path in paths if path.parts and not path.is_absolute() and ".." not in path.parts]
+        return {}
+    inside = (path for path in kinds if path.parts and not path.is_absolute() and ".." not in path.parts)
+    return {str(path): kinds[path] for path in inside}
+
+
+def _warn_of_pickles(source: Source, origin: Path, modules: dict[str, str]) -> None:
+    """Code can hide in pickles, so they are not copied."""
+    for module, kind in modules.items():
+        if kind in WITH_WEIGHTS and not list((origin / module).glob("*.safetensors")):
+            _logger.warning(
+                "%s has no safetensors file in %s, whose weights are not copied: sentence-transformers cannot read the "
+                "output before it has them",
+                source.name,
+                module,
+            )
 
 
 def _card(file: Path) -> dict[str, Any]:

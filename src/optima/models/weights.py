@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.device import Stopwatch, forward_replaced, on_device
-from optima.models.checkpoint import Checkpoint, UnstreamableError, left_out, open_checkpoint
+from optima.models.checkpoint import Checkpoint, UnstreamableError, check_numbers, left_out, open_checkpoint
 from optima.models.source import Source, load_whole, some
 from optima.models.stacks import Block, find_stacks
 
@@ -306,8 +306,10 @@ def open_weights(
         whole: why it must be held in main memory, if it must.
 
     Raises:
-        ModelError: if the weights cannot be found or read.
+        ModelError: if the weights cannot be found or read, or are quantized.
     """
+    if source.gguf_file is None:
+        check_numbers(source)
     model, weights, notes = _opened(source, structure, dtype, check, whole)
     if source.gguf_file is None and (names := left_out(source, model)):
         lost = f"{source.name} has weights that {type(model).__name__} has no place for ({some(names)})"

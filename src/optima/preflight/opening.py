@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from optima.preflight.checks import (
 )
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
+
+_logger = logging.getLogger("optima")
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,8 @@ def read(
     """
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
     text.check(checked.structure)
-    return *_network(checked, whole or ("it writes its own text" if _lacks(checked, text) else None)), text
+    whole = whole or ("it writes its own text" if _lacks(checked, text) else None)
+    return *_network(checked, whole, ranks.here()), text
 
 
 def _lacks(checked: Checked, text: Calibration) -> bool:
@@ -155,17 +159,27 @@ def written(
     return own_text(network, tokenizer, recipe, checked.device, text, room, ranks, progress.share)
 
 
-def _network(checked: Checked, whole: str | None) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
-    """The model, who gives it its weights, and what the report says of them; ``whole``: see ``read``."""
+def _network(checked: Checked, whole: str | None, processes: int) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
+    """The model, who gives it its weights, and what the report says of them; ``whole``: see ``read``.
+
+    So many ``processes`` share the machine.
+    """
     source = checked.source
     model = checked.structure
     if source is None:
         return model, Resident(model), {"model": type(model).__name__}
 
+    short: list[str] = []
+
     def fits(streamed: bool) -> None:
-        memory_of(checked, streamed).left(checked.recipe.memory_budget)  # refused now, if it is too little
+        memory = memory_of(checked, streamed)
+        memory.left(checked.recipe.memory_budget)  # refused now, if it is too little
+        if said := memory.shortage(processes):
+            _logger.warning("%s", said)
+            short.append(said)
 
     network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
+    weights.notes = (*weights.notes, *short)
     revision, hashed = commit_of(source), fingerprint(source)
     origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
     return network, weights, origin
