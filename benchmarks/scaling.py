@@ -167,7 +167,9 @@ BF16, TF32, FP32 = 989e12 * HALF, 495e12 * HALF, 67e12 * HALF
 EIGEN = 20  # products of its size that an eigendecomposition takes as long as
 NVLINK, NETWORK, PCIE, NVME = 450e9, 50e9, 64e9, 6e9  # bytes a second: of a GPU, a GPU, a GPU, a machine
 GPUS = 8  # in a machine
+LOOKS = 2  # of the model on a few tokens: as a whole, and block by block
 PASSES = 3  # over the weights: there and back for the loss, once to prune
+READS = 2 + LOOKS + PASSES  # a fingerprint and a check of all numbers besides
 LARGE = (
     llama("8B", {"hidden": 4096, "pair": 1024, "middle": 14336, "blocks": 32, "vocabulary": 128256}),
     llama("70B", {"hidden": 8192, "pair": 1024, "middle": 28672, "blocks": 80, "vocabulary": 128256}),
@@ -220,8 +222,8 @@ def parts_of(model: Model, size: int, counts: Counts) -> dict[str, float]:
         "solve": account.solve / FP32,
         "eigenvalues": account.eigen * EIGEN / FP32,
         "exchange": (2 * account.reduced + account.shared) / (NVLINK if size <= GPUS else NETWORK),
-        "PCIe": (PASSES * weights + carried) / PCIE,
-        "disk": (PASSES + 1) * weights / NVME,
+        "PCIe": ((LOOKS + PASSES) * weights + carried) / PCIE,
+        "disk": (READS + 1) * weights / NVME,
     }
 
 

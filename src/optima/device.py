@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from optima.errors import DeviceMemoryError, RecipeError
+from optima.errors import DeviceMemoryError, NotDifferentiableError, RecipeError
 from optima.main_memory import total_memory
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -140,6 +140,18 @@ def one_memory_error() -> Iterator[None]:
         if not any(text in str(error) for text in NO_MEMORY):
             raise
         raise torch.OutOfMemoryError(str(error)) from error
+
+
+@contextmanager
+def backward_explained(name: str) -> Iterator[None]:
+    """What has no backward pass inside, as some kernels, is a ``NotDifferentiableError``; a lack of memory is none."""
+    try:
+        with one_memory_error():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotDifferentiableError(f"{name} has no backward pass ({error})") from error
 
 
 # What makes a run smaller.

@@ -137,7 +137,7 @@ class Job:
                             tuned = self._tune(block, keeps, (streams, taken, dense.hidden), linears)
                     del keeps  # a byte a weight, on the device
                 if self.loss is not None:
-                    self.loss.residual.pop(block.name, None)  # E x E numbers
+                    self.loss.forget([block.name, *(linear.name for linear in block.linears)])
                 if block is not blocks[-1] and not onward:
                     with clock("forward"):
                         streams.advance(block)
@@ -345,8 +345,6 @@ class Job:
         if not in_turn:
             self._share(pruned, block.linears, ranks, clock)
         self._tell(block, streams, pruned)
-        if self.loss is not None:
-            self.loss.forget({linear.name for linear in block.linears})
         return pruned.keeps
 
     def _share(self, pruned: Pruned, linears: Sequence[Linear], ranks: Ranks, clock: Stopwatch) -> None:

@@ -15,6 +15,7 @@ from runs import raising
 from safetensors.torch import load_file
 from tiny import make_llama
 from torch import Tensor, nn
+from transformers import Ernie4_5_MoeConfig
 
 from optima import Recipe, prune
 from optima.build import build as build_methods
@@ -103,7 +104,7 @@ def check_chain(model: nn.Module) -> None:
 
 
 def check_chain_of(model: nn.Module, stack: Stack) -> None:
-    batches = make_ids().split(2)
+    streams = capture(model, whole(stack), make_ids().split(2))
     expected: list[Tensor] = []
     handle = stack.blocks[-1].module.register_forward_hook(
         lambda module, args, output: expected.append(output[0] if isinstance(output, (tuple, list)) else output)
@@ -111,10 +112,9 @@ def check_chain_of(model: nn.Module, stack: Stack) -> None:
     # A cache copies keys, and some processors multiply a copy in another order: as in capture, there is none.
     without = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
     with torch.no_grad():
-        for batch in batches:
+        for batch in streams.batches:
             model(**arguments(model, batch), **without)
     handle.remove()
-    streams = capture(model, whole(stack), batches)
     for block in stack.blocks:
         streams.advance(block)
     for hidden, want in zip(streams.hidden, expected, strict=True):
@@ -282,6 +282,18 @@ def test_labels_where_the_head_goes_by_slices(monkeypatch: pytest.MonkeyPatch) -
     assert prune(whole, Recipe(), calibration=pairs(labels=labels)).run.notes == report.run.notes
 
 
+def test_the_encoder_runs_once_for_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, counts = [], []
+    for words in (1, 100):
+        monkeypatch.setattr("optima.calibration.head.LOGITS_BYTES", 4 * VOCAB * words)
+        model = build("t5gemma")
+        model.get_encoder().layers[0].register_forward_hook(lambda *_: calls.append(1))
+        prune(model, Recipe(tuning_epochs=0, targets=["decoder"]), calibration=make_ids(2, 10))
+        counts.append(len(calls))
+        calls.clear()
+    assert counts[0] == counts[1] > 0
+
+
 def test_labels_that_are_classes_are_no_words() -> None:
     with pytest.raises(CalibrationError, match=r"labels of shape \(2,\) are no words for the decoder: leave them out"):
         prune(build("t5"), Recipe(), calibration=pairs(labels=torch.tensor([0, 1])))
@@ -346,16 +358,17 @@ def test_embeddings_in_the_place_of_words() -> None:
 
 
 def test_as_many_heads_as_samples_are_no_samples() -> None:
-    """MPT's blocks are called with a position bias of (heads, 1, L)."""
+    """MPT's blocks are called with a position bias of (heads, 1, L): a batch comes in single sequences."""
     model = build("mpt")
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, [make_ids(model.config.n_heads)])
-    assert "cannot be taken apart into 4 samples" in streams.inseparable(stack.blocks[0], 0)
+    heads = model.config.n_heads
+    assert [samples for samples, _ in capture(model, stack, [make_ids(heads)]).sizes] == [1] * heads
 
 
 def test_a_mixture_is_planned_for_the_experts_that_a_token_takes() -> None:
     assert routed_share(build("mixtral").config) == 0.5
     assert routed_share(build("qwen3_moe").config) < 1.0
+    assert routed_share(Ernie4_5_MoeConfig()) == 6 / 64
     assert routed_share(build("gemma3").config) == 1.0
     config = build("deepseek_v3").config
     share, config.index_topk = routed_share(config), 2048

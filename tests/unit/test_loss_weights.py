@@ -200,6 +200,34 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
 
 
+class _Kernel(torch.autograd.Function):
+    """It has no backward pass."""
+
+    @staticmethod
+    def forward(ctx: object, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.clone()
+
+
+@pytest.mark.parametrize("place", ["layers.1", "norm"])
+def test_so_does_one_whose_kernels_have_no_backward_pass(place: str) -> None:
+    model = make_llama()
+    module = model.model.get_submodule(place)
+    forward = module.forward
+    module.forward = lambda hidden, *args, **kwargs: forward(_Kernel.apply(hidden), *args, **kwargs)
+    report = prune(model, Recipe(), calibration=make_tokens())
+    (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
+    assert "has no backward pass (" in note
+
+
+def test_a_block_that_is_done_is_forgotten() -> None:
+    found, _ = sweep(make_llama())
+    left = {name for known in (found.tokens, found.rows) for name in known}
+    found.forget([name for name in left if "layers.0" in name])
+    assert {name for known in (found.tokens, found.rows) for name in known} == {
+        name for name in left if "layers.0" not in name
+    }
+
+
 def test_what_ranks_nothing_is_told_of_no_scope() -> None:
     with torch.inference_mode():
         report = prune(make_llama(), Recipe(objective="loss", pattern=["2:4"]), calibration=make_tokens())

@@ -313,3 +313,12 @@ def test_a_norm_of_another_block_stays() -> None:
     assert tuned(model, 2e-3).best > 0
     assert first.input_layernorm.weight.equal(before)
     assert not first.post_attention_layernorm.weight.equal(own)
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "bloom", "xlnet"])
+def test_the_size_of_batches_changes_nothing(family: str) -> None:
+    """These cannot take a batch apart, so it comes in single sequences."""
+    models = [build(family), build(family)]
+    for size, model in zip((1, 4), models, strict=True):
+        prune(model, Recipe(batch_size=size), calibration=make_ids(12, 16), progress=False)
+    assert all(one.equal(other) for one, other in zip(*(model.parameters() for model in models), strict=True))

@@ -20,6 +20,7 @@ from optima.calibration.left_behind import LeftBehind
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights, tempering
+from optima.device import backward_explained
 from optima.errors import NotDifferentiableError
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block
@@ -66,7 +67,7 @@ class _Notes:
             for linear in self._block.linears:
                 see = partial(note, linear.name)
                 if isinstance(linear, ExpertLinear):
-                    nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+                    nowhere = torch.zeros(0, dtype=torch.int32), torch.zeros(0)
                     self._routed.setdefault(linear.name, [nowhere for _ in self._sizes])
                     hooks.callback(linear.watch_tokens(see).remove)
                 else:
@@ -86,7 +87,7 @@ class _Notes:
         if name in self._routed:
             if tokens_T is not None:
                 known = self._routed[name][batch]
-                found = (tokens_T.cpu() + begin, sum_T)
+                found = ((tokens_T.cpu() + begin).int(), sum_T)
                 self._routed[name][batch] = torch.cat((known[0], found[0])), torch.cat((known[1], found[1]))
         elif name not in self._unordered and len(sum_T) == count:
             if (leader := self._leaders[name]) not in self._tokens:
@@ -134,7 +135,7 @@ def through(
             leaves.append(args[0].detach().requires_grad_(True))
             return block.module(leaves[0], *args[1:], **kwargs)
 
-        with notes.watch(batch, part):
+        with notes.watch(batch, part), backward_explained(block.name):
             left.lend(states)
             output = hidden_of(streams.run(block, batch, part, call))
             if not output.requires_grad:

@@ -86,13 +86,31 @@ def capture(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
+    none: list[list[Call]] = [[] for _ in blocks]
+    empty = Streams(probe, [], [], none, [], store or Store(), halving=halving, whole=apart, fixed=_fixed(trial))
+    streams = _recorded(model, stack, batches[:1], empty)
+    if any(streams.inseparable(block, 0, looks=True) for block in blocks):
+        # Not later, then now: tuning goes by sequences, and memory may be short.
+        batches = [one for batch in batches for one in (batch.split(1) if isinstance(batch, Tensor) else (batch,))]
+        streams = _recorded(model, stack, batches[:1], empty)
+    _record(model, stack, batches[1:], streams)
+    return replace(streams, ranks=ranks).counted()
+
+
+def _recorded(model: nn.Module, stack: Stack, batches: Sequence[Batch], empty: Streams) -> Streams:
+    """Streams as ``empty``, with what enters the blocks of ``stack``."""
+    calls: list[list[Call]] = [[] for _ in empty.calls]
+    streams = replace(empty, sizes=[], hidden=[], calls=calls, carried=[], batches=[])
+    _record(model, stack, batches, streams)
+    return streams
+
+
+def _fixed(trial: Streams) -> frozenset[int]:
+    """Lengths of what a block is called with for a single sample, which are no number of samples."""
     fixed: set[int] = set()
     if trial.sizes[0][0] == 1:
         map_tensors(trial.calls, lambda tensor: fixed.add(len(tensor)) if tensor.ndim > 1 and len(tensor) > 1 else None)
-    calls: list[list[Call]] = [[] for _ in blocks]
-    streams = Streams(probe, [], [], calls, [], store or Store(), halving=halving, whole=apart, fixed=frozenset(fixed))
-    _record(model, stack, batches, streams)
-    return replace(streams, ranks=ranks).counted()
+    return frozenset(fixed)
 
 
 def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], streams: Streams) -> None:

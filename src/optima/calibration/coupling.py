@@ -72,7 +72,10 @@ class Halves:
         odd_B = torch.arange(first, first + count) % 2
         tempered_BTO = (gradient_TO.float() * factor_T.sqrt()[:, None]).unflatten(0, (count, length))
         products = torch.empty(2, *gradient_TO.shape[1:] * 2, device=gradient_TO.device)
-        with bfloat16_products() if gradient_TO.dtype == torch.bfloat16 else nullcontext():
+        rounded = gradient_TO.dtype == torch.bfloat16
+        if rounded:  # as the factors of such products must be, wherever they are made
+            tempered_BTO = tempered_BTO.bfloat16().float()
+        with bfloat16_products() if rounded else nullcontext():
             for half, product_OO in enumerate(products):
                 half_TO = tempered_BTO[(odd_B == half).to(gradient_TO.device)].flatten(0, 1)
                 torch.mm(half_TO.mT, half_TO, out=product_OO)

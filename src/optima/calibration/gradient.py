@@ -34,7 +34,8 @@ def regional_gradients(block: Block, streams: Streams) -> dict[str, Tensor]:
 
     Raises:
         NumericalError: if a gradient is not finite.
-        ModelError: if the block cannot be run on single sequences, or was made inside ``torch.inference_mode()``.
+        ModelError: if the block cannot be run on single sequences, has no gradients, or was made inside
+            ``torch.inference_mode()``.
     """
     weights = list({id(linear.parameter): linear.parameter for linear in block.linears}.values())
     if any(weight.is_inference() for weight in weights):
@@ -47,6 +48,8 @@ def regional_gradients(block: Block, streams: Streams) -> dict[str, Tensor]:
                 one = slice(sample, sample + 1)
                 output_1LE = hidden_of(streams.run(block, batch, one, looks=True)).float()
                 loss = torch.linalg.vector_norm(output_1LE) / length**0.5
+                if not loss.requires_grad:
+                    raise ModelError(f"{block.name} has no gradients, by which this selector chooses: take another one")
                 scale = 2.0 ** round(math.log2(GRADIENT * length * output_1LE.shape[-1] ** 0.5))
                 found = torch.autograd.grad(loss * scale, weights, allow_unused=True)
                 gradients = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}

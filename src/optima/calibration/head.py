@@ -6,7 +6,7 @@ chunk, K chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from optima.calibration.halving import rows_of
 from optima.calibration.inputs import Batch, inseparable, some_of
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
-from optima.device import describe_memory, forward_replaced
+from optima.device import backward_explained, describe_memory, forward_replaced
 from optima.errors import NotDifferentiableError
 from optima.models.reading import in_slices, is_encoder_decoder
 from optima.models.stacks import Stack, count_by_place, find_stacks
@@ -109,11 +109,13 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
         leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
-        with ExitStack() as replaced:
+        with ExitStack() as replaced, backward_explained("its head"):
             for block in stack.blocks:
                 returned = leaf if block is stack.blocks[-1] else None
                 like = streams.probe.outputs[block.index]
                 replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
+            if stack.part == "decoder" and (encoder := model.get_encoder()) is not model:
+                replaced.enter_context(forward_replaced(encoder, _once(encoder.forward)))
             for start in range(0, length, step):
                 drawn_BC = drawn_BL[part, start : start + step]
                 if sliced:
@@ -128,6 +130,17 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
     parts = streams.halving.over(samples, back, whole)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``forward`` returns the first time, whatever it is called with."""
+    known: list[Any] = []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        known[:] = known or [forward(*args, **kwargs)]
+        return known[0]
+
+    return called
 
 
 def _logits(returned: Any) -> Tensor:

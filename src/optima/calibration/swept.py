@@ -191,7 +191,7 @@ def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int])
 
 def fill_in_routed(routed: dict[str, list[tuple[Tensor, Tensor]]], streams: Streams, swept: list[int]) -> None:
     """Give every batch an entry, where ``routed`` has the tokens of experts in the batches ``swept``."""
-    nowhere = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    nowhere = torch.zeros(0, dtype=torch.int32), torch.zeros(0)
     for name, known in routed.items():
         own = dict(zip(swept, known, strict=True))
         routed[name] = [own.get(batch, nowhere) for batch in range(len(streams.sizes))]

@@ -135,9 +135,10 @@ class LossWeights:
     shared: dict[str, Moments] = field(default_factory=dict)
 
     def forget(self, names: Iterable[str]) -> None:
-        """Linears are pruned: let go of what is large and needed once."""
-        for name in names:
-            self.coupling.pop(name, None)
+        """A block and its linears are done: let go of what is needed once."""
+        for known in (self.tokens, self.routed, self.rows, self.residual, self.coupling):
+            for name in names:
+                known.pop(name, None)
 
     def part(self, batches: Sequence[int]) -> LossWeights:
         """The weights of some batches, as ``Streams.part``; what is known of all tokens stays."""
@@ -185,7 +186,7 @@ class LossWeights:
             return None
         tokens_T, own_T = self.routed[name][batch]
         weight_T = torch.ones(size)
-        weight_T[tokens_T] = moments.weights(own_T, self._starts(batch, tokens_T))
+        weight_T[tokens_T.long()] = moments.weights(own_T, self._starts(batch, tokens_T))
         return weight_T
 
     def effective_tokens(self, name: str) -> float | None:

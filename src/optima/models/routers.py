@@ -10,8 +10,8 @@ from torch import nn
 
 # What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
 EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
-# And of those that a token is sent to: num_experts_per_tok, moe_topk, experts_per_token ...
-EXPERTS_EACH = re.compile(r"(?!index_)((\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?)")
+# And of those that a token is sent to: num_experts_per_tok, moe_topk, moe_k, experts_per_token ...
+EXPERTS_EACH = re.compile(r"(?!index_)((\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?|moe_k)")
 ROUTER, ROUTERS = "router", {"gate", "wg"}
 INDEXER = "indexer"  # holds linears that choose the tokens that attention sees (DeepSeek-V3.2, GLM-5)
 

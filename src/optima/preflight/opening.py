@@ -132,7 +132,7 @@ def read(
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
     text.check(checked.structure)
     whole = whole or ("it writes its own text" if _lacks(checked, text) else None)
-    return *_network(checked, whole, ranks.here()), text
+    return *_network(checked, whole, ranks), text
 
 
 def _lacks(checked: Checked, text: Calibration) -> bool:
@@ -159,17 +159,14 @@ def written(
     return own_text(network, tokenizer, recipe, checked.device, text, room, ranks, progress.share)
 
 
-def _network(checked: Checked, whole: str | None, processes: int) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
-    """The model, who gives it its weights, and what the report says of them; ``whole``: see ``read``.
-
-    So many ``processes`` share the machine.
-    """
+def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
+    """The model, who gives it its weights, and what the report says of them; ``whole``: see ``read``."""
     source = checked.source
     model = checked.structure
     if source is None:
         return model, Resident(model), {"model": type(model).__name__}
 
-    short: list[str] = []
+    processes, short = ranks.here(), list[str]()
 
     def fits(streamed: bool) -> None:
         memory = memory_of(checked, streamed)
@@ -180,7 +177,7 @@ def _network(checked: Checked, whole: str | None, processes: int) -> tuple[PreTr
 
     network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
     weights.notes = (*weights.notes, *short)
-    revision, hashed = commit_of(source), fingerprint(source)
+    revision, hashed = commit_of(source), ranks.from_first(lambda: fingerprint(source))
     origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
     return network, weights, origin
 
