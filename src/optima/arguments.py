@@ -275,8 +275,12 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         if all(":" in entry.rpartition("=")[2] for entry in given["pattern"]):
             for name in ("scope", "group_size"):  # n:m has none
                 values.pop(name, None)
-    if "sparsity" in given:
-        values.pop("pattern", None)
+    if "sparsity" in given and values.pop("pattern", None):
+        _logger.warning("recipe %s: its patterns are left out, for sparsity was given", path)
+    if given.get("selector") == "external":
+        for name in [name for name in ("sparsity", "pattern", "scope", "group_size") if name in values]:
+            del values[name]  # of masks that it did not choose
+            _logger.warning("recipe %s: its %s is left out, for masks were given", path, name)
     if reason := _unshared(given, values.get("allocation")):
         _drop_allocation(values, path, reason)
     _drop_idle(values, given)

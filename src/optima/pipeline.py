@@ -63,6 +63,7 @@ class Job:
         linears, blocks: the records so far.
         resumed_seconds: what an earlier run spent on the blocks that it had done.
         notes: what was not done, or deviated from the recipe.
+        kept_dense: weights of each linear that ``keep_dense`` chose.
         true_sequential: a linear is calibrated behind the pruned ones before it in the block.
         halving: how many sequences run together.
         clock: of what happens outside the blocks.
@@ -84,6 +85,7 @@ class Job:
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    kept_dense: dict[str, int] = field(default_factory=dict)
     resumed_seconds: float = 0.0
     expert_tokens: int = 0
     true_sequential: bool = False
@@ -153,7 +155,7 @@ class Job:
                     self.weights.replaced(block, self._reader(ranks, block))
             give_back_freed_memory()
             self.progress.notes(self.notes)
-            self.progress.block(block.name, self.blocks[-1], again)
+            self.progress.block(block.name, self.blocks[-1], self.linears[linears:] if again else None)
         self.earlier += len(stack.blocks)
 
     def _reader(self, ranks: Ranks, block: Block) -> Read:

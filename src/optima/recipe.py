@@ -264,11 +264,11 @@ class Recipe:
             values["selector"] = f"{kind.__module__}:{kind.__qualname__}"
         return values
 
-    def save(self, path: Path) -> None:
-        """Write the recipe as YAML, without what does nothing: its default may be another in a later version."""
+    def save(self, path: Path, about: str = "") -> None:
+        """Write it as YAML behind a comment ``about`` it, without what does nothing: later defaults may be others."""
         idle = self._idle()
         values = {name: value for name, value in self.to_dict().items() if name not in idle}
-        path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        path.write_text(f"# {about}\n" * bool(about) + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     def _check_selector(self) -> None:
         chosen = self.selector

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -250,8 +251,10 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
                 experts = any(has_experts(block.linears) for block in stack.blocks)
                 shares = job.survey(stack, streams, allocation, surveyed_batches(streams, share, experts))
                 checked.found.share(shares)
-                if dense := [name for name, share in shares.items() if not share]:
-                    job.notes.append(f"kept dense, for the loss feels their pruning most: {', '.join(dense)}")
+                if dense := [linear for linear in checked.found.linears if shares.get(linear.name) == 0.0]:
+                    job.kept_dense |= {linear.name: math.prod(linear.shape) for linear in dense}
+                    named = ", ".join(linear.name for linear in dense)
+                    job.notes.append(f"kept dense, for the loss feels their pruning most: {named}")
             job.prune(stack, streams, runs_again=stack is not needed[-1])
 
 
@@ -290,6 +293,7 @@ def _report(
         num_tokens=text.num_tokens,
         dataset_revision=text.revision,
         skipped_records=text.skipped,
+        kept_dense=job.kept_dense,
         device=describe_device(checked.device),
         dtype=", ".join(sorted({dtype_name(p.dtype) for p in network.parameters()})),
         peak_memory_bytes=peak_bytes,
@@ -306,4 +310,5 @@ def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: 
     report.save(directory)
     (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
-    recipe.save(directory / "recipe.yaml")
+    given = "The calibration text was the caller's, and that of dataset was not read."
+    recipe.save(directory / "recipe.yaml", given if GIVEN_NOTE in report.run.notes else "")

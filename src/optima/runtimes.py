@@ -69,7 +69,7 @@ def table_rows(weights: Mapping[Pattern, int]) -> list[list[str]]:
         [
             each.runtime,
             each.hardware,
-            each.gain + ("" if share == 1 else f" ({share:.0%} of the pruned weights)"),
+            each.gain + ("" if share == 1 else f" (for {share:.0%} of the pruned linears' weights)"),
             each.note,
             f"{each.source} ({each.checked})",
         ]

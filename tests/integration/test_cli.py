@@ -36,6 +36,7 @@ from optima.build import build, default_scope
 from optima.cli import main
 from optima.evaluation.record import load_evaluation
 from optima.options import GROUPS
+from optima.reporting.summary import render_summary
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
 WANDA = ["--selector", "wanda", "--objective", "sink"]  # every row loses the same number
@@ -198,6 +199,11 @@ class TestPrune:
             weight.numel() for name, weight in before.items() if "proj" in name
         )
         assert all(linear.sparsity == 0.5 for linear in report.linears)
+        assert set(report.run.kept_dense) == dense
+        every = sum(before[f"{name}.weight"].numel() for name in pruned | dense)
+        zeros = sum((weights[f"{name}.weight"] == 0).sum().item() for name in pruned)
+        assert report.sparsity == pytest.approx(zeros / every)
+        assert f"of {len(pruned | dense)} linears pruned, {len(dense)} of them kept dense" in render_summary(report)
         (note,) = report.run.notes
         assert all(name in note for name in dense)
 
@@ -232,6 +238,14 @@ class TestPrune:
         assert hessian_DD.shape == (48, 48)
         assert torch.allclose(hessian_DD, hessian_DD.T)
         assert torch.linalg.eigvalsh(hessian_DD.double())[0] > -1e-6 * hessian_DD.diagonal().max()
+
+    def test_masks_of_another_run_with_a_recipe_of_its_own(self, caplog: pytest.LogCaptureFixture) -> None:
+        first = prune("--selector", "magnitude", "--solver", "none", "--sparsity", "0.6")
+        again = prune(
+            "--recipe", "best", "--tuning-epochs", "0", "--selector", "external", "--mask-from", "out", out="b"
+        )
+        assert "recipe best: its sparsity is left out, for masks were given" in caplog.text
+        assert all(torch.equal(first[name] == 0, again[name] == 0) for name in first if "proj" in name)
 
     def test_ignore_can_be_emptied(self) -> None:
         prune("--ignore", "mlp", "--targets", "layers.0")

@@ -378,15 +378,15 @@ class TestProgress:
         listeners.start(6, 1, done=2)
         for name in "ab":
             now += 1
-            listeners.block(name, resumed=True)
+            listeners.block(name, resumed=[linear()] if name == "a" else [])
         now = 112.0
         listeners.block("c")
         now = 7302.0
         listeners.block("d")
         assert screen.getvalue().splitlines() == [
             "going on: 2 of 6 blocks are done",
-            "block 3/6  error -  0:00:12 elapsed  0:00:30 left",
-            "block 4/6  error -  2:00:02 elapsed  2:00:00 left",
+            "block 3/6  error 0.1000  0:00:12 elapsed  0:00:30 left",
+            "block 4/6  error 0.1000  2:00:02 elapsed  2:00:00 left",
         ]
 
     def test_what_comes_before_is_named(self) -> None:
@@ -441,8 +441,8 @@ class TestProgress:
         screen = io.StringIO()
         with Listeners([Progress(Console(file=screen, force_terminal=True, width=120, color_system=None))]) as shown:
             shown.start(4, 1, done=2)
-            shown.block("a", resumed=True)
-            shown.block("b", resumed=True)
+            shown.block("a", resumed=[])
+            shown.block("b", resumed=[])
             shown.block("c")
         assert set(re.findall(r"(\d)/4", screen.getvalue())) == {"2", "3"}
 

@@ -66,7 +66,7 @@ class TestPatterns:
 
     def test_a_part_of_the_model(self) -> None:
         rows = {row[0]: row[2] for row in table_rows({NM(2, 4): 3, HALF: 1})}
-        assert rows["PyTorch, semi-structured"].endswith("(75% of the pruned weights)")
+        assert rows["PyTorch, semi-structured"].endswith("(for 75% of the pruned linears' weights)")
         assert "pruned weights" not in rows["Core ML"]
         assert rows["vLLM, SGLang"] == "none"
 

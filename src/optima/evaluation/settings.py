@@ -86,14 +86,14 @@ class EvaluationSettings:
     def _problems(self) -> Iterator[str]:
         if not self.models:
             yield "models is empty: name a hub id, a local directory or a GGUF file"
+        if self.suite is not None and self.suite not in SUITES:
+            yield unknown("suite", self.suite, SUITES)
         if not (self.dataset or self.task_names):
             yield "nothing to measure: name a text with --dataset, or --tasks, or a --suite"
         if self.protocol not in PROTOCOLS:
             yield unknown("protocol", self.protocol, PROTOCOLS)
         if self.dtype not in DTYPES:
             yield unknown("dtype", self.dtype, DTYPES)
-        if self.suite is not None and self.suite not in SUITES:
-            yield unknown("suite", self.suite, SUITES)
         if self.divergence and not (self.dataset and len(self.models) > 1):
             yield "--divergence compares models on a text: name two models or more, and a text with --dataset"
         for option in fields(self):

@@ -186,7 +186,7 @@ class Destination:
                 self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
         elif resume is not False:
             head = found.journal.sound[0].get("run") if found.journal.sound else None
-            check_same(head if isinstance(head, dict) else {}, run, self.partial)
+            check_same(head if isinstance(head, dict) else {}, run, self.partial, str(found.run.get("command", "")))
             if resume is None:
                 raise ModelError(
                     f"{self.partial} was left by a run into {self.path} that did not end ({found}): optima "
@@ -291,7 +291,11 @@ def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> N
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite if it is an earlier output")
+        raise ModelError(
+            f"{path} exists, the output of a run that has ended: {remedy}, or replace it with --overwrite"
+            if _is_output(path)
+            else f"{path} exists: {remedy}"
+        )
     for each in inputs:
         if any(above.exists() and above.samefile(path) for above in (each, *each.parents)):
             raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")

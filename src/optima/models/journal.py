@@ -24,6 +24,14 @@ from optima.models.files import sync
 FORMAT = 2
 START = (0, "")  # of a file without lines: where it ends, and the chain so far
 SHOWN = 60  # letters of a value in a message
+# What is compared by hashes, which tell a reader nothing.
+HASHED = {
+    "code": "another: optima, the selector or the model's own code was changed since",
+    "configuration": "that of another model, and this one has its own",
+    "weights": "those of another model, and this one has its own",
+    "tokens": "other text, and this one has its own",
+    "masks": "others, and this one has its own",
+}
 
 
 @dataclass(frozen=True)
@@ -127,12 +135,14 @@ class Journal:
             sync(self.file)
 
 
-def check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], directory: Path) -> None:
-    """Raise ``ModelError`` at the first key of both, however deep, whose values differ."""
+def check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], directory: Path, command: str = "") -> None:
+    """Raise ``ModelError`` at the first key of both, however deep, whose values differ; ``command`` began the run."""
     for key, old, new in differences(earlier, json.loads(json.dumps(now))):
+        values = HASHED.get(key) or f"{shown(old)}, and this one has {shown(new)}"
+        begun = f" ({command})" if command else ""
         raise ModelError(
-            f"{directory} was left by another run: its {key} was {shown(old)}, and this one has {shown(new)}; finish "
-            "it as it was begun, with --resume, or delete it and begin again with --no-resume"
+            f"{directory} was left by another run: its {key} was {values}; finish it as it was begun{begun}, with "
+            "--resume, or delete it and begin again with --no-resume"
         )
 
 

@@ -194,7 +194,7 @@ def find_calibration(
     if isinstance(given, Calibration):
         return given
     if tokenizer is None:
-        raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids")
+        raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids as a tensor")
     column, revision = recipe.text_column, recipe.dataset_revision
     source = TextSource(recipe.read, recipe.dataset_config, recipe.split, column, revision)
     documents = Documents(source, recipe.seed, tokenizer) if given is None else given

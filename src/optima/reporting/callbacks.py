@@ -48,6 +48,9 @@ class BlockEvent:
     left: float  # seconds that the others will take if they are like those that this run did; NaN until it has done one
     resumed: bool = False  # an earlier run had done it
     record: BlockRecord | None = None  # what it took; None in a survey
+    linears: tuple[
+        LinearRecord, ...
+    ] = ()  # of a block that an earlier run had done, of which ``on_linear`` is not told
 
 
 class Callback:
@@ -130,16 +133,19 @@ class Listeners:
         for callback in self._callbacks:
             callback.on_linear(record)
 
-    def block(self, name: str, record: BlockRecord | None = None, resumed: bool = False) -> None:
-        """The next block is done."""
+    def block(
+        self, name: str, record: BlockRecord | None = None, resumed: Sequence[LinearRecord] | None = None
+    ) -> None:
+        """The next block is done; ``resumed``: its linears, if an earlier run did it."""
         now = self._clock()
         self._done += 1
-        if resumed:
+        if resumed is not None:
             self._own_began = now  # replayed blocks are quick: they say nothing of the others
         else:
             self._own += 1
         left = (now - self._own_began) / self._own * (self._total - self._done) if self._own else math.nan
-        event = BlockEvent(self._stage, name, self._done, self._total, now - self._began, left, resumed, record)
+        known = resumed is not None, record, tuple(resumed or ())
+        event = BlockEvent(self._stage, name, self._done, self._total, now - self._began, left, *known)
         for callback in self._callbacks:
             callback.on_block(event)
 

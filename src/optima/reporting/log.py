@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any, TextIO
@@ -73,7 +73,9 @@ class JsonLog(Callback):
 
     def on_block(self, block: BlockEvent) -> None:
         """The line ``block``."""
-        self.write("block", **asdict(block))
+        told = asdict(replace(block, linears=()))
+        del told["linears"]  # an earlier log has them
+        self.write("block", **told)
 
     def on_note(self, note: str) -> None:
         """The line ``note``."""

@@ -33,13 +33,16 @@ MORE_SETTINGS = (
     "gap",
     "damping",
     "rounding",
+    "swept_share",
+    "allocation_spread",
     "tuning_epochs",
     "tuning_share",
+    "learning_rate",
     "num_calibration_samples",
     "max_seq_length",
     "seed",
 )
-OFF_AT_ZERO, OF_TUNING = ("swaps",), {"tuning_epochs", "tuning_share"}
+OFF_AT_ZERO, OF_TUNING = ("swaps",), {"tuning_epochs", "tuning_share", "learning_rate"}
 TEXTS = {"self": "written by the model itself"}  # in words, where a data set's name says nothing
 AGAIN = "`recipe.yaml` gives the same run again{}."
 ON_GIVEN = " on the same calibration text, which the caller gave"
@@ -178,7 +181,7 @@ def _body(directory: Path, report: Report) -> str:
         title=f"{name}, {report.sparsity:.0%} sparse",
         origin=f"`{name}`",
         sparsity=f"{report.sparsity:.1%}",
-        count=len(report.linears),
+        count=len(report.linears) + len(report.run.kept_dense),
         loader=_loader(directory),
         trust=", trust_remote_code=True" if _config(directory).get("auto_map") else "",
         again=AGAIN.format((ON_GIVEN if given else "") + (BY_OBJECT if by_object else "")),

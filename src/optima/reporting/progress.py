@@ -83,8 +83,9 @@ class Progress(Callback):
 
     def on_block(self, block: BlockEvent) -> None:
         """A block is done."""
-        if block.resumed:
-            return  # the display began with it counted
+        if block.resumed:  # the display began with it counted
+            self._errors.extend(linear.error for linear in block.linears)
+            return
         if self._display is not None:
             (task,) = self._display.task_ids
             linear = "done" if block.done == block.total else "calibrating" if block.stage == "prune" else block.stage

@@ -132,6 +132,7 @@ class RunRecord(Record):
     dataset_revision: str | None = None  # commit of a hub dataset; None if unknown
     processes: Int = 1  # that shared the work
     skipped_records: Int = 0  # records of the calibration text that had none in the text column
+    kept_dense: dict[str, Int] = field(default_factory=dict)  # linears that ``keep_dense`` chose, and their weights
 
 
 @dataclass(frozen=True)
@@ -144,14 +145,19 @@ class Report(Record):
     schema_version: Int = SCHEMA_VERSION
 
     @property
+    def num_weights(self) -> int:
+        """Of the pruned linears, and of those that ``keep_dense`` chose among them."""
+        return sum(linear.size for linear in self.linears) + sum(self.run.kept_dense.values())
+
+    @property
     def sparsity(self) -> float:
-        """Share of all weights of the pruned linears that is zero as written."""
-        return weighted_mean(self.linears, "sparsity")
+        """Share of ``num_weights`` that is zero as written."""
+        return sum(linear.sparsity * linear.size for linear in self.linears) / max(self.num_weights, 1)
 
     @property
     def sparsity_asked(self) -> float:
-        """Share of all weights of the pruned linears that their patterns ask to prune."""
-        return weighted_mean(self.linears, "sparsity_asked")
+        """Share of ``num_weights`` that patterns ask to prune."""
+        return sum(linear.sparsity_asked * linear.size for linear in self.linears) / max(self.num_weights, 1)
 
     @property
     def error_geomean(self) -> float:

@@ -42,7 +42,8 @@ def summary(report: Report) -> list[str]:
     shown = f"pattern {', '.join(patterns)}"
     if len(patterns) > NUM_NAMED:
         shown = f"{len(patterns)} patterns, from {asked[0]:.1%} to {asked[-1]:.1%} a linear"
-    share = f"{report.sparsity:.2%} of the weights of {len(linears)} linears pruned"
+    dense = f", {len(run.kept_dense)} of them kept dense" if run.kept_dense else ""
+    share = f"{report.sparsity:.2%} of the weights of {len(linears) + len(run.kept_dense)} linears pruned{dense}"
     headline = f"**{share}** ({shown}) by **{method}**."
     facts = [headline, _errors(linears), *_swaps(swapped), *_certificate(report), *_tuning(report)]
     return [*facts, in_words(pattern_weights(linears)), *_warnings(report)]
@@ -136,8 +137,7 @@ def _warnings(report: Report) -> list[str]:
 
 def run_facts(report: Report) -> list[tuple[str, str]]:
     """What a run worked on and what it took, a title and a text each."""
-    run, linears = report.run, report.linears
-    total = sum(linear.size for linear in linears)
+    run, total = report.run, report.num_weights
     source = [f"revision {run.model_revision}" if run.model_revision else None, run.model_fingerprint]
     text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
     text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
