@@ -192,7 +192,8 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     from optima.evaluation.table import print_tables
     from optima.evaluation.watch import Watch
 
-    found = evaluate(settings, Watch(OwnConsole(stderr=True)))
+    file = Path(output).expanduser() if output else None
+    found = evaluate(settings, Watch(OwnConsole(stderr=True)), lambda so_far: file and so_far.save(file))
     try:
         files = [found.save(place) for place in places]
         cards = _update_cards(found, settings.models) if save else []

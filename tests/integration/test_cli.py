@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from runs import on_call, raising
 from safetensors.torch import load_file
 from tiny import (
     LINES,
@@ -35,6 +36,7 @@ from optima import Recipe, load_recipe, load_report
 from optima.build import build, default_scope
 from optima.cli import main
 from optima.evaluation.record import load_evaluation
+from optima.models.source import load_model
 from optima.options import GROUPS
 from optima.reporting.summary import render_summary
 
@@ -415,6 +417,17 @@ class TestReport:
 
 
 class TestEval:
+    def test_what_was_measured_is_kept_where_a_later_model_fails(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        text = ["--dataset", "text.txt", "--max-seq-length", "16"]
+        shutil.copytree("model", "other")
+        failing = on_call(2, load_model, raising(MemoryError()))
+        monkeypatch.setattr("optima.evaluation.evaluate.load_model", failing)
+        with pytest.raises(MemoryError):
+            main(["eval", "model", "other", *text, "--output", "found.json"])
+        assert [record.model for record in load_evaluation("found.json").models] == ["model"]
+
     def test_names_are_no_markup(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (root / "model").rename("v[bold]2")
         arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]

@@ -134,10 +134,6 @@ class Streams:
             )
         return ""
 
-    def keeps_state(self, block: Block, batch: int) -> bool:
-        """Whether the block is given something that it can leave keys and values in for later blocks."""
-        return bool(self.states(block, batch))
-
     def states(self, block: Block, batch: int) -> list[MutableMapping[Any, Any]]:
         """What the block is given that it can leave keys and values in, or read those of earlier blocks from."""
         return _states_in(*self.calls[block.index][batch])

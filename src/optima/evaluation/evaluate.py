@@ -6,7 +6,7 @@ Shapes: N windows, L tokens in each.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -60,7 +60,9 @@ class _Subject:
     text: Documents | None
 
 
-def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evaluation:
+def evaluate(
+    settings: EvaluationSettings, watch: Watch | None = None, keep: Callable[[Evaluation], object] = lambda found: None
+) -> Evaluation:
     """Measure every model.
 
     One model is in memory at a time; with ``settings.divergence`` the first one stays.
@@ -68,6 +70,7 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
     Args:
         settings: what is measured, and how.
         watch: told how far it is.
+        keep: given what was found so far, once each model is measured: a later one may fail.
 
     Raises:
         OptimaError: for what cannot be done; before any weights are loaded wherever that can be known.
@@ -78,30 +81,32 @@ def evaluate(settings: EvaluationSettings, watch: Watch | None = None) -> Evalua
     _check_models(settings, subjects)
     if device.type == "cpu":
         _check_room(settings, subjects)
-    records, losses = [], []
+    records, losses = list[ModelRecord](), list[Tensor | None]()
     reference, watch = None, watch or Watch()
+    versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
     for place, subject in enumerate(subjects, 1):
         watch.model(subject.source.name, place, len(subjects), settings.task_names)
         with memory_explained(device, REMEDY):
             model = load_model(subject.source, settings.dtype, device)
             watch.loaded()
             record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
-        if place < len(subjects):  # else the tables have it right away
-            watch.measured(record)
         records.append(record)
         losses.append(loss_N)
+        found = Evaluation(
+            settings=settings.to_dict(),
+            versions=versions,
+            device=describe_device(device),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            models=tuple(records),
+            comparisons=_comparisons(records, losses, settings.seed),
+        )
+        if place < len(subjects):  # else the caller has it right away
+            watch.measured(record)
+            keep(found)
         if settings.divergence and reference is None:
             reference = model
         del model
-    versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
-    return Evaluation(
-        settings=settings.to_dict(),
-        versions=versions,
-        device=describe_device(device),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        models=tuple(records),
-        comparisons=_comparisons(records, losses, settings.seed),
-    )
+    return found
 
 
 def _subjects(settings: EvaluationSettings) -> list[_Subject]:

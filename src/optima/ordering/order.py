@@ -302,7 +302,7 @@ class _Run:
             first = ways[0]
             if first.kind in self.kinds and set(first.readers) & readers:
                 readers -= set(first.readers)
-                if first.kind == "heads" and streams.keeps_state(block, 0):
+                if first.kind == "heads" and streams.states(block, 0):
                     self.notes.append(f"{first.name}: other blocks may read its values, whose channels stay")
                 elif first.width % self._pattern(first).m:
                     pattern = self._pattern(first)
