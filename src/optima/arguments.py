@@ -277,7 +277,7 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
                 values.pop(name, None)
     if "sparsity" in given and values.pop("pattern", None):
         _logger.warning("recipe %s: its patterns are left out, for sparsity was given", path)
-    if given.get("selector") == "external":
+    if given.get("selector") == "external" and not {"sparsity", "pattern"} & given.keys():
         for name in [name for name in ("sparsity", "pattern", "scope", "group_size") if name in values]:
             del values[name]  # of masks that it did not choose
             _logger.warning("recipe %s: its %s is left out, for masks were given", path, name)

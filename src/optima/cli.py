@@ -192,11 +192,14 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     from optima.evaluation.table import print_tables
     from optima.evaluation.watch import Watch
 
-    file = Path(output).expanduser() if output else None
-    found = evaluate(settings, Watch(OwnConsole(stderr=True)), lambda so_far: file and so_far.save(file))
+    # What is measured is kept: a later model may fail.
+    so_far = Path(f"{Path(output).expanduser()}.partial") if output else None
+    found = evaluate(settings, Watch(OwnConsole(stderr=True)), lambda found: so_far and found.save(so_far))
     try:
         files = [found.save(place) for place in places]
         cards = _update_cards(found, settings.models) if save else []
+        if so_far is not None:
+            so_far.unlink(missing_ok=True)
     finally:
         print_tables(found, console)  # hours of work, whatever becomes of the files
     if files:

@@ -112,16 +112,16 @@ def describe_memory(device: torch.device) -> str:
     return f"{device} ({total / 2**30:.1f} GiB)"
 
 
-# What the driver, cuBLAS, cuSOLVER and the CPU's allocator say where there is no memory for them, in errors of other
-# types than torch's own.
+# What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
 NO_MEMORY = (
     "out of memory",
-    "DefaultCPUAllocator: can't allocate memory",
     "STATUS_ALLOC_FAILED",
     "cublasCreate",
     "cusolverDnCreate",
     "cusolverDnXcreate",
 )
+# And torch for main memory, wherever a run is on.
+NO_MAIN_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -167,7 +167,11 @@ def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[Non
     try:
         with one_memory_error():
             yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if NO_MAIN_MEMORY in str(error):
+            device = torch.device("cpu")
+        elif not isinstance(error, torch.OutOfMemoryError):
+            raise
         raise DeviceMemoryError(
             f"{describe_memory(device)} is out of memory: free some (another process may hold it), or take a "
             f"larger device. {remedy[0].upper()}{remedy[1:]}"

@@ -115,14 +115,17 @@ class HostMemory:
     def shortage(self, processes: int = 1) -> str:
         """What to tell a user before the work if ``processes`` that take as much may end for want of memory, or empty.
 
-        Of what is free, libraries have taken their part.
+        What libraries take is taken by now.
         """
-        free = available_memory() / processes + LIBRARIES_BYTES
-        if self.total <= free:
+        free, more = available_memory(), processes * (self.total - LIBRARIES_BYTES)
+        if more <= free:
             return ""
-        said = f"{free / GIB:.1f} GiB of main memory are free, and up to {self.total / GIB:.1f} GiB may be taken"
-        return f"{said}, {self.least / GIB:.1f} GiB of it by weights: " + (
-            "free some, or use another machine" if self.least > free else REMEDY
+        each = f" by {processes} processes" if processes > 1 else ""
+        fits = processes * self.weights <= free
+        return (
+            f"{free / GIB:.1f} GiB of main memory are free, and up to {more / GIB:.1f} GiB may be taken{each}, "
+            f"{processes * self.weights / GIB:.1f} GiB of it by weights: "
+            f"{REMEDY if fits else 'free some, or use another machine'}"
         )
 
     def note(self, budget: int | None) -> str:

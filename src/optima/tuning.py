@@ -23,7 +23,7 @@ from torch.func import functional_call
 from optima.calibration.halving import rows_of
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Piece, Streams
-from optima.device import GRADIENT, differentiable
+from optima.device import GRADIENT, backward_explained, differentiable
 from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block, Linear
@@ -167,7 +167,8 @@ def tune(
                         f"{block.name} cannot be tuned, for its output does not depend on its weights by a gradient: "
                         "set --tuning-epochs to 0"
                     )
-                (lost * scale).backward()
+                with backward_explained(block.name):
+                    (lost * scale).backward()
             if _finite(master.grad for master in masters.values()):  # one overflow would be in all later steps
                 optimizer.step()
             optimizer.zero_grad()

@@ -426,7 +426,7 @@ class TestEval:
         monkeypatch.setattr("optima.evaluation.evaluate.load_model", failing)
         with pytest.raises(MemoryError):
             main(["eval", "model", "other", *text, "--output", "found.json"])
-        assert [record.model for record in load_evaluation("found.json").models] == ["model"]
+        assert [record.model for record in load_evaluation("found.json.partial").models] == ["model"]
 
     def test_names_are_no_markup(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (root / "model").rename("v[bold]2")

@@ -199,7 +199,7 @@ class TestTwoRuns:
     def test_the_run_file_says_what_the_run_is(self, here: Path) -> None:
         with claim() as destination:
             found = json.loads((destination.partial / "run.json").read_text())
-        assert found.keys() == {"command", "pid", "host", "started"}
+        assert found.keys() == {"command", "began", "pid", "host", "started"}
 
     def test_in_another_process(self, here: Path) -> None:
         with claim():

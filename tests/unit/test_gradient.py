@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from families import build, make_ids
-from tiny import VOCAB, blocks_of, make_bert, make_llama, make_tokens
+from tiny import VOCAB, NoBackward, blocks_of, make_bert, make_llama, make_tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -96,6 +96,14 @@ def test_inside_inference_mode() -> None:
     assert all(torch.equal(found[name], gradient_OD) for name, gradient_OD in expected.items())
     with torch.inference_mode(), pytest.raises(ModelError, match="was made inside"):
         first_block(make_llama(), 2)
+
+
+def test_kernels_without_a_backward_pass() -> None:
+    model = make_llama()
+    mlp = model.model.layers[0].mlp
+    mlp.forward = lambda hidden, forward=mlp.forward: forward(NoBackward.apply(hidden))
+    with pytest.raises(ModelError, match="has no backward pass"):
+        first_block(model, 2)
 
 
 def test_keys_and_values_that_blocks_share() -> None:

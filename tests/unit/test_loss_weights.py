@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, build, make_ids
 from layers import layer_of, make_layer
-from tiny import VOCAB, make_bert, make_llama, make_tokens
+from tiny import VOCAB, NoBackward, make_bert, make_llama, make_tokens
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
@@ -200,20 +200,12 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
 
 
-class _Kernel(torch.autograd.Function):
-    """It has no backward pass."""
-
-    @staticmethod
-    def forward(ctx: object, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.clone()
-
-
 @pytest.mark.parametrize("place", ["layers.1", "norm"])
 def test_so_does_one_whose_kernels_have_no_backward_pass(place: str) -> None:
     model = make_llama()
     module = model.model.get_submodule(place)
     forward = module.forward
-    module.forward = lambda hidden, *args, **kwargs: forward(_Kernel.apply(hidden), *args, **kwargs)
+    module.forward = lambda hidden, *args, **kwargs: forward(NoBackward.apply(hidden), *args, **kwargs)
     report = prune(model, Recipe(), calibration=make_tokens())
     (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
     assert "has no backward pass (" in note

@@ -49,8 +49,9 @@ def little_memory(module: nn.Module, most: int, backward: bool = False) -> Itera
 
 
 def test_of_the_cpu() -> None:
-    with pytest.raises(DeviceMemoryError, match="cpu"), memory_explained(torch.device("cpu")):
-        torch.empty(2**50)
+    for device in ("cpu", "cuda"):
+        with pytest.raises(DeviceMemoryError, match=r"^cpu \("), memory_explained(torch.device(device)):
+            torch.empty(2**50)
 
 
 def stack_of(model: nn.Module) -> Stack:

@@ -75,5 +75,7 @@ def test_a_run_that_may_not_fit_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("optima.memory.available_memory", lambda: 4 * GIB)
     assert HostMemory(weights=GIB, work=3 * GIB, by_loss=0).shortage() == ""
     memory = HostMemory(weights=3 * GIB, work=2 * GIB, by_loss=0)
-    assert "up to 5.5 GiB may be taken, 3.5 GiB of it by weights: lower --batch-size" in memory.shortage()
-    assert memory.shortage(2).endswith("free some, or use another machine")
+    assert memory.shortage().startswith(
+        "4.0 GiB of main memory are free, and up to 5.0 GiB may be taken, 3.0 GiB of it by weights: lower --batch-size"
+    )
+    assert "10.0 GiB may be taken by 2 processes, 6.0 GiB of it by weights: free some, or" in memory.shortage(2)

@@ -135,12 +135,13 @@ def through(
             leaves.append(args[0].detach().requires_grad_(True))
             return block.module(leaves[0], *args[1:], **kwargs)
 
-        with notes.watch(batch, part), backward_explained(block.name):
+        with notes.watch(batch, part):
             left.lend(states)
             output = hidden_of(streams.run(block, batch, part, call))
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
-            left.back(states, output, gradient)
+            with backward_explained(block.name):
+                left.back(states, output, gradient)
         assert leaves[0].grad is not None
         return square_T.cpu(), leaves[0].grad.cpu()
 

@@ -89,9 +89,11 @@ def capture(
     none: list[list[Call]] = [[] for _ in blocks]
     empty = Streams(probe, [], [], none, [], store or Store(), halving=halving, whole=apart, fixed=_fixed(trial))
     streams = _recorded(model, stack, batches[:1], empty)
-    if any(streams.inseparable(block, 0, looks=True) for block in blocks):
+    words = [batch for batch in batches if isinstance(batch, Tensor)]
+    if words and any(streams.inseparable(block, 0, looks=True) for block in blocks):
         # Not later, then now: tuning goes by sequences, and memory may be short.
-        batches = [one for batch in batches for one in (batch.split(1) if isinstance(batch, Tensor) else (batch,))]
+        batches = [one for batch in words for one in batch.split(1)]
+        del streams
         streams = _recorded(model, stack, batches[:1], empty)
     _record(model, stack, batches[1:], streams)
     return replace(streams, ranks=ranks).counted()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
-from optima.device import GRADIENT, differentiable
+from optima.device import GRADIENT, backward_explained, differentiable
 from optima.errors import OTHER_DTYPE, ModelError, NumericalError
 from optima.models.stacks import Block
 
@@ -51,7 +51,8 @@ def regional_gradients(block: Block, streams: Streams) -> dict[str, Tensor]:
                 if not loss.requires_grad:
                     raise ModelError(f"{block.name} has no gradients, by which this selector chooses: take another one")
                 scale = 2.0 ** round(math.log2(GRADIENT * length * output_1LE.shape[-1] ** 0.5))
-                found = torch.autograd.grad(loss * scale, weights, allow_unused=True)
+                with backward_explained(block.name):
+                    found = torch.autograd.grad(loss * scale, weights, allow_unused=True)
                 gradients = {id(weight): gradient for weight, gradient in zip(weights, found, strict=True)}
                 for linear in block.linears:
                     if (gradient := gradients[id(linear.parameter)]) is not None:

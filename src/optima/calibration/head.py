@@ -109,7 +109,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
         leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
-        with ExitStack() as replaced, backward_explained("its head"):
+        with ExitStack() as replaced:
             for block in stack.blocks:
                 returned = leaf if block is stack.blocks[-1] else None
                 like = streams.probe.outputs[block.index]
@@ -123,7 +123,9 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
                 logits_TV = _logits(forward(model, rows, **options)).flatten(0, -2)
                 if not logits_TV.requires_grad:
                     raise NotDifferentiableError("its words do not depend on its last block by a gradient")
-                logits_TV.backward(label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home)))
+                gradient_TV = label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home))
+                with backward_explained("its head"):
+                    logits_TV.backward(gradient_TV)
         assert leaf.grad is not None
         return leaf.grad.cpu()
 

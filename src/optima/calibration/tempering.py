@@ -11,7 +11,7 @@ Shapes: T tokens, O outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -134,7 +134,7 @@ class LossWeights:
     lengths: list[int] = field(default_factory=list)
     shared: dict[str, Moments] = field(default_factory=dict)
 
-    def forget(self, names: Iterable[str]) -> None:
+    def forget(self, names: Collection[str]) -> None:
         """A block and its linears are done: let go of what is needed once."""
         for known in (self.tokens, self.routed, self.rows, self.residual, self.coupling):
             for name in names:

@@ -88,12 +88,14 @@ def unfinished(path: Path) -> Unfinished | None:
 class Destination:
     """The output directory of one run: ``path`` is OUT without links, ``partial`` holds everything until the end.
 
-    ``notes`` say what became of the leavings of an earlier run. ``_finished`` is where the whole output is.
+    ``notes`` say what became of the leavings of an earlier run, and ``began`` which command began the run that goes on.
+    ``_finished`` is where the whole output is.
     """
 
     path: Path
     partial: Path
     notes: list[str] = field(default_factory=list)
+    began: str = ""
     _finished: Path | None = None
 
     @property
@@ -158,7 +160,9 @@ class Destination:
             self._take(run, resume)
             try:
                 started = datetime.now(UTC).isoformat(timespec="seconds")
-                process = {"command": shlex.join(sys.argv), "pid": os.getpid(), "host": socket.gethostname()}
+                command = shlex.join(sys.argv)
+                self.began = self.began or command
+                process = {"command": command, "began": self.began, "pid": os.getpid(), "host": socket.gethostname()}
                 lock.truncate(0)
                 lock.write(json.dumps({**process, "started": started}) + "\n")
                 lock.flush()
@@ -186,7 +190,8 @@ class Destination:
                 self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
         elif resume is not False:
             head = found.journal.sound[0].get("run") if found.journal.sound else None
-            check_same(head if isinstance(head, dict) else {}, run, self.partial, str(found.run.get("command", "")))
+            self.began = str(found.run.get("began", found.run.get("command", "")))
+            check_same(head if isinstance(head, dict) else {}, run, self.partial, self.began)
             if resume is None:
                 raise ModelError(
                     f"{self.partial} was left by a run into {self.path} that did not end ({found}): optima "

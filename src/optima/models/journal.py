@@ -26,11 +26,12 @@ START = (0, "")  # of a file without lines: where it ends, and the chain so far
 SHOWN = 60  # letters of a value in a message
 # What is compared by hashes, which tell a reader nothing.
 HASHED = {
-    "code": "another: optima, the selector or the model's own code was changed since",
-    "configuration": "that of another model, and this one has its own",
-    "weights": "those of another model, and this one has its own",
-    "tokens": "other text, and this one has its own",
-    "masks": "others, and this one has its own",
+    "code": "of optima, or what came with the model, was changed since",
+    "selector.code": "was changed since",
+    "configuration": "is that of another model",
+    "weights": "are those of another model",
+    "tokens": "are of other text",
+    "masks": "are others",
 }
 
 
@@ -88,12 +89,13 @@ class Journal:
         problem: why what an earlier run wrote does not all count; None if it does.
     """
 
-    def __init__(self, file: Path, run: Mapping[str, Any]) -> None:
+    def __init__(self, file: Path, run: Mapping[str, Any], began: str = "") -> None:
         """Begin a journal, or go on with the one that is there.
 
         Args:
             file: where it is or will be.
             run: all that decides the result, as JSON.
+            began: the command that began the run.
 
         Raises:
             ModelError: if what is there belongs to another run (the message names the first key that differs and both
@@ -112,7 +114,7 @@ class Journal:
                 f"the first line of {file} is damaged or of another version: what this run is cannot be told; begin "
                 "again with --no-resume"
             )
-        check_same(found.sound[0]["run"], run, file.parent)
+        check_same(found.sound[0]["run"], run, file.parent, began)
         self.keep(len(self.lines))
 
     def append(self, line: Mapping[str, Any]) -> None:
@@ -138,10 +140,10 @@ class Journal:
 def check_same(earlier: Mapping[str, Any], now: Mapping[str, Any], directory: Path, command: str = "") -> None:
     """Raise ``ModelError`` at the first key of both, however deep, whose values differ; ``command`` began the run."""
     for key, old, new in differences(earlier, json.loads(json.dumps(now))):
-        values = HASHED.get(key) or f"{shown(old)}, and this one has {shown(new)}"
+        differs = HASHED.get(key) or f"was {shown(old)}, and this one has {shown(new)}"
         begun = f" ({command})" if command else ""
         raise ModelError(
-            f"{directory} was left by another run: its {key} was {values}; finish it as it was begun{begun}, with "
+            f"{directory} was left by another run: its {key} {differs}; finish it as it was begun{begun}, with "
             "--resume, or delete it and begin again with --no-resume"
         )
 

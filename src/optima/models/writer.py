@@ -82,7 +82,7 @@ def open_writer(
 ) -> Writer:
     """A writer into ``destination`` for ``blocks``; its journal goes on if it is that of this ``run``."""
     with explain_write_errors(destination.journal):
-        journal = Journal(destination.journal, run)
+        journal = Journal(destination.journal, run, destination.began)
     return Writer(model, [block.name for block in blocks], destination.directory, journal, weights)
 
 

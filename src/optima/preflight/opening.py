@@ -172,12 +172,13 @@ def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrai
         memory = memory_of(checked, streamed)
         memory.left(checked.recipe.memory_budget)  # refused now, if it is too little
         if said := memory.shortage(processes):
-            _logger.warning("%s", said)
             short.append(said)
+            if ranks.first:
+                _logger.warning("%s", said)
 
     network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
     weights.notes = (*weights.notes, *short)
-    revision, hashed = commit_of(source), ranks.from_first(lambda: fingerprint(source))
+    revision, hashed = commit_of(source), fingerprint(source)
     origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
     return network, weights, origin
 

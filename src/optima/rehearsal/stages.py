@@ -154,8 +154,11 @@ class Rehearsal:
             for clock, batches in ((one, self._few[:1]), (few, self._few)):
                 with clock("forward"), Resident(model).outside(place):
                     streams = capture(model, stack, batches, whole, halving=Halving(self.device))
+            assert recipe.num_calibration_samples is not None
+            # Some models' batches come in single sequences.
+            self._all, self._taken = recipe.num_calibration_samples / streams.sizes[0][0], len(streams.hidden)
             waiting.here = _bytes(streams.hidden)
-            inputs = waiting.of_run = waiting.here * self.batches / len(self._few)
+            inputs = waiting.of_run = waiting.here * self._all / self._taken
         self._count(extrapolated(one.seconds, few.seconds, len(self._few), self.batches))
         swept = 0.0
         if self.by_loss:
@@ -203,7 +206,8 @@ class Rehearsal:
 
     def _head(self, stack: Stack, streams: Streams) -> None:
         """The gradients at the model's head, from some positions of a batch."""
-        model, batch, hidden = self.plan.model, self._few[0], streams.hidden[0]
+        model, batch, hidden = self.plan.model, streams.batches[0], streams.hidden[0]
+        assert isinstance(batch, Tensor)
         if model.get_output_embeddings() is None:
             return
         samples, length = words_size(model, batch)
@@ -218,7 +222,7 @@ class Rehearsal:
         place, _ = head_device(model, stack, self.device, samples * length)
         with self._gradients(), Resident(model).outside(place), clock("sweep"):
             at_the_head(model, stack, replace(streams.part([0]), hidden=[hidden], batches=[batch]), 0, drawn_BL)
-        self.seconds["sweep"] += clock.total * self.batches * self.share * length / positions
+        self.seconds["sweep"] += clock.total * self._all * self.share * length / positions
 
     def _sweep(self, block: Block, streams: Streams, count: int) -> LossWeights | None:
         """The sweep there and back through ``count`` such blocks, and what it finds of the sample."""
@@ -334,7 +338,7 @@ class Rehearsal:
             if clock.total > LONG:
                 break
         one = timed[-2] if len(timed) == 3 else {}
-        self._count(extrapolated(one, timed[-1], batches, self.batches), count)
+        self._count(extrapolated(one, timed[-1], batches, self._all), count)
 
     def _count(self, seconds: Mapping[str, float], times: float = 1) -> None:
         """Add up seconds of stages."""
@@ -346,7 +350,7 @@ class Rehearsal:
         tokens = sum(_bytes(own) for own in loss.tokens.values())
         tokens += sum(_bytes([each for pair in own for each in pair]) for own in loss.routed.values())
         matrices = [*loss.residual.values(), *loss.coupling.values()]
-        return blocks * (tokens * self.batches / len(self._few) + _bytes(matrices))
+        return blocks * (tokens * self._all / self._taken + _bytes(matrices))
 
     @contextmanager
     def _gradients(self) -> Iterator[None]:

@@ -170,6 +170,7 @@ def _body(directory: Path, report: Report) -> str:
     recipe = report.run.recipe
     name = short_name(report.run.model)
     idle = set() if any(block.tuning for block in report.blocks) else OF_TUNING
+    idle |= set() if recipe.get("objective") == "loss" else {"swept_share"}
     told = [key for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, []) and key not in idle]
     rows = [[key, _plain(recipe[key])] for key in told if recipe[key] or key not in OFF_AT_ZERO]
     given = GIVEN_NOTE in report.run.notes

@@ -144,7 +144,7 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     text += [f"{run.skipped_records:,} records without text skipped"] if run.skipped_records else []
     device = run.device if run.processes == 1 else f"{run.processes} processes, the first on {run.device}"
     rows = [
-        ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the pruned linears"),
+        ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in linears to prune"),
         ("sparsity", f"{report.sparsity:.4%}, asked {report.sparsity_asked:.4%}"),
         ("source", ", ".join(part for part in source if part)),
         ("calibration", ", ".join(text)),
