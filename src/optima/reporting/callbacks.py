@@ -48,9 +48,7 @@ class BlockEvent:
     left: float  # seconds that the others will take if they are like those that this run did; NaN until it has done one
     resumed: bool = False  # an earlier run had done it
     record: BlockRecord | None = None  # what it took; None in a survey
-    linears: tuple[
-        LinearRecord, ...
-    ] = ()  # of a block that an earlier run had done, of which ``on_linear`` is not told
+    linears: tuple[LinearRecord, ...] = ()  # of a resumed block, of which ``on_linear`` is not told
 
 
 class Callback:
