@@ -114,7 +114,7 @@ class Recipe:
         "speak of the weights before",
         shown=f"{EPOCHS} with objective loss and a solver, without max_change, if there is room; else 0")
     tuning_share: Share = option(
-        "tuning", 0.5, "the share of the sequences that blocks are tuned on, of at least 32768 tokens")
+        "tuning", 0.4, "the share of the sequences that blocks are tuned on, of at least 32768 tokens")
     learning_rate: Positive = option(
         "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
     dataset: Texts = option(
