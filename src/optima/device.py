@@ -113,13 +113,7 @@ def describe_memory(device: torch.device) -> str:
 
 
 # What the driver, cuBLAS and cuSOLVER say where there is no memory for them, in errors of other types than torch's own.
-NO_MEMORY = (
-    "out of memory",
-    "STATUS_ALLOC_FAILED",
-    "cublasCreate",
-    "cusolverDnCreate",
-    "cusolverDnXcreate",
-)
+NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "cublasCreate", "cusolverDnCreate", "cusolverDnXcreate")
 # And torch for main memory, wherever a run is on.
 NO_MAIN_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 

@@ -49,6 +49,9 @@ SMALLEST_ITEM = 2  # bytes of a weight
 REMEDY = "lower --batch-size, leave --divergence out, which keeps two models there, or take --device cpu"
 
 
+_Measured = tuple[ModelRecord, Tensor | None]  # and the loss on each window
+
+
 @dataclass(frozen=True)
 class _Subject:
     """A model that is to be measured, its skeleton at first; ``tokens_NL`` is None where no text is."""
@@ -81,7 +84,7 @@ def evaluate(
     _check_models(settings, subjects)
     if device.type == "cpu":
         _check_room(settings, subjects)
-    records, losses = list[ModelRecord](), list[Tensor | None]()
+    measured, compared = list[_Measured](), list[ComparisonRecord]()
     reference, watch = None, watch or Watch()
     versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
     for place, subject in enumerate(subjects, 1):
@@ -90,15 +93,16 @@ def evaluate(
             model = load_model(subject.source, settings.dtype, device)
             watch.loaded()
             record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
-        records.append(record)
-        losses.append(loss_N)
+        measured.append((record, loss_N))
+        if place > 1:
+            compared.append(_comparison(measured[0], measured[-1], settings.seed))
         found = Evaluation(
             settings=settings.to_dict(),
             versions=versions,
             device=describe_device(device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            models=tuple(records),
-            comparisons=_comparisons(records, losses, settings.seed),
+            models=tuple(record for record, _ in measured),
+            comparisons=tuple(compared),
         )
         if place < len(subjects):  # else the caller has it right away
             watch.measured(record)
@@ -234,19 +238,15 @@ def _perplexity(subject: _Subject, loss_N: Tensor, protocol: str) -> PerplexityR
     return PerplexityRecord(exponential(loss.value), loss, protocol, num_windows, length, *text)
 
 
-def _comparisons(
-    records: Sequence[ModelRecord], losses: Sequence[Tensor | None], seed: int
-) -> tuple[ComparisonRecord, ...]:
-    first, first_N = records[0], losses[0]
-    found = []
-    for other, other_N in zip(records[1:], losses[1:], strict=True):
-        difference = None
-        if first_N is not None and other_N is not None and _text(first) == _text(other):
-            difference = estimate(other_N - first_N)
-        pairs = zip(first.tasks, other.tasks, strict=True)
-        paired = tuple(record for one, two in pairs for record in compare(one, two, seed))
-        found.append(ComparisonRecord(other.model, difference, paired))
-    return tuple(found)
+def _comparison(reference: _Measured, subject: _Measured, seed: int) -> ComparisonRecord:
+    """Of a model with the first one."""
+    (first, first_N), (other, other_N) = reference, subject
+    difference = None
+    if first_N is not None and other_N is not None and _text(first) == _text(other):
+        difference = estimate(other_N - first_N)
+    pairs = zip(first.tasks, other.tasks, strict=True)
+    paired = tuple(record for one, two in pairs for record in compare(one, two, seed))
+    return ComparisonRecord(other.model, difference, paired)
 
 
 def _text(record: ModelRecord) -> str | None:

@@ -211,25 +211,24 @@ def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     return {name: place(name) for name in names}
 
 
-def left_out(source: Source, model: PreTrainedModel) -> list[str]:
-    """Names on disk of the weights that ``model``, read from ``source``, has no place for.
+def left_out(shapes: dict[str, Tensor], model: PreTrainedModel) -> list[str]:
+    """Names of the weights, of these ``shapes`` on disk, that ``model`` has no place for.
 
     transformers says nothing of those that its class expects: a block for multi-token prediction, for example.
     Rotary frequencies, which older releases saved, are no weights.
     """
-    shapes = _on_disk(source)
     places = _places(model, shapes)
     held = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
     weights = (name for name, shape in shapes.items() if shape.is_floating_point() and shape.ndim)
     return [name for name in weights if places[name] not in held and not name.endswith("inv_freq")]
 
 
-def check_numbers(source: Source) -> None:
+def check_numbers(source: Source, shapes: dict[str, Tensor]) -> None:
     """Raise ``ModelError`` if weights are codes on disk, which would be read without their scales.
 
     Not every quantized checkpoint says so in its configuration.
     """
-    for name, shape in _on_disk(source).items():
+    for name, shape in shapes.items():
         small = shape.itemsize < 2 if shape.is_floating_point() else name.endswith("weight")
         if small and shape.ndim >= 2:
             raise ModelError(
@@ -238,7 +237,8 @@ def check_numbers(source: Source) -> None:
             )
 
 
-def _on_disk(source: Source) -> dict[str, Tensor]:
+def on_disk(source: Source) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint by its name there, on the meta device."""
     with explain_read_errors(source, "weights"):
         return _shapes(_find(source))
 

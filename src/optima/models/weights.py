@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.device import Stopwatch, forward_replaced, on_device
-from optima.models.checkpoint import Checkpoint, UnstreamableError, check_numbers, left_out, open_checkpoint
+from optima.models.checkpoint import Checkpoint, UnstreamableError, check_numbers, left_out, on_disk, open_checkpoint
 from optima.models.source import Source, load_whole, some
 from optima.models.stacks import Block, find_stacks
 
@@ -308,10 +308,10 @@ def open_weights(
     Raises:
         ModelError: if the weights cannot be found or read, or are quantized.
     """
-    if source.gguf_file is None:
-        check_numbers(source)
+    shapes = {} if source.gguf_file else on_disk(source)
+    check_numbers(source, shapes)
     model, weights, notes = _opened(source, structure, dtype, check, whole)
-    if source.gguf_file is None and (names := left_out(source, model)):
+    if names := left_out(shapes, model):
         lost = f"{source.name} has weights that {type(model).__name__} has no place for ({some(names)})"
         notes.append(f"{lost}: they are not in the output")
     weights.notes = tuple(notes)

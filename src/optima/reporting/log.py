@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib import import_module
 from typing import Any, TextIO
@@ -73,7 +73,7 @@ class JsonLog(Callback):
 
     def on_block(self, block: BlockEvent) -> None:
         """The line ``block``."""
-        told = asdict(replace(block, linears=()))
+        told = asdict(block)
         del told["linears"]  # an earlier log has them
         self.write("block", **told)
 
