@@ -201,7 +201,8 @@ def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
     assert [linear.name for linear in one.linears] == [linear.name for linear in two.linears]
     for a, b in zip(one.linears, two.linears, strict=True):
         assert abs(a.tokens - b.tokens) <= 3
-        assert a.sparsity == b.sparsity
+        # A second stack's share of the sparsity is surveyed on what the first one, pruned and tuned, hands it.
+        assert a.sparsity == pytest.approx(b.sparsity, abs=0.0 if block in a.name else 0.02)
 
 
 @pytest.mark.parametrize(
