@@ -17,6 +17,7 @@ from torch import Tensor
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
+from optima.linalg.finite import all_finite
 from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.problem import concatenate
@@ -245,7 +246,7 @@ def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: 
 def _floats(weight_OD: object, shape: tuple[int, ...]) -> bool:
     if not isinstance(weight_OD, Tensor) or tuple(weight_OD.shape) != shape:
         return False
-    return weight_OD.is_floating_point() and bool(weight_OD.isfinite().all())
+    return weight_OD.is_floating_point() and all_finite(weight_OD)
 
 
 def _kept(task: LinearTask, selection: Selection) -> Tensor:

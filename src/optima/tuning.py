@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -26,6 +26,7 @@ from optima.calibration.streams import Piece, Streams
 from optima.device import GRADIENT, backward_explained, differentiable
 from optima.distributed import Ranks
 from optima.errors import ModelError
+from optima.linalg.finite import all_finite
 from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
@@ -169,12 +170,13 @@ def tune(
                     )
                 with backward_explained(block.name):
                     (lost * scale).backward()
-            if _finite(master.grad for master in masters.values()):  # one overflow would be in all later steps
+            gradients = (master.grad for master in masters.values() if master.grad is not None)
+            if all_finite(*gradients):  # one overflow would be in all later steps
                 optimizer.step()
             optimizer.zero_grad()
             step += 1
         history.append(error.mean(held))
-        if history[-1] < min(history[:-1]) and _finite(masters.values()):
+        if history[-1] < min(history[:-1]) and all_finite(*masters.values()):
             best = epoch + 1
             _copy(masters, kept)
         else:  # undone, and tried again in smaller steps
@@ -214,10 +216,6 @@ class _Error:
 def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> None:
     for name, tensor in destination.items():
         tensor.detach().copy_(source[name]).add_(0.0)  # what is rounded to -0 becomes 0, as pruned weights are
-
-
-def _finite(tensors: Iterable[Tensor | None]) -> bool:
-    return all(tensor is None or bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _tokens(streams: Streams, piece: Piece) -> int:

@@ -17,6 +17,7 @@ from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams
 from optima.device import GRADIENT, backward_explained, differentiable
 from optima.errors import OTHER_DTYPE, ModelError, NumericalError
+from optima.linalg.finite import all_finite
 from optima.models.stacks import Block
 
 
@@ -59,7 +60,7 @@ def regional_gradients(block: Block, streams: Streams) -> dict[str, Tensor]:
                         sums[linear.name] += linear.orient(gradient).float().div_(scale).square()
                 samples += 1
     for name, sum_OD in sums.items():
-        if not bool(sum_OD.isfinite().all()):
+        if not all_finite(sum_OD):
             raise NumericalError(f"the gradient at the weight of {name} is not finite: {OTHER_DTYPE}")
     samples = sum(streams.ranks.gather(samples))
     return {name: streams.ranks.total(sum_OD).div_(samples).sqrt_() for name, sum_OD in sums.items()}

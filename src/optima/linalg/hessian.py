@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
+from optima.linalg.finite import all_finite
 from optima.linalg.products import SharedFactor, SharedMatrix, scaled
 
 # Damping tried after plain Cholesky fails with none at all; relative to the mean of the diagonal.
@@ -91,8 +92,7 @@ class Hessian:
             self._refuse_unusable()
 
     def _refuse_unusable(self) -> None:
-        lowest, highest = self._matrix_DD.aminmax()
-        if not (lowest.isfinite() and highest.isfinite()):
+        if not all_finite(self._matrix_DD):
             raise NumericalError("the hessian contains NaN or Inf: check the calibration activations")
         if float(self.diagonal_D.min()) < 0.0:
             raise NumericalError(

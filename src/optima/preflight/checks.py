@@ -20,6 +20,7 @@ from optima.calibration.inputs import Batch, Calibration, given_batches
 from optima.calibration.text import calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
+from optima.linalg.finite import all_finite
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
 from optima.memory import settle_in_turn, settle_tuning
@@ -136,7 +137,7 @@ def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
 def check_finite(linears: Sequence[Linear]) -> None:
     """Raise ``NumericalError`` naming the first linear whose weight has NaN or Inf."""
     for linear in linears:
-        if not linear.read().isfinite().all():
+        if not all_finite(linear.read()):
             raise NumericalError(
                 f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
                 f"with --ignore '{re.escape(linear.name)}'"

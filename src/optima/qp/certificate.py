@@ -22,6 +22,7 @@ from torch import Tensor
 
 from optima.device import full_precision
 from optima.errors import NumericalError, RecipeError
+from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.qp.problem import RowProblem
 
@@ -66,7 +67,7 @@ def certify(hessian: Hessian, problem: RowProblem, weight_RD: Tensor) -> Certifi
         RecipeError: if a weight is not zero off keep, or outside its bounds: nothing is known of such rows.
         NumericalError: if a weight is NaN or Inf.
     """
-    if not bool(weight_RD.isfinite().all()):
+    if not all_finite(weight_RD):
         raise NumericalError("certify: weights contain NaN or Inf: nothing is known of such rows")
     if not bool((problem.clamp(weight_RD) == weight_RD).all()):
         raise RecipeError("certify: weights are not zero off keep, or outside their bounds: clamp them by the problem")
