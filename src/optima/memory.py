@@ -205,7 +205,8 @@ def work_bytes(
         activations = _activation_bytes(model, block, recipe, tokens, dtype)
         weights = sum(o * d for o, d in sizes)
         held = held_bytes(block, recipe, dtype, attention)
-        most = max(most, waiting + gradients * weights + max(linear, activations) + held)
+        masks = weights if recipe.tuning_epochs else 0
+        most = max(most, waiting + gradients * weights + masks + max(linear, activations) + held)
         if recipe.applied_objective == "loss":
             # What autograd keeps, and the coupling's sums with a batch's.
             most = max(most, GRADIENT_BUFFERS * activations + 4 * coupling_bytes([block], methods))

@@ -137,7 +137,7 @@ class Job:
                     if dense is not None and keeps:
                         with clock("tune"):
                             tuned = self._tune(block, keeps, (streams, taken, dense.hidden), linears)
-                    del keeps  # a byte a weight, on the device
+                    del keeps
                 if self.loss is not None:
                     self.loss.forget([block.name, *(linear.name for linear in block.linears)])
                 if block is not blocks[-1] and not onward:
@@ -270,16 +270,19 @@ class Job:
         for found in self.observe(block, streams, self.clock, onward=onward):
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
-                measured[linear.name] = None
-                if found.statistics is not None:
-                    weight_OD = self._dense(linear)
-                    rows = None if self.loss is None else self.loss.compared(linear.name, linear.shape[0])
-                    task = LinearTask(linear.name, weight_OD, found.statistics, row_weight_O=rows)
-                    measured[linear.name] = allocation.measure(task, self.patterns[linear.name])
+                measured[linear.name] = self._measure(linear, found.statistics, allocation)
+            del found  # or it would be there while the pass goes on
         measured = share_owned(measured, owners, streams.ranks)
         for linear in (linear for group in streams.groups(block) for linear in group):
             if (own := measured[linear.name]) is not None:
                 allocation.note(block.index, linear.name, math.prod(linear.shape), own)
+
+    def _measure(self, linear: Linear, statistics: Statistics | None, allocation: Allocation) -> Tensor | None:
+        if statistics is None:
+            return None
+        rows = None if self.loss is None else self.loss.compared(linear.name, linear.shape[0])
+        task = LinearTask(linear.name, self._dense(linear), statistics, row_weight_O=rows)
+        return allocation.measure(task, self.patterns[linear.name])
 
     def observe(
         self, block: Block, streams: Streams, clock: Stopwatch, *, onward: bool = False, in_turn: bool = False
@@ -299,6 +302,7 @@ class Job:
                 if note not in self.notes:  # a survey saw the same
                     self.notes.append(note)
             yield found
+            del found  # or it would be there while the pass goes on
 
     def _in_turn(self, block: Block, streams: Streams) -> bool:
         """Whether the block's linears are calibrated in turn; a note where they should be and cannot."""
@@ -318,7 +322,7 @@ class Job:
         ``in_turn``, ``onward``: see ``observe``.
 
         Returns:
-            keep_OD by the linear's full name.
+            keep_OD by the linear's full name; none if blocks are not tuned.
         """
         ranks, gradients, pruned = streams.ranks, {}, Pruned()
         if block.linears and "gradient" in self.methods.needs:
@@ -341,9 +345,11 @@ class Job:
                     record = replace(result.record, block=self.earlier + block.index, tokens_effective=effective)
                     pruned.done[linear.name] = record, result.notes
                     self.progress.linear(record)
-                    pruned.keeps[linear.name] = result.keep_OD
+                    if self.tuning is not None:  # a byte a weight, on the device
+                        pruned.keeps[linear.name] = result.keep_OD
             if in_turn:
                 self._share(pruned, found.linears, ranks, clock)
+            del found  # or it would be there while the pass goes on
         if not in_turn:
             self._share(pruned, block.linears, ranks, clock)
         self._tell(block, streams, pruned)

@@ -31,7 +31,7 @@ class Pruned:
     Attributes:
         owners: which process prunes each; None: all together, so that all have it.
         done: what is told of those that this process has.
-        keeps: keep_OD of those of them that were pruned.
+        keeps: keep_OD of those of them that were pruned; none if blocks are not tuned.
     """
 
     owners: dict[str, int | None] = field(default_factory=dict)
@@ -43,14 +43,20 @@ class Pruned:
         owners = {linear.name: self.owners[linear.name] for linear in linears}
         for theirs in ranks.gather({name: self.done[name] for name, owner in owners.items() if owner == ranks.rank}):
             self.done.update(theirs)
-        mine = {linear.name: linear for linear in linears if linear.name in self.keeps}
-        values = {name: (linear.read(), self.keeps[name]) for name, linear in mine.items()}
-        pruned = {name: owner for name, owner in owners.items() if self.done[name][0] is not None}
-        found = share_owned(values, pruned, ranks)
-        for linear in linears:
-            if linear.name in found and linear.name not in mine:
-                weight_OD, self.keeps[linear.name] = found[linear.name]
-                linear.write(weight_OD)
+        pruned = [linear for linear in linears if self.done[linear.name][0] is not None]
+        for owner in range(ranks.size):  # one after another: no process holds what it was given of all
+            own = {linear.name: linear for linear in pruned if owners[linear.name] == owner}
+            if own and owner == ranks.rank:
+                ranks.share({name: (each.read(), self.keeps.get(name)) for name, each in own.items()}, owner)
+            elif own:
+                self._receive(own, ranks, owner)
+
+    def _receive(self, linears: Mapping[str, Linear], ranks: Ranks, owner: int) -> None:
+        found: dict[str, tuple[Tensor, Tensor | None]] = ranks.share(None, owner)
+        for name, (weight_OD, keep_OD) in found.items():
+            linears[name].write(weight_OD)
+            if keep_OD is not None:
+                self.keeps[name] = keep_OD
 
 
 def share_owned(values: Mapping[str, T], owners: Mapping[str, int | None], ranks: Ranks) -> dict[str, T]:

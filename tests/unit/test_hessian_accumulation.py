@@ -321,7 +321,8 @@ def test_bfloat16_inputs_lose_nothing_by_fast_products(size: int, weighted: bool
     settings = [getattr(backend, "matmul", None) for backend in (torch.backends.mkldnn, torch.backends.cuda)]
     before = [getattr(setting, "fp32_precision", None) for setting in settings]
     accumulator = Accumulator()
-    assert accumulator.add(inputs_TD, weight_T)
+    accumulator.add(inputs_TD, weight_T)
+    assert accumulator.finite
     assert [getattr(setting, "fp32_precision", None) for setting in settings] == before
     found = accumulator.finish(0.01)
     assert found is not None

@@ -47,9 +47,30 @@ class Accumulator:
     def __init__(self) -> None:
         self.sum_DD: Tensor | None = None
         self.tokens = 0
-        self.extra_weight = 0.0
         self.extra: list[Tensor] = []
         self.sample: list[Tensor] = []
+        self._extra_weight = 0.0
+        self._waiting: Tensor | None = None  # more of it, on the device, which is not waited for until it is asked for
+
+    @property
+    def extra_weight(self) -> float:
+        """Of all tokens, beyond one each."""
+        if self._waiting is not None:
+            self._extra_weight += float(self._waiting)
+            self._waiting = None
+        return self._extra_weight
+
+    @extra_weight.setter
+    def extra_weight(self, value: float) -> None:
+        self._extra_weight, self._waiting = value, None
+
+    @property
+    def finite(self) -> bool:
+        """False if the tokens, or their squares, have NaN or Inf: the sum is of no use then.
+
+        They show on the diagonal, wherever in a column they are.
+        """
+        return self.sum_DD is None or bool(self.sum_DD.diagonal().isfinite().all())
 
     def add(
         self,
@@ -58,7 +79,8 @@ class Accumulator:
         heavy_ND: Tensor | None = None,
         weight: float = 0.0,
         sample_ND: Tensor | None = None,
-    ) -> bool:
+        padding: int = 0,
+    ) -> None:
         """Add tokens that weigh 1 each, or ``weight_T``. Out of memory, it adds nothing at all.
 
         Args:
@@ -67,10 +89,9 @@ class Accumulator:
             heavy_ND: those of them that weigh more, each by ``weight``.
             weight: see there.
             sample_ND: those of them to keep.
-
-        Returns:
-            False if they, or their squares, have NaN or Inf: the sum is of no use then.
+            padding: so many at the end are none; their inputs and weights are zeros.
         """
+        tokens, waiting = len(inputs_TD) - padding, self._waiting
         extra = [] if heavy_ND is None else [heavy_ND.float() * weight**0.5]
         # A copy: as a view it would hold the whole batch.
         sample = [] if sample_ND is None else [sample_ND.to(torch.float32, copy=True)]
@@ -78,19 +99,18 @@ class Accumulator:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
         if weight_T is not None:
+            more = weight_T.sum(dtype=torch.float64) - tokens
+            waiting = more if waiting is None else waiting + more
             weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
             # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
             inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
         with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
             add_gram(self.sum_DD, inputs_TD)
-        self.tokens += len(inputs_TD)
-        self.extra_weight += weight * sum(map(len, extra))
-        if weight_T is not None:
-            self.extra_weight += float(weight_T.sum(dtype=torch.float64)) - len(weight_T)
+        self.tokens += tokens
+        self._extra_weight += weight * sum(map(len, extra))
+        self._waiting = waiting
         self.extra += extra
         self.sample += sample
-        # NaN or Inf anywhere in a column shows on the diagonal; looking there costs nothing.
-        return bool(self.sum_DD.diagonal().isfinite().all())
 
     def finish(self, damping: float) -> Statistics | None:
         """H = X^T S X / tr S and what it is made of; None if there were no tokens. The accumulator is used up."""

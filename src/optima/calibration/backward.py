@@ -42,6 +42,7 @@ class _Notes:
     def __init__(self, block: Block, streams: Streams, found: LossWeights, numbers: Sequence[int] | None) -> None:
         self._block, self._sizes, self._unordered, self._found = block, streams.sizes, streams.probe.routed, found
         self._leaders = {linear.name: group[0].name for group in streams.groups(block) for linear in group}
+        self._rows: dict[str, Tensor] = {}  # float64, on the device until the block is done
         self._tokens: dict[str, list[Tensor]] = {}
         self._routed: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._halves, self._store = Halves(block, streams.sizes, numbers, found.coupling), streams.store
@@ -77,10 +78,10 @@ class _Notes:
             each()
 
     def _note(self, name: str, batch: int, part: slice, sum_2O: Tensor, sum_T: Tensor, tokens_T: Tensor | None) -> None:
-        rows, (_, length) = self._found.rows, self._sizes[batch]
+        length = self._sizes[batch][1]
         if not bool(sum_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
-        rows[name] = rows.get(name, 0.0) + sum_2O.double()
+        self._rows[name] = self._rows.get(name, 0.0) + sum_2O.double()
         begin, count = part.start * length, (part.stop - part.start) * length
         if name in self._routed or name in self._unordered:
             self._found.reached[name] = self._found.reached.get(name, 0.0) + len(sum_T)
@@ -97,6 +98,9 @@ class _Notes:
 
     def close(self) -> None:
         """Hand on what was noted of tokens, and of rows that go together."""
+        rows = self._found.rows
+        for name, sum_2O in self._rows.items():
+            rows[name] = rows.get(name, 0.0) + sum_2O.cpu()
         for name, halves in self._halves.sums.items():
             self._found.coupling[name] = self._store.keep(packed(halves).cpu())
         parted = self._routed.keys() | self._unordered

@@ -77,13 +77,16 @@ class TokenWeights:
         length = self._sizes[batch][1]
         if not self.weighs:
             return None, True
-        if tokens_T is None or (len(tokens_T) and int(tokens_T.max()) >= (part.stop - part.start) * length):
+        if tokens_T is None:
+            return None, False
+        at_T = tokens_T.cpu()  # a few numbers come here, instead of the weights of all tokens going to the device
+        if len(at_T) and int(at_T.max()) >= (part.stop - part.start) * length:
             return None, False
         if self._loss is not None:
             routed_T = self._loss.of_routed(name, batch, math.prod(self._sizes[batch]))
         else:
             routed_T = None if self._all is None else self._all[batch]
-        return None if routed_T is None else routed_T.to(tokens_T.device)[tokens_T + part.start * length], True
+        return None if routed_T is None else routed_T[at_T + part.start * length].to(tokens_T.device), True
 
 
 def observe_experts(recorded: Recorded, weights: TokenWeights, damping: float, clock: Stopwatch) -> Iterator[Found]:
@@ -95,7 +98,7 @@ def observe_experts(recorded: Recorded, weights: TokenWeights, damping: float, c
         recorded: the module, which is on the device of its streams, and its inputs.
         weights: of tokens.
         damping: of the hessians.
-        clock: told of the stages ``forward`` and ``hessian``.
+        clock: told of the stage ``hessian``.
 
     Raises:
         CalibrationError: on NaN or Inf in an expert's inputs.
@@ -154,10 +157,11 @@ class _Everything:
             used_T = used_T.to(device)
             hidden_TD, weight_T = hidden_TD[used_T], weight_T.to(device)[used_T]
             with clock("hessian"), full_precision():
-                _accumulate(accumulator, hidden_TD, weight_T, recorded.experts.name)
+                _accumulate(accumulator, hidden_TD, weight_T)
             sample.append(sampled(hidden_TD, before, step).clone())  # a view would hold the whole batch
             sample_weights.append(sampled(weight_T, before, step).clone())
             before += len(hidden_TD)
+        _check({recorded.experts.name: accumulator})
         every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
         self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
         if ranks.size > 1:
@@ -179,6 +183,7 @@ class _Portion:
         own = {group[0].name: Accumulator() for group in groups}
         for place in range(len(self.recorded.calls)):
             self.recorded.run(place, partial(self._part_watched, groups, own, Once()))
+        _check(own)
         owners = self._reduce(groups, own)
         for number, groups in self.experts.items():
             if owners[number] != self.recorded.streams.ranks.rank:
@@ -189,12 +194,15 @@ class _Portion:
             if inner:
                 with self._watched(inner, partial(self._add_sample, behind)):
                     self.recorded.run_all(self.everything.sample_ND, number)
+            _check(behind)
             common = {name: Common(_mean(found), torch.cat(found.sample)) for name, found in behind.items()}
             for group in groups:
                 name = group[0].name
-                drawn = common.pop(name, self.everything.common)
-                statistics = mixed(own.pop(name), drawn, damping, self.everything.weights.weighs)
-                yield Found(statistics, group, name not in self.untold, owners[number])
+                drawn, weighs = common.pop(name, self.everything.common), self.everything.weights.weighs
+                # Held by whoever is given it alone, and let go before the next expert runs.
+                yield Found(
+                    mixed(own.pop(name), drawn, damping, weighs), group, name not in self.untold, owners[number]
+                )
 
     def _reduce(self, groups: list[Group], own: dict[str, Accumulator]) -> dict[int, int]:
         """Each expert's sums of all processes at its owner; the owners by the expert's number."""
@@ -212,8 +220,11 @@ class _Portion:
 
     @contextmanager
     def _watched(self, groups: list[Group], add: Callable[[str, Call], None]) -> Iterator[None]:
-        """Inside, ``add`` is given every product of the groups with the name of their first linear."""
-        with self.everything.clock("forward"), full_precision(), torch.no_grad(), ExitStack() as handles:
+        """Inside, ``add`` is given every product of the groups with the name of their first linear.
+
+        The pass is there for the hessians alone, and a clock inside it would wait for the device at each expert.
+        """
+        with self.everything.clock("hessian"), full_precision(), torch.no_grad(), ExitStack() as handles:
             for group in groups:
                 assert isinstance(group[0], ExpertLinear)
                 key = (group[0].within, group[0].expert)
@@ -243,8 +254,7 @@ class _Portion:
     def _add(
         self, into: dict[str, Accumulator], name: str, call: Call, weight_T: Tensor | None, count: int, turn: int = 0
     ) -> None:
-        with self.everything.clock("hessian"):
-            _accumulate(into[name], call.inputs_TD, weight_T, name, thinned(call.inputs_TD, count, turn))
+        _accumulate(into[name], call.inputs_TD, weight_T, thinned(call.inputs_TD, count, turn))
 
 
 def mixed(own: Accumulator, common: Common, damping: float, weighed: bool = True) -> Statistics:
@@ -291,21 +301,20 @@ def _some(names: list[str]) -> str:
 
 
 def _accumulate(
-    accumulator: Accumulator,
-    inputs_TD: Tensor,
-    weight_T: Tensor | None,
-    name: str,
-    sample_ND: Tensor | None = None,
+    accumulator: Accumulator, inputs_TD: Tensor, weight_T: Tensor | None, sample_ND: Tensor | None = None
 ) -> None:
     # Any number of tokens reaches an expert, and oneDNN compiles a product for each: zeros make numbers repeat.
     padding = -len(inputs_TD) % ROUND_ROWS
     padded_TD = torch.nn.functional.pad(inputs_TD, (0, 0, 0, padding))
     padded_T = None if weight_T is None else torch.nn.functional.pad(weight_T, (0, padding))
-    good = accumulator.add(padded_TD, padded_T, sample_ND=sample_ND)
-    accumulator.tokens -= padding
-    accumulator.extra_weight += 0.0 if weight_T is None else padding
-    if not good:
-        raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
+    accumulator.add(padded_TD, padded_T, sample_ND=sample_ND, padding=padding)
+
+
+def _check(accumulators: Mapping[str, Accumulator]) -> None:
+    """Raise ``CalibrationError`` naming the first linear with NaN or Inf: once, for each look waits for the device."""
+    for name, accumulator in accumulators.items():
+        if not accumulator.finite:
+            raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
 
 
 def thinned(rows: Tensor, count: int, turn: int = 0) -> Tensor:

@@ -136,8 +136,8 @@ def observe_in_turn(
                 own = {name: sums.accumulators[name] for name in reached}
                 owners = reduce_statistics(own, sums.untold, groups, streams)
             for name, group in zip(reached, groups, strict=True):
-                statistics = sums.accumulators.pop(name).finish(damping)
-                yield Found(statistics, group, name not in sums.untold, owners[name])
+                # Held by whoever is given it alone, and let go before the pass goes on.
+                yield Found(sums.accumulators.pop(name).finish(damping), group, name not in sums.untold, owners[name])
                 passes.let_through(name)
         if onward:
             with stopwatch("forward"), full_precision():
@@ -194,7 +194,8 @@ class _Sums:
                 self.untold.add(name)
             else:
                 extra = more
-        if not self.accumulators[name].add(inputs_TD, weight_T, heavy_ND, extra, sample_ND):
+        self.accumulators[name].add(inputs_TD, weight_T, heavy_ND, extra, sample_ND)
+        if not self.accumulators[name].finite:
             raise CalibrationError(self._describe_bad(name, inputs_TD, batch, part))
 
     def check_groups(self, given: Given) -> None:
