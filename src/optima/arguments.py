@@ -208,7 +208,11 @@ def _add_eval(option: Callable[..., Any]) -> None:
     option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     option("--dtype", choices=DTYPES, metavar="NAME", help=f"load in this: {', '.join(DTYPES)} (default: auto)")
     option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
-    option("--save", action="store_true", help="write the results to evaluation.json in each MODEL that OPTIMA made")
+    option(
+        "--save",
+        action="store_true",
+        help="write the results to evaluation.json and the card of each MODEL that OPTIMA made",
+    )
     option("--output", metavar="FILE", help="write the results as JSON to this file")
     option("--overwrite", action="store_true", help="replace results that were written before")
 

@@ -16,7 +16,7 @@ from rich.text import Text
 import optima
 from optima.arguments import parse, recipe_of, wants_json
 from optima.console import OwnConsole
-from optima.errors import OptimaError
+from optima.errors import OptimaError, RankError
 from optima.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) -> int:
     """Tell why a command ends, in the form in which the rest is told."""
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # of torchrun's processes on a machine, all have the same to say
+    # Of torchrun's processes on a machine all have the same to say, but for those that are left when another has died.
+    if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, RankError):
         return status
     try:
         if wants_json(argv):
@@ -186,7 +187,10 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     settings = EvaluationSettings(**given)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptimaError("models are evaluated by one process: start optima eval without torchrun")
+    from optima.models.files import is_same, stat_of
+
     places = _places(settings.models, save, output, overwrite)
+    before = {place: stat_of(place) for place in places if place.is_dir()}
     console = _quiet_console()
     from optima.evaluation.evaluate import evaluate
     from optima.evaluation.table import print_tables
@@ -196,24 +200,32 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     so_far = Path(f"{Path(output).expanduser()}.partial") if output else None
     found = evaluate(settings, Watch(OwnConsole(stderr=True)), lambda found: so_far and found.save(so_far))
     try:
-        files = [found.save(place) for place in places]
-        cards = _update_cards(found, settings.models) if save else []
+        replaced = [place for place, known in before.items() if not is_same(place, known)]
+        files = [found.save(place) for place in places if place not in replaced]
+        cards = _update_cards(found, settings.models, replaced) if save else []
         if so_far is not None:
             so_far.unlink(missing_ok=True)
     finally:
         print_tables(found, console)  # hours of work, whatever becomes of the files
     if files:
         console.print(f"written: {', '.join(map(str, [*files, *cards]))}", soft_wrap=True)
+    if replaced:
+        raise OptimaError(
+            f"{replaced[0]} was replaced while it was measured, and is another model now: its results were not written "
+            "there; --output FILE writes them elsewhere"
+        )
 
 
-def _update_cards(found: Evaluation, models: Sequence[str]) -> list[Path]:
-    """The cards of those models that OPTIMA made; each is brought up to date."""
+def _update_cards(found: Evaluation, models: Sequence[str], replaced: Sequence[Path]) -> list[Path]:
+    """The cards of those models that OPTIMA made, unless ``replaced``; each is brought up to date."""
     from optima.evaluation.card import update_card
     from optima.reporting.model_card import CARD_NAME
     from optima.reporting.record import REPORT_NAME
 
     places = {model: Path(model).expanduser() for model in models}
-    made = {model: place for model, place in places.items() if (place / REPORT_NAME).is_file()}
+    made = {
+        model: place for model, place in places.items() if (place / REPORT_NAME).is_file() and place not in replaced
+    }
     return [place / CARD_NAME for model, place in made.items() if update_card(place, found, model)]
 
 

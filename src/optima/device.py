@@ -210,9 +210,12 @@ GRADIENT = 2.0**-6
 @contextmanager
 def differentiable(module: nn.Module, weights: Sequence[Tensor] = ()) -> Iterator[None]:
     """Of the module's parameters only ``weights`` require gradients inside; all are as they were afterwards."""
-    before = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    # Those of a model that was made in inference mode could not be set back.
+    able = [parameter for parameter in module.parameters() if not parameter.is_inference()]
+    before = [(parameter, parameter.requires_grad) for parameter in able]
     try:
-        module.requires_grad_(False)
+        for parameter in able:
+            parameter.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
         yield
@@ -236,7 +239,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 
 @contextmanager
 def unswitched() -> Iterator[None]:
-    """Neither autocast nor defaults of the caller's inside: they change what is computed, in what, and where."""
+    """No autocast, compiler or defaults of the caller's inside: they change what is computed, in what, and where."""
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
@@ -244,6 +247,8 @@ def unswitched() -> Iterator[None]:
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":  # the context costs microseconds a call
             stack.enter_context(torch.device("cpu"))
+        if "torch._dynamo" in sys.modules:  # a compiled module would compile hooks and recorders too
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -290,7 +295,14 @@ def bfloat16_products() -> Iterator[None]:
     with _settings_kept() as settings:
         for name, setting in settings.items():
             setting.fp32_precision = BFLOAT16_DIGITS[name]
-        yield
+        overall = None if settings else torch.get_float32_matmul_precision()
+        if overall is not None:  # before torch 2.9 there is one switch for all, whose "high" is TF32
+            torch.set_float32_matmul_precision("high")
+        try:
+            yield
+        finally:
+            if overall is not None:
+                torch.set_float32_matmul_precision(overall)
 
 
 class Stopwatch:

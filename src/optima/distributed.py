@@ -11,13 +11,12 @@ right behind one, for which all have the memory by then: nccl would wait for a p
 from __future__ import annotations
 
 import atexit
-import io
+import logging
 import os
-import pickle
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from optima.device import find_device
 from optima.errors import OptimaError, RankError, RecipeError
+from optima.parcels import joined_bytes, plan_of, put_together, take_apart
 
 T = TypeVar("T")
 # What a launcher tells each process.
@@ -36,8 +36,7 @@ TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(hours=2)
 # Of the sums of a matrix, travelling together.
 STRIP_BYTES = 2**26
-# Tensors that travel together begin at multiples of this, so that their bytes can be looked at as numbers.
-ALIGNMENT = 16
+_logger = logging.getLogger("optima")
 
 
 class Ranks:
@@ -177,51 +176,54 @@ class Group(Ranks):
         dist.destroy_process_group(self._control)
         del self._control, self._data  # the last that hold the connections open
 
+    def close(self) -> None:
+        """Give up the connections of this run: a script may begin others, and nccl's hold memory of the device."""
+        for group in {self._data, self._control}:
+            dist.destroy_process_group(group)
+        del self._control, self._data
+
     def collect(self, value: T) -> list[T]:
         """See ``Ranks``."""
-        data, tensors = _take_apart(value)
-        parts = self.gather((data, _plan(tensors)))
+        data, tensors = take_apart(value)
+        parts = self.gather((data, plan_of(tensors)))
         size = max(plan[-1][0] for _, plan in parts)
-        own = _joined(tensors, size, self._device)
+        own = joined_bytes(tensors, size, self._device)
         flat = torch.empty(len(parts) * size, dtype=torch.uint8, device=self._device)
         if size:
             self.gather(None)
             with self._watched():  # into one tensor: for several, nccl takes as much memory again
                 getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(flat, own, group=self._data)
         return [
-            value if rank == self.rank else _put_together(data, plan, flat[rank * size :], self._device)
+            value if rank == self.rank else put_together(data, plan, flat[rank * size :], self._device)
             for rank, (data, plan) in enumerate(parts)
         ]
 
     def to_first(self, value: T, received: Callable[[T], T] = lambda value: value) -> list[T]:
         """See ``Ranks``: by way of main memory."""
-        data, tensors = _take_apart(value)
-        parts, found, cpu = self.gather((data, _plan(tensors))), [value], torch.device("cpu")
-        if not self.first:
-            own = _joined(tensors, _plan(tensors)[-1][0], cpu)
-            if len(own):
-                with self._watched():
-                    dist.send(own, 0, group=self._control)
-            return []
+        data, tensors = take_apart(value)
+        parts, found, cpu = self.gather((data, plan_of(tensors))), [value], torch.device("cpu")
         for rank, (data, plan) in enumerate(parts[1:], 1):
-            buffer = torch.empty(plan[-1][0], dtype=torch.uint8)
-            if len(buffer):
+            mine, size = rank == self.rank, plan[-1][0]
+            buffer = joined_bytes(tensors, size, cpu) if mine else torch.empty(size * self.first, dtype=torch.uint8)
+            self.gather(None)  # all have the memory
+            if size and (mine or self.first):
                 with self._watched():
-                    dist.recv(buffer, rank, group=self._control)
-            found.append(received(_put_together(data, plan, buffer, self._device)))
-        return found
+                    dist.send(buffer, 0, group=self._control) if mine else dist.recv(buffer, rank, group=self._control)
+            if self.first:
+                found.append(received(put_together(data, plan, buffer, self._device)))
+        return found if self.first else []
 
     def share(self, value: T | None, owner: int) -> T:
         """See ``Ranks``."""
         mine = self.rank == owner
-        data, tensors = _take_apart(value) if mine else (b"", [])
-        data, plan = self.gather((data, _plan(tensors)))[owner]
-        buffer = _joined(tensors, plan[-1][0], self._device)
+        data, tensors = take_apart(value) if mine else (b"", [])
+        data, plan = self.gather((data, plan_of(tensors)))[owner]
+        buffer = joined_bytes(tensors, plan[-1][0], self._device)
         if len(buffer):
             self.gather(None)
             with self._watched():
                 dist.broadcast(buffer, owner, group=self._data)
-        result: T = value if mine else _put_together(data, plan, buffer, self._device)  # type: ignore[assignment]
+        result: T = value if mine else put_together(data, plan, buffer, self._device)  # type: ignore[assignment]
         return result
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -254,6 +256,8 @@ class Group(Ranks):
         """A broken connection is a ``RankError``."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # torch has no type of its own for what gloo says
             self._over = True
             in_main = threading.current_thread() is threading.main_thread()
@@ -286,111 +290,31 @@ def joined() -> Iterator[Ranks]:
     ranks = Group(everyone(backend="gloo", timeout=PATIENCE))
     try:
         yield ranks
-        ranks.gather(None)
+        _all_at_the_end(ranks)
     except OptimaError as error:
         ranks.tell(error)
         raise
     except BaseException:  # a bug, or Ctrl-C: this process may live on, and the others must not wait for it
         ranks.leave()
         raise
+    ranks.close()
     if not ready:  # kept for the next run of this script: made anew, it would read the addresses of this one
         atexit.register(_give_up_group)
+
+
+def _all_at_the_end(ranks: Ranks) -> None:
+    try:
+        ranks.gather(None)
+    except RankError as error:
+        if not ranks.first:
+            raise
+        _logger.warning("the run is complete, although %s", error)  # the first process writes all there is
 
 
 def _give_up_group() -> None:
     """Unless the script has done it itself."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def share_out(costs: Sequence[float], size: int, divisible: Sequence[bool] = ()) -> list[int | None]:
-    """Who does what: the largest first, each to whoever has least.
-
-    None, for what exceeds a fair share and is ``divisible`` (all, if it is empty): all do it together.
-    """
-    load, fair = [0.0] * size, sum(costs) / size
-    owners: list[int | None] = [None] * len(costs)
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
-        together = size > 1 and costs[index] > fair and (not divisible or divisible[index])
-        if not together:
-            least = min(range(size), key=load.__getitem__)
-            owners[index] = least
-            load[least] += costs[index]
-    return owners
-
-
-class _Pickler(pickle.Pickler):
-    """Leaves tensors out, and lists them."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.tensors: list[Tensor] = []
-        self._places: dict[int, int] = {}
-
-    def persistent_id(self, value: object) -> int | None:
-        if not isinstance(value, Tensor):
-            return None
-        if id(value) not in self._places:
-            self._places[id(value)] = len(self.tensors)
-            self.tensors.append(value)
-        return self._places[id(value)]
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]) -> None:
-        super().__init__(file)
-        self._tensors = tensors
-
-    def persistent_load(self, place: Any) -> Tensor:
-        tensor: Tensor = self._tensors[place]
-        return tensor
-
-
-# Of a tensor: where its bytes begin, its shape, dtype and whether it is in main memory. The last entry: where all end.
-_Entry = tuple[int, tuple[int, ...], torch.dtype, bool]
-
-
-def _take_apart(value: object) -> tuple[bytes, list[Tensor]]:
-    """A value without its tensors, and these.
-
-    Raises:
-        RecipeError: if it holds something that cannot leave this process.
-    """
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    try:
-        pickler.dump(value)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:  # as pickle says it, by kind of object
-        raise RecipeError(f"something cannot be sent to another process ({error}): prune with one process") from error
-    return file.getvalue(), pickler.tensors
-
-
-def _plan(tensors: Sequence[Tensor]) -> list[_Entry]:
-    plan: list[_Entry] = []
-    begin = 0
-    for tensor in tensors:
-        plan.append((begin, tuple(tensor.shape), tensor.dtype, tensor.device.type == "cpu"))
-        begin += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return [*plan, (begin, (), torch.uint8, True)]
-
-
-def _joined(tensors: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
-    """The bytes of all tensors, filled up to ``size``."""
-    buffer = torch.zeros(size, dtype=torch.uint8, device=device)
-    for tensor, (begin, *_) in zip(tensors, _plan(tensors), strict=False):
-        data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        buffer[begin : begin + len(data)].copy_(data)
-    return buffer
-
-
-def _put_together(data: bytes, plan: Sequence[_Entry], buffer: Tensor, device: torch.device) -> Any:
-    tensors = []
-    for begin, shape, dtype, in_memory in plan[:-1]:
-        count = torch.Size(shape).numel() * dtype.itemsize
-        found = buffer[begin : begin + count].view(dtype).reshape(shape)
-        # A copy: one tensor that is kept would keep the bytes of all.
-        tensors.append(found.to("cpu" if in_memory else device, copy=True))
-    return _Unpickler(io.BytesIO(data), tensors).load()
 
 
 def everyone(**options: Any) -> dist.ProcessGroup:

@@ -22,6 +22,7 @@ from optima.errors import ModelError
 from optima.models.fingerprint import fingerprint_files
 from optima.models.journal import differences, shown
 from optima.models.masks import MaskFiles
+from optima.models.own_code import imported_files
 from optima.options import SELECTOR_NAMES
 from optima.recipe import Recipe
 from optima.reporting.record import library_versions
@@ -75,8 +76,8 @@ def _code(model: PreTrainedModel) -> str:
     files = sorted(Path(__file__).parent.rglob("*.py"))
     for kind in (type(model), type(model.config)):
         if kind.__module__.startswith("transformers_modules"):
-            files += sorted(Path(inspect.getfile(kind)).parent.glob("*.py"))
-    return fingerprint_files(files)
+            files += imported_files(Path(inspect.getfile(kind)))  # others in its folder came when someone used them
+    return fingerprint_files(list(dict.fromkeys(files)))
 
 
 def settings_of(selector: Any) -> dict[str, Any]:

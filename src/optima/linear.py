@@ -18,6 +18,7 @@ from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
 from optima.linalg.finite import all_finite
+from optima.linalg.hessian import Hessian
 from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.problem import concatenate
@@ -30,6 +31,7 @@ from optima.swaps.search import Refined, SwapRefinement
 
 Named = TypeVar("Named")
 
+SELECTORS_PACKAGE = "optima.selectors"  # whose own leave what they are given as it is
 # A row that the loss does not feel at all keeps a scale.
 SMALLEST_ROOT = 1e-6
 
@@ -209,17 +211,29 @@ def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection
         weight_O = task.row_weight_O.to(task.weight_OD) / task.row_weight_O.mean()
         root_O1 = weight_O.sqrt().clamp_min(SMALLEST_ROOT)[:, None]
         task = replace(task, weight_OD=task.weight_OD * root_O1)
-    version = None if task.weight_OD.is_inference() else task.weight_OD._version
-    selection = selector.select(task, pattern)
+    own = type(selector).__module__.startswith(f"{SELECTORS_PACKAGE}.")
+    selection = selector.select(task if own else _lent(task), pattern)
     name = type(selector).__name__
     if not isinstance(selection, Selection):
         raise RecipeError(f"selector {name} returned {type(selection).__name__}, not a Selection: mend the selector")
-    if version is not None and task.weight_OD._version != version:
-        raise RecipeError(f"selector {name} changed the dense weight of {task.name}: let it work on a copy")
     selection = checked(selection, task, pattern, selector)
     if root_O1 is not None and selection.weight_OD is not None:
         return Selection(selection.keep_OD, selection.weight_OD / root_O1)
     return selection
+
+
+def _lent(task: LinearTask) -> LinearTask:
+    """The task with copies of what errors and certificates are measured by, for code that may work in place.
+
+    Linears that share their input share the copy of its hessian.
+    """
+    hessian, statistics = task.hessian, task.statistics
+    copy = hessian.memo(_lent, lambda: Hessian(hessian.matrix_DD, hessian.requested_damping))
+    extra_ND, sample_ND = (
+        None if each is None else each.clone() for each in (statistics.extra_ND, statistics.sample_ND)
+    )
+    statistics = replace(statistics, hessian=copy, extra_ND=extra_ND, sample_ND=sample_ND)
+    return replace(task, weight_OD=task.weight_OD.clone(), statistics=statistics)
 
 
 def checked(selection: Selection, task: LinearTask, pattern: Pattern, selector: Selector) -> Selection:

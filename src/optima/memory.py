@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optima.calibration.coupling import couples
+from optima.calibration.coupling import coupling_bytes
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.head import logits_bytes
 from optima.device import REMEDY, find_device, named_device
@@ -30,6 +30,7 @@ from optima.models.stacks import (
     guess_groups,
     has_experts,
 )
+from optima.options import SELECTOR_NAMES
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -51,14 +52,13 @@ BYTES_PER_SQUARE = {
     **{"optima": 52, "admm": 56, "alps": 56, "sparsegpt": 62, "thanos": 62},
 }
 MOST_BYTES_PER_SQUARE = 72
+LENT_BYTES_PER_SQUARE = 24  # more, for a copy of the hessian that someone else's selector is lent
 # And for each weight of its linear: what ALPS takes, the largest.
 BYTES_PER_WEIGHT = 56
 # Of a batch's activations, how many of each linear's input and output are there at a time.
 BUFFERS = 2
 # How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
 GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 28
-# And of each of the E x E numbers that tell what a change of a block's outputs costs.
-METRIC_BYTES = 4
 GIB = 2**30
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048
@@ -209,7 +209,7 @@ def work_bytes(
         most = max(most, waiting + gradients * weights + masks + max(linear, activations) + held)
         if recipe.applied_objective == "loss":
             # What autograd keeps, and the coupling's sums with a batch's.
-            most = max(most, GRADIENT_BUFFERS * activations + 4 * coupling_bytes([block], methods))
+            most = max(most, GRADIENT_BUFFERS * activations + 4 * coupling_bytes([block], methods.needs))
         if recipe.tuning_epochs:
             most = max(most, _tuning_bytes(model, block, recipe, dtype))
     return most
@@ -228,13 +228,6 @@ def _tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: t
     weights = sum(linear.shape[0] * linear.shape[1] for linear in block.linears)
     activations = _activation_bytes(model, block, recipe, recipe.max_seq_length, dtype)
     return GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights
-
-
-def coupling_bytes(blocks: Sequence[Block], methods: Methods) -> int:
-    """Of the coupling in a sweep: a float32 O x O matrix a linear. Half of it stays until the linear is pruned."""
-    if "coupling" not in methods.needs:
-        return 0
-    return sum(4 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))
 
 
 def _is_sent_some(linear: Linear) -> bool:
@@ -354,6 +347,7 @@ def _linear_bytes(outputs: int, inputs: int, recipe: Recipe) -> int:
     systems = 12 * min(CHUNK_ENTRIES, size * inputs) if recipe.swaps else 0
     named = recipe.selector if isinstance(recipe.selector, str) and recipe.solver in ("auto", "none") else ""
     square = BYTES_PER_SQUARE.get(named, MOST_BYTES_PER_SQUARE)
+    square += 0 if recipe.selector in SELECTOR_NAMES else LENT_BYTES_PER_SQUARE
     return square * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
 
 

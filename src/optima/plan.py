@@ -8,22 +8,22 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from optima.activations import Shares, activations
 from optima.build import build
 from optima.calibration.documents import check_of_hub
 from optima.calibration.own_text import check_writes
-from optima.calibration.swept import kept_bytes, surveyed_share, swept_share, tuned_share
+from optima.calibration.swept import kept_bytes
 from optima.linear import Methods
-from optima.memory import GIB, METRIC_BYTES, HostMemory, coupling_bytes, host_memory, in_turn, work_bytes
-from optima.models.experts import ExpertLinear, split_on_disk
-from optima.models.reading import check_length, is_encoder_decoder
+from optima.memory import GIB, HostMemory, host_memory, in_turn, work_bytes
+from optima.models.experts import split_on_disk
+from optima.models.reading import check_length
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, count_by_place, count_parameters, has_experts
+from optima.models.stacks import Block, count_by_place, count_parameters
 from optima.patterns import NM
 from optima.preflight.checks import Preflight, check_order, preflight, sized
 from optima.recipe import Recipe
@@ -129,30 +129,14 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     dtype = dtype_as_read(config, recipe.dtype)
     recipe, found = sized(model, recipe, found, dtype)
     num_parameters = count_parameters(model)
-    hidden, beside = _numbers(config.get_text_config())
+    kept = activations(model, found.blocks, recipe, methods.needs, dtype)
     writes = recipe.written and not recipe.read  # else it may, if these have too little
     streamed = not source.gguf_file and not writes
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
-    # Block inputs that are kept at once: a survey and tuning carry the dense model's beside those of the pruned one, a
-    # sweep for the loss keeps those of all blocks, up to a limit.
-    assert recipe.num_calibration_samples is not None
-    tokens = recipe.num_calibration_samples * recipe.max_seq_length
-    inputs = tokens * (hidden or 0) * dtype.itemsize
-    own = tokens // 2 if is_encoder_decoder(model) else tokens  # of a stack
-    swept = swept_share(recipe.swept_share, own) if recipe.applied_objective == "loss" else 0.0
-    experts = has_experts(found.linears)
-    surveyed = recipe.surveys * (surveyed_share(recipe.swept_share, own, experts) if swept else 1.0)
-    tuned = tuned_share(recipe.tuning_share, own) if recipe.tuning_epochs else 0.0
-    kept = inputs + min((len(found.blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0
-    coupled = coupling_bytes(found.blocks, methods)
-    width = getattr(config.get_text_config(), "hidden_size", None) or 0  # of one version of the hidden states
-    metrics = METRIC_BYTES * width**2 * len(found.blocks) if swept and tuned else 0
-    kept += coupled + metrics
-    routed = any(isinstance(linear, ExpertLinear) for linear in found.linears)  # what they are given is kept
     notes = list(found.notes)
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
         notes.append(ORDER_NOTE)
-    if surveyed:
+    if kept.shares.surveyed:
         notes.append(
             SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.applied_allocation}")
         )
@@ -162,7 +146,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         size = f"{num_parameters * dtype.itemsize / GIB:.1f} GiB"
         when = "to write its own text" if writes else "to write what the data sets lack, if they do"
         notes.append(f"{when}, the whole model is in main memory and then on the device: {size}, and keys and values")
-    if hidden is None:
+    if not kept.known:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(
         model=model,
@@ -173,8 +157,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
         block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=max(int(inputs * (1 + max(surveyed, tuned) + routed)) + coupled // 2 + metrics, int(kept))
-        + tokens * beside * dtype.itemsize,
+        inputs_bytes=kept.stored,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
         host=memory,
@@ -182,10 +165,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         passes=forward_passes(
             recipe,
             methods,
-            (swept, surveyed, tuned),
+            kept.shares,
             all(in_turn(block, recipe) for block in found.blocks if block.linears),
         ),
-        reads=_reads(recipe, len(found.blocks) * inputs * swept),
+        reads=_reads(recipe, len(found.blocks) * kept.inputs * kept.shares.swept),
         dtype=dtype,
         streamed=streamed,
         seconds=time.perf_counter() - started,
@@ -193,14 +176,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def _numbers(text: Any) -> tuple[int | None, int]:
-    """What blocks hand on for a token, None if that is unknown, and what they are called with besides (Gemma 3n)."""
-    hidden, versions = getattr(text, "hidden_size", None), getattr(text, "altup_num_inputs", None) or 1
-    beside = getattr(text, "hidden_size_per_layer_input", None) or 0
-    return hidden and versions * hidden, beside * (getattr(text, "num_hidden_layers", None) or 0)
-
-
-def forward_passes(recipe: Recipe, methods: Methods, shares: tuple[float, float, float], in_turn: bool) -> int:
+def forward_passes(recipe: Recipe, methods: Methods, shares: Shares, in_turn: bool) -> int:
     """Calibrate and carry on; a survey; the sweep; a selector's gradients; dense targets and epochs.
 
     A backward pass counts as two.
@@ -208,7 +184,7 @@ def forward_passes(recipe: Recipe, methods: Methods, shares: tuple[float, float,
     Args:
         recipe: as sized.
         methods: as built from it.
-        shares: of the sequences that are swept, surveyed and tuned on.
+        shares: of the sequences.
         in_turn: whether all blocks are calibrated in turn.
     """
     (swept, surveyed, tuned), by_gradient = shares, "gradient" in methods.needs

@@ -5,7 +5,6 @@ No torch is imported here: a recipe is checked, and the help printed, before the
 
 from __future__ import annotations
 
-import re
 from dataclasses import Field as DataclassField
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -48,6 +47,7 @@ from optima.values import (
     Swaps,
     Texts,
     Weight,
+    check_regexes,
     checked,
     shown,
     unknown,
@@ -191,7 +191,10 @@ class Recipe:
     @property
     def as_given(self) -> bool:
         """True if external masks are taken as they are, whatever their pattern."""
-        return self.selector == "external" and self.sparsity is None and not self.pattern
+        return self._external() and self.sparsity is None and not self.pattern
+
+    def _external(self) -> bool:
+        return self.selector == "external" or getattr(self.selector, "takes_given", False) is True
 
     @property
     def applied_objective(self) -> str:
@@ -204,7 +207,7 @@ class Recipe:
         if self.allocation is not None:
             return self.allocation
         one = len(self.pattern) <= 1 and isinstance(self.table(SCOPES[0]).default, Unstructured)
-        by_loss = self.applied_objective == "loss" and self.selector != "external"
+        by_loss = self.applied_objective == "loss" and not self._external()
         return "loss" if one and by_loss else "uniform"
 
     @property
@@ -300,7 +303,7 @@ class Recipe:
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
         if self.keep_dense is not None and (
-            self.selector == "external" or not all(isinstance(pattern, NM) for pattern in table.patterns)
+            self._external() or not all(isinstance(pattern, NM) for pattern in table.patterns)
         ):
             raise RecipeError(
                 "keep_dense is for patterns n:m that a selector fills: unstructured sparsity is shared out by "
@@ -310,7 +313,7 @@ class Recipe:
             raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
         if self.allocation in (None, "uniform"):
             return
-        if self.selector == "external":
+        if self._external():
             raise RecipeError(f"external masks have their own sparsities: leave out allocation {self.allocation}")
         if len(self.pattern) > 1 or not isinstance(table.default, Unstructured):
             raise RecipeError(
@@ -348,15 +351,6 @@ class Recipe:
             "gap": ("a solver", self.solver != "none"),
         }
         return {name: owner for name, (owner, applies) in used.items() if not applies}
-
-
-def check_regexes(name: str, regexes: list[str]) -> None:
-    """Raise ``RecipeError`` if one of the ``regexes`` of the option ``name`` is none."""
-    for regex in regexes:
-        try:
-            re.compile(regex)
-        except re.error as error:
-            raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
 
 
 def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recipe:

@@ -20,6 +20,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch, Calibration
+from optima.calibration.own_text import keep_text
 from optima.calibration.swept import surveyed_batches
 from optima.device import (
     PeakMemory,
@@ -32,6 +33,7 @@ from optima.device import (
 )
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
+from optima.errors import RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.models.companions import copies_tokenizer, to_save
 from optima.models.files import interruptible
@@ -100,6 +102,7 @@ def prune(
             is left partly pruned.
     """
     started = time.perf_counter()
+    _check_arguments(output_dir, overwrite, resume, callbacks)
     with ExitStack() as told:  # callbacks hear of the end only once the output has its name
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
@@ -124,7 +127,8 @@ def prune(
                 job.progress = told.enter_context(Listeners([shown, *callbacks]))
                 job.progress.begin(_start(checked, origin["model"], output_dir))
             memory = PeakMemory(checked.device)  # before the model writes text, whole on the device
-            text = written(checked, network, reader, text, ranks, job.progress)
+            kept = None if destination is None else destination.own_text
+            text = written(checked, network, reader, text, ranks, job.progress, kept)
             job.notes.extend(text.notes)
             batches, alike = own_batches(text, recipe.batch_size, ranks)
             if run:
@@ -135,6 +139,7 @@ def prune(
             if destination is not None:
                 # The writer first: it refuses to go on with what another run left, where nothing may be written then.
                 job.writer = open_writer(network, found.blocks, destination, run, weights)
+                keep_text(destination.own_text, text, recipe)
                 prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
                 job.notes.extend(destination.notes)
                 if dump_layer is not None:
@@ -157,6 +162,18 @@ def prune(
                 job.writer.publish(lambda directory: _write_reports(checked.as_applied, report, directory, base))
         job.progress.end(report)
     return report
+
+
+def _check_arguments(
+    output_dir: str | Path | None, overwrite: bool, resume: bool | None, callbacks: Sequence[Callback]
+) -> None:
+    """Raise ``RecipeError`` for what would do nothing, or fail once the weights are read."""
+    if output_dir is None and (overwrite or resume is not None):
+        name = "overwrite" if overwrite else "resume"
+        raise RecipeError(f"{name} is about an earlier output: name its output_dir, or leave it out")
+    for each in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
+        if not isinstance(each, Callback) or not isinstance(callbacks, Iterable):
+            raise RecipeError(f"callbacks must be a list of optima.Callback objects, got {type(each).__name__}")
 
 
 def _identity(checked: Checked, dump_layer: str | None, ranks: Ranks, written: bool) -> dict[str, Any]:

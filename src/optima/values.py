@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from functools import cache
@@ -70,6 +71,15 @@ def checked(owner: type, name: str, value: Any, default: Any) -> Any:
         number = isinstance(default, int | float) and not is_flag and "such" not in words
         example = f", such as {default}" if number else ""
         raise RecipeError(f"{name} must be {words}{example}, got {shown(value)}") from error
+
+
+def check_regexes(name: str, regexes: list[str]) -> None:
+    """Raise ``RecipeError`` if one of the ``regexes`` of the option ``name`` is none."""
+    for regex in regexes:
+        try:
+            re.compile(regex)
+        except re.error as error:
+            raise RecipeError(f"{name}: {regex!r} is not a regular expression: {error}") from error
 
 
 def unknown(what: str, value: str, known: Iterable[str]) -> str:

@@ -35,6 +35,7 @@ import optima
 from optima import Recipe, load_recipe, load_report
 from optima.build import build, default_scope
 from optima.cli import main
+from optima.evaluation.evaluate import evaluate
 from optima.evaluation.record import load_evaluation
 from optima.models.source import load_model
 from optima.options import GROUPS
@@ -491,6 +492,24 @@ class TestEval:
         assert load_evaluation("out").models[1].divergence is None
         assert "protocol sparsegpt" in capsys.readouterr().out
         assert not list(Path("out").glob(".*"))
+
+    def test_a_model_that_was_replaced_is_not_told_the_results_of_another(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def replaced(*args: object) -> object:
+            found = evaluate(*args)  # type: ignore[arg-type]
+            prune("--overwrite")
+            return found
+
+        prune()
+        monkeypatch.setattr("optima.evaluation.evaluate.evaluate", replaced)
+        arguments = ["eval", "out", "--dataset", "text.txt", "--max-seq-length", "16", "--save", "--output", "all.json"]
+        assert main(arguments) == 2
+        output, error = capsys.readouterr()
+        assert "out was replaced while it was measured" in error
+        assert "written: all.json" in output
+        assert not Path("out/evaluation.json").exists()
+        assert "Not evaluated yet" in Path("out/README.md").read_text()
 
 
 class TestDemo:

@@ -25,6 +25,7 @@ from optima.models.skeleton import skeleton
 from optima.models.source import find_source
 from optima.models.stacks import ModuleLinear
 from optima.preflight.opening import check
+from optima.selectors.external import External
 
 UP = "model.layers.0.mlp.up_proj"
 EXTERNAL = ["--selector", "external", "--mask-from"]
@@ -256,3 +257,17 @@ def test_two_masks_for_one_linear(root: Path) -> None:
     masks |= {"layers.0.mlp.up_proj": mask, f"text.{UP}": mask.clone(), "mlp.up_proj": mask.clone()}
     with pytest.raises(RecipeError, match=f"more than one mask for {UP}"):
         MaskFiles(saved(masks)).keep_OD(ModuleLinear(UP, make_llama().get_submodule(UP)))
+
+
+def test_masks_of_an_object_are_taken_as_they_are() -> None:
+    class Own:
+        def keep_OD(self, linear: Any) -> Tensor:
+            return torch.rand(linear.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+
+    model = make_llama()
+    report = prune(model, Recipe(selector=External(Own())), calibration=make_tokens())
+    assert report.sparsity == pytest.approx(0.3, abs=0.02)
+    up = model.model.layers[0].mlp.up_proj
+    assert torch.equal(up.weight != 0, torch.rand(up.weight.shape, generator=torch.Generator().manual_seed(1)) > 0.3)
+    with pytest.raises(RecipeError, match=r"masks of type dict have no method keep_OD"):
+        External({})  # type: ignore[arg-type]

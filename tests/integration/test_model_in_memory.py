@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 from families import build, make_ids
 from tiny import blocks_of, make_llama, make_tokens
 from torch import nn
+from torch.nn.utils.prune import random_unstructured
 
-from optima import Recipe, prune
-from optima.errors import ModelError
+from optima import Callback, Recipe, prune
+from optima.errors import ModelError, RecipeError
 
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -175,6 +177,106 @@ def test_one_with_adapters() -> None:
     mlp.up_proj = adapted
     with pytest.raises(ModelError, match="has adapters, which are not written: merge them"):
         prune(model, Recipe(), calibration=make_tokens())
+
+
+class Embedded(torch.Tensor):
+    """A weight that is made of others, as quantization libraries keep them under a dtype that they are not of."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Embedded:
+        made: Embedded = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+        made.inner = inner
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *others: object) -> Embedded:
+        return Embedded(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
+        raise NotImplementedError(function)
+
+
+def test_weights_that_are_made_of_others() -> None:
+    masked, normed, embedded = make_llama(), make_llama(), make_llama()
+    random_unstructured(masked.model.layers[0].mlp.up_proj, "weight", 0.1)
+    nn.utils.parametrizations.weight_norm(normed.model.layers[0].mlp.up_proj)
+    for model in (masked, normed):
+        with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj is computed from other parameters"):
+            prune(model, Recipe(), calibration=make_tokens())
+    up = embedded.model.layers[0].mlp.up_proj
+    up.weight = nn.Parameter(Embedded(up.weight.detach()), requires_grad=False)
+    with pytest.raises(ModelError, match=r"up_proj\.weight is a Embedded, not a plain tensor"):
+        prune(embedded, Recipe(), calibration=make_tokens())
+
+
+def test_a_forward_pass_in_mixed_precision() -> None:
+    """As accelerate leaves it behind a training with bf16."""
+    model = make_llama()
+    model._original_forward = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with pytest.raises(ModelError, match=r"unwrap_model\(model, keep_fp32_wrapper=False\)"):
+        prune(model, Recipe(), calibration=make_tokens())
+
+
+def test_a_forward_that_does_not_say_what_it_takes() -> None:
+    expected, model = make_llama(), make_llama()
+    own = model.forward
+    model.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    for each in (expected, model):
+        prune(each, Recipe(objective="sink"), calibration=make_tokens())
+    assert all(torch.equal(weights(model)[name], tensor) for name, tensor in weights(expected).items())
+
+
+@pytest.mark.slow
+def test_compiled_in_place() -> None:
+    expected, model, blocks = make_llama(), make_llama(), make_llama()
+    model.compile(backend="eager")
+    for layer in blocks.model.layers:
+        layer.compile(backend="eager")
+    for each in (expected, model, blocks):
+        prune(each, Recipe(), calibration=make_tokens())
+        assert all(torch.equal(weights(each)[name], tensor) for name, tensor in weights(expected).items())
+
+
+def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
+    wrapped, cut = make_llama(), make_llama()
+    wrapped.model.layers[0] = torch.compile(wrapped.model.layers[0], backend="eager")
+    cut.model.layers = cut.model.layers[:1]
+    for model, which in ((wrapped, r"has model\.layers\.0\._orig_mod"), (cut, r"lacks model\.layers\.1")):
+        with pytest.raises(ModelError, match=f"could not be loaded: the model {which}"):
+            prune(model, Recipe(), calibration=make_tokens(), output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert prune(cut, Recipe(), calibration=make_tokens()).sparsity == pytest.approx(0.5, abs=1e-3)
+
+
+def test_no_gradients_to_tune_by() -> None:
+    with torch.inference_mode():
+        model = make_llama()
+    before = weights(model)
+    with pytest.raises(ModelError, match=r"made inside torch\.inference_mode"):
+        prune(model, Recipe(objective="sink", tuning_epochs=1), calibration=make_tokens())
+    assert all(torch.equal(weights(model)[name], tensor) for name, tensor in before.items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_arguments_that_would_do_nothing() -> None:
+    for name in ("overwrite", "resume"):
+        with pytest.raises(RecipeError, match=f"{name} is about an earlier output"):
+            prune(make_llama(), Recipe(), calibration=make_tokens(), **{name: True})
+
+
+@pytest.mark.parametrize("callbacks", [[print], Callback(), ["text"]])
+def test_callbacks_that_are_none(callbacks: Any) -> None:
+    with pytest.raises(RecipeError, match=r"callbacks must be a list of optima\.Callback objects"):
+        prune(make_llama(), Recipe(), calibration=make_tokens(), callbacks=callbacks)
 
 
 def test_blocks_behind_the_last_target_are_neither_run_nor_moved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from optima.identity import identity, settings_of
 from optima.models.journal import Journal, read_journal
 from optima.models.writer import Writer
 from optima.patterns import Pattern
+from optima.preflight import opening
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.optima import Optima
 from optima.selectors.ranking import top_scores
@@ -153,6 +154,19 @@ class TestStopped:
             assert finish(start("out", "--resume", prepare=stop_at_sync(count))) == -signal.SIGKILL
         notes = check_goes_on(whole)
         assert "resumed after model.layers.0" in notes
+
+    def test_what_the_model_wrote_is_not_written_again(self) -> None:
+        written = ("--dataset", "self")
+        assert finish(start("undisturbed", *written)) == 0
+        stopped(1, *written)
+
+        def prepare() -> None:
+            opening.own_text = raising(AssertionError("it writes"))
+
+        assert finish(start("out", "--resume", *written, prepare=prepare)) == 0, said()
+        assert files(Path("out")) == files(Path("undisturbed"))
+        notes = [note for note in optima.load_report("out").run.notes if "resumed" not in note]
+        assert notes == list(optima.load_report("undisturbed").run.notes)
 
     def test_by_a_signal_that_says_how_to_go_on(self, whole: Path) -> None:
         assert finish(start("out", prepare=stop_at_sync(13, signal.SIGTERM))) == 128 + signal.SIGTERM

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,6 +70,26 @@ def test_equals_a_resident_run(
     notes = [set(optima.load_report(tmp_path / name).run.notes) for name in ("resident", "streamed")]
     assert notes[0] - notes[1] == {"the whole model was held in main memory: "}
     assert not notes[1] - notes[0]
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path / "model", max_shard_size="2KB")
+    count = len(list((tmp_path / "model").glob("*.safetensors")))
+    assert count > 20
+    child = os.fork()
+    if not child:
+        opened, hard = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + count, hard))
+        code = 1
+        try:
+            pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (opened + count, opened + count))
+            with pytest.raises(ModelError, match=r"cannot be opened \(.*ulimit -n"):
+                pruned(tmp_path / "model", tmp_path / "second", **CHEAP)
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def streamed(model: PreTrainedModel, directory: Path) -> tuple[PreTrainedModel, Streamed]:

@@ -101,6 +101,16 @@ def test_no_global_switch_lowers_a_bound() -> None:
     assert torch.equal(solved.gap_R, solve(hessian, problem.target_RD, problem.keep_RD).gap_R)
 
 
+def test_a_default_device_is_for_others() -> None:
+    matrix_DD, (hessian, problem, _) = make_matrix(30, 60, 0), make_layer(20, 30)
+    wanted = solve(hessian, problem.target_RD, problem.keep_RD)
+    with torch.device("meta"):
+        found = solve(hessian, problem.target_RD, problem.keep_RD)
+        assert Hessian(matrix_DD).factorisation.condition == Hessian(matrix_DD).factorisation.condition < 1e6
+    assert torch.equal(found.weight_RD, wanted.weight_RD)
+    assert torch.equal(found.gap_R, wanted.gap_R)
+
+
 def test_a_numerically_singular_hessian_is_damped_and_says_so() -> None:
     hessian = Hessian(wilkinson(60), damping=0.0)
     assert 0.0 < hessian.damping <= 1e-6

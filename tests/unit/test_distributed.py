@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from optima import distributed
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
-from optima.calibration.reduction import reduce_statistics
-from optima.distributed import ALONE, Ranks, joined, share_out
+from optima.calibration.reduction import reduce_statistics, share_out
+from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.identity import check_alike
 from optima.models.stacks import ModuleLinear, find_stacks
@@ -160,8 +161,9 @@ class Full(Tensor):
         lambda ranks, tensor: ranks.share(tensor, 1),
         lambda ranks, tensor: ranks.total(tensor),
         lambda ranks, tensor: ranks.add_lower(tensor),
+        lambda ranks, tensor: ranks.to_first(tensor),
     ],
-    ids=["collect", "share", "total", "add_lower"],
+    ids=["collect", "share", "total", "add_lower", "to_first"],
 )
 def test_where_one_has_no_memory_left_the_others_do_not_wait(send: Callable[[Ranks, Tensor], object]) -> None:
     def work(ranks: Ranks) -> None:
@@ -179,6 +181,15 @@ def test_an_error_at_the_very_end_is_raised_by_all() -> None:
             raise CalibrationError("the disk is full")
 
     assert in_processes(SIZE, work) == [2, 2, 2]
+
+
+def test_a_death_behind_the_work_of_the_first_is_a_warning() -> None:
+    def work(ranks: Ranks) -> None:
+        ranks.gather(None)
+        if ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_processes(SIZE, work) == [0, -signal.SIGKILL, 3]
 
 
 def test_where_one_dies_the_others_end() -> None:

@@ -72,6 +72,15 @@ class TestBody:
         assert "MACKO" in text
         assert NOT_YET in text
 
+    def test_loads_a_tokenizer_that_is_there(self, tmp_path: Path) -> None:
+        write_card(tmp_path, report(), None)
+        assert "AutoTokenizer" not in card_of(tmp_path).text
+        assert "take the dense model's" in card_of(tmp_path).text
+        (tmp_path / "tokenizer.json").write_text("{}")
+        write_card(tmp_path, report(), None)
+        assert "tokenizer = AutoTokenizer.from_pretrained(" in card_of(tmp_path).text
+        assert "take the dense model's" not in card_of(tmp_path).text
+
     def test_names_no_path_of_this_machine(self, tmp_path: Path) -> None:
         data = tmp_path / "secret" / "mine.jsonl"
         data.parent.mkdir()
@@ -97,6 +106,7 @@ class TestBody:
 
     def test_code_of_its_own_has_to_be_trusted(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "theirs.Theirs"}}')
+        (tmp_path / "tokenizer.json").write_text("{}")
         write_card(tmp_path, report(recipe=RUN.recipe | {"damping": 0.0, "swaps": 0}), None)
         text = card_of(tmp_path).text
         assert text.count(", trust_remote_code=True)") == 2
@@ -113,6 +123,7 @@ class TestBody:
     @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "T5EncoderModel", "BertModel"])
     def test_the_class_that_auto_model_might_not_choose(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')
+        (tmp_path / "tokenizer.json").write_text("{}")
         write_card(tmp_path, report(), None)
         assert f"import AutoTokenizer, {name}\n" in card_of(tmp_path).text
         assert f"{name}.from_pretrained" in card_of(tmp_path).text

@@ -277,6 +277,19 @@ class TestRefusals:
         with pytest.raises(RecipeError, match="float tensor"):
             solve(matrix_DD, weight_RD.int(), keep_RD)
 
+    def test_arguments_of_other_types(self) -> None:
+        hessian, problem, _ = make_layer(4, 8)
+        weight, keep = problem.target_RD, problem.keep_RD
+        with pytest.raises(RecipeError, match="keep must be boolean"):
+            solve(hessian, weight, keep.int())
+        for given in ({"keep": keep.tolist()}, {"keep": keep, "lower": 0.0}):
+            with pytest.raises(RecipeError, match=r"must be a tensor, got (list|float)"):
+                solve(hessian, weight, **given)  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match="solver must be an object such as"):
+            solve(hessian, weight, keep, solver="auto")  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match="gap must be positive"):
+            solve(hessian, weight, keep, solver=Auto(gap=0.0))
+
 
 @every_solver
 @pytest.mark.parametrize("norm", [1e-30, 1e-12, 1e12, 1e30])

@@ -242,5 +242,10 @@ class TestOwnSelector:
         class Curious(Wanda):
             needs = frozenset({"gradient", "fisher"})
 
+        class One(Curious):
+            needs = "fisher"  # type: ignore[assignment]
+
         with pytest.raises(RecipeError, match="Curious needs fisher: known needs are coupling, gradient"):
             needs_of(Curious())
+        with pytest.raises(RecipeError, match="One needs fisher: known needs are coupling, gradient"):
+            needs_of(One())

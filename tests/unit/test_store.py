@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from optima.calibration.store import SMALLEST_MAPPED, Store
+from optima.calibration.streams import moved
 from optima.errors import ModelError, RecipeError
 from optima.memory import GIB, LIBRARIES_BYTES, HostMemory
 
@@ -51,6 +55,24 @@ def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         Store(0, tmp_path / "missing").keep(torch.zeros(SMALLEST_MAPPED))
 
 
+def test_files_that_cannot_be_mapped_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("unable to mmap 65536 bytes from file <x>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr(torch, "from_file", fail)
+    with pytest.raises(ModelError, match=r"cannot wait in files in .*Cannot allocate memory.*ulimit -v"):
+        Store(0, tmp_path).keep(torch.zeros(SMALLEST_MAPPED))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_may_not_hold_the_rest_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB))
+    assert not Store(None, tmp_path).shortage(8 * GIB)
+    store = Store(2 * GIB, tmp_path)
+    assert not store.shortage(3 * GIB)
+    assert re.search(r"up to 2\.0 GiB of files in .*, which has 1\.0 GiB free", store.shortage(4 * GIB))
+
+
 def test_without_a_budget_the_rest_of_the_run_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.memory.available_memory", lambda: 8 * GIB)
     memory = HostMemory(weights=GIB, work=5 * GIB, by_loss=0)
@@ -79,3 +101,14 @@ def test_a_run_that_may_not_fit_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -
         "4.0 GiB of main memory are free, and up to 5.0 GiB may be taken, 3.0 GiB of it by weights: lower --batch-size"
     )
     assert "10.0 GiB may be taken by 2 processes, 6.0 GiB of it by weights: free some, or" in memory.shortage(2)
+
+
+def test_what_stands_there_once_for_all_samples_is_moved_once() -> None:
+    mask = torch.ones(1, 1, 5, 5).expand(8, 1, 5, 5)
+    assert moved(mask, torch.device("cpu")) is mask
+    there = moved(mask, torch.device("meta"))
+    assert there.shape == mask.shape
+    assert there.stride()[0] == 0
+    assert there.untyped_storage().nbytes() == 25 * 4
+    assert moved(torch.ones(2, 3).mT, torch.device("meta")).shape == (3, 2)
+    assert moved(torch.ones(()), torch.device("meta")).shape == ()

@@ -10,7 +10,7 @@ Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -35,6 +35,13 @@ def couples(linear: Linear) -> bool:
     """
     outputs, inputs = linear.shape
     return outputs <= min(inputs, MOST_ROWS) and inputs <= MOST_EIGENVALUES and not is_expert(linear)
+
+
+def coupling_bytes(blocks: Sequence[Block], needs: Collection[str]) -> int:
+    """Of the coupling in a sweep: a float32 O x O matrix a linear. Half of it stays until the linear is pruned."""
+    if "coupling" not in needs:
+        return 0
+    return sum(4 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))
 
 
 class Halves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +24,7 @@ from optima.options import CONFIGS, OF_HUB
 if TYPE_CHECKING:
     from optima.calibration.records import LocalRecords
 
+SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
 NO_COLUMN = "{} has no column {!r} with text: name one of its columns with --text-column: {}"
 FILES = (".txt", ".jsonl", ".json", ".parquet")
@@ -199,7 +201,8 @@ class Documents:
 
     def _text(self, value: Any, name: str) -> str:
         text = value if isinstance(value, str) else self._chat(value, name)
-        return text.encode("utf-8", "replace").decode("utf-8")  # half of a pair that is one letter in UTF-16
+        # Half of a pair that is one letter in UTF-16. A long text is looked through: a copy of it may not fit.
+        return text.encode("utf-8", "replace").decode("utf-8") if SURROGATE.search(text) else text
 
     def _chat(self, messages: list[dict[str, Any]], name: str) -> str:
         """A chat as the model reads it."""

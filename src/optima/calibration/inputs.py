@@ -10,7 +10,6 @@ Shapes: N sequences, B sequences in a batch, L tokens in a sequence.
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from optima.calibration.given import DECODER_IDS, LABELS, TEXT_ALONE
 from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
-from optima.models.reading import check_vocabulary, is_encoder_decoder
+from optima.models.reading import arguments_of, check_vocabulary, is_encoder_decoder
 from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -100,13 +99,13 @@ class Calibration:
         """Raise ``CalibrationError`` for words or arguments that ``model``, or its skeleton, does not know."""
         if self.tokens_NL is not None:
             check_vocabulary(model, self.tokens_NL)
-        known = inspect.signature(model.forward).parameters
+        known = arguments_of(model)
         for number, batch in enumerate(self.inputs):
             unknown = [name for name in batch if name not in known]
             if unknown:
                 raise CalibrationError(
                     f"calibration batch {number} has {', '.join(unknown)}, which {type(model).__name__} does not read: "
-                    f"give what its forward pass takes ({', '.join(list(known)[:8])} ...)"
+                    f"give what its forward pass takes ({', '.join(known[:8])} ...)"
                 )
 
 

@@ -10,13 +10,17 @@ Shapes: N sequences, L tokens in each, B sequences of a batch, C tokens that the
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -33,13 +37,16 @@ from optima.calibration.inputs import Calibration
 from optima.calibration.text import special_tokens, token_ids
 from optima.device import describe_memory, evaluating, one_memory_error
 from optima.distributed import ALONE, Ranks
-from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError
+from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError, ModelError
+from optima.models.files import explain_write_errors, write_whole
 from optima.models.reading import is_encoder_decoder
 from optima.recipe import Recipe
 
 AT_ONCE = 32  # sequences written together
 BEGUN = 8  # beside text that was read, one token of so many is its own: it keeps to what that is about
+CARD_SHARE = 0.8  # of a GPU's memory, for the model with its keys and values; activations have the rest
 PLACEHOLDER = "PLACEHOLDER"
+TOKENS, NOTES = "tokens", "notes"  # in the file of a text that is kept
 
 
 @torch.no_grad()
@@ -92,7 +99,7 @@ def own_text(
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     drawn_NL = torch.rand(samples, new, generator=torch.Generator().manual_seed(recipe.seed))
     halving, together = Halving(device), AT_ONCE
-    if device.type == "cpu" and room is not None:  # where too much ends the process instead of an error
+    if (room := _room(model, device, room)) is not None:
         together = max(min(AT_ONCE, room // max(keys_bytes(model, length), 1)), 1)
     together = min(ranks.gather(together))  # words may differ with those beside them, where roundings decide
     firsts = list(range(0, samples, together))[ranks.part(-(-samples // together))]
@@ -142,6 +149,36 @@ def own_text(
     notes += [no_turn] if not len(known_NL) and tokenizer.chat_template and not users_turn(tokenizer) else []
     notes += [few] if most else []
     return replace(read or Calibration(None), tokens_NL=torch.cat([known_NL, *parts]), notes=tuple(notes))
+
+
+def keep_text(file: Path, text: Calibration, recipe: Recipe) -> None:
+    """Keep all of a text that the model wrote, for a run that goes on: written anew, one word may be another."""
+    if recipe.written and text.tokens_NL is not None and not file.exists():
+        with explain_write_errors(file):
+            write_whole(file, save({TOKENS: text.tokens_NL}, {NOTES: json.dumps(text.notes)}))
+
+
+def read_text(file: Path, read: Calibration) -> Calibration | None:
+    """What ``keep_text`` kept, in the place of what the data sets had; None if it kept nothing.
+
+    Raises:
+        ModelError: if the file cannot be read.
+    """
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, framework="pt") as kept:
+            return replace(read, tokens_NL=kept.get_tensor(TOKENS), notes=tuple(json.loads(kept.metadata()[NOTES])))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read ({error}): delete it, and the text is written anew") from error
+
+
+def _room(model: PreTrainedModel, device: torch.device, room: int | None) -> int | None:
+    """Bytes for keys and values: where too much is found out late, or ends the process. Not of what is free now."""
+    if device.type != "cuda":
+        return room if device.type == "cpu" else None
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return int(CARD_SHARE * torch.cuda.get_device_properties(device).total_memory) - weights
 
 
 def keys_bytes(model: PreTrainedModel, tokens: int) -> int:

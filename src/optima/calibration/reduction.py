@@ -14,7 +14,7 @@ from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Call, Streams
-from optima.distributed import ALONE, Ranks, share_out
+from optima.distributed import ALONE, Ranks
 from optima.errors import OptimaError
 from optima.models.stacks import Block, Linear
 from optima.qp.rows import chunk_rows
@@ -58,6 +58,22 @@ def reduce_statistics(
     divisible = [any(_chunks(linear, streams.device) > 1 for linear in group) for group in groups]
     owners = dict(zip(names, share_out([cost(group) for group in groups], streams.ranks.size, divisible), strict=True))
     reduce_to(owners, accumulators, untold, streams)
+    return owners
+
+
+def share_out(costs: Sequence[float], size: int, divisible: Sequence[bool] = ()) -> list[int | None]:
+    """Who does what: the largest first, each to whoever has least.
+
+    None, for what exceeds a fair share and is ``divisible`` (all, if it is empty): all do it together.
+    """
+    load, fair = [0.0] * size, sum(costs) / size
+    owners: list[int | None] = [None] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        together = size > 1 and costs[index] > fair and (not divisible or divisible[index])
+        if not together:
+            least = min(range(size), key=load.__getitem__)
+            owners[index] = least
+            load[least] += costs[index]
     return owners
 
 

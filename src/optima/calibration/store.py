@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from optima.errors import ModelError
 from optima.models.files import ACTIVATIONS, explain_write_errors
 
 # Smaller tensors stay in main memory: a page, a mapping and a file cost more.
@@ -62,6 +66,19 @@ class Store:
         text = f"activations beyond the main memory left for them waited in files: {self.most_mapped:,} bytes at most"
         return [text] if self.most_mapped else []
 
+    def shortage(self, size: int) -> str:
+        """What to tell of ``size`` bytes at most that will be kept, if the disk may not have room; else empty."""
+        beyond, place = size - (size if self.budget is None else self.budget), self._place()
+        if beyond <= 0 or (free := shutil.disk_usage(place).free) >= beyond:
+            return ""
+        return (
+            f"activations may take up to {beyond / 2**30:.1f} GiB of files in {place}, which has "
+            f"{free / 2**30:.1f} GiB free: free some space there, raise --memory-budget, or take fewer samples"
+        )
+
+    def _place(self) -> Path:
+        return self.directory or Path(tempfile.gettempdir())
+
     def _forget(self, key: int) -> None:
         size, is_mapped = self._known.pop(key)
         if is_mapped:
@@ -70,8 +87,8 @@ class Store:
             self.held -= size
 
     def _map(self, tensor: Tensor, size: int) -> Tensor:
-        directory = self.directory or Path(tempfile.gettempdir())
-        with explain_write_errors(directory, "free some space there, or raise --memory-budget"):
+        directory = self._place()
+        with explain_write_errors(directory, "free some space there, or raise --memory-budget"), _mapping(directory):
             handle, name = tempfile.mkstemp(prefix=ACTIVATIONS, dir=directory)
             try:
                 if hasattr(os, "posix_fallocate"):
@@ -82,3 +99,15 @@ class Store:
                 os.close(handle)
                 os.unlink(name)
         return mapped.view(tensor.shape).copy_(tensor)
+
+
+@contextmanager
+def _mapping(directory: Path) -> Iterator[None]:
+    """Raise ``ModelError`` for a file that cannot be mapped: torch has no type of its own for that."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ModelError(
+            f"activations cannot wait in files in {directory} ({str(error).splitlines()[0]}): see that its file system "
+            "can map files, and that ulimit -v is unlimited, or raise --memory-budget"
+        ) from error

@@ -229,7 +229,7 @@ class Streams:
             inputs = map_tensors(inputs, piece)
             for state in _states_in(args, kwargs) if looks else []:  # copies
                 state.update({key: map_tensors(value, piece) for key, value in state.items()})
-        hidden, args, kwargs = map_tensors(inputs, lambda each: _usable(each).to(self.device))
+        hidden, args, kwargs = map_tensors(inputs, lambda each: moved(_usable(each), self.device))
         with _lent(_states_in(args, kwargs), self.device):
             return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
@@ -301,12 +301,20 @@ def share(value: Any, candidates: Any, keep: Callable[[Tensor], Tensor] = lambda
     map_tensors(candidates, pool.append)
 
     def convert(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().cpu()
+        tensor = moved(tensor.detach(), torch.device("cpu"))
         same = (t for t in pool if t.shape == tensor.shape and t.dtype == tensor.dtype and torch.equal(t, tensor))
         found = next(same, None)
         return keep(tensor) if found is None else found
 
     return map_tensors(value, convert)
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``. What stands there once for all samples, as masks do, goes once, and stays so."""
+    if tensor.device == device or 0 not in tensor.stride():
+        return tensor.to(device)
+    once = tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
+    return once.to(device).expand(tensor.shape)
 
 
 def map_tensors(value: Any, convert: Callable[[Tensor], object]) -> Any:

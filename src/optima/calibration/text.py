@@ -52,7 +52,7 @@ def calibration_tokens(
     special = special_tokens(tokenizer)
     needed = num_samples * text_length(special, max_seq_length)
     ids: list[int] = []
-    texts = (text + SEPARATOR for text in map(_text, documents) if text.strip())
+    texts = (text for text in map(_text, documents) if text and not text.isspace())
     for batch in _batches(texts):
         ids += chain.from_iterable(token_ids(batch, tokenizer))
         if len(ids) >= needed:
@@ -69,7 +69,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     """Texts that are tokenised at once; one that is long is cut behind ends of lines, for tokens take memory."""
     batch: list[str] = []
     for text in texts:
-        for piece in pieces(text):
+        for piece in pieces(text, SEPARATOR):
             batch.append(piece)
             if len(batch) == BATCH_DOCUMENTS or sum(map(len, batch)) >= MOST_AT_ONCE:
                 yield batch
@@ -78,14 +78,17 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def pieces(text: str) -> Iterator[str]:
-    """The text, in pieces that end with a line if it is long: tokens at a cut may be others than in the whole."""
+def pieces(text: str, behind: str = "") -> Iterator[str]:
+    """The text, in pieces that end with a line if it is long: tokens at a cut may be others than in the whole.
+
+    ``behind`` the last one comes this: put to the whole, it would copy it.
+    """
     begin = 0
     while len(text) - begin > MOST_AT_ONCE:
         end = text.rfind("\n", begin, begin + MOST_AT_ONCE) + 1 or begin + MOST_AT_ONCE
         yield text[begin:end]
         begin = end
-    yield text[begin:]
+    yield text[begin:] + behind
 
 
 def _text(document: object) -> str:

@@ -55,7 +55,7 @@ def divergence(
         ModelError: if the two have vocabularies of different sizes; also as ``window_losses``.
         CalibrationError, NumericalError, RecipeError: as ``window_losses``.
     """
-    sums = [torch.zeros(len(tokens_NL), dtype=torch.float64) for _ in range(3)]
+    sums = [torch.zeros(len(tokens_NL), dtype=torch.float64, device="cpu") for _ in range(3)]
     loss_N, kl_N, top1_N = sums
     with reading(reference, tokens_NL, device) as first, reading(model, tokens_NL, device) as second:
         check_vocabularies(first.vocabulary, second.vocabulary)

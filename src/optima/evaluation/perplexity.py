@@ -113,7 +113,7 @@ def window_losses(
         NumericalError: if the likelihood of a window is NaN or infinite.
         RecipeError: if ``batch_size`` is less than 1.
     """
-    loss_N = torch.zeros(len(tokens_NL), dtype=torch.float64)
+    loss_N = torch.zeros(len(tokens_NL), dtype=torch.float64, device="cpu")
     with reading(model, tokens_NL, device) as reader:
         for rows, batch_BL in batches(tokens_NL, batch_size, reader):
             with reader.read(batch_BL) as logits_of:

@@ -110,7 +110,12 @@ class Hessian:
             self._matrix_DD[:, self.dead_D] = 0.0
         # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
         generator = torch.Generator().manual_seed(0)
-        signs_KD = torch.randint(0, 2, (4, self.num_inputs), generator=generator).mul_(2).sub_(1).to(self._matrix_DD)
+        signs_KD = (
+            torch.randint(0, 2, (4, self.num_inputs), generator=generator, device="cpu")
+            .mul_(2)
+            .sub_(1)
+            .to(self._matrix_DD)
+        )
         smallest = max(float(self.diagonal_D.max()) * 1e-30, 1e-60)
         scale_D = self.diagonal_D.clamp_min(smallest).rsqrt().to(signs_KD)
         signs_KD *= scale_D
@@ -305,7 +310,9 @@ def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:
     if not factor_DD.numel():
         return 1.0
     generator = torch.Generator().manual_seed(0)
-    vector_DK = torch.randn(len(factor_DD), DIRECTIONS, generator=generator, dtype=torch.float64).to(factor_DD)
+    vector_DK = torch.randn(len(factor_DD), DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu").to(
+        factor_DD
+    )
     vector_DK /= torch.linalg.vector_norm(vector_DK, dim=0)
     scale_D1 = damped_DD.diagonal().sqrt()[:, None]
     logarithm_K = vector_DK.new_zeros(DIRECTIONS)

@@ -99,7 +99,7 @@ def largest_eigenvalue(matrix_DD: Tensor) -> float:
     """Of a positive semidefinite matrix, seldom a fifth too low: by powers of a random vector."""
     if not len(matrix_DD):
         return 0.0
-    vector_D = torch.randn(len(matrix_DD), generator=torch.Generator().manual_seed(0)).to(matrix_DD)
+    vector_D = torch.randn(len(matrix_DD), generator=torch.Generator().manual_seed(0), device="cpu").to(matrix_DD)
     norm = torch.zeros(())
     for _ in range(POWERS):
         vector_D = matrix_DD @ (vector_D / torch.linalg.vector_norm(vector_D))

@@ -6,6 +6,7 @@ asked for are made of. accelerate's disk offload would hold a second copy of all
 
 from __future__ import annotations
 
+import resource
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.models.files import shards
 from optima.models.source import INDEX, WEIGHTS, Source, check_complete, explain_read_errors, find_file, load_config
+
+# Open files that a process may have beside the model's: libraries, sockets, files of activations while they are made.
+OTHER_FILES = 512
 
 
 class UnstreamableError(Exception):
@@ -46,6 +50,7 @@ class Checkpoint:
         self.model = model
         self.conversions = _conversions(model)
         self._stats = {file: _stat(file) for file in files}
+        _may_open(len(files))
         self._files: list[Any] = [_open(file) for file in files]
         on_disk = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118 - no mapping
         self._empty: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
@@ -245,7 +250,22 @@ def on_disk(source: Source) -> dict[str, Tensor]:
 
 def _open(file: Path) -> Any:
     """Tensors are read, not mapped: a private mapping of a file counts as memory of the process."""
-    return safe_open(file, framework="pt", backend="pread")
+    try:
+        return safe_open(file, framework="pt", backend="pread")
+    except OSError as error:  # also of a limit: safetensors says then that there is no such file
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        raise ModelError(
+            f"{file} cannot be opened ({error}): see that it is there, and that ulimit -n, which is {most}, is more "
+            "than the model has files"
+        ) from error
+
+
+def _may_open(count: int) -> None:
+    """Raise the limit of open files where it would be too low for so many more, as far as the system lets us."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < (wanted := count + OTHER_FILES) and soft != resource.RLIM_INFINITY:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(most, soft), hard))
 
 
 def _meta(part: Any) -> Tensor:

@@ -46,7 +46,7 @@ from optima.models.ordered import ORDERING_NAME
 _logger = logging.getLogger("optima")
 
 SUFFIX = ".optima-partial"
-RUN, JOURNAL, MODEL = "run.json", "journal.jsonl", "model"
+RUN, JOURNAL, MODEL, OWN_TEXT = "run.json", "journal.jsonl", "model", "own-text"
 RECORDS = {"report.json": {"schema_version", "run"}, ORDERING_NAME: {"schema_version", "channels"}}
 NAME_BYTES = 255  # of one name, on every file system in use
 
@@ -102,6 +102,11 @@ class Destination:
     def directory(self) -> Path:
         """What becomes OUT."""
         return self.partial / MODEL
+
+    @property
+    def own_text(self) -> Path:
+        """Where calibration text waits that the model wrote, until the run ends: it may have taken hours."""
+        return self.partial / OWN_TEXT
 
     @property
     def journal(self) -> Path:

@@ -130,12 +130,17 @@ def stat_of(directory: Path) -> os.stat_result | None:
     return None
 
 
+def is_same(directory: Path, before: os.stat_result | None) -> bool:
+    """Whether the directory of that name is the one of which ``stat_of`` told ``before``."""
+    after = stat_of(directory)
+    return before is not None and after is not None and os.path.samestat(before, after)
+
+
 @contextmanager
 def the_same(directory: Path, before: os.stat_result | None) -> Iterator[None]:
     """A ``ModelError`` if another directory bears the name in the end: what was read is then of both."""
     yield
-    after = stat_of(directory)
-    if before is None or after is None or not os.path.samestat(before, after):
+    if not is_same(directory, before):
         raise ModelError(f"{directory} was replaced while it was read: try again")
 
 

@@ -39,13 +39,18 @@ def auto_class(auto_map: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def code_files(directory: Path) -> list[Path]:
     """What the configurations of a model name, and what that imports from beside it."""
     named = {code for _, content in _configurations(directory) for each in content[MAP].values() for code in _of(each)}
-    found: list[Path] = []
     names = [code.partition(".")[0] for code in sorted(named) if "--" not in code]
-    while names:
-        file = directory / f"{names.pop(0)}.py"
+    return imported_files(*(directory / f"{name}.py" for name in names))
+
+
+def imported_files(*files: Path) -> list[Path]:
+    """Some files of code, and those beside them that they import, in turn."""
+    found, waiting = list[Path](), list(files)
+    while waiting:
+        file = waiting.pop(0)
         if file not in found and file.is_file():  # what is not there may be wanted nowhere
             found.append(file)
-            names += get_relative_imports(file)
+            waiting += (file.parent / f"{name}.py" for name in get_relative_imports(file))
     return found
 
 

@@ -20,13 +20,18 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 def in_slices(model: nn.Module) -> bool:
     """Whether the model can be asked for the logits of some positions alone."""
-    return "logits_to_keep" in inspect.signature(model.forward).parameters
+    return "logits_to_keep" in arguments_of(model)
+
+
+def arguments_of(model: nn.Module) -> list[str]:
+    """What the model's forward pass takes, by its class: one that someone put in its place may not say."""
+    return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
 def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
-    if "input_ids" not in (parameters := inspect.signature(model.forward).parameters):
-        what = getattr(model, "main_input_name", next(iter(parameters), "nothing"))
+    if "input_ids" not in (arguments := arguments_of(model)):
+        what = getattr(model, "main_input_name", next(iter(arguments), "nothing"))
         raise ModelError(
             f"{type(model).__name__} reads {what}, not text: from Python, give prune(..., calibration=...) batches of "
             "its processor's outputs"

@@ -137,6 +137,8 @@ def order(
             may have another order.
     """
     started = time.perf_counter()
+    if isinstance(channels, str):
+        raise RecipeError(f"channels must be a list of kinds, got {channels!r}: for example {KINDS[:1]}")
     if unknown := sorted(set(channels) - set(KINDS)):
         raise RecipeError(f"there are no channels {unknown[0]!r}: choose among {', '.join(KINDS)}")
     with ExitStack() as stack:

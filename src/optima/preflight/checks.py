@@ -31,9 +31,10 @@ from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
 from optima.names import check_bounded
 from optima.patterns import Pattern, Unstructured
-from optima.recipe import Recipe, check_regexes
+from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
 from optima.selectors.external import External
+from optima.values import check_regexes
 
 # Of several processes, the largest part of the sequences, relative to equal parts.
 MOST_UNEVEN = 1.25

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.activations import activations
 from optima.build import build, default_scope
 from optima.calibration.documents import check_of_hub
 from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import check_writes, own_text
+from optima.calibration.own_text import check_writes, own_text, read_text
 from optima.calibration.store import Store
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
@@ -39,6 +40,7 @@ from optima.preflight.checks import (
     sized,
     taken,
 )
+from optima.preflight.in_memory import check_in_memory, check_tunable
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 
@@ -77,7 +79,7 @@ def check(
     device, methods = ranks.on(recipe.device), build(recipe)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
-        _check_in_memory(model)
+        check_in_memory(model, output_dir is not None)
     elif isinstance(model, str | Path):
         source = find_source(str(model), recipe.trust_remote_code, recipe.revision)
         structure, config = skeleton(source)
@@ -100,26 +102,12 @@ def check(
         recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
     recipe, found = sized(structure, recipe, found, dtype, calibration)
+    check_tunable(structure, recipe)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
         check_dump(dump_layer, output_dir is not None, found.linears)
     return Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
-
-
-def _check_in_memory(model: PreTrainedModel) -> None:
-    """Raise ``ModelError`` unless all weights are there as numbers of their own."""
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
-    if len(places := {str(parameter.device) for parameter in model.parameters()}) > 1:
-        raise ModelError(f"the model is spread over {', '.join(sorted(places))}: load it on one device, or the CPU")
-    if getattr(model, "is_quantized", False) or any(parameter.itemsize < 2 for parameter in model.parameters()):
-        raise ModelError(
-            "the model is quantized, and its weights are codes: load it unquantized, prune it, then quantize the result"
-        )
-    # What every kind of adapter of PEFT calls the linear that it is put around.
-    if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
-        raise ModelError("the model has adapters, which are not written: merge them into its weights first")
 
 
 def read(
@@ -147,10 +135,13 @@ def written(
     text: Calibration,
     ranks: Ranks,
     progress: Listeners,
+    kept: Path | None = None,
 ) -> Calibration:
-    """``text``, and what it lacks, which the model writes."""
+    """``text``, and what it lacks, which the model writes, unless an earlier run ``kept`` what it wrote (or would)."""
     if not _lacks(checked, text):
         return text
+    if (known := ranks.from_first(lambda: None if kept is None else read_text(kept, text))) is not None:
+        return known
     assert tokenizer is not None, "the text was read by it"
     recipe = checked.recipe
     assert recipe.num_calibration_samples is not None, "a run resolves it"
@@ -208,4 +199,10 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
     there = memory.least - memory.weights * streamed
     left = memory.left(checked.recipe.memory_budget, ranks.here(), there)
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
-    return Store(left, beside if beside is not None and beside.is_dir() else None)
+    store = Store(left, beside if beside is not None and beside.is_dir() else None)
+    if checked.recipe.num_calibration_samples is not None:
+        needs, blocks = checked.methods.needs, checked.found.blocks
+        kept = activations(checked.structure, blocks, checked.recipe, needs, checked.dtype)
+        if said := store.shortage(kept.stored // ranks.size):
+            _logger.warning("%s", said)
+    return store

@@ -179,7 +179,7 @@ def unit_spectrum(hessian: Hessian) -> tuple[Tensor, float, float]:
 def _largest(matrix: SharedMatrix, scale_D: Tensor) -> float:
     """Of diag(scale) M diag(scale), by power iteration from a fixed random vector."""
     generator = torch.Generator().manual_seed(0)
-    vector_1D = torch.randn(1, len(scale_D), generator=generator, dtype=torch.float64).to(scale_D)
+    vector_1D = torch.randn(1, len(scale_D), generator=generator, dtype=torch.float64, device="cpu").to(scale_D)
     norm = torch.linalg.vector_norm(vector_1D)
     for _ in range(POWER_ITERATIONS):
         vector_1D = matrix(vector_1D / norm * scale_D) * scale_D

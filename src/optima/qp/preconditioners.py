@@ -129,7 +129,7 @@ def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Ten
     operator, size = hessian.operator(scale_D.dtype), len(scale_D)
     generator = torch.Generator().manual_seed(0)
     width = min(count + OVERSAMPLING, size)
-    basis_VD = torch.randn(width, size, generator=generator, dtype=torch.float64).to(scale_D)
+    basis_VD = torch.randn(width, size, generator=generator, dtype=torch.float64, device="cpu").to(scale_D)
     noise_D = torch.ones_like(scale_D)
     for iteration in range(ITERATIONS):
         whitening_D = scale_D * noise_D.rsqrt()
@@ -151,6 +151,7 @@ def _orthonormal(image_VD: Tensor) -> tuple[Tensor, Tensor]:
 
     Of the image of an orthonormal basis, these are estimates of eigenvectors and eigenvalues.
     """
-    square_V, rotation_VV = torch.linalg.eigh(image_VD.double() @ image_VD.double().mT)
+    square_VV = (image_VD.double() @ image_VD.double().mT).cpu()  # some dozens: a GPU takes longer, and is waited for
+    square_V, rotation_VV = torch.linalg.eigh(square_VV)
     square_V = square_V.clamp_min(float(square_V[-1]) * 1e-14 if len(square_V) else 0.0)
-    return (rotation_VV * square_V.rsqrt()).mT.to(image_VD) @ image_VD, square_V.sqrt()
+    return (rotation_VV * square_V.rsqrt()).mT.to(image_VD) @ image_VD, square_V.sqrt().to(image_VD.device)

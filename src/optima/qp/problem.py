@@ -161,12 +161,15 @@ def make_problem(
         RecipeError: on wrong shapes, or bounds that leave nothing between them. Off keep start and bounds are zero.
         NumericalError: on NaN or Inf in the weights.
     """
-    tensors = {"weight": target_RD, "keep": keep_RD, "start": start_RD, "lower": lower_RD, "upper": upper_RD}
+    given = {"weight": target_RD, "keep": keep_RD, "start": start_RD, "lower": lower_RD, "upper": upper_RD}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in tensors.items():
-        if tensor is not None:
-            _check_rows(name, tensor, (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs))
+        if not isinstance(tensor, Tensor):
+            raise RecipeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if keep_RD.dtype != torch.bool:
         raise RecipeError(f"keep must be boolean (True = the weight survives), got {keep_RD.dtype}")
+    for name, tensor in tensors.items():
+        _check_rows(name, tensor, (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs))
     dtype = torch.float64 if target_RD.dtype == torch.float64 else torch.float32
     keep_RD = keep_RD.to(hessian.device)
 

@@ -32,6 +32,10 @@ def solve_rows(
     Raises:
         RecipeError: if the problem has bounds and the solver knows none.
     """
+    if isinstance(solver, str) or not callable(getattr(solver, "solve", None)):
+        raise RecipeError(f"solver must be an object such as Auto(gap=1e-4), got {solver!r}")
+    if not getattr(solver, "gap", 1.0) > 0:
+        raise RecipeError(f"gap must be positive, got {solver}: for example 1e-4")
     if problem.bounded and not solver.supports_bounds:
         raise RecipeError(f"solver {solver.name} knows no bounds: choose auto or bounded")
     keep_freed_memory()

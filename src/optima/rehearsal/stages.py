@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optima.activations import METRIC_BYTES
 from optima.build import build_allocation, build_tuning
 from optima.calibration.backward import second_moment, through
 from optima.calibration.capture import capture
-from optima.calibration.coupling import couples, coupling, finished
+from optima.calibration.coupling import couples, coupling, coupling_bytes, finished
 from optima.calibration.halving import Halving
 from optima.calibration.head import LOGITS_BYTES, at_the_head, embedding_device, head_device
 from optima.calibration.inputs import words_size
@@ -37,7 +38,7 @@ from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
-from optima.memory import METRIC_BYTES, attention_numbers, coupling_bytes, held_bytes, in_turn
+from optima.memory import attention_numbers, held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack, has_experts
@@ -164,7 +165,7 @@ class Rehearsal:
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
             swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, kept_bytes())
-            swept += coupling_bytes(stack.blocks, self.plan.methods)
+            swept += coupling_bytes(stack.blocks, self.plan.methods.needs)
             if self.tuning is not None:
                 swept += METRIC_BYTES * streams.hidden[0].shape[-1] ** 2 * len(stack.blocks)
             with self.peak.phase(outside, swept, _bytes(streams.hidden)), self._or_by_sink():
@@ -239,7 +240,7 @@ class Rehearsal:
                 coupled = "coupling" in self.plan.methods.needs
                 numbers = sweep_numbers(part, 1.0) if coupled else None
                 through(block, part, gradients, found, numbers=numbers)
-                found.coupling = {name: finished(each) for name, each in found.coupling.items()}
+            found.coupling = {name: finished(each.to(self.device)).cpu() for name, each in found.coupling.items()}
 
         with self._or_by_sink():
             self._add(work, streams, count * self.share)
@@ -305,6 +306,8 @@ class Rehearsal:
             if self.by_loss and "coupling" in job.methods.needs and couples(linear):
                 coupling_OO = coupling(made_up_hessian(linear.shape[0]).expand(2, -1, -1).clone()).to(self.device)
             task = LinearTask(linear.name, weight_OD, statistics, torch.rand_like(weight_OD), rows_O, coupling_OO)
+            if not self._known and self.device.type != "cpu":  # its libraries load at first use, once in a run
+                prune_linear(task, pattern, job.methods, stored.dtype)
             clock = Stopwatch(self.device)
             with clock("linears"):
                 result = prune_linear(task, pattern, job.methods, stored.dtype)

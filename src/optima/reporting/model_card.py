@@ -57,12 +57,7 @@ It is an ordinary checkpoint with the names and shapes of the dense one.
 
 ## How to load
 
-```python
-from transformers import AutoTokenizer, {loader}
-
-model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto"{trust})
-tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})
-```
+{load}
 
 Where the weights end in `.packed.safetensors`, run `optima unpack` on the directory first.
 
@@ -90,6 +85,16 @@ Where the weights end in `.packed.safetensors`, run `optima unpack` on the direc
 
 {limits}
 """
+
+LOAD = """
+```python
+from transformers import {names}
+
+model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto"{trust})
+{tokenizer}```
+""".strip()
+LOAD_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})\n'
+NO_TOKENIZER = "\n\nThe tokenizer was not given, and is not here: take the dense model's."
 
 LIMITS = (
     "The certificate is about each linear's error on the calibration text, before cast and tuning, not about tasks.",
@@ -183,8 +188,7 @@ def _body(directory: Path, report: Report) -> str:
         origin=f"`{name}`",
         sparsity=f"{report.sparsity:.1%}",
         count=len(report.linears) + len(report.run.kept_dense),
-        loader=_loader(directory),
-        trust=", trust_remote_code=True" if _config(directory).get("auto_map") else "",
+        load=_load(directory),
         again=AGAIN.format((ON_GIVEN if given else "") + (BY_OBJECT if by_object else "")),
         summary=bullets(summary(report)),
         settings=table(["setting", "value"], rows, num_left=2),
@@ -194,6 +198,14 @@ def _body(directory: Path, report: Report) -> str:
         runtimes=table(HEADING, table_rows(pattern_weights(report.linears)), num_left=len(HEADING)),
         limits=bullets(LIMITS),
     )
+
+
+def _load(directory: Path) -> str:
+    loader, trust = _loader(directory), ", trust_remote_code=True" if _config(directory).get("auto_map") else ""
+    if not list(directory.glob("tokenizer*")):
+        return LOAD.format(names=loader, loader=loader, trust=trust, tokenizer="") + NO_TOKENIZER
+    tokenizer = LOAD_TOKENIZER.format(trust=trust)
+    return LOAD.format(names=f"AutoTokenizer, {loader}", loader=loader, trust=trust, tokenizer=tokenizer)
 
 
 def _plain(value: Any) -> str:

@@ -85,7 +85,8 @@ def needs_of(selector: Selector) -> frozenset[str]:
     Raises:
         RecipeError: if it asks for what nothing can give.
     """
-    needs = frozenset(getattr(selector, "needs", ()))
+    asked = getattr(selector, "needs", ())
+    needs = frozenset((asked,) if isinstance(asked, str) else asked)
     if unknown := needs - NEEDS:
         known = ", ".join(sorted(NEEDS))
         raise RecipeError(

@@ -34,8 +34,16 @@ class External:
     """
 
     masks: Masks
+    takes_given = True  # where no pattern is named, masks are taken as they are
     published_scope: Scope = "layer"
     _linears: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not callable(getattr(self.masks, "keep_OD", None)):
+            raise RecipeError(
+                f"masks of type {type(self.masks).__name__} have no method keep_OD(linear), which gives the mask of a "
+                "linear: see optima.selectors.external.Masks"
+            )
 
     def check(self, linear: Any, pattern: Pattern | None) -> Pattern:
         """The pattern of a linear under its mask: the one asked for or, if that is None, what the mask happens to have.
