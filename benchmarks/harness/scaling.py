@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from optima.calibration.coupling import MOST_ROWS
+from optima.calibration.reduction import share_out
 from optima.calibration.swept import swept_share
-from optima.distributed import STRIP_BYTES, share_out
+from optima.distributed import STRIP_BYTES
 from optima.qp.rows import chunk_rows
 from optima.recipe import Recipe
 from optima.selectors.optima import Optima
