@@ -241,14 +241,21 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 def unswitched() -> Iterator[None]:
     """No autocast, compiler or defaults of the caller's inside: they change what is computed, in what, and where."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_by_default())
+        if "torch._dynamo" in sys.modules:  # a compiled module would compile hooks and recorders too
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
+
+
+@contextmanager
+def _by_default() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))
         if torch.get_default_device().type != "cpu":  # the context costs microseconds a call
             stack.enter_context(torch.device("cpu"))
-        if "torch._dynamo" in sys.modules:  # a compiled module would compile hooks and recorders too
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 
 
@@ -279,7 +286,7 @@ def full_precision() -> Iterator[None]:
             overall = None
         torch.set_float32_matmul_precision("highest")
         try:
-            with unswitched():
+            with _by_default():
                 yield
         finally:
             if overall is not None:

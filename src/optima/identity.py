@@ -77,7 +77,7 @@ def _code(model: PreTrainedModel) -> str:
     for kind in (type(model), type(model.config)):
         if kind.__module__.startswith("transformers_modules"):
             files += imported_files(Path(inspect.getfile(kind)))  # others in its folder came when someone used them
-    return fingerprint_files(list(dict.fromkeys(files)))
+    return fingerprint_files(sorted(set(files)))
 
 
 def settings_of(selector: Any) -> dict[str, Any]:

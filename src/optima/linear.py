@@ -19,6 +19,7 @@ from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
 from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
+from optima.options import SELECTOR_NAMES
 from optima.patterns import Pattern
 from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.problem import concatenate
@@ -31,7 +32,7 @@ from optima.swaps.search import Refined, SwapRefinement
 
 Named = TypeVar("Named")
 
-SELECTORS_PACKAGE = "optima.selectors"  # whose own leave what they are given as it is
+SELECTORS_PACKAGE = "optima.selectors."
 # A row that the loss does not feel at all keeps a scale.
 SMALLEST_ROOT = 1e-6
 
@@ -211,8 +212,7 @@ def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection
         weight_O = task.row_weight_O.to(task.weight_OD) / task.row_weight_O.mean()
         root_O1 = weight_O.sqrt().clamp_min(SMALLEST_ROOT)[:, None]
         task = replace(task, weight_OD=task.weight_OD * root_O1)
-    own = type(selector).__module__.startswith(f"{SELECTORS_PACKAGE}.")
-    selection = selector.select(task if own else _lent(task), pattern)
+    selection = selector.select(task if is_own(selector) else _lent(task), pattern)
     name = type(selector).__name__
     if not isinstance(selection, Selection):
         raise RecipeError(f"selector {name} returned {type(selection).__name__}, not a Selection: mend the selector")
@@ -222,13 +222,17 @@ def _select(selector: Selector, task: LinearTask, pattern: Pattern) -> Selection
     return selection
 
 
-def _lent(task: LinearTask) -> LinearTask:
-    """The task with copies of what errors and certificates are measured by, for code that may work in place.
+def is_own(selector: object) -> bool:
+    """Whether a selector, or its name, is one of the package, which leave what they are given as it is."""
+    if isinstance(selector, str):
+        return selector in SELECTOR_NAMES
+    return type(selector).__module__.startswith(SELECTORS_PACKAGE)
 
-    Linears that share their input share the copy of its hessian.
-    """
+
+def _lent(task: LinearTask) -> LinearTask:
+    """The task with copies of what errors and certificates are measured by, for code that may work in place."""
     hessian, statistics = task.hessian, task.statistics
-    copy = hessian.memo(_lent, lambda: Hessian(hessian.matrix_DD, hessian.requested_damping))
+    copy = Hessian(hessian.matrix_DD, hessian.requested_damping)
     extra_ND, sample_ND = (
         None if each is None else each.clone() for each in (statistics.extra_ND, statistics.sample_ND)
     )

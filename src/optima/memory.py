@@ -16,7 +16,7 @@ from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.head import logits_bytes
 from optima.device import REMEDY, find_device, named_device
 from optima.errors import RecipeError
-from optima.linear import Methods
+from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear
 from optima.models.reading import is_encoder_decoder
@@ -30,7 +30,6 @@ from optima.models.stacks import (
     guess_groups,
     has_experts,
 )
-from optima.options import SELECTOR_NAMES
 from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -347,7 +346,7 @@ def _linear_bytes(outputs: int, inputs: int, recipe: Recipe) -> int:
     systems = 12 * min(CHUNK_ENTRIES, size * inputs) if recipe.swaps else 0
     named = recipe.selector if isinstance(recipe.selector, str) and recipe.solver in ("auto", "none") else ""
     square = BYTES_PER_SQUARE.get(named, MOST_BYTES_PER_SQUARE)
-    square += 0 if recipe.selector in SELECTOR_NAMES else LENT_BYTES_PER_SQUARE
+    square += 0 if is_own(recipe.selector) else LENT_BYTES_PER_SQUARE
     return square * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
 
 

@@ -20,7 +20,6 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.own_text import keep_text
 from optima.calibration.swept import surveyed_batches
 from optima.device import (
     PeakMemory,
@@ -43,7 +42,7 @@ from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, open_writer, prepare
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks, own_batches
-from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of, written
+from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of, warn_of_disk, written
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html
@@ -102,11 +101,11 @@ def prune(
             is left partly pruned.
     """
     started = time.perf_counter()
-    _check_arguments(output_dir, overwrite, resume, callbacks)
     with ExitStack() as told:  # callbacks hear of the end only once the output has its name
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
             stack.enter_context(unswitched())
+            callbacks = _check_arguments(output_dir, overwrite, resume, callbacks)
             checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
             recipe, source, found = checked.recipe, checked.source, checked.found
             stack.enter_context(memory_explained(checked.device))
@@ -139,7 +138,6 @@ def prune(
             if destination is not None:
                 # The writer first: it refuses to go on with what another run left, where nothing may be written then.
                 job.writer = open_writer(network, found.blocks, destination, run, weights)
-                keep_text(destination.own_text, text, recipe)
                 prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
                 job.notes.extend(destination.notes)
                 if dump_layer is not None:
@@ -152,6 +150,7 @@ def prune(
                 job.notes.extend(_shared(shared, job.writer))
             job.progress.notes(job.notes)
             job.store = store_of(checked, weights, destination, ranks)
+            warn_of_disk(checked, job.store, ranks)
             _prune_stacks(network, checked, batches, job, ranks)
             job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
             seconds = time.perf_counter() - started + job.resumed_seconds
@@ -165,15 +164,17 @@ def prune(
 
 
 def _check_arguments(
-    output_dir: str | Path | None, overwrite: bool, resume: bool | None, callbacks: Sequence[Callback]
-) -> None:
-    """Raise ``RecipeError`` for what would do nothing, or fail once the weights are read."""
+    output_dir: str | Path | None, overwrite: bool, resume: bool | None, callbacks: Iterable[Callback]
+) -> tuple[Callback, ...]:
+    """The callbacks; ``RecipeError`` for what would do nothing, or fail once the weights are read."""
     if output_dir is None and (overwrite or resume is not None):
         name = "overwrite" if overwrite else "resume"
         raise RecipeError(f"{name} is about an earlier output: name its output_dir, or leave it out")
-    for each in callbacks if isinstance(callbacks, Iterable) else [callbacks]:
+    found: tuple[object, ...] = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
+    for each in found:
         if not isinstance(each, Callback) or not isinstance(callbacks, Iterable):
             raise RecipeError(f"callbacks must be a list of optima.Callback objects, got {type(each).__name__}")
+    return tuple(each for each in found if isinstance(each, Callback))
 
 
 def _identity(checked: Checked, dump_layer: str | None, ranks: Ranks, written: bool) -> dict[str, Any]:

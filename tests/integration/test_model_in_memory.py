@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, make_ids
-from tiny import blocks_of, make_llama, make_tokens
+from tiny import blocks_of, make_bert, make_llama, make_tokens
 from torch import nn
 from torch.nn.utils.prune import random_unstructured
 
@@ -246,6 +246,14 @@ def test_compiled_in_place() -> None:
         assert all(torch.equal(weights(each)[name], tensor) for name, tensor in weights(expected).items())
 
 
+def test_linears_that_stay_dense_may_be_made_of_anything() -> None:
+    model = make_llama()
+    nn.utils.parametrizations.weight_norm(model.lm_head)
+    random_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.1)
+    recipe = Recipe(objective="sink", ignore=[r"layers\.0\.mlp\.up_proj"])
+    assert prune(model, recipe, calibration=make_tokens()).sparsity == pytest.approx(0.5, abs=1e-2)
+
+
 def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
     wrapped, cut = make_llama(), make_llama()
     wrapped.model.layers[0] = torch.compile(wrapped.model.layers[0], backend="eager")
@@ -254,6 +262,9 @@ def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=f"could not be loaded: the model {which}"):
             prune(model, Recipe(), calibration=make_tokens(), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    unpooled = make_bert()  # a part that its class can do without, by an argument
+    unpooled.pooler = None
+    prune(unpooled, Recipe(), calibration=make_tokens(), output_dir=tmp_path / "bert")
     assert prune(cut, Recipe(), calibration=make_tokens()).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
@@ -271,6 +282,18 @@ def test_arguments_that_would_do_nothing() -> None:
     for name in ("overwrite", "resume"):
         with pytest.raises(RecipeError, match=f"{name} is about an earlier output"):
             prune(make_llama(), Recipe(), calibration=make_tokens(), **{name: True})
+
+
+def test_callbacks_that_can_be_asked_for_once() -> None:
+    class Counts(Callback):
+        blocks = 0
+
+        def on_block(self, event: Any) -> None:
+            self.blocks += 1
+
+    counts = Counts()
+    prune(make_llama(), Recipe(objective="sink"), calibration=make_tokens(), callbacks=iter([counts]))  # type: ignore[arg-type]
+    assert counts.blocks == 2
 
 
 @pytest.mark.parametrize("callbacks", [[print], Callback(), ["text"]])

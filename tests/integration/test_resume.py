@@ -168,6 +168,24 @@ class TestStopped:
         notes = [note for note in optima.load_report("out").run.notes if "resumed" not in note]
         assert notes == list(optima.load_report("undisturbed").run.notes)
 
+    def test_what_the_caller_gave_is_not_taken_for_what_the_model_writes(self) -> None:
+        recipe = optima.Recipe(dataset=["self"], num_calibration_samples=4, max_seq_length=16)
+
+        def work(calibration: torch.Tensor | None, resume: bool | None) -> int:
+            child = os.fork()
+            if child:
+                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            try:
+                if resume is None:
+                    Writer.commit = on_call(2, Writer.commit, lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[method-assign]
+                optima.prune("model", recipe, output_dir="out", calibration=calibration, resume=resume)
+                os._exit(0)
+            except ModelError as error:
+                os._exit(2 if "tokens" in str(error) or "text" in str(error) else 3)
+
+        assert work(make_tokens(4, 16), None) == -signal.SIGKILL
+        assert work(None, True) == 2
+
     def test_by_a_signal_that_says_how_to_go_on(self, whole: Path) -> None:
         assert finish(start("out", prepare=stop_at_sync(13, signal.SIGTERM))) == 128 + signal.SIGTERM
         assert "keeps what was done: what began it goes on with --resume" in said()

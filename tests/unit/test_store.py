@@ -70,6 +70,7 @@ def test_a_disk_that_may_not_hold_the_rest_is_told_of(tmp_path: Path, monkeypatc
     assert not Store(None, tmp_path).shortage(8 * GIB)
     store = Store(2 * GIB, tmp_path)
     assert not store.shortage(3 * GIB)
+    assert store.shortage(3 * GIB, 2)
     assert re.search(r"up to 2\.0 GiB of files in .*, which has 1\.0 GiB free", store.shortage(4 * GIB))
 
 

@@ -44,9 +44,9 @@ from optima.recipe import Recipe
 
 AT_ONCE = 32  # sequences written together
 BEGUN = 8  # beside text that was read, one token of so many is its own: it keeps to what that is about
-CARD_SHARE = 0.8  # of a GPU's memory, for the model with its keys and values; activations have the rest
+CARD_SHARE = 0.8  # of what a model leaves of a GPU's memory, for keys and values; activations have the rest
 PLACEHOLDER = "PLACEHOLDER"
-TOKENS, NOTES = "tokens", "notes"  # in the file of a text that is kept
+TOKENS, NOTES, READ = "tokens", "notes", "read"  # in the file of a text that is kept
 
 
 @torch.no_grad()
@@ -151,15 +151,15 @@ def own_text(
     return replace(read or Calibration(None), tokens_NL=torch.cat([known_NL, *parts]), notes=tuple(notes))
 
 
-def keep_text(file: Path, text: Calibration, recipe: Recipe) -> None:
-    """Keep all of a text that the model wrote, for a run that goes on: written anew, one word may be another."""
-    if recipe.written and text.tokens_NL is not None and not file.exists():
+def keep_text(file: Path, text: Calibration, read: Calibration) -> None:
+    """Keep all of a text that the model wrote behind what was ``read``: written anew, one word may be another."""
+    if text.tokens_NL is not None and not file.exists():
         with explain_write_errors(file):
-            write_whole(file, save({TOKENS: text.tokens_NL}, {NOTES: json.dumps(text.notes)}))
+            write_whole(file, save({TOKENS: text.tokens_NL}, {NOTES: json.dumps(text.notes), READ: read.hash}))
 
 
 def read_text(file: Path, read: Calibration) -> Calibration | None:
-    """What ``keep_text`` kept, in the place of what the data sets had; None if it kept nothing.
+    """What ``keep_text`` kept; None if it kept nothing, or the data sets have other text by now.
 
     Raises:
         ModelError: if the file cannot be read.
@@ -168,7 +168,10 @@ def read_text(file: Path, read: Calibration) -> Calibration | None:
         return None
     try:
         with safe_open(file, framework="pt") as kept:
-            return replace(read, tokens_NL=kept.get_tensor(TOKENS), notes=tuple(json.loads(kept.metadata()[NOTES])))
+            told = kept.metadata()
+            if told[READ] != read.hash:
+                return None
+            return replace(read, tokens_NL=kept.get_tensor(TOKENS), notes=tuple(json.loads(told[NOTES])))
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{file} cannot be read ({error}): delete it, and the text is written anew") from error
 
@@ -178,7 +181,7 @@ def _room(model: PreTrainedModel, device: torch.device, room: int | None) -> int
     if device.type != "cuda":
         return room if device.type == "cpu" else None
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return int(CARD_SHARE * torch.cuda.get_device_properties(device).total_memory) - weights
+    return int(CARD_SHARE * (torch.cuda.get_device_properties(device).total_memory - weights))
 
 
 def keys_bytes(model: PreTrainedModel, tokens: int) -> int:

@@ -66,9 +66,9 @@ class Store:
         text = f"activations beyond the main memory left for them waited in files: {self.most_mapped:,} bytes at most"
         return [text] if self.most_mapped else []
 
-    def shortage(self, size: int) -> str:
-        """What to tell of ``size`` bytes at most that will be kept, if the disk may not have room; else empty."""
-        beyond, place = size - (size if self.budget is None else self.budget), self._place()
+    def shortage(self, size: int, processes: int = 1) -> str:
+        """What to tell of ``size`` bytes at most that each of some ``processes`` here will keep; empty: they fit."""
+        beyond, place = processes * (size - (size if self.budget is None else self.budget)), self._place()
         if beyond <= 0 or (free := shutil.disk_usage(place).free) >= beyond:
             return ""
         return (

@@ -3,6 +3,7 @@
     .OUT.optima-partial/       on the same file system as OUT
         run.json               what the run is (pid, started, command, recipe); locked while the run lives
         journal.jsonl          one line a committed block (see ``journal``)
+        own-text               calibration text that the model wrote, if it did
         model/                 what becomes OUT
 
 A run that is killed leaves this directory. The next run into OUT goes on with it or deletes it, as it is told; what has

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Iterable
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
+from optima.models.stacks import Linear, ModuleLinear
 from optima.recipe import Recipe
+
+NUMBERED = re.compile(r"\.\d+\.")  # in the names of what is in a list, as blocks are
 
 
 def check_in_memory(model: PreTrainedModel, written: bool) -> None:
@@ -25,12 +28,6 @@ def check_in_memory(model: PreTrainedModel, written: bool) -> None:
     # What every kind of adapter of PEFT calls the linear that it is put around.
     if any(name.endswith(".base_layer") for name, _ in model.named_modules()):
         raise ModelError("the model has adapters, which are not written: merge them into its weights first")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D) and "weight" not in module._parameters:
-            raise ModelError(
-                f"the weight of {name} is computed from other parameters: make it one of its own first, by "
-                "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
-            )
     if "_original_forward" in vars(model):  # autocast, and casts, that only its own code can take off
         raise ModelError(
             "accelerate wrapped the model's forward pass for mixed precision: take that off by "
@@ -40,8 +37,14 @@ def check_in_memory(model: PreTrainedModel, written: bool) -> None:
         _check_names(model)
 
 
-def check_tunable(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise ``ModelError`` if blocks are to be tuned by a recipe as applied that no sweep for the loss comes before."""
+def check_changeable(model: PreTrainedModel, linears: Iterable[Linear], recipe: Recipe) -> None:
+    """Raise ``ModelError`` if what is written into ``linears`` would not last, or blocks cannot be tuned as asked."""
+    for linear in linears:
+        if isinstance(linear, ModuleLinear) and "weight" not in linear.module._parameters:
+            raise ModelError(
+                f"the weight of {linear.name} is computed from other parameters: make it one of its own first, by "
+                "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
+            )
     by_loss = recipe.applied_objective == "loss"  # which tells, and goes on without, where there are no gradients
     if recipe.tuning_epochs and not by_loss and any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError(
@@ -68,10 +71,14 @@ def _check_weights(model: PreTrainedModel) -> None:
 
 
 def _check_names(model: PreTrainedModel) -> None:
-    with torch.device("meta"):
-        fresh = type(model)(copy.deepcopy(model.config))
+    try:
+        with torch.device("meta"):
+            fresh = type(model)(copy.deepcopy(model.config))
+    except (RuntimeError, TypeError):  # a class of the caller's, that takes other arguments, or reads its weights
+        return
     own, wanted = ({name for name, _ in each.named_parameters(remove_duplicate=False)} for each in (model, fresh))
-    if odd := sorted(own ^ wanted):
+    # Some classes leave parts out by an argument (BERT its pooler): of what is not there, blocks alone would be missed.
+    if odd := sorted((own - wanted) | {name for name in wanted - own if NUMBERED.search(name)}):
         which = "has" if odd[0] in own else "lacks"
         raise ModelError(
             f"what is written could not be loaded: the model {which} {odd[0]}, unlike {type(model).__name__} made from "

@@ -16,7 +16,7 @@ from optima.activations import activations
 from optima.build import build, default_scope
 from optima.calibration.documents import check_of_hub
 from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import check_writes, own_text, read_text
+from optima.calibration.own_text import check_writes, keep_text, own_text, read_text
 from optima.calibration.store import Store
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
@@ -40,7 +40,7 @@ from optima.preflight.checks import (
     sized,
     taken,
 )
-from optima.preflight.in_memory import check_in_memory, check_tunable
+from optima.preflight.in_memory import check_changeable, check_in_memory
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 
@@ -102,7 +102,7 @@ def check(
         recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
     recipe, found = sized(structure, recipe, found, dtype, calibration)
-    check_tunable(structure, recipe)
+    check_changeable(structure, found.linears, recipe)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
@@ -137,7 +137,7 @@ def written(
     progress: Listeners,
     kept: Path | None = None,
 ) -> Calibration:
-    """``text``, and what it lacks, which the model writes, unless an earlier run ``kept`` what it wrote (or would)."""
+    """``text``, and what it lacks, which the model writes, unless an earlier run ``kept`` it."""
     if not _lacks(checked, text):
         return text
     if (known := ranks.from_first(lambda: None if kept is None else read_text(kept, text))) is not None:
@@ -147,7 +147,10 @@ def written(
     assert recipe.num_calibration_samples is not None, "a run resolves it"
     progress.start(recipe.num_calibration_samples - text.size[0], 1, stage="write")
     room = host_room(recipe, ranks.here())
-    return own_text(network, tokenizer, recipe, checked.device, text, room, ranks, progress.share)
+    found = own_text(network, tokenizer, recipe, checked.device, text, room, ranks, progress.share)
+    if kept is not None:
+        keep_text(kept, found, text)
+    return found
 
 
 def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
@@ -199,10 +202,14 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
     there = memory.least - memory.weights * streamed
     left = memory.left(checked.recipe.memory_budget, ranks.here(), there)
     beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
-    store = Store(left, beside if beside is not None and beside.is_dir() else None)
-    if checked.recipe.num_calibration_samples is not None:
-        needs, blocks = checked.methods.needs, checked.found.blocks
-        kept = activations(checked.structure, blocks, checked.recipe, needs, checked.dtype)
-        if said := store.shortage(kept.stored // ranks.size):
-            _logger.warning("%s", said)
-    return store
+    return Store(left, beside if beside is not None and beside.is_dir() else None)
+
+
+def warn_of_disk(checked: Checked, store: Store, ranks: Ranks) -> None:
+    """Say so if the files of activations may not fit on the disk, where those of all processes here are."""
+    if checked.recipe.num_calibration_samples is None or not ranks.first:
+        return
+    needs, blocks = checked.methods.needs, checked.found.blocks
+    kept = activations(checked.structure, blocks, checked.recipe, needs, checked.dtype)
+    if said := store.shortage(kept.stored // ranks.size, ranks.here()):
+        _logger.warning("%s", said)

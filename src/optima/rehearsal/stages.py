@@ -307,7 +307,8 @@ class Rehearsal:
                 coupling_OO = coupling(made_up_hessian(linear.shape[0]).expand(2, -1, -1).clone()).to(self.device)
             task = LinearTask(linear.name, weight_OD, statistics, torch.rand_like(weight_OD), rows_O, coupling_OO)
             if not self._known and self.device.type != "cpu":  # its libraries load at first use, once in a run
-                prune_linear(task, pattern, job.methods, stored.dtype)
+                fresh = replace(statistics, hessian=Hessian(hessian.matrix_DD, self.recipe.damping))
+                prune_linear(replace(task, statistics=fresh), pattern, job.methods, stored.dtype)
             clock = Stopwatch(self.device)
             with clock("linears"):
                 result = prune_linear(task, pattern, job.methods, stored.dtype)
