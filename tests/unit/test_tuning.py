@@ -214,7 +214,7 @@ def test_what_is_made_for_inference_is_refused() -> None:
     with torch.inference_mode():
         model = make_llama()
     recipe = Recipe(tuning_epochs=1, ignore=["lm_head", "down_proj"], objective="plain")
-    with pytest.raises(ModelError, match=r"layers\.0 was made inside torch\.inference_mode"):
+    with pytest.raises(ModelError, match=r"the model was made inside torch\.inference_mode"):
         prune(model, recipe, calibration=make_tokens(16, 16))
 
 

@@ -5,6 +5,7 @@ Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positio
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from optima.calibration.probe import PROBE_LENGTH, agree
 from optima.device import evaluating, forward_replaced
 from optima.errors import ModelError, RecipeError
-from optima.models.reading import arguments_of, check_length, check_vocabulary, in_slices, is_encoder_decoder
+from optima.models.reading import check_length, check_vocabulary, in_slices, is_encoder_decoder
 
 LOGITS_BYTES = 64 * 2**20  # float32 logits in memory at once: 64 positions of a vocabulary of 262k
 
@@ -190,6 +191,6 @@ def _sliced(model: PreTrainedModel, tokens_BL: Tensor) -> Iterator[LogitsOf]:
 
 def _run(model: PreTrainedModel, tokens_BL: Tensor, **options: Any) -> Any:
     """What the model's own forward returns."""
-    if "use_cache" in arguments_of(model):
+    if "use_cache" in inspect.signature(model.forward).parameters:
         options["use_cache"] = False
     return model(tokens_BL, **options)

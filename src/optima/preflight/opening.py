@@ -207,9 +207,10 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
 
 def warn_of_disk(checked: Checked, store: Store, ranks: Ranks) -> None:
     """Say so if the files of activations may not fit on the disk, where those of all processes here are."""
+    processes = ranks.here()
     if checked.recipe.num_calibration_samples is None or not ranks.first:
         return
     needs, blocks = checked.methods.needs, checked.found.blocks
     kept = activations(checked.structure, blocks, checked.recipe, needs, checked.dtype)
-    if said := store.shortage(kept.stored // ranks.size, ranks.here()):
+    if said := store.shortage(kept.stored // ranks.size, processes):
         _logger.warning("%s", said)
