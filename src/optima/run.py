@@ -105,7 +105,7 @@ def prune(
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
             stack.enter_context(unswitched())
-            callbacks = _check_arguments(output_dir, overwrite, resume, callbacks)
+            callbacks = _check_arguments(output_dir, resume, callbacks)
             checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
             recipe, source, found = checked.recipe, checked.source, checked.found
             stack.enter_context(memory_explained(checked.device))
@@ -164,12 +164,11 @@ def prune(
 
 
 def _check_arguments(
-    output_dir: str | Path | None, overwrite: bool, resume: bool | None, callbacks: Iterable[Callback]
+    output_dir: str | Path | None, resume: bool | None, callbacks: Iterable[Callback]
 ) -> tuple[Callback, ...]:
     """The callbacks; ``RecipeError`` for what would do nothing, or fail once the weights are read."""
-    if output_dir is None and (overwrite or resume is not None):
-        name = "overwrite" if overwrite else "resume"
-        raise RecipeError(f"{name} is about an earlier output: name its output_dir, or leave it out")
+    if output_dir is None and resume:
+        raise RecipeError("resume goes on with what a run left beside its output_dir: name that")
     found: tuple[object, ...] = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
     for each in found:
         if not isinstance(each, Callback) or not isinstance(callbacks, Iterable):

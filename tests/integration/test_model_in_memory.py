@@ -278,10 +278,10 @@ def test_no_gradients_to_tune_by() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_arguments_that_would_do_nothing() -> None:
-    for name in ("overwrite", "resume"):
-        with pytest.raises(RecipeError, match=f"{name} is about an earlier output"):
-            prune(make_llama(), Recipe(), calibration=make_tokens(), **{name: True})
+def test_nothing_to_resume() -> None:
+    with pytest.raises(RecipeError, match="resume goes on with what a run left beside its output_dir"):
+        prune(make_llama(), Recipe(), calibration=make_tokens(), resume=True)
+    prune(make_llama(), Recipe(objective="sink"), calibration=make_tokens(), overwrite=True, resume=False)
 
 
 def test_callbacks_that_can_be_asked_for_once() -> None:
