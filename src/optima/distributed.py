@@ -178,8 +178,9 @@ class Group(Ranks):
 
     def close(self) -> None:
         """Give up the connections of this run: a script may begin others, and nccl's hold memory of the device."""
-        for group in {self._data, self._control}:
-            dist.destroy_process_group(group)
+        if self._data is not self._control:
+            dist.destroy_process_group(self._data)
+        dist.destroy_process_group(self._control)
         del self._control, self._data
 
     def collect(self, value: T) -> list[T]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,23 +73,31 @@ def test_equals_a_resident_run(
 
 
 def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
-    build("llama").save_pretrained(tmp_path / "model", max_shard_size="2KB")
+    make_llama(num_hidden_layers=4).save_pretrained(tmp_path / "model", max_shard_size="2KB")
     count = len(list((tmp_path / "model").glob("*.safetensors")))
     assert count > 20
-    child = os.fork()
-    if not child:
-        opened, hard = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + count, hard))
-        code = 1
-        try:
-            pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (opened + count // 2, opened + count // 2))
-            with pytest.raises(ModelError, match=r"cannot be opened \(.*ulimit -n"):
-                pruned(tmp_path / "model", tmp_path / "second", **CHEAP)
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    script = (
+        "import os, resource, sys\n"
+        "from optima.cli import main\n"
+        "hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]\n"
+        "soft = len(os.listdir('/proc/self/fd')) + int(sys.argv[1])\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard if sys.argv[2] == 'soft' else soft))\n"
+        "sys.exit(main(sys.argv[3:]))\n"
+    )
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
+    size = ["--num-calibration-samples", "2", "--max-seq-length", "16", "--recipe", "fast"]
+
+    def run(room: int, which: str) -> subprocess.CompletedProcess[str]:
+        given = ["prune", str(tmp_path / "model"), "--output-dir", str(tmp_path / which), *size]
+        command = [sys.executable, "-c", script, str(room), which, *given, "--dataset", str(tmp_path / "text.txt")]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert run(count, "soft").returncode == 0
+    refused = run(count // 2, "hard")
+    assert refused.returncode == 2
+    assert "cannot be opened (" in refused.stderr
+    assert "ulimit -n" in refused.stderr
 
 
 def streamed(model: PreTrainedModel, directory: Path) -> tuple[PreTrainedModel, Streamed]:

@@ -241,9 +241,11 @@ def test_a_device_is_for_each() -> None:
 def test_each_process_has_a_card(count: int, own: bool, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """``own``: each sees its own cards alone, as by ``srun --gpus-per-task``."""
 
+    everyone = distributed.everyone
+
     def on(ranks: Ranks) -> None:
         monkeypatch.setenv("LOCAL_RANK", str(ranks.rank))
-        monkeypatch.setattr(distributed, "everyone", lambda backend: None)  # there is no nccl
+        monkeypatch.setattr(distributed, "everyone", lambda backend: everyone(backend="gloo"))  # there is no nccl
         device = ranks.on("auto")
         assert device == torch.device("cuda", 0 if own else ranks.rank)
 
