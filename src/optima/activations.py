@@ -15,7 +15,7 @@ from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, has_experts
 from optima.recipe import Recipe
 
-# And of each of the E x E numbers that tell what a change of a block's outputs costs.
+# Bytes of each of the E x E numbers that tell what a change of a block's outputs costs.
 METRIC_BYTES = 4
 
 

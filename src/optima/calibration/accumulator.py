@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from optima.device import bfloat16_products
+from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
@@ -70,7 +71,7 @@ class Accumulator:
 
         They show on the diagonal, wherever in a column they are.
         """
-        return self.sum_DD is None or bool(self.sum_DD.diagonal().isfinite().all())
+        return self.sum_DD is None or all_finite(self.sum_DD.diagonal())
 
     def add(
         self,
