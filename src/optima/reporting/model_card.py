@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
 from optima.errors import ModelError
-from optima.models.files import explain_write_errors, write_whole
+from optima.models.files import TOKENIZERS, explain_write_errors, write_whole
 from optima.models.own_code import auto_class
 from optima.reporting.markdown import table
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
@@ -202,7 +202,7 @@ def _body(directory: Path, report: Report) -> str:
 
 def _load(directory: Path) -> str:
     loader, trust = _loader(directory), ", trust_remote_code=True" if _config(directory).get("auto_map") else ""
-    if not list(directory.glob("tokenizer*")):
+    if not any(any(directory.glob(name)) for name in TOKENIZERS):
         return LOAD.format(names=loader, loader=loader, trust=trust, tokenizer="") + NO_TOKENIZER
     tokenizer = LOAD_TOKENIZER.format(trust=trust)
     return LOAD.format(names=f"AutoTokenizer, {loader}", loader=loader, trust=trust, tokenizer=tokenizer)
