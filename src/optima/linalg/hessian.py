@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
+from optima.linalg.directions import fixed_directions
 from optima.linalg.finite import all_finite
 from optima.linalg.products import SharedFactor, SharedMatrix, scaled
 
@@ -109,13 +110,7 @@ class Hessian:
             self._matrix_DD[self.dead_D] = 0.0
             self._matrix_DD[:, self.dead_D] = 0.0
         # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
-        generator = torch.Generator().manual_seed(0)
-        signs_KD = (
-            torch.randint(0, 2, (4, self.num_inputs), generator=generator, device="cpu")
-            .mul_(2)
-            .sub_(1)
-            .to(self._matrix_DD)
-        )
+        signs_KD = fixed_directions(4, self._matrix_DD).sign()
         smallest = max(float(self.diagonal_D.max()) * 1e-30, 1e-60)
         scale_D = self.diagonal_D.clamp_min(smallest).rsqrt().to(signs_KD)
         signs_KD *= scale_D
@@ -309,10 +304,7 @@ def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:
     """
     if not factor_DD.numel():
         return 1.0
-    generator = torch.Generator().manual_seed(0)
-    vector_DK = torch.randn(len(factor_DD), DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu").to(
-        factor_DD
-    )
+    vector_DK = fixed_directions(DIRECTIONS, factor_DD).mT
     vector_DK /= torch.linalg.vector_norm(vector_DK, dim=0)
     scale_D1 = damped_DD.diagonal().sqrt()[:, None]
     logarithm_K = vector_DK.new_zeros(DIRECTIONS)

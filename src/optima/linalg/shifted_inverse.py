@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from optima.linalg.directions import fixed_directions
 from optima.linalg.products import SharedMatrix, multiply, pack
 
 POWERS = 10  # of a matrix, for its largest eigenvalue
@@ -99,7 +100,7 @@ def largest_eigenvalue(matrix_DD: Tensor) -> float:
     """Of a positive semidefinite matrix, seldom a fifth too low: by powers of a random vector."""
     if not len(matrix_DD):
         return 0.0
-    vector_D = torch.randn(len(matrix_DD), generator=torch.Generator().manual_seed(0), device="cpu").to(matrix_DD)
+    (vector_D,) = fixed_directions(1, matrix_DD)
     norm = torch.zeros(())
     for _ in range(POWERS):
         vector_D = matrix_DD @ (vector_D / torch.linalg.vector_norm(vector_D))

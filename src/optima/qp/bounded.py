@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optima.linalg.directions import fixed_directions
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import SharedMatrix
 from optima.qp.batch import RowBatch, unfinished
@@ -178,8 +179,7 @@ def unit_spectrum(hessian: Hessian) -> tuple[Tensor, float, float]:
 
 def _largest(matrix: SharedMatrix, scale_D: Tensor) -> float:
     """Of diag(scale) M diag(scale), by power iteration from a fixed random vector."""
-    generator = torch.Generator().manual_seed(0)
-    vector_1D = torch.randn(1, len(scale_D), generator=generator, dtype=torch.float64, device="cpu").to(scale_D)
+    vector_1D = fixed_directions(1, scale_D)
     norm = torch.linalg.vector_norm(vector_1D)
     for _ in range(POWER_ITERATIONS):
         vector_1D = matrix(vector_1D / norm * scale_D) * scale_D

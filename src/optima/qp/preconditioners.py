@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from optima.linalg.directions import fixed_directions
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import multiply, pack
 
@@ -127,9 +128,8 @@ def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Ten
     eigenspace by one step of subspace iteration each time.
     """
     operator, size = hessian.operator(scale_D.dtype), len(scale_D)
-    generator = torch.Generator().manual_seed(0)
     width = min(count + OVERSAMPLING, size)
-    basis_VD = torch.randn(width, size, generator=generator, dtype=torch.float64, device="cpu").to(scale_D)
+    basis_VD = fixed_directions(width, scale_D)
     noise_D = torch.ones_like(scale_D)
     for iteration in range(ITERATIONS):
         whitening_D = scale_D * noise_D.rsqrt()
