@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from optima.calibration.coupling import coupling_bytes
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.head import logits_bytes
-from optima.device import REMEDY, find_device, named_device
+from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
@@ -30,7 +30,6 @@ from optima.models.stacks import (
     guess_groups,
     has_experts,
 )
-from optima.patterns import SCOPES, Unstructured
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.swaps.search import CHUNK_ENTRIES
@@ -41,9 +40,6 @@ LIBRARIES_BYTES = 512 * 2**20
 FREE_SHARE = 0.5
 # Share of the memory that may hold what all sequences need inside a block, where linears are calibrated in turn.
 HELD_SHARE = 0.125
-# By ``auto`` main memory holds at most so many times the weights that are there at a time: a run's memory stays low.
-# At most this share of weights may go, and not by n:m: behind such linears others do better on dense ones' outputs.
-AUTO_WEIGHTS, AUTO_SPARSITY = 2, 0.5
 # Most bytes at a time for each entry of a hessian that is worked with: the tensors of a linear by solver auto, and one
 # float64 matrix more for what LAPACK copies. Of selectors and solvers that are not named, more than any of ours takes.
 BYTES_PER_SQUARE = {
@@ -156,7 +152,7 @@ def host_memory(
         dtype: of the weights.
         streamed: whether they stay on disk.
     """
-    most = _streamed(model, blocks) if streamed else count_parameters(model)
+    most = streamed_parameters(model, blocks) if streamed else count_parameters(model)
     work = work_bytes(model, blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
     by_loss = _through_decoder(model, recipe, dtype) if streamed else 0
     if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
@@ -174,7 +170,7 @@ def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype)
     return sum(count_parameters(block.module) for stack in stacks for block in stack.blocks) * dtype.itemsize
 
 
-def _streamed(model: nn.Module, blocks: Sequence[Block]) -> int:
+def streamed_parameters(model: nn.Module, blocks: Sequence[Block]) -> int:
     """Parameters that are in memory at a time, where weights stay on disk."""
     inside, outside = count_by_place(model, blocks)
     return max(2 * max(inside, default=0), outside)
@@ -210,7 +206,7 @@ def work_bytes(
             # What autograd keeps, and the coupling's sums with a batch's.
             most = max(most, GRADIENT_BUFFERS * activations + 4 * coupling_bytes([block], methods.needs))
         if recipe.tuning_epochs:
-            most = max(most, _tuning_bytes(model, block, recipe, dtype))
+            most = max(most, tuning_bytes(model, block, recipe, dtype))
     return most
 
 
@@ -222,7 +218,7 @@ def _activation_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, toke
     return BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
 
 
-def _tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
+def tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
     """What the optimizer keeps of a block's weights, and autograd of a step: one sequence, in nearly all models."""
     weights = sum(linear.shape[0] * linear.shape[1] for linear in block.linears)
     activations = _activation_bytes(model, block, recipe, recipe.max_seq_length, dtype)
@@ -267,59 +263,6 @@ def host_room(recipe: Recipe, processes: int = 1) -> int:
     budget is each process's own.
     """
     return int(HELD_SHARE * (recipe.memory_budget or total_memory() / processes))
-
-
-def settle_in_turn(
-    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype
-) -> tuple[bool, str]:
-    """What becomes of the recipe's ``true_sequential``, and a note if there is no room for it."""
-    attention = attention_numbers(model, recipe.max_seq_length)
-    held = max((held_bytes(block, recipe, dtype, attention) for block in blocks), default=0)
-    if recipe.true_sequential == "auto" and not _auto_in_turn(model, blocks, recipe, held / dtype.itemsize):
-        return False, ""
-    room = _memory_at_work(recipe, recipe.memory_budget)
-    if room is None or held <= int(HELD_SHARE * room):
-        return bool(recipe.true_sequential), ""
-    return False, (
-        "true_sequential was left out, and a block takes two forward passes: what all sequences need inside one, "
-        f"{held / GIB:.1f} GiB, is more than {HELD_SHARE:.0%} of the memory"
-    )
-
-
-def _memory_at_work(recipe: Recipe, budget: int | None) -> int | None:
-    """Bytes of memory where blocks run, in main memory the ``budget``; None for a plan for a device elsewhere."""
-    if on_cpu(recipe):
-        return budget or total_memory()
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(find_device(recipe.device)).total_memory)
-    return None
-
-
-def settle_tuning(
-    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype
-) -> tuple[Recipe, str]:
-    """``recipe`` with its epochs as applied, and a note if blocks are not tuned because there is no room for one."""
-    settled = replace(recipe, tuning_epochs=recipe.applied_epochs)
-    if recipe.tuning_epochs is not None or not settled.tuning_epochs:
-        return settled, ""
-    room = _memory_at_work(recipe, None)  # work may pass a budget, and a run that goes on may have another
-    sizes = [count_parameters(block.module) * dtype.itemsize for block in blocks]
-    taken = max(size + _tuning_bytes(model, block, recipe, dtype) for size, block in zip(sizes, blocks, strict=True))
-    if room is None or taken <= room:
-        return settled, ""
-    share, rate = Recipe.tuning_share, Recipe.learning_rate  # what would do nothing is refused
-    return replace(recipe, tuning_epochs=0, tuning_share=share, learning_rate=rate), (
-        f"blocks are not tuned: one takes up to {taken / GIB:.1f} GiB then, and the memory has {room / GIB:.1f} GiB; "
-        f"--tuning-epochs {settled.tuning_epochs} tries"
-    )
-
-
-def _auto_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, held: float) -> bool:
-    """Whether ``auto`` means yes, if so many numbers are held."""
-    patterns = recipe.table(SCOPES[0]).patterns
-    gentle = all(isinstance(each, Unstructured) and each.sparsity <= AUTO_SPARSITY for each in patterns)
-    few = not on_cpu(recipe) or held <= AUTO_WEIGHTS * _streamed(model, blocks)
-    return held > 0 and few and bool(patterns) and gentle and not recipe.tuning_epochs  # which saves no pass
 
 
 def _waiting_bytes(block: Block) -> int:

@@ -23,6 +23,7 @@ LEAST_SAMPLES = 128  # of calibration, as in the papers
 OF_HUB = ("dataset_config", "split", "dataset_revision")  # options of the hub's data sets
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
 SELF = "self"  # the data set that the model itself writes
+OWN_SHARE = 0.5  # of the sequences, by auto: it writes as many as are read
 # Configurations of data sets that have several and name none of them as the default.
 CONFIGS = {"allenai/c4": "en"}
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from optima.activations import Shares, activations
 from optima.build import build
 from optima.calibration.documents import check_of_hub
-from optima.calibration.own_text import check_writes
 from optima.calibration.swept import kept_bytes
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, host_memory, in_turn, work_bytes
@@ -120,8 +119,6 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     started = time.perf_counter()
     model, config = skeleton(source)
     check_of_hub(recipe, recipe.read)
-    if recipe.written:
-        check_writes(model)
     methods = build(recipe)
     check_order(source, model, recipe)
     found = preflight(model, recipe, methods)
@@ -130,7 +127,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     recipe, found = sized(model, recipe, found, dtype)
     num_parameters = count_parameters(model)
     kept = activations(model, found.blocks, recipe, methods.needs, dtype)
-    writes = recipe.written and not recipe.read  # else it may, if these have too little
+    writes = recipe.written and bool(recipe.own_share or not recipe.read)  # else it may, if these have too little
     streamed = not source.gguf_file and not writes
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     notes = list(found.notes)

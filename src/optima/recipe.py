@@ -24,6 +24,7 @@ from optima.options import (
     LEARNING_RATE,
     LEAST_SAMPLES,
     OBJECTIVES,
+    OWN_SHARE,
     ROUNDINGS,
     SELECTOR_NAMES,
     SELF,
@@ -39,6 +40,7 @@ from optima.values import (
     Flag,
     FlagOrAuto,
     Fraction,
+    OwnShare,
     Positive,
     Ridge,
     Seed,
@@ -130,6 +132,9 @@ class Recipe:
         "calibration", None, "number of calibration sequences",
         shown=f"{LEAST_SAMPLES}, more where the widest linear would get under {TOKENS_PER_INPUT} tokens an input")
     max_seq_length: Count = option("calibration", 2048, "tokens in each calibration sequence")
+    own_share: OwnShare = option(
+        "calibration", 0.0, "share of the sequences that the model itself writes, each going on from a piece of those "
+        f"that are read; auto: {OWN_SHARE}, if it writes text and fits the memory well")
     true_sequential: FlagOrAuto = option(
         "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: "
         "a forward pass less if not tuned, and a block's activations are held for all sequences; auto, in a recipe: if "
@@ -220,8 +225,8 @@ class Recipe:
 
     @property
     def written(self) -> bool:
-        """True if the model writes calibration text: all of it, or what data sets lack."""
-        return SELF in self.dataset
+        """True if the model writes calibration text: all of it, a share, or what data sets lack."""
+        return SELF in self.dataset or self.own_share not in (0, "auto")
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -349,6 +354,7 @@ class Recipe:
             "learning_rate": ("tuning_epochs above 0", self.applied_epochs > 0),
             "tuning_share": ("tuning_epochs above 0", self.applied_epochs > 0),
             "gap": ("a solver", self.solver != "none"),
+            "own_share": ("a dataset other than self", bool(self.read) or self.own_share == "auto"),
         }
         return {name: owner for name, (owner, applies) in used.items() if not applies}
 

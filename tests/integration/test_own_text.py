@@ -17,9 +17,10 @@ from optima import Recipe, load_report, prune
 from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import beginning, keys_bytes, own_text
 from optima.cli import main
-from optima.errors import CalibrationError
+from optima.errors import CalibrationError, RecipeError
 from optima.models.source import find_source
 from optima.plan import make_plan
+from optima.preflight.settling import settle_own
 
 CPU = torch.device("cpu")
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "24"]
@@ -137,6 +138,51 @@ def test_it_writes_what_data_sets_lack(tmp_path: Path, monkeypatch: pytest.Monke
         assert len(whole) == len(told)
         notes = make_plan(find_source("model"), Recipe(dataset=["some.txt", "self"], max_seq_length=24)).notes
         assert any(note.startswith("to write what the data sets lack, if they do") for note in notes)
+
+
+def test_it_writes_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although there would be more to read. A short text is refused as it is without, unless self is named too."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"))
+    Path("some.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    size = ["--max-seq-length", "24", "--dataset", "some.txt"]
+    for out, share, wrote in (("half", "0.5", 3), ("auto", "auto", 3), ("tenth", "0.1", 0)):
+        asked = ["--num-calibration-samples", "7" if wrote else "6", "--own-share", share]
+        assert main(["prune", "model", "--output-dir", out, *size, *asked]) == 0
+        report = load_report(Path(out))
+        assert report.run.num_tokens == (7 if wrote else 6) * 24
+        told = [note for note in report.run.notes if "the model wrote the other" in note]
+        assert [f"text for 4 of 7 sequences, and the model wrote the other {wrote}" in note for note in told] == [
+            True
+        ] * bool(wrote)
+    recipe = Recipe(dataset=["some.txt"], own_share=0.5, max_seq_length=24, num_calibration_samples=7)
+    plan = make_plan(find_source("model"), recipe)
+    assert not plan.streamed
+    assert any(note.startswith("to write its own text, the whole model") for note in plan.notes)
+    many = ["--num-calibration-samples", "30", "--own-share", "0.5", "--output-dir", "many"]
+    assert main(["prune", "model", *size, *many]) == 2
+    assert main(["prune", "model", *size, "self", *many]) == 0
+    assert load_report(Path("many")).run.num_tokens == 30 * 24
+
+
+def test_by_auto_it_writes_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe that says so serves every model, and every way to give text."""
+    auto = Recipe(dataset=["a.txt"], own_share="auto", num_calibration_samples=4, max_seq_length=16)
+    assert settle_own(make_llama(), auto, torch.float32, given=False)[0].own_share == 0.5
+    assert settle_own(make_llama(), auto, torch.float32, given=True) == (replace(auto, own_share=0.0), "")
+    itself = replace(auto, dataset=["self"])
+    assert settle_own(make_llama(), itself, torch.float32, given=False) == (replace(itself, own_share=0.0), "")
+    for model, told in ((make_bert(), "does not go on with a text"), (make_llama(), "--own-share 0.5 tries")):
+        monkeypatch.setattr("optima.preflight.settling.WHOLE_SHARE", 1e-12)
+        settled, note = settle_own(model, auto, torch.float32, given=False)
+        assert settled.own_share == 0.0
+        assert told in note
+    report = prune(make_llama(), auto, calibration=families.make_ids(4, 16), tokenizer=make_tokenizer())
+    assert report.run.recipe["own_share"] == 0.0
+    with pytest.raises(RecipeError, match="own_share is for text that is read"):
+        prune(make_llama(), replace(auto, own_share=0.5), calibration=families.make_ids(4, 16))
+    with pytest.raises(RecipeError, match="own_share is for a dataset other than self"):
+        Recipe(dataset=["self"], own_share=0.5)
 
 
 def test_what_was_read_comes_first() -> None:

@@ -163,7 +163,7 @@ def test_a_batch_need_not_reach_all_experts() -> None:
 
 
 def test_two_passes_where_there_is_no_room_for_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.memory.HELD_SHARE", 1e-9)
+    monkeypatch.setattr("optima.preflight.settling.HELD_SHARE", 1e-9)
     one, other = make_llama(), make_llama()
     recipe = Recipe(selector="wanda", objective="plain", true_sequential=True)
     report = prune(one, recipe, calibration=make_ids(), progress=False)

@@ -63,12 +63,14 @@ class TestHead:
 class TestBody:
     def test_says_how_it_was_made_and_what_runs_it(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
-        write_card(tmp_path, report(linear(), recipe=RUN.recipe | {"dataset": ["allenai/c4"]}), None)
+        recipe = RUN.recipe | {"dataset": ["allenai/c4"], "own_share": 0.5}
+        write_card(tmp_path, report(linear(), recipe=recipe), None)
         text = card_of(tmp_path).text
         assert "AutoModelForCausalLM.from_pretrained" in text
         assert "Certified to the asked gap of 1.0e-04" in text
         assert "| selector         | wanda" in text
-        assert "allenai/c4" in text
+        assert "| allenai/c4, written by the model itself" in text
+        assert "own_share" in text
         assert "MACKO" in text
         assert NOT_YET in text
 

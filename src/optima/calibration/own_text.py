@@ -144,7 +144,7 @@ def own_text(
         "roundings decide"
     )
     no_turn = "the chat template tells no beginning of a user's turn: the model's own text begins as plain text does"
-    rest = f"the data sets have text for {len(known_NL)} of {asked} sequences, and the model wrote the other {samples}"
+    rest = f"the data sets gave text for {len(known_NL)} of {asked} sequences, and the model wrote the other {samples}"
     notes = [rest] if recipe.read else []
     notes += [no_turn] if not len(known_NL) and tokenizer.chat_template and not users_turn(tokenizer) else []
     notes += [few] if most else []
@@ -253,9 +253,14 @@ def _begun(tokenizer: PreTrainedTokenizerBase, known_NL: Tensor, samples: int, s
     return torch.cat([source_NL[:, :before], piece_NC], dim=1)
 
 
+def writes(model: PreTrainedModel) -> bool:
+    """Whether the model, or its skeleton, goes on with a text."""
+    return model.can_generate() and not is_encoder_decoder(model)
+
+
 def check_writes(model: PreTrainedModel) -> None:
-    """Raise ``CalibrationError`` if the model, or its skeleton, does not go on with a text."""
-    if not model.can_generate() or is_encoder_decoder(model):
+    """Raise ``CalibrationError`` unless the model ``writes``."""
+    if not writes(model):
         raise CalibrationError(
             f"{type(model).__name__} writes no text that goes on from its beginning: name a --dataset other than self"
         )

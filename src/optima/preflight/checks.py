@@ -17,20 +17,22 @@ from optima.build import pattern_table
 from optima.calibration.documents import Documents, TextSource
 from optima.calibration.given import given_text
 from optima.calibration.inputs import Batch, Calibration, given_batches
+from optima.calibration.own_text import check_writes
 from optima.calibration.text import calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linalg.finite import all_finite
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
-from optima.memory import settle_in_turn, settle_tuning
 from optima.models.masks import MaskFiles
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.models.reading import check_length, is_encoder_decoder
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
 from optima.names import check_bounded
+from optima.options import SELF
 from optima.patterns import Pattern, Unstructured
+from optima.preflight.settling import settle_in_turn, settle_own, settle_tuning
 from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
 from optima.selectors.external import External
@@ -186,7 +188,8 @@ def find_calibration(
 ) -> Calibration:
     """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data sets.
 
-    Batches of a processor's outputs are taken as they are. Data sets beside dataset self may lack some.
+    Batches of a processor's outputs are taken as they are. Data sets beside dataset self may lack some, and the share
+    that the model writes is not read.
 
     Raises:
         CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
@@ -201,8 +204,11 @@ def find_calibration(
     source = TextSource(recipe.read, recipe.dataset_config, recipe.split, column, revision)
     documents = Documents(source, recipe.seed, tokenizer) if given is None else given
     assert recipe.num_calibration_samples is not None, "a run resolves it"
-    size, fewer = (recipe.num_calibration_samples, recipe.max_seq_length), given is None and recipe.written
-    tokens_NL = calibration_tokens(documents, tokenizer, *size, fewer)
+    samples = recipe.num_calibration_samples
+    if given is None and recipe.own_share != "auto":
+        samples -= int(recipe.own_share * samples)
+    fewer = given is None and SELF in recipe.dataset
+    tokens_NL = calibration_tokens(documents, tokenizer, samples, recipe.max_seq_length, fewer)
     if isinstance(documents, Documents):
         return Calibration(tokens_NL, (), documents.skipped, documents.revision)
     return Calibration(tokens_NL)
@@ -262,10 +268,17 @@ def sized(
     Args:
         model: with its weights, or its skeleton.
         recipe: to complete.
-        found: it gets a note if there is no room to tune blocks, or to calibrate linears in turn.
+        found: it gets a note if there is no room to tune blocks, to calibrate linears in turn, or to write text.
         dtype: of activations.
         calibration: what the caller gave; of token ids and a processor's outputs the size is known.
+
+    Raises:
+        CalibrationError: if the model is to write text, and cannot.
+        RecipeError: if it is to write a share of text that the caller gave.
     """
+    recipe, all_read = settle_own(model, recipe, dtype, calibration is not None)
+    if recipe.written and calibration is None:
+        check_writes(model)
     if isinstance(calibration, Tensor):
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     if isinstance(calibration, Calibration):
@@ -274,5 +287,5 @@ def sized(
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
     recipe, untuned = settle_tuning(model, found.blocks, recipe, dtype)
     in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
-    notes = (*found.notes, *filter(None, (untuned, note)))
+    notes = (*found.notes, *filter(None, (all_read, untuned, note)))
     return replace(recipe, true_sequential=in_turn), replace(found, notes=notes)

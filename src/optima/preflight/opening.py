@@ -16,7 +16,7 @@ from optima.activations import activations
 from optima.build import build, default_scope
 from optima.calibration.documents import check_of_hub
 from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import check_writes, keep_text, own_text, read_text
+from optima.calibration.own_text import keep_text, own_text, read_text
 from optima.calibration.store import Store
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
@@ -90,8 +90,6 @@ def check(
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     if calibration is None:
         check_of_hub(recipe, recipe.read)
-        if recipe.written:
-            check_writes(structure)
     scope_named = recipe.scope is not None
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
     check_order(source, structure, recipe)

@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from optima.errors import ModelError
 from optima.models.files import TOKENIZERS, explain_write_errors, write_whole
 from optima.models.own_code import auto_class
+from optima.options import SELF
 from optima.reporting.markdown import table
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
 from optima.reporting.summary import bullets, pattern_weights, summary
@@ -40,10 +41,11 @@ MORE_SETTINGS = (
     "learning_rate",
     "num_calibration_samples",
     "max_seq_length",
+    "own_share",
     "seed",
 )
-OFF_AT_ZERO, OF_TUNING = ("swaps",), {"tuning_epochs", "tuning_share", "learning_rate"}
-TEXTS = {"self": "written by the model itself"}  # in words, where a data set's name says nothing
+OFF_AT_ZERO, OF_TUNING = ("swaps", "own_share"), {"tuning_epochs", "tuning_share", "learning_rate"}
+TEXTS = {SELF: "written by the model itself"}  # in words, where a data set's name says nothing
 AGAIN = "`recipe.yaml` gives the same run again{}."
 ON_GIVEN = " on the same calibration text, which the caller gave"
 BY_OBJECT = " with the selector's settings, which are in `report.json` alone"
@@ -180,7 +182,8 @@ def _body(directory: Path, report: Report) -> str:
     rows = [[key, _plain(recipe[key])] for key in told if recipe[key] or key not in OFF_AT_ZERO]
     given = GIVEN_NOTE in report.run.notes
     by_object = any(note.startswith(OBJECT_NOTE) for note in report.run.notes)
-    texts = [TEXTS.get(text) or short_name(text) for text in recipe.get("dataset", [])]
+    named = dict.fromkeys([*recipe.get("dataset", []), *([SELF] if recipe.get("own_share") else [])])
+    texts = [TEXTS.get(text) or short_name(text) for text in named]
     rows.append(["calibration text", "given by the caller" if given else ", ".join(texts)])
     rows += [[f"{library} version", version] for library, version in report.run.versions.items()]
     return BODY.format(
