@@ -65,7 +65,7 @@ def test_out_of_memory_fewer_are_written_together() -> None:
     assert found.tokens_NL is not None
     assert found.tokens_NL.shape == (40, 24)
     (note,) = found.notes
-    assert "8 sequences of its text at a time" in note
+    assert "10 sequences of its text at a time" in note
 
 
 def test_words_have_the_models_probabilities() -> None:

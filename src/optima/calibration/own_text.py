@@ -42,7 +42,7 @@ from optima.models.files import explain_write_errors, write_whole
 from optima.models.reading import is_encoder_decoder
 from optima.recipe import Recipe
 
-AT_ONCE = 32  # sequences written together
+AT_ONCE = 128  # sequences written together: a word of so many takes a GPU hardly longer than one of few
 BEGUN = 8  # beside text that was read, one token of so many is its own: it keeps to what that is about
 CARD_SHARE = 0.8  # of what a model leaves of a GPU's memory, for keys and values; activations have the rest
 PLACEHOLDER = "PLACEHOLDER"
