@@ -49,7 +49,7 @@ from optima.calibration.text import calibration_tokens, data_hash
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.evaluation.zeroshot import load_tasks
+from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.options import ALLOCATION_NAMES, ROUNDINGS, SELF

@@ -190,21 +190,22 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     from optima.models.files import is_same, stat_of
 
     places = _places(settings.models, save, output, overwrite)
+    so_far = _so_far(output, overwrite)
     before = {place: stat_of(place) for place in places if place.is_dir()}
     console = _quiet_console()
     from optima.evaluation.evaluate import evaluate
     from optima.evaluation.table import print_tables
     from optima.evaluation.watch import Watch
 
-    # What is measured is kept: a later model may fail.
-    so_far = Path(f"{Path(output).expanduser()}.partial") if output else None
-    found = evaluate(settings, Watch(OwnConsole(stderr=True)), lambda found: so_far and found.save(so_far))
+    kept: list[Path] = []
+    keep = (lambda found: kept.append(found.save(so_far))) if so_far is not None else lambda found: None
+    found = evaluate(settings, Watch(OwnConsole(stderr=True)), keep)
     try:
         replaced = [place for place, known in before.items() if not is_same(place, known)]
         files = [found.save(place) for place in places if place not in replaced]
         cards = _update_cards(found, settings.models, replaced) if save else []
-        if so_far is not None:
-            so_far.unlink(missing_ok=True)
+        for file in kept:
+            file.unlink(missing_ok=True)
     finally:
         print_tables(found, console)  # hours of work, whatever becomes of the files
     if files:
@@ -214,6 +215,25 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
             f"{replaced[0]} was replaced while it was measured, and is another model now: its results were not written "
             "there; --output FILE writes them elsewhere"
         )
+
+
+def _so_far(output: str | None, overwrite: bool) -> Path | None:
+    """Where what is measured is kept until all is, for a later model may fail; refused now if it cannot be."""
+    from optima.evaluation.record import check_free
+
+    if output is None:
+        return None
+    place = Path(f"{Path(output).expanduser()}.partial")
+    if place.is_dir():
+        raise OptimaError(
+            f"{place} is a directory, and results wait there until all are found: choose another --output"
+        )
+    if place.exists() and not overwrite:
+        raise OptimaError(
+            f"{place} holds what an unfinished evaluation found: --overwrite replaces it, or move it away"
+        )
+    check_free(place, overwrite)
+    return place
 
 
 def _update_cards(found: Evaluation, models: Sequence[str], replaced: Sequence[Path]) -> list[Path]:
@@ -232,6 +252,7 @@ def _update_cards(found: Evaluation, models: Sequence[str], replaced: Sequence[P
 def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bool) -> list[Path]:
     """Where an evaluation is written; refused now if it cannot be."""
     from optima.evaluation.record import check_free
+    from optima.reporting.model_card import check_card
     from optima.reporting.record import REPORT_NAME
 
     places = [Path(model).expanduser() for model in models] if save else []
@@ -244,25 +265,28 @@ def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bo
     places += [Path(output).expanduser()] if output else []
     for place in places:
         check_free(place, overwrite)
+        if save and place.is_dir():
+            check_card(place)
     return places
 
 
 def _report(paths: Sequence[str], html: str | None = None) -> None:
     from optima.evaluation.record import EVALUATION_NAME, load_evaluation
-    from optima.evaluation.table import headline, render_evaluation
+    from optima.evaluation.table import headlines, render_evaluation
     from optima.reporting.markdown import render_markdown
 
     paths = list(dict.fromkeys(paths))
     reports = {path: optima.load_report(path) for path in paths}
-    beside = [(Path(path) if Path(path).is_dir() else Path(path).parent) / EVALUATION_NAME for path in paths]
-    found = [load_evaluation(file) if file.is_file() else None for file in beside]
+    places = [Path(path) if Path(path).is_dir() else Path(path).parent for path in paths]
+    found = {place: load_evaluation(place) for place in places if (place / EVALUATION_NAME).is_file()}
     if html is not None:
-        figures = [headline(own, file.parent) if own else [] for own, file in zip(found, beside, strict=True)]
-        _write_page(reports, Path(html).expanduser(), figures)
+        dense = {place: reports[path].run.model_fingerprint for path, place in zip(paths, places, strict=True)}
+        figures = dict(zip(found, headlines(found, dense), strict=True))
+        _write_page(reports, Path(html).expanduser(), [figures.get(place, []) for place in places])
     elif len(paths) > 1:
         raise OptimaError("several reports are compared on a page: name its file by --html FILE")
     else:
-        _say(render_markdown(reports[paths[0]], render_evaluation(found[0]) if found[0] else ""))
+        _say(render_markdown(reports[paths[0]], "".join(map(render_evaluation, found.values()))))
 
 
 def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[tuple[str, str, str]]]) -> None:
@@ -278,12 +302,19 @@ def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[
     _say(f"page: {file}")
 
 
-def _pack(**given: Any) -> None:
-    _say(str(optima.pack(**given)))
+def _pack(directory: str, output_dir: str | None = None, **given: Any) -> None:
+    from optima.packing import place_for
+
+    size = optima.pack(directory, output_dir, **given)
+    _say(f"{size}: {place_for(directory, output_dir, '-packed')}")
 
 
-def _unpack(**given: Any) -> None:
-    _say(f"{optima.unpack(**given) / 1e6:,.1f} MB restored, every checksum right")
+def _unpack(directory: str, output_dir: str | None = None, **given: Any) -> None:
+    from optima.packing import place_for
+
+    restored = optima.unpack(directory, output_dir, **given)
+    place = place_for(directory, output_dir, "-unpacked")
+    _say(f"{restored / 1e6:,.1f} MB restored, every checksum right: {place}")
 
 
 def _recipe(action: str, name: str | None = None) -> None:

@@ -10,11 +10,18 @@ from pathlib import Path
 
 from optima.errors import ModelError
 from optima.models.destination import Destination
-from optima.models.files import PACKED, explain_write_errors, interruptible, stat_of, the_same, usable_path
+from optima.models.files import (
+    INDEX,
+    PACKED,
+    PLAIN,
+    check_complete,
+    explain_write_errors,
+    interruptible,
+    stat_of,
+    the_same,
+    usable_path,
+)
 from optima.models.packed import Size, pack_shard, read_original, unpack_shard
-
-PLAIN = ".safetensors"
-INDEX = ".index.json"
 
 
 def pack(
@@ -29,8 +36,8 @@ def pack(
         code_exponents: Huffman-code the exponents of bfloat16 tensors too, of dense ones as well.
 
     Raises:
-        ModelError: if ``directory`` holds no safetensors files, damaged or packed ones, or the output cannot be
-            written.
+        ModelError: if ``directory`` holds no safetensors files, damaged or packed ones, or lacks some, or the output
+            cannot be written.
     """
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
     before = stat_of(source)
@@ -38,6 +45,7 @@ def pack(
         raise ModelError(f"{packed[0]} is packed already: unpack it with optima unpack {source}")
     if not (shards := _shards(source, PLAIN)):
         raise ModelError(f"{source} holds no {PLAIN} files: name the local directory of a checkpoint in this format")
+    check_complete(source)
     with _beside(source, "-packed", output_dir, overwrite) as new, the_same(source, before):
         _copy_rest(source, new, PLAIN, PACKED)
         sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED), code_exponents) for shard in shards]
@@ -53,13 +61,14 @@ def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrit
         overwrite: replace an earlier output.
 
     Raises:
-        ModelError: if ``directory`` holds no packed files, or damaged ones (the tensor is named), or the output
-            cannot be written.
+        ModelError: if ``directory`` holds no packed files, or damaged ones (the tensor is named), or lacks some, or
+            the output cannot be written.
     """
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
     before = stat_of(source)
     if not (shards := _shards(source, PACKED)):
         raise ModelError(f"{source} holds no {PACKED} files: name a directory that optima pack wrote")
+    check_complete(source)
     originals = [read_original(shard) for shard in shards]
     num_bytes = sum(original.num_bytes for original in originals)
     with _beside(source, "-unpacked", output_dir, overwrite, num_bytes) as new, the_same(source, before):
@@ -78,21 +87,27 @@ def _renamed(name: str, old: str, new: str) -> str:
     return name.removesuffix(old) + new
 
 
+def place_for(directory: str | Path, output_dir: str | Path | None, suffix: str) -> Path:
+    """Where it goes: ``output_dir``, or beside ``directory``, called like that, link or not, with ``suffix`` behind."""
+    if output_dir is not None:
+        return Path(output_dir)
+    here = Path(os.path.abspath(os.path.expanduser(directory)))
+    return here.with_name(here.name + suffix)
+
+
 @contextmanager
 def _beside(
     source: Path, suffix: str, output: str | Path | None, overwrite: bool, num_bytes: int = 0
 ) -> Iterator[Path]:
     """The directory that takes the output's name when the context ends without an error."""
-    source = source.resolve()
+    path, source = place_for(source, output, suffix), source.resolve()
     if bad := next((path for path in sorted(source.rglob("*")) if not os.access(path, os.R_OK)), None):
         raise ModelError(f"{bad} cannot be read: see its permissions, or where its link leads")
-    with interruptible():
-        path = source.with_name(source.name + suffix) if output is None else output
-        with Destination.open(path, overwrite, [source], num_bytes) as destination:
-            if destination.path.is_relative_to(source):
-                raise ModelError(f"{destination.path} is inside {source}, which is read: choose another --output-dir")
-            with explain_write_errors(destination.path):
-                yield destination.directory
+    with interruptible(), Destination.open(path, overwrite, [source], num_bytes) as destination:
+        if destination.path.is_relative_to(source):
+            raise ModelError(f"{destination.path} is inside {source}, which is read: choose another --output-dir")
+        with explain_write_errors(destination.path):
+            yield destination.directory
 
 
 def _copy_rest(source: Path, target: Path, old: str, new: str) -> None:

@@ -26,7 +26,6 @@ from optima.device import Stopwatch, full_precision, give_back_freed_memory, one
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
-from optima.models.experts import ExpertLinear
 from optima.models.stacks import Block, Linear, Stack, is_expert
 from optima.models.weights import Read, Resident, Weights
 from optima.models.writer import Writer
@@ -368,7 +367,7 @@ class Job:
             self.notes.extend(notes)
             if told is not None:
                 self.linears.append(told)
-                if isinstance(linear, ExpertLinear):
+                if is_expert(linear):
                     routed[linear.name] = told.tokens
                 if pruned.owners[linear.name] not in (None, streams.ranks.rank):
                     self.progress.linear(told)

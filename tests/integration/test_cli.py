@@ -429,6 +429,61 @@ class TestEval:
             main(["eval", "model", "other", *text, "--output", "found.json"])
         assert [record.model for record in load_evaluation("found.json.partial").models] == ["model"]
 
+    def test_neither_partial_results_nor_other_files_are_overwritten(
+        self, root: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        text = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]
+        Path("found.json.partial").write_text("mine")
+        assert main(["eval", "model", *text, "--output", "found.json"]) == 2
+        assert "found.json.partial holds what an unfinished evaluation found" in capsys.readouterr().err
+        assert main(["eval", "model", *text, "--output", "found.json", "--overwrite"]) == 2, "it is no evaluation"
+        assert Path("found.json.partial").read_text() == "mine"
+        Path("found.json.partial").unlink()
+        Path("found.json.partial").mkdir()
+        assert main(["eval", "model", *text, "--output", "found.json"]) == 2
+        assert "is a directory, and results wait there" in capsys.readouterr().err
+
+    def test_text_is_kept_where_tasks_fail(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in (("load_tasks", object()), ("check_tokenizer", None), ("version", "0")):
+            monkeypatch.setattr(f"optima.evaluation.evaluate.{name}", lambda *_, value=value: value)
+        monkeypatch.setattr("optima.evaluation.evaluate.zero_shot", raising(MemoryError()))
+        text = ["--dataset", "text.txt", "--max-seq-length", "16"]
+        with pytest.raises(MemoryError):
+            main(["eval", "model", *text, "--tasks", "piqa", "--output", "found.json"])
+        (record,) = load_evaluation("found.json.partial").models
+        assert record.perplexity is not None
+        assert record.tasks == ()
+
+    @pytest.mark.parametrize("content", [b"---\nfoo: [unclosed\n---\n", b"\xff\xfe"])
+    def test_a_card_that_cannot_be_read_is_named_before_the_work(
+        self, root: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        prune()
+        Path("out/README.md").write_bytes(content)
+        monkeypatch.setattr("optima.evaluation.evaluate.load_model", raising(AssertionError()))
+        assert main(["eval", "out", "--dataset", "text.txt", "--max-seq-length", "16", "--save"]) == 2
+        assert "the head of out/README.md cannot be read" in capsys.readouterr().err
+
+    def test_shards_without_an_index_are_named_before_the_work(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        shutil.copytree("model", "other")
+        Path("other/model.safetensors").rename("other/model-00001-of-00002.safetensors")
+        monkeypatch.setattr("optima.evaluation.evaluate.load_model", raising(AssertionError()))
+        assert main(["eval", "model", "other", "--dataset", "text.txt", "--max-seq-length", "16"]) == 2
+        assert "other has neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
+
+    def test_models_of_one_name_are_told_apart_in_a_card(self, root: Path) -> None:
+        prune()
+        Path("same").mkdir()
+        Path("out").rename("same/model")
+        text = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]
+        assert main(["eval", "model", "same/model", *text, "--save"]) == 0
+        card = Path("same/model/README.md").read_text()
+        assert "model (model 1)" in card
+        assert "model (model 2)" in card
+        assert "same/model" not in card
+
     def test_names_are_no_markup(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (root / "model").rename("v[bold]2")
         arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]

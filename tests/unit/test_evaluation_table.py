@@ -18,7 +18,7 @@ from optima.evaluation.record import (
     PerplexityRecord,
     TaskRecord,
 )
-from optima.evaluation.table import headline, print_tables
+from optima.evaluation.table import headlines, print_tables
 
 ACCURACY = Estimate(0.5181, 0.0103)
 
@@ -66,8 +66,32 @@ def test_a_report_has_the_perplexity_of_its_own_model(tmp_path: Path, monkeypatc
     text = [PerplexityRecord(value, Estimate(0.0, 0.0), "windows", 2, 16, "") for value in (10.0, 20.0, 30.0)]
     models = tuple(replace(model, perplexity=own) for model, own in zip(found.models, text, strict=True))
     found = replace(found, models=models)
+
+    def headline(place: str, of: str | None = None) -> list[tuple[str, str, str]]:
+        (figures,) = headlines({Path(place): found}, {Path(place): of})
+        return figures
+
     for name, expected in (("a", "20.00"), ("b", "30.00")):
-        assert headline(found, Path(name)) == [("perplexity", expected, "10.00 of dense")]
-        assert headline(found, Path("moved", name)) == headline(found, Path(name))
-    assert headline(found, Path("dense")) == [("perplexity", "10.00", "")]
-    assert headline(found, Path("c")) == []
+        assert headline(name) == [("perplexity", expected, "10.00 of dense")]
+        assert headline(f"moved/{name}") == headline(name)
+    assert headline("dense") == [("perplexity", "10.00", "")]
+    assert headline("c") == []
+    # Made of the first, whose name it has in another place: known by its weights.
+    named = replace(models[1], model="out/dense", fingerprint="other")
+    found = replace(found, models=(models[0], named), comparisons=found.comparisons[:1])
+    assert headline("elsewhere/dense", models[0].fingerprint) == [("perplexity", "20.00", "10.00 of dense")]
+
+
+def test_figures_on_different_texts_are_told_apart() -> None:
+    def found(text: str) -> Evaluation:
+        own = PerplexityRecord(20.0, Estimate(3.0, 0.1), "windows", 2, 16, text)
+        one = evaluation("dense")
+        return replace(one, models=(replace(one.models[0], perplexity=own),))
+
+    places = {Path("a", "dense"): "0123456789", Path("b", "dense"): "0123456789", Path("c", "dense"): "fedcba9876"}
+    same = dict(list(places.items())[:2])
+    of = dict.fromkeys(places)
+    assert headlines({place: found(text) for place, text in same.items()}, of) == [[("perplexity", "20.00", "")]] * 2
+    labels = [label for ((label, _, _),) in headlines({place: found(text) for place, text in places.items()}, of)]
+    assert labels[0] == labels[1] == "perplexity on 2 x 16 tokens (windows, 01234567)"
+    assert labels[2] == "perplexity on 2 x 16 tokens (windows, fedcba98)"

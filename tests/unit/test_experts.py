@@ -252,6 +252,29 @@ def test_token_weights_reach_the_experts() -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_token_weights_reach_the_hessian_of_all_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Llama 4 gives each expert all tokens, zeros for those that go elsewhere."""
+    means: list[Tensor] = []
+
+    def keep(mean_DD: Tensor, sample_ND: Tensor) -> Common:
+        means.append(mean_DD)
+        return Common(mean_DD, sample_ND)
+
+    monkeypatch.setattr(expert_statistics, "Common", keep)
+    block, streams = streams_of(build(family))
+    for sink in (0.0, 0.9):
+        found_at(block, streams, sink=sink)
+    plain_DD, sink_DD = means[0], means[len(means) // 2]
+    assert float((plain_DD - sink_DD).norm() / plain_DD.norm()) > 0.1
+
+
+@pytest.mark.parametrize("family", ["switch", "mixtral"])
+def test_experts_of_few_tokens_are_named_whatever_form_they_have(family: str) -> None:
+    report = prune(build(family), Recipe(batch_size=2, expert_tokens=10**6, tuning_epochs=0), calibration=make_ids())
+    assert any("tokens were routed to" in note for note in report.run.notes)
+
+
 def test_a_watch_leaves_nothing_behind() -> None:
     module: Any = build("mixtral").model.layers[0].mlp.experts  # type: ignore[union-attr]
     own = module.forward

@@ -196,11 +196,16 @@ def test_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.chdir(tmp_path)
     save_model(Path("model"))
     assert main(["pack", "model"]) == 0
-    assert " MB -> " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert " MB -> " in said
+    assert said.endswith(f"{tmp_path / 'model-packed'}\n")
     with pytest.raises(OSError, match=r"no file named model\.safetensors"):
         AutoModelForCausalLM.from_pretrained("model-packed")
     assert main(["unpack", "model-packed", "--output-dir", "again"]) == 0
-    assert "every checksum right" in capsys.readouterr().out
+    assert "every checksum right: again" in capsys.readouterr().out
+    Path("link").symlink_to("model")
+    assert main(["pack", "link"]) == 0
+    assert Path("link-packed").is_dir()
     AutoModelForCausalLM.from_pretrained("again")
 
 
@@ -222,6 +227,19 @@ def test_what_cannot_be_packed_is_refused(model: Path, tmp_path: Path) -> None:
     refused(optima.pack, tmp_path / "parts", match=r"a\.values is called like a part of a packed tensor")
     (tmp_path / "parts" / "model.safetensors").write_bytes(b"garbage")
     refused(optima.pack, tmp_path / "parts", match="is no whole safetensors file")
+
+
+def test_a_checkpoint_that_lacks_a_shard_is_refused(model: Path, tmp_path: Path) -> None:
+    optima.pack(model, tmp_path / "packed")
+    for directory, call in ((model, optima.pack), (tmp_path / "packed", optima.unpack)):
+        shard = sorted(directory.glob("*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(ModelError, match=rf"is not complete: .*index\.json names {shard.name}, which is not there"):
+            call(directory, tmp_path / "out")
+    (model / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(ModelError, match="is no index of weights"):
+        optima.pack(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_read_is_named(model: Path, tmp_path: Path) -> None:

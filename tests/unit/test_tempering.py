@@ -103,16 +103,18 @@ def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
     assert found.lengths == ([16] * 3 if alike else [])
 
 
-def test_a_start_that_sees_later_tokens_is_not_one_input() -> None:
-    """As [CLS] of BERT, whose state tells of the text."""
+@pytest.mark.parametrize("share", [1.0, 0.125])
+def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As [CLS] of BERT, whose state tells of the text; of one sequence that is swept it tells nothing of others."""
+    monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
     model, tokens_NL = make_bert().eval(), make_tokens(8, 16) % 99
     tokens_NL[:, 0] = 1
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(10 if "query" in name or "key" in name or "value" in name else 1)
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
-    assert not loss_weights(model, stack, streams, seed=0).lengths
+    streams = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
+    assert not loss_weights(model, stack, streams, seed=0, share=share).lengths
 
 
 def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import transformers
 from tiny import LINES, make_bert, make_llama, make_tokenizer
 
 from optima.errors import CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
-from optima.evaluation.zeroshot import Tasks, find_files, load_tasks, scored_positions, task_record, zero_shot
+from optima.evaluation.tasks import Tasks, find_files, load_tasks
+from optima.evaluation.zeroshot import scored_positions, task_record, zero_shot
 
 ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs the eval extra")
@@ -183,6 +184,24 @@ def test_bad_input_is_named(arc: Path) -> None:
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(NumericalError, match="likelihood of a choice is NaN"):
         zero_shot(model, tokenizer, load_tasks({"arc_easy": arc}))
+
+
+@needs_lm_eval
+def test_a_damaged_item_is_named_before_any_is_answered(arc: Path) -> None:
+    lines = arc.read_text().splitlines(keepends=True)
+    for change, told in (
+        ({"answerKey": "E"}, "'E' is not in list"),
+        ({"choices": None}, "TypeError|UndefinedError"),
+        ({"choices": {"text": ["a"], "label": ["1", "2"]}, "answerKey": "2"}, "its answer is 1, of 1 choices"),
+    ):
+        bad = json.dumps(json.loads(lines[3]) | change) + "\n"
+        arc.write_text("".join([*lines[:3], bad, *lines[4:]]))
+        with pytest.raises(CalibrationError, match=rf"item 4 of .*arc\.jsonl is none of task arc_easy \(.*({told})"):
+            load_tasks({"arc_easy": arc})
+    for content in ("".join(lines)[:-20], ""):
+        arc.write_text(content)
+        with pytest.raises(CalibrationError, match=r"items of task arc_easy in .*arc\.jsonl cannot be read"):
+            load_tasks({"arc_easy": arc})
 
 
 def test_the_name_of_a_file_tells_its_task(tmp_path: Path) -> None:

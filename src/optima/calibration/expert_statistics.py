@@ -145,15 +145,16 @@ class _Everything:
         self.calls, self.before = sum(calls), sum(calls[: ranks.rank])
         accumulator = Accumulator()
         sample, sample_weights = [], []
-        # Zeros stand for tokens that are routed elsewhere (Llama 4).
         used = [hidden_of_call(args, kwargs).flatten(0, -2).ne(0).any(dim=1) for _, _, args, kwargs in recorded.calls]
         counts = ranks.gather(sum(int(used_T.sum()) for used_T in used))
         before, step = sum(counts[: ranks.rank]), sampling_step(sum(counts), COMMON_TOKENS)
         for (batch, part, args, kwargs), used_T in zip(recorded.calls, used, strict=True):
             hidden_TD = hidden_of_call(args, kwargs).flatten(0, -2).to(device)
             weight_T = weights.of_all(batch, part)
-            if weight_T is None or len(weight_T) != len(hidden_TD):
+            if weight_T is None or len(hidden_TD) % len(weight_T):
                 weight_T = torch.ones(len(hidden_TD))
+            # Where every expert is given all tokens, zeros for those routed elsewhere (Llama 4), they come in turn.
+            weight_T = weight_T.repeat(len(hidden_TD) // len(weight_T))
             used_T = used_T.to(device)
             hidden_TD, weight_T = hidden_TD[used_T], weight_T.to(device)[used_T]
             with clock("hessian"), full_precision():

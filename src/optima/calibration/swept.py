@@ -133,7 +133,8 @@ def start_alike(streams: Streams, ends: Sequence[Tensor]) -> bool:
     everyone = streams.ranks.collect((starts[0][:1] if starts else None, ends[0][:1] if ends else None))
     start_1E = next((start for start, _ in everyone if start is not None), torch.empty(0))
     end_1E = next((end for _, end in everyone if end is not None), torch.empty(0)).float()
-    alike = all(bool((start_BE == start_1E).all()) for start_BE in starts)
+    ended = sum(streams.ranks.gather(sum(map(len, ends))))  # one says nothing of others
+    alike = ended > 1 and all(bool((start_BE == start_1E).all()) for start_BE in starts)
     for end_BE in ends:  # rounded as their batches are
         alike = alike and bool(((end_BE.float() - end_1E).norm(dim=1) <= ALIKE * end_1E.norm(dim=1)).all())
     return not streams.probe.sequence_first and all(streams.ranks.gather(alike))

@@ -53,8 +53,12 @@ def _results(record: ModelRecord, settings: dict[str, Any]) -> Iterator[EvalResu
 
 
 def _without_paths(found: Evaluation) -> Evaluation:
+    """A card is published: of paths it has the last part, and of those of one name their place among the models."""
+    names = [short_name(each.model) for each in found.models]
+    alike = {name for name in names if names.count(name) > 1}
+    told = [f"{name} (model {place})" if name in alike else name for place, name in enumerate(names, 1)]
     return replace(
         found,
-        models=tuple(replace(each, model=short_name(each.model)) for each in found.models),
-        comparisons=tuple(replace(each, model=short_name(each.model)) for each in found.comparisons),
+        models=tuple(replace(each, model=name) for each, name in zip(found.models, told, strict=True)),
+        comparisons=tuple(replace(each, model=name) for each, name in zip(found.comparisons, told[1:], strict=True)),
     )

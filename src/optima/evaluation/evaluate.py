@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -30,11 +30,11 @@ from optima.evaluation.record import (
     Evaluation,
     ModelRecord,
     PerplexityRecord,
-    TaskRecord,
 )
 from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
+from optima.evaluation.tasks import Tasks, find_files, load_tasks
 from optima.evaluation.watch import Watch
-from optima.evaluation.zeroshot import Tasks, check_tokenizer, find_files, load_tasks, zero_shot
+from optima.evaluation.zeroshot import check_tokenizer, zero_shot
 from optima.main_memory import available_memory
 from optima.memory import GIB
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
@@ -73,7 +73,7 @@ def evaluate(
     Args:
         settings: what is measured, and how.
         watch: told how far it is.
-        keep: given what was found so far, once each model is measured: a later one may fail.
+        keep: given what was found so far, once each model is measured, and before its tasks: what is next may fail.
 
     Raises:
         OptimaError: for what cannot be done; before any weights are loaded wherever that can be known.
@@ -87,16 +87,9 @@ def evaluate(
     measured, compared = list[_Measured](), list[ComparisonRecord]()
     reference, watch = None, watch or Watch()
     versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
-    for place, subject in enumerate(subjects, 1):
-        watch.model(subject.source.name, place, len(subjects), settings.task_names)
-        with memory_explained(device, REMEDY):
-            model = load_model(subject.source, settings.dtype, device)
-            watch.loaded()
-            record, loss_N = _measure(model, reference, subject, tasks, settings, watch)
-        measured.append((record, loss_N))
-        if place > 1:
-            compared.append(_comparison(measured[0], measured[-1], settings.seed))
-        found = Evaluation(
+
+    def found_so_far() -> Evaluation:
+        return Evaluation(
             settings=settings.to_dict(),
             versions=versions,
             device=describe_device(device),
@@ -104,13 +97,26 @@ def evaluate(
             models=tuple(record for record, _ in measured),
             comparisons=tuple(compared),
         )
+
+    for place, subject in enumerate(subjects, 1):
+        watch.model(subject.source.name, place, len(subjects), settings.task_names)
+        with memory_explained(device, REMEDY):
+            model = load_model(subject.source, settings.dtype, device)
+            watch.loaded()
+            measured.append(_measure(model, reference, subject, settings, watch))
+            if tasks is not None:
+                if subject.tokens_NL is not None:
+                    keep(found_so_far())
+                measured[-1] = _with_tasks(model, subject, measured[-1], tasks, settings)
+        if place > 1:
+            compared.append(_comparison(measured[0], measured[-1], settings.seed))
         if place < len(subjects):  # else the caller has it right away
-            watch.measured(record)
-            keep(found)
+            watch.measured(measured[-1][0])
+            keep(found_so_far())
         if settings.divergence and reference is None:
             reference = model
         del model
-    return found
+    return found_so_far()
 
 
 def _subjects(settings: EvaluationSettings) -> list[_Subject]:
@@ -195,11 +201,10 @@ def _measure(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     subject: _Subject,
-    tasks: Tasks | None,
     settings: EvaluationSettings,
     watch: Watch,
-) -> tuple[ModelRecord, Tensor | None]:
-    """The record of one model, and its loss on each window."""
+) -> _Measured:
+    """The record of one model without tasks, and its loss on each window."""
     device, source = find_device(settings.device), subject.source
     revision, hashed = commit_of(source), fingerprint(source)
     started = time.perf_counter()
@@ -211,23 +216,27 @@ def _measure(
         else:
             apart = divergence(model, reference, tokens_NL, device=device, batch_size=batch_size, tell=tell)
             loss_N, found = apart.loss_N, DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N))
-    answers: tuple[TaskRecord, ...] = ()
-    if tasks is not None:
-        model.to(device)  # type: ignore[arg-type]
-        size = settings.batch_size or CHOICES
-        answers = zero_shot(model, subject.tokenizer, tasks, limit=settings.task_limit, batch_size=size)
-    seconds = time.perf_counter() - started
     record = ModelRecord(
         model=source.name,
         revision=revision,
         fingerprint=hashed,
         dtype=dtype_name(model.dtype),
-        seconds=seconds,
+        seconds=time.perf_counter() - started,
         perplexity=None if loss_N is None else _perplexity(subject, loss_N, settings.protocol),
         divergence=found,
-        tasks=answers,
     )
     return record, loss_N
+
+
+def _with_tasks(
+    model: PreTrainedModel, subject: _Subject, measured: _Measured, tasks: Tasks, settings: EvaluationSettings
+) -> _Measured:
+    record, loss_N = measured
+    started = time.perf_counter()
+    model.to(find_device(settings.device))  # type: ignore[arg-type]
+    size = settings.batch_size or CHOICES
+    answers = zero_shot(model, subject.tokenizer, tasks, limit=settings.task_limit, batch_size=size)
+    return replace(record, tasks=answers, seconds=record.seconds + time.perf_counter() - started), loss_N
 
 
 def _perplexity(subject: _Subject, loss_N: Tensor, protocol: str) -> PerplexityRecord:

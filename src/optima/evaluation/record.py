@@ -117,12 +117,13 @@ class Evaluation(Record):
     comparisons: tuple[ComparisonRecord, ...] = ()  # of each model but the first, in their order
     schema_version: Int = SCHEMA_VERSION
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the record, whole or not at all, and return its file: ``path``, or ``evaluation.json`` in it.
 
         Raises:
             ModelError: if it cannot be written.
         """
+        path = Path(path).expanduser()
         file = path / EVALUATION_NAME if path.is_dir() else path
         with explain_write_errors(file, "free some space, or choose another place"):
             write_whole(file, to_json(self, indent=2, inf_nan_mode="strings") + b"\n")

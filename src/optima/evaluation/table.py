@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from optima.evaluation.record import Estimate, Evaluation
+from optima.evaluation.record import Estimate, Evaluation, ModelRecord
 from optima.evaluation.settings import PROTOCOLS
 from optima.reporting import markdown
 
@@ -18,6 +18,7 @@ NAME_WIDTH = 8
 
 
 Rows = list[list[str]]
+Figure = tuple[str, str, str]
 
 
 def print_tables(found: Evaluation, console: Console) -> None:
@@ -42,19 +43,38 @@ def render_evaluation(found: Evaluation) -> str:
     return "\n\n".join([*parts, f"Measured {found.created} on {found.device}."])
 
 
-def headline(found: Evaluation, directory: Path) -> list[tuple[str, str, str]]:
-    """The perplexity of the model in ``directory``, with that of the first: a label, a value, a detail.
+def headlines(found: Mapping[Path, Evaluation], dense: Mapping[Path, str | None]) -> list[list[Figure]]:
+    """The perplexity of the model in each directory, with that of the first of its evaluation: label, value, detail.
 
-    Nothing if none of the models is known to be that one.
+    Nothing if none of the models is known to be that one. Figures on different texts have different labels.
+
+    Args:
+        found: the evaluations in some directories.
+        dense: the fingerprints of the weights that the models in these were made of.
     """
+    own = {place: _own(evaluation, place, dense[place]) for place, evaluation in found.items()}
+    texts = {place: each.perplexity for place, each in own.items() if each is not None and each.perplexity is not None}
+    several = len({(text.protocol, text.data_hash) for text in texts.values()}) > 1
+    figures: list[list[Figure]] = []
+    for place, evaluation in found.items():
+        first, text = evaluation.models[0], texts.get(place)
+        if text is None:
+            figures.append([])
+            continue
+        of_first = first.perplexity is None or first is own[place]
+        detail = "" if of_first or first.perplexity is None else f"{first.perplexity.perplexity:.2f} of {first.model}"
+        on = f" on {text.windows} x {text.length} tokens ({text.protocol}, {text.data_hash[:8]})" if several else ""
+        figures.append([(f"perplexity{on}", f"{text.perplexity:.2f}", detail)])
+    return figures
+
+
+def _own(found: Evaluation, directory: Path, dense: str | None) -> ModelRecord | None:
+    """What was measured of the model in ``directory``: a dense model may have the same name, or have had its place."""
     here = directory.resolve()
-    at_place = [model for model in found.models if Path(model.model).expanduser().resolve() == here]
-    named = [model for model in found.models if Path(model.model).name == here.name]  # moved since, or elsewhere
-    mine, first = at_place or named, found.models[0]
-    if len(mine) != 1 or (own := mine[0]).perplexity is None:
-        return []
-    of_first = "" if first is own or first.perplexity is None else f"{first.perplexity.perplexity:.2f} of {first.model}"
-    return [("perplexity", f"{own.perplexity.perplexity:.2f}", of_first)]
+    pruned = [model for model in found.models if dense is None or model.fingerprint != dense]
+    at_place = [model for model in pruned if Path(model.model).expanduser().resolve() == here]
+    mine = at_place or [model for model in pruned if Path(model.model).name == here.name]  # moved since, or elsewhere
+    return mine[0] if len(mine) == 1 else None
 
 
 def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:

@@ -24,6 +24,7 @@ CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)  # of a directory, a
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
+PLAIN, INDEX = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
 PACKED = ".packed.safetensors"  # how the files end that optima pack writes
 TOKENIZERS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -222,6 +223,21 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
         length = int.from_bytes(opened.read(8), "little")
         header: dict[str, Any] = json.loads(opened.read(length))
     return header, 8 + length
+
+
+def check_complete(directory: Path) -> None:
+    """Raise ``ModelError`` if a file that an index of ``directory`` names is not there."""
+    for index in sorted(directory.glob(f"*{PLAIN}{INDEX}")):
+        try:
+            lost = [name for name in shards(index) if not (directory / name).is_file()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ModelError(
+                f"{index} is no index of weights ({type(error).__name__}: {error}): copy it anew"
+            ) from error
+        if lost:
+            raise ModelError(
+                f"{directory} is not complete: {index.name} names {lost[0]}, which is not there; copy it anew"
+            )
 
 
 def shards(index: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import textwrap
@@ -131,6 +132,9 @@ def _check_directory(path: Path) -> None:
         raise ModelError(f"{path} has no config.json: {hint}")
     weights = list(path.glob("*.safetensors"))
     if any(not file.name.endswith(PACKED) for file in weights):
+        if not any((path / name).is_file() for name in (WEIGHTS, INDEX)) and not _names_weights(path):
+            other = "is packed in part: unpack it anew" if any(path.glob(f"*{PACKED}")) else "copy it anew, or save it"
+            raise ModelError(f"{path} has neither {WEIGHTS} nor {INDEX}, by which its weights are read: {other}")
         return
     if weights:
         raise ModelError(f"{path} is packed: unpack it with optima unpack {path}")
@@ -140,6 +144,14 @@ def _check_directory(path: Path) -> None:
             "safetensors first (load with torch and save with model.save_pretrained)"
         )
     raise ModelError(f"{path} has a config.json but no .safetensors weights")
+
+
+def _names_weights(path: Path) -> bool:
+    """Whether a configuration names other files of weights; one that cannot be read is refused in a moment."""
+    try:
+        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights"))
+    except (ValueError, AttributeError, RecursionError):
+        return True
 
 
 def find_file(source: Source, name: str) -> Path | None:

@@ -133,12 +133,8 @@ def add_results(directory: Path, name: str, results: Sequence[EvalResult], text:
         ModelError: if the card's head cannot be read.
     """
     file = directory / CARD_NAME
-    if not file.is_file():
+    if (card := check_card(directory)) is None:
         return False
-    try:
-        card = ModelCard(file.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
-        raise ModelError(f"the head of {file} cannot be read ({error}): correct it, or remove the file") from error
     data = card.data
     assert isinstance(data, ModelCardData)
     mine = {(each.dataset_type, each.dataset_config, each.dataset_split) for each in results}
@@ -155,6 +151,22 @@ def add_results(directory: Path, name: str, results: Sequence[EvalResult], text:
     with explain_write_errors(file, "see that it may be written, and measure again"):
         write_whole(file, f"{str(card).rstrip()}\n".encode())
     return True
+
+
+def check_card(directory: Path) -> ModelCard | None:
+    """The card in ``directory``; None if there is none.
+
+    Raises:
+        ModelError: if its head cannot be read.
+    """
+    file = directory / CARD_NAME
+    if not file.is_file():
+        return None
+    try:
+        return ModelCard(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise ModelError(f"the head of {file} cannot be read ({text}): correct it, or remove the file") from error
 
 
 def short_name(model: str) -> str:

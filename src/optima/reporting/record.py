@@ -179,11 +179,12 @@ class Report(Record):
         """See ``gap_written``."""
         return gap_written(self.linears)
 
-    def save(self, path: Path) -> Path:
+    def save(self, path: str | Path) -> Path:
         """Write the report and return its file: ``path`` itself if it ends in .json, else ``path/report.json``.
 
         In the recipe tuples become lists and paths become text.
         """
+        path = Path(path).expanduser()
         file = path if path.suffix == ".json" else path / REPORT_NAME
         file.write_bytes(to_json(self, indent=2, inf_nan_mode="strings") + b"\n")
         return file
