@@ -5,9 +5,9 @@
 One row a model, size of the calibration text, method and what is unusual in its settings, or differs between results of
 one seed; one column a pattern. A cell has the perplexity of the evaluation text / of held-out calibration text, each
 the mean over seeds ± their standard deviation. In brackets stands the ratio to the baseline at the same model, size and
-pattern, of both, over the seeds that both have; the baseline's settings must be the usual ones, and both must have been
-calibrated and measured on the same text. Results of equal settings are taken once, from the file named first. Prints
-Markdown.
+pattern, of both, seed by seed where both have it: again mean ± standard deviation. The baseline's settings must be the
+usual ones, and both must have been calibrated and measured on the same text. Results of equal settings are taken once,
+from the file named first. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -112,11 +112,14 @@ def row_of(result: dict[str, Any], varied: Mapping[tuple[str, str, str], set[str
 
 def shown(cell: Cell) -> str:
     """The mean over seeds on each text, and its spread."""
-    columns = list(zip(*(found for found, _ in cell.values()), strict=True))
-    spreads = [f" ± {statistics.stdev(column):.1f}" if len(column) > 1 else "" for column in columns]
-    return " / ".join(
-        f"{statistics.mean(column):,.1f}{spread}" for column, spread in zip(columns, spreads, strict=True)
-    )
+    columns = zip(*(found for found, _ in cell.values()), strict=True)
+    return " / ".join(with_spread(column, ",.1f") for column in columns)
+
+
+def with_spread(values: Sequence[float], form: str) -> str:
+    """Their mean and standard deviation."""
+    spread = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{spread}"
 
 
 def same(first: Texts, other: Texts) -> bool:
@@ -129,8 +132,9 @@ def ratio(cell: Cell, baseline: Cell) -> str:
     seeds = [seed for seed in cell.keys() & baseline.keys() if same(cell[seed][1], baseline[seed][1])]
     if not seeds:
         return ""
-    totals = [[sum(column) for column in zip(*(of[seed][0] for seed in seeds), strict=True)] for of in (cell, baseline)]
-    return f" ({' / '.join(f'{own / other:.2f}' for own, other in zip(*totals, strict=True))})"
+    pairs = (zip(cell[seed][0], baseline[seed][0], strict=True) for seed in seeds)
+    ratios = zip(*([own / other for own, other in pair] for pair in pairs), strict=True)
+    return f" ({' / '.join(with_spread(each, '.2f') for each in ratios)})"
 
 
 if __name__ == "__main__":
