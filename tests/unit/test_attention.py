@@ -1,4 +1,4 @@
-"""Causal attention by parts: what torch computes whole, without keys that no query of a part may see."""
+"""Attention on a CPU: causal by parts, without keys that no query of a part may see, and of single queries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as attention
 from torch.overrides import TorchFunctionMode
 
-from optima.calibration.attention import LONG, PART, CausalByParts
+from optima.calibration.attention import LONG, PART, AttentionOnCPU
 
 
 class Keys(TorchFunctionMode):
@@ -36,7 +36,7 @@ def inputs(length: int, heads: int = 4, of_keys: int = 4, dtype: torch.dtype = t
 
 
 def in_parts(*given: Tensor, **options: Any) -> tuple[Tensor, list[int]]:
-    with Keys() as keys, CausalByParts(), torch.no_grad():
+    with Keys() as keys, AttentionOnCPU(), torch.no_grad():
         return attention(*given, **options), keys.given
 
 
@@ -65,6 +65,22 @@ def test_attention_of_another_kind_is_left_as_it_is() -> None:
     assert in_parts(*(each.to("meta") for each in (query, key, value)), is_causal=True)[1] == [100]
 
 
+@pytest.mark.parametrize(("of_keys", "options"), [(4, {}), (2, {"enable_gqa": True, "scale": 0.3})])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_of_a_single_query(of_keys: int, options: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
+    query, key, value = inputs(100, of_keys=of_keys, dtype=dtype)
+    value = torch.cat([value, value[..., :3]], dim=-1)  # heads of values may be of another size
+    found, keys = in_parts(query[:, :, 7:8], key, value, **options)
+    expected = attention(*(each.double() for each in (query[:, :, 7:8], key, value)), **options)
+    assert found.dtype == dtype
+    assert torch.allclose(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert keys == [], "by plain products"
+    mask = torch.rand(1, 1, 1, 100, generator=torch.Generator().manual_seed(0)) < 0.5
+    masked, keys = in_parts(query[:, :, 7:8], key, value, attn_mask=mask, **options)
+    assert keys == [100]
+    assert not torch.equal(masked, found)
+
+
 def test_too_few_heads_for_the_threads_are_not_taken_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 9)
     assert in_parts(*inputs(100), is_causal=True)[1] == [100]
@@ -74,7 +90,7 @@ def test_too_few_heads_for_the_threads_are_not_taken_apart(monkeypatch: pytest.M
 
 def test_gradients_are_those_of_the_whole() -> None:
     given = [each.requires_grad_() for each in inputs(100)]
-    with Keys() as keys, CausalByParts():
+    with Keys() as keys, AttentionOnCPU():
         found = attention(*given, is_causal=True)
     assert keys.given == [100]
     assert found.requires_grad

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from optima.calibration.attention import AttentionOnCPU
 from optima.calibration.chats import BAD_CHAT, as_text
 from optima.calibration.halving import Halving
 from optima.calibration.head import drawn_words, exponentials
@@ -114,12 +115,13 @@ def own_text(
     def write(first: int, part: slice) -> Tensor:
         rows = slice(first + part.start, first + part.stop)
         draw, begun_BC = _Draw(drawn_NL[rows].to(device), draw_told), begun_NC[rows].to(device)
-        written = model.generate(  # type: ignore[operator]
-            begun_BC,
-            attention_mask=torch.ones_like(begun_BC),
-            generation_config=copy.copy(greedy),
-            logits_processor=LogitsProcessorList([draw]),
-        )
+        with AttentionOnCPU():
+            written = model.generate(  # type: ignore[operator]
+                begun_BC,
+                attention_mask=torch.ones_like(begun_BC),
+                generation_config=copy.copy(greedy),
+                logits_processor=LogitsProcessorList([draw]),
+            )
         assert isinstance(written, Tensor)
         if not bool(draw.sum_B1.isfinite().all()):
             raise CalibrationError(

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from optima.calibration.attention import CausalByParts
+from optima.calibration.attention import AttentionOnCPU
 from optima.calibration.halving import Halving
 from optima.calibration.inputs import Batch
 from optima.calibration.probe import Probe, hidden_of
@@ -149,7 +149,7 @@ class Streams:
 
     def in_parts(self, block: Block, batch: int, work: Callable[[slice], Result]) -> list[Result]:
         """What ``work`` returns for the parts of a batch that the device has memory for, see ``Halving.over``."""
-        with CausalByParts():
+        with AttentionOnCPU():
             return self.halving.over(self.sizes[batch][0], work, self.inseparable(block, batch))
 
     @torch.inference_mode(False)
