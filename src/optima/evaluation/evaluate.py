@@ -84,7 +84,7 @@ def evaluate(
     _check_models(settings, subjects)
     if device.type == "cpu":
         _check_room(settings, subjects)
-    measured, compared = list[_Measured](), list[ComparisonRecord]()
+    measured = list[_Measured]()
     reference, watch = None, watch or Watch()
     versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
 
@@ -95,7 +95,7 @@ def evaluate(
             device=describe_device(device),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             models=tuple(record for record, _ in measured),
-            comparisons=tuple(compared),
+            comparisons=tuple(_comparison(measured[0], each, settings.seed) for each in measured[1:]),
         )
 
     for place, subject in enumerate(subjects, 1):
@@ -108,8 +108,6 @@ def evaluate(
                 if subject.tokens_NL is not None:
                     keep(found_so_far())
                 measured[-1] = _with_tasks(model, subject, measured[-1], tasks, settings)
-        if place > 1:
-            compared.append(_comparison(measured[0], measured[-1], settings.seed))
         if place < len(subjects):  # else the caller has it right away
             watch.measured(measured[-1][0])
             keep(found_so_far())
@@ -253,7 +251,7 @@ def _comparison(reference: _Measured, subject: _Measured, seed: int) -> Comparis
     difference = None
     if first_N is not None and other_N is not None and _text(first) == _text(other):
         difference = estimate(other_N - first_N)
-    pairs = zip(first.tasks, other.tasks, strict=True)
+    pairs = zip(first.tasks, other.tasks, strict=False)  # those of the other may not be measured yet
     paired = tuple(record for one, two in pairs for record in compare(one, two, seed))
     return ComparisonRecord(other.model, difference, paired)
 
