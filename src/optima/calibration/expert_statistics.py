@@ -140,6 +140,7 @@ class _Everything:
 
     def __init__(self, recorded: Recorded, weights: TokenWeights, clock: Stopwatch) -> None:
         self.weights, self.clock = weights, clock
+        self.told = True  # whether the weights of tokens could be had
         ranks, device = recorded.streams.ranks, recorded.streams.device
         calls = ranks.gather(len(recorded.calls))
         self.calls, self.before = sum(calls), sum(calls[: ranks.rank])
@@ -151,8 +152,9 @@ class _Everything:
         for (batch, part, args, kwargs), used_T in zip(recorded.calls, used, strict=True):
             hidden_TD = hidden_of_call(args, kwargs).flatten(0, -2).to(device)
             weight_T = weights.of_all(batch, part)
-            if weight_T is None or len(hidden_TD) % len(weight_T):
-                weight_T = torch.ones(len(hidden_TD))
+            if weight_T is not None and len(hidden_TD) % len(weight_T):
+                weight_T, self.told = None, False
+            weight_T = torch.ones(len(hidden_TD)) if weight_T is None else weight_T
             # Where every expert is given all tokens, zeros for those routed elsewhere (Llama 4), they come in turn.
             weight_T = weight_T.repeat(len(hidden_TD) // len(weight_T))
             used_T = used_T.to(device)
@@ -176,7 +178,8 @@ class _Portion:
 
     def __init__(self, recorded: Recorded, everything: _Everything, experts: Mapping[int, list[Group]]) -> None:
         self.recorded, self.everything, self.experts = recorded, everything, experts
-        self.untold: set[str] = set()
+        groups = [group for groups in experts.values() for group in groups]
+        self.untold = set[str]() if everything.told else {group[0].name for group in groups}
 
     def observe(self, damping: float) -> Iterator[Found]:
         """The statistics of each group; those of an expert are complete when its first is given."""
