@@ -133,7 +133,7 @@ def test_what_is_solved_in_units_of_the_loss_is_tuned(options: dict[str, Any], e
 
 
 def test_the_default_leaves_tuning_out_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.memory.total_memory", lambda: 2**16)
+    monkeypatch.setattr("optima.preflight.settling.total_memory", lambda: 2**16)
     report = prune(make_llama(), Recipe(tuning_share=0.25), calibration=make_tokens(16, 16))
     assert any(note.startswith("blocks are not tuned: one takes up to ") for note in report.run.notes)
     assert report.run.recipe["tuning_epochs"] == 0
