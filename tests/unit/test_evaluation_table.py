@@ -93,5 +93,5 @@ def test_figures_on_different_texts_are_told_apart() -> None:
     of = dict.fromkeys(places)
     assert headlines({place: found(text) for place, text in same.items()}, of) == [[("perplexity", "20.00", "")]] * 2
     labels = [label for ((label, _, _),) in headlines({place: found(text) for place, text in places.items()}, of)]
-    assert labels[0] == labels[1] == "perplexity on 2 x 16 tokens (windows, 01234567)"
-    assert labels[2] == "perplexity on 2 x 16 tokens (windows, fedcba98)"
+    assert labels[0] == labels[1] == "perplexity, windows 012345"
+    assert labels[2] == "perplexity, windows fedcba"

@@ -63,8 +63,8 @@ def headlines(found: Mapping[Path, Evaluation], dense: Mapping[Path, str | None]
             continue
         of_first = first.perplexity is None or first is own[place]
         detail = "" if of_first or first.perplexity is None else f"{first.perplexity.perplexity:.2f} of {first.model}"
-        on = f" on {text.windows} x {text.length} tokens ({text.protocol}, {text.data_hash[:8]})" if several else ""
-        figures.append([(f"perplexity{on}", f"{text.perplexity:.2f}", detail)])
+        which = f", {text.protocol} {text.data_hash[:6]}" if several else ""
+        figures.append([(f"perplexity{which}", f"{text.perplexity:.2f}", detail)])
     return figures
 
 

@@ -138,9 +138,12 @@ def _figures(report: Report) -> list[Figure]:
 
 
 def _headlines(runs: Sequence[View]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Labels, and the figures of each run under them: one that was not evaluated has fewer."""
-    most_first = sorted(runs, key=lambda run: -len(run["figures"]))
-    labels = list(dict.fromkeys(label for run in most_first for label, _, _ in run["figures"]))
+    """Labels, and the figures of each run under them: one that was not evaluated has fewer, or on another text."""
+    places: dict[str, int] = {}
+    for run in runs:
+        for place, (label, _, _) in enumerate(run["figures"]):
+            places[label] = max(place, places.get(label, 0))
+    labels = sorted(places, key=lambda label: places[label])
     found = [(run["name"], {label: value for label, value, _ in run["figures"]}) for run in runs]
     return labels, [(name, [values.get(label, "–") for label in labels]) for name, values in found]
 
