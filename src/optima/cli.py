@@ -281,7 +281,7 @@ def _report(paths: Sequence[str], html: str | None = None) -> None:
     found = {place: load_evaluation(place) for place in places if (place / EVALUATION_NAME).is_file()}
     if html is not None:
         dense = {place: reports[path].run.model_fingerprint for path, place in zip(paths, places, strict=True)}
-        figures = dict(zip(found, headlines(found, dense), strict=True))
+        figures = headlines(found, dense)
         _write_page(reports, Path(html).expanduser(), [figures.get(place, []) for place in places])
     elif len(paths) > 1:
         raise OptimaError("several reports are compared on a page: name its file by --html FILE")

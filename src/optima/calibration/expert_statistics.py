@@ -178,17 +178,16 @@ class _Portion:
 
     def __init__(self, recorded: Recorded, everything: _Everything, experts: Mapping[int, list[Group]]) -> None:
         self.recorded, self.everything, self.experts = recorded, everything, experts
-        groups = [group for groups in experts.values() for group in groups]
-        self.untold = set[str]() if everything.told else {group[0].name for group in groups}
+        self.groups = [group for groups in experts.values() for group in groups]
+        self.untold = set[str]() if everything.told else {group[0].name for group in self.groups}
 
     def observe(self, damping: float) -> Iterator[Found]:
         """The statistics of each group; those of an expert are complete when its first is given."""
-        groups = [group for groups in self.experts.values() for group in groups]
-        own = {group[0].name: Accumulator() for group in groups}
+        own = {group[0].name: Accumulator() for group in self.groups}
         for place in range(len(self.recorded.calls)):
-            self.recorded.run(place, partial(self._part_watched, groups, own, Once()))
+            self.recorded.run(place, partial(self._part_watched, self.groups, own, Once()))
         _check(own)
-        owners = self._reduce(groups, own)
+        owners = self._reduce(own)
         for number, groups in self.experts.items():
             if owners[number] != self.recorded.streams.ranks.rank:
                 yield from (Found(None, group, group[0].name not in self.untold, owners[number]) for group in groups)
@@ -208,7 +207,7 @@ class _Portion:
                     mixed(own.pop(name), drawn, damping, weighs), group, name not in self.untold, owners[number]
                 )
 
-    def _reduce(self, groups: list[Group], own: dict[str, Accumulator]) -> dict[int, int]:
+    def _reduce(self, own: dict[str, Accumulator]) -> dict[int, int]:
         """Each expert's sums of all processes at its owner; the owners by the expert's number."""
         ranks = self.recorded.streams.ranks
         owners = {number: place % ranks.size for place, number in enumerate(self.experts)}

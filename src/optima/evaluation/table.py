@@ -43,10 +43,10 @@ def render_evaluation(found: Evaluation) -> str:
     return "\n\n".join([*parts, f"Measured {found.created} on {found.device}."])
 
 
-def headlines(found: Mapping[Path, Evaluation], dense: Mapping[Path, str | None]) -> list[list[Figure]]:
+def headlines(found: Mapping[Path, Evaluation], dense: Mapping[Path, str | None]) -> dict[Path, list[Figure]]:
     """The perplexity of the model in each directory, with that of the first of its evaluation: label, value, detail.
 
-    Nothing if none of the models is known to be that one. Figures on different texts have different labels.
+    Nothing of a directory if none of the models is known to be in it. Figures on different texts have different labels.
 
     Args:
         found: the evaluations in some directories.
@@ -55,16 +55,13 @@ def headlines(found: Mapping[Path, Evaluation], dense: Mapping[Path, str | None]
     own = {place: _own(evaluation, place, dense[place]) for place, evaluation in found.items()}
     texts = {place: each.perplexity for place, each in own.items() if each is not None and each.perplexity is not None}
     several = len({(text.protocol, text.data_hash) for text in texts.values()}) > 1
-    figures: list[list[Figure]] = []
-    for place, evaluation in found.items():
-        first, text = evaluation.models[0], texts.get(place)
-        if text is None:
-            figures.append([])
-            continue
-        of_first = first.perplexity is None or first is own[place]
-        detail = "" if of_first or first.perplexity is None else f"{first.perplexity.perplexity:.2f} of {first.model}"
+    figures: dict[Path, list[Figure]] = {}
+    for place, text in texts.items():
+        first = found[place].models[0]
+        other = None if first is own[place] else first.perplexity
+        detail = "" if other is None else f"{other.perplexity:.2f} of {first.model}"
         which = f", {text.protocol} {text.data_hash[:6]}" if several else ""
-        figures.append([(f"perplexity{which}", f"{text.perplexity:.2f}", detail)])
+        figures[place] = [(f"perplexity{which}", f"{text.perplexity:.2f}", detail)]
     return figures
 
 
