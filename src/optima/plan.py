@@ -13,18 +13,16 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.activations import Shares, activations
-from optima.build import build
-from optima.calibration.documents import check_of_hub
 from optima.calibration.swept import kept_bytes
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, host_memory, in_turn, work_bytes
 from optima.models.experts import split_on_disk
-from optima.models.reading import check_length
-from optima.models.skeleton import dtype_as_read, skeleton
+from optima.models.skeleton import skeleton
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, count_by_place, count_parameters
 from optima.patterns import NM
-from optima.preflight.checks import Preflight, check_order, preflight, sized
+from optima.preflight.checks import Preflight
+from optima.preflight.fitting import fit
 from optima.recipe import Recipe
 
 ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
@@ -37,7 +35,7 @@ class Plan:
 
     Attributes:
         model: its skeleton.
-        recipe: with the number of sequences that the model takes.
+        recipe: with its open settings filled in, as a run would.
         found: stacks, linears and patterns (on the meta device), and what stays dense.
         methods: as a run would build them, external masks read.
         num_parameters: of the whole model.
@@ -117,14 +115,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
     started = time.perf_counter()
-    model, config = skeleton(source)
-    check_of_hub(recipe, recipe.read)
-    methods = build(recipe)
-    check_order(source, model, recipe)
-    found = preflight(model, recipe, methods)
-    check_length(model, recipe.max_seq_length)
-    dtype = dtype_as_read(config, recipe.dtype)
-    recipe, found = sized(model, recipe, found, dtype)
+    model, _ = skeleton(source)
+    fitted = fit(source, model, recipe)
+    recipe, methods, found, dtype = fitted.recipe, fitted.methods, fitted.found, fitted.dtype
     num_parameters = count_parameters(model)
     kept = activations(model, found.blocks, recipe, methods.needs, dtype)
     writes = recipe.written and bool(recipe.own_share or not recipe.read)  # else it may, if these have too little

@@ -13,34 +13,23 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.activations import activations
-from optima.build import build, default_scope
-from optima.calibration.documents import check_of_hub
 from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import keep_text, own_text, read_text
 from optima.calibration.store import Store
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
-from optima.linear import Methods
-from optima.memory import HostMemory, batch_size, host_memory, host_room
+from optima.memory import HostMemory, host_memory, host_room
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
 from optima.models.fingerprint import commit_of, fingerprint
-from optima.models.skeleton import dtype_as_read, skeleton
+from optima.models.skeleton import skeleton
 from optima.models.source import Source, find_source, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.patterns import Unstructured
-from optima.preflight.checks import (
-    Preflight,
-    check_dump,
-    check_order,
-    find_calibration,
-    preflight,
-    sequence_length,
-    sized,
-    taken,
-)
-from optima.preflight.in_memory import check_changeable, check_in_memory
+from optima.preflight.checks import check_dump, find_calibration
+from optima.preflight.fitting import Fitted, fit
+from optima.preflight.in_memory import check_in_memory
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 
@@ -48,17 +37,11 @@ _logger = logging.getLogger("optima")
 
 
 @dataclass(frozen=True)
-class Checked:
+class Checked(Fitted):
     """What is known of a run before anything is opened."""
 
-    recipe: Recipe
-    methods: Methods
     device: torch.device
     source: Source | None
-    structure: PreTrainedModel
-    dtype: torch.dtype  # of the weights as read: a skeleton is made in float32
-    found: Preflight
-    calibration: Any
     scope_named: bool  # by the user
 
     @property
@@ -76,7 +59,7 @@ def check(
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"recipe must be a Recipe, got {type(recipe).__name__}: build one, or read it by load_recipe")
-    device, methods = ranks.on(recipe.device), build(recipe)
+    device = ranks.on(recipe.device)
     if isinstance(model, PreTrainedModel):
         source, structure = None, model
         check_in_memory(model, output_dir is not None)
@@ -88,24 +71,12 @@ def check(
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
-    if calibration is None:
-        check_of_hub(recipe, recipe.read)
-    scope_named = recipe.scope is not None
-    recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
-    check_order(source, structure, recipe)
-    found = preflight(structure, recipe, methods)
-    calibration = taken(structure, calibration, recipe, found)
-    length = sequence_length(structure, recipe, calibration)
-    if length is not None:
-        recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", length))
-    dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
-    recipe, found = sized(structure, recipe, found, dtype, calibration)
-    check_changeable(structure, found.linears, recipe)
+    fitted = fit(source, structure, recipe, calibration)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
-        check_dump(dump_layer, output_dir is not None, found.linears)
-    return Checked(recipe, methods, device, source, structure, dtype, found, calibration, scope_named)
+        check_dump(dump_layer, output_dir is not None, fitted.found.linears)
+    return Checked(**vars(fitted), device=device, source=source, scope_named=recipe.scope is not None)
 
 
 def read(

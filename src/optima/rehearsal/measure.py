@@ -9,17 +9,14 @@ import hashlib
 import os
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optima.build import default_scope
 from optima.calibration.documents import is_file
 from optima.device import evaluating, find_device, memory_explained, unswitched
-from optima.memory import batch_size
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
 from optima.models.random_weights import alike, fill
 from optima.models.source import Source, load_tokenizer
@@ -35,11 +32,8 @@ def measure(plan: Plan, source: Source) -> Measured:
     Raises:
         OptimaError: if the tokenizer or a file of text cannot be read.
     """
-    recipe = plan.recipe.resolved(scope=default_scope(plan.recipe.applied_objective, plan.methods.selector))
-    device = find_device(recipe.device)
+    device = find_device(plan.recipe.device)
     notes: list[str] = []
-    recipe = replace(recipe, batch_size=batch_size(recipe, device.type == "cpu", recipe.max_seq_length))
-    plan = replace(plan, recipe=recipe)
     started = time.perf_counter()
     tokens_NL = _text(plan, source, notes)
     ready = plan.seconds + time.perf_counter() - started
