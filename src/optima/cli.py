@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -135,9 +136,13 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
         repo = check_push(repo)
     elif private:
         raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
-    report = optima.prune(
-        model, recipe, output_dir=output_dir, callbacks=callbacks, progress=log_format == "text", **options
-    )
+    try:
+        report = optima.prune(
+            model, recipe, output_dir=output_dir, callbacks=callbacks, progress=log_format == "text", **options
+        )
+    except RankError:  # the launcher stops this process too: not before it has said so
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
     if report.run.processes > 1 and os.environ["RANK"] != "0":
         return
     _say(render_summary(report))

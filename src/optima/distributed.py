@@ -13,11 +13,10 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import signal
 import socket
-import threading
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -28,6 +27,7 @@ from torch import Tensor
 from optima.device import find_device
 from optima.errors import OptimaError, RankError, RecipeError
 from optima.parcels import joined_bytes, plan_of, put_together, take_apart
+from optima.stopping import unstoppable
 
 T = TypeVar("T")
 # What a launcher tells each process.
@@ -162,19 +162,32 @@ class Group(Ranks):
             raise error or kind(f"{text} (said by process {rank} of {self.size})")
         return [value for _, value in found]
 
-    def tell(self, error: OptimaError) -> None:
-        """Let the others raise ``error`` at their next ``gather``, unless they know. Returns when all have."""
-        if not self._over and not isinstance(error, RankError):
+    def tell(self, error: OptimaError) -> bool:
+        """Let the others raise ``error`` at their next ``gather``. Returns, when all have, whether all know of it."""
+        if not self._over:
             try:
                 self._exchange(error, None)
-            except OptimaError:  # this one, or that another process is no more
-                return
+            except RankError:
+                return False
+            except OptimaError:  # this one, or that of a process before it
+                return True
+        return not isinstance(error, RankError)
 
-    def leave(self) -> None:
-        """Break the connections: the others raise ``RankError``."""
+    def leave(self, error: BaseException) -> None:
+        """Break the connections: the others raise ``RankError``, those too that would wait for this process alone.
+
+        While a caller keeps ``error``, what torch was doing would hold them open.
+        """
         self._over = True
         dist.destroy_process_group(self._control)
-        del self._control, self._data  # the last that hold the connections open
+        del self._control, self._data
+        told: BaseException | None = error
+        while told is not None:
+            for frame, _ in traceback.walk_tb(told.__traceback__):
+                if str(frame.f_globals.get("__name__")).startswith(dist.__name__):
+                    with suppress(RuntimeError):  # it goes on
+                        frame.clear()
+            told = told.__cause__ or told.__context__
 
     def close(self) -> None:
         """Give up the connections of this run: a script may begin others, and nccl's hold memory of the device."""
@@ -261,10 +274,7 @@ class Group(Ranks):
             raise
         except RuntimeError as error:  # torch has no type of its own for what gloo says
             self._over = True
-            in_main = threading.current_thread() is threading.main_thread()
-            if in_main and signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-                # The launcher will stop this process too: not before it has cleared up and said why.
-                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            unstoppable()  # the launcher will stop this process too: not before it has cleared up
             reason = str(error).strip().splitlines()[0]
             raise RankError(
                 f"another process of this run is no more ({reason}): what was committed stays; the same command with "
@@ -292,11 +302,10 @@ def joined() -> Iterator[Ranks]:
     try:
         yield ranks
         _all_at_the_end(ranks)
-    except OptimaError as error:
-        ranks.tell(error)
-        raise
-    except BaseException:  # a bug, or Ctrl-C: this process may live on, and the others must not wait for it
-        ranks.leave()
+    except BaseException as error:
+        # A process that is no more, a bug, or Ctrl-C: this one may live on, and the others must not wait for it.
+        if not isinstance(error, OptimaError) or not ranks.tell(error):
+            ranks.leave(error)
         raise
     ranks.close()
     if not ready:  # kept for the next run of this script: made anew, it would read the addresses of this one

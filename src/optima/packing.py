@@ -16,12 +16,12 @@ from optima.models.files import (
     PLAIN,
     check_complete,
     explain_write_errors,
-    interruptible,
     stat_of,
     the_same,
     usable_path,
 )
 from optima.models.packed import Size, pack_shard, read_original, unpack_shard
+from optima.stopping import interruptible
 
 
 def pack(

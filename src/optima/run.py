@@ -35,7 +35,6 @@ from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.models.companions import copies_tokenizer, to_save
-from optima.models.files import interruptible
 from optima.models.source import load_tokenizer, note_of_dtype
 from optima.models.stacks import has_experts
 from optima.models.weights import Streamed, Weights
@@ -51,6 +50,7 @@ from optima.reporting.model_card import write_card
 from optima.reporting.progress import Progress, make_progress
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report, RunRecord, library_versions
 from optima.sharing import describe
+from optima.stopping import interruptible
 from optima.weighing import rank_without_loss, sweep
 
 

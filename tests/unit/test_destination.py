@@ -21,8 +21,9 @@ from tiny import snapshot
 from optima.errors import ModelError
 from optima.models import files
 from optima.models.destination import Destination, unfinished
-from optima.models.files import Interrupted, exchange, interruptible, stop_if_asked
+from optima.models.files import exchange
 from optima.models.journal import Journal
+from optima.stopping import Interrupted, interruptible, stop_if_asked, unstoppable
 
 REPORT = json.dumps({"schema_version": 1, "run": {}, "linears": []})
 
@@ -494,12 +495,22 @@ class TestSignals:
             assert signal.getsignal(signal.SIGHUP) == handler
             signal.raise_signal(signal.SIGHUP)
 
-    def test_what_is_ignored_inside_stays_so(self) -> None:
-        """Another process of the run is no more: the launcher must not end this one before it has said so."""
+    def test_are_ignored_to_the_end_of_a_run_that_has_failed(self) -> None:
+        """Another process of the run is no more: the launcher must not end this one before it has cleared up."""
         with interruptible():
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            unstoppable()
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        unstoppable()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+    def test_a_handler_of_others_is_not_silenced(self) -> None:
+        heard: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+        with interruptible():
+            unstoppable()
+            signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
 
     @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_what_a_finalizer_swallowed_is_raised_again(self) -> None:

@@ -201,6 +201,28 @@ def test_where_one_dies_the_others_end() -> None:
     assert in_processes(SIZE, work) == [3, 7, 3]
 
 
+def test_where_one_dies_no_survivor_waits_for_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They live on: a script that goes through many runs caught the error, and still has it."""
+    monkeypatch.chdir(tmp_path)
+
+    def work(ranks: Ranks) -> None:
+        try:
+            with joined() as inner:
+                inner.gather(None)
+                if inner.rank == 2:
+                    os._exit(7)
+                inner.gather(None)
+        except RankError:
+            Path(f"ended{ranks.rank}").touch()
+            for _ in range(300):
+                if len(list(Path().glob("ended*"))) == 4:
+                    os._exit(3)
+                time.sleep(0.1)
+        raise AssertionError("waited for a process that had gone")
+
+    assert in_processes(5, work) == [3, 3, 7, 3, 3]
+
+
 def test_where_one_goes_its_own_way_the_others_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It lives on: whoever called a run may have caught what a callback raised."""
     monkeypatch.chdir(tmp_path)

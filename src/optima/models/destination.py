@@ -38,11 +38,11 @@ from optima.models.files import (
     explain_write_errors,
     swap,
     sync,
-    uninterrupted,
     usable_path,
 )
 from optima.models.journal import Lines, check_same, read_journal
 from optima.models.ordered import ORDERING_NAME
+from optima.stopping import uninterrupted
 
 _logger = logging.getLogger("optima")
 

@@ -1,4 +1,4 @@
-"""Files and names: swapped at one instant, made to outlast a loss of power; signals that clean up as Ctrl-C does."""
+"""Files and names: swapped at one instant, made to outlast a loss of power."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,66 +30,6 @@ TOKENIZERS = (
     *("chat_template*", "*.jinja"),
 )
 TEMPLATES = "additional_chat_templates"  # of a tokenizer, in a directory of their own
-_asked: list[int] = []  # signals that asked this process to stop
-
-
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, raised where Ctrl-C would raise ``KeyboardInterrupt``; ``exit_code`` is 128 + its number."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise ``Interrupted`` at SIGTERM and SIGHUP. Handlers that others set stay, as does nohup's.
-
-    A second signal is ignored, so that it does not interrupt the cleaning up. Does nothing outside the main thread.
-    """
-    installed: dict[int, Any] = {}
-    stopped = False
-
-    def stop(number: int, frame: object) -> None:
-        nonlocal stopped
-        stopped = True
-        _asked.append(number)
-        for other in installed:
-            signal.signal(other, signal.SIG_IGN)
-        raise Interrupted(number)
-
-    if threading.current_thread() is threading.main_thread():
-        for terminating in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(terminating) == signal.SIG_DFL:
-                installed[terminating] = signal.signal(terminating, stop)
-    try:
-        yield
-    finally:
-        _asked.clear()
-        for number, handler in installed.items():
-            # What others made of it inside stays: another process of the run is no more, and that is not told yet.
-            if stopped or signal.getsignal(number) == stop:
-                signal.signal(number, handler)
-
-
-def stop_if_asked() -> None:
-    """Raise ``Interrupted`` once more: in a finalizer Python swallows what a signal raises."""
-    if _asked:
-        raise Interrupted(_asked[0])
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Signals that would end the process do nothing inside: to clear up is short. For the main thread."""
-    known: dict[int, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        known = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in known.items():
-            if handler is not None:  # one that is not Python's cannot be put back by it
-                signal.signal(number, handler)
 
 
 def usable_path(path: str | Path, what: str, remedy: str) -> Path:

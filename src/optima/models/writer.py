@@ -24,7 +24,7 @@ from optima.errors import ModelError
 from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions
 from optima.models.destination import Destination
-from optima.models.files import digest, explain_write_errors, read_header, stop_if_asked, sync
+from optima.models.files import digest, explain_write_errors, read_header, sync
 from optima.models.journal import Journal
 from optima.models.older_names import keep_older_names
 from optima.models.ordered import write_orders
@@ -32,6 +32,7 @@ from optima.models.own_code import forget_missing_code
 from optima.models.source import INDEX, WEIGHTS, Source
 from optima.models.stacks import Block
 from optima.models.weights import Resident, Weights
+from optima.stopping import stop_if_asked
 
 ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
 OUTSIDE = ""  # the group of what is in no block

@@ -31,7 +31,6 @@ from optima.errors import ModelError, RecipeError
 from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.linalg.statistics import Statistics
 from optima.models.companions import to_save
-from optima.models.files import interruptible
 from optima.models.ordered import ORDERING_NAME, mark_ordered
 from optima.models.source import load_tokenizer
 from optima.models.stacks import Block, Linear, Stack
@@ -49,6 +48,7 @@ from optima.preflight.opening import Checked, check, claim, read, store_of, writ
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 from optima.reporting.progress import Progress, make_progress
+from optima.stopping import interruptible
 from optima.weighing import sweep
 
 HIDDEN_STAY = "hidden channels stay where they are"
