@@ -140,20 +140,18 @@ def _implementations(model: nn.Module, kind: str) -> list[str]:
     return sorted(found - {"None"})
 
 
-def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None, data: str) -> dict[str, str | None]:
-    """What is known when weights and text have been read: hashes of both, and of masks from elsewhere.
+def contents(recipe: Recipe, network: PreTrainedModel, weights: str | None) -> dict[str, str | None]:
+    """What is known when weights have been read: their hash, and that of masks from elsewhere.
 
     Args:
         recipe: says where masks are from.
         network: the model with its weights.
         weights: the fingerprint of the files that ``network`` was read from; None if it was given in memory.
-        data: hash of the calibration tokens.
     """
     masks = None if recipe.mask_from is None else {file for file, _ in MaskFiles(recipe.mask_from).files.values()}
     return {
         "weights": weights or _fingerprint(network),
         "dtype": str(network.dtype),
-        "tokens": data,
         "masks": None if masks is None else fingerprint_files(sorted(masks)),
     }
 

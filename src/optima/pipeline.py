@@ -22,7 +22,7 @@ from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.calibration.swept import tuned_batches
 from optima.calibration.tempering import LossWeights
-from optima.device import Stopwatch, full_precision, give_back_freed_memory, one_memory_error
+from optima.device import PeakMemory, Stopwatch, full_precision, give_back_freed_memory, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
@@ -60,7 +60,9 @@ class Job:
         loss: weights of tokens and rows by the model's loss, or None.
         tuning: of blocks, or None.
         linears, blocks: the records so far.
+        memory: of this process, from the start of the run.
         resumed_seconds: what an earlier run spent on the blocks that it had done.
+        resumed_peak: the most memory that it had taken by then, in bytes.
         notes: what was not done, or deviated from the recipe.
         kept_dense: weights of each linear that ``keep_dense`` chose.
         true_sequential: a linear is calibrated behind the pruned ones before it in the block.
@@ -85,7 +87,9 @@ class Job:
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     kept_dense: dict[str, int] = field(default_factory=dict)
+    memory: PeakMemory | None = None
     resumed_seconds: float = 0.0
+    resumed_peak: int = 0
     expert_tokens: int = 0
     true_sequential: bool = False
 
@@ -143,13 +147,16 @@ class Job:
                     with clock("forward"):
                         streams.advance(block)
                 # In the journal with the block: a run that goes on from here tells of it too.
-                told, halved = zip(*ranks.gather((streams.halving.note(), streams.halving.most)), strict=True)
+                peak = 0 if self.memory is None else self.memory.peak()
+                told, halved, peaks = zip(
+                    *ranks.gather((streams.halving.note(), streams.halving.most, peak)), strict=True
+                )
                 self.notes.extend(dict.fromkeys(filter(None, told)))
                 if not again:
                     number = self.earlier + block.index
                     self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
                     records, new = tuple(self.linears[linears:]), tuple(self.notes[notes:])
-                    self._commit(block, BlockDone(self.blocks[-1], records, new, halved), clock)
+                    self._commit(block, BlockDone(self.blocks[-1], records, new, halved, max(peaks)), clock)
                 if runs_again:
                     self.weights.replaced(block, self._reader(ranks, block))
             give_back_freed_memory()
@@ -195,6 +202,7 @@ class Job:
         self.notes.extend(found.notes)
         streams.halving.go_on(found.halved, streams.ranks.rank)
         self.resumed_seconds += sum(found.block.seconds.values())
+        self.resumed_peak = max(self.resumed_peak, found.peak_bytes)
 
     def _commit(self, block: Block, done: BlockDone, clock: Stopwatch) -> None:
         """Write a block that is done, and what the report will tell of it."""

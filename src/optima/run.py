@@ -20,6 +20,7 @@ from optima.calibration.capture import capture
 from optima.calibration.given import Batches
 from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch, Calibration
+from optima.calibration.own_text import KeptText
 from optima.calibration.swept import surveyed_batches
 from optima.device import (
     PeakMemory,
@@ -35,6 +36,7 @@ from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.models.companions import copies_tokenizer, to_save
+from optima.models.destination import Destination
 from optima.models.source import load_tokenizer, note_of_dtype
 from optima.models.stacks import has_experts
 from optima.models.weights import Streamed, Weights
@@ -105,9 +107,9 @@ def prune(
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
             stack.enter_context(unswitched())
-            callbacks = _check_arguments(output_dir, resume, callbacks)
+            callbacks = _check_arguments(output_dir, resume, tokenizer, callbacks)
             checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
-            recipe, source, found = checked.recipe, checked.source, checked.found
+            recipe, source = checked.recipe, checked.source
             stack.enter_context(memory_explained(checked.device))
             run = _identity(checked, dump_layer, ranks, output_dir is not None)
             destination = None
@@ -125,23 +127,21 @@ def prune(
             if ranks.first:
                 job.progress = told.enter_context(Listeners([shown, *callbacks]))
                 job.progress.begin(_start(checked, origin["model"], output_dir))
-            memory = PeakMemory(checked.device)  # before the model writes text, whole on the device
-            kept = None if destination is None else destination.own_text
+            job.memory = PeakMemory(checked.device)  # before the model writes text, whole on the device
+            _check_finite(network, checked, job)
+            if destination is not None:
+                prepare(network, to_save(source, tokenizer, reader), source, destination.beside)
+            if run:
+                run |= contents(recipe, network, origin.get("model_fingerprint"))
+            kept = None if destination is None else KeptText(destination.own_text, dict(run))
             text = written(checked, network, reader, text, ranks, job.progress, kept)
             job.notes.extend(text.notes)
             batches, alike = own_batches(text, recipe.batch_size, ranks)
             if run:
-                run |= contents(recipe, network, origin.get("model_fingerprint"), text.hash)
+                run["tokens"] = text.hash
                 check_alike(run, ranks)
-            if output_dir is not None:
-                job.notes.extend(_object_note(recipe, run))
             if destination is not None:
-                # The writer first: it refuses to go on with what another run left, where nothing may be written then.
-                job.writer = open_writer(network, found.blocks, destination, run, weights)
-                prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
-                job.notes.extend(destination.notes)
-                if dump_layer is not None:
-                    job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+                _write_into(destination, job, network, checked, run, dump_layer)
             del tokenizer, reader  # of a large vocabulary: 0.2 GB that nothing needs from here on
             give_back_freed_memory()
             if ranks.first:
@@ -154,7 +154,7 @@ def prune(
             _prune_stacks(network, checked, batches, job, ranks)
             job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
             seconds = time.perf_counter() - started + job.resumed_seconds
-            most = max(ranks.gather(memory.peak()))
+            most = max(*ranks.gather(job.memory.peak()), job.resumed_peak)
             report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
             if job.writer is not None:
                 base = source.path if source is not None and source.local is None else None
@@ -164,11 +164,18 @@ def prune(
 
 
 def _check_arguments(
-    output_dir: str | Path | None, resume: bool | None, callbacks: Iterable[Callback]
+    output_dir: str | Path | None,
+    resume: bool | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    callbacks: Iterable[Callback],
 ) -> tuple[Callback, ...]:
     """The callbacks; ``RecipeError`` for what would do nothing, or fail once the weights are read."""
     if output_dir is None and resume:
         raise RecipeError("resume goes on with what a run left beside its output_dir: name that")
+    if isinstance(tokenizer, str | Path):
+        raise RecipeError(
+            f"tokenizer must be one of transformers, got {str(tokenizer)!r}: AutoTokenizer.from_pretrained reads it"
+        )
     found: tuple[object, ...] = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
     for each in found:
         if not isinstance(each, Callback) or not isinstance(callbacks, Iterable):
@@ -229,6 +236,24 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
     return job
 
 
+def _write_into(
+    destination: Destination,
+    job: Job,
+    network: PreTrainedModel,
+    checked: Checked,
+    run: dict[str, Any],
+    dump_layer: str | None,
+) -> None:
+    """Have ``job`` write what becomes of the blocks, if it goes on with what is there."""
+    job.notes.extend(_object_note(checked.recipe, run))
+    # The writer first: it refuses to go on with what another run left, where nothing may be written then.
+    job.writer = open_writer(network, checked.found.blocks, destination, run, job.weights)
+    destination.add_beside()
+    job.notes.extend(destination.notes)
+    if dump_layer is not None:
+        job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
+
+
 def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """That a recipe's file does not hold the settings of a selector, and what they are."""
     if isinstance(recipe.selector, str):
@@ -238,11 +263,15 @@ def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     return [f"{OBJECT_NOTE}{selector['class']}({settings})"]
 
 
-def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks) -> None:
+def _check_finite(network: PreTrainedModel, checked: Checked, job: Job) -> None:
     stacks = chosen_stacks(network, checked.recipe)
     for block in (block for stack in stacks for block in stack.blocks if block.linears):
         with job.weights.on(block, torch.device("cpu"), job.clock):
             check_finite(block.linears)
+
+
+def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks) -> None:
+    stacks = chosen_stacks(network, checked.recipe)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
         needed = [stack for stack in stacks if stack.needed]

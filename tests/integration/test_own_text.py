@@ -9,6 +9,8 @@ import families
 import pytest
 import torch
 import transformers
+from ranks import in_processes
+from runs import raising
 from tiny import make_bert, make_llama, make_tokenizer, save_model, weight_files
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,7 +19,8 @@ from optima import Recipe, load_report, prune
 from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import beginning, keys_bytes, own_text
 from optima.cli import main
-from optima.errors import CalibrationError, RecipeError
+from optima.distributed import Ranks
+from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
 from optima.models.source import find_source
 from optima.plan import make_plan
 from optima.preflight.settling import settle_own
@@ -225,6 +228,44 @@ def test_keys_and_values_are_not_more_than_is_counted(family: str) -> None:
         layers = model(families.make_ids(2, 8), use_cache=True).past_key_values.layers
     held = sum(each.keys.nbytes + each.values.nbytes for each in layers if each.keys is not None)
     assert 0 < held <= 2 * keys_bytes(model, 8)
+
+
+def test_each_process_writes_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def work(ranks: Ranks) -> None:
+        model = make_llama()
+        generate = model.generate
+
+        def noted(begun: Tensor, **given: object) -> Tensor:
+            Path(f"wrote{ranks.rank}").write_text(str(len(begun)))
+            written: Tensor = generate(begun, **given)
+            return written
+
+        model.generate = noted
+        found = own_text(model, make_tokenizer(), recipe(), CPU, ranks=ranks)
+        assert found.tokens_NL is not None
+        assert found.tokens_NL.shape == (40, 24)
+        assert len(found.tokens_NL.unique(dim=0)) == 40
+
+    assert in_processes(3, work) == [0, 0, 0]
+    assert [Path(f"wrote{rank}").read_text() for rank in range(3)] == ["14", "14", "12"]
+
+
+def test_what_cannot_be_saved_is_refused_before_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_llama()
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
+    monkeypatch.setattr(model, "generate", raising(AssertionError("it writes")))
+    with pytest.raises(ModelError, match="cannot save the configuration"):
+        prune(model, recipe(), tokenizer=make_tokenizer(), output_dir="out", progress=False)
+    model = make_llama()
+    monkeypatch.setattr(model, "generate", raising(AssertionError("it writes")))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NumericalError, match="up_proj contains NaN"):
+        prune(model, recipe(), tokenizer=make_tokenizer(), progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_model_without_finite_logits_writes_nothing() -> None:

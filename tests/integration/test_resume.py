@@ -28,6 +28,7 @@ from tiny import make_llama, make_tokens, prune_arguments, save_model, save_text
 
 import optima
 from optima.cli import main
+from optima.device import PeakMemory
 from optima.errors import ModelError
 from optima.identity import identity, settings_of
 from optima.models.journal import Journal, read_journal
@@ -167,6 +168,48 @@ class TestStopped:
         assert files(Path("out")) == files(Path("undisturbed"))
         notes = [note for note in optima.load_report("out").run.notes if "resumed" not in note]
         assert notes == list(optima.load_report("undisturbed").run.notes)
+
+    def test_text_outlasts_a_run_that_has_done_no_block(self, capsys: pytest.CaptureFixture[str]) -> None:
+        written = ("--dataset", "self")
+        assert finish(start("undisturbed", *written)) == 0
+
+        def full() -> None:
+            Writer.commit = raising(ModelError("the disk is full"))  # type: ignore[method-assign]
+
+        def silent() -> None:
+            opening.own_text = raising(AssertionError("it writes"))
+
+        assert finish(start("out", *written, prepare=full)) == 2
+        assert (PARTIAL / "own-text").is_file()
+        assert not read_journal(JOURNAL).holds_work
+        assert main(prune_arguments(*written)) == 2
+        assert "its own text written, 0 blocks done" in " ".join(capsys.readouterr().err.split())
+        assert main(prune_arguments(*written, "--seed", "1", "--resume")) == 2
+        assert "its recipe.seed was 0, and this one has 1" in " ".join(capsys.readouterr().err.split())
+        assert finish(start("out", "--resume", *written, prepare=silent)) == 0, said()
+        assert files(Path("out")) == files(Path("undisturbed"))
+        assert not PARTIAL.exists()
+
+    def test_text_is_not_that_of_other_weights(self, capsys: pytest.CaptureFixture[str]) -> None:
+        def full() -> None:
+            Writer.commit = raising(ModelError("the disk is full"))  # type: ignore[method-assign]
+
+        assert finish(start("out", "--dataset", "self", prepare=full)) == 2
+        weights = load_file("model/model.safetensors")
+        save_file({name: 2 * tensor for name, tensor in weights.items()}, "model/model.safetensors", {"format": "pt"})
+        assert main(prune_arguments("--dataset", "self", "--resume")) == 2
+        assert "its weights are those of another model" in " ".join(capsys.readouterr().err.split())
+        assert main(prune_arguments("--dataset", "self", "--no-resume")) == 0
+
+    def test_the_most_memory_of_all_runs_is_told(self) -> None:
+        def large() -> None:
+            PeakMemory.peak = lambda self: 10**15  # type: ignore[method-assign]
+            stop_at_sync(13)()
+
+        assert finish(start("out", prepare=large)) == -signal.SIGKILL
+        assert read_journal(JOURNAL).blocks
+        assert finish(start("out", "--resume")) == 0, said()
+        assert optima.load_report("out").run.peak_memory_bytes == 10**15
 
     def test_what_the_caller_gave_is_not_taken_for_what_the_model_writes(self) -> None:
         recipe = optima.Recipe(dataset=["self"], num_calibration_samples=4, max_seq_length=16)

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from optima.device import describe_memory, evaluating, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError, ModelError
 from optima.models.files import explain_write_errors, write_whole
+from optima.models.journal import check_same
 from optima.models.reading import is_encoder_decoder
 from optima.recipe import Recipe
 
@@ -47,7 +48,7 @@ AT_ONCE = 128  # sequences written together: a word of so many takes a GPU hardl
 BEGUN = 8  # beside text that was read, one token of so many is its own: it keeps to what that is about
 CARD_SHARE = 0.8  # of what a model leaves of a GPU's memory, for keys and values; activations have the rest
 PLACEHOLDER = "PLACEHOLDER"
-TOKENS, NOTES, READ = "tokens", "notes", "read"  # in the file of a text that is kept
+TOKENS, NOTES, RUN, DATA = "tokens", "notes", "run", "data"  # in the file of a text that is kept
 
 
 @torch.no_grad()
@@ -102,7 +103,8 @@ def own_text(
     halving, together = Halving(device), AT_ONCE
     if (room := _room(model, device, room)) is not None:
         together = max(min(AT_ONCE, room // max(keys_bytes(model, length), 1)), 1)
-    together = min(ranks.gather(together))  # words may differ with those beside them, where roundings decide
+    # Words may differ with those beside them, where roundings decide: in another number of processes, too.
+    together = min(*ranks.gather(together), -(-samples // ranks.size) if ranks.size > 1 else samples)
     firsts = list(range(0, samples, together))[ranks.part(-(-samples // together))]
     drew, words = 0, new * sum(min(together, samples - first) for first in firsts)
 
@@ -153,29 +155,40 @@ def own_text(
     return replace(read or Calibration(None), tokens_NL=torch.cat([known_NL, *parts]), notes=tuple(notes))
 
 
-def keep_text(file: Path, text: Calibration, read: Calibration) -> None:
-    """Keep all of a text that the model wrote behind what was ``read``: written anew, one word may be another."""
-    if text.tokens_NL is not None and not file.exists():
-        with explain_write_errors(file):
-            write_whole(file, save({TOKENS: text.tokens_NL}, {NOTES: json.dumps(text.notes), READ: read.hash}))
+@dataclass(frozen=True)
+class KeptText:
+    """A text that the model wrote, in a ``file``: written anew, one word may be another.
 
-
-def read_text(file: Path, read: Calibration) -> Calibration | None:
-    """What ``keep_text`` kept; None if it kept nothing, or the data sets have other text by now.
-
-    Raises:
-        ModelError: if the file cannot be read.
+    ``run``: what decides the result, as far as it is known; nobody else's text is this.
     """
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, framework="pt") as kept:
-            told = kept.metadata()
-            if told[READ] != read.hash:
-                return None
-            return replace(read, tokens_NL=kept.get_tensor(TOKENS), notes=tuple(json.loads(told[NOTES])))
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read ({error}): delete it, and the text is written anew") from error
+
+    file: Path
+    run: Mapping[str, Any]
+
+    def keep(self, text: Calibration, read: Calibration) -> None:
+        """Write all of ``text``, with what was ``read``."""
+        assert text.tokens_NL is not None, "it was written"
+        told = {NOTES: json.dumps(text.notes), RUN: json.dumps({**self.run, DATA: read.hash})}
+        with explain_write_errors(self.file):
+            write_whole(self.file, save({TOKENS: text.tokens_NL}, told))
+
+    def read(self, read: Calibration) -> Calibration | None:
+        """What was kept behind what is ``read`` now; None if nothing was.
+
+        Raises:
+            ModelError: if the file cannot be read, or is of another run, or the data sets have other text by now.
+        """
+        if not self.file.exists():
+            return None
+        try:
+            with safe_open(self.file, framework="pt") as kept:
+                told, tokens_NL = kept.metadata(), kept.get_tensor(TOKENS)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{self.file} cannot be read ({error}): delete it, and the text is written anew"
+            ) from error
+        check_same(json.loads(told[RUN]), {**self.run, DATA: read.hash}, self.file.parent)
+        return replace(read, tokens_NL=tokens_NL, notes=tuple(json.loads(told[NOTES])))
 
 
 def _room(model: PreTrainedModel, device: torch.device, room: int | None) -> int | None:

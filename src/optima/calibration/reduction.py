@@ -149,14 +149,19 @@ class Sequences(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """The same of one process, ready to be sent: for each batch, see ``Streams``."""
+    """What is small of one process's, ready to be sent: for each batch, see ``Streams``."""
 
     sizes: list[tuple[int, int]]
-    hidden: list[Tensor]
     calls: list[Call]
-    carried: list[dict[tuple[int, int], Tensor]]
-    targets: list[Tensor]
     weights: list[Tensor] | None
+
+
+class _Batch(NamedTuple):
+    """Of one batch, what may wait in files: never more than one of them is on its way."""
+
+    hidden: Tensor
+    carried: dict[tuple[int, int], Tensor]
+    target: Tensor
 
 
 def at_first(block: Block, own: Sequences) -> Sequences | None:
@@ -165,39 +170,48 @@ def at_first(block: Block, own: Sequences) -> Sequences | None:
     if streams.ranks.size == 1:
         return own
     weights = None if own.weights is None else list(own.weights)
-    called, carried = streams.calls[block.index], streams.carried
-    keep = streams.store.keep
-
-    problems: list[OptimaError] = []
-
-    def received(part: _Part) -> _Part:
-        if problems:
-            return part._replace(hidden=[], carried=[], targets=[])
-        try:
-            kept = [{at: keep(tensor) for at, tensor in places.items()} for places in part.carried]
-            hidden, targets = [keep(each) for each in part.hidden], [keep(each) for each in part.targets]
-        except OptimaError as error:  # the others wait until theirs was received, too
-            problems.append(error)
-            return received(part)
-        return part._replace(hidden=hidden, carried=kept, targets=targets)
-
-    part = _Part(streams.sizes, streams.hidden, called, carried, list(own.targets), weights)
-    parts = streams.ranks.to_first(part, received)
-    if problems:
-        raise problems[0]
+    parts = streams.ranks.to_first(_Part(streams.sizes, streams.calls[block.index], weights))
+    batches = _batches_at_first(own)
     if not parts:
         return None
     calls: list[list[Call]] = [[] for _ in range(block.index)]
     whole = replace(
         streams,
         sizes=[size for part in parts for size in part.sizes],
-        hidden=[hidden for part in parts for hidden in part.hidden],
+        hidden=[batch.hidden for batch in batches],
         calls=[*calls, [call for part in parts for call in part.calls]],
-        carried=[places for part in parts for places in part.carried],
+        carried=[batch.carried for batch in batches],
         ranks=ALONE,
         parts=(),
         batches=[],
     )
     known = [part.weights for part in parts if part.weights is not None]
     all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None
-    return Sequences(whole, [target for part in parts for target in part.targets], all_weights)
+    return Sequences(whole, [batch.target for batch in batches], all_weights)
+
+
+def _batches_at_first(own: Sequences) -> list[_Batch]:
+    """Those of all processes in the first one, by rank; none elsewhere."""
+    streams, keep = own.streams, own.streams.store.keep
+    ranks, problems = streams.ranks, list[OptimaError]()
+
+    def received(batch: _Batch | None) -> _Batch | None:
+        if batch is None or problems:
+            return None
+        try:
+            carried = {at: keep(tensor) for at, tensor in batch.carried.items()}
+            return _Batch(keep(batch.hidden), carried, keep(batch.target))
+        except OptimaError as error:  # the others wait until theirs was received, too
+            problems.append(error)
+            return None
+
+    found: list[list[_Batch]] = [[] for _ in range(ranks.size)]
+    for number in range(max(ranks.gather(len(streams.sizes)))):
+        mine = None
+        if number < len(streams.sizes):
+            mine = _Batch(streams.hidden[number], streams.carried[number], own.targets[number])
+        for rank, batch in enumerate(ranks.to_first(mine, received)):
+            found[rank] += [] if batch is None else [batch]
+    if problems:
+        raise problems[0]
+    return [batch for batches in found for batch in batches]

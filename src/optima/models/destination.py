@@ -4,10 +4,11 @@
         run.json               what the run is (pid, started, command, recipe); locked while the run lives
         journal.jsonl          one line a committed block (see ``journal``)
         own-text               calibration text that the model wrote, if it did
+        beside/                all of the result but weights, until it is known that this run may go on
         model/                 what becomes OUT
 
 A run that is killed leaves this directory. The next run into OUT goes on with it or deletes it, as it is told; what has
-no committed block is deleted without asking.
+neither a committed block nor text is deleted without asking.
 """
 
 from __future__ import annotations
@@ -47,22 +48,38 @@ from optima.stopping import uninterrupted
 _logger = logging.getLogger("optima")
 
 SUFFIX = ".optima-partial"
-RUN, JOURNAL, MODEL, OWN_TEXT = "run.json", "journal.jsonl", "model", "own-text"
+RUN, JOURNAL, MODEL, OWN_TEXT, BESIDE = "run.json", "journal.jsonl", "model", "own-text", "beside"
 RECORDS = {"report.json": {"schema_version", "run"}, ORDERING_NAME: {"schema_version", "channels"}}
 NAME_BYTES = 255  # of one name, on every file system in use
 
 
 @dataclass(frozen=True)
 class Unfinished:
-    """What a run that did not end left in ``directory``: its run file (empty if torn), its journal."""
+    """What a run that did not end left in ``directory``: its run file (empty if torn), its journal, maybe its text."""
 
     directory: Path
     run: dict[str, Any]
     journal: Lines
+    has_text: bool
+
+    @classmethod
+    def of(cls, partial: Path) -> Unfinished:
+        """Read it."""
+        run: Any = {}
+        with suppress(OSError, ValueError):  # a run that was killed while it wrote the file
+            run = json.loads((partial / RUN).read_text(encoding="utf-8"))
+        journal = read_journal(partial / JOURNAL)
+        return cls(partial, run if isinstance(run, dict) else {}, journal, (partial / OWN_TEXT).exists())
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether something is there that took long: a committed block, or text that the model wrote."""
+        return self.journal.holds_work or self.has_text
 
     def __str__(self) -> str:
         known = ", ".join(f"{key} {self.run[key]}" for key in ("command", "pid", "started") if key in self.run)
-        return f"{known or 'unknown'}; {len(self.journal.blocks)} blocks done"
+        text = "its own text written, " if self.has_text else ""
+        return f"{known or 'unknown'}; {text}{len(self.journal.blocks)} blocks done"
 
     def ended_as(self, out: Path) -> bool:
         """Whether all that was committed has left for ``out``: nothing remained to be done but to clear up."""
@@ -77,12 +94,7 @@ class Unfinished:
 def unfinished(path: Path) -> Unfinished | None:
     """What lies beside ``path``, from a run that is alive or dead; None if nothing does."""
     partial = _beside(path, SUFFIX)
-    if not partial.is_dir() or partial.is_symlink():
-        return None
-    run: Any = {}
-    with suppress(OSError, ValueError):  # a run that was killed while it wrote the file
-        run = json.loads((partial / RUN).read_text(encoding="utf-8"))
-    return Unfinished(partial, run if isinstance(run, dict) else {}, read_journal(partial / JOURNAL))
+    return None if not partial.is_dir() or partial.is_symlink() else Unfinished.of(partial)
 
 
 @dataclass
@@ -110,8 +122,18 @@ class Destination:
         return self.partial / OWN_TEXT
 
     @property
+    def beside(self) -> Path:
+        """What goes beside the weights: tried before the long work, and added when the journal is this run's."""
+        return self.partial / BESIDE
+
+    def add_beside(self) -> None:
+        """Put what is in ``beside`` where it belongs."""
+        with explain_write_errors(self.directory):
+            shutil.copytree(self.beside, self.directory, dirs_exist_ok=True)
+
+    @property
     def journal(self) -> Path:
-        """One line a committed block. A run that fails before the first leaves nothing."""
+        """One line a committed block. A run that fails before the first, and wrote no text, leaves nothing."""
         return self.partial / JOURNAL
 
     @classmethod
@@ -179,7 +201,7 @@ class Destination:
                     if self._finished is not None:
                         if not self._finished.is_relative_to(self.partial):
                             self._discard()
-                    elif self.directory.exists() and read_journal(self.journal).holds_work:
+                    elif self.directory.exists() and Unfinished.of(self.partial).holds_work:
                         _logger.warning("%s keeps what was done: what began it goes on with --resume", self.partial)
                     else:
                         self._discard()
@@ -191,7 +213,7 @@ class Destination:
         found = unfinished(self.path)
         assert found is not None, "the lock made the directory"
         keep = False
-        if not found.journal.holds_work or found.ended_as(self.path):
+        if not found.holds_work or found.ended_as(self.path):
             if resume:
                 self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
         elif resume is not False:
@@ -275,6 +297,7 @@ class Destination:
             raise ModelError(f"{error}; the finished checkpoint is in {kept}") from error
         # The name first: without the journal, what is not yet under it would count for nothing.
         sync(self.path.parent, self.partial)
+        self.own_text.unlink(missing_ok=True)  # it alone would count as work
         self.journal.unlink(missing_ok=True)
 
 

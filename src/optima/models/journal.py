@@ -31,6 +31,7 @@ HASHED = {
     "configuration": "is that of another model",
     "weights": "are those of another model",
     "tokens": "are of other text",
+    "data": "is other text",
     "masks": "are others",
 }
 

@@ -160,12 +160,12 @@ def order(
         reader = load_tokenizer(checked.source) if checked.source is not None and tokenizer is None else tokenizer
         shown = stack.enter_context(Listeners([make_progress() if progress else Progress()]))
         network, weights, origin, text = read(checked, reader, ranks, "its channels change places")
-        text = written(checked, network, reader, text, ranks, shown)
-        recipe = checked.recipe
-        assert recipe.batch_size is not None
         if destination is not None:
             saved = to_save(checked.source, tokenizer, reader)
             prepare(network, saved, checked.source, destination.directory)
+        text = written(checked, network, reader, text, ranks, shown)
+        recipe = checked.recipe
+        assert recipe.batch_size is not None
         run = _Run(
             checked, network, weights, shown, frozenset(channels), store_of(checked, weights, destination, ranks)
         )

@@ -157,17 +157,22 @@ def own_batches(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Seque
     """
     tokens_NL, batches = text.tokens_NL, text.batches(batch_size)
     count = len(batches) if tokens_NL is None else len(tokens_NL)
-    if count < ranks.size:
-        raise RecipeError(
-            f"{ranks.size} processes share {count} calibration sequences: start {count} at most, or raise "
-            "--num-calibration-samples"
-        )
+    check_shared(count, ranks)
     if tokens_NL is None:
         return batches[ranks.part(count)], True
     most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
     if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
         return batches[ranks.part(len(batches))], True
     return tokens_NL[ranks.part(count)].split(batch_size), False
+
+
+def check_shared(count: int | None, ranks: Ranks) -> None:
+    """Raise ``RecipeError`` unless each process has one of ``count`` sequences, as far as their number is known."""
+    if count is not None and count < ranks.size:
+        raise RecipeError(
+            f"{ranks.size} processes share {count} calibration sequences: start {count} at most, or raise "
+            "--num-calibration-samples"
+        )
 
 
 def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.activations import activations
 from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import keep_text, own_text, read_text
+from optima.calibration.own_text import KeptText, own_text
 from optima.calibration.store import Store
 from optima.distributed import Ranks
 from optima.errors import ModelError, RecipeError
@@ -27,7 +27,7 @@ from optima.models.source import Source, find_source, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.patterns import Unstructured
-from optima.preflight.checks import check_dump, find_calibration
+from optima.preflight.checks import check_dump, check_shared, find_calibration
 from optima.preflight.fitting import Fitted, fit
 from optima.preflight.in_memory import check_in_memory
 from optima.recipe import Recipe
@@ -72,6 +72,7 @@ def check(
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     fitted = fit(source, structure, recipe, calibration)
+    check_shared(fitted.recipe.num_calibration_samples, ranks)
     if dump_layer is not None:
         if ranks.size > 1:
             raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
@@ -104,12 +105,12 @@ def written(
     text: Calibration,
     ranks: Ranks,
     progress: Listeners,
-    kept: Path | None = None,
+    kept: KeptText | None = None,
 ) -> Calibration:
-    """``text``, and what it lacks, which the model writes, unless an earlier run ``kept`` it."""
+    """``text``, and what it lacks, which the model writes, unless an earlier part of the run ``kept`` it."""
     if not _lacks(checked, text):
         return text
-    if (known := ranks.from_first(lambda: None if kept is None else read_text(kept, text))) is not None:
+    if (known := ranks.from_first(lambda: None if kept is None else kept.read(text))) is not None:
         return known
     assert tokenizer is not None, "the text was read by it"
     recipe = checked.recipe
@@ -118,7 +119,7 @@ def written(
     room = host_room(recipe, ranks.here())
     found = own_text(network, tokenizer, recipe, checked.device, text, room, ranks, progress.share)
     if kept is not None:
-        keep_text(kept, found, text)
+        kept.keep(found, text)
     return found
 
 

@@ -99,6 +99,7 @@ class BlockDone(Record):
     linears: tuple[LinearRecord, ...]
     notes: tuple[str, ...]
     halved: tuple[int | None, ...] = ()  # sequences that ran together at most, of each process; None: whole batches
+    peak_bytes: Int = 0  # memory, in any process, from the start of the run that did it
 
     def to_dict(self) -> Any:
         """Plain values of standard JSON, see the head of this file."""
