@@ -252,7 +252,8 @@ def _add_recipe(parser: _Parser, counts: Callable[[dataclasses.Field[Any]], bool
         many = isinstance(default, list)
         shown = field.metadata["shown"] or (" ".join(default) if many else default)
         text = f"{text} (default: {shown})".replace("%", "%%")
-        group.add_argument(flag, nargs="*" if many else None, metavar=_metavar(field), help=text)
+        count = "*" if field.name == "ignore" else "+"  # which may be of nothing
+        group.add_argument(flag, nargs=count if many else None, metavar=_metavar(field), help=text)
 
 
 def _metavar(field: dataclasses.Field[Any]) -> str:
@@ -273,7 +274,18 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         del values["trust_remote_code"]  # a file from elsewhere cannot vouch for the code that it runs
     trusted = {name: value for name, value in given.items() if name == "trust_remote_code"}
     recipe_from_dict(values | trusted, f"recipe {path}")
-    # The two ways to say how sparse exclude each other; the command line decides which one counts.
+    _drop_patterns(values, given, path)
+    if reason := _unshared(given, values):
+        _drop_allocation(values, path, reason)
+    if values.get("keep_dense") is not None and (reason := _all_pruned(given, values)):
+        _logger.warning("recipe %s: its keep_dense is left out, for %s was given", path, reason)
+        del values["keep_dense"]
+    _drop_idle(values, given)
+    return recipe_from_dict(values | given)
+
+
+def _drop_patterns(values: dict[str, Any], given: dict[str, Any], path: str) -> None:
+    """The two ways to say how sparse exclude each other; the command line decides which one counts."""
     if "pattern" in given:
         values.pop("sparsity", None)
         if all(":" in entry.rpartition("=")[2] for entry in given["pattern"]):
@@ -285,14 +297,18 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
         for name in [name for name in ("sparsity", "pattern", "scope", "group_size") if name in values]:
             del values[name]  # of masks that it did not choose
             _logger.warning("recipe %s: its %s is left out, for masks were given", path, name)
-    if reason := _unshared(given, values.get("allocation")):
-        _drop_allocation(values, path, reason)
-    _drop_idle(values, given)
-    return recipe_from_dict(values | given)
+
+
+def _objective(values: dict[str, Any], given: dict[str, Any]) -> str:
+    """The objective that was given, if only by the solver, see ``Recipe.applied_objective``; else loss."""
+    if "objective" in given:
+        return str(given["objective"])
+    return "plain" if given.get("solver") == "none" and values.get("objective") is None else "loss"
 
 
 def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
     """What the file says for a method goes with it, where another was given."""
+    given = {**given, "objective": _objective(values, given)} if "objective" not in values else given
     for option, method, own in (
         ("selector", "external", "mask_from"),
         ("allocation", values.get("allocation") or "loss", "allocation_spread"),
@@ -316,10 +332,10 @@ def _untuned(values: dict[str, Any], given: dict[str, Any]) -> bool:
     epochs = given.get("tuning_epochs", values.get("tuning_epochs"))
     if epochs is not None:
         return given.get("tuning_epochs") == "0"
-    return given.get("solver") == "none" or given.get("objective", "loss") != "loss" or "max_change" in given
+    return given.get("solver") == "none" or _objective(values, given) != "loss" or "max_change" in given
 
 
-def _unshared(given: dict[str, Any], allocation: str | None) -> str:
+def _unshared(given: dict[str, Any], values: dict[str, Any]) -> str:
     """Why the file's allocation ends, which shares one unstructured sparsity, OWL without the loss; else empty."""
     if "allocation" in given:
         return ""
@@ -328,8 +344,20 @@ def _unshared(given: dict[str, Any], allocation: str | None) -> str:
         return f"pattern {' '.join(pattern)}"
     if given.get("selector") == "external":
         return "selector external"
-    by_loss = given.get("objective", "loss") == "loss" or allocation == "owl"
-    return "" if by_loss else f"objective {given['objective']}"
+    objective = _objective(values, given)
+    return "" if objective == "loss" or values.get("allocation") == "owl" else f"objective {objective}"
+
+
+def _all_pruned(given: dict[str, Any], values: dict[str, Any]) -> str:
+    """Why no linear stays dense by the file's choice, which is among those of patterns n:m by the loss; else empty."""
+    if "sparsity" in given:
+        return "sparsity"
+    if not all(":" in entry.rpartition("=")[2] for entry in given.get("pattern", ())):
+        return f"pattern {' '.join(given['pattern'])}"
+    if given.get("selector") == "external":
+        return "selector external"
+    objective = _objective(values, given)
+    return "" if objective == "loss" else f"objective {objective}"
 
 
 def _drop_allocation(values: dict[str, Any], path: str, reason: str) -> None:

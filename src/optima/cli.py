@@ -267,6 +267,8 @@ def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bo
     if save and not places:
         named = ", ".join(m if Path(m).expanduser().is_dir() else f"{m} (no directory here)" for m in models)
         raise OptimaError(f"--save: none of {named} is an output of optima prune; use --output FILE")
+    if output and Path(output).expanduser().is_dir():
+        raise OptimaError(f"--output {output} is a directory: name a file, or --save into the models' own directories")
     places += [Path(output).expanduser()] if output else []
     for place in places:
         check_free(place, overwrite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 # The names are here so that no method is imported to check one; a test holds them to the registries.
@@ -21,6 +22,7 @@ LEARNING_RATE, EPOCHS = 4.5e-3, 2  # of tuning
 EXPERT_TOKENS = 256
 LEAST_SAMPLES = 128  # of calibration, as in the papers
 OF_HUB = ("dataset_config", "split", "dataset_revision")  # options of the hub's data sets
+FILES = (".txt", ".jsonl", ".json", ".parquet")  # how those that are local files end
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
 SELF = "self"  # the data set that the model itself writes
 OWN_SHARE = 0.5  # of the sequences, by auto: it writes as many as are read
@@ -37,6 +39,11 @@ GROUPS = {
     "model": "what is pruned, and how it is read",
     "run": "where it runs",
 }
+
+
+def is_file(name: str) -> bool:
+    """Whether a data set is a local file, by its name or because it is there."""
+    return Path(name).suffix in FILES or Path(name).is_file()
 
 
 def option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from optima.errors import RecipeError
 
@@ -167,6 +167,15 @@ def parse_table(texts: Sequence[str], scope: Scope, group_size: int = GROUP_SIZE
             raise RecipeError(f"pattern {text!r}: {regex!r} is not a regular expression: {error}") from error
         entries.append((regex, pattern))
     return PatternTable(tuple(entries), default)
+
+
+def pattern_texts(value: Any) -> Any:
+    """Of a recipe's file, where a sparsity may be written as a number, and null means that there is none."""
+    items = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    # 2:4 unquoted is a base-60 integer in YAML 1.1.
+    if any(isinstance(item, int) for item in items):
+        raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
+    return [str(item) if isinstance(item, float) else item for item in items]
 
 
 def _parse_pattern(value: str, entry: str, scope: Scope, group_size: int) -> Pattern:

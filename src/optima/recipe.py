@@ -24,6 +24,7 @@ from optima.options import (
     LEARNING_RATE,
     LEAST_SAMPLES,
     OBJECTIVES,
+    OF_HUB,
     OWN_SHARE,
     ROUNDINGS,
     SELECTOR_NAMES,
@@ -32,14 +33,17 @@ from optima.options import (
     SOLVER_NAMES,
     SPREADS,
     TOKENS_PER_INPUT,
+    is_file,
     option,
 )
-from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table
+from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table, pattern_texts
 from optima.values import (
     Count,
+    Device,
     Flag,
     FlagOrAuto,
     Fraction,
+    Names,
     OwnShare,
     Positive,
     Ridge,
@@ -119,7 +123,7 @@ class Recipe:
         "tuning", 0.4, "the share of the sequences that blocks are tuned on, of at least 32768 tokens")
     learning_rate: Positive = option(
         "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
-    dataset: Texts = option(
+    dataset: Names = option(
         "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files; self: text that the "
         "model itself writes, beside others what they lack")
     dataset_config: str | None = option(
@@ -154,7 +158,7 @@ class Recipe:
     revision: str | None = option("model", None, "commit, tag or branch of a hub model", shown="its newest")
     trust_remote_code: Flag = option(
         "model", False, "run code that comes with the checkpoint, or that --selector names")
-    device: str = option("run", "auto", "auto, cpu, cuda or cuda:N")
+    device: Device = option("run", "auto", "auto, cpu, cuda or cuda:N")
     memory_budget: Size | None = option(
         "run", None, "main memory that a process keeps to, such as 8GiB: what is more waits in files", shown="none")
     # fmt: on
@@ -261,7 +265,8 @@ class Recipe:
             "sink_weight": SINK_WEIGHT if self.objective == "sink" else None,
             "dataset_config": CONFIGS.get(self.dataset[0]) if len(self.dataset) == 1 else None,
         }
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        values = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return replace(self, **values, rounding="nearest" if self.solver == "none" else self.rounding)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to YAML and to the report; a selector object is named by its class."""
@@ -345,15 +350,19 @@ class Recipe:
     def _idle(self) -> dict[str, str]:
         """Options that do nothing, and what they are for."""
         published = self.selector == "sparsegpt" or self.selector not in SELECTOR_NAMES  # one's own may be by groups
+        ranked = any(isinstance(each, Unstructured) for each in self.table(SCOPES[0]).patterns)
+        of_hub = ("a dataset of the hub", any(not is_file(name) for name in self.read))
         used = {
             "sink_weight": ("objective sink", self.objective == "sink"),
             "swept_share": ("objective loss", self.applied_objective == "loss"),
             "allocation_spread": ("allocation owl or loss", self.applied_allocation != "uniform"),
             "outlier_multiple": ("allocation owl", self.allocation == "owl"),
-            "group_size": ("scope group", self.scope == "group" or (self.scope is None and published)),
+            "group_size": ("scope group", self.scope == "group" or (self.scope is None and published and ranked)),
             "learning_rate": ("tuning_epochs above 0", self.applied_epochs > 0),
             "tuning_share": ("tuning_epochs above 0", self.applied_epochs > 0),
             "gap": ("a solver", self.solver != "none"),
+            "text_column": ("a dataset with columns", any(not name.endswith(".txt") for name in self.read)),
+            **dict.fromkeys(OF_HUB, of_hub),
             "own_share": ("a dataset other than self", bool(self.read) or self.own_share == "auto"),
         }
         return {name: owner for name, (owner, applies) in used.items() if not applies}
@@ -384,17 +393,8 @@ def _checked(each: DataclassField[Any], value: Any) -> Any:
     if name == "selector":
         return value
     if name == "pattern":
-        value = _pattern_texts(value)
+        value = pattern_texts(value)
     value = checked(Recipe, name, value, each.default)
     if choices and value is not None and value not in choices:
         raise RecipeError(unknown(name, value, choices))
     return value
-
-
-def _pattern_texts(value: Any) -> Any:
-    """A sparsity may be written as a number, and null means that there is none."""
-    items = [] if value is None else value if isinstance(value, list | tuple) else [value]
-    # 2:4 unquoted is a base-60 integer in YAML 1.1.
-    if any(isinstance(item, int) for item in items):
-        raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
-    return [str(item) if isinstance(item, float) else item for item in items]

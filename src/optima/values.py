@@ -31,7 +31,10 @@ Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number of at least 0 and b
 Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such as 256, or all"]
 Size = Annotated[ByteSize, Field(ge=2**20), AfterValidator(int), "a size such as 8GiB, of 1MiB at least"]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
-FrozenTexts = Annotated[tuple[str, ...], BeforeValidator(_one_or_many), "a list of texts"]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[list[Name], BeforeValidator(_one_or_many), "a list of names, none of them empty"]
+FrozenNames = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), "a list of names, none of them empty"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), "auto, cpu, cuda or cuda:N"]
 Flag = Annotated[bool, Strict(), "true or false"]
 FlagOrAuto = Annotated[Flag | Literal["auto"], "true, false or auto"]
 

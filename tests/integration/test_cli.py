@@ -291,6 +291,12 @@ class TestRecipeOnTheCommandLine:
             ({"allocation": "owl", "allocation_spread": 0.1}, ["--allocation", "uniform"], {"allocation": "uniform"}),
             ({"allocation": "owl", "allocation_spread": 0.1}, ["--allocation", "owl"],
              {"allocation": "owl", "allocation_spread": 0.1}),
+            ({"sparsity": 0.6, "swept_share": 0.5, "allocation_spread": 0.05},
+             ["--solver", "none"], {"sparsity": 0.6, "solver": "none"}),
+            ({"pattern": "2:4", "keep_dense": 0.1}, ["--sparsity", "0.5"], {"sparsity": 0.5}),
+            ({"pattern": "2:4", "keep_dense": 0.1}, ["--pattern", "0.6"], {"pattern": "0.6"}),
+            ({"pattern": "2:4", "keep_dense": 0.1}, ["--objective", "sink"], {"pattern": "2:4", "objective": "sink"}),
+            ({"pattern": "2:4", "keep_dense": 0.1}, ["--pattern", "1:4"], {"pattern": "1:4", "keep_dense": 0.1}),
         ],
     )  # fmt: skip
     def test_overrides_the_file(

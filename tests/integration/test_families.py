@@ -26,6 +26,7 @@ from optima.calibration.store import Store
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import attention_numbers, work_bytes
 from optima.models.experts import ExpertLinear
+from optima.models.reading import check_length
 from optima.models.routers import routed_share
 from optima.models.source import find_source
 from optima.models.stacks import Linear, Stack, find_stacks, select_linears
@@ -355,6 +356,11 @@ def test_embeddings_in_the_place_of_words() -> None:
     told = prune(words, Recipe(), calibration=ids).run
     assert prune(embedded, Recipe(), calibration=[batch]).run.num_tokens == told.num_tokens == ids.numel()
     assert all(own.equal(other) for own, other in zip(words.parameters(), embedded.parameters(), strict=True))
+
+
+def test_positions_by_another_name() -> None:
+    with pytest.raises(ModelError, match="sequences of 65 tokens exceed the 64 positions of MptForCausalLM"):
+        check_length(build("mpt"), 65)
 
 
 def test_as_many_heads_as_samples_are_no_samples() -> None:

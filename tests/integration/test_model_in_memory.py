@@ -284,6 +284,11 @@ def test_nothing_to_resume() -> None:
     prune(make_llama(), Recipe(objective="sink"), calibration=make_tokens(), overwrite=True, resume=False)
 
 
+def test_a_tokenizer_by_its_name() -> None:
+    with pytest.raises(RecipeError, match=r"got 'model': AutoTokenizer\.from_pretrained reads it"):
+        prune(make_llama(), Recipe(), tokenizer="model", calibration=["a text"])  # type: ignore[arg-type]
+
+
 def test_callbacks_that_can_be_asked_for_once() -> None:
     class Counts(Callback):
         blocks = 0

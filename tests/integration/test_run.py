@@ -83,13 +83,9 @@ def test_plan_of_fused_experts(family: str, tmp_path: Path) -> None:
     assert any("experts" in name for name in planned)
 
 
-@pytest.mark.parametrize(("device", "message"), [("gpu", "unknown device 'gpu'"), ("mps", "'mps' is not supported")])
-def test_a_plan_for_a_device_that_no_run_takes(device: str, message: str, tmp_path: Path) -> None:
-    """One that is elsewhere is planned for."""
+def test_a_plan_for_a_device_that_is_elsewhere(tmp_path: Path) -> None:
     save_model(tmp_path)
     assert make_plan(find_source(str(tmp_path)), Recipe(device="cuda:7", max_seq_length=16)).recipe.device == "cuda:7"
-    with pytest.raises(RecipeError, match=message):
-        make_plan(find_source(str(tmp_path)), Recipe(device=device, max_seq_length=16))
 
 
 @pytest.mark.parametrize("form", ["tensor", "batches", "documents"])

@@ -11,9 +11,9 @@ from optima.evaluation.settings import EvaluationSettings
 
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"models": ()}, "models is empty: name a hub id"),
-    ({"models": None}, "models must be a list of texts, got None"),
+    ({"models": None}, "models must be a list of names, none of them empty, got None"),
     ({"dataset": ()}, "nothing to measure: name a text"),
-    ({"dataset": (3,)}, "dataset must be a list of texts, got (3,)"),
+    ({"dataset": (3,)}, "dataset must be a list of names, none of them empty, got (3,)"),
     ({"dtype": "fp16"}, "unknown dtype 'fp16'"),
     ({"max_seq_length": "many"}, "max_seq_length must be a whole number of at least 1, such as 2048, got 'many'"),
     ({"max_seq_length": 0}, "max_seq_length must be a whole number of at least 1"),
@@ -23,7 +23,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed must be a whole number of at least 0 and below 2^63"),
     ({"seed": -1}, "seed must be a whole number of at least 0"),
     ({"divergence": "yes"}, "divergence must be true or false, got 'yes'"),
-    ({"device": 0}, "device must be text, got 0"),
+    ({"device": 0}, "device must be auto, cpu, cuda or cuda:N, got 0"),
     ({"dataset": (), "tasks": "piqa", "max_seq_length": 64}, "--max-seq-length is for a text: name one with --dataset"),
     ({"dataset": (), "tasks": "piqa", "protocol": "sparsegpt"}, "--protocol is for a text"),
     ({"dataset": (), "tasks": "piqa", "max_windows": 3}, "--max-windows is for a text"),

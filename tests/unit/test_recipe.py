@@ -49,7 +49,7 @@ class TestYaml:
         solver=st.sampled_from(["auto", "shared-inverse-cg", "cholesky"]),
         gap=st.floats(1e-300, 1.0),
         damping=st.floats(0.0, 1.0),
-        dataset=st.lists(st.text(st.characters(codec="utf-8")), min_size=1, max_size=3),
+        dataset=st.lists(st.text(st.characters(codec="utf-8"), min_size=1), min_size=1, max_size=3),
         seed=st.integers(0, 2**63 - 1),
     )
     def test_round_trip(self, tmp_path_factory: pytest.TempPathFactory, **values: Any) -> None:
@@ -143,8 +143,8 @@ class TestYaml:
             ("batch_size: yes", "batch_size must be a whole number of at least 1, got True"),
             ("trust_remote_code: 1", "trust_remote_code must be true or false, got 1"),
             ("trust_remote_code: 'yes'", "trust_remote_code must be true or false, got 'yes'"),
-            ("dataset: [a.txt, 3]", "dataset must be a list of texts, got ['a.txt', 3]"),
-            ("dataset: null", "dataset must be a list of texts, got None"),
+            ("dataset: [a.txt, 3]", "dataset must be a list of names, none of them empty, got ['a.txt', 3]"),
+            ("dataset: null", "dataset must be a list of names, none of them empty, got None"),
             ("targets: {a: b}", "targets must be a list of texts, got {'a': 'b'}"),
         ],
     )
@@ -230,6 +230,11 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**63}, "seed must be a whole number of at least 0 and below 2^63, such as 0, got 9223372036854775808"),
     ({"batch_size": 0}, "batch_size must be a whole number of at least 1"),
     ({"dataset": []}, "dataset is empty"),
+    ({"dataset": ["a.txt", ""]}, "dataset must be a list of names, none of them empty"),
+    ({"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
+    ({"dataset": "a.txt", "text_column": "body"}, "text_column is for a dataset with columns"),
+    ({"dataset": "a.jsonl", "split": "test"}, "split is for a dataset of the hub"),
+    ({"selector": "sparsegpt", "pattern": "2:4", "group_size": 64}, "group_size is for scope group"),
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
     ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
     ({"max_change": 0, "solver": "bounded"}, "max_change must be a positive number, got 0"),
@@ -335,6 +340,11 @@ class TestResolved:
         assert recipe.resolved(scope="layer") == recipe
         recipe.save(tmp_path / "r.yaml")
         assert load_recipe(tmp_path / "r.yaml") == recipe
+
+    def test_what_no_solver_rounds_is_rounded_to_nearest(self) -> None:
+        """As is written then, whatever the default is."""
+        assert Recipe(solver="none").resolved(scope="row").rounding == "nearest"
+        assert Recipe().resolved(scope="row").rounding == "hessian"
 
     def test_wide_models_are_calibrated_on_more(self) -> None:
         assert Recipe().samples(2048) == 128

@@ -210,6 +210,7 @@ class TestOwnSelector:
     @pytest.fixture(autouse=True)
     def module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "own_selectors.py").write_text(OWN)
+        (tmp_path / "torn_selectors.py").write_text("class Mine(\n")
         monkeypatch.chdir(tmp_path)
         monkeypatch.delitem(sys.modules, "own_selectors", raising=False)
 
@@ -230,6 +231,8 @@ class TestOwnSelector:
             ("own_selectors:Needy", "cannot be made without arguments"),
             ("own_selectors:Empty", "is no selector: it needs published_scope and select"),
             (":Mine", "cannot be imported"),
+            ("./own_selectors:Mine", "write own_selectors:Mine, and run from the directory of own_selectors.py"),
+            ("torn_selectors:Mine", r"line 1 of .*torn_selectors\.py is not Python"),
         ],
     )
     def test_refused(self, name: str, message: str) -> None:

@@ -278,8 +278,11 @@ class TestReadDocuments:
         name = write_jsonl(here / "a.jsonl", ["one"], count=1)
         with pytest.raises(CalibrationError, match=r"no column 'body'.*--text-column: text, count"):
             list(Documents(TextSource((name,), text_column="body")))
-        with pytest.raises(CalibrationError, match=r"'count'.*holds int, not text.*: text, count"):
+        with pytest.raises(CalibrationError, match=r"'count'.*holds \d+ .int., not text: .*: text"):
             list(Documents(TextSource((name,), text_column="count")))
+        (here / "empty.jsonl").write_text('{"text": null}')
+        with pytest.raises(CalibrationError, match=r"'empty\.jsonl' has nothing in its column 'text': give one"):
+            list(Documents(TextSource(("empty.jsonl",))))
 
     @pytest.mark.parametrize("name", ["pipe.txt", "pipe", "zero.txt", "zero", "folder.jsonl"])
     def test_only_regular_files(self, here: Path, name: str) -> None:

@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.calibration.chats import BAD_CHAT, as_text
 from optima.calibration.text import SpecialTokens, special_tokens
-from optima.errors import CalibrationError, RecipeError
-from optima.options import CONFIGS, OF_HUB
+from optima.errors import CalibrationError
+from optima.options import CONFIGS, FILES, is_file
+from optima.values import shown
 
 if TYPE_CHECKING:
     from optima.calibration.records import LocalRecords
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
 NO_COLUMN = "{} has no column {!r} with text: name one of its columns with --text-column: {}"
-FILES = (".txt", ".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,9 @@ class Documents:
             place = "" if is_file(name) else f" (config {self._config(name)}, split {self._source.split})"
             remedy = "the file" if is_file(name) else "its name, --dataset-config and --split, and the network"
             known = "/".join(FILES)
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)  # a schema may follow
             raise CalibrationError(
-                f"dataset {name!r}{place} cannot be read: {error}: check {remedy}, or give a local {known} file"
+                f"dataset {name!r}{place} cannot be read: {reason}: check {remedy}, or give a local {known} file"
             ) from error
 
     def _values(self, records: Iterable[tuple[int, dict[str, Any]]], name: str) -> Iterator[tuple[int, Any]]:
@@ -168,6 +169,8 @@ class Documents:
             else:
                 self.skipped += 1
         if last and not found:
+            if last == column:
+                raise CalibrationError(f"dataset {name!r} has nothing in its column {column!r}: give one that has text")
             raise CalibrationError(NO_COLUMN.format(f"dataset {name!r}", column, last))
 
     def _look_for_column(self) -> None:
@@ -194,9 +197,10 @@ class Documents:
             return None
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
             return value
+        others = ", ".join(each for each in record if each != column)
+        remedy = f"name another column with --text-column: {others}" if others else "repair the record"
         raise CalibrationError(
-            f"column {column!r} of dataset {name!r} holds {type(value).__name__}, not text: name one of its columns "
-            f"with --text-column: {', '.join(record)}"
+            f"column {column!r} of dataset {name!r} holds {shown(value)} ({type(value).__name__}), not text: {remedy}"
         )
 
     def _text(self, value: Any, name: str) -> str:
@@ -243,17 +247,3 @@ def _check_regular(name: str) -> None:
     folder = path.is_dir() and path.suffix not in FILES  # it may be laid out as hub datasets are
     if path.exists() and not path.is_file() and not folder:
         raise CalibrationError(f"dataset {name!r} is no regular file: give a file of text ({'/'.join(FILES)})")
-
-
-def check_of_hub(settings: object, names: Sequence[str]) -> None:
-    """Raise ``RecipeError`` if ``settings`` choose parts of data sets of the hub, and ``names`` are none of them."""
-    said = any(getattr(settings, name) != getattr(type(settings), name) for name in OF_HUB)
-    if said and all(map(is_file, names)):
-        raise RecipeError(
-            "--dataset-config, --split and --dataset-revision are for data sets of the hub: leave them out"
-        )
-
-
-def is_file(name: str) -> bool:
-    """Whether a data set is a local file, by its name or because it is there."""
-    return Path(name).suffix in FILES or Path(name).is_file()

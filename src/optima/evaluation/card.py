@@ -9,9 +9,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from optima.calibration.documents import is_file
 from optima.evaluation.record import Evaluation, ModelRecord
 from optima.evaluation.table import render_evaluation
+from optima.options import is_file
 from optima.reporting.model_card import add_results, short_name
 
 

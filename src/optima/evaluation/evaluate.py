@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.documents import Documents, TextSource, check_of_hub
+from optima.calibration.documents import Documents, TextSource
 from optima.calibration.text import data_hash
 from optima.device import describe_device, dtype_name, find_device, memory_explained
 from optima.errors import ModelError
@@ -124,8 +124,6 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     ]
     named = settings.dataset, settings.dataset_config, settings.split, settings.text_column, settings.dataset_revision
     text = TextSource(*named)
-    if settings.dataset:
-        check_of_hub(settings, settings.dataset)
     subjects = []
     structures = [skeleton(source) for source in sources]
     for source, (structure, config) in zip(sources, structures, strict=True):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from optima.errors import RecipeError
-from optima.options import DTYPES
-from optima.values import Count, Flag, FrozenTexts, Seed, checked, unknown
+from optima.options import DTYPES, OF_HUB, is_file
+from optima.values import Count, Device, Flag, FrozenNames, Seed, checked, unknown
 
 PROTOCOLS = {
     "windows": "the tokenizer's special tokens (BOS) in every window",
@@ -55,8 +55,8 @@ class EvaluationSettings:
         RecipeError: on construction, for what cannot be carried out.
     """
 
-    models: FrozenTexts
-    dataset: FrozenTexts = ()
+    models: FrozenNames
+    dataset: FrozenNames = ()
     revision: str | None = None
     dataset_config: str | None = None
     dataset_revision: str | None = None
@@ -66,13 +66,13 @@ class EvaluationSettings:
     max_seq_length: Count = 2048
     max_windows: Count | None = None
     divergence: Flag = False
-    tasks: FrozenTexts = ()
+    tasks: FrozenNames = ()
     suite: str | None = None
     task_data: str | None = None
     task_limit: Count | None = None
     batch_size: Count | None = None
     seed: Seed = 0
-    device: str = "auto"
+    device: Device = "auto"
     dtype: str = "auto"
     trust_remote_code: Flag = False
 
@@ -96,12 +96,22 @@ class EvaluationSettings:
             yield unknown("dtype", self.dtype, DTYPES)
         if self.divergence and not (self.dataset and len(self.models) > 1):
             yield "--divergence compares models on a text: name two models or more, and a text with --dataset"
-        for option in fields(self):
-            if not self.dataset and option.name in OF_TEXT and getattr(self, option.name) != option.default:
-                flag = f"--{option.name.replace('_', '-')}"
-                yield f"{flag} is for a text: name one with --dataset, or leave {flag} out"
+        defaults = {option.name: option.default for option in fields(self)}
+        for name, meant in self._idle().items():
+            if getattr(self, name) != defaults[name]:
+                flag = f"--{name.replace('_', '-')}"
+                yield f"{flag} is for {meant}, or leave {flag} out"
         if not self.task_names and (self.task_data is not None or self.task_limit is not None or self.seed):
             yield "--task-data, --task-limit and --seed (of the bootstrap) are for tasks: name some with --tasks"
+
+    def _idle(self) -> dict[str, str]:
+        """Options that do nothing, and what they are for."""
+        if not self.dataset:
+            return dict.fromkeys(OF_TEXT, "a text: name one with --dataset")
+        idle = dict.fromkeys(OF_HUB, "a dataset of the hub: name one") if all(map(is_file, self.dataset)) else {}
+        if all(name.endswith(".txt") for name in self.dataset):
+            idle["text_column"] = "a dataset with columns: name one"
+        return idle
 
     @property
     def task_names(self) -> tuple[str, ...]:

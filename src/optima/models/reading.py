@@ -30,11 +30,15 @@ def arguments_of(model: nn.Module) -> list[str]:
 
 def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
+    what = ""
     if "input_ids" not in (arguments := arguments_of(model)):
-        what = getattr(model, "main_input_name", next(iter(arguments), "nothing"))
+        what = f"{getattr(model, 'main_input_name', next(iter(arguments), 'nothing'))}, not text"
+    elif hasattr(model, "get_text_features"):  # CLIP and those after it: a tower for each of what they compare
+        what = "text beside images or sounds, not alone"
+    if what:
         raise ModelError(
-            f"{type(model).__name__} reads {what}, not text: from Python, give prune(..., calibration=...) batches of "
-            "its processor's outputs"
+            f"{type(model).__name__} reads {what}: from Python, give prune(..., calibration=...) batches of its "
+            "processor's outputs"
         )
     if is_encoder_decoder(model):
         if length < 2:
@@ -53,7 +57,7 @@ def num_positions(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     if isinstance(config, PretrainedConfig):
         config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's name
     if not isinstance(positions, int) or positions < 1:  # XLNet says -1
         return None
     # RoBERTa's family counts positions from behind the padding's.

@@ -115,6 +115,8 @@ def find_source(name: str, trust_remote_code: bool = False, revision: str | None
             )
         else:
             source = replace(source, path="/".join(parts[:2]), gguf_file="/".join(parts[2:]))
+    elif path.is_file():
+        raise ModelError(f"{name} is a file: give the directory that it is in, {path.parent}, or a GGUF file")
     elif path.is_dir():
         _check_directory(path)
         source = replace(source, path=str(path))

@@ -293,10 +293,11 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
 
     selected = [replace(stack, blocks=tuple(select(block) for block in stack.blocks)) for stack in stacks]
     if not any(stack.needed for stack in selected):
+        routers = sorted({kind(name) for stack in stacks for block in stack.blocks for name in block.routers})
+        which = f"; {', '.join(routers)} need a target that does not match the module around them" if routers else ""
         raise ModelError(
             f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: "
-            f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}; those that route "
-            "need a target that does not match the module around them"
+            f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}{which}"
         )
     _check_own_weights(selected)
     return selected

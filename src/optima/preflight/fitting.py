@@ -9,7 +9,6 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.build import build, default_scope
-from optima.calibration.documents import check_of_hub
 from optima.linear import Methods
 from optima.memory import batch_size, on_cpu
 from optima.models.skeleton import dtype_as_read
@@ -52,8 +51,6 @@ def fit(source: Source | None, structure: PreTrainedModel, recipe: Recipe, calib
     Raises:
         OptimaError: for what cannot be done.
     """
-    if calibration is None:
-        check_of_hub(recipe, recipe.read)
     methods = build(recipe)
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
     check_order(source, structure, recipe)

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from optima.calibration.documents import is_file
 from optima.device import evaluating, find_device, memory_explained, unswitched
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
 from optima.models.random_weights import alike, fill
 from optima.models.source import Source, load_tokenizer
 from optima.models.stacks import Block
+from optima.options import is_file
 from optima.plan import Measured, Plan
 from optima.preflight.checks import find_calibration
 from optima.rehearsal.stages import Peak, Rehearsal

@@ -134,12 +134,18 @@ def load_foreign(path: str) -> Selector:
         RecipeError: if the path does not lead to a selector.
     """
     module_name, _, class_name = path.partition(":")
+    if "/" in module_name or module_name.endswith(".py"):
+        name = module_name.rpartition("/")[2].removesuffix(".py")
+        raise RecipeError(f"selector {path}: write {name}:{class_name}, and run from the directory of {name}.py")
     known = "" in sys.path
     if not known:
         sys.path.append("")
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
+    except SyntaxError as error:
+        place = f"line {error.lineno} of {error.filename}"
+        raise RecipeError(f"selector {path}: {place} is not Python ({error.msg}): correct it") from error
+    except (ImportError, ValueError, TypeError) as error:  # TypeError: of a relative name
         raise RecipeError(
             f"selector {path}: {module_name} cannot be imported ({error}): install it, or run from its directory"
         ) from error
