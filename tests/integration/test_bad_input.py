@@ -376,7 +376,9 @@ class TestWeights:
 
     def test_wrong_shape(self, late: Refused, root: Path) -> None:
         edit_config(root, intermediate_size=40)
-        assert late().startswith("the weights of model cannot be read")
+        message = late()
+        assert "layers.0.mlp.down_proj.weight of model is of shape (32, 48), and by config.json of (32, 40)" in message
+        assert late(arguments=["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16"]) == message
 
     def test_encoder_without_its_pooler_is_complete(self, root: Path) -> None:
         bert = make_bert()

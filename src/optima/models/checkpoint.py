@@ -25,7 +25,16 @@ from transformers.utils import logging as transformers_logging
 from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.models.files import shards
-from optima.models.source import INDEX, WEIGHTS, Source, check_complete, explain_read_errors, find_file, load_config
+from optima.models.source import (
+    INDEX,
+    LOADING,
+    WEIGHTS,
+    Source,
+    check_complete,
+    explain_read_errors,
+    find_file,
+    load_config,
+)
 
 # Open files that a process may have beside the model's: libraries, sockets, files of activations while they are made.
 OTHER_FILES = 512
@@ -162,11 +171,11 @@ def open_checkpoint(source: Source, structure: PreTrainedModel, dtype: str) -> C
         shapes = _shapes(files)
         kind: Any = type(structure)
         model, loading = kind.from_pretrained(
-            None, config=config, state_dict=shapes, dtype=dtype, device_map={"": "meta"}, output_loading_info=True
+            None, config=config, state_dict=shapes, dtype=dtype, device_map={"": "meta"}, **LOADING
         )
         _add_generation(source, model)
     model.config.name_or_path = source.path
-    check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
+    check_complete(source, model, loading)
     if loading["missing_keys"]:
         raise UnstreamableError(f"weights that it lacks ({min(loading['missing_keys'])}) are made anew")
     _fill_buffers(model)

@@ -52,6 +52,8 @@ HUB_REMEDY = (
     "no directory here has that name; for a model of the hub check the spelling, the network and, if it is private or "
     "gated, your login (hf auth login)"
 )
+# What the library leaves out, or makes up, is told and not raised: it names no weight otherwise.
+LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 REMEDIES = {
     "model": "check that it is complete, and that its config.json is that of a model",
     "configuration": "check config.json, and whether a newer release of transformers knows the model",
@@ -277,9 +279,9 @@ def load_whole(
     kind = model_class(config, source)
     with explain_read_errors(source, "weights"):
         _check_hub(source, config)
-        model, loading = kind.from_pretrained(source.path, dtype=dtype, output_loading_info=True, **arguments)
+        model, loading = kind.from_pretrained(source.path, dtype=dtype, **LOADING, **arguments)
     assert isinstance(model, PreTrainedModel)
-    check_complete(source, model, loading["missing_keys"], loading["unexpected_keys"])
+    check_complete(source, model, loading)
     return model.eval(), frozenset(loading["missing_keys"])
 
 
@@ -294,19 +296,30 @@ def _check_hub(source: Source, config: PretrainedConfig) -> None:
         )
 
 
-def check_complete(source: Source, model: PreTrainedModel, missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def check_complete(source: Source, model: PreTrainedModel, loading: Mapping[str, Any]) -> None:
     """The library fills missing weights with random numbers, and drops those that it has no place for.
 
+    Args:
+        source: where the weights are.
+        model: as it was read.
+        loading: what the library says of that.
+
     Raises:
-        ModelError: if weights are missing, or the model names no class whose weights these could be.
+        ModelError: if weights are missing or have other shapes than the configuration says, or the model names no class
+            whose weights these could be.
     """
-    missing = [name for name in missing if not any(part in name for part in OPTIONAL_PARTS)]
+    for name, found, wanted in sorted(loading["mismatched_keys"]):
+        raise ModelError(
+            f"{name} of {source.name} is of shape {tuple(found)}, and by config.json of {tuple(wanted)}: take the "
+            "configuration that was published with these weights"
+        )
+    missing = [name for name in loading["missing_keys"] if not any(part in name for part in OPTIONAL_PARTS)]
     if missing:
         raise ModelError(
             f"the checkpoint {source.name} lacks weights of {type(model).__name__} ({some(missing)}): download it "
             "again, or correct architectures in config.json"
         )
-    if unexpected := list(unexpected):
+    if unexpected := list(loading["unexpected_keys"]):
         lost = f"{source.name} has weights that {type(model).__name__} has no place for ({some(unexpected)})"
         if not model.config.architectures:
             raise ModelError(f"{lost}: name its architecture in config.json")
