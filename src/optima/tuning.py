@@ -27,6 +27,7 @@ from optima.device import GRADIENT, backward_explained, differentiable
 from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.linalg.finite import all_finite
+from optima.models.routers import module_around
 from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
@@ -238,17 +239,30 @@ def size_of(master: Tensor) -> float:
 def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[str, nn.Parameter]:
     """What a run changes in a block, by its name there: ``pruned`` linears, and if it is ``tuned`` norms and biases.
 
-    But for those of other blocks too, whose dense outputs would change as well, and for biases of what is left dense.
+    But for those of other blocks too, whose dense outputs would change as well, for biases of what is left dense, and
+    for what else is in a router that is: no gradient tells how it would choose then.
     """
+    routing = tuple(f"{root}." for root in _routers(block, pruned))
     weights = {id(linear.parameter) for linear in block.linears if linear.name in pruned}
     named = dict(block.module.named_parameters())
 
     def is_own_vector(name: str, parameter: nn.Parameter) -> bool:
         matrix = named.get(f"{name.removesuffix('bias')}weight", parameter) if name.endswith("bias") else parameter
         left_dense = matrix.ndim > 1 and id(matrix) not in weights
-        return parameter.ndim == 1 and parameter.is_floating_point() and name not in block.common and not left_dense
+        own = name not in block.common and not name.startswith(routing)
+        return parameter.ndim == 1 and parameter.is_floating_point() and own and not left_dense
 
     return {name: each for name, each in named.items() if id(each) in weights or (tuned and is_own_vector(name, each))}
+
+
+def _routers(block: Block, pruned: Collection[str]) -> list[str]:
+    """What routes in a block and is left dense, by its name there: a linear, or the module that it is a part of."""
+    found = []
+    for router in block.routers:
+        around = module_around(router)
+        root = f"{around}{router.removeprefix(around).partition('.')[0]}"
+        found += [] if router in pruned else [root.removeprefix(f"{block.name}.")]
+    return found
 
 
 @torch.no_grad()

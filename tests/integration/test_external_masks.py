@@ -20,6 +20,7 @@ from optima import Recipe, prune
 from optima.cli import main
 from optima.distributed import ALONE
 from optima.errors import RecipeError
+from optima.holding import hold_zeros
 from optima.models.masks import MaskFiles
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
@@ -122,6 +123,33 @@ def test_masks_of_experts_that_a_checkpoint_stores_one_by_one(root: Path, family
         assert torch.equal(model.get_parameter(name) != 0, mask)
 
 
+def test_masks_named_after_single_experts(root: Path) -> None:
+    """As ``hold_zeros`` has them: outputs x inputs."""
+    family, name = "mixtral", "model.layers.0.mlp.experts.down_proj"
+    first, again = build(family), build(family)
+    prune(first, Recipe(objective="sink", sparsity=0.6), calibration=make_ids())
+    saved(hold_zeros(first).keep)
+    recipe = Recipe(selector="external", mask_from="masks.safetensors", objective="sink", solver="none")
+    prune(again, recipe, calibration=make_ids())
+    weights, kept = first.state_dict(), again.state_dict()
+    assert all(torch.equal(weights[key] == 0, kept[key] == 0) for key in weights if "_proj" in key)
+    masks = hold_zeros(first).keep
+    saved({**masks, f"{name}.0": masks[f"{name}.0"].mT})
+    with pytest.raises(RecipeError, match=rf"mask of {name}\.0 has shape"):
+        prune(build(family), recipe, calibration=make_ids())
+
+
+def test_what_else_lies_beside_a_checkpoint_is_no_mask(root: Path) -> None:
+    first = pruned("--selector", "magnitude", "--sparsity", "0.6", "--solver", "none")
+    Path("out").rename("theirs")
+    save_file({name: torch.ones_like(weight) for name, weight in first.items()}, "theirs/old.safetensors")
+    second = pruned(*EXTERNAL, "theirs")
+    assert all(torch.equal(weight != 0, second[name] != 0) for name, weight in first.items() if "_proj" in name)
+    Path("theirs/model.safetensors.index.json").unlink()
+    with pytest.raises(RecipeError, match=r"weight is in model-.*\.safetensors and in old\.safetensors: keep one"):
+        prune(make_llama(), Recipe(selector="external", mask_from="theirs"), calibration=make_tokens())
+
+
 def test_masks_for_a_part_of_the_model(root: Path) -> None:
     masks = {name: mask for name, mask in make_masks((3, 8)).items() if "mlp" in name}
     weights = pruned(*EXTERNAL, saved(masks), "--targets", "mlp")
@@ -195,7 +223,9 @@ class TestRefused:
     @pytest.mark.parametrize("path", ["missing", "missing.safetensors", "empty"])
     def test_nothing_there(self, cheap: Refused, root: Path, path: str) -> None:
         (root / "empty").mkdir()
-        assert f"mask_from {path} is neither a directory with .safetensors nor such a file" in cheap(*EXTERNAL, path)
+        assert f"mask_from {path} is neither a directory with all its .safetensors nor such a file" in cheap(
+            *EXTERNAL, path
+        )
 
     def test_file_that_is_not_safetensors(self, cheap: Refused) -> None:
         assert "text.txt is not a safetensors file" in cheap(*EXTERNAL, "text.txt")

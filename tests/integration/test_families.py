@@ -17,7 +17,7 @@ from tiny import make_llama
 from torch import Tensor, nn
 from transformers import Ernie4_5_MoeConfig
 
-from optima import Recipe, prune
+from optima import Recipe, order, prune
 from optima.build import build as build_methods
 from optima.calibration.capture import capture
 from optima.calibration.head import head_device
@@ -356,6 +356,66 @@ def test_embeddings_in_the_place_of_words() -> None:
     told = prune(words, Recipe(), calibration=ids).run
     assert prune(embedded, Recipe(), calibration=[batch]).run.num_tokens == told.num_tokens == ids.numel()
     assert all(own.equal(other) for own, other in zip(words.parameters(), embedded.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "granite_moe", "jamba"])
+def test_a_mixture_that_asks_for_a_loss_of_its_routers(family: str) -> None:
+    """As fine-tuned ones are saved: blocks that run in turn have no router logits for it."""
+    model, plain = build(family), build(family)
+    model.config.output_router_logits = True
+    for each in (model, plain):
+        prune(each, Recipe(tuning_epochs=0), calibration=make_ids())
+    assert all(own.equal(other) for own, other in zip(model.parameters(), plain.parameters(), strict=True))
+    assert model.config.output_router_logits
+
+
+def test_a_model_that_returns_tuples_has_a_loss_all_the_same() -> None:
+    model = build("t5")
+    model.config.return_dict = False
+    notes = prune(model, Recipe(tuning_epochs=0), calibration=make_ids()).run.notes
+    assert not any("objective sink took the place" in note for note in notes)
+
+
+@pytest.mark.parametrize("family", ["llama4", "phimoe"])
+def test_routers_that_choose_too(family: str) -> None:
+    """Linears that return more than their output."""
+    report = prune(build(family), Recipe(targets=["router$"]), calibration=make_ids())
+    assert report.linears
+    assert all(linear.name.endswith("router") and linear.sparsity > 0.2 for linear in report.linears)
+
+
+def test_nothing_of_a_dense_router_is_tuned() -> None:
+    model = build("gemma4_moe")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    report = prune(model, Recipe(tuning_epochs=2), calibration=make_ids())
+    assert any(linear.tuned for linear in report.linears)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert any("norm" in name for name in moved)
+    assert not any("router" in name for name in moved)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+def test_a_model_made_inside_inference_mode(family: str) -> None:
+    """Its weights change inside it alone, and views of them too."""
+    expected, recipe = build(family), Recipe(objective="sink")
+    with torch.inference_mode():
+        model = build(family)
+    for each in (expected, model):
+        prune(each, recipe, calibration=make_ids())
+    assert all(own.equal(other) for own, other in zip(model.parameters(), expected.parameters(), strict=True))
+    with torch.inference_mode():
+        model = build(family)
+    assert order(model, Recipe(pattern="2:4", objective="sink"), calibration=make_ids()).channels
+
+
+@pytest.mark.parametrize("form", ["batches", "records"])
+def test_as_many_pairs_are_taken_as_are_asked_for(form: str) -> None:
+    pairs = [{"input_ids": make_ids(4, 16), "labels": make_ids(4, 12)} for _ in range(3)]
+    if form == "records":
+        pairs = [{name: each[number] for name, each in pair.items()} for pair in pairs for number in range(4)]
+    report = prune(build("t5"), Recipe(num_calibration_samples=5, objective="sink"), calibration=pairs)
+    assert report.run.recipe["num_calibration_samples"] == 5
+    assert report.run.num_tokens == 5 * 12
 
 
 def test_positions_by_another_name() -> None:

@@ -306,6 +306,15 @@ def test_a_shared_expert_as_wide_as_there_are_experts_does_not_route() -> None:
     ]
 
 
+def test_attention_with_as_many_outputs_as_there_are_experts_does_not_route() -> None:
+    """In Gemma 4 the experts are in the block itself, beside attention."""
+    name, config, options = FAMILIES["gemma4_moe"]
+    (stack,) = find_stacks(getattr(hf, name)(getattr(hf, config)(**options | {"num_experts": 16})))
+    shapes = {linear.name: linear.shape[0] for block in stack.blocks for linear in block.linears}
+    assert any("attn" in linear and outputs == 16 for linear, outputs in shapes.items())
+    assert not any("attn" in linear for block in stack.blocks for linear in block.routers)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3", "qwen3_moe", "jamba", "xlnet"])
 def test_every_matrix_is_covered_or_counted(family: str) -> None:
     blocks = blocks_of(build(family))

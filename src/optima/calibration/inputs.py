@@ -130,7 +130,7 @@ def given_batches(model: nn.Module, calibration: object, most: Callable[[int], i
     alone = TEXT_ALONE - {LABELS} if is_encoder_decoder(model) else TEXT_ALONE  # which its decoder reads
     if not isinstance(first, Mapping) or set(first) <= alone or _is_record(first):
         return None
-    batches = list(_enough(calibration, most) if set(first) <= TEXT_ALONE else calibration)
+    batches = list(_enough(map(_batched, calibration), most) if set(first) <= TEXT_ALONE else calibration)
     for number, batch in enumerate(batches):
         wrong = {"batch": batch} if not isinstance(batch, Mapping) or not batch else batch
         for name, value in wrong.items():
@@ -148,15 +148,30 @@ def given_batches(model: nn.Module, calibration: object, most: Callable[[int], i
 
 
 def _enough(batches: Iterable[Any], most: Callable[[int], int]) -> Iterator[Any]:
-    """The first of them, as many as have the sequences that are wanted."""
+    """The first of them, as many as have the sequences that are wanted, and of the last one some."""
     count = 0
     for batch in batches:
+        words = _words(batch, WORDS_OF["decoder"]) if _of_tensors(batch) else None
+        if words is None or words.ndim != 2:  # refused in a moment
+            yield batch
+            continue
+        wanted, samples = most(words.shape[1]) - count, len(words)
+        if samples >= wanted:
+            yield batch if inseparable(batch, samples) else some_of(batch, slice(0, wanted), samples)
+            return
         yield batch
-        words = _words(batch, WORDS_OF["decoder"]) if isinstance(batch, Mapping) else None
-        if isinstance(words, Tensor) and words.ndim == 2:  # anything else is refused in a moment
-            count += len(words)
-            if count >= most(words.shape[1]):
-                return
+        count += samples
+
+
+def _of_tensors(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and all(isinstance(value, Tensor) for value in batch.values())
+
+
+def _batched(pair: Any) -> Any:
+    """A pair of texts, as a record of a data set holds it, is a batch of one."""
+    if not (_of_tensors(pair) and all(value.ndim == 1 for value in pair.values())):
+        return pair
+    return {name: value[None] for name, value in pair.items()}
 
 
 def _is_record(first: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from optima.calibration.inputs import Batch, arguments, stack_size
 from optima.device import one_memory_error
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
+from optima.models.reading import arguments_of
 from optima.models.stacks import Linear, Stack
 from optima.names import NUMBER, kind
 
@@ -118,6 +119,19 @@ def _is_ours(error: BaseException) -> bool:
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("optima.")
 
 
+def _plainly(model: nn.Module) -> dict[str, bool]:
+    """What keeps a forward pass from doing more than the blocks need, as its configuration may ask."""
+    configs = (model.config, *(getattr(model.config, name, None) for name in ("text_config", "decoder")))
+    options = {}
+    if any(getattr(config, "use_cache", None) is not None for config in configs):
+        options["use_cache"] = False  # what one block keeps would be handed to the others
+    if "output_router_logits" in arguments_of(model):
+        options["output_router_logits"] = False  # a loss of its own would be made of them, which blocks in turn lack
+    if getattr(model.config, "return_dict", True) is False:
+        options["return_dict"] = True  # or logits have no name
+    return options
+
+
 def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
     """What the model's own forward pass on a batch returns, where its embedding is.
 
@@ -125,9 +139,7 @@ def forward(model: nn.Module, batch: Batch, **options: Any) -> Any:
         ModelError: if the model asks for something else.
     """
     device = next(model.parameters()).device  # the embedding is the first parameter of every model of the library
-    configs = (model.config, *(getattr(model.config, name, None) for name in ("text_config", "decoder")))
-    if any(getattr(config, "use_cache", None) is not None for config in configs):
-        options["use_cache"] = False  # what one block keeps would be handed to the others
+    options |= _plainly(model)
     given = {name: tensor.to(device) for name, tensor in arguments(model, batch).items()}
     # Processors return float32, and not every model rounds it to its own dtype.
     own = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

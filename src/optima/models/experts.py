@@ -264,10 +264,11 @@ class Stored:
         """See ``Linear``: a view."""
         return self.orient(self.parameter.detach())
 
-    @torch.no_grad()
     def write(self, weight_OD: Tensor) -> None:
         """See ``Linear``."""
-        self.read().copy_(weight_OD)
+        # What is made there changes there alone.
+        with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
+            self.read().copy_(weight_OD)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from optima.errors import ModelError, RecipeError
 from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
 from optima.models.experts import ExpertLinear
-from optima.models.files import PACKED, usable_path
+from optima.models.files import PACKED, shards, usable_path
 from optima.models.skeleton import skeleton
-from optima.models.source import find_source
+from optima.models.source import INDEX, WEIGHTS, find_source
 from optima.models.stacks import Linear
 
 # Names listed in a message.
@@ -30,7 +30,8 @@ class MaskFiles:
     Args:
         path: a Hugging Face directory with safetensors, in which a weight survives where it is not zero, or one
             safetensors file of bool or uint8 tensors (1 = the weight survives), each called like its linear, with or
-            without ``.weight``. Masks have the shape in which the model stores the weight. What a directory stores
+            without ``.weight``. Masks have the shape in which the model stores the weight, or, of one expert of a fused
+            parameter and called by its number, outputs x inputs. What a directory stores
             under other names, or in parts, as experts often are, is read as transformers reads it.
         trust_remote_code: run the code that comes with a checkpoint, to read it so.
     """
@@ -50,12 +51,22 @@ class MaskFiles:
         files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
         if files and all(file.name.endswith(PACKED) for file in files):
             raise RecipeError(f"mask_from {self.path} is packed: unpack it with optima unpack {self.path}")
+        if (self.path / WEIGHTS).is_file():  # what else lies there is not the model's
+            files = [self.path / WEIGHTS]
+        elif (self.path / INDEX).is_file():
+            files = [self.path / name for name in shards(self.path / INDEX)]
         if not files or not all(file.is_file() for file in files):
             raise RecipeError(
-                f"mask_from {self.path} is neither a directory with .safetensors nor such a file: name a pruned "
-                "checkpoint or a safetensors file of masks"
+                f"mask_from {self.path} is neither a directory with all its .safetensors nor such a file: name a "
+                "pruned checkpoint or a safetensors file of masks"
             )
-        return {key.removesuffix(".weight"): (file, key) for file in files for key in _keys(file)}
+        found: dict[str, tuple[Path, str]] = {}
+        for file in files:
+            for key in _keys(file):
+                other, _ = found.setdefault(key.removesuffix(".weight"), (file, key))
+                if other != file:
+                    raise RecipeError(f"mask_from {self.path}: {key} is in {other.name} and in {file.name}: keep one")
+        return found
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -93,16 +104,20 @@ class MaskFiles:
             RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
         key = self._find(linear.name)
+        fused = isinstance(linear, ExpertLinear) and not _same(key, linear.name)  # one mask of all experts
+        alone = isinstance(linear, ExpertLinear) and not fused
+        shape = torch.Size(linear.shape) if alone else linear.parameter.shape
         if key not in self._packed:
-            self._packed[key] = _pack(self._read(linear, key))
-        shape = linear.parameter.shape
+            self._packed[key] = _pack(self._read(linear, key, shape))
+        if alone:
+            return _unpack(self._packed[key], shape)
         if not isinstance(linear, ExpertLinear):
             return linear.orient(_unpack(self._packed[key], shape))
         own = _unpack(self._packed[key], shape[1:], linear.expert)
         return linear.orient(own.expand(shape))
 
-    def _read(self, linear: Linear, name: str) -> Tensor:
-        """The mask called ``name`` as the model stores it."""
+    def _read(self, linear: Linear, name: str, shape: torch.Size) -> Tensor:
+        """The mask called ``name``, of ``shape``."""
         key, stored = self._stored(name)
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
@@ -111,10 +126,10 @@ class MaskFiles:
             )
         if stored.dtype == torch.uint8 and bool((stored > 1).any()):
             raise RecipeError(f"mask_from {self.path}: {key} has values above 1: a mask is 0 (pruned) or 1 (kept)")
-        if stored.shape != linear.parameter.shape:
+        if stored.shape != shape:
             raise RecipeError(
                 f"the external mask of {linear.name} has shape {tuple(stored.shape)}, but the model stores its weight "
-                f"as {tuple(linear.parameter.shape)}: use masks that were made for this model"
+                f"as {tuple(shape)}: use masks that were made for this model"
             )
         return stored != 0
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
 EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
@@ -44,17 +45,29 @@ def routers_of(block: nn.Module, counts: set[int]) -> Iterator[str]:
             continue
         parts = name.split(".")
         around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
-        beside = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
-        beside_experts = any("expert" in child for child in beside)
+        beside = [
+            any("expert" in child for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
+            for up in around
+        ]
+        beside_experts = any(beside)
         named = (
             INDEXER in parts
             or any(ROUTER in part for part in parts)
             or (beside_experts and bool(ROUTERS & set(parts[-2:])))
         )
-        # A shared expert may have as many channels as there are experts.
-        by_count = beside_experts and module.out_features in counts and not any("expert" in part for part in parts[:-1])
+        # A shared expert may have as many channels as there are experts, and so may attention, one module further away.
+        by_count = beside[0] and module.out_features in counts and not any("expert" in part for part in parts[:-1])
         if module.out_features == 1 or named or by_count:
             yield name
+
+
+@torch.no_grad()
+def own_output(linear: nn.Module, inputs: Tensor, returned: Any) -> Tensor | None:
+    """A linear's output: what its module returned, or, of a router that chooses too (Llama 4), a part of it."""
+    if isinstance(returned, Tensor):
+        return returned
+    own = nn.functional.linear(inputs, linear.weight, linear.bias)  # type: ignore[arg-type]
+    return next((each for each in returned if isinstance(each, Tensor) and torch.equal(each, own)), None)
 
 
 def module_around(router: str) -> str:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear, Stored, experts_of
-from optima.models.routers import expert_counts, module_around, routers_of
+from optima.models.routers import expert_counts, module_around, own_output, routers_of
 from optima.names import check_bounded, kind
 
 # Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
@@ -99,16 +99,16 @@ class ModuleLinear(Stored):
     def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """See ``Linear``."""
 
-        def hook(module: nn.Module, args: object, output: Tensor) -> Tensor | None:
-            if output.requires_grad:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], returned: Any) -> Tensor | None:
+            output = own_output(module, args[0], returned)
+            if output is not None and output.requires_grad:
                 output.register_hook(see)
-                return None
-            if not torch.is_grad_enabled():
-                return None
-            # Positions, or another stack's output: it does not depend on this one's hidden states.
-            leaf = output.detach().requires_grad_(True)
-            leaf.register_hook(see)
-            return leaf.clone()
+            elif output is returned and torch.is_grad_enabled():
+                # Positions, or another stack's output: it does not depend on this one's hidden states.
+                leaf: Tensor = output.detach().requires_grad_(True)
+                leaf.register_hook(see)
+                return leaf.clone()
+            return None
 
         return self.module.register_forward_hook(hook)
 

@@ -85,13 +85,14 @@ class Channels:
 def reorder(channels: Channels, order_HW: Tensor, parameters: Mapping[str, Tensor]) -> None:
     """Give channels another order in place; ``order_HW`` says for each place which channel of the head comes there."""
     for place in channels.places:
-        tensor = parameters[place.name]
-        tensor = tensor if place.expert is None else tensor[place.expert]
-        index = torch.arange(tensor.shape[place.dim])
+        whole = parameters[place.name]
+        index = torch.arange(whole.shape[place.dim + (place.expert is not None)])
         for order_W, starts in zip(order_HW, place.starts, strict=True):
             for start in starts:
                 index[start + place.step * torch.arange(channels.width)] = start + place.step * order_W
-        tensor.copy_(tensor.index_select(place.dim, index.to(tensor.device)))
+        with torch.inference_mode(whole.is_inference()), torch.no_grad():  # what is made there changes there alone
+            tensor = whole if place.expert is None else whole[place.expert]
+            tensor.copy_(tensor.index_select(place.dim, index.to(tensor.device)))
 
 
 def inner_channels(block: Block, config: Any) -> list[list[Channels]]:

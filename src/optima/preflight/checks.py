@@ -96,8 +96,11 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
         found.patterns.update(table.assign({linear.name: linear.shape[1] for linear in found.linears}))
     if isinstance(methods.selector, External):
         if isinstance(masks := methods.selector.masks, MaskFiles):
-            fused = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
-            masks.check_names([*(name for name, module in model.named_modules() if hasattr(module, "weight")), *fused])
+            known = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+            known += [name for name, module in model.named_modules() if hasattr(module, "weight")]
+            masks.check_names(
+                [*known, *(each.name for block in found.blocks for each in (*block.linears, *block.left))]
+            )
         for linear in found.linears:
             found.patterns[linear.name] = methods.selector.check(linear, found.patterns.get(linear.name))
     if isinstance(methods.selector, ALPS):
