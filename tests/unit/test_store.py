@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -67,11 +68,22 @@ def test_files_that_cannot_be_mapped_are_explained(tmp_path: Path, monkeypatch: 
 
 def test_a_disk_that_may_not_hold_the_rest_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB))
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint="/", fstype="ext4")])
     assert not Store(None, tmp_path).shortage(8 * GIB)
     store = Store(2 * GIB, tmp_path)
     assert not store.shortage(3 * GIB)
     assert store.shortage(3 * GIB, 2)
     assert re.search(r"up to 2\.0 GiB of files in .*, which has 1\.0 GiB free", store.shortage(4 * GIB))
+
+
+def test_files_without_a_disk_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where /tmp is main memory, what waits there is held all the same."""
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="tmpfs")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    (tmp_path / "a/b").mkdir(parents=True)
+    store = Store(2 * GIB, tmp_path / "a/b")
+    assert not store.shortage(2 * GIB)
+    assert re.search(r"up to 1\.0 GiB of files in .*, which is main memory itself: write to", store.shortage(3 * GIB))
 
 
 def test_without_a_budget_the_rest_of_the_run_has_room(monkeypatch: pytest.MonkeyPatch) -> None:

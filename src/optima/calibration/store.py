@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -69,7 +70,14 @@ class Store:
     def shortage(self, size: int, processes: int = 1) -> str:
         """What to tell of ``size`` bytes at most that each of some ``processes`` here will keep; empty: they fit."""
         beyond, place = processes * (size - (size if self.budget is None else self.budget)), self._place()
-        if beyond <= 0 or (free := shutil.disk_usage(place).free) >= beyond:
+        if beyond <= 0:
+            return ""
+        if _is_memory(place):
+            return (
+                f"activations may take up to {beyond / 2**30:.1f} GiB of files in {place}, which is main memory "
+                "itself: write to a disk, or let TMPDIR name a directory on one"
+            )
+        if (free := shutil.disk_usage(place).free) >= beyond:
             return ""
         return (
             f"activations may take up to {beyond / 2**30:.1f} GiB of files in {place}, which has "
@@ -99,6 +107,13 @@ class Store:
                 os.close(handle)
                 os.unlink(name)
         return mapped.view(tensor.shape).copy_(tensor)
+
+
+def _is_memory(directory: Path) -> bool:
+    """Whether its file system has no disk, as /tmp often has none."""
+    kinds = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+    here = directory.resolve()
+    return next((kinds[above] for above in (here, *here.parents) if above in kinds), "") in ("tmpfs", "ramfs")
 
 
 @contextmanager
