@@ -322,7 +322,7 @@ def test_one_process_has_it_all() -> None:
         assert ranks.part(5) == slice(0, 5)
         assert ranks.gather(1) == ranks.collect(1) == ranks.to_first(1) == [1]
         with pytest.raises(RecipeError):
-            ranks.on("nowhere")
+            ranks.on("cuda:99")
 
 
 class TestShareOut:
