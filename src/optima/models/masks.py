@@ -104,8 +104,7 @@ class MaskFiles:
             RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
         key = self._find(linear.name)
-        fused = isinstance(linear, ExpertLinear) and not _same(key, linear.name)  # one mask of all experts
-        alone = isinstance(linear, ExpertLinear) and not fused
+        alone = isinstance(linear, ExpertLinear) and _same(key, linear.name)  # else one mask of all experts
         shape = torch.Size(linear.shape) if alone else linear.parameter.shape
         if key not in self._packed:
             self._packed[key] = _pack(self._read(linear, key, shape))
