@@ -42,12 +42,19 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.load(recipe_text(path), _Loader)  # S506: _Loader is a SafeLoader.
     except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {path} is not valid YAML: {error}") from error
+        raise RecipeError(f"recipe {path} is not valid YAML: {_in_a_line(error)}") from error
     except RecursionError as error:
         raise RecipeError(f"recipe {path} is nested too deeply: no value of a recipe is more than a list") from error
     if not isinstance(values, dict):
         raise RecipeError(f"recipe {path} must hold keys and values, such as 'sparsity: 0.5'")
     return values
+
+
+def _in_a_line(error: yaml.YAMLError) -> str:
+    """What the parser found and where; its own message takes up to eight lines."""
+    mark = getattr(error, "problem_mark", None)
+    place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return place + (getattr(error, "problem", None) or " ".join(str(error).split()))
 
 
 def recipe_text(path: str | Path) -> str:

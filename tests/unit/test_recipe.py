@@ -156,7 +156,10 @@ class TestYaml:
         assert "must hold keys and values" in refused(tmp_path, text)
 
     def test_no_yaml(self, tmp_path: Path) -> None:
-        assert "is not valid YAML" in refused(tmp_path, "sparsity: [0.5")
+        message = refused(tmp_path, "seed: 0\nsparsity: [0.5")
+        assert "is not valid YAML: line 2, column 15: expected ',' or ']'" in message
+        assert "\n" not in message
+        assert "is not valid YAML: unacceptable character #x0000" in refused(tmp_path, "sparsity: \0")
 
     def test_no_text(self, tmp_path: Path) -> None:
         (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")

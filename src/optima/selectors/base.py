@@ -137,6 +137,8 @@ def load_foreign(path: str) -> Selector:
     if "/" in module_name or module_name.endswith(".py"):
         name = module_name.rpartition("/")[2].removesuffix(".py")
         raise RecipeError(f"selector {path}: write {name}:{class_name}, and run from the directory of {name}.py")
+    if not module_name or module_name.startswith("."):  # import_module takes neither
+        raise RecipeError(f"selector {path}: name a whole module before the colon, as package.module:Class does")
     known = "" in sys.path
     if not known:
         sys.path.append("")
@@ -145,7 +147,7 @@ def load_foreign(path: str) -> Selector:
     except SyntaxError as error:
         place = f"line {error.lineno} of {error.filename}"
         raise RecipeError(f"selector {path}: {place} is not Python ({error.msg}): correct it") from error
-    except (ImportError, ValueError, TypeError) as error:  # TypeError: of a relative name
+    except ImportError as error:
         raise RecipeError(
             f"selector {path}: {module_name} cannot be imported ({error}): install it, or run from its directory"
         ) from error
