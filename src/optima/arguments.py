@@ -14,11 +14,11 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 import optima
-from optima.errors import OptimaError
+from optima.errors import IdleError, OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
 from optima.options import DTYPES, GROUPS, OF_HUB
 from optima.recipe import Recipe, recipe_from_dict
-from optima.recipe_files import read_recipe
+from optima.recipe_files import read_recipe, recipe_in
 from optima.reporting.trackers import TRACKERS
 from optima.values import must_be
 
@@ -273,15 +273,21 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     if values.get("trust_remote_code") is True:
         del values["trust_remote_code"]  # a file from elsewhere cannot vouch for the code that it runs
     trusted = {name: value for name, value in given.items() if name == "trust_remote_code"}
-    recipe_from_dict(values | trusted, f"recipe {path}")
+    recipe_in(path, values | trusted)
     _drop_patterns(values, given, path)
     if reason := _unshared(given, values):
         _drop_allocation(values, path, reason)
     if values.get("keep_dense") is not None and (reason := _all_pruned(given, values)):
         _logger.warning("recipe %s: its keep_dense is left out, for %s was given", path, reason)
         del values["keep_dense"]
-    _drop_idle(values, given)
-    return recipe_from_dict(values | given)
+    _drop_other(values, given)
+    while True:
+        try:
+            return recipe_from_dict(values | given)
+        except IdleError as error:  # by what was given: the file for itself is in order
+            if error.name in given:
+                raise
+            del values[error.name]
 
 
 def _drop_patterns(values: dict[str, Any], given: dict[str, Any], path: str) -> None:
@@ -306,33 +312,16 @@ def _objective(values: dict[str, Any], given: dict[str, Any]) -> str:
     return "plain" if given.get("solver") == "none" and values.get("objective") is None else "loss"
 
 
-def _drop_idle(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """What the file says for a method goes with it, where another was given."""
-    given = {**given, "objective": _objective(values, given)} if "objective" not in values else given
+def _drop_other(values: dict[str, Any], given: dict[str, Any]) -> None:
+    """What the file says of a selector, an allocation or a data set goes where another was given."""
     for option, method, own in (
         ("selector", "external", "mask_from"),
         ("allocation", values.get("allocation") or "loss", "allocation_spread"),
-        ("allocation", "owl", "outlier_multiple"),
-        ("objective", "sink", "sink_weight"),
-        ("objective", "loss", "swept_share"),
-        ("scope", "group", "group_size"),
     ):
         if given.get(option, method) != method:
             values.pop(own, None)
     for own in OF_HUB if "dataset" in given else ():
         values.pop(own, None)
-    for own in ("learning_rate", "tuning_share") if _untuned(values, given) else ():
-        values.pop(own, None)
-    if given.get("solver") == "none":
-        values.pop("gap", None)
-
-
-def _untuned(values: dict[str, Any], given: dict[str, Any]) -> bool:
-    """Whether blocks will not be tuned because of what was given, see ``Recipe.applied_epochs``."""
-    epochs = given.get("tuning_epochs", values.get("tuning_epochs"))
-    if epochs is not None:
-        return given.get("tuning_epochs") == "0"
-    return given.get("solver") == "none" or _objective(values, given) != "loss" or "max_change" in given
 
 
 def _unshared(given: dict[str, Any], values: dict[str, Any]) -> str:

@@ -1,9 +1,10 @@
-"""A console that leaves to us what becomes of a pipe that nobody reads any more, and of a full disk behind it."""
+"""Lines for who watches, and a console that leaves to us what becomes of a closed pipe or a full disk behind it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 
@@ -16,6 +17,19 @@ class OwnConsole(Console):
     def on_broken_pipe(self) -> None:
         """Called where the ``BrokenPipeError`` is handled."""
         raise
+
+
+def say(console: Console | None, text: str) -> None:
+    """Print a line as it is, if there is a console."""
+    if console is not None:
+        with explain_log_errors():
+            console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def pace(elapsed: float, left: float) -> str:
+    """These seconds as lines of progress say them."""
+    used, more = (timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
+    return f"{used} elapsed  {more} left"
 
 
 @contextmanager

@@ -72,6 +72,11 @@ def named_device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
+def is_there(device: torch.device) -> bool:
+    """Whether this machine has the device."""
+    return device.type != "cuda" or (device.index or 0) < torch.cuda.device_count()
+
+
 def find_device(name: str) -> torch.device:
     """As ``named_device``.
 
@@ -79,7 +84,7 @@ def find_device(name: str) -> torch.device:
         RecipeError: if the device is not there.
     """
     device = named_device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if not is_there(device):
         count = torch.cuda.device_count()
         raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")
     return device

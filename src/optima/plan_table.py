@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from optima.device import REMEDY
+from optima.device import REMEDY, is_there
 from optima.models.stacks import Block
 from optima.names import kind
 from optima.patterns import Pattern
@@ -64,7 +64,7 @@ def _advice(plan: Plan) -> list[str]:
     short = plan.host.shortage()
     lines = [short] if short else []
     device = torch.device("cuda" if plan.recipe.device == "auto" else plan.recipe.device)
-    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
+    if device.type == "cuda" and is_there(device):
         room, _ = torch.cuda.mem_get_info(device)  # beside other processes and the driver's own
         if plan.work_bytes + plan.block_bytes > room:
             lines.append(f"the card has {_size(room)} free: {REMEDY}")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from optima.errors import RecipeError
+from optima.errors import IdleError, RecipeError
 from optima.options import (
     ALLOCATION_NAMES,
     BOUNDED_SOLVERS,
@@ -345,7 +345,7 @@ class Recipe:
         defaults = {each.name: each.default for each in fields(self)}
         for name, owner in self._idle().items():
             if getattr(self, name) != defaults[name]:
-                raise RecipeError(f"{name} is for {owner}: add that, or leave {name} out")
+                raise IdleError(name, f"{name} is for {owner}: add that, or leave {name} out")
 
     def _idle(self) -> dict[str, str]:
         """Options that do nothing, and what they are for."""
@@ -368,23 +368,20 @@ class Recipe:
         return {name: owner for name, (owner, applies) in used.items() if not applies}
 
 
-def recipe_from_dict(values: dict[str, Any], source: str | None = None) -> Recipe:
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
     """Build a recipe from plain values; missing keys take their defaults.
 
     Raises:
-        RecipeError: on unknown keys, wrong types or values; the message names ``source``, if it is given.
+        RecipeError: on unknown keys, wrong types or values.
     """
     known = [each.name for each in fields(Recipe)]
-    try:
-        for key in values:
-            plain = str(key).replace("-", "_")
-            if key not in known and plain in known:
-                raise RecipeError(f"{key}: write {plain}")
-            if key not in known:
-                raise RecipeError(unknown("key", str(key), known))
-        return Recipe(**values)
-    except RecipeError as error:
-        raise RecipeError(f"{source}: {error}" if source else str(error)) from error
+    for key in values:
+        plain = str(key).replace("-", "_")
+        if key not in known and plain in known:
+            raise RecipeError(f"{key}: write {plain}")
+        if key not in known:
+            raise RecipeError(unknown("key", str(key), known))
+    return Recipe(**values)
 
 
 def _checked(each: DataclassField[Any], value: Any) -> Any:

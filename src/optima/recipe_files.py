@@ -30,7 +30,19 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds unknown keys or impossible values.
     """
-    return recipe_from_dict(read_recipe(path), f"recipe {path}")
+    return recipe_in(path, read_recipe(path))
+
+
+def recipe_in(path: str | Path, values: dict[str, Any]) -> Recipe:
+    """The recipe of these ``values``, which the file ``path`` holds.
+
+    Raises:
+        RecipeError: on unknown keys, wrong types or values; the message names the file.
+    """
+    try:
+        return recipe_from_dict(values)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error}") from error
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

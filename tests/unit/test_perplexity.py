@@ -1,5 +1,6 @@
 """Perplexity against the plain definition, on tiny random models of several structures."""
 
+import errno
 import io
 import logging
 import math
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
+from optima.errors import CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
 from optima.evaluation import logits as logits_module
 from optima.evaluation.perplexity import evaluation_windows, perplexity, window_losses
 from optima.evaluation.record import Estimate, ModelRecord, PerplexityRecord, TaskRecord
@@ -287,6 +288,15 @@ class TestEvaluationWindows:
     def test_no_windows(self) -> None:
         with pytest.raises(RecipeError, match="--max-windows must be at least 1"):
             evaluation_windows(["1 2 3"], self.tokenizer(None), 2, max_windows=0)
+
+
+def test_a_log_that_cannot_be_written_is_one_error() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OptimaError, match="standard error cannot be written"):
+        Watch(Console(file=Full())).model("dense", 1, 1)
 
 
 def test_a_long_evaluation_says_how_far_it_is() -> None:

@@ -15,6 +15,7 @@ import yaml
 from optima import Recipe, load_recipe
 from optima.arguments import recipe_of
 from optima.cli import main
+from optima.errors import RecipeError
 from optima.recipe_files import SHIPPED, describe_shipped, read_recipe, recipe_schema
 
 KINDS = {"string": str, "number": (int, float), "integer": int, "boolean": bool, "array": list, "null": type(None)}
@@ -198,7 +199,11 @@ class TestPatternOverAllocation:
         ("allocation: owl\noutlier_multiple: 3", {"pattern": ["2:4"]}),
         ("scope: group\ngroup_size: 64", {"scope": "row"}),
         ("scope: group\ngroup_size: 64", {"pattern": ["2:4"]}),
+        ("selector: sparsegpt\ngroup_size: 64", {"selector": "wanda"}),
         ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "0"}),
+        ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "00"}),
+        ("dataset: text.jsonl\ntext_column: body", {"dataset": ["text.txt"]}),
+        ("own_share: 0.5", {"dataset": ["self"]}),
         ("dataset: allenai/c4\ndataset_config: en", {"dataset": ["text.txt"]}),
         ("dataset: allenai/c4\nsplit: validation", {"dataset": ["self"]}),
     ],
@@ -209,3 +214,9 @@ def test_what_belongs_to_a_choice_goes_with_it(tmp_path: Path, file: str, given:
     name = file.rpartition("\n")[2].partition(":")[0]
     recipe = recipe_of({"recipe": str(tmp_path / "mine.yaml"), **given})
     assert getattr(recipe, name) == getattr(Recipe(), name)
+
+
+def test_what_is_given_and_does_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("solver: none\ngroup_size: 128")
+    with pytest.raises(RecipeError, match=r"gap is for a solver: add that, or leave gap out"):
+        recipe_of({"recipe": str(tmp_path / "mine.yaml"), "gap": "1e-5"})

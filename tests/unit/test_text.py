@@ -237,11 +237,12 @@ class TestReadDocuments:
         with pytest.raises(CalibrationError, match="no tools"):
             list(documents)
 
-    def test_messages_of_other_keys(self, here: Path) -> None:
-        (here / "a.jsonl").write_text(json.dumps({"messages": [{"from": "human", "value": "hi"}]}))
+    @pytest.mark.parametrize(("message", "keys"), [({"from": "human", "value": "hi"}, "from, value"), ({}, "nothing")])
+    def test_messages_of_other_keys(self, here: Path, message: dict[str, str], keys: str) -> None:
+        (here / "a.jsonl").write_text(json.dumps({"messages": [message, {"role": "user", "content": "hi"}]}))
         tokenizer = make_tokenizer()
         tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        with pytest.raises(CalibrationError, match="a message of from, value: each needs a role and a content"):
+        with pytest.raises(CalibrationError, match=f"a message of {keys}: each needs a role and a content"):
             list(Documents(TextSource(("a.jsonl",)), tokenizer=tokenizer))
 
     @pytest.mark.parametrize("seed", [None, 0])

@@ -217,10 +217,10 @@ class Documents:
                 f"({type(self._tokenizer).__name__}) has none: use one that has, or name a column of text with "
                 "--text-column"
             )
-        if odd := next((each for each in messages if not _is_message(each)), None):
+        if (odd := next((each for each in messages if not _is_message(each)), None)) is not None:
             raise CalibrationError(
-                f"a chat of dataset {name!r} has a message of {', '.join(odd)}: each needs a role and a content; "
-                "rename its keys, or name a column of text with --text-column"
+                f"a chat of dataset {name!r} has a message of {', '.join(odd) or 'nothing'}: each needs a role and a "
+                "content; rename its keys, or name a column of text with --text-column"
             )
         # Arrow gives each message of a column all the keys that any of them has.
         messages = [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 
 from rich.console import Console
 
+from optima.console import pace, say
 from optima.evaluation.record import ModelRecord
 
 EVERY = 30.0  # seconds between two lines, so that a short evaluation stays short
@@ -32,7 +32,7 @@ class Watch:
     def model(self, name: str, place: int, models: int, tasks: Sequence[str] = ()) -> None:
         """Model number ``place`` of ``models`` is read, and measured then; ``tasks`` tell of no progress."""
         more = f"; tasks: {', '.join(tasks)}" if tasks else ""
-        self._line(f"measuring {name} ({place} of {models}){more}")
+        say(self._console, f"measuring {name} ({place} of {models}){more}")
 
     def loaded(self) -> None:
         """Its weights are read: what takes long begins."""
@@ -45,17 +45,12 @@ class Watch:
             found.append(f"KL {apart.kl.value:.4f}, top-1 same {apart.top1.value:.2%}")
         for task in record.tasks:
             found += [f"{task.task} {metric} {each.value:.2%}" for metric, each in task.metrics.items()]
-        self._line(f"{record.model}: {', '.join(found)}")
+        say(self._console, f"{record.model}: {', '.join(found)}")
 
     def windows(self, done: int, total: int) -> None:
         """So many windows of the text are done, of the model that was named last."""
         now = self._clock()
         if now - self._told >= EVERY or (done == total and self._told > self._began):
             used = now - self._began
-            elapsed, left = (timedelta(seconds=round(seconds)) for seconds in (used, used / done * (total - done)))
-            self._line(f"window {done}/{total}  {elapsed} elapsed  {left} left")
+            say(self._console, f"window {done}/{total}  {pace(used, used / done * (total - done))}")
             self._told = now
-
-    def _line(self, text: str) -> None:
-        if self._console is not None:
-            self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optima.calibration.own_text import CARD_SHARE, keys_bytes, writes
-from optima.device import find_device
+from optima.device import is_there, named_device
 from optima.errors import RecipeError
 from optima.main_memory import total_memory
 from optima.memory import (
@@ -58,9 +58,8 @@ def _memory_at_work(recipe: Recipe, budget: int | None) -> int | None:
     """Bytes of memory where blocks run, in main memory the ``budget``; None for a plan for a device elsewhere."""
     if on_cpu(recipe):
         return budget or total_memory()
-    if torch.cuda.is_available():
-        return int(torch.cuda.get_device_properties(find_device(recipe.device)).total_memory)
-    return None
+    device = named_device(recipe.device)
+    return int(torch.cuda.get_device_properties(device).total_memory) if is_there(device) else None
 
 
 def settle_tuning(

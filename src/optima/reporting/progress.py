@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Display
 from rich.table import Column
 
-from optima.console import OwnConsole, explain_log_errors
+from optima.console import OwnConsole, pace, say
 from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
 from optima.reporting.record import LinearRecord, geometric_mean, name_in_block
 
@@ -41,12 +40,12 @@ class Progress(Callback):
 
     def reading(self, model: str | None) -> None:
         """The first long work begins: the text is read, and the weights of ``model`` unless they are in memory."""
-        self._line(f"reading {'' if model is None else f'{model} and '}the calibration text")
+        say(self._console, f"reading {'' if model is None else f'{model} and '}the calibration text")
 
     def on_start(self, start: RunStart) -> None:
         """All is read."""
         model = f"{start.linears} linears in {start.blocks} blocks"
-        self._line(f"pruning {model} on {start.device}, by {start.samples} x {start.length} tokens")
+        say(self._console, f"pruning {model} on {start.device}, by {start.samples} x {start.length} tokens")
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
         """A walk begins."""
@@ -60,9 +59,9 @@ class Progress(Callback):
             self._display.add_task("", total=blocks, completed=done, linear=doing, error="-")
             self._display.start()
         elif done:
-            self._line(f"going on: {done} of {blocks} blocks are done")
+            say(self._console, f"going on: {done} of {blocks} blocks are done")
         else:
-            self._line(WALKS[stage].format(blocks))
+            say(self._console, WALKS[stage].format(blocks))
 
     def on_share(self, share: ShareEvent) -> None:
         """The writing, or a sweep, has come further."""
@@ -71,7 +70,7 @@ class Progress(Callback):
             self._display.update(task.id, completed=share.share * (task.total or 0))
         elif share.elapsed >= self._told + SHARE_LINES:
             self._told = share.elapsed
-            self._line(f"{share.stage}: {share.share:.0%}  {_times(share)}")
+            say(self._console, f"{share.stage}: {share.share:.0%}  {pace(share.elapsed, share.left)}")
 
     def on_linear(self, linear: LinearRecord) -> None:
         """A linear is pruned."""
@@ -92,12 +91,10 @@ class Progress(Callback):
             self._display.update(task, completed=block.done, linear=linear)
         else:
             stage = "" if block.stage == "prune" else f"{block.stage}: "
-            self._line(f"{stage}block {block.done}/{block.total}  error {self._error()}  {_times(block)}")
-
-    def _line(self, text: str) -> None:
-        if self._console is not None:
-            with explain_log_errors():
-                self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+            say(
+                self._console,
+                f"{stage}block {block.done}/{block.total}  error {self._error()}  {pace(block.elapsed, block.left)}",
+            )
 
     def _error(self) -> str:
         return f"{geometric_mean(self._errors):.4f}" if self._errors else "-"
@@ -110,11 +107,6 @@ class Progress(Callback):
     def close(self, error: BaseException | None) -> None:
         """The run is over: the live line ends, also by Ctrl-C."""
         self._stop()
-
-
-def _times(event: BlockEvent | ShareEvent) -> str:
-    used, more = (timedelta(seconds=round(seconds)) for seconds in (event.elapsed, event.left))
-    return f"{used} elapsed  {more} left"
 
 
 def _display(console: Console, unit: str) -> Display:
