@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 
@@ -28,9 +27,6 @@ class PeakMemory:
 
     On a CPU this is the process's resident memory. Linux can restart its high-water mark; elsewhere, and where that is
     not permitted, it covers the life of the process.
-
-    Attributes:
-        baseline: in use at construction.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -38,11 +34,9 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.init()  # which counting does not
             torch.cuda.reset_peak_memory_stats(device)
-            self.baseline = torch.cuda.memory_allocated(device)
         else:
             with contextlib.suppress(OSError):
                 _CLEAR_REFS.write_text("5")
-            self.baseline = psutil.Process().memory_info().rss
 
     def peak(self) -> int:
         """The highest value until now."""
@@ -228,6 +222,17 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
     finally:
         del attributes["forward"]
         attributes.update(own)
+
+
+def once(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``forward`` returns the first time, whatever it is called with."""
+    known: list[Any] = []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        known[:] = known or [forward(*args, **kwargs)]
+        return known[0]
+
+    return called
 
 
 @contextmanager

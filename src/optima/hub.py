@@ -66,13 +66,13 @@ def push(
         return f"{api.endpoint}/{full}"
 
 
-def check_push(repo: str, overwrite: bool = False) -> str:
-    """Whether somebody is logged in who may push to ``repo``, and nothing else is replaced; returns ``owner/name``.
+def check_push(repo: str) -> str:
+    """Whether somebody is logged in who may push to ``repo``, and nothing there is replaced; returns ``owner/name``.
 
     Raises:
         ModelError: if not; the message says what to do.
     """
-    return _checked(repo, overwrite)[0]
+    return _checked(repo, overwrite=False)[0]
 
 
 def _checked(repo: str, overwrite: bool) -> tuple[str, list[str]]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from optima.device import describe_device
 from optima.distributed import Ranks
 from optima.errors import ModelError
-from optima.models.fingerprint import fingerprint_files
+from optima.models.fingerprint import bytes_of, fingerprint_files, hash_tensors
 from optima.models.journal import differences, shown
 from optima.models.masks import MaskFiles
 from optima.models.own_code import imported_files
@@ -123,7 +123,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(_bytes_of(value)).hexdigest()}"
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(bytes_of(value).numpy().data).hexdigest()}"
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -170,15 +170,7 @@ def check_alike(run: Mapping[str, Any], ranks: Ranks) -> None:
 
 def _fingerprint(network: PreTrainedModel) -> str:
     """Of a model in memory: every tensor whole."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes_of(tensor))
-    return f"sha256-of-tensors:{digest.hexdigest()}"
-
-
-def _bytes_of(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return f"sha256-of-tensors:{hash_tensors(network.state_dict().items())}"
 
 
 def _kind(device: torch.device) -> str:

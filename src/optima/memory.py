@@ -277,7 +277,7 @@ def _waiting_bytes(block: Block) -> int:
 
 def batch_tokens(recipe: Recipe) -> int:
     """Tokens in a forward pass."""
-    samples = batch_size(recipe, on_cpu(recipe), recipe.max_seq_length)
+    samples = batch_size(recipe, recipe.max_seq_length)
     return min(samples, recipe.num_calibration_samples or samples) * recipe.max_seq_length
 
 
@@ -293,6 +293,6 @@ def _linear_bytes(outputs: int, inputs: int, recipe: Recipe) -> int:
     return square * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
 
 
-def batch_size(recipe: Recipe, on_cpu: bool, length: int) -> int:
+def batch_size(recipe: Recipe, length: int) -> int:
     """Sequences of ``length`` tokens in one forward pass."""
-    return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu else BATCH_SIZE)
+    return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu(recipe) else BATCH_SIZE)

@@ -178,9 +178,15 @@ def pattern_texts(value: Any) -> Any:
     return [str(item) if isinstance(item, float) else item for item in items]
 
 
+def parse_nm(text: str) -> NM | None:
+    """The pattern n:m that ``text`` is, if it is one."""
+    match = re.fullmatch(r"(\d+)\s*:\s*(\d+)", text)
+    return NM(int(match[1]), int(match[2])) if match else None
+
+
 def _parse_pattern(value: str, entry: str, scope: Scope, group_size: int) -> Pattern:
-    if match := re.fullmatch(r"(\d+)\s*:\s*(\d+)", value):
-        return NM(int(match[1]), int(match[2]))
+    if nm := parse_nm(value):
+        return nm
     try:
         sparsity = float(value)
     except ValueError as error:

@@ -69,6 +69,7 @@ class Plan:
     model_bytes: int
     beside_bytes: int
     host: HostMemory
+    shares: Shares
     left_bytes: int
     passes: int
     reads: int
@@ -151,6 +152,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
         host=memory,
+        shares=kept.shares,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
         passes=forward_passes(
             recipe,

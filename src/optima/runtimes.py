@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -12,7 +11,7 @@ from pathlib import Path
 import yaml
 from pydantic import ConfigDict, TypeAdapter
 
-from optima.patterns import NM, Pattern, Unstructured
+from optima.patterns import NM, Pattern, Unstructured, parse_nm
 
 DATA = Path(__file__).parent / "runtimes.yaml"
 DENSE, ANY_ZEROS = "dense", "unstructured"
@@ -96,20 +95,16 @@ def weights_of(linears: Iterable[tuple[Pattern, int]]) -> dict[Pattern, int]:
 
 def named_pattern(text: str, sparsity: float) -> Pattern:
     """The pattern that a report names, as far as a runtime cares: n:m, or so many zeros anywhere."""
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if match:
-        return NM(int(match[1]), int(match[2]))
-    return Unstructured(min(max(sparsity, 1e-6), 1 - 1e-6))
+    return parse_nm(text) or Unstructured(min(max(sparsity, 1e-6), 1 - 1e-6))
 
 
 def _fits(pattern: Pattern, name: str) -> bool:
     """Whether what has ``pattern`` has the pattern called ``name``, too: n:m has zeros, and 1:4 and 1:2 are 2:4."""
     if name == ANY_ZEROS:
         return True
-    match = re.fullmatch(r"(\d+):(\d+)", name)
-    if match is None or not isinstance(pattern, NM):
+    named = parse_nm(name)
+    if named is None or not isinstance(pattern, NM):
         return False
-    n, m = int(match[1]), int(match[2])
-    if m % pattern.m == 0:
-        return pattern.n * (m // pattern.m) <= n
-    return pattern.m % m == 0 and pattern.n <= n
+    if named.m % pattern.m == 0:
+        return pattern.n * (named.m // pattern.m) <= named.n
+    return pattern.m % named.m == 0 and pattern.n <= named.n

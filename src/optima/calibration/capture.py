@@ -88,22 +88,22 @@ def capture(
             )
     none: list[list[Call]] = [[] for _ in blocks]
     empty = Streams(probe, [], [], none, [], store or Store(), halving=halving, whole=apart, fixed=_fixed(trial))
-    streams = _recorded(model, stack, batches[:1], empty)
+    streams = _recorded(model, stack, batches[0], empty)
     words = [batch for batch in batches if isinstance(batch, Tensor)]
     if words and any(streams.inseparable(block, 0, looks=True) for block in blocks):
         # Not later, then now: tuning goes by sequences, and memory may be short.
         batches = [one for batch in words for one in batch.split(1)]
         del streams
-        streams = _recorded(model, stack, batches[:1], empty)
+        streams = _recorded(model, stack, batches[0], empty)
     _record(model, stack, batches[1:], streams)
     return replace(streams, ranks=ranks).counted()
 
 
-def _recorded(model: nn.Module, stack: Stack, batches: Sequence[Batch], empty: Streams) -> Streams:
+def _recorded(model: nn.Module, stack: Stack, batch: Batch, empty: Streams) -> Streams:
     """Streams as ``empty``, with what enters the blocks of ``stack``."""
     calls: list[list[Call]] = [[] for _ in empty.calls]
     streams = replace(empty, sizes=[], hidden=[], calls=calls, carried=[], batches=[])
-    _record(model, stack, batches, streams)
+    _record(model, stack, [batch], streams)
     return streams
 
 

@@ -6,7 +6,7 @@ chunk, K chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from optima.calibration.halving import rows_of
 from optima.calibration.inputs import Batch, inseparable, some_of
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
-from optima.device import backward_explained, describe_memory, forward_replaced
+from optima.device import backward_explained, describe_memory, forward_replaced, once
 from optima.errors import NotDifferentiableError
 from optima.models.reading import in_slices, is_encoder_decoder
 from optima.models.stacks import Stack, count_by_place, find_stacks
@@ -115,7 +115,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
                 like = streams.probe.outputs[block.index]
                 replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
             if stack.part == "decoder" and (encoder := model.get_encoder()) is not model:
-                replaced.enter_context(forward_replaced(encoder, _once(encoder.forward)))
+                replaced.enter_context(forward_replaced(encoder, once(encoder.forward)))
             for start in range(0, length, step):
                 drawn_BC = drawn_BL[part, start : start + step]
                 if sliced:
@@ -132,17 +132,6 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
     parts = streams.halving.over(samples, back, whole)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _once(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """What ``forward`` returns the first time, whatever it is called with."""
-    known: list[Any] = []
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        known[:] = known or [forward(*args, **kwargs)]
-        return known[0]
-
-    return called
 
 
 def _logits(returned: Any) -> Tensor:

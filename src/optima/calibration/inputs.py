@@ -9,7 +9,6 @@ Shapes: N sequences, B sequences in a batch, L tokens in a sequence.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from optima.calibration.given import DECODER_IDS, LABELS, TEXT_ALONE
 from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
+from optima.models.fingerprint import hash_tensors
 from optima.models.reading import arguments_of, check_vocabulary, is_encoder_decoder
 from optima.models.stacks import Stack
 
@@ -88,12 +88,7 @@ class Calibration:
         """SHA-256 in hex: equal data, equal hash."""
         if self.tokens_NL is not None:
             return data_hash(self.tokens_NL)
-        digest = hashlib.sha256()
-        for batch in self.inputs:
-            for name, tensor in sorted(batch.items()):
-                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_tensors(item for batch in self.inputs for item in sorted(batch.items()))
 
     def check(self, model: nn.Module) -> None:
         """Raise ``CalibrationError`` for words or arguments that ``model``, or its skeleton, does not know."""

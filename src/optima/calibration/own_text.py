@@ -36,9 +36,9 @@ from optima.calibration.halving import Halving
 from optima.calibration.head import drawn_words, exponentials
 from optima.calibration.inputs import Calibration
 from optima.calibration.text import special_tokens, token_ids
-from optima.device import describe_memory, evaluating, one_memory_error
+from optima.device import evaluating, memory_explained
 from optima.distributed import ALONE, Ranks
-from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError, ModelError
+from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.models.files import explain_write_errors, write_whole
 from optima.models.journal import check_same
 from optima.models.reading import is_encoder_decoder
@@ -48,6 +48,7 @@ AT_ONCE = 128  # sequences written together: a word of so many takes a GPU hardl
 BEGUN = 8  # beside text that was read, one token of so many is its own: it keeps to what that is about
 CARD_SHARE = 0.8  # of what a model leaves of a GPU's memory, for keys and values; activations have the rest
 PLACEHOLDER = "PLACEHOLDER"
+WHOLE_REMEDY = "the whole model must be there to write its own text: else name a --dataset other than self"
 TOKENS, NOTES, RUN, DATA = "tokens", "notes", "run", "data"  # in the file of a text that is kept
 
 
@@ -134,7 +135,8 @@ def own_text(
     with evaluating(model):
         model.generation_config = GenerationConfig()  # its own would fill in what is left open here
         try:
-            _move(model, device)
+            with memory_explained(device, WHOLE_REMEDY):
+                nn.Module.to(model, device)
             parts: list[Tensor] = []
             for first in firsts:
                 parts += halving.over(min(together, samples - first), partial(write, first))
@@ -220,17 +222,6 @@ def _key_numbers(config: Any) -> int:
         return 0
     named = [getattr(config, name, None) or 0 for name in ("head_dim", "global_head_dim", "qk_head_dim", "v_head_dim")]
     return (getattr(config, "num_key_value_heads", None) or heads) * (max(named) or int(config.hidden_size) // heads)
-
-
-def _move(model: PreTrainedModel, device: torch.device) -> None:
-    try:
-        with one_memory_error():
-            nn.Module.to(model, device)
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            f"{describe_memory(device)} does not hold the whole model, which writes its own text: name a --dataset "
-            "other than self"
-        ) from error
 
 
 class _Draw(LogitsProcessor):

@@ -43,13 +43,12 @@ def divergence(
     reference: PreTrainedModel,
     tokens_NL: Tensor,
     *,
-    device: torch.device | str | None = None,
     batch_size: int = 1,
     tell: Callable[[int, int], None] = silent,
 ) -> Divergence:
     """Compare the predictions of two models on the same tokens, in one pass of each.
 
-    Both models are in memory, on ``device``, at once. Of their logits only some positions are (see ``window_losses``).
+    Both models are on one device at once. Of their logits only some positions are (see ``window_losses``).
 
     Raises:
         ModelError: if the two have vocabularies of different sizes; also as ``window_losses``.
@@ -57,7 +56,7 @@ def divergence(
     """
     sums = [torch.zeros(len(tokens_NL), dtype=torch.float64, device="cpu") for _ in range(3)]
     loss_N, kl_N, top1_N = sums
-    with reading(reference, tokens_NL, device) as first, reading(model, tokens_NL, device) as second:
+    with reading(reference, tokens_NL) as first, reading(model, tokens_NL) as second:
         check_vocabularies(first.vocabulary, second.vocabulary)
         for rows, batch_BL in batches(tokens_NL, batch_size, first, second):
             with first.read(batch_BL) as wanted, second.read(batch_BL) as found:

@@ -201,16 +201,16 @@ def _measure(
     watch: Watch,
 ) -> _Measured:
     """The record of one model without tasks, and its loss on each window."""
-    device, source = find_device(settings.device), subject.source
+    source = subject.source
     revision, hashed = commit_of(source), fingerprint(source)
     started = time.perf_counter()
     tokens_NL, loss_N, found = subject.tokens_NL, None, None
     if tokens_NL is not None:
         batch_size, tell = settings.batch_size or WINDOWS, watch.windows
         if reference is None:
-            loss_N = window_losses(model, tokens_NL, device=device, batch_size=batch_size, tell=tell)
+            loss_N = window_losses(model, tokens_NL, batch_size=batch_size, tell=tell)
         else:
-            apart = divergence(model, reference, tokens_NL, device=device, batch_size=batch_size, tell=tell)
+            apart = divergence(model, reference, tokens_NL, batch_size=batch_size, tell=tell)
             loss_N, found = apart.loss_N, DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N))
     record = ModelRecord(
         model=source.name,
@@ -229,7 +229,6 @@ def _with_tasks(
 ) -> _Measured:
     record, loss_N = measured
     started = time.perf_counter()
-    model.to(find_device(settings.device))  # type: ignore[arg-type]
     size = settings.batch_size or CHOICES
     answers = zero_shot(model, subject.tokenizer, tasks, limit=settings.task_limit, batch_size=size)
     return replace(record, tasks=answers, seconds=record.seconds + time.perf_counter() - started), loss_N

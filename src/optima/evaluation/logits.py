@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from optima.calibration.probe import PROBE_LENGTH, agree
-from optima.device import evaluating, forward_replaced
+from optima.device import evaluating, forward_replaced, once
 from optima.errors import ModelError, RecipeError
 from optima.models.reading import check_length, check_vocabulary, in_slices, is_encoder_decoder
 
@@ -172,20 +172,13 @@ def _sliced(model: PreTrainedModel, tokens_BL: Tensor) -> Iterator[LogitsOf]:
     after the first time its decoder only returns what it returned then.
     """
     decoder: Any = model.get_decoder()
-    forward = decoder.forward
-    outputs: list[Any] = []
-
-    def once(*args: Any, **kwargs: Any) -> Any:
-        if not outputs:
-            outputs.append(forward(*args, **kwargs))
-        return outputs[0]
 
     def logits_of(start: int, stop: int) -> Tensor:
         positions_C = torch.arange(start, stop, device=tokens_BL.device)
         logits_BCV: Tensor = _run(model, tokens_BL, logits_to_keep=positions_C).logits
         return logits_BCV
 
-    with forward_replaced(decoder, once):
+    with forward_replaced(decoder, once(decoder.forward)):
         yield logits_of
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import yaml
 from datasets.exceptions import DatasetsError
+from jinja2 import UndefinedError
 
 from optima.calibration.records import READ_ERRORS
 from optima.errors import CalibrationError, OptimaError, RecipeError
@@ -26,7 +27,8 @@ from optima.values import shown
 METRICS = ("acc", "acc_norm")
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 SPLIT = "test"
-BAD_ITEM = (KeyError, TypeError, ValueError, IndexError, AttributeError)  # what its templates raise of a damaged one
+# What its templates raise of a damaged one.
+BAD_ITEM = (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError)
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,10 @@ def load_tasks(tasks: Mapping[str, str | Path | None]) -> Tasks:
     Raises:
         OptimaError: if lm-eval is not installed.
         RecipeError: if lm-eval has no such task, or one that is not multiple choice.
-        CalibrationError: if a file is missing, cannot be read, or has an item that is none of its task; if the hub
-            cannot be read.
+        CalibrationError: if a file cannot be read, or has an item that is none of its task; if the hub cannot be read.
     """
     _check_installed()
-    for name, file in tasks.items():
-        if file is not None and not Path(file).is_file():
-            raise CalibrationError(f"task {name}: there is no file {file}")
-        if file is not None and Path(file).suffix not in READERS:
-            raise CalibrationError(f"task {name}: {file} must be one of {', '.join(READERS)}")
-    with warnings_only_from("lm_eval"):
+    with quiet_lm_eval():
         manager = _manager()
         for name in tasks:
             _check_known(manager, name)
@@ -176,7 +172,7 @@ def _on_file(manager: Any, name: str, file: Path) -> Any:
     except (DatasetsError, StopIteration, OSError) as error:
         text = " ".join(str(error).split()) or "it is empty"
         raise CalibrationError(f"the items of task {name} in {file} cannot be read ({text}): copy it anew") from error
-    except (*BAD_ITEM, ImportError, _undefined_error()) as error:
+    except (*BAD_ITEM, ImportError) as error:
         raise CalibrationError(
             f"{file} does not hold items of {name} with the columns of its published dataset "
             f"({type(error).__name__}: {error})"
@@ -192,7 +188,7 @@ def _check_items(name: str, part: Mapping[str, Any], file: Path) -> None:
         for number, item in enumerate(task.eval_docs, 1):
             try:
                 prompt, choices, right = task.doc_to_text(item), task.doc_to_choice(item), task.doc_to_target(item)
-            except (*BAD_ITEM, _undefined_error()) as error:
+            except BAD_ITEM as error:
                 told = f"{type(error).__name__}: {error}"
             else:
                 told = _wrong(choices, prompt if task.multiple_input else right)
@@ -207,12 +203,6 @@ def _wrong(choices: Sequence[str], right: object) -> str:
     return "" if known and all(known) else f"its answer is {shown(right)}, of {len(choices)} choices"
 
 
-def _undefined_error() -> type[Exception]:
-    from jinja2 import UndefinedError
-
-    return UndefinedError
-
-
 def _check_installed() -> None:
     try:
         import lm_eval.models.huggingface  # noqa: F401
@@ -223,9 +213,9 @@ def _check_installed() -> None:
 
 
 @contextmanager
-def warnings_only_from(name: str) -> Iterator[None]:
-    """lm-eval warns of every choice that is made here on purpose."""
-    logger = logging.getLogger(name)
+def quiet_lm_eval() -> Iterator[None]:
+    """It warns of every choice that is made here on purpose."""
+    logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:

@@ -22,7 +22,7 @@ from optima.errors import OTHER_DTYPE, ModelError, NumericalError, RecipeError
 from optima.evaluation.logits import check_causal
 from optima.evaluation.record import Estimate, TaskRecord
 from optima.evaluation.settings import CHOICES
-from optima.evaluation.tasks import METRICS, Tasks, warnings_only_from
+from optima.evaluation.tasks import METRICS, Tasks, quiet_lm_eval
 from optima.models.reading import in_slices
 
 PROBE = "Any text of some words shows whether a model reads it from its beginning to its end."
@@ -62,7 +62,7 @@ def zero_shot(
     check_tokenizer(tokenizer)
     check_causal(model, torch.tensor(token_ids([PROBE], tokenizer)))
     # lm-eval gives a tokenizer without padding one, and switches the model to evaluation.
-    with evaluating(model), warnings_only_from("lm_eval"):
+    with evaluating(model), quiet_lm_eval():
         read = language_model(model, copy.deepcopy(tokenizer), batch_size)
         found = evaluator.evaluate(read, tasks.loaded, limit=limit)
     return tuple(

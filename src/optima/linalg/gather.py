@@ -13,7 +13,7 @@ from torch import Tensor
 from optima.errors import NumericalError
 
 # Gathered systems and their factors hold at most D^2 numbers, or this many where D is small.
-SMALLEST_BATCH_ENTRIES = {"cpu": 2**20}
+SMALLEST_BATCH_ENTRIES = 2**20
 DEVICE_BATCH_ENTRIES = 2**24
 
 
@@ -68,7 +68,7 @@ def _batches(count_R: Tensor, matrix_DD: Tensor) -> Iterator[tuple[Tensor, int]]
     """Rows in groups of equal count, then neighbours in count, with the size that their systems are padded to."""
     order = count_R.argsort(stable=True)
     sizes = count_R[order].tolist()
-    smallest = SMALLEST_BATCH_ENTRIES.get(matrix_DD.device.type, DEVICE_BATCH_ENTRIES)
+    smallest = SMALLEST_BATCH_ENTRIES if matrix_DD.device.type == "cpu" else DEVICE_BATCH_ENTRIES
     entries = max(matrix_DD.numel(), smallest) // 2
     position = 0
     while position < len(sizes):

@@ -1,6 +1,6 @@
-"""Which weights these are: a commit of the hub, and a hash of the files.
+"""Which weights these are: a commit of the hub, a hash of the files, or one of tensors.
 
-For both the model must be on this disk, as it is after a load.
+For the first two the model must be on this disk, as it is after a load.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from huggingface_hub import snapshot_download
+from torch import Tensor
 
-from optima.models.files import digest, shards
-from optima.models.source import INDEX, WEIGHTS, Source
+from optima.models.files import digest
+from optima.models.source import Source, weight_files
 
 
 def commit_of(source: Source) -> str | None:
@@ -34,12 +36,7 @@ def fingerprint(source: Source) -> str:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config.get("transformers_weights"):
         return fingerprint_files(sorted(directory.glob("*.safetensors")))
-    # Others may lie beside them, which other programs read or fetched.
-    if (directory / WEIGHTS).is_file():
-        return fingerprint_files([directory / WEIGHTS])
-    if (index := directory / INDEX).is_file():
-        return fingerprint_files([directory / name for name in shards(index)])
-    return fingerprint_files(sorted(directory.glob("*.safetensors")))
+    return fingerprint_files(weight_files(directory))
 
 
 def fingerprint_files(files: Iterable[Path]) -> str:
@@ -48,6 +45,20 @@ def fingerprint_files(files: Iterable[Path]) -> str:
     with ThreadPoolExecutor() as pool:  # hashing lets other threads work
         lines = [f"{file.name} {content}\n" for file, content in zip(files, pool.map(digest, files), strict=True)]
     return f"sha256-of-files:{hashlib.sha256(''.join(lines).encode()).hexdigest()}"
+
+
+def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 in hex over the name, dtype, shape and bytes of each tensor."""
+    found = hashlib.sha256()
+    for name, tensor in tensors:
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(bytes_of(tensor).numpy().data)
+    return found.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, in main memory, one after another."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _directory(source: Source) -> Path:

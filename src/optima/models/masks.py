@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from optima.errors import ModelError, RecipeError
 from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
 from optima.models.experts import ExpertLinear
-from optima.models.files import PACKED, shards, usable_path
+from optima.models.files import PACKED, usable_path
 from optima.models.skeleton import skeleton
-from optima.models.source import INDEX, WEIGHTS, find_source
+from optima.models.source import find_source, some, weight_files
 from optima.models.stacks import Linear
 
 # Names listed in a message.
-LISTED = 5
 
 
 class MaskFiles:
@@ -48,13 +47,9 @@ class MaskFiles:
         Raises:
             RecipeError: if there is nothing to read.
         """
-        files = sorted(self.path.glob("*.safetensors")) if self.path.is_dir() else [self.path]
+        files = weight_files(self.path) if self.path.is_dir() else [self.path]
         if files and all(file.name.endswith(PACKED) for file in files):
             raise RecipeError(f"mask_from {self.path} is packed: unpack it with optima unpack {self.path}")
-        if (self.path / WEIGHTS).is_file():  # what else lies there is not the model's
-            files = [self.path / WEIGHTS]
-        elif (self.path / INDEX).is_file():
-            files = [self.path / name for name in shards(self.path / INDEX)]
         if not files or not all(file.is_file() for file in files):
             raise RecipeError(
                 f"mask_from {self.path} is neither a directory with all its .safetensors nor such a file: name a "
@@ -94,7 +89,7 @@ class MaskFiles:
             if not of_model.alike(name):
                 raise RecipeError(
                     f"mask_from {self.path}: the model has no linear {name}: rename the mask as the model calls the "
-                    f"linear (for example {_some(known)}), or remove it"
+                    f"linear (for example {some(known) or 'none'}), or remove it"
                 )
 
     def keep_OD(self, linear: Linear) -> Tensor:
@@ -155,7 +150,7 @@ class MaskFiles:
         if len(found) != 1:
             raise RecipeError(
                 f"mask_from {self.path} has {'no' if not found else 'more than one'} mask for {name} (it has "
-                f"{_some(self.files)}){why}: add it, or leave the linear out with --ignore '{name}'"
+                f"{some(self.files) or 'none'}){why}: add it, or leave the linear out with --ignore '{name}'"
             )
         return found[0]
 
@@ -207,11 +202,6 @@ def _same(first: str, second: str) -> bool:
     shorter, longer = sorted((first, second), key=len)
     around = longer.removesuffix(shorter)
     return around + shorter == longer and (not around or (around.endswith(".") and not re.search(r"\d", around)))
-
-
-def _some(names: Collection[str]) -> str:
-    listed = sorted(names)
-    return ", ".join(listed[:LISTED]) + (" ..." if len(listed) > LISTED else "") if listed else "none"
 
 
 def _keys(file: Path) -> list[str]:

@@ -32,7 +32,7 @@ from transformers import (
 from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.models.failures import BAD_INPUT
-from optima.models.files import PACKED, usable_path
+from optima.models.files import PACKED, shards, usable_path
 from optima.models.gguf import read_scalars
 from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.own_code import auto_class
@@ -156,6 +156,15 @@ def _names_weights(path: Path) -> bool:
         return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights"))
     except (ValueError, AttributeError, RecursionError):
         return True
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Its safetensors files that are the model's: others may lie beside them, which other programs read or fetched."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    if (index := directory / INDEX).is_file():
+        return [directory / name for name in shards(index)]
+    return sorted(directory.glob("*.safetensors"))
 
 
 def find_file(source: Source, name: str) -> Path | None:

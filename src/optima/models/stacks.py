@@ -118,7 +118,6 @@ class Block:
     """One decoder or encoder layer of the model: a member of a stack.
 
     Attributes:
-        stack: name of its stack.
         index: place in the stack.
         name: full name of the module in the model.
         module: the module.
@@ -129,7 +128,6 @@ class Block:
         common: names, inside the module, of parameters that are outside it too.
     """
 
-    stack: str
     index: int
     name: str
     module: nn.Module
@@ -145,12 +143,10 @@ class Stack:
     """Blocks that hidden states pass through, in order.
 
     Attributes:
-        name: full name of the list in the model.
         blocks: its members.
         part: what it is of the model.
     """
 
-    name: str
     blocks: tuple[Block, ...]
     part: Literal["whole", "encoder", "decoder"] = "whole"
 
@@ -229,8 +225,8 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
             for inner, parameter in module.named_parameters()
             if not all(f"{other}.".startswith(f"{prefix}.") for other in owners[_memory(parameter)])
         )
-        blocks.append(Block(name, index, prefix, module, linears, routers, shared=shared, common=common))
-    return Stack(name, tuple(blocks), part)
+        blocks.append(Block(index, prefix, module, linears, routers, shared=shared, common=common))
+    return Stack(tuple(blocks), part)
 
 
 def _described(model: nn.Module, part: str) -> str:

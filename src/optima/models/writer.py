@@ -25,6 +25,7 @@ from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions
 from optima.models.destination import Destination
 from optima.models.files import digest, explain_write_errors, read_header, sync
+from optima.models.fingerprint import bytes_of
 from optima.models.journal import Journal
 from optima.models.older_names import keep_older_names
 from optima.models.ordered import write_orders
@@ -274,14 +275,10 @@ def _places(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
     with safe_open(file, framework="pt") as shard:
         names = list(shard.keys())
         for name, tensor in tensors.items():
-            bits = _bits(tensor)
+            bits = bytes_of(tensor)
             likely = [name, *names] if name in names else names
             alike = (place for place in likely if shard.get_slice(place).get_shape() == list(tensor.shape))
-            found = next((place for place in alike if torch.equal(bits, _bits(shard.get_tensor(place)))), None)
+            found = next((place for place in alike if torch.equal(bits, bytes_of(shard.get_tensor(place)))), None)
             if found is not None:
                 places[name] = found
     return places
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optima.build import build, default_scope
 from optima.linear import Methods
-from optima.memory import batch_size, on_cpu
+from optima.memory import batch_size
 from optima.models.skeleton import dtype_as_read
 from optima.models.source import Source
 from optima.preflight.checks import Preflight, check_order, preflight, sequence_length, sized, taken
@@ -57,7 +57,7 @@ def fit(source: Source | None, structure: PreTrainedModel, recipe: Recipe, calib
     found = preflight(structure, recipe, methods)
     calibration = taken(structure, calibration, recipe, found)
     if (length := sequence_length(structure, recipe, calibration)) is not None:
-        recipe = replace(recipe, batch_size=batch_size(recipe, on_cpu(recipe), length))
+        recipe = replace(recipe, batch_size=batch_size(recipe, length))
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
     recipe, found = sized(structure, recipe, found, dtype, calibration)
     check_changeable(structure, found.linears, recipe)

@@ -34,7 +34,7 @@ WHITENING_MARGIN = 1.001
 # A row of zeros has no scale of its own; this one and its reciprocal are float32 numbers.
 SMALLEST_SCALE = 1e-36
 # Entries (rows x inputs) certified together: bounds the float64 temporaries.
-BLOCK_ENTRIES = {"cpu": 2**19}
+BLOCK_ENTRIES = 2**19
 DEVICE_BLOCK_ENTRIES = 2**23
 ALL = slice(None)
 
@@ -115,7 +115,7 @@ class Verifier:
         Returns:
             The certificate, but with ``residual_RD`` in H's working dtype and the units above.
         """
-        entries = BLOCK_ENTRIES.get(weight_RD.device.type, DEVICE_BLOCK_ENTRIES)
+        entries = BLOCK_ENTRIES if weight_RD.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
         residual_RD = torch.empty_like(weight_RD, dtype=self.mask_RD.dtype)
         facts = torch.empty(3, len(weight_RD), dtype=torch.float64, device=weight_RD.device)
         size = max(entries // max(self.hessian.num_inputs, 1), 1)

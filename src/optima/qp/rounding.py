@@ -43,7 +43,7 @@ ITERATIONS = 2
 # Rounding errors of the quadratic form in units of eps sqrt(D): ten times what was measured.
 MARGIN = 2.0
 # Entries (rows x inputs) rounded together: nine buffers of them live at once.
-CHUNK_ENTRIES = {"cpu": 2**19}
+CHUNK_ENTRIES = 2**19
 DEVICE_CHUNK_ENTRIES = 2**24
 # Weights are scaled where a row's largest lies between this and its reciprocal.
 SMALLEST_SCALE = 2.0**-100
@@ -94,7 +94,8 @@ def round_rows(
         floor_R = ENERGY_FLOOR * Verifier(hessian, problem).energy_R
         _, least_R = _proven(solution.error_R, solution.gap_R, floor_R)
         return Rounded(weight_RD.to(dtype), solution.error_R, solution.gap_R, least_R)
-    size = max(CHUNK_ENTRIES.get(weight_RD.device.type, DEVICE_CHUNK_ENTRIES) // hessian.num_inputs, 1)
+    entries = CHUNK_ENTRIES if weight_RD.device.type == "cpu" else DEVICE_CHUNK_ENTRIES
+    size = max(entries // hessian.num_inputs, 1)
     rounded_RD = torch.empty_like(weight_RD, dtype=dtype)
     facts = torch.empty(3, len(weight_RD), dtype=torch.float64, device=weight_RD.device)
     with full_precision(), torch.no_grad():

@@ -31,7 +31,7 @@ from optima.calibration.head import LOGITS_BYTES, at_the_head, embedding_device,
 from optima.calibration.inputs import words_size
 from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
-from optima.calibration.swept import kept_bytes, surveyed_share, sweep_numbers, swept_share, tuned_share
+from optima.calibration.swept import kept_bytes, sweep_numbers
 from optima.calibration.tempering import LossWeights
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device, one_memory_error
 from optima.errors import NotDifferentiableError
@@ -41,7 +41,7 @@ from optima.linear import prune_linear
 from optima.memory import attention_numbers, held_bytes, in_turn
 from optima.models.random_weights import alike
 from optima.models.reading import is_encoder_decoder
-from optima.models.stacks import Block, Linear, Stack, has_experts
+from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.options import SINK_WEIGHT
 from optima.pipeline import Job
@@ -131,12 +131,7 @@ class Rehearsal:
         self.plan, self.recipe, self.device, self.peak = plan, recipe, device, peak
         samples = min(recipe.batch_size, recipe.num_calibration_samples)
         self.batches = recipe.num_calibration_samples / samples
-        tokens = recipe.num_calibration_samples * tokens_NL.shape[1]
-        if is_encoder_decoder(plan.model):  # of a stack
-            tokens //= 2
-        self.share = swept_share(recipe.swept_share, tokens)
-        self.surveyed = surveyed_share(recipe.swept_share, tokens, has_experts(plan.found.linears))
-        self.tuned = tuned_share(recipe.tuning_share, tokens)
+        self.shares = plan.shares
         self._few = tokens_NL[: samples * min(BATCHES, int(self.batches))].split(samples)
         self._known: dict[tuple[object, ...], tuple[float, Tensor]] = {}
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -164,7 +159,7 @@ class Rehearsal:
         swept = 0.0
         if self.by_loss:
             # Behind the way there, the inputs of all blocks wait, and the gradients.
-            swept = inputs + min((len(stack.blocks) + 1) * inputs * self.share, kept_bytes())
+            swept = inputs + min((len(stack.blocks) + 1) * inputs * self.shares.swept, kept_bytes())
             swept += coupling_bytes(stack.blocks, self.plan.methods.needs)
             if self.tuning is not None:
                 swept += METRIC_BYTES * streams.hidden[0].shape[-1] ** 2 * len(stack.blocks)
@@ -192,7 +187,9 @@ class Rehearsal:
         job = Job(self.plan.methods, self.plan.found.patterns, self.device, self.recipe.damping, self._sink, loss=loss)
         # Of the loss every block's tokens are known, and for tuning a matrix.
         told = 0.0 if loss is None else self._told(loss, len(stack.blocks))
-        with self.peak.phase(weights, inputs * (1 + self.tuned * (self.tuning is not None)) + told, here) as phase:
+        with self.peak.phase(
+            weights, inputs * (1 + self.shares.tuned * (self.tuning is not None)) + told, here
+        ) as phase:
             # Its linears are not pruned inside a rehearsed pass: the memory of one at work comes on top in a run.
             attention = attention_numbers(self.plan.model, self.recipe.max_seq_length)
             phase.held = held_bytes(block, self.recipe, self.plan.dtype, attention)
@@ -223,7 +220,7 @@ class Rehearsal:
         place, _ = head_device(model, stack, self.device, samples * length)
         with self._gradients(), Resident(model).outside(place), clock("sweep"):
             at_the_head(model, stack, replace(streams.part([0]), hidden=[hidden], batches=[batch]), 0, drawn_BL)
-        self.seconds["sweep"] += clock.total * self._all * self.share * length / positions
+        self.seconds["sweep"] += clock.total * self._all * self.shares.swept * length / positions
 
     def _sweep(self, block: Block, streams: Streams, count: int) -> LossWeights | None:
         """The sweep there and back through ``count`` such blocks, and what it finds of the sample."""
@@ -243,7 +240,7 @@ class Rehearsal:
             found.coupling = {name: finished(each.to(self.device)).cpu() for name, each in found.coupling.items()}
 
         with self._or_by_sink():
-            self._add(work, streams, count * self.share)
+            self._add(work, streams, count * self.shares.swept)
         # Where one batch took long enough, no other was looked at.
         return _repeated(found, len(streams.hidden)) if self.by_loss else None
 
@@ -278,10 +275,14 @@ class Rehearsal:
                 part.advance(block)
 
         if self.allocation is not None:
-            self._add(partial(observed, True, False), streams, count * (1.0 if loss is None else self.surveyed))
+            self._add(partial(observed, True, False), streams, count * (1.0 if loss is None else self.shares.surveyed))
         self._add(partial(observed, carried, turns), streams, count)
         job.loss = loss
-        self._add(advanced, streams, (count - last) * (not carried) + count * self.tuned * (self.tuning is not None))
+        self._add(
+            advanced,
+            streams,
+            (count - last) * (not carried) + count * self.shares.tuned * (self.tuning is not None),
+        )
 
     def _linears(self, block: Block, job: Job, streams: Streams, count: int) -> dict[str, Tensor]:
         """One of each shape and pattern; the masks of all, by name."""
@@ -329,7 +330,7 @@ class Rehearsal:
                 tune(block, keeps, part, dense.hidden, cost, epoch)
 
         # One piece alone would be held out, and no step made.
-        self._add(work, streams, count * epochs * self.tuned, -(-TUNED // len(streams.part([0]).pieces(block))))
+        self._add(work, streams, count * epochs * self.shares.tuned, -(-TUNED // len(streams.part([0]).pieces(block))))
 
     def _add(self, work: Work, streams: Streams, count: float, times: int = 1) -> None:
         """Do some of the work that a run does ``count`` times on all batches; here each ``times`` over."""

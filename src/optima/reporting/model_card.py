@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from optima.errors import ModelError
 from optima.models.files import TOKENIZERS, explain_write_errors, write_whole
 from optima.models.own_code import auto_class
 from optima.options import SELF
+from optima.patterns import parse_nm
 from optima.reporting.markdown import table
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
 from optima.reporting.summary import bullets, pattern_weights, summary
@@ -175,7 +175,7 @@ def short_name(model: str) -> str:
 
 
 def _card_data(head: dict[str, Any], report: Report, base_model: str | None) -> ModelCardData:
-    patterns = sorted({linear.pattern for linear in report.linears if re.fullmatch(r"\d+:\d+", linear.pattern)})
+    patterns = sorted({linear.pattern for linear in report.linears if parse_nm(linear.pattern)})
     tags = head.pop("tags", None) or []
     head["tags"] = [*([tags] if isinstance(tags, str) else tags), *TAGS, *patterns]
     head.setdefault("library_name", "transformers")
