@@ -3,9 +3,10 @@
     python benchmarks/accuracy.py MODEL --calibration c4.jsonl --evaluation wikitext2_test.txt --output accuracy.json
 
 A method is a selector (as published), with steps behind it: +solve (its mask, the surviving weights re-solved, by the
-sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +swaps (the mask refined
-before the solve), +shared (sparsity shared out by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe
-that comes with the package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown.
+sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +swaps (exchanges of
+kept and pruned weights before the solve), +shared (sparsity shared out by the loss), +tune (blocks tuned,
+--tuning-epochs). Or it is a recipe that comes with the package: fast, balanced, best. Each is measured on a fresh copy
+of the model. Prints Markdown.
 --held-out takes that share of the calibration text, its end, to measure on as well; nothing is calibrated on it.
 --own-samples adds sequences that the model writes itself, each from a piece of the text on.
 

@@ -26,7 +26,7 @@ from optima.patterns import NM, Pattern, group_width, parse_table
 from optima.qp import Hessian
 from optima.selectors.base import LinearTask, make_selector
 from optima.swaps.pivots import Tableau
-from optima.swaps.search import SwapRefinement, System, solve, tableau_of
+from optima.swaps.search import SwapSearch, System, solve, tableau_of
 
 COLUMNS = ("optima", "alps, greedy swaps", "optima, greedy swaps", "annealed")
 REBUILD = 500  # accepted swaps after which rounding has had its time
@@ -65,10 +65,10 @@ def measure(case: Case, pattern: Pattern, options: argparse.Namespace) -> list[f
     task = LinearTask(case.name, case.weight_OD, Statistics(hessian))
     rows = torch.linspace(0, case.num_rows - 1, min(options.rows, case.num_rows)).long()
     keep = {name: make_selector(name).select(task, pattern).keep_OD[rows] for name in ("alps", "optima")}
-    as_given, greedy = SwapRefinement(rounds=0), SwapRefinement(rounds=1000)
+    as_given, greedy = SwapSearch(rounds=0), SwapSearch(rounds=1000)
 
-    def errors(refinement: SwapRefinement, keep_RD: Tensor) -> Tensor:
-        return refinement.refine(hessian, weight_OD[rows], keep_RD, pattern).error_O
+    def errors(search: SwapSearch, keep_RD: Tensor) -> Tensor:
+        return search.search(hessian, weight_OD[rows], keep_RD, pattern).error_O
 
     generator = torch.Generator().manual_seed(0)
     annealed = [

@@ -4,12 +4,12 @@
     python benchmarks/mask_selectors.py --dump-dir OUT/layers --threads 2
 
 Every mask is followed by the same certified solve. Prints, for each pattern, the geometric mean over the linears of the
-relative reconstruction error, its ratio to that of ALPS, and the seconds of selection (and refinement, after a "+");
-then the ratio of errors with and without refinement.
+relative reconstruction error, its ratio to that of ALPS, and the seconds of selection (and swaps, after a "+");
+then the ratio of errors with and without swaps.
 With --held-out-dir, layers dumped from other text, it also prints the error there of the weights that were fitted here.
 What every row solver needs of a Hessian anyway, its factor and inverse, is made before the clock starts; what a method
 needs beyond that is made once for all linears that share their inputs, as in a run, and is in its seconds.
-Swaps are slow: --rows chooses the mask of the whole linear, then refines, solves and measures some of its rows only,
+Swaps are slow: --rows chooses the mask of the whole linear, then swaps, solves and measures some of its rows only,
 and prints no seconds. A cell of fewer linears than the others says of how many, in [].
 --resume FILE keeps what --output wrote under the same options, however it ended, and goes on from there; --known-only
 prints it for the linears that --match names, and needs no layers.
@@ -43,7 +43,7 @@ from optima.linear import Methods, prune_linear
 from optima.patterns import NM, SCOPES, Given, Pattern, parse_table
 from optima.qp import Auto, Hessian
 from optima.selectors.base import LinearTask, Selection, Selector, make_selector
-from optima.swaps.search import SwapRefinement
+from optima.swaps.search import SwapSearch
 
 METHODS = [
     "magnitude", "wanda", "ria", "sparsegpt", "thanos", "admm", "alps", "optima", "wanda+swaps", "alps+swaps",
@@ -82,8 +82,8 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
     parser.add_argument("--match", default="", help="regular expression that chooses layers by name")
     parser.add_argument("--patterns", nargs="+", default=["0.5", "0.6", "0.7", "2:4"], help="sparsities, n:m patterns")
     parser.add_argument("--scope", choices=SCOPES, help="of all methods (default: each one's own)")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="selectors, with +swaps for a refined mask")
-    parser.add_argument("--rows", type=int, help="evenly spaced rows of a linear to refine, solve and measure")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="selectors, with +swaps for swaps behind")
+    parser.add_argument("--rows", type=int, help="evenly spaced rows of a linear to swap, solve and measure")
     parser.add_argument("--candidates", type=int, default=256, help="of a row in a round of swaps; 0: prove all rows")
     parser.add_argument("--rounds", type=int, help="most rounds of swaps at exact prices (default: the recipe's)")
     parser.add_argument("--damping", type=float, default=0.01)
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
     parser.add_argument("--known-only", action="store_true", help="run nothing; print what --resume finds")
     options = parser.parse_args(arguments)
     if options.rounds is None:
-        options.rounds = SwapRefinement().rounds if options.candidates else PROOF_ROUNDS
+        options.rounds = SwapSearch().rounds if options.candidates else PROOF_ROUNDS
     use_threads(options.threads)
     if not options.known_only and options.dump_dir is None:
         parser.error("--dump-dir is needed, but with --known-only")
@@ -114,7 +114,7 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
     ]
     print(f"\n{len({entry.linear for entry in asked})} linears")
     print_table("error (of ALPS's)", asked, options)
-    print_refinement(asked, options)
+    print_swaps(asked, options)
     there = [replace(entry, error=entry.error_held_out) for entry in asked if entry.error_held_out is not None]
     if there:
         print_table("held-out error (of ALPS's)", there, options)
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> list[Entry]:
 
 def run(entries: Entries, options: argparse.Namespace) -> None:
     """Add what is missing to ``entries``, and write them after every group of linears."""
-    swaps = SwapRefinement(options.rounds, options.candidates or 64, options.candidates or None)
+    swaps = SwapSearch(options.rounds, options.candidates or 64, options.candidates or None)
     cpu = torch.device("cpu")
     other = load_cases(options.held_out_dir, options.match, cpu) if options.held_out_dir else []
     held_out = {case.name: case for case in other}
@@ -133,7 +133,7 @@ def run(entries: Entries, options: argparse.Namespace) -> None:
             cases = [case for case in group if is_missing(entries.get((method, text, case.name)), data[case.name])]
             if not cases:
                 continue
-            name, _, refined = method.partition("+")
+            name, _, swapped = method.partition("+")
             selector = make_selector(name)
             pattern = parse_table([text], options.scope or selector.published_scope).default
             assert pattern is not None
@@ -141,8 +141,8 @@ def run(entries: Entries, options: argparse.Namespace) -> None:
             assert hessian.inverse_DD is not None, "made before the clock starts"
             for case in cases:
                 task = LinearTask(case.name, case.weight_OD, Statistics(hessian))
-                refinement = swaps if refined else None
-                entry, weight_RD, rows_R = measure(method, text, task, selector, pattern, refinement, options.rows)
+                chosen = swaps if swapped else None
+                entry, weight_RD, rows_R = measure(method, text, task, selector, pattern, chosen, options.rows)
                 if case.name in held_out:
                     elsewhere = Hessian(held_out[case.name].hessian_DD, options.damping)
                     error = relative_loss(elsewhere, case.weight_OD[rows_R], weight_RD)
@@ -231,7 +231,7 @@ def measure(
     task: LinearTask,
     selector: Selector,
     pattern: Pattern,
-    swaps: SwapRefinement | None,
+    swaps: SwapSearch | None,
     most_rows: int | None,
 ) -> tuple[Entry, Tensor, Tensor]:
     """Select for all rows, swap and solve some; also returns the weights, and which rows they are."""
@@ -275,14 +275,14 @@ def print_table(title: str, entries: Sequence[Entry], options: argparse.Namespac
         print(f"| {method} | " + " | ".join(cells) + " |")
 
 
-def print_refinement(entries: Sequence[Entry], options: argparse.Namespace) -> None:
-    """Errors of refined masks over those of the same masks without."""
-    refined = [method for method in options.methods if "+" in method]
-    if not refined:
+def print_swaps(entries: Sequence[Entry], options: argparse.Namespace) -> None:
+    """Errors of masks improved by swaps over those of the same masks without."""
+    swapped = [method for method in options.methods if "+" in method]
+    if not swapped:
         return
     print("\n| error with swaps / without | " + " | ".join(options.patterns) + " |")
     print("| --- |" + " ---: |" * len(options.patterns))
-    for method in refined:
+    for method in swapped:
         ratios = [ratio_of(entries, method, method.partition("+")[0], pattern) for pattern in options.patterns]
         print(f"| {method} | " + " | ".join("" if ratio is None else f"{ratio:.3f}" for ratio in ratios) + " |")
 

@@ -12,7 +12,7 @@ from optima.recipe import Recipe
 from optima.selectors.base import Selector, load_foreign, make_selector, needs_of
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
-from optima.swaps.search import SwapRefinement
+from optima.swaps.search import SwapSearch
 from optima.tuning import Tuning
 
 PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
@@ -47,11 +47,11 @@ def _selector(recipe: Recipe) -> Selector:
     return load_foreign(name) if ":" in name else make_selector(name)
 
 
-def _swaps(candidates: int | str) -> SwapRefinement | None:
+def _swaps(candidates: int | str) -> SwapSearch | None:
     if candidates == "all":
-        return SwapRefinement(PROOF_ROUNDS)
+        return SwapSearch(PROOF_ROUNDS)
     assert isinstance(candidates, int)
-    return SwapRefinement(candidates=candidates, most_candidates=candidates) if candidates else None
+    return SwapSearch(candidates=candidates, most_candidates=candidates) if candidates else None
 
 
 def default_scope(objective: str, selector: Selector) -> Scope:

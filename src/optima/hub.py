@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
 from optima.models.failures import HUB_FAILURES
-from optima.models.files import TEMPLATES, TOKENIZERS, check_complete, stat_of, the_same
+from optima.models.files import TEMPLATES, TOKENIZERS, check_shards, stat_of, the_same
 from optima.reporting.record import REPORT_NAME
 
 # Of the model that was there before, what is not among the files that are pushed; pictures and texts stay.
@@ -51,7 +51,7 @@ def push(
     folder = Path(directory).expanduser()
     if not (folder / REPORT_NAME).is_file() or not any(folder.glob(WEIGHTS[0])):
         raise ModelError(f"{folder} is no output of optima prune: it holds no {REPORT_NAME}, or no weights")
-    check_complete(folder)
+    check_shards(folder)
     full, there = _checked(repo, overwrite)
     with _explained(full), the_same(folder, stat_of(folder)):
         api = HfApi()

@@ -28,7 +28,7 @@ from optima.qp.rows import DEFAULT_BUDGET_BYTES, chunk_rows
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
-from optima.swaps.search import Refined, SwapRefinement
+from optima.swaps.search import Swapped, SwapSearch
 
 Named = TypeVar("Named")
 
@@ -52,7 +52,7 @@ class Methods:
     """
 
     selector: Selector
-    swaps: SwapRefinement | None = None
+    swaps: SwapSearch | None = None
     solver: RowSolver | None = None
     max_change: float | None = None
     rounding: Literal["hessian", "nearest"] = "hessian"
@@ -111,7 +111,7 @@ def prune_linear(
         if together.size > 1:
             with clock("share"):
                 own = [part for parts in together.collect(own) for part in parts]
-        selection, refined, solution, rounded = _whole(own)
+        selection, swapped, solution, rounded = _whole(own)
         with clock("round"):
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
             weight_OD = weight_OD + 0.0  # no -0.0, whose bits are not zero: to a packer it is a value
@@ -129,8 +129,8 @@ def prune_linear(
         damping=task.hessian.damping,
         tokens=task.statistics.tokens,
         seconds=clock.total - before,
-        swaps=None if refined is None else int(refined.swaps_O.sum()),
-        rows_swap_optimal=None if refined is None else int(refined.optimal_O.sum()),
+        swaps=None if swapped is None else int(swapped.swaps_O.sum()),
+        rows_swap_optimal=None if swapped is None else int(swapped.optimal_O.sum()),
     )
     return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
 
@@ -139,7 +139,7 @@ class _Rows(NamedTuple):
     """What has become of some rows of a linear: all that follows its mask goes row by row."""
 
     selection: Selection
-    refined: Refined | None
+    swapped: Swapped | None
     solution: RowSolution | None
     rounded: Rounded | None
 
@@ -164,11 +164,11 @@ def _work(
     task = replace(task, weight_OD=task.weight_OD[rows])
     moved_RD = None if selection.weight_OD is None else selection.weight_OD[rows]
     selection = Selection(selection.keep_OD[rows], moved_RD)
-    refined = solution = rounded = None
+    swapped = solution = rounded = None
     if methods.swaps is not None:
         with clock("select"):
-            refined = methods.swaps.refine(task.hessian, task.weight_OD, selection.keep_OD, pattern)
-            selection = Selection(refined.keep_OD, refined.weight_OD)
+            swapped = methods.swaps.search(task.hessian, task.weight_OD, selection.keep_OD, pattern)
+            selection = Selection(swapped.keep_OD, swapped.weight_OD)
     if methods.solver is not None:
         with clock("solve"):
             problem = _problem(task, selection, methods)
@@ -177,7 +177,7 @@ def _work(
             rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
             # What else there was of a row's size has had its time.
             solution = replace(solution, weight_RD=rounded.weight_RD, residual_RD=None, scale_R=None)
-    return _Rows(selection, refined, solution, rounded)
+    return _Rows(selection, swapped, solution, rounded)
 
 
 def _whole(parts: Sequence[_Rows]) -> _Rows:
@@ -198,7 +198,7 @@ def _whole(parts: Sequence[_Rows]) -> _Rows:
     solutions = [part.solution for part in parts if part.solution is not None]
     return _Rows(
         selection,
-        joined(Refined, [part.refined for part in parts], Refined._fields),
+        joined(Swapped, [part.swapped for part in parts], Swapped._fields),
         concatenate(solutions) if solutions else None,
         joined(Rounded, [part.rounded for part in parts], [field.name for field in fields(Rounded)]),
     )

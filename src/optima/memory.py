@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.coupling import coupling_bytes
 from optima.calibration.expert_statistics import EXPERT_BYTES
-from optima.calibration.head import logits_bytes
+from optima.calibration.places import logits_bytes
 from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own

@@ -11,10 +11,10 @@ from pathlib import Path
 from optima.errors import ModelError
 from optima.models.destination import Destination
 from optima.models.files import (
-    INDEX,
+    INDEX_ENDING,
     PACKED,
     PLAIN,
-    check_complete,
+    check_shards,
     explain_write_errors,
     stat_of,
     the_same,
@@ -45,7 +45,7 @@ def pack(
         raise ModelError(f"{packed[0]} is packed already: unpack it with optima unpack {source}")
     if not (shards := _shards(source, PLAIN)):
         raise ModelError(f"{source} holds no {PLAIN} files: name the local directory of a checkpoint in this format")
-    check_complete(source)
+    check_shards(source)
     with _beside(source, "-packed", output_dir, overwrite) as new, the_same(source, before):
         _copy_rest(source, new, PLAIN, PACKED)
         sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED), code_exponents) for shard in shards]
@@ -68,7 +68,7 @@ def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrit
     before = stat_of(source)
     if not (shards := _shards(source, PACKED)):
         raise ModelError(f"{source} holds no {PACKED} files: name a directory that optima pack wrote")
-    check_complete(source)
+    check_shards(source)
     originals = [read_original(shard) for shard in shards]
     num_bytes = sum(original.num_bytes for original in originals)
     with _beside(source, "-unpacked", output_dir, overwrite, num_bytes) as new, the_same(source, before):
@@ -116,10 +116,10 @@ def _copy_rest(source: Path, target: Path, old: str, new: str) -> None:
     for path in sorted(source.iterdir()):
         if path in shards:
             continue
-        if path.name.endswith(old + INDEX):
+        if path.name.endswith(old + INDEX_ENDING):
             # As text, so that unpacking restores its bytes.
             text = path.read_bytes().replace(f'{old}"'.encode(), f'{new}"'.encode())
-            (target / _renamed(path.name, old + INDEX, new + INDEX)).write_bytes(text)
+            (target / _renamed(path.name, old + INDEX_ENDING, new + INDEX_ENDING)).write_bytes(text)
         elif path.is_dir():
             shutil.copytree(path, target / path.name)
         else:

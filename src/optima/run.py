@@ -18,9 +18,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
 from optima.calibration.given import Batches
-from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch, Calibration
 from optima.calibration.own_text import KeptText
+from optima.calibration.places import embedding_device
 from optima.calibration.swept import surveyed_batches
 from optima.device import (
     PeakMemory,
@@ -42,8 +42,18 @@ from optima.models.stacks import has_experts
 from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, open_writer, prepare
 from optima.pipeline import Job
-from optima.preflight.checks import check_finite, chosen_stacks, own_batches
-from optima.preflight.opening import Checked, check, claim, memory_of, read, store_of, warn_of_disk, written
+from optima.preflight.checks import check_finite, chosen_stacks
+from optima.preflight.opening import (
+    Checked,
+    check,
+    claim,
+    memory_of,
+    own_batches,
+    read,
+    store_of,
+    warn_of_disk,
+    written,
+)
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
 from optima.reporting.html import render_html

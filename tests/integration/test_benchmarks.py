@@ -107,10 +107,10 @@ def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -
     assert printed.count("| alps+swaps |") == 3, "here, against no swaps, and held out"
     entries = {(entry["method"], entry["pattern"]): entry for entry in json.loads(output.read_text())["entries"]}
     for pattern in ("0.5", "2:4"):
-        refined = entries["alps+swaps", pattern]
-        assert refined["rows_swap_optimal"] == refined["rows"] == 24
-        assert refined["error"] <= entries["alps", pattern]["error"] * (1 + 1e-3)
-        assert refined["error_held_out"] == pytest.approx(refined["error"]), "the other text is the same here"
+        swapped = entries["alps+swaps", pattern]
+        assert swapped["rows_swap_optimal"] == swapped["rows"] == 24
+        assert swapped["error"] <= entries["alps", pattern]["error"] * (1 + 1e-3)
+        assert swapped["error_held_out"] == pytest.approx(swapped["error"]), "the other text is the same here"
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from transformers import Ernie4_5_MoeConfig
 from optima import Recipe, order, prune
 from optima.build import build as build_methods
 from optima.calibration.capture import capture
-from optima.calibration.head import head_device
 from optima.calibration.inputs import Batch, arguments
+from optima.calibration.places import head_device
 from optima.calibration.store import Store
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import attention_numbers, work_bytes
@@ -550,7 +550,7 @@ def test_same_seed_same_bits() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_swaps_refine_a_selector_and_are_reported(pattern: str) -> None:
+def test_swaps_improve_a_selector_and_are_reported(pattern: str) -> None:
     errors = {}
     for swaps in (0, "all"):
         model = build("llama")

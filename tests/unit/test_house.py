@@ -91,15 +91,19 @@ def test_rooms_stand_on_at_most_ten_floors() -> None:
 
 
 def test_the_map_of_the_house_is_true() -> None:
-    """Every room is in the table of docs/architecture.md, and uses only rooms that stand above it there."""
+    """Every room is in the table of docs/architecture.md, and uses all that it names there, and none below itself."""
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     table = page[page.index("## The floors") : page.index("## Dive into the code")]
-    rows = [re.findall(r"`([\w/.]+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    cells = [line.split("|")[1::2] for line in table.splitlines() if line.startswith("| `")]
+    rows = [re.findall(r"`([\w/.]+)`", names) for names, _ in cells]
     place = {
         f"optima.{name.removesuffix('/').removesuffix('.py')}": row for row, names in enumerate(rows) for name in names
     }
     arrows = rooms()
     assert not arrows.keys() - place.keys()
+    for row, (_, uses) in enumerate(cells[:-1]):  # the last uses all of it
+        named = {f"optima.{name.strip()}" for name in uses.split(",")} - {"optima.nothing"}
+        assert not named - {other for name in place if place[name] == row for other in arrows.get(name, ())}, rows[row]
     assert not [(name, other) for name, others in arrows.items() for other in others if place[other] > place[name]]
 
 

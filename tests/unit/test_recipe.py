@@ -23,7 +23,7 @@ from optima.recipe import recipe_from_dict
 from optima.recipe_files import SHIPPED, recipe_text
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
-from optima.swaps.search import SwapRefinement
+from optima.swaps.search import SwapSearch
 
 FIELDS = [option.name for option in dataclasses.fields(Recipe)]
 
@@ -409,8 +409,8 @@ class TestMaking:
 
     def test_swaps(self) -> None:
         assert build(Recipe()).swaps is None
-        assert build(Recipe(swaps=256)).swaps == SwapRefinement(candidates=256, most_candidates=256)
-        assert build(Recipe(swaps="all")).swaps == SwapRefinement(PROOF_ROUNDS)
+        assert build(Recipe(swaps=256)).swaps == SwapSearch(candidates=256, most_candidates=256)
+        assert build(Recipe(swaps="all")).swaps == SwapSearch(PROOF_ROUNDS)
 
 
 def test_ready_made_recipes_are_valid() -> None:

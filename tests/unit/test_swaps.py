@@ -1,4 +1,4 @@
-"""Swap refinement against brute force: every single swap of every row, re-solved in float64."""
+"""Swaps against brute force: every single swap of every row, re-solved in float64."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from optima.selectors.ranking import top_scores
 from optima.swaps import search as swaps
 from optima.swaps.exchange import best_pairs, exchange, group_width
 from optima.swaps.pivots import LEAST_GAIN
-from optima.swaps.search import SwapRefinement
+from optima.swaps.search import SwapSearch
 
 
 def optimal_error(hessian_DD: Tensor, weight_D: Tensor, keep_D: Tensor) -> float:
@@ -55,11 +55,9 @@ def test_a_weight_that_is_sparse_already() -> None:
     weight_OD = weight_OD * (torch.arange(32) % 2)
     pattern = Unstructured(0.3, "row")
     keep_OD = top_scores(weight_OD.abs(), pattern)
-    refined = SwapRefinement(candidates=16, most_candidates=16).refine(
-        hessian_of(inputs_TD), weight_OD, keep_OD, pattern
-    )
-    check_counts(refined.keep_OD, pattern)
-    assert float(refined.error_O.max()) < 1e-12
+    swapped = SwapSearch(candidates=16, most_candidates=16).search(hessian_of(inputs_TD), weight_OD, keep_OD, pattern)
+    check_counts(swapped.keep_OD, pattern)
+    assert float(swapped.error_O.max()) < 1e-12
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -68,14 +66,14 @@ def test_proven_rows_have_no_better_swap(pattern: Pattern, candidates: int) -> N
     weight_OD, inputs_TD = make_layer(5, 40, dead=(3,))
     hessian = hessian_of(inputs_TD)
     keep_OD = top_scores(weight_OD.abs(), pattern)
-    refined = SwapRefinement(rounds=200, candidates=candidates).refine(hessian, weight_OD, keep_OD, pattern)
-    assert refined.optimal_O.all(), "with all inputs as candidates every row can be proven"
-    check_counts(refined.keep_OD, pattern)
+    swapped = SwapSearch(rounds=200, candidates=candidates).search(hessian, weight_OD, keep_OD, pattern)
+    assert swapped.optimal_O.all(), "with all inputs as candidates every row can be proven"
+    check_counts(swapped.keep_OD, pattern)
     weight_OD = weight_OD.masked_fill(hessian.dead_D, 0.0)
     for row in range(5):
-        error = optimal_error(hessian.damped_DD, weight_OD[row], refined.keep_OD[row])
-        assert float(refined.error_O[row]) == pytest.approx(error, rel=1e-9)
-        neighbour = best_neighbour(hessian, weight_OD[row], refined.keep_OD[row], pattern)
+        error = optimal_error(hessian.damped_DD, weight_OD[row], swapped.keep_OD[row])
+        assert float(swapped.error_O[row]) == pytest.approx(error, rel=1e-9)
+        neighbour = best_neighbour(hessian, weight_OD[row], swapped.keep_OD[row], pattern)
         assert neighbour >= error * (1.0 - 2.0 * LEAST_GAIN[torch.float64])
 
 
@@ -84,9 +82,9 @@ def test_rows_priced_in_parts_take_the_same_swaps(pattern: Pattern, monkeypatch:
     weight_OD, inputs_TD = make_layer(12, 40)
     hessian = hessian_of(inputs_TD)
     keep_OD = top_scores(weight_OD.abs(), pattern)
-    whole = SwapRefinement(rounds=200).refine(hessian, weight_OD, keep_OD, pattern)
+    whole = SwapSearch(rounds=200).search(hessian, weight_OD, keep_OD, pattern)
     monkeypatch.setattr(swaps, "TABLEAU_ENTRIES", 3 * 80 * 80)
-    parts = SwapRefinement(rounds=200).refine(hessian, weight_OD, keep_OD, pattern)
+    parts = SwapSearch(rounds=200).search(hessian, weight_OD, keep_OD, pattern)
     assert torch.equal(parts.keep_OD, whole.keep_OD)
     assert torch.equal(parts.swaps_O, whole.swaps_O)
 
@@ -106,13 +104,13 @@ def test_a_budget_never_raises_a_row(pattern: Pattern) -> None:
     )
     last_O = before.double()
     for rounds in range(4):
-        refined = SwapRefinement(rounds, candidates=8, most_candidates=8).refine(hessian, weight_OD, keep_OD, pattern)
-        assert torch.equal(refined.keep_OD.sum(1), keep_OD.sum(1))
-        assert (refined.error_O <= last_O * (1 + 1e-6)).all()
-        assert refined.weight_OD.dtype == torch.float32
-        assert not refined.weight_OD[~refined.keep_OD].any()
-        last_O = refined.error_O
-    assert int(refined.swaps_O.sum()) > 0
+        swapped = SwapSearch(rounds, candidates=8, most_candidates=8).search(hessian, weight_OD, keep_OD, pattern)
+        assert torch.equal(swapped.keep_OD.sum(1), keep_OD.sum(1))
+        assert (swapped.error_O <= last_O * (1 + 1e-6)).all()
+        assert swapped.weight_OD.dtype == torch.float32
+        assert not swapped.weight_OD[~swapped.keep_OD].any()
+        last_O = swapped.error_O
+    assert int(swapped.swaps_O.sum()) > 0
     assert (last_O < before).any()
 
 
@@ -156,11 +154,11 @@ def test_no_round_leaves_the_mask_and_finds_its_optimum() -> None:
     weight_OD, inputs_TD = make_layer(6, 32)
     hessian = hessian_of(inputs_TD)
     keep_OD = top_scores(weight_OD.abs(), Unstructured(0.5, "layer"))
-    refined = SwapRefinement(rounds=0).refine(hessian, weight_OD, keep_OD, Unstructured(0.5, "layer"))
-    assert torch.equal(refined.keep_OD, keep_OD)
-    assert not refined.optimal_O.any()
+    swapped = SwapSearch(rounds=0).search(hessian, weight_OD, keep_OD, Unstructured(0.5, "layer"))
+    assert torch.equal(swapped.keep_OD, keep_OD)
+    assert not swapped.optimal_O.any()
     errors = [optimal_error(hessian.damped_DD, w, k) for w, k in zip(weight_OD, keep_OD, strict=True)]
-    assert refined.error_O.tolist() == pytest.approx(errors, rel=1e-9)
+    assert swapped.error_O.tolist() == pytest.approx(errors, rel=1e-9)
 
 
 def test_rows_that_keep_nothing_or_everything() -> None:
@@ -168,15 +166,15 @@ def test_rows_that_keep_nothing_or_everything() -> None:
     keep_OD = torch.zeros_like(weight_OD, dtype=torch.bool)
     keep_OD[1] = True
     keep_OD[2, :5] = True
-    refined = SwapRefinement().refine(hessian_of(inputs_TD), weight_OD, keep_OD, Unstructured(0.5, "layer"))
-    assert torch.equal(refined.keep_OD[:2], keep_OD[:2])
-    assert refined.optimal_O.all()
-    assert torch.allclose(refined.weight_OD[1], weight_OD[1])
+    swapped = SwapSearch().search(hessian_of(inputs_TD), weight_OD, keep_OD, Unstructured(0.5, "layer"))
+    assert torch.equal(swapped.keep_OD[:2], keep_OD[:2])
+    assert swapped.optimal_O.all()
+    assert torch.allclose(swapped.weight_OD[1], weight_OD[1])
 
 
 def test_an_empty_layer() -> None:
-    refined = SwapRefinement().refine(Hessian(torch.eye(4)), torch.zeros(0, 4), torch.zeros(0, 4).bool(), NM(2, 4))
-    assert refined.keep_OD.shape == (0, 4)
+    swapped = SwapSearch().search(Hessian(torch.eye(4)), torch.zeros(0, 4), torch.zeros(0, 4).bool(), NM(2, 4))
+    assert swapped.keep_OD.shape == (0, 4)
 
 
 @settings(max_examples=25)
@@ -188,10 +186,10 @@ def test_any_layer_is_proven_and_never_worse(seed: int, inputs: int, rank: int, 
     weight_OD = torch.randn(3, inputs, generator=generator, dtype=torch.float64)
     hessian = hessian_of(inputs_TD)
     keep_OD = torch.rand(3, inputs, generator=generator) < 0.5
-    refined = SwapRefinement(rounds=100).refine(hessian, weight_OD, keep_OD, Unstructured(0.5, "layer"))
-    assert refined.optimal_O.all()
+    swapped = SwapSearch(rounds=100).search(hessian, weight_OD, keep_OD, Unstructured(0.5, "layer"))
+    assert swapped.optimal_O.all()
     for row in range(3):
         before = optimal_error(hessian.damped_DD, weight_OD[row], keep_OD[row])
-        assert float(refined.error_O[row]) <= before * (1 + 1e-9) + 1e-15
-        neighbour = best_neighbour(hessian, weight_OD[row], refined.keep_OD[row], Unstructured(0.5, "layer"))
-        assert neighbour >= float(refined.error_O[row]) * (1.0 - 1e-6) - 1e-15
+        assert float(swapped.error_O[row]) <= before * (1 + 1e-9) + 1e-15
+        neighbour = best_neighbour(hessian, weight_OD[row], swapped.keep_OD[row], Unstructured(0.5, "layer"))
+        assert neighbour >= float(swapped.error_O[row]) * (1.0 - 1e-6) - 1e-15

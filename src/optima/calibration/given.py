@@ -1,4 +1,4 @@
-"""Calibration text that the caller gives, in the forms in which people have it, as documents or one tensor of tokens.
+"""What the caller gives to calibrate on, in the forms in which people have it: text, or batches of a processor.
 
 Shapes: N sequences, B sequences of a batch, L tokens in each.
 """
@@ -10,18 +10,20 @@ from itertools import chain
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from optima.calibration.inputs import LABELS, WORDS_OF, Calibration, inseparable, some_of, words_of
 from optima.errors import CalibrationError
+from optima.models.reading import is_encoder_decoder
 
 # A DataLoader is one; its batches are tensors, or what a tokenizer or a collator returns.
 Batches: TypeAlias = Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]
 
 IDS = "input_ids"
 MASK = "attention_mask"
+# Arguments that are zero where there is padding.
+PADDED = (MASK, "decoder_attention_mask")
 # What a batch of nothing but text may hold.
-LABELS = "labels"
-DECODER_IDS = "decoder_input_ids"
 TEXT_ALONE = {IDS, MASK, "token_type_ids", LABELS}
 
 
@@ -116,3 +118,90 @@ def _tokens(batch: Any) -> Tensor:
             "numbers of shape (batch, length)"
         )
     return tokens_BL.long().cpu()
+
+
+def given_batches(model: nn.Module, calibration: object, most: Callable[[int], int]) -> Calibration | None:
+    """``calibration`` as batches of a processor's outputs, or of pairs; None if it is something else, or text alone.
+
+    Args:
+        model: that reads them, or its skeleton.
+        calibration: what the caller gave.
+        most: how many sequences of so many tokens are taken of pairs of texts.
+
+    Raises:
+        CalibrationError: if a batch holds something else than tensors, or is text with padding.
+    """
+    if isinstance(calibration, (Tensor, str)) or not isinstance(calibration, Iterable):
+        return None
+    if isinstance(calibration, Mapping):
+        calibration = [calibration]
+    if not hasattr(calibration, "__len__"):
+        return None
+    first = next(iter(calibration), None)
+    alone = TEXT_ALONE - {LABELS} if is_encoder_decoder(model) else TEXT_ALONE  # which its decoder reads
+    if not isinstance(first, Mapping) or set(first) <= alone or _is_record(first):
+        return None
+    batches = list(_enough(map(_batched, calibration), most) if set(first) <= TEXT_ALONE else calibration)
+    for number, batch in enumerate(batches):
+        wrong = {"batch": batch} if not isinstance(batch, Mapping) or not batch else batch
+        for name, value in wrong.items():
+            if not isinstance(value, Tensor) or not value.numel():
+                raise CalibrationError(
+                    f"calibration batch {number}: {name} is a {type(value).__name__}, not a tensor with numbers: give "
+                    "what the model's processor returns with return_tensors='pt'"
+                )
+            if name == LABELS and LABELS not in alone and value.ndim < 2:
+                raise CalibrationError(
+                    f"calibration batch {number}: {LABELS} of shape {tuple(value.shape)} are no words for the decoder: "
+                    "leave them out"
+                )
+    return Calibration(None, tuple(dict(batch) for batch in batches), notes=_padding_note(model, batches))
+
+
+def _enough(batches: Iterable[Any], most: Callable[[int], int]) -> Iterator[Any]:
+    """The first of them, as many as have the sequences that are wanted, and of the last one some."""
+    count = 0
+    for batch in batches:
+        words = words_of(batch, WORDS_OF["decoder"]) if _of_tensors(batch) else None
+        if words is None or words.ndim != 2:  # refused in a moment
+            yield batch
+            continue
+        wanted, samples = most(words.shape[1]) - count, len(words)
+        if samples >= wanted:
+            yield batch if inseparable(batch, samples) else some_of(batch, slice(0, wanted), samples)
+            return
+        yield batch
+        count += samples
+
+
+def _of_tensors(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and all(isinstance(value, Tensor) for value in batch.values())
+
+
+def _batched(pair: Any) -> Any:
+    """A pair of texts, as a record of a data set holds it, is a batch of one."""
+    if not (_of_tensors(pair) and all(value.ndim == 1 for value in pair.values())):
+        return pair
+    return {name: value[None] for name, value in pair.items()}
+
+
+def _is_record(first: Mapping[str, Any]) -> bool:
+    """Whether it is a record of a data set, rather than what a processor returns."""
+    texts = any(isinstance(value, str) for value in first.values())
+    return texts or (IDS in first and not any(isinstance(value, Tensor) for value in first.values()))
+
+
+def _padding_note(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """What a report must tell of padding beside images or sounds; elsewhere it is refused."""
+    masks = [batch[name].bool() for batch in batches for name in PADDED if name in batch]
+    if is_encoder_decoder(model):  # whose decoder reads them
+        masks += [batch[LABELS] >= 0 for batch in batches if LABELS in batch]
+    padded = sum(int((~mask).sum()) for mask in masks)
+    if not padded:
+        return ()
+    if not any(tensor.is_floating_point() for batch in batches for tensor in batch.values()):
+        raise CalibrationError(
+            "calibration batches are padded, and padding would count as text: give batches of sequences of one length, "
+            "or of one sequence each"
+        )
+    return (f"padding counts as text: {padded / sum(mask.numel() for mask in masks):.0%} of the positions are padded",)

@@ -32,7 +32,7 @@ class Halving:
     """How many sequences of a batch run together: all, until the device is out of memory.
 
     Args:
-        device: where batches run, for messages.
+        device: where blocks run.
 
     Attributes:
         most: sequences that run together at most; None: as many as a batch has.

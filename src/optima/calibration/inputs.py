@@ -9,14 +9,13 @@ Shapes: N sequences, B sequences in a batch, L tokens in a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.given import DECODER_IDS, LABELS, TEXT_ALONE
 from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
@@ -25,8 +24,7 @@ from optima.models.reading import arguments_of, check_vocabulary, is_encoder_dec
 from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
-# Arguments that are zero where there is padding.
-PADDED = ("attention_mask", "decoder_attention_mask")
+LABELS, DECODER_IDS = "labels", "decoder_input_ids"
 # Arguments that hold the words of a batch, in the order in which they are looked for.
 WORDS_OF = {"decoder": (DECODER_IDS, LABELS), "encoder": ("input_ids",), "whole": ("input_ids",)}
 
@@ -57,7 +55,7 @@ class Calibration:
     def num_tokens(self) -> int:
         """Words that are read."""
         names = (DECODER_IDS, LABELS, "input_ids", "inputs_embeds")
-        words = [_words(batch, names) for batch in self.inputs]
+        words = [words_of(batch, names) for batch in self.inputs]
         return sum(0 if tensor is None else tensor.shape[:2].numel() for tensor in [*words, self.tokens_NL])
 
     @property
@@ -65,7 +63,7 @@ class Calibration:
         """Words in the longest sequence that a stack reads; None where one reads none (sounds)."""
         if self.tokens_NL is not None:
             return self.tokens_NL.shape[1]
-        if any(_words(batch, ("input_ids", "inputs_embeds")) is None for batch in self.inputs):
+        if any(words_of(batch, ("input_ids", "inputs_embeds")) is None for batch in self.inputs):
             return None
         names = ("input_ids", "inputs_embeds", DECODER_IDS, LABELS)
         return max(batch[name].shape[1] for batch in self.inputs for name in names if name in batch)
@@ -104,93 +102,6 @@ class Calibration:
                 )
 
 
-def given_batches(model: nn.Module, calibration: object, most: Callable[[int], int]) -> Calibration | None:
-    """``calibration`` as batches of a processor's outputs, or of pairs; None if it is something else, or text alone.
-
-    Args:
-        model: that reads them, or its skeleton.
-        calibration: what the caller gave.
-        most: how many sequences of so many tokens are taken of pairs of texts.
-
-    Raises:
-        CalibrationError: if a batch holds something else than tensors, or is text with padding.
-    """
-    if isinstance(calibration, (Tensor, str)) or not isinstance(calibration, Iterable):
-        return None
-    if isinstance(calibration, Mapping):
-        calibration = [calibration]
-    if not hasattr(calibration, "__len__"):
-        return None
-    first = next(iter(calibration), None)
-    alone = TEXT_ALONE - {LABELS} if is_encoder_decoder(model) else TEXT_ALONE  # which its decoder reads
-    if not isinstance(first, Mapping) or set(first) <= alone or _is_record(first):
-        return None
-    batches = list(_enough(map(_batched, calibration), most) if set(first) <= TEXT_ALONE else calibration)
-    for number, batch in enumerate(batches):
-        wrong = {"batch": batch} if not isinstance(batch, Mapping) or not batch else batch
-        for name, value in wrong.items():
-            if not isinstance(value, Tensor) or not value.numel():
-                raise CalibrationError(
-                    f"calibration batch {number}: {name} is a {type(value).__name__}, not a tensor with numbers: give "
-                    "what the model's processor returns with return_tensors='pt'"
-                )
-            if name == LABELS and LABELS not in alone and value.ndim < 2:
-                raise CalibrationError(
-                    f"calibration batch {number}: {LABELS} of shape {tuple(value.shape)} are no words for the decoder: "
-                    "leave them out"
-                )
-    return Calibration(None, tuple(dict(batch) for batch in batches), notes=_padding_note(model, batches))
-
-
-def _enough(batches: Iterable[Any], most: Callable[[int], int]) -> Iterator[Any]:
-    """The first of them, as many as have the sequences that are wanted, and of the last one some."""
-    count = 0
-    for batch in batches:
-        words = _words(batch, WORDS_OF["decoder"]) if _of_tensors(batch) else None
-        if words is None or words.ndim != 2:  # refused in a moment
-            yield batch
-            continue
-        wanted, samples = most(words.shape[1]) - count, len(words)
-        if samples >= wanted:
-            yield batch if inseparable(batch, samples) else some_of(batch, slice(0, wanted), samples)
-            return
-        yield batch
-        count += samples
-
-
-def _of_tensors(batch: Any) -> bool:
-    return isinstance(batch, Mapping) and all(isinstance(value, Tensor) for value in batch.values())
-
-
-def _batched(pair: Any) -> Any:
-    """A pair of texts, as a record of a data set holds it, is a batch of one."""
-    if not (_of_tensors(pair) and all(value.ndim == 1 for value in pair.values())):
-        return pair
-    return {name: value[None] for name, value in pair.items()}
-
-
-def _is_record(first: Mapping[str, Any]) -> bool:
-    """Whether it is a record of a data set, rather than what a processor returns."""
-    texts = any(isinstance(value, str) for value in first.values())
-    return texts or ("input_ids" in first and not any(isinstance(value, Tensor) for value in first.values()))
-
-
-def _padding_note(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
-    """What a report must tell of padding beside images or sounds; elsewhere it is refused."""
-    masks = [batch[name].bool() for batch in batches for name in PADDED if name in batch]
-    if is_encoder_decoder(model):  # whose decoder reads them
-        masks += [batch[LABELS] >= 0 for batch in batches if LABELS in batch]
-    padded = sum(int((~mask).sum()) for mask in masks)
-    if not padded:
-        return ()
-    if not any(tensor.is_floating_point() for batch in batches for tensor in batch.values()):
-        raise CalibrationError(
-            "calibration batches are padded, and padding would count as text: give batches of sequences of one length, "
-            "or of one sequence each"
-        )
-    return (f"padding counts as text: {padded / sum(mask.numel() for mask in masks):.0%} of the positions are padded",)
-
-
 def arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     """What a forward pass of ``model`` is called with for a batch."""
     if not isinstance(batch, Tensor):
@@ -218,7 +129,7 @@ def words_size(model: nn.Module, batch: Batch) -> tuple[int, int]:
         CalibrationError: if the batch has none, or none for the decoder.
     """
     names: tuple[str, ...] = WORDS_OF["decoder"] if is_encoder_decoder(model) else (*WORDS_OF["whole"], "inputs_embeds")
-    words = _words(arguments(model, batch), names)
+    words = words_of(arguments(model, batch), names)
     if words is None:
         raise CalibrationError(
             f"a calibration batch has no {' or '.join(names)}, of which the loss is: add them, or take objective sink"
@@ -229,7 +140,7 @@ def words_size(model: nn.Module, batch: Batch) -> tuple[int, int]:
 def stack_size(model: nn.Module, stack: Stack, batch: Batch) -> tuple[int, int | None]:
     """(B, L) of the hidden states of a stack; L None where it does not show in what the model is given (audio)."""
     given: Any = arguments(model, batch)
-    words = _words(given, WORDS_OF[stack.part])
+    words = words_of(given, WORDS_OF[stack.part])
     if words is not None:
         return len(words), words.shape[1]
     return len(given.get(getattr(model, "main_input_name", ""), next(iter(given.values())))), None
@@ -260,5 +171,6 @@ def some_of(batch: Batch, part: slice, samples: int) -> Batch:
     return {name: rows_of(tensor, part, samples) for name, tensor in batch.items()}
 
 
-def _words(given: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:
+def words_of(given: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:
+    """Those of the first of ``names`` that a batch has."""
     return next((given[name] for name in names if name in given), None)

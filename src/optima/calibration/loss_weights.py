@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 
 from optima.calibration.backward import second_moment, through
 from optima.calibration.coupling import finished
-from optima.calibration.head import at_the_head, head_device
+from optima.calibration.head import at_the_head
 from optima.calibration.inputs import words_size
 from optima.calibration.left_behind import LeftBehind
+from optima.calibration.places import head_device
 from optima.calibration.streams import Streams
 from optima.calibration.swept import (
     Draws,

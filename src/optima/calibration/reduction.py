@@ -1,4 +1,4 @@
-"""What processes found on their own sequences, brought together: statistics, gradients, a block's activations.
+"""What processes found on their own sequences, brought together: statistics, and what a block is tuned on.
 
 Shapes: D inputs, O outputs, N tokens whose inputs are kept, T tokens, E hidden size.
 """

@@ -1,4 +1,4 @@
-"""Files and names: swapped at one instant, made to outlast a loss of power."""
+"""Files: their names and hashes, headers and indices; swapped at one instant, made to outlast a loss of power."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)  # of a directory, a
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
-PLAIN, INDEX = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
+PLAIN, INDEX_ENDING = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
 PACKED = ".packed.safetensors"  # how the files end that optima pack writes
 TOKENIZERS = (
     *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
@@ -163,9 +163,9 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def check_complete(directory: Path) -> None:
+def check_shards(directory: Path) -> None:
     """Raise ``ModelError`` if a file that an index of ``directory`` names is not there."""
-    for index in sorted(directory.glob(f"*{PLAIN}{INDEX}")):
+    for index in sorted(directory.glob(f"*{PLAIN}{INDEX_ENDING}")):
         try:
             lost = [name for name in shards(index) if not (directory / name).is_file()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

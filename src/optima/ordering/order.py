@@ -20,8 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.calibration.capture import capture
 from optima.calibration.halving import Halving
-from optima.calibration.head import embedding_device
 from optima.calibration.inputs import Batch
+from optima.calibration.places import embedding_device
 from optima.calibration.probe import forward
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams

@@ -11,14 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from optima.build import pattern_table
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.given import given_text
-from optima.calibration.inputs import Batch, Calibration, given_batches
+from optima.calibration.given import given_batches, given_text
+from optima.calibration.inputs import Calibration
 from optima.calibration.own_text import check_writes
-from optima.calibration.text import calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linalg.finite import all_finite
@@ -30,16 +28,12 @@ from optima.models.reading import check_length, is_encoder_decoder
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
 from optima.names import check_bounded
-from optima.options import SELF
 from optima.patterns import Pattern, Unstructured
 from optima.preflight.settling import settle_in_turn, settle_own, settle_tuning
 from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
 from optima.selectors.external import External
 from optima.values import check_regexes
-
-# Of several processes, the largest part of the sequences, relative to equal parts.
-MOST_UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
@@ -150,25 +144,6 @@ def check_finite(linears: Sequence[Linear]) -> None:
             )
 
 
-def own_batches(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Batch], bool]:
-    """The batches of this process, and whether they are those of one process that has them all.
-
-    They are, unless that leaves too much to one of them.
-
-    Raises:
-        RecipeError: unless every process has a sequence.
-    """
-    tokens_NL, batches = text.tokens_NL, text.batches(batch_size)
-    count = len(batches) if tokens_NL is None else len(tokens_NL)
-    check_shared(count, ranks)
-    if tokens_NL is None:
-        return batches[ranks.part(count)], True
-    most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
-    if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
-        return batches[ranks.part(len(batches))], True
-    return tokens_NL[ranks.part(count)].split(batch_size), False
-
-
 def check_shared(count: int | None, ranks: Ranks) -> None:
     """Raise ``RecipeError`` unless each process has one of ``count`` sequences, as far as their number is known."""
     if count is not None and count < ranks.size:
@@ -189,37 +164,6 @@ def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
             f"dump_layer {regex!r} matches none of the linears to prune: list them with optima plan, "
             f"the first is {linears[0].name}"
         )
-
-
-def find_calibration(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Calibration | Iterable[Any] | None
-) -> Calibration:
-    """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data sets.
-
-    Batches of a processor's outputs are taken as they are. Data sets beside dataset self may lack some, and the share
-    that the model writes is not read.
-
-    Raises:
-        CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
-    """
-    if isinstance(given, Tensor):
-        return Calibration(given.cpu().long())
-    if isinstance(given, Calibration):
-        return given
-    if tokenizer is None:
-        raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids as a tensor")
-    column, revision = recipe.text_column, recipe.dataset_revision
-    source = TextSource(recipe.read, recipe.dataset_config, recipe.split, column, revision)
-    documents = Documents(source, recipe.seed, tokenizer) if given is None else given
-    assert recipe.num_calibration_samples is not None, "a run resolves it"
-    samples = recipe.num_calibration_samples
-    if given is None and recipe.own_share != "auto":
-        samples -= int(recipe.own_share * samples)
-    fewer = given is None and SELF in recipe.dataset
-    tokens_NL = calibration_tokens(documents, tokenizer, samples, recipe.max_seq_length, fewer)
-    if isinstance(documents, Documents):
-        return Calibration(tokens_NL, (), documents.skipped, documents.revision)
-    return Calibration(tokens_NL)
 
 
 def taken(model: nn.Module, calibration: object, recipe: Recipe, found: Preflight) -> Any:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.activations import activations
-from optima.calibration.inputs import Calibration
+from optima.calibration.documents import Documents, TextSource
+from optima.calibration.inputs import Batch, Calibration
 from optima.calibration.own_text import KeptText, own_text
 from optima.calibration.store import Store
+from optima.calibration.text import calibration_tokens
 from optima.distributed import Ranks
-from optima.errors import ModelError, RecipeError
+from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import HostMemory, host_memory, host_room
 from optima.models.destination import Destination
 from optima.models.experts import split_on_disk
@@ -26,14 +30,18 @@ from optima.models.skeleton import skeleton
 from optima.models.source import Source, find_source, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
+from optima.options import SELF
 from optima.patterns import Unstructured
-from optima.preflight.checks import check_dump, check_shared, find_calibration
+from optima.preflight.checks import check_dump, check_shared
 from optima.preflight.fitting import Fitted, fit
 from optima.preflight.in_memory import check_in_memory
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 
 _logger = logging.getLogger("optima")
+
+# Of several processes, the largest part of the sequences, relative to equal parts.
+MOST_UNEVEN = 1.25
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,37 @@ def read(
     return *_network(checked, whole, ranks), text
 
 
+def find_calibration(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None, given: Tensor | Calibration | Iterable[Any] | None
+) -> Calibration:
+    """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data sets.
+
+    Batches of a processor's outputs are taken as they are. Data sets beside dataset self may lack some, and the share
+    that the model writes is not read.
+
+    Raises:
+        CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
+    """
+    if isinstance(given, Tensor):
+        return Calibration(given.cpu().long())
+    if isinstance(given, Calibration):
+        return given
+    if tokenizer is None:
+        raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids as a tensor")
+    column, revision = recipe.text_column, recipe.dataset_revision
+    source = TextSource(recipe.read, recipe.dataset_config, recipe.split, column, revision)
+    documents = Documents(source, recipe.seed, tokenizer) if given is None else given
+    assert recipe.num_calibration_samples is not None, "a run resolves it"
+    samples = recipe.num_calibration_samples
+    if given is None and recipe.own_share != "auto":
+        samples -= int(recipe.own_share * samples)
+    fewer = given is None and SELF in recipe.dataset
+    tokens_NL = calibration_tokens(documents, tokenizer, samples, recipe.max_seq_length, fewer)
+    if isinstance(documents, Documents):
+        return Calibration(tokens_NL, (), documents.skipped, documents.revision)
+    return Calibration(tokens_NL)
+
+
 def _lacks(checked: Checked, text: Calibration) -> bool:
     """Whether the model has to write some."""
     return checked.calibration is None and text.size[0] < (checked.recipe.num_calibration_samples or 0)
@@ -145,6 +184,25 @@ def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrai
     revision, hashed = commit_of(source), fingerprint(source)
     origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
     return network, weights, origin
+
+
+def own_batches(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Batch], bool]:
+    """The batches of this process, and whether they are those of one process that has them all.
+
+    They are, unless that leaves too much to one of them.
+
+    Raises:
+        RecipeError: unless every process has a sequence.
+    """
+    tokens_NL, batches = text.tokens_NL, text.batches(batch_size)
+    count = len(batches) if tokens_NL is None else len(tokens_NL)
+    check_shared(count, ranks)
+    if tokens_NL is None:
+        return batches[ranks.part(count)], True
+    most, fair = -(-len(batches) // ranks.size) * batch_size, -(-count // ranks.size)
+    if len(batches) >= ranks.size and most <= MOST_UNEVEN * fair:
+        return batches[ranks.part(len(batches))], True
+    return tokens_NL[ranks.part(count)].split(batch_size), False
 
 
 def memory_of(checked: Checked, streamed: bool) -> HostMemory:

@@ -22,7 +22,7 @@ from optima.models.source import Source, load_tokenizer
 from optima.models.stacks import Block
 from optima.options import is_file
 from optima.plan import Measured, Plan
-from optima.preflight.checks import find_calibration
+from optima.preflight.opening import find_calibration
 from optima.rehearsal.stages import Peak, Rehearsal
 
 

@@ -27,8 +27,9 @@ from optima.calibration.backward import second_moment, through
 from optima.calibration.capture import capture
 from optima.calibration.coupling import couples, coupling, coupling_bytes, finished
 from optima.calibration.halving import Halving
-from optima.calibration.head import LOGITS_BYTES, at_the_head, embedding_device, head_device
+from optima.calibration.head import at_the_head
 from optima.calibration.inputs import words_size
+from optima.calibration.places import LOGITS_BYTES, embedding_device, head_device
 from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
 from optima.calibration.swept import kept_bytes, sweep_numbers

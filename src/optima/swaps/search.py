@@ -40,11 +40,11 @@ PADDING = 1.25
 TABLEAU_ENTRIES = 2**23
 
 
-class Refined(NamedTuple):
+class Swapped(NamedTuple):
     """The outcome, row by row.
 
     Attributes:
-        keep_OD: the refined mask, with the same number of kept weights in every row (in every N:M group).
+        keep_OD: the mask, with the same number of kept weights in every row (in every N:M group).
         weight_OD: the optimal weights on it, in the dtype of the dense weights.
         error_O: 1/2 (v - w)^T H (v - w) on it, float64; never above that of the mask that was given.
         swaps_O: swaps made, int64.
@@ -60,7 +60,7 @@ class Refined(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SwapRefinement:
+class SwapSearch:
     """Swaps in bulk first (``optima.swaps.exchange``), then one by one at their exact gains.
 
     The latter go in rounds: candidates, swaps among them from the best down, new optimum, new candidates.
@@ -77,12 +77,12 @@ class SwapRefinement:
     candidates: int = 64
     most_candidates: int | None = None
 
-    def refine(self, hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Pattern) -> Refined:
-        """Refine the mask ``keep_OD`` of the dense weights ``weight_OD``; exact counts stay as they are."""
+    def search(self, hessian: Hessian, weight_OD: Tensor, keep_OD: Tensor, pattern: Pattern) -> Swapped:
+        """Improve the mask ``keep_OD`` of the dense weights ``weight_OD``; exact counts stay as they are."""
         keep_freed_memory()
         if not keep_OD.numel():
             nothing_O = keep_OD.sum(dim=1)
-            return Refined(keep_OD, weight_OD, nothing_O.double(), nothing_O, nothing_O == 0)
+            return Swapped(keep_OD, weight_OD, nothing_O.double(), nothing_O, nothing_O == 0)
         weight_OD = weight_OD.masked_fill(hessian.dead_D, 0.0)
         swaps_O = keep_OD.new_zeros(len(keep_OD), dtype=torch.int64)
         if self.rounds:
@@ -95,8 +95,8 @@ class SwapRefinement:
         chunks = order_O.split(chunk_sizes(count_O.tolist()))
         parts = [_Rows(self, system, weight_OD[rows], keep_OD[rows]).run() for rows in chunks]
         back_O = order_O.argsort()
-        refined = Refined(*(torch.cat(values)[back_O] for values in zip(*parts, strict=True)))
-        return refined._replace(swaps_O=refined.swaps_O + swaps_O)
+        swapped = Swapped(*(torch.cat(values)[back_O] for values in zip(*parts, strict=True)))
+        return swapped._replace(swaps_O=swapped.swaps_O + swaps_O)
 
 
 def chunk_sizes(counts: Sequence[int]) -> list[int]:
@@ -143,7 +143,7 @@ class System:
 class _Rows:
     """One chunk of rows: the best mask of each so far, and what has been proven of it."""
 
-    def __init__(self, options: SwapRefinement, system: System, dense_RD: Tensor, keep_RD: Tensor) -> None:
+    def __init__(self, options: SwapSearch, system: System, dense_RD: Tensor, keep_RD: Tensor) -> None:
         self.options, self.system, self.dtype = options, system, dense_RD.dtype
         self.dense_RD = dense_RD.double() * system.norm_D
         self.keep_RD = keep_RD.clone()
@@ -153,7 +153,7 @@ class _Rows:
         self.optimal_R = torch.zeros_like(self.error_R, dtype=torch.bool)
         self.rounds = options.rounds
 
-    def run(self) -> Refined:
+    def run(self) -> Swapped:
         """Few candidates first; rows that they leave open go on with more."""
         rows = torch.arange(len(self.keep_RD), device=self.keep_RD.device)
         most = min(self.options.most_candidates or self.system.num_inputs, self.system.num_inputs)
@@ -164,7 +164,7 @@ class _Rows:
                 break
             candidates = min(candidates * WIDEN, most)
         weight_RD = (self.weight_RD / self.system.norm_D).to(self.dtype)
-        return Refined(self.keep_RD, weight_RD, self.error_R, self.swaps_R, self.optimal_R)
+        return Swapped(self.keep_RD, weight_RD, self.error_R, self.swaps_R, self.optimal_R)
 
     def _swap_among(self, rows: Tensor, candidates: int) -> Tensor:
         """Swap in ``rows`` until none moves; returns those without a swap and without a proof that there is none."""
