@@ -9,8 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from tiny import make_tokens
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from optima.calibration.capture import capture
+from optima.calibration.loss_weights import loss_weights
+from optima.calibration.tempering import LossWeights
+from optima.models.stacks import Stack, find_stacks, select_linears
 
 VOCAB = 101
 V = {"vocab_size": VOCAB}
@@ -237,3 +243,18 @@ def build(family: str) -> PreTrainedModel:
 def make_ids(samples: int = 5, length: int = 16) -> Tensor:
     """Random token ids, (samples, length)."""
     return torch.randint(3, VOCAB, (samples, length), generator=torch.Generator().manual_seed(1))
+
+
+def stack_of(model: nn.Module) -> Stack:
+    """The only one of a model, with all of its linears."""
+    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    return stack
+
+
+def sweep(model: nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[LossWeights, Tensor]:
+    """The weights by the loss of eight sequences, and these."""
+    stack, tokens_NL = stack_of(model), make_tokens(8, 16)
+    batches = list(tokens_NL.split(batch_size))
+    streams = capture(model, stack, batches, whole=True)
+    found = loss_weights(model, stack, streams, seed=3, share=share)  # type: ignore[arg-type]
+    return found, tokens_NL

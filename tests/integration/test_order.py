@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, make_ids
+from families import FAMILIES, build, make_ids, sweep
 from safetensors.torch import save_file
 from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
 from torch import Tensor, nn
@@ -256,3 +256,46 @@ def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.Mon
     before = snapshot(root)
     assert main(["order", "model", "--output-dir", "a/out", *prune_arguments("--pattern", "2:4")[4:]]) == 2
     assert snapshot(root) == before
+
+
+def test_channels_are_ordered_by_rows_in_units_of_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def stay(saliency_RC: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(saliency_RC.clone())
+        return torch.arange(saliency_RC.shape[1])
+
+    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    model = make_llama()
+    weights = [block.mlp.down_proj.weight.detach().clone() for block in model.model.layers]
+    recipe = Recipe(pattern=["2:4"], objective="loss", seed=3, batch_size=4)
+    optima.order(model, recipe, calibration=make_tokens(8, 16), channels=["mlp"], progress=False)
+    found, _ = sweep(make_llama(), 4)
+    for number, (saliency_OD, weight_OD) in enumerate(zip(seen, weights, strict=True)):
+        row_O = found.of_rows(f"model.layers.{number}.mlp.down_proj")
+        assert row_O is not None
+        unit_OD = saliency_OD / weight_OD.square()  # of the row times of the input
+        torch.testing.assert_close(unit_OD[:, 0] / unit_OD[0, 0], row_O / row_O[0], rtol=1e-2, atol=0.0)
+
+
+def test_rows_that_stand_for_all_weigh_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linears of more rows count for more in the order of hidden channels, however few of them are taken."""
+    sums: list[torch.Tensor] = []
+
+    def stay(saliency_RC: torch.Tensor, *args: Any) -> torch.Tensor:
+        sums.append(saliency_RC.sum(dim=0))
+        return torch.arange(saliency_RC.shape[1])
+
+    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    for rows in (2**20, 5):
+        monkeypatch.setattr("optima.ordering.order.HIDDEN_BYTES", 4 * 32 * rows * 10)
+        model = make_llama()
+        with torch.no_grad():  # of each linear all rows are alike
+            for block in model.model.layers:
+                for linear in (*block.self_attn.children(), block.mlp.gate_proj, block.mlp.up_proj):
+                    if hasattr(linear, "weight"):
+                        linear.weight.copy_(linear.weight[:1].expand_as(linear.weight))
+        recipe = Recipe(pattern=["2:4"], objective="plain", batch_size=2)
+        optima.order(model, recipe, calibration=make_tokens(8, 16), channels=["hidden"], progress=False)
+    assert len(sums) == 2
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-3, atol=0.0)

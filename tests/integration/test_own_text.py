@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, load_report, prune
 from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import beginning, keys_bytes, own_text
+from optima.calibration.own_text import KeptText, beginning, keys_bytes, own_text
 from optima.cli import main
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
@@ -294,3 +294,33 @@ def test_refusals(tmp_path: Path) -> None:
         prune(make_llama(), recipe())
     with pytest.raises(CalibrationError, match="raise --max-seq-length"):
         own_text(make_llama(), make_tokenizer(), Recipe(num_calibration_samples=1, max_seq_length=1), CPU)
+
+
+def test_a_text_that_was_kept_is_not_that_of_other_data(tmp_path: Path) -> None:
+    read, other = (Calibration(torch.full((2, 8), number)) for number in (1, 2))
+    kept = KeptText(tmp_path / "own-text", {"recipe": {"seed": 0}})
+    assert kept.read(read) is None
+    text = Calibration(torch.arange(32).reshape(4, 8), notes=("written",))
+    kept.keep(text, read)
+    found = kept.read(read)
+    assert found is not None
+    assert torch.equal(found.tokens_NL, text.tokens_NL)  # type: ignore[arg-type]
+    assert found.notes == ("written",)
+    with pytest.raises(ModelError, match="its data is other text"):
+        kept.read(other)
+
+
+def test_the_pieces_that_a_model_goes_on_from_are_those_of_the_seed() -> None:
+    read = Calibration(torch.arange(24 * 10).reshape(10, 24))
+    first, again, other = (
+        own_text(
+            make_llama(),
+            make_tokenizer("none", eos_token="</s>"),
+            Recipe(dataset=["a.txt", "self"], num_calibration_samples=20, max_seq_length=24, seed=seed),
+            torch.device("cpu"),
+            read,
+        ).tokens_NL[10:, :3]  # type: ignore[index]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -149,6 +149,17 @@ class TestStopped:
         stopped(blocks)
         assert f"resumed after model.layers.{blocks - 1}" in check_goes_on(whole)
 
+    def test_seconds_of_all_runs_are_told(self) -> None:
+        def slow() -> None:
+            clock = time.perf_counter
+            time.perf_counter = lambda: 1e6 * clock()
+            stop_at_sync(13)()
+
+        assert finish(start("out", prepare=slow)) == -signal.SIGKILL
+        assert read_journal(JOURNAL).blocks
+        assert finish(start("out", "--resume")) == 0, said()
+        assert optima.load_report("out").run.seconds > 1e4
+
     def test_again_and_again(self, whole: Path) -> None:
         stopped(1)
         for count in (7, 5, 9):  # in a block, at the note of the resumed run, behind a block

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qp_peers.pdhg import RestartedPDHG
-from qp_reference import ROUNDING, Array, Reference, make_matrix, make_rows, reference
+from qp_reference import ROUNDING, Array, Reference, make_layer, make_matrix, make_rows, reference
 from torch import Tensor
 
 from optima.qp import (
@@ -283,3 +284,13 @@ def _double(problem: RowProblem, name: str) -> Tensor:
     tensor = getattr(problem, name)
     assert isinstance(tensor, Tensor)
     return tensor.double() if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.9, 1.1])
+def test_the_gap_of_any_weights_is_above_the_truth(kept: float) -> None:
+    """Also far from the optimum, where it matters what it is relative to."""
+    hessian, problem, truth = make_layer(40, 24, kept=kept)
+    noise_RD = torch.randn(40, 24, generator=torch.Generator().manual_seed(0))
+    weight_RD = problem.clamp(problem.target_RD + 0.3 * noise_RD)
+    gap_R = certify(hessian, problem, weight_RD).gap_R
+    assert (truth.loss(weight_RD) <= truth.allowance(gap_R.numpy())).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from layers import hessian_of, layer_of, make_layer
 
-from optima.allocation import Allocation, ByLoss, KeepDense, Owl, quantile_places
+from optima.allocation import Allocation, ByLoss, KeepDense, Owl, quantile_places, saliency_by_loss
 from optima.build import build_allocation
 from optima.linalg.statistics import Statistics
 from optima.patterns import NM, Pattern, Unstructured
@@ -166,3 +166,31 @@ def test_by_loss_is_one_threshold_cut_at_the_spread(spread: float) -> None:
     total = sum(map(len, own.values()))
     assert sum(found[name] * len(score_N) for name, score_N in own.items()) == pytest.approx(0.5 * total)
     assert max(shares.values()) - min(shares.values()) > 0.1, "a spread of 0.05 cuts some"
+
+
+def test_keep_dense_goes_by_the_loss_of_a_weight_not_of_a_linear() -> None:
+    allocation = KeepDense(0.7)
+    for name, rows, felt in (("large", 16, 3.0), ("small", 8, 5.0)):
+        weight_OD, inputs_TD = make_layer(16, 32)
+        task = LinearTask(
+            name, weight_OD[:rows], Statistics(hessian_of(inputs_TD)), row_weight_O=torch.full((rows,), felt)
+        )
+        allocation.note(0, name, task.weight_OD.numel(), allocation.measure(task, NM(2, 4)))
+    assert allocation.allocate() == {"large": 0.5, "small": 0.0}
+
+
+def test_quantiles_of_a_sample_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose rows differ, the last from the first."""
+    weight_OD, inputs_TD = make_layer(96, 48)
+    task = layer_of(weight_OD * torch.linspace(0.1, 3.0, 96)[:, None], inputs_TD)
+    whole_Q = ByLoss(0.5).measure(task, Unstructured(0.5))
+    monkeypatch.setattr("optima.allocation.SAMPLE", 1024)
+    sample_Q = ByLoss(0.5).measure(task, Unstructured(0.5))
+    assert float((sample_Q <= whole_Q[500]).double().mean()) == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_loss_feels_no_weight_of_a_dead_input() -> None:
+    task = layer_of(*make_layer(8, 32, dead=(3, 7)))
+    saliency_OD = saliency_by_loss(task)
+    assert not saliency_OD[:, [3, 7]].any()
+    assert bool((saliency_OD.sum(dim=0) > 0).sum() == 30)

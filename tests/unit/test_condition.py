@@ -157,3 +157,35 @@ def test_weights_that_are_too_large_to_certify_are_not_optimal(value: float) -> 
     else:
         with pytest.raises(NumericalError, match="contain NaN or Inf"):
             certify(hessian, problem, weight_RD)
+
+
+def test_bounds_hold_where_the_residual_is_rounding() -> None:
+    """At the optimum as float64 has it: in exact arithmetic."""
+    root_DD = torch.randn(6, 6, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    hessian = Hessian(root_DD @ root_DD.mT, damping=0.0)
+    weight_RD = torch.randn(60, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    keep_RD = (torch.arange(6) < 4).expand(60, 6)
+    problem = make_problem(hessian, weight_RD, keep_RD)
+    damped_DD = hessian.damped_DD
+    optimum_RD = torch.zeros_like(weight_RD)
+    optimum_RD[:, :4] = torch.linalg.solve(damped_DD[:4, :4], (weight_RD @ damped_DD)[:, :4].mT).mT
+    bound_R = certify(hessian, problem, optimum_RD).bound_R
+    for row in range(60):
+        excess = exact_excess(damped_DD, weight_RD[row], keep_RD[row], optimum_RD[row])
+        assert excess <= Fraction(float(bound_R[row])), row
+
+
+def test_bounds_hold_where_the_residual_is_rounded_to_zero() -> None:
+    """It is not zero."""
+    root_DD = torch.randn(2, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    hessian = Hessian(root_DD @ root_DD.mT, damping=0.0)
+    weight_RD = torch.randn(100, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    keep_RD = torch.tensor([True, False]).expand(100, 2)
+    problem = make_problem(hessian, weight_RD, keep_RD)
+    damped_DD = hessian.damped_DD
+    optimum_RD = torch.zeros_like(weight_RD)
+    optimum_RD[:, 0] = (weight_RD @ damped_DD)[:, 0] / damped_DD[0, 0]
+    bound_R = certify(hessian, problem, optimum_RD).bound_R
+    for row in range(100):
+        excess = exact_excess(damped_DD, weight_RD[row], keep_RD[row], optimum_RD[row])
+        assert excess <= Fraction(float(bound_R[row])), row

@@ -342,3 +342,36 @@ def test_tuned_experts_keep_their_masks(family: str) -> None:
     (stack,) = select_linears(find_stacks(model), ["experts"], [])
     for linear in (linear for block in stack.blocks for linear in block.linears):
         assert bool(((linear.read() == 0).reshape(-1, 4).sum(dim=1) == 2).all())
+
+
+def test_hessians_of_experts_by_the_definition() -> None:
+    """Their own tokens, and as many of all as there are inputs, each times what it weighs."""
+    block, streams = streams_of(build("mixtral"))
+    module: Any = block.module.mlp.experts  # type: ignore[union-attr]
+    calls: list[Any] = []
+    handle = module.register_forward_pre_hook(lambda module, args: calls.append(args))
+    with torch.no_grad():
+        for batch in range(len(streams.hidden)):
+            streams.run(block, batch)
+    handle.remove()
+    hidden_TD, chosen_TK = (torch.cat([call[place] for call in calls]) for place in (0, 1))
+    weight_T = torch.ones(6, 16).index_fill(1, torch.tensor([0]), 8.0).flatten().double()
+
+    def mean_DD(inputs_TD: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
+        inputs_TD = inputs_TD.double()
+        return (weight_T[:, None] * inputs_TD).mT @ inputs_TD / weight_T.sum()
+
+    for found in observe(block, streams, 0.5, 0.0):
+        name, _, number = found.linears[0].name.rpartition(".")
+        if not name.startswith(f"{block.name}.mlp.experts"):
+            continue
+        gate_TI, up_TI = (hidden_TD @ module.gate_up_proj[int(number)].mT).chunk(2, dim=-1)
+        inputs_TD = hidden_TD if name.endswith("gate_up_proj") else (module.act_fn(gate_TI) * up_TI).detach()
+        own_T = (chosen_TK == int(number)).any(dim=1)
+        count, size = int(own_T.sum()), inputs_TD.shape[1]
+        parts = count * mean_DD(inputs_TD[own_T], weight_T[own_T]) + size * mean_DD(inputs_TD, weight_T)
+        assert found.statistics is not None
+        expected_DD = parts / (count + size)
+        torch.testing.assert_close(
+            found.statistics.hessian.matrix_DD, expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max())
+        )

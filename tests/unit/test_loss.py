@@ -53,3 +53,22 @@ def test_one_matrix_is_kept() -> None:
         hessian.damped_DD.diagonal() - hessian.diagonal_D,
         torch.full_like(hessian.diagonal_D, 0.5 * hessian.mean_diagonal),
     )
+
+
+def test_a_dead_input_loses_nothing() -> None:
+    """Whatever becomes of its weight."""
+    matrix_DD = make_matrix(24, 48, seed=2)
+    matrix_DD[5] = matrix_DD[:, 5] = 0.0
+    hessian = Hessian(matrix_DD)
+    change_OD = torch.randn(10, 24, generator=torch.Generator().manual_seed(0))
+    expected_O = torch.linalg.vecdot(change_OD.double() @ matrix_DD.double(), change_OD.double())
+    torch.testing.assert_close(hessian.loss(change_OD), expected_O, rtol=1e-4, atol=0.0)
+
+
+def test_loss_is_undamped_where_the_damping_was_raised() -> None:
+    matrix_DD = make_matrix(96, 40, seed=2)
+    hessian = Hessian(matrix_DD.double() - 1e-6 * float(matrix_DD.diagonal().mean()) * torch.eye(96), damping=0.0)
+    change_OD = torch.randn(10, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected_O = torch.linalg.vecdot(change_OD @ hessian.matrix_DD, change_OD)
+    assert hessian.damping > hessian.requested_damping
+    torch.testing.assert_close(hessian.loss(change_OD), expected_O, rtol=1e-7, atol=0.0)

@@ -5,39 +5,34 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, build, make_ids
+from families import FAMILIES, build, make_ids, stack_of, sweep
 from layers import layer_of, make_layer
 from tiny import VOCAB, NoBackward, make_bert, make_llama, make_tokens
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
+from optima.allocation import ByLoss
 from optima.calibration.capture import capture
-from optima.calibration.head import label_gradient
+from optima.calibration.head import drawn_words, label_gradient
 from optima.calibration.loss_weights import loss_weights
+from optima.calibration.statistics import observe
 from optima.calibration.store import Store
-from optima.calibration.swept import Draws, swept_share
-from optima.calibration.tempering import LossWeights
+from optima.calibration.swept import Draws, surveyed_batches, swept_share
+from optima.calibration.tempering import LossWeights, row_weights
 from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import Pattern, Unstructured
+from optima.pipeline import Job
 from optima.recipe import recipe_from_dict
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.wanda import Wanda
-
-
-def sweep(model: torch.nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[LossWeights, torch.Tensor]:
-    tokens_NL = make_tokens(8, 16)
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
-    batches = list(tokens_NL.split(batch_size))
-    streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, seed=3, share=share)  # type: ignore[arg-type]
-    return found, tokens_NL
 
 
 def test_they_are_the_gradients_of_the_whole_model() -> None:
@@ -340,3 +335,84 @@ def test_the_parts_of_a_sweep_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
         whole, parts = (getattr(each, name) for each in found)
         assert whole.keys() == parts.keys() != set()
         assert all(torch.equal(own, parts[key]) for key, own in whole.items()), name
+
+
+def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    model = build("mixtral")
+    stack = stack_of(model)
+    streams = capture(model, stack, list(make_ids(8, 16).split(2)), whole=True)
+    found = loss_weights(model, stack, streams, seed=0, share=0.5)
+    assert found.routed
+    for name, pairs in found.routed.items():
+        known = sum(len(tokens) for tokens, _ in pairs)
+        assert found.moments(name).tokens == pytest.approx(2 * known), "as many are to come"
+        weights = found.of_rows(name)
+        assert weights is not None
+        torch.testing.assert_close(weights, row_weights(found.rows[name], known))
+
+
+def test_tokens_of_a_block_weigh_the_square_of_the_gradient_at_its_output() -> None:
+    model = make_llama().eval()
+    found, tokens_NL = sweep(model)
+    seen: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_hook(
+        lambda module, args, output: seen.append(output) or output.retain_grad()
+    )
+    generator = torch.Generator().manual_seed(3)
+    for own_T, tokens_BL in zip(found.tokens["model.layers.0"], tokens_NL.split(4), strict=True):
+        drawn_T = torch.rand(tokens_BL.shape, generator=generator).flatten()
+        logits_TV = model(input_ids=tokens_BL).logits.flatten(0, 1)
+        logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
+        torch.testing.assert_close(own_T, seen[-1].grad.square().sum(dim=-1).flatten(), rtol=1e-3, atol=1e-12)
+
+
+def test_without_words_the_gradients_of_the_last_hidden_states_are_signs() -> None:
+    model = make_bert().eval()
+    stack = stack_of(model)
+    streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True)
+    product_EE = loss_weights(model, stack, streams, seed=3, residual=True).residual[stack.blocks[-1].name]
+    assert torch.equal(product_EE.diagonal(), torch.ones(32))
+    assert float((product_EE - torch.eye(32)).abs().max()) < 0.5, "each is either with the same probability"
+
+
+def test_no_word_without_probability_is_drawn() -> None:
+    weight_TV = torch.zeros(2, 700)
+    weight_TV[0, 600] = weight_TV[1, 3] = 1.0
+    label_T1, _ = drawn_words(weight_TV, torch.zeros(2))
+    assert label_T1[:, 0].tolist() == [600, 3]
+
+
+def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    model = make_llama()
+    stack = stack_of(model)
+    streams = capture(model, stack, list(make_tokens(8, 16).split(2)), whole=True)
+    taken = surveyed_batches(streams, 0.5, experts=False)
+    assert taken == [0, 2]
+    found = loss_weights(model, stack, streams, seed=3)
+    # So few tokens would weigh alike.
+    found.shared = {name: moments._replace(inputs=0) for name, moments in found.shared.items()}
+    seen = {}
+
+    class Spy(ByLoss):
+        def measure(self, task: LinearTask, pattern: Any) -> torch.Tensor:
+            seen[task.name] = task.hessian.matrix_DD
+            return super().measure(task, pattern)
+
+    patterns = {linear.name: Unstructured(0.5) for block in stack.blocks for linear in block.linears}
+    job = Job(Methods(Magnitude()), patterns, torch.device("cpu"), 0.01, 0.0, loss=found)
+    job.survey(stack, streams, Spy(0.5), taken)
+    assert job.loss is found
+    for each in observe(stack.blocks[0], streams.part(taken), 0.0, 0.01, None, found.part(taken)):
+        assert each.statistics is not None
+        torch.testing.assert_close(seen[each.linears[0].name], each.statistics.hessian.matrix_DD)
+
+
+def test_the_report_tells_of_how_many_tokens_count() -> None:
+    by_loss, plain = (
+        prune(make_llama(), Recipe(objective=objective), calibration=make_tokens()).linears
+        for objective in ("loss", "plain")
+    )
+    assert all(0.0 < linear.tokens_effective <= linear.tokens for linear in by_loss)  # type: ignore[operator]
+    assert all(linear.tokens_effective is None for linear in plain)

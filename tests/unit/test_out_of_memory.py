@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from families import build, make_ids
+from families import build, make_ids, stack_of
 from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,7 +27,8 @@ from optima.calibration.tempering import LossWeights
 from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
 from optima.models.experts import FusedExperts
-from optima.models.stacks import Stack, find_stacks, select_linears
+from optima.models.stacks import is_expert
+from optima.models.writer import Writer
 
 
 @contextmanager
@@ -52,11 +54,6 @@ def test_of_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         with pytest.raises(DeviceMemoryError, match=r"^cpu \("), memory_explained(torch.device(device)):
             torch.empty(2**50)
-
-
-def stack_of(model: nn.Module) -> Stack:
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
-    return stack
 
 
 def pruned(model: PreTrainedModel, batch_size: int, objective: str, length: int = 16, **settings: Any) -> Report:
@@ -325,3 +322,70 @@ def test_elsewhere_it_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("optima.pipeline.prune_linear", refuse)
     with pytest.raises(DeviceMemoryError, match=r"^cpu \(.* GiB\) is out of memory: .* Lower --batch-size"):
         pruned(make_llama(), 4, "sink")
+
+
+def test_weights_of_tokens_at_experts_that_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("mixtral")
+    stack, again, found = stack_of(model), FusedExperts.only_watched, []
+    square_T = torch.rand(128, generator=torch.Generator().manual_seed(0)) ** 8
+    experts = [linear.name for linear in stack.blocks[0].linears if is_expert(linear)]
+    loss = LossWeights("a loss", routed={name: [(torch.arange(128), square_T)] for name in experts})
+    for most in (8, 2):
+
+        @contextmanager
+        def short(experts: FusedExperts, most: int = most) -> Iterator[None]:
+            with again(experts), little_memory(experts.module, most * 16):
+                yield
+
+        monkeypatch.setattr(FusedExperts, "only_watched", short)
+        monkeypatch.setattr("optima.calibration.expert_statistics.COMMON_TOKENS", 32)
+        halving = Halving()
+        streams = capture(model, stack, [make_ids(8, 16)], whole=True, halving=halving)
+        found.append([each.statistics for each in observe(stack.blocks[0], streams, 0.0, 0.01, None, loss)])
+        assert (halving.most == 2) == (most == 2)
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts.hessian.matrix_DD, whole.hessian.matrix_DD, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sweep_in_parts_finds_the_tokens_of_experts() -> None:
+    found = []
+    for most in (8, 2):
+        model, halving = build("mixtral"), Halving()
+        stack = stack_of(model)
+        streams = capture(model, stack, [make_ids(8, 16)], whole=True, halving=halving)
+        with little_memory(model.model.layers[1].self_attn.o_proj, most):
+            found.append(loss_weights(model, stack, streams, seed=3))
+        assert (halving.most == 2) == (most == 2)
+    whole, parts = found
+    assert whole.routed.keys() == parts.routed.keys() != set()
+    for name, ((own_T, own_square_T),) in whole.routed.items():
+        ((other_T, other_square_T),) = parts.routed[name]
+        assert own_T.sort().values.tolist() == other_T.sort().values.tolist()
+        torch.testing.assert_close(
+            other_square_T[other_T.argsort()], own_square_T[own_T.argsort()], rtol=1e-3, atol=1e-12
+        )
+
+
+def test_a_run_that_goes_on_where_there_is_more_memory_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(most: int, out: str, **options: Any) -> dict[str, torch.Tensor]:
+        model, recipe = make_llama(), Recipe(batch_size=8, objective="sink", selector="wanda")
+        with little_memory(model.model.layers[0].input_layernorm, most):
+            prune(model, recipe, output_dir=tmp_path / out, calibration=make_tokens(8, 16), progress=False, **options)
+        return model.state_dict()
+
+    commit = Writer.commit
+
+    def stopping(self: Writer, *args: Any) -> None:
+        commit(self, *args)
+        raise KeyboardInterrupt
+
+    whole = run(2, "whole")
+    with monkeypatch.context() as context:
+        context.setattr(Writer, "commit", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            run(2, "out")
+    again = run(8, "out", resume=True)
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, again[name]), name

@@ -285,6 +285,12 @@ class TestEvaluationWindows:
         ):
             evaluation_windows(documents, self.tokenizer("<s> $A"), 4)
 
+    def test_windows_of_a_part_of_the_text_are_those_of_the_whole(self) -> None:
+        """Where the next document would merge with the last word of those that were read."""
+        documents = ["1"] * 63 + ["1\n"] + ["2"] * 200  # 64 are read first: 127 tokens
+        part, whole = (evaluation_windows(documents, self.tokenizer(None), 127, max_windows=most) for most in (1, None))
+        assert torch.equal(part, whole[:1])
+
     def test_no_windows(self) -> None:
         with pytest.raises(RecipeError, match="--max-windows must be at least 1"):
             evaluation_windows(["1 2 3"], self.tokenizer(None), 2, max_windows=0)

@@ -5,6 +5,7 @@ Shapes: R rows, D inputs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,8 +14,9 @@ from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
 from optima.linalg.products import ROUND_ROWS, SharedFactor
-from optima.qp import Auto, Hessian, make_problem, solve_rows
+from optima.qp import Auto, Hessian, SharedInverseCG, make_problem, solve_rows
 from optima.qp.batch import RowBatch
+from optima.qp.problem import Status, concatenate
 
 
 class Countdown(RowBatch):
@@ -88,3 +90,19 @@ def test_a_chunk_of_rows_does_not_depend_on_those_before_it() -> None:
             found = solve_rows(Auto(1e-4), hessian, make_problem(hessian, weight_RD, draw_RD > pruned))
         solved.append(found.weight_RD)
     assert torch.equal(*solved)
+
+
+def test_rows_that_run_out_of_rounds_are_told() -> None:
+    """Two iterations a round gain so much that no row stagnates, and not enough."""
+    hessian, problem, _ = make_layer(8, 64, damping=1e-3)
+    double = replace(problem, target_RD=problem.target_RD.double())
+    solution = solve_rows(SharedInverseCG(1e-10, max_iterations=2), hessian, double)
+    assert (solution.gap_R > 1e-10).all()
+    assert (solution.status_R == Status.ITERATION_LIMIT).all()
+
+
+def test_notes_of_all_parts_are_joined() -> None:
+    hessian, problem, _ = make_layer(4, 16)
+    solution = solve_rows(SharedInverseCG(), hessian, problem)
+    parts = [replace(solution, note=note) for note in ("", "float64 for some rows", "", "float64 for some rows", "b")]
+    assert concatenate(parts).note == "float64 for some rows; b"

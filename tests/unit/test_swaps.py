@@ -193,3 +193,20 @@ def test_any_layer_is_proven_and_never_worse(seed: int, inputs: int, rank: int, 
         assert float(swapped.error_O[row]) <= before * (1 + 1e-9) + 1e-15
         neighbour = best_neighbour(hessian, weight_OD[row], swapped.keep_OD[row], Unstructured(0.5, "layer"))
         assert neighbour >= float(swapped.error_O[row]) * (1.0 - 1e-6) - 1e-15
+
+
+@pytest.mark.parametrize("seed", [9, 11, 19, 33, 63, 67])
+def test_rows_of_correlated_inputs_are_proven_by_few_candidates_only_if_they_are(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (60, 3), (3, 16), (60, 16), (4, 16)
+    left_TF, right_FD, noise_TD, weight_OD = (
+        torch.randn(*size, generator=generator, dtype=torch.float64) for size in sizes
+    )
+    inputs_TD = left_TF @ right_FD + (0.05, 0.2, 0.5)[seed % 3] * noise_TD
+    hessian, pattern = hessian_of(inputs_TD, 1e-4), Unstructured(0.5, "row")
+    keep_OD = top_scores(weight_OD.abs(), pattern)
+    for candidates in (2, 4):
+        swapped = SwapSearch(rounds=200, candidates=candidates).search(hessian, weight_OD, keep_OD, pattern)
+        for row in swapped.optimal_O.nonzero()[:, 0].tolist():
+            neighbour = best_neighbour(hessian, weight_OD[row], swapped.keep_OD[row], pattern)
+            assert neighbour >= float(swapped.error_O[row]) * (1.0 - 1e-4)

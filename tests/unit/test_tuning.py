@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, make_ids
+from families import build, make_ids, sweep
 from tiny import POSITIONS, VOCAB, make_llama, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -322,3 +322,49 @@ def test_the_size_of_batches_changes_nothing(family: str) -> None:
     for size, model in zip((1, 4), models, strict=True):
         prune(model, Recipe(batch_size=size), calibration=make_ids(12, 16), progress=False)
     assert all(one.equal(other) for one, other in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.calibration.swept.LEAST_TUNED", 1)
+    seen: list[Any] = []
+
+    def watched(block: Block, keeps: Any, streams: Streams, targets: Any, cost: BlockError, tuning: Tuning) -> Tuned:
+        seen.append(cost.weights)
+        return tune(block, keeps, streams, targets, cost, tuning)
+
+    monkeypatch.setattr("optima.pipeline.tune", watched)
+    recipe = Recipe(seed=3, batch_size=2, tuning_epochs=1, tuning_share=0.5)
+    prune(make_llama(), recipe, calibration=make_tokens(8, 16))
+    found, _ = sweep(make_llama(), 2)
+    for number, weights in enumerate(seen):
+        expected = found.of_tokens(f"model.layers.{number}")
+        assert expected is not None
+        assert len(weights) == 2
+        for own_T, batch in zip(weights, (0, 2), strict=True):
+            torch.testing.assert_close(own_T, expected[batch], rtol=1e-3, atol=0.0)
+
+
+def test_weights_of_tokens_are_those_of_their_sequence() -> None:
+    weight_T = torch.rand(16 * 16, generator=torch.Generator().manual_seed(0)) ** 4
+    found = []
+    for size in (1, 4):
+        block, keeps, streams, targets = half_pruned(make_llama().eval(), 16, size)
+        cost = BlockError(torch.eye(32), list(weight_T.split(16 * size)))
+        with torch.no_grad():
+            found.append(tune(block, keeps, streams, targets, cost, Tuning(1, 1e-2)).held_out)
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_the_rate_falls_to_zero_along_one_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, step = [], torch.optim.Adam.step
+
+    def noted(self: torch.optim.Adam, *args: Any) -> Any:
+        rates.append(self.param_groups[0]["lr"] / self.param_groups[0]["size"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", noted)
+    block, keeps, streams, targets = half_pruned(make_llama().eval(), 16)
+    with torch.no_grad():
+        found = tune(block, keeps, streams, targets, BlockError.by_channel(targets), Tuning(3, 1e-3))
+    assert found.best == 3, "no epoch is undone"
+    assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * place / 42)) for place in range(42)])

@@ -89,6 +89,7 @@ class Verifier:
             faster than it fills by boolean masks.
         scale_R: see above, float64.
         energy_R: 1/2 sum_i H_ii w_i^2, float64: the loss if inputs were uncorrelated and all weights pruned.
+        room_R: False for rows of which no weight can move: they are at their optimum, whatever rounding does.
     """
 
     def __init__(self, hessian: Hessian, problem: RowProblem) -> None:
@@ -101,6 +102,11 @@ class Verifier:
         self.energy_R = 0.5 * (target_RD.double().square() @ weight_D)
         size_R = (self.energy_R / hessian.mean_diagonal).sqrt().clamp_min(SMALLEST_SCALE)
         self.scale_R = size_R.log2().round().exp2()
+        room_RD = problem.keep_RD
+        if problem.bounded:
+            lower_RD, upper_RD = problem.box()
+            room_RD = room_RD & (lower_RD < upper_RD)
+        self.room_R = room_RD.any(dim=1)
 
     def __call__(
         self, weight_RD: Tensor, extension_RD: Tensor | None = None, rows: slice | Tensor = ALL
@@ -141,7 +147,8 @@ class Verifier:
         free_BD, cost_B = _split_multipliers(hessian, problem, weight_BD, residual_BD, scale_B)
         if extension_BD is not None:
             free_BD = free_BD + extension_BD
-        norm_B = self._raised(hessian.whitener(free_BD.dtype).squared_norm(free_BD), size_B)
+        norm_B = hessian.whitener(free_BD.dtype).squared_norm(free_BD)
+        norm_B = torch.where(self.room_R[rows] | (norm_B != 0), self._raised(norm_B, size_B), 0.0)
         bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + cost_B)
         bound_B.nan_to_num_(math.inf, math.inf)
         # Relative to what the optimum must at least lose, or to the floor of what matters.
@@ -153,13 +160,13 @@ class Verifier:
         """||L^-1 r'||^2 raised by all that rounding can have hidden of it (docs/mathematics.md, section 6).
 
         The factor and a substitution in float64 change its root by the first factor at most; the residual's own
-        rounding, whitened, is at most the second term, with ``size_B`` the root of sum_i H_ii (w - v)_i^2. A norm that
-        is exactly zero has nothing to round; one that is no number stays none.
+        rounding, whitened, is at most the second term, with ``size_B`` the root of sum_i H_ii (w - v)_i^2. A norm
+        that is no number stays none.
         """
         rounding, condition = self.hessian.rounding, self.hessian.condition
         factor, term = (1.0 + rounding * condition) ** 2, rounding * (self.hessian.num_inputs * condition) ** 0.5
         proven_B = (factor * norm_B.sqrt() + term * size_B).square()
-        return torch.where(norm_B == 0, 0.0, torch.maximum(WHITENING_MARGIN * norm_B, proven_B))
+        return torch.maximum(WHITENING_MARGIN * norm_B, proven_B)
 
 
 def _split_multipliers(
