@@ -24,7 +24,7 @@ class Unstructured:
     Attributes:
         sparsity: fraction of weights to prune, strictly between 0 and 1.
         scope: ``row`` meets it in every output row (Wanda), ``group`` in every ``group_size`` consecutive inputs over
-            all rows (SparseGPT, Thanos), ``layer`` ranks all weights together.
+            all rows (SparseGPT), ``layer`` ranks all weights together.
         group_size: inputs in a group; the last group holds what is left. No matter in the other scopes.
     """
 

@@ -84,7 +84,8 @@ class Recipe:
         "mask", None, "how linears share one unstructured sparsity: all have the same, by their outliers (OWL), or by "
         "what the model's loss feels of them", ALLOCATION_NAMES, "loss with objective loss, else uniform")
     allocation_spread: Fraction | None = option(
-        "mask", None, "how far a linear's sparsity may depart from the global one, before all move by one constant",
+        "mask", None, "how far a linear's sparsity may depart from the global one, before all move by one constant; of "
+        "owl: half of the range",
         shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
     keep_dense: Fraction | None = option(
         "mask", None, "for patterns n:m: at most this share of the weights stays dense, in the linears where the loss "
@@ -114,7 +115,7 @@ class Recipe:
     max_change: Positive | None = option(
         "solve", None, "most a surviving weight may move, in root mean squares of its row", shown="no bound")
     rounding: str = option(
-        "solve", "hessian", "how weights are rounded: each to make up for earlier ones, or to the nearest", ROUNDINGS)
+        "solve", "hessian", "how weights are rounded: small ones make up for large ones, or to the nearest", ROUNDINGS)
     tuning_epochs: Seed | None = option(
         "tuning", None, "passes over calibration text in which each block is tuned towards the dense one; certificates "
         "speak of the weights before",
@@ -142,7 +143,7 @@ class Recipe:
     true_sequential: FlagOrAuto = option(
         "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: "
         "a forward pass less if not tuned, and a block's activations are held for all sequences; auto, in a recipe: if "
-        "they are few")
+        "they are few, at most half of the weights go, not by n:m, and no block is tuned")
     expert_tokens: Seed = option(
         "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = option(
@@ -278,9 +279,9 @@ class Recipe:
         return values
 
     def save(self, path: Path, about: str = "") -> None:
-        """Write it as YAML behind a comment ``about`` it, without what does nothing: later defaults may be others."""
-        idle = self._idle()
-        values = {name: value for name, value in self.to_dict().items() if name not in idle}
+        """Write it as YAML behind a comment ``about`` it, without what does nothing, and leave to run code."""
+        left_out = {*self._idle(), "trust_remote_code"}  # later defaults may be others; trust is each user's own
+        values = {name: value for name, value in self.to_dict().items() if name not in left_out}
         path.write_text(f"# {about}\n" * bool(about) + yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
     def _check_selector(self) -> None:

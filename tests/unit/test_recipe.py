@@ -59,10 +59,10 @@ class TestYaml:
         assert load_recipe(file) == recipe
 
     def test_round_trip_of_a_pattern_and_lists(self, tmp_path: Path) -> None:
-        recipe = Recipe(pattern=["mlp=2:4", "0.5"], targets=[r"layers\.\d+", "#x"], ignore=[], trust_remote_code=True)
+        recipe = Recipe(pattern=["mlp=2:4", "0.5"], targets=[r"layers\.\d+", "#x"], ignore=[])
         recipe.save(tmp_path / "r.yaml")
         assert load_recipe(tmp_path / "r.yaml") == recipe
-        idle = {"group_size", "allocation_spread", "outlier_multiple", "sink_weight"}
+        idle = {"group_size", "allocation_spread", "outlier_multiple", "sink_weight", "trust_remote_code"}
         assert list(yaml.safe_load((tmp_path / "r.yaml").read_text())) == [name for name in FIELDS if name not in idle]
 
     def test_a_file_does_not_name_what_does_nothing(self, tmp_path: Path) -> None:
@@ -343,6 +343,11 @@ class TestResolved:
         assert recipe.resolved(scope="layer") == recipe
         recipe.save(tmp_path / "r.yaml")
         assert load_recipe(tmp_path / "r.yaml") == recipe
+
+    def test_leave_to_run_code_is_not_handed_on(self, tmp_path: Path) -> None:
+        """The file may be published: who loads it has not looked at the code."""
+        Recipe(trust_remote_code=True).save(tmp_path / "r.yaml")
+        assert not load_recipe(tmp_path / "r.yaml").trust_remote_code
 
     def test_what_no_solver_rounds_is_rounded_to_nearest(self) -> None:
         """As is written then, whatever the default is."""

@@ -14,7 +14,7 @@ from optima.reporting.record import BlockRecord, LinearRecord, Report
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a run is about to do; every check is behind it."""
+    """What a run is about to do; the checks are behind it, but those of weights and of what an earlier run left."""
 
     model: str  # the model's id or path, or the class of a model in memory
     output_dir: str | None  # where the checkpoint will be; None for a model that stays in memory
@@ -58,7 +58,7 @@ class Callback:
     """
 
     def on_start(self, start: RunStart) -> None:
-        """Every check is made, and the first long work begins."""
+        """The text is read, and what needs no weights is checked."""
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
         """A walk begins: write, sweep, survey, prune or order.
@@ -78,7 +78,7 @@ class Callback:
         """A linear is pruned; tuning may still move its weights."""
 
     def on_block(self, block: BlockEvent) -> None:
-        """A block is done, and on the disk if the run writes there."""
+        """A block of a walk is done; one that is pruned is on the disk, if the run writes there."""
 
     def on_note(self, note: str) -> None:
         """Something was not done, or not as asked; the report has all notes too."""
