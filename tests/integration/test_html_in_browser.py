@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,37 @@ def test_keys_alone_do_the_same(show: Open) -> None:
     api.expect(cell(page, "down_proj", 2)).to_be_focused()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.closest('#map')") is None, "a grid is one stop"
+
+
+def test_keys_of_the_browser_stay_its_own(show: Open) -> None:
+    page = show(run())
+    first = page.locator("#map [tabindex='0']")
+    first.focus()
+    page.evaluate("addEventListener('keydown', (event) => (window.taken = event.defaultPrevented))")
+    for keys, taken in (("Alt+ArrowRight", False), ("Control+ArrowDown", False), ("ArrowRight", True)):
+        page.keyboard.press(keys)
+        assert page.evaluate("taken") is taken, keys
+
+
+def test_only_what_was_measured_is_offered_and_drawn(show: Open) -> None:
+    def offered(found: Report) -> tuple[list[str], list[str]]:
+        page = show(found)
+        return page.locator("#metrics label").all_text_contents(), page.locator("#spread h3").all_text_contents()
+
+    tuned = [replace(each, tuned=True, gap_written_max=None) for each in run().linears]
+    metrics, plots = offered(report(*tuned))
+    assert "gap written" not in metrics
+    assert plots == ["Gap before the cast", "Iterations of a row"]
+    metrics, plots = offered(report(unsolved()))
+    assert not {"gap written", "iterations"} & {*metrics}
+    assert not plots
+
+
+def test_print_shows_all_blocks(show: Open) -> None:
+    page = show(run(blocks=80))
+    page.emulate_media(media="print")
+    page.set_viewport_size({"width": 680, "height": 900})
+    assert page.evaluate("document.querySelector('#map table').scrollWidth <= document.body.clientWidth")
 
 
 def test_keys_pass_over_what_a_block_does_not_have(show: Open) -> None:

@@ -122,6 +122,12 @@ class TestBody:
         write_card(tmp_path, replace(made, blocks=blocks), None)
         assert [f"| {name} " in card_of(tmp_path).text for name in ("tuning_epochs", "tuning_share")] == [tuned] * 2
 
+    def test_settings_of_what_did_not_run_are_left_out(self, tmp_path: Path) -> None:
+        recipe = RUN.recipe | {"solver": "none", "objective": "sink", "sink_weight": 0.04, "gap": 1e-4}
+        write_card(tmp_path, report(recipe=recipe), None)
+        assert "| gap " not in card_of(tmp_path).text
+        assert "| sink_weight " in card_of(tmp_path).text
+
     @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "T5EncoderModel", "BertModel"])
     def test_the_class_that_auto_model_might_not_choose(self, name: str, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')

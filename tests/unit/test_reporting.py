@@ -487,6 +487,7 @@ def test_tuning_says_what_it_won_and_what_is_no_longer_certified() -> None:
     text = render_summary(replace(report(*linears), blocks=blocks))
     assert "Tuned: 1 of 2 blocks are closer to the dense ones on held-out sequences (cost -50.0% on average)" in text
     assert "errors and gaps of 1 linears are from before it" in text
+    assert "0.1000 before tuning (-50.0% from the selector's)" in text
     assert "As written" not in text, "of what tuning moved it is not known"
 
 

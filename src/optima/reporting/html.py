@@ -12,6 +12,7 @@ from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from hashlib import sha256
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from pydantic_core import from_json, to_json
 
-from optima.reporting.joined import MOST_SHOWN, joined
+from optima.reporting.joined import JOINED, MOST_SHOWN, joined
 from optima.reporting.record import BlockRecord, LinearRecord, Report, name_in_block
 from optima.reporting.summary import (
     by_kind,
@@ -39,7 +40,6 @@ from optima.reporting.summary import (
 from optima.runtimes import table_rows
 
 PAGE = Path(__file__).parent / "page"
-JOINED = "this page shows the experts of a block as one linear a kind: report.json has each"
 # A macro of sections.html and its title, in the page's order; what a macro leaves empty is left out.
 # To add one: a line here, the macro, and, if something is drawn, a function in DRAW of report.js.
 SECTIONS = {
@@ -71,7 +71,7 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     pages.lstrip_blocks = True
     pages.filters["prose"] = _prose
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    runs = [_view(name, report) for name, report in reports.items()]
+    runs = [_view(name, report, list(reports)) for name, report in reports.items()]
     for run, figures in zip(runs, more or [()] * len(runs), strict=True):
         run["figures"][2:2] = figures
     return pages.get_template("report.html").render(
@@ -87,11 +87,12 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     )
 
 
-def _view(name: str, report: Report) -> View:
+def _view(name: str, report: Report, names: Sequence[str]) -> View:
     recipe = from_json(to_json(report.run.recipe, inf_nan_mode="strings"))
     return {
         "name": name,
         "figures": _figures(report),
+        "certified": report.gap_max is not None,
         "summary": summary(report),
         "stages": [(stage, duration(seconds), f"{share:.1%}") for stage, seconds, share in stage_times(report)],
         "tuning": [
@@ -101,10 +102,10 @@ def _view(name: str, report: Report) -> View:
         ],
         "errors": {kind: mean(linears, "error") for kind, linears in by_kind(report.linears).items()},
         "runtimes": _runtimes(report),
-        "notes": (*report.run.notes, *([JOINED] if len(report.linears) > MOST_SHOWN else [])),
+        "notes": (*report.run.notes, *([JOINED.format("page")] if len(report.linears) > MOST_SHOWN else [])),
         "recipe": {key: _value(value) for key, value in recipe.items()},
         "facts": [*run_facts(report), *report.run.versions.items()],
-        "data": _data(name, report),
+        "data": _data(name, report, names),
     }
 
 
@@ -124,9 +125,12 @@ def _figures(report: Report) -> list[Figure]:
     by = change(mean(linears, "error_selector"), mean(linears, "error")) if any(map(solved, linears)) else ""
     certified = gap(report.gap_written_max)
     since = "before the cast" if certified else "before tuning"
+    what = ", ".join(
+        [f"{by} from the selector’s"] * bool(by) + ["before tuning"] * any(linear.tuned for linear in linears)
+    )
     return [
         ("sparsity as written", f"{report.sparsity:.2%}", f"asked {report.sparsity_asked:.2%}"),
-        ("mean error", error(report.error_geomean), f"{by} from the selector’s" if by else ""),
+        ("mean error", error(report.error_geomean), what),
         (
             "largest gap as written",
             certified or "–",
@@ -170,15 +174,24 @@ def _differences(runs: Sequence[View]) -> dict[str, list[tuple[str, list[str]]]]
     }
 
 
-def _data(name: str, report: Report) -> View:
+def _short(name: str, names: Sequence[str]) -> str:
+    """What tells a run from the others where there is little room: the directories that all are in are left out."""
+    directories = [each.split("/")[:-1] for each in names]
+    alike = (len(names) > 1 and len({*parts}) == 1 for parts in zip(*directories, strict=False))
+    shared = sum(takewhile(bool, alike))
+    return "/".join(name.split("/")[shared:])
+
+
+def _data(name: str, report: Report, names: Sequence[str]) -> View:
     """What report.js draws from: the records of the linears as rows, with the kind of each by its number."""
     shown = joined(report.linears)
     kinds = by_kind(shown)
     number = {linear: i for i, members in enumerate(kinds.values()) for linear in members}
-    names = [field.name for field in fields(LinearRecord)]
-    rows = [[number[linear], name_in_block(linear), *(getattr(linear, name) for name in names)] for linear in shown]
+    keys = [field.name for field in fields(LinearRecord)]
+    rows = [[number[linear], name_in_block(linear), *(getattr(linear, key) for key in keys)] for linear in shown]
     asked = report.run.recipe.get("gap")
-    return {"title": name, "gap": asked, "kinds": list(kinds), "fields": ["kind", "part", *names], "rows": rows}
+    title = _short(name, names)
+    return {"title": title, "gap": asked, "kinds": list(kinds), "fields": ["kind", "part", *keys], "rows": rows}
 
 
 def _prose(markdown: str) -> Markup:

@@ -11,6 +11,7 @@ from optima.reporting.record import LinearRecord, geometric_mean, largest, name_
 
 # Linears that a page shows one by one.
 MOST_SHOWN = 2000
+JOINED = "this {} shows the experts of a block as one linear a kind: report.json has each"
 ADDED = ("rows", "rows_not_converged", "swaps", "rows_swap_optimal", "seconds")
 LARGEST = (
     "gap_max",
@@ -61,5 +62,6 @@ def _one(members: Sequence[LinearRecord]) -> LinearRecord:
 
 def _mean_iterations(members: Sequence[LinearRecord]) -> float:
     """Over the rows that a solver worked on."""
-    rows = sum(linear.rows for linear in members)
-    return sum(linear.iterations_mean * linear.rows for linear in members) / rows if rows else 0.0
+    worked = [linear for linear in members if linear.gap_max is not None]
+    rows = sum(linear.rows for linear in worked)
+    return sum(linear.iterations_mean * linear.rows for linear in worked) / rows if rows else 0.0

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import yaml
 from pydantic_core import to_jsonable_python
 
+from optima.reporting.joined import JOINED, joined
 from optima.reporting.record import LinearRecord, Report, gap_written, largest, weighted_mean
 from optima.reporting.summary import (
     Linears,
@@ -47,6 +48,7 @@ linear, on calibration text: what the model lost as a whole, `optima eval` measu
 def render_markdown(report: Report, evaluation: str = "") -> str:
     """The report as a Markdown document that is legible as plain text too; ``evaluation`` is a section's body."""
     linears = report.linears
+    shown = joined(linears)
     worst = sorted(linears, key=lambda linear: math.inf if math.isnan(linear.error) else linear.error, reverse=True)
     plain = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
     recipe = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
@@ -60,7 +62,7 @@ def render_markdown(report: Report, evaluation: str = "") -> str:
         "## Notes": bullets(report.run.notes) or "None: no linear was skipped and no setting was changed on the way.",
         "## Where the time went": _time_table(report),
         "## Error of the result, block by block": _block_table(linears),
-        "## Every linear": _records_table(linears),
+        "## Every linear": _records_table(shown) + (f"\n\nNote: {JOINED.format('table')}." if shown != linears else ""),
         "## Recipe": f"```yaml\n{recipe}```",
         "## Versions": bullets(f"{name} {version}" for name, version in report.run.versions.items()),
     }

@@ -34,6 +34,7 @@ MORE_SETTINGS = (
     "gap",
     "damping",
     "rounding",
+    "sink_weight",
     "swept_share",
     "allocation_spread",
     "tuning_epochs",
@@ -190,6 +191,7 @@ def _body(directory: Path, report: Report) -> str:
     name = short_name(report.run.model)
     idle = set() if any(block.tuning for block in report.blocks) else OF_TUNING
     idle |= set() if recipe.get("objective") == "loss" else {"swept_share"}
+    idle |= {"gap"} if recipe.get("solver") == "none" else set()
     told = [key for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, []) and key not in idle]
     rows = [[key, _plain(recipe[key])] for key in told if recipe[key] or key not in OFF_AT_ZERO]
     given = GIVEN_NOTE in report.run.notes

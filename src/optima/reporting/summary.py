@@ -63,7 +63,8 @@ def _errors(linears: Linears) -> str:
     by = f" ({change(selector, result)} from the selector's)" if any(map(solved, linears)) and selector else ""
     plain = mean(linears, "error_plain")
     alike = f"; {error(plain)} with every token alike" if weighted(linears) else ""
-    return f"Mean relative error: {', '.join(steps)}, **{error(result)} in the result**{by}{alike}."
+    what = "before tuning" if any(linear.tuned for linear in linears) else "in the result"
+    return f"Mean relative error: {', '.join(steps)}, **{error(result)} {what}**{by}{alike}."
 
 
 def _swaps(swapped: Linears) -> list[str]:

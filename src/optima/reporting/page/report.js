@@ -52,15 +52,15 @@ const COLUMNS = [
   { title: "selector", get: (l) => l.error_selector, ...error },
   { title: "result", get: (l) => l.error, ...error },
   { title: "result ÷ selector", get: (l) => divide(l.error, l.error_selector), ...error, aroundOne: true },
-  { title: `result ÷ ${RUNS[0].title}`, get: (l) => divide(l.error, FIRST.get(l.name)?.error ?? null), ...error, aroundOne: true },
+  { title: `result ÷ ${RUNS[0].title}`, ofFirst: true, get: (l) => divide(l.error, FIRST.get(l.name)?.error ?? null), ...error, aroundOne: true },
   { title: "sparsity", get: (l) => l.sparsity, join: average, text: (x) => `${show(100 * x)}%` },
   { title: "gap", get: (l) => l.gap_max },
   { title: "gap written", get: (l) => l.gap_written_max, join: largest, log: true },
-  { title: "iterations", get: (l) => l.iterations_mean, join: average, exact: (l) => `mean ${l.iterations_mean}, most ${l.iterations_max}` },
+  { title: "iterations", get: (l) => (l.gap_max === null ? null : l.iterations_mean), join: average, exact: (l) => `mean ${l.iterations_mean}, most ${l.iterations_max}` },
   { title: "not converged", get: (l) => l.rows_not_converged },
   { title: "seconds", get: (l) => l.seconds },
-].filter((column) => several || column.title !== `result ÷ ${RUNS[0].title}`);
-const METRICS = COLUMNS.filter((column) => column.join);
+].filter((column) => several || !column.ofFirst);
+const METRICS = COLUMNS.filter(({ join, get }) => join && RUNS.some(({ linears }) => linears.some((l) => get(l) !== null)));
 const MOST_ROWS = 2000; // of the table at once; the filter finds the others
 const state = { run: RUNS[0], metric: METRICS.find(({ title }) => title === "result"), column: null, falls: false, selected: [] };
 
@@ -104,6 +104,7 @@ function rove(grid) {
     if (target.hasAttribute("tabindex")) for (const item of items) item.tabIndex = item === target ? 0 : -1;
   });
   grid.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return; // the browser's own: back, forward
     const here = items.indexOf(event.target);
     const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -1, ArrowDown: 1 }[event.key];
     const column = event.key === "ArrowUp" || event.key === "ArrowDown" ? event.target.cellIndex : undefined;
@@ -219,11 +220,14 @@ function drawDepth(run) {
   let last = -Infinity; // names at the ends of the lines make room for each other
   for (const { title, main, end } of ends.filter((line) => line.end).sort((a, b) => a.end[1] - b.end[1])) {
     last = Math.max(end[1] + 4, last + 13);
-    make(svg, "text", { class: main, x: end[0] + 10, y: last }, title);
+    const most = several ? 15 : 8; // letters that there is room for
+    const name = make(svg, "text", { class: main, x: end[0] + 10, y: last }, title.length > most ? `…${title.slice(1 - most)}` : title);
+    if (title.length > most) make(name, "title", {}, title);
   }
 }
 
 function histogram(box, title, values, log, asked) {
+  if (values.every((x) => x === null)) return; // no solver ran, or tuning came behind the cast
   const known = values.filter((x) => Number.isFinite(x) && (!log || x > 0));
   make(box, "h3", {}, title);
   if (known.length < values.length || !known.length) make(box, "p", { class: "hint" }, `${values.length - known.length} of ${values.length} cannot be drawn.`);
@@ -288,6 +292,8 @@ const DRAW = { map: drawMap, depth: drawDepth, spread: drawSpread, linears: draw
 function draw(...ids) {
   for (const id of ids.filter($)) {
     $(id).replaceChildren();
+    if (id === "linears") $("count").textContent = "";
+    if (id === "map") document.querySelector(".legend").hidden = !state.run.linears.length;
     if (state.run.linears.length) DRAW[id](state.run);
   }
 }
