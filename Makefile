@@ -47,7 +47,7 @@ format: $(VENV)/.installed ## repair what lint and format can
 
 clean: ## remove build products and caches
 	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find src tests benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments and the demo's output too
 	rm -rf $(VENV) $(DEMO_VENV) demo-output

@@ -163,7 +163,11 @@ class Bench:
             sparse = copy.deepcopy(self.model)
             started = time.perf_counter()
             report = prune(sparse, self.recipe(method, pattern), calibration=self.tokens_NL)
-            linears = report.linears
+            linears, asked, done = report.linears, self.settings(method, pattern), report.run.recipe
+            for name in {"objective", "tuning_epochs"} & asked.keys():
+                if done[name] != asked[name]:
+                    notes = "; ".join(report.run.notes)
+                    raise OptimaError(f"{method} at {pattern} ran with {name} {done[name]}, not {asked[name]}: {notes}")
             result |= {
                 "error": report.error_geomean,
                 "gap_max": report.gap_max,

@@ -101,7 +101,8 @@ def main() -> None:
             untreated.recipe, selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
             tuning_epochs=options.epochs, tuning_share=1.0,
         )  # fmt: skip
-        bench.row(f"solved and tuned by blocks, {options.epochs} epochs", lambda: untreated.pruned(same_mask))
+        name = f"solved and tuned by blocks, {options.epochs} epochs, rate {same_mask.learning_rate:g}"
+        bench.row(name, lambda: untreated.pruned(same_mask))
         for rate in options.learning_rates:
             name = f"distilled, {options.epochs} epochs, rate {rate:g}"
             bench.row(name, lambda rate=rate: bench.distilled(place, options.epochs, rate))

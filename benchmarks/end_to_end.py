@@ -33,6 +33,7 @@ from optima import Recipe, prune
 from optima.calibration.documents import Documents, TextSource
 from optima.calibration.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.recipe_files import load_recipe
 
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     torch.set_num_threads(options.threads)
     source = find_source(options.model)
+    fingerprint(source)  # which reads its files: from here on they are in memory for all
     tokenizer = load_tokenizer(source)
     text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
@@ -68,8 +70,9 @@ def main(arguments: list[str] | None = None) -> None:
     for samples, length in options.sizes:
         tokens_NL = calibration_tokens(documents, tokenizer, samples, length)
         turns: dict[str, list[Turn]] = defaultdict(list)
-        for _ in range(options.repeats):
-            for name in [*([PEER] if options.peer_python else []), *options.contenders]:
+        names = [*([PEER] if options.peer_python else []), *options.contenders]
+        for number in range(options.repeats):
+            for name in names[:: -1 if number % 2 else 1]:  # nobody always comes first
                 turns[name].append(turn(name, options, tokens_NL, windows_NL))
         print_rows(f"{samples} x {length}", turns)
 

@@ -1,6 +1,6 @@
 """How far masks are from the best: simulated annealing of swaps at exact prices, row by row.
 
-    optima prune MODEL --output-dir OUT --dump-layer .
+    optima prune MODEL --output-dir OUT --dump-layer . --objective plain --dataset TEXT
     python benchmarks/headroom.py --dump-dir OUT/layers --match '\\.9\\.'
 
 Prints, for a few rows of each linear, the optimal error of OPTIMA's mask, of ALPS's and OPTIMA's after greedy swaps to

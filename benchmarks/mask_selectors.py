@@ -1,6 +1,6 @@
 """Which mask leaves the least error once the weights are re-solved, and what it costs to find: every selector.
 
-    optima prune MODEL --output-dir OUT --dump-layer .
+    optima prune MODEL --output-dir OUT --dump-layer . --objective plain --dataset TEXT
     python benchmarks/mask_selectors.py --dump-dir OUT/layers --threads 2
 
 Every mask is followed by the same certified solve. Prints, for each pattern, the geometric mean over the linears of the

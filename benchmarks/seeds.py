@@ -6,8 +6,8 @@ One row a model, size of the calibration text, method and what is unusual in its
 one seed; one column a pattern. A cell has the perplexity of the evaluation text / of held-out calibration text, each
 the mean over seeds ± their standard deviation. In brackets stands the ratio to the baseline at the same model, size and
 pattern, of both, seed by seed where both have it: again mean ± standard deviation. The baseline's settings must be the
-usual ones, and both must have been calibrated and measured on the same text. Results of equal settings are taken once,
-from the file named first. Prints Markdown.
+usual ones (or tempered rows, as the row's own, if it was so measured). Both must have been calibrated and measured on
+the same text. Results of equal settings are taken once, from the file named first. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -58,13 +58,20 @@ def main() -> None:
     patterns = sorted({pattern for row in rows.values() for pattern in row} - {NOT_PRUNED})
     printed = []
     for row, cells in sorted(rows.items(), key=lambda item: (item[0][0], len(item[0][1]), *item[0])):
-        model, tokens, method, _ = row
-        baseline = rows.get((model, tokens, options.baseline, ""), {}) if method != options.baseline else {}
+        baseline = {} if row[2] == options.baseline else baseline_of(row, rows, options.baseline)
         if NOT_PRUNED in cells:
             cells = dict.fromkeys(patterns, cells[NOT_PRUNED])
         texts = [shown(cells[p]) + ratio(cells[p], baseline.get(p, {})) if p in cells else "" for p in patterns]
         printed.append([*row, *texts])
     print(table(["model", "tokens", "method", "besides", *patterns], printed, num_left=4))
+
+
+def baseline_of(row: Row, rows: Mapping[Row, dict[str, Cell]], name: str) -> dict[str, Cell]:
+    """The cells of the baseline at the row's model and size: as the row, where rows are tempered, or else as usual."""
+    model, tokens, _, besides = row
+    tempered = "tempered_rows True"
+    found = rows.get((model, tokens, name, tempered), {}) if tempered in besides.split(", ") else {}
+    return rows.get((model, tokens, name, ""), {}) | found
 
 
 def seed_of(result: dict[str, Any]) -> int:

@@ -147,7 +147,6 @@ class Work:
         reduced: bytes of statistics that the processes bring together, counted once.
         shared: bytes of weights and masks that go to the others, counted once.
         activations: bytes of a block's inputs in a process.
-        messages: exchanges, large or small.
     """
 
     sweep: float
@@ -158,7 +157,6 @@ class Work:
     reduced: float
     shared: float
     activations: float
-    messages: float
 
 
 def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int, counts: Counts = DEFAULT) -> Work:
@@ -198,7 +196,6 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
         reduced=0.0 if alone else model.blocks * reduced,
         shared=0.0 if alone else model.blocks * shared,
         activations=float(tokens * model.hidden * itemsize),
-        messages=0.0 if alone else model.blocks * (2 * len(each) + processes + 2),
     )
 
 

@@ -161,7 +161,7 @@ class _Meter(TorchDispatchMode):
         else:
             self.profile.product_seconds += elapsed
         if shape is not None:
-            self.profile.products[shape] += args[0].shape[0] if name in ("bmm", "baddbmm") else 1
+            self.profile.products[shape] += args[0].shape[0] if name in ("bmm", "baddbmm", "baddbmm_") else 1
         return output
 
 

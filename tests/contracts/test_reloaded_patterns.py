@@ -12,8 +12,12 @@ from transformers import AutoModelForCausalLM
 from optima import Recipe, prune
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "3:8"])
+@pytest.mark.parametrize(
+    ("pattern", "dtype"),
+    [("2:4", torch.float32), ("2:4", torch.bfloat16), ("4:8", torch.bfloat16), ("1:4", torch.float32),
+     ("3:8", torch.bfloat16)],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("selector", ["wanda", "sparsegpt", "optima"])
 def test_reloaded(selector: str, pattern: str, dtype: torch.dtype, tmp_path: Path) -> None:
     kept, group = map(int, pattern.split(":"))

@@ -1,4 +1,4 @@
-"""Every benchmark script runs, with shapes so small that only its working is tested, never its timing."""
+"""Benchmark scripts run, all but convergence.py: with shapes so small that their working is tested, not their timing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import run_script
 from safetensors.torch import load_file, save_file
-from tiny import make_tokenizer, save_model, save_text
+from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 
 from optima import Recipe, prune
 
@@ -187,6 +187,8 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     others += [result("sparsegpt", seed, 70, 80, calibration_hash=str(seed)) for seed in (0, 1)]
     own = result("best", 0, 9, 19, calibration=[128, 512], own_samples=64, calibration_hash="own")
     others += [own, result("gradient", 0, 9, 19, evaluation_hash="another text")]
+    others += [result("ours", 0, 10, 10, tempered_rows=True), result("alps", 0, 40, 40, tempered_rows=True)]
+    others += [result("ours", 1, 30, 30, damping=0.1, tempered_rows=True)]
     again = [result("best", 0, 99, 99), result("best", 0, 8, 9, damping=0.1)]
     (tmp_path / "b.json").write_text(json.dumps([*again, *others]))
     printed = read("seeds.py", str(tmp_path / "a.json"), str(tmp_path / "b.json"))
@@ -201,6 +203,7 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     assert ["m", "64 x 512", "sparsegpt", "", "70.0 ± 0.0 / 80.0 ± 0.0 (3.50 / 2.00)"] in cells
     assert ["m", "64 x 512", "best", "own_samples 64", "9.0 / 19.0 (0.45 / 0.47)"] in cells
     assert ["m", "64 x 512", "gradient", "", "9.0 / 19.0"] in cells  # alps was measured on other text
+    assert ["m", "64 x 512", "ours", "tempered_rows True", "10.0 / 10.0 (0.25 / 0.25)"] in cells
     assert any(row[0] == "m" and row[-1] == "5.0 / 6.0" for row in cells)
 
 
@@ -251,7 +254,7 @@ def test_distil_compares_treatments_of_one_mask(accuracy: list[str], tmp_path: P
     assert rows[2:] == [
         "dense",
         "mask found, solved",
-        "solved and tuned by blocks, 1 epochs",
+        "solved and tuned by blocks, 1 epochs, rate 0.0045",
         "distilled, 1 epochs, rate 0.003",
     ]
 
@@ -347,10 +350,15 @@ def test_dense_targets_make_up_for_a_part_of_the_error(tmp_path: Path) -> None:
 
 
 def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
-    model, text = save_model(tmp_path / "model"), save_text(tmp_path / "text.txt")
+    dense, text, model = save_model(tmp_path / "dense"), save_text(tmp_path / "text.txt"), tmp_path / "model"
+    recipe = Recipe(selector="wanda", solver="none", dataset=[str(text)], num_calibration_samples=8, max_seq_length=16)
+    prune(str(dense), recipe, output_dir=model, progress=False)
     size = ["--max-seq-length", "16", "--max-windows", "2", "--group", "16"]
     output = run("quantise.py", str(model), "--evaluation", str(text), *size)
-    assert output.count("int4, a scale for 16 inputs") == 2
+    rows = [line.split("|") for line in output.splitlines() if line.startswith("| ")][1:]
+    kept = {weights.strip(): zeros.strip() for _, _, weights, _, zeros, _ in rows if "int" in weights}
+    assert int(kept.pop("int4 with an offset, for 16").removesuffix("%")) < 50
+    assert kept == {"int8, a scale a row": "100%", "int4, a scale for 16 inputs": "100%"}
 
 
 def test_scaling_carries_its_account_to_clusters() -> None:
@@ -367,3 +375,33 @@ def test_scaling_compares_its_account_with_a_run() -> None:
     assert len(moved) == 2
     for _, _, _, predicted, measured, _, _ in moved:
         assert float(predicted) == pytest.approx(float(measured), rel=0.25, abs=0.02)
+
+
+@pytest.mark.slow
+def test_the_stages_of_a_run_and_what_a_plan_says_of_it(tmp_path: Path) -> None:
+    model, text = str(save_model(tmp_path / "model")), str(save_text(tmp_path / "text.txt"))
+    size = ["--num-calibration-samples", "8", "--max-seq-length", "16"]
+    printed = run("stages.py", model, "--calibration", text, *size, "--dtype", "float32")
+    assert {"forward", "hessian", "solve"} <= {
+        word for line in printed.splitlines() for word in re.findall(r"\w+", line)
+    }
+    rows = run("plan.py", model, "--calibration", text, "--presets", "fast", "--sizes", "8x16").splitlines()
+    assert any("8 x 16" in row or "8x16" in row for row in rows)
+
+
+@pytest.mark.slow
+def test_sentences_of_an_encoder(tmp_path: Path) -> None:
+    model, text = save_model(tmp_path / "bert", make_bert()), tmp_path / "text.jsonl"
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    tokenizer.save_pretrained(model)
+    text.write_text("\n".join(json.dumps({"text": f"{line}. Another sentence of it."}) for line in LINES * 8))
+    size = ["--num-calibration-samples", "8", "--max-seq-length", "16", "--sentences", "8"]
+    printed = run("encoder.py", str(model), "--text", str(text), "--patterns", "0.5", *size)
+    assert "0.5" in printed
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_the_memory() -> None:
+    printed = read("larger_than_memory.py", "--gigabytes", "0.002", "--width", "128", "--solver", "none")
+    assert "10 files compared, 0 different" in printed

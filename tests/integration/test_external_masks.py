@@ -53,8 +53,7 @@ def pruned(*options: str) -> dict[str, Tensor]:
     return load_weights(Path("out"))
 
 
-@pytest.mark.parametrize("suffix", ["", ".weight"])
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+@pytest.mark.parametrize(("suffix", "dtype"), [("", torch.bool), (".weight", torch.uint8)])
 @pytest.mark.parametrize("options", [[], ["--pattern", "2:4"], ["--sparsity", "0.5"], ["--solver", "none"]], ids=str)
 def test_masks_from_a_file(root: Path, suffix: str, dtype: torch.dtype, options: list[str]) -> None:
     masks = make_masks(suffix=suffix)

@@ -149,6 +149,14 @@ def test_every_option_that_a_page_names_is_there(page: Path) -> None:
     assert set(re.findall(r"`(--[a-z][\w-]*)", read(page))) <= known
 
 
+@pytest.mark.parametrize("page", PROSE, ids=named)
+def test_commands_of_scripts_have_the_options_that_a_page_gives_them(page: Path) -> None:
+    shared = read(ROOT / "benchmarks/harness/treatment.py")
+    for script, arguments in re.findall(r"benchmarks/(\w+)\.py ([^`\n#]*)", read(page).replace("\\\n", " ")):
+        known = re.findall(r'"(--[\w-]+)"', read(ROOT / f"benchmarks/{script}.py") + shared)
+        assert set(re.findall(r"(?<!\S)--[a-z][\w-]*", arguments)) <= {*known}, script
+
+
 def test_the_readme_has_every_selector_and_every_solver() -> None:
     rows = re.findall(r"^\| `([\w-]+)` \|", read(ROOT / "README.md"), re.MULTILINE)
     assert [name for name in (*SELECTOR_NAMES, *SOLVER_NAMES) if name not in rows] == []

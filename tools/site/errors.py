@@ -73,9 +73,7 @@ def _text(node: ast.expr) -> str:
         return f"{_text(node.body)} / {_text(node.orelse)}"
     inner = node.value if isinstance(node, ast.FormattedValue) else node
     words = re.findall(r"[a-z_]\w*", ast.unparse(inner))
-    shown = [
-        word for word in words if word not in ("self", "len", "str", "join", "sorted", "type", "map", "f", "x", "name")
-    ]
+    shown = [word for word in words if word not in NOT_SHOWN]
     return f"‹{(shown or words or ['value'])[-1].strip('_').replace('_', ' ')}›"
 
 
