@@ -1,4 +1,4 @@
-"""Benchmark scripts run, all but convergence.py: with shapes so small that their working is tested, not their timing."""
+"""Benchmark scripts run, all but convergence.py, on tiny shapes: their working is tested, and never their timing."""
 
 from __future__ import annotations
 
