@@ -227,7 +227,6 @@ function drawDepth(run) {
 }
 
 function histogram(box, title, values, log, asked) {
-  if (values.every((x) => x === null)) return; // no solver ran, or tuning came behind the cast
   const known = values.filter((x) => Number.isFinite(x) && (!log || x > 0));
   make(box, "h3", {}, title);
   if (known.length < values.length || !known.length) make(box, "p", { class: "hint" }, `${values.length - known.length} of ${values.length} cannot be drawn.`);
@@ -247,11 +246,14 @@ function histogram(box, title, values, log, asked) {
   if (asked) make(svg, "line", { class: "asked", x1: x(bin(asked)), x2: x(bin(asked)), y1: 8, y2: y(0) });
 }
 function drawSpread({ linears, gap }) {
-  const boxes = Array.from({ length: 3 }, () => make($("spread"), "div"));
   const solved = linears.filter((l) => l.gap_max !== null);
-  histogram(boxes[0], "Gap before the cast", solved.map((l) => l.gap_max), true, gap);
-  histogram(boxes[1], "Gap as written", solved.map((l) => l.gap_written_max), true);
-  histogram(boxes[2], "Iterations of a row", solved.map((l) => l.iterations_mean), false);
+  const plots = [
+    ["Gap before the cast", solved.map((l) => l.gap_max), true, gap],
+    ["Gap as written", solved.map((l) => l.gap_written_max), true],
+    ["Iterations of a row", solved.map((l) => l.iterations_mean), false],
+  ].filter(([, values]) => values.some((x) => x !== null)); // tuning came behind the cast, or no solver ran
+  const boxes = plots.map(() => make($("spread"), "div")); // all of them first: they share the width
+  for (const [i, plot] of plots.entries()) histogram(boxes[i], ...plot);
 }
 
 function drawTable({ linears }) {
