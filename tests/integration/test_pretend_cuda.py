@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from families import build, make_ids
+from families import build, make_ids, stack_of
 from pretend_cuda import PretendError, on_cuda, pretend_cuda
 from runs import raising
 from tiny import load_weights, save_model
@@ -23,7 +23,7 @@ from optima.calibration.probe import forward
 from optima.calibration.streams import map_tensors
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
-from optima.models.stacks import find_stacks, select_linears
+from optima.models.stacks import find_stacks
 from optima.models.weights import Resident, Weights, open_weights
 from optima.reporting.record import load_report
 
@@ -147,7 +147,7 @@ def test_what_it_refuses() -> None:
 @pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_keys_and_values_for_later_blocks_wait_in_main_memory(family: str) -> None:
     model = build(family)
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     waiting: list[torch.Tensor] = []
     with pretend_cuda(), torch.no_grad():
         cuda, weights = torch.device("cuda", 0), Resident(model)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import stack_of
 from layers import layer_of, make_layer
 from tiny import make_llama, make_tokens
 
@@ -21,7 +22,6 @@ from optima.linalg.shifted_inverse import (
     eigendecomposition,
     largest_eigenvalue,
 )
-from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.optima import Optima
 
@@ -34,7 +34,7 @@ def correlations(product_OO: torch.Tensor) -> torch.Tensor:
 def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     model = make_llama().eval()
     tokens_NL = make_tokens(8, 16)
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     streams = capture(model, stack, list(tokens_NL.split(4)), whole=True)
     found = loss_weights(model, stack, streams, seed=3, coupled=True)
     assert set(found.coupling) == {linear.name for block in stack.blocks for linear in block.linears if couples(linear)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, make_ids
+from families import build, make_ids, stack_of
 from tiny import weight_files
 from torch import Tensor, nn
 
@@ -35,7 +35,7 @@ FORMS = [*LOOPS, "llama4"]
 
 def streams_of(model: nn.Module) -> tuple[Block, Streams]:
     """A block with experts, and what enters it."""
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     streams = capture(model, stack, list(make_ids(6, 16).split(2)), whole=True)
     for block in stack.blocks:
         if any(isinstance(linear, ExpertLinear) for linear in block.linears):
@@ -183,7 +183,7 @@ def test_an_expert_without_tokens_is_pruned_and_named() -> None:
 def test_gradients_are_those_of_each_expert() -> None:
     """The sum over an expert's tokens of gradient times input is the gradient of its weight."""
     model: Any = build("mixtral")
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     batches = list(make_ids(4, 16).split(2))
     streams = capture(model, stack, batches, whole=True)
     found = loss_weights(model, stack, streams, seed=0)
@@ -224,7 +224,7 @@ def test_samples_have_no_more_first_tokens_than_the_text() -> None:
 @pytest.mark.parametrize("family", FORMS)
 def test_a_sweep_holds_no_product_of_an_expert_when_it_is_over(family: str) -> None:
     model = build(family)
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     loss_weights(model, stack, capture(model, stack, list(make_ids(4).split(2)), whole=True), seed=0)
     gc.collect()
     assert not [each for each in gc.get_objects() if type(each) is Call]

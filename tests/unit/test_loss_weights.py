@@ -109,7 +109,7 @@ def test_the_metric_of_tuning_is_the_second_moment_of_the_gradients(monkeypatch:
     model = make_llama().eval()
     assert sweep(model)[0].residual == {}
     tokens_NL = make_tokens(8, 16)
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     for kept in (2**32, 1):
         monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes, kept=kept: kept)
         batches = list(tokens_NL.split(4))
@@ -156,7 +156,7 @@ def test_a_model_for_pretraining_is_weighed_by_its_words() -> None:
 
 def test_what_tuning_needs_keeps_to_the_budget(tmp_path: Path) -> None:
     model = make_llama(hidden_size=128)
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     store = Store(0, tmp_path)
     streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True, store=store)
     before = store.mapped
@@ -325,7 +325,7 @@ def test_the_parts_of_a_sweep_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     for kept in (2**32, 1):
         monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes, kept=kept: kept)
         model = make_llama().eval()
-        (stack,) = select_linears(find_stacks(model), [".*"], [])
+        stack = stack_of(model)
         streams = capture(model, stack, list(make_tokens(12, 16).split(2)), whole=True)
         found.append(loss_weights(model, stack, streams, seed=3, residual=True, coupled=True))
     whole, parts = (each.tokens for each in found)

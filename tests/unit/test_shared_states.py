@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from families import build, make_ids
+from families import build, make_ids, stack_of
 
 from optima.calibration.capture import capture
 from optima.calibration.head import label_gradient
@@ -51,7 +51,7 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
 def test_a_look_takes_batches_apart() -> None:
     """As tuning does: each of its steps is one sequence, and reads the keys and values of that sequence."""
     model, tokens_NL = build("gemma4"), make_ids(4)
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     streams = capture(model, stack, [tokens_NL], whole=True)
     with torch.no_grad():
         for block in stack.blocks:
@@ -67,7 +67,7 @@ def test_a_look_takes_batches_apart() -> None:
 def test_dense_streams_do_not_read_what_pruned_ones_wrote(family: str) -> None:
     model, tokens_NL = build(family), make_ids(2)
     outputs: list[torch.Tensor] = []
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     streams = capture(model, stack, [tokens_NL], whole=True)
     alone = streams.copy()
     for block in stack.blocks:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, make_ids, sweep
+from families import build, make_ids, stack_of, sweep
 from tiny import POSITIONS, VOCAB, make_llama, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -19,7 +19,7 @@ from optima.calibration.capture import capture
 from optima.calibration.streams import Streams
 from optima.device import GRADIENT
 from optima.errors import ModelError
-from optima.models.stacks import Block, find_stacks, select_linears
+from optima.models.stacks import Block
 from optima.reporting.summary import render_summary
 from optima.tuning import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, tune
 
@@ -34,7 +34,7 @@ def half_pruned(
     model: torch.nn.Module, sequences: int = 64, batch_size: int = 4
 ) -> tuple[Block, dict[str, torch.Tensor], Streams, list[torch.Tensor]]:
     """The first block, half of it pruned by magnitude; its masks, what enters it, and what it made of that before."""
-    (stack,) = select_linears(find_stacks(model), [".*"], [])
+    stack = stack_of(model)
     block = stack.blocks[0]
     streams = capture(model, stack, list(make_tokens(sequences, 16).split(batch_size)))
     dense = streams.copy()
