@@ -7,7 +7,8 @@ one seed; one column a pattern. A cell has the perplexity of the evaluation text
 the mean over seeds ± their standard deviation. In brackets stands the ratio to the baseline at the same model, size and
 pattern, of both, seed by seed where both have it: again mean ± standard deviation. The baseline's settings must be the
 usual ones (or tempered rows, as the row's own, if it was so measured). Both must have been calibrated and measured on
-the same text. Results of equal settings are taken once, from the file named first. Prints Markdown.
+the same text. Results of equal settings are taken once, from the file named first. ``--ignore`` names settings that
+are then no setting: draws that older and newer versions measured are draws of one row. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -47,8 +48,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="written by accuracy.py --output")
     parser.add_argument("--baseline", default="alps", help="the method that others are compared with")
+    parser.add_argument("--ignore", nargs="+", default=[], help="settings that tell no results apart")
     options = parser.parse_args()
     results = [result for file in options.results for result in json.loads(file.read_text(encoding="utf-8"))]
+    for result in results:
+        result["settings"] = {name: value for name, value in result["settings"].items() if name not in options.ignore}
     varied = varied_settings(results)
     rows: dict[Row, dict[str, Cell]] = {}
     for result in results:

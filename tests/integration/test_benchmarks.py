@@ -205,6 +205,8 @@ def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Pat
     assert ["m", "64 x 512", "gradient", "", "9.0 / 19.0"] in cells  # alps was measured on other text
     assert ["m", "64 x 512", "ours", "tempered_rows True", "10.0 / 10.0 (0.25 / 0.25)"] in cells
     assert any(row[0] == "m" and row[-1] == "5.0 / 6.0" for row in cells)
+    both = read("seeds.py", str(tmp_path / "b.json"), "--ignore", "tempered_rows", "damping", "--baseline", "ours")
+    assert re.search(r"\| ours +\| +\| +20.0 ± 14.1 / 20.0 ± 14.1 \|", both)
 
 
 def test_seeds_prints_results_of_settings_that_are_no_longer_the_default() -> None:
