@@ -75,6 +75,7 @@ def test_pickles_are_refused(optima: Run, hub: StandInHub, tmp_path: Path) -> No
     repo = {name: content for name, content in hub.repos[MODEL].items() if "safetensors" not in name}
     torch.save(make_llama().state_dict(), tmp_path / "pytorch_model.bin")
     hub.repos[MODEL] = repo | {"pytorch_model.bin": (tmp_path / "pytorch_model.bin").read_bytes()}
+    (tmp_path / "text.txt").unlink()  # which is looked at behind the model
     found = optima(*prune_arguments(*WANDA, model=MODEL))
     assert found.returncode == 2
     assert "has neither model.safetensors nor model.safetensors.index.json, and pickle files" in found.stderr

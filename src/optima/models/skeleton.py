@@ -5,16 +5,18 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optima.models.source import Source, explain_read_errors, load_config, model_class
+from optima.models.source import Source, check_safetensors, explain_read_errors, load_config, model_class, pinned
 
 
 def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
     """The model's modules on the meta device, in evaluation mode: shapes and names, no weights.
 
     Raises:
-        ModelError: if the configuration cannot be read or built.
+        ModelError: if the configuration cannot be read or built, or no weights go with it.
     """
     config = load_config(source)
+    with explain_read_errors(source, "weights"):
+        check_safetensors(pinned(source, config), config)
     cls = model_class(config, source)
     with explain_read_errors(source, "configuration"), torch.device("meta"):
         if hasattr(cls, "from_config"):  # an Auto class

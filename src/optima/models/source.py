@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import has_file
 
 from optima.device import dtype_name
 from optima.errors import ModelError
@@ -287,18 +288,22 @@ def load_whole(
         arguments["device_map"] = {"": device}
     kind = model_class(config, source)
     with explain_read_errors(source, "weights"):
-        _check_hub(source, config)
+        check_safetensors(source, config)
         model, loading = kind.from_pretrained(source.path, dtype=dtype, **LOADING, **arguments)
     assert isinstance(model, PreTrainedModel)
     check_complete(source, model, loading)
     return model.eval(), frozenset(loading["missing_keys"])
 
 
-def _check_hub(source: Source, config: PretrainedConfig) -> None:
-    """transformers would load what others propose as a conversion of pickle files."""
+def check_safetensors(source: Source, config: PretrainedConfig) -> None:
+    """Of a hub model: transformers would load what others propose as a conversion of pickle files.
+
+    Raises:
+        ModelError: if it has no weights in safetensors format. None are downloaded.
+    """
     if source.local or source.gguf_file or getattr(config, "transformers_weights", None):
         return
-    if not find_file(source, WEIGHTS) and not find_file(source, INDEX):
+    if not any(has_file(source.path, name, **source.of_hub) for name in (WEIGHTS, INDEX)):
         raise ModelError(
             f"{source.name} has neither {WEIGHTS} nor {INDEX}, and pickle files can run any code when opened: convert "
             "them to safetensors first (load with torch and save with model.save_pretrained), or check the network"
