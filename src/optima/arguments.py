@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import optima
 from optima.errors import IdleError, OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
-from optima.options import DTYPES, GROUPS, OF_HUB
+from optima.options import DEMO_MODELS, DTYPES, GROUPS, OF_HUB
 from optima.recipe import Recipe, recipe_from_dict
 from optima.recipe_files import read_recipe, recipe_in
 from optima.reporting.trackers import TRACKERS
@@ -175,7 +175,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("action", choices=RECIPE_ACTIONS, metavar="ACTION", help=_named(RECIPE_ACTIONS))
     option("name", nargs="?", metavar="NAME", help="for show and validate: a recipe that ships, or a file")
 
-    option = add("demo", "prune a real small model from the package registry and compare", "[--output-dir DIR]")
+    option = add("demo", "prune a real small model from the package registry and compare", "[--model NAME]")
+    text = f"{' or '.join(DEMO_MODELS)} (default: {DEMO_MODELS[0]})"
+    option("--model", choices=DEMO_MODELS, default=DEMO_MODELS[0], metavar="NAME", help=text)
     text = "where the sparse checkpoint and its report go (default: demo-output)"
     option("--output-dir", default="demo-output", metavar="DIR", help=text)
     return parser, commands

@@ -345,11 +345,11 @@ def _recipe(action: str, name: str | None = None) -> None:
         _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name}{trust} checks")
 
 
-def _demo(output_dir: str) -> None:
+def _demo(model: str, output_dir: str) -> None:
     console = _quiet_console()
     from optima.demo import run_demo
 
-    run_demo(Path(output_dir), console)
+    run_demo(model, Path(output_dir), console)
 
 
 COMMANDS: dict[str, Command] = {

