@@ -1,10 +1,14 @@
 """Quantising a pruned model: which rounding keeps its zeros, and what it costs in perplexity.
 
     python benchmarks/quantise.py DENSE PRUNED --evaluation wikitext2_test.txt
+    python benchmarks/quantise.py PRUNED --dump-dir PRUNED/layers --evaluation wikitext2_test.txt
 
 Rounds the linears of the model's blocks and back, weights only, and measures the perplexity of each model: int8 with
 one scale a row, int4 with one scale for each --group inputs, both symmetric (zero stands for zero), and int4 with an
-offset (zero is a number like any other). See docs/howto/quantise.md.
+offset (zero is a number like any other). See docs/howto/quantise.md. With the hessians of every linear (``optima prune
+--dump-layer .``) also int4 whose errors the other kept weights make up for. A pruned weight that was solved, and not
+tuned, is the least of its error under its mask, so that rounding it under the same hessian is rounding and solving
+jointly.
 
 Shapes: O outputs, D inputs, G groups of inputs.
 """
@@ -13,23 +17,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
+from harness.rounding import compensated, descended, nearest, scales
+from safetensors.torch import load_file
 from torch import Tensor
 
 from optima.calibration.documents import Documents, TextSource
 from optima.evaluation.perplexity import evaluation_windows, perplexity
+from optima.linalg.hessian import Hessian
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.models.stacks import find_stacks
 from optima.reporting.markdown import table
 
-
-def symmetric(weight_OD: Tensor, bits: int, group: int | None = None) -> Tensor:
-    """Rounded to whole multiples of one scale a group, and back. What is zero stays zero."""
-    groups_OGD = weight_OD.float().unflatten(1, (-1, group or weight_OD.shape[1]))
-    most = 2 ** (bits - 1) - 1
-    scale_OG1 = groups_OGD.abs().amax(dim=2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / most
-    return ((groups_OGD / scale_OG1).round().clamp(-most, most) * scale_OG1).flatten(1).to(weight_OD.dtype)
+Way = Callable[[Tensor, str], Tensor]  # a weight and the name of its linear
 
 
 def with_offset(weight_OD: Tensor, bits: int, group: int) -> Tensor:
@@ -37,24 +39,44 @@ def with_offset(weight_OD: Tensor, bits: int, group: int) -> Tensor:
     groups_OGD = weight_OD.float().unflatten(1, (-1, group))
     least_OG1, most_OG1 = groups_OGD.amin(dim=2, keepdim=True), groups_OGD.amax(dim=2, keepdim=True)
     scale_OG1 = ((most_OG1 - least_OG1) / (2**bits - 1)).clamp(min=torch.finfo(torch.float32).tiny)
-    return (((groups_OGD - least_OG1) / scale_OG1).round() * scale_OG1 + least_OG1).flatten(1).to(weight_OD.dtype)
+    return (((groups_OGD - least_OG1) / scale_OG1).round() * scale_OG1 + least_OG1).flatten(1)
 
 
 def main(arguments: list[str] | None = None) -> list[list[str]]:
     options = make_parser().parse_args(arguments)
     torch.set_num_threads(options.threads)
-    ways: dict[str, Callable[[Tensor], Tensor]] = {
-        "as it is": lambda weight_OD: weight_OD,
-        "int8, a scale a row": lambda weight_OD: symmetric(weight_OD, 8),
-        f"int4, a scale for {options.group} inputs": lambda weight_OD: symmetric(weight_OD, 4, options.group),
-        f"int4 with an offset, for {options.group}": lambda weight_OD: with_offset(weight_OD, 4, options.group),
+    ways: dict[str, Way] = {
+        "as it is": lambda weight_OD, _: weight_OD,
+        "int8, a scale a row": lambda weight_OD, _: nearest(weight_OD, scales(weight_OD, 8), 8),
+        f"int4, a scale for {options.group} inputs": lambda weight_OD, _: nearest(
+            weight_OD, scales(weight_OD, 4, options.group), 4
+        ),
+        f"int4 with an offset, for {options.group}": lambda weight_OD, _: with_offset(weight_OD, 4, options.group),
     }
+    if options.dump_dir is not None:
+        ways |= by_hessian(options)
     rows = [row for model in options.models for row in measure(model, ways, options)]
     print(table(["model", "weights", "perplexity", "zeros kept"], rows, num_left=2))
     return rows
 
 
-def measure(name: str, ways: dict[str, Callable[[Tensor], Tensor]], options: argparse.Namespace) -> list[list[str]]:
+def by_hessian(options: argparse.Namespace) -> dict[str, Way]:
+    """int4 as the symmetric one, errors made up for as they come, and then one weight of a row at a time."""
+
+    def rounded(weight_OD: Tensor, name: str, sweeps: int) -> Tensor:
+        hessian = Hessian(load_file(options.dump_dir / f"{name}.safetensors")["hessian"])
+        scale_OD = scales(weight_OD, 4, options.group)
+        found_OD = compensated(weight_OD, scale_OD, 4, hessian)
+        return descended(weight_OD, found_OD, scale_OD, 4, hessian, sweeps) if sweeps else found_OD
+
+    ways = {"compensated": 0, "and descended": 3}
+    return {
+        f"int4, {way}": lambda weight_OD, name, sweeps=sweeps: rounded(weight_OD, name, sweeps)
+        for way, sweeps in ways.items()
+    }
+
+
+def measure(name: str, ways: dict[str, Way], options: argparse.Namespace) -> list[list[str]]:
     source = find_source(name)
     model = load_model(source, options.dtype)
     text = list(Documents(TextSource(tuple(options.evaluation))))
@@ -64,7 +86,7 @@ def measure(name: str, ways: dict[str, Callable[[Tensor], Tensor]], options: arg
     rows = []
     for way, rounded in ways.items():
         for linear, weight_OD in zip(linears, before, strict=True):
-            linear.write(rounded(weight_OD))
+            linear.write(rounded(weight_OD, linear.name).to(weight_OD.dtype))
         found = perplexity(model, windows_NL, device=torch.device("cpu"))
         rows.append([name, way, f"{found:.2f}", zeros_kept(before, [linear.read() for linear in linears])])
         print(*rows[-1], flush=True)
@@ -84,6 +106,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", help="hub ids, local directories or GGUF files")
     parser.add_argument("--evaluation", nargs="+", required=True, help="text to measure on")
     parser.add_argument("--group", type=int, default=32, help="inputs that share a scale in int4")
+    parser.add_argument(
+        "--dump-dir", type=Path, help="hessians of the linears, which optima prune --dump-layer . wrote"
+    )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-seq-length", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=5)

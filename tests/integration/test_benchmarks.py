@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 
 from optima import Recipe, prune
+from optima.linalg.hessian import Hessian
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL_SIZE_ONLY = "NOT RUN"
@@ -354,13 +355,42 @@ def test_dense_targets_make_up_for_a_part_of_the_error(tmp_path: Path) -> None:
 def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
     dense, text, model = save_model(tmp_path / "dense"), save_text(tmp_path / "text.txt"), tmp_path / "model"
     recipe = Recipe(selector="wanda", solver="none", dataset=[str(text)], num_calibration_samples=8, max_seq_length=16)
-    prune(str(dense), recipe, output_dir=model, progress=False)
+    prune(str(dense), recipe, output_dir=model, progress=False, dump_layer=".")
     size = ["--max-seq-length", "16", "--max-windows", "2", "--group", "16"]
-    output = run("quantise.py", str(model), "--evaluation", str(text), *size)
+    output = run("quantise.py", str(model), "--evaluation", str(text), *size, "--dump-dir", str(model / "layers"))
     rows = [line.split("|") for line in output.splitlines() if line.startswith("| ")][1:]
     kept = {weights.strip(): zeros.strip() for _, _, weights, _, zeros, _ in rows if "int" in weights}
     assert int(kept.pop("int4 with an offset, for 16").removesuffix("%")) < 50
-    assert kept == {"int8, a scale a row": "100%", "int4, a scale for 16 inputs": "100%"}
+    ways = ["int8, a scale a row", "int4, a scale for 16 inputs", "int4, compensated", "int4, and descended"]
+    assert kept == dict.fromkeys(ways, "100%")
+
+
+def test_rounding_by_the_hessian_holds_zeros_and_lowers_the_error() -> None:
+    from harness.rounding import compensated, descended, nearest, scales
+
+    generator = torch.Generator().manual_seed(0)
+    inputs_ND = torch.randn(400, 192, generator=generator) @ torch.randn(192, 192, generator=generator)
+    hessian = Hessian(inputs_ND.T @ inputs_ND / 400)
+    weight_OD = torch.randn(24, 192, generator=generator) * (torch.rand(24, 192, generator=generator) < 0.5)
+    scale_OD = scales(weight_OD, 4, 32)
+
+    def error(rounded_OD: torch.Tensor) -> float:
+        change_OD = (rounded_OD - weight_OD).double()
+        return float((change_OD @ hessian.damped_DD * change_OD).sum())
+
+    plain_OD = nearest(weight_OD, scale_OD, 4)
+    swept_OD = compensated(weight_OD, scale_OD, 4, hessian)
+    found_OD = descended(weight_OD, swept_OD, scale_OD, 4, hessian)
+    assert error(descended(weight_OD, plain_OD, scale_OD, 4, hessian)) < 0.8 * error(plain_OD)
+    assert error(found_OD) < error(swept_OD) < error(plain_OD)
+    for rounded_OD in (plain_OD, swept_OD, found_OD):
+        assert not rounded_OD[weight_OD == 0].any()
+        steps_OD = rounded_OD / scale_OD
+        assert float((steps_OD - steps_OD.round()).abs().max()) < 1e-4
+        assert float(steps_OD.abs().max()) < 7.5
+    independent = Hessian(torch.diag(torch.rand(192, generator=generator) + 0.1))
+    assert torch.equal(descended(weight_OD, plain_OD, scale_OD, 4, independent), plain_OD)
+    assert torch.equal(compensated(weight_OD, scale_OD, 4, independent), plain_OD)
 
 
 def test_scaling_carries_its_account_to_clusters() -> None:
