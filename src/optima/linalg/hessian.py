@@ -35,7 +35,7 @@ DIRECTIONS, APPLICATIONS, MARGIN = 8, 3, 10.0
 # Entries (rows x inputs) of a product whose rows' sums are taken together.
 BLOCK_ENTRIES = 2**22
 # Columns of the inverse of L that are in memory at once while only the diagonal of K is wanted.
-COLUMNS = 256
+COLUMNS, COLUMNS_ELSEWHERE = 256, 2048
 # Side of the tiles in which the triangles are averaged: on a CPU two of them stay in the cache while one is transposed,
 # elsewhere every tile is a few calls.
 TILE, TILE_ELSEWHERE = 128, 4096
@@ -221,8 +221,9 @@ class Hessian:
         if "inverse_DD" in vars(self):
             return self.inverse_DD.diagonal()
         diagonal_D = torch.empty_like(self.diagonal_D)
-        for begin in range(0, self.num_inputs, COLUMNS):
-            columns = diagonal_D[begin : begin + COLUMNS]
+        step = COLUMNS if self.device.type == "cpu" else COLUMNS_ELSEWHERE
+        for begin in range(0, self.num_inputs, step):
+            columns = diagonal_D[begin : begin + step]
             below_NN = self.factor_DD[begin:, begin:]
             identity_NC = torch.eye(len(below_NN), len(columns), dtype=below_NN.dtype, device=self.device)
             columns.copy_(torch.linalg.solve_triangular(below_NN, identity_NC, upper=False).square_().sum(dim=0))
