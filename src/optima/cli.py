@@ -21,7 +21,6 @@ from optima.errors import OptimaError, RankError
 from optima.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
-    from optima.evaluation.record import Evaluation
     from optima.reporting.callbacks import Callback
     from optima.reporting.record import Report
 
@@ -133,7 +132,7 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
     if repo is not None:
         from optima.hub import check_push
 
-        repo = check_push(repo)
+        repo = check_push(repo, private)
     elif private:
         raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
     try:
@@ -192,89 +191,23 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
     settings = EvaluationSettings(**given)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise OptimaError("models are evaluated by one process: start optima eval without torchrun")
-    from optima.models.files import is_same, stat_of
+    from optima.evaluation.saving import Saving
 
-    places = _places(settings.models, save, output, overwrite)
-    so_far = _so_far(output, overwrite)
-    before = {place: stat_of(place) for place in places if place.is_dir()}
+    saving = Saving(settings.models, save, output, overwrite)
     console = _quiet_console()
     from optima.evaluation.evaluate import evaluate
     from optima.evaluation.table import print_tables
     from optima.evaluation.watch import Watch
 
-    kept: list[Path] = []
-    keep = (lambda found: kept.append(found.save(so_far))) if so_far is not None else lambda found: None
-    found = evaluate(settings, Watch(OwnConsole(stderr=True)), keep)
+    found = evaluate(settings, Watch(OwnConsole(stderr=True)), saving.keep)
     try:
-        replaced = [place for place, known in before.items() if not is_same(place, known)]
-        files = [found.save(place) for place in places if place not in replaced]
-        cards = _update_cards(found, settings.models, replaced) if save else []
-        for file in kept:
-            file.unlink(missing_ok=True)
+        files, told = saving.save(found)
     finally:
         print_tables(found, console)  # hours of work, whatever becomes of the files
     if files:
-        console.print(f"written: {', '.join(map(str, [*files, *cards]))}", soft_wrap=True)
-    if replaced:
-        raise OptimaError(
-            f"{replaced[0]} was replaced while it was measured, and is another model now: its results were not written "
-            "there; --output FILE writes them elsewhere"
-        )
-
-
-def _so_far(output: str | None, overwrite: bool) -> Path | None:
-    """Where what is measured is kept until all is, for a later model may fail; refused now if it cannot be."""
-    from optima.evaluation.record import check_free
-
-    if output is None:
-        return None
-    place = Path(f"{Path(output).expanduser()}.partial")
-    if place.is_dir():
-        raise OptimaError(
-            f"{place} is a directory, and results wait there until all are found: choose another --output"
-        )
-    if place.exists() and not overwrite:
-        raise OptimaError(
-            f"{place} holds what an unfinished evaluation found: --overwrite replaces it, or move it away"
-        )
-    check_free(place, overwrite)
-    return place
-
-
-def _update_cards(found: Evaluation, models: Sequence[str], replaced: Sequence[Path]) -> list[Path]:
-    """The cards of those models that OPTIMA made, unless ``replaced``; each is brought up to date."""
-    from optima.evaluation.card import update_card
-    from optima.reporting.model_card import CARD_NAME
-    from optima.reporting.record import REPORT_NAME
-
-    places = {model: Path(model).expanduser() for model in models}
-    made = {
-        model: place for model, place in places.items() if (place / REPORT_NAME).is_file() and place not in replaced
-    }
-    return [place / CARD_NAME for model, place in made.items() if update_card(place, found, model)]
-
-
-def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bool) -> list[Path]:
-    """Where an evaluation is written; refused now if it cannot be."""
-    from optima.evaluation.record import check_free
-    from optima.reporting.model_card import check_card
-    from optima.reporting.record import REPORT_NAME
-
-    places = [Path(model).expanduser() for model in models] if save else []
-    if overwrite and not (save or output):
-        raise OptimaError("--overwrite is for what --save or --output writes: name one, or leave it out")
-    places = [place for place in places if (place / REPORT_NAME).is_file()]
-    if save and not places:
-        named = ", ".join(m if Path(m).expanduser().is_dir() else f"{m} (no directory here)" for m in models)
-        raise OptimaError(f"--save: none of {named} is an output of optima prune; use --output FILE")
-    if output and Path(output).expanduser().is_dir():
-        raise OptimaError(f"--output {output} is a directory: name a file, or --save into the models' own directories")
-    places += [Path(output).expanduser()] if output else []
-    for place in places:
-        check_free(place, overwrite)
-        if save and place.is_dir():
-            check_card(place)
-    return places
+        console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+    if told:
+        raise OptimaError("; ".join(told))
 
 
 def _report(paths: Sequence[str], html: str | None = None) -> None:

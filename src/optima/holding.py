@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +31,17 @@ class HeldZeros:
 
     def __init__(self, linears: Mapping[str, Linear], keep: Mapping[str, Tensor]) -> None:
         self._linears = dict(linears)
-        self._parameters = {id(linear.parameter): linear.parameter for linear in linears.values()}
-        # Experts of one parameter have one mask together.
-        self._masks = {key: torch.ones_like(own, dtype=torch.bool) for key, own in self._parameters.items()}
+        parameters = {id(linear.parameter): linear.parameter for linear in linears.values()}
+        self._zeros = _Zeros(parameters)
         for name, mask in keep.items():
             self._part(name).copy_(mask)
         # A frozen weight takes no hook; should it be thawed, the step's hook still holds its zeros.
         self._hooks: list[RemovableHandle] = [
-            parameter.register_hook(partial(self._masked, key))
-            for key, parameter in self._parameters.items()
+            parameter.register_hook(partial(self._zeros.masked, key))
+            for key, parameter in parameters.items()
             if parameter.requires_grad
         ]
-        self._hooks.append(register_optimizer_step_post_hook(lambda *_: self.apply()))
+        self._hooks.append(self._zeros.after_steps())
         self.apply()
 
     @property
@@ -49,11 +49,9 @@ class HeldZeros:
         """By the name of each held linear its mask, bool, True = survives; shaped as ``hold_zeros`` says."""
         return {name: self._part(name) for name in self._linears}
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Set to zero what is not kept: needed after changes outside an optimizer, such as merging an adapter."""
-        for key, parameter in self._parameters.items():
-            parameter.copy_(self._masked(key, parameter))
+        self._zeros.apply()
 
     def remove(self) -> None:
         """Hold nothing any more; the weights stay as they are."""
@@ -63,12 +61,34 @@ class HeldZeros:
 
     def _part(self, name: str) -> Tensor:
         linear = self._linears[name]
-        return part_of(linear, self._masks[id(linear.parameter)])
+        return part_of(linear, self._zeros.masks[id(linear.parameter)])
 
-    def _masked(self, key: int, tensor: Tensor) -> Tensor:
-        if self._masks[key].device != tensor.device:  # the model has moved
-            self._masks[key] = self._masks[key].to(tensor.device)
-        return torch.where(self._masks[key], tensor, 0.0)
+
+class _Zeros:
+    """The masks of parameters, by their ids. It keeps no parameter alive: torch holds hooks on steps for ever."""
+
+    def __init__(self, parameters: Mapping[int, Tensor]) -> None:
+        self._parameters = {key: ref(parameter) for key, parameter in parameters.items()}
+        # Experts of one parameter have one mask together.
+        self.masks = {key: torch.ones_like(own, dtype=torch.bool) for key, own in parameters.items()}
+
+    def masked(self, key: int, tensor: Tensor) -> Tensor:
+        if self.masks[key].device != tensor.device:  # the model has moved
+            self.masks[key] = self.masks[key].to(tensor.device)
+        return torch.where(self.masks[key], tensor, 0.0)
+
+    @torch.no_grad()
+    def apply(self) -> bool:
+        """False if no parameter is left."""
+        alive = {key: parameter for key, known in self._parameters.items() if (parameter := known()) is not None}
+        for key, parameter in alive.items():
+            parameter.copy_(self.masked(key, parameter))
+        return bool(alive)
+
+    def after_steps(self) -> RemovableHandle:
+        """Apply behind every optimizer's steps, until the model is gone."""
+        hook: RemovableHandle = register_optimizer_step_post_hook(lambda *_: None if self.apply() else hook.remove())
+        return hook
 
 
 def part_of(linear: Linear, stored: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ from optima.models.files import TEMPLATES, TOKENIZERS, check_shards, stat_of, th
 from optima.reporting.record import REPORT_NAME
 
 # Of the model that was there before, what is not among the files that are pushed; pictures and texts stay.
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-OF_A_MODEL = (
-    *(*WEIGHTS, "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx"),
-    *("*.json", "*.yaml", "*.html", "*.py", *TOKENIZERS),
+SAFETENSORS = "*.safetensors"
+WEIGHTS = (
+    *(SAFETENSORS, "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.gguf", "*.h5"),
+    *("*.msgpack", "*.onnx", "*.onnx_data"),
 )
+OF_A_MODEL = (*WEIGHTS, "*.json", "*.yaml", "*.html", "*.py", *TOKENIZERS)
 NOT_PUSHED = ("layers/*", ".*", "**/.*")  # hessians of --dump-layer, hidden files
 HARMLESS = {".gitattributes", "README.md"}  # what the hub's own page makes
 
@@ -40,19 +41,19 @@ def push(
     Args:
         directory: what ``optima prune`` or ``optima pack`` wrote.
         repo: ``name`` or ``owner/name``.
-        private: make a new repository private; None: as the owner's settings say. One that exists stays as it is.
+        private: make a new repository private; None: as the owner's settings say. One that exists must be so.
         overwrite: replace a model that no run of OPTIMA put there.
         message: of the commit.
 
     Raises:
         ModelError: if the directory is no such output or lacks some of its weights, the name is none, nobody is logged
-            in, or the hub refuses.
+            in, the repository is public and was to be private, or the hub refuses.
     """
     folder = Path(directory).expanduser()
-    if not (folder / REPORT_NAME).is_file() or not any(folder.glob(WEIGHTS[0])):
+    if not (folder / REPORT_NAME).is_file() or not any(folder.glob(SAFETENSORS)):
         raise ModelError(f"{folder} is no output of optima prune: it holds no {REPORT_NAME}, or no weights")
     check_shards(folder)
-    full, there = _checked(repo, overwrite)
+    full, there = _checked(repo, overwrite, private)
     with _explained(full), the_same(folder, stat_of(folder)):
         api = HfApi()
         api.create_repo(full, private=private, exist_ok=True)
@@ -66,16 +67,16 @@ def push(
         return f"{api.endpoint}/{full}"
 
 
-def check_push(repo: str) -> str:
+def check_push(repo: str, private: bool | None = None) -> str:
     """Whether somebody is logged in who may push to ``repo``, and nothing there is replaced; returns ``owner/name``.
 
     Raises:
         ModelError: if not; the message says what to do.
     """
-    return _checked(repo, overwrite=False)[0]
+    return _checked(repo, False, private)[0]
 
 
-def _checked(repo: str, overwrite: bool) -> tuple[str, list[str]]:
+def _checked(repo: str, overwrite: bool, private: bool | None) -> tuple[str, list[str]]:
     """``owner/name``, and the files that are there."""
     try:
         validate_repo_id(repo)
@@ -94,6 +95,8 @@ def _checked(repo: str, overwrite: bool) -> tuple[str, list[str]]:
             files = api.list_repo_files(full)
         except RepositoryNotFoundError:
             return full, []
+        if private and not api.repo_info(full).private:
+            raise ModelError(f"{full} exists and is public: make it private in its settings, or leave --private out")
     if set(files) - HARMLESS and REPORT_NAME not in files and not overwrite:
         raise ModelError(
             f"{full} exists and holds a model that is no output of OPTIMA: choose another name, or replace it with "

@@ -574,6 +574,28 @@ class TestEval:
         assert not Path("out/evaluation.json").exists()
         assert "Not evaluated yet" in Path("out/README.md").read_text()
 
+    def test_what_another_evaluation_wrote_meanwhile_is_not_replaced(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def overtaken(*args: object) -> object:
+            found = evaluate(*args)  # type: ignore[arg-type]
+            Path("out/evaluation.json").write_bytes(other)
+            return found
+
+        prune()
+        arguments = ["eval", "out", "--dataset", "text.txt", "--save", "--max-seq-length"]
+        assert main([*arguments, "32"]) == 0
+        other, card = Path("out/evaluation.json").read_bytes(), Path("out/README.md").read_bytes()
+        Path("out/evaluation.json").unlink()
+        monkeypatch.setattr("optima.evaluation.evaluate.evaluate", overtaken)
+        assert main([*arguments, "16"]) == 2
+        assert "its results are in out/evaluation-2.json" in capsys.readouterr().err
+        assert Path("out/evaluation.json").read_bytes() == other
+        assert Path("out/README.md").read_bytes() == card
+        assert load_evaluation("out/evaluation-2.json").settings["max_seq_length"] == 16
+        assert main([*arguments, "16", "--overwrite"]) == 0
+        assert load_evaluation("out").settings["max_seq_length"] == 16
+
 
 class TestDemo:
     def test_replaces_nothing_but_its_own_output(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:

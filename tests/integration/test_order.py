@@ -207,6 +207,14 @@ def test_hidden_channels_stay_if_what_is_outside_the_blocks_tells_them_apart() -
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_hidden_channels_stay_if_blocks_share_weights_that_are_not_pruned() -> None:
+    model = make_llama()
+    first, second = (block.module for block in find_stacks(model)[0].blocks[:2])
+    second.mlp = first.mlp
+    found = optima.order(model, Recipe(pattern="2:4", ignore=["mlp", "lm_head"]), calibration=make_tokens())
+    assert any("hidden" in note and "blocks share some of their weights" in note for note in found.notes), found.notes
+
+
 def test_sums_in_another_order_are_no_other_function() -> None:
     """Sharp attention in many blocks makes much of how float32 rounds."""
     model = make_llama(num_hidden_layers=24)

@@ -57,6 +57,7 @@ def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Ru
     earlier = ["model-00009-of-00009.safetensors", "evaluation.json", "ordering.json", "pytorch_model.bin", "old.gguf"]
     earlier += ["chat_template.jinja", "preprocessor_config.json", "modeling_mine.py", "tokenizer.model"]
     earlier += ["additional_chat_templates/tool.jinja", "1_Pooling/model.safetensors"]
+    earlier += ["onnx/model.onnx", "onnx/model.onnx_data", "original/consolidated.00.pth"]
     theirs = ["plot.png", "notes.md", "LICENSE", "scripts/plot.py", "scripts/runs.json"]
     hub.repos["team/sparse"] = dict(files) | dict.fromkeys([*earlier, *theirs], b"of an earlier push")
     assert optima("push", "out", "team/sparse").returncode == 0
@@ -82,13 +83,16 @@ def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
         ("x", {"HF_HUB_OFFLINE": "1"}, "online"),
         pytest.param("x", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "online", marks=pytest.mark.slow),
         ("team/dense", {}, "no output of OPTIMA"),
+        ("team/public", {}, "team/public exists and is public: make it private in its settings"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_run(
     hub: StandInHub, optima: Run, place: Path, repo: str, settings: dict[str, str], message: str
 ) -> None:
     hub.repos["team/dense"] = {"model.safetensors": b"dense", ".gitattributes": b""}
-    found = optima(*prune_arguments("--output-dir", "never"), "--push-to-hub", repo, **settings)
+    hub.repos["team/public"] = {".gitattributes": b""}
+    private = ["--private"] if "public" in repo else []
+    found = optima(*prune_arguments("--output-dir", "never"), "--push-to-hub", repo, *private, **settings)
     assert found.returncode == 2, found.stderr
     assert message in found.stderr
     assert found.stderr.count("\n") == 1

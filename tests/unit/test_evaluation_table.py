@@ -60,6 +60,24 @@ def test_one_comparison_names_its_model_below_and_several_in_a_column() -> None:
     assert several.count("2e-27") == 2 * one.count("2e-27")
 
 
+def test_a_model_whose_tasks_are_not_done_has_empty_cells() -> None:
+    found = evaluation("dense", "pruned")
+    found = replace(found, models=(found.models[0], replace(found.models[1], tasks=())))
+    found = replace(found, comparisons=(replace(found.comparisons[0], tasks=()),))
+    assert sum("51.81" in line for line in lines(found)) == 4
+
+
+def test_what_was_skipped_and_what_does_not_compare_is_told() -> None:
+    found = evaluation("dense", "a")
+    text = PerplexityRecord(10.0, Estimate(2.3, 0.1), "windows", 2, 16, "of one")
+    for data_hash, skipped, expected in (("of one", 0, False), ("of another", 36, True)):
+        other = replace(text, data_hash=data_hash, skipped_records=skipped)
+        models = tuple(replace(model, perplexity=own) for model, own in zip(found.models, (text, other), strict=True))
+        note = " ".join(lines(replace(found, models=models)))
+        assert ("36 records without text skipped" in note) == expected
+        assert ("a: other tokens than those of dense, so do not compare" in note) == expected
+
+
 def test_a_report_has_the_perplexity_of_its_own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     found = evaluation("dense", "a", "b")

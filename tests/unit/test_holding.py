@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +52,18 @@ def check_held(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
         new, zero = after[name], old == 0
         assert not new[zero].view(torch.int32).any(), f"{name}: not +0 in every bit"
         assert bool((new[~zero] != old[~zero]).double().mean() > 0.9), f"{name} has hardly moved"
+
+
+def test_a_model_that_is_gone_is_held_no_more() -> None:
+    model = sparse_llama()
+    optima.hold_zeros(model)
+    weight = weakref.ref(next(iter(blocks_of(model)[0].linears)).parameter)
+    del model
+    gc.collect()
+    assert weight() is None
+    other = nn.Parameter(torch.ones(2))
+    other.grad = torch.ones(2)
+    torch.optim.SGD([other]).step()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

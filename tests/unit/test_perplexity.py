@@ -291,6 +291,10 @@ class TestEvaluationWindows:
         part, whole = (evaluation_windows(documents, self.tokenizer(None), 127, max_windows=most) for most in (1, None))
         assert torch.equal(part, whole[:1])
 
+    def test_one_text_is_no_list_of_its_letters(self) -> None:
+        with pytest.raises(CalibrationError, match="got one text: put it in a list"):
+            evaluation_windows("1 2 3", self.tokenizer(None), 2)
+
     def test_no_windows(self) -> None:
         with pytest.raises(RecipeError, match="--max-windows must be at least 1"):
             evaluation_windows(["1 2 3"], self.tokenizer(None), 2, max_windows=0)

@@ -43,9 +43,11 @@ def evaluation_windows(
         tokens_NL: int64, the first ``max_windows`` windows, or as many as there are.
 
     Raises:
-        CalibrationError: if the text is shorter than one window.
+        CalibrationError: if the text is shorter than one window, or no list of texts.
         RecipeError: if ``max_windows`` is less than 1.
     """
+    if isinstance(documents, str):
+        raise CalibrationError("documents must be a list of texts, got one text: put it in a list")
     if max_windows is not None and max_windows < 1:
         raise RecipeError(f"--max-windows must be at least 1, got {max_windows}: leave it out to evaluate all the text")
     special = special_tokens(tokenizer)._replace(after=[])  # no text ends where a window does

@@ -123,16 +123,20 @@ class Evaluation(Record):
         Raises:
             ModelError: if it cannot be written.
         """
-        path = Path(path).expanduser()
-        file = path / EVALUATION_NAME if path.is_dir() else path
+        file = record_file(Path(path).expanduser())
         with explain_write_errors(file, "free some space, or choose another place"):
             write_whole(file, to_json(self, indent=2, inf_nan_mode="strings") + b"\n")
         return file
 
 
+def record_file(path: Path) -> Path:
+    """A record's file: ``path``, or ``evaluation.json`` in it."""
+    return path / EVALUATION_NAME if path.is_dir() else path
+
+
 def check_free(path: Path, overwrite: bool) -> None:
     """Raise ``ModelError`` if a record cannot be written to ``path``, its file or the directory of that."""
-    file = path / EVALUATION_NAME if path.is_dir() else path
+    file = record_file(path)
     if file.exists() and not overwrite:
         raise ModelError(f"{file} exists: replace it with --overwrite, or choose another place")
     if file.exists():

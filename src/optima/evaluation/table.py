@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -79,6 +80,10 @@ def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
     text = [model.perplexity for model in found.models if model.perplexity is not None]
     protocols = sorted({f"protocol {each.protocol} ({PROTOCOLS[each.protocol]})" for each in text})
     lengths = sorted({f"{each.windows} windows of {each.length} tokens" for each in text})
+    lengths += sorted(
+        {f"{each.skipped_records:,} records without text skipped" for each in text if each.skipped_records}
+    )
+    lengths += _other_tokens(found)
     first = found.models[0].model
     for (heading, rows), note in (
         (text_table(found), f"{', '.join([*protocols, *lengths])}; ± standard error over windows"),
@@ -89,6 +94,13 @@ def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
         kept = [i for i in range(len(heading)) if any(row[i] for row in rows)]
         if kept:
             yield [heading[i] for i in kept], [[row[i] for i in kept] for row in rows], note
+
+
+def _other_tokens(found: Evaluation) -> list[str]:
+    """Which models read the text as other tokens than the first: their perplexities do not compare."""
+    read = [(model.model, model.perplexity.data_hash) for model in found.models if model.perplexity is not None]
+    others = [name for name, data_hash in read if data_hash != read[0][1]]
+    return [f"{', '.join(others)}: other tokens than those of {read[0][0]}, so do not compare"] if others else []
 
 
 def text_table(found: Evaluation) -> tuple[list[str], Rows]:
@@ -119,9 +131,10 @@ def task_table(found: Evaluation) -> tuple[list[str], Rows]:
     """Heading and rows of accuracies, in percent; one column a model."""
     heading = ["task", "metric", "items", *(model.model for model in found.models)]
     rows = []
-    for same in zip(*(model.tasks for model in found.models), strict=True):
+    # A model whose tasks were not done has none.
+    for same in zip_longest(*(model.tasks for model in found.models)):
         for metric in same[0].metrics:
-            values = [with_error(task.metrics[metric], ".2%").replace("%", "") for task in same]
+            values = ["" if task is None else with_error(task.metrics[metric], ".2%").replace("%", "") for task in same]
             rows.append([same[0].task, metric, str(same[0].items), *values])
     return heading, rows
 

@@ -139,7 +139,8 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             return found
 
     kind: Any = _with_last_logits(Quiet) if in_slices(model) else Quiet
-    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+    # In bfloat16 a likelihood has so few digits that choices tie, and the first of them wins.
+    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", softmax_dtype="float32")
 
 
 def _with_last_logits(kind: Any) -> Any:

@@ -35,8 +35,11 @@ def hidden_channels(model: PreTrainedModel, stack: Stack, size: int) -> Channels
     """All ``size`` of them, or why they must stay where they are."""
     linears = [linear for block in stack.blocks for linear in linears_of(block.module, block.name)]
     places = [place for block in stack.blocks for place in _of_linears(block, size)]
+    parameters = dict(model.named_parameters())
+    if any(place.name not in parameters for place in places):
+        return "blocks share some of their weights"
     known = {id(parameter) for linear in linears for parameter in _parameters(linear)}
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         if id(parameter) not in known and not OF_HEADS.fullmatch(name):
             counted = [Place(name, dim) for dim, count in enumerate(parameter.shape) if count == size]
             if len(counted) > 1:
