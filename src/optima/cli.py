@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         when nobody reads the output any more. A bug ends in a traceback and 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what its encoding lacks is no reason to lose the rest
+            stream.reconfigure(errors="backslashreplace")
     try:
         _check_here()
         command, arguments = parse(argv)
@@ -213,6 +217,7 @@ def _eval(save: bool = False, output: str | None = None, overwrite: bool = False
 def _report(paths: Sequence[str], html: str | None = None) -> None:
     from optima.evaluation.record import EVALUATION_NAME, load_evaluation
     from optima.evaluation.table import headlines, render_evaluation
+    from optima.models.files import usable_path
     from optima.reporting.markdown import render_markdown
 
     paths = list(dict.fromkeys(paths))
@@ -222,7 +227,9 @@ def _report(paths: Sequence[str], html: str | None = None) -> None:
     if html is not None:
         dense = {place: reports[path].run.model_fingerprint for path, place in zip(paths, places, strict=True)}
         figures = headlines(found, dense)
-        _write_page(reports, Path(html).expanduser(), [figures.get(place, []) for place in places])
+        _write_page(
+            reports, usable_path(html, "--html", "name another file"), [figures.get(place, []) for place in places]
+        )
     elif len(paths) > 1:
         raise OptimaError("several reports are compared on a page: name its file by --html FILE")
     else:

@@ -124,13 +124,11 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
         own = [name for name, linear in linears.items() if id(linear.parameter) not in embeddings]
         zeros = {name: int((parts[name] == 0).sum()) for name in own if parts[name].is_floating_point()}
         found = {name: parts[name] != 0 for name, count in zeros.items() if 0 < count < parts[name].numel()}
-        if not found:
-            raise ModelError(
-                f"no linear of this {type(model).__name__} has zeros to hold: prune it first, or give masks"
-            )
     else:
         found = {name.removesuffix(".weight"): mask for name, mask in keep.items()}
         _check(found, parts)
+    if not found:
+        raise ModelError(f"no linear of this {type(model).__name__} has zeros to hold: prune it first, or give masks")
     return HeldZeros({name: linears[name] for name in found}, found)
 
 
@@ -139,6 +137,8 @@ def _check(keep: Mapping[str, Tensor], parts: Mapping[str, Tensor]) -> None:
         if name not in parts:
             raise RecipeError(f"keep names {name}, and the model has no such linear: it has {', '.join(parts)}")
         shape = tuple(parts[name].shape)
+        if not isinstance(mask, Tensor):
+            raise RecipeError(f"the mask of {name} is a {type(mask).__name__}: give a tensor of torch")
         if mask.dtype != torch.bool or tuple(mask.shape) != shape:
             raise RecipeError(
                 f"the mask of {name} is {mask.dtype} of shape {tuple(mask.shape)}: give bool of shape {shape}, True "

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from optima.errors import ModelError
 from optima.models.failures import HUB_FAILURES
-from optima.models.files import TEMPLATES, TOKENIZERS, check_shards, stat_of, the_same
+from optima.models.files import TEMPLATES, TOKENIZERS, check_shards, stat_of, the_same, usable_path
 from optima.reporting.record import REPORT_NAME
 
 # Of the model that was there before, what is not among the files that are pushed; pictures and texts stay.
@@ -49,7 +49,7 @@ def push(
         ModelError: if the directory is no such output or lacks some of its weights, the name is none, nobody is logged
             in, the repository is public and was to be private, or the hub refuses.
     """
-    folder = Path(directory).expanduser()
+    folder = usable_path(directory, "the output", "name what optima prune or optima pack wrote")
     if not (folder / REPORT_NAME).is_file() or not any(folder.glob(SAFETENSORS)):
         raise ModelError(f"{folder} is no output of optima prune: it holds no {REPORT_NAME}, or no weights")
     check_shards(folder)

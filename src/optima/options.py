@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,9 @@ GROUPS = {
 
 def is_file(name: str) -> bool:
     """Whether a data set is a local file, by its name or because it is there."""
-    return Path(name).suffix in FILES or Path(name).is_file()
+    with suppress(OSError):  # a text in place of a name is too long for one
+        return Path(name).suffix in FILES or Path(name).is_file()
+    return False
 
 
 def option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:

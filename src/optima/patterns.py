@@ -175,7 +175,7 @@ def pattern_texts(value: Any) -> Any:
     # 2:4 unquoted is a base-60 integer in YAML 1.1.
     if any(isinstance(item, int) for item in items):
         raise RecipeError('quote the pattern, as in pattern: "2:4" (YAML reads it as a number)')
-    return [str(item) if isinstance(item, float) else item for item in items]
+    return [str(item) if isinstance(item, float | NM) else item for item in items]
 
 
 def parse_nm(text: str) -> NM | None:

@@ -45,6 +45,7 @@ from optima.values import (
     Fraction,
     Names,
     OwnShare,
+    Place,
     Positive,
     Ridge,
     Seed,
@@ -94,7 +95,7 @@ class Recipe:
         "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
     selector: Any = option(
         "mask", "optima", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
-    mask_from: str | None = option(
+    mask_from: Place | None = option(
         "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none")
     swaps: Swaps = option(
         "mask", 0, "improve the mask by swaps of a kept and a pruned weight: this many candidates of a row are tried "

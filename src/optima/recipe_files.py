@@ -55,6 +55,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         values = yaml.load(recipe_text(path), _Loader)  # S506: _Loader is a SafeLoader.
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {_in_a_line(error)}") from error
+    except (ValueError, IndexError) as error:  # a date that there is not, a number without digits
+        raise RecipeError(f"recipe {path} holds a value that cannot be read ({error}): put it in quotes") from error
     except RecursionError as error:
         raise RecipeError(f"recipe {path} is nested too deeply: no value of a recipe is more than a list") from error
     if not isinstance(values, dict):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build_allocation, build_tuning
@@ -33,12 +33,13 @@ from optima.device import (
 )
 from optima.distributed import Ranks, joined
 from optima.dumping import DUMP_DIRECTORY, dump_into
-from optima.errors import RecipeError
+from optima.errors import NumericalError, RecipeError
 from optima.identity import check_alike, contents, identity
+from optima.linalg.finite import all_finite
 from optima.models.companions import copies_tokenizer, to_save
 from optima.models.destination import Destination
 from optima.models.source import load_tokenizer, note_of_dtype
-from optima.models.stacks import has_experts
+from optima.models.stacks import find_stacks, has_experts
 from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, open_writer, prepare
 from optima.pipeline import Job
@@ -182,10 +183,11 @@ def _check_arguments(
     """The callbacks; ``RecipeError`` for what would do nothing, or fail once the weights are read."""
     if output_dir is None and resume:
         raise RecipeError("resume goes on with what a run left beside its output_dir: name that")
-    if isinstance(tokenizer, str | Path):
-        raise RecipeError(
-            f"tokenizer must be one of transformers, got {str(tokenizer)!r}: AutoTokenizer.from_pretrained reads it"
-        )
+    if output_dir is not None and not isinstance(output_dir, str | Path):
+        raise RecipeError(f"output_dir must be a path, got {type(output_dir).__name__}")
+    if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        got = repr(str(tokenizer)) if isinstance(tokenizer, str | Path) else type(tokenizer).__name__
+        raise RecipeError(f"tokenizer must be one of transformers, got {got}: AutoTokenizer.from_pretrained reads it")
     found: tuple[object, ...] = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
     for each in found:
         if not isinstance(each, Callback) or not isinstance(callbacks, Iterable):
@@ -278,6 +280,16 @@ def _check_finite(network: PreTrainedModel, checked: Checked, job: Job) -> None:
     for block in (block for stack in stacks for block in stack.blocks if block.linears):
         with job.weights.on(block, torch.device("cpu"), job.clock):
             check_finite(block.linears)
+    blocks = tuple(f"{block.name}." for stack in find_stacks(network) for block in stack.blocks)
+    # A row of an embedding may be of a word that no text has; a head reads all of its own.
+    heads = [] if (head := network.get_output_embeddings()) is None else [id(head.weight)]
+    rows = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}.difference(heads)
+    parameters = network.named_parameters()
+    outside = [name for name, each in parameters if id(each) not in rows and not name.startswith(blocks)]
+    with job.clock("read"), job.weights.state(outside) as tensors:
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not all_finite(tensor):
+                raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint, or download it again")
 
 
 def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import reprlib
 from collections.abc import Iterable
@@ -15,8 +16,14 @@ from optima.errors import RecipeError
 
 
 def _one_or_many(value: Any) -> Any:
-    """One text stands for a list of one."""
-    return [value] if isinstance(value, str) else value
+    """One text, or path, stands for a list of one."""
+    many = [value] if isinstance(value, str | os.PathLike) else value
+    return [_as_text(each) for each in many] if isinstance(many, list | tuple) else many
+
+
+def _as_text(value: Any) -> Any:
+    """Of a path."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 # The types of values, each with what it must be in words.
@@ -26,15 +33,16 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), "a number of at leas
 Share = Annotated[float, Field(gt=0, le=1), "a number above 0 and at most 1"]
 OwnShare = Annotated[Annotated[float, Field(ge=0, lt=1)] | Literal["auto"], "0, a number below 1 such as 0.5, or auto"]
 Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
-Count = Annotated[int, Field(ge=1), "a whole number of at least 1"]
+Count = Annotated[int, Field(ge=1, lt=2**63), "a whole number of at least 1"]
 Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number of at least 0 and below 2^63"]
 Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such as 256, or all"]
 Size = Annotated[ByteSize, Field(ge=2**20), AfterValidator(int), "a size such as 8GiB, of 1MiB at least"]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
 Name = Annotated[str, Field(min_length=1)]
+Place = Annotated[str, BeforeValidator(_as_text)]
 Names = Annotated[list[Name], BeforeValidator(_one_or_many), "a list of names, none of them empty"]
 FrozenNames = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), "a list of names, none of them empty"]
-Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), "auto, cpu, cuda or cuda:N"]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"), "auto, cpu, cuda or cuda:N"]
 Flag = Annotated[bool, Strict(), "true or false"]
 FlagOrAuto = Annotated[Flag | Literal["auto"], "true, false or auto"]
 

@@ -6,7 +6,9 @@ Cheap checks are tested on a checkpoint whose weights are garbage: had they been
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,13 @@ from tiny import (
     save_text,
 )
 
-from optima import Recipe, load_report, prune
+from optima import Callback, Recipe, hold_zeros, load_report, prune
 from optima.cli import main
-from optima.errors import CalibrationError, RecipeError
+from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
+from optima.evaluation.evaluate import evaluate
+from optima.evaluation.settings import EvaluationSettings
+from optima.patterns import NM
+from optima.reporting.record import BlockDone
 
 
 class TestModel:
@@ -395,6 +401,11 @@ class TestWeights:
         assert f"the weight of {name} contains NaN or Inf" in message
         assert r"--ignore 'model\.layers\.1\.mlp\.up_proj'" in message
 
+    @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
+    def test_bad_weight_outside_the_blocks(self, late: Refused, root: Path, name: str) -> None:
+        edit_weights(root, lambda tensors: tensors[name][3].fill_(torch.nan))
+        assert f"{name} contains NaN or Inf: repair the checkpoint" in late()
+
     def test_overflow_names_the_linear_and_the_first_sample(self, late: Refused, root: Path) -> None:
         edit_weights(root, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e30))
         assert "the inputs of model.layers.0.mlp.down_proj contain NaN or Inf (first in calibration sample 0)" in late()
@@ -504,3 +515,101 @@ class TestOtherCommands:
     def test_report(self, cheap: Refused) -> None:
         assert "cannot read the report model/report.json" in cheap(arguments=["report", "model"])
         assert "is not JSON" in cheap(arguments=["report", "text.txt"])
+
+
+def test_with_a_divergence_two_models_need_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        save_model(Path(name))
+    save_text(Path("text.txt"))
+    size = sum(parameter.nbytes for parameter in make_llama().parameters())
+    monkeypatch.setattr("optima.evaluation.evaluate.available_memory", lambda: 3 * size // 2)
+    asked = {"models": ("a", "b"), "dataset": ("text.txt",), "max_seq_length": 16, "max_windows": 1, "device": "cpu"}
+    with pytest.raises(ModelError, match=r"b takes 0\.0 GiB of main memory"):
+        evaluate(EvaluationSettings(**asked, divergence=True))
+
+
+@pytest.mark.parametrize("content", ["revision: 2024-13-01", "seed: 0x_", "sparsity: !!float abc"])
+def test_a_value_of_yaml_that_cannot_be_read(cheap: Refused, root: Path, content: str) -> None:
+    (root / "r.yaml").write_text(content)
+    assert "recipe r.yaml holds a value that cannot be read" in cheap("--recipe", "r.yaml")
+
+
+def test_a_text_in_place_of_its_file(cheap: Refused) -> None:
+    assert "cannot be used (File name too long)" in cheap("--dataset", "A long sentence instead of a file. " * 10)
+
+
+def test_a_loop_of_links_as_text(cheap: Refused, root: Path) -> None:
+    (root / "loop.txt").symlink_to("loop.txt")
+    assert "dataset 'loop.txt' cannot be used" in cheap("--dataset", "loop.txt")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "1" + "0" * 23), "batch_size must be a whole number of at least 1"),
+        (("--device", "cuda:99999999999999999999"), "device must be auto, cpu, cuda or cuda:N"),
+    ],
+    ids=["batch", "device"],
+)
+def test_numbers_that_nothing_can_hold(cheap: Refused, options: tuple[str, ...], message: str) -> None:
+    assert message in cheap(*options)
+
+
+def test_evaluations_that_have_nowhere_to_go(root: Path, late: Refused) -> None:
+    evaluation = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16", "--output"]
+    assert "--output is empty: name a file" in late(arguments=[*evaluation, ""])
+    assert "--output '~nobody-here/x' cannot be used" in late(arguments=[*evaluation, "~nobody-here/x"])
+    message = late(arguments=[*evaluation, "text.txt", "--overwrite"])
+    assert "text.txt is no earlier evaluation" in message
+    assert "is not replaced: choose another place, or remove it" in message
+
+
+def test_arguments_of_other_types() -> None:
+    def refused(message: str, **given: object) -> None:
+        with pytest.raises(OptimaError, match=message):
+            prune(make_llama(), Recipe(), **({"calibration": make_tokens()} | given))  # type: ignore[arg-type]
+
+    refused("tokenizer must be one of transformers, got int", tokenizer=5)
+    refused("output_dir must be a path, got int", output_dir=5)
+    refused("calibration must be token ids", calibration=make_tokens() > 100)
+    refused("token ids are whole", calibration=[make_tokens() > 100])
+    with pytest.raises(ModelError, match="has zeros to hold"):
+        hold_zeros(make_llama(), {})
+    with pytest.raises(RecipeError, match="is a ndarray: give a tensor"):
+        hold_zeros(make_llama(), {"model.layers.0.mlp.up_proj": torch.ones(48, 32, dtype=torch.bool).numpy()})  # type: ignore[dict-item]
+
+
+def test_patterns_and_paths_are_taken_as_they_are() -> None:
+    recipe = Recipe(pattern=NM(2, 4), dataset=Path("text.txt"))  # type: ignore[arg-type]
+    assert (recipe.pattern, recipe.dataset) == (["2:4"], ["text.txt"])
+
+
+def test_a_small_share_of_own_text_is_a_sequence_at_least(root: Path) -> None:
+    options = ["--own-share", "0.1", "--num-calibration-samples", "4", "--selector", "wanda", "--tuning-epochs", "0"]
+    assert main(prune_arguments(*options)) == 0
+    assert any("and the model wrote the other 1" in note for note in load_report("out").run.notes)
+
+
+def test_an_output_that_may_not_be_changed_is_refused_first(
+    late: Refused, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(prune_arguments("--selector", "wanda", "--tuning-epochs", "0")) == 0
+    capsys.readouterr()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "out" and access(path, mode))
+    assert "may not be changed, nor replaced: see its permissions" in late("--overwrite")
+
+
+def test_a_shard_that_went_away_while_the_run_went_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Cleaner(Callback):
+        def on_block(self, done: BlockDone) -> None:
+            for shard in Path(".out.optima-partial/model").glob("*.safetensors"):
+                shard.unlink()
+
+    recipe = Recipe(selector="wanda", solver="none", objective="plain", num_calibration_samples=4, max_seq_length=16)
+    with pytest.raises(ModelError, match="is gone or damaged: start it again with --resume"):
+        prune("model", replace(recipe, dataset=["text.txt"]), output_dir="out", callbacks=[Cleaner()])
+    assert not Path("out").exists()
+    prune("model", replace(recipe, dataset=["text.txt"]), output_dir="out", resume=True)
+    assert load_report("out").sparsity == pytest.approx(0.5, abs=1e-3)

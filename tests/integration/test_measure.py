@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.console import Console
 from tiny import make_bert, make_llama, save_model
 
 from optima import Recipe, prune
-from optima.device import PeakMemory
+from optima.device import PeakMemory, Stopwatch
 from optima.errors import NotDifferentiableError, OptimaError
 from optima.linear import prune_linear
 from optima.models.random_weights import alike, fill
@@ -193,3 +195,21 @@ def test_the_page_fits_a_terminal_of_80_columns(tmp_path: Path, capsys: pytest.C
     assert "read" not in output.partition("time here")[2].partition("memory here")[0]
     assert "about 3.00 GiB at its peak" in output
     assert "note: what is not counted" in output
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_rehearsal_counts_the_linears_of_all_blocks(
+    layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(Stopwatch):
+        """Every stage takes a second each time."""
+
+        @contextmanager
+        def __call__(self, stage: str) -> Iterator[None]:
+            yield
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + 1.0
+
+    monkeypatch.setattr(stages, "Stopwatch", Counted)
+    source = find_source(str(save_model(tmp_path / "model", make_llama(num_hidden_layers=layers))))
+    recipe = Recipe(max_seq_length=16, num_calibration_samples=40, batch_size=4, device="cpu", objective="sink")
+    assert measure(make_plan(source, recipe), source).seconds["linears"] == 7 * layers

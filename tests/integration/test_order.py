@@ -23,10 +23,12 @@ from optima.arguments import CHANNELS
 from optima.calibration.inputs import arguments
 from optima.cli import main
 from optima.errors import ModelError, NumericalError, RecipeError
+from optima.linalg.hessian import Hessian
 from optima.models.journal import Journal
 from optima.models.stacks import find_stacks, select_linears
 from optima.names import kind
 from optima.ordering.channels import KINDS
+from optima.patterns import NM, Pattern
 
 # What stays where it is, by family: no channels of these kinds are known, or the model would compute something else.
 HIDDEN_STAY = {
@@ -307,3 +309,41 @@ def test_rows_that_stand_for_all_weigh_as_many(monkeypatch: pytest.MonkeyPatch) 
         optima.order(model, recipe, calibration=make_tokens(8, 16), channels=["hidden"], progress=False)
     assert len(sums) == 2
     torch.testing.assert_close(sums[0], sums[1], rtol=1e-3, atol=0.0)
+
+
+def test_channels_are_ordered_by_columns_in_units_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half the logarithm of both saliencies: w^2 H_ii^(1/4) K_ii^(-3/4)."""
+    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
+
+    def stay(saliency_RC: Tensor, *args: Any) -> Tensor:
+        seen.append(saliency_RC.clone())
+        return torch.arange(saliency_RC.shape[1])
+
+    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    model, tokens_NL = make_llama(), make_tokens(8, 16)
+    down = model.model.layers[0].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1).double()))
+    with torch.no_grad():
+        model(tokens_NL)
+    handle.remove()
+    recipe = Recipe(pattern=["2:4"], objective="plain", batch_size=4)
+    optima.order(model, recipe, calibration=tokens_NL, channels=["mlp"], progress=False)
+    (inputs_TD,) = inputs
+    damped_DD = Hessian(inputs_TD.mT @ inputs_TD / len(inputs_TD), recipe.damping).damped_DD
+    unit_D = damped_DD.diagonal() ** 0.25 / torch.linalg.inv(damped_DD).diagonal() ** 0.75
+    expected_OD = down.weight.detach().square() * unit_D.float()
+    torch.testing.assert_close(seen[0], expected_OD, rtol=1e-2, atol=1e-3 * float(expected_OD.max()))
+
+
+def test_the_largest_groups_order_the_hidden_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Pattern] = []
+
+    def stay(saliency_RC: Tensor, pattern: NM, generator: object) -> Tensor:
+        seen.append(pattern)
+        return torch.arange(saliency_RC.shape[1])
+
+    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    recipe = Recipe(pattern=["q_proj=4:8", "2:4"], objective="plain", batch_size=2)
+    optima.order(make_llama(), recipe, calibration=make_tokens(4, 16), channels=["hidden"], progress=False)
+    assert seen == [NM(4, 8)]

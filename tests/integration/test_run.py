@@ -127,3 +127,20 @@ def test_settings_reach_the_work() -> None:
     assert build_methods(Recipe(rounding="nearest")).rounding == "nearest"
     run = prune(build("mixtral"), Recipe(expert_tokens=10**6, objective="sink"), calibration=make_ids())
     assert any("fewer than 1000000 tokens" in note for note in run.run.notes)
+
+
+@pytest.mark.parametrize(
+    ("options", "passes", "reads"),
+    [
+        ({"objective": "sink"}, 2, 5),
+        ({"objective": "sink", "allocation": "owl"}, 3, 6),
+        ({"objective": "sink", "selector": "gradient"}, 5, 5),
+        ({"objective": "sink", "tuning_epochs": 2}, 9, 5),
+        ({"objective": "sink", "tuning_epochs": 1, "true_sequential": True}, 6, 5),
+        ({"objective": "loss", "allocation": "uniform", "tuning_epochs": 0}, 6, 7),
+    ],
+    ids=str,
+)
+def test_a_plan_counts_passes_and_reads(options: dict[str, Any], passes: int, reads: int, tmp_path: Path) -> None:
+    plan = make_plan(find_source(str(save_model(tmp_path / "model"))), Recipe(max_seq_length=16, **options))
+    assert (plan.passes, plan.reads) == (passes, reads)

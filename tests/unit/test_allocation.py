@@ -194,3 +194,27 @@ def test_the_loss_feels_no_weight_of_a_dead_input() -> None:
     saliency_OD = saliency_by_loss(task)
     assert not saliency_OD[:, [3, 7]].any()
     assert bool((saliency_OD.sum(dim=0) > 0).sum() == 30)
+
+
+@pytest.mark.parametrize("pattern", [NM(2, 4), NM(1, 4), NM(3, 4)], ids=str)
+def test_keep_dense_loses_what_its_pattern_takes(pattern: NM) -> None:
+    task = layer_of(*make_layer(16, 32))
+    saliency_OD = task.weight_OD.square() / torch.linalg.inv(task.hessian.damped_DD).diagonal()
+    expected = saliency_OD.reshape(-1, 4).sort(dim=1).values[:, : 4 - pattern.n].sum()
+    lost, sparsity = KeepDense(0.5).measure(task, pattern)
+    assert (float(lost), float(sparsity)) == (pytest.approx(float(expected)), pattern.sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0.3, 0.7])
+def test_by_loss_takes_the_threshold_of_the_global_sparsity(sparsity: float) -> None:
+    allocation, layers = ByLoss(sparsity, spread=0.3), make_layers()
+    for block, task in layers:
+        observe(allocation, block, task, HALF)
+    own = {
+        t.name: (t.weight_OD.square() / torch.linalg.inv(t.hessian.damped_DD).diagonal()).flatten() for _, t in layers
+    }
+    limit = torch.cat(list(own.values())).quantile(sparsity)
+    shares = {name: float((score_N <= limit).double().mean()) for name, score_N in own.items()}
+    found = allocation.allocate()
+    shift = [found[name] - min(max(share, sparsity - 0.3), sparsity + 0.3) for name, share in shares.items()]
+    assert max(shift) - min(shift) < 5e-3

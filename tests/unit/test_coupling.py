@@ -207,3 +207,15 @@ def test_where_an_eigendecomposition_does_not_converge_another_is_made(monkeypat
     found = eigendecomposition(matrix_DD, torch.float32)
     assert found.value_D.dtype == found.vector_DD.dtype == torch.float32
     torch.testing.assert_close(found.vector_DD * found.value_D @ found.vector_DD.mT, matrix_DD, rtol=1e-4, atol=1e-4)
+
+
+def test_halves_do_not_depend_on_batches_or_their_parts() -> None:
+    found = []
+    for size, most in ((8, None), (1, None), (3, None), (8, 1)):
+        model = make_llama().eval()
+        stack = stack_of(model)
+        streams = capture(model, stack, list(make_tokens(8, 16).split(size)), whole=True)
+        streams.halving.most = most
+        found.append(loss_weights(model, stack, streams, seed=3, coupled=True).coupling["model.layers.1.mlp.down_proj"])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-2, atol=2e-3)

@@ -347,3 +347,22 @@ class TestShareOut:
                     ranks.rank, ranks.size = rank, size
                     parts.append(ranks.part(count))
                 assert [index for part in parts for index in range(part.start, part.stop)] == list(range(count))
+
+
+def test_weights_of_tokens_come_to_tuning_in_the_order_of_their_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def work(ranks: Ranks) -> None:
+        count = 3 - ranks.rank
+        hidden = [torch.zeros(2, 8, 16)] * count
+        weights = [torch.full((16,), number + 10.0 * ranks.rank) for number in range(count)]
+        probe: Any = SimpleNamespace(carried=[{}], sample_dim=0)
+        streams = Streams(probe, [(2, 8)] * count, hidden, [[((), {})] * count], [{}] * count, Store(), ranks)
+        found = at_first(SimpleNamespace(index=0), Sequences(streams, hidden, weights))  # type: ignore[arg-type]
+        if found is not None:
+            assert found.weights is not None
+            assert [float(weight_T[0]) for weight_T in found.weights] == [0, 1, 2, 10, 11]
+
+    assert in_processes(2, work) == [0, 0]

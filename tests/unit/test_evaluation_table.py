@@ -114,3 +114,8 @@ def test_figures_on_different_texts_are_told_apart() -> None:
     labels = [label for ((label, _, _),) in figures.values()]
     assert labels[0] == labels[1] == "perplexity, windows 012345"
     assert labels[2] == "perplexity, windows fedcba"
+
+
+def test_error_of_a_perplexity() -> None:
+    assert PerplexityRecord(20.0, Estimate(3.0, 0.1), "windows", 2, 16, "").stderr == pytest.approx(2.0)
+    assert PerplexityRecord(20.0, Estimate(3.0, None), "windows", 1, 16, "").stderr is None

@@ -375,3 +375,24 @@ def test_hessians_of_experts_by_the_definition() -> None:
         torch.testing.assert_close(
             found.statistics.hessian.matrix_DD, expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max())
         )
+
+
+def test_tokens_given_to_all_experts_in_turn_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, streams = streams_of(build("llama4"))
+    module = next(each.experts.module for each in block.linears if isinstance(each, ExpertLinear))
+    calls: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda module, args: calls.append(args[0].detach()))
+    with torch.no_grad():
+        for batch in range(len(streams.hidden)):
+            streams.run(block, batch)
+    handle.remove()
+    weight_T = torch.ones(2, 16, dtype=torch.float64).index_fill(1, torch.tensor([0]), 0.9 * 16).flatten()
+    sum_DD, total = torch.zeros(calls[0].shape[-1], calls[0].shape[-1], dtype=torch.float64), 0.0
+    for inputs in calls:
+        for hidden_TD in inputs.double().reshape(-1, len(weight_T), inputs.shape[-1]):  # of each expert
+            sum_DD += (weight_T[:, None] * hidden_TD).mT @ hidden_TD
+            total += float(weight_T[hidden_TD.ne(0).any(dim=1)].sum())
+    means: list[Tensor] = []
+    monkeypatch.setattr(expert_statistics, "Common", lambda *given: means.append(given[0]) or Common(*given))
+    found_at(block, streams, sink=0.9)
+    torch.testing.assert_close(means[0].double(), sum_DD / total, rtol=1e-4, atol=1e-5 * float((sum_DD / total).max()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 import optima
+from optima import HoldZeros, hold_zeros
 from optima.errors import ModelError, RecipeError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -192,3 +193,27 @@ def test_experts_of_one_parameter_share_one_mask() -> None:
     optima.hold_zeros(model, {name: keep}).remove()
     assert not linears[name].read()[~keep].any()
     assert linears[name.removesuffix("2") + "1"].read().any()
+
+
+def test_gradients_of_held_zeros_are_zero_as_they_arrive() -> None:
+    model = sparse_llama()
+    handle = hold_zeros(model)
+    tokens = make_tokens()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    for name, keep in handle.keep.items():
+        gradient = model.get_submodule(name).weight.grad
+        assert not gradient[~keep].any()
+        assert gradient[keep].any()
+    handle.remove()
+
+
+def test_the_callback_holds_zeros_of_optimizers_that_are_not_torchs() -> None:
+    model, callback = sparse_llama(), HoldZeros()
+    before = weights(model)
+    callback.on_train_begin(None, None, None, model=model)
+    with torch.no_grad():  # as such an optimizer steps
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    callback.on_step_end(None, None, None, model=model)
+    assert all(not weights(model)[name][old == 0].any() for name, old in before.items())
+    callback.on_train_end(None, None, None, model=model)

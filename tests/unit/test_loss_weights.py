@@ -16,6 +16,7 @@ from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
 from optima.allocation import ByLoss
+from optima.calibration import loss_weights as loss_weights_module
 from optima.calibration.capture import capture
 from optima.calibration.head import drawn_words, label_gradient
 from optima.calibration.loss_weights import loss_weights
@@ -416,3 +417,19 @@ def test_the_report_tells_of_how_many_tokens_count() -> None:
     )
     assert all(0.0 < linear.tokens_effective <= linear.tokens for linear in by_loss)  # type: ignore[operator]
     assert all(linear.tokens_effective is None for linear in plain)
+
+
+def test_without_gradients_first_tokens_weigh_as_by_the_sink() -> None:
+    with torch.inference_mode():
+        model, sink = make_llama(), make_llama()
+        prune(model, Recipe(objective="loss"), calibration=make_tokens(5, 64))
+        prune(sink, Recipe(objective="sink"), calibration=make_tokens(5, 64))
+    assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
+
+
+def test_a_run_sweeps_the_share_that_its_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    head, swept = loss_weights_module.at_the_head, list[int]()
+    monkeypatch.setattr(loss_weights_module, "at_the_head", lambda *given: swept.append(given[3]) or head(*given))
+    prune(make_llama(), Recipe(swept_share=0.5, batch_size=2), calibration=make_tokens(8, 16))
+    assert len(swept) == 2

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import RecipeError
+from optima.models.experts import ExpertLinear, FusedExperts
 from optima.models.masks import MaskFiles
 from optima.models.stacks import ModuleLinear
 
@@ -40,3 +41,14 @@ def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_file({"x": KEEP_OD[:4]}, tmp_path / "masks.safetensors")
     with pytest.raises(RecipeError, match=r"mask of x has shape \(4, 5\), but the model stores its weight as \(5, 5\)"):
         MaskFiles(str(tmp_path / "masks.safetensors")).keep_OD(ModuleLinear("x", nn.Linear(5, 5)))
+
+
+def test_mask_of_an_expert_that_fills_no_whole_bytes(tmp_path: Path) -> None:
+
+    keep = torch.rand(3, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+    module = nn.Module()
+    module.up = nn.Parameter(torch.zeros(3, 3, 5))
+    save_file({"experts.up": keep}, tmp_path / "masks.safetensors")
+    masks, experts = MaskFiles(str(tmp_path / "masks.safetensors")), FusedExperts("experts", module, {"up": False})
+    for number in range(3):
+        assert torch.equal(masks.keep_OD(ExpertLinear(experts, "up", number)), keep[number])

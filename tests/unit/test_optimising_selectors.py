@@ -70,7 +70,7 @@ def plain_admm(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> tuple[
     return keep_OD, ((weight_DO + dual_DO) * keep_OD.T).T / norm_D
 
 
-def plain_alps(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+def plain_alps(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, settled: float = 3e-4) -> tuple[Tensor, Tensor]:
     hessian_DD, dense_DO, norm_D = unit_problem(weight_OD, inputs_TD, DAMPING)
 
     def project(matrix_DO: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def plain_alps(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern) -> tuple[
             break
         else:
             rho = rho / 5
-        if iteration > 30 and share < 3e-4:
+        if iteration > 30 and share < settled:
             break
     fit_DO = project(fit_DO)
     support_DO = fit_DO != 0
@@ -334,3 +334,20 @@ def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS | 
     hessian = weakref.ref(task.hessian)
     del task
     assert hessian() is None, "nothing that it holds refers to it"
+
+
+def test_admm_settings_of_one_hessian() -> None:
+    task = layer_of(*make_layer())
+    first, second = (ADMM(ridge=ridge).select(task, NM(2, 4)).weight_OD for ridge in (0.1, 1.0))
+    assert not torch.equal(first, second)
+    assert torch.equal(second, ADMM(ridge=1.0).select(layer_of(*make_layer()), NM(2, 4)).weight_OD)
+
+
+def test_alps_ends_where_few_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One in fifty of a small layer stands for 0.03% of a large one."""
+    weight_OD, inputs_TD = make_layer()
+    early_OD = plain_alps(weight_OD, inputs_TD, NM(2, 4), settled=0.02)[1]
+    assert not torch.allclose(early_OD, plain_alps(weight_OD, inputs_TD, NM(2, 4))[1], rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr("optima.selectors.alps.SETTLED", 0.02)
+    selection = ALPS().select(layer_of(weight_OD, inputs_TD), NM(2, 4))
+    torch.testing.assert_close(selection.weight_OD, early_OD, rtol=1e-7, atol=1e-7)

@@ -389,3 +389,17 @@ def test_a_run_that_goes_on_where_there_is_more_memory_ends_with_the_same_bits(
     again = run(8, "out", resume=True)
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
+
+
+def test_experts_that_are_given_all_tokens_in_turn_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Halves of such a call would be those of the experts, not of the sequences."""
+    again = FusedExperts.only_watched
+
+    @contextmanager
+    def short(experts: FusedExperts) -> Iterator[None]:
+        with again(experts), little_memory(experts.module, experts.count * 8 * 16 - 1):
+            yield
+
+    monkeypatch.setattr(FusedExperts, "only_watched", short)
+    with pytest.raises(DeviceMemoryError, match="called with what cannot be taken apart into samples"):
+        pruned(build("llama4"), 8, "sink", selector="wanda")

@@ -8,6 +8,7 @@ import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import optima
 from optima.cli import main
 from optima.errors import ModelError
-from optima.models.files import exchange
+from optima.models.files import exchange, read_header
 from optima.models.packed import pack_shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "packing.md"
@@ -274,3 +275,25 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_packed(
     with pytest.raises(ModelError, match="model was replaced while it was read"):
         optima.pack(model, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()
+
+
+def test_every_part_begins_at_a_multiple_of_its_width(tmp_path: Path) -> None:
+
+    (tmp_path / "odd").mkdir()
+    save_file(odd_tensors(), tmp_path / "odd" / "model.safetensors")
+    optima.pack(tmp_path / "odd")
+    header, start = read_header(tmp_path / "odd-packed" / "model.packed.safetensors")
+    assert start % 8 == 0
+    widths = {"F64": 8, "I64": 8, "F32": 4, "F16": 2, "BF16": 2}
+    for name, entry in header.items():
+        assert name == "__metadata__" or entry["data_offsets"][0] % widths.get(entry["dtype"], 1) == 0, name
+
+
+def test_space_for_what_is_unpacked_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+
+    (tmp_path / "model").mkdir()
+    save_file({"a": sparse(64, 64)}, tmp_path / "model" / "model.safetensors")
+    optima.pack(tmp_path / "model")
+    monkeypatch.setattr("optima.models.destination.shutil.disk_usage", lambda path: SimpleNamespace(free=8000))
+    with pytest.raises(ModelError, match="GiB free and the checkpoint needs"):
+        optima.unpack(tmp_path / "model-packed")

@@ -355,3 +355,10 @@ def test_no_more_text_is_read_than_the_windows_need() -> None:
     few = evaluation_windows(documents(), tokenizer, 16, 20)
     assert len(read) < 2000
     assert torch.equal(few, evaluation_windows(documents(), tokenizer, 16)[:20])
+
+
+def test_no_window_ends_with_a_token_that_ends_a_text() -> None:
+    tokenizer = make_tokenizer("eos")
+    text = "the quick brown fox jumps over the lazy dog " * 9
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert evaluation_windows([text], tokenizer, 8).tolist()[:2] == [ids[:8], ids[8:16]]

@@ -23,6 +23,7 @@ from optima.reporting.record import (
     geometric_mean,
     library_versions,
     load_report,
+    weighted_mean,
 )
 from optima.reporting.summary import duration, num_bytes, render_summary
 
@@ -496,3 +497,17 @@ def test_times_and_sizes_are_rounded_within_their_unit() -> None:
     assert {seconds: duration(seconds) for seconds in times} == times
     assert num_bytes(2**30 - 1) == "1.00 GiB"
     assert num_bytes(1000 * 2**20) == "1000 MiB"
+
+
+def test_the_largest_excess_of_all_linears_is_told() -> None:
+    found = report(linear(loss_written=1e-3), linear(block=1, loss_written=5e-3))
+    assert "at most **5.0e-03** above the optimum" in render_markdown(found)
+
+
+def test_text_is_thin_by_the_inputs_of_a_linear() -> None:
+    assert "Warning" not in render_summary(report(linear(tokens=16)))
+
+
+def test_totals_of_a_kind_weigh_linears_by_their_sizes() -> None:
+    found = weighted_mean([linear(sparsity=0.5), linear(shape=(8, 12), sparsity=0.75)], "sparsity")
+    assert found == pytest.approx((0.5 * 32 + 0.75 * 96) / 128)

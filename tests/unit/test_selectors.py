@@ -19,6 +19,7 @@ from optima.selectors.magnitude import Magnitude
 from optima.selectors.ranking import count_error, top_scores
 from optima.selectors.ria import RIA
 from optima.selectors.sparsegpt import SparseGPT
+from optima.selectors.thanos import Thanos
 from optima.selectors.wanda import Wanda
 
 
@@ -253,3 +254,7 @@ class TestOwnSelector:
             needs_of(Curious())
         with pytest.raises(RecipeError, match="One needs fisher: known needs are coupling, gradient"):
             needs_of(One())
+
+
+def test_thanos_published() -> None:
+    assert Thanos() == Thanos(blocksize=128, nm_blocksize=512)

@@ -90,3 +90,9 @@ class _OnCuda(nn.Module):
 
     def parameters(self, recurse: bool = True):  # type: ignore[no-untyped-def]
         yield type("Parameter", (), {"device": torch.device("cuda", 0)})()
+
+
+def test_the_first_device_with_sparse_tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ModelError, match="no linear of this _OnCuda can run"):
+        accelerate(_OnCuda(nn.Linear(64, 32)))

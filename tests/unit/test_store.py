@@ -12,11 +12,14 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from families import build
 
+from optima import Recipe
 from optima.calibration.store import SMALLEST_MAPPED, Store
 from optima.calibration.streams import moved
 from optima.errors import ModelError, RecipeError
-from optima.memory import GIB, LIBRARIES_BYTES, HostMemory
+from optima.memory import GIB, LIBRARIES_BYTES, HostMemory, host_memory
+from optima.preflight.fitting import fit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
@@ -125,3 +128,19 @@ def test_what_stands_there_once_for_all_samples_is_moved_once() -> None:
     assert there.untyped_storage().nbytes() == 25 * 4
     assert moved(torch.ones(2, 3).mT, torch.device("meta")).shape == (3, 2)
     assert moved(torch.ones(()), torch.device("meta")).shape == ()
+
+
+def test_activations_have_half_of_what_is_free_or_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    monkeypatch.setattr("optima.memory.available_memory", lambda: 8 * GIB)
+    assert HostMemory(weights=GIB, work=0, by_loss=0).left(None) == 4 * GIB
+    assert HostMemory(weights=6 * GIB - LIBRARIES_BYTES, work=GIB, by_loss=0).left(None) == GIB
+    assert HostMemory(weights=6 * GIB - LIBRARIES_BYTES, work=GIB, by_loss=0).left(None, there=2 * GIB) == 3 * GIB
+
+
+def test_an_encoders_sweep_holds_the_decoder() -> None:
+    model = build("t5")
+    found = fit(None, model, Recipe(max_seq_length=16))
+    asked = found.found.blocks, found.recipe, found.methods, torch.float32
+    streamed, whole = (host_memory(model, *asked, streamed=each).by_loss for each in (True, False))
+    assert streamed - whole == 4 * sum(parameter.numel() for parameter in model.decoder.block.parameters())

@@ -443,3 +443,22 @@ def test_read_documents_is_lazy(here: Path) -> None:
     documents = Documents(TextSource(("missing.txt",)))
     with pytest.raises(CalibrationError):
         next(iter(documents))
+
+
+def test_seed_shuffles_what_is_read_as_the_hub_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "data").mkdir()
+    texts = [str(number) for number in range(40)]
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    source = TextSource((str(tmp_path / "data"),))
+    assert list(Documents(source)) == texts
+    shuffled = list(Documents(source, seed=1))
+    assert sorted(shuffled) == sorted(texts) != shuffled
+    assert shuffled == list(Documents(source, seed=1)) != list(Documents(source, seed=0))
+
+
+def test_several_hub_datasets_have_no_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(records_module, "hub_records", lambda name, *given: ([{"text": name}], f"commit of {name}"))
+    one, two = Documents(TextSource(("a/b",))), Documents(TextSource(("a/b", "c/d")))
+    assert (list(one), one.revision) == (["a/b"], "commit of a/b")
+    assert (list(two), two.revision) == (["a/b", "c/d"], None)

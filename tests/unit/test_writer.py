@@ -349,3 +349,33 @@ def test_large_tensors_outside_blocks_have_files_of_their_own(
     assert found.keys() == expected.keys()
     assert all(tensor.equal(expected[key]) for key, tensor in found.items())
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == files
+
+
+def test_a_block_is_not_taken_for_one_whose_name_begins_alike(tmp_path: Path) -> None:
+    model = make_llama(num_hidden_layers=12)
+    blocks = blocks_of(model)
+    (tmp_path / "out").mkdir()
+    prepare(model, None, None, tmp_path / "out")
+    journal = Journal(tmp_path / "journal.jsonl", {})
+    writer = Writer(model, [block.name for block in blocks], tmp_path / "out", journal)
+    for block in blocks[2:]:
+        writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), {})
+    writer.publish()
+    assert load_weights(tmp_path / "out").keys() == model.state_dict().keys()
+
+
+def test_what_waits_beside_is_on_the_disk_before_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = list[str](), os.fsync
+
+    def noted(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    model = build("mixtral")
+    write(model, tmp_path)
+    names = [name for name in synced if name.startswith(("block-", "journal"))]
+    assert names == [
+        "journal.jsonl",
+        *(n for k in (2, 1, 0) for n in (f"block-0000{k}.safetensors", "journal.jsonl")),
+    ]

@@ -256,6 +256,14 @@ def test_batches_are_those_of_lm_eval_to_the_bit() -> None:
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     model = make_llama().to(torch.bfloat16)
     for size in (1, 3, 8):
-        plain = huggingface.HFLM(pretrained=model, tokenizer=make_tokenizer(**ENDS), batch_size=size)
+        plain = huggingface.HFLM(
+            pretrained=model, tokenizer=make_tokenizer(**ENDS), batch_size=size, softmax_dtype="float32"
+        )
         ours = zeroshot.language_model(model, make_tokenizer(**ENDS), size)
         assert ours.loglikelihood(requests) == plain.loglikelihood(requests)
+
+
+def test_the_answers_of_a_task_are_in_the_order_of_its_items() -> None:
+    samples = [{"doc_id": i, "doc_hash": str(i), "acc": float(i == 0)} for i in (2, 0, 1)]
+    found = task_record("a", ("a",), {"results": {"a": {"acc,none": 1 / 3}}, "samples": {"a": samples}})
+    assert found.correct == {"acc": "100"}

@@ -8,7 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 # What a template raises for messages that it does not take.
-BAD_CHAT = (TemplateError, TypeError, ValueError, KeyError, AttributeError, NotImplementedError)
+BAD_CHAT = (TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError, NotImplementedError)
 # Many templates tell the date. Text of another day would be other text, so all are given this one.
 DATE = {"%d": "26", "%-d": "26", "%m": "07", "%b": "Jul", "%B": "July", "%A": "Friday", "%Y": "2024", "%y": "24"}
 ONE_DAY = (

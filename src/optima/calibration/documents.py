@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from optima.calibration.chats import BAD_CHAT, as_text
 from optima.calibration.text import SpecialTokens, special_tokens
 from optima.errors import CalibrationError
+from optima.models.files import usable_path
 from optima.options import CONFIGS, FILES, is_file
 from optima.values import shown
 
@@ -243,7 +244,7 @@ def _is_message(message: Mapping[str, Any]) -> bool:
 
 def _check_regular(name: str) -> None:
     """Refuse what would be read for ever (also through a link) and a folder with the name of a file."""
-    path = Path(name)
+    path = usable_path(name, "dataset", f"give a file of text ({'/'.join(FILES)}) that may be read, or a hub id")
     folder = path.is_dir() and path.suffix not in FILES  # it may be laid out as hub datasets are
     if path.exists() and not path.is_file() and not folder:
         raise CalibrationError(f"dataset {name!r} is no regular file: give a file of text ({'/'.join(FILES)})")

@@ -112,7 +112,7 @@ def _tokens(batch: Any) -> Tensor:
     else:
         tokens = _tensor({IDS: batch[0] if _wrapped(batch) else batch}, IDS)
     tokens_BL = tokens[None] if tokens.ndim == 1 else tokens
-    if tokens_BL.ndim != 2 or tokens_BL.is_floating_point() or not tokens_BL.numel():
+    if tokens_BL.ndim != 2 or tokens_BL.is_floating_point() or tokens_BL.dtype == torch.bool or not tokens_BL.numel():
         raise CalibrationError(
             f"a calibration batch has the shape {tuple(tokens.shape)} and dtype {tokens.dtype}: token ids are whole "
             "numbers of shape (batch, length)"

@@ -49,7 +49,7 @@ class Calibration:
 
     def batches(self, size: int) -> Sequence[Batch]:
         """As they are given to the model: ``size`` sequences at a time, or as they were made."""
-        return self.inputs if self.tokens_NL is None else self.tokens_NL.split(size)
+        return self.inputs if self.tokens_NL is None else self.tokens_NL.split(min(size, len(self.tokens_NL)))
 
     @property
     def num_tokens(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from optima.errors import ModelError
+from optima.errors import ModelError, OptimaError
 from optima.models.files import explain_write_errors, write_whole
 from optima.reporting.record import Int, Record, load_record
 
@@ -140,7 +140,12 @@ def check_free(path: Path, overwrite: bool) -> None:
     if file.exists() and not overwrite:
         raise ModelError(f"{file} exists: replace it with --overwrite, or choose another place")
     if file.exists():
-        load_evaluation(file)  # nothing else is replaced
+        try:
+            load_evaluation(file)
+        except OptimaError as error:
+            raise ModelError(
+                f"{file} is no earlier evaluation ({error}), and is not replaced: choose another place, or remove it"
+            ) from error
     if not file.parent.is_dir():
         raise ModelError(f"{file.parent} is no directory: make it, or choose another place for {file.name}")
     if not os.access(file.parent, os.W_OK):

@@ -11,7 +11,7 @@ from pathlib import Path
 from optima.errors import OptimaError
 from optima.evaluation.card import update_card
 from optima.evaluation.record import Evaluation, check_free, record_file
-from optima.models.files import is_same, stat_of
+from optima.models.files import is_same, stat_of, usable_path
 from optima.reporting.model_card import CARD_NAME, check_card
 from optima.reporting.record import REPORT_NAME
 
@@ -30,6 +30,10 @@ class Saving:
     """
 
     def __init__(self, models: Sequence[str], save: bool, output: str | None, overwrite: bool) -> None:
+        if output is not None:
+            if not output:
+                raise OptimaError("--output is empty: name a file")
+            output = str(usable_path(output, "--output", "name another file"))
         self._models = models if save else ()
         self._overwrite = overwrite
         self._places = _places(models, save, output, overwrite)
@@ -94,7 +98,7 @@ def _so_far(output: str | None, overwrite: bool) -> Path | None:
     """Where what is measured is kept until all is, for a later model may fail; refused now if it cannot be."""
     if output is None:
         return None
-    place = Path(f"{Path(output).expanduser()}.partial")
+    place = Path(f"{output}.partial")
     if place.is_dir():
         raise OptimaError(
             f"{place} is a directory, and results wait there until all are found: choose another --output"
@@ -116,9 +120,9 @@ def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bo
     if save and not places:
         named = ", ".join(m if Path(m).expanduser().is_dir() else f"{m} (no directory here)" for m in models)
         raise OptimaError(f"--save: none of {named} is an output of optima prune; use --output FILE")
-    if output and Path(output).expanduser().is_dir():
+    if output and Path(output).is_dir():
         raise OptimaError(f"--output {output} is a directory: name a file, or --save into the models' own directories")
-    places += [Path(output).expanduser()] if output else []
+    places += [Path(output)] if output else []
     for place in places:
         check_free(place, overwrite)
         if save and place.is_dir():

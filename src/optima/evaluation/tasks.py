@@ -22,6 +22,7 @@ from jinja2 import UndefinedError
 
 from optima.calibration.records import READ_ERRORS
 from optima.errors import CalibrationError, OptimaError, RecipeError
+from optima.models.files import usable_path
 from optima.values import shown
 
 METRICS = ("acc", "acc_norm")
@@ -50,20 +51,20 @@ def find_files(names: Sequence[str], directory: str | Path) -> dict[str, Path]:
     Raises:
         CalibrationError: if a task has no file there, or more than one.
     """
-    directory = Path(directory).expanduser()
-    if not directory.is_dir():
-        raise CalibrationError(f"--task-data {directory} is no directory: name the one that holds the tasks' items")
+    place = usable_path(directory, "--task-data", "name the directory that holds the tasks' items")
+    if not place.is_dir():
+        raise CalibrationError(f"--task-data {place} is no directory: name the one that holds the tasks' items")
     files: dict[str, Path] = {}
     for name in names:
         starts = (f"{name}_", f"{name}-", f"{name}.")
-        found = sorted(p for p in directory.iterdir() if p.suffix in READERS and f"{p.stem}.".startswith(starts))
+        found = sorted(p for p in place.iterdir() if p.suffix in READERS and f"{p.stem}.".startswith(starts))
         # arc_easy_test is no file of a task arc, where arc_easy is asked for too
         longer = tuple(other for other in names if other != name and other.startswith(name))
         found = [file for file in found if not (longer and file.stem.startswith(longer))]
         if len(found) != 1:
             what = ", ".join(file.name for file in found) or "no file"
             raise CalibrationError(
-                f"task {name} has {what} in {directory}: keep one file of its items there, called {name}_SPLIT.jsonl "
+                f"task {name} has {what} in {place}: keep one file of its items there, called {name}_SPLIT.jsonl "
                 f"(or {', '.join(list(READERS)[1:])})"
             )
         files[name] = found[0]

@@ -6,6 +6,7 @@ asked for are made of. accelerate's disk offload would hold a second copy of all
 
 from __future__ import annotations
 
+import os
 import resource
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -259,6 +260,8 @@ def on_disk(source: Source) -> dict[str, Tensor]:
 
 def _open(file: Path) -> Any:
     """Tensors are read, not mapped: a private mapping of a file counts as memory of the process."""
+    if file.exists() and not os.access(file, os.R_OK):
+        raise ModelError(f"{file} may not be read: see its permissions")
     try:
         return safe_open(file, framework="pt", backend="pread")
     except OSError as error:  # also of a limit: safetensors says then that there is no such file

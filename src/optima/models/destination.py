@@ -167,8 +167,10 @@ class Destination:
         with ExitStack() as stack:
             stack.callback(_remove_empty, new_parents)
             with explain_write_errors(path):
-                read = [Path(each).expanduser().resolve() for each in inputs]
+                read = [Path(os.path.realpath(os.path.expanduser(each))) for each in inputs]  # loops are no error here
                 _check_replaceable(path, overwrite, read)
+                if path.exists() and not os.access(path, os.W_OK):  # which a rename to another parent asks for
+                    raise ModelError(f"{path} may not be changed, nor replaced: see its permissions, or choose another")
                 destination = cls(path, _beside(path, SUFFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.callback(destination._remove_empty)

@@ -247,11 +247,12 @@ def read_original(shard: Path) -> Original:
     try:
         header, digests = metadata["header"].encode(), json.loads(metadata["sha256"])
         intact = hashlib.sha256(header).hexdigest() == digests[HEADER]
-    except (KeyError, TypeError, ValueError) as error:
+        stored = _parse(json.loads(header), 8 + len(header)) if intact else []
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _damaged(shard, "its header") from error
     if not intact:
         raise _damaged(shard, "its header")
-    return Original(header, _parse(json.loads(header), 8 + len(header)), digests, {part.name: part for part in parts})
+    return Original(header, stored, digests, {part.name: part for part in parts})
 
 
 def _damaged(shard: Path, what: str) -> ModelError:

@@ -121,6 +121,7 @@ def find_source(name: str, trust_remote_code: bool = False, revision: str | None
     elif path.is_file():
         raise ModelError(f"{name} is a file: give the directory that it is in, {path.parent}, or a GGUF file")
     elif path.is_dir():
+        usable_path(path / "config.json", "the model's", "see the permissions of its directory")
         _check_directory(path)
         source = replace(source, path=str(path))
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:

@@ -246,8 +246,14 @@ class Writer:
     def _write_index(self) -> None:
         weight_map: dict[str, str] = {}
         size = 0
-        for file in sorted(self.directory.glob("model-*.safetensors")):
-            header, header_bytes = read_header(file)
+        for file in (self.directory / self._files[group] for group, names in self._names.items() if names):
+            try:
+                header, header_bytes = read_header(file)
+            except (FileNotFoundError, ValueError) as error:
+                raise ModelError(
+                    f"{file}, which this run wrote, is gone or damaged: start it again with --resume, which does that "
+                    "part anew"
+                ) from error
             names = header.keys() - {"__metadata__"}
             assert not names & weight_map.keys(), f"{file} repeats tensors of another shard"
             weight_map |= dict.fromkeys(names, file.name)

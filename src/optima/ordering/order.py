@@ -137,10 +137,7 @@ def order(
             may have another order.
     """
     started = time.perf_counter()
-    if isinstance(channels, str):
-        raise RecipeError(f"channels must be a list of kinds, got {channels!r}: for example {KINDS[:1]}")
-    if unknown := sorted(set(channels) - set(KINDS)):
-        raise RecipeError(f"there are no channels {unknown[0]!r}: choose among {', '.join(KINDS)}")
+    _check_channels(channels)
     with ExitStack() as stack:
         ranks = stack.enter_context(joined())
         if ranks.size > 1:
@@ -183,6 +180,16 @@ def order(
             writer = open_writer(network, checked.found.blocks, destination, {}, weights)
             writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
     return found
+
+
+def _check_channels(channels: Collection[Kind]) -> None:
+    known = ", ".join(KINDS)
+    if isinstance(channels, str):
+        raise RecipeError(f"channels must be a list of kinds, got {channels!r}: for example {KINDS[:1]}")
+    if not channels:
+        raise RecipeError(f"channels is empty, and nothing would be ordered: choose among {known}")
+    if unknown := sorted(set(channels) - set(KINDS)):
+        raise RecipeError(f"there are no channels {unknown[0]!r}: choose among {known}")
 
 
 @dataclass

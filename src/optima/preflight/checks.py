@@ -203,7 +203,7 @@ def _length(recipe: Recipe, calibration: object) -> int:
         raise CalibrationError(
             f"calibration must be token ids, a list of documents or batches by name, got {type(calibration).__name__}"
         )
-    integers = not (calibration.is_floating_point() or calibration.is_complex())
+    integers = not (calibration.is_floating_point() or calibration.is_complex() or calibration.dtype == torch.bool)
     if calibration.ndim != 2 or not integers or not calibration.numel():
         raise CalibrationError(
             f"calibration must be token ids of shape (samples, length), got {tuple(calibration.shape)} "

@@ -123,8 +123,8 @@ def find_calibration(
     documents = Documents(source, recipe.seed, tokenizer) if given is None else given
     assert recipe.num_calibration_samples is not None, "a run resolves it"
     samples = recipe.num_calibration_samples
-    if given is None and recipe.own_share != "auto":
-        samples -= int(recipe.own_share * samples)
+    if given is None and recipe.own_share not in ("auto", 0):
+        samples -= max(int(recipe.own_share * samples), 1)
     fewer = given is None and SELF in recipe.dataset
     tokens_NL = calibration_tokens(documents, tokenizer, samples, recipe.max_seq_length, fewer)
     if isinstance(documents, Documents):

@@ -21,6 +21,7 @@ from pydantic_core import from_json, to_json
 
 from optima import __version__
 from optima.errors import OptimaError
+from optima.models.files import usable_path
 
 SCHEMA_VERSION = 2
 REPORT_NAME = "report.json"
@@ -210,8 +211,9 @@ def load_record(path: str | Path, kind: type[Kind], name: str, version: int) -> 
     Raises:
         OptimaError: as ``load_report``.
     """
-    file = Path(path) / name if Path(path).is_dir() else Path(path)
     what = name.partition(".")[0]
+    given = usable_path(path, f"the {what}", f"give {name} or the output directory of a run")
+    file = given / name if given.is_dir() else given
     try:
         content = from_json(file.read_bytes())
     except OSError as error:
