@@ -307,6 +307,14 @@ class TestMarkdown:
         assert lines[0] == ["block", "`up_proj`", "`down_proj`", "mean"]
         assert lines[2:] == [["0", "0.1000", "", "0.1000"], ["7", "", "0.4000", "0.4000"]]
 
+    def test_sparsity_that_was_shared_out_is_told_block_by_block(self) -> None:
+        shares = [("mlp.up_proj", 0, 0.4), ("mlp.up_proj", 1, 0.5), ("mlp.down_proj", 1, 0.6)]
+        linears = [linear(name, block, sparsity=share, pattern=f"{share} per layer") for name, block, share in shares]
+        lines = section(render_markdown(report(*linears)), "Sparsity, block by block")
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert cells[2:] == [["0", "40.00%", "", "40.00%"], ["1", "50.00%", "60.00%", "55.00%"]]
+        assert "Sparsity, block by block" not in render_markdown(report(linear(), linear(block=1)))
+
     def test_tables_are_rectangular_and_aligned(self) -> None:
         text = render_markdown(report(linear(), linear("mlp.a|b", 12, rows_not_converged=1), unsolved(block=3)))
         tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
@@ -490,6 +498,8 @@ def test_tuning_says_what_it_won_and_what_is_no_longer_certified() -> None:
     assert "errors and gaps of 1 linears are from before it" in text
     assert "0.1000 before tuning (-50.0% from the selector's)" in text
     assert "As written" not in text, "of what tuning moved it is not known"
+    rows = section(render_markdown(report(*linears)), "Every linear")[2:]
+    assert [" tuned " in row for row in sorted(rows)] == [False, True], rows
 
 
 def test_times_and_sizes_are_rounded_within_their_unit() -> None:

@@ -41,8 +41,8 @@ as written, in the checkpoint's dtype. *tokens alike* is the result where every 
 figures with it. *change* is result against selector. Means are geometric over linears.
 
 A row's *gap* bounds how far it lies above the optimum of its damped problem, relative to that optimum: as solved
-before the cast, and *written* after it. Where a block was *tuned*, errors and gaps are from before. All of this is per
-linear, on calibration text: what the model lost as a whole, `optima eval` measures on other text."""
+before the cast, and *written* after it. Where *written* says *tuned*, errors and gaps are from before. All of this is
+per linear, on calibration text: what the model lost as a whole, `optima eval` measures on other text."""
 
 
 def render_markdown(report: Report, evaluation: str = "") -> str:
@@ -61,7 +61,8 @@ def render_markdown(report: Report, evaluation: str = "") -> str:
         "## Worst linears": _records_table(worst[:NUM_WORST]),
         "## Notes": bullets(report.run.notes) or "None: no linear was skipped and no setting was changed on the way.",
         "## Where the time went": _time_table(report),
-        "## Error of the result, block by block": _block_table(linears),
+        "## Error of the result, block by block": _block_table(linears, lambda here: error(mean(here, "error"))),
+        "## Sparsity, block by block": _block_table(linears, _COLUMNS["sparsity"]) if _is_shared_out(linears) else "",
         "## Every linear": _records_table(shown) + (f"\n\nNote: {JOINED.format('table')}." if shown != linears else ""),
         "## Recipe": f"```yaml\n{recipe}```",
         "## Versions": bullets(f"{name} {version}" for name, version in report.run.versions.items()),
@@ -100,13 +101,18 @@ def _records_table(linears: Linears) -> str:
     return table(header, [row(linear) for linear in linears])
 
 
-def _block_table(linears: Linears) -> str:
-    """Blocks down, kinds across: where in the model the error sits."""
+def _is_shared_out(linears: Linears) -> bool:
+    """Whether one sparsity became several: two patterns of one name may be two that were asked for."""
+    return len({linear.pattern for linear in linears}) > len(by_kind(linears))
+
+
+def _block_table(linears: Linears, text: Callable[[Linears], str]) -> str:
+    """Blocks down, kinds across: where in the model something sits."""
     kinds = by_kind(linears)
 
     def cell(block: int, members: Linears) -> str:
         here = [linear for linear in members if linear.block == block]
-        return error(mean(here, "error")) if here else ""
+        return text(here) if here else ""
 
     blocks = sorted({linear.block for linear in linears})
     rows = [[f"{block}", *(cell(block, members) for members in (*kinds.values(), linears))] for block in blocks]
@@ -140,7 +146,7 @@ _COLUMNS: dict[str, Callable[[Linears], str]] = {
         change(mean(linears, "error_selector"), mean(linears, "error")) if any(map(solved, linears)) else ""
     ),
     "gap max": lambda linears: gap(largest(linear.gap_max for linear in linears)),
-    "written": lambda linears: gap(gap_written(linears)),
+    "written": lambda linears: "tuned" if any(linear.tuned for linear in linears) else gap(gap_written(linears)),
     "iterations (max)": _iterations,
     "not converged": _not_converged,
     "seconds": lambda linears: f"{sum(linear.seconds for linear in linears):.2f}",
