@@ -6,7 +6,7 @@ know nothing of it. And after each step of any optimizer of torch it is set to z
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -18,7 +18,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from optima.errors import ModelError, RecipeError
-from optima.models.stacks import Linear, linears_of
+from optima.models.experts import ExpertLinear
+from optima.models.stacks import Linear, ModuleLinear, linears_of
+
+_Place = tuple[int, str]  # a module's id, and the name of one of its parameters
 
 
 class HeldZeros:
@@ -31,17 +34,18 @@ class HeldZeros:
 
     def __init__(self, linears: Mapping[str, Linear], keep: Mapping[str, Tensor]) -> None:
         self._linears = dict(linears)
-        parameters = {id(linear.parameter): linear.parameter for linear in linears.values()}
-        self._zeros = _Zeros(parameters)
+        self._zeros = _Zeros(linears.values())
         for name, mask in keep.items():
             self._part(name).copy_(mask)
         # A frozen weight takes no hook; should it be thawed, the step's hook still holds its zeros.
+        parameters = {_place(linear): linear.parameter for linear in linears.values()}
         self._hooks: list[RemovableHandle] = [
-            parameter.register_hook(partial(self._zeros.masked, key))
-            for key, parameter in parameters.items()
+            parameter.register_hook(partial(self._zeros.masked, place))
+            for place, parameter in parameters.items()
             if parameter.requires_grad
         ]
-        self._hooks.append(self._zeros.after_steps())
+        zeros = self._zeros  # not self: torch keeps such a hook for ever
+        self._hooks.append(register_optimizer_step_post_hook(lambda *_: zeros.apply()))
         self.apply()
 
     @property
@@ -61,34 +65,43 @@ class HeldZeros:
 
     def _part(self, name: str) -> Tensor:
         linear = self._linears[name]
-        return part_of(linear, self._zeros.masks[id(linear.parameter)])
+        return part_of(linear, self._zeros.masks[_place(linear)])
 
 
 class _Zeros:
-    """The masks of parameters, by their ids. It keeps no parameter alive: torch holds hooks on steps for ever."""
+    """The masks of parameters, by their places. It keeps no module alive, and no masks when all of them are gone."""
 
-    def __init__(self, parameters: Mapping[int, Tensor]) -> None:
-        self._parameters = {key: ref(parameter) for key, parameter in parameters.items()}
+    def __init__(self, linears: Collection[Linear]) -> None:
+        self._modules = {_place(linear): ref(_home(linear)[0]) for linear in linears}
         # Experts of one parameter have one mask together.
-        self.masks = {key: torch.ones_like(own, dtype=torch.bool) for key, own in parameters.items()}
+        self.masks = {_place(each): torch.ones_like(each.parameter, dtype=torch.bool) for each in linears}
 
-    def masked(self, key: int, tensor: Tensor) -> Tensor:
-        if self.masks[key].device != tensor.device:  # the model has moved
-            self.masks[key] = self.masks[key].to(tensor.device)
-        return torch.where(self.masks[key], tensor, 0.0)
+    def masked(self, place: _Place, tensor: Tensor) -> Tensor:
+        if self.masks[place].device != tensor.device:  # the model has moved
+            self.masks[place] = self.masks[place].to(tensor.device)
+        return torch.where(self.masks[place], tensor, 0.0)
 
     @torch.no_grad()
-    def apply(self) -> bool:
-        """False if no parameter is left."""
-        alive = {key: parameter for key, known in self._parameters.items() if (parameter := known()) is not None}
-        for key, parameter in alive.items():
-            parameter.copy_(self.masked(key, parameter))
-        return bool(alive)
+    def apply(self) -> None:
+        there = {place: module for place, known in self._modules.items() if (module := known()) is not None}
+        for place, module in there.items():
+            parameter = getattr(module, place[1])
+            parameter.copy_(self.masked(place, parameter))
+        if not there:
+            self.masks.clear()
 
-    def after_steps(self) -> RemovableHandle:
-        """Apply behind every optimizer's steps, until the model is gone."""
-        hook: RemovableHandle = register_optimizer_step_post_hook(lambda *_: None if self.apply() else hook.remove())
-        return hook
+
+def _home(linear: Linear) -> tuple[nn.Module, str]:
+    """The module that has its weights, and their name there."""
+    if isinstance(linear, ExpertLinear):
+        return linear.experts.module, linear.within
+    assert isinstance(linear, ModuleLinear)
+    return linear.module, "weight"
+
+
+def _place(linear: Linear) -> _Place:
+    module, name = _home(linear)
+    return id(module), name
 
 
 def part_of(linear: Linear, stored: Tensor) -> Tensor:

@@ -58,13 +58,24 @@ def check_held(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
 def test_a_model_that_is_gone_is_held_no_more() -> None:
     model = sparse_llama()
     optima.hold_zeros(model)
-    weight = weakref.ref(next(iter(blocks_of(model)[0].linears)).parameter)
-    del model
+    module = weakref.ref(model)
+    model = sparse_llama()
+    optima.hold_zeros(model)
     gc.collect()
-    assert weight() is None
-    other = nn.Parameter(torch.ones(2))
-    other.grad = torch.ones(2)
-    torch.optim.SGD([other]).step()
+    assert module() is None
+    before = weights(model)
+    train(model, torch.optim.SGD(model.parameters(), lr=1e-1))
+    check_held(before, weights(model))
+
+
+def test_parameters_that_others_replace_are_held() -> None:
+    model = sparse_llama()
+    before = weights(model)
+    optima.hold_zeros(model)
+    linear = model.get_submodule("model.layers.0.mlp.up_proj")
+    linear.weight = nn.Parameter(torch.ones_like(linear.weight))
+    train(model, torch.optim.SGD(model.parameters(), lr=1e-1), steps=1)
+    assert not linear.weight[before["model.layers.0.mlp.up_proj"] == 0].any()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
