@@ -8,7 +8,7 @@ the mean over seeds ± their standard deviation. In brackets stands the ratio to
 pattern, of both, seed by seed where both have it: again mean ± standard deviation. The baseline's settings must be the
 usual ones (or tempered rows, as the row's own, if it was so measured). Both must have been calibrated and measured on
 the same text. Results of equal settings are taken once, from the file named first. ``--ignore`` names settings that
-are then no setting: draws that older and newer versions measured are draws of one row. Prints Markdown.
+are not compared: draws that older and newer versions measured are draws of one row then. Prints Markdown.
 """
 
 from __future__ import annotations

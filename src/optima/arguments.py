@@ -125,7 +125,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to DIR/layers/")
     text = "publish it afterwards, as optima push does; your right to is checked first"
     option("--push-to-hub", metavar="REPO", help=text)
-    option("--private", action="store_true", help="if that makes a new repository, a private one")
+    option("--private", action="store_true", help="make that private; a public one is refused")
     text = "what stderr gets: text (a live line, or a line a block) or json (an object a line) (default: text)"
     option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=text)
     text = f"experiment trackers that get errors, gaps and seconds of each block: {', '.join(TRACKERS)} (default: none)"
@@ -167,7 +167,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
     option("directory", metavar="DIR", help="what optima prune or optima pack wrote")
     option("repo", metavar="REPO", help="name, or owner/name; made if it is not there")
-    option("--private", action="store_true", help="make a new repository private (default: as your settings say)")
+    option("--private", action="store_true", help="make that private; a public one is refused (default: as it is)")
     option("--overwrite", action="store_true", help="replace a model that no run of OPTIMA put there")
     option("--message", metavar="TEXT", help="of the commit")
 

@@ -51,8 +51,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         RecipeError: if the file cannot be read, is not YAML, or holds something else than keys and values, each once.
     """
+    text = recipe_text(path)
     try:
-        values = yaml.load(recipe_text(path), _Loader)  # S506: _Loader is a SafeLoader.
+        values = yaml.load(text, _Loader)  # S506: _Loader is a SafeLoader.
     except yaml.YAMLError as error:
         raise RecipeError(f"recipe {path} is not valid YAML: {_in_a_line(error)}") from error
     except (ValueError, IndexError) as error:  # a date that there is not, a number without digits

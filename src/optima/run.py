@@ -39,7 +39,7 @@ from optima.linalg.finite import all_finite
 from optima.models.companions import copies_tokenizer, to_save
 from optima.models.destination import Destination
 from optima.models.source import load_tokenizer, note_of_dtype
-from optima.models.stacks import find_stacks, has_experts
+from optima.models.stacks import Stack, has_experts
 from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, open_writer, prepare
 from optima.pipeline import Job
@@ -280,16 +280,28 @@ def _check_finite(network: PreTrainedModel, checked: Checked, job: Job) -> None:
     for block in (block for stack in stacks for block in stack.blocks if block.linears):
         with job.weights.on(block, torch.device("cpu"), job.clock):
             check_finite(block.linears)
-    blocks = tuple(f"{block.name}." for stack in find_stacks(network) for block in stack.blocks)
-    # A row of an embedding may be of a word that no text has; a head reads all of its own.
-    heads = [] if (head := network.get_output_embeddings()) is None else [id(head.weight)]
-    rows = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}.difference(heads)
-    parameters = network.named_parameters()
-    outside = [name for name, each in parameters if id(each) not in rows and not name.startswith(blocks)]
-    with job.clock("read"), job.weights.state(outside) as tensors:
+    names = _outside(network, stacks)
+    with job.clock("read"), job.weights.state(names) as tensors:
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not all_finite(tensor):
                 raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint, or download it again")
+
+
+def _outside(network: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
+    """Weights of the head, and of what lies beside the blocks, such as a norm.
+
+    Not of embeddings: a row may be of a word that no text has. Nor the head's bias, which may forbid words.
+    """
+    output = network.get_output_embeddings()
+    head = set() if output is None else {id(each) for each in output.parameters() if each.ndim > 1}
+    inputs = (module for module in network.modules() if isinstance(module, nn.Embedding))
+    rows = {id(each) for module in inputs for each in module.parameters(recurse=False)}
+    beside = {stack.blocks[0].name.rsplit(".", 2)[0] for stack in stacks if stack.blocks[0].name.count(".") > 1}
+    return [
+        name
+        for name, each in network.named_parameters()
+        if id(each) in head or (id(each) not in rows and name.rsplit(".", 2)[0] in beside)
+    ]
 
 
 def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks) -> None:

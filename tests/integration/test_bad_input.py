@@ -532,7 +532,8 @@ def test_with_a_divergence_two_models_need_room(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize("content", ["revision: 2024-13-01", "seed: 0x_", "sparsity: !!float abc"])
 def test_a_value_of_yaml_that_cannot_be_read(cheap: Refused, root: Path, content: str) -> None:
     (root / "r.yaml").write_text(content)
-    assert "recipe r.yaml holds a value that cannot be read" in cheap("--recipe", "r.yaml")
+    assert cheap("--recipe", "r.yaml").startswith("recipe r.yaml holds a value that cannot be read")
+    assert cheap("--recipe", "missing.yaml").startswith("recipe missing.yaml cannot be read")
 
 
 def test_a_text_in_place_of_its_file(cheap: Refused) -> None:
@@ -560,6 +561,8 @@ def test_evaluations_that_have_nowhere_to_go(root: Path, late: Refused) -> None:
     evaluation = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16", "--output"]
     assert "--output is empty: name a file" in late(arguments=[*evaluation, ""])
     assert "--output '~nobody-here/x' cannot be used" in late(arguments=[*evaluation, "~nobody-here/x"])
+    of_nobody = ["eval", "~nobody-here/x", "--dataset", "text.txt", "--save"]
+    assert "the model '~nobody-here/x' cannot be used" in late(arguments=of_nobody)
     message = late(arguments=[*evaluation, "text.txt", "--overwrite"])
     assert "text.txt is no earlier evaluation" in message
     assert "is not replaced: choose another place, or remove it" in message
@@ -601,11 +604,12 @@ def test_an_output_that_may_not_be_changed_is_refused_first(
     assert "may not be changed, nor replaced: see its permissions" in late("--overwrite")
 
 
-def test_a_shard_that_went_away_while_the_run_went_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "cut"])
+def test_a_shard_that_went_away_while_the_run_went_on(root: Path, gone: bool) -> None:
     class Cleaner(Callback):
         def on_block(self, done: BlockDone) -> None:
             for shard in Path(".out.optima-partial/model").glob("*.safetensors"):
-                shard.unlink()
+                shard.unlink() if gone else os.truncate(shard, shard.stat().st_size - 100)
 
     recipe = Recipe(selector="wanda", solver="none", objective="plain", num_calibration_samples=4, max_seq_length=16)
     with pytest.raises(ModelError, match="is gone or damaged: start it again with --resume"):

@@ -593,8 +593,9 @@ class TestEval:
         assert Path("out/evaluation.json").read_bytes() == other
         assert Path("out/README.md").read_bytes() == card
         assert load_evaluation("out/evaluation-2.json").settings["max_seq_length"] == 16
-        assert main([*arguments, "16", "--overwrite"]) == 0
+        assert main([*arguments, "16", "--overwrite", "--output", "out/evaluation.json"]) == 0
         assert load_evaluation("out").settings["max_seq_length"] == 16
+        assert not Path("out/evaluation-3.json").exists()
 
 
 class TestDemo:

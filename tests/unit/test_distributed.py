@@ -361,6 +361,7 @@ def test_weights_of_tokens_come_to_tuning_in_the_order_of_their_batches(
         probe: Any = SimpleNamespace(carried=[{}], sample_dim=0)
         streams = Streams(probe, [(2, 8)] * count, hidden, [[((), {})] * count], [{}] * count, Store(), ranks)
         found = at_first(SimpleNamespace(index=0), Sequences(streams, hidden, weights))  # type: ignore[arg-type]
+        assert (found is not None) == ranks.first
         if found is not None:
             assert found.weights is not None
             assert [float(weight_T[0]) for weight_T in found.weights] == [0, 1, 2, 10, 11]

@@ -99,16 +99,13 @@ class Accumulator:
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
-        # TF32, which multiplies on CUDA, holds the digits of a float16 too.
-        halves = (torch.bfloat16, torch.float16) if inputs_TD.is_cuda else (torch.bfloat16,)
-        by_units = inputs_TD.dtype in halves
         if weight_T is not None:
             more = weight_T.sum(dtype=torch.float64) - tokens
             waiting = more if waiting is None else waiting + more
             weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
             # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
             inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
-        with bfloat16_products() if by_units else nullcontext():
+        with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
             add_gram(self.sum_DD, inputs_TD)
         self.tokens += tokens
         self._extra_weight += weight * sum(map(len, extra))

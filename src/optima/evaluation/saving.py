@@ -36,7 +36,9 @@ class Saving:
             output = str(usable_path(output, "--output", "name another file"))
         self._models = models if save else ()
         self._overwrite = overwrite
-        self._places = _places(models, save, output, overwrite)
+        found = _places(models, save, output, overwrite)
+        # One place may be named twice: a model by two paths, or the file that it keeps its results in.
+        self._places = list({os.path.realpath(record_file(place)): place for place in found}.values())
         self._so_far = _so_far(output, overwrite)
         self._directories = {place: stat_of(place) for place in self._places if place.is_dir()}
         self._records = {place: _written(place) for place in self._places}
@@ -75,9 +77,13 @@ class Saving:
 
     def _update_cards(self, found: Evaluation, but: Sequence[Path]) -> list[Path]:
         """The cards of those models that OPTIMA made, ``but`` these; each is brought up to date."""
-        places = {model: Path(model).expanduser() for model in self._models}
+        places = {model: _of_model(model) for model in self._models}
         made = {model: place for model, place in places.items() if (place / REPORT_NAME).is_file() and place not in but}
         return [place / CARD_NAME for model, place in made.items() if update_card(place, found, model)]
+
+
+def _of_model(name: str) -> Path:
+    return usable_path(name, "the model", "give a hub id, a local model directory or a GGUF file")
 
 
 def _written(place: Path) -> tuple[int, int, int] | None:
@@ -113,12 +119,12 @@ def _so_far(output: str | None, overwrite: bool) -> Path | None:
 
 def _places(models: Sequence[str], save: bool, output: str | None, overwrite: bool) -> list[Path]:
     """Where an evaluation is written; refused now if it cannot be."""
-    places = [Path(model).expanduser() for model in models] if save else []
+    places = [_of_model(model) for model in models] if save else []
     if overwrite and not (save or output):
         raise OptimaError("--overwrite is for what --save or --output writes: name one, or leave it out")
     places = [place for place in places if (place / REPORT_NAME).is_file()]
     if save and not places:
-        named = ", ".join(m if Path(m).expanduser().is_dir() else f"{m} (no directory here)" for m in models)
+        named = ", ".join(m if _of_model(m).is_dir() else f"{m} (no directory here)" for m in models)
         raise OptimaError(f"--save: none of {named} is an output of optima prune; use --output FILE")
     if output and Path(output).is_dir():
         raise OptimaError(f"--output {output} is a directory: name a file, or --save into the models' own directories")

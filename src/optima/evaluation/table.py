@@ -133,9 +133,10 @@ def task_table(found: Evaluation) -> tuple[list[str], Rows]:
     rows = []
     # A model whose tasks were not done has none.
     for same in zip_longest(*(model.tasks for model in found.models)):
-        for metric in same[0].metrics:
+        known = next(filter(None, same))
+        for metric in known.metrics:
             values = ["" if task is None else with_error(task.metrics[metric], ".2%").replace("%", "") for task in same]
-            rows.append([same[0].task, metric, str(same[0].items), *values])
+            rows.append([known.task, metric, str(known.items), *values])
     return heading, rows
 
 

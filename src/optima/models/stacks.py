@@ -370,7 +370,8 @@ def outside_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
     """The matrices outside the blocks, which stay dense; embeddings and the head go without saying."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     known = {id(parameter) for stack in stacks for block in stack.blocks for parameter in block.module.parameters()}
-    known |= {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding) or module is head}
+    named = (module for module in model.modules() if isinstance(module, nn.Embedding) or module is head)
+    known |= {id(parameter) for module in named for parameter in module.parameters()}
     matrices = [(name, p) for name, p in model.named_parameters() if _is_matrix(name, p) and id(p) not in known]
     names = Counter(kind(name.removesuffix(".weight")) for name, _ in matrices)
     listed = ", ".join(f"{name} ({_times(count)})" for name, count in names.items())

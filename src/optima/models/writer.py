@@ -249,7 +249,10 @@ class Writer:
         for file in (self.directory / self._files[group] for group, names in self._names.items() if names):
             try:
                 header, header_bytes = read_header(file)
-            except (FileNotFoundError, ValueError) as error:
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                if file.stat().st_size != header_bytes + max(ends, default=0):
+                    raise ValueError("another length than its header says")
+            except (FileNotFoundError, ValueError, OverflowError, MemoryError) as error:
                 raise ModelError(
                     f"{file}, which this run wrote, is gone or damaged: start it again with --resume, which does that "
                     "part anew"

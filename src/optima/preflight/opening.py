@@ -124,7 +124,7 @@ def find_calibration(
     assert recipe.num_calibration_samples is not None, "a run resolves it"
     samples = recipe.num_calibration_samples
     if given is None and recipe.own_share not in ("auto", 0):
-        samples -= max(int(recipe.own_share * samples), 1)
+        samples -= min(max(int(recipe.own_share * samples), 1), samples - 1)
     fewer = given is None and SELF in recipe.dataset
     tokens_NL = calibration_tokens(documents, tokenizer, samples, recipe.max_seq_length, fewer)
     if isinstance(documents, Documents):

@@ -56,7 +56,7 @@ const COLUMNS = [
   { title: "sparsity", get: (l) => l.sparsity, join: average, text: (x) => `${show(100 * x)}%` },
   { title: "gap", get: (l) => l.gap_max },
   { title: "gap written", get: (l) => l.gap_written_max, join: largest, log: true },
-  { title: "tuned", get: (l) => (l.tuned ? 1 : null), text: () => "yes" },
+  { title: "tuned", get: (l) => (l.tuned ? 1 : null), text: (x) => (x ? "yes" : "") },
   { title: "iterations", get: (l) => (l.gap_max === null ? null : l.iterations_mean), join: average, exact: (l) => `mean ${l.iterations_mean}, most ${l.iterations_max}` },
   { title: "not converged", get: (l) => l.rows_not_converged },
   { title: "seconds", get: (l) => l.seconds },
