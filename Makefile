@@ -1,6 +1,6 @@
 # Everything a visitor or CI runs. Each target makes the environment that it needs; a second call is quick.
 PYTHON ?= python3#     any Python from 3.11; used only to make the environments
-JOBS ?= 2#             processes of `make test`, one thread each
+JOBS ?= 2#             processes of tests, one thread each
 DEMO_ARGS ?=#          make demo DEMO_ARGS="--model smollm2-135m"
 PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k certificate -x"
 
@@ -32,14 +32,14 @@ docs: $(VENV)/.installed ## build the documentation site into build/site
 test test-slow: export HF_HUB_OFFLINE = 1
 
 # One thread a process: more would fight over the same cores.
-test: export OMP_NUM_THREADS = 1
-test: export MKL_NUM_THREADS = 1
+test test-slow: export OMP_NUM_THREADS = 1
+test test-slow: export MKL_NUM_THREADS = 1
 test: $(VENV)/.installed ## all tests but the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.installed ## the tests on real models, minutes long
 	$(BIN)/$(SMOLLM2)
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 check: $(VENV)/.installed ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

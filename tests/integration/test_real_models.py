@@ -31,7 +31,10 @@ BLOCKS = {"gemma-3-270m": 18, "smollm2-135m": 30}
 DUMPED = {"gemma-3-270m": (0, 8, 17), "smollm2-135m": (0, 15, 29)}
 
 
-@pytest.fixture(scope="session", params=DEMO_MODELS)
+# One process prunes a model for all tests of it.
+@pytest.fixture(
+    scope="session", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in DEMO_MODELS]
+)
 def model_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
