@@ -27,9 +27,9 @@ pytestmark = pytest.mark.slow
 
 GAP = 1e-4
 ROWS_CHECKED = 6
-# A third or a fifth of each model, from its beginning, middle and end: the demo prunes a whole one.
-BLOCKS = {"gemma-3-270m": (0, 1, 8, 9, 16, 17), "smollm2-135m": (0, 1, 14, 15, 28, 29)}
-LINEARS = 6 * 7
+# The first, one in the middle and the last of each model: the demo prunes a whole one.
+BLOCKS = {"gemma-3-270m": (0, 8, 17), "smollm2-135m": (0, 15, 29)}
+LINEARS = 3 * 7
 
 
 @pytest.fixture(scope="session", params=DEMO_MODELS)
@@ -61,9 +61,8 @@ def other_prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def pruned(model_name: str, dense_file: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pruned") / f"{model_name}-50"
     options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 8 --max-seq-length 256 --tuning-epochs 0"
-    numbers = BLOCKS[model_name]
-    targets, dumped = (f"layers.({'|'.join(map(str, some))})[.]" for some in (numbers, numbers[::2]))
-    options += f" --targets {targets} --dump-layer {dumped}"
+    blocks = f"layers.({'|'.join(map(str, BLOCKS[model_name]))})[.]"
+    options += f" --targets {blocks} --dump-layer {blocks}"
     status = main(["prune", str(dense_file), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
     assert status == 0
     return output
@@ -87,7 +86,7 @@ def test_certificate_holds_against_an_independent_oracle(pruned: Path) -> None:
     weights = load_weights(pruned)
     certified = {record.name: record.gap_max for record in load_report(pruned).linears}
     files = sorted((pruned / "layers").glob("*.safetensors"))
-    assert len(files) == 3 * 7
+    assert len(files) == LINEARS
     for file in files:
         dumped = load_file(file)
         result = weights[f"{file.stem}.weight"]
@@ -147,7 +146,7 @@ def test_what_was_pruned_is_packed_and_restored(
     printed = re.search(r"(\d+) of \d+ tensors got a bitmap: .* \((.*)%\)", capsys.readouterr().out)
     assert printed is not None
     assert int(printed[1]) >= LINEARS, "the others have zeros from their 4-bit file"
-    assert float(printed[2]) < 80
+    assert float(printed[2]) < 95
     assert main(["unpack", str(packed), "--output-dir", str(again)]) == 0
     files = [str(file.relative_to(pruned)) for file in pruned.rglob("*") if file.is_file()]
     same, different, missing = filecmp.cmpfiles(pruned, again, files, shallow=False)
