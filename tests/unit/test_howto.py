@@ -97,15 +97,17 @@ class TestQuantise:
         assert optima.hold_zeros(model).keep.keys() >= before.keys()
 
     def test_the_rounding_of_the_page_is_that_of_the_benchmark(self) -> None:
-        from quantise import symmetric, with_offset
+        from harness.rounding import nearest, scales
+        from quantise import with_offset
 
         space: dict[str, Any] = {}
         exec(snippets("quantise.md")[0], space)
         weight_OD = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
         weight_OD[:, ::2] = 0
         for bits, group in ((8, None), (4, 32)):
-            assert torch.equal(space["round_symmetric"](weight_OD, bits, group), symmetric(weight_OD, bits, group))
+            rounded_OD = nearest(weight_OD, scales(weight_OD, bits, group), bits).bfloat16()
+            assert torch.equal(space["round_symmetric"](weight_OD, bits, group), rounded_OD)
         assert (with_offset(weight_OD, 4, 32)[:, ::2] != 0).float().mean() > 0.5
         zero_OD = torch.zeros(2, 32)
-        assert torch.equal(symmetric(zero_OD, 8), zero_OD)
+        assert torch.equal(nearest(zero_OD, scales(zero_OD, 8), 8), zero_OD)
         assert torch.equal(with_offset(zero_OD, 4, 32), zero_OD)
