@@ -149,15 +149,13 @@ def test_it_writes_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     save_model(Path("model"))
     Path("some.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
     size = ["--max-seq-length", "24", "--dataset", "some.txt"]
-    for out, share, wrote in (("half", "0.5", 3), ("auto", "auto", 3), ("tenth", "0.1", 0)):
-        asked = ["--num-calibration-samples", "7" if wrote else "6", "--own-share", share]
+    for out, share, wrote in (("half", "0.5", 3), ("auto", "auto", 3), ("tenth", "0.1", 1)):  # at least one
+        asked = ["--num-calibration-samples", "7", "--own-share", share]
         assert main(["prune", "model", "--output-dir", out, *size, *asked]) == 0
         report = load_report(Path(out))
-        assert report.run.num_tokens == (7 if wrote else 6) * 24
-        told = [note for note in report.run.notes if "the model wrote the other" in note]
-        assert [f"text for 4 of 7 sequences, and the model wrote the other {wrote}" in note for note in told] == [
-            True
-        ] * bool(wrote)
+        assert report.run.num_tokens == 7 * 24
+        (told,) = [note for note in report.run.notes if "the model wrote the other" in note]
+        assert f"text for {7 - wrote} of 7 sequences, and the model wrote the other {wrote}" in told
     recipe = Recipe(dataset=["some.txt"], own_share=0.5, max_seq_length=24, num_calibration_samples=7)
     plan = make_plan(find_source("model"), recipe)
     assert not plan.streamed
