@@ -25,6 +25,7 @@ from harness.treatment import make_parser, read
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optima.linalg.hessian import Hessian
 from optima.models.ordered import write_orders
 from optima.models.stacks import ModuleLinear, find_stacks, linears_of
 from optima.ordering.channels import Channels, Place, inner_channels
@@ -107,8 +108,11 @@ class _Problem:
         self.width, self.pattern = channels.width, pattern
         value, width = writer.read().float(), torch.arange(channels.width)
         written = [starts[0] + channels.places[0].step * width for starts in channels.places[0].starts]
-        self.value_HWD = torch.stack([value[index] for index in written]) / inverse(gram_DD).diagonal().sqrt()
-        out, left = reader.read().float(), inverse(gram_II)
+        self.value_HWD = (
+            torch.stack([value[index] for index in written])
+            / Hessian(gram_DD, DAMPING).inverse_diagonal_D.sqrt().float()
+        )
+        out, left = reader.read().float(), Hessian(gram_II, DAMPING).inverse_DD.float()
         read = [[start + width for start in starts] for starts in channels.read]
         self.out_HCOW = torch.stack([torch.stack([out[:, index] for index in head]) for head in read])
         self.left_HCWW = torch.stack([torch.stack([left[index][:, index] for index in head]) for head in read])
@@ -155,11 +159,6 @@ class _Problem:
                 float(self.pruned(each, self.threshold(each))) / was for each, was in zip(found, before, strict=True)
             )
         return turn_HWW, values, outputs
-
-
-def inverse(gram_DD: Tensor) -> Tensor:
-    damped_DD = gram_DD + DAMPING * gram_DD.diagonal().mean() * torch.eye(len(gram_DD), dtype=gram_DD.dtype)
-    return torch.linalg.inv(damped_DD).float()
 
 
 if __name__ == "__main__":
