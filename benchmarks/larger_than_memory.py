@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from pydantic import ByteSize, TypeAdapter
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import optima
 
@@ -84,14 +86,13 @@ def prune(model: Path, out: Path, solver: str, limit: int | None) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
     recipe = optima.Recipe(selector="wanda", solver=solver, objective="sink", device="cpu", memory_budget=limit)
-    optima.prune(model, recipe, output_dir=out, tokenizer=_NoTokenizer(), calibration=tokens)  # type: ignore[arg-type]
+    optima.prune(model, recipe, output_dir=out, tokenizer=tokenizer(), calibration=tokens)
 
 
-class _NoTokenizer:
-    """The text is given as tokens."""
-
-    def save_pretrained(self, directory: str) -> None:
-        """Nothing to save."""
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Of numbers: the text is given as tokens."""
+    vocabulary = {str(token): token for token in range(VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="0")))
 
 
 def digests(out: Path) -> dict[str, str]:
