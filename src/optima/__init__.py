@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from optima.errors import OptimaError
     from optima.holding import HoldZeros, hold_zeros
     from optima.hub import push
-    from optima.ordering.order import Ordering, order
+    from optima.ordering.order import order
+    from optima.ordering.record import Ordering
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe
@@ -47,7 +48,7 @@ _HOMES = {
     "HoldZeros": "holding",
     "NM": "patterns",
     "OptimaError": "errors",
-    "Ordering": "ordering.order",
+    "Ordering": "ordering.record",
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",

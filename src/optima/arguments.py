@@ -34,7 +34,7 @@ LOG_FORMATS = ("text", "json")
 
 CHANNELS = {
     "mlp": "those inside an MLP",
-    "heads": "those of a value head",
+    "heads": "those of a value head, which are turned",
     "hidden": "those of the hidden states, in the whole model",
 }
 

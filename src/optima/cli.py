@@ -183,10 +183,11 @@ def _order(
     _quiet_console()
     found = optima.order(model, recipe, output_dir=output_dir, overwrite=overwrite, **options)
     for kind, count, lost in found.summary():
-        _say(f"{kind}: {count} ordered; of their saliency the pattern prunes {1 - lost:.1%} less")
+        done = "turned" if kind == "heads" else "ordered"
+        _say(f"{kind}: {count} {done}; of their saliency the pattern prunes {1 - lost:.1%} less")
     for note in found.notes:
         _say(f"note: {note}")
-    _say(f"the same model, its channels in another order: {output_dir} (ordering.json); prune it next")
+    _say(f"the same model, its channels ordered: {output_dir} (ordering.json); prune it next")
 
 
 def _eval(save: bool = False, output: str | None = None, overwrite: bool = False, **given: Any) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from runs import run_script
 from safetensors.torch import load_file, save_file
-from tiny import LINES, make_bert, make_llama, make_tokenizer, make_tokens, save_model, save_text
-from transformers import AutoModelForCausalLM
+from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 
 from optima import Recipe, prune
 from optima.linalg.hessian import Hessian
@@ -364,27 +363,6 @@ def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
     assert int(kept.pop("int4 with an offset, for 16").removesuffix("%")) < 50
     ways = ["int8, a scale a row", "int4, a scale for 16 inputs", "int4, compensated", "int4, and descended"]
     assert kept == dict.fromkeys(ways, "100%")
-
-
-@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_a_model_with_turned_value_heads_is_the_same_function(tmp_path: Path, pattern: str) -> None:
-    model = make_llama(attention_bias=True)
-    with torch.no_grad():
-        for block in model.model.layers:
-            block.self_attn.v_proj.bias.normal_()
-    dense, text = save_model(tmp_path / "dense", model), tmp_path / "documents.jsonl"
-    text.write_text("\n".join([json.dumps({"text": " ".join(LINES)})] * 5))
-    size = ["--num-calibration-samples", "8", "--max-seq-length", "16", "--dtype", "float32"]
-    arguments = ["--calibration", str(text), *size, "--pattern", pattern, "--output-dir", str(tmp_path / "turned")]
-    shares = re.findall(r"(0\.\d+) of", run("turn.py", str(dense), *arguments))
-    assert len(shares) == 4  # of two blocks
-    assert all(float(share) < 0.97 for share in shares), shares
-    turned, tokens = AutoModelForCausalLM.from_pretrained(tmp_path / "turned"), make_tokens(2, 16)
-    old, new = (dict(each.named_parameters()) for each in (model, turned))
-    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
-    assert changed == {"v_proj", "o_proj"}
-    with torch.no_grad():
-        torch.testing.assert_close(turned(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_rounding_by_the_hessian_holds_zeros_and_lowers_the_error() -> None:

@@ -110,14 +110,31 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
     channels = {(each["kind"], each["name"]): each for each in content["channels"]}
     assert len(channels) == 5  # an MLP and an attention in each of two blocks, and the hidden ones
     old, new = load_weights(root / "model"), load_weights(root / "ordered")
-    (hidden_E,) = channels["hidden", "hidden states"]["order"]
+    hidden_E = channels["hidden", "hidden states"]["order"]
     assert torch.equal(new["model.norm.weight"], old["model.norm.weight"][hidden_E])
     assert torch.equal(new["model.embed_tokens.weight"], old["model.embed_tokens.weight"][:, hidden_E])
-    (inner_W,) = channels["mlp", "model.layers.1.mlp"]["order"]
+    inner_W = channels["mlp", "model.layers.1.mlp"]["order"]
     gate, down = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"
     assert torch.equal(new[f"{gate}.weight"], old[f"{gate}.weight"][inner_W][:, hidden_E])
     assert torch.equal(new[f"{gate}.bias"], old[f"{gate}.bias"][inner_W])
     assert torch.equal(new[f"{down}.weight"], old[f"{down}.weight"][hidden_E][:, inner_W])
+    # The values of each head are turned, and those of the queries that share it back: both tell by how much.
+    attention = channels["heads", "model.layers.1.self_attn"]
+    assert attention["order"] is None
+    value, out = "model.layers.1.self_attn.v_proj", "model.layers.1.self_attn.o_proj"
+    width = model.config.head_dim
+    for head in range(model.config.num_key_value_heads):
+        own = slice(head * width, (head + 1) * width)
+        before, turned = old[f"{value}.weight"][own][:, hidden_E].double(), new[f"{value}.weight"][own].double()
+        turn_WW = torch.linalg.lstsq(before.mT, turned.mT).solution.mT
+        torch.testing.assert_close(turn_WW @ turn_WW.mT, torch.eye(width).double(), rtol=0.0, atol=1e-4)
+        bias = f"{value}.bias"
+        torch.testing.assert_close(new[bias][own].double(), turn_WW @ old[bias][own].double(), rtol=0.0, atol=1e-4)
+        copies = model.config.num_attention_heads // model.config.num_key_value_heads
+        for query in range(head * copies, (head + 1) * copies):
+            read = slice(query * width, (query + 1) * width)
+            expected = old[f"{out}.weight"][hidden_E][:, read].double() @ turn_WW.mT
+            torch.testing.assert_close(new[f"{out}.weight"][:, read].double(), expected, rtol=0.0, atol=1e-4)
     tokens = make_tokens()
     with torch.no_grad():
         after = AutoModelForCausalLM.from_pretrained("ordered")(tokens).logits
@@ -199,6 +216,24 @@ def test_only_channels_that_are_named_change_places(capsys: pytest.CaptureFixtur
     assert changed == {"gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.parametrize("pruned", ["v_proj", "o_proj"])
+def test_values_are_turned_for_either_linear(pruned: str, root: Path) -> None:
+    patterns = ["--pattern", f"{pruned}=2:4", "0.5"]
+    assert (
+        main(["order", "model", "--output-dir", "turned", *prune_arguments(*patterns, "--channels", "heads")[4:]]) == 0
+    )
+    old, new = load_weights(root / "model"), load_weights(root / "turned")
+    changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"v_proj", "o_proj"}
+    options = [*patterns, "--objective", "plain", "--allocation", "uniform", "--tuning-epochs", "0"]
+    for name, out in (("model", "plain"), ("turned", "better")):
+        assert main(prune_arguments(*options, "--output-dir", out, model=name)) == 0
+    plain, better = (optima.load_report(name).linears for name in ("plain", "better"))
+    for before, after in zip(plain, better, strict=True):
+        if before.name.endswith(pruned):
+            assert after.error_mask < 0.95 * before.error_mask, before.name
+
+
 def test_hidden_channels_stay_if_what_is_outside_the_blocks_tells_them_apart() -> None:
     model = make_llama()
     model.model.norm.register_forward_hook(lambda module, args, output: output * torch.arange(32.0))
@@ -257,12 +292,12 @@ def test_weights_that_are_no_numbers_are_named() -> None:
         order(model)
 
 
-@pytest.mark.parametrize("part", ["prepare", "store_of", "best_order", "asdict"])
+@pytest.mark.parametrize("part", ["order.prepare", "order.store_of", "run.best_order", "run.best_turn", "order.asdict"])
 def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     def fail(*args: object) -> None:
         raise ModelError("no")
 
-    monkeypatch.setattr(f"optima.ordering.order.{part}", fail)
+    monkeypatch.setattr(f"optima.ordering.{part}", fail)
     before = snapshot(root)
     assert main(["order", "model", "--output-dir", "a/out", *prune_arguments("--pattern", "2:4")[4:]]) == 2
     assert snapshot(root) == before
@@ -275,7 +310,7 @@ def test_channels_are_ordered_by_rows_in_units_of_the_loss(monkeypatch: pytest.M
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    monkeypatch.setattr("optima.ordering.run.best_order", stay)
     model = make_llama()
     weights = [block.mlp.down_proj.weight.detach().clone() for block in model.model.layers]
     recipe = Recipe(pattern=["2:4"], objective="loss", seed=3, batch_size=4)
@@ -296,9 +331,9 @@ def test_rows_that_stand_for_all_weigh_as_many(monkeypatch: pytest.MonkeyPatch) 
         sums.append(saliency_RC.sum(dim=0))
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    monkeypatch.setattr("optima.ordering.run.best_order", stay)
     for rows in (2**20, 5):
-        monkeypatch.setattr("optima.ordering.order.HIDDEN_BYTES", 4 * 32 * rows * 10)
+        monkeypatch.setattr("optima.ordering.run.HIDDEN_BYTES", 4 * 32 * rows * 10)
         model = make_llama()
         with torch.no_grad():  # of each linear all rows are alike
             for block in model.model.layers:
@@ -320,7 +355,7 @@ def test_channels_are_ordered_by_columns_in_units_of_their_inputs(monkeypatch: p
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    monkeypatch.setattr("optima.ordering.run.best_order", stay)
     model, tokens_NL = make_llama(), make_tokens(8, 16)
     down = model.model.layers[0].mlp.down_proj
     handle = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1).double()))
@@ -343,7 +378,7 @@ def test_the_largest_groups_order_the_hidden_channels(monkeypatch: pytest.Monkey
         seen.append(pattern)
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.order.best_order", stay)
+    monkeypatch.setattr("optima.ordering.run.best_order", stay)
     recipe = Recipe(pattern=["q_proj=4:8", "2:4"], objective="plain", batch_size=2)
     optima.order(make_llama(), recipe, calibration=make_tokens(4, 16), channels=["hidden"], progress=False)
     assert seen == [NM(4, 8)]

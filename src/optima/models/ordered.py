@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # optima pack, which reads these names, does not wait for tor
     from torch import nn
 
 ORDERING_NAME = "ordering.json"
+SCHEMA_VERSION = 2
 _MARK = "optima_orders"  # of a model in memory, what the file would hold
 
 
@@ -40,7 +41,8 @@ def write_orders(model: nn.Module, directory: Path) -> None:
     if _MARK not in vars(model) and home is not None and orders is not None:
         shutil.copyfile(home / ORDERING_NAME, directory / ORDERING_NAME)
     elif orders is not None:
-        (directory / ORDERING_NAME).write_text(json.dumps({"schema_version": 1, "channels": orders}), encoding="utf-8")
+        content = json.dumps({"schema_version": SCHEMA_VERSION, "channels": orders})
+        (directory / ORDERING_NAME).write_text(content, encoding="utf-8")
 
 
 def read_orders(directory: Path | None) -> Any:

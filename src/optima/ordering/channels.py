@@ -1,8 +1,9 @@
 """Which channels of a model may change places, and where they are counted.
 
-Those inside an MLP may, if all that writes and reads them agrees on their order; so may those of a value head, and,
-with everything that reads and writes them in all blocks, the hidden ones. What a model does with them in between is not
-known here: candidates are found by names and sizes, and tried (``optima.ordering.trial``).
+Those inside an MLP may, if all that writes and reads them agrees on their order; so may, with everything that reads and
+writes them in all blocks, the hidden ones. Those of a value head may be turned by any orthogonal matrix. What a model
+does with them in between is not known here: candidates are found by names and sizes, and tried
+(``optima.ordering.trial``).
 
 Shapes: O outputs, D inputs, E hidden size, H heads, W channels of a head (of channels without heads: H = 1).
 """
@@ -61,7 +62,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Channels:
-    """Channels that may change places: those of a head among themselves, in each head in another order.
+    """Channels that may change places or be turned: those of a head among themselves, each head in its own way.
 
     Attributes:
         kind: what they are.
@@ -69,7 +70,7 @@ class Channels:
         heads, width: H and W.
         readers: full names of the linears that have them as inputs.
         read: where those of each head begin among these inputs, see ``Place``.
-        places: where they are counted.
+        places: where they are counted; the first is the weight of a linear that has them as outputs.
     """
 
     kind: Kind
@@ -80,19 +81,38 @@ class Channels:
     read: Starts
     places: tuple[Place, ...]
 
+    @property
+    def writer(self) -> str:
+        """Full name of the linear whose outputs they are; of several, or none, what the first place is called."""
+        return self.places[0].name.removesuffix(".weight")
+
 
 @torch.no_grad()
-def reorder(channels: Channels, order_HW: Tensor, parameters: Mapping[str, Tensor]) -> None:
-    """Give channels another order in place; ``order_HW`` says for each place which channel of the head comes there."""
+def reorder(channels: Channels, ways: Tensor, parameters: Mapping[str, Tensor]) -> None:
+    """Give the channels of each head another order in place, or turn them.
+
+    Args:
+        channels: of which kind ever; only those of heads may be turned.
+        ways: (H, W), for each place the channel that comes there; or matrices that turn, (H, W, W), float32.
+        parameters: those of ``channels.places``, by name.
+    """
     for place in channels.places:
         whole = parameters[place.name]
-        index = torch.arange(whole.shape[place.dim + (place.expert is not None)])
-        for order_W, starts in zip(order_HW, place.starts, strict=True):
-            for start in starts:
-                index[start + place.step * torch.arange(channels.width)] = start + place.step * order_W
         with torch.inference_mode(whole.is_inference()), torch.no_grad():  # what is made there changes there alone
             tensor = whole if place.expert is None else whole[place.expert]
-            tensor.copy_(tensor.index_select(place.dim, index.to(tensor.device)))
+            for way, starts in zip(ways.to(tensor.device), place.starts, strict=True):
+                for start in starts:
+                    index_W = start + place.step * torch.arange(channels.width, device=tensor.device)
+                    own = tensor.index_select(place.dim, index_W)
+                    tensor.index_copy_(place.dim, index_W, _moved(own, way, place.dim))
+
+
+def _moved(tensor: Tensor, way: Tensor, dim: int) -> Tensor:
+    if not way.is_floating_point():
+        return tensor.index_select(dim, way)
+    dtype = torch.promote_types(way.dtype, tensor.dtype)
+    turned: Tensor = torch.tensordot(way.to(dtype), tensor.to(dtype), ([1], [dim])).movedim(0, dim)
+    return turned.to(tensor.dtype)
 
 
 def inner_channels(block: Block, config: Any) -> list[list[Channels]]:

@@ -1,4 +1,4 @@
-"""Whether a block computes the same with its channels in another order: a random one, in float32.
+"""Whether a block computes the same with its channels in another order, or turned: at random, in float32.
 
 Shapes: B sequences, L tokens, E hidden size.
 """
@@ -26,7 +26,7 @@ TOLERANCE = 0.01
 
 @torch.no_grad()
 def computes_the_same(block: Block, channels: Sequence[Channels], streams: Streams) -> bool:
-    """Whether the block does with all ``channels`` in a random order what it does.
+    """Whether the block does with all ``channels`` in a random order, or turned, what it does.
 
     Args:
         block: on the device of ``streams``; it stays as it is.
@@ -39,11 +39,11 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
     parameters = {f"{block.name}.{name}": tensor for name, tensor in other.items()}
     generator, order_E = torch.Generator().manual_seed(0), None
     for each in channels:
-        order_HW = torch.stack([torch.randperm(each.width, generator=generator) for _ in range(each.heads)])
+        ways = torch.stack([_any_way(each, generator) for _ in range(each.heads)])
         inside = tuple(place for place in each.places if place.name in parameters)
-        reorder(replace(each, places=inside), order_HW, parameters)
+        reorder(replace(each, places=inside), ways, parameters)
         if each.kind == "hidden":
-            order_E = order_HW[0].to(streams.device)
+            order_E = ways[0].to(streams.device)
     found: list[Tensor] = []
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,6 +64,14 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
     error_E, change_E = (each.square().mean(dim=0) for each in found)
     # Channel by channel: a few of them are much larger than all others.
     return bool((error_E <= TOLERANCE**2 * change_E).all())
+
+
+def _any_way(channels: Channels, generator: torch.Generator) -> Tensor:
+    """Of one head: a random turn of its values, or a random order of other channels."""
+    if channels.kind == "heads":
+        turn_WW: Tensor = torch.linalg.qr(torch.randn(channels.width, channels.width, generator=generator)).Q
+        return turn_WW
+    return torch.randperm(channels.width, generator=generator)
 
 
 def _in_float32(tensor: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ class ShareEvent:
 class BlockEvent:
     """A block is done in a walk over all blocks of a stack."""
 
-    stage: str  # survey, prune or order
-    name: str  # of the block
+    stage: str  # survey, prune, order or turn
+    name: str  # of the block; of turn: of the attention
     done: int  # blocks of this walk that are done, this one included
     total: int  # blocks of this walk
     elapsed: float  # seconds since the walk began
@@ -61,12 +61,13 @@ class Callback:
         """The text is read, and what needs no weights is checked."""
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """A walk begins: write, sweep, survey, prune or order.
+        """A walk begins: write, sweep, survey, prune, order or turn.
 
         Args:
             stage: write (the model's own text; tells of shares), sweep (over blocks: what the loss feels; tells of
-                shares), survey (of the dense model, for an allocation), prune, or order (its channels).
-            blocks: of the walk; of write: sequences.
+                shares), survey (of the dense model, for an allocation), prune, order (its channels), or turn (the
+                values of its heads).
+            blocks: of the walk; of write: sequences; of turn: attentions.
             linears_per_block: to prune, at most; 1 in a survey.
             done: blocks that an earlier run has done.
         """

@@ -22,6 +22,7 @@ WALKS = {
     "sweep": "sweep over {} blocks: what the loss feels",
     "survey": "survey of {} blocks: how much of each can go",
     "order": "order of channels in {} blocks",
+    "turn": "values of the heads of {} attentions: how they lose least when they are turned",
     "prune": "{} blocks, one after another; a line when each is done",
 }
 

@@ -1,0 +1,293 @@
+"""The channels of a model in memory are ordered, and the values of its heads turned, block by block.
+
+Shapes: O outputs, D inputs, R rows, H heads, W channels of a head, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optima.calibration.capture import capture
+from optima.calibration.halving import Halving
+from optima.calibration.inputs import Batch
+from optima.calibration.places import embedding_device
+from optima.calibration.probe import forward
+from optima.calibration.store import Store
+from optima.calibration.streams import Streams
+from optima.device import full_precision
+from optima.errors import ModelError
+from optima.linalg.hessian import Hessian
+from optima.linalg.scaling import saliency_unit, scaled_weight
+from optima.models.fingerprint import hash_tensors
+from optima.models.stacks import Block, Stack
+from optima.models.weights import Weights
+from optima.names import kind
+from optima.ordering.channels import Channels, Kind, inner_channels, reorder
+from optima.ordering.hidden import hidden_channels, why_not_hidden
+from optima.ordering.record import Ordered
+from optima.ordering.search import best_order, lost
+from optima.ordering.trial import computes_the_same
+from optima.ordering.turns import Part, best_turn, part_of
+from optima.patterns import NM, Pattern
+from optima.pipeline import Job
+from optima.preflight.checks import check_finite, chosen_stacks
+from optima.preflight.opening import Checked
+from optima.reporting.callbacks import Listeners
+from optima.weighing import sweep
+
+HIDDEN_STAY = "hidden channels stay where they are"
+UNREACHED = "{}: no calibration token reached it: its channels stay"
+# Of the rows of all linears that order the hidden channels: evenly chosen rows, if they are larger.
+HIDDEN_BYTES = 2**29
+# Rows of one linear that order the channels inside a block.
+INNER_ROWS = 2**12
+# Most that the model's outputs may change, relative to them, in units of rounding to its dtype; and what many blocks
+# make of the roundings of float32.
+ROUNDINGS, DEEP = 16, 1e-3
+CHECKED_TOKENS = 128
+
+
+@dataclass
+class Run:
+    """Orders the channels of a model in memory."""
+
+    checked: Checked
+    network: PreTrainedModel
+    weights: Weights
+    shown: Listeners
+    kinds: frozenset[Kind]
+    store: Store
+    done: list[Ordered] = field(default_factory=list)
+    read: list[Channels] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.checked.recipe.seed)
+        self.patterns: dict[str, Pattern] = self.checked.found.patterns
+        self.parameters: dict[str, Tensor] = dict(self.network.named_parameters())
+
+    def order(self, batches: Sequence[Batch]) -> None:
+        """All stacks; the model computes the same afterwards, which is checked."""
+        stacks = chosen_stacks(self.network, self.checked.recipe)
+        for block in (block for stack in stacks for block in stack.blocks):
+            check_finite(block.linears)
+        self.place = embedding_device(self.network, self.checked.device, batches)
+        self.sample, self.outputs = batches[0], self._outputs(batches[0])
+        hidden = why_not_hidden(self.network, stacks)
+        for stack in (stack for stack in stacks if stack.needed):
+            self._stack(stack, batches, hidden)
+        covered = {name for each in self.read for name in each.readers}
+        left = Counter(kind(name) for name in sorted(self._by_pattern() - covered))
+        if left:
+            names = ", ".join(f"{name} ({count})" for name, count in left.items())
+            self.notes.append(f"the inputs of these linears are where they were: {names}")
+        self.notes = list(dict.fromkeys(self.notes))  # experts have one name
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Tensor:
+        """Of the beginning of one sequence: logits, or what the model returns first."""
+        given = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
+        with self.weights.outside(self.place), full_precision():
+            found: Tensor = forward(self.network, given)[0]
+        return found.float()
+
+    def _changed(self) -> float:
+        """How far the model is from computing the same, relative to the most that rounding explains."""
+        change = (self._outputs(self.sample) - self.outputs).norm() / self.outputs.norm()
+        return float(change) / max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP)
+
+    def _stack(self, stack: Stack, batches: Sequence[Batch], hidden: str) -> None:
+        recipe, device = self.checked.recipe, self.checked.device
+        with self.weights.outside(self.place):
+            streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
+        methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
+        sink = recipe.sink_weight or 0.0
+        job = Job(methods, self.patterns, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
+        if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
+            self.notes.append(told)
+        every = self._hidden(stack, streams, hidden)
+        read_by = set(every.readers) & self._by_pattern() if every is not None else set()
+        rows: list[Tensor] = []
+        turned: list[tuple[Channels, list[Part]]] = []
+        most = HIDDEN_BYTES // (4 * streams.hidden[0].shape[-1])
+        self.shown.start(len(stack.blocks), 1, stage="order")
+        for block in stack.blocks:
+            with self.weights.on(block, device, job.clock):
+                inner = self._inner(block, streams)
+                saliencies, parts = self._observed(block, streams, job, inner, read_by)
+                felt = read_by if job.loss is None else {name for name in read_by if job.loss.of_rows(name) is not None}
+                for name in [name for name in saliencies if name in felt]:
+                    rows.append(self._some(saliencies[name], most // len(read_by)).cpu())
+                for each in inner:
+                    if each.kind == "heads":
+                        turned.append((each, [part.to(torch.device("cpu")) for part in parts[each.name]]))
+                    else:
+                        own = [saliencies[name] for name in each.readers if name in saliencies]
+                        self._reorder(each, own, INNER_ROWS)
+            self.shown.block(block.name)
+        self._refuse_changed()
+        order_E = self._reorder(every, rows) if every is not None and rows else None
+        if every is not None and order_E is not None and not self._changed() <= 1.0:
+            reorder(every, order_E.argsort()[None], self.parameters)
+            order_E = None
+            del self.done[-1], self.read[-1]
+            self.notes.append(f"{HIDDEN_STAY}: outside its blocks the model does not compute the same then")
+        if turned:
+            self.shown.start(len(turned), 1, stage="turn")
+        for channels, waiting in turned:  # until it was known which inputs of what writes the values make a group
+            moved = every is not None and channels.writer in every.readers
+            self._turn(channels, [part.to(device, order_E if moved else None) for part in waiting])
+            self.shown.block(channels.name)
+        self._refuse_changed()
+        self.notes += job.notes
+
+    def _refuse_changed(self) -> None:
+        if not self._changed() <= 1.0:
+            raise ModelError(
+                f"with its channels in another order {type(self.network).__name__} computes something else: leave "
+                "some as they are, for example by --channels mlp"
+            )
+
+    def _by_pattern(self) -> set[str]:
+        """Names of the linears with a pattern n:m."""
+        return {name for name, pattern in self.patterns.items() if isinstance(pattern, NM)}
+
+    def _hidden(self, stack: Stack, streams: Streams, reason: str) -> Channels | None:
+        """The hidden channels, if they are to be ordered and every block computes the same with them elsewhere."""
+        if "hidden" not in self.kinds:
+            return None
+        size = streams.hidden[0].shape[-1]
+        found = reason or hidden_channels(self.network, stack, size)
+        if isinstance(found, Channels):
+            if not set(found.readers) & self._by_pattern():
+                return None
+            trial = streams.part([0])
+            for block in stack.blocks:
+                with self.weights.on(block, self.checked.device):
+                    if not computes_the_same(block, [found], trial):
+                        found = f"{block.name} does not compute the same with them elsewhere"
+                        break
+                    trial.advance(block)
+        if isinstance(found, str):
+            self.notes.append(f"{HIDDEN_STAY}: {found}")
+            return None
+        return found
+
+    def _deciding(self, channels: Channels) -> set[str]:
+        """Names of the linears by whose patterns it is decided where the channels go."""
+        own = {channels.writer, *channels.readers} if channels.kind == "heads" else set(channels.readers)
+        return own & self._by_pattern()
+
+    def _inner(self, block: Block, streams: Streams) -> list[Channels]:
+        """Channels inside the block that are to be ordered or turned, and may be."""
+        taken: set[str] = set()
+        candidates = []
+        for ways in inner_channels(block, self.network.config.get_text_config()):
+            first = ways[0]
+            if first.kind in self.kinds and self._deciding(first) and not taken & set(first.readers):
+                taken |= set(first.readers)
+                pattern = self._pattern(first)
+                if first.kind == "heads" and streams.states(block, 0):
+                    self.notes.append(f"{first.name}: other blocks may read its values, whose channels stay")
+                elif pattern is not None and first.width % pattern.m:
+                    self.notes.append(f"{first.name}: {first.width} channels make no groups of {pattern}, and stay")
+                else:
+                    candidates.append(ways)
+        together: defaultdict[tuple[Kind, str], list[list[Channels]]] = defaultdict(list)
+        for ways in candidates:
+            together[ways[0].kind, kind(ways[0].name)].append(ways)  # experts are many
+        found: list[Channels] = []
+        for own in together.values():
+            tried = (list(each) for each in zip(*own, strict=False))
+            same = (each for each in tried if computes_the_same(block, each, streams))
+            if (alike := next(same, None)) is not None:
+                found += alike
+                continue
+            self.notes += [
+                f"{first.name}: its {first.kind} channels stay where they are: the block does not compute the same "
+                "with them elsewhere"
+                for first, *_ in own
+            ]
+        return found
+
+    def _pattern(self, channels: Channels) -> NM | None:
+        """Of the readers: that of the largest groups; None if none is n:m."""
+        own = [pattern for name in channels.readers if isinstance(pattern := self.patterns.get(name), NM)]
+        return max(own, key=lambda pattern: (pattern.m, pattern.n), default=None)
+
+    def _observed(
+        self, block: Block, streams: Streams, job: Job, inner: Iterable[Channels], read_by: Collection[str]
+    ) -> tuple[dict[str, Tensor], dict[str, list[Part]]]:
+        """What decides about the channels; ``streams`` are behind the block then.
+
+        Returns:
+            the saliencies, (R, D), of linears whose inputs change places, by name; and what linears are to values that
+            are turned, by the name of the attention.
+        """
+        turned = {name: each for each in inner if each.kind == "heads" for name in self._deciding(each)}
+        wanted = {*read_by, *(name for each in inner if each.kind != "heads" for name in each.readers)}
+        saliencies: dict[str, Tensor] = {}
+        parts: defaultdict[str, list[Part]] = defaultdict(list)
+        for each in job.observe(block, streams, job.clock, onward=True):
+            if (statistics := each.statistics) is None:
+                continue
+            for linear in each.linears:
+                weight_OD, hessian = linear.read().to(self.checked.device, torch.float32), statistics.hessian
+                row_O = None if job.loss is None else job.loss.of_rows(linear.name)
+                if linear.name in wanted:
+                    saliencies[linear.name] = _saliency(weight_OD, hessian, row_O)
+                if (channels := turned.get(linear.name)) is not None:
+                    pattern = self.patterns[linear.name]
+                    assert isinstance(pattern, NM)
+                    parts[channels.name].append(part_of(channels, linear.name, weight_OD, hessian, row_O, pattern))
+        return saliencies, parts
+
+    def _some(self, saliency_OD: Tensor, count: int) -> Tensor:
+        """At most ``count`` rows, which stand for all."""
+        outputs = len(saliency_OD)
+        if outputs <= count:
+            return saliency_OD
+        chosen_R = torch.randperm(outputs, generator=self.generator)[: max(count, 1)].sort().values
+        return saliency_OD[chosen_R.to(saliency_OD.device)] * (outputs / len(chosen_R))
+
+    def _reorder(self, channels: Channels, saliencies: list[Tensor], most: int = 0) -> Tensor | None:
+        """Give channels the order in which their readers lose least, which is returned; None if nothing is known.
+
+        ``most`` rows decide; 0: all.
+        """
+        pattern = self._pattern(channels)
+        if not saliencies or pattern is None:
+            self.notes.append(UNREACHED.format(channels.name))
+            return None
+        whole_RD = torch.cat(saliencies).to(self.checked.device)
+        order_D = best_order(self._some(whole_RD, most or len(whole_RD)), pattern, self.generator)
+        reorder(channels, order_D[None], self.parameters)
+        before, after = lost(whole_RD, pattern), lost(whole_RD[:, order_D.to(whole_RD.device)], pattern)
+        share = after / before if before else 1.0
+        self.done.append(Ordered(channels.kind, channels.name, share, order_D.tolist()))
+        self.read.append(channels)
+        return order_D
+
+    def _turn(self, channels: Channels, parts: Sequence[Part]) -> None:
+        """Turn the values of heads as it costs what writes and what reads them least."""
+        if not parts:
+            self.notes.append(UNREACHED.format(channels.name))
+            return
+        begin_HWW = torch.randn(channels.heads, channels.width, channels.width, generator=self.generator)
+        turn_HWW, share = best_turn(parts, begin_HWW.to(self.checked.device))
+        reorder(channels, turn_HWW, self.parameters)
+        told = hash_tensors([("turn", turn_HWW)])
+        self.done.append(Ordered(channels.kind, channels.name, share, turn=told))
+        self.read.append(channels)
+
+
+def _saliency(weight_OD: Tensor, hessian: Hessian, row_O: Tensor | None) -> Tensor:
+    """Of each weight, squared and in units of the loss where ``row_O`` tells them, (O, D)."""
+    saliency_OD = scaled_weight(weight_OD, hessian, saliency_unit(hessian)).square()
+    return saliency_OD if row_O is None else saliency_OD.mul_(row_O[:, None].to(saliency_OD))
