@@ -112,7 +112,7 @@ class Run:
         if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
             self.notes.append(told)
         every = self._hidden(stack, streams, hidden)
-        read_by = set(every.readers) & self._by_pattern() if every is not None else set()
+        read_by = self._deciding(every) if every is not None else set()
         rows: list[Tensor] = []
         turned: list[tuple[Channels, list[Part]]] = []
         most = HIDDEN_BYTES // (4 * streams.hidden[0].shape[-1])
@@ -140,11 +140,11 @@ class Run:
             self.notes.append(f"{HIDDEN_STAY}: outside its blocks the model does not compute the same then")
         if turned:
             self.shown.start(len(turned), 1, stage="turn")
-        for channels, waiting in turned:  # until it was known which inputs of what writes the values make a group
-            moved = every is not None and channels.writer in every.readers
-            self._turn(channels, [part.to(device, order_E if moved else None) for part in waiting])
-            self.shown.block(channels.name)
-        self._refuse_changed()
+            for channels, waiting in turned:  # until it was known which inputs of what writes the values make a group
+                moved = every is not None and channels.writer in every.readers
+                self._turn(channels, [part.to(device, order_E if moved else None) for part in waiting])
+                self.shown.block(channels.name)
+            self._refuse_changed()
         self.notes += job.notes
 
     def _refuse_changed(self) -> None:
@@ -165,7 +165,7 @@ class Run:
         size = streams.hidden[0].shape[-1]
         found = reason or hidden_channels(self.network, stack, size)
         if isinstance(found, Channels):
-            if not set(found.readers) & self._by_pattern():
+            if not self._deciding(found):
                 return None
             trial = streams.part([0])
             for block in stack.blocks:
@@ -238,6 +238,8 @@ class Run:
             if (statistics := each.statistics) is None:
                 continue
             for linear in each.linears:
+                if linear.name not in wanted and linear.name not in turned:
+                    continue
                 weight_OD, hessian = linear.read().to(self.checked.device, torch.float32), statistics.hessian
                 row_O = None if job.loss is None else job.loss.of_rows(linear.name)
                 if linear.name in wanted:
@@ -261,10 +263,11 @@ class Run:
 
         ``most`` rows decide; 0: all.
         """
-        pattern = self._pattern(channels)
-        if not saliencies or pattern is None:
+        if not saliencies:
             self.notes.append(UNREACHED.format(channels.name))
             return None
+        pattern = self._pattern(channels)
+        assert pattern is not None
         whole_RD = torch.cat(saliencies).to(self.checked.device)
         order_D = best_order(self._some(whole_RD, most or len(whole_RD)), pattern, self.generator)
         reorder(channels, order_D[None], self.parameters)

@@ -25,7 +25,7 @@ from optima.patterns import NM
 
 # Of Adam; the rate falls to zero, and is divided by the root of W, or by 10 if that is more.
 STEPS, RATE = 200, 0.3
-# Of the skew-symmetric matrices in the beginning: at zero, patterns of equal groups have no gradient.
+# How far from the identity the search begins.
 BEGIN = 0.01
 
 
@@ -147,7 +147,7 @@ def _pruned(part: Part, turn_HWW: Tensor) -> Tensor:
 
 
 def _kth_lowest(group: Tensor, k: int) -> Tensor:
-    """Of the last dimension, which is kept: without a sort, which takes ten times as long for groups so small."""
+    """Of the last dimension, which is kept; groups are too small for a sort to be worth it."""
     rest: list[Tensor] = list(group.movedim(-1, 0).contiguous())
     for _ in range(k):
         lowest = rest.pop()
