@@ -286,11 +286,11 @@ def _recipe(action: str, name: str | None = None) -> None:
         _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name}{trust} checks")
 
 
-def _demo(model: str, output_dir: str) -> None:
+def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:
     console = _quiet_console()
     from optima.demo import run_demo
 
-    run_demo(model, Path(output_dir), console)
+    run_demo(model, Path(output_dir), num_calibration_samples, console)
 
 
 COMMANDS: dict[str, Command] = {

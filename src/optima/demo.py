@@ -22,45 +22,46 @@ from optima.recipe_files import load_recipe
 from optima.reporting.record import REPORT_NAME
 from optima.run import prune
 
-NUM_SAMPLES = 32
 LENGTH = 512
 NUM_WINDOWS = 12
 
 
-def run_demo(name: str, output_dir: Path, console: Console) -> None:
+def run_demo(name: str, output_dir: Path, num_samples: int, console: Console) -> None:
     """Prune a model to 50% with Wanda alone, and with two recipes of OPTIMA; print perplexity before and after.
 
     Args:
         name: of ``DEMO_MODELS``.
         output_dir: where the last of the pruned models goes, below a name of its own.
+        num_samples: sequences of the calibration text.
         console: that it tells of.
 
     Raises:
+        RecipeError: if ``num_samples`` is not positive.
         ModelError: if the package that carries the model is not installed, or ``output_dir`` is in use.
     """
     output_dir = output_dir.expanduser()
     sparse_dir = output_dir / f"{name}-50"
     if sparse_dir.exists() and not (sparse_dir / REPORT_NAME).exists():
         raise ModelError(f"{sparse_dir} is no earlier output: remove it, or choose another --output-dir")
+    size: dict[str, Any] = {"num_calibration_samples": num_samples, "max_seq_length": LENGTH}
+    recipes = {
+        "Wanda": Recipe(selector="wanda", solver="none", **size),
+        "OPTIMA, fast": replace(load_recipe("fast"), **size),
+        "OPTIMA": Recipe(**size),
+    }
     console.print(f"{name}, from the Python package index: unpacking and loading (about a minute)")
     source = find_source(str(model_file(name, output_dir)))
     device = find_device("auto")
     dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
     tokenizer, model = load_tokenizer(source), load_model(source, dtype)
     calibration, held_out = _prose()
-    tokens = calibration_tokens(calibration, tokenizer, NUM_SAMPLES, LENGTH)
+    tokens = calibration_tokens(calibration, tokenizer, num_samples, LENGTH)
     windows = evaluation_windows(held_out, tokenizer, LENGTH, NUM_WINDOWS)
     console.print(
         f"calibrating on {tokens.numel():,} tokens of the Python documentation, evaluating on other pages, {dtype}\n"
     )
 
     rows = [("dense", perplexity(model, windows, device=device), "-", "-")]
-    size: dict[str, Any] = {"num_calibration_samples": NUM_SAMPLES, "max_seq_length": LENGTH}
-    recipes = {
-        "Wanda": Recipe(selector="wanda", solver="none", **size),
-        "OPTIMA, fast": replace(load_recipe("fast"), **size),
-        "OPTIMA": Recipe(**size),
-    }
     tuned: list[str] = []
     for way, recipe in recipes.items():
         console.print(f"pruning to 50%: {way}")

