@@ -232,11 +232,11 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
 # fmt: on
 
 
-def build(family: str) -> PreTrainedModel:
-    """A model of ``family``; always the same weights."""
+def build(family: str, **changes: object) -> PreTrainedModel:
+    """A model of ``family``, with ``changes`` of its configuration; always the same weights."""
     kind, config, arguments = FAMILIES[family] if family in FAMILIES else REFUSED[family][0]
     torch.manual_seed(0)
-    model: PreTrainedModel = getattr(transformers, kind)(getattr(transformers, config)(**arguments)).eval()
+    model: PreTrainedModel = getattr(transformers, kind)(getattr(transformers, config)(**arguments | changes)).eval()
     return model
 
 

@@ -66,9 +66,11 @@ class HostMemory:
 
     Attributes:
         weights: what is there at a time: streamed, two blocks (one at work, and its copy for the disk), or what is
-            outside the blocks, if that is more; else the whole model. Of masks from elsewhere a bit a weight.
+            outside the blocks, if that is more; else the whole model. Of masks from elsewhere a bit a weight, and of
+            OWL the scores of a block.
         work: of the largest linear, or of a block's sweep or tuning, on a CPU.
-        by_loss: of the logits, if the loss is swept and they are there; of an encoder's, the decoder's weights too.
+        by_loss: of the logits, if the loss is swept and they are there; of an encoder's, the decoder's weights too,
+            and what its autograd keeps of a sample.
     """
 
     weights: int
@@ -154,20 +156,23 @@ def host_memory(
     """
     most = streamed_parameters(model, blocks) if streamed else count_parameters(model)
     work = work_bytes(model, blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
-    by_loss = _through_decoder(model, recipe, dtype) if streamed else 0
+    by_loss = _through_decoder(model, recipe, dtype, streamed)
     if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
         by_loss += logits_bytes(model, batch_tokens(recipe))
-    pruned = sum(math.prod(linear.shape) for block in blocks for linear in block.linears)
-    masks = pruned // 8 if recipe.mask_from is not None else 0
-    return HostMemory(most * dtype.itemsize + masks, work, by_loss)
+    pruned = [sum(math.prod(linear.shape) for linear in block.linears) for block in blocks]
+    masks = sum(pruned) // 8 if recipe.mask_from is not None else 0
+    scores = 4 * max(pruned, default=0) if recipe.allocation == "owl" else 0
+    return HostMemory(most * dtype.itemsize + masks + scores, work, by_loss)
 
 
-def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> int:
-    """Of the weights that an encoder's sweep holds all at once, for its gradients come through the decoder."""
+def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, streamed: bool) -> int:
+    """Of an encoder's sweep, whose gradients come through the decoder: streamed weights, and a sample's autograd."""
     if recipe.applied_objective != "loss" or not is_encoder_decoder(model):
         return 0
-    stacks = [stack for stack in find_stacks(model) if stack.part == "decoder"]
-    return sum(count_parameters(block.module) for stack in stacks for block in stack.blocks) * dtype.itemsize
+    blocks = [block for stack in find_stacks(model) if stack.part == "decoder" for block in stack.blocks]
+    weights = sum(count_parameters(block.module) for block in blocks) * dtype.itemsize if streamed else 0
+    kept = sum(_activation_bytes(model, block, recipe, recipe.max_seq_length, dtype) for block in blocks)
+    return weights + GRADIENT_BUFFERS * kept
 
 
 def streamed_parameters(model: nn.Module, blocks: Sequence[Block]) -> int:

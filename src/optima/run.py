@@ -102,8 +102,9 @@ def prune(
         dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
             ``output_dir/layers``, for benchmarks and research.
         resume: what becomes of the blocks that an unfinished run into ``output_dir`` committed. True: go on behind the
-            last of them, to the very bits of a run that was not interrupted; False: delete them; None: say that they
-            are there. A model in memory must be given as it was at the start of that run.
+            last of them, to the very bits of a run that was not interrupted, on CUDA as far as its kernels are
+            reproducible; False: delete them; None: say that they are there. A model in memory must be given as it was
+            at the start of that run.
 
     Returns:
         The report: what was lost where.

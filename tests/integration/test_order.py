@@ -234,14 +234,53 @@ def test_values_are_turned_for_either_linear(pruned: str, root: Path) -> None:
             assert after.error_mask < 0.95 * before.error_mask, before.name
 
 
-def test_hidden_channels_stay_if_what_is_outside_the_blocks_tells_them_apart() -> None:
+def all_higher(logits: Tensor) -> Tensor:
+    return logits + 1e4
+
+
+def one_ruled_out(logits: Tensor) -> Tensor:
+    return logits.index_fill(-1, torch.tensor([5]), torch.finfo(logits.dtype).min)
+
+
+@pytest.mark.parametrize("head", [Tensor.clone, all_higher, one_ruled_out])
+def test_hidden_channels_stay_if_what_is_outside_the_blocks_tells_them_apart(head: Any) -> None:
     model = make_llama()
     model.model.norm.register_forward_hook(lambda module, args, output: output * torch.arange(32.0))
+    model.lm_head.register_forward_hook(lambda module, args, output: head(output))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     found = optima.order(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["hidden"])
     assert "hidden channels stay where they are: outside its blocks the model does not" in " ".join(found.notes)
     assert not found.channels
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_hidden_channels_stay_if_a_table_beside_the_parameters_has_them() -> None:
+    model = make_llama()
+    model.model.register_buffer("positions", torch.randn(64, 32))
+    found = optima.order(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["hidden", "mlp"])
+    assert {each.kind for each in found.channels} == {"mlp"}
+    assert "hidden channels stay where they are: model.positions is a table of their number" in " ".join(found.notes)
+
+
+def test_experts_that_work_on_fewer_channels_than_the_hidden_ones() -> None:
+    model = build("nemotron_h", moe_latent_size=16)
+    before = outputs(model)
+    found = order(model)
+    assert {"mlp", "heads"} <= {each.kind for each in found.channels}
+    torch.testing.assert_close(outputs(model), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize(("part", "shared"), [("self_attn", "v_proj"), ("mlp", "gate_proj")])
+def test_channels_inside_a_block_stay_if_it_shares_weights_with_another(part: str, shared: str) -> None:
+    model, tokens = make_llama(), make_tokens()
+    first, second = (getattr(block.module, part) for block in find_stacks(model)[0].blocks[:2])
+    setattr(second, shared, getattr(first, shared))
+    with torch.no_grad():
+        before = model(tokens).logits
+    found = optima.order(model, Recipe(pattern="2:4", ignore=[shared, "lm_head"]), calibration=tokens)
+    assert any(f"layers.1.{part}: its" in note and "share weights of theirs" in note for note in found.notes)
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-4)
 
 
 def test_hidden_channels_stay_if_blocks_share_weights_that_are_not_pruned() -> None:
@@ -271,6 +310,15 @@ def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
     assert "holds the current directory and cannot be replaced" in cheap(arguments=into)
     with pytest.raises(RecipeError, match="there are no channels 'ffn': choose among mlp, heads, hidden"):
         optima.order(make_llama(), Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["ffn"])  # type: ignore[list-item]
+    with pytest.raises(RecipeError, match="hidden channels stay where they are: an encoder and a decoder share them"):
+        order(build("t5"), channels=["hidden"])
+
+
+def test_nothing_is_written_if_nothing_has_another_order(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = prune_arguments("--pattern", "self_attn=2:4", "0.5", "--channels", "mlp")[4:]
+    assert main(["order", "model", "--output-dir", "out", *options]) == 2
+    assert "nothing has another order, so nothing is written" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("command", ["order", "pack"])
@@ -282,6 +330,16 @@ def test_an_unfinished_run_of_prune_is_not_deleted(root: Path, late: Refused, co
     options = prune_arguments("--pattern", "2:4")[4:] if command == "order" else []
     message = late(arguments=[command, "model", "--output-dir", "out", *options])
     assert "optima prune goes on with it by --resume, or deletes it by --no-resume; any other command" in message
+
+
+def test_outputs_that_are_no_numbers_are_named_before_anything_moves() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(NumericalError, match="LlamaForCausalLM computes NaN or Inf of the calibration text as it is"):
+        order(model)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items() if "head" not in name)
 
 
 def test_weights_that_are_no_numbers_are_named() -> None:

@@ -298,6 +298,19 @@ def test_labels_of_an_encoder_do_not_depend_on_what_else_is_swept(monkeypatch: p
         assert torch.allclose(part.tokens[name][2], own[2], rtol=1e-3, atol=1e-12)
 
 
+def test_an_encoder_is_swept_sample_by_sample() -> None:
+    """Autograd keeps the whole decoder of what is together."""
+    model, batches = build("t5"), list(make_ids(4, 15).split(2))
+    stack, _ = select_linears(find_stacks(model), [".*"], [])
+    streams, together = capture(model, stack, batches, whole=True), set[int]()
+    model.decoder.register_forward_pre_hook(
+        lambda _, __, given: together.add(len(given["input_ids"])), with_kwargs=True
+    )
+    found = loss_weights(model, stack, streams, 3)
+    assert together == {1}
+    assert all(len(each[0]) == 2 * 7 for each in found.tokens.values())
+
+
 def test_few_tokens_are_all_swept() -> None:
     whole, part = sweep(make_llama().eval(), 2)[0], sweep(make_llama().eval(), 2, share=0.25)[0]
     assert all(torch.equal(part.rows[name], row_O) for name, row_O in whole.rows.items())

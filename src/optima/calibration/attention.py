@@ -70,7 +70,12 @@ def _attention(
 def _of_one(query_BH1E: Tensor, key_BKSE: Tensor, value_BKSE: Tensor, scale: float | None) -> Tensor:
     """Of a query that sees all keys; heads of queries that share keys are multiplied together."""
     batch, heads, _, size = query_BH1E.shape
-    query_BKGE = query_BH1E.reshape(batch, key_BKSE.shape[1], -1, size)
-    score_BKGS = (query_BKGE @ key_BKSE.mT).float() * (size**-0.5 if scale is None else scale)
-    found_BKGE = score_BKGS.softmax(dim=-1).to(value_BKSE.dtype) @ value_BKSE
-    return found_BKGE.reshape(batch, heads, 1, -1)
+    query_NGE = query_BH1E.reshape(batch * key_BKSE.shape[1], -1, size)
+    key_NSE, value_NSE = key_BKSE.flatten(0, 1), value_BKSE.flatten(0, 1)
+    product_NGS = query_NGE @ key_NSE.mT
+    score_NGS = product_NGS.float()
+    if product_NGS.dtype != torch.float32:  # what was rounded off: sums are of float32, and large scores need all of it
+        score_NGS += torch.baddbmm(product_NGS, query_NGE, key_NSE.mT, beta=-1)
+    score_NGS *= size**-0.5 if scale is None else scale
+    found_NGE = score_NGS.softmax(dim=-1).to(value_NSE.dtype) @ value_NSE
+    return found_NGE.reshape(batch, heads, 1, -1)

@@ -52,7 +52,8 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     if sliced := unlabelled is not None:
         given = unlabelled
         vocabulary = int(model.config.get_text_config().vocab_size)
-        step = max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
+        together = 1 if stack.part == "encoder" else samples
+        step = max(LOGITS_BYTES // (4 * vocabulary * together), 1)
 
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
@@ -78,6 +79,8 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
         return leaf.grad.cpu()
 
     whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
+    if stack.part == "encoder" and not whole:  # autograd keeps a whole decoder of each sample
+        return torch.cat([back(slice(sample, sample + 1)) for sample in range(samples)])
     parts = streams.halving.over(samples, back, whole)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

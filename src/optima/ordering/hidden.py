@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.models.experts import ExpertLinear, experts_of
+from optima.models.experts import ExpertLinear, FusedExperts, experts_of
 from optima.models.stacks import Block, Linear, ModuleLinear, Stack, linears_of
 from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 
@@ -38,6 +38,10 @@ def hidden_channels(model: PreTrainedModel, stack: Stack, size: int) -> Channels
     parameters = dict(model.named_parameters())
     if any(place.name not in parameters for place in places):
         return "blocks share some of their weights"
+    inside = tuple(f"{block.name}." for block in stack.blocks)
+    for name, buffer in model.named_buffers():
+        if not name.startswith(inside) and buffer.is_floating_point() and buffer.shape[-1:] == (size,):
+            return f"{name} is a table of their number, and no parameter"
     known = {id(parameter) for linear in linears for parameter in _parameters(linear)}
     for name, parameter in parameters.items():
         if id(parameter) not in known and not OF_HEADS.fullmatch(name):
@@ -75,9 +79,14 @@ def _of_linears(block: Block, size: int) -> Iterator[Place]:
                 if linear.module.bias is not None:
                     yield Place(f"{linear.name}.bias", 0)
     for experts in experts_of(block.module, block.name):
-        *ups, down = experts.transposed
-        for up in ups:
-            yield Place(f"{experts.name}.{up}", 1 if experts.transposed[up] else 2)
-        yield Place(f"{experts.name}.{down}", 2 if experts.transposed[down] else 1)
-        if (bias := bias_of(experts, down, size)) is not None:
-            yield Place(bias, 1)
+        yield from _of_experts(experts, size)
+
+
+def _of_experts(experts: FusedExperts, size: int) -> Iterator[Place]:
+    *ups, down = experts.transposed
+    dims = {up: 1 if experts.transposed[up] else 2 for up in ups} | {down: 2 if experts.transposed[down] else 1}
+    for name, dim in dims.items():
+        if experts.parameter(name).shape[dim] == size:  # else they work on fewer, which something else makes
+            yield Place(f"{experts.name}.{name}", dim)
+    if (bias := bias_of(experts, down, size)) is not None:
+        yield Place(bias, 1)

@@ -9,8 +9,9 @@ import json
 import time
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,10 +24,11 @@ from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
 from optima.models.source import load_tokenizer
 from optima.models.writer import open_writer, prepare
 from optima.ordering.channels import KINDS, Kind
+from optima.ordering.hidden import why_not_hidden
 from optima.ordering.record import Ordering
-from optima.ordering.run import Run
+from optima.ordering.run import HIDDEN_STAY, Run
 from optima.patterns import NM
-from optima.preflight.checks import known_orders
+from optima.preflight.checks import chosen_stacks, known_orders
 from optima.preflight.opening import check, claim, read, store_of, written
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
@@ -66,8 +68,8 @@ def order(
         progress: tell of each block.
 
     Raises:
-        OptimaError: for anything that cannot be done. Nothing is left half-written; of a model in memory some channels
-            may have another order.
+        OptimaError: for anything that cannot be done, or if there is nothing to write in another order. Nothing is left
+            half-written. A model in memory may compute something else then: load it anew.
     """
     started = time.perf_counter()
     _check_channels(channels)
@@ -76,12 +78,15 @@ def order(
         if ranks.size > 1:
             raise RecipeError("channels are ordered by one process: start it without torchrun")
         stack.enter_context(unswitched())
-        checked = check(model, recipe, output_dir, calibration, None, ranks)
+        checked = check(model, _counting(recipe), output_dir, calibration, None, ranks)
         if known_orders(checked.source, checked.structure) is not None:
             name = "the model in memory" if checked.source is None else checked.source.name
             raise ModelError(f"the channels of {name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
+        reason = why_not_hidden(checked.structure, chosen_stacks(checked.structure, checked.recipe))
+        if reason and set(channels) == {"hidden"}:
+            raise RecipeError(f"{HIDDEN_STAY}: {reason}: choose other --channels")
         stack.enter_context(memory_explained(checked.device, REMEDY))
         destination = None
         if output_dir is not None:
@@ -108,10 +113,20 @@ def order(
         notes = (*weights.notes, *text.notes, *run.notes)
         found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), notes, seconds)
         if destination is not None:
+            if not run.done:
+                raise ModelError(f"nothing has another order, so nothing is written: {'; '.join(run.notes)}")
             content = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(found)})
             writer = open_writer(network, checked.found.blocks, destination, {}, weights)
             writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
     return found
+
+
+def _counting(recipe: Recipe | None) -> Recipe | None:
+    """The recipe without tuning, whose memory no order takes."""
+    if not isinstance(recipe, Recipe):
+        return recipe
+    tuning: dict[str, Any] = {each.name: each.default for each in fields(Recipe) if each.metadata["group"] == "tuning"}
+    return replace(recipe, **tuning | {"tuning_epochs": 0})
 
 
 def _check_channels(channels: Collection[Kind]) -> None:

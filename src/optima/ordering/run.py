@@ -21,7 +21,8 @@ from optima.calibration.probe import forward
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import full_precision
-from optima.errors import ModelError
+from optima.errors import ModelError, NumericalError
+from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.models.fingerprint import hash_tensors
@@ -42,6 +43,7 @@ from optima.reporting.callbacks import Listeners
 from optima.weighing import sweep
 
 HIDDEN_STAY = "hidden channels stay where they are"
+CHANNELS_STAY = "{}: its {} channels stay where they are: {}"
 UNREACHED = "{}: no calibration token reached it: its channels stay"
 # Of the rows of all linears that order the hidden channels: evenly chosen rows, if they are larger.
 HIDDEN_BYTES = 2**29
@@ -51,6 +53,8 @@ INNER_ROWS = 2**12
 # make of the roundings of float32.
 ROUNDINGS, DEEP = 16, 1e-3
 CHECKED_TOKENS = 128
+# A logit below it is of a token that the model rules out: some models give these the least number there is.
+RULED_OUT = -3e4
 
 
 @dataclass
@@ -79,6 +83,11 @@ class Run:
             check_finite(block.linears)
         self.place = embedding_device(self.network, self.checked.device, batches)
         self.sample, self.outputs = batches[0], self._outputs(batches[0])
+        if not all_finite(self.outputs):
+            raise NumericalError(
+                f"{type(self.network).__name__} computes NaN or Inf of the calibration text as it is, with channels in "
+                "any order: repair the checkpoint"
+            )
         hidden = why_not_hidden(self.network, stacks)
         for stack in (stack for stack in stacks if stack.needed):
             self._stack(stack, batches, hidden)
@@ -91,11 +100,15 @@ class Run:
 
     @torch.no_grad()
     def _outputs(self, batch: Batch) -> Tensor:
-        """Of the beginning of one sequence: logits, or what the model returns first."""
+        """Of the beginning of one sequence: logits, whose mean no softmax sees, or what the model returns first."""
         given = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
         with self.weights.outside(self.place), full_precision():
-            found: Tensor = forward(self.network, given)[0]
-        return found.float()
+            found: Tensor = forward(self.network, given)[0].float()
+        if self.network.get_output_embeddings() is None:
+            return found
+        ruled_out = found <= RULED_OUT
+        mean = found.masked_fill(ruled_out, 0.0).sum(-1, keepdim=True) / (~ruled_out).sum(-1, keepdim=True)
+        return (found - mean).masked_fill(ruled_out, 0.0)
 
     def _changed(self) -> float:
         """How far the model is from computing the same, relative to the most that rounding explains."""
@@ -125,8 +138,10 @@ class Run:
                 for name in [name for name in saliencies if name in felt]:
                     rows.append(self._some(saliencies[name], most // len(read_by)).cpu())
                 for each in inner:
-                    if each.kind == "heads":
+                    if each.kind == "heads" and every is not None and each.writer in every.readers:
                         turned.append((each, [part.to(torch.device("cpu")) for part in parts[each.name]]))
+                    elif each.kind == "heads":
+                        self._turn(each, parts[each.name])
                     else:
                         own = [saliencies[name] for name in each.readers if name in saliencies]
                         self._reorder(each, own, INNER_ROWS)
@@ -141,8 +156,7 @@ class Run:
         if turned:
             self.shown.start(len(turned), 1, stage="turn")
             for channels, waiting in turned:  # until it was known which inputs of what writes the values make a group
-                moved = every is not None and channels.writer in every.readers
-                self._turn(channels, [part.to(device, order_E if moved else None) for part in waiting])
+                self._turn(channels, [part.to(device, order_E) for part in waiting])
                 self.shown.block(channels.name)
             self._refuse_changed()
         self.notes += job.notes
@@ -192,11 +206,8 @@ class Run:
             first = ways[0]
             if first.kind in self.kinds and self._deciding(first) and not taken & set(first.readers):
                 taken |= set(first.readers)
-                pattern = self._pattern(first)
-                if first.kind == "heads" and streams.states(block, 0):
-                    self.notes.append(f"{first.name}: other blocks may read its values, whose channels stay")
-                elif pattern is not None and first.width % pattern.m:
-                    self.notes.append(f"{first.name}: {first.width} channels make no groups of {pattern}, and stay")
+                if reason := self._why_not(first, block, streams):
+                    self.notes.append(CHANNELS_STAY.format(first.name, first.kind, reason))
                 else:
                     candidates.append(ways)
         together: defaultdict[tuple[Kind, str], list[list[Channels]]] = defaultdict(list)
@@ -209,12 +220,20 @@ class Run:
             if (alike := next(same, None)) is not None:
                 found += alike
                 continue
-            self.notes += [
-                f"{first.name}: its {first.kind} channels stay where they are: the block does not compute the same "
-                "with them elsewhere"
-                for first, *_ in own
-            ]
+            reason = "the block does not compute the same with them elsewhere"
+            self.notes += [CHANNELS_STAY.format(first.name, first.kind, reason) for first, *_ in own]
         return found
+
+    def _why_not(self, channels: Channels, block: Block, streams: Streams) -> str:
+        """Why channels inside a block must stay as they are; empty if they may be tried elsewhere."""
+        pattern = self._pattern(channels)
+        if any(place.name.removeprefix(f"{block.name}.") in block.common for place in channels.places):
+            return "other blocks share weights of theirs"
+        if channels.kind == "heads" and streams.states(block, 0):
+            return "other blocks may read these values"
+        if pattern is not None and channels.width % pattern.m:
+            return f"{channels.width} of them make no groups of {pattern}"
+        return ""
 
     def _pattern(self, channels: Channels) -> NM | None:
         """Of the readers: that of the largest groups; None if none is n:m."""

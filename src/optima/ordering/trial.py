@@ -35,7 +35,8 @@ def computes_the_same(block: Block, channels: Sequence[Channels], streams: Strea
     """
     state = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
     dense = {name: _in_float32(tensor) for name, tensor in state.items()}
-    other = {name: tensor.clone() for name, tensor in dense.items()}
+    moved = {place.name for each in channels for place in each.places}
+    other = {name: tensor.clone() if f"{block.name}.{name}" in moved else tensor for name, tensor in dense.items()}
     parameters = {f"{block.name}.{name}": tensor for name, tensor in other.items()}
     generator, order_E = torch.Generator().manual_seed(0), None
     for each in channels:

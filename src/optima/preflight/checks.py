@@ -178,8 +178,9 @@ def taken(model: nn.Module, calibration: object, recipe: Recipe, found: Prefligh
 
 
 def _samples(recipe: Recipe, found: Preflight, length: int) -> int:
-    """How many calibration sequences of ``length`` tokens are wanted."""
-    return replace(recipe, max_seq_length=length).samples(max(linear.shape[1] for linear in found.linears))
+    """How many calibration sequences of ``length`` tokens are wanted: of two stacks each reads a half."""
+    inputs = max(linear.shape[1] for linear in found.linears)
+    return replace(recipe, max_seq_length=length).samples(len(found.stacks) * inputs)
 
 
 def sequence_length(model: nn.Module, recipe: Recipe, calibration: object) -> int | None:
