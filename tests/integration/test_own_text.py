@@ -322,3 +322,14 @@ def test_the_pieces_that_a_model_goes_on_from_are_those_of_the_seed() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_a_beginning_that_leaves_no_room_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "You are a helpful assistant. " * 9 + "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(save_model(tmp_path / "model"))
+    monkeypatch.setattr("optima.preflight.opening.open_weights", raising(AssertionError))
+    with pytest.raises(CalibrationError, match=r"no room for text behind the .* raise --max-seq-length"):
+        prune(tmp_path / "model", recipe(), output_dir=tmp_path / "out")

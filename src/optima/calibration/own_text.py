@@ -85,25 +85,16 @@ def own_text(
         CalibrationError: if the model writes no text, or nothing tells what a text begins with.
         DeviceMemoryError: if the device has no memory for one sequence.
     """
-    asked, length = recipe.num_calibration_samples, recipe.max_seq_length
-    assert asked is not None, "a run resolves it"
-    known_NL = torch.empty(0, length, dtype=torch.int64) if read is None or read.tokens_NL is None else read.tokens_NL
-    samples = asked - len(known_NL)
     check_writes(model)
-    begun_NC = _begun(tokenizer, known_NL, samples, recipe.seed)
-    new = length - begun_NC.shape[1]
-    if new < 1:
-        raise CalibrationError(
-            f"a sequence of {length} tokens has no room for text behind the {begun_NC.shape[1]} that a text begins "
-            "with: raise --max-seq-length"
-        )
+    known_NL, begun_NC = begin(tokenizer, recipe, read)
+    samples, asked, new = len(begun_NC), len(known_NL) + len(begun_NC), recipe.max_seq_length - begun_NC.shape[1]
     home, own = next(model.parameters()).device, model.generation_config
     # No token ends a sequence: behind the end of a text the model goes on, as in packed documents.
     greedy = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
     drawn_NL = torch.rand(samples, new, generator=torch.Generator().manual_seed(recipe.seed))
     halving, together = Halving(device), AT_ONCE
     if (room := _room(model, device, room)) is not None:
-        together = max(min(AT_ONCE, room // max(keys_bytes(model, length), 1)), 1)
+        together = max(min(AT_ONCE, room // max(keys_bytes(model, recipe.max_seq_length), 1)), 1)
     # Words may differ with those beside them, where roundings decide: in another number of processes, too.
     together = min(*ranks.gather(together), -(-samples // ranks.size) if ranks.size > 1 else samples)
     firsts = list(range(0, samples, together))[ranks.part(-(-samples // together))]
@@ -155,6 +146,24 @@ def own_text(
     notes += [no_turn] if not len(known_NL) and tokenizer.chat_template and not users_turn(tokenizer) else []
     notes += [few] if most else []
     return replace(read or Calibration(None), tokens_NL=torch.cat([known_NL, *parts]), notes=tuple(notes))
+
+
+def begin(tokenizer: PreTrainedTokenizerBase, recipe: Recipe, read: Calibration | None = None) -> tuple[Tensor, Tensor]:
+    """What was read, (N, L), and what each sequence begins with that is written, (N, C).
+
+    Raises:
+        CalibrationError: if nothing tells what a text begins with, or that leaves no room for text.
+    """
+    asked, length = recipe.num_calibration_samples, recipe.max_seq_length
+    assert asked is not None, "a run resolves it"
+    known_NL = torch.empty(0, length, dtype=torch.int64) if read is None or read.tokens_NL is None else read.tokens_NL
+    begun_NC = _begun(tokenizer, known_NL, asked - len(known_NL), recipe.seed)
+    if begun_NC.shape[1] >= length:
+        raise CalibrationError(
+            f"a sequence of {length} tokens has no room for text behind the {begun_NC.shape[1]} that a text begins "
+            "with: raise --max-seq-length"
+        )
+    return known_NL, begun_NC
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.activations import activations
 from optima.calibration.documents import Documents, TextSource
 from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.own_text import KeptText, own_text
+from optima.calibration.own_text import KeptText, begin, own_text
 from optima.calibration.store import Store
 from optima.calibration.text import calibration_tokens
 from optima.distributed import Ranks
@@ -97,7 +97,10 @@ def read(
     """
     text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
     text.check(checked.structure)
-    whole = whole or ("it writes its own text" if _lacks(checked, text) else None)
+    if _lacks(checked, text):
+        assert tokenizer is not None, "the text was read by it"
+        begin(tokenizer, checked.recipe, text)  # what it refuses is refused before weights are read
+        whole = whole or "it writes its own text"
     return *_network(checked, whole, ranks), text
 
 
