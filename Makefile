@@ -57,7 +57,8 @@ clean: ## remove build products and caches
 distclean: clean ## remove the environments and the demo's output too
 	rm -rf $(VENV) $(DEMO_VENV) demo-output
 
-# The stamp is written last, so an interrupted install is taken up again.
+# The stamp is written last, so an interrupted install is taken up again. Most modules of torch and transformers are never
+# imported: what is gets compiled then.
 $(VENV)/.installed: EXTRA := dev
 $(DEMO_VENV)/.installed: EXTRA := demo
 $(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml
@@ -67,5 +68,5 @@ $(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml
 	  { echo "$(PYTHON) has no venv module: on Debian and Ubuntu, apt-get install python3-venv" >&2; exit 1; }
 	@echo "Installing into $(@D), minutes the first time"
 	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
-	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRA)]'
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[$(EXTRA)]'
 	@touch $@

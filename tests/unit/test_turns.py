@@ -99,3 +99,13 @@ def test_dead_inputs_count_for_nothing() -> None:
     inputs_TD[:, :5] = 0.0
     part = part_of(CHANNELS, "value", VALUE, Hessian(inputs_TD.mT @ inputs_TD / 100, 0.01), None, NM(2, 4))
     assert not part.saliency(random_turn())[..., :5].any()
+
+
+def test_dead_values_cost_their_readers_no_more_than_the_ridge() -> None:
+    inputs_TD = random(400, OUT.shape[1])
+    inputs_TD[:, ::2] = 0.0
+    hessian = Hessian(inputs_TD.mT @ inputs_TD / 400, 0.01)
+    saliency = part_of(CHANNELS, "out", OUT, hessian, None, NM(2, 4)).saliency(torch.eye(WIDTH).expand(HEADS, -1, -1))
+    of_dead = 0.01 * hessian.mean_diagonal * OUT[:, ::2].square().sum()
+    assert float(saliency[..., ::2].sum()) == pytest.approx(float(of_dead), rel=1e-4)
+    assert saliency[..., 1::2].mean() > 50 * saliency[..., ::2].mean()

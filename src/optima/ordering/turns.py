@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
+from optima.linalg.hessian import SMALLEST_DAMPING, Hessian
 from optima.linalg.scaling import scaled_weight
 from optima.ordering.channels import Channels, Starts
 from optima.patterns import NM
@@ -85,6 +85,9 @@ def part_of(
         index_HCW = _index(channels.read, channels.width, weight_OD.device)
         out_OD = weight_OD * (1.0 if row_O is None else row_O.to(weight_OD).sqrt()[:, None])
         left_HCWW = hessian.inverse_DD[index_HCW[..., :, None], index_HCW[..., None, :]]
+        # Dead ones, which a turn mixes with others, have no more than the ridge.
+        ridge = max(hessian.damping, SMALLEST_DAMPING) * hessian.mean_diagonal
+        left_HCWW.diagonal(dim1=-2, dim2=-1)[hessian.dead_D[index_HCW]] = 1.0 / ridge
         return Reader(out_OD[:, index_HCW].permute(1, 2, 0, 3), torch.linalg.cholesky(left_HCWW).float(), pattern)
     index_HW = _index(channels.places[0].starts, channels.width, weight_OD.device)[:, 0]
     value_HWD = scaled_weight(weight_OD, hessian, hessian.inverse_diagonal_D.rsqrt())[index_HW]
