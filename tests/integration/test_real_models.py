@@ -38,14 +38,10 @@ def model_name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="session")
-def dense_file(model_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return model_file(model_name, tmp_path_factory.mktemp(model_name))
-
-
-@pytest.fixture(scope="session")
-def dense(dense_file: Path, model_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same as a checkpoint, which is read sooner."""
-    source, directory = find_source(str(dense_file)), tmp_path_factory.mktemp("dense") / model_name
+def dense(model_name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, dequantised once from the file that the registry carries; the demo prunes such a file."""
+    file = model_file(model_name, tmp_path_factory.mktemp(model_name))
+    source, directory = find_source(str(file)), tmp_path_factory.mktemp("dense") / model_name
     load_model(source).save_pretrained(directory)
     load_tokenizer(source).save_pretrained(directory)
     return directory
@@ -67,12 +63,12 @@ def other_prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pruned(model_name: str, dense_file: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pruned(model_name: str, dense: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pruned") / f"{model_name}-50"
-    options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 8 --max-seq-length 256 --tuning-epochs 0"
+    options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 4 --max-seq-length 256 --tuning-epochs 0"
     blocks = f"layers.({'|'.join(map(str, BLOCKS[model_name]))})[.]"
     options += f" --targets {blocks} --dump-layer {blocks}"
-    status = main(["prune", str(dense_file), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
+    status = main(["prune", str(dense), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
     assert status == 0
     return output
 
