@@ -23,7 +23,8 @@ from optima.models.source import find_source, load_model, load_tokenizer
 from optima.options import DEMO_MODELS
 from optima.qp import Hessian, certify, make_problem
 
-pytestmark = pytest.mark.slow
+# What is made of a model takes minutes: in one process it is made once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real models")]
 
 GAP = 1e-4
 ROWS_CHECKED = 6
@@ -65,7 +66,7 @@ def other_prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pruned(model_name: str, dense: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pruned") / f"{model_name}-50"
-    options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 4 --max-seq-length 256 --tuning-epochs 0"
+    options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 4 --max-seq-length 128 --tuning-epochs 0"
     blocks = f"layers.({'|'.join(map(str, BLOCKS[model_name]))})[.]"
     options += f" --targets {blocks} --dump-layer {blocks}"
     status = main(["prune", str(dense), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
