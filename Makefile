@@ -58,7 +58,7 @@ distclean: clean ## remove the environments and the demo's output too
 	rm -rf $(VENV) $(DEMO_VENV) demo-output
 
 # The stamp is written last, so an interrupted install is taken up again. Most modules of torch and transformers are never
-# imported: what is gets compiled then.
+# imported. The others are compiled when they are.
 $(VENV)/.installed: EXTRA := dev
 $(DEMO_VENV)/.installed: EXTRA := demo
 $(VENV)/.installed $(DEMO_VENV)/.installed: pyproject.toml

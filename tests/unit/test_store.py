@@ -20,7 +20,7 @@ from optima import Recipe
 from optima.calibration.store import SMALLEST_MAPPED, Store
 from optima.calibration.streams import moved
 from optima.errors import ModelError, RecipeError
-from optima.memory import GIB, LIBRARIES_BYTES, HostMemory, host_memory
+from optima.memory import GIB, LIBRARIES_BYTES, HostMemory, batch_tokens, host_memory, logits_bytes
 from optima.preflight.fitting import fit
 
 
@@ -146,6 +146,7 @@ def test_an_encoders_sweep_holds_the_decoder() -> None:
     asked = found.found.blocks, found.recipe, found.methods, torch.float32
     streamed, whole = (host_memory(model, *asked, streamed=each).by_loss for each in (True, False))
     assert streamed - whole == 4 * sum(parameter.numel() for parameter in model.decoder.block.parameters())
+    assert whole > logits_bytes(model, batch_tokens(found.recipe)), "what autograd keeps of the decoder"
 
 
 def test_scores_of_owl_wait_for_those_of_their_block() -> None:

@@ -44,7 +44,9 @@ class Halving:
         self._tried = 0
         self._told: int | None = None
 
-    def over(self, samples: int, work: Callable[[slice], Result], whole: str = "") -> list[Result]:
+    def over(
+        self, samples: int, work: Callable[[slice], Result], whole: str = "", most: int | None = None
+    ) -> list[Result]:
         """What ``work`` returns for the parts of a batch, in order; usually there is one.
 
         A part that fails is split, and no other part reaches over its ends.
@@ -53,6 +55,7 @@ class Halving:
             samples: of the batch.
             work: given the samples of a part. Where it raises, nothing may be left that would count twice.
             whole: why the batch cannot be taken apart, if it cannot.
+            most: sequences of a part, whatever memory the device has; None: as many as it has memory for.
 
         Raises:
             DeviceMemoryError: if there is no memory for one sequence, or for a batch that stays whole.
@@ -61,8 +64,9 @@ class Halving:
         while waiting:
             part = waiting.pop()
             count = part.stop - part.start
-            if self.most is not None and count > self.most and not whole:
-                middle = part.start + self.most
+            limit = min(each for each in (count, self.most, most) if each is not None)
+            if count > limit and not whole:
+                middle = part.start + limit
                 waiting += [slice(middle, part.stop), slice(part.start, middle)]
                 continue
             try:

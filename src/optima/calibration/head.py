@@ -49,11 +49,13 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     step = length
     options: dict[str, Any] = {}
     unlabelled = _unlabelled(model, given) if in_slices(model) else None
-    if sliced := unlabelled is not None:
-        given = unlabelled
+    sliced = unlabelled is not None
+    given = given if unlabelled is None else unlabelled
+    whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
+    most = 1 if stack.part == "encoder" and not whole else samples  # autograd keeps a whole decoder of each sample
+    if sliced:
         vocabulary = int(model.config.get_text_config().vocab_size)
-        together = 1 if stack.part == "encoder" else samples
-        step = max(LOGITS_BYTES // (4 * vocabulary * together), 1)
+        step = max(LOGITS_BYTES // (4 * vocabulary * most), 1)
 
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
@@ -78,10 +80,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
-    whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
-    if stack.part == "encoder" and not whole:  # autograd keeps a whole decoder of each sample
-        return torch.cat([back(slice(sample, sample + 1)) for sample in range(samples)])
-    parts = streams.halving.over(samples, back, whole)
+    parts = streams.halving.over(samples, back, whole, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

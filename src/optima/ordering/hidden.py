@@ -6,7 +6,7 @@ Shapes: O outputs, D inputs, E hidden size.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, output
 OF_HEADS = re.compile(r"(.*\.)?(q|k|v|query|key|value)_?(layer)?_?norm\.(weight|bias)")
 
 
-def why_not_hidden(model: PreTrainedModel, stacks: list[Stack]) -> str:
+def why_not_hidden(model: PreTrainedModel, stacks: Sequence[Stack]) -> str:
     """Why the hidden channels of a model must stay where they are; empty if they may be tried elsewhere."""
     config = model.config
     if len(stacks) > 1:

@@ -9,9 +9,8 @@ import json
 import time
 from collections.abc import Collection, Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +27,9 @@ from optima.ordering.hidden import why_not_hidden
 from optima.ordering.record import Ordering
 from optima.ordering.run import HIDDEN_STAY, Run
 from optima.patterns import NM
-from optima.preflight.checks import chosen_stacks, known_orders
+from optima.preflight.checks import known_orders
 from optima.preflight.opening import check, claim, read, store_of, written
+from optima.preflight.settling import untuned
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
 from optima.reporting.progress import Progress, make_progress
@@ -78,14 +78,14 @@ def order(
         if ranks.size > 1:
             raise RecipeError("channels are ordered by one process: start it without torchrun")
         stack.enter_context(unswitched())
-        checked = check(model, _counting(recipe), output_dir, calibration, None, ranks)
+        counting = untuned(recipe) if isinstance(recipe, Recipe) else recipe  # no order takes the memory of tuning
+        checked = check(model, counting, output_dir, calibration, None, ranks)
         if known_orders(checked.source, checked.structure) is not None:
             name = "the model in memory" if checked.source is None else checked.source.name
             raise ModelError(f"the channels of {name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
-        reason = why_not_hidden(checked.structure, chosen_stacks(checked.structure, checked.recipe))
-        if reason and set(channels) == {"hidden"}:
+        if set(channels) == {"hidden"} and (reason := why_not_hidden(checked.structure, checked.found.stacks)):
             raise RecipeError(f"{HIDDEN_STAY}: {reason}: choose other --channels")
         stack.enter_context(memory_explained(checked.device, REMEDY))
         destination = None
@@ -119,14 +119,6 @@ def order(
             writer = open_writer(network, checked.found.blocks, destination, {}, weights)
             writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
     return found
-
-
-def _counting(recipe: Recipe | None) -> Recipe | None:
-    """The recipe without tuning, whose memory no order takes."""
-    if not isinstance(recipe, Recipe):
-        return recipe
-    tuning: dict[str, Any] = {each.name: each.default for each in fields(Recipe) if each.metadata["group"] == "tuning"}
-    return replace(recipe, **tuning | {"tuning_epochs": 0})
 
 
 def _check_channels(channels: Collection[Kind]) -> None:

@@ -74,11 +74,16 @@ def settle_tuning(
     taken = max(size + tuning_bytes(model, block, recipe, dtype) for size, block in zip(sizes, blocks, strict=True))
     if room is None or taken <= room:
         return settled, ""
-    share, rate = Recipe.tuning_share, Recipe.learning_rate  # what would do nothing is refused
-    return replace(recipe, tuning_epochs=0, tuning_share=share, learning_rate=rate), (
+    return untuned(recipe), (
         f"blocks are not tuned: one takes up to {taken / GIB:.1f} GiB then, and the memory has {room / GIB:.1f} GiB; "
         f"--tuning-epochs {settled.tuning_epochs} tries"
     )
+
+
+def untuned(recipe: Recipe) -> Recipe:
+    """Without tuning, and with the defaults of its other options, for what would do nothing is refused."""
+    share, rate = Recipe.tuning_share, Recipe.learning_rate
+    return replace(recipe, tuning_epochs=0, tuning_share=share, learning_rate=rate)
 
 
 def settle_own(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, given: bool) -> tuple[Recipe, str]:
