@@ -1,6 +1,7 @@
 # Everything a visitor or CI runs. Each target makes the environment that it needs; a second call is quick.
-PYTHON ?= python3#     any Python from 3.11; used only to make the environments
-JOBS ?= 2#             processes of tests, one thread each
+PYTHON ?= python3#     any Python from 3.11, to make the environments
+# Processes of tests, one thread each; some slow ones take gigabytes.
+JOBS ?= $(shell $(PYTHON) -c 'import os; print(min(os.cpu_count() or 1, 4))')
 DEMO_ARGS ?=#          make demo DEMO_ARGS="--model smollm2-135m"
 PYTEST_ARGS ?=#        more arguments for pytest: make test PYTEST_ARGS="-k certificate -x"
 
