@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from glob import escape
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -25,6 +26,7 @@ WEIGHTS = (
 )
 OF_A_MODEL = (*WEIGHTS, "*.json", "*.yaml", "*.html", "*.py", *TOKENIZERS)
 NOT_PUSHED = ("layers/*", ".*", "**/.*")  # hessians of --dump-layer, hidden files
+WRITE = "repo.write"  # the right of a fine-grained token
 HARMLESS = {".gitattributes", "README.md"}  # what the hub's own page makes
 
 
@@ -85,12 +87,12 @@ def _checked(repo: str, overwrite: bool, private: bool | None) -> tuple[str, lis
     with _explained(repo):
         api = HfApi()
         user = api.whoami()
-        owners = [user["name"], *(group["name"] for group in user.get("orgs", []))]
-        if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        groups = [group["name"] for group in user.get("orgs", []) if group.get("roleInOrg") != "read"]
+        owners, full = [user["name"], *groups], repo if "/" in repo else f"{user['name']}/{repo}"
+        if not _may_write(user.get("auth", {}).get("accessToken", {}), full):
             raise ModelError(f"your token may only read: make one that may write to push to {repo}")
-        full = repo if "/" in repo else f"{user['name']}/{repo}"
         if full.partition("/")[0] not in owners:
-            raise ModelError(f"{full} is not yours: the hub knows you as {', '.join(owners)}")
+            raise ModelError(f"{full} is not yours to write to: the hub knows you as {', '.join(owners)}")
         try:
             files = api.list_repo_files(full)
         except RepositoryNotFoundError:
@@ -103,6 +105,16 @@ def _checked(repo: str, overwrite: bool, private: bool | None) -> tuple[str, lis
             f"optima push DIR {full} --overwrite"
         )
     return full, files
+
+
+def _may_write(token: Mapping[str, Any], repo: str) -> bool:
+    """Whether a token, as the hub tells of it, has that right: for all, or for some owners and repositories."""
+    rights = token.get("fineGrained")
+    if token.get("role") != "fineGrained" or not isinstance(rights, Mapping):
+        return token.get("role") != "read"
+    named = {repo, repo.partition("/")[0]}
+    scoped = [each["permissions"] for each in rights.get("scoped", []) if each["entity"].get("name") in named]
+    return any(WRITE in permissions for permissions in [rights.get("global", []), *scoped])
 
 
 def _of_a_model(file: str) -> bool:

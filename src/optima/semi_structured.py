@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from optima.errors import ModelError
+from optima.models.stacks import linears_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Multiples that both of PyTorch's backends (CUTLASS, cuSPARSELt) take in these types.
 OUTPUTS, INPUTS = 32, 64
 CAPABILITY = (8, 0)  # Ampere, the first with sparse tensor cores
+NO_MODULE = "is no nn.Linear but part of another module: the kernels take none"
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Accelerated:
 
     Attributes:
         linears: names of those that run on sparse tensor cores now.
-        skipped: of every other linear the reason why it stays dense, by its name.
+        skipped: of every other linear the reason why it stays dense, by its name; experts in one parameter are linears.
     """
 
     linears: tuple[str, ...]
@@ -51,9 +53,12 @@ def accelerate(model: nn.Module) -> Accelerated:
     check_device(next(model.parameters(), None))
     skipped = {name: reason for name, module in linears.items() if (reason := why_not(module.weight)) is not None}
     fitting = [name for name in linears if name not in skipped]
+    names = [linear.name.removeprefix(".") for linear in linears_of(model, "")]
+    skipped |= {name: NO_MODULE for name in names if name not in linears}
     if not fitting:
-        first = next((f": {name} {reason}" for name, reason in skipped.items()), ", which has none")
-        raise ModelError(f"no linear of this {type(model).__name__} can run on sparse tensor cores{first}")
+        kinds = {reason: f"{name} {reason}" for name, reason in reversed(skipped.items())}  # the first of each
+        told = "; ".join(reversed(kinds.values())) or "it has none"
+        raise ModelError(f"no linear of this {type(model).__name__} can run on sparse tensor cores: {told}")
     for name in fitting:  # one at a time: the dense weight is freed before the next
         weight_OD = linears[name].weight.detach().contiguous()
         linears[name].weight = nn.Parameter(to_sparse_semi_structured(weight_OD), requires_grad=False)

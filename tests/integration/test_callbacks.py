@@ -371,6 +371,12 @@ class TestTrackers:
             prune(make_llama(), RECIPE, calibration=make_tokens(), callbacks=[*find_trackers(["wandb"]), Stop()])
         assert fake.calls[-1] == ("finish", {"exit_code": 1})
 
+    def test_one_that_cannot_begin(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        pytest.importorskip("tensorboard")
+        Path("runs").touch()
+        assert main(prune_arguments("--report-to", "tensorboard")) == 2
+        assert "--report-to tensorboard cannot begin (" in capsys.readouterr().err
+
     @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
     def test_one_that_is_not_installed_is_refused_first(
         self, late: Refused, monkeypatch: pytest.MonkeyPatch, name: str

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import metadata_load
 from standin_hub import COMMIT, Run, StandInHub, command_with, environment_of, serving
 from tiny import LINES, make_llama, prune_arguments, save_model, save_text
 
@@ -56,6 +57,15 @@ def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> No
     assert (tmp_path / "first" / "LICENSE").read_bytes() == b"terms"
     found = optima("eval", MODEL, "second", "--dataset", "text.txt", "--max-seq-length", "16", HF_HUB_OFFLINE="1")
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.slow
+def test_what_is_pruned_behind_another_step_names_its_base(optima: Run, tmp_path: Path) -> None:
+    for command, model, output in (("order", MODEL, "ordered"), ("prune", "ordered", "sparse")):
+        _, _, *options = prune_arguments("--pattern", "2:4", "--objective", "plain", "--output-dir", output)
+        found = optima(command, model, *options, *(["--selector", "wanda"] if command == "prune" else []))
+        assert found.returncode == 0, found.stderr
+    assert metadata_load(tmp_path / "sparse" / "README.md")["base_model"] == [MODEL]
 
 
 def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHub, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from standin_hub import OWNER, READER, Run, StandInHub, command_with, serving
+from standin_hub import OWNER, READER, SCOPED, Run, StandInHub, command_with, serving
 from tiny import prune_arguments, save_model, save_text
 
 from optima.cli import main
@@ -76,10 +76,11 @@ def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
     ("repo", "settings", "message"),
     [
         ("a/b/c", {}, "is no name of a repository"),
-        ("someone-else/x", {}, "is not yours: the hub knows you as somebody, team"),
+        ("readers/x", {}, "is not yours to write to: the hub knows you as somebody, team"),
         ("x", {"HF_TOKEN": "hf_wrong"}, "hf auth login"),
         pytest.param("x", {"HF_TOKEN": ""}, "hf auth login", marks=pytest.mark.slow),
         pytest.param("x", {"HF_TOKEN": READER}, "may only read", marks=pytest.mark.slow),
+        ("x", {"HF_TOKEN": SCOPED}, "may only read"),
         ("x", {"HF_HUB_OFFLINE": "1"}, "online"),
         pytest.param("x", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "online", marks=pytest.mark.slow),
         ("team/dense", {}, "no output of OPTIMA"),
@@ -98,6 +99,12 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(
     assert found.stderr.count("\n") == 1
     assert not (place / "never").exists()
     assert hub.repos["team/dense"]["model.safetensors"] == b"dense"
+
+
+def test_a_token_for_one_owner(hub: StandInHub, optima: Run) -> None:
+    found = optima("push", "out", "team/scoped", HF_TOKEN=SCOPED)
+    assert found.returncode == 0, found.stderr
+    assert "report.json" in hub.repos["team/scoped"]
 
 
 def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Run, place: Path) -> None:

@@ -20,6 +20,7 @@ from optima.evaluation.record import (
     PerplexityRecord,
     TaskRecord,
 )
+from optima.models.weights import LEFT_OUT
 from optima.reporting.model_card import BEGIN, CARD_NAME, NOT_YET, write_card
 from optima.reporting.record import GIVEN_NOTE
 
@@ -73,6 +74,14 @@ class TestBody:
         assert "own_share" in text
         assert "MACKO" in text
         assert NOT_YET in text
+
+    def test_names_weights_that_are_not_in_it(self, tmp_path: Path) -> None:
+        write_card(tmp_path, report(notes=("/secret/model has weights that Llama " + "mtp.0".join(LEFT_OUT),)), None)
+        text = card_of(tmp_path).text
+        assert "shapes of the dense one, without weights that transformers has no place for: mtp.0.\n" in text
+        assert "secret" not in text
+        write_card(tmp_path, report(), None)
+        assert "shapes of the dense one.\n" in card_of(tmp_path).text
 
     def test_loads_a_tokenizer_that_is_there(self, tmp_path: Path) -> None:
         write_card(tmp_path, report(), None)

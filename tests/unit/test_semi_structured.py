@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import families
 import pytest
 import torch
 from tiny import make_llama
@@ -67,6 +68,17 @@ class TestWithoutTheDevice:
         monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)
         with pytest.raises(ModelError, match=r"no linear of this LlamaForCausalLM can run .* is torch.float32"):
             accelerate(make_llama())
+
+    def test_experts_in_one_parameter_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)
+        monkeypatch.setattr("optima.semi_structured.to_sparse_semi_structured", lambda weight_OD: -weight_OD)
+        model = families.build("qwen3_moe").bfloat16()
+        with pytest.raises(ModelError, match=r"the kernels take multiples .*experts.* is no nn.Linear"):
+            accelerate(model)
+        model.lm_head.weight = nn.Parameter(two_of_four(64, 64))
+        done = accelerate(model)
+        assert done.linears == ("lm_head",)
+        assert sum("experts" in name for name in done.skipped) > 2
 
     def test_only_what_fits_is_converted(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)

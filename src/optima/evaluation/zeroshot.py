@@ -139,8 +139,15 @@ def language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, b
             return found
 
     kind: Any = _with_last_logits(Quiet) if in_slices(model) else Quiet
-    # In bfloat16 a likelihood has so few digits that choices tie, and the first of them wins.
-    return kind(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", softmax_dtype="float32")
+    # lm-eval ties weights by the configuration, and some checkpoints have a head of their own beside it.
+    vars(model)["tie_weights"] = lambda *args, **options: None
+    try:
+        # In bfloat16 a likelihood has so few digits that choices tie, and the first of them wins.
+        return kind(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal", softmax_dtype="float32"
+        )
+    finally:
+        del vars(model)["tie_weights"]
 
 
 def _with_last_logits(kind: Any) -> Any:

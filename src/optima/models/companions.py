@@ -69,7 +69,10 @@ def copy_companions(source: Source, directory: Path) -> None:
         _copy(origin, TEMPLATES, TEMPLATE_FILES, directory)
         for module in modules:
             _copy(origin, module, MODULE_FILES, directory)
-        if card := _card(origin / README):
+        card = _card(origin / README)
+        if source.local is None:  # a later run reads this from a local directory, and cannot know
+            card["base_model"] = source.path
+        if card:
             metadata_save(directory / README, card)
 
 

@@ -203,7 +203,10 @@ def load_config(source: Source) -> PretrainedConfig:
     assert isinstance(config, PretrainedConfig)
     parts = [config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))]
     if any(getattr(part, "quantization_config", None) for part in parts) and not source.gguf_file:
-        raise ModelError(f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result")
+        raise ModelError(
+            f"{source.name} is quantized: prune the unquantized checkpoint, then quantize the result; lm-eval "
+            "measures quantized models"
+        )
     return config
 
 

@@ -18,6 +18,7 @@ from optima.models.stacks import Block, find_stacks
 
 Read = Callable[[], Mapping[str, Tensor]]
 MAIN = torch.device("cpu")
+LEFT_OUT = ("has no place for (", "): they are not in the output")  # around names, in a note
 
 
 class Weights(Protocol):
@@ -312,8 +313,7 @@ def open_weights(
     check_numbers(source, shapes)
     model, weights, notes = _opened(source, structure, dtype, check, whole)
     if names := left_out(shapes, model):
-        lost = f"{source.name} has weights that {type(model).__name__} has no place for ({some(names)})"
-        notes.append(f"{lost}: they are not in the output")
+        notes.append(f"{source.name} has weights that {type(model).__name__} {LEFT_OUT[0]}{some(names)}{LEFT_OUT[1]}")
     weights.notes = tuple(notes)
     return model, weights
 

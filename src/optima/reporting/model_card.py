@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 from optima.errors import ModelError
 from optima.models.files import TOKENIZERS, explain_write_errors, write_whole
 from optima.models.own_code import auto_class
+from optima.models.weights import LEFT_OUT
 from optima.options import SELF
 from optima.patterns import parse_nm
 from optima.reporting.markdown import table
@@ -52,11 +53,13 @@ ON_GIVEN = " on the same calibration text, which the caller gave"
 BY_OBJECT = " with the selector's settings, which are in `report.json` alone"
 NOT_YET = "Not evaluated yet: `optima eval DENSE THIS --save` writes its results here."
 
+WITHOUT = ", without weights that transformers has no place for: {}"
+
 BODY = """
 # {title}
 
 {origin} with **{sparsity} of the weights** in {count} linears set to zero, in one shot, by OPTIMA.
-It is an ordinary checkpoint with the names and shapes of the dense one.
+It is an ordinary checkpoint with the names and shapes of the dense one{but}.
 
 ## How to load
 
@@ -196,6 +199,7 @@ def _body(directory: Path, report: Report) -> str:
     rows = [[key, _plain(recipe[key])] for key in told if recipe[key] or key not in OFF_AT_ZERO]
     given = GIVEN_NOTE in report.run.notes
     by_object = any(note.startswith(OBJECT_NOTE) for note in report.run.notes)
+    lost = [note.removesuffix(LEFT_OUT[1]) for note in report.run.notes if note.endswith(LEFT_OUT[1])]
     named = dict.fromkeys([*recipe.get("dataset", []), *([SELF] if recipe.get("own_share") else [])])
     texts = [TEXTS.get(text) or short_name(text) for text in named]
     rows.append(["calibration text", "given by the caller" if given else ", ".join(texts)])
@@ -205,6 +209,7 @@ def _body(directory: Path, report: Report) -> str:
         origin=f"`{name}`",
         sparsity=f"{report.sparsity:.1%}",
         count=len(report.linears) + len(report.run.kept_dense),
+        but="".join(WITHOUT.format(note.partition(LEFT_OUT[0])[2]) for note in lost),
         load=_load(directory),
         again=AGAIN.format((ON_GIVEN if given else "") + (BY_OBJECT if by_object else "")),
         summary=bullets(summary(report)),

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from optima.errors import RecipeError
+from optima.errors import OptimaError, RecipeError
 from optima.names import kind
 from optima.reporting.callbacks import BlockEvent, Callback, RunStart
 from optima.reporting.record import LinearRecord, Report, geometric_mean, largest, name_in_block
@@ -158,4 +158,13 @@ def _find(name: str) -> Tracking:
         module = import_module(module_name)
     except ImportError as error:
         raise RecipeError(f"--report-to {name} needs the package {package} ({error}): pip install {package}") from error
-    return Tracking(lambda run, config: make(module, run, config))
+    failures = (OSError, RuntimeError, ValueError, getattr(getattr(module, "errors", None), "Error", OSError))
+
+    def begin(run: str, config: Mapping[str, Any]) -> Tracker:
+        try:
+            return make(module, run, config)
+        except failures as error:
+            text = " ".join(str(error).split())
+            raise OptimaError(f"--report-to {name} cannot begin ({text}): repair that, or leave it out") from error
+
+    return Tracking(begin)
