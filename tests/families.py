@@ -101,6 +101,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "AfmoeForCausalLM", "AfmoeConfig",
         HEAD | EXPERTS | {"num_dense_layers": 1, "sliding_window": 8, "num_shared_experts": 1},
     ),
+    # A block is given what the last one returned besides hidden states.
+    "glm_moe_dsa": (
+        "GlmMoeDsaForCausalLM", "GlmMoeDsaConfig",
+        MLA | {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "num_hidden_layers": 4},
+    ),
+    "zaya": ("ZayaForCausalLM", "ZayaConfig", HEAD | EXPERTS | {"num_experts_per_tok": 1, "router_hidden_size": 8}),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", HEAD | LOCAL | {"sliding_window": 8}),
     "granite_moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", LLAMA | LOCAL),
     "gemma4_moe": (

@@ -146,6 +146,8 @@ class Job:
                 if block is not blocks[-1] and not onward:
                     with clock("forward"):
                         streams.advance(block)
+                for each in [streams] if dense is None else [streams, dense]:
+                    each.forget(block)
                 # In the journal with the block: a run that goes on from here tells of it too.
                 peak = 0 if self.memory is None else self.memory.peak()
                 told, halved, peaks = zip(
@@ -267,6 +269,7 @@ class Job:
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 self._survey(block, streams, allocation, onward=block is not blocks[-1])
+            streams.forget(block)
             self.progress.block(block.name)
         self.loss = whole
         return allocation.allocate()

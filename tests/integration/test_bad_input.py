@@ -264,6 +264,15 @@ class TestOptions:
         for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
             assert name in message
 
+    def test_a_target_that_matches_nothing(self, cheap: Refused) -> None:
+        message = cheap("--targets", "q_proj", "kproj")
+        assert message.startswith("targets has 'kproj', which matches no linear: the linears of the blocks are mlp.")
+
+    def test_an_ignore_that_matches_nothing_is_told(self, root: Path) -> None:
+        assert main(prune_arguments("--ignore", "lm_head", r"layer\.1", r"layers\.1\.", "--selector", "magnitude")) == 0
+        notes = [note for note in load_report("out").run.notes if note.startswith("ignore ")]
+        assert notes == [r"ignore 'layer\\.1' matches no linear"]
+
     def test_unknown_key_of_a_recipe(self, cheap: Refused, root: Path) -> None:
         (root / "run.yaml").write_text("sparsty: 0.5")
         message = cheap("--recipe", "run.yaml")

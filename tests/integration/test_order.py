@@ -40,7 +40,7 @@ HIDDEN_STAY = {
 }
 HEADS_STAY = {
     "deberta_v2", "xlnet", "deepseek_v2", "deepseek_v3", "afmoe", "gemma4_moe", "qwen3_next", "rwkv", "gemma3n",
-    "gemma4",
+    "gemma4", "glm_moe_dsa", "zaya",
 }  # fmt: skip
 MLPS_STAY = {"xlnet", "rwkv"}
 # Each has something that no other has; the rest are marked slow.

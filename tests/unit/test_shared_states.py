@@ -8,14 +8,19 @@ import pytest
 import torch
 from families import build, make_ids, stack_of
 
+from optima import Recipe
 from optima.calibration.capture import capture
 from optima.calibration.head import label_gradient
 from optima.calibration.inputs import words_size
 from optima.calibration.loss_weights import loss_weights
 from optima.calibration.probe import forward, hidden_of
 from optima.errors import ModelError
+from optima.linear import Methods
 from optima.models.experts import ExpertLinear
 from optima.models.stacks import find_stacks, select_linears
+from optima.pipeline import Job
+from optima.preflight.checks import preflight
+from optima.selectors.magnitude import Magnitude
 
 FAMILIES = ["gemma3n", "gemma4"]
 
@@ -46,6 +51,17 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
     for name, (square_O, tempered_O) in expected.items():
         expected_O = tempered_O * (square_O.sum() / tempered_O.sum())
         torch.testing.assert_close(found.rows[name], expected_O, rtol=1e-3, atol=1e-3 * float(expected_O.mean()))
+
+
+@pytest.mark.parametrize("family", ["glm_moe_dsa", "zaya"])
+def test_what_the_next_block_alone_is_given_is_dropped(family: str) -> None:
+    model = build(family)
+    recipe = Recipe(objective="plain", selector="magnitude")
+    methods = Methods(Magnitude())
+    found = preflight(model, recipe, methods)
+    streams = capture(model, found.stacks[0], [make_ids(4)])
+    Job(methods, found.patterns, streams.device, 0.01, 0.0).prune(found.stacks[0], streams)
+    assert streams.carried == [{}]
 
 
 def test_a_look_takes_batches_apart() -> None:

@@ -81,11 +81,14 @@ def capture(
     _record(model, stack, [first], trial)
     for block in blocks:
         trial.advance(block)
-        if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index])):
+        if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index]), next(model.parameters()).dtype):
             raise ModelError(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
                 "not give what it gives inside the model, which this tool cannot prune"
             )
+    # Of a batch that cannot be taken apart they are large.
+    shapes = map_tensors(probe.outputs, lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
+    probe = replace(probe, outputs=shapes)
     none: list[list[Call]] = [[] for _ in blocks]
     empty = Streams(probe, [], [], none, [], store or Store(), halving=halving, whole=apart, fixed=_fixed(trial))
     streams = _recorded(model, stack, batches[0], empty)

@@ -37,7 +37,7 @@ class Probe:
 
     Attributes:
         groups: of each block, its linears to prune by the input that they share.
-        outputs: what each block returned.
+        outputs: what each block returned; of tensors the shapes alone, once they were compared.
         carried: of each block, its arguments (a position behind the hidden states, or a name) that an earlier block
             returned: T5's position bias.
         sample_dim: dimension of the hidden states that counts sequences.
@@ -71,7 +71,9 @@ class Probe:
 
 
 class Given:
-    """What linears were given, told apart by ``identity``; tensors are held, so that no address is used again.
+    """What linears were given, told apart by ``identity``.
+
+    Tensors are held until their block is done, so that no address is used again meanwhile.
 
     Attributes:
         inputs: of each linear that was given tokens, an identity a call.
@@ -82,13 +84,19 @@ class Given:
         self.inputs: defaultdict[str, list[object]] = defaultdict(list)
         self.tokens = Counter[str]()
         self._held: list[Tensor] = []
+        self._done = 0
 
     def add(self, name: str, inputs: Tensor) -> None:
         """Note a call."""
         if inputs.numel():
             self._held.append(inputs)
-            self.inputs[name].append(identity(inputs))
+            self.inputs[name].append((self._done, identity(inputs)))
             self.tokens[name] += inputs.numel() // inputs.shape[-1]
+
+    def release(self) -> None:
+        """A block is done: what comes is told apart from all that was."""
+        self._held.clear()
+        self._done += 1
 
 
 def identity(tensor: Tensor) -> object:
@@ -168,6 +176,7 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
 
     def note(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append((index, args, kwargs, output))
+        given.release()
 
     with ExitStack() as hooks:
         for block in stack.blocks:
@@ -309,10 +318,13 @@ def _renumbered(name: str, sibling: str, leader: str) -> str | None:
     return NUMBER.sub(lambda match: next(numbers), leader)
 
 
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for the rounding of products of another shape; NaN equals NaN (a loss will report it)."""
+def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for the rounding of products of another shape; NaN equals NaN (a loss will report it).
+
+    ``dtype``: of the weights, which may be coarser than that of a residual stream.
+    """
     if found.shape != expected.shape:
         return False
-    own = expected.float().cpu()
-    tolerance = max(1e-4, 8 * torch.finfo(found.dtype).eps) * own.nan_to_num(0, 0, 0).abs().max().item()
+    own, coarsest = expected.float().cpu(), max(torch.finfo(each).eps for each in (found.dtype, dtype))
+    tolerance = max(1e-4, 8 * coarsest) * own.nan_to_num(0, 0, 0).abs().max().item()
     return torch.allclose(found.float().cpu(), own, rtol=0, atol=tolerance, equal_nan=True)

@@ -189,6 +189,11 @@ class Streams:
             for key, value in state.items():
                 state[key] = map_tensors(value, lambda tensor: self.store.keep(tensor.cpu()))
 
+    def forget(self, block: Block) -> None:
+        """Drop what no block behind this one is given, for streams that do not go back through the blocks."""
+        later = {source for own in self.probe.carried[block.index + 1 :] for source in own.values()}
+        self.carried[:] = [{at: each[at] for at in each if at in later} for each in self.carried]
+
     def _wanted(self, block: Block) -> list[int]:
         """Places in what the block returns that later blocks are given."""
         later = {source for own in self.probe.carried for source in own.values()}

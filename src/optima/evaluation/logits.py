@@ -133,7 +133,7 @@ def _check_causal(model: PreTrainedModel, probe_1L: Tensor) -> Tensor:
         raise ModelError(_not_causal(model, "it gives no logits over its vocabulary"))
     half = probe_1L.shape[1] // 2
     other_1L = torch.cat([probe_1L[:, :half], (probe_1L[:, half:] == 0).to(probe_1L.dtype)], dim=1)
-    if not agree(_run(model, other_1L).logits[:, :half], logits_1LV[:, :half]):
+    if not agree(_run(model, other_1L).logits[:, :half], logits_1LV[:, :half], model.dtype):
         raise ModelError(_not_causal(model, "its predictions depend on later tokens, as an encoder's do"))
     assert isinstance(logits_1LV, Tensor)
     return logits_1LV
@@ -149,7 +149,7 @@ def _can_slice(model: PreTrainedModel, probe_1L: Tensor, whole_1LV: Tensor) -> b
     half, length = probe_1L.shape[1] // 2, probe_1L.shape[1]
     if in_slices(model) and model.get_decoder() is not model:
         with _sliced(model, probe_1L) as logits_of:
-            if agree(torch.cat([logits_of(0, half), logits_of(half, length)], dim=1), whole_1LV):
+            if agree(torch.cat([logits_of(0, half), logits_of(half, length)], dim=1), whole_1LV, model.dtype):
                 return True
     _logger.warning(
         "%s computes its logits in a way that cannot be split by position: all logits of a window are kept in memory",

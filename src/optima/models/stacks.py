@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from optima.errors import ModelError
+from optima.errors import ModelError, RecipeError
 from optima.models.experts import ExpertLinear, Stored, experts_of
 from optima.models.routers import expert_counts, module_around, own_output, routers_of
 from optima.names import check_bounded, kind
@@ -271,10 +271,11 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
 
     Raises:
         ModelError: if nothing is left (the message lists what was there), or two linears are one weight.
-        RecipeError: if a regex does not finish.
+        RecipeError: if a regex does not finish, or a target matches no linear.
     """
     names = [linear.name for stack in stacks for block in stack.blocks for linear in block.linears]
     check_bounded([*targets, *ignore], names)
+    there = f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}"
 
     def wanted(name: str, routes: bool) -> bool:
         around = module_around(name)
@@ -292,9 +293,10 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
         routers = sorted({kind(name) for stack in stacks for block in stack.blocks for name in block.routers})
         which = f"; {', '.join(routers)} need a target that does not match the module around them" if routers else ""
         raise ModelError(
-            f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: "
-            f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}{which}"
+            f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: {there}{which}"
         )
+    if idle := [regex for regex in targets if not any(re.search(regex, name) for name in names)]:
+        raise RecipeError(f"targets has {idle[0]!r}, which matches no linear: {there}")
     _check_own_weights(selected)
     return selected
 

@@ -83,7 +83,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
         RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
     """
     stacks = chosen_stacks(model, recipe)
-    found = Preflight(tuple(stacks), {}, (*dense_notes(stacks), *outside_notes(model, stacks)))
+    found = Preflight(tuple(stacks), {}, (*dense_notes(stacks), *outside_notes(model, stacks), *_idle(recipe, stacks)))
     if not recipe.as_given:
         table = pattern_table(recipe, methods.selector)
         check_bounded([regex for regex, _ in table.entries], [linear.name for linear in found.linears])
@@ -132,6 +132,13 @@ def check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -
 def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
     """The stacks of ``model`` with the linears that ``recipe`` prunes."""
     return select_linears(find_stacks(model), recipe.targets, recipe.ignore)
+
+
+def _idle(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
+    """A note for each regex of ``ignore`` that was asked for and leaves nothing alone: it may be misspelt."""
+    names = [linear.name for stack in stacks for block in stack.blocks for linear in (*block.linears, *block.left)]
+    asked = (regex for regex in recipe.ignore if regex not in Recipe().ignore)
+    return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
 
 
 def check_finite(linears: Sequence[Linear]) -> None:
