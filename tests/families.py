@@ -43,6 +43,7 @@ MLA = LLAMA | ROUTED | {
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8,
     "num_key_value_heads": 4,
 }
+DSA = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
 MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8,
 }
@@ -104,7 +105,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     # A block is given what the last one returned besides hidden states.
     "glm_moe_dsa": (
         "GlmMoeDsaForCausalLM", "GlmMoeDsaConfig",
-        MLA | {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2, "num_hidden_layers": 4},
+        MLA | DSA | {"num_hidden_layers": 4},
     ),
     "zaya": ("ZayaForCausalLM", "ZayaConfig", HEAD | EXPERTS | {"num_experts_per_tok": 1, "router_hidden_size": 8}),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", HEAD | LOCAL | {"sliding_window": 8}),
@@ -190,6 +191,16 @@ FAMILIES |= {
         {
             "text_config": LLAMA | {"model_type": "llama"}, "image_token_index": 99,
             "vision_config": VISION | {"model_type": "clip_vision_model", "projection_dim": 32},
+        },
+    ),
+    # Reads keys and values that several blocks leave at one place.
+    "mistral_large4": (
+        "MistralLarge4ForConditionalGeneration", "MistralLarge4Config",
+        {
+            "text_config": MLA | DSA | {
+                "num_hidden_layers": 4, "kv_source_layers": [0, 0, 2, 2], "no_rope_layers": [1] * 4,
+            },
+            "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 99,
         },
     ),
     "qwen2_vl": (

@@ -222,6 +222,7 @@ def test_experts_are_told_in_one_parameter_or_in_modules(family: str, count: int
         assert len(found) == count
 
 
+INDEXER = [f"self_attn.indexer.{name}" for name in ("weights_proj", "wk", "wq_b")]
 ROUTERS = {
     "switch": ["layer.1.mlp.router.classifier"],
     "llama4": ["feed_forward.router"],
@@ -232,7 +233,8 @@ ROUTERS = {
     "qwen3_next": ["mlp.shared_expert_gate"] * 3,
     "gemma3n": ["altup.modality_router"] * 4,
     "gemma4_moe": ["router.proj"] * 3,
-    "glm_moe_dsa": [f"self_attn.indexer.{name}" for name in ("weights_proj", "wk", "wq_b")] * 4,
+    "glm_moe_dsa": INDEXER * 4,
+    "mistral_large4": INDEXER * 4,
     "zaya": [f"mlp.gate.{name}" for name in ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")]
     * 3,
 }

@@ -25,7 +25,7 @@ from optima.selectors.magnitude import Magnitude
 FAMILIES = ["gemma3n", "gemma4"]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "llama4", "t5", "xlnet", "rwkv"])
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral_large4", "llama4", "t5", "xlnet", "rwkv"])
 def test_gradients_are_those_of_the_whole_model(family: str) -> None:
     model, tokens_NL = build(family), make_ids(4)
     stack = select_linears(find_stacks(model), [".*"], [])[-1]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -168,6 +168,22 @@ class _Tally:
 
 
 @dataclass(frozen=True)
+class _Entered:
+    """What entered a block: hidden states of each batch, and what was in its states, which later blocks write over."""
+
+    hidden: list[Tensor]
+    states: list[list[dict[Any, Any]]]
+
+    def restore(self, streams: Streams, block: Block) -> None:
+        """Let it enter the block again."""
+        streams.hidden = self.hidden
+        for batch, held in enumerate(self.states):
+            for state, was in zip(streams.states(block, batch), held, strict=True):
+                state.clear()
+                state.update(was)
+
+
+@dataclass(frozen=True)
 class _Sweep:
     """There and back through the dense model, some of the sequences at a time.
 
@@ -217,11 +233,12 @@ class _Sweep:
         words = [math.prod(words_size(self.model, batch)) for batch in self.streams.batches] if self._has_words else []
         return Draws(words or [hidden.numel() for hidden in self.streams.hidden], self.streams.ranks, seed)
 
-    def _there(self, part: Streams) -> list[list[Tensor]]:
+    def _there(self, part: Streams) -> list[_Entered]:
         """Through all blocks; what entered each."""
         kept = []
         for block in self.stack.blocks:
-            kept.append(list(part.hidden))
+            states = [[dict(state) for state in part.states(block, batch)] for batch in range(len(part.sizes))]
+            kept.append(_Entered(list(part.hidden), states))
             with self.weights.on(block, part.device):
                 part.advance(block)
             self.tally.forward(block, part)
@@ -246,7 +263,7 @@ class _Sweep:
     def _back(
         self,
         part: Streams,
-        kept: list[list[Tensor]],
+        kept: list[_Entered],
         gradients: list[Tensor],
         found: LossWeights,
         numbers: Sequence[int] | None,
@@ -254,7 +271,7 @@ class _Sweep:
         """Through all blocks, the last first; ``numbers`` of the batches of ``part``."""
         left = LeftBehind()
         for block in reversed(self.stack.blocks):
-            part.hidden = kept.pop()
+            kept.pop().restore(part, block)
             if self.residual:
                 sum_EE = second_moment(gradients, part.device, found.residual.get(block.name))
                 found.residual[block.name] = self.streams.store.keep(sum_EE)
