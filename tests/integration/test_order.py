@@ -36,16 +36,8 @@ HIDDEN_STAY = {
     *("bert", "distilbert", "modernbert", "electra", "deberta_v2", "t5_encoder", "roberta"),
     *("xlnet", "rwkv", "recurrent_gemma", "lfm2", "minimax"),  # states inside blocks have as many channels
     *("gemma3n", "gemma4"),  # and embeddings for each block
-    *(
-        "t5",
-        "t5gemma",
-        "switch",
-        "bart",
-        "gemma3_vision",
-        "llava",
-        "qwen2_vl",
-        "mistral_large4",
-    ),  # more than words enter
+    *("t5", "t5gemma", "switch", "bart"),  # more than words enter
+    *("gemma3_vision", "llava", "qwen2_vl", "mistral_large4"),
 }
 HEADS_STAY = {
     "deberta_v2", "xlnet", "deepseek_v2", "deepseek_v3", "afmoe", "gemma4_moe", "qwen3_next", "rwkv", "gemma3n",
