@@ -16,8 +16,8 @@ from torch import Tensor
 
 from optima.calibration.coupling import Halves, packed
 from optima.calibration.halving import rows_of
-from optima.calibration.left_behind import LeftBehind
-from optima.calibration.probe import hidden_of
+from optima.calibration.left_behind import HandedOn, LeftBehind
+from optima.calibration.probe import Place, hidden_of
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights, tempering
 from optima.device import backward_explained
@@ -117,14 +117,14 @@ def through(
     streams: Streams,
     gradients: list[Tensor],
     found: LossWeights,
-    left: LeftBehind | None = None,
+    behind: tuple[LeftBehind, HandedOn] | None = None,
     numbers: Sequence[int] | None = None,
 ) -> None:
     """Carry ``gradients`` from the block's outputs to its inputs, and note them at its linears.
 
-    ``left``: of the blocks behind it. ``numbers``: see ``Halves``.
+    ``behind``: what waits of the blocks behind it. ``numbers``: see ``Halves``.
     """
-    left = left or LeftBehind()
+    left, handed = behind or (LeftBehind(), HandedOn())
     notes = _Notes(block, streams, found, numbers)
 
     def back(batch: int, part: slice) -> tuple[Tensor, Tensor]:
@@ -133,24 +133,31 @@ def through(
         if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         leaves: list[Tensor] = []
+        lent: dict[Place, Tensor] = {}
         states = streams.states(block, batch)
 
         def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             leaves.append(args[0].detach().requires_grad_(True))
+            (args, kwargs), found = handed.lend(streams.probe.carried[block.index], (args, kwargs))
+            lent.update(found)
             return block.module(leaves[0], *args[1:], **kwargs)
 
         with notes.watch(batch, part):
             left.lend(states)
-            output = hidden_of(streams.run(block, batch, part, call))
+            returned = streams.run(block, batch, part, call)
+            output = hidden_of(returned)
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
             with backward_explained(block.name):
-                left.back(states, output, gradient)
+                waiting = handed.waiting(block, batch, part, returned)
+                left.back(states, [output, *(each for each, _ in waiting)], [gradient, *(each for _, each in waiting)])
+        handed.add(streams, batch, part, lent)
         assert leaves[0].grad is not None
         return square_T.cpu(), leaves[0].grad.cpu()
 
     for batch in range(len(gradients)):
         squares, parts = zip(*streams.in_parts(block, batch, partial(back, batch)), strict=True)
+        handed.drop(block, batch)
         found.tokens.setdefault(block.name, []).append(torch.cat(squares))
         gradients[batch] = streams.store.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
     notes.close()

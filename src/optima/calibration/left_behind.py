@@ -1,18 +1,21 @@
-"""Gradients through keys and values that a block leaves in a state, where later blocks read them (Gemma 3n, Gemma 4).
+"""Gradients through what a block leaves for later ones besides hidden states.
 
-A block on the way back is given what it reads as leaves. Their gradients wait for the block that wrote it.
+That are keys and values in a state (Gemma 3n, Gemma 4), and what it returns beside hidden states (ZAYA's router
+states). A block on the way back is given what it reads as leaves. Their gradients wait for the block that wrote it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optima.calibration.streams import map_tensors
+from optima.calibration.probe import Place
+from optima.calibration.streams import Call, Streams, map_tensors
+from optima.models.stacks import Block
 
 State = MutableMapping[Any, Any]
 
@@ -38,9 +41,9 @@ class LeftBehind:
                 state[key] = map_tensors(value, leaf)
                 self._lent[id(state), key] = state[key], leaves
 
-    def back(self, states: Sequence[State], output: Tensor, gradient: Tensor) -> None:
-        """Go back through a block from its output, and from what it wrote to the states."""
-        written, gradients = [output], [gradient]
+    def back(self, states: Sequence[State], outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+        """Go back through a block from its outputs, and from what it wrote to the states."""
+        written, gradients = [*outputs], [*gradients]
         for state in states:
             for key, value in state.items():
                 if self._is_lent(state, key):
@@ -69,6 +72,45 @@ class LeftBehind:
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         known = self._waiting[place]
         self._waiting[place] = [one + other for one, other in zip(known, found, strict=True)] if known else found
+
+
+class HandedOn:
+    """Gradients of what blocks returned besides hidden states, which wait for them on one way back."""
+
+    def __init__(self) -> None:
+        self._waiting: defaultdict[tuple[int, int], dict[Place, Tensor]] = defaultdict(dict)  # by batch and block
+
+    def lend(self, carried: Mapping[int | str, Place], call: Call) -> tuple[Call, dict[Place, Tensor]]:
+        """A call of a block, hidden states first, with leaves for what is ``carried`` to it; and these leaves."""
+        args, kwargs, leaves = [*call[0]], {**call[1]}, dict[Place, Tensor]()
+        for argument, source in carried.items():
+            where: Any = args if isinstance(argument, int) else kwargs
+            at = argument + 1 if isinstance(argument, int) else argument
+            if where[at].is_floating_point():
+                where[at] = leaves[source] = where[at].detach().requires_grad_(True)
+        return (tuple(args), kwargs), leaves
+
+    def waiting(self, block: Block, batch: int, part: slice, output: Any) -> list[tuple[Tensor, Tensor]]:
+        """What the block returned of samples of a batch for later blocks, each with its gradient."""
+        own = self._waiting.get((batch, block.index), {})
+        found = [(output[place], _rows(each, part)) for (_, place), each in own.items()]
+        return [(tensor, each.to(tensor.device)) for tensor, each in found if tensor.requires_grad]
+
+    def add(self, streams: Streams, batch: int, part: slice, leaves: Mapping[Place, Tensor]) -> None:
+        """Keep the gradients of a block's leaves for samples of a batch."""
+        for source, leaf in leaves.items():
+            if leaf.grad is not None:
+                own, carried = self._waiting[batch, source[0]], streams.carried[batch][source]
+                _rows(own.setdefault(source, torch.zeros_like(carried)), part).add_(leaf.grad.to("cpu"))
+
+    def drop(self, block: Block, batch: int) -> None:
+        """The block has gone back through a batch."""
+        self._waiting.pop((batch, block.index), None)
+
+
+def _rows(tensor: Tensor, part: slice) -> Tensor:
+    """As samples of a batch are given it: what is there once serves all, see ``Streams.run``."""
+    return tensor[part] if tensor.ndim > 1 and len(tensor) > 1 else tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from optima.calibration.backward import second_moment, through
 from optima.calibration.coupling import finished
 from optima.calibration.head import at_the_head
 from optima.calibration.inputs import words_size
-from optima.calibration.left_behind import LeftBehind
+from optima.calibration.left_behind import HandedOn, LeftBehind
 from optima.calibration.places import head_device
 from optima.calibration.streams import Streams
 from optima.calibration.swept import (
@@ -269,12 +269,12 @@ class _Sweep:
         numbers: Sequence[int] | None,
     ) -> None:
         """Through all blocks, the last first; ``numbers`` of the batches of ``part``."""
-        left = LeftBehind()
+        behind = LeftBehind(), HandedOn()
         for block in reversed(self.stack.blocks):
             kept.pop().restore(part, block)
             if self.residual:
                 sum_EE = second_moment(gradients, part.device, found.residual.get(block.name))
                 found.residual[block.name] = self.streams.store.keep(sum_EE)
             with self.weights.on(block, part.device):
-                through(block, part, gradients, found, left, numbers)
+                through(block, part, gradients, found, behind, numbers)
             self.tally.back(block, part)
