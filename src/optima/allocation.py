@@ -78,6 +78,8 @@ class Owl:
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
         self._end_block()
+        if not self._sizes:  # no linear was called
+            return {}
         ratio_N = torch.tensor(self._ratios, dtype=torch.float64)
         size_N = torch.tensor([sum(sizes.values()) for sizes in self._sizes.values()], dtype=torch.float64)
         lowest, highest = ratio_N.aminmax()
@@ -130,6 +132,8 @@ class ByLoss:
 
     def allocate(self) -> dict[str, float]:
         """See ``Allocation``."""
+        if not self._saliencies:  # no linear was called
+            return {}
         value_LQ = torch.stack(list(self._saliencies.values()))
         size_L = torch.tensor(list(self._sizes.values()), dtype=torch.float64)
         # The quantiles of all linears, each for as many weights as lie between two.

@@ -112,9 +112,11 @@ class PatternTable:
         Raises:
             RecipeError: if a linear has no pattern or one that does not fit it, or an entry decides nothing.
         """
-        assigned, deciding = {}, set()
+        assigned, deciding = {}, set[int]()
+        default = (len(self.entries), ("", self.default))
         for name, num_inputs in linears.items():
-            regex, pattern = next((entry for entry in self.entries if re.search(entry[0], name)), ("", self.default))
+            matching = (each for each in enumerate(self.entries) if re.search(each[1][0], name))
+            number, (_, pattern) = next(matching, default)
             ignore = f"leave it out with --ignore '{re.escape(name)}'"
             if pattern is None:
                 raise RecipeError(
@@ -127,9 +129,9 @@ class PatternTable:
                     f"{num_inputs}: choose another pattern or {ignore}"
                 )
             assigned[name] = pattern
-            deciding.add(regex)
-        for regex, _ in self.entries:
-            if regex not in deciding:
+            deciding.add(number)
+        for number, (regex, _) in enumerate(self.entries):
+            if number not in deciding:
                 raise RecipeError(
                     f"pattern entry {regex!r} decides nothing: it matches none of the linears to prune, or earlier "
                     f"entries took them all; list them with optima plan, the first is {next(iter(linears))}"

@@ -160,7 +160,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             kept.shares,
             all(in_turn(block, recipe) for block in found.blocks if block.linears),
         ),
-        reads=_reads(recipe, len(found.blocks) * kept.inputs * kept.shares.swept),
+        reads=_reads(recipe, len(found.blocks) * kept.inputs * kept.shares.swept) if streamed else 2,
         dtype=dtype,
         streamed=streamed,
         seconds=time.perf_counter() - started,

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from optima.device import REMEDY, is_there
+from optima.memory import on_cpu
 from optima.models.stacks import Block
 from optima.names import kind
 from optima.patterns import Pattern
@@ -40,7 +41,8 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         + (f", {_size(plan.beside_bytes)} for experts during the run" if plan.beside_bytes else "")
         + (f", {_size(plan.inputs_bytes - held)} for block inputs during the run" if plan.inputs_bytes > held else ""),
         "passes": f"{plan.passes} over the calibration text; weights are read {plan.reads} times",
-        "work space (device)": f"at most {_size(plan.work_bytes)} (on a GPU {_size(plan.block_bytes)} more: one block)",
+        "work space (device)": f"at most {_size(plan.work_bytes)}"
+        + (" (for a GPU: --device cuda)" if on_cpu(plan.recipe) else f", and {_size(plan.block_bytes)} for a block"),
     }
     if measured is None:
         lines["time"] = "not measured: add --measure (it rehearses the run on a few random blocks)"

@@ -108,8 +108,8 @@ class Recipe:
         "objective", None, "for objective sink: weight of a sequence's first token, relative to all its tokens",
         shown=f"{SINK_WEIGHT}")
     swept_share: Share = option(
-        "objective", 0.25, "for objective loss: the share of the sequences that the backward pass takes, of at least "
-        "8192 tokens; other tokens weigh what those at their place do")
+        "objective", 0.25, "for objective loss: the share of the sequences that the backward pass and a survey take, "
+        "of at least 8192 tokens; other tokens weigh what those at their place do")
     damping: Ridge = option("objective", 0.01, "ridge, relative to the mean diagonal of the hessian")
     solver: str = option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
     gap: Positive = option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")

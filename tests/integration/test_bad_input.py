@@ -113,6 +113,16 @@ class TestModel:
         assert message.startswith("ViTModel reads pixel_values, not text: from Python, give ")
         assert cheap(arguments=["plan", "vit", "--max-seq-length", "16"]) == message
 
+    def test_a_model_that_only_its_parts_can_run(self) -> None:
+        class Whole(hf.LlamaPreTrainedModel):
+            def __init__(self, config: hf.LlamaConfig) -> None:
+                super().__init__(config)
+                self.thinker = hf.LlamaForCausalLM(config)
+                self.post_init()
+
+        with pytest.raises(ModelError, match=r"Whole has no forward pass of its own: .* reads text \(thinker\)"):
+            prune(Whole(make_llama().config), calibration=make_tokens())
+
     def test_positions_behind_the_paddings(self, late: Refused, root: Path) -> None:
         sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
         config = hf.RobertaConfig(vocab_size=VOCAB, max_position_embeddings=POSITIONS, **sizes)
@@ -266,7 +276,7 @@ class TestOptions:
 
     def test_a_target_that_matches_nothing(self, cheap: Refused) -> None:
         message = cheap("--targets", "q_proj", "kproj")
-        assert message.startswith("targets has 'kproj', which matches no linear: the linears of the blocks are mlp.")
+        assert message.startswith("targets has 'kproj', which matches no linear: the linears of the blocks are model.")
 
     def test_an_ignore_that_matches_nothing_is_told(self, root: Path) -> None:
         assert main(prune_arguments("--ignore", "lm_head", r"layer\.1", r"layers\.1\.", "--selector", "magnitude")) == 0

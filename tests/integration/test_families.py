@@ -210,6 +210,7 @@ def test_a_weight_that_is_read_without_a_call_stays_dense_and_is_told() -> None:
     before = model.backbone.layers[0].mixer.dt_proj.weight.clone()
     report = prune(model, Recipe(objective="sink"), calibration=make_ids())
     assert model.backbone.layers[0].mixer.dt_proj.weight.equal(before)
+    assert not prune(build("mamba"), Recipe(targets=["dt_proj"]), calibration=make_ids()).linears
     told = [note for note in report.run.notes if "layers.0.mixer.dt_proj was not pruned" in note]
     assert len(told) == 1
     assert "its module was never called" in told[0]

@@ -58,6 +58,11 @@ def test_owl() -> None:
     assert sorted(range(3), key=lambda block: ratios[block]) == sorted(range(3), key=lambda block: -found[f"{block}.a"])
 
 
+@pytest.mark.parametrize("allocation", [Owl(0.5), ByLoss(0.5)], ids=lambda each: type(each).__name__)
+def test_linears_that_nothing_called(allocation: Owl | ByLoss) -> None:
+    assert allocation.allocate() == {}
+
+
 def test_alike_is_uniform() -> None:
     allocation = Owl(0.6)
     weight_OD, inputs_TD = make_layer()

@@ -227,7 +227,9 @@ class TestTable:
         with pytest.raises(RecipeError, match=r"pattern 5:32 .* but layers\.0\.mlp\.down_proj has 48"):
             table("up=5:32", "down=5:32", "0.5").assign(LINEARS)
 
-    @pytest.mark.parametrize("entries", [("0.5", "mpl=2:4"), ("mlp=2:4", "up_proj=1:4", "0.5")], ids=["typo", "late"])
+    @pytest.mark.parametrize(
+        "entries", [("0.5", "mpl=2:4"), ("mlp=2:4", "up_proj=1:4", "0.5"), ("up_proj=2:4", "up_proj=1:4", "0.5")]
+    )
     def test_an_entry_that_decides_nothing(self, entries: tuple[str, ...]) -> None:
         with pytest.raises(RecipeError, match=r"'(mpl|up_proj)' decides nothing: .* the first is layers\.0\.self_attn"):
             table(*entries).assign(LINEARS)

@@ -275,7 +275,11 @@ def _layout(model: nn.Module, hidden: object, samples: int, length: int | None) 
     if length is not None and counts[1:] == (samples, length):  # Gemma 3n: several versions of the hidden states
         return 1, False, length
     shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-    raise ModelError(f"the blocks of {type(model).__name__} return {shape}, not the hidden states of {length} tokens")
+    several = ": several streams of them (hyper-connections), which this tool cannot prune"
+    raise ModelError(
+        f"the blocks of {type(model).__name__} return {shape}, not the hidden states of {length} tokens"
+        + several * (counts[:2] == (samples, length))
+    )
 
 
 def _carried(calls: Sequence[_Called]) -> list[dict[int | str, Place]]:

@@ -28,8 +28,19 @@ def arguments_of(model: nn.Module) -> list[str]:
     return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
+def check_forward(model: nn.Module) -> None:
+    """Raise ``ModelError`` if ``model``, or its skeleton, only has parts that run, as the Omni models of Qwen."""
+    if type(model).forward is nn.Module.forward:
+        parts = ", ".join(name for name, part in model.named_children() if isinstance(part, PreTrainedModel))
+        raise ModelError(
+            f"{type(model).__name__} has no forward pass of its own: load it in Python, give prune the part that reads "
+            f"text ({parts or 'it names none'}), and save the whole"
+        )
+
+
 def check_length(model: nn.Module, length: int) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, reads no token sequences of ``length``."""
+    check_forward(model)
     what = ""
     if "input_ids" not in (arguments := arguments_of(model)):
         what = f"{getattr(model, 'main_input_name', next(iter(arguments), 'nothing'))}, not text"

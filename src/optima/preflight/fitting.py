@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from optima.build import build, default_scope
 from optima.linear import Methods
 from optima.memory import batch_size
+from optima.models.reading import check_forward
 from optima.models.skeleton import dtype_as_read
 from optima.models.source import Source
 from optima.preflight.checks import Preflight, check_order, preflight, sequence_length, sized, taken
@@ -51,6 +52,7 @@ def fit(source: Source | None, structure: PreTrainedModel, recipe: Recipe, calib
     Raises:
         OptimaError: for what cannot be done.
     """
+    check_forward(structure)
     methods = build(recipe)
     recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
     check_order(source, structure, recipe)

@@ -40,6 +40,7 @@ from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
 from optima.memory import attention_numbers, held_bytes, in_turn
+from optima.models.experts import ExpertLinear
 from optima.models.random_weights import alike
 from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack
@@ -188,9 +189,10 @@ class Rehearsal:
         job = Job(self.plan.methods, self.plan.found.patterns, self.device, self.recipe.damping, self._sink, loss=loss)
         # Of the loss every block's tokens are known, and for tuning a matrix.
         told = 0.0 if loss is None else self._told(loss, len(stack.blocks))
-        with self.peak.phase(
-            weights, inputs * (1 + self.shares.tuned * (self.tuning is not None)) + told, here
-        ) as phase:
+        # As optima.activations counts, but for what blocks are called with besides hidden states.
+        routed = any(isinstance(linear, ExpertLinear) for each in blocks for linear in each.linears)
+        again = max(self.shares.surveyed, self.shares.tuned * (self.tuning is not None)) + routed
+        with self.peak.phase(weights, inputs * (1 + again) + told, here) as phase:
             # Its linears are not pruned inside a rehearsed pass: the memory of one at work comes on top in a run.
             attention = attention_numbers(self.plan.model, self.recipe.max_seq_length)
             phase.held = held_bytes(block, self.recipe, self.plan.dtype, attention)
