@@ -32,7 +32,7 @@ from optima.evaluation.record import (
     PerplexityRecord,
 )
 from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
-from optima.evaluation.tasks import Tasks, check_no_group, find_files, load_tasks
+from optima.evaluation.tasks import Tasks, find_files, load_tasks
 from optima.evaluation.watch import Watch
 from optima.evaluation.zeroshot import check_tokenizer, zero_shot
 from optima.main_memory import available_memory
@@ -187,8 +187,6 @@ def _tasks(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> Tasks 
     names = settings.task_names
     if not names:
         return None
-    if settings.task_data is not None:
-        check_no_group(names)
     files = dict.fromkeys(names) if settings.task_data is None else find_files(names, settings.task_data)
     for subject in subjects:
         check_tokenizer(subject.tokenizer, subject.source.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -65,7 +65,7 @@ def find_files(names: Sequence[str], directory: str | Path) -> dict[str, Path]:
             what = ", ".join(file.name for file in found) or "no file"
             raise CalibrationError(
                 f"task {name} has {what} in {place}: keep one file of its items there, called {name}_SPLIT.jsonl "
-                f"(or {', '.join(list(READERS)[1:])})"
+                f"(or {', '.join(list(READERS)[1:])}), or name the tasks of a group"
             )
         files[name] = found[0]
     return files
@@ -83,7 +83,6 @@ def load_tasks(tasks: Mapping[str, str | Path | None]) -> Tasks:
         CalibrationError: if a file cannot be read, or has an item that is none of its task; if the hub cannot be read.
     """
     _check_installed()
-    check_no_group(name for name, file in tasks.items() if file is not None)
     with quiet_lm_eval():
         manager = _manager()
         for name in tasks:
@@ -118,15 +117,6 @@ def _check_known(manager: Any, name: str) -> None:
         raise RecipeError(f"lm-eval has no task {name}{meant}: list them with lm-eval ls tasks")
 
 
-def check_no_group(names: Iterable[str]) -> None:
-    """Raise ``RecipeError`` if a name is of a group of tasks: no file holds the items of several."""
-    _check_installed()
-    with quiet_lm_eval():
-        groups = {*_manager().all_groups}
-    if found := [name for name in names if name in groups]:
-        raise RecipeError(f"{found[0]} is a group of tasks, and a file can only hold the items of one: name its tasks")
-
-
 def _check_choices(name: str, part: Mapping[str, Any]) -> None:
     for task in part["tasks"].values():
         if task.OUTPUT_TYPE != "multiple_choice":
@@ -158,6 +148,8 @@ def _from_hub(manager: Any, name: str) -> Any:
 def _on_file(manager: Any, name: str, file: Path) -> Any:
     """The task as lm-eval defines it, but for where its items come from."""
     definition = manager.task_index[name].yaml_path
+    if name in manager.all_groups:
+        raise RecipeError(f"{name} is a group of tasks, and {file} can only hold the items of one: name its tasks")
     if definition is None:
         raise RecipeError(f"task {name} is defined by code in lm-eval, which reads its own data: choose another")
     overrides = {
