@@ -10,8 +10,10 @@ of the model. Prints Markdown.
 --held-out takes that share of the calibration text, its end, to measure on as well; nothing is calibrated on it.
 --own-samples adds sequences that the model writes itself, each from a piece of the text on.
 
-A result takes minutes, so --output is written after each, and --resume goes on from there. Results made in several
-places are put together by --resume OTHER.json: what --output or a named file holds under the same settings is not run.
+A result takes minutes, so --output is written after each, and --resume goes on from there. With --keep DIR a result
+that was broken off goes on from the block that it had come to, and text of the model's own is written once. Results
+made in several places are put together by --resume OTHER.json: what --output or a named file holds under the same
+settings is not run.
 --known-only prunes and measures nothing: it prints the tables of the results at hand (text of the model's own is
 written, by which they are known). Results of other weights, texts or settings are not taken; those from before weights
 were told apart are, and a line says so.
@@ -25,10 +27,11 @@ import argparse
 import copy
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +41,7 @@ import torch
 from harness.text import split
 from harness.zeroshot import accuracies
 from pydantic_core import to_jsonable_python
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -161,8 +165,9 @@ class Bench:
         sparse = self.model
         if method != DENSE:
             sparse = copy.deepcopy(self.model)
-            started = time.perf_counter()
-            report = prune(sparse, self.recipe(method, pattern), calibration=self.tokens_NL)
+            kept = self.options.keep and self.options.keep / digest(self.settings(method, pattern))
+            goes_on: dict[str, Any] = {"output_dir": kept, "resume": True, "overwrite": True} if kept else {}
+            report = prune(sparse, self.recipe(method, pattern), calibration=self.tokens_NL, **goes_on)
             linears, asked, done = report.linears, self.settings(method, pattern), report.run.recipe
             for name in {"objective", "tuning_epochs"} & asked.keys():
                 if done[name] != asked[name]:
@@ -178,7 +183,7 @@ class Bench:
                 "swaps": sum(r.swaps or 0 for r in linears),
                 "sparsity": report.sparsity,
                 "notes": report.run.notes,
-                "seconds": time.perf_counter() - started,
+                "seconds": report.run.seconds,
                 "seconds_in_linears": sum(r.seconds for r in linears),
                 "stages": report.run.stages,
                 "peak_memory_bytes": report.run.peak_memory_bytes,
@@ -190,6 +195,8 @@ class Bench:
             started = time.perf_counter()
             result["tasks"] = accuracies(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
             result["seconds_in_tasks"] = time.perf_counter() - started
+        if self.options.keep:
+            shutil.rmtree(self.options.keep / digest(self.settings(method, pattern)), ignore_errors=True)
         return result | {"settings": self.settings(method, pattern), "made_with": made_with(self.options)}
 
 
@@ -244,6 +251,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, help="write the results as JSON after every run")
     parser.add_argument("--resume", nargs="*", type=Path, metavar="FILE", help="keep the results of --output and these")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="blocks and own text wait there, see above")
     parser.add_argument("--known-only", action="store_true", help="run nothing; print what --resume finds")
     return parser
 
@@ -285,9 +293,14 @@ def make_bench(options: argparse.Namespace) -> Bench:
     if options.own_samples:
         size = {"num_calibration_samples": len(tokens_NL) + options.own_samples, "max_seq_length": tokens_NL.shape[1]}
         recipe = Recipe(dataset=[SELF], seed=options.seed, **size)
-        written = own_text(model, tokenizer, recipe, find_device(options.device), Calibration(tokens_NL)).tokens_NL
-        assert written is not None
-        tokens_NL = written
+
+        def write() -> Tensor:
+            written = own_text(model, tokenizer, recipe, find_device(options.device), Calibration(tokens_NL)).tokens_NL
+            assert written is not None
+            return written
+
+        of = {"model": fingerprint(source), "dtype": str(model.dtype), "read": data_hash(tokens_NL), **recipe.to_dict()}
+        tokens_NL = kept_tensor(options.keep, of, write)
     text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
     bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options, fingerprint(source))
@@ -295,6 +308,22 @@ def make_bench(options: argparse.Namespace) -> Bench:
         for method in options.methods:
             bench.recipe(method, pattern)  # checks itself
     return bench
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def kept_tensor(place: Path | None, settings: Mapping[str, Any], make: Callable[[], Tensor]) -> Tensor:
+    """What ``make`` returns, or returned for the same ``settings`` in an earlier process that kept it in ``place``."""
+    if place is None:
+        return make()
+    file = place / f"{digest(settings)}.safetensors"
+    if not file.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        save_file({"tokens": make()}, file.with_suffix(".partial"))
+        file.with_suffix(".partial").replace(file)
+    return load_file(file)["tokens"]
 
 
 def made_with(options: argparse.Namespace) -> dict[str, Any]:

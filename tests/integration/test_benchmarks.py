@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from runs import run_script
+from runs import on_call, raising, run_script
 from safetensors.torch import load_file, save_file
 from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 
 from optima import Recipe, prune
 from optima.linalg.hessian import Hessian
+from optima.models.writer import Writer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL_SIZE_ONLY = "NOT RUN"
@@ -172,6 +175,25 @@ def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], t
     assert sum(line.startswith("| wanda |") for line in printed.splitlines()) == 2  # perplexity and seconds
     other_settings = run("accuracy.py", *accuracy, "--methods", "wanda", *resumed, "--damping", "0.1")
     assert len(json.loads(output.read_text())) == len(results) + 2, other_settings
+
+
+@pytest.mark.slow
+def test_accuracy_goes_on_from_a_block(accuracy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = [*accuracy[:-1], "--methods", "optima+loss+tune", "--own-samples", "2"]
+    once, again, keep = (tmp_path / name for name in ("once.json", "again.json", "keep"))
+    run("accuracy.py", *asked, "--output", str(once))
+    goes_on = ["--output", str(again), "--resume", "--keep", str(keep)]
+    with monkeypatch.context() as context:
+        killed = on_call(2, Writer.commit, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        context.setattr(Writer, "commit", killed)
+        assert run_script(BENCHMARKS / "accuracy.py", *asked, *goes_on).returncode == -signal.SIGKILL
+    monkeypatch.setattr("optima.calibration.own_text.own_text", raising(AssertionError("it is written again")))
+    run("accuracy.py", *asked, *goes_on)
+    found, expected = (json.loads(file.read_text())[-1] for file in (again, once))
+    assert any("resumed after" in note for note in found["notes"])
+    same = ("perplexity", "error", "settings")
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    assert [path.suffix for path in keep.iterdir()] == [".safetensors"]
 
 
 def test_seeds_gives_means_spreads_and_ratios_of_the_seeds_of_both(tmp_path: Path) -> None:
