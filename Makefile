@@ -40,7 +40,7 @@ test: $(VENV)/.installed ## all tests but the slow ones
 
 test-slow: $(VENV)/.installed ## the tests on real models, minutes long
 	$(BIN)/$(SMOLLM2)
-	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(VENV)/.installed ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

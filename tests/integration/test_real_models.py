@@ -23,8 +23,7 @@ from optima.models.source import find_source, load_model, load_tokenizer
 from optima.options import DEMO_MODELS
 from optima.qp import Hessian, certify, make_problem
 
-# What is made of a model takes minutes: in one process it is made once.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("real models")]
+pytestmark = pytest.mark.slow
 
 GAP = 1e-4
 ROWS_CHECKED = 6

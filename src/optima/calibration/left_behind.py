@@ -86,7 +86,9 @@ class HandedOn:
         for argument, source in carried.items():
             where: Any = args if isinstance(argument, int) else kwargs
             at = argument + 1 if isinstance(argument, int) else argument
-            if where[at].is_floating_point():
+            # What has nothing for each token depends on no hidden states: T5's position bias.
+            of_tokens = where[at].shape[:2] == args[0].shape[:2]
+            if of_tokens and where[at].is_floating_point():
                 where[at] = leaves[source] = where[at].detach().requires_grad_(True)
         return (tuple(args), kwargs), leaves
 
