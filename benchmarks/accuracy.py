@@ -162,13 +162,13 @@ class Bench:
         """Prune a copy of the model and measure it."""
         device = find_device(self.options.device)
         result: dict[str, Any] = {"method": method, "pattern": pattern}
-        sparse = self.model
+        sparse, asked = self.model, self.settings(method, pattern)
+        kept = self.options.keep / digest(asked) if self.options.keep and method != DENSE else None
         if method != DENSE:
             sparse = copy.deepcopy(self.model)
-            kept = self.options.keep and self.options.keep / digest(self.settings(method, pattern))
             goes_on: dict[str, Any] = {"output_dir": kept, "resume": True, "overwrite": True} if kept else {}
             report = prune(sparse, self.recipe(method, pattern), calibration=self.tokens_NL, **goes_on)
-            linears, asked, done = report.linears, self.settings(method, pattern), report.run.recipe
+            linears, done = report.linears, report.run.recipe
             for name in {"objective", "tuning_epochs"} & asked.keys():
                 if done[name] != asked[name]:
                     notes = "; ".join(report.run.notes)
@@ -195,9 +195,9 @@ class Bench:
             started = time.perf_counter()
             result["tasks"] = accuracies(sparse, self.tokenizer, self.options.tasks, self.options.task_limit)
             result["seconds_in_tasks"] = time.perf_counter() - started
-        if self.options.keep:
-            shutil.rmtree(self.options.keep / digest(self.settings(method, pattern)), ignore_errors=True)
-        return result | {"settings": self.settings(method, pattern), "made_with": made_with(self.options)}
+        if kept:
+            shutil.rmtree(kept)
+        return result | {"settings": asked, "made_with": made_with(self.options)}
 
 
 def main() -> None:
@@ -289,7 +289,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
         documents, rest = split(source_of_text, options.held_out, options.seed)
         held_out_NL = evaluation_windows(rest, tokenizer, options.window, options.max_windows)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
-    model = load_model(source, options.dtype)
+    model, hashed = load_model(source, options.dtype), fingerprint(source)
     if options.own_samples:
         size = {"num_calibration_samples": len(tokens_NL) + options.own_samples, "max_seq_length": tokens_NL.shape[1]}
         recipe = Recipe(dataset=[SELF], seed=options.seed, **size)
@@ -299,11 +299,11 @@ def make_bench(options: argparse.Namespace) -> Bench:
             assert written is not None
             return written
 
-        of = {"model": fingerprint(source), "dtype": str(model.dtype), "read": data_hash(tokens_NL), **recipe.to_dict()}
+        of = {"model": hashed, "dtype": str(model.dtype), "read": data_hash(tokens_NL), **recipe.to_dict()}
         tokens_NL = kept_tensor(options.keep, of, write)
     text = list(Documents(TextSource(tuple(options.evaluation))))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
-    bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options, fingerprint(source))
+    bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options, hashed)
     for pattern in options.patterns:
         for method in options.methods:
             bench.recipe(method, pattern)  # checks itself

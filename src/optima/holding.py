@@ -130,7 +130,7 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
         ModelError: if there are no zeros to hold.
         RecipeError: if a mask fits no linear.
     """
-    linears = {linear.name.removeprefix("."): linear for linear in linears_of(model, "")}
+    linears = {linear.name: linear for linear in linears_of(model, "")}
     parts = {name: part_of(linear, linear.parameter.detach()) for name, linear in linears.items()}
     if keep is None:
         embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

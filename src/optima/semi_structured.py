@@ -53,8 +53,7 @@ def accelerate(model: nn.Module) -> Accelerated:
     check_device(next(model.parameters(), None))
     skipped = {name: reason for name, module in linears.items() if (reason := why_not(module.weight)) is not None}
     fitting = [name for name in linears if name not in skipped]
-    names = [linear.name.removeprefix(".") for linear in linears_of(model, "")]
-    skipped |= {name: NO_MODULE for name in names if name not in linears}
+    skipped |= {linear.name: NO_MODULE for linear in linears_of(model, "") if linear.name not in linears}
     if not fitting:
         kinds = {reason: f"{name} {reason}" for name, reason in reversed(skipped.items())}  # the first of each
         told = "; ".join(reversed(kinds.values())) or "it has none"

@@ -149,7 +149,7 @@ def through(
             if not output.requires_grad:
                 raise NotDifferentiableError(f"the output of {block.name} does not depend on its input by a gradient")
             with backward_explained(block.name):
-                waiting = handed.waiting(block, batch, part, returned)
+                waiting = handed.waiting(streams, block, batch, part, returned)
                 left.back(states, [output, *(each for each, _ in waiting)], [gradient, *(each for _, each in waiting)])
         handed.add(streams, batch, part, lent)
         assert leaves[0].grad is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from optima.calibration.probe import Place
-from optima.calibration.streams import Call, Streams, map_tensors
+from optima.calibration.streams import Call, Streams, map_tensors, piece
 from optima.models.stacks import Block
 
 State = MutableMapping[Any, Any]
@@ -92,27 +92,25 @@ class HandedOn:
                 where[at] = leaves[source] = where[at].detach().requires_grad_(True)
         return (tuple(args), kwargs), leaves
 
-    def waiting(self, block: Block, batch: int, part: slice, output: Any) -> list[tuple[Tensor, Tensor]]:
+    def waiting(
+        self, streams: Streams, block: Block, batch: int, part: slice, output: Any
+    ) -> list[tuple[Tensor, Tensor]]:
         """What the block returned of samples of a batch for later blocks, each with its gradient."""
-        own = self._waiting.get((batch, block.index), {})
-        found = [(output[place], _rows(each, part)) for (_, place), each in own.items()]
+        own, samples = self._waiting.get((batch, block.index), {}), streams.sizes[batch][0]
+        found = [(output[place], piece(each, part, samples)) for (_, place), each in own.items()]
         return [(tensor, each.to(tensor.device)) for tensor, each in found if tensor.requires_grad]
 
     def add(self, streams: Streams, batch: int, part: slice, leaves: Mapping[Place, Tensor]) -> None:
         """Keep the gradients of a block's leaves for samples of a batch."""
         for source, leaf in leaves.items():
             if leaf.grad is not None:
-                own, carried = self._waiting[batch, source[0]], streams.carried[batch][source]
-                _rows(own.setdefault(source, torch.zeros_like(carried)), part).add_(leaf.grad.to("cpu"))
+                carried, samples = streams.carried[batch][source], streams.sizes[batch][0]
+                whole = self._waiting[batch, source[0]].setdefault(source, torch.zeros_like(carried))
+                piece(whole, part, samples).add_(leaf.grad.to("cpu"))
 
     def drop(self, block: Block, batch: int) -> None:
         """The block has gone back through a batch."""
         self._waiting.pop((batch, block.index), None)
-
-
-def _rows(tensor: Tensor, part: slice) -> Tensor:
-    """As samples of a batch are given it: what is there once serves all, see ``Streams.run``."""
-    return tensor[part] if tensor.ndim > 1 and len(tensor) > 1 else tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:

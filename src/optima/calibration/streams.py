@@ -227,13 +227,10 @@ class Streams:
         if part is not None and part.stop - part.start < samples:
             if problem := self.inseparable(block, batch, looks):
                 raise ModelError(f"{problem}: use --batch-size 1")
-
-            def piece(each: Tensor) -> Tensor:  # what is there once, or has no samples, serves all
-                return each[part] if each.ndim > 1 and len(each) > 1 else each
-
-            inputs = map_tensors(inputs, piece)
+            given = partial(piece, part=part, samples=samples)
+            inputs = map_tensors(inputs, given)
             for state in _states_in(args, kwargs) if looks else []:  # copies
-                state.update({key: map_tensors(value, piece) for key, value in state.items()})
+                state.update({key: map_tensors(value, given) for key, value in state.items()})
         hidden, args, kwargs = map_tensors(inputs, lambda each: moved(_usable(each), self.device))
         with _lent(_states_in(args, kwargs), self.device):
             return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
@@ -255,6 +252,12 @@ def _lent(states: Sequence[MutableMapping[Any, Any]], device: torch.device) -> I
         for state, key, value, lent in held:
             if state.get(key) is lent:
                 state[key] = value
+
+
+def piece(tensor: Tensor, part: slice, samples: int) -> Tensor:
+    """What some samples of a batch are given of a tensor: what is there once, or has no samples, serves all."""
+    some = part.stop - part.start < samples and tensor.ndim > 1 and len(tensor) > 1
+    return tensor[part] if some else tensor
 
 
 def _usable(tensor: Tensor) -> Tensor:

@@ -330,7 +330,7 @@ def experts_of(module: nn.Module, prefix: str) -> list[FusedExperts]:
         if "expert" in name.lower() or "expert" in type(child).__name__.lower():
             transposed = _layout(child)
             if transposed:
-                found.append(FusedExperts(f"{prefix}.{name}" if name else prefix, child, transposed))
+                found.append(FusedExperts(f"{prefix}.{name}".strip("."), child, transposed))
     return found
 
 

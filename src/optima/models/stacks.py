@@ -241,7 +241,7 @@ def _memory(parameter: Tensor) -> int:
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
     """Every linear inside ``module``, whose full name is ``prefix``; behind them the experts of fused parameters."""
     modules: list[Linear] = [
-        ModuleLinear(f"{prefix}.{name}", child)
+        ModuleLinear(f"{prefix}.{name}".strip("."), child)
         for name, child in module.named_modules()
         if isinstance(child, (nn.Linear, Conv1D))
     ]

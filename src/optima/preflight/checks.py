@@ -137,7 +137,8 @@ def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
 def _idle(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
     """A note for each regex of ``ignore`` that was asked for and leaves nothing alone: it may be misspelt."""
     names = [linear.name for stack in stacks for block in stack.blocks for linear in (*block.linears, *block.left)]
-    asked = (regex for regex in recipe.ignore if regex not in Recipe().ignore)
+    default = Recipe().ignore
+    asked = (regex for regex in recipe.ignore if regex not in default)
     return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
 
 
