@@ -108,6 +108,20 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         MLA | DSA | {"num_hidden_layers": 4},
     ),
     "zaya": ("ZayaForCausalLM", "ZayaConfig", HEAD | EXPERTS | {"num_experts_per_tok": 1, "router_hidden_size": 8}),
+    # Several streams of hidden states for each token.
+    "deepseek_v4": (
+        "DeepseekV4ForCausalLM", "DeepseekV4Config",
+        SMALL | H | {
+            "num_hidden_layers": 4, "head_dim": 16, "partial_rotary_factor": 0.25, "q_lora_rank": 16, "hc_mult": 3,
+            "hc_sinkhorn_iters": 3, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "layer_types": [
+                f"{each}_attention" for each in ("sliding", "compressed_sparse", "heavily_compressed", "sliding")
+            ],
+            "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+            "mlp_layer_types": ["hash_moe", "moe", "moe", "moe"], "sliding_window": 8, "o_groups": 2, "o_lora_rank": 8,
+        } | DSA,
+    ),
+    "hy_v4": ("HYV4ForCausalLM", "HYV4Config", MLA | DSA | {"num_hidden_layers": 4, "hc_mult": 3}),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", HEAD | LOCAL | {"sliding_window": 8}),
     "granite_moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", LLAMA | LOCAL),
     "gemma4_moe": (
@@ -201,6 +215,17 @@ FAMILIES |= {
                 "num_hidden_layers": 4, "kv_source_layers": [0, 0, 2, 2], "no_rope_layers": [1] * 4,
             },
             "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 99,
+        },
+    ),
+    # Several streams of hidden states for each token.
+    "glm5_next": (
+        "Glm5NextForConditionalGeneration", "Glm5NextConfig",
+        {
+            "text_config": MLA | DSA | {
+                "num_hidden_layers": 4, "hc_mult": 3, "hc_sinkhorn_iters": 3, "qk_rope_head_dim": 0, "index_kpool": 4,
+                "linear_head_dim": 8, "linear_num_heads": 4,
+            },
+            "vision_config": VISION | {"depth": 2, "num_heads": 4, "out_hidden_size": 32}, "image_token_id": 99,
         },
     ),
     "qwen2_vl": (

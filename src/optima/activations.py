@@ -62,7 +62,7 @@ def activations(
     tuned = tuned_share(recipe.tuning_share, own) if recipe.tuning_epochs else 0.0
     inputs = tokens * (hidden or 0) * dtype.itemsize
     coupled = coupling_bytes(blocks, needs)
-    width = getattr(text, "hidden_size", None) or 0  # of one version of the hidden states
+    width = (getattr(text, "hidden_size", None) or 0) * (getattr(text, "hc_count", None) or 1)  # of what counts as one
     metrics = METRIC_BYTES * width**2 * len(blocks) if swept and tuned else 0
     kept = (inputs + min((len(blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0) + coupled + metrics
     routed = any(isinstance(linear, ExpertLinear) for linear in linears)  # what they are given is kept
@@ -73,6 +73,7 @@ def activations(
 
 def _numbers(text: Any) -> tuple[int | None, int]:
     """What blocks hand on for a token, None if that is unknown, and what they are called with besides (Gemma 3n)."""
-    hidden, versions = getattr(text, "hidden_size", None), getattr(text, "altup_num_inputs", None) or 1
+    hidden = getattr(text, "hidden_size", None)
+    versions = max(getattr(text, name, None) or 1 for name in ("altup_num_inputs", "hc_mult", "hc_count"))
     beside = getattr(text, "hidden_size_per_layer_input", None) or 0
     return hidden and versions * hidden, beside * (getattr(text, "num_hidden_layers", None) or 0)

@@ -112,12 +112,18 @@ class BlockError:
         return 2.0 ** round(math.log2(GRADIENT / gradient)) if gradient > 0.0 else 1.0
 
     def __call__(self, found: Tensor, target: Tensor, weight_T: Tensor | None) -> Tensor:
-        """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight."""
+        """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight.
+
+        Of a token that has several streams it is their mean.
+        """
         change_TE = (found.float() - target.float()).flatten(0, -2)
         fixed_TE = change_TE.detach()
         pull_TE = fixed_TE @ self.metric_EE.to(fixed_TE)
         cost_T = ((2.0 * change_TE - fixed_TE) * pull_TE).sum(dim=-1)  # M is symmetric: one product, not one more back
-        return cost_T.mean() if weight_T is None else (cost_T * weight_T.to(cost_T)).mean()
+        if weight_T is None:
+            return cost_T.mean()
+        cost_TS = cost_T.reshape(len(weight_T), -1)
+        return (cost_TS * weight_T.to(cost_T)[:, None]).mean()
 
 
 def tune(

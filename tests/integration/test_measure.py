@@ -57,7 +57,7 @@ def test_the_stages_are_those_of_the_recipe(options: dict[str, Any], more: set[s
     assert found.notes == ()
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mixtral", "deepseek_v3", "t5", "gpt2", "bamba", "bloom", "gemma3n"])
+@pytest.mark.parametrize("family", ["gemma3", "mixtral", "deepseek_v4", "t5", "gpt2", "bamba", "bloom", "gemma3n"])
 def test_any_family(family: str, tmp_path: Path) -> None:
     found = measured(save_model(tmp_path / "model", build(family)), Recipe(**FEW))
     assert found.seconds["linears"] > 0

@@ -235,6 +235,11 @@ ROUTERS = {
     "gemma4_moe": ["router.proj"] * 3,
     "glm_moe_dsa": INDEXER * 4,
     "mistral_large4": INDEXER * 4,
+    "deepseek_v4": [
+        f"self_attn.compressor.indexer.{name}" for name in ("gate_proj", "kv_proj", "q_b_proj", "scorer.weights_proj")
+    ],
+    "hy_v4": INDEXER * 2,
+    "glm5_next": INDEXER,
     "zaya": [f"mlp.gate.{name}" for name in ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")]
     * 3,
 }

@@ -117,10 +117,13 @@ def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypat
     assert not loss_weights(model, stack, streams, seed=0, share=share).lengths
 
 
-def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 3n's: (4, B, L, E), of which linears see (B, L, E)."""
+@pytest.mark.parametrize(("family", "each"), [("gemma3n", 4), ("deepseek_v4", 1)])
+def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(
+    family: str, each: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 3n's are (4, B, L, E) and tokens of their own, DeepSeek-V4's (B, L, 3, E) and not; linears see neither."""
     monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
-    model, tokens_NL = families.build("gemma3n"), families.make_ids(8, 16)
+    model, tokens_NL = families.build(family), families.make_ids(8, 16)
     tokens_NL[:, 0] = 1
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
@@ -130,7 +133,7 @@ def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(monkeypatch
     found = loss_weights(model, stack, streams, seed=0, share=0.25)
     assert found.lengths == [16] * 8
     for name, batches in found.tokens.items():
-        versions = 4 if name in {block.name for block in stack.blocks} else 1
+        versions = each if name in {block.name for block in stack.blocks} else 1
         assert {len(square_T) for square_T in batches} == {16 * versions}, name
         assert batches[1].equal(batches[2])
 

@@ -287,6 +287,15 @@ def test_a_change_costs_its_square_in_the_metric_times_its_tokens_weight() -> No
     torch.testing.assert_close(found_TE.grad, 2.0 * pull_TE * weight_T[:, None] / 10, rtol=1e-4, atol=1e-6)
 
 
+def test_what_a_token_costs_is_the_mean_over_its_streams() -> None:
+    """Hyper-connections: (B, L, streams, E), and a weight for each token."""
+    torch.manual_seed(0)
+    root_EE, found_BLSE, target_BLSE, weight_T = (torch.randn(size) for size in [(6, 6), *[(2, 5, 3, 6)] * 2, (10,)])
+    cost = BlockError.by_loss(root_EE @ root_EE.mT, None)
+    each = [cost(found_BLSE[:, :, one], target_BLSE[:, :, one], weight_T) for one in range(3)]
+    assert float(cost(found_BLSE, target_BLSE, weight_T)) == pytest.approx(float(sum(each)) / 3, rel=1e-5)
+
+
 def test_an_epoch_that_made_it_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.tuning.BACKTRACK", 0.0)  # no step behind it
     before, worse, *after = tuned(make_llama().eval(), 1e3).held_out

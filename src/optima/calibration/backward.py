@@ -129,7 +129,7 @@ def through(
 
     def back(batch: int, part: slice) -> tuple[Tensor, Tensor]:
         gradient = rows_of(gradients[batch], part, streams.sizes[batch][0]).to(streams.device)
-        square_T = gradient.float().square().sum(dim=-1).flatten()
+        square_T = gradient.float().square().flatten(streams.probe.token_dims).sum(dim=-1).flatten()
         if not bool(square_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the output of {block.name} are not finite")
         leaves: list[Tensor] = []

@@ -54,6 +54,14 @@ class Probe:
     routed: frozenset[str]
     repeated: frozenset[str] = frozenset()
 
+    @property
+    def token_dims(self) -> int:
+        """How many dimensions of the hidden states, the first ones, tell tokens apart; in the others is one's own.
+
+        Gemma 3n's versions are tokens of their own; the streams of hyper-connections (DeepSeek-V4) are not.
+        """
+        return 2 + self.sample_dim - self.sequence_first
+
     def first_tokens(self, inputs: Tensor, name: str, samples: int, length: int) -> Tensor | None:
         """The inputs (B, D) of each sequence's first token among those of the linear ``name``; None if unknown."""
         counts = inputs.shape[:-1]
@@ -268,18 +276,14 @@ def _layout(model: nn.Module, hidden: object, samples: int, length: int | None) 
     counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
     if length is None and len(counts) == 2:
         length = counts[1]
-    if length is not None and counts == (samples, length):
+    if length is not None and counts[:2] == (samples, length):  # DeepSeek-V4: several streams of a token behind them
         return 0, False, length
     if length is not None and counts == (length, samples):
         return 1, True, length
     if length is not None and counts[1:] == (samples, length):  # Gemma 3n: several versions of the hidden states
         return 1, False, length
     shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-    several = ": several streams of them (hyper-connections), which this tool cannot prune"
-    raise ModelError(
-        f"the blocks of {type(model).__name__} return {shape}, not the hidden states of {length} tokens"
-        + several * (counts[:2] == (samples, length))
-    )
+    raise ModelError(f"the blocks of {type(model).__name__} return {shape}, not the hidden states of {length} tokens")
 
 
 def _carried(calls: Sequence[_Called]) -> list[dict[int | str, Place]]:

@@ -117,7 +117,7 @@ def first_tokens(streams: Streams, hidden: Tensor) -> Tensor:
     if streams.probe.sequence_first:
         return hidden.new_empty(0, 0)
     # Gemma 3n has several versions of them. A copy: a view would hold all tokens.
-    return hidden.select(-2, 0).movedim(streams.probe.sample_dim, 0).flatten(1).clone()
+    return hidden.select(streams.probe.token_dims - 1, 0).movedim(streams.probe.sample_dim, 0).flatten(1).clone()
 
 
 def start_alike(streams: Streams, ends: Sequence[Tensor]) -> bool:

@@ -244,6 +244,7 @@ def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
         ModuleLinear(f"{prefix}.{name}".strip("."), child)
         for name, child in module.named_modules()
         if isinstance(child, (nn.Linear, Conv1D))
+        and not hasattr(child, "n_groups")  # DeepSeek-V4: rows that read a slice of the inputs each share no hessian
     ]
     return modules + [linear for experts in experts_of(module, prefix) for linear in experts.linears()]
 
@@ -352,7 +353,7 @@ def dense_notes(stacks: Sequence[Stack]) -> list[str]:
     """What stays dense in stacks that ``select_linears`` gave, a line a kind, so that nothing is left out silently."""
     blocks = [block for stack in stacks for block in stack.blocks]
     notes = [
-        f"{name} ({weights:,} weights in {_times(count)}) is no linear module and stays dense"
+        f"{name} ({weights:,} weights in {_times(count)}) is no plain linear and stays dense"
         for name, (count, weights) in uncovered(blocks).items()
     ]
     left, routers, pruned = Counter[str](), Counter[str](), Counter[str]()

@@ -213,7 +213,7 @@ class Rehearsal:
             return
         samples, length = words_size(model, batch)
         positions = length
-        if streams.probe.sample_dim == 0 and hidden.ndim == 3 and not is_encoder_decoder(model):
+        if streams.probe.sample_dim == 0 and not is_encoder_decoder(model):
             # As many as a slice of logits has, and more than one slice of a small vocabulary.
             slice_tokens = LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size))
             positions = min(length, -(-max(slice_tokens, HEAD_TOKENS) // samples))
