@@ -217,6 +217,16 @@ FAMILIES |= {
             "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 99,
         },
     ),
+    # Its head is that of the language model inside.
+    "nemotron_h_omni": (
+        "NemotronH_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3_Config",
+        {
+            "text_config": FAMILIES["nemotron_h"][2] | {"model_type": "nemotron_h"},
+            "vision_config": VISION | {"model_type": "radio", "max_img_size": 16, "video_temporal_patch_size": 2},
+            "vision_hidden_size": 32, "projector_hidden_size": 32, "image_token_id": 99, "video_token_id": 98,
+            "audio_config": None,
+        },
+    ),
     # Several streams of hidden states for each token.
     "glm5_next": (
         "Glm5NextForConditionalGeneration", "Glm5NextConfig",

@@ -38,6 +38,7 @@ from optima.identity import check_alike, contents, identity
 from optima.linalg.finite import all_finite
 from optima.models.companions import copies_tokenizer, to_save
 from optima.models.destination import Destination
+from optima.models.reading import head_of
 from optima.models.source import load_tokenizer, note_of_dtype
 from optima.models.stacks import Stack, has_experts
 from optima.models.weights import Streamed, Weights
@@ -293,7 +294,7 @@ def _outside(network: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
 
     Not of embeddings: a row may be of a word that no text has. Nor the head's bias, which may forbid words.
     """
-    output = network.get_output_embeddings()
+    output = head_of(network)
     head = set() if output is None else {id(each) for each in output.parameters() if each.ndim > 1}
     inputs = (module for module in network.modules() if isinstance(module, nn.Embedding))
     rows = {id(each) for module in inputs for each in module.parameters(recurse=False)}

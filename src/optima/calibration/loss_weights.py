@@ -41,6 +41,7 @@ from optima.calibration.swept import (
 from optima.calibration.tempering import LossWeights, Moments, rows_of_sums
 from optima.device import differentiable, give_back_freed_memory
 from optima.errors import NotDifferentiableError
+from optima.models.reading import head_of
 from optima.models.stacks import Block, Stack, count_parameters
 from optima.models.weights import Resident, Weights
 
@@ -144,7 +145,7 @@ class _Tally:
     """How much of a sweep is done, by products: of parameters and tokens, as often as tokens go through them."""
 
     def __init__(self, model: PreTrainedModel, stack: Stack, tokens: int, told: Callable[[float], None]) -> None:
-        head, self._told, self._done = model.get_output_embeddings(), told, 0
+        head, self._told, self._done = head_of(model), told, 0
         self._size = {block.name: count_parameters(block.module) for block in stack.blocks}
         self._head = 2 * (0 if head is None else count_parameters(head))  # logits, and their gradient
         self._total = max((4 * sum(self._size.values()) + self._head) * tokens, 1)
@@ -226,7 +227,7 @@ class _Sweep:
 
     @property
     def _has_words(self) -> bool:
-        return self.model.get_output_embeddings() is not None
+        return head_of(self.model) is not None
 
     def _draws(self, seed: int) -> Draws:
         """Of labels for all batches of this process, whichever are swept."""

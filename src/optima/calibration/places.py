@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.inputs import Batch
 from optima.device import describe_memory
-from optima.models.reading import in_slices
+from optima.models.reading import head_of, in_slices
 from optima.models.stacks import Stack, count_by_place, find_stacks
 from optima.models.weights import MAIN
 
@@ -22,7 +22,7 @@ LOGITS_COPIES = 4
 
 def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
     """Most of the logits that are there at a time, and their copies, of batches of so many tokens."""
-    if in_slices(model) or model.get_output_embeddings() is None:
+    if in_slices(model) or head_of(model) is None:
         return LOGITS_COPIES * LOGITS_BYTES
     return LOGITS_COPIES * max(4 * int(model.config.get_text_config().vocab_size) * tokens, LOGITS_BYTES)
 
@@ -33,7 +33,7 @@ def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, toke
     ``tokens``: in the largest batch.
     """
     there = device.type in ("cpu", next(model.parameters()).device.type)  # a model in memory may live on the device
-    if there or model.get_output_embeddings() is None:
+    if there or head_of(model) is None:
         return MAIN, ""
     if stack.part == "encoder":
         return MAIN, "the encoder's gradients came through its decoder on the CPU, whose weights were there all at once"

@@ -39,6 +39,7 @@ from optima.main_memory import available_memory
 from optima.memory import GIB
 from optima.models.checkpoint import UnstreamableError, open_checkpoint
 from optima.models.fingerprint import commit_of, fingerprint
+from optima.models.reading import head_of
 from optima.models.skeleton import dtype_as_read, skeleton
 from optima.models.source import Source, find_source, load_model, load_tokenizer, pinned
 from optima.models.stacks import count_parameters
@@ -154,7 +155,7 @@ def _check_models(settings: EvaluationSettings, subjects: Sequence[_Subject]) ->
         if subject.tokens_NL is not None:
             check_text(subject.structure, subject.tokens_NL)
     if settings.divergence:
-        heads = [subject.structure.get_output_embeddings() for subject in subjects]
+        heads = [head_of(subject.structure) for subject in subjects]
         sizes = [head.out_features for head in heads if isinstance(head, nn.Linear)]
         for size in sizes[1:]:
             check_vocabularies(sizes[0], size)

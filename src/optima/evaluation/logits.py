@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import (
 from optima.calibration.probe import PROBE_LENGTH, agree
 from optima.device import evaluating, forward_replaced, once
 from optima.errors import ModelError, RecipeError
-from optima.models.reading import check_length, check_vocabulary, in_slices, is_encoder_decoder
+from optima.models.reading import check_length, check_vocabulary, head_of, in_slices, is_encoder_decoder
 
 LOGITS_BYTES = 64 * 2**20  # float32 logits in memory at once: 64 positions of a vocabulary of 262k
 
@@ -100,7 +100,7 @@ def check_kind(model: PreTrainedModel) -> None:
     masked = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()} - {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     if type(model).__name__ in masked:
         raise ModelError(_not_causal(model, "it predicts masked tokens from both sides"))
-    if model.get_output_embeddings() is None:
+    if head_of(model) is None:
         raise ModelError(_not_causal(model, "it gives no logits over its vocabulary"))
 
 

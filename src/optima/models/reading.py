@@ -18,6 +18,15 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
+def head_of(model: nn.Module) -> nn.Module | None:
+    """What makes logits of words; some models that see leave it to the language model inside (Nemotron-H Omni)."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    own: nn.Module | None = model.get_output_embeddings()
+    inner = None if own is not None or is_encoder_decoder(model) else model.get_decoder()
+    return head_of(inner) if inner is not None and inner is not model else own
+
+
 def in_slices(model: nn.Module) -> bool:
     """Whether the model can be asked for the logits of some positions alone."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters

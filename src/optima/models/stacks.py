@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError, RecipeError
 from optima.models.experts import ExpertLinear, Stored, experts_of
+from optima.models.reading import head_of
 from optima.models.routers import expert_counts, module_around, own_output, routers_of
 from optima.names import check_bounded, kind
 
@@ -371,7 +372,7 @@ def dense_notes(stacks: Sequence[Stack]) -> list[str]:
 
 def outside_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
     """The matrices outside the blocks, which stay dense; embeddings and the head go without saying."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of(model)
     known = {id(parameter) for stack in stacks for block in stack.blocks for parameter in block.module.parameters()}
     named = (module for module in model.modules() if isinstance(module, nn.Embedding) or module is head)
     known |= {id(parameter) for module in named for parameter in module.parameters()}

@@ -26,6 +26,7 @@ from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.linalg.scaling import saliency_unit, scaled_weight
 from optima.models.fingerprint import hash_tensors
+from optima.models.reading import head_of
 from optima.models.stacks import Block, Stack
 from optima.models.weights import Weights
 from optima.names import kind
@@ -104,7 +105,7 @@ class Run:
         given = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
         with self.weights.outside(self.place), full_precision():
             found: Tensor = forward(self.network, given)[0].float()
-        if self.network.get_output_embeddings() is None:
+        if head_of(self.network) is None:
             return found
         ruled_out = found <= RULED_OUT
         mean = found.masked_fill(ruled_out, 0.0).sum(-1, keepdim=True) / (~ruled_out).sum(-1, keepdim=True)

@@ -42,7 +42,7 @@ from optima.linear import prune_linear
 from optima.memory import attention_numbers, held_bytes, in_turn
 from optima.models.experts import ExpertLinear
 from optima.models.random_weights import alike
-from optima.models.reading import is_encoder_decoder
+from optima.models.reading import head_of, is_encoder_decoder
 from optima.models.stacks import Block, Linear, Stack
 from optima.models.weights import Resident
 from optima.options import SINK_WEIGHT
@@ -209,7 +209,7 @@ class Rehearsal:
         """The gradients at the model's head, from some positions of a batch."""
         model, batch, hidden = self.plan.model, streams.batches[0], streams.hidden[0]
         assert isinstance(batch, Tensor)
-        if model.get_output_embeddings() is None:
+        if head_of(model) is None:
             return
         samples, length = words_size(model, batch)
         positions = length
