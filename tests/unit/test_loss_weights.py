@@ -298,6 +298,25 @@ def test_labels_of_an_encoder_do_not_depend_on_what_else_is_swept(monkeypatch: p
         assert torch.allclose(part.tokens[name][2], own[2], rtol=1e-3, atol=1e-12)
 
 
+def test_what_sees_runs_once_for_all_slices_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("gemma3_vision")
+    ids = make_ids(2, 12).clamp_max(90)
+    ids[:, 2:6] = model.config.image_token_index
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "pixel_values": images, "token_type_ids": (ids == 99).long()}
+    stack, calls = stack_of(model), list[int]()
+    streams = capture(model, stack, [batch], whole=True)
+    (patches,) = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    patches.register_forward_hook(lambda *given: calls.append(1))
+    whole = loss_weights(model, stack, streams, seed=0)
+    assert len(calls) == 1
+    monkeypatch.setattr("optima.calibration.head.LOGITS_BYTES", 4 * 101 * 2 * 3)  # three positions at a time
+    sliced = loss_weights(model, stack, streams, seed=0)
+    assert len(calls) == 2
+    for name, row_O in whole.rows.items():
+        torch.testing.assert_close(sliced.rows[name], row_O, rtol=1e-4, atol=1e-9)
+
+
 def test_an_encoder_is_swept_sample_by_sample() -> None:
     """Autograd keeps the whole decoder of what is together."""
     model, batches = build("t5"), list(make_ids(4, 15).split(2))

@@ -6,6 +6,7 @@ chunk, K chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from optima.calibration.inputs import DECODER_IDS, LABELS, Batch, inseparable, s
 from optima.calibration.places import LOGITS_BYTES
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
-from optima.device import backward_explained, forward_replaced, once
+from optima.device import backward_explained, forward_replaced
 from optima.errors import NotDifferentiableError
 from optima.models.reading import in_slices, is_encoder_decoder
 from optima.models.stacks import Stack
@@ -65,9 +66,12 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
                 returned = leaf if block is stack.blocks[-1] else None
                 like = streams.probe.outputs[block.index]
                 replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
-            if stack.part == "decoder" and (encoder := model.get_encoder()) is not model:
-                replaced.enter_context(forward_replaced(encoder, once(encoder.forward)))
+            beside = {module: _Replayed(module.forward) for module in _beside(model, stack)}
+            for module, replayed in beside.items():
+                replaced.enter_context(forward_replaced(module, replayed))
             for start in range(0, length, step):
+                for replayed in beside.values():
+                    replayed.rewind()
                 drawn_BC = drawn_BL[part, start : start + step]
                 if sliced:
                     options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
@@ -82,6 +86,44 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
 
     parts = streams.halving.over(samples, back, whole, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _beside(model: PreTrainedModel, stack: Stack) -> list[PreTrainedModel]:
+    """The largest models inside without a block of ``stack``, such as an encoder, or what sees."""
+    blocks, inside, found = {block.module for block in stack.blocks}, set[nn.Module](), []
+    for module in model.modules():  # what holds others comes before them
+        if isinstance(module, PreTrainedModel) and module not in inside:
+            parts = set(module.modules())
+            if not parts & blocks:
+                found.append(module)
+                inside |= parts
+    return found
+
+
+class _Replayed:
+    """A forward pass that later rounds get call by call as the first did, but for what the gradient goes through."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self._forward, self._known, self._calls = forward, list[Any](), 0
+
+    def rewind(self) -> None:
+        """A round begins."""
+        self._calls = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._calls += 1
+        found = self._known[self._calls - 1] if self._calls <= len(self._known) else None
+        if found is None:
+            found = self._forward(*args, **kwargs)
+            self._known[self._calls - 1 : self._calls] = [None if _has_gradient(found) else found]
+        return found
+
+
+def _has_gradient(returned: Any) -> bool:
+    if isinstance(returned, Tensor):
+        return returned.requires_grad
+    values = [*returned.values()] if isinstance(returned, Mapping) else returned
+    return isinstance(values, (tuple, list)) and any(map(_has_gradient, values))
 
 
 def _logits(returned: Any) -> Tensor:
