@@ -57,7 +57,7 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.options import ALLOCATION_NAMES, ROUNDINGS, SELF
+from optima.options import ALLOCATION_NAMES, ROUNDINGS, SELF, UNDAMPED
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import recipe_from_dict
 from optima.recipe_files import read_recipe
@@ -66,6 +66,7 @@ from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
 OWN = "optima"  # has no published update: its weights come from the solve
+DAMPING = 0.01  # by default
 STEPS = {"solve", "loss", "unsolved", "swaps", "shared", "tune"}
 PRESETS = ["fast", "balanced", "best"]
 METHODS = [*(name for name in SELECTORS if name != OWN), *(f"{name}+solve" for name in SELECTORS), *PRESETS]
@@ -102,7 +103,7 @@ class Bench:
             objective=objective,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             solver="auto" if solves else "none",
-            damping=options.damping,
+            damping=options.damping if solves or name not in UNDAMPED else DAMPING,
             rounding=options.rounding,
             sink_weight=options.sink_weight if objective == "sink" else None,
             seed=options.seed,
@@ -234,7 +235,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of methods with +tune")
     parser.add_argument("--scope", choices=SCOPES, help="of selectors' sparsities (default: as published)")
     parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of selectors' sparsities")
-    parser.add_argument("--damping", type=float, default=0.01)
+    parser.add_argument("--damping", type=float, default=DAMPING)
     parser.add_argument("--sink-weight", type=float, help="of methods with +solve (default: the recipe's)")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="hessian", help="of solved weights to the dtype")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")

@@ -12,6 +12,7 @@ from typing import Any
 SELECTOR_NAMES = (
     "magnitude", "wanda", "ria", "gradient", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
 )  # fmt: skip
+UNDAMPED = ("magnitude", "wanda", "ria", "gradient", "admm", "external")  # they look at no inverse of a hessian
 SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "none")
 BOUNDED_SOLVERS = ("auto", "bounded")
 ALLOCATION_NAMES = ("uniform", "owl", "loss")

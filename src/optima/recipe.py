@@ -33,6 +33,7 @@ from optima.options import (
     SOLVER_NAMES,
     SPREADS,
     TOKENS_PER_INPUT,
+    UNDAMPED,
     is_file,
     option,
 )
@@ -353,18 +354,18 @@ class Recipe:
         """Options that do nothing, and what they are for."""
         published = self.selector == "sparsegpt" or self.selector not in SELECTOR_NAMES  # one's own may be by groups
         ranked = any(isinstance(each, Unstructured) for each in self.table(SCOPES[0]).patterns)
-        of_hub = ("a dataset of the hub", any(not is_file(name) for name in self.read))
+        damped = self.solver != "none" or self.surveys or self.selector not in UNDAMPED
         used = {
             "sink_weight": ("objective sink", self.objective == "sink"),
             "swept_share": ("objective loss", self.applied_objective == "loss"),
             "allocation_spread": ("allocation owl or loss", self.applied_allocation != "uniform"),
             "outlier_multiple": ("allocation owl", self.allocation == "owl"),
             "group_size": ("scope group", self.scope == "group" or (self.scope is None and published and ranked)),
-            "learning_rate": ("tuning_epochs above 0", self.applied_epochs > 0),
-            "tuning_share": ("tuning_epochs above 0", self.applied_epochs > 0),
+            **dict.fromkeys(("learning_rate", "tuning_share"), ("tuning_epochs above 0", self.applied_epochs > 0)),
             "gap": ("a solver", self.solver != "none"),
+            "damping": ("a solver, or a selector that looks at inverses", damped),
             "text_column": ("a dataset with columns", any(not name.endswith(".txt") for name in self.read)),
-            **dict.fromkeys(OF_HUB, of_hub),
+            **dict.fromkeys(OF_HUB, ("a dataset of the hub", any(not is_file(name) for name in self.read))),
             "own_share": ("a dataset other than self", bool(self.read) or self.own_share == "auto"),
         }
         return {name: owner for name, (owner, applies) in used.items() if not applies}

@@ -203,6 +203,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"gap": float("nan")}, "gap must be a positive number"),
     ({"gap": 0, "solver": "none"}, "gap must be a positive number"),
     ({"gap": 1e-2, "solver": "none"}, "gap is for a solver: add that, or leave gap out"),
+    ({"damping": 0.1, "selector": "wanda", "solver": "none"}, "damping is for a solver, or a selector that looks"),
     ({"sparsity": 0.5, "pattern": "2:4"}, "give either sparsity or pattern, not both"),
     ({"allocation": "loss", "solver": "none"}, "not plain, as with solver none unless it is named: say objective loss"),
     ({"memory_budget": "8"}, "memory_budget must be a size such as 8GiB, of 1MiB at least, got"),
