@@ -217,6 +217,8 @@ FAMILIES |= {
             "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8}, "image_token_index": 99,
         },
     ),
+    # What sees is larger than what reads.
+    "git": ("GitForCausalLM", "GitConfig", BERT | {"vision_config": VISION | {"num_hidden_layers": 8}}),
     # Its head is that of the language model inside.
     "nemotron_h_omni": (
         "NemotronH_Omni_Reasoning_V3", "NemotronH_Omni_Reasoning_V3_Config",
@@ -264,6 +266,13 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     ),
     "albert": (
         ("AlbertModel", "AlbertConfig", BERT | {"embedding_size": 16}), "AlbertModel does not call each of .* once",
+    ),
+    "mllama": (
+        (
+            "MllamaForCausalLM", "MllamaTextConfig",
+            LLAMA | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
+        ),
+        r"does not call model\.layers\.1, model\.layers\.3 on text alone: if they read images or sounds, give prune",
     ),
     "zamba2": (
         (

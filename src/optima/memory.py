@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,6 @@ from optima.models.stacks import (
     count_by_place,
     count_parameters,
     find_stacks,
-    guess_groups,
     has_experts,
 )
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
@@ -58,6 +58,11 @@ GIB = 2**30
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048
 BATCH_SIZE = 8
+# Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
+TOGETHER = (
+    re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
+    re.compile(r"gate(_proj)?|up(_proj)?|w1|w3"),
+)
 
 
 @dataclass(frozen=True)
@@ -301,3 +306,13 @@ def _linear_bytes(outputs: int, inputs: int, recipe: Recipe) -> int:
 def batch_size(recipe: Recipe, length: int) -> int:
     """Sequences of ``length`` tokens in one forward pass."""
     return recipe.batch_size or (max(CPU_TOKENS // length, 1) if on_cpu(recipe) else BATCH_SIZE)
+
+
+def guess_groups(block: Block) -> list[list[Linear]]:
+    """The block's linears by the input that they are likely to share, from names alone: an estimate for a plan."""
+    groups: dict[tuple[object, ...], list[Linear]] = {}
+    for linear in block.linears:
+        parent, _, last = linear.name.rpartition(".")
+        role = next((number for number, regex in enumerate(TOGETHER) if regex.fullmatch(last)), linear.name)
+        groups.setdefault((parent, linear.shape[1], role), []).append(linear)
+    return list(groups.values())

@@ -37,7 +37,7 @@ HIDDEN_STAY = {
     *("xlnet", "rwkv", "recurrent_gemma", "lfm2", "minimax"),  # states inside blocks have as many channels
     *("gemma3n", "gemma4"),  # and embeddings for each block
     *("t5", "t5gemma", "switch", "bart"),  # more than words enter
-    *("gemma3_vision", "llava", "qwen2_vl", "mistral_large4", "nemotron_h_omni"),
+    *("gemma3_vision", "llava", "qwen2_vl", "mistral_large4", "nemotron_h_omni", "git"),
     *("deepseek_v4", "hy_v4", "glm5_next"),  # several streams of them, weighed by matrices
 }
 HEADS_STAY = {

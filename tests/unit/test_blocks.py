@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError, RecipeError
+from optima.memory import guess_groups
 from optima.models.stacks import (
     Block,
     Linear,
@@ -24,7 +25,6 @@ from optima.models.stacks import (
     count_parameters,
     dense_notes,
     find_stacks,
-    guess_groups,
     is_expert,
     select_linears,
     uncovered,

@@ -23,6 +23,7 @@ from optima.device import one_memory_error
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
 from optima.models.reading import arguments_of
+from optima.models.source import some
 from optima.models.stacks import Linear, Stack
 from optima.names import NUMBER, kind
 
@@ -205,11 +206,7 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
                 f"({type(error).__name__}: {error}): try another release, or another class in architectures of "
                 "config.json"
             ) from error
-    if [index for index, *_ in calls] != list(range(len(stack.blocks))):
-        raise ModelError(
-            f"{type(model).__name__} does not call each of {stack.blocks[0].name} .. {stack.blocks[-1].name} exactly "
-            "once, in order, in a forward pass (shared or skipped blocks), which this tool cannot prune"
-        )
+    _check_calls(model, stack, [index for index, *_ in calls], isinstance(batch, Tensor))
     _check_chain(model, stack, calls)
     _check_experts(stack, given)
     outputs = [output for *_, output in calls]
@@ -226,6 +223,22 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
         frozenset(name for name in names if kind(name) in routed),
         frozenset(name for name in names if len(given.inputs[name]) > 1),
     )
+
+
+def _check_calls(model: nn.Module, stack: Stack, called: Sequence[int], of_text: bool) -> None:
+    """Each block runs once, in its turn."""
+    names = [block.name for block in stack.blocks]
+    skipped = [name for index, name in enumerate(names) if index not in called]
+    if skipped and of_text and list(called) == sorted(set(called)):  # Mllama
+        raise ModelError(
+            f"{type(model).__name__} does not call {some(skipped)} on text alone: if they read images or sounds, give "
+            "prune(..., calibration=...) batches of its processor's outputs, from Python"
+        )
+    if list(called) != list(range(len(names))):
+        raise ModelError(
+            f"{type(model).__name__} does not call each of {names[0]} .. {names[-1]} exactly once, in order, in a "
+            "forward pass (shared or skipped blocks), which this tool cannot prune"
+        )
 
 
 def _check_chain(model: nn.Module, stack: Stack, calls: Sequence[_Called]) -> None:

@@ -24,11 +24,6 @@ from optima.models.reading import head_of
 from optima.models.routers import expert_counts, module_around, own_output, routers_of
 from optima.names import check_bounded, kind
 
-# Linears that read one input, by the last part of their names: those of attention, and the two halves of a gated MLP.
-TOGETHER = (
-    re.compile(r"(q|k|v|query|key|value|z)(_(a|b))?(_(proj|lin))?|kv_a_proj_with_mqa|in_proj_\w+"),
-    re.compile(r"gate(_proj)?|up(_proj)?|w1|w3"),
-)
 # Experts that are modules of their own, such as experts.3.up_proj or expert_3.wi; a shared one is none.
 EXPERT = re.compile(r"(?<!shared_)experts?[._]\w*?\d")
 
@@ -208,7 +203,8 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
             f"that contain linears, are {[f'{name} ({len(module)})' for name, module in lists] or 'none'}, "
             f"its children {[name for name, _ in model.named_children()]}"
         )
-    name, members = max(stacks, key=lambda item: count_parameters(item[1]))
+    own = [item for item in stacks if not _in_another(model, item[0])]
+    name, members = max(own or stacks, key=lambda item: count_parameters(item[1]))
     counts = expert_counts(getattr(model, "config", None))
     owners = defaultdict(list)
     for owner, parameter in model.named_parameters(remove_duplicate=False):
@@ -228,6 +224,15 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
         )
         blocks.append(Block(index, prefix, module, linears, routers, shared=shared, common=common))
     return Stack(tuple(blocks), part)
+
+
+def _in_another(model: nn.Module, name: str) -> bool:
+    """Whether a list lies in a model inside that is configured for other than text, as what sees is (GIT)."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    known = {type(model.config), type(model.config.get_text_config())}
+    around = (module for prefix, module in model.named_modules() if name.startswith(f"{prefix}."))
+    return any(isinstance(module, PreTrainedModel) and type(module.config) not in known for module in around)
 
 
 def _described(model: nn.Module, part: str) -> str:
@@ -384,13 +389,3 @@ def outside_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
 
 def _times(count: int) -> str:
     return "one place" if count == 1 else f"{count} places"
-
-
-def guess_groups(block: Block) -> list[list[Linear]]:
-    """The block's linears by the input that they are likely to share, from names alone: an estimate for a plan."""
-    groups: dict[tuple[object, ...], list[Linear]] = {}
-    for linear in block.linears:
-        parent, _, last = linear.name.rpartition(".")
-        role = next((number for number, regex in enumerate(TOGETHER) if regex.fullmatch(last)), linear.name)
-        groups.setdefault((parent, linear.shape[1], role), []).append(linear)
-    return list(groups.values())
