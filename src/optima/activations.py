@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.coupling import coupling_bytes
 from optima.calibration.swept import kept_bytes, surveyed_share, swept_share, tuned_share
+from optima.memory import stream_numbers
 from optima.models.experts import ExpertLinear
 from optima.models.reading import is_encoder_decoder
 from optima.models.stacks import Block, has_experts
@@ -73,7 +74,7 @@ def activations(
 
 def _numbers(text: Any) -> tuple[int | None, int]:
     """What blocks hand on for a token, None if that is unknown, and what they are called with besides (Gemma 3n)."""
-    hidden = getattr(text, "hidden_size", None)
-    versions = max(getattr(text, name, None) or 1 for name in ("altup_num_inputs", "hc_mult", "hc_count"))
+    hidden, versions = getattr(text, "hidden_size", None), getattr(text, "altup_num_inputs", None) or 1
+    handed = hidden and (stream_numbers(text) or versions * hidden)
     beside = getattr(text, "hidden_size_per_layer_input", None) or 0
-    return hidden and versions * hidden, beside * (getattr(text, "num_hidden_layers", None) or 0)
+    return handed, beside * (getattr(text, "num_hidden_layers", None) or 0)

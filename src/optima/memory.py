@@ -52,6 +52,8 @@ LENT_BYTES_PER_SQUARE = 24  # more, for a copy of the hessian that someone else'
 BYTES_PER_WEIGHT = 56
 # Of a batch's activations, how many of each linear's input and output are there at a time.
 BUFFERS = 2
+# And of what a token has in several streams (hyper-connections), which are mixed in float32.
+STREAM_BUFFERS = 4
 # How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
 GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 28
 GIB = 2**30
@@ -223,9 +225,10 @@ def work_bytes(
 def _activation_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, tokens: int, dtype: torch.dtype) -> int:
     """Of a forward pass through a block on so many tokens."""
     share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
+    mixed = STREAM_BUFFERS * stream_numbers(model.config.get_text_config())
     linears = (*block.linears, *block.left)
     numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in linears]
-    return BUFFERS * int(tokens * (sum(numbers) + attention)) * dtype.itemsize
+    return BUFFERS * int(tokens * (sum(numbers) + attention + mixed)) * dtype.itemsize
 
 
 def tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: torch.dtype) -> int:
@@ -250,6 +253,12 @@ def attention_numbers(model: PreTrainedModel, length: int) -> int:
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     return length * heads if isinstance(heads, int) and config._attn_implementation == "eager" else 0
+
+
+def stream_numbers(config: Any) -> int:
+    """Of each token, what its streams have together, where it has several (hyper-connections); else 0."""
+    streams = max(getattr(config, name, None) or 1 for name in ("hc_mult", "hc_count"))
+    return streams * (getattr(config, "hidden_size", None) or 0) if streams > 1 else 0
 
 
 def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype, attention: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import Ernie4_5_MoeConfig
 
 from optima import Recipe, order, prune
+from optima.activations import activations
 from optima.build import build as build_methods
 from optima.calibration.capture import capture
 from optima.calibration.inputs import Batch, arguments
@@ -443,6 +444,18 @@ def test_a_mixture_is_planned_for_the_experts_that_a_token_takes() -> None:
     for family, sent in (("mixtral", True), ("gpt_oss", True), ("llama4", False)):
         found = [linear for linear in linears_to_prune(build(family)).values() if isinstance(linear, ExpertLinear)]
         assert {linear.experts.are_sent_tokens for linear in found} == {sent}, family
+
+
+def test_streams_of_a_token_are_planned_for() -> None:
+    recipe = Recipe(max_seq_length=16, num_calibration_samples=4)
+    found = []
+    for streams in (1, 3):
+        model = build("hy_v4", hc_mult=streams)
+        (stack,), methods = find_stacks(model), build_methods(recipe)
+        kept = activations(model, stack.blocks, recipe, methods.needs, torch.float32)
+        found.append((kept.inputs, work_bytes(model, stack.blocks, recipe, methods, torch.float32)))
+    assert found[1][0] == 3 * found[0][0] == 3 * 4 * 16 * 32 * 4
+    assert found[1][1] > found[0][1]
 
 
 def test_matrices_of_attention_are_planned_for_where_there_are_any() -> None:
