@@ -20,6 +20,7 @@ from optima.models.experts import split_on_disk
 from optima.models.skeleton import skeleton
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, count_by_place, count_parameters
+from optima.models.weights import why_whole
 from optima.patterns import NM
 from optima.preflight.checks import Preflight
 from optima.preflight.fitting import fit
@@ -122,7 +123,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     num_parameters = count_parameters(model)
     kept = activations(model, found.blocks, recipe, methods.needs, dtype)
     writes = recipe.written and bool(recipe.own_share or not recipe.read)  # else it may, if these have too little
-    streamed = not source.gguf_file and not writes
+    whole = "" if source.gguf_file or writes else why_whole(source, model, recipe.dtype)
+    streamed = not (source.gguf_file or writes or whole)
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     notes = list(found.notes)
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
@@ -137,6 +139,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         size = f"{num_parameters * dtype.itemsize / GIB:.1f} GiB"
         when = "to write its own text" if writes else "to write what the data sets lack, if they do"
         notes.append(f"{when}, the whole model is in main memory and then on the device: {size}, and keys and values")
+    if whole:
+        notes.append(f"the whole model is held in main memory: {whole}")
     if not kept.known:
         notes.append("the configuration names no hidden_size: the block inputs are not counted")
     return Plan(

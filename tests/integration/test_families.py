@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, REFUSED, VOCAB, build, make_ids
 from rich.console import Console
 from runs import raising
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import make_llama
 from torch import Tensor, nn
 from transformers import Ernie4_5_MoeConfig
@@ -497,6 +497,19 @@ def test_plan_needs_no_weights(family: str, tmp_path: Path) -> None:
     planned = {linear.name: linear.shape for linear in plan.found.linears}
     assert planned == {name: linear.shape for name, linear in linears_to_prune(model).items()}
     assert sum(math.prod(shape) for shape in planned.values()) == plan.pruned_parameters
+
+
+@pytest.mark.parametrize(("lacks", "why"), [("pooler", "weights that it lacks (pooler.dense."), ("nothing", "")])
+def test_a_plan_tells_why_a_run_holds_the_whole_model(lacks: str, why: str, tmp_path: Path) -> None:
+    """A sentence encoder without the pooler of its class, for one."""
+    build("bert").save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    tensors = {name: tensor for name, tensor in load_file(file).items() if lacks not in name}
+    save_file(tensors, file, {"format": "pt"})
+    plan = make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16))
+    assert plan.streamed == (not why)
+    told = [note for note in plan.notes if "the whole model is held in main memory" in note]
+    assert [why in note for note in told] == [True] * bool(why)
 
 
 def test_a_plan_shows_experts_in_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

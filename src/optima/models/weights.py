@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.device import Stopwatch, forward_replaced, on_device
+from optima.errors import ModelError
 from optima.models.checkpoint import Checkpoint, UnstreamableError, check_numbers, left_out, on_disk, open_checkpoint
 from optima.models.source import Source, load_whole, some
 from optima.models.stacks import Block, find_stacks
@@ -103,16 +104,7 @@ class Streamed:
         self._kept: list[str] = []
         self._device = MAIN  # of those
         self._reading = False
-        self._inside = {
-            block.name: [name for name in checkpoint.names if name.startswith(f"{block.name}.")] for block in blocks
-        }
-        for block in blocks:
-            names = self._inside[block.name]
-            if shared := [name for name in names if not set(checkpoint.names[name]) <= set(names)]:
-                raise UnstreamableError(f"{' and '.join(checkpoint.names[shared[0]])} are one weight")
-            checkpoint.check(names)
-        inside = {name for names in self._inside.values() for name in names}
-        outside = [name for name in checkpoint.names if name not in inside]
+        self._inside, outside = _parts(checkpoint, blocks)
         owners = {
             f"{path}.{name}": module
             for path, module in checkpoint.model.named_modules()
@@ -120,7 +112,6 @@ class Streamed:
             for name, _ in module.named_parameters(recurse=False)
         }
         lazy = {name for name in outside if all(same in owners for same in checkpoint.names[name])}
-        checkpoint.check(outside)
         checkpoint.read([name for name in outside if name not in lazy])
         for name in sorted(lazy):
             self._read_when_asked(owners[name], name)
@@ -290,6 +281,19 @@ def _moved(
             stack.close()
 
 
+def _parts(checkpoint: Checkpoint, blocks: Sequence[Block]) -> tuple[dict[str, list[str]], list[str]]:
+    """Names of the tensors inside each block, and outside of all, each of which can be read without the others."""
+    inside = {block.name: [name for name in checkpoint.names if name.startswith(f"{block.name}.")] for block in blocks}
+    for names in inside.values():
+        if shared := [name for name in names if not set(checkpoint.names[name]) <= set(names)]:
+            raise UnstreamableError(f"{' and '.join(checkpoint.names[shared[0]])} are one weight")
+        checkpoint.check(names)
+    known = {name for names in inside.values() for name in names}
+    outside = [name for name in checkpoint.names if name not in known]
+    checkpoint.check(outside)
+    return inside, outside
+
+
 def open_weights(
     source: Source,
     structure: PreTrainedModel,
@@ -316,6 +320,20 @@ def open_weights(
         notes.append(f"{source.name} has weights that {type(model).__name__} {LEFT_OUT[0]}{some(names)}{LEFT_OUT[1]}")
     weights.notes = tuple(notes)
     return model, weights
+
+
+def why_whole(source: Source, structure: PreTrainedModel, dtype: str) -> str:
+    """Why weights that are on this disk cannot stay there in a run; empty if they can, or are not there to tell."""
+    if source.local is None:
+        return ""
+    try:
+        checkpoint = open_checkpoint(source, structure, dtype)
+        _parts(checkpoint, [block for stack in find_stacks(checkpoint.model) for block in stack.blocks])
+    except UnstreamableError as error:
+        return str(error)
+    except ModelError:  # what a plan needs is the configuration
+        return ""
+    return ""
 
 
 def _opened(
