@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 
 from optima.calibration.coupling import coupling_bytes
 from optima.calibration.swept import kept_bytes, surveyed_share, swept_share, tuned_share
-from optima.memory import stream_numbers
 from optima.models.experts import ExpertLinear
-from optima.models.reading import is_encoder_decoder
+from optima.models.reading import is_encoder_decoder, stream_numbers
 from optima.models.stacks import Block, has_experts
 from optima.recipe import Recipe
 

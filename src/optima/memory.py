@@ -20,7 +20,7 @@ from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear
-from optima.models.reading import is_encoder_decoder
+from optima.models.reading import is_encoder_decoder, stream_numbers
 from optima.models.routers import routed_share
 from optima.models.stacks import (
     Block,
@@ -253,12 +253,6 @@ def attention_numbers(model: PreTrainedModel, length: int) -> int:
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     return length * heads if isinstance(heads, int) and config._attn_implementation == "eager" else 0
-
-
-def stream_numbers(config: Any) -> int:
-    """Of each token, what its streams have together, where it has several (hyper-connections); else 0."""
-    streams = max(getattr(config, name, None) or 1 for name in ("hc_mult", "hc_count"))
-    return streams * (getattr(config, "hidden_size", None) or 0) if streams > 1 else 0
 
 
 def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype, attention: int) -> int:

@@ -27,7 +27,7 @@ from optima.calibration.store import Store
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import attention_numbers, work_bytes
 from optima.models.experts import ExpertLinear
-from optima.models.reading import check_length
+from optima.models.reading import check_length, head_of
 from optima.models.routers import routed_share
 from optima.models.source import find_source
 from optima.models.stacks import Linear, Stack, find_stacks, select_linears
@@ -89,11 +89,12 @@ def check_counts(zeros_OD: Tensor, pattern: str) -> None:
 def check_everything_is_named(model: nn.Module, report: Report) -> None:
     pruned, notes = {record.name for record in report.linears}, " ".join(report.run.notes)
     embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = {parameter for module in [head_of(model)] if module is not None for parameter in module.parameters()}
     blocks = tuple(f"{block.name}." for stack in find_stacks(model) for block in stack.blocks)
     for name, parameter in model.named_parameters():
         owner = name.removesuffix(".weight")
         vector = parameter.ndim < 2 or name.endswith("bias")  # experts and heads may have one each
-        if vector or owner in pruned or f"{owner}.0" in pruned or "head" in name:
+        if vector or owner in pruned or f"{owner}.0" in pruned or "head" in name or parameter in head:
             continue
         if parameter not in embeddings or name.startswith(blocks):
             assert {kind(name), kind(owner), owner} & set(notes.split()), f"{name} stays dense without a word"

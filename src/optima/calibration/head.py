@@ -6,8 +6,8 @@ chunk, K chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -61,16 +61,9 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
         leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
-        with ExitStack() as replaced:
-            for block in stack.blocks:
-                returned = leaf if block is stack.blocks[-1] else None
-                like = streams.probe.outputs[block.index]
-                replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
-            beside = {module: _Replayed(module.forward) for module in _beside(model, stack)}
-            for module, replayed in beside.items():
-                replaced.enter_context(forward_replaced(module, replayed))
+        with _head_alone(model, stack, streams, leaf) as beside:
             for start in range(0, length, step):
-                for replayed in beside.values():
+                for replayed in beside:
                     replayed.rewind()
                 drawn_BC = drawn_BL[part, start : start + step]
                 if sliced:
@@ -86,6 +79,20 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
 
     parts = streams.halving.over(samples, back, whole, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@contextmanager
+def _head_alone(model: PreTrainedModel, stack: Stack, streams: Streams, leaf: Tensor) -> Iterator[list[_Replayed]]:
+    """No block runs inside, and the last one returns ``leaf``; what lies beside them is replayed."""
+    beside = {module: _Replayed(module.forward) for module in _beside(model, stack)}
+    with ExitStack() as replaced:
+        for block in stack.blocks:
+            returned = leaf if block is stack.blocks[-1] else None
+            like = streams.probe.outputs[block.index]
+            replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
+        for module, replayed in beside.items():
+            replaced.enter_context(forward_replaced(module, replayed))
+        yield [*beside.values()]
 
 
 def _beside(model: PreTrainedModel, stack: Stack) -> list[PreTrainedModel]:
