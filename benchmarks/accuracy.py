@@ -66,7 +66,6 @@ from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
 OWN = "optima"  # has no published update: its weights come from the solve
-DAMPING = 0.01  # by default
 STEPS = {"solve", "loss", "unsolved", "swaps", "shared", "tune"}
 PRESETS = ["fast", "balanced", "best"]
 METHODS = [*(name for name in SELECTORS if name != OWN), *(f"{name}+solve" for name in SELECTORS), *PRESETS]
@@ -93,22 +92,24 @@ class Bench:
             values = {key: value for key, value in values.items() if key != "sparsity"}
             return recipe_from_dict(values | ({"allocation": "uniform"} if ":" in pattern else {}))
         solves = ("solve" in steps or "loss" in steps) and "unsolved" not in steps
+        allocation = "uniform" if ":" in pattern else "loss" if "shared" in steps else options.allocation
+        inverts = solves or allocation != "uniform" or name not in UNDAMPED
         objective = "loss" if "loss" in steps else "sink" if "solve" in steps else "plain"
         return Recipe(
             selector=name,
             pattern=[pattern],
             scope=None if ":" in pattern else options.scope,
-            allocation="uniform" if ":" in pattern else "loss" if "shared" in steps else options.allocation,
+            allocation=allocation,
             swaps=256 if "swaps" in steps else 0,
             objective=objective,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             solver="auto" if solves else "none",
-            damping=options.damping if solves or name not in UNDAMPED else DAMPING,
             rounding=options.rounding,
             sink_weight=options.sink_weight if objective == "sink" else None,
             seed=options.seed,
             device=options.device,
             **({"gap": options.gap} if solves else {}),
+            **({"damping": options.damping} if inverts else {}),
             **({"swept_share": options.swept_share} if objective == "loss" else {}),
             **({"learning_rate": options.learning_rate, "tuning_share": 1.0} if "tune" in steps else {}),
         )
@@ -235,7 +236,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of methods with +tune")
     parser.add_argument("--scope", choices=SCOPES, help="of selectors' sparsities (default: as published)")
     parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of selectors' sparsities")
-    parser.add_argument("--damping", type=float, default=DAMPING)
+    parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--sink-weight", type=float, help="of methods with +solve (default: the recipe's)")
     parser.add_argument("--rounding", choices=ROUNDINGS, default="hessian", help="of solved weights to the dtype")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")

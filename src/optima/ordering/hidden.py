@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima.models.experts import ExpertLinear, FusedExperts, experts_of
+from optima.models.reading import head_of
 from optima.models.stacks import Block, Linear, ModuleLinear, Stack, linears_of
 from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 
@@ -26,7 +27,7 @@ def why_not_hidden(model: PreTrainedModel, stacks: Sequence[Stack]) -> str:
         return "an encoder and a decoder share them"
     if config.get_text_config() is not config:
         return "not only words become hidden states here"
-    if model.get_output_embeddings() is None:
+    if head_of(model) is None:
         return "without a head that predicts words they are what the model returns"
     return ""
 

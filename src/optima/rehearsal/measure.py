@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from optima.device import evaluating, find_device, memory_explained, unswitched
-from optima.models.checkpoint import UnstreamableError, open_checkpoint
+from optima.models.checkpoint import open_checkpoint
 from optima.models.random_weights import alike, fill
 from optima.models.source import Source, load_tokenizer
 from optima.models.stacks import Block
@@ -80,11 +80,7 @@ def _reading(plan: Plan, source: Source, notes: list[str]) -> tuple[float, float
         notes.append(f"the time to {what} is not counted")
         return 0.0, 0.0
     started = time.perf_counter()
-    try:
-        checkpoint = open_checkpoint(source, plan.model, plan.recipe.dtype)
-    except UnstreamableError as error:
-        notes.append(f"the whole model will be held in main memory, which is not counted: {error}")
-        return 0.0, 0.0
+    checkpoint = open_checkpoint(source, plan.model, plan.recipe.dtype)
     opened, each = time.perf_counter(), 0.0
     for block in plan.found.blocks[:2]:  # the first time the library gets ready
         begun = time.perf_counter()
