@@ -199,6 +199,16 @@ class TestSelectLinears:
         (stack,) = select_linears(find_stacks(model), [".*"], ["mlp"])
         assert len(names(stack.blocks)) == 8
 
+    def test_all_parts_of_a_block_that_are_shared_are_told_at_once(self) -> None:
+        model = make_llama()
+        first, second = model.model.layers[:2]
+        second.mlp, second.self_attn.q_proj = first.mlp, first.self_attn.q_proj
+        with pytest.raises(ModelError, match=r"\(8 of 14 linears .*--ignore 'self_attn\\.q_proj' 'mlp'$"):
+            select_linears(find_stacks(model), [".*"], [])
+        assert select_linears(find_stacks(model), [".*"], [r"self_attn\.q_proj", "mlp"])
+        with pytest.raises(ModelError, match=r"\(3 of 3 linears share theirs\): that is all, so .* cannot prune it$"):
+            select_linears(find_stacks(model), [r"layers\.1\.mlp"], [])
+
     @pytest.mark.parametrize("part", ["parameter", "memory", "head"])
     def test_whatever_a_weight_is_shared_with(self, part: str) -> None:
         model = make_llama()

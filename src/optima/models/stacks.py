@@ -318,11 +318,18 @@ def _check_own_weights(stacks: Sequence[Stack]) -> None:
         if linear.name in block.shared
     ]
     if shared:
-        name, other, within = shared[0]
-        module = (commonpath([each for _, _, each in shared]) or within).replace("/", ".")
+        name, other, _ = shared[0]
+        parts: defaultdict[str, list[str]] = defaultdict(list)
+        for _, _, within in shared:
+            parts[within.partition("/")[0]].append(within)
+        regexes = " ".join(f"'{re.escape(commonpath(each).replace('/', '.'))}'" for each in parts.values())
+        linears = sum(len(block.linears) for stack in stacks for block in stack.blocks)
+        remedy = "that is all, so this tool cannot prune it"
+        if len(shared) < linears:
+            remedy = f"leave them out with --ignore {regexes}"
         raise ModelError(
-            f"{name} and {other} are one weight, which two inputs would prune differently ({len(shared)} linears "
-            f"share theirs): leave them out with --ignore '{re.escape(module)}'"
+            f"{name} and {other} are one weight, which two inputs would prune differently ({len(shared)} of {linears} "
+            f"linears share theirs): {remedy}"
         )
 
 
