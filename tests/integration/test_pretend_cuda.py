@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,6 +22,7 @@ from optima.calibration.halving import Halving
 from optima.calibration.inputs import arguments
 from optima.calibration.probe import forward
 from optima.calibration.streams import map_tensors
+from optima.errors import DeviceMemoryError
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
 from optima.models.stacks import find_stacks
@@ -130,6 +132,15 @@ def test_the_head_stays_on_the_cpu_where_its_device_has_no_room() -> None:
     with pretend_cuda(), mock.patch.object(torch.cuda, "mem_get_info", return_value=(2**20, 2**30)):
         found = prune(build("llama"), Recipe(device="cuda"), calibration=make_ids(2), progress=False)
     assert any(note.startswith("the head ran on the CPU: cuda") for note in found.run.notes)
+
+
+def test_a_card_that_cannot_hold_what_is_to_write_is_told_before_weights_are_read(tmp_path: Path) -> None:
+    model = str(save_model(tmp_path / "dense"))
+    card = mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=2**16))
+    read = mock.patch("optima.preflight.opening.open_weights", raising(AssertionError))
+    recipe = Recipe(device="cuda", dataset=["self"], num_calibration_samples=2, max_seq_length=16, tuning_epochs=0)
+    with pretend_cuda(), card, read, pytest.raises(DeviceMemoryError, match=r"is too small: .* other than self"):
+        prune(model, recipe, output_dir=tmp_path / "out", progress=False)
 
 
 def test_what_it_refuses() -> None:

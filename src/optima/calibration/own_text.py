@@ -36,12 +36,13 @@ from optima.calibration.halving import Halving
 from optima.calibration.head import drawn_words, exponentials
 from optima.calibration.inputs import Calibration
 from optima.calibration.text import special_tokens, token_ids
-from optima.device import evaluating, memory_explained
+from optima.device import describe_memory, evaluating, memory_explained
 from optima.distributed import ALONE, Ranks
-from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
+from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError, ModelError
 from optima.models.files import explain_write_errors, write_whole
 from optima.models.journal import check_same
 from optima.models.reading import is_encoder_decoder
+from optima.models.stacks import count_parameters
 from optima.recipe import Recipe
 
 AT_ONCE = 128  # sequences written together: a word of so many takes a GPU hardly longer than one of few
@@ -279,6 +280,14 @@ def check_writes(model: PreTrainedModel) -> None:
         raise CalibrationError(
             f"{type(model).__name__} writes no text that goes on from its beginning: name a --dataset other than self"
         )
+
+
+def check_card(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise ``DeviceMemoryError`` if a card cannot hold the model, or what its skeleton is of; ``dtype``: as read."""
+    size = count_parameters(model) * dtype.itemsize
+    if device.type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory:
+        whole = f"the model takes {size / 2**30:.1f} GiB"
+        raise DeviceMemoryError(f"{describe_memory(device)} is too small: {whole}, and {WHOLE_REMEDY}")
 
 
 def users_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.activations import activations
 from optima.calibration.documents import Documents, TextSource
 from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.own_text import KeptText, begin, own_text
+from optima.calibration.own_text import KeptText, begin, check_card, own_text
 from optima.calibration.store import Store
 from optima.calibration.text import calibration_tokens
 from optima.distributed import Ranks
@@ -99,7 +99,8 @@ def read(
     text.check(checked.structure)
     if _lacks(checked, text):
         assert tokenizer is not None, "the text was read by it"
-        begin(tokenizer, checked.recipe, text)  # what it refuses is refused before weights are read
+        begin(tokenizer, checked.recipe, text)  # what these refuse is refused before weights are read
+        check_card(checked.structure, checked.dtype, checked.device)
         whole = whole or "it writes its own text"
     return *_network(checked, whole, ranks), text
 
