@@ -122,6 +122,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         } | DSA,
     ),
     "hy_v4": ("HYV4ForCausalLM", "HYV4Config", MLA | DSA | {"num_hidden_layers": 4, "hc_mult": 3}),
+    # A table of n-grams inside a block, which stays in main memory.
+    "qwen4_exp": (
+        "Qwen4ExpForCausalLM", "Qwen4ExpTextConfig",
+        HEAD | EXPERTS | DELTA | {
+            "shared_expert_intermediate_size": 16, "hc_count": 3, "hc_lowrank": 8, "ple_layer_ids": [1],
+            "heads_per_ngram": 2, "ngram_vocab_size_base": 500, "make_ngram_vocab_size_divisible_by": 8,
+            "split_ngram_parts": 4, "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8,
+            "indexer_budget": 8, "indexer_compress_ratio": 4,
+        },
+    ),
     "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", HEAD | LOCAL | {"sliding_window": 8}),
     "granite_moe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", LLAMA | LOCAL),
     "gemma4_moe": (

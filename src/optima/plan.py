@@ -43,7 +43,7 @@ class Plan:
         pruned_parameters: weights in the linears to prune.
         work_bytes: upper bound of the work space on the device: of hessians and a linear, a sweep, or tuning. An
             accelerator also holds ``block_bytes``.
-        block_bytes: the largest block's weights.
+        block_bytes: the largest block's weights, without those that stay in main memory.
         inputs_bytes: stored block inputs: in main memory, as far as there is room, and in files.
         model_bytes: the model's weights, on disk; so many are written again.
         beside_bytes: of experts that are fused in the model and split on disk: a second copy of them is there until the
@@ -151,7 +151,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
-        block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
+        block_bytes=max(block.placed_parameters for block in found.blocks) * dtype.itemsize,
         inputs_bytes=kept.stored,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,

@@ -38,11 +38,11 @@ HIDDEN_STAY = {
     *("gemma3n", "gemma4"),  # and embeddings for each block
     *("t5", "t5gemma", "switch", "bart"),  # more than words enter
     *("gemma3_vision", "llava", "qwen2_vl", "mistral_large4", "nemotron_h_omni", "git"),
-    *("deepseek_v4", "hy_v4", "glm5_next"),  # several streams of them, weighed by matrices
+    *("deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp"),  # several streams of them, weighed by matrices
 }
 HEADS_STAY = {
     "deberta_v2", "xlnet", "deepseek_v2", "deepseek_v3", "afmoe", "gemma4_moe", "qwen3_next", "rwkv", "gemma3n",
-    "gemma4", "glm_moe_dsa", "mistral_large4", "zaya", "deepseek_v4", "hy_v4", "glm5_next",
+    "gemma4", "glm_moe_dsa", "mistral_large4", "zaya", "deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp",
 }  # fmt: skip
 MLPS_STAY = {"xlnet", "rwkv"}
 # Each has something that no other has; the rest are marked slow.

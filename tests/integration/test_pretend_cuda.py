@@ -42,6 +42,7 @@ TUNED = {"allocation": "loss", "tuning_epochs": 1}
         pytest.param("llama", torch.bfloat16, TUNED | {"swaps": 4}, marks=SLOW),
         pytest.param("llama", torch.float16, {"selector": "wanda", "true_sequential": True}, marks=SLOW),
         pytest.param("gemma4", torch.bfloat16, TUNED, marks=SLOW),
+        ("qwen4_exp", torch.bfloat16, TUNED),
         pytest.param("t5", torch.float32, TUNED, marks=SLOW),
         pytest.param("bert", torch.float32, TUNED, marks=SLOW),
     ],
@@ -55,6 +56,22 @@ def test_a_run_stays_on_its_device(family: str, dtype: torch.dtype, settings: di
     assert all(parameter.device.type == "cpu" for parameter in model.parameters()), "the model came back"
     on_cpu = prune(here, Recipe(device="cpu", batch_size=2, **settings), calibration=make_ids(4), progress=False)
     assert report.error_geomean == pytest.approx(on_cpu.error_geomean, rel=0.05)
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["in memory", "streamed"])
+def test_a_table_that_no_device_is_to_hold_stays_in_main_memory(streamed: bool, tmp_path: Path) -> None:
+    model, name = build("qwen4_exp"), "ple.ple_embedding.ngram_embedding.weight"
+    weights: Weights = Resident(model)
+    if streamed:
+        model.save_pretrained(tmp_path)
+        source = find_source(str(tmp_path))
+        model, weights = open_weights(source, skeleton(source)[0], "auto")
+    block, before = stack_of(model).blocks[0], list(model.state_dict())
+    assert block.unplaced == {name}
+    with pretend_cuda(), weights.on(block, torch.device("cuda", 0)):
+        found = {each: parameter.device.type for each, parameter in block.module.named_parameters()}
+        assert {each for each, kind in found.items() if kind == "cpu"} == {name}
+    assert list(model.state_dict()) == before
 
 
 def test_weights_that_are_given_up_take_no_way_back(tmp_path: Path) -> None:

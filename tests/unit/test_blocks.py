@@ -17,17 +17,16 @@ from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError, RecipeError
 from optima.memory import guess_groups
+from optima.models.left_dense import dense_notes, uncovered
 from optima.models.stacks import (
     Block,
     Linear,
     ModuleLinear,
     count_by_place,
     count_parameters,
-    dense_notes,
     find_stacks,
     is_expert,
     select_linears,
-    uncovered,
 )
 from optima.names import kind
 
@@ -250,6 +249,7 @@ ROUTERS = {
     ],
     "hy_v4": INDEXER * 2,
     "glm5_next": INDEXER,
+    "qwen4_exp": [*["mlp.shared_expert_gate"] * 2, "self_attn.indexer.index_qk_proj", "mlp.shared_expert_gate"],
     "zaya": [f"mlp.gate.{name}" for name in ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")]
     * 3,
 }

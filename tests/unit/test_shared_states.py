@@ -23,7 +23,7 @@ from optima.preflight.checks import preflight
 from optima.selectors.magnitude import Magnitude
 
 FAMILIES = ["gemma3n", "gemma4"]
-OTHERS = ["mistral_large4", "zaya", "llama4", "nemotron_h_omni", "t5", "xlnet", "rwkv"]
+OTHERS = ["mistral_large4", "zaya", "llama4", "nemotron_h_omni", "qwen4_exp", "t5", "xlnet", "rwkv"]
 STREAMS = ["deepseek_v4", "hy_v4", "glm5_next"]  # hyper-connections
 
 

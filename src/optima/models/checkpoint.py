@@ -142,6 +142,13 @@ class _Part:
         return part
 
 
+class _Shape(Tensor):
+    """A tensor on the meta device that stays there: transformers converts some on the CPU, where it has no numbers."""
+
+    def to(self, *, device: Any = None, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
+        return self.as_subclass(Tensor).to(dtype=dtype)
+
+
 def _stat(file: Path) -> tuple[int, int, int]:
     """What differs once a file was replaced or written into."""
     found = file.stat()
@@ -281,7 +288,8 @@ def _may_open(count: int) -> None:
 
 
 def _meta(part: Any) -> Tensor:
-    return torch.empty(part.get_shape(), dtype=str_to_torch_dtype[part.get_dtype()], device="meta")
+    empty = torch.empty(part.get_shape(), dtype=str_to_torch_dtype[part.get_dtype()], device="meta")
+    return empty.as_subclass(_Shape)
 
 
 def _add_generation(source: Source, model: PreTrainedModel) -> None:

@@ -6,7 +6,7 @@ Shapes: O outputs, D inputs.
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os.path import commonpath
@@ -20,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError, RecipeError
 from optima.models.experts import ExpertLinear, Stored, experts_of
-from optima.models.reading import head_of
 from optima.models.routers import expert_counts, module_around, own_output, routers_of
 from optima.names import check_bounded, kind
 
@@ -122,6 +121,8 @@ class Block:
         left: linears that ``select_linears`` left out.
         shared: of the linears whose weight is also another parameter of the model, that one's name.
         common: names, inside the module, of parameters that are outside it too.
+        unplaced: names, inside the module, of parameters that stay in main memory: tables that the model says are too
+            large for a device, and looks up where they are (Qwen4-Exp: 95 GiB).
     """
 
     index: int
@@ -132,6 +133,13 @@ class Block:
     left: tuple[Linear, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
     common: frozenset[str] = frozenset()
+    unplaced: frozenset[str] = frozenset()
+
+    @property
+    def placed_parameters(self) -> int:
+        """How many of its parameters a device holds while it works on the block."""
+        kept = (self.module.get_parameter(name).numel() for name in self.unplaced)
+        return count_parameters(self.module) - sum(kept)
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,9 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
             for inner, parameter in module.named_parameters()
             if not all(f"{other}.".startswith(f"{prefix}.") for other in owners[_memory(parameter)])
         )
-        blocks.append(Block(index, prefix, module, linears, routers, shared=shared, common=common))
+        tables = tuple(f".{each}" for each in getattr(model, "_no_placement_params", None) or ())
+        unplaced = frozenset(name for name, _ in module.named_parameters() if f".{name}".endswith(tables))
+        blocks.append(Block(index, prefix, module, linears, routers, (), shared, common, unplaced))
     return Stack(tuple(blocks), part)
 
 
@@ -343,56 +353,3 @@ def count_by_place(model: nn.Module, blocks: Sequence[Block]) -> tuple[list[int]
     own = {id(parameter) for block in blocks for parameter in block.module.parameters()}
     outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
     return [count_parameters(block.module) for block in blocks], outside
-
-
-def uncovered(blocks: Sequence[Block]) -> dict[str, tuple[int, int]]:
-    """Matrices of the blocks that no linear holds (fused experts, convolutions): (how many, weights) by kind."""
-    found: dict[str, tuple[int, int]] = {}
-    for block in blocks:
-        covered = {id(linear.parameter) for linear in (*block.linears, *block.left)}
-        for name, parameter in block.module.named_parameters():
-            if _is_matrix(name, parameter) and id(parameter) not in covered:
-                count, weights = found.get(key := kind(f"{block.name}.{name}"), (0, 0))
-                found[key] = (count + 1, weights + parameter.numel())
-    return found
-
-
-def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Of weights: experts have a bias each (gpt-oss)."""
-    return parameter.ndim >= 2 and not name.endswith("bias")
-
-
-def dense_notes(stacks: Sequence[Stack]) -> list[str]:
-    """What stays dense in stacks that ``select_linears`` gave, a line a kind, so that nothing is left out silently."""
-    blocks = [block for stack in stacks for block in stack.blocks]
-    notes = [
-        f"{name} ({weights:,} weights in {_times(count)}) is no plain linear and stays dense"
-        for name, (count, weights) in uncovered(blocks).items()
-    ]
-    left, routers, pruned = Counter[str](), Counter[str](), Counter[str]()
-    for block in blocks:
-        for linear in block.left:
-            (routers if linear.name in block.routers else left)[kind(linear.name)] += 1
-        pruned.update(kind(linear.name) for linear in block.linears if linear.name in block.routers)
-    notes += [f"{name} ({_times(count)}) routes tokens and stays dense" for name, count in routers.items()]
-    notes += [f"{name} ({_times(count)}) routes tokens, and is pruned as targets ask" for name, count in pruned.items()]
-    if left:
-        names = ", ".join(f"{name} ({_times(count)})" for name, count in left.items())
-        notes.append(f"left dense by targets and ignore: {names}")
-    return notes
-
-
-def outside_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
-    """The matrices outside the blocks, which stay dense; embeddings and the head go without saying."""
-    head = head_of(model)
-    known = {id(parameter) for stack in stacks for block in stack.blocks for parameter in block.module.parameters()}
-    named = (module for module in model.modules() if isinstance(module, nn.Embedding) or module is head)
-    known |= {id(parameter) for module in named for parameter in module.parameters()}
-    matrices = [(name, p) for name, p in model.named_parameters() if _is_matrix(name, p) and id(p) not in known]
-    names = Counter(kind(name.removesuffix(".weight")) for name, _ in matrices)
-    listed = ", ".join(f"{name} ({_times(count)})" for name, count in names.items())
-    return [f"outside the blocks, and dense: {listed}"] if listed else []
-
-
-def _times(count: int) -> str:
-    return "one place" if count == 1 else f"{count} places"

@@ -275,7 +275,7 @@ def _moved(
     with ExitStack() as stack:
         with clock("read"):
             stack.enter_context(read)
-            stack.enter_context(on_device(block.module, device, comes_back))
+            stack.enter_context(on_device(block.module, device, comes_back, block.unplaced))
         yield
         with clock("read"):
             stack.close()

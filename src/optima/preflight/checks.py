@@ -22,11 +22,12 @@ from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linalg.finite import all_finite
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
+from optima.models.left_dense import dense_notes, outside_notes
 from optima.models.masks import MaskFiles
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.models.reading import check_length, is_encoder_decoder
 from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, Linear, Stack, dense_notes, find_stacks, outside_notes, select_linears
+from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
 from optima.names import check_bounded
 from optima.patterns import Pattern, Unstructured
 from optima.preflight.settling import settle_in_turn, settle_own, settle_tuning

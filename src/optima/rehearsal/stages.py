@@ -171,7 +171,7 @@ class Rehearsal:
         known = stack.blocks if whole else stack.blocks[: stack.needed]
         structures = {blocks[0].index: blocks for blocks in alike(known)}
         for block in stack.blocks[: max(structures) + 1]:
-            with on_device(block.module, self.device):
+            with on_device(block.module, self.device, unplaced=block.unplaced):
                 if block.index in structures:
                     self._structure(stack, structures[block.index], streams, (inputs, swept))
                 if block.index < max(structures):
