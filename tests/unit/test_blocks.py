@@ -198,6 +198,14 @@ class TestSelectLinears:
         (stack,) = select_linears(find_stacks(model), [".*"], ["mlp"])
         assert len(names(stack.blocks)) == 8
 
+    def test_what_was_cut_out_of_tensors_on_the_meta_device_is_not_one_weight(self) -> None:
+        """As transformers cuts keys out of fused weights (Sarvam): each begins at the same address there."""
+        model = make_llama().to("meta")
+        for layer in model.model.layers:
+            _, half = torch.empty(64, 32, device="meta").chunk(2)
+            layer.self_attn.k_proj.weight = nn.Parameter(half)
+        assert select_linears(find_stacks(model), [".*"], [])
+
     def test_all_parts_of_a_block_that_are_shared_are_told_at_once(self) -> None:
         model = make_llama()
         first, second = model.model.layers[:2]

@@ -250,8 +250,11 @@ def _described(model: nn.Module, part: str) -> str:
 
 
 def _memory(parameter: Tensor) -> int:
-    """What tells a weight from others: two parameters may hold the same memory; on the meta device there is none."""
-    return parameter.data_ptr() or id(parameter)
+    """What tells a weight from others: two parameters may hold the same memory.
+
+    On the meta device there is none: the address of what was cut out of another tensor is where it began there.
+    """
+    return id(parameter) if parameter.is_meta else parameter.data_ptr() or id(parameter)
 
 
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
