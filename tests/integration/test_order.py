@@ -86,7 +86,7 @@ def test_an_ordered_model_is_the_same_function_and_loses_less(family: str) -> No
     model = made_uneven(build(family))
     before = outputs(model)
     found = order(model)
-    torch.testing.assert_close(outputs(model), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
     told = {kind: lost for kind, _, lost in found.summary()}
     assert all(lost < 1.0 for lost in told.values()), told
     assert ("hidden" in told) == (family not in HIDDEN_STAY), found.notes
@@ -100,6 +100,21 @@ def test_an_ordered_model_is_the_same_function_and_loses_less(family: str) -> No
     readers = {linear.name for stack in stacks for block in stack.blocks for linear in block.linears}
     if not told:
         assert all(kind(name) in left for name in readers)
+
+
+@pytest.mark.parametrize(("family", "part", "by"), [("lfm2", "conv", 0.8), ("gpt_oss", "experts.down_proj", 0.002)])
+def test_an_order_is_the_same_function_where_what_it_would_break_matters_little(
+    family: str, part: str, by: float
+) -> None:
+    model = made_uneven(build(family))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name and parameter.ndim > 1:
+                parameter.mul_(by)
+    before = outputs(model)
+    found = order(model)
+    torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
+    assert "mlp" in {kind for kind, _, _ in found.summary()}
 
 
 def test_the_record_tells_what_moved_where(root: Path) -> None:
@@ -269,7 +284,7 @@ def test_experts_that_work_on_fewer_channels_than_the_hidden_ones() -> None:
     before = outputs(model)
     found = order(model)
     assert {"mlp", "heads"} <= {each.kind for each in found.channels}
-    torch.testing.assert_close(outputs(model), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
+    torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
 
 
 @pytest.mark.parametrize(("part", "shared"), [("self_attn", "v_proj"), ("mlp", "gate_proj")])

@@ -34,7 +34,7 @@ from optima.ordering.channels import Channels, Kind, inner_channels, reorder
 from optima.ordering.hidden import hidden_channels, why_not_hidden
 from optima.ordering.record import Ordered
 from optima.ordering.search import best_order, lost
-from optima.ordering.trial import computes_the_same
+from optima.ordering.trial import TOLERANCE, difference
 from optima.ordering.turns import Part, best_turn, part_of
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
@@ -52,7 +52,7 @@ HIDDEN_BYTES = 2**29
 INNER_ROWS = 2**12
 # Most that the model's outputs may change, relative to them, in units of rounding to its dtype; and what many blocks
 # make of the roundings of float32.
-ROUNDINGS, DEEP = 16, 1e-3
+ROUNDINGS, DEEP = 8, 1e-3
 CHECKED_TOKENS = 128
 # A logit below it is of a token that the model rules out: some models give these the least number there is.
 RULED_OUT = -3e4
@@ -185,7 +185,7 @@ class Run:
             trial = streams.part([0])
             for block in stack.blocks:
                 with self.weights.on(block, self.checked.device):
-                    if not computes_the_same(block, [found], trial):
+                    if difference(block, [found], trial) > TOLERANCE:
                         found = f"{block.name} does not compute the same with them elsewhere"
                         break
                     trial.advance(block)
@@ -216,10 +216,10 @@ class Run:
             together[ways[0].kind, kind(ways[0].name)].append(ways)  # experts are many
         found: list[Channels] = []
         for own in together.values():
-            tried = (list(each) for each in zip(*own, strict=False))
-            same = (each for each in tried if computes_the_same(block, each, streams))
-            if (alike := next(same, None)) is not None:
-                found += alike
+            tried = [list(each) for each in zip(*own, strict=False)]
+            differences = [difference(block, each, streams) for each in tried]
+            if (least := min(differences)) <= TOLERANCE:
+                found += tried[differences.index(least)]
                 continue
             reason = "the block does not compute the same with them elsewhere"
             self.notes += [CHANNELS_STAY.format(first.name, first.kind, reason) for first, *_ in own]
