@@ -138,7 +138,11 @@ def hold_zeros(model: nn.Module, keep: Mapping[str, Tensor] | None = None) -> He
         zeros = {name: int((parts[name] == 0).sum()) for name in own if parts[name].is_floating_point()}
         found = {name: parts[name] != 0 for name, count in zeros.items() if 0 < count < parts[name].numel()}
     else:
+        if not isinstance(keep, Mapping):
+            raise RecipeError(f"keep is a {type(keep).__name__}: give masks by the names of their linears")
         found = {name.removesuffix(".weight"): mask for name, mask in keep.items()}
+        if len(found) < len(keep):
+            raise RecipeError("keep has two masks of one linear, with and without .weight: keep one")
         _check(found, parts)
     if not found:
         raise ModelError(f"no linear of this {type(model).__name__} has zeros to hold: prune it first, or give masks")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,9 @@ def test_what_else_lies_beside_a_checkpoint_is_no_mask(root: Path) -> None:
     second = pruned(*EXTERNAL, "theirs")
     assert all(torch.equal(weight != 0, second[name] != 0) for name, weight in first.items() if "_proj" in name)
     Path("theirs/model.safetensors.index.json").unlink()
-    with pytest.raises(RecipeError, match=r"weight is in model-.*\.safetensors and in old\.safetensors: keep one"):
+    with pytest.raises(
+        RecipeError, match=r"weight in model-.*\.safetensors and .*weight in old\.safetensors are one: keep one"
+    ):
         prune(make_llama(), Recipe(selector="external", mask_from="theirs"), calibration=make_tokens())
 
 
@@ -208,7 +211,17 @@ class TestRefused:
     def test_nothing_pruned(self, cheap: Refused) -> None:
         masks = make_masks()
         masks[UP][:] = True
-        assert f"mask of {UP} prunes nothing: leave the linear out" in cheap(*EXTERNAL, saved(masks))
+        message = cheap(*EXTERNAL, saved(masks))
+        assert f"mask of {UP} prunes nothing: leave out what is dense with --ignore 'lm_head' 'embed' '" in message
+        other = next(name for name in masks if name != UP)
+        masks[other][:] = True
+        message = cheap(*EXTERNAL, saved(masks))
+        assert "masks of 2 linears prune nothing" in message
+        assert all(f"'{re.escape(name)}'" in message for name in (UP, other))
+
+    def test_two_masks_of_one_linear(self, cheap: Refused) -> None:
+        masks = make_masks()
+        assert f"{UP}.weight in " in cheap(*EXTERNAL, saved(masks | {f"{UP}.weight": ~masks[UP]}))
 
     def test_values_that_are_no_mask(self, cheap: Refused) -> None:
         masks = make_masks()

@@ -117,6 +117,15 @@ def test_an_order_is_the_same_function_where_what_it_would_break_matters_little(
     assert "mlp" in {kind for kind, _, _ in found.summary()}
 
 
+def test_a_pruned_model_is_refused() -> None:
+    model = make_llama()
+    optima.prune(model, Recipe(sparsity=0.5, batch_size=2), calibration=make_ids(), progress=False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ModelError, match=r"\d\d% of .* are zeros: this model was pruned, .*Order the dense model"):
+        order(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_the_record_tells_what_moved_where(root: Path) -> None:
     """The recorded orders make of the dense weights those that were written; the output is pruned like any other."""
     model = made_uneven(make_llama(attention_bias=True, mlp_bias=True, tie_word_embeddings=True))

@@ -333,6 +333,22 @@ def test_a_budget_below_what_weights_take_is_refused(tmp_path: Path) -> None:
         make_plan(find_source(str(tmp_path / "model")), optima.Recipe(memory_budget="1MiB", max_seq_length=16))
 
 
+def test_tensors_that_change_their_dtype_are_told(tmp_path: Path) -> None:
+    """Norms in float32 beside a configuration that says bfloat16, as some training code saves them."""
+    model = make_llama().bfloat16()
+    norms = [module for name, module in model.named_modules() if name.endswith("norm")]
+    for norm in norms:
+        norm.float()
+    model.save_pretrained(tmp_path / "model")
+    model.config.dtype = torch.bfloat16
+    model.config.save_pretrained(tmp_path / "model")
+    for dtype, told in (("auto", True), ("bfloat16", False)):
+        pruned(tmp_path / "model", tmp_path / dtype, dtype=dtype)
+        notes = " ".join(optima.load_report(tmp_path / dtype).run.notes)
+        assert (f"has {len(norms)} of " in notes) == told
+        assert ("in float32, and its configuration makes them bfloat16: --dtype sets another" in notes) == told
+
+
 def test_a_budget_counts_weights_in_the_dtype_that_they_are_read_in(tmp_path: Path) -> None:
     make_llama().bfloat16().save_pretrained(tmp_path / "model")
     plan = make_plan(find_source(str(tmp_path / "model")), optima.Recipe(max_seq_length=16))

@@ -228,3 +228,13 @@ def test_the_callback_holds_zeros_of_optimizers_that_are_not_torchs() -> None:
     callback.on_step_end(None, None, None, model=model)
     assert all(not weights(model)[name][old == 0].any() for name, old in before.items())
     callback.on_train_end(None, None, None, model=model)
+
+
+def test_masks_that_are_none_are_refused() -> None:
+    model = make_llama()
+    name, weight = next((name, each) for name, each in model.named_parameters() if "q_proj" in name)
+    kept = torch.ones_like(weight, dtype=torch.bool)
+    with pytest.raises(RecipeError, match=r"two masks of one linear, with and without \.weight: keep one"):
+        optima.hold_zeros(model, {name: kept, name.removesuffix(".weight"): ~kept})
+    with pytest.raises(RecipeError, match="keep is a list: give masks by the names"):
+        optima.hold_zeros(model, [kept])  # type: ignore[arg-type]

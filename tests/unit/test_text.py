@@ -187,6 +187,12 @@ class TestReadDocuments:
         own = TextSource(("a.jsonl",), text_column="own")
         assert list(Documents(own, tokenizer=tokenizer)) == ["[user] hi[assistant] ho"] * 2
 
+    def test_a_chat_that_is_written_down_is_no_text(self, here: Path) -> None:
+        (here / "a.jsonl").write_text(json.dumps({"messages": json.dumps([{"role": "user", "content": "hi"}])}))
+        with pytest.raises(CalibrationError, match=r"column 'messages' .* \(str\), not a list of messages"):
+            list(Documents(TextSource(("a.jsonl",)), tokenizer=make_tokenizer()))
+        assert list(Documents(TextSource(("a.jsonl",), text_column="messages")))
+
     def test_an_empty_chat_does_not_end_those_of_the_hub(self, monkeypatch: pytest.MonkeyPatch) -> None:
         chats = [{"messages": [] if place in (0, 3) else [{"role": "user", "content": "hi"}]} for place in range(6)]
         monkeypatch.setattr(records_module, "hub_records", lambda *given: (chats, None))

@@ -193,15 +193,18 @@ class Documents:
         """A record's text, or its chat; None if it has neither."""
         column = self._source.text_column
         value = record.get(column)
-        value = record.get(CHAT_COLUMN) if value is None else value
+        if value is None:
+            column, value = CHAT_COLUMN, record.get(CHAT_COLUMN)
         if value is None or value == []:  # a chat without messages
             return None
-        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        is_text = isinstance(value, str) and column == self._source.text_column  # else a chat, written down
+        if is_text or (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
             return value
         others = ", ".join(each for each in record if each != column)
         remedy = f"name another column with --text-column: {others}" if others else "repair the record"
         raise CalibrationError(
-            f"column {column!r} of dataset {name!r} holds {shown(value)} ({type(value).__name__}), not text: {remedy}"
+            f"column {column!r} of dataset {name!r} holds {shown(value)} ({type(value).__name__}), not "
+            f"{'text' if column == self._source.text_column else 'a list of messages'}: {remedy}"
         )
 
     def _text(self, value: Any, name: str) -> str:

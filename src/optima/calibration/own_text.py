@@ -278,7 +278,8 @@ def check_writes(model: PreTrainedModel) -> None:
     """Raise ``CalibrationError`` unless the model ``writes``."""
     if not writes(model):
         raise CalibrationError(
-            f"{type(model).__name__} writes no text that goes on from its beginning: name a --dataset other than self"
+            f"{type(model).__name__} writes no text that goes on from its beginning: name a --dataset other than self, "
+            "and no --own-share"
         )
 
 

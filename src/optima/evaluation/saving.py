@@ -79,7 +79,8 @@ class Saving:
         """The cards of those models that OPTIMA made, ``but`` these; each is brought up to date."""
         places = {model: _of_model(model) for model in self._models}
         made = {model: place for model, place in places.items() if (place / REPORT_NAME).is_file() and place not in but}
-        return [place / CARD_NAME for model, place in made.items() if update_card(place, found, model)]
+        cards = [place / CARD_NAME for model, place in made.items() if update_card(place, found, model)]
+        return list(dict.fromkeys(cards))  # out and ./out are one
 
 
 def _of_model(name: str) -> Path:

@@ -245,6 +245,15 @@ def left_out(shapes: dict[str, Tensor], model: PreTrainedModel) -> list[str]:
     return [name for name in weights if places[name] not in held and not name.endswith("inv_freq")]
 
 
+def recast(shapes: dict[str, Tensor], model: PreTrainedModel) -> dict[tuple[str, str], list[str]]:
+    """Names of the tensors, of these ``shapes`` on disk, that ``model`` has in another dtype, by both dtypes."""
+    held, found = model.state_dict(), defaultdict[tuple[str, str], list[str]](list)
+    for name, place in _places(model, shapes).items():
+        if place in held and shapes[name].is_floating_point() and shapes[name].dtype != held[place].dtype:
+            found[dtype_name(shapes[name].dtype), dtype_name(held[place].dtype)].append(name)
+    return found
+
+
 def check_numbers(source: Source, shapes: dict[str, Tensor]) -> None:
     """Raise ``ModelError`` if weights are codes on disk, which would be read without their scales.
 

@@ -58,9 +58,11 @@ class MaskFiles:
         found: dict[str, tuple[Path, str]] = {}
         for file in files:
             for key in _keys(file):
-                other, _ = found.setdefault(key.removesuffix(".weight"), (file, key))
-                if other != file:
-                    raise RecipeError(f"mask_from {self.path}: {key} is in {other.name} and in {file.name}: keep one")
+                other, known = found.setdefault(key.removesuffix(".weight"), (file, key))
+                if (other, known) != (file, key):
+                    raise RecipeError(
+                        f"mask_from {self.path}: {known} in {other.name} and {key} in {file.name} are one: keep one"
+                    )
         return found
 
     @cached_property

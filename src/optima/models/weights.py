@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 
 from optima.device import Stopwatch, forward_replaced, on_device
 from optima.errors import ModelError
-from optima.models.checkpoint import Checkpoint, UnstreamableError, check_numbers, left_out, on_disk, open_checkpoint
+from optima.models.checkpoint import (
+    Checkpoint,
+    UnstreamableError,
+    check_numbers,
+    left_out,
+    on_disk,
+    open_checkpoint,
+    recast,
+)
 from optima.models.source import Source, load_whole, some
 from optima.models.stacks import Block, find_stacks
 
@@ -318,6 +326,10 @@ def open_weights(
     model, weights, notes = _opened(source, structure, dtype, check, whole)
     if names := left_out(shapes, model):
         notes.append(f"{source.name} has weights that {type(model).__name__} {LEFT_OUT[0]}{some(names)}{LEFT_OUT[1]}")
+    if dtype == "auto":  # what is asked for goes without saying
+        for (stored, given), names in recast(shapes, model).items():
+            which = f"{len(names)} of {len(shapes)} tensors ({some(names)}) in {stored}"
+            notes.append(f"{source.name} has {which}, and its configuration makes them {given}: --dtype sets another")
     weights.notes = tuple(notes)
     return model, weights
 

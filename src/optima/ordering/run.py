@@ -43,6 +43,7 @@ from optima.preflight.opening import Checked
 from optima.reporting.callbacks import Listeners
 from optima.weighing import sweep
 
+MOST_ZEROS = 0.1  # of a linear that nobody pruned
 HIDDEN_STAY = "hidden channels stay where they are"
 CHANNELS_STAY = "{}: its {} channels stay where they are: {}"
 UNREACHED = "{}: no calibration token reached it: its channels stay"
@@ -82,6 +83,7 @@ class Run:
         stacks = chosen_stacks(self.network, self.checked.recipe)
         for block in (block for stack in stacks for block in stack.blocks):
             check_finite(block.linears)
+            _check_dense(block)
         self.place = embedding_device(self.network, self.checked.device, batches)
         self.sample, self.outputs = batches[0], self._outputs(batches[0])
         if not all_finite(self.outputs):
@@ -308,6 +310,18 @@ class Run:
         told = hash_tensors([("turn", turn_HWW)])
         self.done.append(Ordered(channels.kind, channels.name, share, turn=told))
         self.read.append(channels)
+
+
+def _check_dense(block: Block) -> None:
+    """Raise ``ModelError`` if a linear was pruned: a turn would fill its zeros, and no order would keep groups."""
+    for linear in block.linears:
+        weight_OD = linear.read()
+        zeros = 1.0 - int(weight_OD.count_nonzero()) / max(weight_OD.numel(), 1)
+        if MOST_ZEROS < zeros < 1.0:
+            raise ModelError(
+                f"{zeros:.0%} of {linear.name} are zeros: this model was pruned, and its zeros would be lost. Order "
+                "the dense model, then prune"
+            )
 
 
 def _saliency(weight_OD: Tensor, hessian: Hessian, row_O: Tensor | None) -> Tensor:

@@ -96,6 +96,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
             masks.check_names(
                 [*known, *(each.name for block in found.blocks for each in (*block.linears, *block.left))]
             )
+        methods.selector.check_all(found.linears, recipe.ignore)
         for linear in found.linears:
             found.patterns[linear.name] = methods.selector.check(linear, found.patterns.get(linear.name))
     if isinstance(methods.selector, ALPS):

@@ -6,6 +6,7 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -55,9 +56,7 @@ class External:
         self._linears[name] = linear
         keep_OD = self.masks.keep_OD(linear)
         if bool(keep_OD.all()):
-            raise RecipeError(
-                f"the external mask of {name} prunes nothing: leave the linear out with --ignore '{re.escape(name)}'"
-            )
+            raise RecipeError(_idle([name], ()))
         if pattern is None:
             return Given(1.0 - float(keep_OD.double().mean()))
         if problem := count_error(keep_OD, pattern):
@@ -67,6 +66,23 @@ class External:
             )
         return pattern
 
+    def check_all(self, linears: Sequence[Any], ignore: Sequence[str]) -> None:
+        """Raise ``RecipeError`` if masks of ``linears`` prune nothing; all are named, with what else to ``ignore``."""
+        idle = [linear.name for linear in linears if bool(self.masks.keep_OD(linear).all())]
+        if idle and len(idle) == len(linears):
+            raise RecipeError(
+                "mask_from prunes nothing of what is to be pruned: name a pruned checkpoint, or its masks"
+            )
+        if idle:
+            raise RecipeError(_idle(idle, ignore))
+
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         return Selection(self.masks.keep_OD(self._linears[task.name]).to(task.weight_OD.device))
+
+
+def _idle(names: Sequence[str], ignore: Sequence[str]) -> str:
+    """What to do about masks of these linears that prune nothing."""
+    which = f"mask of {names[0]} prunes" if len(names) == 1 else f"masks of {len(names)} linears prune"
+    regexes = " ".join(f"'{each}'" for each in (*ignore, *map(re.escape, names)))
+    return f"the external {which} nothing: leave out what is dense with --ignore {regexes}"
