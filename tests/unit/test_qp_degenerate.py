@@ -179,6 +179,27 @@ def test_float32_weights_where_the_hessian_is_singular() -> None:
     assert (solution.status_R[unproven] != Status.CONVERGED).all()
 
 
+def test_auto_solves_directly_what_iterations_leave_open() -> None:
+    """Inputs far from their mean, fewer tokens than inputs, hardly any damping: CG stagnates at twice the optimum."""
+    generator = torch.Generator().manual_seed(0)
+    factors = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((300, 8), (8, 600), (300, 600))
+    ]
+    inputs_TD = (3.0 * factors[0] @ factors[1] + 0.3 * factors[2]).abs() + 5.0
+    hessian = Hessian(inputs_TD.T @ inputs_TD / 300, 1e-6)
+    target_RD, keep_RD = make_rows(6, 600, 0)
+    solution = solve_rows(Auto(), hessian, make_problem(hessian, target_RD, keep_RD))
+    matrix_DD = hessian.damped_DD
+    for row, keep_D in enumerate(keep_RD):
+        target_D, found_D = target_RD[row].double(), solution.weight_RD[row].double()
+        best_D = torch.zeros_like(target_D)
+        right_S = (matrix_DD @ target_D)[keep_D]
+        best_D[keep_D] = torch.linalg.solve(matrix_DD[keep_D][:, keep_D], right_S)
+        loss, least = ((each - target_D) @ matrix_DD @ (each - target_D) for each in (found_D, best_D))
+        assert float(loss) < 1.001 * float(least)
+    assert solution.solver == "cholesky+low-rank-cg"
+
+
 def test_no_damping_where_none_is_needed() -> None:
     hessian, _ = solved(SharedInverseCG(), make_matrix(20, 200, seed=10), damping=0.0)
     assert hessian.damping == 0.0

@@ -26,7 +26,7 @@ from optima.linalg.hessian import Hessian
 from optima.qp.bounded import Bounded
 from optima.qp.cg import LowRankCG, SharedInverseCG
 from optima.qp.cholesky import BatchedCholesky
-from optima.qp.problem import RowProblem, RowSolution, RowSolver, concatenate
+from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, concatenate
 
 # Costs on a CPU in operations of a dense float32 product, fitted to the above: small batched factorisations run at a
 # tenth of its speed, and a gathered number costs as much as a thousand operations.
@@ -40,6 +40,8 @@ LOW_RANK_INPUTS, LOW_RANK_PRUNED = 512, 0.25
 @dataclass(frozen=True)
 class Auto:
     """Low-rank CG, shared-inverse CG or Cholesky, whichever costs a row least; with bounds, the bounded solver.
+
+    A row that iterations do not bring to the gap is solved by Cholesky in float64 as well.
 
     Args:
         gap: certified relative gap at which a row stops.
@@ -64,9 +66,20 @@ class Auto:
         solvers = [iterative, BatchedCholesky(self.gap, torch.float32)]
         for solver, own in zip(solvers, rows, strict=True):
             if len(own) == len(kept_R):
-                return _solve(solver, hessian, problem)
+                return self._settled(hessian, problem, _solve(solver, hessian, problem))
         parts = [_solve(solver, hessian, problem.rows(own)) for solver, own in zip(solvers, rows, strict=True)]
-        return concatenate(parts).rows(torch.cat(rows).argsort())
+        return self._settled(hessian, problem, concatenate(parts).rows(torch.cat(rows).argsort()))
+
+    def _settled(self, hessian: Hessian, problem: RowProblem, found: RowSolution) -> RowSolution:
+        """``found``, where rows that iterations left open are solved directly: damping was next to nothing, or none."""
+        open_R = found.status_R != Status.CONVERGED
+        if found.solver == BatchedCholesky.name or not bool(open_R.any()):
+            return found
+        rows = [(~open_R).nonzero()[:, 0], open_R.nonzero()[:, 0]]
+        own = replace(problem.rows(rows[1]), start_RD=found.weight_RD[rows[1]])
+        direct = _solve(BatchedCholesky(self.gap), hessian, own)
+        direct = replace(direct, iterations_R=found.iterations_R[rows[1]], solver=f"{direct.solver}+{found.solver}")
+        return concatenate([found.rows(rows[0]), direct]).rows(torch.cat(rows).argsort())
 
     def _direct(self, hessian: Hessian, kept_R: Tensor, low_rank: bool) -> Tensor:
         """Which rows to solve directly, where others are given to low-rank CG or not."""
