@@ -47,6 +47,10 @@ class TestRecord:
         assert report().save(file) == file
         assert load_report(file) == report()
 
+    def test_what_is_no_path_is_refused(self) -> None:
+        with pytest.raises(OptimaError, match="is 3, not a path"):
+            load_report(3)  # type: ignore[arg-type]
+
     def test_numbers_that_json_cannot_hold_survive(self, tmp_path: Path) -> None:
         original = report(linear(gap_max=math.inf, error=math.nan, error_mask=-math.inf))
         text = original.save(tmp_path).read_text()

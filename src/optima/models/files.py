@@ -39,7 +39,7 @@ def usable_path(path: str | Path, what: str, remedy: str) -> Path:
         ModelError: if no path can be so called, or it may not be looked at. It names ``what`` and the ``remedy``.
     """
     if not isinstance(path, str | os.PathLike):
-        raise ModelError(f"{what} is a {type(path).__name__}, not a path: {remedy}")
+        raise ModelError(f"{what} is {path!r}, not a path: {remedy}")
     text = os.fspath(path)
     try:
         text.encode("utf-8")
