@@ -105,10 +105,15 @@ def describe_device(device: torch.device) -> str:
     return f"cpu ({threads} thread{'s' if threads > 1 else ''})"
 
 
+def card_memory(device: torch.device) -> int:
+    """Bytes of memory of a CUDA device."""
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 def describe_memory(device: torch.device) -> str:
     """The device and how much memory it has, for messages."""
     on_card = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if on_card else total_memory()
+    total = card_memory(device) if on_card else total_memory()
     return f"{device} ({total / 2**30:.1f} GiB)"
 
 

@@ -191,20 +191,20 @@ class Documents:
 
     def _value(self, record: dict[str, Any], name: str) -> Any:
         """A record's text, or its chat; None if it has neither."""
-        column = self._source.text_column
+        column, wanted = self._source.text_column, "text"
+        if record.get(column) is None:
+            column, wanted = CHAT_COLUMN, "a list of messages"  # a text there would be a chat, written down
         value = record.get(column)
-        if value is None:
-            column, value = CHAT_COLUMN, record.get(CHAT_COLUMN)
         if value is None or value == []:  # a chat without messages
             return None
-        is_text = isinstance(value, str) and column == self._source.text_column  # else a chat, written down
-        if is_text or (isinstance(value, list) and all(isinstance(each, dict) for each in value)):
+        is_chat = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+        if is_chat or (isinstance(value, str) and wanted == "text"):
             return value
         others = ", ".join(each for each in record if each != column)
         remedy = f"name another column with --text-column: {others}" if others else "repair the record"
         raise CalibrationError(
-            f"column {column!r} of dataset {name!r} holds {shown(value)} ({type(value).__name__}), not "
-            f"{'text' if column == self._source.text_column else 'a list of messages'}: {remedy}"
+            f"column {column!r} of dataset {name!r} holds {shown(value)} ({type(value).__name__}), not {wanted}: "
+            f"{remedy}"
         )
 
     def _text(self, value: Any, name: str) -> str:

@@ -36,7 +36,7 @@ from optima.calibration.halving import Halving
 from optima.calibration.head import drawn_words, exponentials
 from optima.calibration.inputs import Calibration
 from optima.calibration.text import special_tokens, token_ids
-from optima.device import describe_memory, evaluating, memory_explained
+from optima.device import card_memory, describe_memory, evaluating, memory_explained
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError, ModelError
 from optima.models.files import explain_write_errors, write_whole
@@ -208,7 +208,7 @@ def _room(model: PreTrainedModel, device: torch.device, room: int | None) -> int
     if device.type != "cuda":
         return room if device.type == "cpu" else None
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    return int(CARD_SHARE * (torch.cuda.get_device_properties(device).total_memory - weights))
+    return int(CARD_SHARE * (card_memory(device) - weights))
 
 
 def keys_bytes(model: PreTrainedModel, tokens: int) -> int:
@@ -286,7 +286,7 @@ def check_writes(model: PreTrainedModel) -> None:
 def check_card(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> None:
     """Raise ``DeviceMemoryError`` if a card cannot hold the model, or what its skeleton is of; ``dtype``: as read."""
     size = count_parameters(model) * dtype.itemsize
-    if device.type == "cuda" and size > torch.cuda.get_device_properties(device).total_memory:
+    if device.type == "cuda" and size > card_memory(device):
         whole = f"the model takes {size / 2**30:.1f} GiB"
         raise DeviceMemoryError(f"{describe_memory(device)} is too small: {whole}, and {WHOLE_REMEDY}")
 

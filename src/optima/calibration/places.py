@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima.calibration.inputs import Batch
-from optima.device import describe_memory
+from optima.device import card_memory, describe_memory
 from optima.models.reading import head_of, in_slices
 from optima.models.stacks import Stack, count_by_place, find_stacks
 from optima.models.weights import MAIN
@@ -57,7 +57,7 @@ def embedding_device(model: PreTrainedModel, device: torch.device, batches: Sequ
         return MAIN
     if not all(isinstance(batch, Tensor) for batch in batches):
         return MAIN
-    fits = 2 * _outside_bytes(model) <= torch.cuda.get_device_properties(device).total_memory
+    fits = 2 * _outside_bytes(model) <= card_memory(device)
     return device if fits else MAIN
 
 

@@ -69,7 +69,7 @@ class Checkpoint:
             same[id(tensor)].append(name)
         self.names = {name: tuple(same[id(tensor)]) for name, tensor in self._empty.items()}
         self._on_disk: defaultdict[str, list[str]] = defaultdict(list)
-        for name, place in _places(model, on_disk).items():
+        for name, place in places_of(model, on_disk).items():
             self._on_disk[place].append(name)
         self._slices = {name: _Part(file, name) for name, file in on_disk.items()}
 
@@ -220,7 +220,7 @@ def _conversions(model: PreTrainedModel) -> list[Any]:
     return list(getattr(model, "_weight_conversions", None) or [])
 
 
-def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+def places_of(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     """Of each tensor on disk that of the model which it becomes (a part of); the first, if they are several."""
     renamings = [each for each in _conversions(model) if isinstance(each, WeightRenaming)]
     converters = [each for each in _conversions(model) if isinstance(each, WeightConverter)]
@@ -233,22 +233,23 @@ def _places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     return {name: place(name) for name in names}
 
 
-def left_out(shapes: dict[str, Tensor], model: PreTrainedModel) -> list[str]:
-    """Names of the weights, of these ``shapes`` on disk, that ``model`` has no place for.
+def left_out(shapes: dict[str, Tensor], places: Mapping[str, str], model: PreTrainedModel) -> list[str]:
+    """Names of the weights, of these ``shapes`` on disk, that ``model`` has no place for, by their ``places_of``.
 
     transformers says nothing of those that its class expects: a block for multi-token prediction, for example.
     Rotary frequencies, which older releases saved, are no weights.
     """
-    places = _places(model, shapes)
     held = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
     weights = (name for name, shape in shapes.items() if shape.is_floating_point() and shape.ndim)
     return [name for name in weights if places[name] not in held and not name.endswith("inv_freq")]
 
 
-def recast(shapes: dict[str, Tensor], model: PreTrainedModel) -> dict[tuple[str, str], list[str]]:
-    """Names of the tensors, of these ``shapes`` on disk, that ``model`` has in another dtype, by both dtypes."""
+def recast(
+    shapes: dict[str, Tensor], places: Mapping[str, str], model: PreTrainedModel
+) -> dict[tuple[str, str], list[str]]:
+    """Names of those that ``model`` has in another dtype, by both dtypes."""
     held, found = model.state_dict(), defaultdict[tuple[str, str], list[str]](list)
-    for name, place in _places(model, shapes).items():
+    for name, place in places.items():
         if place in held and shapes[name].is_floating_point() and shapes[name].dtype != held[place].dtype:
             found[dtype_name(shapes[name].dtype), dtype_name(held[place].dtype)].append(name)
     return found

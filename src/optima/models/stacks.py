@@ -217,6 +217,7 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
     owners = defaultdict(list)
     for owner, parameter in model.named_parameters(remove_duplicate=False):
         owners[_memory(parameter)].append(owner.removesuffix(".weight"))
+    tables = tuple(f".{each}" for each in getattr(model, "_no_placement_params", None) or ())
     blocks = []
     for index, module in enumerate(members):
         prefix = f"{name}.{index}" if name else str(index)
@@ -230,7 +231,6 @@ def _stack(model: nn.Module, where: nn.Module, part: Literal["whole", "encoder",
             for inner, parameter in module.named_parameters()
             if not all(f"{other}.".startswith(f"{prefix}.") for other in owners[_memory(parameter)])
         )
-        tables = tuple(f".{each}" for each in getattr(model, "_no_placement_params", None) or ())
         unplaced = frozenset(name for name, _ in module.named_parameters() if f".{name}".endswith(tables))
         blocks.append(Block(index, prefix, module, linears, routers, (), shared, common, unplaced))
     return Stack(tuple(blocks), part)

@@ -20,6 +20,7 @@ from optima.models.checkpoint import (
     left_out,
     on_disk,
     open_checkpoint,
+    places_of,
     recast,
 )
 from optima.models.source import Source, load_whole, some
@@ -324,10 +325,11 @@ def open_weights(
     shapes = {} if source.gguf_file else on_disk(source)
     check_numbers(source, shapes)
     model, weights, notes = _opened(source, structure, dtype, check, whole)
-    if names := left_out(shapes, model):
+    places = places_of(model, shapes)
+    if names := left_out(shapes, places, model):
         notes.append(f"{source.name} has weights that {type(model).__name__} {LEFT_OUT[0]}{some(names)}{LEFT_OUT[1]}")
     if dtype == "auto":  # what is asked for goes without saying
-        for (stored, given), names in recast(shapes, model).items():
+        for (stored, given), names in recast(shapes, places, model).items():
             which = f"{len(names)} of {len(shapes)} tensors ({some(names)}) in {stored}"
             notes.append(f"{source.name} has {which}, and its configuration makes them {given}: --dtype sets another")
     weights.notes = tuple(notes)

@@ -96,9 +96,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
             masks.check_names(
                 [*known, *(each.name for block in found.blocks for each in (*block.linears, *block.left))]
             )
-        methods.selector.check_all(found.linears, recipe.ignore)
-        for linear in found.linears:
-            found.patterns[linear.name] = methods.selector.check(linear, found.patterns.get(linear.name))
+        found.patterns.update(methods.selector.check(found.linears, found.patterns, recipe.ignore))
     if isinstance(methods.selector, ALPS):
         _check_eigenvalues(found.linears)
     return found

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optima.calibration.own_text import CARD_SHARE, keys_bytes, writes
-from optima.device import is_there, named_device
+from optima.device import card_memory, is_there, named_device
 from optima.errors import RecipeError
 from optima.main_memory import total_memory
 from optima.memory import (
@@ -59,7 +59,7 @@ def _memory_at_work(recipe: Recipe, budget: int | None) -> int | None:
     if on_cpu(recipe):
         return budget or total_memory()
     device = named_device(recipe.device)
-    return int(torch.cuda.get_device_properties(device).total_memory) if is_there(device) else None
+    return card_memory(device) if is_there(device) else None
 
 
 def settle_tuning(

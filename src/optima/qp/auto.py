@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,23 +64,23 @@ class Auto:
         iterative: RowSolver = LowRankCG(self.gap) if low_rank else SharedInverseCG(self.gap)
         direct_R = self._direct(hessian, kept_R, low_rank)
         rows = [(~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]]
-        solvers = [iterative, BatchedCholesky(self.gap, torch.float32)]
-        for solver, own in zip(solvers, rows, strict=True):
+        ways = [partial(self._iterated, iterative), partial(_solve, BatchedCholesky(self.gap, torch.float32))]
+        for solve, own in zip(ways, rows, strict=True):
             if len(own) == len(kept_R):
-                return self._settled(hessian, problem, _solve(solver, hessian, problem))
-        parts = [_solve(solver, hessian, problem.rows(own)) for solver, own in zip(solvers, rows, strict=True)]
-        return self._settled(hessian, problem, concatenate(parts).rows(torch.cat(rows).argsort()))
+                return solve(hessian, problem)
+        return _joined([solve(hessian, problem.rows(own)) for solve, own in zip(ways, rows, strict=True)], rows)
 
-    def _settled(self, hessian: Hessian, problem: RowProblem, found: RowSolution) -> RowSolution:
-        """``found``, where rows that iterations left open are solved directly: damping was next to nothing, or none."""
+    def _iterated(self, solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
+        """Rows that iterations leave open are solved directly as well: damping is next to nothing, or none."""
+        found = _solve(solver, hessian, problem)
         open_R = found.status_R != Status.CONVERGED
-        if found.solver == BatchedCholesky.name or not bool(open_R.any()):
+        if not bool(open_R.any()):
             return found
         rows = [(~open_R).nonzero()[:, 0], open_R.nonzero()[:, 0]]
-        own = replace(problem.rows(rows[1]), start_RD=found.weight_RD[rows[1]])
-        direct = _solve(BatchedCholesky(self.gap), hessian, own)
-        direct = replace(direct, iterations_R=found.iterations_R[rows[1]], solver=f"{direct.solver}+{found.solver}")
-        return concatenate([found.rows(rows[0]), direct]).rows(torch.cat(rows).argsort())
+        begun = found.rows(rows[1])
+        direct = _solve(BatchedCholesky(self.gap), hessian, replace(problem.rows(rows[1]), start_RD=begun.weight_RD))
+        direct = replace(direct, iterations_R=begun.iterations_R, solver=f"{direct.solver}+{found.solver}")
+        return _joined([found.rows(rows[0]), direct], rows)
 
     def _direct(self, hessian: Hessian, kept_R: Tensor, low_rank: bool) -> Tensor:
         """Which rows to solve directly, where others are given to low-rank CG or not."""
@@ -101,6 +102,11 @@ class Auto:
             saved = float((cost - direct_R)[found_R & dual_R].sum())
             found_R &= ~dual_R if saved <= INVERSE * num_inputs**3 else torch.ones_like(dual_R)
         return found_R
+
+
+def _joined(parts: list[RowSolution], rows: list[Tensor]) -> RowSolution:
+    """One solution of all rows, in order, of ``parts`` that have these each."""
+    return concatenate(parts).rows(torch.cat(rows).argsort())
 
 
 def _solve(solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:

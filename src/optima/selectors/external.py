@@ -6,7 +6,7 @@ Shapes: O outputs (rows), D inputs.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,43 +46,47 @@ class External:
                 "linear: see optima.selectors.external.Masks"
             )
 
-    def check(self, linear: Any, pattern: Pattern | None) -> Pattern:
-        """The pattern of a linear under its mask: the one asked for or, if that is None, what the mask happens to have.
+    def check(
+        self, linears: Sequence[Any], patterns: Mapping[str, Pattern], ignore: Sequence[str]
+    ) -> dict[str, Pattern]:
+        """The patterns of linears under their masks: those asked for or else what the masks happen to have.
+
+        Args:
+            linears: to prune.
+            patterns: those asked for, by name.
+            ignore: regexes that leave others out, for the remedy.
 
         Raises:
-            RecipeError: if the mask is missing, has another shape, prunes nothing, or breaks the pattern.
+            RecipeError: if a mask is missing, has another shape, prunes nothing, or breaks its pattern. All that prune
+                nothing are named.
         """
-        name = linear.name
-        self._linears[name] = linear
-        keep_OD = self.masks.keep_OD(linear)
-        if bool(keep_OD.all()):
-            raise RecipeError(_idle([name], ()))
-        if pattern is None:
-            return Given(1.0 - float(keep_OD.double().mean()))
-        if problem := count_error(keep_OD, pattern):
-            raise RecipeError(
-                f"the external mask of {name} is not {pattern}: {problem}; leave out --pattern, --sparsity and --scope "
-                "to take the mask as it is"
-            )
-        return pattern
-
-    def check_all(self, linears: Sequence[Any], ignore: Sequence[str]) -> None:
-        """Raise ``RecipeError`` if masks of ``linears`` prune nothing; all are named, with what else to ``ignore``."""
-        idle = [linear.name for linear in linears if bool(self.masks.keep_OD(linear).all())]
-        if idle and len(idle) == len(linears):
+        found: dict[str, Pattern] = {}
+        idle: list[str] = []
+        for linear in linears:
+            name = linear.name
+            self._linears[name] = linear
+            keep_OD = self.masks.keep_OD(linear)
+            if bool(keep_OD.all()):
+                idle.append(name)
+            elif (pattern := patterns.get(name)) is None:
+                found[name] = Given(1.0 - float(keep_OD.double().mean()))
+            elif problem := count_error(keep_OD, pattern):
+                raise RecipeError(
+                    f"the external mask of {name} is not {pattern}: {problem}; leave out --pattern, --sparsity and "
+                    "--scope to take the mask as it is"
+                )
+            else:
+                found[name] = pattern
+        if idle and not found:
             raise RecipeError(
                 "mask_from prunes nothing of what is to be pruned: name a pruned checkpoint, or its masks"
             )
         if idle:
-            raise RecipeError(_idle(idle, ignore))
+            which = f"mask of {idle[0]} prunes" if len(idle) == 1 else f"masks of {len(idle)} linears prune"
+            regexes = " ".join(f"'{each}'" for each in (*ignore, *map(re.escape, idle)))
+            raise RecipeError(f"the external {which} nothing: leave out what is dense with --ignore {regexes}")
+        return found
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         return Selection(self.masks.keep_OD(self._linears[task.name]).to(task.weight_OD.device))
-
-
-def _idle(names: Sequence[str], ignore: Sequence[str]) -> str:
-    """What to do about masks of these linears that prune nothing."""
-    which = f"mask of {names[0]} prunes" if len(names) == 1 else f"masks of {len(names)} linears prune"
-    regexes = " ".join(f"'{each}'" for each in (*ignore, *map(re.escape, names)))
-    return f"the external {which} nothing: leave out what is dense with --ignore {regexes}"
