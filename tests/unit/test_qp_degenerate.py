@@ -180,7 +180,7 @@ def test_float32_weights_where_the_hessian_is_singular() -> None:
 
 
 def test_auto_solves_directly_what_iterations_leave_open() -> None:
-    """Inputs far from their mean, fewer tokens than inputs, hardly any damping: CG stagnates at twice the optimum."""
+    """Inputs far from their mean, fewer tokens than inputs, hardly any damping: CG stagnates above the optimum."""
     generator = torch.Generator().manual_seed(0)
     factors = [
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((300, 8), (8, 600), (300, 600))
