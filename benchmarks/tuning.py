@@ -57,7 +57,7 @@ class Text:
         streams = self.pruned.copy()
         streams.advance(block)
         pairs = zip(streams.hidden, targets, strict=True)
-        return sum(float(cost(found, target, None)) for found, target in pairs) / len(targets)
+        return sum(float(cost(found, target)) for found, target in pairs) / len(targets)
 
 
 def main() -> None:

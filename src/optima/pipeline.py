@@ -16,13 +16,14 @@ from optima.calibration.accumulator import Found
 from optima.calibration.expert_statistics import routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.halving import Halving
-from optima.calibration.reduction import Sequences, at_first
+from optima.calibration.reduction import Sequences
 from optima.calibration.statistics import observe, observe_in_turn, why_not_in_turn
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.calibration.swept import tuned_batches
 from optima.calibration.tempering import LossWeights
-from optima.device import PeakMemory, Stopwatch, full_precision, give_back_freed_memory, one_memory_error
+from optima.calibration.words import Words
+from optima.device import PeakMemory, Stopwatch, full_precision, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
@@ -34,7 +35,7 @@ from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask
 from optima.sharing import Pruned, share_owned
-from optima.tuning import OUT_OF_MEMORY, BlockError, Tuned, Tuning, changed, share_tuned, tune
+from optima.tuning import Tuned, Tuning, changed, tune_at_first
 
 Dump = Callable[[Linear, Statistics], None]
 # Mamba reads the weight of its dt_proj like this.
@@ -59,6 +60,7 @@ class Job:
         dump: called with each linear and its statistics before it is pruned.
         loss: weights of tokens and rows by the model's loss, or None.
         tuning: of blocks, or None.
+        words: who has the head that reads the stack, by which its last block is tuned; None: as the others are.
         linears, blocks: the records so far.
         memory: of this process, from the start of the run.
         resumed_seconds: what an earlier run spent on the blocks that it had done.
@@ -83,6 +85,7 @@ class Job:
     dump: Dump | None = None
     loss: LossWeights | None = None
     tuning: Tuning | None = None
+    words: Words | None = None
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -156,7 +159,9 @@ class Job:
                 self.notes.extend(dict.fromkeys(filter(None, told)))
                 if not again:
                     number = self.earlier + block.index
-                    self.blocks.append(BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best))
+                    self.blocks.append(
+                        BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best, tuned.words)
+                    )
                     records, new = tuple(self.linears[linears:]), tuple(self.notes[notes:])
                     self._commit(block, BlockDone(self.blocks[-1], records, new, halved, max(peaks)), clock)
                 if runs_again:
@@ -230,24 +235,10 @@ class Job:
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
-        # In one process, with the sequences of all: what comes out must not depend on how many share the work.
-        every, tuned, ranks = at_first(block, self._sequences(block, given)), None, given[0].ranks
-        if every is not None:
-            with torch.inference_mode(False), full_precision():  # gradients are taken through it
-                if self.loss is None:
-                    cost = BlockError.by_channel(every.targets)
-                else:
-                    cost = BlockError.by_loss(self.loss.residual[block.name], every.weights)
-            try:
-                with full_precision(), one_memory_error():
-                    tuned = tune(block, keeps, every.streams, every.targets, cost, self.tuning)
-            except torch.OutOfMemoryError:  # nothing of the block has changed yet
-                tuned = Tuned((), 0, OUT_OF_MEMORY)
-        tuned = ranks.share(tuned, 0)
+        words = self.words if self.words is not None and self.words.read(block) else None
+        tuned = tune_at_first(block, keeps, self._sequences(block, given), self.tuning, self.loss, words)
         if tuned.problem and tuned.problem not in self.notes:
             self.notes.append(tuned.problem)
-        if tuned.best:
-            share_tuned(block, keeps, ranks)
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]

@@ -318,7 +318,7 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside(embedding_device(network, checked.device, batches)):
                 streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)
-            job.loss, job.tuning = None, build_tuning(checked.recipe)
+            job.loss, job.words, job.tuning = None, None, build_tuning(checked.recipe)
             if by_loss:
                 told = sweep(job, network, stack, streams, checked.recipe)
                 if job.loss is None:

@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +24,11 @@ from torch.func import functional_call
 
 from optima.calibration.halving import rows_of
 from optima.calibration.probe import hidden_of
-from optima.calibration.streams import Piece, Streams
-from optima.device import GRADIENT, backward_explained, differentiable
+from optima.calibration.reduction import Sequences, at_first
+from optima.calibration.streams import Look, Piece, Streams
+from optima.calibration.tempering import LossWeights
+from optima.calibration.words import Words
+from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
 from optima.distributed import Ranks
 from optima.errors import ModelError
 from optima.linalg.finite import all_finite
@@ -32,6 +37,7 @@ from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
+WORDS_RATE = 0.25  # of the learning rate, where the cost is the model's words: it overfits sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
 ONE_PIECE = (
@@ -66,16 +72,35 @@ class Tuned:
         held_out: mean error on the sequences that were held out, before the first epoch and after each.
         best: the epoch whose weights the block has; 0 for those before the first.
         problem: why it was not tuned although it was to be, as a report must tell it; else empty.
+        words: whether that error is the divergence of the model's words.
     """
 
     held_out: tuple[float, ...]
     best: int
     problem: str = ""
+    words: bool = False
+
+
+class Cost(Protocol):
+    """What it costs that a block's outputs are not those of the dense block."""
+
+    def __call__(self, found: Tensor, target: Tensor, look: Look) -> Tensor:
+        """The mean cost of what the block makes of a piece, where the dense block makes ``target`` of dense inputs."""
+
+    def on(self, device: torch.device) -> Self:
+        """The same, for what is on ``device``."""
+
+    def gradient_scale(self, cost: float, tokens: int) -> float:
+        """By what to multiply the cost of a piece of so many ``tokens``, about ``cost``, before its gradient is taken.
+
+        Adam does not care, but float16 would lose it, and Adam's epsilon outweigh it. A power of two, which rounds
+        nothing.
+        """
 
 
 @dataclass(frozen=True)
 class BlockError:
-    """What it costs that a block's outputs are not those of the dense block.
+    """A cost by the change of the outputs, in a metric.
 
     Not their relative change: in some models a few channels that hardly matter hold nearly all of the energy.
 
@@ -101,21 +126,24 @@ class BlockError:
         count = sum(target.numel() for target in targets) / len(energy_E)
         return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag())
 
-    def gradient_scale(self, cost: float, tokens: int) -> float:
-        """By what to multiply the cost, so that its gradient at the outputs is near ``GRADIENT`` where it is ``cost``.
+    def on(self, device: torch.device) -> BlockError:
+        """See ``Cost``."""
+        return replace(self, metric_EE=self.metric_EE.to(device))
 
-        Adam does not care, but float16 would lose it, and Adam's epsilon outweigh it: it goes as 1 / ``tokens``. A
-        power of two, which rounds nothing.
-        """
+    def gradient_scale(self, cost: float, tokens: int) -> float:
+        """See ``Cost``: the gradient at the outputs, which goes as 1 / ``tokens``, is near ``GRADIENT`` then."""
         change = math.sqrt(cost / float(self.metric_EE.trace()))  # root mean square, were all channels alike
         gradient = 2.0 * change * float(self.metric_EE.diagonal().mean()) / tokens
         return 2.0 ** round(math.log2(GRADIENT / gradient)) if gradient > 0.0 else 1.0
 
-    def __call__(self, found: Tensor, target: Tensor, weight_T: Tensor | None) -> Tensor:
+    def __call__(self, found: Tensor, target: Tensor, look: Look | None = None) -> Tensor:
         """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight.
 
-        Of a token that has several streams it is their mean.
+        Of a token that has several streams it is their mean. ``look``: whose they are; None: they all weigh the same.
         """
+        weight_T = None
+        if look is not None and self.weights is not None:
+            weight_T = rows_of(self.weights[look.batch], look.part, look.samples)
         change_TE = (found.float() - target.float()).flatten(0, -2)
         fixed_TE = change_TE.detach()
         pull_TE = fixed_TE @ self.metric_EE.to(fixed_TE)
@@ -131,7 +159,7 @@ def tune(
     keeps: Mapping[str, Tensor],
     streams: Streams,
     targets: Sequence[Tensor],
-    cost: BlockError,
+    cost: Cost,
     tuning: Tuning,
 ) -> Tuned:
     """Tune a block in place.
@@ -156,7 +184,7 @@ def tune(
         masters = _masters(block, keeps)
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
-    cost = replace(cost, metric_EE=cost.metric_EE.to(streams.device))
+    cost = cost.on(streams.device)
     error = _Error(block, streams, targets, cost, masters)
     history, best, rate = [error.mean(held)], 0, tuning.learning_rate
     kept = {name: master.detach().clone() for name, master in masters.items()}
@@ -169,7 +197,7 @@ def tune(
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
             with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
-                lost = error(trained[index])
+                lost = error(trained[index], epoch)
                 if not lost.requires_grad:
                     raise ModelError(
                         f"{block.name} cannot be tuned, for its output does not depend on its weights by a gradient: "
@@ -201,22 +229,66 @@ class _Error:
     block: Block
     streams: Streams
     targets: Sequence[Tensor]
-    cost: BlockError
+    cost: Cost
     masters: Mapping[str, Tensor]
 
-    def __call__(self, piece: Piece) -> Tensor:
+    def __call__(self, piece: Piece, turn: int = 0) -> Tensor:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
         (batch, part), call = piece, partial(functional_call, module, rounded)
         found = hidden_of(self.streams.run(self.block, batch, part, call, looks=True))
-        weights, samples = self.cost.weights, self.streams.sizes[batch][0]
-        weight_T = None if weights is None else rows_of(weights[batch], part, samples)
-        return self.cost(found, rows_of(self.targets[batch], part, samples).to(self.streams.device), weight_T)
+        samples = self.streams.sizes[batch][0]
+        target = rows_of(self.targets[batch], part, samples).to(self.streams.device)
+        return self.cost(found, target, Look(batch, part, samples, turn))
 
     def mean(self, pieces: Sequence[Piece]) -> float:
         """Over several pieces, without gradients."""
         with torch.no_grad():
             return sum(float(self(piece)) for piece in pieces) / len(pieces)
+
+
+def tune_at_first(
+    block: Block,
+    keeps: Mapping[str, Tensor],
+    own: Sequences,
+    tuning: Tuning,
+    loss: LossWeights | None,
+    words: Words | None = None,
+) -> Tuned:
+    """Tune a block in the first process, with the sequences of all, for what comes out must not depend on their number.
+
+    Args:
+        block: pruned, on its device in every process, which all have what came out behind it.
+        keeps: see ``tune``.
+        own: of this process.
+        tuning: how.
+        loss: what the loss feels of the block's outputs; None: channels count by their energy.
+        words: who has the head, if that reads what leaves the block.
+    """
+    ranks, tuned = own.streams.ranks, None
+    if words is not None:
+        tuning = replace(tuning, learning_rate=WORDS_RATE * tuning.learning_rate)
+    every = at_first(block, own, given=words is not None)
+    if every is not None:
+        try:
+            # Gradients are taken through the metric.
+            with torch.inference_mode(False), full_precision(), one_memory_error():
+                cost: AbstractContextManager[Cost]
+                if words is not None:
+                    cost = words.error(every.streams)
+                elif loss is not None:
+                    cost = nullcontext(BlockError.by_loss(loss.residual[block.name], every.weights))
+                else:
+                    cost = nullcontext(BlockError.by_channel(every.targets))
+            with full_precision(), one_memory_error(), cost as found:
+                tuned = tune(block, keeps, every.streams, every.targets, found, tuning)
+                tuned = replace(tuned, words=words is not None and bool(tuned.held_out))
+        except torch.OutOfMemoryError:  # nothing of the block has changed yet
+            tuned = Tuned((), 0, OUT_OF_MEMORY)
+    tuned = ranks.share(tuned, 0)
+    if tuned.best:
+        share_tuned(block, keeps, ranks)
+    return tuned
 
 
 @torch.no_grad()

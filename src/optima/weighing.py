@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from optima.build import default_scope
 from optima.calibration.loss_weights import WORDS, loss_weights
 from optima.calibration.streams import Streams
+from optima.calibration.words import Words
 from optima.device import full_precision
 from optima.errors import NotDifferentiableError, RecipeError
 from optima.models.stacks import Stack
@@ -52,6 +53,8 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
         untuned, job.tuning = "" if job.tuning is None else ", and blocks are not tuned", None
         return f"objective sink took the place of objective loss{part}{untuned}, for there are no gradients: {error}"
     if job.loss.loss == WORDS:
+        # Of an encoder and its decoder, a call of the head would run the other one.
+        job.words = Words(network, stack, job.weights) if stack.part == "whole" else None
         return job.loss.told
     return f"objective loss is {job.loss.loss}: the model has no head that predicts words"
 

@@ -49,9 +49,9 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     samples, length = drawn_BL.shape
     step = length
     options: dict[str, Any] = {}
-    unlabelled = _unlabelled(model, given) if in_slices(model) else None
-    sliced = unlabelled is not None
-    given = given if unlabelled is None else unlabelled
+    plain = unlabelled(model, given) if in_slices(model) else None
+    sliced = plain is not None
+    given = given if plain is None else plain
     whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
     most = 1 if stack.part == "encoder" and not whole else samples  # autograd keeps a whole decoder of each sample
     if sliced:
@@ -61,14 +61,14 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
         leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
-        with _head_alone(model, stack, streams, leaf) as beside:
+        with head_alone(model, stack, streams, leaf) as beside:
             for start in range(0, length, step):
                 for replayed in beside:
                     replayed.rewind()
                 drawn_BC = drawn_BL[part, start : start + step]
                 if sliced:
                     options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-                logits_TV = _logits(forward(model, rows, **options)).flatten(0, -2)
+                logits_TV = logits_of(forward(model, rows, **options)).flatten(0, -2)
                 if not logits_TV.requires_grad:
                     raise NotDifferentiableError("its words do not depend on its last block by a gradient")
                 gradient_TV = label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home))
@@ -82,7 +82,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
 
 
 @contextmanager
-def _head_alone(model: PreTrainedModel, stack: Stack, streams: Streams, leaf: Tensor) -> Iterator[list[_Replayed]]:
+def head_alone(model: PreTrainedModel, stack: Stack, streams: Streams, leaf: Tensor) -> Iterator[list[_Replayed]]:
     """No block runs inside, and the last one returns ``leaf``; what lies beside them is replayed."""
     beside = {module: _Replayed(module.forward) for module in _beside(model, stack)}
     with ExitStack() as replaced:
@@ -133,7 +133,7 @@ def _has_gradient(returned: Any) -> bool:
     return isinstance(values, (tuple, list)) and any(map(_has_gradient, values))
 
 
-def _logits(returned: Any) -> Tensor:
+def logits_of(returned: Any) -> Tensor:
     """Of words; a model for pretraining has those of another head beside them."""
     for name in ("logits", "prediction_logits"):
         if isinstance(found := getattr(returned, name, None), Tensor):
@@ -141,7 +141,7 @@ def _logits(returned: Any) -> Tensor:
     raise NotDifferentiableError("it returns no logits of words")
 
 
-def _unlabelled(model: PreTrainedModel, given: Batch) -> Batch | None:
+def unlabelled(model: PreTrainedModel, given: Batch) -> Batch | None:
     """A batch without labels, against all of which the model would hold a slice; None if its words are nowhere else."""
     if isinstance(given, Tensor) or LABELS not in given:
         return given

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
+from optima.calibration.inputs import Batch
 from optima.calibration.streams import Call, Streams
 from optima.distributed import ALONE, Ranks
 from optima.errors import OptimaError
@@ -154,6 +155,7 @@ class _Part(NamedTuple):
     sizes: list[tuple[int, int]]
     calls: list[Call]
     weights: list[Tensor] | None
+    given: list[Batch]
 
 
 class _Batch(NamedTuple):
@@ -164,13 +166,18 @@ class _Batch(NamedTuple):
     target: Tensor
 
 
-def at_first(block: Block, own: Sequences) -> Sequences | None:
-    """The sequences of all processes in the first one, ready for ``block``, as if it had them all; None elsewhere."""
+def at_first(block: Block, own: Sequences, given: bool = False) -> Sequences | None:
+    """The sequences of all processes in the first one, ready for ``block``, as if it had them all; None elsewhere.
+
+    ``given``: with what the model is given for each batch.
+    """
     streams = own.streams
     if streams.ranks.size == 1:
         return own
     weights = None if own.weights is None else list(own.weights)
-    parts = streams.ranks.to_first(_Part(streams.sizes, streams.calls[block.index], weights))
+    parts = streams.ranks.to_first(
+        _Part(streams.sizes, streams.calls[block.index], weights, streams.batches if given else [])
+    )
     batches = _batches_at_first(own)
     if not parts:
         return None
@@ -183,7 +190,7 @@ def at_first(block: Block, own: Sequences) -> Sequences | None:
         carried=[batch.carried for batch in batches],
         ranks=ALONE,
         parts=(),
-        batches=[],
+        batches=[batch for part in parts for batch in part.given],
     )
     known = [part.weights for part in parts if part.weights is not None]
     all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None

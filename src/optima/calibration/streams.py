@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,15 @@ Watched = Callable[[int, slice], AbstractContextManager[None]]
 # A batch and some of its samples.
 Piece = tuple[int, slice]
 Result = TypeVar("Result")
+
+
+class Look(NamedTuple):
+    """Some of the ``samples`` of a batch, and how often all were looked at before."""
+
+    batch: int
+    part: slice
+    samples: int
+    turn: int = 0
 
 
 @dataclass

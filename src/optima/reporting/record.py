@@ -90,6 +90,7 @@ class BlockRecord(Record):
     ]  # by stage: read, forward, hessian, reduce, gradient, select, solve, round, share, tune, write
     tuning: tuple[float, ...] = ()  # error on held-out sequences before tuning and after each epoch
     tuning_epoch: Int = 0  # the epoch whose weights were kept; 0: those before tuning
+    words: bool = False  # whether that error is the divergence of the model's words, in nats a token
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""The last block is tuned by the words that the model predicts behind it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from families import build, make_ids, stack_of
+from tiny import make_llama, make_tokens
+from transformers import PreTrainedModel
+
+from optima import Recipe, prune
+from optima.calibration import words
+from optima.calibration.capture import capture
+from optima.calibration.streams import Look, Streams
+from optima.calibration.words import Words, WordsError
+from optima.models.weights import Resident
+
+SAMPLES, LENGTH = 4, 16
+
+
+def at_the_end(model: PreTrainedModel) -> tuple[Streams, list[torch.Tensor]]:
+    """What enters the last block, in one batch, and what it makes of that."""
+    stack = stack_of(model)
+    streams = capture(model, stack, [make_ids(SAMPLES, LENGTH)], whole=True)
+    for block in stack.blocks[:-1]:
+        streams.advance(block)
+    ends = streams.copy()
+    ends.advance(stack.blocks[-1])
+    return streams, ends.hidden
+
+
+def divergence(model: PreTrainedModel, pruned: PreTrainedModel) -> torch.Tensor:
+    """KL(p || q) of each position, (B, L), by the models' own logits, in float64."""
+    tokens = make_ids(SAMPLES, LENGTH)
+    with torch.no_grad():
+        dense, found = (each(tokens).logits.double().log_softmax(dim=-1) for each in (model, pruned))
+    return (dense.exp() * (dense - found)).sum(dim=-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "roberta", "mixtral", "gemma4", "xlnet"])
+@pytest.mark.parametrize("turn", [0, 1])
+def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "POSITIONS", LENGTH // 4)
+    monkeypatch.setattr(words, "LOGITS_BYTES", 1)  # a slice for each position
+    model = build(family)
+    with torch.no_grad():  # a random model hardly prefers any word
+        model.get_output_embeddings().weight.mul_(30.0)
+        for linear in stack_of(model).blocks[-1].linears:
+            linear.write(linear.read() * 30.0)
+        pruned = copy.deepcopy(model)
+        for linear in stack_of(pruned).blocks[-1].linears:
+            linear.write(linear.read() * (torch.rand_like(linear.read()) > 0.5))
+    (streams, targets), (_, found) = at_the_end(model), at_the_end(pruned)
+    samples = streams.sizes[0][0]
+    part = slice(1, 3) if samples > 1 else slice(0, 1)  # XLNet comes in single sequences
+    inputs = [hidden[0][part] if samples > 1 else hidden[0] for hidden in (found, targets)]
+    with Words(model, stack_of(model), Resident(model)).error(streams) as error:
+        value = error(*inputs, Look(0, part, samples, turn))
+    every = divergence(model, pruned)[part]
+    sliced = family != "roberta"  # which tells no slices
+    expected = every[:, turn::4] if sliced else every
+    assert float(value) == pytest.approx(float(expected.mean()), rel=1e-3)
+    assert float(value) > 0.0
+
+
+def test_its_gradient_is_that_of_its_value() -> None:
+    model = make_llama().double().eval()
+    streams, (target,) = at_the_end(model)
+    error = WordsError(model, stack_of(model), streams)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(target.shape, generator=generator, dtype=target.dtype)
+    found = (target + 0.1 * direction).requires_grad_(True)
+    look, step = Look(0, slice(0, SAMPLES), SAMPLES), 1e-3
+    error(found, target, look).backward()
+    assert found.grad is not None
+    above, below = (float(error(found.detach() + sign * step * direction, target, look)) for sign in (1, -1))
+    assert float((found.grad * direction).sum()) == pytest.approx((above - below) / (2 * step), rel=1e-2)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_it_brings_the_words_closer() -> None:
+    """Than the metric does, which is an approximation of it, under the same mask and in as many steps."""
+    calibration = make_tokens(64, 16)
+    model = make_llama()
+    settings: dict[str, Any] = {"sparsity": 0.5, "allocation": "uniform", "learning_rate": 2e-2, "tuning_epochs": 4}
+    report = prune(model, Recipe(**settings), calibration=calibration, progress=False)
+    first, last = report.blocks
+    assert not first.words
+    assert last.words
+    assert last.tuning[last.tuning_epoch] < last.tuning[0]
+    assert all(linear.tuned for linear in report.linears if linear.block == 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("t5", {}),  # a call of the decoder's head would run the encoder
+        ("llama", {"targets": [r"layers\.0\."]}),  # the head does not read what leaves it
+        ("llama", {"objective": "sink", "tuning_epochs": 1}),
+    ],
+)
+def test_other_blocks_are_tuned_by_their_outputs(family: str, options: dict[str, Any]) -> None:
+    report = prune(build(family), Recipe(**options), calibration=make_ids(16), progress=False)
+    assert any(block.tuning for block in report.blocks)
+    assert not any(block.words for block in report.blocks)
