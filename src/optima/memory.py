@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 from optima.calibration.coupling import coupling_bytes
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.places import logits_bytes
+from optima.calibration.words import POSITIONS
 from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear
-from optima.models.reading import is_encoder_decoder, stream_numbers
+from optima.models.reading import head_of, in_slices, is_encoder_decoder, stream_numbers
 from optima.models.routers import routed_share
 from optima.models.stacks import (
     Block,
@@ -33,6 +34,7 @@ from optima.models.stacks import (
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.swaps.search import CHUNK_ENTRIES
+from optima.tuning import BYTES_PER_TUNED
 
 # Python and the libraries.
 LIBRARIES_BYTES = 512 * 2**20
@@ -54,8 +56,10 @@ BYTES_PER_WEIGHT = 56
 BUFFERS = 2
 # And of what a token has in several streams (hyper-connections), which are mixed in float32.
 STREAM_BUFFERS = 4
-# How many times as many a backward pass keeps. Bytes of a weight that is tuned: master, gradient, two moments, a copy.
-GRADIENT_BUFFERS, BYTES_PER_TUNED = 3, 28
+# How many times as many a backward pass keeps.
+GRADIENT_BUFFERS = 3
+# Copies of float32 logits in a step by the model's words: both models', their logarithms, what autograd keeps.
+WORDS_COPIES = 6
 GIB = 2**30
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048
@@ -76,8 +80,8 @@ class HostMemory:
             outside the blocks, if that is more; else the whole model. Of masks from elsewhere a bit a weight, and of
             OWL the scores of a block.
         work: of the largest linear, or of a block's sweep or tuning, on a CPU.
-        by_loss: of the logits, if the loss is swept and they are there; of an encoder's, the decoder's weights too,
-            and what its autograd keeps of a sample.
+        by_loss: of the logits, if the loss is swept and they are there, or of those in the last block's tuning, with
+            that; of an encoder's, the decoder's weights too, and what its autograd keeps of a sample.
     """
 
     weights: int
@@ -161,11 +165,14 @@ def host_memory(
         dtype: of the weights.
         streamed: whether they stay on disk.
     """
-    most = streamed_parameters(model, blocks) if streamed else count_parameters(model)
+    words = bool(by_words(model, blocks, recipe))
+    most = streamed_parameters(model, blocks, words) if streamed else count_parameters(model)
     work = work_bytes(model, blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
     by_loss = _through_decoder(model, recipe, dtype, streamed)
     if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
         by_loss += logits_bytes(model, batch_tokens(recipe))
+    if words and on_cpu(recipe):
+        by_loss = max(by_loss, words_bytes(model, recipe) + tuning_bytes(model, blocks[-1], recipe, dtype))
     pruned = [sum(math.prod(linear.shape) for linear in block.linears) for block in blocks]
     masks = sum(pruned) // 8 if recipe.mask_from is not None else 0
     scores = 4 * max(pruned, default=0) if recipe.allocation == "owl" else 0
@@ -182,10 +189,22 @@ def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype,
     return weights + GRADIENT_BUFFERS * kept
 
 
-def streamed_parameters(model: nn.Module, blocks: Sequence[Block]) -> int:
-    """Parameters that are in memory at a time, where weights stay on disk."""
+def by_words(model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe) -> str:
+    """The name of the block that is tuned by the words of the model; empty if none is."""
+    by_loss = recipe.applied_objective == "loss" and head_of(model) is not None and not is_encoder_decoder(model)
+    return blocks[-1].name if recipe.tuning_epochs and by_loss and blocks[-1].linears else ""
+
+
+def words_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
+    """Of the logits of a step by the model's words: of some positions of a sequence, if it tells words in slices."""
+    tokens = min(recipe.max_seq_length, POSITIONS) if in_slices(model) else recipe.max_seq_length
+    return WORDS_COPIES * 4 * int(model.config.get_text_config().vocab_size) * tokens
+
+
+def streamed_parameters(model: nn.Module, blocks: Sequence[Block], words: bool = False) -> int:
+    """Parameters that are in memory at a time, where weights stay on disk; with the head beside the last block."""
     inside, outside = count_by_place(model, blocks)
-    return max(2 * max(inside, default=0), outside)
+    return max(2 * max(inside, default=0), outside + (inside[-1] if words else 0))
 
 
 def on_cpu(recipe: Recipe) -> bool:

@@ -40,6 +40,7 @@ BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made i
 WORDS_RATE = 0.25  # of the learning rate, where the cost is the model's words: it overfits sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
+BYTES_PER_TUNED = 28  # of a weight that is tuned: master, gradient, two moments, a copy
 ONE_PIECE = (
     "blocks are not tuned: one sequence, or one batch that cannot be taken apart, is all that tuning takes; give more "
     "sequences, or a larger --tuning-share"
@@ -275,7 +276,8 @@ def tune_at_first(
             with torch.inference_mode(False), full_precision(), one_memory_error():
                 cost: AbstractContextManager[Cost]
                 if words is not None:
-                    cost = words.error(every.streams)
+                    beside = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
+                    cost = words.error(every.streams, beside)
                 elif loss is not None:
                     cost = nullcontext(BlockError.by_loss(loss.residual[block.name], every.weights))
                 else:

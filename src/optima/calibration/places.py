@@ -27,10 +27,12 @@ def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
     return LOGITS_COPIES * max(4 * int(model.config.get_text_config().vocab_size) * tokens, LOGITS_BYTES)
 
 
-def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, tokens: int) -> tuple[torch.device, str]:
+def head_device(
+    model: PreTrainedModel, stack: Stack, device: torch.device, tokens: int, beside: int = 0
+) -> tuple[torch.device, str]:
     """Where the head runs, if blocks run on ``device``, and what a report must tell of it; see ``Weights.outside``.
 
-    ``tokens``: in the largest batch.
+    ``tokens``: in the largest batch. ``beside``: bytes that something else is about to take there.
     """
     there = device.type in ("cpu", next(model.parameters()).device.type)  # a model in memory may live on the device
     if there or head_of(model) is None:
@@ -39,7 +41,7 @@ def head_device(model: PreTrainedModel, stack: Stack, device: torch.device, toke
         return MAIN, "the encoder's gradients came through its decoder on the CPU, whose weights were there all at once"
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    if _outside_bytes(model) + logits_bytes(model, tokens) <= free:
+    if _outside_bytes(model) + logits_bytes(model, tokens) + beside <= free:
         return device, ""
     return MAIN, f"the head ran on the CPU: {describe_memory(device)} had no room for the weights outside the blocks"
 

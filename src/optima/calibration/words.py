@@ -52,11 +52,14 @@ class Words:
         return block is self.stack.blocks[-1]
 
     @contextmanager
-    def error(self, streams: Streams) -> Iterator[WordsError]:
-        """The error of the last block, which is on its device, for what enters it; inside, the head is there."""
+    def error(self, streams: Streams, beside: int = 0) -> Iterator[WordsError]:
+        """The error of the last block, which is on its device, for what enters it; inside, the head is there.
+
+        ``beside``: bytes that tuning takes on the device.
+        """
         block = self.stack.blocks[-1].module
         tokens = max((samples * min(length, POSITIONS) for samples, length in streams.sizes), default=1)
-        place, _ = head_device(self.model, self.stack, streams.device, tokens)
+        place, _ = head_device(self.model, self.stack, streams.device, tokens, beside)
         own = block.forward  # a block of another device would be brought there for each call
         with self.weights.outside(place), forward_replaced(block, own):
             yield WordsError(self.model, self.stack, streams)

@@ -34,12 +34,13 @@ from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
 from optima.calibration.swept import kept_bytes, sweep_numbers
 from optima.calibration.tempering import LossWeights
+from optima.calibration.words import POSITIONS
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device, one_memory_error
 from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
 from optima.linalg.statistics import Statistics
 from optima.linear import prune_linear
-from optima.memory import attention_numbers, held_bytes, in_turn
+from optima.memory import attention_numbers, by_words, held_bytes, in_turn, words_bytes
 from optima.models.experts import ExpertLinear
 from optima.models.random_weights import alike
 from optima.models.reading import head_of, is_encoder_decoder
@@ -58,6 +59,7 @@ BATCHES = 3  # that a stage is timed on
 LONG = 2.0  # seconds that tell enough, without a second look
 TUNED = 4  # sequences that tuning is timed on, at least: one is held out, and looked at twice
 HEAD_TOKENS = 512  # that the head is timed on, at least
+WORDS_PASSES = 4.0 / 3.0  # of the sweep at the head: forward, back, and forward for the words of the dense model
 
 Work = Callable[[Streams, Stopwatch], None]
 
@@ -181,6 +183,8 @@ class Rehearsal:
         """Rehearse the first of ``blocks``, for all of them; ``waiting``: bytes of inputs, and behind a sweep."""
         block, (inputs, swept) = blocks[0], waiting
         weights, here = self.plan.held_bytes(block), _bytes(streams.hidden)
+        words = self._by_words(blocks[-1])
+        weights += self.plan.held_bytes() if words and self.plan.streamed else 0
         needed = [block for block in blocks if block.index < stack.needed]
         loss = None
         if self.by_loss:
@@ -195,7 +199,8 @@ class Rehearsal:
         with self.peak.phase(weights, inputs * (1 + again) + told, here) as phase:
             # Its linears are not pruned inside a rehearsed pass: the memory of one at work comes on top in a run.
             attention = attention_numbers(self.plan.model, self.recipe.max_seq_length)
-            phase.held = held_bytes(block, self.recipe, self.plan.dtype, attention)
+            logits = words_bytes(self.plan.model, self.recipe) if words else 0
+            phase.held = held_bytes(block, self.recipe, self.plan.dtype, attention) + logits
             self._passes(block, job, streams, len(needed), needed[-1:] == [stack.blocks[stack.needed - 1]])
             keeps = self._linears(block, job, streams, len(needed))
             if self.tuning is not None and keeps and needed:
@@ -218,12 +223,19 @@ class Rehearsal:
             slice_tokens = LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size))
             positions = min(length, -(-max(slice_tokens, HEAD_TOKENS) // samples))
             batch, hidden = batch[:, :positions], hidden[:, :positions]
-        drawn_BL = torch.rand(samples, positions)
-        clock = Stopwatch(self.device)
+        drawn_BL, clock = torch.rand(samples, positions), Stopwatch(self.device)
         place, _ = head_device(model, stack, self.device, samples * length)
         with self._gradients(), Resident(model).outside(place), clock("sweep"):
             at_the_head(model, stack, replace(streams.part([0]), hidden=[hidden], batches=[batch]), 0, drawn_BL)
-        self.seconds["sweep"] += clock.total * self._all * self.shares.swept * length / positions
+        seconds = clock.total * self._all / positions  # of a position of every sequence
+        self.seconds["sweep"] += seconds * self.shares.swept * length
+        if self._by_words(stack.blocks[-1]):
+            seconds *= WORDS_PASSES * (self.recipe.tuning_epochs or 0)
+            self.seconds["tune"] += seconds * self.shares.tuned * min(length, POSITIONS)
+
+    def _by_words(self, block: Block) -> bool:
+        """Whether it is tuned by the words of the model."""
+        return self.by_loss and by_words(self.plan.model, self.plan.found.blocks, self.recipe) == block.name
 
     def _sweep(self, block: Block, streams: Streams, count: int) -> LossWeights | None:
         """The sweep there and back through ``count`` such blocks, and what it finds of the sample."""

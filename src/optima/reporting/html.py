@@ -96,7 +96,11 @@ def _view(name: str, report: Report, names: Sequence[str]) -> View:
         "summary": summary(report),
         "stages": [(stage, duration(seconds), f"{share:.1%}") for stage, seconds, share in stage_times(report)],
         "tuning": [
-            (f"block {block.index}", change(block.tuning[0], block.tuning[block.tuning_epoch]), _left(block))
+            (
+                f"block {block.index}" + ", by words" * block.words,
+                change(block.tuning[0], block.tuning[block.tuning_epoch]),
+                _left(block),
+            )
             for block in report.blocks
             if block.tuning_epoch
         ],

@@ -105,7 +105,14 @@ def _tuning(report: Report) -> list[str]:
     kept = sum(block.tuning_epoch > 0 for block in blocks)
     won = f"{kept} of {len(blocks)} blocks are closer to the dense ones on held-out sequences"
     moved = f"; **errors and gaps of {len(tuned)} linears are from before it**" if tuned else ""
-    return [f"Tuned: {won} (cost {change(before, after)} on average){moved}."]
+    words = [block for block in blocks if block.words]
+    lines = [f"Tuned: {won} (cost {change(before, after)} on average){moved}."]
+    lines += [
+        f"{block.name} was tuned by the words that the model predicts behind it: they diverge from the dense model's "
+        f"by {block.tuning[block.tuning_epoch]:.3g} nats a token, and by {block.tuning[0]:.3g} before."
+        for block in words
+    ]
+    return lines
 
 
 def _warnings(report: Report) -> list[str]:
