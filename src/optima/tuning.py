@@ -37,7 +37,7 @@ from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
-WORDS_RATE = 0.25  # of the learning rate, where the cost is the model's words: it overfits sooner
+WORDS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is the words of the model: they are overfitted sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
 BYTES_PER_TUNED = 28  # of a weight that is tuned: master, gradient, two moments, a copy
