@@ -152,6 +152,7 @@ class Bench:
             # Earlier results lack these.
             **({"coupling": True} if "coupling" in methods.needs else {}),
             **({"tempered_rows": True} if recipe.objective == "loss" and isinstance(applied, Unstructured) else {}),
+            **({"words": True} if recipe.objective == "loss" and recipe.tuning_epochs else {}),
             **(
                 {"surveyed_share": recipe.swept_share}
                 if recipe.allocation == "loss" and recipe.swept_share < 1.0

@@ -38,6 +38,7 @@ USUAL = {
     "coupling": False,
     "surveyed_share": 1.0,
     "tempered_rows": False,
+    "words": False,
 }
 Texts = tuple[Any, ...]  # those that a result was measured on, and calibrated on
 Cell = dict[int, tuple[tuple[float, ...], Texts]]  # perplexities by seed
