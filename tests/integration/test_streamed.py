@@ -123,8 +123,10 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
     pruned(tmp_path / "model", tmp_path / "out", **EVERYTHING)
     blocks = [{name.split(".")[2] for name in names if name.startswith("model.layers.")} for names in seen]
     assert {len(now) for now in blocks} == {0, 1}
-    last = [names for names, now in zip(seen, blocks, strict=True) if now][-1]
-    assert not {name for name in last if "embed" in name or "lm_head" in name}
+    last = [names for names, now in zip(seen, blocks, strict=True) if now == {"1"}][-1]
+    assert not {
+        name for name in last if "embed" in name or "lm_head" in name
+    }  # the head comes for the last block alone
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -371,5 +373,6 @@ def test_a_plan_knows_what_is_in_memory_at_a_time(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     source = find_source(str(tmp_path))
     plan = make_plan(source, optima.Recipe(max_seq_length=16))
-    assert plan.host.weights == max(2 * plan.block_bytes, plan.model_bytes - 6 * plan.block_bytes)
+    # What is outside the blocks is there while the last one is tuned.
+    assert plan.host.weights == max(2 * plan.block_bytes, plan.model_bytes - 5 * plan.block_bytes)
     assert make_plan(source, optima.Recipe(max_seq_length=16, dataset=["self"])).host.weights == plan.model_bytes

@@ -23,7 +23,7 @@ from optima.calibration.inputs import Batch, some_of
 from optima.calibration.places import LOGITS_BYTES, head_device
 from optima.calibration.probe import forward
 from optima.calibration.streams import Look, Streams
-from optima.device import forward_replaced
+from optima.device import differentiable, forward_replaced
 from optima.models.reading import in_slices
 from optima.models.stacks import Block, Stack
 from optima.models.weights import Weights
@@ -61,7 +61,7 @@ class Words:
         tokens = max((samples * min(length, POSITIONS) for samples, length in streams.sizes), default=1)
         place, _ = head_device(self.model, self.stack, streams.device, tokens, beside)
         own = block.forward  # a block of another device would be brought there for each call
-        with self.weights.outside(place), forward_replaced(block, own):
+        with self.weights.outside(place), forward_replaced(block, own), differentiable(self.model):
             yield WordsError(self.model, self.stack, streams)
 
 
@@ -100,8 +100,8 @@ class WordsError:
             if found.requires_grad:
                 gradient += torch.autograd.grad(lost, leaf)[0].to(gradient)
             total, tokens = total + float(lost.detach()), tokens + len(words_TV)
-        # A number of this gradient: the head's own graph is gone by then, slice by slice.
-        return total / tokens + ((found - fixed).float() * gradient).sum() / tokens
+        # A number of this gradient: the head's own graph is gone by then, slice by slice. Equal words round below 0.
+        return max(total, 0.0) / tokens + ((found - fixed).float() * gradient).sum() / tokens
 
     def _slices(self, given: Batch, look: Look) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """What the model is given for some positions at a time; for all, if it tells no slices of its words."""
