@@ -251,7 +251,7 @@ def test_an_expert_that_no_token_reached_takes_nothing_from_others() -> None:
 
 
 def test_labels_of_the_batches_are_not_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.head.LOGITS_BYTES", 4 * VOCAB * 2 * 8)
+    monkeypatch.setattr("optima.calibration.places.LOGITS_BYTES", 4 * VOCAB * 2 * 8)
     places_BL = torch.arange(16).repeat(2, 1)  # without them, token ids alone would be read
     batches = [{"input_ids": own, "position_ids": places_BL, "labels": own} for own in make_tokens(4, 16).split(2)]
     assert prune(make_llama(), Recipe(), calibration=batches).run.recipe["objective"] == "loss"
@@ -310,7 +310,7 @@ def test_what_sees_runs_once_for_all_slices_of_the_head(monkeypatch: pytest.Monk
     patches.register_forward_hook(lambda *given: calls.append(1))
     whole = loss_weights(model, stack, streams, seed=0)
     assert len(calls) == 1
-    monkeypatch.setattr("optima.calibration.head.LOGITS_BYTES", 4 * 101 * 2 * 3)  # three positions at a time
+    monkeypatch.setattr("optima.calibration.places.LOGITS_BYTES", 4 * 101 * 2 * 3)  # three positions at a time
     sliced = loss_weights(model, stack, streams, seed=0)
     assert len(calls) == 2
     for name, row_O in whole.rows.items():

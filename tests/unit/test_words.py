@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from tiny import make_llama, make_tokens
 from transformers import PreTrainedModel
 
 from optima import Recipe, prune
-from optima.calibration import words
+from optima.calibration import places, words
 from optima.calibration.capture import capture
 from optima.calibration.streams import Look, Streams
 from optima.calibration.words import Words, WordsError
 from optima.models.weights import Resident
+from optima.reporting.html import render_html
+from optima.reporting.summary import render_summary
 
 SAMPLES, LENGTH = 4, 16
 
@@ -44,7 +47,7 @@ def divergence(model: PreTrainedModel, pruned: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("turn", [0, 1])
 def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "POSITIONS", LENGTH // 4)
-    monkeypatch.setattr(words, "LOGITS_BYTES", 1)  # a slice for each position
+    monkeypatch.setattr(places, "LOGITS_BYTES", 1)  # a slice for each position
     model = build(family)
     with torch.no_grad():  # a random model hardly prefers any word
         model.get_output_embeddings().weight.mul_(30.0)
@@ -82,7 +85,7 @@ def test_its_gradient_is_that_of_its_value() -> None:
 
 
 def test_it_brings_the_words_closer() -> None:
-    """Than the metric does, which is an approximation of it, under the same mask and in as many steps."""
+    """On held-out sequences, and the report tells by how much."""
     calibration = make_tokens(64, 16)
     model = make_llama()
     settings: dict[str, Any] = {"sparsity": 0.5, "allocation": "uniform", "learning_rate": 2e-2, "tuning_epochs": 4}
@@ -92,6 +95,8 @@ def test_it_brings_the_words_closer() -> None:
     assert last.words
     assert last.tuning[last.tuning_epoch] < last.tuning[0]
     assert all(linear.tuned for linear in report.linears if linear.block == 1)
+    assert "by the words that the model predicts behind it" in render_summary(report)
+    assert re.findall(r"block \d, by words", render_html({"a": report})) == ["block 1, by words"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.halving import rows_of
 from optima.calibration.inputs import DECODER_IDS, LABELS, Batch, inseparable, some_of
-from optima.calibration.places import LOGITS_BYTES
+from optima.calibration.places import positions_at_once
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
 from optima.device import backward_explained, forward_replaced
@@ -49,14 +49,13 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
     samples, length = drawn_BL.shape
     step = length
     options: dict[str, Any] = {}
-    plain = unlabelled(model, given) if in_slices(model) else None
-    sliced = plain is not None
-    given = given if plain is None else plain
+    sliceable = in_slices_of(model, given)
+    sliced = sliceable is not None
+    given = given if sliceable is None else sliceable
     whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
     most = 1 if stack.part == "encoder" and not whole else samples  # autograd keeps a whole decoder of each sample
     if sliced:
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        step = max(LOGITS_BYTES // (4 * vocabulary * most), 1)
+        step = positions_at_once(model, most)
 
     def back(part: slice) -> Tensor:
         rows = some_of(given, part, samples)
@@ -141,8 +140,14 @@ def logits_of(returned: Any) -> Tensor:
     raise NotDifferentiableError("it returns no logits of words")
 
 
-def unlabelled(model: PreTrainedModel, given: Batch) -> Batch | None:
-    """A batch without labels, against all of which the model would hold a slice; None if its words are nowhere else."""
+def in_slices_of(model: PreTrainedModel, given: Batch) -> Batch | None:
+    """What the model is given for the logits of some positions alone; None if it cannot be asked for them.
+
+    That is the batch without its labels, against all of which the model would hold a slice; None, too, if its words
+    are nowhere else.
+    """
+    if not in_slices(model):
+        return None
     if isinstance(given, Tensor) or LABELS not in given:
         return given
     others = {name: tensor for name, tensor in given.items() if name != LABELS}

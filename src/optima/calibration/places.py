@@ -27,6 +27,11 @@ def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
     return LOGITS_COPIES * max(4 * int(model.config.get_text_config().vocab_size) * tokens, LOGITS_BYTES)
 
 
+def positions_at_once(model: PreTrainedModel, samples: int) -> int:
+    """Positions of so many sequences whose logits a slice has, at least one."""
+    return max(LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size) * samples), 1)
+
+
 def head_device(
     model: PreTrainedModel, stack: Stack, device: torch.device, tokens: int, beside: int = 0
 ) -> tuple[torch.device, str]:

@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.head import head_alone, logits_of, unlabelled
+from optima.calibration.head import head_alone, in_slices_of, logits_of
 from optima.calibration.inputs import Batch, some_of
-from optima.calibration.places import LOGITS_BYTES, head_device
+from optima.calibration.places import head_device, positions_at_once
 from optima.calibration.probe import forward
 from optima.calibration.streams import Look, Streams
 from optima.device import differentiable, forward_replaced
-from optima.models.reading import in_slices
 from optima.models.stacks import Block, Stack
 from optima.models.weights import Weights
 
@@ -105,17 +104,15 @@ class WordsError:
 
     def _slices(self, given: Batch, look: Look) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """What the model is given for some positions at a time; for all, if it tells no slices of its words."""
-        plain = unlabelled(self.model, given) if in_slices(self.model) else None
-        if plain is None:
+        sliceable = in_slices_of(self.model, given)
+        if sliceable is None:
             yield given, {}
             return
         samples, length = look.part.stop - look.part.start, self.streams.sizes[look.batch][1]
         stride = -(-length // POSITIONS)
-        vocabulary = int(self.model.config.get_text_config().vocab_size)
-        for at in torch.arange(look.turn % stride, length, stride).split(
-            max(LOGITS_BYTES // (4 * vocabulary * samples), 1)
-        ):
-            yield plain, {"logits_to_keep": at}
+        every = torch.arange(look.turn % stride, length, stride)
+        for at in every.split(positions_at_once(self.model, samples)):
+            yield sliceable, {"logits_to_keep": at}
 
     def _log_words(self, hidden: Tensor, given: Batch, options: dict[str, Tensor]) -> Tensor:
         """Logarithms of the probabilities of words behind ``hidden``, (T, V)."""

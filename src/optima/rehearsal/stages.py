@@ -29,7 +29,7 @@ from optima.calibration.coupling import couples, coupling, coupling_bytes, finis
 from optima.calibration.halving import Halving
 from optima.calibration.head import at_the_head
 from optima.calibration.inputs import words_size
-from optima.calibration.places import LOGITS_BYTES, embedding_device, head_device
+from optima.calibration.places import embedding_device, head_device, positions_at_once
 from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
 from optima.calibration.swept import kept_bytes, sweep_numbers
@@ -220,8 +220,7 @@ class Rehearsal:
         positions = length
         if streams.probe.sample_dim == 0 and not is_encoder_decoder(model):
             # As many as a slice of logits has, and more than one slice of a small vocabulary.
-            slice_tokens = LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size))
-            positions = min(length, -(-max(slice_tokens, HEAD_TOKENS) // samples))
+            positions = min(length, -(-max(positions_at_once(model, 1), HEAD_TOKENS) // samples))
             batch, hidden = batch[:, :positions], hidden[:, :positions]
         drawn_BL, clock = torch.rand(samples, positions), Stopwatch(self.device)
         place, _ = head_device(model, stack, self.device, samples * length)
