@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from optima.calibration.coupling import coupling_bytes
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.places import logits_bytes
-from optima.calibration.words import POSITIONS
+from optima.calibration.words import WORDS_COPIES, looked_at
 from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear
-from optima.models.reading import head_of, in_slices, is_encoder_decoder, stream_numbers
+from optima.models.reading import head_of, is_encoder_decoder, stream_numbers
 from optima.models.routers import routed_share
 from optima.models.stacks import (
     Block,
@@ -58,8 +58,6 @@ BUFFERS = 2
 STREAM_BUFFERS = 4
 # How many times as many a backward pass keeps.
 GRADIENT_BUFFERS = 3
-# Copies of float32 logits in a step by the model's words: both models', their logarithms, what autograd keeps.
-WORDS_COPIES = 6
 GIB = 2**30
 # Tokens in a forward pass on a CPU: larger activations leave its caches (a third more time on Gemma 3 270M).
 CPU_TOKENS = 2048
@@ -197,7 +195,7 @@ def by_words(model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe) ->
 
 def words_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
     """Of the logits of a step by the model's words: of some positions of a sequence, if it tells words in slices."""
-    tokens = min(recipe.max_seq_length, POSITIONS) if in_slices(model) else recipe.max_seq_length
+    tokens = looked_at(model, recipe.max_seq_length)
     return WORDS_COPIES * 4 * int(model.config.get_text_config().vocab_size) * tokens
 
 

@@ -237,8 +237,7 @@ class Job:
         assert self.tuning is not None
         words = self.words if self.words is not None and self.words.read(block) else None
         tuned = tune_at_first(block, keeps, self._sequences(block, given), self.tuning, self.loss, words)
-        if tuned.problem and tuned.problem not in self.notes:
-            self.notes.append(tuned.problem)
+        self.notes += [text for text in (tuned.problem, tuned.told) if text and text not in self.notes]
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]

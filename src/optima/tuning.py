@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optima.calibration.halving import rows_of
+from optima.calibration.inputs import words_alone
 from optima.calibration.probe import hidden_of
 from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.streams import Look, Piece, Streams
@@ -74,12 +75,14 @@ class Tuned:
         best: the epoch whose weights the block has; 0 for those before the first.
         problem: why it was not tuned although it was to be, as a report must tell it; else empty.
         words: whether that error is the divergence of the model's words.
+        told: what else a report must tell of it.
     """
 
     held_out: tuple[float, ...]
     best: int
     problem: str = ""
     words: bool = False
+    told: str = ""
 
 
 class Cost(Protocol):
@@ -269,7 +272,8 @@ def tune_at_first(
     ranks, tuned = own.streams.ranks, None
     if words is not None:
         tuning = replace(tuning, learning_rate=WORDS_RATE * tuning.learning_rate)
-    every = at_first(block, own, given=words is not None)
+    given = [] if words is None else [words_alone(words.model, batch) for batch in own.streams.batches]
+    every, told = at_first(block, own, given), ""
     if every is not None:
         try:
             # Gradients are taken through the metric.
@@ -277,14 +281,15 @@ def tune_at_first(
                 cost: AbstractContextManager[Cost]
                 if words is not None:
                     beside = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
-                    cost = words.error(every.streams, beside)
+                    place, told = words.place(every.streams, beside)
+                    cost = words.error(every.streams, place)
                 elif loss is not None:
                     cost = nullcontext(BlockError.by_loss(loss.residual[block.name], every.weights))
                 else:
                     cost = nullcontext(BlockError.by_channel(every.targets))
             with full_precision(), one_memory_error(), cost as found:
                 tuned = tune(block, keeps, every.streams, every.targets, found, tuning)
-                tuned = replace(tuned, words=words is not None and bool(tuned.held_out))
+                tuned = replace(tuned, words=words is not None and bool(tuned.held_out), told=told)
         except torch.OutOfMemoryError:  # nothing of the block has changed yet
             tuned = Tuned((), 0, OUT_OF_MEMORY)
     tuned = ranks.share(tuned, 0)

@@ -12,7 +12,7 @@ from families import build, make_ids, stack_of
 from tiny import make_llama, make_tokens
 from transformers import PreTrainedModel
 
-from optima import Recipe, prune
+from optima import Recipe, prune, tuning
 from optima.calibration import places, words
 from optima.calibration.capture import capture
 from optima.calibration.streams import Look, Streams
@@ -60,7 +60,7 @@ def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: 
     samples = streams.sizes[0][0]
     part = slice(1, 3) if samples > 1 else slice(0, 1)  # XLNet comes in single sequences
     inputs = [hidden[0][part] if samples > 1 else hidden[0] for hidden in (found, targets)]
-    with Words(model, stack_of(model), Resident(model)).error(streams) as error:
+    with Words(model, stack_of(model), Resident(model)).error(streams, torch.device("cpu")) as error:
         value = error(*inputs, Look(0, part, samples, turn))
     every = divergence(model, pruned)[part]
     sliced = family != "roberta"  # which tells no slices
@@ -97,6 +97,49 @@ def test_it_brings_the_words_closer() -> None:
     assert all(linear.tuned for linear in report.linears if linear.block == 1)
     assert "by the words that the model predicts behind it" in render_summary(report)
     assert re.findall(r"block \d, by words", render_html({"a": report})) == ["block 1, by words"]
+
+
+@pytest.mark.parametrize("images", [[1, 1], [2, 1], [0, 2]])
+def test_what_sees_does_not_run_for_the_words(images: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that images need not be one a text, nor batches with them be taken apart."""
+    model, batches = build("gemma3_vision"), list[dict[str, torch.Tensor]]()
+    for counts in ([1, 1], images):
+        ids = make_ids(2, 16).clamp_max(90)
+        for row, count in enumerate(counts):
+            ids[row, 2 : 2 + 4 * count] = model.config.image_token_index
+        seen = torch.randn(sum(counts), 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        batches.append({"input_ids": ids, "pixel_values": seen, "token_type_ids": (ids == 99).long()})
+    (patches,) = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
+    calls, inside, tune = list[bool](), False, tuning.tune
+
+    def told(*args: Any) -> Any:
+        nonlocal inside
+        inside = True
+        found = tune(*args)
+        inside = False
+        return found
+
+    monkeypatch.setattr(tuning, "tune", told)
+    patches.register_forward_hook(lambda *given: calls.append(inside))
+    report = prune(model, Recipe(), calibration=batches, progress=False)
+    assert report.blocks[-1].words
+    assert calls
+    assert not any(calls)
+
+
+def test_words_that_the_head_forbids_cost_nothing() -> None:
+    model, bias = build("llama"), torch.zeros(101)
+    bias[90:] = -torch.inf
+    model.lm_head.bias = torch.nn.Parameter(bias)
+    report = prune(model, Recipe(), calibration=make_ids(16).clamp_max(80), progress=False)
+    assert report.blocks[-1].words
+    assert all(0.0 < error < 100.0 for error in report.blocks[-1].tuning)
+
+
+def test_a_head_without_room_on_the_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "head_device", lambda *given: (torch.device("cpu"), "the head ran on the CPU"))
+    report = prune(make_llama(), Recipe(), calibration=make_tokens(16, 16), progress=False)
+    assert "the head ran on the CPU" in report.run.notes
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from optima.calibration.halving import rows_of
 from optima.calibration.text import data_hash
 from optima.errors import CalibrationError
 from optima.models.fingerprint import hash_tensors
-from optima.models.reading import arguments_of, check_vocabulary, is_encoder_decoder
+from optima.models.reading import arguments_of, check_vocabulary, is_encoder_decoder, needed_arguments
 from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
@@ -169,6 +169,17 @@ def some_of(batch: Batch, part: slice, samples: int) -> Batch:
     if isinstance(batch, Tensor):
         return rows_of(batch, part, samples)
     return {name: rows_of(tensor, part, samples) for name, tensor in batch.items()}
+
+
+def words_alone(model: nn.Module, batch: Batch) -> Batch:
+    """What of a batch its head needs where no block runs: words, without what sees, unless the model insists on it.
+
+    Images may not be one a sample, so that a batch with them cannot always be taken apart, and its words can.
+    """
+    names = [name for name in (*WORDS_OF["whole"], "inputs_embeds") if not isinstance(batch, Tensor) and name in batch]
+    if isinstance(batch, Tensor) or not names:
+        return batch
+    return {name: batch[name] for name in batch if name in {names[0], *needed_arguments(model)}}
 
 
 def words_of(given: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:

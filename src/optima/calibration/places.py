@@ -20,11 +20,11 @@ LOGITS_BYTES = 256 * 2**20
 LOGITS_COPIES = 4
 
 
-def logits_bytes(model: PreTrainedModel, tokens: int) -> int:
+def logits_bytes(model: PreTrainedModel, tokens: int, copies: int = LOGITS_COPIES) -> int:
     """Most of the logits that are there at a time, and their copies, of batches of so many tokens."""
     if in_slices(model) or head_of(model) is None:
-        return LOGITS_COPIES * LOGITS_BYTES
-    return LOGITS_COPIES * max(4 * int(model.config.get_text_config().vocab_size) * tokens, LOGITS_BYTES)
+        return copies * LOGITS_BYTES
+    return copies * max(4 * int(model.config.get_text_config().vocab_size) * tokens, LOGITS_BYTES)
 
 
 def positions_at_once(model: PreTrainedModel, samples: int) -> int:
@@ -33,11 +33,16 @@ def positions_at_once(model: PreTrainedModel, samples: int) -> int:
 
 
 def head_device(
-    model: PreTrainedModel, stack: Stack, device: torch.device, tokens: int, beside: int = 0
+    model: PreTrainedModel,
+    stack: Stack,
+    device: torch.device,
+    tokens: int,
+    copies: int = LOGITS_COPIES,
+    beside: int = 0,
 ) -> tuple[torch.device, str]:
     """Where the head runs, if blocks run on ``device``, and what a report must tell of it; see ``Weights.outside``.
 
-    ``tokens``: in the largest batch. ``beside``: bytes that something else is about to take there.
+    ``tokens``: in the largest batch. ``copies``: of their logits. ``beside``: bytes of what else will be there.
     """
     there = device.type in ("cpu", next(model.parameters()).device.type)  # a model in memory may live on the device
     if there or head_of(model) is None:
@@ -46,7 +51,7 @@ def head_device(
         return MAIN, "the encoder's gradients came through its decoder on the CPU, whose weights were there all at once"
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    if _outside_bytes(model) + logits_bytes(model, tokens) + beside <= free:
+    if _outside_bytes(model) + logits_bytes(model, tokens, copies) + beside <= free:
         return device, ""
     return MAIN, f"the head ran on the CPU: {describe_memory(device)} had no room for the weights outside the blocks"
 

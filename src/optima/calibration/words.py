@@ -15,21 +15,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.calibration.head import head_alone, in_slices_of, logits_of
-from optima.calibration.inputs import Batch, some_of
+from optima.calibration.head import head_alone, logits_of
+from optima.calibration.inputs import Batch, some_of, words_alone
 from optima.calibration.places import head_device, positions_at_once
 from optima.calibration.probe import forward
 from optima.calibration.streams import Look, Streams
 from optima.device import differentiable, forward_replaced
+from optima.models.reading import in_slices
 from optima.models.stacks import Block, Stack
 from optima.models.weights import Weights
 
 # Of each sequence so many positions are looked at in an epoch, others in the next: a vocabulary is often larger than a
 # block.
 POSITIONS = 128
+# Copies of float32 logits in a step: both models', their logarithms, what autograd keeps.
+WORDS_COPIES = 6
+
+
+def looked_at(model: nn.Module, length: int) -> int:
+    """Positions of a sequence whose words an epoch looks at; all, if the model tells no slices of its words."""
+    return min(length, POSITIONS) if in_slices(model) else length
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,15 @@ class Words:
         """Whether ``block`` is what the head reads."""
         return block is self.stack.blocks[-1]
 
-    @contextmanager
-    def error(self, streams: Streams, beside: int = 0) -> Iterator[WordsError]:
-        """The error of the last block, which is on its device, for what enters it; inside, the head is there.
+    def place(self, streams: Streams, beside: int) -> tuple[torch.device, str]:
+        """Where the head runs, and what a report must tell of it; ``beside``: bytes that tuning takes on the device."""
+        tokens = max((samples * looked_at(self.model, length) for samples, length in streams.sizes), default=1)
+        return head_device(self.model, self.stack, streams.device, tokens, WORDS_COPIES, beside)
 
-        ``beside``: bytes that tuning takes on the device.
-        """
+    @contextmanager
+    def error(self, streams: Streams, place: torch.device) -> Iterator[WordsError]:
+        """The error of the last block, which is on its device, for what enters it; inside, the head is at ``place``."""
         block = self.stack.blocks[-1].module
-        tokens = max((samples * min(length, POSITIONS) for samples, length in streams.sizes), default=1)
-        place, _ = head_device(self.model, self.stack, streams.device, tokens, beside)
         own = block.forward  # a block of another device would be brought there for each call
         with self.weights.outside(place), forward_replaced(block, own), differentiable(self.model):
             yield WordsError(self.model, self.stack, streams)
@@ -77,7 +85,7 @@ class WordsError:
         return self
 
     def gradient_scale(self, cost: float, tokens: int) -> float:
-        """See ``tuning.Cost``: the gradient at the logits of a token is near one then."""
+        """See ``tuning.Cost``: the gradient at a token's logits is then near one, or more, as not all are looked at."""
         return 2.0 ** round(math.log2(tokens))
 
     def __call__(self, found: Tensor, target: Tensor, look: Look) -> Tensor:
@@ -90,7 +98,7 @@ class WordsError:
         home, fixed = next(self.model.parameters()).device, found.detach()
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens, gradient = 0.0, 0, torch.zeros_like(fixed, dtype=torch.float32)
-        given = some_of(self.streams.batches[look.batch], look.part, look.samples)
+        given = some_of(words_alone(self.model, self.streams.batches[look.batch]), look.part, look.samples)
         for batch, options in self._slices(given, look):
             with torch.no_grad():
                 dense_TV = self._log_words(target, batch, options)
@@ -104,15 +112,14 @@ class WordsError:
 
     def _slices(self, given: Batch, look: Look) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """What the model is given for some positions at a time; for all, if it tells no slices of its words."""
-        sliceable = in_slices_of(self.model, given)
-        if sliceable is None:
+        if not in_slices(self.model):
             yield given, {}
             return
         samples, length = look.part.stop - look.part.start, self.streams.sizes[look.batch][1]
         stride = -(-length // POSITIONS)
         every = torch.arange(look.turn % stride, length, stride)
         for at in every.split(positions_at_once(self.model, samples)):
-            yield sliceable, {"logits_to_keep": at}
+            yield given, {"logits_to_keep": at}
 
     def _log_words(self, hidden: Tensor, given: Batch, options: dict[str, Tensor]) -> Tensor:
         """Logarithms of the probabilities of words behind ``hidden``, (T, V)."""
@@ -120,4 +127,5 @@ class WordsError:
         options = {name: at.to(home) for name, at in options.items()}
         with head_alone(self.model, self.stack, self.streams, hidden):
             logits = logits_of(forward(self.model, given, **options))
-        return logits.flatten(0, -2).float().log_softmax(dim=-1)
+        # A bias of -inf forbids words to both models: no difference, not infinity less infinity.
+        return logits.flatten(0, -2).float().log_softmax(dim=-1).clamp_min(torch.finfo(torch.float32).min)

@@ -44,6 +44,12 @@ def arguments_of(model: nn.Module) -> list[str]:
     return list(inspect.signature(type(model).forward).parameters)[1:]
 
 
+def needed_arguments(model: nn.Module) -> set[str]:
+    """What the model's forward pass insists on."""
+    every = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    return {each.name for each in every if each.default is each.empty}
+
+
 def check_forward(model: nn.Module) -> None:
     """Raise ``ModelError`` if ``model``, or its skeleton, only has parts that run, as the Omni models of Qwen."""
     if type(model).forward is nn.Module.forward:

@@ -34,7 +34,7 @@ from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
 from optima.calibration.swept import kept_bytes, sweep_numbers
 from optima.calibration.tempering import LossWeights
-from optima.calibration.words import POSITIONS
+from optima.calibration.words import looked_at
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device, one_memory_error
 from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian
@@ -59,7 +59,7 @@ BATCHES = 3  # that a stage is timed on
 LONG = 2.0  # seconds that tell enough, without a second look
 TUNED = 4  # sequences that tuning is timed on, at least: one is held out, and looked at twice
 HEAD_TOKENS = 512  # that the head is timed on, at least
-WORDS_PASSES = 4.0 / 3.0  # of the sweep at the head: forward, back, and forward for the words of the dense model
+WORDS_PASSES = 3.0 / 2.0  # of the sweep at the head: forward, back, and forward for the words of the dense model
 
 Work = Callable[[Streams, Stopwatch], None]
 
@@ -230,7 +230,7 @@ class Rehearsal:
         self.seconds["sweep"] += seconds * self.shares.swept * length
         if self._by_words(stack.blocks[-1]):
             seconds *= WORDS_PASSES * (self.recipe.tuning_epochs or 0)
-            self.seconds["tune"] += seconds * self.shares.tuned * min(length, POSITIONS)
+            self.seconds["tune"] += seconds * self.shares.tuned * looked_at(model, length)
 
     def _by_words(self, block: Block) -> bool:
         """Whether it is tuned by the words of the model."""
