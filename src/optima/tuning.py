@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from optima.calibration.halving import rows_of
-from optima.calibration.inputs import words_alone
 from optima.calibration.probe import hidden_of
 from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.streams import Look, Piece, Streams
@@ -272,8 +271,8 @@ def tune_at_first(
     ranks, tuned = own.streams.ranks, None
     if words is not None:
         tuning = replace(tuning, learning_rate=WORDS_RATE * tuning.learning_rate)
-    given = [] if words is None else [words_alone(words.model, batch) for batch in own.streams.batches]
-    every, told = at_first(block, own, given), ""
+        own = own._replace(streams=words.given(own.streams))
+    every, told = at_first(block, own, given=words is not None), ""
     if every is not None:
         try:
             # Gradients are taken through the metric.

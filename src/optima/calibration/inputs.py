@@ -176,10 +176,11 @@ def words_alone(model: nn.Module, batch: Batch) -> Batch:
 
     Images may not be one a sample, so that a batch with them cannot always be taken apart, and its words can.
     """
-    names = [name for name in (*WORDS_OF["whole"], "inputs_embeds") if not isinstance(batch, Tensor) and name in batch]
-    if isinstance(batch, Tensor) or not names:
+    if isinstance(batch, Tensor):
         return batch
-    return {name: batch[name] for name in batch if name in {names[0], *needed_arguments(model)}}
+    words = next(name for name in (*WORDS_OF["whole"], "inputs_embeds") if name in batch)  # or the sweep had raised
+    needed = {words, *needed_arguments(model)}
+    return {name: tensor for name, tensor in batch.items() if name in needed}
 
 
 def words_of(given: Mapping[str, Tensor], names: Sequence[str]) -> Tensor | None:

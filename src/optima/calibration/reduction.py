@@ -166,16 +166,18 @@ class _Batch(NamedTuple):
     target: Tensor
 
 
-def at_first(block: Block, own: Sequences, given: Sequence[Batch] = ()) -> Sequences | None:
+def at_first(block: Block, own: Sequences, given: bool = False) -> Sequences | None:
     """The sequences of all processes in the first one, ready for ``block``, as if it had them all; None elsewhere.
 
-    ``given``: what the model is given for each batch there; without, nothing.
+    ``given``: with what the model is given for each batch.
     """
     streams = own.streams
     if streams.ranks.size == 1:
         return own
     weights = None if own.weights is None else list(own.weights)
-    parts = streams.ranks.to_first(_Part(streams.sizes, streams.calls[block.index], weights, list(given)))
+    parts = streams.ranks.to_first(
+        _Part(streams.sizes, streams.calls[block.index], weights, streams.batches if given else [])
+    )
     batches = _batches_at_first(own)
     if not parts:
         return None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,10 @@ class Words:
         """Whether ``block`` is what the head reads."""
         return block is self.stack.blocks[-1]
 
+    def given(self, streams: Streams) -> Streams:
+        """The same, where all that the model is given are words: no block runs for the head."""
+        return replace(streams, batches=[words_alone(self.model, batch) for batch in streams.batches])
+
     def place(self, streams: Streams, beside: int) -> tuple[torch.device, str]:
         """Where the head runs, and what a report must tell of it; ``beside``: bytes that tuning takes on the device."""
         tokens = max((samples * looked_at(self.model, length) for samples, length in streams.sizes), default=1)
@@ -98,7 +102,7 @@ class WordsError:
         home, fixed = next(self.model.parameters()).device, found.detach()
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens, gradient = 0.0, 0, torch.zeros_like(fixed, dtype=torch.float32)
-        given = some_of(words_alone(self.model, self.streams.batches[look.batch]), look.part, look.samples)
+        given = some_of(self.streams.batches[look.batch], look.part, look.samples)
         for batch, options in self._slices(given, look):
             with torch.no_grad():
                 dense_TV = self._log_words(target, batch, options)

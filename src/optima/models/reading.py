@@ -46,8 +46,8 @@ def arguments_of(model: nn.Module) -> list[str]:
 
 def needed_arguments(model: nn.Module) -> set[str]:
     """What the model's forward pass insists on."""
-    every = list(inspect.signature(type(model).forward).parameters.values())[1:]
-    return {each.name for each in every if each.default is each.empty}
+    parameters = inspect.signature(type(model).forward).parameters
+    return {name for name in arguments_of(model) if parameters[name].default is inspect.Parameter.empty}
 
 
 def check_forward(model: nn.Module) -> None:
