@@ -47,10 +47,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
 from optima.build import build, default_scope, pattern_table
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import own_text
-from optima.calibration.text import calibration_tokens, data_hash
+from optima.data.batches import Calibration
+from optima.data.datasets import Documents, TextSource
+from optima.data.generate import own_text
+from optima.data.text import calibration_tokens, data_hash
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity

@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.text import calibration_tokens
+from optima.data.datasets import Documents, TextSource
+from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.models.stacks import Linear, find_stacks

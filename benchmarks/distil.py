@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima import hold_zeros
-from optima.calibration.documents import Documents, TextSource
+from optima.data.datasets import Documents, TextSource
 from optima.device import PeakMemory
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.ordered import write_orders

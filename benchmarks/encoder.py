@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
-from optima.calibration.documents import TextSource
-from optima.calibration.text import calibration_tokens
+from optima.data.datasets import TextSource
+from optima.data.text import calibration_tokens
 from optima.models.source import find_source, load_model, load_tokenizer
 
 METHODS = {

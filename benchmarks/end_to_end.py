@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optima import Recipe, prune
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.text import calibration_tokens
+from optima.data.datasets import Documents, TextSource
+from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer

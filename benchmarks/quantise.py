@@ -24,7 +24,7 @@ from harness.rounding import compensated, descended, nearest, scales
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optima.calibration.documents import Documents, TextSource
+from optima.data.datasets import Documents, TextSource
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.linalg.hessian import Hessian
 from optima.models.source import find_source, load_model, load_tokenizer

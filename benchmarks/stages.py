@@ -17,8 +17,8 @@ from harness.table import machine
 from harness.timing import MatmulRate, profiled, use_threads
 
 from optima import Recipe, prune
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.text import calibration_tokens
+from optima.data.datasets import Documents, TextSource
+from optima.data.text import calibration_tokens
 from optima.models.source import find_source, load_model, load_tokenizer
 
 

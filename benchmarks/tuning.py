@@ -25,7 +25,7 @@ from optima.calibration.capture import capture
 from optima.calibration.loss_weights import loss_weights
 from optima.calibration.streams import Streams
 from optima.calibration.tempering import LossWeights
-from optima.calibration.text import calibration_tokens
+from optima.data.text import calibration_tokens
 from optima.models.stacks import Block, Stack
 from optima.preflight.checks import chosen_stacks
 from optima.reporting.markdown import table

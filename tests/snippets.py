@@ -72,7 +72,7 @@ class World:
         self._cap(Recipe, "num_calibration_samples", SAMPLES)
         self._cap(Recipe, "max_seq_length", LENGTH)
         self._cap(EvaluationSettings, "max_seq_length", WINDOW)
-        monkeypatch.setattr("optima.calibration.records.load_dataset_builder", lambda *_, **__: Builder())
+        monkeypatch.setattr("optima.data.records.load_dataset_builder", lambda *_, **__: Builder())
         monkeypatch.syspath_prepend(str(Path.cwd()))
         self._namespace: dict[str, Any] | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from optima.calibration.documents import Documents, TextSource, is_file
+from optima.data.datasets import Documents, TextSource, is_file
 from optima.errors import OptimaError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from optima.calibration.text import calibration_tokens
+from optima.data.text import calibration_tokens
 from optima.device import find_device, multiplies_bfloat16
 from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity

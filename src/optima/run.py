@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
-from optima.calibration.given import Batches
-from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.own_text import KeptText
 from optima.calibration.places import embedding_device
 from optima.calibration.swept import surveyed_batches
+from optima.data.batches import Batch, Calibration
+from optima.data.generate import KeptText
+from optima.data.given import Batches
 from optima.device import (
     PeakMemory,
     describe_device,

@@ -21,9 +21,9 @@ from optima import Recipe, order, prune
 from optima.activations import activations
 from optima.build import build as build_methods
 from optima.calibration.capture import capture
-from optima.calibration.inputs import Batch, arguments
 from optima.calibration.places import head_device
 from optima.calibration.store import Store
+from optima.data.batches import Batch, arguments
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import attention_numbers, work_bytes
 from optima.models.experts import ExpertLinear

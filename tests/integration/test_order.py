@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import optima
 from optima import Ordering, Recipe
 from optima.arguments import CHANNELS
-from optima.calibration.inputs import arguments
 from optima.cli import main
+from optima.data.batches import arguments
 from optima.errors import ModelError, NumericalError, RecipeError
 from optima.linalg.hessian import Hessian
 from optima.models.journal import Journal

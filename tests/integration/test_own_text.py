@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, load_report, prune
-from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import KeptText, beginning, keys_bytes, own_text
 from optima.cli import main
+from optima.data.batches import Calibration
+from optima.data.generate import KeptText, beginning, keys_bytes, own_text
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
 from optima.models.source import find_source

@@ -19,9 +19,9 @@ from tiny import WEIGHTS, load_weights, save_model
 from optima import Recipe, prune
 from optima.calibration.capture import capture
 from optima.calibration.halving import Halving
-from optima.calibration.inputs import arguments
 from optima.calibration.probe import forward
 from optima.calibration.streams import map_tensors
+from optima.data.batches import arguments
 from optima.errors import DeviceMemoryError
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source

@@ -21,9 +21,10 @@ from runs import finish, start
 from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, prune_arguments, save_model, save_text
 
 import optima
-from optima.calibration import own_text, swept
+from optima.calibration import swept
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Streams
+from optima.data import generate as own_text
 from optima.distributed import Ranks
 from optima.models.journal import read_journal
 from optima.qp import rows as qp_rows

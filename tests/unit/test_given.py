@@ -12,8 +12,8 @@ from tiny import make_llama, make_tokens
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from optima.calibration.given import given_text
-from optima.calibration.inputs import arguments
+from optima.data.batches import arguments
+from optima.data.given import given_text
 from optima.errors import CalibrationError
 
 TOKENS = make_tokens()

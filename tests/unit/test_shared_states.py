@@ -11,9 +11,9 @@ from families import build, make_ids, stack_of
 from optima import Recipe
 from optima.calibration.capture import capture
 from optima.calibration.head import label_gradient
-from optima.calibration.inputs import words_size
 from optima.calibration.loss_weights import loss_weights
 from optima.calibration.probe import forward, hidden_of
+from optima.data.batches import words_size
 from optima.errors import ModelError
 from optima.linear import Methods
 from optima.models.experts import ExpertLinear

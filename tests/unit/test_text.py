@@ -17,11 +17,11 @@ from tiny import LINES, TEMPLATES, make_tokenizer
 from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from optima.calibration import records as records_module
-from optima.calibration import text as text_module
-from optima.calibration.chats import as_text
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.text import SpecialTokens, calibration_tokens, data_hash, pack, special_tokens
+from optima.data import records as records_module
+from optima.data import text as text_module
+from optima.data.chats import as_text
+from optima.data.datasets import Documents, TextSource
+from optima.data.text import SpecialTokens, calibration_tokens, data_hash, pack, special_tokens
 from optima.errors import CalibrationError
 
 TOKENIZERS = {template: make_tokenizer(template) for template in TEMPLATES}

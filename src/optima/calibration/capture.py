@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from optima.calibration.halving import Halving
-from optima.calibration.inputs import Batch, first_of, inseparable, some_of, stack_size
 from optima.calibration.probe import PROBE_LENGTH, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.store import Store
 from optima.calibration.streams import Call, Streams, map_tensors, share
+from optima.data.batches import Batch, first_of, inseparable, some_of, stack_size
 from optima.device import forward_replaced, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError

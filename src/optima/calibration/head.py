@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.calibration.halving import rows_of
-from optima.calibration.inputs import DECODER_IDS, LABELS, Batch, inseparable, some_of
 from optima.calibration.places import positions_at_once
 from optima.calibration.probe import forward, with_hidden
 from optima.calibration.streams import Streams
+from optima.data.batches import DECODER_IDS, LABELS, Batch, inseparable, some_of
 from optima.device import backward_explained, forward_replaced
 from optima.errors import NotDifferentiableError
 from optima.models.reading import in_slices, is_encoder_decoder

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 from optima.calibration.backward import second_moment, through
 from optima.calibration.coupling import finished
 from optima.calibration.head import at_the_head
-from optima.calibration.inputs import words_size
 from optima.calibration.left_behind import HandedOn, LeftBehind
 from optima.calibration.places import head_device
 from optima.calibration.streams import Streams
@@ -39,6 +38,7 @@ from optima.calibration.swept import (
     swept_batches,
 )
 from optima.calibration.tempering import LossWeights, Moments, rows_of_sums
+from optima.data.batches import words_size
 from optima.device import differentiable, give_back_freed_memory
 from optima.errors import NotDifferentiableError
 from optima.models.reading import head_of

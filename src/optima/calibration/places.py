@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.inputs import Batch
+from optima.data.batches import Batch
 from optima.device import card_memory, describe_memory
 from optima.models.reading import head_of, in_slices
 from optima.models.stacks import Stack, count_by_place, find_stacks

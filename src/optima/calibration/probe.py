@@ -18,7 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from optima.calibration.inputs import Batch, arguments, stack_size
+from optima.data.batches import Batch, arguments, stack_size
 from optima.device import one_memory_error
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.inputs import Batch
 from optima.calibration.streams import Call, Streams
+from optima.data.batches import Batch
 from optima.distributed import ALONE, Ranks
 from optima.errors import OptimaError
 from optima.models.stacks import Block, Linear

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from optima.calibration.attention import AttentionOnCPU
 from optima.calibration.halving import Halving
-from optima.calibration.inputs import Batch
 from optima.calibration.probe import Probe, hidden_of
 from optima.calibration.store import Store
+from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError

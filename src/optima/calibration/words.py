@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.calibration.head import head_alone, logits_of
-from optima.calibration.inputs import Batch, some_of, words_alone
 from optima.calibration.places import head_device, positions_at_once
 from optima.calibration.probe import forward
 from optima.calibration.streams import Look, Streams
+from optima.data.batches import Batch, some_of, words_alone
 from optima.device import differentiable, forward_replaced
 from optima.models.reading import in_slices
 from optima.models.stacks import Block, Stack

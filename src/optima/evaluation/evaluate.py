@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.text import data_hash
+from optima.data.datasets import Documents, TextSource
+from optima.data.text import data_hash
 from optima.device import describe_device, dtype_name, find_device, memory_explained
 from optima.errors import ModelError
 from optima.evaluation.comparison import compare, estimate

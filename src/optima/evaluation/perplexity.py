@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import SEPARATOR, SpecialTokens, pack, pieces, special_tokens, text_length, token_ids
+from optima.data.text import SEPARATOR, SpecialTokens, pack, pieces, special_tokens, text_length, token_ids
 from optima.errors import OTHER_DTYPE, CalibrationError, NumericalError, RecipeError
 from optima.evaluation.logits import batches, reading
 from optima.evaluation.watch import silent

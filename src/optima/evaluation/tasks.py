@@ -20,7 +20,7 @@ import yaml
 from datasets.exceptions import DatasetsError
 from jinja2 import UndefinedError
 
-from optima.calibration.records import READ_ERRORS
+from optima.data.records import READ_ERRORS
 from optima.errors import CalibrationError, OptimaError, RecipeError
 from optima.models.files import usable_path
 from optima.values import shown

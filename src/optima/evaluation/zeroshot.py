@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.calibration.text import special_tokens, token_ids
+from optima.data.text import special_tokens, token_ids
 from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, ModelError, NumericalError, RecipeError
 from optima.evaluation.logits import check_causal

@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 
 from optima.calibration.capture import capture
 from optima.calibration.halving import Halving
-from optima.calibration.inputs import Batch
 from optima.calibration.places import embedding_device
 from optima.calibration.probe import forward
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
+from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.errors import ModelError, NumericalError
 from optima.linalg.finite import all_finite

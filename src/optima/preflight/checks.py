@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.build import pattern_table
-from optima.calibration.given import given_batches, given_text
-from optima.calibration.inputs import Calibration
-from optima.calibration.own_text import check_writes
+from optima.data.batches import Calibration
+from optima.data.generate import check_writes
+from optima.data.given import given_batches, given_text
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
 from optima.linalg.finite import all_finite

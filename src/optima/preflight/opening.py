@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.activations import activations
-from optima.calibration.documents import Documents, TextSource
-from optima.calibration.inputs import Batch, Calibration
-from optima.calibration.own_text import KeptText, begin, check_card, own_text
 from optima.calibration.store import Store
-from optima.calibration.text import calibration_tokens
+from optima.data.batches import Batch, Calibration
+from optima.data.datasets import Documents, TextSource
+from optima.data.generate import KeptText, begin, check_card, own_text
+from optima.data.text import calibration_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import HostMemory, host_memory, host_room

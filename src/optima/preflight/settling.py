@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optima.calibration.own_text import CARD_SHARE, keys_bytes, writes
+from optima.data.generate import CARD_SHARE, keys_bytes, writes
 from optima.device import card_memory, is_there, named_device
 from optima.errors import RecipeError
 from optima.main_memory import total_memory

@@ -28,13 +28,13 @@ from optima.calibration.capture import capture
 from optima.calibration.coupling import couples, coupling, coupling_bytes, finished
 from optima.calibration.halving import Halving
 from optima.calibration.head import at_the_head
-from optima.calibration.inputs import words_size
 from optima.calibration.places import embedding_device, head_device, positions_at_once
 from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
 from optima.calibration.swept import kept_bytes, sweep_numbers
 from optima.calibration.tempering import LossWeights
 from optima.calibration.words import looked_at
+from optima.data.batches import words_size
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device, one_memory_error
 from optima.errors import NotDifferentiableError
 from optima.linalg.hessian import Hessian

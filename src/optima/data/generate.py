@@ -31,11 +31,11 @@ from transformers import (
 )
 
 from optima.calibration.attention import AttentionOnCPU
-from optima.calibration.chats import BAD_CHAT, as_text
 from optima.calibration.halving import Halving
 from optima.calibration.head import drawn_words, exponentials
-from optima.calibration.inputs import Calibration
-from optima.calibration.text import special_tokens, token_ids
+from optima.data.batches import Calibration
+from optima.data.chats import BAD_CHAT, as_text
+from optima.data.text import special_tokens, token_ids
 from optima.device import card_memory, describe_memory, evaluating, memory_explained
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError, DeviceMemoryError, ModelError

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from optima.calibration.chats import BAD_CHAT, as_text
-from optima.calibration.text import SpecialTokens, special_tokens
+from optima.data.chats import BAD_CHAT, as_text
+from optima.data.text import SpecialTokens, special_tokens
 from optima.errors import CalibrationError
 from optima.models.files import usable_path
 from optima.options import CONFIGS, FILES, is_file
 from optima.values import shown
 
 if TYPE_CHECKING:
-    from optima.calibration.records import LocalRecords
+    from optima.data.records import LocalRecords
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 TEXT_COLUMN, CHAT_COLUMN = "text", "messages"
@@ -122,12 +122,12 @@ class Documents:
             yield text
 
     def _local(self, name: str) -> LocalRecords:
-        from optima.calibration.records import file_records
+        from optima.data.records import file_records
 
         return file_records(Path(name), (self._source.text_column, CHAT_COLUMN))
 
     def _of_hub(self, name: str) -> Iterable[tuple[int, dict[str, Any]]]:
-        from optima.calibration.records import hub_records
+        from optima.data.records import hub_records
 
         source = self._source
         found, revision = hub_records(name, self._config(name), source.split, source.revision, self._seed)
@@ -141,7 +141,7 @@ class Documents:
     @contextmanager
     def _explained(self, name: str) -> Iterator[None]:
         """Turn a failure to read into an error that names the dataset."""
-        from optima.calibration.records import READ_ERRORS
+        from optima.data.records import READ_ERRORS
 
         try:
             yield

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.inputs import LABELS, WORDS_OF, Calibration, inseparable, some_of, words_of
+from optima.data.batches import LABELS, WORDS_OF, Calibration, inseparable, some_of, words_of
 from optima.errors import CalibrationError
 from optima.models.reading import is_encoder_decoder
 

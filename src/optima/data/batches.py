@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.calibration.halving import rows_of
-from optima.calibration.text import data_hash
+from optima.data.text import data_hash
 from optima.errors import CalibrationError
 from optima.models.fingerprint import hash_tensors
 from optima.models.reading import arguments_of, check_vocabulary, is_encoder_decoder, needed_arguments
