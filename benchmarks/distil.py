@@ -28,7 +28,7 @@ from optima.data.datasets import Documents, TextSource
 from optima.device import PeakMemory
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.ordered import write_orders
-from optima.tuning import size_of
+from optima.tune import size_of
 
 RATE = 3e-3  # of tuning by blocks, as in the recipe best
 

@@ -29,7 +29,7 @@ from optima.data.text import calibration_tokens
 from optima.models.stacks import Block, Stack
 from optima.preflight.checks import chosen_stacks
 from optima.reporting.markdown import table
-from optima.tuning import BlockError, Tuning, tune
+from optima.tune import BlockError, Tuning, tune
 
 BATCH = 4  # sequences
 

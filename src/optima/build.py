@@ -13,7 +13,7 @@ from optima.selectors.base import Selector, load_foreign, make_selector, needs_o
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
 from optima.swaps.search import SwapSearch
-from optima.tuning import Tuning
+from optima.tune import Tuning
 
 PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
 
@@ -70,7 +70,7 @@ def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
 def build_tuning(recipe: Recipe) -> Tuning | None:
     """How blocks are tuned; None if they are not."""
     epochs = recipe.tuning_epochs
-    return Tuning(epochs, recipe.learning_rate, recipe.tuning_share) if epochs else None
+    return Tuning(epochs, recipe.learning_rate, recipe.tuning_share, recipe.seed) if epochs else None
 
 
 def build_allocation(recipe: Recipe) -> Allocation | None:

@@ -34,7 +34,7 @@ from optima.models.stacks import (
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.swaps.search import CHUNK_ENTRIES
-from optima.tuning import BYTES_PER_TUNED
+from optima.tune import BYTES_PER_TUNED
 
 # Python and the libraries.
 LIBRARIES_BYTES = 512 * 2**20

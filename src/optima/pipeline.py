@@ -16,7 +16,6 @@ from optima.calibration.accumulator import Found
 from optima.calibration.expert_statistics import routing_notes
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.halving import Halving
-from optima.calibration.reduction import Sequences
 from optima.calibration.statistics import observe, observe_in_turn, why_not_in_turn
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
@@ -35,7 +34,7 @@ from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask
 from optima.sharing import Pruned, share_owned
-from optima.tuning import Tuned, Tuning, changed, tune_at_first
+from optima.tune import Tuned, Tuning, changed, tune_block
 
 Dump = Callable[[Linear, Statistics], None]
 # Mamba reads the weight of its dt_proj like this.
@@ -160,7 +159,7 @@ class Job:
                 if not again:
                     number = self.earlier + block.index
                     self.blocks.append(
-                        BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best, tuned.words)
+                        BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best, tuned.on_logits)
                     )
                     records, new = tuple(self.linears[linears:]), tuple(self.notes[notes:])
                     self._commit(block, BlockDone(self.blocks[-1], records, new, halved, max(peaks)), clock)
@@ -219,13 +218,6 @@ class Job:
             tensors = block.module.state_dict(prefix=f"{block.name}.")
             self.writer.commit(block.name, tensors, done.to_dict(), self._changed(block))
 
-    def _sequences(self, block: Block, given: tuple[Streams, Sequence[int], Sequence[Tensor]]) -> Sequences:
-        """What a block is tuned on: some batches of streams, and what the dense block makes of them."""
-        streams, batches, targets = given
-        with torch.inference_mode(False):  # gradients are taken through what is made of them
-            known = None if self.loss is None else self.loss.of_tokens(block.name)
-        return Sequences(streams.part(batches), targets, known and [known[batch] for batch in batches])
-
     def _tune(
         self,
         block: Block,
@@ -236,8 +228,13 @@ class Job:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
         words = self.words if self.words is not None and self.words.read(block) else None
-        tuned = tune_at_first(block, keeps, self._sequences(block, given), self.tuning, self.loss, words)
-        self.notes += [text for text in (tuned.problem, tuned.told) if text and text not in self.notes]
+        streams, batches, targets = given
+        with torch.inference_mode(False):  # gradients are taken through what is made of them
+            known = None if self.loss is None else self.loss.of_tokens(block.name)
+        weights = known and [known[batch] for batch in batches]
+        own = streams.part(batches)
+        tuned = tune_block(block, keeps, own, targets, self.tuning, self.loss, weights, words)
+        self.notes += [text for text in (tuned.problem, tuned.note) if text and text not in self.notes]
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,7 @@ from torch import Tensor, nn
 from optima import distributed
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
-from optima.calibration.reduction import Sequences, at_first, reduce_statistics, share_out
-from optima.calibration.store import Store
-from optima.calibration.streams import Streams
+from optima.calibration.reduction import reduce_statistics, share_out
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.identity import check_alike
@@ -251,36 +248,6 @@ def test_where_one_goes_its_own_way_the_others_end(tmp_path: Path, monkeypatch: 
     assert Path("ended").exists(), codes
 
 
-def test_one_batch_is_on_its_way_to_tuning_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Activations may wait in files because they do not fit into main memory."""
-    monkeypatch.chdir(tmp_path)
-    sent: list[int] = []
-    joined_bytes = distributed.joined_bytes
-
-    def noted(tensors: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
-        sent.append(size)
-        return joined_bytes(tensors, size, device)
-
-    def work(ranks: Ranks) -> None:
-        count, like = 3 - ranks.rank, torch.arange(2.0 * 8 * 16).reshape(2, 8, 16)
-        hidden, targets = ([each + 10 * ranks.rank + number for number in range(count)] for each in (like, -like))
-        probe: Any = SimpleNamespace(carried=[{}], sample_dim=0)
-        carried: list[dict[tuple[int, int], Tensor]] = [{(0, 1): each[0]} for each in hidden]
-        store = Store(0, tmp_path)
-        streams = Streams(probe, [(2, 8)] * count, hidden, [[((), {})] * count], carried, store, ranks)
-        block: Any = SimpleNamespace(index=0)
-        found = at_first(block, Sequences(streams, targets, None))
-        assert max(sent, default=0) <= 3 * like.nbytes
-        assert (found is not None) == ranks.first
-        if found is not None:
-            assert [float(each[0, 0, 0]) for each in found.streams.hidden] == [0, 1, 2, 10, 11]
-            assert [float(each[0, 0, 1]) for each in found.targets] == [-1, 0, 1, 9, 10]
-            assert [float(each[0, 1][0, 2]) for each in found.streams.carried] == [2, 3, 4, 12, 13]
-
-    monkeypatch.setattr(distributed, "joined_bytes", noted)
-    assert in_processes(2, work) == [0, 0]
-
-
 def test_what_cannot_be_sent_is_said() -> None:
     assert in_processes(SIZE, lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
     assert "cannot be sent to another process" in Path("said2").read_text()
@@ -347,23 +314,3 @@ class TestShareOut:
                     ranks.rank, ranks.size = rank, size
                     parts.append(ranks.part(count))
                 assert [index for part in parts for index in range(part.start, part.stop)] == list(range(count))
-
-
-def test_weights_of_tokens_come_to_tuning_in_the_order_of_their_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-
-    def work(ranks: Ranks) -> None:
-        count = 3 - ranks.rank
-        hidden = [torch.zeros(2, 8, 16)] * count
-        weights = [torch.full((16,), number + 10.0 * ranks.rank) for number in range(count)]
-        probe: Any = SimpleNamespace(carried=[{}], sample_dim=0)
-        streams = Streams(probe, [(2, 8)] * count, hidden, [[((), {})] * count], [{}] * count, Store(), ranks)
-        found = at_first(SimpleNamespace(index=0), Sequences(streams, hidden, weights))  # type: ignore[arg-type]
-        assert (found is not None) == ranks.first
-        if found is not None:
-            assert found.weights is not None
-            assert [float(weight_T[0]) for weight_T in found.weights] == [0, 1, 2, 10, 11]
-
-    assert in_processes(2, work) == [0, 0]

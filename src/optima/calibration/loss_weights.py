@@ -122,9 +122,8 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
         own_2O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
         found.rows[name] = rows_of_sums(ranks.total(own_2O) / tokens).float()
     for name, shape in _union(residual for *_, residual, _ in known).items():
-        total_EE = ranks.total(found.residual.pop(name, torch.zeros(shape)), 0)
-        if ranks.first:  # which tunes blocks
-            found.residual[name] = streams.store.keep(total_EE / tokens)
+        total_EE = ranks.total(found.residual.pop(name, torch.zeros(shape)))
+        found.residual[name] = streams.store.keep(total_EE / tokens)
     for name, shape in _union(halves for *_, halves in known).items():
         sums_OP = ranks.total(found.coupling.pop(name, torch.zeros(shape)))
         found.coupling[name] = streams.store.keep(finished(sums_OP.to(streams.device)).cpu())

@@ -1,23 +1,20 @@
-"""What processes found on their own sequences, brought together: statistics, and what a block is tuned on.
+"""Statistics of all ranks, brought together at the rank that owns a linear.
 
-Shapes: D inputs, O outputs, N tokens whose inputs are kept, T tokens, E hidden size.
+Shapes: D inputs, O outputs, N tokens whose inputs are kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.streams import Call, Streams
-from optima.data.batches import Batch
-from optima.distributed import ALONE, Ranks
-from optima.errors import OptimaError
-from optima.models.stacks import Block, Linear
+from optima.calibration.streams import Streams
+from optima.distributed import Ranks
+from optima.models.stacks import Linear
 from optima.qp.rows import chunk_rows
 
 # A linear's products of O x D x D, forward and back, for select, solve and rounding; its hessian costs a few of D^3.
@@ -139,86 +136,3 @@ def _stacked(
     if rows:
         all_ND[begin : begin + counts[ranks.rank]] = torch.cat(list(rows))
     return [ranks.add(all_ND, owner)]
-
-
-class Sequences(NamedTuple):
-    """Activations, and what a block should make of them: a target for each batch, weights of its tokens or None."""
-
-    streams: Streams
-    targets: Sequence[Tensor]
-    weights: Sequence[Tensor] | None
-
-
-class _Part(NamedTuple):
-    """What is small of one process's, ready to be sent: for each batch, see ``Streams``."""
-
-    sizes: list[tuple[int, int]]
-    calls: list[Call]
-    weights: list[Tensor] | None
-    given: list[Batch]
-
-
-class _Batch(NamedTuple):
-    """Of one batch, what may wait in files: never more than one of them is on its way."""
-
-    hidden: Tensor
-    carried: dict[tuple[int, int], Tensor]
-    target: Tensor
-
-
-def at_first(block: Block, own: Sequences, given: bool = False) -> Sequences | None:
-    """The sequences of all processes in the first one, ready for ``block``, as if it had them all; None elsewhere.
-
-    ``given``: with what the model is given for each batch.
-    """
-    streams = own.streams
-    if streams.ranks.size == 1:
-        return own
-    weights = None if own.weights is None else list(own.weights)
-    parts = streams.ranks.to_first(
-        _Part(streams.sizes, streams.calls[block.index], weights, streams.batches if given else [])
-    )
-    batches = _batches_at_first(own)
-    if not parts:
-        return None
-    calls: list[list[Call]] = [[] for _ in range(block.index)]
-    whole = replace(
-        streams,
-        sizes=[size for part in parts for size in part.sizes],
-        hidden=[batch.hidden for batch in batches],
-        calls=[*calls, [call for part in parts for call in part.calls]],
-        carried=[batch.carried for batch in batches],
-        ranks=ALONE,
-        parts=(),
-        batches=[batch for part in parts for batch in part.given],
-    )
-    known = [part.weights for part in parts if part.weights is not None]
-    all_weights = [weight_T for weights in known for weight_T in weights] if len(known) == len(parts) else None
-    return Sequences(whole, [batch.target for batch in batches], all_weights)
-
-
-def _batches_at_first(own: Sequences) -> list[_Batch]:
-    """Those of all processes in the first one, by rank; none elsewhere."""
-    streams, keep = own.streams, own.streams.store.keep
-    ranks, problems = streams.ranks, list[OptimaError]()
-
-    def received(batch: _Batch | None) -> _Batch | None:
-        if batch is None or problems:
-            return None
-        try:
-            carried = {at: keep(tensor) for at, tensor in batch.carried.items()}
-            return _Batch(keep(batch.hidden), carried, keep(batch.target))
-        except OptimaError as error:  # the others wait until theirs was received, too
-            problems.append(error)
-            return None
-
-    found: list[list[_Batch]] = [[] for _ in range(ranks.size)]
-    for number in range(max(ranks.gather(len(streams.sizes)))):
-        mine = None
-        if number < len(streams.sizes):
-            mine = _Batch(streams.hidden[number], streams.carried[number], own.targets[number])
-        for rank, batch in enumerate(ranks.to_first(mine, received)):
-            found[rank] += [] if batch is None else [batch]
-    if problems:
-        raise problems[0]
-    return [batch for batches in found for batch in batches]

@@ -80,12 +80,15 @@ class Streams:
     @property
     def tokens(self) -> int:
         """Of all processes."""
-        own = sum(samples * length for samples, length in self.sizes)
-        return sum(tokens for _, tokens in self.parts) if self.parts else own
+        if self.ranks.size == 1:
+            return sum(samples * length for samples, length in self.sizes)
+        assert self.parts, "a part of the batches needs counted()"
+        return sum(tokens for _, tokens in self.parts)
 
     @property
     def before(self) -> tuple[int, int]:
         """Sequences, and tokens, of processes of lower rank."""
+        assert self.ranks.size == 1 or self.parts, "a part of the batches needs counted()"
         lower = self.parts[: self.ranks.rank]
         return sum(samples for samples, _ in lower), sum(tokens for _, tokens in lower)
 
@@ -96,14 +99,14 @@ class Streams:
 
     def copy(self) -> Streams:
         """Streams that advance on their own; the tensors they hold are shared."""
-        return self.part(range(len(self.hidden)))
+        return replace(self.part(range(len(self.hidden))), parts=self.parts)
 
     def part(self, batches: Sequence[int]) -> Streams:
-        """Streams of some batches that advance on their own, with states of their own."""
+        """Streams of some batches that advance on their own, with states of their own; ``counted`` counts them."""
         calls = _with_own_states([[called[batch] for batch in batches] for called in self.calls])
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
         carried, given = [dict(self.carried[batch]) for batch in batches], [self.batches[batch] for batch in batches]
-        return replace(self, sizes=sizes, hidden=hidden, calls=calls, carried=carried, batches=given)
+        return replace(self, sizes=sizes, hidden=hidden, calls=calls, carried=carried, batches=given, parts=())
 
     def counted(self) -> Streams:
         """These streams, with how much of them each process has: they may be a part. All processes call it."""

@@ -50,7 +50,7 @@ from optima.options import SINK_WEIGHT
 from optima.pipeline import Job
 from optima.plan import Plan
 from optima.selectors.base import LinearTask
-from optima.tuning import OUT_OF_MEMORY, BlockError, tune
+from optima.tune import OUT_OF_MEMORY, BlockError, tune
 
 # Of a made-up hessian: common factors of the inputs, and what each input has to itself. Conjugate gradients take about
 # as many iterations as on most linears of trained models.

@@ -6,11 +6,13 @@ import copy
 import gc
 import math
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import build, make_ids, stack_of, sweep
+from ranks import in_processes
 from tiny import POSITIONS, VOCAB, make_llama, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,10 +20,11 @@ from optima import Recipe, prune
 from optima.calibration.capture import capture
 from optima.calibration.streams import Look, Streams
 from optima.device import GRADIENT
+from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.stacks import Block
 from optima.reporting.summary import render_summary
-from optima.tuning import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, tune
+from optima.tune import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, tune
 
 
 def make_gpt2() -> GPT2LMHeadModel:
@@ -31,12 +34,15 @@ def make_gpt2() -> GPT2LMHeadModel:
 
 
 def half_pruned(
-    model: torch.nn.Module, sequences: int = 64, batch_size: int = 4
+    model: torch.nn.Module, sequences: int = 64, batch_size: int = 4, ranks: Ranks = ALONE
 ) -> tuple[Block, dict[str, torch.Tensor], Streams, list[torch.Tensor]]:
     """The first block, half of it pruned by magnitude; its masks, what enters it, and what it made of that before."""
     stack = stack_of(model)
     block = stack.blocks[0]
-    streams = capture(model, stack, list(make_tokens(sequences, 16).split(batch_size)))
+    tokens = make_tokens(sequences, 16)
+    tokens[-1] = tokens[0]  # held out
+    own = tokens[ranks.part(sequences)]
+    streams = capture(model, stack, list(own.split(batch_size)), ranks=ranks)
     dense = streams.copy()
     dense.advance(block)
     keeps = {}
@@ -148,7 +154,7 @@ def test_a_block_without_memory_for_it_keeps_its_certified_weights(monkeypatch: 
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return tune(block, *more)
 
-    monkeypatch.setattr("optima.tuning.tune", second_fails)
+    monkeypatch.setattr("optima.tune.tune", second_fails)
     report = prune(make_llama(), Recipe(), calibration=make_tokens(16, 16))
     assert report.run.notes.count(OUT_OF_MEMORY) == 1
     assert [len(block.tuning) for block in report.blocks] == [3, 0]
@@ -173,7 +179,7 @@ def test_what_a_block_was_tuned_on_does_not_wait_for_the_next(monkeypatch: pytes
 
     metrics: list[weakref.ref[torch.Tensor]] = []
     monkeypatch.setattr(BlockError, "by_loss", watched_metric)
-    monkeypatch.setattr("optima.tuning.tune", watched)
+    monkeypatch.setattr("optima.tune.tune", watched)
     prune(make_llama(num_hidden_layers=3), Recipe(batch_size=4), calibration=make_tokens(16, 16))
     assert waiting
     assert len(metrics) == 2, "the last block is tuned by words"
@@ -222,7 +228,7 @@ def test_a_block_without_gradients_is_refused() -> None:
     model = make_llama()
     layer = model.model.layers[0]
     layer.forward = torch.no_grad()(layer.forward)
-    with pytest.raises(ModelError, match=r"layers\.0 cannot be tuned, .* set --tuning-epochs to 0"):
+    with pytest.raises(ModelError, match=r"layers\.0 cannot be tuned"):
         tuned(model, 2e-3)
 
 
@@ -241,6 +247,66 @@ def test_large_hidden_states_do_not_stop_it(size: float) -> None:
         gains.append(found.held_out[found.best] / found.held_out[0])
     assert gains[0] < 0.95
     assert gains[1] == pytest.approx(gains[0], rel=0.02)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_data_parallel_tuning_is_that_of_one_process(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every rank trains on one sequence, so a step of ``size`` sequences is the same; the last is held out."""
+    monkeypatch.chdir(tmp_path)
+
+    def work(ranks: Ranks = ALONE) -> None:
+        model = make_llama().eval()
+        block, keeps, streams, targets = half_pruned(model, size + 1, 1, ranks)
+        cost = BlockError.by_channel(targets, ranks)
+        with torch.no_grad():
+            found = tune(block, keeps, streams, targets, cost, Tuning(4, 1e-2, batch_size=size))
+        torch.save((found.held_out, found.best, model.state_dict()), f"{ranks.size}-{ranks.rank}.pt")
+
+    work()
+    assert in_processes(size, work) == [0] * size
+    held_out, best, state = torch.load("1-0.pt")
+    assert best > 0
+    others = [torch.load(f"{size}-{rank}.pt") for rank in range(size)]
+    for other_held_out, other_best, other_state in others:
+        assert other_best == best
+        assert other_held_out == pytest.approx(held_out, rel=1e-4)
+        for name, tensor in state.items():
+            torch.testing.assert_close(other_state[name], tensor, rtol=1e-3, atol=1e-5)
+            assert other_state[name].equal(others[0][2][name])
+
+
+def test_one_rank_without_memory_for_it_ends_tuning_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    class FullError(BlockError):
+        def __call__(self, *args: Any) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def work(ranks: Ranks) -> None:
+        model = make_llama().eval()
+        block, keeps, streams, targets = half_pruned(model, 8, 1, ranks)
+        cost = BlockError.by_channel(targets, ranks)
+        with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+            tune(block, keeps, streams, targets, FullError(cost.metric_EE) if ranks.rank else cost, Tuning(1, 1e-2))
+
+    assert in_processes(2, work) == [0, 0]
+
+
+def test_the_seed_orders_the_microbatches() -> None:
+    found = []
+    for seed in (0, 0, 1):
+        block, keeps, streams, targets = half_pruned(make_llama().eval())
+        with torch.no_grad():
+            cost = BlockError.by_channel(targets)
+            found.append(tune(block, keeps, streams, targets, cost, Tuning(1, 1e-2, seed=seed)).held_out)
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("cost", [math.inf, math.nan])
+def test_a_cost_that_is_not_finite_is_not_scaled(cost: float) -> None:
+    assert BlockError(torch.eye(4)).gradient_scale(cost, 16) == 1.0
 
 
 def test_its_gradients_are_scaled_to_one_size() -> None:
@@ -297,7 +363,7 @@ def test_what_a_token_costs_is_the_mean_over_its_streams() -> None:
 
 
 def test_an_epoch_that_made_it_worse_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.tuning.BACKTRACK", 0.0)  # no step behind it
+    monkeypatch.setattr("optima.tune.BACKTRACK", 0.0)  # no step behind it
     before, worse, *after = tuned(make_llama().eval(), 1e3).held_out
     assert not worse < before
     assert after == [before, before]
@@ -341,7 +407,7 @@ def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(mo
         seen.append(cost.weights if isinstance(cost, BlockError) else None)
         return tune(block, keeps, streams, targets, cost, tuning)
 
-    monkeypatch.setattr("optima.tuning.tune", watched)
+    monkeypatch.setattr("optima.tune.tune", watched)
     recipe = Recipe(seed=3, batch_size=2, tuning_epochs=1, tuning_share=0.5)
     prune(make_llama(), recipe, calibration=make_tokens(8, 16))
     found, _ = sweep(make_llama(), 2)

@@ -1,9 +1,12 @@
-"""Block tuning: gradient steps on the kept weights of a block, towards the dense block's outputs on dense inputs.
+"""Block tuning (block-wise reconstruction): Adam on the kept weights of a block, towards the dense block's output.
 
-Adam (Kingma & Ba, arXiv 1412.6980) works on float32 masters of the block's weights, norms and biases. Each forward pass
-rounds them to the checkpoint's dtype: what is tuned is what will be written. Masks stay, for masters are zero off keep
-and get no gradient there. Some sequences are held out, and the weights of the epoch that is best on them are kept:
-those from before the first one, if tuning does not help.
+Adam (Kingma & Ba, arXiv 1412.6980) updates float32 masters of the block's weights, norms and biases. Each forward pass
+rounds them to the checkpoint's dtype, so the weights that are tuned are the weights that are written. Masks stay:
+masters are zero off keep, and their gradients are masked. One sequence of eight is held out, and the weights of the
+epoch with the least held-out error are kept: the initial ones, if no epoch improves on them.
+
+Tuning is data-parallel. Each rank runs its own sequences; gradients and held-out errors are all-reduced, and every rank
+takes the same step.
 
 Shapes: L tokens in a sequence, T tokens, E hidden size.
 """
@@ -12,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, Self
@@ -24,12 +27,11 @@ from torch.func import functional_call
 
 from optima.calibration.halving import rows_of
 from optima.calibration.probe import hidden_of
-from optima.calibration.reduction import Sequences, at_first
 from optima.calibration.streams import Look, Piece, Streams
 from optima.calibration.tempering import LossWeights
 from optima.calibration.words import Words
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
-from optima.distributed import Ranks
+from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.linalg.finite import all_finite
 from optima.models.routers import module_around
@@ -40,12 +42,13 @@ BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made i
 WORDS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is the words of the model: they are overfitted sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
+SEEDS = 2**20  # blocks of a run have generators of their own
 BYTES_PER_TUNED = 28  # of a weight that is tuned: master, gradient, two moments, a copy
 ONE_PIECE = (
-    "blocks are not tuned: one sequence, or one batch that cannot be taken apart, is all that tuning takes; give more "
-    "sequences, or a larger --tuning-share"
+    "blocks are not tuned: tuning needs at least two sequences, or two batches where a batch cannot be split; give "
+    "more calibration sequences"
 )
-OUT_OF_MEMORY = "a block for which the device has no memory in tuning keeps the weights of its solve"
+OUT_OF_MEMORY = "block tuning ran out of device memory: such a block keeps the weights of its solve"
 
 
 @dataclass(frozen=True)
@@ -55,33 +58,37 @@ class Tuning:
     Attributes:
         epochs: passes over the sequences that are not held out.
         learning_rate: of Adam, at the start, relative to the root mean square of each tensor; it falls to 0 along a
-            cosine. A step is one sequence, or a batch that cannot be taken apart. An epoch that makes it worse is
-            undone, and a quarter of the rate left.
-        share: of the sequences that are taken, see ``calibration.swept.tuned_batches``.
+            cosine. An epoch that increases the held-out error is undone, and the rate is cut to a quarter.
+        share: of the sequences that are used, see ``tuned_batches``.
+        seed: of the order of the microbatches, with the index of the block.
+        batch_size: sequences of a step, over all ranks. Each rank has one at least: with more ranks than that a step is
+            larger, and the learning rate grows with the root of its size (Malladi et al., arXiv 2205.10287).
     """
 
     epochs: int
     learning_rate: float
     share: float = 1.0
+    seed: int = 0
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What became of a block.
+    """The outcome of tuning a block.
 
     Attributes:
-        held_out: mean error on the sequences that were held out, before the first epoch and after each.
-        best: the epoch whose weights the block has; 0 for those before the first.
-        problem: why it was not tuned although it was to be, as a report must tell it; else empty.
-        words: whether that error is the divergence of the model's words.
-        told: what else a report must tell of it.
+        held_out: mean error on the held-out sequences of all ranks, before the first epoch and after each.
+        best: the epoch whose weights the block has; 0: those from before the first.
+        problem: why the block was not tuned, for the report; empty if it was.
+        on_logits: whether the error is the KL divergence of the model's logits.
+        note: what else the report mentions.
     """
 
     held_out: tuple[float, ...]
     best: int
     problem: str = ""
-    words: bool = False
-    told: str = ""
+    on_logits: bool = False
+    note: str = ""
 
 
 class Cost(Protocol):
@@ -122,11 +129,12 @@ class BlockError:
         return cls(metric_EE / metric_EE.diagonal().mean(), weights)
 
     @classmethod
-    def by_channel(cls, targets: Sequence[Tensor]) -> BlockError:
-        """Each channel's change relative to its own energy."""
-        energy_E = sum(target.float().square().flatten(0, -2).sum(dim=0) for target in targets)
-        assert isinstance(energy_E, Tensor)
-        count = sum(target.numel() for target in targets) / len(energy_E)
+    def by_channel(cls, targets: Sequence[Tensor], ranks: Ranks = ALONE) -> BlockError:
+        """Each channel's change relative to its own energy, over the targets of all ranks."""
+        energies = [target.float().square().flatten(0, -2).sum(dim=0) for target in targets]
+        size = max(ranks.gather(max(map(len, energies), default=0)))
+        energy_E = ranks.total(sum(energies, torch.zeros(size)))
+        count = sum(ranks.gather(sum(target.numel() for target in targets))) / size
         return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag())
 
     def on(self, device: torch.device) -> BlockError:
@@ -137,7 +145,7 @@ class BlockError:
         """See ``Cost``: the gradient at the outputs, which goes as 1 / ``tokens``, is near ``GRADIENT`` then."""
         change = math.sqrt(cost / float(self.metric_EE.trace()))  # root mean square, were all channels alike
         gradient = 2.0 * change * float(self.metric_EE.diagonal().mean()) / tokens
-        return 2.0 ** round(math.log2(GRADIENT / gradient)) if gradient > 0.0 else 1.0
+        return 2.0 ** round(math.log2(GRADIENT / gradient)) if 0.0 < gradient < math.inf else 1.0
 
     def __call__(self, found: Tensor, target: Tensor, look: Look | None = None) -> Tensor:
         """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight.
@@ -165,59 +173,64 @@ def tune(
     cost: Cost,
     tuning: Tuning,
 ) -> Tuned:
-    """Tune a block in place.
+    """Tune a block in place. All ranks of ``streams`` call it, and end with the same weights.
 
     Args:
         block: pruned, on the device of ``streams``.
         keeps: keep_OD of its pruned linears by their full names.
-        streams: what enters the pruned block.
-        targets: of each batch, what the dense block makes of dense inputs.
+        streams: inputs of the pruned block, for the sequences of this rank.
+        targets: of each batch, the output of the dense block on dense inputs.
         cost: what is minimised.
         tuning: how.
 
     Raises:
         ModelError: if the block has no gradients.
     """
-    pieces = streams.pieces(block)
-    held = pieces[HELD_OUT - 1 :: HELD_OUT] or pieces[-1:]
-    trained = [piece for piece in pieces if piece not in held]
-    if not trained:
+    ranks, pieces = streams.ranks, streams.pieces(block)
+    counts = ranks.gather(len(pieces))
+    if sum(counts) < 2:
         return Tuned((), 0, ONE_PIECE)
+    held_out = [*range(HELD_OUT - 1, sum(counts), HELD_OUT)] or [sum(counts) - 1]  # numbered over all ranks
+    first = sum(counts[: ranks.rank])
+    held = [piece for number, piece in enumerate(pieces, first) if number in held_out]
+    trained = [piece for number, piece in enumerate(pieces, first) if number not in held_out]
     with torch.inference_mode(False):
         masters = _masters(block, keeps)
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     cost = cost.on(streams.device)
     error = _Error(block, streams, targets, cost, masters)
-    history, best, rate = [error.mean(held)], 0, tuning.learning_rate
-    kept = {name: master.detach().clone() for name, master in masters.items()}
+    microbatches = -(-tuning.batch_size // ranks.size)  # of each rank, in a step
+    trained_counts = ranks.gather(len(trained))
+    steps_per_epoch = -(-max(trained_counts) // microbatches)
+    rate = tuning.learning_rate * math.sqrt(microbatches * ranks.size / tuning.batch_size)
+    best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
-    steps, step = tuning.epochs * len(trained), 0
-    generator = torch.Generator().manual_seed(0)
-    scale = cost.gradient_scale(history[0], _tokens(streams, trained[0]))
+    steps, step = tuning.epochs * steps_per_epoch, 0
+    generator = torch.Generator().manual_seed(tuning.seed * SEEDS + block.index)
+    history = [_mean_error(error, held, ranks)]
+    tokens = max(ranks.gather(max((_tokens(streams, piece) for piece in trained), default=0)))
+    scale = cost.gradient_scale(history[0], tokens)
     for epoch in range(tuning.epochs):
-        for index in torch.randperm(len(trained), generator=generator).tolist():
+        orders = [torch.randperm(count, generator=generator).tolist() for count in trained_counts]
+        for start in range(0, steps_per_epoch * microbatches, microbatches):
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
-                lost = error(trained[index], epoch)
-                if not lost.requires_grad:
-                    raise ModelError(
-                        f"{block.name} cannot be tuned, for its output does not depend on its weights by a gradient: "
-                        "set --tuning-epochs to 0"
-                    )
-                with backward_explained(block.name):
-                    (lost * scale).backward()
-            gradients = (master.grad for master in masters.values() if master.grad is not None)
-            if all_finite(*gradients):  # one overflow would be in all later steps
-                optimizer.step()
+            chosen = [order[start : start + microbatches] for order in orders]
+            own = [trained[index] for index in chosen[ranks.rank]]
+            with _memory_of_all(ranks):
+                for piece in own:
+                    _backward(error, piece, epoch, scale)
+            _all_reduce_gradients(masters, sum(map(len, chosen)), ranks)
+            if all_finite(*(master.grad for master in masters.values() if master.grad is not None)):
+                optimizer.step()  # without one that overflowed, which would spoil Adam's moments
             optimizer.zero_grad()
             step += 1
-        history.append(error.mean(held))
+        history.append(_mean_error(error, held, ranks))
         if history[-1] < min(history[:-1]) and all_finite(*masters.values()):
             best = epoch + 1
             _copy(masters, kept)
-        else:  # undone, and tried again in smaller steps
+        else:
             _copy(kept, masters)
             optimizer, rate = _adam(masters), rate * BACKTRACK
     if best:
@@ -227,7 +240,7 @@ def tune(
 
 @dataclass(frozen=True)
 class _Error:
-    """The cost of what the block makes of a piece, its weights the masters rounded to their dtypes."""
+    """The cost of the block's output on a microbatch, with the masters, rounded to their dtypes, as its weights."""
 
     block: Block
     streams: Streams
@@ -235,66 +248,108 @@ class _Error:
     cost: Cost
     masters: Mapping[str, Tensor]
 
-    def __call__(self, piece: Piece, turn: int = 0) -> Tensor:
+    def __call__(self, piece: Piece, epoch: int = 0) -> Tensor:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
         (batch, part), call = piece, partial(functional_call, module, rounded)
         found = hidden_of(self.streams.run(self.block, batch, part, call, looks=True))
         samples = self.streams.sizes[batch][0]
         target = rows_of(self.targets[batch], part, samples).to(self.streams.device)
-        return self.cost(found, target, Look(batch, part, samples, turn))
-
-    def mean(self, pieces: Sequence[Piece]) -> float:
-        """Over several pieces, without gradients."""
-        with torch.no_grad():
-            return sum(float(self(piece)) for piece in pieces) / len(pieces)
+        return self.cost(found, target, Look(batch, part, samples, epoch))
 
 
-def tune_at_first(
+def _backward(error: _Error, piece: Piece, epoch: int, scale: float) -> None:
+    """Add the gradient of a microbatch to the masters'."""
+    block = error.block
+    with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
+        lost = error(piece, epoch)
+        if not lost.requires_grad:
+            raise ModelError(
+                f"{block.name} cannot be tuned: its output does not depend on its weights by a gradient. "
+                "Set --tuning-epochs to 0"
+            )
+        with backward_explained(block.name):
+            (lost * scale).backward()
+
+
+def _mean_error(error: _Error, pieces: Sequence[Piece], ranks: Ranks) -> float:
+    """Over the held-out microbatches of all ranks."""
+    with torch.no_grad(), _memory_of_all(ranks):
+        own = [float(error(piece)) for piece in pieces]
+    every = [value for values in ranks.gather(own) for value in values]
+    return sum(every) / len(every)
+
+
+def _all_reduce_gradients(masters: Mapping[str, Tensor], count: int, ranks: Ranks) -> None:
+    """The mean gradient of a step's ``count`` microbatches, on every rank."""
+    if ranks.size > 1:
+        for master in masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        flat = ranks.add(torch.cat([master.grad.flatten() for master in masters.values() if master.grad is not None]))
+        sizes = [master.numel() for master in masters.values()]
+        for master, part in zip(masters.values(), flat.split(sizes), strict=True):
+            assert master.grad is not None
+            master.grad.copy_(part.view_as(master))
+    if count > 1:
+        for master in masters.values():
+            if master.grad is not None:
+                master.grad.div_(count)
+
+
+@contextmanager
+def _memory_of_all(ranks: Ranks) -> Iterator[None]:
+    """Memory that runs out inside, on one rank, is an error on every rank: no rank waits for another."""
+    lost: torch.OutOfMemoryError | None = None
+    try:
+        with one_memory_error():
+            yield
+    except torch.OutOfMemoryError as error:
+        lost = error
+    if any(ranks.gather(lost is not None)):
+        raise lost or torch.OutOfMemoryError("another rank is out of memory")
+
+
+def tune_block(
     block: Block,
     keeps: Mapping[str, Tensor],
-    own: Sequences,
+    streams: Streams,
+    targets: Sequence[Tensor],
     tuning: Tuning,
     loss: LossWeights | None,
+    weights: Sequence[Tensor] | None = None,
     words: Words | None = None,
 ) -> Tuned:
-    """Tune a block in the first process, with the sequences of all, for what comes out must not depend on their number.
+    """Tune a block by the metric that is known of it: KL of the logits, the Fisher metric, or energies of channels.
 
     Args:
-        block: pruned, on its device in every process, which all have what came out behind it.
-        keeps: see ``tune``.
-        own: of this process.
-        tuning: how.
-        loss: what the loss feels of the block's outputs; None: channels count by their energy.
-        words: who has the head, if that reads what leaves the block.
+        block, keeps, streams, targets, tuning: see ``tune``.
+        loss: the Fisher weights, with the metric at the block's outputs; None: channels count by their energy.
+        weights: of the tokens of each batch, (T,), or None.
+        words: the LM head, if it reads the output of the block.
     """
-    ranks, tuned = own.streams.ranks, None
+    ranks, place_note = streams.ranks, ""
     if words is not None:
         tuning = replace(tuning, learning_rate=WORDS_RATE * tuning.learning_rate)
-        own = own._replace(streams=words.given(own.streams))
-    every, told = at_first(block, own, given=words is not None), ""
-    if every is not None:
-        try:
-            # Gradients are taken through the metric.
-            with torch.inference_mode(False), full_precision(), one_memory_error():
-                cost: AbstractContextManager[Cost]
-                if words is not None:
-                    beside = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
-                    place, told = words.place(every.streams, beside)
-                    cost = words.error(every.streams, place)
-                elif loss is not None:
-                    cost = nullcontext(BlockError.by_loss(loss.residual[block.name], every.weights))
-                else:
-                    cost = nullcontext(BlockError.by_channel(every.targets))
-            with full_precision(), one_memory_error(), cost as found:
-                tuned = tune(block, keeps, every.streams, every.targets, found, tuning)
-                tuned = replace(tuned, words=words is not None and bool(tuned.held_out), told=told)
-        except torch.OutOfMemoryError:  # nothing of the block has changed yet
-            tuned = Tuned((), 0, OUT_OF_MEMORY)
-    tuned = ranks.share(tuned, 0)
-    if tuned.best:
-        share_tuned(block, keeps, ranks)
-    return tuned
+        streams = words.given(streams)
+    try:
+        # Gradients are taken through the metric.
+        with torch.inference_mode(False), full_precision(), _memory_of_all(ranks):
+            cost: AbstractContextManager[Cost]
+            if words is not None:
+                beside = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
+                place, place_note = words.place(streams, beside)
+                cost = words.error(streams, place)
+            elif loss is not None:
+                cost = nullcontext(BlockError.by_loss(loss.residual[block.name], weights))
+            else:
+                cost = nullcontext(BlockError.by_channel(targets, ranks))
+        with full_precision(), one_memory_error(), cost as error:
+            tuned = tune(block, keeps, streams, targets, error, tuning)
+    except torch.OutOfMemoryError:  # nothing of the block has changed yet
+        return Tuned((), 0, OUT_OF_MEMORY)
+    notes = filter(None, ranks.gather(place_note))
+    return replace(tuned, on_logits=words is not None and bool(tuned.held_out), note=next(notes, ""))
 
 
 @torch.no_grad()
@@ -347,15 +402,6 @@ def _routers(block: Block, pruned: Collection[str]) -> list[str]:
         root = f"{around}{router.removeprefix(around).partition('.')[0]}"
         found += [] if router in pruned else [root.removeprefix(f"{block.name}.")]
     return found
-
-
-@torch.no_grad()
-def share_tuned(block: Block, pruned: Collection[str], ranks: Ranks) -> None:
-    """Bring what tuning changed in the first process to all."""
-    if ranks.size > 1:
-        own = {name: parameter.detach() for name, parameter in changed(block, pruned).items()}
-        for name, tensor in ranks.from_first(lambda: own).items():
-            own[name].copy_(tensor)
 
 
 def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
