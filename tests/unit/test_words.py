@@ -12,7 +12,7 @@ from families import build, make_ids, stack_of
 from tiny import make_llama, make_tokens
 from transformers import PreTrainedModel
 
-from optima import Recipe, prune, tuning
+from optima import Recipe, prune, tune
 from optima.calibration import places, words
 from optima.calibration.capture import capture
 from optima.calibration.streams import Look, Streams
@@ -110,16 +110,16 @@ def test_what_sees_does_not_run_for_the_words(images: list[int], monkeypatch: py
         seen = torch.randn(sum(counts), 3, 16, 16, generator=torch.Generator().manual_seed(0))
         batches.append({"input_ids": ids, "pixel_values": seen, "token_type_ids": (ids == 99).long()})
     (patches,) = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
-    calls, inside, tune = list[bool](), False, tuning.tune
+    calls, inside, original = list[bool](), False, tune.tune
 
     def told(*args: Any) -> Any:
         nonlocal inside
         inside = True
-        found = tune(*args)
+        found = original(*args)
         inside = False
         return found
 
-    monkeypatch.setattr(tuning, "tune", told)
+    monkeypatch.setattr(tune, "tune", told)
     patches.register_forward_hook(lambda *given: calls.append(inside))
     report = prune(model, Recipe(), calibration=batches, progress=False)
     assert report.blocks[-1].words
