@@ -1,16 +1,17 @@
-"""Several processes that prune one model: sequences are split over them, linears and rows too; one of them writes.
+"""The processes (ranks) of a run: sequences, linears and rows are divided over them; rank 0 writes and reports.
 
     torchrun --nproc-per-node 8 -m optima prune MODEL --output-dir OUT
 
 torch.distributed does the work: gloo between main memories, nccl between CUDA devices. Two rules keep a run from
-hanging. Every exchange begins with ``gather``, over gloo, whose connections break at once when a process dies: others
-raise ``RankError``. And an ``OptimaError`` of one process is raised by all at their next ``gather``. Tensors travel
-right behind one, for which all have the memory by then: nccl would wait for a process that has not.
+hanging. Every collective begins with ``gather``, over gloo, whose connections break at once when a process dies: the
+others raise ``RankError``. And an ``OptimaError`` of one rank is raised by all at their next ``gather``. Tensors follow
+one, so that a rank without memory for them has failed before: nccl would wait for it.
 """
 
 from __future__ import annotations
 
 import atexit
+import io
 import logging
 import os
 import socket
@@ -26,79 +27,72 @@ from torch import Tensor
 
 from optima.device import find_device
 from optima.errors import OptimaError, RankError, RecipeError
-from optima.parcels import joined_bytes, plan_of, put_together, take_apart
 from optima.stopping import unstoppable
 
 T = TypeVar("T")
-# What a launcher tells each process.
-TOLD = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# A process waits so long for the slowest. One that dies is noticed at once, a machine that loses power only by this.
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by a launcher such as torchrun
+# A rank waits this long for the slowest. A process that dies is noticed at once, a machine without power only by this.
 PATIENCE = timedelta(hours=2)
-# Of the sums of a matrix, travelling together.
-STRIP_BYTES = 2**26
+STRIP_BYTES = 2**26  # of a matrix whose lower triangle is reduced, per message
 _logger = logging.getLogger("optima")
 
 
 class Ranks:
-    """The processes of a run, of which this is number ``rank`` of ``size``. This class: one process, which has it all.
+    """The processes of a run, of which this is ``rank`` of ``size``. This class: a single process.
 
-    Every method that is given or returns something of another process must be called by all of them, in one order.
+    All ranks must call the methods that exchange something, in one order.
     """
 
     rank, size = 0, 1
 
     @property
     def first(self) -> bool:
-        """Whether this process writes, reports and shows progress."""
+        """Whether this is rank 0, which writes, reports and shows progress."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Which of ``count`` things are this process's: contiguous; sizes differ by one at most."""
+        """Which of ``count`` items are this rank's: contiguous; sizes differ by one at most."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def here(self) -> int:
-        """How many of them are on this machine."""
+        """The number of ranks on this machine."""
         hosts = self.gather(socket.gethostname())
         return hosts.count(hosts[self.rank])
 
     def on(self, name: str) -> torch.device:
-        """The device of this process, where ``name`` is a recipe's.
+        """The device of this rank, where ``name`` is a recipe's.
 
         Raises:
-            RecipeError: if there is no such device, or none for each process.
+            RecipeError: if there is no such device, or none for each rank.
         """
         return find_device(name)
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, by rank: small, without tensors."""
+        """Every rank's value, on every rank: small, without tensors."""
         return [value]
 
-    def collect(self, value: T) -> list[T]:
-        """Every process's value, by rank, with the tensors inside it, which keep their kind of device."""
+    def all_gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank, with the tensors inside it; CUDA tensors arrive on the rank's device."""
         return [value]
 
-    def to_first(self, value: T, received: Callable[[T], T] = lambda value: value) -> list[T]:
-        """Every process's value in the first, by rank, with its tensors; ``received`` is given those of others."""
-        return [value]
-
-    def share(self, value: T | None, owner: int) -> T:
-        """The owner's value in every process, with the tensors inside it."""
+    def broadcast(self, value: T | None, owner: int) -> T:
+        """The owner's value on every rank, with the tensors inside it, as ``all_gather``."""
         assert value is not None
         return value
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes, in every process."""
+    def on_rank0(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, the only one that calls it, on every rank."""
         return make()
 
-    def add(self, tensor: Tensor, owner: int | None = None) -> Tensor:
-        """The sum of every process's tensor, in place: at ``owner``, with anything elsewhere, or, if None, at all."""
+    def all_reduce_(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+        """The sum of every rank's contiguous tensor, in place; with an ``owner``, there alone, undefined elsewhere."""
         return tensor
 
-    def add_lower(self, matrix_DD: Tensor, owner: int | None = None) -> None:
-        """``add`` for the lower triangle of a matrix; what is above it is undefined then."""
+    def all_reduce_lower_(self, matrix_DD: Tensor, owner: int | None = None) -> None:
+        """``all_reduce_`` of the lower triangle of a matrix; what is above it is undefined then."""
 
-    def total(self, tensor: Tensor, owner: int | None = None) -> Tensor:
-        """As ``add``, but added in float64 and returned in the dtype of ``tensor``, which stays as it is."""
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's tensor, added in float64, in a new tensor of the same dtype and device."""
         return tensor
 
 
@@ -159,93 +153,67 @@ class Group(Ranks):
         if failed:
             self._over = True
             rank, (kind, text) = next(iter(failed.items()))
-            raise error or kind(f"{text} (said by process {rank} of {self.size})")
+            raise error or kind(f"{text} (rank {rank} of {self.size})")
         return [value for _, value in found]
 
-    def tell(self, error: OptimaError) -> bool:
-        """Let the others raise ``error`` at their next ``gather``. Returns, when all have, whether all know of it."""
+    def fail(self, error: OptimaError) -> bool:
+        """Raise ``error`` on the other ranks at their next ``gather``. Returns whether all ranks know of it."""
         if not self._over:
             try:
                 self._exchange(error, None)
             except RankError:
                 return False
-            except OptimaError:  # this one, or that of a process before it
+            except OptimaError:  # this one, or that of a lower rank
                 return True
         return not isinstance(error, RankError)
 
-    def leave(self, error: BaseException) -> None:
-        """Break the connections: the others raise ``RankError``, those too that would wait for this process alone.
+    def abort(self, error: BaseException) -> None:
+        """Break the connections, so that every other rank raises ``RankError``.
 
-        While a caller keeps ``error``, what torch was doing would hold them open.
+        The frames of torch that ``error`` holds would keep them open while a caller keeps it.
         """
         self._over = True
         dist.destroy_process_group(self._control)
         del self._control, self._data
-        told: BaseException | None = error
-        while told is not None:
-            for frame, _ in traceback.walk_tb(told.__traceback__):
+        cause: BaseException | None = error
+        while cause is not None:
+            for frame, _ in traceback.walk_tb(cause.__traceback__):
                 if str(frame.f_globals.get("__name__")).startswith(dist.__name__):
-                    with suppress(RuntimeError):  # it goes on
+                    with suppress(RuntimeError):  # it is still running
                         frame.clear()
-            told = told.__cause__ or told.__context__
+            cause = cause.__cause__ or cause.__context__
 
     def close(self) -> None:
-        """Give up the connections of this run: a script may begin others, and nccl's hold memory of the device."""
+        """Give up the connections of this run: a script may begin others, and nccl's hold device memory."""
         if self._data is not self._control:
             dist.destroy_process_group(self._data)
         dist.destroy_process_group(self._control)
         del self._control, self._data
 
-    def collect(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         """See ``Ranks``."""
-        data, tensors = take_apart(value)
-        parts = self.gather((data, plan_of(tensors)))
-        size = max(plan[-1][0] for _, plan in parts)
-        own = joined_bytes(tensors, size, self._device)
-        flat = torch.empty(len(parts) * size, dtype=torch.uint8, device=self._device)
-        if size:
-            self.gather(None)
-            with self._watched():  # into one tensor: for several, nccl takes as much memory again
-                getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(flat, own, group=self._data)
-        return [
-            value if rank == self.rank else put_together(data, plan, flat[rank * size :], self._device)
-            for rank, (data, plan) in enumerate(parts)
-        ]
+        return [self._read(data) for data in self.gather(_write(value))]
 
-    def to_first(self, value: T, received: Callable[[T], T] = lambda value: value) -> list[T]:
-        """See ``Ranks``: by way of main memory."""
-        data, tensors = take_apart(value)
-        parts, found, cpu = self.gather((data, plan_of(tensors))), [value], torch.device("cpu")
-        for rank, (data, plan) in enumerate(parts[1:], 1):
-            mine, size = rank == self.rank, plan[-1][0]
-            buffer = joined_bytes(tensors, size, cpu) if mine else torch.empty(size * self.first, dtype=torch.uint8)
-            self.gather(None)  # all have the memory
-            if size and (mine or self.first):
-                with self._watched():
-                    dist.send(buffer, 0, group=self._control) if mine else dist.recv(buffer, rank, group=self._control)
-            if self.first:
-                found.append(received(put_together(data, plan, buffer, self._device)))
-        return found if self.first else []
-
-    def share(self, value: T | None, owner: int) -> T:
+    def broadcast(self, value: T | None, owner: int) -> T:
         """See ``Ranks``."""
-        mine = self.rank == owner
-        data, tensors = take_apart(value) if mine else (b"", [])
-        data, plan = self.gather((data, plan_of(tensors)))[owner]
-        buffer = joined_bytes(tensors, plan[-1][0], self._device)
-        if len(buffer):
-            self.gather(None)
-            with self._watched():
-                dist.broadcast(buffer, owner, group=self._data)
-        result: T = value if mine else put_together(data, plan, buffer, self._device)  # type: ignore[assignment]
-        return result
+        data = [_write(value) if self.rank == owner else b""]
+        self.gather(None)
+        with self._watched():
+            dist.broadcast_object_list(data, owner, group=self._control)
+        return value if self.rank == owner else self._read(data[0])  # type: ignore[return-value]
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def on_rank0(self, make: Callable[[], T]) -> T:
         """See ``Ranks``."""
-        return self.share(make() if self.first else None, 0)
+        return self.broadcast(make() if self.first else None, 0)
 
-    def add(self, tensor: Tensor, owner: int | None = None) -> Tensor:
-        """See ``Ranks``: contiguous."""
+    def _read(self, data: bytes) -> Any:
+        def place(storage: Any, location: str) -> Any:
+            return storage if location == "cpu" else storage.to(device=self._device)
+
+        return torch.load(io.BytesIO(data), map_location=place, weights_only=False)
+
+    def all_reduce_(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+        """See ``Ranks``."""
         self.gather(None)
         with self._watched():
             if owner is None:
@@ -254,16 +222,16 @@ class Group(Ranks):
                 dist.reduce(tensor, owner, group=self._data)
         return tensor
 
-    def add_lower(self, matrix_DD: Tensor, owner: int | None = None) -> None:
+    def all_reduce_lower_(self, matrix_DD: Tensor, owner: int | None = None) -> None:
         """See ``Ranks``: in strips of rows, half of the bytes of the matrix."""
         rows = max(STRIP_BYTES // (len(matrix_DD) * matrix_DD.element_size()), 1)
         for begin in range(0, len(matrix_DD), rows):
             strip = matrix_DD[begin : begin + rows, : begin + rows]
-            strip.copy_(self.add(strip.contiguous(), owner))
+            strip.copy_(self.all_reduce_(strip.contiguous(), owner))
 
-    def total(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """See ``Ranks``."""
-        return self.add(tensor.to(self._device, torch.float64, copy=True).contiguous(), owner).to(tensor)
+        return self.all_reduce_(tensor.to(self._device, torch.float64, copy=True).contiguous()).to(tensor)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -289,7 +257,7 @@ def joined() -> Iterator[Ranks]:
     An error inside ends the run in all of them, and nobody leaves before all have.
     """
     ready = dist.is_available() and dist.is_initialized()
-    launched = all(name in os.environ for name in TOLD) and int(os.environ["WORLD_SIZE"]) > 1
+    launched = all(name in os.environ for name in LAUNCHED) and int(os.environ["WORLD_SIZE"]) > 1
     if not (dist.get_world_size() > 1 if ready else launched):
         yield ALONE
         return
@@ -304,8 +272,8 @@ def joined() -> Iterator[Ranks]:
         _all_at_the_end(ranks)
     except BaseException as error:
         # A process that is no more, a bug, or Ctrl-C: this one may live on, and the others must not wait for it.
-        if not isinstance(error, OptimaError) or not ranks.tell(error):
-            ranks.leave(error)
+        if not isinstance(error, OptimaError) or not ranks.fail(error):
+            ranks.abort(error)
         raise
     ranks.close()
     if not ready:  # kept for the next run of this script: made anew, it would read the addresses of this one
@@ -327,8 +295,14 @@ def _give_up_group() -> None:
         dist.destroy_process_group()
 
 
+def _write(value: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
 def everyone(**options: Any) -> dist.ProcessGroup:
-    """A new group of all processes. Newer torch types it as what a process outside of the group would be given, too."""
+    """A new group of all processes."""
     group: Any = dist.new_group(**options)
     assert isinstance(group, dist.ProcessGroup)
     return group

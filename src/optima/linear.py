@@ -105,12 +105,12 @@ def prune_linear(
     with full_precision():
         with clock("select"):
             # By all, for it leaves what rows are solved with on the hessian; the first one's counts.
-            chosen = together.share(_select(methods.selector, task, pattern), 0)
+            chosen = together.broadcast(_select(methods.selector, task, pattern), 0)
         chunks = _chunks(task, methods.budget_bytes)
         own = [_work(task, chosen, pattern, methods, dtype, clock, rows) for rows in chunks[together.part(len(chunks))]]
         if together.size > 1:
             with clock("share"):
-                own = [part for parts in together.collect(own) for part in parts]
+                own = [part for parts in together.all_gather(own) for part in parts]
         selection, swapped, solution, rounded = _whole(own)
         with clock("round"):
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD

@@ -118,7 +118,7 @@ class Job:
         """
         blocks = stack.blocks[: stack.needed]
         ranks = streams.ranks
-        resumed = ranks.from_first(lambda: {} if self.writer is None else self.writer.done)
+        resumed = ranks.on_rank0(lambda: {} if self.writer is None else self.writer.done)
         done = sum(block.name in resumed for block in blocks)
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done)
         taken = [] if self.tuning is None else tuned_batches(streams, self.tuning.share)
@@ -194,7 +194,7 @@ class Job:
             assert self.writer is not None
             return self.writer.read(block.name)
 
-        return ranks.from_first(read)
+        return ranks.on_rank0(read)
 
     def _replay(self, streams: Streams, block: Block, found: BlockDone) -> None:
         """Give a block that an earlier run committed its weights, and the report what it told of it."""

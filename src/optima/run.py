@@ -168,7 +168,7 @@ def prune(
             job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
             seconds = time.perf_counter() - started + job.resumed_seconds
             most = max(*ranks.gather(job.memory.peak()), job.resumed_peak)
-            report = ranks.from_first(lambda: _report(network, origin, checked, text, job, most, seconds))
+            report = ranks.on_rank0(lambda: _report(network, origin, checked, text, job, most, seconds))
             if job.writer is not None:
                 base = source.path if source is not None and source.local is None else None
                 job.writer.publish(lambda directory: _write_reports(checked.as_applied, report, directory, base))

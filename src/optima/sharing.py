@@ -47,12 +47,12 @@ class Pruned:
         for owner in range(ranks.size):  # one after another: no process holds what it was given of all
             own = {linear.name: linear for linear in pruned if owners[linear.name] == owner}
             if own and owner == ranks.rank:
-                ranks.share({name: (each.read(), self.keeps.get(name)) for name, each in own.items()}, owner)
+                ranks.broadcast({name: (each.read(), self.keeps.get(name)) for name, each in own.items()}, owner)
             elif own:
                 self._receive(own, ranks, owner)
 
     def _receive(self, linears: Mapping[str, Linear], ranks: Ranks, owner: int) -> None:
-        found: dict[str, tuple[Tensor, Tensor | None]] = ranks.share(None, owner)
+        found: dict[str, tuple[Tensor, Tensor | None]] = ranks.broadcast(None, owner)
         for name, (weight_OD, keep_OD) in found.items():
             linears[name].write(weight_OD)
             if keep_OD is not None:
@@ -65,7 +65,7 @@ def share_owned(values: Mapping[str, T], owners: Mapping[str, int | None], ranks
     for owner in range(ranks.size) if ranks.size > 1 else ():
         names = [name for name, own in owners.items() if own == owner]
         if names:
-            found |= ranks.share({name: values[name] for name in names} if owner == ranks.rank else None, owner)
+            found |= ranks.broadcast({name: values[name] for name in names} if owner == ranks.rank else None, owner)
     return found
 
 

@@ -133,7 +133,7 @@ class BlockError:
         """Each channel's change relative to its own energy, over the targets of all ranks."""
         energies = [target.float().square().flatten(0, -2).sum(dim=0) for target in targets]
         size = max(ranks.gather(max(map(len, energies), default=0)))
-        energy_E = ranks.total(sum(energies, torch.zeros(size)))
+        energy_E = ranks.all_reduce(sum(energies, torch.zeros(size)))
         count = sum(ranks.gather(sum(target.numel() for target in targets))) / size
         return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag())
 
@@ -283,14 +283,10 @@ def _mean_error(error: _Error, pieces: Sequence[Piece], ranks: Ranks) -> float:
 def _all_reduce_gradients(masters: Mapping[str, Tensor], count: int, ranks: Ranks) -> None:
     """The mean gradient of a step's ``count`` microbatches, on every rank."""
     if ranks.size > 1:
-        for master in masters.values():
-            if master.grad is None:
-                master.grad = torch.zeros_like(master)
-        flat = ranks.add(torch.cat([master.grad.flatten() for master in masters.values() if master.grad is not None]))
-        sizes = [master.numel() for master in masters.values()]
-        for master, part in zip(masters.values(), flat.split(sizes), strict=True):
-            assert master.grad is not None
-            master.grad.copy_(part.view_as(master))
+        gradients = [torch.zeros_like(each) if each.grad is None else each.grad for each in masters.values()]
+        flat = ranks.all_reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
+        for master, part in zip(masters.values(), flat.split([each.numel() for each in gradients]), strict=True):
+            master.grad = part.view_as(master).to(master.dtype)
     if count > 1:
         for master in masters.values():
             if master.grad is not None:

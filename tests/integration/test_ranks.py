@@ -296,7 +296,7 @@ class TestErrors:
 
         assert finish_ranks(start_ranks(2, "out", prepare=prepare)) == [2, 2]
         assert "contain NaN or Inf" in said(2)[0]
-        assert "(said by process 1 of 2)" in said(2)[0]
+        assert "(rank 1 of 2)" in said(2)[0]
         assert not Path("out").exists()
 
 

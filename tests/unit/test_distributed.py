@@ -57,21 +57,18 @@ def exchange(ranks: Ranks) -> None:
     assert (ranks.size, ranks.first) == (SIZE, ranks.rank == 0)
     assert ranks.gather(ranks.rank) == [0, 1, 2]
     for owner in range(SIZE):
-        assert is_of(ranks.share(value_of(owner) if ranks.rank == owner else None, owner), owner)
-    assert ranks.share("text" if ranks.rank == 1 else None, 1) == "text"
-    assert ranks.from_first(lambda: [ranks.rank]) == [0]
-    assert all(is_of(value, rank) for rank, value in enumerate(ranks.collect(value_of(ranks.rank))))
-    at_first = ranks.to_first(value_of(ranks.rank))
-    assert len(at_first) == (SIZE if ranks.first else 0)
-    assert all(is_of(value, rank) for rank, value in enumerate(at_first))
+        assert is_of(ranks.broadcast(value_of(owner) if ranks.rank == owner else None, owner), owner)
+    assert ranks.broadcast("text" if ranks.rank == 1 else None, 1) == "text"
+    assert ranks.on_rank0(lambda: [ranks.rank]) == [0]
+    assert all(is_of(value, rank) for rank, value in enumerate(ranks.all_gather(value_of(ranks.rank))))
 
 
 def add(ranks: Ranks) -> None:
-    assert torch.equal(ranks.add(torch.full((2, 2), 2.0**ranks.rank)), torch.full((2, 2), 7.0))
+    assert torch.equal(ranks.all_reduce_(torch.full((2, 2), 2.0**ranks.rank)), torch.full((2, 2), 7.0))
     own = torch.tensor([1e8, 1.0, 1e-3])[ranks.rank].expand(4)
-    assert torch.equal(ranks.total(own), torch.full((4,), 1e8 + 1.0 + 1e-3, dtype=torch.float64).float())
+    assert torch.equal(ranks.all_reduce(own), torch.full((4,), 1e8 + 1.0 + 1e-3, dtype=torch.float64).float())
     matrix_DD = torch.arange(49.0, dtype=torch.float64).reshape(7, 7) + ranks.rank
-    ranks.add_lower(matrix_DD, 2)
+    ranks.all_reduce_lower_(matrix_DD, 2)
     if ranks.rank == 2:
         whole_DD = 3 * torch.arange(49.0, dtype=torch.float64).reshape(7, 7) + 3
         assert torch.equal(matrix_DD.tril(), whole_DD.tril())
@@ -141,7 +138,7 @@ def test_an_error_of_one_is_raised_by_all() -> None:
         ranks.gather(None)
 
     assert in_processes(SIZE, work) == [2, 2, 2]
-    assert Path("said0").read_text() == "bad sample (said by process 1 of 3)"
+    assert Path("said0").read_text() == "bad sample (rank 1 of 3)"
     assert Path("said1").read_text() == "bad sample"
 
 
@@ -157,13 +154,10 @@ class Full(Tensor):
 @pytest.mark.parametrize(
     "send",
     [
-        lambda ranks, tensor: ranks.collect(tensor),
-        lambda ranks, tensor: ranks.share(tensor, 1),
-        lambda ranks, tensor: ranks.total(tensor),
-        lambda ranks, tensor: ranks.add_lower(tensor),
-        lambda ranks, tensor: ranks.to_first(tensor),
+        lambda ranks, tensor: ranks.all_reduce(tensor),
+        lambda ranks, tensor: ranks.all_reduce_lower_(tensor),
     ],
-    ids=["collect", "share", "total", "add_lower", "to_first"],
+    ids=["all_reduce", "all_reduce_lower"],
 )
 def test_where_one_has_no_memory_left_the_others_do_not_wait(send: Callable[[Ranks, Tensor], object]) -> None:
     def work(ranks: Ranks) -> None:
@@ -172,7 +166,7 @@ def test_where_one_has_no_memory_left_the_others_do_not_wait(send: Callable[[Ran
         raise AssertionError("nothing was refused")
 
     assert in_processes(SIZE, work) == [2, 2, 2]
-    assert Path("said0").read_text() == "out of memory (said by process 1 of 3)"
+    assert Path("said0").read_text() == "out of memory (rank 1 of 3)"
 
 
 def test_an_error_at_the_very_end_is_raised_by_all() -> None:
@@ -248,11 +242,6 @@ def test_where_one_goes_its_own_way_the_others_end(tmp_path: Path, monkeypatch: 
     assert Path("ended").exists(), codes
 
 
-def test_what_cannot_be_sent_is_said() -> None:
-    assert in_processes(SIZE, lambda ranks: ranks.from_first(lambda: lambda: 0)) == [2, 2, 2]
-    assert "cannot be sent to another process" in Path("said2").read_text()
-
-
 def test_a_device_is_for_each() -> None:
     assert in_processes(SIZE, lambda ranks: ranks.on("cpu")) == [0, 0, 0]
     if not torch.cuda.is_available():
@@ -287,7 +276,7 @@ def test_one_process_has_it_all() -> None:
     with joined() as ranks:
         assert ranks is ALONE
         assert ranks.part(5) == slice(0, 5)
-        assert ranks.gather(1) == ranks.collect(1) == ranks.to_first(1) == [1]
+        assert ranks.gather(1) == ranks.all_gather(1) == [1]
         with pytest.raises(RecipeError):
             ranks.on("cuda:99")
 

@@ -64,7 +64,7 @@ def capture(
     """
     keep_freed_memory()
     # The same in every process: they must find the same groups.
-    first = ranks.from_first(lambda: first_of(model, batches[0], PROBE_LENGTH))
+    first = ranks.on_rank0(lambda: first_of(model, batches[0], PROBE_LENGTH))
     apart = ""
     try:
         probe = look(model, stack, first)
@@ -72,7 +72,7 @@ def capture(
         if first is batches[0] or isinstance(first, Tensor):
             raise
         # Its images may be as many as its texts, and not one each.
-        first = ranks.from_first(lambda: batches[0])
+        first = ranks.on_rank0(lambda: batches[0])
         probe, apart = look(model, stack, first), "a batch of this model cannot be taken apart into its samples"
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
     halving = halving or Halving()

@@ -165,7 +165,7 @@ class _Everything:
             sample_weights.append(sampled(weight_T, before, step).clone())
             before += len(hidden_TD)
         _check({recorded.experts.name: accumulator})
-        every = ranks.collect((torch.cat(sample), torch.cat(sample_weights)))
+        every = ranks.all_gather((torch.cat(sample), torch.cat(sample_weights)))
         self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
         if ranks.size > 1:
             name = recorded.experts.name

@@ -63,4 +63,4 @@ def regional_gradients(block: Block, streams: Streams) -> dict[str, Tensor]:
         if not all_finite(sum_OD):
             raise NumericalError(f"the gradient at the weight of {name} is not finite: {OTHER_DTYPE}")
     samples = sum(streams.ranks.gather(samples))
-    return {name: streams.ranks.total(sum_OD).div_(samples).sqrt_() for name, sum_OD in sums.items()}
+    return {name: streams.ranks.all_reduce(sum_OD).div_(samples).sqrt_() for name, sum_OD in sums.items()}

@@ -120,12 +120,12 @@ def _reduce(found: LossWeights, stack: Stack, streams: Streams, swept: Sequence[
     found.reached = {name: sum(own.get(name, 0.0) for own in reached) for name in _union(reached)}
     for name, shape in _union(rows for _, _, rows, *_ in known).items():  # what one was not given, another was
         own_2O = found.rows.get(name, torch.zeros(shape, dtype=torch.float64))
-        found.rows[name] = rows_of_sums(ranks.total(own_2O) / tokens).float()
+        found.rows[name] = rows_of_sums(ranks.all_reduce(own_2O) / tokens).float()
     for name, shape in _union(residual for *_, residual, _ in known).items():
-        total_EE = ranks.total(found.residual.pop(name, torch.zeros(shape)))
+        total_EE = ranks.all_reduce(found.residual.pop(name, torch.zeros(shape)))
         found.residual[name] = streams.store.keep(total_EE / tokens)
     for name, shape in _union(halves for *_, halves in known).items():
-        sums_OP = ranks.total(found.coupling.pop(name, torch.zeros(shape)))
+        sums_OP = ranks.all_reduce(found.coupling.pop(name, torch.zeros(shape)))
         found.coupling[name] = streams.store.keep(finished(sums_OP.to(streams.device)).cpu())
 
 

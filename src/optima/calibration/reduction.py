@@ -115,7 +115,7 @@ def _reduce(accumulator: Accumulator, counts: Sequence[_Counts], owner: int | No
     if accumulator.sum_DD is None:
         size = max(count.size for count in counts)
         accumulator.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=streams.device)
-    ranks.add_lower(accumulator.sum_DD, owner)
+    ranks.all_reduce_lower_(accumulator.sum_DD, owner)
     extra_ND = _stacked(accumulator.extra, [count.extra for count in counts], accumulator.sum_DD, (ranks, owner))
     sample_ND = _stacked(accumulator.sample, [count.sample for count in counts], accumulator.sum_DD, (ranks, owner))
     if owner in (None, ranks.rank):
@@ -135,4 +135,4 @@ def _stacked(
     begin = sum(counts[: ranks.rank])
     if rows:
         all_ND[begin : begin + counts[ranks.rank]] = torch.cat(list(rows))
-    return [ranks.add(all_ND, owner)]
+    return [ranks.all_reduce_(all_ND, owner)]

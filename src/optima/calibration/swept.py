@@ -130,7 +130,7 @@ def start_alike(streams: Streams, ends: Sequence[Tensor]) -> bool:
         ends: of the batches that were swept, ``first_tokens`` of what leaves the last block.
     """
     starts = [first_tokens(streams, hidden) for hidden in streams.hidden]
-    everyone = streams.ranks.collect((starts[0][:1] if starts else None, ends[0][:1] if ends else None))
+    everyone = streams.ranks.all_gather((starts[0][:1] if starts else None, ends[0][:1] if ends else None))
     start_1E = next((start for start, _ in everyone if start is not None), torch.empty(0))
     end_1E = next((end for _, end in everyone if end is not None), torch.empty(0)).float()
     ended = sum(streams.ranks.gather(sum(map(len, ends))))  # one says nothing of others
@@ -182,7 +182,7 @@ def fill_in(tokens: dict[str, list[Tensor]], streams: Streams, swept: list[int])
             root_BL = square_T.double().pow(POWER).reshape(-1, streams.sizes[batch][1])
             sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
             sum_2L[1, : root_BL.shape[1]] += len(root_BL)
-        weight_L, count_L = ranks.total(sum_2L)
+        weight_L, count_L = ranks.all_reduce(sum_2L)
         mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
         square_L = mean_L.pow(1.0 / POWER).float()
         # Batches share them.

@@ -135,7 +135,7 @@ def own_text(
         finally:
             model.generation_config = own
             nn.Module.to(model, home)
-    parts = [part for each in ranks.collect(parts) for part in each]
+    parts = [part for each in ranks.all_gather(parts) for part in each]
     most = min((each for each in ranks.gather(halving.most) if each is not None), default=None)
     few = (
         f"out of memory: the model wrote {most} sequences of its text at a time, whose words may differ where "

@@ -95,7 +95,7 @@ def read(
 
     ``whole``: why the weights are not streamed.
     """
-    text = ranks.from_first(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
+    text = ranks.on_rank0(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
     text.check(checked.structure)
     if _lacks(checked, text):
         assert tokenizer is not None, "the text was read by it"
@@ -153,7 +153,7 @@ def written(
     """``text``, and what it lacks, which the model writes, unless an earlier part of the run ``kept`` it."""
     if not _lacks(checked, text):
         return text
-    if (known := ranks.from_first(lambda: None if kept is None else kept.read(text))) is not None:
+    if (known := ranks.on_rank0(lambda: None if kept is None else kept.read(text))) is not None:
         return known
     assert tokenizer is not None, "the text was read by it"
     recipe = checked.recipe
@@ -233,7 +233,7 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
     memory = memory_of(checked, streamed)
     there = memory.least - memory.weights * streamed
     left = memory.left(checked.recipe.memory_budget, ranks.here(), there)
-    beside = ranks.from_first(lambda: None if destination is None else destination.journal.parent)
+    beside = ranks.on_rank0(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
 
 
