@@ -47,17 +47,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
 from optima.build import build, default_scope, pattern_table
-from optima.data.batches import Calibration
-from optima.data.datasets import Documents, TextSource
-from optima.data.generate import own_text
-from optima.data.text import calibration_tokens, data_hash
+from optima.data.datasets import load_documents
+from optima.data.generate import generate_tokens
+from optima.data.text import calibration_tokens, data_hash, special_tokens
 from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.options import ALLOCATION_NAMES, ROUNDINGS, SELF, UNDAMPED
+from optima.options import ALLOCATION_NAMES, ROUNDINGS, UNDAMPED
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import recipe_from_dict
 from optima.recipe_files import read_recipe
@@ -285,26 +284,29 @@ def make_bench(options: argparse.Namespace) -> Bench:
         load_tasks(options.tasks)
     source = find_source(options.model)
     tokenizer = load_tokenizer(source)
-    source_of_text = TextSource(tuple(options.calibration))
-    documents: Iterable[str] = Documents(source_of_text, options.seed)
+    documents: Iterable[str] = load_documents(options.calibration, seed=options.seed)
     held_out_NL = None
     if options.held_out:
-        documents, rest = split(source_of_text, options.held_out, options.seed)
+        documents, rest = split(options.calibration, options.held_out, options.seed)
         held_out_NL = evaluation_windows(rest, tokenizer, options.window, options.max_windows)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     model, hashed = load_model(source, options.dtype), fingerprint(source)
     if options.own_samples:
-        size = {"num_calibration_samples": len(tokens_NL) + options.own_samples, "max_seq_length": tokens_NL.shape[1]}
-        recipe = Recipe(dataset=[SELF], seed=options.seed, **size)
+        count, num_special = options.own_samples, len(special_tokens(tokenizer).before)
 
-        def write() -> Tensor:
-            written = own_text(model, tokenizer, recipe, find_device(options.device), Calibration(tokens_NL)).tokens_NL
-            assert written is not None
-            return written
+        def extended() -> Tensor:
+            where = {"seed": options.seed, "device": find_device(options.device)}
+            return torch.cat([tokens_NL, generate_tokens(model, tokens_NL, count, num_special, **where)])
 
-        of = {"model": hashed, "dtype": str(model.dtype), "read": data_hash(tokens_NL), **recipe.to_dict()}
-        tokens_NL = kept_tensor(options.keep, of, write)
-    text = list(Documents(TextSource(tuple(options.evaluation))))
+        of = {
+            "model": hashed,
+            "dtype": str(model.dtype),
+            "read": data_hash(tokens_NL),
+            "own": count,
+            "of": options.seed,
+        }
+        tokens_NL = kept_tensor(options.keep, of, extended)
+    text = list(load_documents(options.evaluation))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
     bench = Bench(model, tokenizer, tokens_NL, windows_NL, held_out_NL, options, hashed)
     for pattern in options.patterns:

@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from optima.data.datasets import Documents, TextSource
+from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows
 from optima.models.source import find_source, load_model, load_tokenizer
@@ -67,9 +67,9 @@ def main(arguments: list[str] | None = None) -> list[list[str]]:
     tokenizer, dense = load_tokenizer(source), load_model(source, options.dtype)
     sparse = load_model(find_source(options.pruned), options.dtype)
     linears = observed(dense, sparse, options.blocks)
-    documents = Documents(TextSource(tuple(options.calibration)), options.seed)
+    documents = load_documents(options.calibration, seed=options.seed)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
-    text = list(Documents(TextSource(tuple(options.evaluation))))
+    text = list(load_documents(options.evaluation))
     windows_NL = evaluation_windows(text, tokenizer, options.max_seq_length, options.max_windows)
     quarter = -(-len(tokens_NL) // 4)
     found = [{name: Sums(linear) for name, (linear, _) in linears.items()} for _ in range(3)]

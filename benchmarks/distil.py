@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima import hold_zeros
-from optima.data.datasets import Documents, TextSource
+from optima.data.datasets import load_documents
 from optima.device import PeakMemory
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.ordered import write_orders
@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--max-windows", type=int, default=20)
     options = parser.parse_args()
     untreated = read(options)
-    texts = [list(Documents(TextSource(tuple(options.evaluation)))), untreated.held_out]
+    texts = [list(load_documents(options.evaluation)), untreated.held_out]
     windows = (evaluation_windows(text, untreated.tokenizer, options.window, options.max_windows) for text in texts)
     bench = Bench(untreated, tuple(windows))
     print(heading(options))

@@ -19,7 +19,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
-from optima.data.datasets import TextSource
 from optima.data.text import calibration_tokens
 from optima.models.source import find_source, load_model, load_tokenizer
 
@@ -46,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     source = find_source(options.model)
     model, tokenizer = load_model(source), load_tokenizer(source)
-    documents, held_out = split(TextSource(tuple(options.text)), held_out=0.2, seed=0)
+    documents, held_out = split(options.text, held_out=0.2, seed=0)
     samples, length = options.num_calibration_samples, options.max_seq_length
     tokens_NL = calibration_tokens(documents, tokenizer, samples, length)
     sentences = [s for text in held_out for s in text.split(". ") if 20 < len(s) < 300][: options.sentences]

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optima import Recipe, prune
-from optima.data.datasets import Documents, TextSource
+from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.fingerprint import fingerprint
@@ -61,9 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
     source = find_source(options.model)
     fingerprint(source)  # which reads its files: from here on they are in memory for all
     tokenizer = load_tokenizer(source)
-    text = list(Documents(TextSource(tuple(options.evaluation))))
+    text = list(load_documents(options.evaluation))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)
-    documents = Documents(TextSource(tuple(options.calibration)), 0)
+    documents = load_documents(options.calibration, seed=0)
     print(f"{machine(torch.device('cpu'), options.threads)}\n{Path(options.model).name}, {options.sparsity:.0%}\n")
     print("| tokens | | seconds | of the peer's | CPU seconds | of the peer's | peak GB | of the peer's | perplexity |")
     print("| --- | --- |" + " ---: |" * 7)

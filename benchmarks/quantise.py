@@ -24,7 +24,7 @@ from harness.rounding import compensated, descended, nearest, scales
 from safetensors.torch import load_file
 from torch import Tensor
 
-from optima.data.datasets import Documents, TextSource
+from optima.data.datasets import load_documents
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.linalg.hessian import Hessian
 from optima.models.source import find_source, load_model, load_tokenizer
@@ -79,7 +79,7 @@ def by_hessian(options: argparse.Namespace) -> dict[str, Way]:
 def measure(name: str, ways: dict[str, Way], options: argparse.Namespace) -> list[list[str]]:
     source = find_source(name)
     model = load_model(source, options.dtype)
-    text = list(Documents(TextSource(tuple(options.evaluation))))
+    text = list(load_documents(options.evaluation))
     windows_NL = evaluation_windows(text, load_tokenizer(source), options.max_seq_length, options.max_windows)
     linears = [linear for stack in find_stacks(model) for block in stack.blocks for linear in block.linears]
     before = [linear.read().clone() for linear in linears]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from optima import Recipe, prune
-from optima.data.datasets import Documents, TextSource
+from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows
 from optima.models.source import find_source, load_model, load_tokenizer
@@ -36,9 +36,9 @@ def main(arguments: list[str] | None = None) -> Energies:
     torch.set_num_threads(options.threads)
     source = find_source(options.model)
     tokenizer, model = load_tokenizer(source), load_model(source, options.dtype)
-    documents = Documents(TextSource(tuple(options.calibration)), options.seed)
+    documents = load_documents(options.calibration, seed=options.seed)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
-    text = list(Documents(TextSource(tuple(options.evaluation))))
+    text = list(load_documents(options.evaluation))
     windows_NL = evaluation_windows(text, tokenizer, options.max_seq_length, options.max_windows)
     pruned = []
     for sink_weight in options.sink_weights:

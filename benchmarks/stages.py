@@ -17,7 +17,7 @@ from harness.table import machine
 from harness.timing import MatmulRate, profiled, use_threads
 
 from optima import Recipe, prune
-from optima.data.datasets import Documents, TextSource
+from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.models.source import find_source, load_model, load_tokenizer
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cpu")
     source = find_source(options.model)
     model = load_model(source, options.dtype)
-    documents = Documents(TextSource(tuple(options.calibration)), 0)
+    documents = load_documents(options.calibration, seed=0)
     samples, length = options.num_calibration_samples, options.max_seq_length
     tokens = calibration_tokens(documents, load_tokenizer(source), samples, length)
     recipe = Recipe(selector=options.selector, objective=options.objective, pattern=[options.pattern], device="cpu")

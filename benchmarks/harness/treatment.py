@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from harness.table import machine
 from harness.text import split
 from optima import Recipe, prune
-from optima.data.datasets import TextSource
 from optima.data.text import calibration_tokens
 from optima.models.source import find_source, load_model, load_tokenizer
 
@@ -50,7 +49,7 @@ def read(options: argparse.Namespace) -> Untreated:
     torch.set_num_threads(options.threads)
     source = find_source(options.model)
     dense, tokenizer = load_model(source, options.dtype), load_tokenizer(source)
-    documents, held_out = split(TextSource(tuple(options.calibration)), held_out=0.2, seed=0)
+    documents, held_out = split(options.calibration, held_out=0.2, seed=0)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     allocation = "uniform" if ":" in options.pattern else "loss"
     recipe = Recipe(pattern=[options.pattern], allocation=allocation, tuning_epochs=0, device="cpu")

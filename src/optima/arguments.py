@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import optima
 from optima.errors import IdleError, OptimaError
 from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
-from optima.options import DEMO_MODELS, DTYPES, GROUPS, OF_HUB
+from optima.options import DEMO_MODELS, DTYPES, GROUPS
 from optima.recipe import Recipe, recipe_from_dict
 from optima.recipe_files import read_recipe, recipe_in
 from optima.reporting.trackers import TRACKERS
@@ -189,12 +189,9 @@ def _add_eval(option: Callable[..., Any]) -> None:
     option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, the reference first")
     text = "commit, tag or branch of the first model, if it is on the hub (default: its newest)"
     option("--revision", metavar="NAME", help=text)
-    text = "text for perplexity: hub ids, or local .txt, .jsonl, .json or .parquet files"
+    text = "text for perplexity: local files (.txt, .jsonl, .json, .parquet) or hub ids (NAME:CONFIG@REVISION)"
     option("--dataset", nargs="+", metavar="TEXT", help=text)
-    option("--dataset-config", metavar="NAME", help="configuration of a hub dataset")
-    option("--dataset-revision", metavar="NAME", help="commit, tag or branch of it (default: its newest)")
     option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
-    option("--text-column", metavar="NAME", help="column that holds the text (default: text)")
     option("--protocol", metavar="NAME", help=f"{_named(PROTOCOLS)} (default: {next(iter(PROTOCOLS))})")
     option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
     option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
@@ -317,15 +314,13 @@ def _objective(values: dict[str, Any], given: dict[str, Any]) -> str:
 
 
 def _drop_other(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """What the file says of a selector, an allocation or a data set goes where another was given."""
+    """What the file says of a selector or an allocation goes where another was given."""
     for option, method, own in (
         ("selector", "external", "mask_from"),
         ("allocation", values.get("allocation") or "loss", "allocation_spread"),
     ):
         if given.get(option, method) != method:
             values.pop(own, None)
-    for own in OF_HUB if "dataset" in given else ():
-        values.pop(own, None)
 
 
 def _unshared(given: dict[str, Any], values: dict[str, Any]) -> str:

@@ -23,13 +23,9 @@ SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 LEARNING_RATE, EPOCHS = 4.5e-3, 2  # of tuning
 EXPERT_TOKENS = 256
 LEAST_SAMPLES = 128  # of calibration, as in the papers
-OF_HUB = ("dataset_config", "split", "dataset_revision")  # options of the hub's data sets
 FILES = (".txt", ".jsonl", ".json", ".parquet")  # how those that are local files end
+CONFIGS = {"allenai/c4": "en"}  # of datasets with several configurations and no default
 TOKENS_PER_INPUT = 32  # of the widest linear: with fewer, its hessian is that of the sample
-SELF = "self"  # the data set that the model itself writes
-OWN_SHARE = 0.5  # of the sequences, by auto: it writes as many as are read
-# Configurations of data sets that have several and name none of them as the default.
-CONFIGS = {"allenai/c4": "en"}
 DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
 SINK_WEIGHT = 0.04  # 0.2 is as good where all sequences begin with BOS
 
@@ -47,8 +43,15 @@ GROUPS = {
 def is_file(name: str) -> bool:
     """Whether a data set is a local file, by its name or because it is there."""
     with suppress(OSError):  # a text in place of a name is too long for one
-        return Path(name).suffix in FILES or Path(name).is_file()
+        return Path(name).suffix.lower() in FILES or Path(name).is_file()
     return False
+
+
+def parse_hub_id(name: str) -> tuple[str, str | None, str | None]:
+    """The id, the configuration and the revision in ``owner/name:config@revision``; the last two may be missing."""
+    name, _, revision = name.partition("@")
+    name, _, config = name.partition(":")
+    return name, config or CONFIGS.get(name), revision or None
 
 
 def option(group: str, default: Any, text: str, choices: Sequence[str] = (), shown: str | None = None) -> Any:

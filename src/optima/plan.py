@@ -122,9 +122,8 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     recipe, methods, found, dtype = fitted.recipe, fitted.methods, fitted.found, fitted.dtype
     num_parameters = count_parameters(model)
     kept = activations(model, found.blocks, recipe, methods.needs, dtype)
-    writes = recipe.written and bool(recipe.own_share or not recipe.read)  # else it may, if these have too little
-    whole = "" if source.gguf_file or writes else why_whole(source, model, recipe.dtype)
-    streamed = not (source.gguf_file or writes or whole)
+    whole = "" if source.gguf_file or recipe.self_generated else why_whole(source, model, recipe.dtype)
+    streamed = not (source.gguf_file or recipe.self_generated or whole)
     memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
     notes = list(found.notes)
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
@@ -135,10 +134,9 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         )
     if note := memory.note(recipe.memory_budget):
         notes.append(note)
-    if recipe.written:
+    if recipe.self_generated:
         size = f"{num_parameters * dtype.itemsize / GIB:.1f} GiB"
-        when = "to write its own text" if writes else "to write what the data sets lack, if they do"
-        notes.append(f"{when}, the whole model is in main memory and then on the device: {size}, and keys and values")
+        notes.append(f"self_generated needs the whole model in memory, {size}, and its KV cache")
     if whole:
         notes.append(f"the whole model is held in main memory: {whole}")
     if not kept.known:

@@ -16,7 +16,6 @@ from optima.errors import IdleError, RecipeError
 from optima.options import (
     ALLOCATION_NAMES,
     BOUNDED_SOLVERS,
-    CONFIGS,
     DEFAULT_SPARSITY,
     DTYPES,
     EPOCHS,
@@ -24,17 +23,13 @@ from optima.options import (
     LEARNING_RATE,
     LEAST_SAMPLES,
     OBJECTIVES,
-    OF_HUB,
-    OWN_SHARE,
     ROUNDINGS,
     SELECTOR_NAMES,
-    SELF,
     SINK_WEIGHT,
     SOLVER_NAMES,
     SPREADS,
     TOKENS_PER_INPUT,
     UNDAMPED,
-    is_file,
     option,
 )
 from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table, pattern_texts
@@ -45,7 +40,7 @@ from optima.values import (
     FlagOrAuto,
     Fraction,
     Names,
-    OwnShare,
+    PartialShare,
     Place,
     Positive,
     Ridge,
@@ -127,21 +122,14 @@ class Recipe:
     learning_rate: Positive = option(
         "tuning", LEARNING_RATE, "of Adam, at the start, relative to the root mean square of each tensor")
     dataset: Names = option(
-        "calibration", ["allenai/c4"], "hub ids, or local .txt, .jsonl, .json or .parquet files; self: text that the "
-        "model itself writes, beside others what they lack")
-    dataset_config: str | None = option(
-        "calibration", None, "configuration of a hub dataset", shown="for allenai/c4 en")
-    dataset_revision: str | None = option(
-        "calibration", None, "commit, tag or branch of a hub dataset", shown="its newest")
-    split: str = option("calibration", "train", "split of a hub dataset")
-    text_column: str = option("calibration", "text", "column that holds the text, or a chat (else messages)")
+        "calibration", ["allenai/c4"], "local .txt, .jsonl, .json or .parquet files, or hub ids "
+        "(NAME:CONFIG@REVISION)")
     num_calibration_samples: Count | None = option(
         "calibration", None, "number of calibration sequences",
         shown=f"{LEAST_SAMPLES}, more where the widest linear would get under {TOKENS_PER_INPUT} tokens an input")
     max_seq_length: Count = option("calibration", 2048, "tokens in each calibration sequence")
-    own_share: OwnShare = option(
-        "calibration", 0.0, "share of the sequences that the model itself writes, each going on from a piece of those "
-        f"that are read; auto: {OWN_SHARE}, if it writes text and fits the memory well")
+    self_generated: PartialShare = option(
+        "calibration", 0.0, "share of the sequences that the model generates, as continuations of the dataset's text")
     true_sequential: FlagOrAuto = option(
         "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: "
         "a forward pass less if not tuned, and a block's activations are held for all sequences; auto, in a recipe: if "
@@ -231,16 +219,6 @@ class Recipe:
         return EPOCHS if solved and self.applied_objective == "loss" else 0
 
     @property
-    def written(self) -> bool:
-        """True if the model writes calibration text: all of it, a share, or what data sets lack."""
-        return SELF in self.dataset or self.own_share not in (0, "auto")
-
-    @property
-    def read(self) -> tuple[str, ...]:
-        """The data sets that are read."""
-        return tuple(name for name in self.dataset if name != SELF)
-
-    @property
     def surveys(self) -> bool:
         """True if the dense model is surveyed first: for a linear's sparsity, or whether it is pruned at all."""
         return self.applied_allocation != "uniform" or self.keep_dense is not None
@@ -266,7 +244,6 @@ class Recipe:
             "allocation_spread": SPREADS.get(self.applied_allocation),
             "objective": self.applied_objective,
             "sink_weight": SINK_WEIGHT if self.objective == "sink" else None,
-            "dataset_config": CONFIGS.get(self.dataset[0]) if len(self.dataset) == 1 else None,
         }
         values = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return replace(self, **values, rounding="nearest" if self.solver == "none" else self.rounding)
@@ -364,9 +341,6 @@ class Recipe:
             **dict.fromkeys(("learning_rate", "tuning_share"), ("tuning_epochs above 0", self.applied_epochs > 0)),
             "gap": ("a solver", self.solver != "none"),
             "damping": ("a solver, or a selector that looks at inverses", damped),
-            "text_column": ("a dataset with columns", any(not name.endswith(".txt") for name in self.read)),
-            **dict.fromkeys(OF_HUB, ("a dataset of the hub", any(not is_file(name) for name in self.read))),
-            "own_share": ("a dataset other than self", bool(self.read) or self.own_share == "auto"),
         }
         return {name: owner for name, (owner, applies) in used.items() if not applies}
 

@@ -20,7 +20,6 @@ from optima.calibration.capture import capture
 from optima.calibration.places import embedding_device
 from optima.calibration.swept import surveyed_batches
 from optima.data.batches import Batch, Calibration
-from optima.data.generate import KeptText
 from optima.data.given import Batches
 from optima.device import (
     PeakMemory,
@@ -49,12 +48,12 @@ from optima.preflight.opening import (
     Checked,
     check,
     claim,
+    generated,
     memory_of,
     own_batches,
     read,
     store_of,
     warn_of_disk,
-    written,
 )
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Listeners, RunStart
@@ -140,14 +139,13 @@ def prune(
             if ranks.first:
                 job.progress = told.enter_context(Listeners([shown, *callbacks]))
                 job.progress.begin(_start(checked, origin["model"], output_dir))
-            job.memory = PeakMemory(checked.device)  # before the model writes text, whole on the device
+            job.memory = PeakMemory(checked.device)  # before the model generates text, whole on the device
             _check_finite(network, checked, job)
             if destination is not None:
                 prepare(network, to_save(source, tokenizer, reader), source, destination.beside)
             if run:
                 run |= contents(recipe, network, origin.get("model_fingerprint"))
-            kept = None if destination is None else KeptText(destination.own_text, dict(run))
-            text = written(checked, network, reader, text, ranks, job.progress, kept)
+            text = generated(checked, network, reader, text, ranks, job.progress)
             job.notes.extend(text.notes)
             batches, alike = own_batches(text, recipe.batch_size, ranks)
             if run:
@@ -374,7 +372,6 @@ def _report(
         data_hash=text.hash,
         num_tokens=text.num_tokens,
         dataset_revision=text.revision,
-        skipped_records=text.skipped,
         kept_dense=job.kept_dense,
         device=describe_device(checked.device),
         dtype=", ".join(sorted({dtype_name(p.dtype) for p in network.parameters()})),

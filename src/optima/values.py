@@ -31,7 +31,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1), "a number strictly between 0 and 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), "a positive number"]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False), "a number of at least 0"]
 Share = Annotated[float, Field(gt=0, le=1), "a number above 0 and at most 1"]
-OwnShare = Annotated[Annotated[float, Field(ge=0, lt=1)] | Literal["auto"], "0, a number below 1 such as 0.5, or auto"]
+PartialShare = Annotated[float, Field(ge=0, lt=1), "0, or a number below 1 such as 0.5"]
 Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Count = Annotated[int, Field(ge=1, lt=2**63), "a whole number of at least 1"]
 Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number of at least 0 and below 2^63"]

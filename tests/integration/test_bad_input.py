@@ -171,17 +171,15 @@ class TestText:
 
     def test_unsupported_file(self, cheap: Refused, root: Path) -> None:
         (root / "text.csv").write_text("text\nhello\n")
-        assert "'.csv' are not supported" in cheap("--dataset", "text.csv")
+        assert "cannot read dataset 'text.csv'" in cheap("--dataset", "text.csv")
 
     def test_binary_file(self, cheap: Refused, root: Path) -> None:
         (root / "text.txt").write_bytes(b"\xff\xfe\x00\x80")
-        assert "dataset 'text.txt' cannot be read" in cheap()
+        assert "cannot read dataset 'text.txt'" in cheap()
 
     def test_wrong_column_lists_the_columns(self, cheap: Refused, root: Path) -> None:
         (root / "text.jsonl").write_text(json.dumps({"body": TEXT, "id": 3}) + "\n")
-        assert "has no column 'text' with text: name one of its columns with --text-column: body, id" in cheap(
-            "--dataset", "text.jsonl"
-        )
+        assert "no text in the column 'text' or 'messages'. Its columns: body, id" in cheap("--dataset", "text.jsonl")
 
     def test_tokens_of_another_model(self, cheap: Refused, root: Path) -> None:
         edit_config(root, vocab_size=100)
@@ -253,8 +251,6 @@ class TestOptions:
             ),
             (["--max-seq-length", "1"], "no room for text beside the tokenizer's special tokens (1)"),
             (["--recipe", "missing.yaml"], "recipe missing.yaml cannot be read (No such file"),
-            (["--split", "validation"], "split is for a dataset of the hub"),
-            (["--text-column", "body"], "text_column is for a dataset with columns"),
             (["--dump-layer", "("], "'(' is not a regular expression"),
             (["--dump-layer", "nothing"], "dump_layer 'nothing' matches none of the linears to prune"),
         ],
@@ -464,8 +460,7 @@ class TestOtherCommands:
             (["model", "--max-windows", "0"], "max_windows must be a whole number of at least 1, got 0"),
             (["model", "--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
             (["model", "--dataset", ""], "dataset must be a list of names, none of them empty"),
-            (["model", "--dataset-revision", "v1"], "--dataset-revision is for a dataset of the hub"),
-            (["model", "--text-column", "body"], "--text-column is for a dataset with columns"),
+            (["model", "--split", "train"], "--split is for a dataset of the hub"),
             (["model", "--output", "model"], "--output model is a directory: name a file"),
             (["model/config.json"], "model/config.json is a file: give the directory that it is in, model"),
             (["model", "--seed", "1"], "--seed (of the bootstrap) are for tasks"),
@@ -605,12 +600,6 @@ def test_arguments_of_other_types() -> None:
 def test_patterns_and_paths_are_taken_as_they_are() -> None:
     recipe = Recipe(pattern=NM(2, 4), dataset=Path("text.txt"))  # type: ignore[arg-type]
     assert (recipe.pattern, recipe.dataset) == (["2:4"], ["text.txt"])
-
-
-def test_a_small_share_of_own_text_is_a_sequence_at_least(root: Path) -> None:
-    options = ["--own-share", "0.1", "--num-calibration-samples", "4", "--selector", "wanda", "--tuning-epochs", "0"]
-    assert main(prune_arguments(*options)) == 0
-    assert any("and the model wrote the other 1" in note for note in load_report("out").run.notes)
 
 
 def test_an_output_that_may_not_be_changed_is_refused_first(

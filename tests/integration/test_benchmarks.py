@@ -187,7 +187,7 @@ def test_accuracy_goes_on_from_a_block(accuracy: list[str], tmp_path: Path, monk
         killed = on_call(2, Writer.commit, lambda: os.kill(os.getpid(), signal.SIGKILL))
         context.setattr(Writer, "commit", killed)
         assert run_script(BENCHMARKS / "accuracy.py", *asked, *goes_on).returncode == -signal.SIGKILL
-    monkeypatch.setattr("optima.data.generate.own_text", raising(AssertionError("it is written again")))
+    monkeypatch.setattr("optima.data.generate.generate_tokens", raising(AssertionError("it is written again")))
     run("accuracy.py", *asked, *goes_on)
     found, expected = (json.loads(file.read_text())[-1] for file in (again, once))
     assert any("resumed after" in note for note in found["notes"])

@@ -98,13 +98,15 @@ class TestCallbacks:
         assert [stage for stage, *_ in diary.of("stage")] == ["sweep", "survey", "prune"]
         assert [block.stage for block in diary.of("block")] == ["survey"] * 2 + ["prune"] * 2
 
-    def test_the_writing_of_text_is_a_walk(self) -> None:
+    def test_generation_is_a_walk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """And the run has begun by then."""
+        monkeypatch.chdir(tmp_path)
         diary = Diary()
-        recipe = replace(RECIPE, dataset=["self"], num_calibration_samples=36)
+        Path("text.txt").write_text("the quick brown fox jumps over the lazy dog " * 99)
+        recipe = replace(RECIPE, dataset=["text.txt"], self_generated=0.5, num_calibration_samples=36)
         report = prune(make_llama(), recipe, tokenizer=make_tokenizer(), callbacks=[diary])
         assert [kind for kind, _ in diary.calls[:2]] == ["start", "stage"], "before text is written"
-        assert diary.of("stage")[0] == ("write", 36, 1, 0)
+        assert diary.of("stage")[0] == ("write", 18, 1, 0)
         shares = [event.share for event in diary.of("share")]
         assert shares == sorted(set(shares))
         assert 0 < shares[0] < 1 == shares[-1]

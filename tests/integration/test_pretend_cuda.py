@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -14,7 +13,7 @@ import torch
 from families import build, make_ids, stack_of
 from pretend_cuda import PretendError, on_cuda, pretend_cuda
 from runs import raising
-from tiny import WEIGHTS, load_weights, save_model
+from tiny import load_weights, save_model
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
@@ -22,7 +21,6 @@ from optima.calibration.halving import Halving
 from optima.calibration.probe import forward
 from optima.calibration.streams import map_tensors
 from optima.data.batches import arguments
-from optima.errors import DeviceMemoryError
 from optima.models.skeleton import skeleton
 from optima.models.source import find_source
 from optima.models.stacks import find_stacks
@@ -149,15 +147,6 @@ def test_the_head_stays_on_the_cpu_where_its_device_has_no_room() -> None:
     with pretend_cuda(), mock.patch.object(torch.cuda, "mem_get_info", return_value=(2**20, 2**30)):
         found = prune(build("llama"), Recipe(device="cuda"), calibration=make_ids(2), progress=False)
     assert any(note.startswith("the head ran on the CPU: cuda") for note in found.run.notes)
-
-
-def test_a_card_that_cannot_hold_what_is_to_write_is_told_before_weights_are_read(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "dense")
-    (model / WEIGHTS).write_bytes(b"garbage")
-    card = mock.patch.object(torch.cuda, "get_device_properties", return_value=SimpleNamespace(total_memory=2**16))
-    recipe = Recipe(device="cuda", dataset=["self"], num_calibration_samples=2, max_seq_length=16, tuning_epochs=0)
-    with pretend_cuda(), card, pytest.raises(DeviceMemoryError, match=r"is too small: .* other than self"):
-        prune(model, recipe, output_dir=tmp_path / "out", progress=False)
 
 
 def test_what_it_refuses() -> None:

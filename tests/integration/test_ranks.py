@@ -24,7 +24,7 @@ import optima
 from optima.calibration import swept
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Streams
-from optima.data import generate as own_text
+from optima.data import generate as generation
 from optima.distributed import Ranks
 from optima.models.journal import read_journal
 from optima.qp import rows as qp_rows
@@ -134,7 +134,7 @@ def test_the_same_sequences_are_swept() -> None:
 
 def write_one_at_a_time(rank: int = 0) -> None:
     """For ``prepare``: there are batches for every process, which leaves a line of each."""
-    own_text.AT_ONCE = 1
+    generation.BATCH = 1
     generate = hf.GenerationMixin.generate
 
     def noted(*args: object, **kwargs: object) -> object:
@@ -146,15 +146,25 @@ def write_one_at_a_time(rank: int = 0) -> None:
 
 
 def test_they_share_the_writing_of_text() -> None:
-    Path("short.txt").write_text("the quick brown fox jumps over the lazy dog " * 5)
-    options = ("--dataset", "short.txt", "self", "--num-calibration-samples", "11", "--max-seq-length", "24")
+    Path("short.txt").write_text("the quick brown fox jumps over the lazy dog " * 25)
+    options = (
+        "--dataset",
+        "short.txt",
+        "--num-calibration-samples",
+        "11",
+        "--max-seq-length",
+        "24",
+        "--self-generated",
+        "0.75",
+    )
+    options = (*options, "--self-generated", "0.75")
     assert finish(start("one", *options, prepare=write_one_at_a_time)) == 0
     assert finish_ranks(start_ranks(2, "two", *options, prepare=write_one_at_a_time)) == [0, 0], said(2)
     assert differing("one", "two", within="layers.0.")[0] <= 1e-3
     one, two = optima.load_report("one").run, optima.load_report("two").run
     assert one.data_hash == two.data_hash
     assert [len(Path(f"wrote{rank}.txt").read_text().splitlines()) for rank in (0, 1)] == [8 + 4, 4], "one, then two"
-    assert all(any("the model wrote the other 8" in note for note in run.notes) for run in (one, two))
+    assert all(any("data: 8 of 11 sequences" in note for note in run.notes) for run in (one, two))
 
 
 @SLOW

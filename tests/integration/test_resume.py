@@ -34,7 +34,6 @@ from optima.identity import identity, settings_of
 from optima.models.journal import Journal, read_journal
 from optima.models.writer import Writer
 from optima.patterns import Pattern
-from optima.preflight import opening
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.optima import Optima
 from optima.selectors.ranking import top_scores
@@ -167,50 +166,14 @@ class TestStopped:
         notes = check_goes_on(whole)
         assert "resumed after model.layers.0" in notes
 
-    def test_what_the_model_wrote_is_not_written_again(self) -> None:
-        written = ("--dataset", "self")
+    def test_self_generated_data_is_generated_again(self) -> None:
+        written = ("--self-generated", "0.5")
         assert finish(start("undisturbed", *written)) == 0
         stopped(1, *written)
-
-        def prepare() -> None:
-            opening.own_text = raising(AssertionError("it writes"))
-
-        assert finish(start("out", "--resume", *written, prepare=prepare)) == 0, said()
+        assert finish(start("out", "--resume", *written)) == 0, said()
         assert files(Path("out")) == files(Path("undisturbed"))
         notes = [note for note in optima.load_report("out").run.notes if "resumed" not in note]
         assert notes == list(optima.load_report("undisturbed").run.notes)
-
-    def test_text_outlasts_a_run_that_has_done_no_block(self, capsys: pytest.CaptureFixture[str]) -> None:
-        written = ("--dataset", "self")
-        assert finish(start("undisturbed", *written)) == 0
-
-        def full() -> None:
-            Writer.commit = raising(ModelError("the disk is full"))  # type: ignore[method-assign]
-
-        def silent() -> None:
-            opening.own_text = raising(AssertionError("it writes"))
-
-        assert finish(start("out", *written, prepare=full)) == 2
-        assert (PARTIAL / "own-text").is_file()
-        assert not read_journal(JOURNAL).holds_work
-        assert main(prune_arguments(*written)) == 2
-        assert "its own text written, 0 blocks done" in " ".join(capsys.readouterr().err.split())
-        assert main(prune_arguments(*written, "--seed", "1", "--resume")) == 2
-        assert "its recipe.seed was 0, and this one has 1" in " ".join(capsys.readouterr().err.split())
-        assert finish(start("out", "--resume", *written, prepare=silent)) == 0, said()
-        assert files(Path("out")) == files(Path("undisturbed"))
-        assert not PARTIAL.exists()
-
-    def test_text_is_not_that_of_other_weights(self, capsys: pytest.CaptureFixture[str]) -> None:
-        def full() -> None:
-            Writer.commit = raising(ModelError("the disk is full"))  # type: ignore[method-assign]
-
-        assert finish(start("out", "--dataset", "self", prepare=full)) == 2
-        weights = load_file("model/model.safetensors")
-        save_file({name: 2 * tensor for name, tensor in weights.items()}, "model/model.safetensors", {"format": "pt"})
-        assert main(prune_arguments("--dataset", "self", "--resume")) == 2
-        assert "its weights are those of another model" in " ".join(capsys.readouterr().err.split())
-        assert main(prune_arguments("--dataset", "self", "--no-resume")) == 0
 
     def test_the_most_memory_of_all_runs_is_told(self) -> None:
         def large() -> None:
@@ -221,24 +184,6 @@ class TestStopped:
         assert read_journal(JOURNAL).blocks
         assert finish(start("out", "--resume")) == 0, said()
         assert optima.load_report("out").run.peak_memory_bytes == 10**15
-
-    def test_what_the_caller_gave_is_not_taken_for_what_the_model_writes(self) -> None:
-        recipe = optima.Recipe(dataset=["self"], num_calibration_samples=4, max_seq_length=16)
-
-        def work(calibration: torch.Tensor | None, resume: bool | None) -> int:
-            child = os.fork()
-            if child:
-                return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            try:
-                if resume is None:
-                    Writer.commit = on_call(2, Writer.commit, lambda: os.kill(os.getpid(), signal.SIGKILL))  # type: ignore[method-assign]
-                optima.prune("model", recipe, output_dir="out", calibration=calibration, resume=resume)
-                os._exit(0)
-            except ModelError as error:
-                os._exit(2 if "tokens" in str(error) or "text" in str(error) else 3)
-
-        assert work(make_tokens(4, 16), None) == -signal.SIGKILL
-        assert work(None, True) == 2
 
     def test_by_a_signal_that_says_how_to_go_on(self, whole: Path) -> None:
         assert finish(start("out", prepare=stop_at_sync(13, signal.SIGTERM))) == 128 + signal.SIGTERM

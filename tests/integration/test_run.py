@@ -138,7 +138,7 @@ def test_settings_reach_the_work() -> None:
         ({"objective": "sink", "tuning_epochs": 2}, 9, 5),
         ({"objective": "sink", "tuning_epochs": 1, "true_sequential": True}, 6, 5),
         ({"objective": "loss", "allocation": "uniform", "tuning_epochs": 0}, 6, 7),
-        ({"objective": "sink", "dataset": ["self"]}, 2, 2),  # the whole model writes it
+        ({"objective": "sink", "self_generated": 0.5}, 2, 2),  # the whole model is in memory
     ],
     ids=str,
 )

@@ -208,7 +208,7 @@ def test_what_cannot_be_streamed_is_held_in_memory_and_noted(tmp_path: Path) -> 
 EXTRA = {"mtp.fc.weight": torch.ones(32, 64), "mtp.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}
 
 
-@pytest.mark.parametrize("whole", [None, "it writes its own text"])
+@pytest.mark.parametrize("whole", [None, "it generates calibration data"])
 @pytest.mark.parametrize("family", ["qwen3_next", "llama"])
 def test_what_the_model_has_no_place_for_is_noted(family: str, whole: str | None, tmp_path: Path) -> None:
     """Of the block for multi-token prediction transformers says nothing, for the class of Qwen3-Next expects it."""
@@ -358,11 +358,11 @@ def test_a_budget_counts_weights_in_the_dtype_that_they_are_read_in(tmp_path: Pa
         pruned(tmp_path / "model", tmp_path / "less", memory_budget=f"{plan.host.least - 1}B")
 
 
-def test_it_is_refused_before_the_model_writes_a_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_refused_before_text_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_llama().save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(optima.preflight.opening, "own_text", None)
+    monkeypatch.setattr(optima.preflight.opening, "generate_tokens", None)
     monkeypatch.setattr("optima.models.weights.load_whole", None)  # nor are weights read, which are held whole
-    recipe = optima.Recipe(dataset=["self"], memory_budget="1MiB", max_seq_length=16)
+    recipe = optima.Recipe(memory_budget="1MiB", max_seq_length=16, self_generated=0.5)
     with pytest.raises(RecipeError, match="memory_budget"):
         optima.prune(tmp_path / "model", recipe, output_dir=tmp_path / "out", tokenizer=make_tokenizer())
 
@@ -374,4 +374,4 @@ def test_a_plan_knows_what_is_in_memory_at_a_time(tmp_path: Path) -> None:
     plan = make_plan(source, optima.Recipe(max_seq_length=16))
     # What is outside the blocks is there while the last one is tuned.
     assert plan.host.weights == max(2 * plan.block_bytes, plan.model_bytes - 5 * plan.block_bytes)
-    assert make_plan(source, optima.Recipe(max_seq_length=16, dataset=["self"])).host.weights == plan.model_bytes
+    assert make_plan(source, optima.Recipe(max_seq_length=16, self_generated=0.5)).host.weights == plan.model_bytes

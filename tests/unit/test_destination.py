@@ -535,29 +535,3 @@ class TestSignals:
         thread.start()
         thread.join()
         assert found == [signal.SIG_DFL]
-
-
-def test_a_kill_while_it_clears_up_leaves_no_text_without_its_journal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    if os.fork() == 0:
-        unlink, gone = Path.unlink, list[str]()
-
-        def last(self: Path, missing_ok: bool = False) -> None:
-            if Path("out").exists() and (gone or not self.exists()):
-                os._exit(0)
-            gone.extend([self.name] if Path("out").exists() else [])
-            unlink(self, missing_ok)
-
-        Path.unlink = last  # type: ignore[method-assign]
-        with Destination.open("out") as destination:
-            (destination.directory / "new").touch()
-            destination.own_text.write_text("text")
-            Journal(destination.journal, {}).append({"block": "a", "file": None})
-        os._exit(1)
-    os.wait()
-    found = unfinished(tmp_path / "out")
-    assert found is not None
-    assert found.journal.blocks
-    assert not found.has_text

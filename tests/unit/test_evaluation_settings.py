@@ -27,7 +27,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"dataset": (), "tasks": "piqa", "max_seq_length": 64}, "--max-seq-length is for a text: name one with --dataset"),
     ({"dataset": (), "tasks": "piqa", "protocol": "sparsegpt"}, "--protocol is for a text"),
     ({"dataset": (), "tasks": "piqa", "max_windows": 3}, "--max-windows is for a text"),
-    ({"dataset": (), "tasks": "piqa", "dataset_revision": "v1"}, "--dataset-revision is for a text"),
+    ({"dataset": (), "tasks": "piqa", "split": "train"}, "--split is for a text"),
 ]
 
 

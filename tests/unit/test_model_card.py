@@ -35,7 +35,7 @@ def evaluation(*models: str, perplexity: float = 20.0, dataset: str = "wikitext"
     text = PerplexityRecord(perplexity, Estimate(3.0, 0.1), "windows", 8, 16, "hash")
     task = TaskRecord("piqa", 10, {"acc": Estimate(0.7, 0.1), "acc_norm": Estimate(0.6, 0.1)}, {"acc": "1" * 10}, "h")
     records = tuple(ModelRecord(name, None, "print", "bfloat16", 1.0, text, tasks=(task,)) for name in models)
-    settings = {"dataset": [dataset], "dataset_config": "raw", "split": "test"}
+    settings = {"dataset": [dataset], "split": "test"}
     comparisons = tuple(ComparisonRecord(name, None, ()) for name in models[1:])
     return Evaluation(settings, {}, "cpu", "2025-01-01", records, comparisons)
 
@@ -64,14 +64,14 @@ class TestHead:
 class TestBody:
     def test_says_how_it_was_made_and_what_runs_it(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
-        recipe = RUN.recipe | {"dataset": ["allenai/c4"], "own_share": 0.5}
+        recipe = RUN.recipe | {"dataset": ["allenai/c4"], "self_generated": 0.5}
         write_card(tmp_path, report(linear(), recipe=recipe), None)
         text = card_of(tmp_path).text
         assert "AutoModelForCausalLM.from_pretrained" in text
         assert "Certified to the asked gap of 1.0e-04" in text
         assert "| selector         | wanda" in text
-        assert "| allenai/c4, written by the model itself" in text
-        assert "own_share" in text
+        assert "| allenai/c4" in text
+        assert "self_generated" in text
         assert "MACKO" in text
         assert NOT_YET in text
 
@@ -153,9 +153,8 @@ class TestBody:
         assert "given by the caller" in text
         assert "on the same calibration text" in text
         assert "keep_dense" in text
-        write_card(tmp_path, report(linear(), recipe=recipe | {"dataset": ["self"]}), None)
+        write_card(tmp_path, report(linear(), recipe=recipe), None)
         assert "gives the same run again." in card_of(tmp_path).text
-        assert "written by the model itself" in card_of(tmp_path).text
 
 
 class TestResults:

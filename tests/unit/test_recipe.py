@@ -74,7 +74,7 @@ class TestYaml:
 
     def test_missing_keys_take_their_defaults(self, tmp_path: Path) -> None:
         assert read(tmp_path, "sparsity: 0.6") == Recipe(sparsity=0.6)
-        assert read(tmp_path, "sparsity: null\ndataset_config:") == Recipe()
+        assert read(tmp_path, "sparsity: null\nrevision:") == Recipe()
 
     @pytest.mark.parametrize("text", ["1e-4", "0.0001", "1.0e-4", "'1e-4'"])
     def test_1e_4_is_a_number(self, tmp_path: Path, text: str) -> None:
@@ -236,8 +236,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"dataset": []}, "dataset is empty"),
     ({"dataset": ["a.txt", ""]}, "dataset must be a list of names, none of them empty"),
     ({"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
-    ({"dataset": "a.txt", "text_column": "body"}, "text_column is for a dataset with columns"),
-    ({"dataset": "a.jsonl", "split": "test"}, "split is for a dataset of the hub"),
+    ({"self_generated": 1.0}, "self_generated must be 0, or a number below 1"),
     ({"selector": "sparsegpt", "pattern": "2:4", "group_size": 64}, "group_size is for scope group"),
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
     ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
@@ -329,9 +328,8 @@ class TestResolved:
     def test_open_defaults_are_filled_in_as_applied(self) -> None:
         values = Recipe().resolved(scope="row").to_dict()
         assert (values["sparsity"], values["scope"], values["objective"]) == (0.5, "row", "loss")
-        assert values["dataset_config"] == "en"
         owl = Recipe(allocation="owl", scope="layer", dataset="a.txt").resolved(scope="row")  # type: ignore[arg-type]
-        assert (owl.scope, owl.allocation_spread, owl.dataset_config) == ("layer", SPREADS["owl"], None)
+        assert (owl.scope, owl.allocation_spread) == ("layer", SPREADS["owl"])
 
     @pytest.mark.parametrize("values", [{"pattern": "2:4"}, {"selector": "external", "mask_from": "m.safetensors"}])
     def test_what_does_not_apply_stays_open(self, values: dict[str, Any]) -> None:

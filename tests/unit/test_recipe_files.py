@@ -202,10 +202,6 @@ class TestPatternOverAllocation:
         ("selector: sparsegpt\ngroup_size: 64", {"selector": "wanda"}),
         ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "0"}),
         ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "00"}),
-        ("dataset: text.jsonl\ntext_column: body", {"dataset": ["text.txt"]}),
-        ("own_share: 0.5", {"dataset": ["self"]}),
-        ("dataset: allenai/c4\ndataset_config: en", {"dataset": ["text.txt"]}),
-        ("dataset: allenai/c4\nsplit: validation", {"dataset": ["self"]}),
     ],
     ids=str,
 )

@@ -36,14 +36,12 @@ class Calibration:
     Attributes:
         tokens_NL: token ids, (samples, length) int64; None if ``inputs`` are given.
         inputs: batches of a processor's outputs, each the arguments of a forward pass by name.
-        skipped: records of the data set that had no text.
         revision: of a hub data set, where it is known.
         notes: what a report must tell of it.
     """
 
     tokens_NL: Tensor | None
     inputs: tuple[Mapping[str, Tensor], ...] = ()
-    skipped: int = 0
     revision: str | None = None
     notes: tuple[str, ...] = ()
 

@@ -33,13 +33,12 @@ def calibration_tokens(
     tokenizer: PreTrainedTokenizerBase,
     num_samples: int,
     max_seq_length: int,
-    fewer: bool = False,
 ) -> Tensor:
     """Pack documents into calibration sequences.
 
     Documents are tokenised one by one, each followed by a blank line, and cut into consecutive windows. Every window
     carries the tokenizer's special tokens, because models treat position 0 (an attention sink) specially. Blank
-    documents are left out, and reading stops soon after there are enough. ``fewer``: or as many as there are.
+    documents are left out, and reading stops soon after there are enough.
 
     Returns:
         tokens_NL: int64, (num_samples, max_seq_length).
@@ -57,7 +56,7 @@ def calibration_tokens(
         ids += chain.from_iterable(token_ids(batch, tokenizer))
         if len(ids) >= needed:
             break
-    if len(ids) < needed and not fewer:
+    if len(ids) < needed:
         raise CalibrationError(
             f"the calibration text has {len(ids)} tokens, but {num_samples} samples of {max_seq_length} tokens need "
             f"{needed}: give more text, or lower --num-calibration-samples or --max-seq-length"

@@ -34,7 +34,6 @@ def _results(record: ModelRecord, settings: dict[str, Any]) -> Iterator[EvalResu
             task_type="text-generation",
             dataset_type=name,
             dataset_name=name,
-            dataset_config=settings.get("dataset_config") if of_hub else None,
             dataset_split=settings.get("split") if of_hub else None,
             metric_type="perplexity",
             metric_name=f"perplexity, protocol {text.protocol}, {text.windows} windows of {text.length} tokens",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.data.datasets import Documents, TextSource
+from optima.data.datasets import Documents, load_documents
 from optima.data.text import data_hash
 from optima.device import describe_device, dtype_name, find_device, memory_explained
 from optima.errors import ModelError
@@ -123,15 +123,14 @@ def _subjects(settings: EvaluationSettings) -> list[_Subject]:
     sources = [
         find_source(m, settings.trust_remote_code, each) for m, each in zip(settings.models, revisions, strict=True)
     ]
-    named = settings.dataset, settings.dataset_config, settings.split, settings.text_column, settings.dataset_revision
-    text = TextSource(*named)
     subjects = []
     structures = [skeleton(source) for source in sources]
     for source, (structure, config) in zip(sources, structures, strict=True):
         source = pinned(source, config)
         tokenizer = load_tokenizer(source)
-        tokens_NL, documents = None, Documents(text, tokenizer=tokenizer) if settings.dataset else None
-        if documents is not None:
+        tokens_NL, documents = None, None
+        if settings.dataset:
+            documents = load_documents(settings.dataset, tokenizer, split=settings.split)
             size = settings.max_seq_length, settings.max_windows
             tokens_NL = evaluation_windows(documents, tokenizer, *size, settings.protocol)
         subjects.append(_Subject(source, structure, tokenizer, tokens_NL, documents))
@@ -239,7 +238,7 @@ def _perplexity(subject: _Subject, loss_N: Tensor, protocol: str) -> PerplexityR
     assert subject.tokens_NL is not None
     assert subject.text is not None
     loss, (num_windows, length) = estimate(loss_N), subject.tokens_NL.shape
-    text = data_hash(subject.tokens_NL), subject.text.revision, subject.text.skipped
+    text = data_hash(subject.tokens_NL), subject.text.revision
     return PerplexityRecord(exponential(loss.value), loss, protocol, num_windows, length, *text)
 
 

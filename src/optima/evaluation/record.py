@@ -40,7 +40,6 @@ class PerplexityRecord(Record):
     length: Int  # tokens in a window
     data_hash: str  # SHA-256 of the tokens
     dataset_revision: str | None = None  # commit of a hub dataset; None for several, and for local files
-    skipped_records: Int = 0  # records that were read and had none in the text column
 
     @property
     def stderr(self) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from optima.errors import RecipeError
-from optima.options import DTYPES, OF_HUB, is_file
+from optima.options import DTYPES, is_file
 from optima.values import Count, Device, Flag, FrozenNames, Seed, checked, unknown
 
 PROTOCOLS = {
@@ -22,7 +22,7 @@ ABOUT = (
 )
 SUITES = {"paper": ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")}
 WINDOWS, CHOICES = 1, 8  # in one forward pass
-OF_TEXT = ("dataset_config", "dataset_revision", "split", "text_column", "protocol", "max_seq_length", "max_windows")
+OF_TEXT = ("split", "protocol", "max_seq_length", "max_windows")
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,7 @@ class EvaluationSettings:
         models: hub ids, local directories or GGUF files.
         dataset: hub ids or local files of the text for perplexity; empty measures none.
         revision: commit, tag or branch of the first model, if it is on the hub; None for its newest.
-        dataset_config: configuration of a hub dataset.
-        dataset_revision: commit, tag or branch of a hub dataset; None for its newest.
         split: split of a hub dataset.
-        text_column: column that holds the text.
         protocol: one of ``PROTOCOLS``.
         max_seq_length: tokens in a window.
         max_windows: use the first windows only.
@@ -58,10 +55,7 @@ class EvaluationSettings:
     models: FrozenNames
     dataset: FrozenNames = ()
     revision: str | None = None
-    dataset_config: str | None = None
-    dataset_revision: str | None = None
     split: str = "test"
-    text_column: str = "text"
     protocol: str = "windows"
     max_seq_length: Count = 2048
     max_windows: Count | None = None
@@ -108,10 +102,7 @@ class EvaluationSettings:
         """Options that do nothing, and what they are for."""
         if not self.dataset:
             return dict.fromkeys(OF_TEXT, "a text: name one with --dataset")
-        idle = dict.fromkeys(OF_HUB, "a dataset of the hub: name one") if all(map(is_file, self.dataset)) else {}
-        if all(name.endswith(".txt") for name in self.dataset):
-            idle["text_column"] = "a dataset with columns: name one"
-        return idle
+        return {"split": "a dataset of the hub: name one"} if all(map(is_file, self.dataset)) else {}
 
     @property
     def task_names(self) -> tuple[str, ...]:

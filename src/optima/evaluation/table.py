@@ -80,9 +80,6 @@ def tables(found: Evaluation) -> Iterator[tuple[list[str], Rows, str]]:
     text = [model.perplexity for model in found.models if model.perplexity is not None]
     protocols = sorted({f"protocol {each.protocol} ({PROTOCOLS[each.protocol]})" for each in text})
     lengths = sorted({f"{each.windows} windows of {each.length} tokens" for each in text})
-    lengths += sorted(
-        {f"{each.skipped_records:,} records without text skipped" for each in text if each.skipped_records}
-    )
     lengths += _other_tokens(found)
     first = found.models[0].model
     for (heading, rows), note in (

@@ -20,10 +20,12 @@ import yaml
 from datasets.exceptions import DatasetsError
 from jinja2 import UndefinedError
 
-from optima.data.records import READ_ERRORS
 from optima.errors import CalibrationError, OptimaError, RecipeError
+from optima.models.failures import HUB_FAILURES
 from optima.models.files import usable_path
 from optima.values import shown
+
+READ_ERRORS: tuple[type[Exception], ...] = (*HUB_FAILURES, ValueError, TypeError, RuntimeError, ImportError)
 
 METRICS = ("acc", "acc_norm")
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}

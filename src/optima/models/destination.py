@@ -48,7 +48,7 @@ from optima.stopping import uninterrupted
 _logger = logging.getLogger("optima")
 
 SUFFIX = ".optima-partial"
-RUN, JOURNAL, MODEL, OWN_TEXT, BESIDE = "run.json", "journal.jsonl", "model", "own-text", "beside"
+RUN, JOURNAL, MODEL, BESIDE = "run.json", "journal.jsonl", "model", "beside"
 RECORDS = {"report.json": {"schema_version", "run"}, ORDERING_NAME: {"schema_version", "channels"}}
 NAME_BYTES = 255  # of one name, on every file system in use
 
@@ -60,7 +60,6 @@ class Unfinished:
     directory: Path
     run: dict[str, Any]
     journal: Lines
-    has_text: bool
 
     @classmethod
     def of(cls, partial: Path) -> Unfinished:
@@ -69,17 +68,16 @@ class Unfinished:
         with suppress(OSError, ValueError):  # a run that was killed while it wrote the file
             run = json.loads((partial / RUN).read_text(encoding="utf-8"))
         journal = read_journal(partial / JOURNAL)
-        return cls(partial, run if isinstance(run, dict) else {}, journal, (partial / OWN_TEXT).exists())
+        return cls(partial, run if isinstance(run, dict) else {}, journal)
 
     @property
     def holds_work(self) -> bool:
-        """Whether something is there that took long: a committed block, or text that the model wrote."""
-        return self.journal.holds_work or self.has_text
+        """Whether a block was committed."""
+        return self.journal.holds_work
 
     def __str__(self) -> str:
         known = ", ".join(f"{key} {self.run[key]}" for key in ("command", "pid", "started") if key in self.run)
-        text = "its own text written, " if self.has_text else ""
-        return f"{known or 'unknown'}; {text}{len(self.journal.blocks)} blocks done"
+        return f"{known or 'unknown'}; {len(self.journal.blocks)} blocks done"
 
     def ended_as(self, out: Path) -> bool:
         """Whether all that was committed has left for ``out``: nothing remained to be done but to clear up."""
@@ -115,11 +113,6 @@ class Destination:
     def directory(self) -> Path:
         """What becomes OUT."""
         return self.partial / MODEL
-
-    @property
-    def own_text(self) -> Path:
-        """Where calibration text waits that the model wrote, until the run ends: it may have taken hours."""
-        return self.partial / OWN_TEXT
 
     @property
     def beside(self) -> Path:
@@ -299,7 +292,6 @@ class Destination:
             raise ModelError(f"{error}; the finished checkpoint is in {kept}") from error
         # The name first: without the journal, what is not yet under it would count for nothing.
         sync(self.path.parent, self.partial)
-        self.own_text.unlink(missing_ok=True)  # it alone would count as work
         self.journal.unlink(missing_ok=True)
 
 

@@ -31,7 +31,6 @@ HASHED = {
     "configuration": "is that of another model",
     "weights": "are those of another model",
     "tokens": "are of other text",
-    "data": "is other text",
     "masks": "are others",
 }
 

@@ -28,7 +28,7 @@ from optima.ordering.record import Ordering
 from optima.ordering.run import HIDDEN_STAY, Run
 from optima.patterns import NM
 from optima.preflight.checks import known_orders
-from optima.preflight.opening import check, claim, read, store_of, written
+from optima.preflight.opening import check, claim, generated, read, store_of
 from optima.preflight.settling import untuned
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Listeners
@@ -98,7 +98,7 @@ def order(
         if destination is not None:
             saved = to_save(checked.source, tokenizer, reader)
             prepare(network, saved, checked.source, destination.directory)
-        text = written(checked, network, reader, text, ranks, shown)
+        text = generated(checked, network, reader, text, ranks, shown)
         recipe = checked.recipe
         assert recipe.batch_size is not None
         store = store_of(checked, weights, destination, ranks)

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from optima.build import pattern_table
 from optima.data.batches import Calibration
-from optima.data.generate import check_writes
 from optima.data.given import given_batches, given_text
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, NumericalError, RecipeError
@@ -30,7 +29,7 @@ from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
 from optima.names import check_bounded
 from optima.patterns import Pattern, Unstructured
-from optima.preflight.settling import settle_in_turn, settle_own, settle_tuning
+from optima.preflight.settling import settle_in_turn, settle_self_generated, settle_tuning
 from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
 from optima.selectors.external import External
@@ -234,12 +233,9 @@ def sized(
         calibration: what the caller gave; of token ids and a processor's outputs the size is known.
 
     Raises:
-        CalibrationError: if the model is to write text, and cannot.
-        RecipeError: if it is to write a share of text that the caller gave.
+        OptimaError: if that cannot be.
     """
-    recipe, all_read = settle_own(model, recipe, dtype, calibration is not None)
-    if recipe.written and calibration is None:
-        check_writes(model)
+    recipe, all_read = settle_self_generated(model, recipe, dtype, calibration is not None)
     if isinstance(calibration, Tensor):
         recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     if isinstance(calibration, Calibration):

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.activations import activations
 from optima.calibration.store import Store
 from optima.data.batches import Batch, Calibration
-from optima.data.datasets import Documents, TextSource
-from optima.data.generate import KeptText, begin, check_card, own_text
-from optima.data.text import calibration_tokens
+from optima.data.datasets import Documents, load_documents
+from optima.data.generate import generate_tokens
+from optima.data.text import calibration_tokens, special_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import HostMemory, host_memory, host_room
@@ -30,7 +30,6 @@ from optima.models.skeleton import skeleton
 from optima.models.source import Source, find_source, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
-from optima.options import SELF
 from optima.patterns import Unstructured
 from optima.preflight.checks import check_dump, check_shared
 from optima.preflight.fitting import Fitted, fit
@@ -91,17 +90,14 @@ def check(
 def read(
     checked: Checked, tokenizer: PreTrainedTokenizerBase | None, ranks: Ranks, whole: str | None = None
 ) -> tuple[PreTrainedModel, Weights, dict[str, Any], Calibration]:
-    """The model, what the report says of where it is from, and the text: read first; ``written`` has what it lacks.
+    """The model, what the report says of where it is from, and the text: read first; ``generated`` adds to it.
 
     ``whole``: why the weights are not streamed.
     """
     text = ranks.on_rank0(lambda: find_calibration(checked.recipe, tokenizer, checked.calibration))
     text.check(checked.structure)
-    if _lacks(checked, text):
-        assert tokenizer is not None, "the text was read by it"
-        begin(tokenizer, checked.recipe, text)  # what these refuse is refused before weights are read
-        check_card(checked.structure, checked.dtype, checked.device)
-        whole = whole or "it writes its own text"
+    if checked.recipe.self_generated:
+        whole = whole or "it generates calibration data"
     return *_network(checked, whole, ranks), text
 
 
@@ -110,8 +106,7 @@ def find_calibration(
 ) -> Calibration:
     """The calibration tokens: given as they are, or from given documents, or from the resolved recipe's data sets.
 
-    Batches of a processor's outputs are taken as they are. Data sets beside dataset self may lack some, and the share
-    that the model writes is not read.
+    Batches of a processor's outputs are taken as they are. The share that the model generates is not read.
 
     Raises:
         CalibrationError: if there is no text, too little of it, or no tokenizer to read it with.
@@ -122,48 +117,45 @@ def find_calibration(
         return given
     if tokenizer is None:
         raise CalibrationError("a model in memory needs its tokenizer, or calibration token ids as a tensor")
-    column, revision = recipe.text_column, recipe.dataset_revision
-    source = TextSource(recipe.read, recipe.dataset_config, recipe.split, column, revision)
-    documents = Documents(source, recipe.seed, tokenizer) if given is None else given
+    documents = load_documents(recipe.dataset, tokenizer, seed=recipe.seed) if given is None else given
     assert recipe.num_calibration_samples is not None, "a run resolves it"
     samples = recipe.num_calibration_samples
-    if given is None and recipe.own_share not in ("auto", 0):
-        samples -= min(max(int(recipe.own_share * samples), 1), samples - 1)
-    fewer = given is None and SELF in recipe.dataset
-    tokens_NL = calibration_tokens(documents, tokenizer, samples, recipe.max_seq_length, fewer)
-    if isinstance(documents, Documents):
-        return Calibration(tokens_NL, (), documents.skipped, documents.revision)
-    return Calibration(tokens_NL)
+    if recipe.self_generated:
+        samples -= min(max(int(recipe.self_generated * samples), 1), samples - 1)
+    tokens_NL = calibration_tokens(documents, tokenizer, samples, recipe.max_seq_length)
+    return Calibration(tokens_NL, revision=documents.revision if isinstance(documents, Documents) else None)
 
 
-def _lacks(checked: Checked, text: Calibration) -> bool:
-    """Whether the model has to write some."""
-    return checked.calibration is None and text.size[0] < (checked.recipe.num_calibration_samples or 0)
-
-
-def written(
+def generated(
     checked: Checked,
     network: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     text: Calibration,
     ranks: Ranks,
     progress: Listeners,
-    kept: KeptText | None = None,
 ) -> Calibration:
-    """``text``, and what it lacks, which the model writes, unless an earlier part of the run ``kept`` it."""
-    if not _lacks(checked, text):
+    """``text`` and the sequences that the model generates, as many as the recipe's ``self_generated`` says."""
+    recipe, read_NL = checked.recipe, text.tokens_NL
+    if not recipe.self_generated:
         return text
-    if (known := ranks.on_rank0(lambda: None if kept is None else kept.read(text))) is not None:
-        return known
-    assert tokenizer is not None, "the text was read by it"
-    recipe = checked.recipe
+    assert tokenizer is not None
+    assert read_NL is not None
     assert recipe.num_calibration_samples is not None, "a run resolves it"
-    progress.start(recipe.num_calibration_samples - text.size[0], 1, stage="write")
-    room = host_room(recipe, ranks.here())
-    found = own_text(network, tokenizer, recipe, checked.device, text, room, ranks, progress.share)
-    if kept is not None:
-        kept.keep(found, text)
-    return found
+    count = recipe.num_calibration_samples - len(read_NL)
+    progress.start(count, 1, stage="write")
+    tokens_NL = generate_tokens(
+        network,
+        read_NL,
+        count,
+        len(special_tokens(tokenizer).before),
+        seed=recipe.seed,
+        device=checked.device,
+        memory=host_room(recipe, ranks.here()) if checked.device.type == "cpu" else None,
+        ranks=ranks,
+        progress=progress.share,
+    )
+    note = f"self-generated calibration data: {count} of {recipe.num_calibration_samples} sequences"
+    return replace(text, tokens_NL=torch.cat([read_NL, tokens_NL]), notes=(*text.notes, note))
 
 
 def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrainedModel, Weights, dict[str, Any]]:
@@ -219,7 +211,7 @@ def claim(
     checked: Checked, output_dir: str | Path, overwrite: bool, run: dict[str, Any], resume: bool | None
 ) -> AbstractContextManager[Destination]:
     """The output's place, if it can be had; arguments as of ``Destination.open``."""
-    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.read]
+    named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     # What commits no block (a run that is not told of itself) keeps nothing beside.
     beside = split_on_disk(checked.structure, checked.found.linears) if run else 0

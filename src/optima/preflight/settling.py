@@ -12,9 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optima.data.generate import CARD_SHARE, keys_bytes, writes
+from optima.data.generate import can_continue
 from optima.device import card_memory, is_there, named_device
-from optima.errors import RecipeError
 from optima.main_memory import total_memory
 from optima.memory import (
     GIB,
@@ -26,15 +25,14 @@ from optima.memory import (
     tuning_bytes,
 )
 from optima.models.stacks import Block, count_parameters
-from optima.options import OWN_SHARE
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import Recipe
 
 # By ``auto`` main memory holds at most so many times the weights that are there at a time: a run's memory stays low.
 # At most this share of weights may go, and not by n:m: behind such linears others do better on dense ones' outputs.
 AUTO_WEIGHTS, AUTO_SPARSITY = 2, 0.5
-# Share of the main memory that may hold the whole model while it writes, by ``auto``: there may be several processes.
-WHOLE_SHARE = 0.25
+# Shares of the main and the device memory that the whole model may take while it generates.
+MAIN_SHARE, CARD_SHARE = 0.5, 0.8
 
 
 def settle_in_turn(
@@ -86,40 +84,34 @@ def untuned(recipe: Recipe) -> Recipe:
     return replace(recipe, tuning_epochs=0, tuning_share=share, learning_rate=rate)
 
 
-def settle_own(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, given: bool) -> tuple[Recipe, str]:
-    """``recipe`` with its ``own_share`` as applied, and a note if ``auto`` comes to none.
+def settle_self_generated(
+    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, given: bool
+) -> tuple[Recipe, str]:
+    """``recipe`` with ``self_generated`` 0 and a note, where the model cannot generate calibration data.
+
+    Not by what memory is free now: a resumed run must do as it did.
 
     Args:
         model: with its weights, or its skeleton.
         recipe: what is asked for.
         dtype: of the weights.
-        given: whether the caller brought the text.
-
-    Raises:
-        RecipeError: if the model is to write a share of what the caller brought.
+        given: whether the caller gave token ids or batches.
     """
-    if recipe.own_share != "auto":
-        if given and recipe.own_share:
-            raise RecipeError("own_share is for text that is read, and calibration text was given: leave out one")
+    if not recipe.self_generated:
         return recipe, ""
-    if given or not recipe.read:
-        return replace(recipe, own_share=0.0), ""
-    reason = _why_silent(model, recipe, dtype)
-    note = f"all of the text is read, and the model writes none: {reason}" if reason else ""
-    return replace(recipe, own_share=0.0 if reason else OWN_SHARE), note
-
-
-def _why_silent(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> str:
-    """Why ``auto`` lets a model write nothing; not by what is free, for a run that goes on must do as it did."""
-    if not writes(model):
-        return f"{type(model).__name__} does not go on with a text"
-    whole, tries = count_parameters(model) * dtype.itemsize, f"; --own-share {OWN_SHARE} tries"
-    if whole > WHOLE_SHARE * (recipe.memory_budget or total_memory()):
-        return f"its weights take {whole / GIB:.1f} GiB, more than {WHOLE_SHARE:.0%} of the main memory{tries}"
-    card = None if on_cpu(recipe) else _memory_at_work(recipe, None)
-    if card is not None and whole + keys_bytes(model, recipe.max_seq_length) > CARD_SHARE * card:
-        return f"it takes {whole / GIB:.1f} GiB, more than {CARD_SHARE:.0%} of the device{tries}"
-    return ""
+    whole = count_parameters(model) * dtype.itemsize
+    main, card = recipe.memory_budget or total_memory(), None if on_cpu(recipe) else _memory_at_work(recipe, None)
+    if given:
+        reason = "the caller gave the calibration data"
+    elif not can_continue(model):
+        reason = f"{type(model).__name__} does not generate text"
+    elif whole > MAIN_SHARE * main:
+        reason = f"its weights take {whole / GIB:.1f} GiB, more than {MAIN_SHARE:.0%} of the main memory"
+    elif card is not None and whole > CARD_SHARE * card:
+        reason = f"its weights take {whole / GIB:.1f} GiB, more than {CARD_SHARE:.0%} of the device memory"
+    else:
+        return recipe, ""
+    return replace(recipe, self_generated=0.0), f"no calibration data is self-generated: {reason}"
 
 
 def _auto_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, held: float) -> bool:

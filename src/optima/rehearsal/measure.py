@@ -60,14 +60,14 @@ def _text(plan: Plan, source: Source, notes: list[str]) -> Tensor:
     samples, length = recipe.num_calibration_samples, recipe.max_seq_length
     assert samples is not None
     read_NL = torch.empty(0, length, dtype=torch.int64)
-    if not all(map(is_file, recipe.read)):
-        notes.append(f"the time to read {', '.join(recipe.read)} is not counted")
-    elif recipe.read:
+    if not all(map(is_file, recipe.dataset)):
+        notes.append(f"the time to read {', '.join(recipe.dataset)} is not counted")
+    else:
         found_NL = find_calibration(recipe, load_tokenizer(source), None).tokens_NL
         assert found_NL is not None
         read_NL = found_NL
-    if recipe.written and len(read_NL) < samples:
-        notes.append("the time in which the model writes its own text is not counted")
+    if recipe.self_generated:
+        notes.append("the time of self_generated is not counted")
     vocabulary = int(plan.model.config.get_text_config().vocab_size)
     size = (samples - len(read_NL), length)
     return torch.cat([read_NL, torch.randint(vocabulary, size, generator=torch.Generator().manual_seed(recipe.seed))])

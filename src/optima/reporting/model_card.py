@@ -20,7 +20,6 @@ from optima.errors import ModelError
 from optima.models.files import TOKENIZERS, explain_write_errors, write_whole
 from optima.models.own_code import auto_class
 from optima.models.weights import LEFT_OUT
-from optima.options import SELF
 from optima.patterns import parse_nm
 from optima.reporting.markdown import table
 from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
@@ -43,11 +42,10 @@ MORE_SETTINGS = (
     "learning_rate",
     "num_calibration_samples",
     "max_seq_length",
-    "own_share",
+    "self_generated",
     "seed",
 )
-OFF_AT_ZERO, OF_TUNING = ("swaps", "own_share"), {"tuning_epochs", "tuning_share", "learning_rate"}
-TEXTS = {SELF: "written by the model itself"}  # in words, where a data set's name says nothing
+OFF_AT_ZERO, OF_TUNING = ("swaps", "self_generated"), {"tuning_epochs", "tuning_share", "learning_rate"}
 AGAIN = "`recipe.yaml` gives the same run again{}."
 ON_GIVEN = " on the same calibration text, which the caller gave"
 BY_OBJECT = " with the selector's settings, which are in `report.json` alone"
@@ -200,8 +198,7 @@ def _body(directory: Path, report: Report) -> str:
     given = GIVEN_NOTE in report.run.notes
     by_object = any(note.startswith(OBJECT_NOTE) for note in report.run.notes)
     lost = [note.removesuffix(LEFT_OUT[1]) for note in report.run.notes if note.endswith(LEFT_OUT[1])]
-    named = dict.fromkeys([*recipe.get("dataset", []), *([SELF] if recipe.get("own_share") else [])])
-    texts = [TEXTS.get(text) or short_name(text) for text in named]
+    texts = [short_name(text) for text in dict.fromkeys(recipe.get("dataset", []))]
     rows.append(["calibration text", "given by the caller" if given else ", ".join(texts)])
     rows += [[f"{library} version", version] for library, version in report.run.versions.items()]
     return BODY.format(

@@ -134,7 +134,6 @@ class RunRecord(Record):
     model_fingerprint: str | None = None  # hash of the source's weights; None if unknown
     dataset_revision: str | None = None  # commit of a hub dataset; None if unknown
     processes: Int = 1  # that shared the work
-    skipped_records: Int = 0  # records of the calibration text that had none in the text column
     kept_dense: dict[str, Int] = field(default_factory=dict)  # linears that ``keep_dense`` chose, and their weights
 
 

@@ -149,7 +149,6 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     source = [f"revision {run.model_revision}" if run.model_revision else None, run.model_fingerprint]
     text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
     text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
-    text += [f"{run.skipped_records:,} records without text skipped"] if run.skipped_records else []
     device = run.device if run.processes == 1 else f"{run.processes} processes, the first on {run.device}"
     rows = [
         ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in linears to prune"),

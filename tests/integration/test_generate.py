@@ -1,0 +1,156 @@
+"""Self-generated calibration data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from ranks import in_processes
+from runs import raising
+from tiny import make_bert, make_llama, make_tokenizer, save_model, weight_files
+from torch import Tensor
+
+from optima import Recipe, load_report, prune
+from optima.cli import main
+from optima.data.generate import generate_tokens
+from optima.distributed import Ranks
+from optima.errors import CalibrationError
+from optima.models.source import find_source
+from optima.plan import make_plan
+from optima.preflight.settling import settle_self_generated
+
+CPU = torch.device("cpu")
+# BOS, then consecutive tokens: each sequence has its own.
+READ_NL = torch.cat([torch.zeros(10, 1, dtype=torch.int64), torch.arange(1, 24) + 24 * torch.arange(10)[:, None]], 1)
+
+
+def generate(model: Any, count: int = 40, read_NL: Tensor = READ_NL, **options: Any) -> Tensor:
+    return generate_tokens(model, read_NL, count, 1, **{"seed": 0, "device": CPU, **options})
+
+
+def test_sequences_are_full_and_those_of_the_seed() -> None:
+    model = make_llama()
+    state = torch.get_rng_state()
+    model.generation_config.eos_token_id = 7  # which does not end them
+    model.generation_config.top_k = 1
+    tokens_NL = generate(model)
+    assert tokens_NL.shape == (40, 24)
+    assert (tokens_NL[:, 0] == 0).all(), "every text begins with BOS"
+    assert len(tokens_NL[:, 4:].unique()) > 100, "tokens are sampled, not the likeliest taken"
+    assert bool((tokens_NL[:, 4:-1] == 7).any())
+    assert torch.equal(generate(model), tokens_NL)
+    assert not torch.equal(generate(model, seed=1), tokens_NL)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.generation_config.eos_token_id == 7
+
+
+def test_each_continues_a_piece_of_the_text() -> None:
+    tokens_NL = generate(make_llama())
+    for read_L, tokens_L in zip(READ_NL, tokens_NL, strict=False):
+        assert set(tokens_L[1:4].tolist()) <= set(read_L.tolist())
+        assert (tokens_L[1:3] + 1 == tokens_L[2:4]).all()
+    assert len(set((tokens_NL[:10, 1] - READ_NL[:, 1]).tolist())) > 3, "from any place"
+
+
+def test_tokens_have_the_models_probabilities() -> None:
+    """The first tokens after BOS and one more, against the softmax."""
+    model = make_llama(vocab_size=300)
+    with torch.no_grad():
+        model.lm_head.weight *= 20
+        probability_V = model(torch.tensor([[0, 5]])).logits[0, 1].softmax(0)
+    tokens_N = generate(model, 4000, torch.tensor([[0, 5, 5]]))[:, 2]
+    share_V = tokens_N.bincount(minlength=300) / len(tokens_N)
+    assert float((share_V - probability_V).abs().max()) < 0.04
+    assert float(probability_V.max()) > 0.05
+
+
+def test_fewer_at_a_time_generate_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a limit of memory for keys and values, and where the device runs out of memory."""
+    model, sizes = make_llama(), list[int]()
+    whole_NL = generate(model)
+    cache = 2 * 2 * 24 * model.config.num_key_value_heads * model.config.head_dim * 4
+    original = model.generate
+    monkeypatch.setattr(model, "generate", lambda ids, **given: sizes.append(len(ids)) or original(ids, **given))
+    assert torch.equal(generate(model, memory=10 * cache), whole_NL)
+    assert sizes == [10] * 4
+
+    def refuse(module: torch.nn.Module, given: tuple[Tensor]) -> None:
+        if len(given[0]) > 10:
+            raise torch.OutOfMemoryError
+
+    model.model.layers[1].mlp.register_forward_pre_hook(refuse)
+    assert torch.equal(generate(model), whole_NL)
+
+
+def test_any_number_of_processes_generates_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("optima.data.generate.BATCH", 16)
+    torch.save(generate(make_llama()), "alone")
+
+    def work(ranks: Ranks) -> None:
+        assert torch.equal(generate(make_llama(), ranks=ranks), torch.load("alone"))
+
+    assert in_processes(2, work) == [0, 0]
+
+
+def test_progress_ends_at_all() -> None:
+    shares: list[float] = []
+    generate(make_llama(), progress=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("model", "length", "message"),
+    [(make_bert(), 24, "does not generate"), (make_llama(), 2, "raise --max-seq-length")],
+)
+def test_refusals(model: Any, length: int, message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        generate(model, read_NL=READ_NL[:, :length])
+
+
+def test_a_model_without_finite_logits_generates_nothing() -> None:
+    model = make_llama()
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] = torch.nan
+    with pytest.raises(CalibrationError, match=r"logits of .* have NaN or Inf"):
+        generate(model)
+
+
+def test_a_share_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although there would be more to read; the same again, and what cannot be read is still refused."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("model"))
+    Path("some.txt").write_text("the quick brown fox jumps over the lazy dog " * 20)
+    size = ["--max-seq-length", "24", "--dataset", "some.txt", "--num-calibration-samples", "7"]
+    for out, share, count in (("half", "0.5", 3), ("again", "0.5", 3), ("tenth", "0.1", 1)):  # at least one
+        assert main(["prune", "model", "--output-dir", out, *size, "--self-generated", share]) == 0
+        report = load_report(Path(out))
+        assert report.run.num_tokens == 7 * 24
+        assert f"self-generated calibration data: {count} of 7 sequences" in report.run.notes
+    assert weight_files(Path("half")) == weight_files(Path("again"))
+    recipe = Recipe(dataset=["some.txt"], self_generated=0.5, max_seq_length=24, num_calibration_samples=7)
+    plan = make_plan(find_source("model"), recipe)
+    assert not plan.streamed
+    assert any("self_generated needs the whole model" in note for note in plan.notes)
+    many = ["--num-calibration-samples", "60", "--self-generated", "0.5", "--output-dir", "many"]
+    assert main(["prune", "model", *size[:4], *many]) == 2
+
+
+def test_a_recipe_with_it_serves_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(dataset=["a.txt"], self_generated=0.5, num_calibration_samples=4, max_seq_length=16)
+    assert settle_self_generated(make_llama(), recipe, torch.float32, given=False) == (recipe, "")
+    settled, note = settle_self_generated(make_bert(), recipe, torch.float32, given=False)
+    assert settled.self_generated == 0.0
+    assert "does not generate" in note
+    monkeypatch.setattr("optima.preflight.settling.MAIN_SHARE", 1e-12)
+    settled, note = settle_self_generated(make_llama(), recipe, torch.float32, given=False)
+    assert settled.self_generated == 0.0
+    assert "of the main memory" in note
+    model = make_llama()
+    monkeypatch.setattr(model, "generate", raising(AssertionError("it generates")))
+    report = prune(model, recipe, calibration=families.make_ids(4, 16), tokenizer=make_tokenizer())
+    assert report.run.recipe["self_generated"] == 0.0
