@@ -17,12 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-TOKEN, READER, OWNER = "hf_standin", "hf_reader", "somebody"
-SCOPED = "hf_scoped"  # fine-grained: may write to what team owns, and read elsewhere
-RIGHTS = {"global": [], "scoped": [
-    {"entity": {"type": "user", "name": OWNER}, "permissions": ["repo.content.read"]},
-    {"entity": {"type": "org", "name": "team"}, "permissions": ["repo.content.read", "repo.write"]},
-]}  # fmt: skip
+TOKEN, OWNER = "hf_standin", "somebody"
 COMMIT = "0" * 40
 
 Run = Callable[..., subprocess.CompletedProcess[str]]  # ``optima`` with these arguments and environment
@@ -102,11 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
         if path == "/api/whoami-v2":
-            used = self.headers.get("Authorization", "").removeprefix("Bearer ")
-            token = {TOKEN: {"role": "write"}, READER: {"role": "read"}}.get(used, {"role": "fineGrained"})
-            token |= {"fineGrained": RIGHTS} if used == SCOPED else {}
-            groups = [{"name": "team", "roleInOrg": "write"}, {"name": "readers", "roleInOrg": "read"}]
-            self._answer({"type": "user", "name": OWNER, "orgs": groups, "auth": {"accessToken": token}})
+            self._answer({"type": "user", "name": OWNER, "orgs": [], "auth": {"accessToken": {"role": "write"}}})
         elif path.startswith(("/api/models/", "/api/datasets/")):
             repo = _repo(path)
             files = self.server.repos.get(repo)
@@ -142,7 +133,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked.get('organization') or OWNER}/{asked['name']}"
-            if asked.get("private") or asked.get("visibility") == "private":
+            if repo not in self.server.repos and (asked.get("private") or asked.get("visibility") == "private"):
                 self.server.private.add(repo)
             self.server.repos.setdefault(repo, {".gitattributes": b""})
             self._answer({"url": f"{self.server.url}/{repo}"})
@@ -210,8 +201,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def _answer(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        known = [f"Bearer {token}" for token in (TOKEN, READER, SCOPED)]
-        if self.headers.get("Authorization") not in known and not self.path.startswith("/blob/"):
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" and not self.path.startswith("/blob/"):
             value, status, headers = {"error": "Invalid credentials"}, 401, {}
         content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)

@@ -19,7 +19,6 @@ from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOW
 from optima.options import DEMO_MODELS, DTYPES, GROUPS
 from optima.recipe import Recipe, recipe_from_dict
 from optima.recipe_files import read_recipe, recipe_in
-from optima.reporting.trackers import TRACKERS
 from optima.values import must_be
 
 _logger = logging.getLogger("optima")
@@ -123,12 +122,12 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
     option("--resume", action=argparse.BooleanOptionalAction, help=text)
     option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to DIR/layers/")
-    text = "publish it afterwards, as optima push does; your right to is checked first"
+    text = "upload the output to this hub repository; it is created before the run"
     option("--push-to-hub", metavar="REPO", help=text)
-    option("--private", action="store_true", help="make that private; a public one is refused")
+    option("--private", action="store_true", help="create that repository as private; fail if it exists and is public")
     text = "what stderr gets: text (a live line, or a line a block) or json (an object a line) (default: text)"
     option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=text)
-    text = f"experiment trackers that get errors, gaps and seconds of each block: {', '.join(TRACKERS)} (default: none)"
+    text = "log errors, gaps and seconds of each block to trackers of accelerate: tensorboard, wandb, trackio ..."
     option("--report-to", nargs="+", metavar="NAME", help=text)
     _add_recipe(commands["prune"])
 
@@ -166,10 +165,9 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
     option("directory", metavar="DIR", help="what optima prune or optima pack wrote")
-    option("repo", metavar="REPO", help="name, or owner/name; made if it is not there")
-    option("--private", action="store_true", help="make that private; a public one is refused (default: as it is)")
-    option("--overwrite", action="store_true", help="replace a model that no run of OPTIMA put there")
-    option("--message", metavar="TEXT", help="of the commit")
+    option("repo", metavar="REPO", help="name, or owner/name; created if it does not exist")
+    option("--private", action="store_true", help="create it as private; fail if it exists and is public")
+    option("--message", metavar="TEXT", help="commit message")
 
     option = add("recipe", "list, show and check recipes", "list | show NAME | validate FILE | schema")
     option("action", choices=RECIPE_ACTIONS, metavar="ACTION", help=_named(RECIPE_ACTIONS))

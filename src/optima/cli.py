@@ -17,7 +17,7 @@ from rich.text import Text
 
 import optima
 from optima.arguments import parse, recipe_of, wants_json
-from optima.console import OwnConsole
+from optima.console import OwnConsole, printable
 from optima.errors import OptimaError, RankError
 from optima.evaluation.settings import EvaluationSettings
 
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()
     except OptimaError as error:
         # A Text is printed as it is: no markup, no emoji.
-        message = Text.assemble(("optima: error:", "bold red"), " ", str(error))
+        message = Text.assemble(("optima: error:", "bold red"), " ", printable(str(error)))
         return _end(argv, 2, error, message)
     except BrokenPipeError:
         _give_up(sys.stdout, sys.stderr)
@@ -65,7 +65,7 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
         return status
     try:
         if wants_json(argv):
-            from optima.reporting.log import JsonLog
+            from optima.reporting.callbacks import JsonLog
 
             text = str(error) or "interrupted"
             JsonLog(sys.stderr).write("error", kind=type(error).__name__, message=text, exit_code=status)
@@ -104,12 +104,12 @@ class _Console(OwnConsole):
 
     def print(self, *objects: Any, **options: Any) -> None:
         with _writing():
-            super().print(*objects, **options)
+            super().print(*(printable(each) if isinstance(each, str) else each for each in objects), **options)
 
 
 def _say(text: str) -> None:
     with _writing():
-        print(text)
+        print(printable(text))
 
 
 def _check_here() -> None:
@@ -120,23 +120,20 @@ def _check_here() -> None:
 
 
 def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Sequence[str] = (), **given: Any) -> None:
-    from optima.reporting.log import JsonLog
+    from optima.reporting.callbacks import JsonLog, Trackers
     from optima.reporting.summary import render_summary
-    from optima.reporting.trackers import find_trackers
 
     options = {name: given.pop(name) for name in ("overwrite", "resume", "dump_layer") if name in given}
     repo, private = given.pop("push_to_hub", None), given.pop("private", None)
-    callbacks: list[Callback] = [*find_trackers(report_to)]
-    if log_format == "json":  # before anything warns
-        _quiet_console(downloads=False)
-        callbacks.append(log := JsonLog(sys.stderr))
-        log.take_over()
+    callbacks: list[Callback] = [Trackers(report_to)] if report_to else []
+    if log_format == "json":
+        callbacks.append(JsonLog(sys.stderr))
     recipe = recipe_of(given)
     _quiet_console(downloads=log_format == "text")
     if repo is not None:
-        from optima.hub import check_push
+        from optima.hub import open_repo
 
-        repo = check_push(repo, private)
+        repo = open_repo(repo, private)
     elif private:
         raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
     try:

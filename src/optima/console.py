@@ -1,14 +1,15 @@
-"""Lines for who watches, and a console that leaves to us what becomes of a closed pipe or a full disk behind it."""
+"""Lines of progress on a console; control characters never reach a terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from datetime import timedelta
 
 from rich.console import Console
 
 from optima.errors import OptimaError
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class OwnConsole(Console):
@@ -19,27 +20,23 @@ class OwnConsole(Console):
         raise
 
 
+def printable(text: str) -> str:
+    """``text`` without C0 and C1 control characters, except tab and newline: a checkpoint's names may hold them."""
+    return CONTROL.sub("", text)
+
+
 def say(console: Console | None, text: str) -> None:
-    """Print a line as it is, if there is a console."""
-    if console is not None:
-        with explain_log_errors():
-            console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    """Print a line as it is, if there is a console. Raises ``OptimaError`` if it cannot be written."""
+    try:
+        if console is not None:
+            console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise OptimaError(f"cannot write to standard error: {error.strerror}") from error
 
 
 def pace(elapsed: float, left: float) -> str:
-    """These seconds as lines of progress say them."""
-    used, more = (timedelta(seconds=round(seconds)) for seconds in (elapsed, left))
-    return f"{used} elapsed  {more} left"
-
-
-@contextmanager
-def explain_log_errors() -> Iterator[None]:
-    """A log that cannot be written is one clear error; one that nobody reads stays a ``BrokenPipeError``."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        raise OptimaError(
-            f"standard error cannot be written ({error.strerror}): free some space, or send it elsewhere"
-        ) from error
+    """Seconds used and left, as lines of progress show them; NaN is shown as unknown."""
+    left_text = "unknown" if left != left else str(timedelta(seconds=round(left)))
+    return f"{timedelta(seconds=round(elapsed))} elapsed  {left_text} left"

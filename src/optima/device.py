@@ -354,13 +354,14 @@ class Stopwatch:
 
     Args:
         device: waited for at both ends of a stage, or its work would count for whoever comes next.
+        begins: called with the name of each stage as it begins.
 
     Attributes:
         seconds: of each stage so far.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, begins: Callable[[str], object] = str) -> None:
+        self._device, self._begins = device, begins
         self._running: list[str] = []
         self._since = 0.0
         self.seconds: dict[str, float] = {}
@@ -374,6 +375,7 @@ class Stopwatch:
     def __call__(self, stage: str) -> Iterator[None]:
         """Inside, time counts for ``stage``."""
         self._switch()
+        self._begins(stage)
         self._running.append(stage)
         try:
             yield

@@ -125,7 +125,7 @@ class Job:
         dense = None if self.tuning is None else streams.part(taken)
         for block in blocks:
             again = block.name in resumed
-            clock = self.clock if again else Stopwatch(self.device)
+            clock = self.clock if again else Stopwatch(self.device, self.progress.step)
             linears, notes = len(self.linears), len(self.notes)
             onward = False
             with self.weights.on(block, self.device, clock):
@@ -140,7 +140,7 @@ class Job:
                     onward = in_turn and dense is None and block is not blocks[-1]
                     keeps, tuned = self._prune(block, streams, clock, in_turn=in_turn, onward=onward), Tuned((), 0)
                     if dense is not None and keeps:
-                        with clock("tune"):
+                        with clock("logits" if self.words is not None and self.words.read(block) else "tune"):
                             tuned = self._tune(block, keeps, (streams, taken, dense.hidden), linears)
                     del keeps
                 if self.loss is not None:
@@ -158,11 +158,12 @@ class Job:
                 self.notes.extend(dict.fromkeys(filter(None, told)))
                 if not again:
                     number = self.earlier + block.index
-                    self.blocks.append(
-                        BlockRecord(number, block.name, clock.seconds, tuned.held_out, tuned.best, tuned.on_logits)
-                    )
+                    took = dict(clock.seconds)  # without the commit, which a resumed block would lack
+                    loss = tuned.held_out, tuned.best, tuned.on_logits
+                    self.blocks.append(BlockRecord(number, block.name, took, *loss))
                     records, new = tuple(self.linears[linears:]), tuple(self.notes[notes:])
-                    self._commit(block, BlockDone(self.blocks[-1], records, new, halved, max(peaks)), clock)
+                    written = self.clock.seconds.get("write", 0.0)
+                    self._commit(block, BlockDone(self.blocks[-1], records, new, halved, max(peaks), written))
                 if runs_again:
                     self.weights.replaced(block, self._reader(ranks, block))
             give_back_freed_memory()
@@ -207,14 +208,16 @@ class Job:
         self.linears.extend(found.linears)
         self.notes.extend(found.notes)
         streams.halving.go_on(found.halved, streams.ranks.rank)
-        self.resumed_seconds += sum(found.block.seconds.values())
+        before = self.clock.seconds.get("write", 0.0)
+        self.clock.seconds["write"] = max(before, found.write_seconds)
+        self.resumed_seconds += sum(found.block.seconds.values()) + max(0.0, found.write_seconds - before)
         self.resumed_peak = max(self.resumed_peak, found.peak_bytes)
 
-    def _commit(self, block: Block, done: BlockDone, clock: Stopwatch) -> None:
+    def _commit(self, block: Block, done: BlockDone) -> None:
         """Write a block that is done, and what the report will tell of it."""
         if self.writer is None:
             return
-        with clock("write"):
+        with self.clock("write"):
             tensors = block.module.state_dict(prefix=f"{block.name}.")
             self.writer.commit(block.name, tensors, done.to_dict(), self._changed(block))
 

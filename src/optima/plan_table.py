@@ -14,7 +14,7 @@ from optima.models.stacks import Block
 from optima.names import kind
 from optima.patterns import Pattern
 from optima.plan import Measured, Plan
-from optima.runtimes import table_rows, weights_of
+from optima.reporting.summary import runtime_note
 
 
 def print_plan(plan: Plan, measured: Measured | None, name: str, console: Console) -> None:
@@ -58,7 +58,8 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         console.print(f"does not fit: {advice}", highlight=False, markup=False)
     for note in (*plan.notes, *(measured.notes if measured else ())):
         console.print(f"note: {note}", highlight=False, markup=False)
-    _print_runtimes(plan, console)
+    note = runtime_note(str(pattern) for pattern in plan.found.patterns.values())
+    console.print(f"runtimes: {note}".replace("**", "").replace("`", ""), highlight=False, markup=False)
 
 
 def _advice(plan: Plan) -> list[str]:
@@ -81,17 +82,6 @@ def _rows(plan: Plan, block: Block) -> dict[tuple[str, str, str], list[str]]:
         row = (kind(linear.name), f"{outputs} x {inputs}", str(plan.found.patterns[linear.name]))
         rows.setdefault(row, []).append(linear.name)
     return rows
-
-
-def _print_runtimes(plan: Plan, console: Console) -> None:
-    """What runs the result; how and the sources stand in the report."""
-    sizes = [(plan.found.patterns[linear.name], linear.shape[0] * linear.shape[1]) for linear in plan.found.linears]
-    table = Table(title="what runs the result (how, and sources: in the report)", title_justify="left")
-    for heading in ("runtime", "hardware", "gain over dense"):
-        table.add_column(heading)
-    for runtime, hardware, gain, *_ in table_rows(weights_of(sizes)):
-        table.add_row(runtime, hardware, gain)
-    console.print(table)
 
 
 def _structure(plan: Plan, block: Block) -> list[tuple[str, tuple[int, int], Pattern]]:

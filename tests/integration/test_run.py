@@ -17,7 +17,6 @@ from optima.cli import main
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
 from optima.plan import make_plan
-from optima.reporting.record import OBJECT_NOTE
 from optima.selectors.gradient import Gradient
 
 
@@ -67,7 +66,7 @@ def test_the_report_tells_what_was_run(tmp_path: Path) -> None:
 
 def test_blocks_are_timed_and_the_last_forward_is_left_out() -> None:
     report = prune(make_llama(), Recipe(), calibration=make_tokens())
-    assert any("given by the caller" in note for note in report.run.notes), "the recipe names a data set all the same"
+    assert report.run.calibration_given, "the recipe names a data set all the same"
     assert [block.index for block in report.blocks] == list(range(len(report.blocks)))
     assert all({"read", "forward", "solve"} <= block.seconds.keys() for block in report.blocks)
 
@@ -116,9 +115,9 @@ def test_the_settings_of_a_selector_object_are_told(root: Path) -> None:
     options = {"solver": "none", "max_seq_length": 16, "num_calibration_samples": 4, "device": "cpu"}
     recipe = Recipe(selector=Gradient(alpha=1.0), dataset=["text.txt"], **options)
     prune("model", recipe, output_dir="out", progress=False)
-    (note,) = [note for note in load_report("out").run.notes if note.startswith(OBJECT_NOTE)]
-    assert "optima.selectors.gradient:Gradient(alpha=1.0" in note
-    assert "again with the selector's settings, which are in `report.json` alone." in Path("out/README.md").read_text()
+    assert load_report("out").run.selector_is_object
+    assert any("optima.selectors.gradient:Gradient(alpha=1.0" in note for note in load_report("out").run.notes)
+    assert "with the selector's settings from `report.json`" in Path("out/README.md").read_text()
 
 
 def test_settings_reach_the_work() -> None:

@@ -68,7 +68,6 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
         "howto/two-four",
         "reference/cli",
         "reference/errors",
-        "reference/runtimes",
         "reference/python",
         "about/contributing",
     } <= pages.keys()

@@ -20,9 +20,7 @@ from optima.evaluation.record import (
     PerplexityRecord,
     TaskRecord,
 )
-from optima.models.weights import LEFT_OUT
 from optima.reporting.model_card import BEGIN, CARD_NAME, NOT_YET, write_card
-from optima.reporting.record import GIVEN_NOTE
 
 HEAD = "---\nlicense: gemma\nlicense_name: terms\nlanguage: en\ntags: [chat]\nbase_model: a/base\n---\n"
 
@@ -35,7 +33,7 @@ def evaluation(*models: str, perplexity: float = 20.0, dataset: str = "wikitext"
     text = PerplexityRecord(perplexity, Estimate(3.0, 0.1), "windows", 8, 16, "hash")
     task = TaskRecord("piqa", 10, {"acc": Estimate(0.7, 0.1), "acc_norm": Estimate(0.6, 0.1)}, {"acc": "1" * 10}, "h")
     records = tuple(ModelRecord(name, None, "print", "bfloat16", 1.0, text, tasks=(task,)) for name in models)
-    settings = {"dataset": [dataset], "split": "test"}
+    settings = {"dataset": [dataset], "dataset_config": "raw", "split": "test"}
     comparisons = tuple(ComparisonRecord(name, None, ()) for name in models[1:])
     return Evaluation(settings, {}, "cpu", "2025-01-01", records, comparisons)
 
@@ -62,99 +60,62 @@ class TestHead:
 
 
 class TestBody:
-    def test_says_how_it_was_made_and_what_runs_it(self, tmp_path: Path) -> None:
+    def test_says_how_it_was_made(self, tmp_path: Path) -> None:
         (tmp_path / "config.json").write_text('{"architectures": ["GemmaForCausalLM"]}')
-        recipe = RUN.recipe | {"dataset": ["allenai/c4"], "self_generated": 0.5}
+        recipe = RUN.recipe | {"dataset": ["allenai/c4"], "damping": 0.0, "scope": None}
         write_card(tmp_path, report(linear(), recipe=recipe), None)
         text = card_of(tmp_path).text
         assert "AutoModelForCausalLM.from_pretrained" in text
-        assert "Certified to the asked gap of 1.0e-04" in text
-        assert "| selector         | wanda" in text
-        assert "| allenai/c4" in text
-        assert "self_generated" in text
-        assert "MACKO" in text
-        assert NOT_YET in text
+        for part in ("all 8 rows", "| selector ", "| damping ", "| allenai/c4", "MACKO", NOT_YET):
+            assert part in text
+        assert "| scope " not in text
+        assert "repeats the run." in text
 
-    def test_names_weights_that_are_not_in_it(self, tmp_path: Path) -> None:
-        write_card(tmp_path, report(notes=("/secret/model has weights that Llama " + "mtp.0".join(LEFT_OUT),)), None)
+    def test_names_what_is_missing_or_was_passed_by_the_caller(self, tmp_path: Path) -> None:
+        recipe = RUN.recipe | {"dataset": ["allenai/c4"]}
+        changes = {"weights_left_out": ("mtp.0",), "calibration_given": True, "selector_is_object": True}
+        write_card(tmp_path, report(recipe=recipe, **changes), None)
         text = card_of(tmp_path).text
-        assert "shapes of the dense one, without weights that transformers has no place for: mtp.0.\n" in text
-        assert "secret" not in text
-        write_card(tmp_path, report(), None)
-        assert "shapes of the dense one.\n" in card_of(tmp_path).text
+        assert "without weights that transformers has no place for: `mtp.0`." in text
+        assert "allenai/c4" not in text
+        assert "passed by the caller" in text
+        assert "repeats the run on the same calibration data and with the selector's settings" in text
 
-    def test_loads_a_tokenizer_that_is_there(self, tmp_path: Path) -> None:
-        write_card(tmp_path, report(), None)
-        assert "AutoTokenizer" not in card_of(tmp_path).text
-        assert "take the dense model's" in card_of(tmp_path).text
-        (tmp_path / "tokenizer.json").write_text("{}")
-        write_card(tmp_path, report(), None)
-        assert "tokenizer = AutoTokenizer.from_pretrained(" in card_of(tmp_path).text
-        assert "take the dense model's" not in card_of(tmp_path).text
-
-    def test_names_no_path_of_this_machine(self, tmp_path: Path) -> None:
-        data = tmp_path / "secret" / "mine.jsonl"
-        data.parent.mkdir()
+    def test_names_no_path_of_this_machine_and_no_control_characters(self, tmp_path: Path) -> None:
+        data, model = tmp_path / "secret" / "mine.jsonl", tmp_path / "secret" / "mo\x1b[31m<b>del"
+        model.mkdir(parents=True)
         data.touch()
-        (tmp_path / "secret" / "model").mkdir()
-        recipe = RUN.recipe | {"dataset": [str(data)]}
-        write_card(tmp_path, report(linear(), model=str(tmp_path / "secret" / "model"), recipe=recipe), None)
+        write_card(tmp_path, report(model=str(model), recipe=RUN.recipe | {"dataset": [str(data)]}), None)
         text = (tmp_path / CARD_NAME).read_text()
-        assert "# model, 50% sparse" in text
+        assert "# mo[31m&lt;b>del, 50% sparse" in text
         assert "mine.jsonl" in text
         assert "secret" not in text
+        assert "\x1b" not in text
 
-    def test_a_class_that_transformers_does_not_know(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text('{"architectures": ["TheirModel"]}')
+    @pytest.mark.parametrize(
+        ("config", "loader"),
+        [
+            ({"architectures": ["TheirModel"]}, "AutoModel"),
+            ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration"),
+            ({"architectures": ["BertModel"]}, "BertModel"),
+            (
+                {"architectures": ["Theirs"], "auto_map": {"AutoModelForCausalLM": "their.Theirs"}},
+                "AutoModelForCausalLM",
+            ),
+        ],
+    )
+    def test_loads_the_class_and_a_tokenizer_that_is_there(
+        self, config: dict[str, object], loader: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
         write_card(tmp_path, report(), None)
-        assert "AutoModel.from_pretrained" in card_of(tmp_path).text
-
-    def test_code_of_its_own_under_a_name_of_its_own(self, tmp_path: Path) -> None:
-        auto_map = {"AutoConfig": "their.Config", "AutoModelForCausalLM": "their.LMHeadModel"}
-        (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LMHeadModel"], "auto_map": auto_map}))
-        write_card(tmp_path, report(), None)
-        assert "AutoModelForCausalLM.from_pretrained" in card_of(tmp_path).text
-
-    def test_code_of_its_own_has_to_be_trusted(self, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text('{"auto_map": {"AutoModel": "theirs.Theirs"}}')
-        (tmp_path / "tokenizer.json").write_text("{}")
-        write_card(tmp_path, report(recipe=RUN.recipe | {"damping": 0.0, "swaps": 0}), None)
-        text = card_of(tmp_path).text
-        assert text.count(", trust_remote_code=True)") == 2
-        assert "| damping " in text, "which is not the default"
-        assert "| swaps " not in text
-
-    @pytest.mark.parametrize("tuned", [True, False])
-    def test_settings_of_tuning_are_told_of_what_was_tuned(self, tuned: bool, tmp_path: Path) -> None:
-        made = report(recipe=RUN.recipe | {"tuning_epochs": 1, "tuning_share": 0.25})  # asked for, at least
-        blocks = tuple(replace(block, tuning=(2.0, 1.0) if tuned else ()) for block in made.blocks)
-        write_card(tmp_path, replace(made, blocks=blocks), None)
-        assert [f"| {name} " in card_of(tmp_path).text for name in ("tuning_epochs", "tuning_share")] == [tuned] * 2
-
-    def test_settings_of_what_did_not_run_are_left_out(self, tmp_path: Path) -> None:
-        recipe = RUN.recipe | {"solver": "none", "objective": "sink", "sink_weight": 0.04, "gap": 1e-4}
-        write_card(tmp_path, report(recipe=recipe), None)
-        assert "| gap " not in card_of(tmp_path).text
-        assert "| sink_weight " in card_of(tmp_path).text
-
-    @pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BertForMaskedLM", "T5EncoderModel", "BertModel"])
-    def test_the_class_that_auto_model_might_not_choose(self, name: str, tmp_path: Path) -> None:
-        (tmp_path / "config.json").write_text(f'{{"architectures": ["{name}"]}}')
+        assert f"model = {loader}.from_pretrained" in card_of(tmp_path).text
+        assert "tokenizer is not included" in card_of(tmp_path).text
         (tmp_path / "tokenizer.json").write_text("{}")
         write_card(tmp_path, report(), None)
-        assert f"import AutoTokenizer, {name}\n" in card_of(tmp_path).text
-        assert f"{name}.from_pretrained" in card_of(tmp_path).text
-
-    def test_names_no_text_that_was_not_read(self, tmp_path: Path) -> None:
-        recipe = RUN.recipe | {"dataset": ["allenai/c4"], "keep_dense": 0.1}
-        write_card(tmp_path, report(linear(), recipe=recipe, notes=(GIVEN_NOTE,)), None)
         text = card_of(tmp_path).text
-        assert "allenai/c4" not in text
-        assert "given by the caller" in text
-        assert "on the same calibration text" in text
-        assert "keep_dense" in text
-        write_card(tmp_path, report(linear(), recipe=recipe), None)
-        assert "gives the same run again." in card_of(tmp_path).text
+        assert f"import AutoTokenizer, {loader}\n" in text
+        assert text.count(", trust_remote_code=True)") == (2 if "auto_map" in config else 0)
 
 
 class TestResults:

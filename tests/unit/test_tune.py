@@ -96,7 +96,7 @@ def test_one_sequence_is_too_few() -> None:
     assert found == Tuned((), 0, ONE_PIECE)
     report = prune(make_llama(), Recipe(), calibration=make_tokens(1, 16))
     assert report.run.notes.count(ONE_PIECE) == 1
-    assert "Tuned:" not in render_summary(report)
+    assert "Block tuning" not in render_summary(report)
 
 
 @pytest.mark.parametrize(("share", "steps"), [(1.0, 14), (0.5, 7), (0.25, 3)])

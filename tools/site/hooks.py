@@ -21,8 +21,6 @@ from mkdocs.structure.files import File, Files
 
 from optima.cli import COMMANDS, main
 from optima.recipe_files import SHIPPED
-from optima.reporting.markdown import table
-from optima.runtimes import runtimes
 
 ROOT = Path(__file__).parents[2]
 # Pages of the repository that are not in docs/, and where the site has them.
@@ -42,7 +40,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         "reference/cli.md": command_line(),
         "reference/errors.md": errors.page(),
         "reference/shipped-recipes.md": recipes(),
-        "reference/runtimes.md": what_runs_it(),
     }
     for name, place in OUTSIDE.items():
         made[place] = moved((ROOT / name).read_text(encoding="utf-8"), name, place)
@@ -109,23 +106,3 @@ def recipes() -> str:
     parts = ["# Shipped recipes\n\nThe recipes that come with OPTIMA, used by name: `--recipe NAME`.\n"]
     parts += [f"## {name}\n\n```yaml\n{file.read_text(encoding='utf-8')}```\n" for name, file in SHIPPED.items()]
     return "\n".join(parts)
-
-
-def what_runs_it() -> str:
-    """Every runtime that ``optima plan`` may name, with the day on which its source was read."""
-    heading = ["runtime", "needs", "hardware", "gain over dense", "how", "source read"]
-    rows = [
-        [
-            f"{each.runtime} ({each.versions})",
-            ", ".join(each.patterns) + (f" from {each.sparsity:.0%}" if each.sparsity else ""),
-            each.hardware,
-            each.gain,
-            each.note,
-            f"[{each.checked}]({each.source})" if "://" in each.source else f"{each.checked}",
-        ]
-        for each in runtimes()
-    ]
-    text = (
-        "What runs a sparse checkpoint, and what its source measured. `optima plan MODEL` shows those that fit a model."
-    )
-    return f"# What runs it\n\n{text}\n\n{table(heading, rows, num_left=len(heading))}\n"

@@ -28,17 +28,18 @@ from optima.models.stacks import Block, find_stacks
 
 Read = Callable[[], Mapping[str, Tensor]]
 MAIN = torch.device("cpu")
-LEFT_OUT = ("has no place for (", "): they are not in the output")  # around names, in a note
 
 
 class Weights(Protocol):
     """Who gives a model its weights when they are wanted.
 
     Attributes:
-        notes: what a report must tell of them.
+        notes: for the report.
+        left_out: tensors of the source that the model's class has no place for.
     """
 
     notes: tuple[str, ...]
+    left_out: tuple[str, ...]
 
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """The block's weights are on ``device`` inside; the way there and back counts as stage ``read``."""
@@ -68,6 +69,7 @@ class Resident:
     def __init__(self, model: nn.Module | None = None, absent: Collection[str] = ()) -> None:
         self.model, self.absent = model, absent
         self.notes: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
 
     def on(self, block: Block, device: torch.device, clock: Stopwatch | None = None) -> AbstractContextManager[None]:
         """See ``Weights``."""
@@ -109,6 +111,7 @@ class Streamed:
     def __init__(self, checkpoint: Checkpoint, blocks: Sequence[Block]) -> None:
         self.checkpoint = checkpoint
         self.notes: tuple[str, ...] = ()
+        self.left_out: tuple[str, ...] = ()
         self._replaced: dict[str, Read] = {}
         self._kept: list[str] = []
         self._device = MAIN  # of those
@@ -327,7 +330,9 @@ def open_weights(
     model, weights, notes = _opened(source, structure, dtype, check, whole)
     places = places_of(model, shapes)
     if names := left_out(shapes, places, model):
-        notes.append(f"{source.name} has weights that {type(model).__name__} {LEFT_OUT[0]}{some(names)}{LEFT_OUT[1]}")
+        what = f"{source.name} has weights that {type(model).__name__} has no place for"
+        notes.append(f"{what} ({some(names)}): they are not in the output")
+    weights.left_out = tuple(names)
     if dtype == "auto":  # what is asked for goes without saying
         for (stored, given), names in recast(shapes, places, model).items():
             which = f"{len(names)} of {len(shapes)} tensors ({some(names)}) in {stored}"

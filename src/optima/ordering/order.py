@@ -31,8 +31,7 @@ from optima.preflight.checks import known_orders
 from optima.preflight.opening import check, claim, generated, read, store_of
 from optima.preflight.settling import untuned
 from optima.recipe import Recipe
-from optima.reporting.callbacks import Listeners
-from optima.reporting.progress import Progress, make_progress
+from optima.reporting.callbacks import Listeners, Progress, make_progress
 from optima.stopping import interruptible
 
 REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"

@@ -1,7 +1,7 @@
 """The model card: README.md of a pruned checkpoint, as the hub shows it.
 
-Its head (licence, languages, ...) is taken over from the dense model's card. Of that card's text nothing is, for it
-speaks of another model. Paths of this machine are left out: a card is published.
+Its metadata (licence, languages, ...) comes from the dense model's card, its text does not. A card is published, so it
+has no paths of this machine.
 """
 
 from __future__ import annotations
@@ -16,64 +16,41 @@ import transformers
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
 
+from optima.console import printable
 from optima.errors import ModelError
 from optima.models.files import TOKENIZERS, explain_write_errors, write_whole
 from optima.models.own_code import auto_class
-from optima.models.weights import LEFT_OUT
 from optima.patterns import parse_nm
 from optima.reporting.markdown import table
-from optima.reporting.record import GIVEN_NOTE, OBJECT_NOTE, Report
-from optima.reporting.summary import bullets, pattern_weights, summary
-from optima.runtimes import HEADING, table_rows
+from optima.reporting.record import Report
+from optima.reporting.summary import bullets, code, names_of, summary
 
 CARD_NAME = "README.md"
 BEGIN, END = "<!-- optima:results -->", "<!-- /optima:results -->"  # what eval --save replaces
 TAGS = ("pruning", "sparse", "optima")
-SETTINGS = ("selector", "sparsity", "pattern", "scope", "allocation", "keep_dense", "swaps", "objective", "solver")
-MORE_SETTINGS = (
-    "gap",
-    "damping",
-    "rounding",
-    "sink_weight",
-    "swept_share",
-    "allocation_spread",
-    "tuning_epochs",
-    "tuning_share",
-    "learning_rate",
-    "num_calibration_samples",
-    "max_seq_length",
-    "self_generated",
-    "seed",
-)
-OFF_AT_ZERO, OF_TUNING = ("swaps", "self_generated"), {"tuning_epochs", "tuning_share", "learning_rate"}
-AGAIN = "`recipe.yaml` gives the same run again{}."
-ON_GIVEN = " on the same calibration text, which the caller gave"
-BY_OBJECT = " with the selector's settings, which are in `report.json` alone"
+HIDDEN = ("dataset", "device", "batch_size", "trust_remote_code", "revision", "dtype", "targets", "ignore", "layers")
 NOT_YET = "Not evaluated yet: `optima eval DENSE THIS --save` writes its results here."
-
-WITHOUT = ", without weights that transformers has no place for: {}"
-
 BODY = """
 # {title}
 
-{origin} with **{sparsity} of the weights** in {count} linears set to zero, in one shot, by OPTIMA.
-It is an ordinary checkpoint with the names and shapes of the dense one{but}.
+{name} with **{sparsity} of the weights** of {count} linear layers set to zero, pruned after training by OPTIMA.
+It is an ordinary checkpoint with the names and shapes of the dense model's weights{without}.
 
-## How to load
+```python
+from transformers import {classes}
 
 {load}
+```{no_tokenizer}
 
-Where the weights end in `.packed.safetensors`, run `optima unpack` on the directory first.
-
-## What came out
+## Summary
 
 {summary}
 
-## How it was pruned
+## Settings
 
 {settings}
 
-{again} `report.html` and `report.json` say what every linear lost.
+`recipe.yaml` repeats the run{again}. `report.html` and `report.json` have the error of every linear layer.
 
 ## Results
 
@@ -81,74 +58,65 @@ Where the weights end in `.packed.safetensors`, run `optima unpack` on the direc
 {results}
 {end}
 
-## What runs it
-
-{runtimes}
-
 ## Limits
 
 {limits}
 """
-
-LOAD = """
-```python
-from transformers import {names}
-
-model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto"{trust})
-{tokenizer}```
-""".strip()
-LOAD_TOKENIZER = 'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})\n'
-NO_TOKENIZER = "\n\nThe tokenizer was not given, and is not here: take the dense model's."
-
 LIMITS = (
-    "The certificate is about each linear's error on the calibration text, before cast and tuning, not about tasks.",
-    "Nothing was trained after pruning, but for what the table calls `tuning_epochs`.",
-    "Embeddings, norms and whatever the report names as dense were not pruned. Tuning moves norms and biases too.",
-    "The dense model's licence, intended use and biases are this model's too; read its card.",
+    "A certificate is about the error of a linear layer on the calibration text, not about tasks.",
+    "Embeddings, norms and the layers that the report names as excluded are not pruned.",
+    "The dense model's licence, intended use and biases apply to this model; read its card.",
 )
 
 
 def write_card(directory: Path, report: Report, base_model: str | None) -> None:
-    """Write the card of a pruned checkpoint.
+    """Write the card of a pruned checkpoint; the metadata of a README.md in ``directory`` is kept.
 
     Args:
-        directory: of the checkpoint; the head of a README.md that is there is kept.
+        directory: of the checkpoint.
         report: of the run.
         base_model: hub id of the dense model, if it has one.
     """
     file = directory / CARD_NAME
     head = (metadata_load(file) or {}) if file.is_file() else {}
-    card = ModelCard(f"---\n{_card_data(head, report, base_model).to_yaml()}\n---\n{_body(directory, report)}")
+    tags = head.pop("tags", None) or []
+    patterns = sorted({linear.pattern for linear in report.linears if parse_nm(linear.pattern)})
+    head["tags"] = [*([tags] if isinstance(tags, str) else tags), *TAGS, *patterns]
+    head.setdefault("library_name", "transformers")
+    if base_model is not None:
+        head["base_model"] = base_model
+        head["base_model_relation"] = "finetune"  # the hub has no relation for pruned models
+    card = ModelCard(f"---\n{ModelCardData(**head).to_yaml()}\n---\n{_body(directory, report)}")
     file.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
 
 
 def add_results(directory: Path, name: str, results: Sequence[EvalResult], text: str) -> bool:
-    """Put results into a card's head, and between the marks of its section; False where there is no card.
+    """Put results into a card's metadata and its section on results; False if there is no card.
 
     Args:
         directory: of the checkpoint.
-        name: of the model, for the head.
-        results: for the head; earlier ones of other data sets stay.
-        text: Markdown for the section.
+        name: of the model, for the metadata.
+        results: for the metadata; earlier ones of other data sets stay.
+        text: Markdown for the section; a card without the two marks keeps its own text.
 
     Raises:
-        ModelError: if the card's head cannot be read.
+        ModelError: if the card's metadata cannot be read.
     """
     file = directory / CARD_NAME
     if (card := check_card(directory)) is None:
         return False
     data = card.data
     assert isinstance(data, ModelCardData)
-    mine = {(each.dataset_type, each.dataset_config, each.dataset_split) for each in results}
+    new = {(each.dataset_type, each.dataset_config, each.dataset_split) for each in results}
     earlier = [
         each
         for each in data.eval_results or []
-        if (each.dataset_type, each.dataset_config, each.dataset_split) not in mine
+        if (each.dataset_type, each.dataset_config, each.dataset_split) not in new
     ]
     data.model_name = name
     data.eval_results = [*earlier, *results]
     begin, end = card.text.find(BEGIN), card.text.find(END)
-    if 0 <= begin < end:  # whoever took the marks away writes the section himself
+    if 0 <= begin < end:
         card.text = f"{card.text[: begin + len(BEGIN)]}\n{text}\n{card.text[end:]}"
     with explain_write_errors(file, "see that it may be written, and measure again"):
         write_whole(file, f"{str(card).rstrip()}\n".encode())
@@ -159,7 +127,7 @@ def check_card(directory: Path) -> ModelCard | None:
     """The card in ``directory``; None if there is none.
 
     Raises:
-        ModelError: if its head cannot be read.
+        ModelError: if its metadata cannot be read.
     """
     file = directory / CARD_NAME
     if not file.is_file():
@@ -168,78 +136,51 @@ def check_card(directory: Path) -> ModelCard | None:
         return ModelCard(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
-        raise ModelError(f"the head of {file} cannot be read ({text}): correct it, or remove the file") from error
+        raise ModelError(f"the metadata of {file} cannot be read ({text}): correct or remove the file") from error
 
 
 def short_name(model: str) -> str:
-    """A hub id as it is; of a path, the last part."""
+    """A hub id as it is; the last part of a path."""
     return Path(model).expanduser().resolve().name if os.path.exists(os.path.expanduser(model)) else model
 
 
-def _card_data(head: dict[str, Any], report: Report, base_model: str | None) -> ModelCardData:
-    patterns = sorted({linear.pattern for linear in report.linears if parse_nm(linear.pattern)})
-    tags = head.pop("tags", None) or []
-    head["tags"] = [*([tags] if isinstance(tags, str) else tags), *TAGS, *patterns]
-    head.setdefault("library_name", "transformers")
-    if base_model is not None:
-        head["base_model"] = base_model
-        head["base_model_relation"] = "finetune"  # the hub has no word for pruned; this one lists it under the model
-    return ModelCardData(**head)
-
-
 def _body(directory: Path, report: Report) -> str:
-    recipe = report.run.recipe
-    name = short_name(report.run.model)
-    idle = set() if any(block.tuning for block in report.blocks) else OF_TUNING
-    idle |= set() if recipe.get("objective") == "loss" else {"swept_share"}
-    idle |= {"gap"} if recipe.get("solver") == "none" else set()
-    told = [key for key in SETTINGS + MORE_SETTINGS if recipe.get(key) not in (None, []) and key not in idle]
-    rows = [[key, _plain(recipe[key])] for key in told if recipe[key] or key not in OFF_AT_ZERO]
-    given = GIVEN_NOTE in report.run.notes
-    by_object = any(note.startswith(OBJECT_NOTE) for note in report.run.notes)
-    lost = [note.removesuffix(LEFT_OUT[1]) for note in report.run.notes if note.endswith(LEFT_OUT[1])]
-    texts = [short_name(text) for text in dict.fromkeys(recipe.get("dataset", []))]
-    rows.append(["calibration text", "given by the caller" if given else ", ".join(texts)])
-    rows += [[f"{library} version", version] for library, version in report.run.versions.items()]
+    run, recipe = report.run, report.run.recipe
+    name = short_name(run.model)
+    data = "passed by the caller" if run.calibration_given else ", ".join(map(short_name, recipe.get("dataset", [])))
+    known = ((key, value) for key, value in recipe.items() if value or value == 0)
+    rows = [[key, str(value)] for key, value in known if key not in HIDDEN and value is not False]
+    rows += [["calibration data", data], *([f"{library} version", found] for library, found in run.versions.items())]
+    again = [" on the same calibration data"] * run.calibration_given
+    again += [" with the selector's settings from `report.json`"] * run.selector_is_object
+    config = json.loads(file.read_text()) if (file := directory / "config.json").is_file() else {}
+    loader, trust = _loader(config), ", trust_remote_code=True" if config.get("auto_map") else ""
+    load, classes = [f'model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto"{trust})'], loader
+    if tokenizer := any(any(directory.glob(each)) for each in TOKENIZERS):
+        load.append(f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})')
+        classes = f"AutoTokenizer, {loader}"
+    left_out = f", without weights that transformers has no place for: {names_of(run.weights_left_out)}"
     return BODY.format(
-        title=f"{name}, {report.sparsity:.0%} sparse",
-        origin=f"`{name}`",
+        title=f"{printable(name).replace('<', '&lt;')}, {report.sparsity:.0%} sparse",
+        name=code(name),
         sparsity=f"{report.sparsity:.1%}",
-        count=len(report.linears) + len(report.run.kept_dense),
-        but="".join(WITHOUT.format(note.partition(LEFT_OUT[0])[2]) for note in lost),
-        load=_load(directory),
-        again=AGAIN.format((ON_GIVEN if given else "") + (BY_OBJECT if by_object else "")),
+        count=len(report.linears) + len(run.kept_dense),
+        without=left_out if run.weights_left_out else "",
+        classes=classes,
+        load="\n".join(load),
+        no_tokenizer="" if tokenizer else "\n\nThe tokenizer is not included: use the dense model's.",
         summary=bullets(summary(report)),
-        settings=table(["setting", "value"], rows, num_left=2),
+        settings=table(["setting", "value"], [[key, printable(value)] for key, value in rows], num_left=2),
+        again=" and".join(again),
         begin=BEGIN,
         results=NOT_YET,
         end=END,
-        runtimes=table(HEADING, table_rows(pattern_weights(report.linears)), num_left=len(HEADING)),
         limits=bullets(LIMITS),
     )
 
 
-def _load(directory: Path) -> str:
-    loader, trust = _loader(directory), ", trust_remote_code=True" if _config(directory).get("auto_map") else ""
-    if not any(any(directory.glob(name)) for name in TOKENIZERS):
-        return LOAD.format(names=loader, loader=loader, trust=trust, tokenizer="") + NO_TOKENIZER
-    tokenizer = LOAD_TOKENIZER.format(trust=trust)
-    return LOAD.format(names=f"AutoTokenizer, {loader}", loader=loader, trust=trust, tokenizer=tokenizer)
-
-
-def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return found
-
-
-def _loader(directory: Path) -> str:
+def _loader(config: dict[str, Any]) -> str:
     """The class of transformers that loads the checkpoint with its head, if it has one."""
-    config = _config(directory)
     names = config.get("architectures") or []
     if (auto := auto_class(config.get("auto_map") or {}, names)) is not None:
         return auto

@@ -1,8 +1,8 @@
-"""The typed record of a run: what was asked, what was done to each linear, and what it cost.
+"""The typed record of a run: its settings, the error and gap of each linear, seconds and memory.
 
 ``report.json`` is standard JSON. A number that JSON cannot hold is written as the string ``"Infinity"``,
-``"-Infinity"`` or ``"NaN"`` and read back as that number: an infinite gap means that a row has no certificate. ``null``
-means something else: no solver ran, or nothing is known.
+``"-Infinity"`` or ``"NaN"`` and read back as that number. An infinite gap means that a row has no certificate;
+``null`` means that no solver ran or that nothing is known.
 """
 
 from __future__ import annotations
@@ -16,52 +16,58 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from optima import __version__
 from optima.errors import OptimaError
 from optima.models.files import usable_path
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 REPORT_NAME = "report.json"
-# By which a report and its card know that the recipe does not name the text.
-GIVEN_NOTE = "the calibration text was given by the caller: the recipe's data set was not read"
-OBJECT_NOTE = "the selector was an object, of which recipe.yaml has the class alone: "  # and its settings
 Int = Annotated[int, Strict()]
+
+
+def _not_negative(value: float) -> float:
+    if value < 0:
+        raise ValueError("an error cannot be negative")
+    return value
+
+
+Error = Annotated[float, AfterValidator(_not_negative)]
 
 
 class Record:
     """A base whose fields are checked when a file is read."""
 
-    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelt field is no other field
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
 class LinearRecord(Record):
-    """What was done to one linear, and what it lost.
+    """One pruned linear.
 
-    Errors are relative reconstruction errors ||X (V - W)^T||_F^2 / ||X W^T||_F^2 on the calibration inputs, tokens
-    weighted as in the hessian unless said otherwise. "As written" is in the checkpoint's dtype.
+    Errors are relative reconstruction errors ||X (V - W)^T||_F^2 / ||X W^T||_F^2 on the calibration inputs, with the
+    Hessian's token weights except in ``error_plain``. "As written" means in the checkpoint's dtype.
     """
 
     block: Int  # index of the block in the model
     name: str  # full module name
     shape: tuple[Int, Int]  # (outputs, inputs)
     pattern: str  # the sparsity pattern asked for, as text
-    sparsity_asked: float  # share of the weights that the pattern asks to prune
+    sparsity_asked: float  # share of the weights that the pattern prunes
     sparsity: float  # share of the weights that are zero as written
-    error_mask: float  # error of the mask alone, the surviving weights at their dense values
-    error_selector: float  # error of the selector's own weights, cast; ``error_mask`` when it only selects
-    error: float  # error of the result as written, or before tuning
-    error_plain: float  # the same with every token alike; equal to ``error`` where no token is weighted
+    error_mask: Error  # of the mask alone, the surviving weights at their dense values
+    error_selector: Error  # of the selector's own weights, cast; ``error_mask`` when it only selects
+    error: Error  # of the result as written; before tuning if ``tuned``
+    error_plain: Error  # the same with uniform token weights
     solver: str  # the solver that ran, or ``none``
     gap_max: float | None  # largest certified gap of a row, before cast and tuning; None when no solver ran
-    gap_median: float | None  # median of the same
+    gap_median: float | None  # median of the rows' gaps
     iterations_mean: float  # iterations of a row, on average
     iterations_max: Int  # iterations of the slowest row
     rows: Int  # rows of the linear (its outputs)
-    rows_not_converged: Int  # rows whose certified gap did not reach the one asked for
+    rows_not_converged: Int  # rows whose certified gap is above the requested one
     damping: float  # damping used, after any escalation, relative to the mean of the hessian's diagonal
     seconds: float  # time of selection, swaps, solve and measurement
     gap_written_max: float | None  # largest gap of a row as written; None when no solver ran, or if tuned
@@ -70,8 +76,8 @@ class LinearRecord(Record):
     tokens: Int  # calibration tokens that reached the linear
     swaps: Int | None  # swaps made in the mask; None if none were asked for
     rows_swap_optimal: Int | None  # rows of which no single swap lowers the error by 1e-5 of it; None likewise
-    tokens_effective: float | None = None  # equal tokens that would tell as much; None if not weighted
-    tuned: bool = False  # tuning moved the weights after their solve: errors and gaps are from before
+    tokens_effective: float | None = None  # effective sample size (Kish); None with uniform token weights
+    tuned: bool = False  # tuning changed the weights after the solve: errors and gaps were measured before tuning
 
     @property
     def size(self) -> int:
@@ -81,7 +87,7 @@ class LinearRecord(Record):
 
 @dataclass(frozen=True)
 class BlockRecord(Record):
-    """What a block took."""
+    """Seconds and tuning of one block."""
 
     index: Int  # of the block in the model
     name: str  # full module name
@@ -90,18 +96,19 @@ class BlockRecord(Record):
     ]  # by stage: read, forward, hessian, reduce, gradient, select, solve, round, share, tune, write
     tuning: tuple[float, ...] = ()  # error on held-out sequences before tuning and after each epoch
     tuning_epoch: Int = 0  # the epoch whose weights were kept; 0: those before tuning
-    words: bool = False  # whether that error is the divergence of the model's words, in nats a token
+    on_logits: bool = False  # that error is the KL divergence of the logits from the dense model's, in nats per token
 
 
 @dataclass(frozen=True)
 class BlockDone(Record):
-    """All that a report tells of one block, as a journal keeps it."""
+    """A block's part of the report, as the journal keeps it."""
 
     block: BlockRecord
     linears: tuple[LinearRecord, ...]
     notes: tuple[str, ...]
     halved: tuple[int | None, ...] = ()  # sequences that ran together at most, of each process; None: whole batches
     peak_bytes: Int = 0  # memory, in any process, from the start of the run that did it
+    write_seconds: float = 0.0  # of all commits before this block's
 
     def to_dict(self) -> Any:
         """Plain values of standard JSON, see the head of this file."""
@@ -109,13 +116,13 @@ class BlockDone(Record):
 
     @classmethod
     def from_dict(cls, values: Any) -> BlockDone:
-        """What ``to_dict`` gave."""
+        """The inverse of ``to_dict``."""
         return TypeAdapter(cls).validate_python(values)
 
 
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """What a run was asked and where it ran."""
+    """The settings of a run and where it ran."""
 
     model: str  # the model's id or path, as given
     recipe: dict[str, Any]  # the resolved recipe as plain values
@@ -128,12 +135,15 @@ class RunRecord(Record):
     peak_memory_bytes: Int  # peak memory of the device, or of the process on a CPU
     seconds: float  # wall time of the run
     created: str  # when the run ended, ISO 8601 in UTC
-    notes: tuple[str, ...]  # what was not done or deviated: escalated damping, skipped modules
+    notes: tuple[str, ...]  # what was not done, or not as requested: escalated damping, skipped modules
     stages: dict[str, float] = field(default_factory=dict)  # seconds of the whole run, blocks included, by stage
     model_revision: str | None = None  # commit of a hub model; None if unknown
     model_fingerprint: str | None = None  # hash of the source's weights; None if unknown
     dataset_revision: str | None = None  # commit of a hub dataset; None if unknown
     processes: Int = 1  # that shared the work
+    calibration_given: bool = False  # the caller passed the calibration data; the recipe's dataset was not read
+    selector_is_object: bool = False  # the caller passed a selector object; recipe.yaml has its class alone
+    weights_left_out: tuple[str, ...] = ()  # tensors of the source that the model's class has no place for
     kept_dense: dict[str, Int] = field(default_factory=dict)  # linears that ``keep_dense`` chose, and their weights
 
 
@@ -168,7 +178,7 @@ class Report(Record):
 
     @property
     def rows_not_converged(self) -> int:
-        """Rows whose certified gap did not reach the one asked for."""
+        """Rows whose certified gap is above the requested one."""
         return sum(linear.rows_not_converged for linear in self.linears)
 
     @property
@@ -262,7 +272,7 @@ def largest(values: Iterable[float | None]) -> float | None:
 
 
 def gap_written(linears: Iterable[LinearRecord]) -> float | None:
-    """Largest gap of any row as written; None when no solver ran, or tuning moved a linear behind its solve."""
+    """Largest gap of any row as written; None when no solver ran, or if a linear was tuned after its solve."""
     linears = list(linears)
     if any(linear.tuned for linear in linears):
         return None
@@ -270,10 +280,6 @@ def gap_written(linears: Iterable[LinearRecord]) -> float | None:
 
 
 def geometric_mean(errors: Iterable[float]) -> float:
-    """Geometric mean of the positive errors; 0 if none is positive, NaN if one is NaN.
-
-    Errors that are exactly zero (a linear that lost nothing) are left out: one of them would make the mean zero and
-    hide all others.
-    """
+    """Geometric mean of the errors that are not zero; 0 if all are, NaN if one is NaN."""
     lost = [error for error in errors if error != 0]
     return math.exp(math.fsum(map(math.log, lost)) / len(lost)) if lost else 0.0

@@ -1,31 +1,40 @@
-"""The first lines of a report: what came out, what is certified of it, and what must not be missed."""
+"""Every text and figure of a report, computed once; terminal, Markdown, HTML page and model card only render them."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from optima.console import printable
 from optima.names import kind
-from optima.patterns import Pattern
-from optima.reporting.record import LinearRecord, Report, geometric_mean, name_in_block
-from optima.runtimes import in_words, named_pattern, weights_of
+from optima.patterns import NM, parse_nm
+from optima.reporting.record import (
+    LinearRecord,
+    Report,
+    gap_written,
+    geometric_mean,
+    largest,
+    name_in_block,
+    weighted_mean,
+)
 
 NUM_NAMED = 5
 # Casting to bfloat16 costs about 2^-18 / 3 of an output's energy; beyond this a worse result is not the cast's doing.
 CAST_ALLOWANCE = 1e-5
-# Fewer calibration tokens than this for each input of the widest linear, and the fit is to the text rather than to
-# the language: at 1.3 tokens an input SmolLM2-135M at 2:4 went from perplexity 30 to 192.
+# With fewer calibration tokens per input of the widest linear, the solution overfits the text: at 1.3 tokens per input
+# SmolLM2-135M at 2:4 went from perplexity 30 to 192.
 THIN_TEXT = 4
+NO_NOTES = "None: no linear was skipped and no setting was changed during the run."
 
 Linears = Sequence[LinearRecord]
+Figure = tuple[str, str, str]  # a label, a value and a detail
 
 
 def render_summary(report: Report) -> str:
     """The summary as plain text for a terminal."""
-    text = bullets(summary(report)).replace("**", "").replace("`", "")
-    return re.sub(r"\[([^]]+)\]\(#[a-z-]+\)", r"\1, in the report", text)
+    return re.sub(r"\*\*|`", "", bullets(summary(report))).replace("&lt;", "<")
 
 
 def summary(report: Report) -> list[str]:
@@ -34,91 +43,119 @@ def summary(report: Report) -> list[str]:
     if not linears:
         return ["**Nothing was pruned.**"]
     solvers = sorted({name for linear in linears if solved(linear) for name in linear.solver.split("+")})
-    swapped = [linear for linear in linears if linear.swaps is not None]
-    selector = [str(run.recipe.get("selector", "unnamed selector")), *(["swaps"] if swapped else [])]
-    method = " + ".join([*selector, *solvers])
+    method = " + ".join([str(run.recipe.get("selector", "unnamed selector")), *solvers])
     patterns = sorted({linear.pattern for linear in linears})
-    asked = sorted(linear.sparsity_asked for linear in linears)
-    shown = f"pattern {', '.join(patterns)}"
+    pattern = f"pattern {', '.join(patterns)}"
     if len(patterns) > NUM_NAMED:
-        shown = f"{len(patterns)} patterns, from {asked[0]:.1%} to {asked[-1]:.1%} a linear"
-    dense = f", {len(run.kept_dense)} of them kept dense" if run.kept_dense else ""
-    share = f"{report.sparsity:.2%} of the weights of {len(linears) + len(run.kept_dense)} linears pruned{dense}"
-    headline = f"**{share}** ({shown}) by **{method}**."
-    facts = [headline, _errors(linears), *_swaps(swapped), *_certificate(report), *_tuning(report)]
-    return [*facts, in_words(pattern_weights(linears)), *_warnings(report)]
+        asked = [linear.sparsity_asked for linear in linears]
+        pattern = f"layer-wise sparsity from {min(asked):.1%} to {max(asked):.1%}"
+    share = f"{report.sparsity:.2%} of the weights of {len(linears) + len(run.kept_dense)} linear layers pruned"
+    dense = f"; {len(run.kept_dense)} of them stay dense" if run.kept_dense else ""
+    headline = f"**{share}** ({pattern}{dense}) with **{method}**."
+    note = runtime_note(linear.pattern for linear in linears)
+    return [headline, _errors(linears), *_certificate(report), *_tuning(report), note, *_warnings(report)]
 
 
-def pattern_weights(linears: Linears) -> dict[Pattern, int]:
-    """How many weights the linears of each pattern have."""
-    return weights_of((named_pattern(linear.pattern, linear.sparsity), linear.size) for linear in linears)
+def runtime_note(patterns: Iterable[str]) -> str:
+    """Which runtimes run a model of these patterns faster than the dense model, as Markdown."""
+    found = [parse_nm(pattern) for pattern in patterns]
+    same = "Loads wherever the dense model loads; in vLLM, SGLang, llama.cpp, MLX and ONNX Runtime **no faster**."
+    if any(isinstance(pattern, NM) and 2 * pattern.n <= pattern.m and pattern.m in (2, 4) for pattern in found):
+        gpu = "on NVIDIA GPUs with sparse tensor cores (Ampere or later), with `optima.accelerate(model)` or torchao"
+        return f"{same} Its 2:4 layers run faster for long prompts and large batches {gpu}."
+    return f"{same} Runtimes for unstructured sparsity may be faster: MACKO (GPU, batch size 1), SparAMX (Intel AMX)."
 
 
 def _errors(linears: Linears) -> str:
     mask, selector, result = (mean(linears, name) for name in ("error_mask", "error_selector", "error"))
-    steps = [f"{error(mask)} by the mask alone"]
+    steps = [f"{error(mask)} with the mask alone"]
     if any(map(updated, linears)):
-        whose = "selector's own" if all(linear.swaps is None for linear in linears) else "swaps'"
-        steps.append(f"{error(selector)} by the {whose} weights")
-    by = f" ({change(selector, result)} from the selector's)" if any(map(solved, linears)) and selector else ""
-    plain = mean(linears, "error_plain")
-    alike = f"; {error(plain)} with every token alike" if weighted(linears) else ""
-    what = "before tuning" if any(linear.tuned for linear in linears) else "in the result"
-    return f"Mean relative error: {', '.join(steps)}, **{error(result)} {what}**{by}{alike}."
+        steps.append(f"{error(selector)} with the selector's weights")
+    by = _versus_selector(linears)
+    plain = f"; {error(mean(linears, 'error_plain'))} with uniform token weights" if weighted(linears) else ""
+    what = "after the solve, before tuning" if tuned(linears) else "in the result"
+    return (
+        f"Mean relative layer error: {', '.join(steps)}, **{error(result)} {what}**{f' ({by})' if by else ''}{plain}."
+    )
 
 
-def _swaps(swapped: Linears) -> list[str]:
-    """What swaps did to the masks, and of how many rows it is proven that no other would help."""
-    made = sum(linear.swaps or 0 for linear in swapped)
-    rows, proven = sum(linear.rows for linear in swapped), sum(linear.rows_swap_optimal or 0 for linear in swapped)
-    return [f"Swaps: {made:,} made; {proven:,} of {rows:,} rows are at a 1-swap local optimum."] if swapped else []
+def _versus_selector(linears: Linears) -> str:
+    selector, result = mean(linears, "error_selector"), mean(linears, "error")
+    if not any(map(solved, linears)) or not selector or not math.isfinite(result / selector):
+        return ""
+    change = result / selector - 1
+    return f"{abs(change):.1%} {'lower' if change < 0 else 'higher'} than the selector's weights"
 
 
 def _certificate(report: Report) -> list[str]:
-    """What is proven of the solution, and what is left of that in the file."""
+    """What is proven of the solution, and whether that is still true of the file."""
     found, total, missed = report.gap_max, rows_solved(report.linears), report.rows_not_converged
+    moved = tuned(report.linears)
     if found is None:
-        return ["No solver ran, so nothing is certified of the weights."]
+        return ["No certificate: no solver ran."]
     asked = report.run.recipe.get("gap")
-    target = f" to the asked gap of {gap(asked)}" if isinstance(asked, int | float) else ""
-    share = f"all {total:,} rows" if not missed else f"{total - missed:,} of {total:,} rows"
-    most = (
-        f"the largest gap is **{gap(found)}**" if math.isfinite(found) else "**some rows have no certificate at all**"
-    )
-    since = "the cast and tuning" if any(linear.tuned for linear in report.linears) else "the cast"
-    lines = [f"Certified{target} before {since}: **{share}** that a solver worked on; {most}."]
+    target = f" to the requested gap of {gap(asked)}" if isinstance(asked, int | float) else ""
+    wrong = sum(linear.rows for linear in report.linears if solved(linear) and math.isnan(linear.error))
+    share = f"all {total:,} rows" if not missed + wrong else f"{max(0, total - missed - wrong):,} of {total:,} rows"
+    most = f"largest gap **{gap(found)}**" if math.isfinite(found) else "**some rows have no certificate**"
+    if moved:
+        lines = [
+            f"Certificate of the weights **before tuning**: {share} solved{target}; {most}. Tuning then changed "
+            f"{len(moved)} of {len(report.linears)} linear layers, which carry no certificate as written."
+        ]
+    else:
+        lines = [f"Certificate of the solve, before the weights are cast: **{share}** solved{target}; {most}."]
     written = report.gap_written_max
     if written is not None:
         losses = [linear.loss_written for linear in report.linears if linear.loss_written is not None]
-        together = f", all rows of a linear together at most **{gap(max(losses))}** above the optimum" if losses else ""
-        lines.append(f"As written ({report.run.dtype}): the largest gap of a row is **{gap(written)}**{together}.")
+        together = f"; a whole layer is at most **{gap(max(losses))}** above its optimum" if losses else ""
+        lines.append(f"As written ({report.run.dtype}): largest gap of a row **{gap(written)}**{together}.")
     return lines
+
+
+def tuning_rows(report: Report) -> list[tuple[str, str, str]]:
+    """For each tuned block: its name, the held-out loss before and after, and the change."""
+    rows = []
+    for block in report.blocks:
+        if block.tuning:
+            before, after = block.tuning[0], block.tuning[block.tuning_epoch]
+            unit = " nats" if block.on_logits else ""
+            change_text = change(before, after) if block.tuning_epoch else "not changed"
+            rows.append((block.name, f"{error(before)} → {error(after)}{unit}", change_text))
+    return rows
 
 
 def _tuning(report: Report) -> list[str]:
-    """What tuning won, and of how many linears errors and gaps are no longer those of the file."""
-    blocks, tuned = [block for block in report.blocks if block.tuning], [x for x in report.linears if x.tuned]
+    blocks = [block for block in report.blocks if block.tuning]
     if not blocks:
         return []
-    before = geometric_mean(block.tuning[0] for block in blocks)
-    after = geometric_mean(block.tuning[block.tuning_epoch] for block in blocks)
-    kept = sum(block.tuning_epoch > 0 for block in blocks)
-    won = f"{kept} of {len(blocks)} blocks are closer to the dense ones on held-out sequences"
-    moved = f"; **errors and gaps of {len(tuned)} linears are from before it**" if tuned else ""
-    words = [block for block in blocks if block.words]
-    lines = [f"Tuned: {won} (cost {change(before, after)} on average){moved}."]
-    lines += [
-        f"{block.name} was tuned by the words that the model predicts behind it: they diverge from the dense model's "
-        f"by {block.tuning[block.tuning_epoch]:.3g} nats a token, and by {block.tuning[0]:.3g} before."
-        for block in words
-    ]
+    kept = [block for block in blocks if block.tuning_epoch > 0 and not block.on_logits]
+    hidden = [block for block in blocks if not block.on_logits]
+    lines = []
+    if hidden:
+        before, after = (geometric_mean(block.tuning[at(block)] for block in hidden) for at in (_first, _kept))
+        won = f"held-out loss {change(before, after)} on average" if before and math.isfinite(after) else "no change"
+        lines.append(f"Block tuning changed {len(kept)} of {len(hidden)} blocks: {won}.")
+    for block in blocks:
+        if block.on_logits:
+            before, after = block.tuning[0], block.tuning[block.tuning_epoch]
+            lines.append(
+                f"The last block ({code(block.name)}) was tuned on the logits: KL to the dense model {after:.3g} nats "
+                f"per token ({before:.3g} before tuning)."
+            )
     return lines
 
 
+def _first(_: object) -> int:
+    return 0
+
+
+def _kept(block: object) -> int:
+    return int(getattr(block, "tuning_epoch", 0))
+
+
 def _warnings(report: Report) -> list[str]:
-    """What must not be missed."""
     linears = report.linears
-    thin = [linear for linear in linears if linear.tokens < THIN_TEXT * linear.shape[1]]
     found = {
         f"{report.rows_not_converged:,} rows did not converge and keep the best weights found": [
             linear for linear in linears if linear.rows_not_converged
@@ -129,18 +166,38 @@ def _warnings(report: Report) -> list[str]:
         "the error is not a finite number": [linear for linear in linears if not math.isfinite(linear.error)],
         "every weight is pruned": [linear for linear in linears if linear.sparsity == 1],
         "no weight is pruned": [linear for linear in linears if linear.sparsity == 0],
-        "the sparsity as written is not the one asked for": [
+        "the sparsity as written is not the requested one": [
             # A weight more or less in each row or group is the rounding of counts.
             linear for linear in linears
             if 0 < linear.sparsity < 1
             and abs(linear.sparsity - linear.sparsity_asked) * linear.size > max(linear.rows, 1)
         ],
-        "nothing was measured, the mask costs nothing (inputs or weights are zero)": [
+        "the mask costs nothing because inputs or weights are zero": [
             linear for linear in linears if linear.error_mask == 0 and linear.sparsity > 0
         ],
-        f"little calibration text, fewer than {THIN_TEXT} tokens for each input; more samples will help": thin,
+        f"fewer than {THIN_TEXT} calibration tokens per input; use more samples": [
+            linear for linear in linears if linear.tokens < THIN_TEXT * linear.shape[1]
+        ],
     }  # fmt: skip
-    return [f"**Warning:** {what}: {names(where)}." for what, where in found.items() if where]
+    return [
+        f"**Warning:** {what}: {names_of([linear.name for linear in where])}." for what, where in found.items() if where
+    ]
+
+
+def figures(report: Report) -> list[Figure]:
+    """The headline: label, value, detail."""
+    run, linears = report.run, report.linears
+    by, moved = _versus_selector(linears), tuned(linears)
+    rows: list[Figure] = [
+        ("sparsity", f"{report.sparsity:.2%}", f"requested {report.sparsity_asked:.2%}"),
+        ("mean layer error" + (" before tuning" if moved else ""), error(report.error_geomean), by),
+    ]
+    if moved:
+        rows.append(("certified gap before tuning", gap(report.gap_max) or "–", "tuned weights carry no certificate"))
+    elif report.gap_max is not None:
+        rows.append(("largest certified gap", gap(report.gap_written_max), f"{gap(report.gap_max)} before the cast"))
+    rows.append(("time", duration(run.seconds), on_linears(report, "on linear layers")))
+    return [*rows, ("peak memory", num_bytes(run.peak_memory_bytes), run.device)]
 
 
 def run_facts(report: Report) -> list[tuple[str, str]]:
@@ -151,25 +208,25 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
     device = run.device if run.processes == 1 else f"{run.processes} processes, the first on {run.device}"
     rows = [
-        ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in linears to prune"),
-        ("sparsity", f"{report.sparsity:.4%}, asked {report.sparsity_asked:.4%}"),
+        ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the linear layers to prune"),
+        ("sparsity", f"{report.sparsity:.4%}, requested {report.sparsity_asked:.4%}"),
         ("source", ", ".join(part for part in source if part)),
         ("calibration", ", ".join(text)),
         ("device, dtype", f"{device}, {run.dtype}"),
         ("peak memory", num_bytes(run.peak_memory_bytes)),
-        ("time", ", ".join(filter(None, [duration(run.seconds), on_linears(report, "of it on linears")]))),
+        ("time", ", ".join(filter(None, [duration(run.seconds), on_linears(report, "of it on linear layers")]))),
         ("finished", run.created),
     ]
     return [row for row in rows if row[1]]
 
 
 def on_linears(report: Report, what: str) -> str:
-    """The seconds of all linears, and ``what``. Nothing of several processes: theirs are no part of the run's."""
+    """The seconds of all linears, and ``what``. Empty for several processes, which work on them at the same time."""
     return f"{duration(sum(linear.seconds for linear in report.linears))} {what}" if report.run.processes == 1 else ""
 
 
 def stage_times(report: Report) -> list[tuple[str, float, float]]:
-    """Stages across the run with seconds and share, largest first, and what no stage claims; none if none is known."""
+    """Stages of the run with seconds and share, largest first, then the time outside of all stages."""
     run = report.run
     stages = sorted(run.stages.items(), key=lambda stage: -stage[1])
     rest = run.seconds - sum(run.stages.values())
@@ -178,7 +235,7 @@ def stage_times(report: Report) -> list[tuple[str, float, float]]:
 
 
 def by_kind(linears: Linears) -> dict[str, list[LinearRecord]]:
-    """Linears that play the same part, in the model's order, named by the last part of their names if that says all."""
+    """Linears of the same role, in the model's order, named by the last part of their names if that is unambiguous."""
     names = {linear: kind(name_in_block(linear)) for linear in linears}
     lasts = Counter(name.rpartition(".")[2] for name in set(names.values()))
     kinds: dict[str, list[LinearRecord]] = {}
@@ -188,10 +245,39 @@ def by_kind(linears: Linears) -> dict[str, list[LinearRecord]]:
     return kinds
 
 
-def names(linears: Linears) -> str:
-    """The first of them, and how many more."""
-    shown = ", ".join(code(linear.name) for linear in linears[:NUM_NAMED])
-    return f"{shown} and {len(linears) - NUM_NAMED} more" if len(linears) > NUM_NAMED else shown
+def _iterations(linears: Linears) -> str:
+    rows = rows_solved(linears)
+    total = sum(linear.iterations_mean * linear.rows for linear in linears if solved(linear))
+    return f"{total / rows:.1f} ({max(linear.iterations_max for linear in linears)})" if rows else ""
+
+
+def _not_converged(linears: Linears) -> str:
+    missed = sum(linear.rows_not_converged for linear in linears)
+    return f"{missed:,} of {rows_solved(linears):,}" if missed else ""
+
+
+# Columns of the tables; each cell describes one linear or several. Empty columns are left out.
+COLUMNS: dict[str, Callable[[Linears], str]] = {
+    "sparsity": lambda linears: f"{weighted_mean(linears, 'sparsity'):.2%}",
+    "mask": lambda linears: error(mean(linears, "error_mask")),
+    "selector": lambda linears: error(mean(linears, "error_selector")) if any(map(updated, linears)) else "",
+    "result": lambda linears: error(mean(linears, "error")),
+    "uniform": lambda linears: error(mean(linears, "error_plain")) if weighted(linears) else "",
+    "change": lambda linears: (
+        change(mean(linears, "error_selector"), mean(linears, "error")) if any(map(solved, linears)) else ""
+    ),
+    "gap": lambda linears: gap(largest(linear.gap_max for linear in linears)),
+    "gap written": lambda linears: "tuned" if tuned(linears) else gap(gap_written(linears)),
+    "iterations (max)": _iterations,
+    "not converged": _not_converged,
+    "seconds": lambda linears: f"{sum(linear.seconds for linear in linears):.2f}",
+}
+
+
+def names_of(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    shown = ", ".join(map(code, names[:NUM_NAMED]))
+    return f"{shown} and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else shown
 
 
 def solved(linear: LinearRecord) -> bool:
@@ -200,12 +286,17 @@ def solved(linear: LinearRecord) -> bool:
 
 
 def updated(linear: LinearRecord) -> bool:
-    """Whether the selector moved weights itself."""
+    """Whether the selector changed surviving weights itself."""
     return linear.error_selector != linear.error_mask
 
 
+def tuned(linears: Linears) -> list[LinearRecord]:
+    """Those that tuning changed after their solve."""
+    return [linear for linear in linears if linear.tuned]
+
+
 def weighted(linears: Linears) -> bool:
-    """Whether some token weighs more than others."""
+    """Whether tokens have different weights."""
     return any(linear.error_plain != linear.error for linear in linears)
 
 
@@ -220,22 +311,22 @@ def mean(linears: Linears, field: str) -> float:
 
 
 def error(value: float) -> str:
-    """A relative error in words."""
+    """A relative error."""
     return f"{value:.4f}" if value == 0 or value >= 1e-3 else f"{value:.1e}"
 
 
 def gap(value: float | None) -> str:
-    """A gap in words: nothing where no solver ran, ``none`` where nothing is certified."""
+    """A gap: empty where no solver ran, ``none`` where nothing is certified."""
     return "" if value is None else f"{value:.1e}" if math.isfinite(value) else "none"
 
 
 def change(before: float, after: float) -> str:
-    """By how much an error changed."""
-    return f"{after / before - 1:+.1%}" if before else ""
+    """The relative change of an error."""
+    return f"{after / before - 1:+.1%}".replace("-0.0%", "+0.0%") if before else ""
 
 
 def duration(seconds: float) -> str:
-    """A time in words."""
+    """A time: 48.0 s, 12 min 5 s, 2 h 5 min."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -244,15 +335,20 @@ def duration(seconds: float) -> str:
 
 
 def num_bytes(count: int) -> str:
-    """A size in words."""
+    """A size in MiB or GiB."""
     return f"{count / 2**30:.2f} GiB" if round(count / 2**20) >= 1024 else f"{count / 2**20:.0f} MiB"
 
 
 def code(name: str) -> str:
-    """A name as Markdown shows it."""
-    return f"`{name}`"
+    """A name as a code span of Markdown: without backticks, control characters and line breaks."""
+    return f"`{' '.join(printable(name).replace('`', '').split())}`"
 
 
 def bullets(items: Iterable[str]) -> str:
-    """A list, one line an item."""
-    return "\n".join(f"- {' '.join(item.split())}" for item in items)
+    """A list, one line an item; ``<`` is escaped outside code spans, and control characters are removed."""
+    lines = (" ".join(printable(item).split()) for item in items)
+    return "\n".join(f"- {''.join(_escaped(part) for part in re.split(r'(`[^`]*`)', line))}" for line in lines)
+
+
+def _escaped(part: str) -> str:
+    return part if part.startswith("`") else part.replace("<", "&lt;")

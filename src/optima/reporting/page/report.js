@@ -11,7 +11,7 @@ function make(parent, tag, attributes = {}, text = "") {
   return parent.appendChild(element);
 }
 
-// Numbers for people; titles have the record's own.
+// Rounded numbers; titles have the record's own.
 function show(x) {
   if (x === null) return "–";
   if (!Number.isFinite(x)) return Number.isNaN(x) ? "not a number" : "∞";
@@ -24,7 +24,7 @@ function show(x) {
 const showTick = (x) => (x >= 1e-3 && x < 1e4 ? String(Number(x.toPrecision(3))) : show(x).replace(".0×", "×").replace(/^1×/, ""));
 const divide = (a, b) => (b === null ? null : a === b ? 1 : a / b);
 
-// Several linears under one number: as in the report's other renderings.
+// How the values of several linears join: as in report.md.
 const average = (values) => values.reduce((sum, x) => sum + x, 0) / values.length;
 const geometric = (values) => (values.some((x) => x !== 0) ? Math.exp(average(values.filter((x) => x !== 0).map(Math.log))) : 0);
 const largest = (values) => Math.max(...values);
@@ -44,7 +44,7 @@ const several = RUNS.length > 1;
 // Columns of the table; the heat map shows those that know how several linears join.
 const error = { join: geometric, log: true };
 const COLUMNS = [
-  { title: "linear", get: (l) => l.part, exact: (l) => l.name },
+  { title: "layer", get: (l) => l.part, exact: (l) => l.name },
   { title: "block", get: (l) => l.block },
   { title: "shape", get: (l) => l.shape[0] * l.shape[1], text: (_, l) => l.shape.join(" × ") },
   { title: "pattern", get: (l) => l.pattern },
@@ -57,15 +57,15 @@ const COLUMNS = [
   { title: "gap", get: (l) => l.gap_max },
   { title: "gap written", get: (l) => l.gap_written_max, join: largest, log: true },
   { title: "tuned", get: (l) => (l.tuned ? 1 : null), text: (x) => (x ? "yes" : "") },
-  { title: "iterations", get: (l) => (l.gap_max === null ? null : l.iterations_mean), join: average, exact: (l) => `mean ${l.iterations_mean}, most ${l.iterations_max}` },
+  { title: "iterations", get: (l) => (l.gap_max === null ? null : l.iterations_mean), join: average, exact: (l) => `mean ${l.iterations_mean}, largest ${l.iterations_max}` },
   { title: "not converged", get: (l) => l.rows_not_converged },
   { title: "seconds", get: (l) => l.seconds },
 ].filter((column) => several || !column.ofFirst);
 const METRICS = COLUMNS.filter(({ join, get }) => join && RUNS.some(({ linears }) => linears.some((l) => get(l) !== null)));
 const MOST_ROWS = 2000; // of the table at once; the filter finds the others
-const state = { run: RUNS[0], metric: METRICS.find(({ title }) => title === "result"), column: null, falls: false, selected: [] };
+const state = { run: RUNS[0], metric: METRICS.find(({ title }) => title === "result"), column: "result", falls: true, selected: [] };
 
-// A linear stands in three places: a cell, a dot and a row, marked and selected together.
+// A linear has a cell, a dot and a row, marked and selected together.
 const places = new Map();
 const placesOf = (linear) => (places.get(linear) ?? []).filter((element) => element.isConnected);
 function place(element, linears, text) {
@@ -160,7 +160,7 @@ function drawMap({ linears, kinds }) {
   const values = [...cells.values()].map(value);
   const { range, colour, bar } = paint(state.metric, values);
   const blocks = blocksOf(linears);
-  const table = make($("map"), "table", { role: "grid", "aria-label": `${title}: kinds of linears down, blocks across` });
+  const table = make($("map"), "table", { role: "grid", "aria-label": `${title}: kinds of layers down, blocks across` });
   table.style.minWidth = `${5.5 + blocks.length * 0.55}rem`;
   const every = [1, 2, 5, 10].find((step) => blocks.length / step <= 15) ?? 20;
   const head = make(make(table, "thead"), "tr");
@@ -177,13 +177,16 @@ function drawMap({ linears, kinds }) {
       const cell = make(row, "td", { tabindex: -1, "aria-label": words });
       if (Number.isFinite(x)) cell.style.background = colour(x);
       else cell.className = "unknown";
-      place(cell, members.sort((a, b) => b.error - a.error), members.length > 1 ? `${words} · ${members.length} linears` : describe(members[0]));
+      place(cell, members.sort((a, b) => b.error - a.error), members.length > 1 ? `${words} · ${members.length} layers` : describe(members[0]));
     }
   }
   rove(table);
   const [low, between, high] = document.querySelector(".legend").children;
   const drawn = values.filter((x) => x !== null);
-  [low.textContent, high.textContent] = drawn.length ? range.map(text) : ["", ""];
+  const finite = drawn.some((x) => Number.isFinite(x) && (!state.metric.log || x > 0));
+  document.querySelector(".legend").hidden = !finite;
+  if (!finite) return;
+  [low.textContent, high.textContent] = range.map(text);
   if (drawn.some((x) => x < range[0])) low.prepend("≤ ");
   if (drawn.some((x) => x > range[1])) high.prepend("≥ ");
   between.style.background = bar;
@@ -206,11 +209,14 @@ function drawDepth(run) {
   const lines = several ? RUNS.map((other) => [other.title, other, result]) : steps;
   const blocks = blocksOf(RUNS.flatMap((other) => other.linears));
   const range = limits(lines.flatMap(([, { linears }, get]) => linears.map(get)), true);
-  const [svg, y, width] = chart($("depth"), "Error against the block's index, log scale", 260, range, true, 52);
+  const [svg, y, width] = chart($("depth"), "Relative error by block, log scale", 260, range, true, 52);
   const x = scale(limits(blocks), [64, width - (several ? 120 : 70)]);
   const drawable = (error) => Number.isFinite(error) && error > 0;
-  for (const tick of ticks(limits(blocks))) make(svg, "text", { x: x(tick), y: 256, "text-anchor": "middle" }, tick);
-  for (const l of run.linears.filter((other) => drawable(other.error))) place(make(svg, "circle", { cx: x(l.block), cy: y(l.error), r: 2.6 }), [l], describe(l));
+  for (const tick of ticks(limits(blocks))) make(svg, "text", { x: x(tick), y: 254, "text-anchor": "middle" }, tick);
+  make(svg, "text", { x: 0, y: -4 }, "relative error");
+  make(svg, "text", { x: width, y: 254, "text-anchor": "end" }, "block");
+  const dots = run.linears.length > MOST_ROWS ? [] : run.linears;
+  for (const l of dots.filter((other) => drawable(other.error))) place(make(svg, "circle", { cx: x(l.block), cy: y(l.error), r: 2.6 }), [l], describe(l));
   const ends = lines.map(([title, other, get]) => {
     const means = [...group(other.linears, (l) => l.block)].sort(([a], [b]) => a - b).map(([block, members]) => [block, geometric(members.map(get))]);
     const points = means.filter(([, mean]) => drawable(mean)).map(([block, mean]) => [x(block), y(mean)]);
@@ -232,16 +238,22 @@ function histogram(box, title, values, log, asked) {
   make(box, "h3", {}, title);
   if (known.length < values.length || !known.length) make(box, "p", { class: "hint" }, `${values.length - known.length} of ${values.length} cannot be drawn.`);
   if (!known.length) return;
+  const [least, most] = limits(known, log);
+  if (known.length > 1 && most <= 1.2 * least) {
+    make(box, "p", {}, `All ${known.length} between ${show(least)} and ${show(most)}${asked ? `; requested ${show(asked)}` : ""}.`);
+    return;
+  }
   const [low, high] = limits(asked ? [...known, asked] : known, log);
   const range = log ? [10 ** Math.floor(Math.log10(low)), 10 ** Math.ceil(Math.log10(high * 1.001))] : [Math.floor(low), Math.floor(high) + 1];
   const bin = scale(range, [0, 20], log);
   const bins = group(known, (x) => Math.floor(bin(x)));
-  const most = Math.max(...[...bins.values()].map((members) => members.length));
-  const [svg, y, width] = chart(box, `${title}: ${known.length} linears, ${show(low)} to ${show(high)}`, 150, [0, most], false, 30);
+  const tallest = Math.max(...[...bins.values()].map((members) => members.length));
+  const [svg, y, width] = chart(box, `${title}: ${known.length} layers, ${show(low)} to ${show(high)}`, 150, [0, tallest], false, 30);
+  make(svg, "text", { x: 0, y: 2 }, "layers");
   const x = scale([0, 20], [34, width - 14]);
   for (const [i, members] of bins) {
     const bar = make(svg, "rect", { x: x(i) + 0.5, width: x(1) - x(0) - 1, y: y(members.length), height: y(0) - y(members.length) });
-    make(bar, "title", {}, `${members.length} linears, ${limits(members).map(show).join(" to ")}`);
+    make(bar, "title", {}, `${members.length} layers, ${limits(members).map(show).join(" to ")}`);
   }
   for (const tick of ticks(range, log)) make(svg, "text", { x: x(bin(tick)), y: 144, "text-anchor": "middle" }, showTick(tick));
   if (asked) make(svg, "line", { class: "asked", x1: x(bin(asked)), x2: x(bin(asked)), y1: 8, y2: y(0) });
@@ -251,14 +263,23 @@ function drawSpread({ linears, gap }) {
   const plots = [
     ["Gap before the cast", solved.map((l) => l.gap_max), true, gap],
     ["Gap as written", solved.map((l) => l.gap_written_max), true],
-    ["Iterations of a row", solved.map((l) => l.iterations_mean), false],
-  ].filter(([, values]) => values.some((x) => x !== null)); // tuning came behind the cast, or no solver ran
+    ["Iterations per row", solved.map((l) => l.iterations_mean), false],
+  ].filter(([, values]) => values.some((x) => x !== null)); // tuned, or no solver ran
   const boxes = plots.map(() => make($("spread"), "div")); // all of them first: they share the width
   for (const [i, plot] of plots.entries()) histogram(boxes[i], ...plot);
 }
 
 function drawTable({ linears }) {
-  const differs = ({ title, get }) => (title === "pattern" ? new Set(linears.map(get)).size > 1 : linears.some((l) => get(l) !== null));
+  // A column is shown where it says something that its neighbours do not.
+  const same = (a, b) => linears.every((l) => Object.is(a(l), b(l)));
+  const hidden = {
+    pattern: ({ get }) => new Set(linears.map(get)).size < 2 || linears.every((l) => /^[\d.]+ per /.test(l.pattern)),
+    selector: ({ get }) => same(get, (l) => l.error_mask),
+    tuned: ({ get }) => new Set(linears.map(get)).size < 2,
+    "not converged": ({ get }) => linears.every((l) => !get(l)),
+    iterations: ({ get }) => linears.every((l) => !get(l)),
+  };
+  const differs = (column) => !hidden[column.title]?.(column) && linears.some((l) => column.get(l) !== null);
   const columns = COLUMNS.filter(differs);
   const sorted = columns.find((column) => column.title === state.column);
   const found = linears.filter((l) => l.name.toLowerCase().includes($("filter").value.trim().toLowerCase()));
@@ -266,7 +287,7 @@ function drawTable({ linears }) {
   const rank = (a, b) => (typeof a === "string" ? a.localeCompare(b, "en", { numeric: true }) : a < b ? -1 : Number(a > b));
   const order = (a, b) => unknown(a) - unknown(b) || (state.falls ? rank(b, a) : rank(a, b)) || 0;
   if (sorted) found.sort((l, m) => order(sorted.get(l), sorted.get(m)));
-  const table = make($("linears"), "table", { role: "grid", "aria-label": "Every linear" });
+  const table = make($("linears"), "table", { role: "grid", "aria-label": "Every linear layer" });
   const head = make(make(table, "thead"), "tr");
   for (const column of columns) {
     const cell = make(head, "th", { scope: "col", ...(column === sorted && { "aria-sort": state.falls ? "descending" : "ascending" }) });
@@ -282,7 +303,7 @@ function drawTable({ linears }) {
     const row = make(body, "tr", { tabindex: -1 });
     for (const { title, get, text = show, exact = get } of columns) {
       const value = get(linear);
-      make(row, title === "linear" ? "th" : "td", { title: exact(linear) ?? "" }, typeof value === "string" ? value : text(value, linear));
+      make(row, title === "layer" ? "th" : "td", { title: exact(linear) ?? "" }, typeof value === "string" ? value : text(value, linear));
     }
     place(row, [linear], describe(linear));
   }
@@ -290,13 +311,12 @@ function drawTable({ linears }) {
   $("count").textContent = `${show(found.length)} of ${show(linears.length)}${found.length > MOST_ROWS ? `, the first ${show(MOST_ROWS)} shown` : ""}`;
 }
 
-// One function a place that is drawn, by its id in sections.html.
+// A function for each element that is drawn, by its id in sections.html.
 const DRAW = { map: drawMap, depth: drawDepth, spread: drawSpread, linears: drawTable };
 function draw(...ids) {
   for (const id of ids.filter($)) {
     $(id).replaceChildren();
     if (id === "linears") $("count").textContent = "";
-    if (id === "map") document.querySelector(".legend").hidden = !state.run.linears.length;
     if (state.run.linears.length) DRAW[id](state.run);
   }
 }
