@@ -3,10 +3,9 @@
     python benchmarks/accuracy.py MODEL --calibration c4.jsonl --evaluation wikitext2_test.txt --output accuracy.json
 
 A method is a selector (as published), with steps behind it: +solve (its mask, the surviving weights re-solved, by the
-sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +swaps (exchanges of
-kept and pruned weights before the solve), +shared (sparsity shared out by the loss), +tune (blocks tuned,
---tuning-epochs). Or it is a recipe that comes with the package: fast, balanced, best. Each is measured on a fresh copy
-of the model. Prints Markdown.
+sink objective), +loss (the same by objective loss), +unsolved (all of +loss but the solve), +shared (sparsity
+allocated by the loss), +tune (blocks tuned, --tuning-epochs). Or it is a recipe that comes with the
+package: fast, balanced, best. Each is measured on a fresh copy of the model. Prints Markdown.
 --held-out takes that share of the calibration text, its end, to measure on as well; nothing is calibrated on it.
 --own-samples adds sequences that the model writes itself, each from a piece of the text on.
 
@@ -65,7 +64,7 @@ from optima.selectors.base import SELECTORS
 
 DENSE = "dense"
 OWN = "optima"  # has no published update: its weights come from the solve
-STEPS = {"solve", "loss", "unsolved", "swaps", "shared", "tune"}
+STEPS = {"solve", "loss", "unsolved", "shared", "tune"}
 PRESETS = ["fast", "balanced", "best"]
 METHODS = [*(name for name in SELECTORS if name != OWN), *(f"{name}+solve" for name in SELECTORS), *PRESETS]
 PATTERNS = ["0.5", "0.6", "0.7", "2:4"]
@@ -99,7 +98,6 @@ class Bench:
             pattern=[pattern],
             scope=None if ":" in pattern else options.scope,
             allocation=allocation,
-            swaps=256 if "swaps" in steps else 0,
             objective=objective,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             solver="auto" if solves else "none",
@@ -133,7 +131,7 @@ class Bench:
         recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
         recipe = replace(recipe, tuning_epochs=recipe.applied_epochs)
         applied = pattern_table(recipe, methods.selector).default
-        names = ["selector", "pattern", "allocation", "swaps", "solver", "damping", "sink_weight", "seed"]
+        names = ["selector", "pattern", "allocation", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
         names += ["rounding"] if recipe.solver != "none" else []
         names += ["objective"] if recipe.objective == "loss" else []
@@ -182,7 +180,6 @@ class Bench:
                 "linears_worse_than_selector": [
                     r.name for r in report.linears if r.error > r.error_selector * 1.000001
                 ],
-                "swaps": sum(r.swaps or 0 for r in linears),
                 "sparsity": report.sparsity,
                 "notes": report.run.notes,
                 "seconds": report.run.seconds,
@@ -263,8 +260,6 @@ def method(text: str) -> str:
     name, *steps = text.split("+")
     if "unsolved" in steps and "loss" not in steps:
         raise argparse.ArgumentTypeError(f"{text}: unsolved is a part of loss: write {name}+loss+unsolved")
-    if "swaps" in steps and (not {"solve", "loss"} & set(steps) or "unsolved" in steps):
-        raise argparse.ArgumentTypeError(f"{text}: swaps compare masks by their best weights: add +solve or +loss")
     if text in PRESETS or (name in SELECTORS and STEPS.issuperset(steps)):
         return text
     known = f"{', '.join(SELECTORS)} with any of +{' +'.join(sorted(STEPS))}, or {', '.join(PRESETS)}"

@@ -30,8 +30,6 @@ LINEAR = LinearRecord(
     gap_written_median=4e-4,
     loss_written=1e-3,
     tokens=1024,
-    swaps=None,
-    rows_swap_optimal=None,
 )
 BLOCK = BlockRecord(0, "model.layers.0", {"forward": 0.5, "solve": 0.25})
 RUN = RunRecord(

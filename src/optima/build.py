@@ -12,10 +12,7 @@ from optima.recipe import Recipe
 from optima.selectors.base import Selector, load_foreign, make_selector, needs_of
 from optima.selectors.external import External
 from optima.selectors.optima import Optima
-from optima.swaps.search import SwapSearch
 from optima.tune import Tuning
-
-PROOF_ROUNDS = 1000  # of swaps in a chunk of rows: more than it takes until every row is proven
 
 
 def build(recipe: Recipe) -> Methods:
@@ -27,7 +24,6 @@ def build(recipe: Recipe) -> Methods:
     selector = _selector(recipe)
     return Methods(
         selector=selector,
-        swaps=_swaps(recipe.swaps),
         solver=make_solver(recipe.solver, recipe.gap),
         max_change=recipe.max_change,
         rounding="nearest" if recipe.rounding == "nearest" else "hessian",
@@ -45,13 +41,6 @@ def _selector(recipe: Recipe) -> Selector:
         return External(MaskFiles(recipe.mask_from, recipe.trust_remote_code))
     # A recipe allows code of the user's own only where it is trusted.
     return load_foreign(name) if ":" in name else make_selector(name)
-
-
-def _swaps(candidates: int | str) -> SwapSearch | None:
-    if candidates == "all":
-        return SwapSearch(PROOF_ROUNDS)
-    assert isinstance(candidates, int)
-    return SwapSearch(candidates=candidates, most_candidates=candidates) if candidates else None
 
 
 def default_scope(objective: str, selector: Selector) -> Scope:

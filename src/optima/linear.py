@@ -28,7 +28,6 @@ from optima.qp.rows import DEFAULT_BUDGET_BYTES, chunk_rows
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error
-from optima.swaps.search import Swapped, SwapSearch
 
 Named = TypeVar("Named")
 
@@ -43,7 +42,6 @@ class Methods:
 
     Attributes:
         selector: chooses the mask.
-        swaps: improves it, or None.
         solver: re-solves the kept weights, or None to keep the selector's.
         max_change: most a kept weight may move, in root mean squares of its row; None for no bound.
         rounding: ``hessian`` or ``nearest``, see ``optima.qp.rounding``.
@@ -52,7 +50,6 @@ class Methods:
     """
 
     selector: Selector
-    swaps: SwapSearch | None = None
     solver: RowSolver | None = None
     max_change: float | None = None
     rounding: Literal["hessian", "nearest"] = "hessian"
@@ -86,7 +83,7 @@ def prune_linear(
     clock: Stopwatch | None = None,
     together: Ranks = ALONE,
 ) -> LinearResult:
-    """Select, swap, solve, round and measure one linear.
+    """Select, solve, round and measure one linear.
 
     Args:
         task: the dense weight, float32 or float64, which is left as it is, and the statistics of its inputs.
@@ -111,7 +108,7 @@ def prune_linear(
         if together.size > 1:
             with clock("share"):
                 own = [part for parts in together.all_gather(own) for part in parts]
-        selection, swapped, solution, rounded = _whole(own)
+        selection, solution, rounded = _whole(own)
         with clock("round"):
             weight_OD = _kept(task, selection).to(dtype) if rounded is None else rounded.weight_RD
             weight_OD = weight_OD + 0.0  # no -0.0, whose bits are not zero: to a packer it is a value
@@ -129,8 +126,6 @@ def prune_linear(
         damping=task.hessian.damping,
         tokens=task.statistics.tokens,
         seconds=clock.total - before,
-        swaps=None if swapped is None else int(swapped.swaps_O.sum()),
-        rows_swap_optimal=None if swapped is None else int(swapped.optimal_O.sum()),
     )
     return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
 
@@ -139,7 +134,6 @@ class _Rows(NamedTuple):
     """What has become of some rows of a linear: all that follows its mask goes row by row."""
 
     selection: Selection
-    swapped: Swapped | None
     solution: RowSolution | None
     rounded: Rounded | None
 
@@ -160,15 +154,11 @@ def _work(
     clock: Stopwatch,
     rows: slice,
 ) -> _Rows:
-    """Swap, solve and round ``rows``."""
+    """Solve and round ``rows``."""
     task = replace(task, weight_OD=task.weight_OD[rows])
     moved_RD = None if selection.weight_OD is None else selection.weight_OD[rows]
     selection = Selection(selection.keep_OD[rows], moved_RD)
-    swapped = solution = rounded = None
-    if methods.swaps is not None:
-        with clock("select"):
-            swapped = methods.swaps.search(task.hessian, task.weight_OD, selection.keep_OD, pattern)
-            selection = Selection(swapped.keep_OD, swapped.weight_OD)
+    solution = rounded = None
     if methods.solver is not None:
         with clock("solve"):
             problem = _problem(task, selection, methods)
@@ -177,7 +167,7 @@ def _work(
             rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
             # What else there was of a row's size has had its time.
             solution = replace(solution, weight_RD=rounded.weight_RD, residual_RD=None, scale_R=None)
-    return _Rows(selection, swapped, solution, rounded)
+    return _Rows(selection, solution, rounded)
 
 
 def _whole(parts: Sequence[_Rows]) -> _Rows:
@@ -198,7 +188,6 @@ def _whole(parts: Sequence[_Rows]) -> _Rows:
     solutions = [part.solution for part in parts if part.solution is not None]
     return _Rows(
         selection,
-        joined(Swapped, [part.swapped for part in parts], Swapped._fields),
         concatenate(solutions) if solutions else None,
         joined(Rounded, [part.rounded for part in parts], [field.name for field in fields(Rounded)]),
     )

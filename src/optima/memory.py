@@ -33,7 +33,6 @@ from optima.models.stacks import (
 )
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
-from optima.swaps.search import CHUNK_ENTRIES
 from optima.tune import BYTES_PER_TUNED
 
 # Python and the libraries.
@@ -312,15 +311,13 @@ def batch_tokens(recipe: Recipe) -> int:
 
 
 def _linear_bytes(outputs: int, inputs: int, recipe: Recipe) -> int:
-    """Of one linear at work: matrices, weights, a chunk of rows in the solver, and one in the swaps."""
+    """Of one linear at work: matrices, weights, and a chunk of rows in the solver."""
     size = outputs * inputs
     rows = min(BYTES_PER_ENTRY * size, DEFAULT_BUDGET_BYTES)
-    # A matrix of every row's kept weights, its factor, and the indices that gather it.
-    systems = 12 * min(CHUNK_ENTRIES, size * inputs) if recipe.swaps else 0
     named = recipe.selector if isinstance(recipe.selector, str) and recipe.solver in ("auto", "none") else ""
     square = BYTES_PER_SQUARE.get(named, MOST_BYTES_PER_SQUARE)
     square += 0 if is_own(recipe.selector) else LENT_BYTES_PER_SQUARE
-    return square * inputs**2 + BYTES_PER_WEIGHT * size + rows + systems
+    return square * inputs**2 + BYTES_PER_WEIGHT * size + rows
 
 
 def batch_size(recipe: Recipe, length: int) -> int:

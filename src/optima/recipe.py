@@ -47,7 +47,6 @@ from optima.values import (
     Seed,
     Share,
     Size,
-    Swaps,
     Texts,
     Weight,
     check_regexes,
@@ -93,9 +92,6 @@ class Recipe:
         "mask", "optima", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
     mask_from: Place | None = option(
         "mask", None, "for selector external: a pruned checkpoint, or a safetensors file of masks", shown="none")
-    swaps: Swaps = option(
-        "mask", 0, "improve the mask by swaps of a kept and a pruned weight: this many candidates of a row are tried "
-        "in a round (256 is good); all: as many as a proof takes; 0: none")
     objective: str | None = option(
         "objective", None, "how tokens and outputs count: as the model's loss feels them (one backward pass over the "
         "dense model), every token alike but for each sequence's first (the attention sink), or plainly alike",
@@ -171,11 +167,6 @@ class Recipe:
             raise RecipeError(f"max_change needs a solver that holds bounds: use solver {holding}, not {self.solver}")
         if self.max_change is not None and self.tuning_epochs:
             raise RecipeError("max_change does not bind tuning: set tuning_epochs to 0, or leave max_change out")
-        if self.swaps and (self.max_change is not None or self.solver == "none"):
-            other = "solver none" if self.max_change is None else "max_change"
-            raise RecipeError(
-                f"swaps compare masks by their best weights, which {other} rules out: leave out one of them"
-            )
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
         check_regexes("targets", self.targets)
@@ -287,9 +278,8 @@ class Recipe:
     def _check_mask(self, table: PatternTable) -> None:
         if self.sparsity is not None and self.pattern:
             self._refuse_both()
-        if self.as_given and (self.scope is not None or self.swaps):
-            name = "swaps needs" if self.scope is None else "scope needs"
-            raise RecipeError(f"{name} to know the pattern of the external masks: name their sparsity or pattern")
+        if self.as_given and self.scope is not None:
+            raise RecipeError("scope needs to know the pattern of the external masks: name their sparsity or pattern")
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
         if self.keep_dense is not None and (
@@ -299,8 +289,6 @@ class Recipe:
                 "keep_dense is for patterns n:m that a selector fills: unstructured sparsity is shared out by "
                 "allocation loss"
             )
-        if self.swaps == 1:
-            raise RecipeError("swaps must be 0, at least 2 (a swap takes two weights), or all, got 1: for example 256")
         if self.allocation in (None, "uniform"):
             return
         if self._external():

@@ -35,7 +35,6 @@ PartialShare = Annotated[float, Field(ge=0, lt=1), "0, or a number below 1 such 
 Ridge = Annotated[float, Field(ge=0, le=1), "a number from 0 to 1"]
 Count = Annotated[int, Field(ge=1, lt=2**63), "a whole number of at least 1"]
 Seed = Annotated[int, Field(ge=0, lt=2**63), "a whole number of at least 0 and below 2^63"]
-Swaps = Annotated[Seed | Literal["all"], "0, a whole number of at least 2 such as 256, or all"]
 Size = Annotated[ByteSize, Field(ge=2**20), AfterValidator(int), "a size such as 8GiB, of 1MiB at least"]
 Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
 Name = Annotated[str, Field(min_length=1)]

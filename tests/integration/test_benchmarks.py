@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import on_call, raising, run_script
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 
 from optima import Recipe, prune
@@ -92,59 +92,6 @@ def test_gpu_script_runs_a_tiny_block_on_the_cpu(tmp_path: Path) -> None:
     assert f"{FULL_SIZE_ONLY}  32 blocks under 15 minutes" in printed
 
 
-def test_selectors_compares_masks_on_dumped_layers(dump: Path, tmp_path: Path) -> None:
-    output = tmp_path / "selectors.json"
-    arguments = ["--dump-dir", str(dump), "--patterns", "0.5", "2:4", "--output", str(output)]
-    printed = run(
-        "mask_selectors.py",
-        *arguments,
-        "--held-out-dir",
-        str(dump),
-        "--methods",
-        "wanda",
-        "alps",
-        "optima",
-        "alps+swaps",
-        "--candidates",
-        "0",
-    )
-    assert printed.count("| alps+swaps |") == 3, "here, against no swaps, and held out"
-    entries = {(entry["method"], entry["pattern"]): entry for entry in json.loads(output.read_text())["entries"]}
-    for pattern in ("0.5", "2:4"):
-        swapped = entries["alps+swaps", pattern]
-        assert swapped["rows_swap_optimal"] == swapped["rows"] == 24
-        assert swapped["error"] <= entries["alps", pattern]["error"] * (1 + 1e-3)
-        assert swapped["error_held_out"] == pytest.approx(swapped["error"]), "the other text is the same here"
-
-
-@pytest.mark.slow
-def test_selectors_goes_on_from_earlier_results_of_the_same_options(dump: Path, tmp_path: Path) -> None:
-    output = tmp_path / "selectors.json"
-    some = ["mask_selectors.py", "--rows", "5", "--patterns", "0.5"]
-    run(*some, "--dump-dir", str(dump), "--output", str(output), "--methods", "wanda")
-    (first,) = json.loads(output.read_text())["entries"]
-    assert first["rows"] == 5
-    more = ["--resume", str(output), "--output", str(output), "--methods", "wanda", "wanda+swaps"]
-    run(*some, "--dump-dir", str(dump), *more)
-    entries = json.loads(output.read_text())["entries"]
-    assert [entry["method"] for entry in entries] == ["wanda", "wanda+swaps"]
-    assert entries[0] == first, "kept, not measured again"
-    assert entries[1]["error"] < first["error"]
-    printed = run(*some, "--resume", str(output), "--known-only", "--methods", "wanda", "wanda+swaps")
-    assert f"| wanda+swaps | {entries[1]['error'] / first['error']:.3f} |" in printed
-    layer = load_file(dump / "block.0.linear.safetensors")
-    save_file(layer | {"weight": 2.0 * layer["weight"]}, dump / "block.0.linear.safetensors")
-    again = ["--resume", str(output), "--dump-dir", str(dump), "--methods", "wanda"]
-    for arguments, message in (
-        (["--resume", str(output), "--known-only"], "--rows 5, not None"),
-        ([*some[1:], *again], "measured on another model or other text"),
-        ([*some[1:], "--dump-dir", str(dump), "--output", str(output)], "exists: go on from it with --resume"),
-    ):
-        refused = run_script(BENCHMARKS / "mask_selectors.py", "--threads", "1", *arguments)
-        assert refused.returncode == 2
-        assert message in refused.stderr
-
-
 @pytest.fixture
 def accuracy(tmp_path: Path) -> list[str]:
     """Arguments of accuracy.py with a tiny model, and two patterns."""
@@ -159,9 +106,9 @@ def accuracy(tmp_path: Path) -> list[str]:
 def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], tmp_path: Path) -> None:
     output, other = tmp_path / "accuracy.json", tmp_path / "other.json"
     run("accuracy.py", *accuracy, "--methods", "wanda+solve", "--output", str(output))
-    run("accuracy.py", *accuracy, "--methods", "optima+swaps+solve", "--output", str(other))
+    run("accuracy.py", *accuracy, "--methods", "optima+solve", "--output", str(other))
     first, second = json.loads(output.read_text()), json.loads(other.read_text())
-    methods = ["wanda", "wanda+solve", "optima+swaps+solve"]
+    methods = ["wanda", "wanda+solve", "optima+solve"]
     resumed = ["--output", str(output), "--resume", str(other)]
     printed = run("accuracy.py", *accuracy, "--methods", *methods, *resumed)
     results = json.loads(output.read_text())
@@ -171,7 +118,7 @@ def test_accuracy_goes_on_from_its_output_and_from_others(accuracy: list[str], t
     assert [(result["method"], result["pattern"]) for result in made] == [("wanda", "0.5"), ("wanda", "2:4")]
     errors = {(result["method"], result["pattern"]): result.get("error") for result in results}
     for pattern in ("0.5", "2:4"):
-        assert errors["wanda", pattern] > errors["wanda+solve", pattern] > errors["optima+swaps+solve", pattern]
+        assert errors["wanda", pattern] > errors["wanda+solve", pattern] > errors["optima+solve", pattern]
     assert sum(line.startswith("| wanda |") for line in printed.splitlines()) == 2  # perplexity and seconds
     other_settings = run("accuracy.py", *accuracy, "--methods", "wanda", *resumed, "--seed", "1")
     assert len(json.loads(output.read_text())) == len(results) + 2, other_settings
@@ -249,7 +196,7 @@ def test_end_to_end_runs_from_checkpoint_to_checkpoint(accuracy: list[str]) -> N
     assert "| 2 x 16 | OPTIMA, default |" in printed
 
 
-@pytest.mark.parametrize(("method", "message"), [("wanda+swaps", "add +solve"), ("alps+unsolved", "+loss+unsolved")])
+@pytest.mark.parametrize(("method", "message"), [("alps+unsolved", "+loss+unsolved")])
 def test_steps_that_do_not_go_together(method: str, message: str) -> None:
     arguments = ["model", "--calibration", "text", "--evaluation", "text", "--methods", method]
     found = run_script(BENCHMARKS / "accuracy.py", *arguments)
@@ -333,14 +280,6 @@ def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
     assert "| wanda |  |  |" in known
     assert re.search(r"\| magnitude \| *[\d.]+", known), "results with tasks stand for results without"
     assert output.read_text() == before
-
-
-@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_headroom_ends_below_every_start(dump: Path, pattern: str) -> None:
-    printed = run("headroom.py", "--dump-dir", str(dump), "--pattern", pattern, "--rows", "2", "--proposals", "20000")
-    (row,) = [line for line in printed.splitlines() if line.startswith("| block.0.linear")]
-    optima, _, greedy, annealed = map(float, row.split("|")[2:6])
-    assert annealed <= greedy <= optima
 
 
 def test_sinks_are_kept_better_the_more_they_weigh(accuracy: list[str]) -> None:

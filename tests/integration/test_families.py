@@ -577,21 +577,6 @@ def test_same_seed_same_bits() -> None:
         assert torch.equal(tensor, second.state_dict()[name])
 
 
-@pytest.mark.parametrize("pattern", ["0.5", "2:4"])
-def test_swaps_improve_a_selector_and_are_reported(pattern: str) -> None:
-    errors = {}
-    for swaps in (0, "all"):
-        model = build("llama")
-        recipe = Recipe(pattern=[pattern], selector="wanda", swaps=swaps, targets=["layers.0"])
-        tokens = torch.randint(0, VOCAB, (8, 32), generator=torch.Generator().manual_seed(1))
-        report = prune(model, recipe, calibration=tokens)
-        errors[swaps] = [linear.error for linear in report.linears]
-        for linear in report.linears:
-            assert linear.rows_swap_optimal == (linear.rows if swaps else None)
-            assert (linear.swaps is not None) == bool(swaps)
-    assert sum(errors["all"]) < 0.97 * sum(errors[0])
-
-
 def test_pairs_are_sized_by_what_they_show() -> None:
     """Not by the length that a recipe has for text; sounds show none."""
     report = prune(build("t5"), Recipe(), calibration=pairs(labels=make_ids(2, 10)))

@@ -24,7 +24,7 @@ config = LlamaConfig(
     hidden_size={hidden}, intermediate_size={intermediate}, num_hidden_layers=2, num_attention_heads=8,
     num_key_value_heads=4, vocab_size=64, max_position_embeddings=512,
 )
-options = dict(swaps={swaps}, batch_size={batch}, max_seq_length={length}, num_calibration_samples={samples})
+options = dict(batch_size={batch}, max_seq_length={length}, num_calibration_samples={samples})
 recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", true_sequential={turns}, **options)
 methods = build(recipe)
 with torch.device("meta"):
@@ -47,8 +47,8 @@ prune(1)  # the first run also pays for the libraries' own buffers
 print(predicted, prune(2))
 """
 
-FEW = {"batch": 2, "length": 128, "samples": 4, "swaps": 0, "turns": False}
-MANY = {"batch": 16, "length": 512, "samples": 16, "swaps": 0, "turns": False}
+FEW = {"batch": 2, "length": 128, "samples": 4, "turns": False}
+MANY = {"batch": 16, "length": 512, "samples": 16, "turns": False}
 SIZES = {
     "solve-bound": {"hidden": 384, "intermediate": 1536, "selector": "wanda", **FEW},
     "sparsegpt": {"hidden": 512, "intermediate": 1408, "selector": "sparsegpt", **FEW},
@@ -58,7 +58,6 @@ SIZES = {
     "thanos, wide": {"hidden": 256, "intermediate": 1408, "selector": "thanos", **FEW},
     "ria": {"hidden": 512, "intermediate": 1408, "selector": "ria", **FEW},
     "gradient": {"hidden": 512, "intermediate": 1408, "selector": "gradient", **FEW},
-    "swaps": {"hidden": 128, "intermediate": 1024, "selector": "wanda", **FEW, "swaps": 64},
     "activation-bound": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY},
     "in turn": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY, "samples": 32, "turns": True},
 }

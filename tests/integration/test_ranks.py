@@ -76,7 +76,7 @@ def same_but_for_time(first: str, second: str) -> None:
 
 RECIPES = {
     "default": (),
-    "tuned and shared out": ("--tuning-epochs", "1", "--allocation", "loss", "--swaps", "8"),
+    "tuned and shared out": ("--tuning-epochs", "1", "--allocation", "loss"),
     "sink": ("--objective", "sink", "--allocation", "owl", "--selector", "wanda"),
     "gradient": ("--selector", "gradient", "--objective", "plain"),
     "in turn": ("--selector", "wanda", "--objective", "sink", "--true-sequential"),
@@ -111,7 +111,7 @@ def small_chunks(rank: int = 0) -> None:
 
 
 def test_shared_rows_are_those_of_one() -> None:
-    options = ("--objective", "plain", "--swaps", "8")
+    options = ("--objective", "plain")
     assert finish(start("one", *options, prepare=small_chunks)) == 0
     assert finish_ranks(start_ranks(2, "two", *options, prepare=small_chunks)) == [0, 0], said(2)
     assert differing("one", "two") == (0.0, 0.0)

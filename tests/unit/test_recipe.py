@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from optima import Recipe, load_recipe
 from optima.allocation import Owl
-from optima.build import PROOF_ROUNDS, build, build_allocation, pattern_table
+from optima.build import build, build_allocation, pattern_table
 from optima.errors import RecipeError
 from optima.options import BOUNDED_SOLVERS, GROUPS, SELECTOR_NAMES, SINK_WEIGHT, SOLVER_NAMES, SPREADS
 from optima.patterns import NM, PatternTable, Unstructured
@@ -23,7 +23,6 @@ from optima.recipe import recipe_from_dict
 from optima.recipe_files import SHIPPED, recipe_text
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
-from optima.swaps.search import SwapSearch
 
 FIELDS = [option.name for option in dataclasses.fields(Recipe)]
 
@@ -243,13 +242,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"max_change": 0, "solver": "bounded"}, "max_change must be a positive number, got 0"),
     ({"max_change": 0.5, "solver": "none"}, "max_change needs a solver that holds bounds"),
     ({"max_change": 0.5, "tuning_epochs": 1}, "max_change does not bind tuning: set tuning_epochs to 0"),
-    ({"max_change": 0.5, "swaps": 8}, "swaps compare masks by their best weights, which max_change rules out"),
-    ({"solver": "none", "swaps": 8}, "swaps compare masks by their best weights, which solver none rules out"),
     ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
     ({"rounding": "up"}, "unknown rounding 'up': known roundings are hessian, nearest"),
-    ({"swaps": 1}, "swaps must be 0, at least 2"),
-    ({"swaps": "some"}, "swaps must be 0, a whole number of at least 2 such as 256, or all, got 'some'"),
-    ({"swaps": 256, "selector": "external", "mask_from": "m.safetensors"}, "swaps needs to know the pattern"),
     ({"scope": "row", "selector": "external", "mask_from": "m.safetensors"}, "scope needs to know the pattern"),
     ({"selector": "external"}, "selector external takes its masks from mask_from"),
     ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'optima'"),
@@ -410,11 +404,6 @@ class TestMaking:
         solver = build(Recipe(gap=1e-6)).solver
         assert isinstance(solver, Auto)
         assert solver.gap == 1e-6
-
-    def test_swaps(self) -> None:
-        assert build(Recipe()).swaps is None
-        assert build(Recipe(swaps=256)).swaps == SwapSearch(candidates=256, most_candidates=256)
-        assert build(Recipe(swaps="all")).swaps == SwapSearch(PROOF_ROUNDS)
 
 
 def test_ready_made_recipes_are_valid() -> None:

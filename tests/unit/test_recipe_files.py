@@ -58,13 +58,13 @@ class TestSchema:
         assert misfits(read_recipe(name)) == set()
 
     def test_takes_what_a_run_writes(self) -> None:
-        recipe = Recipe(pattern=["mlp=2:4", "0.5"], swaps="all")
+        recipe = Recipe(pattern=["mlp=2:4", "0.5"])
         assert misfits(recipe.resolved(scope="layer").to_dict()) == set()
         assert misfits(Recipe(max_change=0.5).resolved(scope="layer").to_dict()) == set()
-        assert misfits({"selector": "my.module:Mine", "swaps": 256, "pattern": 0.5, "dataset": "text.txt"}) == set()
+        assert misfits({"selector": "my.module:Mine", "pattern": 0.5, "dataset": "text.txt"}) == set()
 
     def test_refuses_what_a_recipe_refuses(self) -> None:
-        bad = {"sparsity": 1.5, "gap": 0, "scope": "rows", "selector": "wand", "batch_size": 0, "swaps": -1, "spars": 1}
+        bad = {"sparsity": 1.5, "gap": 0, "scope": "rows", "selector": "wand", "batch_size": 0, "spars": 1}
         bad |= {"max_seq_length": "long", "trust_remote_code": "yes", "targets": 3, "damping": True}
         assert misfits(bad) == set(bad)
 

@@ -69,13 +69,11 @@ class LinearRecord(Record):
     rows: Int  # rows of the linear (its outputs)
     rows_not_converged: Int  # rows whose certified gap is above the requested one
     damping: float  # damping used, after any escalation, relative to the mean of the hessian's diagonal
-    seconds: float  # time of selection, swaps, solve and measurement
+    seconds: float  # time of selection, solve and measurement
     gap_written_max: float | None  # largest gap of a row as written; None when no solver ran, or if tuned
     gap_written_median: float | None  # median of the same
     loss_written: float | None  # damped loss as written above the certified least (or floor), relative; None likewise
     tokens: Int  # calibration tokens that reached the linear
-    swaps: Int | None  # swaps made in the mask; None if none were asked for
-    rows_swap_optimal: Int | None  # rows of which no single swap lowers the error by 1e-5 of it; None likewise
     tokens_effective: float | None = None  # effective sample size (Kish); None with uniform token weights
     tuned: bool = False  # tuning changed the weights after the solve: errors and gaps were measured before tuning
 
