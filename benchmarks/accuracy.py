@@ -151,7 +151,7 @@ class Bench:
             **({"tempered_rows": True} if recipe.objective == "loss" and isinstance(applied, Unstructured) else {}),
             **({"words": True} if recipe.objective == "loss" and recipe.tuning_epochs else {}),
             **(
-                {"surveyed_share": recipe.swept_share}
+                {"sensitivity_share": recipe.swept_share}
                 if recipe.allocation == "loss" and recipe.swept_share < 1.0
                 else {}
             ),

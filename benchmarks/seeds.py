@@ -36,7 +36,7 @@ USUAL = {
     "damping": 0.01,
     "own_samples": 0,
     "coupling": False,
-    "surveyed_share": 1.0,
+    "sensitivity_share": 1.0,
     "tempered_rows": False,
     "words": False,
 }

@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima.calibration.capture import capture
-from optima.calibration.loss_weights import loss_weights
+from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import LossWeights
 from optima.data.text import calibration_tokens
 from optima.models.stacks import Block, Stack
 from optima.preflight.checks import chosen_stacks
@@ -79,7 +78,7 @@ def main() -> None:
     )
     models, stacks = (dense, pruned), (stack, chosen_stacks(pruned, recipe)[-1])
     own, other = (Text.of(models, stacks, tokens) for tokens in (untreated.tokens_NL, other_NL))
-    loss = loss_weights(dense, stack, own.dense, seed=0, residual=True, share=recipe.swept_share)
+    loss = fisher_weights(dense, stack, own.dense, seed=0, residual=True, share=recipe.swept_share)
     rows = []
     for blocks in zip(*(stack.blocks for stack in stacks), strict=True):
         if blocks[0].index in options.blocks:
@@ -94,7 +93,7 @@ def main() -> None:
 
 
 def row(
-    blocks: tuple[Block, Block], texts: tuple[Text, Text], loss: LossWeights, options: argparse.Namespace
+    blocks: tuple[Block, Block], texts: tuple[Text, Text], loss: FisherWeights, options: argparse.Namespace
 ) -> list[str]:
     """Of one block; its weights are as before afterwards."""
     dense, pruned = blocks

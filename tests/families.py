@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.calibration.capture import capture
-from optima.calibration.loss_weights import loss_weights
-from optima.calibration.tempering import LossWeights
+from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.models.stacks import Stack, find_stacks, select_linears
 
 VOCAB = 101
@@ -322,10 +321,10 @@ def stack_of(model: nn.Module) -> Stack:
     return stack
 
 
-def sweep(model: nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[LossWeights, Tensor]:
+def sweep(model: nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[FisherWeights, Tensor]:
     """The weights by the loss of eight sequences, and these."""
     stack, tokens_NL = stack_of(model), make_tokens(8, 16)
     batches = list(tokens_NL.split(batch_size))
     streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, seed=3, share=share)  # type: ignore[arg-type]
+    found = fisher_weights(model, stack, streams, seed=3, share=share)  # type: ignore[arg-type]
     return found, tokens_NL

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from optima.calibration.coupling import MOST_ROWS
+from optima.calibration.correlation import MOST_ROWS
+from optima.calibration.fisher import fisher_share
 from optima.calibration.reduction import share_out
-from optima.calibration.swept import swept_share
 from optima.distributed import STRIP_BYTES
 from optima.qp.rows import chunk_rows
 from optima.recipe import Recipe
@@ -72,7 +72,7 @@ class Group:
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
     def coupled(self, counts: Counts) -> list[int]:
-        """Outputs of the linears whose rows are coupled: see ``optima.calibration.coupling.couples``."""
+        """Outputs of the linears whose rows are coupled: see ``optima.calibration.correlation.couples``."""
         most = min(self.inputs, MOST_ROWS) if counts.selector is not None and self.copies == 1 else 0
         return [outputs for outputs in self.outputs if outputs <= most]
 
@@ -167,7 +167,7 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
     one = model.forward_flops(tokens, length)
     last = 2.0 * tokens * sum(group.copies * group.share * group.weights for group in model.groups[-1:])
     head = 2.0 * tokens * model.vocabulary * model.hidden
-    swept = swept_share(Recipe().swept_share, math.prod(tokens_of))
+    swept = fisher_share(Recipe().swept_share, math.prod(tokens_of))
     coupling = 2.0 * tokens * sum(outputs**2 for group in model.groups for outputs in group.coupled(counts))
     gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
     each = [group for group in model.groups for _ in range(group.copies)]

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from optima.calibration.coupling import coupling_bytes
-from optima.calibration.swept import kept_bytes, surveyed_share, swept_share, tuned_share
+from optima.calibration.correlation import coupling_bytes
+from optima.calibration.fisher import fisher_share, kept_bytes, sensitivity_share, tuned_share
 from optima.models.experts import ExpertLinear
 from optima.models.reading import is_encoder_decoder, stream_numbers
 from optima.models.stacks import Block, has_experts
@@ -57,8 +57,8 @@ def activations(
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     linears = [linear for block in blocks for linear in block.linears]
     own = tokens // 2 if is_encoder_decoder(model) else tokens  # of a stack
-    swept = swept_share(recipe.swept_share, own) if recipe.applied_objective == "loss" else 0.0
-    surveyed = recipe.surveys * (surveyed_share(recipe.swept_share, own, has_experts(linears)) if swept else 1.0)
+    swept = fisher_share(recipe.swept_share, own) if recipe.applied_objective == "loss" else 0.0
+    surveyed = recipe.surveys * (sensitivity_share(recipe.swept_share, own, has_experts(linears)) if swept else 1.0)
     tuned = tuned_share(recipe.tuning_share, own) if recipe.tuning_epochs else 0.0
     inputs = tokens * (hidden or 0) * dtype.itemsize
     coupled = coupling_bytes(blocks, needs)

@@ -106,7 +106,7 @@ class ByLoss:
     """One threshold for the whole model: weights compete by what its loss feels of their removal.
 
     The saliency of a weight is r_o w_oi^2 / K_ii, K = H^-1: that of the optimal brain surgeon (Hassibi & Stork, 1993)
-    in units of the loss, see ``optima.calibration.loss_weights``. What a threshold takes of each linear is cut at
+    in units of the loss, see ``optima.calibration.fisher``. What a threshold takes of each linear is cut at
     a distance from S, because the second-order loss of one linear knows nothing of what the others lose; then all move
     by one constant, which brings the mean back to S.
 

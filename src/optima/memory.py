@@ -12,10 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from optima.calibration.coupling import coupling_bytes
+from optima.calibration.correlation import coupling_bytes
 from optima.calibration.expert_statistics import EXPERT_BYTES
-from optima.calibration.places import logits_bytes
-from optima.calibration.words import WORDS_COPIES, looked_at
+from optima.calibration.lm_head import KL_COPIES, logits_bytes, looked_at
 from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own
@@ -195,7 +194,7 @@ def by_words(model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe) ->
 def words_bytes(model: PreTrainedModel, recipe: Recipe) -> int:
     """Of the logits of a step by the model's words: of some positions of a sequence, if it tells words in slices."""
     tokens = looked_at(model, recipe.max_seq_length)
-    return WORDS_COPIES * 4 * int(model.config.get_text_config().vocab_size) * tokens
+    return KL_COPIES * 4 * int(model.config.get_text_config().vocab_size) * tokens
 
 
 def streamed_parameters(model: nn.Module, blocks: Sequence[Block], words: bool = False) -> int:

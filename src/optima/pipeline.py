@@ -14,14 +14,13 @@ from torch import Tensor
 from optima.allocation import Allocation
 from optima.calibration.accumulator import Found
 from optima.calibration.expert_statistics import routing_notes
+from optima.calibration.fisher import FisherWeights, tuned_batches
 from optima.calibration.gradient import regional_gradients
 from optima.calibration.halving import Halving
+from optima.calibration.lm_head import LmHead
 from optima.calibration.statistics import observe, observe_in_turn, why_not_in_turn
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
-from optima.calibration.swept import tuned_batches
-from optima.calibration.tempering import LossWeights
-from optima.calibration.words import Words
 from optima.device import PeakMemory, Stopwatch, full_precision, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
@@ -82,9 +81,9 @@ class Job:
     store: Store = field(default_factory=Store)
     writer: Writer | None = None
     dump: Dump | None = None
-    loss: LossWeights | None = None
+    loss: FisherWeights | None = None
     tuning: Tuning | None = None
-    words: Words | None = None
+    words: LmHead | None = None
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.activations import Shares, activations
-from optima.calibration.swept import kept_bytes
+from optima.calibration.fisher import kept_bytes
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, host_memory, in_turn, work_bytes
 from optima.models.experts import split_on_disk

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.build import build_allocation, build_tuning
 from optima.calibration.capture import capture
-from optima.calibration.places import embedding_device
-from optima.calibration.swept import surveyed_batches
+from optima.calibration.fisher import sensitivity_batches
+from optima.calibration.lm_head import embedding_device
 from optima.data.batches import Batch, Calibration
 from optima.data.given import Batches
 from optima.device import (
@@ -328,7 +328,7 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
                 # Those that the sweep went by, whose tokens' own weights are known, tell linears from each other well.
                 share = 1.0 if job.loss is None else checked.recipe.swept_share
                 experts = any(has_experts(block.linears) for block in stack.blocks)
-                shares = job.survey(stack, streams, allocation, surveyed_batches(streams, share, experts))
+                shares = job.survey(stack, streams, allocation, sensitivity_batches(streams, share, experts))
                 checked.found.share(shares)
                 if dense := [linear for linear in checked.found.linears if shares.get(linear.name) == 0.0]:
                     job.kept_dense |= {linear.name: math.prod(linear.shape) for linear in dense}

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from optima.calibration.fisher import FisherWeights
 from optima.calibration.halving import rows_of
+from optima.calibration.lm_head import LmHead
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Look, Piece, Streams
-from optima.calibration.tempering import LossWeights
-from optima.calibration.words import Words
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
@@ -312,9 +312,9 @@ def tune_block(
     streams: Streams,
     targets: Sequence[Tensor],
     tuning: Tuning,
-    loss: LossWeights | None,
+    loss: FisherWeights | None,
     weights: Sequence[Tensor] | None = None,
-    words: Words | None = None,
+    words: LmHead | None = None,
 ) -> Tuned:
     """Tune a block by the metric that is known of it: KL of the logits, the Fisher metric, or energies of channels.
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from optima.build import default_scope
-from optima.calibration.loss_weights import WORDS, loss_weights
+from optima.calibration.fisher import LOGITS, fisher_weights
+from optima.calibration.lm_head import LmHead
 from optima.calibration.streams import Streams
-from optima.calibration.words import Words
 from optima.device import full_precision
 from optima.errors import NotDifferentiableError, RecipeError
 from optima.models.stacks import Stack
@@ -36,7 +36,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
     job.progress.start(len(stack.blocks), 1, stage="sweep")
     try:
         with job.clock("sweep"), full_precision():
-            job.loss = loss_weights(
+            job.loss = fisher_weights(
                 network,
                 stack,
                 streams,
@@ -44,7 +44,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
                 residual=job.tuning is not None,
                 weights=job.weights,
                 share=recipe.swept_share,
-                told=job.progress.share,
+                progress=job.progress.share,
                 coupled="coupling" in job.methods.needs,
             )
     except NotDifferentiableError as error:
@@ -52,11 +52,11 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
         part = "" if stack.part == "whole" else f" in the {stack.part}"
         untuned, job.tuning = "" if job.tuning is None else ", and blocks are not tuned", None
         return f"objective sink took the place of objective loss{part}{untuned}, for there are no gradients: {error}"
-    if job.loss.loss == WORDS:
+    if job.loss.loss == LOGITS:
         # Of an encoder and its decoder, a call of the head would run the other one.
-        job.words = Words(network, stack, job.weights) if stack.part == "whole" else None
-        return job.loss.told
-    return f"objective loss is {job.loss.loss}: the model has no head that predicts words"
+        job.words = LmHead(network, stack, job.weights) if stack.part == "whole" else None
+        return job.loss.note
+    return f"objective loss is {job.loss.loss}: the model has no LM head"
 
 
 def rank_without_loss(

@@ -21,7 +21,7 @@ from optima import Recipe, order, prune
 from optima.activations import activations
 from optima.build import build as build_methods
 from optima.calibration.capture import capture
-from optima.calibration.places import head_device
+from optima.calibration.lm_head import head_device
 from optima.calibration.store import Store
 from optima.data.batches import Batch, arguments
 from optima.errors import CalibrationError, ModelError, RecipeError
@@ -273,7 +273,7 @@ def test_a_decoder_is_calibrated_on_the_labels_that_are_given() -> None:
 
 def test_labels_where_the_head_goes_by_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slice of logits is not held against them, and the decoder still reads them."""
-    monkeypatch.setattr("optima.calibration.places.LOGITS_BYTES", 4 * VOCAB * 3)
+    monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * VOCAB * 3)
     model, named, whole = build("t5gemma"), build("t5gemma"), build("t5gemma")
     labels = make_ids(2, 10)
     report = prune(model, Recipe(), calibration=pairs(labels=labels))
@@ -289,7 +289,7 @@ def test_labels_where_the_head_goes_by_slices(monkeypatch: pytest.MonkeyPatch) -
 def test_the_encoder_runs_once_for_all_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, counts = [], []
     for words in (1, 100):
-        monkeypatch.setattr("optima.calibration.places.LOGITS_BYTES", 4 * VOCAB * words)
+        monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * VOCAB * words)
         model = build("t5gemma")
         model.get_encoder().layers[0].register_forward_hook(lambda *_: calls.append(1))
         prune(model, Recipe(tuning_epochs=0, targets=["decoder"]), calibration=make_ids(2, 10))

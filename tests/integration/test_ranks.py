@@ -21,7 +21,7 @@ from runs import finish, start
 from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, prune_arguments, save_model, save_text
 
 import optima
-from optima.calibration import swept
+from optima.calibration import fisher as swept
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Streams
 from optima.data import generate as generation

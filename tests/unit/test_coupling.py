@@ -12,9 +12,9 @@ from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.coupling import BELIEVED, couples, coupling, finished, packed, unpacked
-from optima.calibration.head import label_gradient
-from optima.calibration.loss_weights import loss_weights
+from optima.calibration.correlation import BELIEVED, couples, coupling, finished, packed, unpacked
+from optima.calibration.fisher import fisher_weights
+from optima.calibration.lm_head import label_gradient
 from optima.linalg.shifted_inverse import (
     CoupledInverse,
     FactoredInverse,
@@ -36,7 +36,7 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     tokens_NL = make_tokens(8, 16)
     stack = stack_of(model)
     streams = capture(model, stack, list(tokens_NL.split(4)), whole=True)
-    found = loss_weights(model, stack, streams, seed=3, coupled=True)
+    found = fisher_weights(model, stack, streams, seed=3, coupled=True)
     assert set(found.coupling) == {linear.name for block in stack.blocks for linear in block.linears if couples(linear)}
     name = "model.layers.1.mlp.down_proj"
     seen: list[torch.Tensor] = []
@@ -216,6 +216,8 @@ def test_halves_do_not_depend_on_batches_or_their_parts() -> None:
         stack = stack_of(model)
         streams = capture(model, stack, list(make_tokens(8, 16).split(size)), whole=True)
         streams.halving.most = most
-        found.append(loss_weights(model, stack, streams, seed=3, coupled=True).coupling["model.layers.1.mlp.down_proj"])
+        found.append(
+            fisher_weights(model, stack, streams, seed=3, coupled=True).coupling["model.layers.1.mlp.down_proj"]
+        )
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-2, atol=2e-3)

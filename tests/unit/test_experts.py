@@ -18,11 +18,10 @@ from optima.calibration import expert_statistics
 from optima.calibration.accumulator import Accumulator, Found, sampled
 from optima.calibration.capture import capture
 from optima.calibration.expert_statistics import Common, mixed, routing_notes, thinned
-from optima.calibration.loss_weights import loss_weights
+from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.statistics import observe
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import LossWeights
 from optima.errors import ModelError
 from optima.linalg.statistics import sampling_step
 from optima.models.experts import Call, ExpertLinear, FusedExperts, experts_of
@@ -44,7 +43,7 @@ def streams_of(model: nn.Module) -> tuple[Block, Streams]:
     raise AssertionError("no experts")
 
 
-def found_at(block: Block, streams: Streams, sink: float = 0.0, loss: LossWeights | None = None) -> dict[str, Found]:
+def found_at(block: Block, streams: Streams, sink: float = 0.0, loss: FisherWeights | None = None) -> dict[str, Found]:
     found = observe(block, streams, sink, 0.0, None, loss)
     return {each.linears[0].name: each for each in found if isinstance(each.linears[0], ExpertLinear)}
 
@@ -186,7 +185,7 @@ def test_gradients_are_those_of_each_expert() -> None:
     stack = stack_of(model)
     batches = list(make_ids(4, 16).split(2))
     streams = capture(model, stack, batches, whole=True)
-    found = loss_weights(model, stack, streams, seed=0)
+    found = fisher_weights(model, stack, streams, seed=0)
     sizes = [size[0] * size[1] for size in streams.sizes]
     total = torch.zeros(sum(sizes))
     for number in range(4):
@@ -225,7 +224,7 @@ def test_samples_have_no_more_first_tokens_than_the_text() -> None:
 def test_a_sweep_holds_no_product_of_an_expert_when_it_is_over(family: str) -> None:
     model = build(family)
     stack = stack_of(model)
-    loss_weights(model, stack, capture(model, stack, list(make_ids(4).split(2)), whole=True), seed=0)
+    fisher_weights(model, stack, capture(model, stack, list(make_ids(4).split(2)), whole=True), seed=0)
     gc.collect()
     assert not [each for each in gc.get_objects() if type(each) is Call]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from optima import Recipe, prune
 from optima.calibration.accumulator import Accumulator, Found
 from optima.calibration.capture import capture
+from optima.calibration.fisher import FisherWeights
 from optima.calibration.statistics import observe
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import LossWeights
 from optima.errors import CalibrationError
 from optima.models.stacks import Block, Linear, find_stacks, select_linears
 
@@ -400,7 +400,7 @@ def test_tokens_weigh_what_the_loss_feels_of_them() -> None:
     model, batches = make_llama(), make_tokens(5, 16).split(2)
     block, streams = streams_into(model, batches)
     square_T = torch.rand(80, generator=torch.Generator().manual_seed(4)) ** 4
-    loss = LossWeights("", {group[0].name: list(square_T.split(32)) for group in streams.groups(block)})
+    loss = FisherWeights("", {group[0].name: list(square_T.split(32)) for group in streams.groups(block)})
     collected = list(observe(block, streams, 0.0, 0.01, None, loss))
     assert names(collected) == GROUPS
     inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)

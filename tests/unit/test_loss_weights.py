@@ -16,14 +16,19 @@ from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
 from optima.allocation import ByLoss
-from optima.calibration import loss_weights as loss_weights_module
+from optima.calibration import fisher as loss_weights_module
 from optima.calibration.capture import capture
-from optima.calibration.head import drawn_words, label_gradient
-from optima.calibration.loss_weights import loss_weights
+from optima.calibration.fisher import (
+    Draws,
+    FisherWeights,
+    fisher_share,
+    fisher_weights,
+    row_weights,
+    sensitivity_batches,
+)
+from optima.calibration.lm_head import label_gradient, sampled_tokens
 from optima.calibration.statistics import observe
 from optima.calibration.store import Store
-from optima.calibration.swept import Draws, surveyed_batches, swept_share
-from optima.calibration.tempering import LossWeights, row_weights
 from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
@@ -73,7 +78,7 @@ def test_sums_over_all_tokens_are_taken_once() -> None:
     """Each of hundreds of experts asks for them at each batch."""
     found, _ = sweep(make_llama())
     assert found.shared.keys() == found.tokens.keys()
-    expected = LossWeights(found.loss, found.tokens, inputs=found.inputs)
+    expected = FisherWeights(found.loss, found.tokens, inputs=found.inputs)
     assert all(found.moments(name) == expected.moments(name) for name in found.tokens)
 
 
@@ -112,10 +117,10 @@ def test_the_metric_of_tuning_is_the_second_moment_of_the_gradients(monkeypatch:
     tokens_NL = make_tokens(8, 16)
     stack = stack_of(model)
     for kept in (2**32, 1):
-        monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes, kept=kept: kept)
+        monkeypatch.setattr("optima.calibration.fisher.kept_bytes", lambda processes, kept=kept: kept)
         batches = list(tokens_NL.split(4))
         streams = capture(model, stack, batches, whole=True)
-        found = loss_weights(model, stack, streams, 3, residual=True)
+        found = fisher_weights(model, stack, streams, 3, residual=True)
         seen: list[torch.Tensor] = []
         handle = stack.blocks[0].module.register_forward_hook(
             lambda module, args, output: seen.append(output) or output.retain_grad()  # noqa: B023
@@ -161,13 +166,13 @@ def test_what_tuning_needs_keeps_to_the_budget(tmp_path: Path) -> None:
     store = Store(0, tmp_path)
     streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True, store=store)
     before = store.mapped
-    found = loss_weights(model, stack, streams, seed=3, residual=True)
+    found = fisher_weights(model, stack, streams, seed=3, residual=True)
     assert store.mapped - before == sum(4 * metric_EE.numel() for metric_EE in found.residual.values()) > 0
 
 
 def test_labels_are_passed_over_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = torch.rand(50, generator=torch.Generator().manual_seed(7))[40:]
-    monkeypatch.setattr("optima.calibration.swept.AT_ONCE", 9)
+    monkeypatch.setattr("optima.calibration.fisher.AT_ONCE", 9)
     draws = Draws([10, 30, 10], ALONE, seed=7)
     assert torch.equal(torch.rand(10, generator=draws.of(2)), expected)
 
@@ -251,7 +256,7 @@ def test_an_expert_that_no_token_reached_takes_nothing_from_others() -> None:
 
 
 def test_labels_of_the_batches_are_not_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.places.LOGITS_BYTES", 4 * VOCAB * 2 * 8)
+    monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * VOCAB * 2 * 8)
     places_BL = torch.arange(16).repeat(2, 1)  # without them, token ids alone would be read
     batches = [{"input_ids": own, "position_ids": places_BL, "labels": own} for own in make_tokens(4, 16).split(2)]
     assert prune(make_llama(), Recipe(), calibration=batches).run.recipe["objective"] == "loss"
@@ -274,7 +279,7 @@ def test_without_gradients_what_is_shared_out_by_the_loss_is_not() -> None:
 def test_a_part_of_the_sequences_stands_for_all(
     make: Callable[[], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
     whole, _ = sweep(make().eval(), 2)
     part, _ = sweep(make().eval(), 2, share=0.5)
     for name, own in whole.tokens.items():
@@ -288,11 +293,11 @@ def test_a_part_of_the_sequences_stands_for_all(
 
 
 def test_labels_of_an_encoder_do_not_depend_on_what_else_is_swept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
     model, batches = build("t5"), list(make_ids(8, 15).split(2))  # 7 tokens go to the encoder, and 8 to the decoder
     stack, _ = select_linears(find_stacks(model), [".*"], [])
     whole, part = (
-        loss_weights(model, stack, capture(model, stack, batches, whole=True), 3, share=share) for share in (1.0, 0.5)
+        fisher_weights(model, stack, capture(model, stack, batches, whole=True), 3, share=share) for share in (1.0, 0.5)
     )
     for name, own in whole.tokens.items():
         assert torch.allclose(part.tokens[name][2], own[2], rtol=1e-3, atol=1e-12)
@@ -308,10 +313,10 @@ def test_what_sees_runs_once_for_all_slices_of_the_head(monkeypatch: pytest.Monk
     streams = capture(model, stack, [batch], whole=True)
     (patches,) = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     patches.register_forward_hook(lambda *given: calls.append(1))
-    whole = loss_weights(model, stack, streams, seed=0)
+    whole = fisher_weights(model, stack, streams, seed=0)
     assert len(calls) == 1
-    monkeypatch.setattr("optima.calibration.places.LOGITS_BYTES", 4 * 101 * 2 * 3)  # three positions at a time
-    sliced = loss_weights(model, stack, streams, seed=0)
+    monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * 101 * 2 * 3)  # three positions at a time
+    sliced = fisher_weights(model, stack, streams, seed=0)
     assert len(calls) == 2
     for name, row_O in whole.rows.items():
         torch.testing.assert_close(sliced.rows[name], row_O, rtol=1e-4, atol=1e-9)
@@ -325,7 +330,7 @@ def test_an_encoder_is_swept_sample_by_sample() -> None:
     model.decoder.register_forward_pre_hook(
         lambda _, __, given: together.add(len(given["input_ids"])), with_kwargs=True
     )
-    found = loss_weights(model, stack, streams, 3)
+    found = fisher_weights(model, stack, streams, 3)
     assert together == {1}
     assert all(len(each[0]) == 2 * 7 for each in found.tokens.values())
 
@@ -333,8 +338,8 @@ def test_an_encoder_is_swept_sample_by_sample() -> None:
 def test_few_tokens_are_all_swept() -> None:
     whole, part = sweep(make_llama().eval(), 2)[0], sweep(make_llama().eval(), 2, share=0.25)[0]
     assert all(torch.equal(part.rows[name], row_O) for name, row_O in whole.rows.items())
-    assert swept_share(0.25, 64 * 512) == swept_share(0.25, 2**20) == 0.25
-    assert swept_share(0.25, 32 * 512) == 0.5
+    assert fisher_share(0.25, 64 * 512) == fisher_share(0.25, 2**20) == 0.25
+    assert fisher_share(0.25, 32 * 512) == 0.5
 
 
 def test_a_run_hands_the_weights_of_rows_to_the_selector() -> None:
@@ -356,11 +361,11 @@ def test_the_parts_of_a_sweep_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
     """How many there are depends on main memory, and a run may go on on another machine."""
     found = []
     for kept in (2**32, 1):
-        monkeypatch.setattr("optima.calibration.swept.kept_bytes", lambda processes, kept=kept: kept)
+        monkeypatch.setattr("optima.calibration.fisher.kept_bytes", lambda processes, kept=kept: kept)
         model = make_llama().eval()
         stack = stack_of(model)
         streams = capture(model, stack, list(make_tokens(12, 16).split(2)), whole=True)
-        found.append(loss_weights(model, stack, streams, seed=3, residual=True, coupled=True))
+        found.append(fisher_weights(model, stack, streams, seed=3, residual=True, coupled=True))
     whole, parts = (each.tokens for each in found)
     assert whole.keys() == parts.keys() != set()
     assert all(all(map(torch.equal, own, parts[name])) for name, own in whole.items())
@@ -371,11 +376,11 @@ def test_the_parts_of_a_sweep_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
     model = build("mixtral")
     stack = stack_of(model)
     streams = capture(model, stack, list(make_ids(8, 16).split(2)), whole=True)
-    found = loss_weights(model, stack, streams, seed=0, share=0.5)
+    found = fisher_weights(model, stack, streams, seed=0, share=0.5)
     assert found.routed
     for name, pairs in found.routed.items():
         known = sum(len(tokens) for tokens, _ in pairs)
@@ -404,7 +409,7 @@ def test_without_words_the_gradients_of_the_last_hidden_states_are_signs() -> No
     model = make_bert().eval()
     stack = stack_of(model)
     streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True)
-    product_EE = loss_weights(model, stack, streams, seed=3, residual=True).residual[stack.blocks[-1].name]
+    product_EE = fisher_weights(model, stack, streams, seed=3, residual=True).residual[stack.blocks[-1].name]
     assert torch.equal(product_EE.diagonal(), torch.ones(32))
     assert float((product_EE - torch.eye(32)).abs().max()) < 0.5, "each is either with the same probability"
 
@@ -412,18 +417,18 @@ def test_without_words_the_gradients_of_the_last_hidden_states_are_signs() -> No
 def test_no_word_without_probability_is_drawn() -> None:
     weight_TV = torch.zeros(2, 700)
     weight_TV[0, 600] = weight_TV[1, 3] = 1.0
-    label_T1, _ = drawn_words(weight_TV, torch.zeros(2))
+    label_T1, _ = sampled_tokens(weight_TV, torch.zeros(2))
     assert label_T1[:, 0].tolist() == [600, 3]
 
 
 def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
     model = make_llama()
     stack = stack_of(model)
     streams = capture(model, stack, list(make_tokens(8, 16).split(2)), whole=True)
-    taken = surveyed_batches(streams, 0.5, experts=False)
+    taken = sensitivity_batches(streams, 0.5, experts=False)
     assert taken == [0, 2]
-    found = loss_weights(model, stack, streams, seed=3)
+    found = fisher_weights(model, stack, streams, seed=3)
     # So few tokens would weigh alike.
     found.shared = {name: moments._replace(inputs=0) for name, moments in found.shared.items()}
     seen = {}
@@ -460,7 +465,7 @@ def test_without_gradients_first_tokens_weigh_as_by_the_sink() -> None:
 
 
 def test_a_run_sweeps_the_share_that_its_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.swept.LEAST_TOKENS", 1)
+    monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
     head, swept = loss_weights_module.at_the_head, list[int]()
     monkeypatch.setattr(loss_weights_module, "at_the_head", lambda *given: swept.append(given[3]) or head(*given))
     prune(make_llama(), Recipe(swept_share=0.5, batch_size=2), calibration=make_tokens(8, 16))

@@ -20,10 +20,9 @@ from optima import Recipe, Report, prune
 from optima.calibration import expert_statistics
 from optima.calibration.accumulator import Found
 from optima.calibration.capture import capture
+from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.calibration.halving import Halving, Once, rows_of
-from optima.calibration.loss_weights import loss_weights
 from optima.calibration.statistics import observe
-from optima.calibration.tempering import LossWeights
 from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
 from optima.models.experts import FusedExperts
@@ -221,10 +220,10 @@ def test_statistics_are_those_of_smaller_batches(place: str) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("place", ["model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "lm_head"])
 def test_the_sweep_finds_what_smaller_batches_find(place: str, backward: bool) -> None:
-    def found(batch_size: int, halving: Halving) -> LossWeights:
+    def found(batch_size: int, halving: Halving) -> FisherWeights:
         stack = stack_of(model)
         streams = capture(model, stack, make_tokens(8, 16).split(batch_size), whole=True, halving=halving)
-        return loss_weights(model, stack, streams, seed=3, residual=True)
+        return fisher_weights(model, stack, streams, seed=3, residual=True)
 
     model, halving = make_llama(), Halving()
     with little_memory(model.get_submodule(place), 2, backward):
@@ -329,7 +328,7 @@ def test_weights_of_tokens_at_experts_that_run_in_parts(monkeypatch: pytest.Monk
     stack, again, found = stack_of(model), FusedExperts.only_watched, []
     square_T = torch.rand(128, generator=torch.Generator().manual_seed(0)) ** 8
     experts = [linear.name for linear in stack.blocks[0].linears if is_expert(linear)]
-    loss = LossWeights("a loss", routed={name: [(torch.arange(128), square_T)] for name in experts})
+    loss = FisherWeights("a loss", routed={name: [(torch.arange(128), square_T)] for name in experts})
     for most in (8, 2):
 
         @contextmanager
@@ -354,7 +353,7 @@ def test_a_sweep_in_parts_finds_the_tokens_of_experts() -> None:
         stack = stack_of(model)
         streams = capture(model, stack, [make_ids(8, 16)], whole=True, halving=halving)
         with little_memory(model.model.layers[1].self_attn.o_proj, most):
-            found.append(loss_weights(model, stack, streams, seed=3))
+            found.append(fisher_weights(model, stack, streams, seed=3))
         assert (halving.most == 2) == (most == 2)
     whole, parts = found
     assert whole.routed.keys() == parts.routed.keys() != set()

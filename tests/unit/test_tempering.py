@@ -5,10 +5,9 @@ import pytest
 import torch
 from tiny import make_bert, make_llama, make_tokens
 
-from optima.calibration import swept
+from optima.calibration import fisher as swept
 from optima.calibration.capture import capture
-from optima.calibration.loss_weights import loss_weights
-from optima.calibration.tempering import EFFECTIVE, LossWeights, Moments, row_weights
+from optima.calibration.fisher import EFFECTIVE, FisherWeights, Moments, fisher_weights, row_weights
 from optima.models.stacks import find_stacks
 
 
@@ -21,8 +20,8 @@ def effective(weight_T: torch.Tensor) -> float:
     return float(weight_T.sum() ** 2 / weight_T.square().sum())
 
 
-def weights_of(batches: list[torch.Tensor], inputs: int) -> tuple[LossWeights, torch.Tensor]:
-    found = LossWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs})
+def weights_of(batches: list[torch.Tensor], inputs: int) -> tuple[FisherWeights, torch.Tensor]:
+    found = FisherWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs})
     weights = found.of_tokens("a linear")
     assert weights is not None
     assert list(map(len, weights)) == list(map(len, batches))
@@ -75,7 +74,7 @@ def test_a_start_that_all_sequences_share_is_not_counted_and_keeps_its_weight() 
     start_T = torch.arange(1000) % length == 0
     square_T[start_T] *= 1e6
     batches = list(square_T.split(250))
-    found = LossWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs}, lengths=[length] * len(batches))
+    found = FisherWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs}, lengths=[length] * len(batches))
     weight_T = torch.cat(found.of_tokens("a linear") or [])
     root_T = square_T.sqrt()
     assert torch.allclose(weight_T[start_T], root_T[start_T] / root_T[~start_T].mean())
@@ -86,7 +85,7 @@ def test_a_start_that_all_sequences_share_is_not_counted_and_keeps_its_weight() 
 
 def test_a_shared_start_at_an_expert() -> None:
     at_T, square_T = torch.tensor([0, 3, 8, 9]), torch.tensor([100.0, 1.0, 100.0, 9.0])
-    found = LossWeights("a loss", routed={"an expert": [(at_T, square_T)]}, lengths=[8])
+    found = FisherWeights("a loss", routed={"an expert": [(at_T, square_T)]}, lengths=[8])
     assert found.of_routed("an expert", 0, 11) == pytest.approx([5, 1, 1, 0.5, 1, 1, 1, 1, 5, 1.5, 1])
 
 
@@ -99,7 +98,7 @@ def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
         tokens_NL[5, 0] = 2
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
-    found = loss_weights(model, stack, streams, seed=0)
+    found = fisher_weights(model, stack, streams, seed=0)
     assert found.lengths == ([16] * 3 if alike else [])
 
 
@@ -114,23 +113,23 @@ def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypat
             parameter.mul_(10 if "query" in name or "key" in name or "value" in name else 1)
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
-    assert not loss_weights(model, stack, streams, seed=0, share=share).lengths
+    assert not fisher_weights(model, stack, streams, seed=0, share=share).lengths
 
 
-@pytest.mark.parametrize(("family", "each"), [("gemma3n", 4), ("deepseek_v4", 1)])
+@pytest.mark.parametrize(("family", "each"), [("deepseek_v4", 1)])
 def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(
     family: str, each: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gemma 3n's are (4, B, L, E) and tokens of their own, DeepSeek-V4's (B, L, 3, E) and not; linears see neither."""
+    """DeepSeek-V4 has (B, L, 3, E); linears do not."""
     monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
     model, tokens_NL = families.build(family), families.make_ids(8, 16)
     tokens_NL[:, 0] = 1
     (stack,) = find_stacks(model)
     streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
-    taken = [swept.swept_batches(streams, share) for share in (0.25, 0.4, 0.6, 1.0)]
+    taken = [swept.fisher_batches(streams, share) for share in (0.25, 0.4, 0.6, 1.0)]
     assert taken == [[0, 4], [0, 2, 5, 7], [0, 1, 3, 5, 6], list(range(8))]
-    assert swept.sweep_numbers(streams, 0.6) == [0, 1, 2, 2, 3, 3, 4, 5, 5]
-    found = loss_weights(model, stack, streams, seed=0, share=0.25)
+    assert swept.fisher_numbers(streams, 0.6) == [0, 1, 2, 2, 3, 3, 4, 5, 5]
+    found = fisher_weights(model, stack, streams, seed=0, share=0.25)
     assert found.lengths == [16] * 8
     for name, batches in found.tokens.items():
         versions = each if name in {block.name for block in stack.blocks} else 1
@@ -153,7 +152,7 @@ def test_rows_weigh_at_a_root_with_the_mean_of_their_squares() -> None:
 
 def test_weights_of_some_batches() -> None:
     squares = [heavy_tailed(30, seed) for seed in range(3)]
-    found = LossWeights("a loss", {"a linear": squares}, lengths=[10, 10, 5], inputs={"a linear": 4})
+    found = FisherWeights("a loss", {"a linear": squares}, lengths=[10, 10, 5], inputs={"a linear": 4})
     found.shared["a linear"] = found.moments("a linear")
     whole, part = found.of_tokens("a linear"), found.part([2, 0]).of_tokens("a linear")
     assert whole is not None

@@ -102,7 +102,7 @@ def test_one_sequence_is_too_few() -> None:
 @pytest.mark.parametrize(("share", "steps"), [(1.0, 14), (0.5, 7), (0.25, 3)])
 def test_a_share_of_the_sequences_is_taken(share: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of eight is held out of them, and a step is one sequence."""
-    monkeypatch.setattr("optima.calibration.swept.LEAST_TUNED", 1)
+    monkeypatch.setattr("optima.calibration.fisher.LEAST_TUNED", 1)
     model, taken = make_llama(), []
     model.model.layers[1].register_forward_pre_hook(lambda *_: taken.append(torch.is_grad_enabled()))
     recipe = Recipe(objective="plain", tuning_epochs=1, tuning_share=share, batch_size=4)
@@ -400,7 +400,7 @@ def test_the_size_of_batches_changes_nothing(family: str) -> None:
 
 
 def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.swept.LEAST_TUNED", 1)
+    monkeypatch.setattr("optima.calibration.fisher.LEAST_TUNED", 1)
     seen: list[Any] = []
 
     def watched(block: Block, keeps: Any, streams: Streams, targets: Any, cost: Any, tuning: Tuning) -> Tuned:

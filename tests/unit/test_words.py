@@ -12,10 +12,10 @@ from tiny import make_llama, make_tokens
 from transformers import PreTrainedModel
 
 from optima import Recipe, prune, tune
-from optima.calibration import places, words
+from optima.calibration import lm_head
 from optima.calibration.capture import capture
+from optima.calibration.lm_head import LmHead, LogitsError
 from optima.calibration.streams import Look, Streams
-from optima.calibration.words import Words, WordsError
 from optima.models.weights import Resident
 from optima.reporting.html import render_html
 from optima.reporting.summary import render_summary
@@ -45,8 +45,8 @@ def divergence(model: PreTrainedModel, pruned: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "roberta", "mixtral", "gemma4", "xlnet"])
 @pytest.mark.parametrize("turn", [0, 1])
 def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "POSITIONS", LENGTH // 4)
-    monkeypatch.setattr(places, "LOGITS_BYTES", 1)  # a slice for each position
+    monkeypatch.setattr(lm_head, "POSITIONS", LENGTH // 4)
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 1)  # a slice for each position
     model = build(family)
     with torch.no_grad():  # a random model hardly prefers any word
         model.get_output_embeddings().weight.mul_(30.0)
@@ -59,7 +59,7 @@ def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: 
     samples = streams.sizes[0][0]
     part = slice(1, 3) if samples > 1 else slice(0, 1)  # XLNet comes in single sequences
     inputs = [hidden[0][part] if samples > 1 else hidden[0] for hidden in (found, targets)]
-    with Words(model, stack_of(model), Resident(model)).error(streams, torch.device("cpu")) as error:
+    with LmHead(model, stack_of(model), Resident(model)).error(streams, torch.device("cpu")) as error:
         value = error(*inputs, Look(0, part, samples, turn))
     every = divergence(model, pruned)[part]
     sliced = family != "roberta"  # which tells no slices
@@ -71,7 +71,7 @@ def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: 
 def test_its_gradient_is_that_of_its_value() -> None:
     model = make_llama().double().eval()
     streams, (target,) = at_the_end(model)
-    error = WordsError(model, stack_of(model), streams)
+    error = LogitsError(model, stack_of(model), streams)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(target.shape, generator=generator, dtype=target.dtype)
     found = (target + 0.1 * direction).requires_grad_(True)
@@ -136,7 +136,7 @@ def test_words_that_the_head_forbids_cost_nothing() -> None:
 
 
 def test_a_head_without_room_on_the_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(words, "head_device", lambda *given: (torch.device("cpu"), "the head ran on the CPU"))
+    monkeypatch.setattr(lm_head, "head_device", lambda *given: (torch.device("cpu"), "the head ran on the CPU"))
     report = prune(make_llama(), Recipe(), calibration=make_tokens(16, 16), progress=False)
     assert "the head ran on the CPU" in report.run.notes
 

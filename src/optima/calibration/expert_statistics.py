@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from optima.calibration.accumulator import SAMPLE, Accumulator, Found, sampled
+from optima.calibration.fisher import FisherWeights
 from optima.calibration.halving import Once, rows_of
 from optima.calibration.reduction import reduce_to
 from optima.calibration.routed import Group, Recorded
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
@@ -57,7 +57,7 @@ class TokenWeights:
         loss: weights by the model's loss, instead of the sink weight.
     """
 
-    def __init__(self, block: Block, streams: Streams, sink_weight: float, loss: LossWeights | None) -> None:
+    def __init__(self, block: Block, streams: Streams, sink_weight: float, loss: FisherWeights | None) -> None:
         self._sizes, self._loss = streams.sizes, loss
         self.weighs = loss is not None or sink_weight > 0.0
         self._all = None if loss is None else loss.of_tokens(block.name)

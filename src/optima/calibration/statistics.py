@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from optima.calibration.accumulator import SAMPLE, Accumulator, Found, sampled
 from optima.calibration.expert_statistics import TokenWeights, observe_experts
+from optima.calibration.fisher import FisherWeights
 from optima.calibration.halving import Once, rows_of
 from optima.calibration.passes import Passes
 from optima.calibration.probe import Given
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
-from optima.calibration.tempering import LossWeights
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.linalg.statistics import sampling_step
@@ -42,7 +42,7 @@ def observe(
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
-    weights: LossWeights | None = None,
+    weights: FisherWeights | None = None,
     onward: bool = False,
 ) -> Iterator[Found]:
     """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
@@ -104,7 +104,7 @@ def observe_in_turn(
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
-    weights: LossWeights | None = None,
+    weights: FisherWeights | None = None,
     onward: bool = False,
 ) -> Iterator[Found]:
     """As ``observe``, but each linear sees what the pruned linears before it hand on, not what the dense ones would.
@@ -161,7 +161,7 @@ class _Sums:
     """What a block's linears were given, accumulated for each group of those that share their input."""
 
     def __init__(
-        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: LossWeights | None
+        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: FisherWeights | None
     ) -> None:
         self._streams, self._sink_weight, self._stopwatch = streams, sink_weight, stopwatch
         self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
@@ -229,7 +229,7 @@ class _Watch(_Sums):
         block: Block,
         sink_weight: float,
         stopwatch: Stopwatch,
-        weights: LossWeights | None,
+        weights: FisherWeights | None,
         onward: bool,
     ) -> None:
         super().__init__(streams, block, sink_weight, stopwatch, weights)

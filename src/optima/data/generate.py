@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from optima.calibration.attention import AttentionOnCPU
 from optima.calibration.halving import Halving
-from optima.calibration.head import drawn_words, exponentials
+from optima.calibration.lm_head import exponentials, sampled_tokens
 from optima.device import evaluating, memory_explained
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
@@ -151,7 +151,7 @@ class _Sample(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """For logits ``scores``, (B, V): zero for the sampled token and -inf for the others."""
-        token_B1, sum_B1 = drawn_words(exponentials(scores), next(self._uniform))
+        token_B1, sum_B1 = sampled_tokens(exponentials(scores), next(self._uniform))
         self.sum_B1 += sum_B1
         self._step()
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B1, 0.0)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.capture import capture
 from optima.calibration.halving import Halving
-from optima.calibration.places import embedding_device
+from optima.calibration.lm_head import embedding_device
 from optima.calibration.probe import forward
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams

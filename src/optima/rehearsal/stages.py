@@ -23,17 +23,13 @@ from torch import Tensor
 
 from optima.activations import METRIC_BYTES
 from optima.build import build_allocation, build_tuning
-from optima.calibration.backward import second_moment, through
 from optima.calibration.capture import capture
-from optima.calibration.coupling import couples, coupling, coupling_bytes, finished
+from optima.calibration.correlation import couples, coupling, coupling_bytes, finished
+from optima.calibration.fisher import FisherWeights, fisher_numbers, kept_bytes, second_moment, through
 from optima.calibration.halving import Halving
-from optima.calibration.head import at_the_head
-from optima.calibration.places import embedding_device, head_device, positions_at_once
+from optima.calibration.lm_head import at_the_head, embedding_device, head_device, looked_at, positions_at_once
 from optima.calibration.statistics import why_not_in_turn
 from optima.calibration.streams import Streams
-from optima.calibration.swept import kept_bytes, sweep_numbers
-from optima.calibration.tempering import LossWeights
-from optima.calibration.words import looked_at
 from optima.data.batches import words_size
 from optima.device import PeakMemory, Stopwatch, differentiable, on_device, one_memory_error
 from optima.errors import NotDifferentiableError
@@ -236,20 +232,20 @@ class Rehearsal:
         """Whether it is tuned by the words of the model."""
         return self.by_loss and by_words(self.plan.model, self.plan.found.blocks, self.recipe) == block.name
 
-    def _sweep(self, block: Block, streams: Streams, count: int) -> LossWeights | None:
+    def _sweep(self, block: Block, streams: Streams, count: int) -> FisherWeights | None:
         """The sweep there and back through ``count`` such blocks, and what it finds of the sample."""
-        found = LossWeights("")
+        found = FisherWeights("")
 
         def work(part: Streams, clock: Stopwatch) -> None:
             nonlocal found
-            found = LossWeights("")
+            found = FisherWeights("")
             gradients = [torch.randn_like(hidden) for hidden in part.hidden]
             with self._gradients(), clock("sweep"):
                 part.copy().advance(block)
                 if self.tuning is not None:
                     found.residual[block.name] = second_moment(gradients, self.device)
                 coupled = "coupling" in self.plan.methods.needs
-                numbers = sweep_numbers(part, 1.0) if coupled else None
+                numbers = fisher_numbers(part, 1.0) if coupled else None
                 through(block, part, gradients, found, numbers=numbers)
             found.coupling = {name: finished(each.to(self.device)).cpu() for name, each in found.coupling.items()}
 
@@ -364,7 +360,7 @@ class Rehearsal:
         for stage, found in seconds.items():
             self.seconds[stage] += found * times
 
-    def _told(self, loss: LossWeights, blocks: int) -> float:
+    def _told(self, loss: FisherWeights, blocks: int) -> float:
         """Bytes that a run keeps of the loss: of each block its tokens, for tuning a matrix, and those of its rows."""
         tokens = sum(_bytes(own) for own in loss.tokens.values())
         tokens += sum(_bytes([each for pair in own for each in pair]) for own in loss.routed.values())
@@ -377,7 +373,7 @@ class Rehearsal:
             yield
 
 
-def _repeated(loss: LossWeights, batches: int) -> LossWeights:
+def _repeated(loss: FisherWeights, batches: int) -> FisherWeights:
     """The weights of so many batches, of which some were looked at; all have one size."""
 
     def over(own: list[Any]) -> list[Any]:

@@ -30,7 +30,7 @@ class LinearTask:
             root of the sample's tokens as in H; for selectors that need it.
         row_weight_O: what the model's loss feels of each row, positive, of any scale; None if rows count alike. What a
             selector gets from ``prune_linear`` is scaled by its root already.
-        coupling_OO: how rows go together in the loss, see ``calibration.coupling``; for selectors that need it, and
+        coupling_OO: how rows go together in the loss, see ``calibration.correlation``; for selectors that need it, and
             None where it is not known.
     """
 

@@ -11,7 +11,7 @@ On a sparse mask the truth lies between. Here a unit is the root of H_ii^(1-thet
 rho rises slowly from where the fit is nearly free to where the mask is settled. The masks that come out are at or near
 a one-swap optimum (exchanges of a kept and a pruned weight improve them little), at the cost of products.
 
-Where it is known how rows go together in the loss (``calibration.coupling``), errors of rows that would add up are not
+With the correlation of rows in the loss (``calibration.correlation``), errors of rows that would add up are not
 chosen together: with C between the rows as H is between the inputs, C (B - W) H + rho (B - W) = rho (D - U - W), in
 units of the rows that are made of C as those of the inputs are of H.
 

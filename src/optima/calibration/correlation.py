@@ -47,12 +47,12 @@ def coupling_bytes(blocks: Sequence[Block], needs: Collection[str]) -> int:
 class Halves:
     """Sums of g g^T at a block's linears, (2, O, O), over the tokens of each half of the sequences, on the device.
 
-    Tempered as token weights are (``calibration.tempering``): few tokens have most of the squares.
+    Tempered as token weights are (``calibration.fisher``): few tokens have most of the squares.
 
     Args:
         block: whose linears they are.
         sizes: (B, L) of each batch.
-        numbers: of each batch's first sequence, see ``swept.sweep_numbers``; None: nothing is summed.
+        numbers: of each batch's first sequence, see ``swept.fisher_numbers``; None: nothing is summed.
         before: sums over earlier batches, ``packed``: batches are added one after the other, however they are parted.
     """
 
