@@ -56,7 +56,7 @@ class TestModel:
 
     def test_gguf_that_is_none(self, cheap: Refused, root: Path) -> None:
         (root / "bad.gguf").write_bytes(b"garbage")
-        assert "bad.gguf is no GGUF file" in cheap(model="bad.gguf")
+        assert "the model of bad.gguf cannot be read" in cheap(model="bad.gguf")
 
     def test_no_config(self, cheap: Refused, root: Path) -> None:
         (root / "model" / "config.json").unlink()

@@ -19,9 +19,7 @@ import pytest
 from tiny import snapshot
 
 from optima.errors import ModelError
-from optima.models import files
 from optima.models.destination import Destination, unfinished
-from optima.models.files import exchange
 from optima.models.journal import Journal
 from optima.stopping import Interrupted, interruptible, stop_if_asked, unstoppable
 
@@ -258,27 +256,16 @@ class TestEnd:
         assert not (here / "out" / "new").exists() if kind != "file" else (here / "out").read_text() == "thesis"
         assert set(os.listdir(here)) == {"out", "out.1"}
 
-    @pytest.mark.parametrize("can_exchange", [True, False])
-    def test_a_swap_that_fails_leaves_both(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
-    ) -> None:
+    def test_a_swap_that_fails_leaves_both(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         make_output(here / "out")
+        rename = Path.rename
 
-        def fail(first: Path, second: Path) -> bool:
-            if can_exchange:
+        def refuse(self: Path, target: Path) -> Path:
+            if self.name == "model" and target.name == "out":
                 raise OSError(errno.EIO, "Input/output error")
-            return False
+            return rename(self, target)
 
-        monkeypatch.setattr(files, "exchange", fail)
-        if not can_exchange:
-            rename = Path.rename
-
-            def refuse(self: Path, target: Path) -> Path:
-                if self.name == "model" and target.name == "out":
-                    raise OSError(errno.EIO, "Input/output error")
-                return rename(self, target)
-
-            monkeypatch.setattr(Path, "rename", refuse)
+        monkeypatch.setattr(Path, "rename", refuse)
         with pytest.raises(ModelError, match=r"Input/output error.*is in .*out\.1"):
             run(overwrite=True)
         assert (here / "out" / "old").exists()
@@ -314,16 +301,9 @@ class TestEnd:
         assert snapshot(here).keys() == {"out", "out/new", "out/report.json"}
         assert "goes on with --resume" not in caplog.text
 
-    def test_without_an_exchange_there_are_two_renames(self, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(files, "exchange", lambda first, second: False)
-        make_output(here / "out")
-        run(overwrite=True)
-        assert snapshot(here).keys() == {"out", "out/new", "out/report.json"}
-
     def test_a_kill_between_two_renames_leaves_the_earlier_one_beside(self, here: Path) -> None:
         make_output(here / "out")
         if os.fork() == 0:
-            files.exchange = lambda first, second: False  # type: ignore[assignment]
             rename = Path.rename
             Path.rename = lambda self, to: os._exit(0) if self.name == "model" else rename(self, to)  # type: ignore[method-assign]
             run(overwrite=True)
@@ -333,17 +313,6 @@ class TestEnd:
         assert set(os.listdir(here)) == {"out", "out.1"}
         assert (here / "out" / "new").exists()
         assert (here / "out.1" / "old").exists()
-
-    def test_exchange_is_one_step(self, here: Path) -> None:
-        for name in "ab":
-            (here / name).mkdir()
-            (here / name / name).touch()
-        if not exchange(here / "a", here / "b"):
-            pytest.skip("this file system cannot exchange")
-        assert (here / "a" / "b").exists()
-        assert (here / "b" / "a").exists()
-        with pytest.raises(FileNotFoundError):
-            exchange(here / "a", here / "missing")
 
     def test_an_old_output_that_cannot_be_deleted_is_named(
         self, here: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import optima
 from optima.cli import main
 from optima.errors import ModelError
-from optima.models.files import exchange, read_header
+from optima.models.files import read_header, swap
 from optima.models.packed import pack_shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "packing.md"
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_packed(
     shutil.copytree(model, tmp_path / "other")
 
     def replace(*arguments: object) -> object:
-        assert exchange(model, tmp_path / "other")
+        swap(tmp_path / "other", model, tmp_path / "aside")
         return pack_shard(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("optima.packing.pack_shard", replace)

@@ -22,7 +22,6 @@ from transformers import LlamaForCausalLM
 import optima
 from optima.errors import ModelError
 from optima.models.fingerprint import commit_of, fingerprint
-from optima.models.gguf import read_scalars
 from optima.models.masks import MaskFiles
 from optima.models.skeleton import dtype_as_read
 from optima.models.source import (
@@ -46,59 +45,19 @@ def pair(key: str, kind: int, value: bytes) -> bytes:
     return text(key) + struct.pack("<I", kind) + value
 
 
-def gguf(*pairs: bytes, tensors: bytes = b"", num_tensors: int = 0, num_pairs: int | None = None) -> bytes:
-    counts = struct.pack("<IQQ", 3, num_tensors, len(pairs) if num_pairs is None else num_pairs)
-    return b"GGUF" + counts + b"".join(pairs) + tensors
+def gguf(*pairs: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs)
 
 
 NAME = pair("general.architecture", 8, text("llama"))
-BLOCKS = pair("llama.block_count", 4, struct.pack("<I", 2))
-WORDS = pair("tokenizer.ggml.tokens", 9, struct.pack("<IQ", 8, 2) + text("a") + text("b"))
-SCORES = pair("tokenizer.ggml.scores", 9, struct.pack("<IQ", 6, 2) + struct.pack("<ff", 0.5, 1.5))
-TENSOR = text("output.weight") + struct.pack("<IQQIQ", 2, 32, 300, 0, 0)
-WHOLE = gguf(NAME, BLOCKS, WORDS, SCORES, tensors=TENSOR, num_tensors=1)
+WHOLE = gguf(NAME)
 
 
 class TestGGUF:
-    def test_scalars(self, tmp_path: Path) -> None:
-        (tmp_path / "a.gguf").write_bytes(WHOLE)
-        assert read_scalars(tmp_path / "a.gguf") == {"llama.block_count": 2}
-
-    @pytest.mark.parametrize("size", range(0, len(WHOLE), 7))
-    def test_cut_off_anywhere(self, tmp_path: Path, size: int) -> None:
-        (tmp_path / "a.gguf").write_bytes(WHOLE[:size])
-        with pytest.raises(ModelError, match=r"a\.gguf is (no GGUF file|a GGUF file that is cut off or damaged)"):
-            load_config(find_source(str(tmp_path / "a.gguf")))
-
-    @pytest.mark.parametrize(
-        "content",
-        [
-            gguf(NAME, num_pairs=2**63),
-            gguf(NAME, num_tensors=2**63),
-            gguf(pair("a", 9, struct.pack("<IQ", 6, 2**62))),
-            gguf(pair("a", 9, struct.pack("<IQ", 8, 2**62))),
-            gguf(pair("a", 9, struct.pack("<IQ", 77, 2**62))),
-            gguf(pair("a", 9, struct.pack("<IQ", 9, 2**62) * 5000)),
-            gguf(pair("a", 8, struct.pack("<Q", 2**63))),
-            gguf(struct.pack("<Q", 2**64 - 1)),
-            gguf(tensors=text("x") + struct.pack("<I", 2**31), num_tensors=1),
-            gguf(pair("a", 55, b"")),
-            gguf(struct.pack("<Q", 2) + b"\xff\xfe" + struct.pack("<I", 4)),
-            b"GGUF" + b"\0" * 4,
-            b"GGUF",
-            b"",
-        ],
-    )
-    def test_counts_that_cannot_be(self, tmp_path: Path, content: bytes) -> None:
+    @pytest.mark.parametrize("content", [WHOLE[:40], b"GGUF", b"no GGUF file", b""])
+    def test_what_cannot_be_read_names_the_file(self, tmp_path: Path, content: bytes) -> None:
         (tmp_path / "a.gguf").write_bytes(content)
-        started = time.perf_counter()
-        with pytest.raises(ModelError, match="GGUF file"):
-            load_config(find_source(str(tmp_path / "a.gguf")))
-        assert time.perf_counter() - started < 1
-
-    def test_more_blocks_than_any_model(self, tmp_path: Path) -> None:
-        (tmp_path / "a.gguf").write_bytes(gguf(NAME, pair("llama.block_count", 4, struct.pack("<I", 10**9))))
-        with pytest.raises(ModelError, match=r"llama\.block_count = 1000000000"):
+        with pytest.raises(ModelError, match=r"a\.gguf"):
             load_config(find_source(str(tmp_path / "a.gguf")))
 
     def test_the_dtype_it_is_written_in_is_said(self, tmp_path: Path) -> None:
@@ -132,16 +91,7 @@ class TestConfiguration:
         ("values", "message"),
         [
             ({"num_attention_heads": 0}, "model"),
-            (
-                {"num_hidden_layers": 10**5},
-                "num_hidden_layers = 100000, and no model has",
-            ),
-            ({"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000"),
-            ({"text_config": {"num_layers": 10**9}}, "num_layers = 1000000000"),
-            ({"num_hidden_layers": -1}, "num_hidden_layers = -1"),
             ({"num_hidden_layers": "two"}, "model"),
-            ({"num_labels": 10**9}, "num_labels = 1000000000"),
-            ({"num_local_experts": 10**9}, "num_local_experts = 1000000000"),
             ({"pad_token_id": 10**9}, "model"),
             ({"hidden_size": -32}, "model"),
             ({"hidden_size": 0}, "model"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError
 
@@ -13,5 +15,6 @@ BAD_INPUT: tuple[type[Exception], ...] = (
     *(KeyError, TypeError, AttributeError),  # JSON of another form: missing fields, a list where an object belongs
     *(ZeroDivisionError, StrictDataclassError),  # no heads; fields that the configuration's class refuses
     *(RuntimeError, SafetensorError),  # JSON nested too deeply; negative sizes; tensors of other shapes; cut-off files
+    struct.error,  # a GGUF file that is cut off
     *HUB_FAILURES,  # a connection that breaks off
 )

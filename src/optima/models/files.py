@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
@@ -17,9 +16,7 @@ from safetensors import SafetensorError
 
 from optima.errors import ModelError
 
-CANNOT_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP)
 CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)  # of a directory, as some mounts answer
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
 PLAIN, INDEX_ENDING = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
@@ -123,29 +120,14 @@ def digest(file: Path) -> str | None:
 
 
 def swap(new: Path, old: Path, aside: Path) -> None:
-    """Exchange two directories: at one instant where the system can, else by way of ``aside``, a free name."""
-    if not exchange(new, old):
-        old.rename(aside)
-        try:
-            new.rename(old)
-        except BaseException:
-            aside.rename(old)
-            raise
-        aside.rename(new)
-
-
-def exchange(first: Path, second: Path) -> bool:
-    """Linux's ``renameat2``; False where the system, the C library or the file system cannot."""
-    library = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(library, "renameat2"):
-        return False
-    names = (AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second))
-    if library.renameat2(*names, RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in CANNOT_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), str(second))
+    """Exchange two directories by way of ``aside``, a free name; ``old`` keeps its name if that fails."""
+    old.rename(aside)
+    try:
+        new.rename(old)
+    except BaseException:
+        aside.rename(old)
+        raise
+    aside.rename(new)
 
 
 def delete(paths: Iterable[Path]) -> None:

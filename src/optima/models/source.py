@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +33,6 @@ from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.models.failures import BAD_INPUT
 from optima.models.files import PACKED, shards, usable_path
-from optima.models.gguf import read_scalars
 from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.own_code import auto_class
 
@@ -43,12 +41,6 @@ _logger = logging.getLogger("optima")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
-# Counts beyond those of any model. To build as many parts as a damaged configuration says would take for ever.
-MAX_COUNTS = (
-    (re.compile(r"^(num|n|encoder|decoder)_(\w+_)?layers?$|\.block_count$"), 1000),
-    (re.compile(r"experts$"), 10**5),
-    (re.compile(r"^num_labels$"), 10**7),
-)
 HUB_REMEDY = (
     "no directory here has that name; for a model of the hub check the spelling, the network and, if it is private or "
     "gated, your login (hf auth login)"
@@ -190,15 +182,9 @@ def load_config(source: Source) -> PretrainedConfig:
     """The model's configuration, without its weights.
 
     Raises:
-        ModelError: if it cannot be found or read, has counts that no model has, or the checkpoint is quantized.
+        ModelError: if it cannot be found or read, or the checkpoint is quantized.
     """
     with explain_read_errors(source, "model"):
-        # Before the classes that make lists as long as the counts they are given.
-        if source.gguf_file:
-            values = read_scalars(_gguf_file(source))
-        else:
-            values = PretrainedConfig.get_config_dict(source.path, **source.of_hub)[0]
-        _check_counts(source, values)
         config = AutoConfig.from_pretrained(source.path, **source.arguments)
     assert isinstance(config, PretrainedConfig)
     parts = [config, *(getattr(config, name) for name in config.sub_configs if hasattr(config, name))]
@@ -214,23 +200,6 @@ def pinned(source: Source, config: PretrainedConfig) -> Source:
     """The same model at the commit of its configuration: a branch may move while the rest is fetched."""
     commit = getattr(config, "_commit_hash", None)
     return source if source.local or commit is None else replace(source, revision=commit)
-
-
-def _check_counts(source: Source, values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            _check_counts(source, value)
-        for name, largest in MAX_COUNTS:
-            if name.search(key) and isinstance(value, (int, float)) and not 0 <= value <= largest:
-                raise ModelError(
-                    f"the configuration of {source.name} says {key} = {value}, and no model has fewer than 0 or more "
-                    f"than {largest}: correct it, or download it again"
-                )
-
-
-def _gguf_file(source: Source) -> Path:
-    assert source.gguf_file is not None
-    return source.local or Path(hf_hub_download(source.path, source.gguf_file, **source.of_hub))
 
 
 def model_class(config: PretrainedConfig, source: Source) -> Any:

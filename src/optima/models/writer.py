@@ -27,7 +27,6 @@ from optima.models.destination import Destination
 from optima.models.files import digest, explain_write_errors, read_header, sync
 from optima.models.fingerprint import bytes_of
 from optima.models.journal import Journal
-from optima.models.older_names import keep_older_names
 from optima.models.ordered import write_orders
 from optima.models.own_code import forget_missing_code
 from optima.models.source import INDEX, WEIGHTS, Source
@@ -74,7 +73,6 @@ def prepare(
                 "correct it (model.generation_config, for example) before pruning"
             ) from error
         (saved / WEIGHTS).unlink(missing_ok=True)
-        keep_older_names(model.config, source, saved)
         forget_missing_code(saved)
         shutil.copytree(saved, directory, dirs_exist_ok=True)
 
