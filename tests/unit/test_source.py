@@ -347,3 +347,13 @@ def test_a_card_is_given_weights_without_a_stay_in_main_memory(
     monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", loading)
     load_model(find_source(str(save_model(tmp_path / "model"))), "auto", torch.device(device))
     assert seen == [expected]
+
+
+@pytest.mark.parametrize("name", ["../other/model.safetensors", "/model.safetensors"])
+def test_an_index_that_names_a_file_outside_of_its_directory(model: Path, name: str) -> None:
+    save_model(model.parent / "other")
+    (model / "model.safetensors").unlink()
+    save_file({"lm_head.weight": torch.ones(1)}, model / "x.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ModelError, match="not in the directory of the index"):
+        open_weights(find_source(str(model)), skeleton(find_source(str(model)))[0], "auto")

@@ -163,5 +163,12 @@ def check_shards(directory: Path) -> None:
 
 
 def shards(index: Path) -> list[str]:
-    """The files that an index names, in the order of their names."""
-    return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    """The files that an index names, in the order of their names.
+
+    Raises:
+        ValueError: if one of them is not in the directory of the index.
+    """
+    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index.name} names {outside[0]}, which is not in the directory of the index")
+    return names
