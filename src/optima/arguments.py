@@ -79,9 +79,6 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """The command and what was given to it."""
-    for argument in argv:
-        if "\0" in argument or any(0xD800 <= ord(letter) <= 0xDFFF for letter in argument):
-            raise OptimaError(f"the argument {argument!a} holds bytes that are no text here: rename the file")
     parser, commands = _parsers()
     known, extra = parser.parse_known_args(argv)
     given = vars(known)
@@ -133,7 +130,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     option = add("plan", "show what would be pruned, and the cost", "MODEL [options]")
     option("model", metavar="MODEL", help="hub id, local directory, or GGUF file; no weights are loaded")
-    option("--measure", action="store_true", help="rehearse the run on a few random blocks: seconds, memory")
     _add_recipe(commands["plan"])
 
     option = add(

@@ -40,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):  # what its encoding lacks is no reason to lose the rest
             stream.reconfigure(errors="backslashreplace")
     try:
-        _check_here()
         command, arguments = parse(argv)
         COMMANDS[command](**arguments)
         if sys.stdout is not None:  # a daemon has none
@@ -112,13 +111,6 @@ def _say(text: str) -> None:
         print(printable(text))
 
 
-def _check_here() -> None:
-    try:
-        Path.cwd()
-    except FileNotFoundError:  # which the libraries do not survive
-        raise OptimaError("the current directory has been deleted: change to another") from None
-
-
 def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Sequence[str] = (), **given: Any) -> None:
     from optima.reporting.callbacks import JsonLog, Trackers
     from optima.reporting.summary import render_summary
@@ -155,7 +147,7 @@ def _push(directory: str, repo: str, **given: Any) -> None:
     _say(f"published: {optima.push(directory, repo, **given)}")
 
 
-def _plan(model: str, measure: bool = False, **given: Any) -> None:
+def _plan(model: str, **given: Any) -> None:
     recipe = recipe_of(given)
     console = _quiet_console()
     from optima import plan
@@ -164,12 +156,7 @@ def _plan(model: str, measure: bool = False, **given: Any) -> None:
 
     source = find_source(model, recipe.trust_remote_code, recipe.revision)
     found = plan.make_plan(source, recipe)
-    measured = None
-    if measure:
-        from optima.rehearsal.measure import measure as rehearse
-
-        measured = rehearse(found, source)
-    print_plan(found, measured, model, console)
+    print_plan(found, model, console)
 
 
 def _order(

@@ -1,6 +1,6 @@
 """What a run would prune and take, from the model's configuration alone: no weights are loaded.
 
-Memory is one stated upper bound. ``optima.rehearsal`` says what a run really takes on this machine.
+Memory is one stated upper bound.
 """
 
 from __future__ import annotations
@@ -92,22 +92,6 @@ class Plan:
             return self.model_bytes
         count = count_by_place(self.model, self.found.blocks)[1] if block is None else count_parameters(block.module)
         return count * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What a run takes on this machine, as its report will name it.
-
-    Attributes:
-        seconds: of its stages: ``start``, ``read``, ``forward``, ``hessian``, ``sweep``, ``linears``, ``tune`` and
-            ``write``.
-        peak_bytes: highest memory: on a CPU all that is resident.
-        notes: what is not in these figures.
-    """
-
-    seconds: dict[str, float]
-    peak_bytes: int
-    notes: tuple[str, ...]
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

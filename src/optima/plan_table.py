@@ -13,12 +13,12 @@ from optima.memory import on_cpu
 from optima.models.stacks import Block
 from optima.names import kind
 from optima.patterns import Pattern
-from optima.plan import Measured, Plan
+from optima.plan import Plan
 from optima.reporting.summary import runtime_note
 
 
-def print_plan(plan: Plan, measured: Measured | None, name: str, console: Console) -> None:
-    """Print ``plan`` as a table (blocks alike in one group) and a few lines on memory and time."""
+def print_plan(plan: Plan, name: str, console: Console) -> None:
+    """Print ``plan`` as a table (blocks alike in one group) and a few lines on memory."""
     table = Table(title=f"{name}: what would be pruned", title_justify="left")
     for heading in ("blocks", "linear", "outputs x inputs", "sparsity"):
         table.add_column(heading)
@@ -44,19 +44,13 @@ def print_plan(plan: Plan, measured: Measured | None, name: str, console: Consol
         "work space (device)": f"at most {_size(plan.work_bytes)}"
         + (" (for a GPU: --device cuda)" if on_cpu(plan.recipe) else f", and {_size(plan.block_bytes)} for a block"),
     }
-    if measured is None:
-        lines["time"] = "not measured: add --measure (it rehearses the run on a few random blocks)"
-    else:
-        stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in measured.seconds.items() if seconds >= 0.5)
-        lines["time here"] = f"about {_duration(sum(measured.seconds.values()))}" + (f" ({stages})" if stages else "")
-        lines["memory here"] = f"about {_size(measured.peak_bytes)} at its peak"
     grid = Table.grid(Column(no_wrap=True, min_width=28), padding=(0, 1))  # a long value is wrapped in its column
     for key, value in lines.items():
         grid.add_row(key, value)
     console.print(grid, highlight=False)
     for advice in _advice(plan):
         console.print(f"does not fit: {advice}", highlight=False, markup=False)
-    for note in (*plan.notes, *(measured.notes if measured else ())):
+    for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     note = runtime_note(str(pattern) for pattern in plan.found.patterns.values())
     console.print(f"runtimes: {note}".replace("**", "").replace("`", ""), highlight=False, markup=False)
@@ -94,11 +88,3 @@ def _structure(plan: Plan, block: Block) -> list[tuple[str, tuple[int, int], Pat
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _duration(seconds: float) -> str:
-    """As one reads it: 48 s, 12 min, 2 h 5 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min"

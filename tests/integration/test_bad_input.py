@@ -299,8 +299,6 @@ class TestOptions:
             (["--selector", "nothere:X"], "selector nothere:X loads and runs code"),
             (["--selector", "nothere:X", "--trust-remote-code"], "selector nothere:X: nothere cannot be imported"),
             (["--targets", "a:smile:b"], "no linear matches targets ['a:smile:b']"),
-            (["--dataset", "a\udcff.txt"], r"the argument 'a\udcff.txt' holds bytes that are no text here"),
-            (["--dataset", "a\0.txt"], r"the argument 'a\x00.txt' holds bytes that are no text here"),
         ],
     )
     def test_one_error_and_no_page_of_usage(self, cheap: Refused, options: list[str], message: str) -> None:

@@ -22,7 +22,6 @@ from tiny import (
     make_bert,
     make_llama,
     make_tokenizer,
-    prune_arguments,
     save_model,
     save_text,
     snapshot,
@@ -665,16 +664,6 @@ class TestHelp:
         """A daemon has none."""
         monkeypatch.setattr(sys, "stdout", None)
         prune()
-
-    def test_in_a_directory_that_is_gone(
-        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        """The libraries do not start there."""
-        Path("gone").mkdir()
-        monkeypatch.chdir("gone")
-        Path("../gone").rmdir()
-        assert main(prune_arguments()) == 2
-        assert "the current directory has been deleted: change to another" in capsys.readouterr().err
 
     def test_version(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:

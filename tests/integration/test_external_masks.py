@@ -163,7 +163,7 @@ def test_masks_for_a_part_of_the_model(root: Path) -> None:
 def test_plan_shows_what_the_masks_prune(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = saved(make_masks((1, 4)))
     few = ["--max-seq-length", "16", "--num-calibration-samples", "2"]
-    assert main(["plan", "model", "--measure", *few, *EXTERNAL, file]) == 0
+    assert main(["plan", "model", *few, *EXTERNAL, file]) == 0
     output = capsys.readouterr().out
     assert "external" in output
     assert "75" in output

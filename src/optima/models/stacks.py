@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from optima.errors import ModelError, RecipeError
 from optima.models.experts import ExpertLinear, Stored, experts_of
 from optima.models.routers import expert_counts, module_around, own_output, routers_of
-from optima.names import check_bounded, kind
+from optima.names import kind
 
 # Experts that are modules of their own, such as experts.3.up_proj or expert_3.wi; a shared one is none.
 EXPERT = re.compile(r"(?<!shared_)experts?[._]\w*?\d")
@@ -291,10 +291,9 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
 
     Raises:
         ModelError: if nothing is left (the message lists what was there), or two linears are one weight.
-        RecipeError: if a regex does not finish, or a target matches no linear.
+        RecipeError: if a target matches no linear.
     """
     names = [linear.name for stack in stacks for block in stack.blocks for linear in block.linears]
-    check_bounded([*targets, *ignore], names)
     there = f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}"
 
     def wanted(name: str, routes: bool) -> bool:
