@@ -45,10 +45,9 @@ def hessian_of(inputs_TD: Tensor, damping: float = DAMPING) -> Hessian:
 
 
 def layer_of(weight_OD: Tensor, inputs: Tensor | Hessian, damping: float = DAMPING, name: str = "linear") -> LinearTask:
-    """A layer from its weight and its inputs (T x D), or their Hessian; its gradient is random."""
+    """A layer from its weight and its inputs (T x D), or their Hessian."""
     hessian = inputs if isinstance(inputs, Hessian) else hessian_of(inputs, damping)
-    gradient_OD = torch.rand(weight_OD.shape, generator=torch.Generator().manual_seed(2)) / 100
-    return LinearTask(name, weight_OD, Statistics(hessian), gradient_OD)
+    return LinearTask(name, weight_OD, Statistics(hessian))
 
 
 def lowest(score_RN: Tensor, count: int | list[int]) -> Tensor:

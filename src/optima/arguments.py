@@ -225,9 +225,7 @@ def _add_output(option: Callable[..., Any], suffix: str) -> None:
 def of_order(field: dataclasses.Field[Any]) -> bool:
     """Whether a field of a recipe counts where channels are ordered."""
     unused = ("mask", "solve", "tuning")
-    return field.name == "pattern" or not (
-        field.metadata["group"] in unused or field.name in ("true_sequential", "expert_tokens")
-    )
+    return field.name == "pattern" or not (field.metadata["group"] in unused or field.name == "expert_tokens")
 
 
 def _add_recipe(parser: _Parser, counts: Callable[[dataclasses.Field[Any]], bool] = bool) -> None:

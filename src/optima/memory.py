@@ -28,7 +28,6 @@ from optima.models.stacks import (
     count_by_place,
     count_parameters,
     find_stacks,
-    has_experts,
 )
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -43,7 +42,7 @@ HELD_SHARE = 0.125
 # Most bytes at a time for each entry of a hessian that is worked with: the tensors of a linear by solver auto, and one
 # float64 matrix more for what LAPACK copies. Of selectors and solvers that are not named, more than any of ours takes.
 BYTES_PER_SQUARE = {
-    **dict.fromkeys(("magnitude", "wanda", "ria", "gradient", "external"), 44),
+    **dict.fromkeys(("magnitude", "wanda", "ria", "external"), 44),
     **{"optima": 52, "admm": 56, "alps": 56, "sparsegpt": 62, "thanos": 62},
 }
 MOST_BYTES_PER_SQUARE = 72
@@ -217,8 +216,6 @@ def work_bytes(
     work; a batch of the sweep; a step of tuning.
     """
     tokens = batch_tokens(recipe)
-    gradients = 12 if "gradient" in methods.needs else 0
-    attention = attention_numbers(model, recipe.max_seq_length)
     most = 0
     for block in blocks:
         sizes = [linear.shape for linear in block.linears]
@@ -226,9 +223,8 @@ def work_bytes(
         linear = max((_linear_bytes(o, d, recipe) for o, d in sizes), default=0)
         activations = _activation_bytes(model, block, recipe, tokens, dtype)
         weights = sum(o * d for o, d in sizes)
-        held = held_bytes(block, recipe, dtype, attention)
         masks = weights if recipe.tuning_epochs else 0
-        most = max(most, waiting + gradients * weights + masks + max(linear, activations) + held)
+        most = max(most, waiting + masks + max(linear, activations))
         if recipe.applied_objective == "loss":
             # What autograd keeps, and the coupling's sums with a batch's.
             most = max(most, GRADIENT_BUFFERS * activations + 4 * coupling_bytes([block], methods.needs))
@@ -258,30 +254,11 @@ def _is_sent_some(linear: Linear) -> bool:
     return isinstance(linear, ExpertLinear) and linear.experts.are_sent_tokens
 
 
-def in_turn(block: Block, recipe: Recipe) -> bool:
-    """Whether the linears of a block can be calibrated in turn, as far as its structure tells."""
-    return bool(recipe.true_sequential and block.linears) and not has_experts(block.linears)
-
-
 def attention_numbers(model: PreTrainedModel, length: int) -> int:
     """Of each token, where a model's attention makes matrices of all pairs of tokens; else 0."""
     config: Any = model.config.get_text_config()
     heads = getattr(config, "num_attention_heads", None)
     return length * heads if isinstance(heads, int) and config._attn_implementation == "eager" else 0
-
-
-def held_bytes(block: Block, recipe: Recipe, dtype: torch.dtype, attention: int) -> int:
-    """Most of the activations that all sequences hold inside a block, where its linears are calibrated in turn.
-
-    The residual stream and its norm, what the first linears make of it (queries, keys, values) or the block's input,
-    what a linear is given, and of each token ``attention`` numbers.
-    """
-    if not in_turn(block, recipe):
-        return 0
-    first, inputs = guess_groups(block)[0], [linear.shape[1] for linear in block.linears]
-    tokens = recipe.samples(max(inputs)) * recipe.max_seq_length
-    made = max(inputs[0], sum(linear.shape[0] for linear in first))
-    return tokens * (2 * inputs[0] + made + max(inputs) + attention) * dtype.itemsize
 
 
 def host_room(recipe: Recipe, processes: int = 1) -> int:

@@ -10,9 +10,9 @@ from typing import Any
 
 # The names are here so that no method is imported to check one; a test holds them to the registries.
 SELECTOR_NAMES = (
-    "magnitude", "wanda", "ria", "gradient", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
+    "magnitude", "wanda", "ria", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
 )  # fmt: skip
-UNDAMPED = ("magnitude", "wanda", "ria", "gradient", "admm", "external")  # they look at no inverse of a hessian
+UNDAMPED = ("magnitude", "wanda", "ria", "admm", "external")  # they look at no inverse of a hessian
 SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "none")
 BOUNDED_SOLVERS = ("auto", "bounded")
 ALLOCATION_NAMES = ("uniform", "owl", "loss")

@@ -15,13 +15,12 @@ from optima.allocation import Allocation
 from optima.calibration.accumulator import Found
 from optima.calibration.expert_statistics import routing_notes
 from optima.calibration.fisher import FisherWeights, tuned_batches
-from optima.calibration.gradient import regional_gradients
 from optima.calibration.halving import Halving
 from optima.calibration.lm_head import LmHead
-from optima.calibration.statistics import observe, observe_in_turn, why_not_in_turn
+from optima.calibration.statistics import observe
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
-from optima.device import PeakMemory, Stopwatch, full_precision, give_back_freed_memory
+from optima.device import PeakMemory, Stopwatch, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
@@ -65,7 +64,6 @@ class Job:
         resumed_peak: the most memory that it had taken by then, in bytes.
         notes: what was not done, or deviated from the recipe.
         kept_dense: weights of each linear that ``keep_dense`` chose.
-        true_sequential: a linear is calibrated behind the pruned ones before it in the block.
         halving: how many sequences run together.
         clock: of what happens outside the blocks.
         earlier: blocks of the stacks before: a report numbers the blocks of a model.
@@ -92,7 +90,6 @@ class Job:
     resumed_seconds: float = 0.0
     resumed_peak: int = 0
     expert_tokens: int = 0
-    true_sequential: bool = False
 
     def __post_init__(self) -> None:
         self.halving = Halving(self.device)
@@ -126,7 +123,6 @@ class Job:
             again = block.name in resumed
             clock = self.clock if again else Stopwatch(self.device, self.progress.step)
             linears, notes = len(self.linears), len(self.notes)
-            onward = False
             with self.weights.on(block, self.device, clock):
                 if dense is not None:
                     with clock("forward"):
@@ -135,16 +131,14 @@ class Job:
                     self._replay(streams, block, BlockDone.from_dict(resumed[block.name]))
                 else:
                     # Tuning begins with what enters the block.
-                    in_turn = self._in_turn(block, streams)
-                    onward = in_turn and dense is None and block is not blocks[-1]
-                    keeps, tuned = self._prune(block, streams, clock, in_turn=in_turn, onward=onward), Tuned((), 0)
+                    keeps, tuned = self._prune(block, streams, clock), Tuned((), 0)
                     if dense is not None and keeps:
                         with clock("logits" if self.words is not None and self.words.read(block) else "tune"):
                             tuned = self._tune(block, keeps, (streams, taken, dense.hidden), linears)
                     del keeps
                 if self.loss is not None:
                     self.loss.forget([block.name, *(linear.name for linear in block.linears)])
-                if block is not blocks[-1] and not onward:
+                if block is not blocks[-1]:
                     with clock("forward"):
                         streams.advance(block)
                 for each in [streams] if dense is None else [streams, dense]:
@@ -283,15 +277,9 @@ class Job:
         task = LinearTask(linear.name, self._dense(linear), statistics, row_weight_O=rows)
         return allocation.measure(task, self.patterns[linear.name])
 
-    def observe(
-        self, block: Block, streams: Streams, clock: Stopwatch, *, onward: bool = False, in_turn: bool = False
-    ) -> Iterator[Found]:
-        """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once.
-
-        ``in_turn``: each is gathered when its turn comes, behind the pruned linears before it; see ``observe_in_turn``.
-        """
-        gather = observe_in_turn if in_turn else observe
-        for found in gather(block, streams, self.sink_weight, self.damping, clock, self.loss, onward):
+    def observe(self, block: Block, streams: Streams, clock: Stopwatch, *, onward: bool = False) -> Iterator[Found]:
+        """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once."""
+        for found in observe(block, streams, self.sink_weight, self.damping, clock, self.loss, onward):
             if not found.told:
                 names = ", ".join(linear.name for linear in found.linears)
                 what, why = "sink_weight does not count", "not given one input for each token"
@@ -303,31 +291,14 @@ class Job:
             yield found
             del found  # or it would be there while the pass goes on
 
-    def _in_turn(self, block: Block, streams: Streams) -> bool:
-        """Whether the block's linears are calibrated in turn; a note where they should be and cannot."""
-        if not self.true_sequential or not block.linears:
-            return False
-        if reason := why_not_in_turn(block, streams):
-            note = f"not by true_sequential, which takes one forward pass a block, but by two: {reason}"
-            if note not in self.notes:
-                self.notes.append(note)
-        return not reason
-
-    def _prune(
-        self, block: Block, streams: Streams, clock: Stopwatch, *, in_turn: bool, onward: bool
-    ) -> dict[str, Tensor]:
+    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
         """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards.
-
-        ``in_turn``, ``onward``: see ``observe``.
 
         Returns:
             keep_OD by the linear's full name; none if blocks are not tuned.
         """
-        ranks, gradients, pruned = streams.ranks, {}, Pruned()
-        if block.linears and "gradient" in self.methods.needs:
-            with clock("gradient"), full_precision():
-                gradients = regional_gradients(block, streams)
-        for found in self.observe(block, streams, clock, onward=onward, in_turn=in_turn):
+        ranks, pruned = streams.ranks, Pruned()
+        for found in self.observe(block, streams, clock):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():
@@ -338,19 +309,15 @@ class Job:
                     pruned.done[linear.name] = None, (f"{linear.name} was not pruned: {why}",)
                 else:
                     together = ranks if found.owner is None else ALONE
-                    gradient_OD = gradients.get(linear.name)
-                    result = self._prune_linear(linear, found.statistics, gradient_OD, clock, together)
+                    result = self._prune_linear(linear, found.statistics, clock, together)
                     linear.write(result.weight_OD)
                     record = replace(result.record, block=self.earlier + block.index, tokens_effective=effective)
                     pruned.done[linear.name] = record, result.notes
                     self.progress.linear(record)
                     if self.tuning is not None:  # a byte a weight, on the device
                         pruned.keeps[linear.name] = result.keep_OD
-            if in_turn:
-                self._share(pruned, found.linears, ranks, clock)
             del found  # or it would be there while the pass goes on
-        if not in_turn:
-            self._share(pruned, block.linears, ranks, clock)
+        self._share(pruned, block.linears, ranks, clock)
         self._tell(block, streams, pruned)
         return pruned.keeps
 
@@ -373,14 +340,12 @@ class Job:
                     self.progress.linear(told)
         self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
 
-    def _prune_linear(
-        self, linear: Linear, statistics: Statistics, gradient_OD: Tensor | None, clock: Stopwatch, ranks: Ranks
-    ) -> LinearResult:
+    def _prune_linear(self, linear: Linear, statistics: Statistics, clock: Stopwatch, ranks: Ranks) -> LinearResult:
         if self.dump is not None:
             self.dump(linear, statistics)
         rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
         coupling_OO = None if self.loss is None else self.loss.coupling.get(linear.name)
-        task = LinearTask(linear.name, self._dense(linear), statistics, gradient_OD, rows_O, coupling_OO)
+        task = LinearTask(linear.name, self._dense(linear), statistics, rows_O, coupling_OO)
         return prune_linear(task, self.patterns[linear.name], self.methods, linear.read().dtype, clock, ranks)
 
     def _dense(self, linear: Linear) -> Tensor:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from optima.activations import Shares, activations
 from optima.calibration.fisher import kept_bytes
 from optima.linear import Methods
-from optima.memory import GIB, HostMemory, host_memory, in_turn, work_bytes
+from optima.memory import GIB, HostMemory, host_memory, work_bytes
 from optima.models.experts import split_on_disk
 from optima.models.skeleton import skeleton
 from optima.models.source import Source, orders_of
@@ -144,7 +144,6 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             recipe,
             methods,
             kept.shares,
-            all(in_turn(block, recipe) for block in found.blocks if block.linears),
         ),
         reads=_reads(recipe, len(found.blocks) * kept.inputs * kept.shares.swept) if streamed else 2,
         dtype=dtype,
@@ -154,7 +153,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def forward_passes(recipe: Recipe, methods: Methods, shares: Shares, in_turn: bool) -> int:
+def forward_passes(recipe: Recipe, methods: Methods, shares: Shares) -> int:
     """Calibrate and carry on; a survey; the sweep; a selector's gradients; dense targets and epochs.
 
     A backward pass counts as two.
@@ -163,12 +162,10 @@ def forward_passes(recipe: Recipe, methods: Methods, shares: Shares, in_turn: bo
         recipe: as sized.
         methods: as built from it.
         shares: of the sequences.
-        in_turn: whether all blocks are calibrated in turn.
     """
-    (swept, surveyed, tuned), by_gradient = shares, "gradient" in methods.needs
-    once = 2 - (in_turn and not tuned) + 3 * by_gradient
+    swept, surveyed, tuned = shares
     part = 4 * swept + surveyed + (3 * (recipe.tuning_epochs or 0) + 1) * tuned
-    return once + math.ceil(part)
+    return 2 + math.ceil(part)
 
 
 def _reads(recipe: Recipe, swept_bytes: float) -> int:

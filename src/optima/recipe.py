@@ -37,7 +37,6 @@ from optima.values import (
     Count,
     Device,
     Flag,
-    FlagOrAuto,
     Fraction,
     Names,
     PartialShare,
@@ -126,10 +125,6 @@ class Recipe:
     max_seq_length: Count = option("calibration", 2048, "tokens in each calibration sequence")
     self_generated: PartialShare = option(
         "calibration", 0.0, "share of the sequences that the model generates, as continuations of the dataset's text")
-    true_sequential: FlagOrAuto = option(
-        "calibration", False, "calibrate linears behind the pruned ones before them in their block, but experts: "
-        "a forward pass less if not tuned, and a block's activations are held for all sequences; auto, in a recipe: if "
-        "they are few, at most half of the weights go, not by n:m, and no block is tuned")
     expert_tokens: Seed = option(
         "calibration", EXPERT_TOKENS, "experts of a mixture that are given fewer tokens are named in the report")
     batch_size: Count | None = option(

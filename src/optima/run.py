@@ -236,7 +236,6 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
         weights=weights,
         tuning=build_tuning(recipe),
         expert_tokens=recipe.expert_tokens,
-        true_sequential=bool(recipe.true_sequential),
     )
     budget = memory_of(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
     job.notes.extend([*found.notes, *weights.notes, *filter(None, (budget,))])

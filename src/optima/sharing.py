@@ -91,7 +91,6 @@ def describe(
         text += "their sums are added in another order in float64 alone, which moves hessians by 1e-16 of their size"
         sums = {
             "the metric of tuning": tuned,
-            "gradients": "gradient" in needs,
             "coupled rows": "coupling" in needs,
         }
         single = [name for name, there in sums.items() if there]

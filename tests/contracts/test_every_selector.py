@@ -16,7 +16,6 @@ from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
 from optima.selectors.base import SELECTORS as REGISTRY
 from optima.selectors.base import LinearTask, Selection, Selector
-from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.optima import Optima
 from optima.selectors.ria import RIA
@@ -37,7 +36,6 @@ SELECTORS: dict[str, Callable[[], Selector]] = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "ria": RIA,
-    "gradient": Gradient,
     "sparsegpt": SparseGPT,
     "sparsegpt-16": lambda: SparseGPT(16),
     "thanos": Thanos,
@@ -170,12 +168,12 @@ class TestEverySelector:
             check_same(found, expected, tolerance=1e-5)
 
     def test_numbers_on_another_scale(self, name: str) -> None:
-        """Inputs a million times smaller: the same mask, but for the gradient, which is on a scale of its own."""
+        """Inputs a million times smaller: the same mask."""
         weight_OD, inputs_TD = make_layer(dtype=torch.float32)
         expected, found = (
             SELECTORS[name]().select(layer_of(weight_OD, scale * inputs_TD), NM(2, 4)) for scale in (1.0, 2.0**-20)
         )
-        assert torch.equal(expected.keep_OD, found.keep_OD) == (name != "gradient")
+        assert torch.equal(expected.keep_OD, found.keep_OD)
 
     def test_the_name_is_of_no_matter(self, name: str) -> None:
         weight_OD, inputs_TD = make_layer(dtype=torch.float32)

@@ -293,11 +293,6 @@ def test_sinks_are_kept_better_the_more_they_weigh(accuracy: list[str]) -> None:
         assert float(others_weighed) > float(others)
 
 
-def test_attention_is_timed_for_three_models() -> None:
-    printed = run("attention.py", "--lengths", "70", "--repeats", "1")
-    assert len([line for line in printed.splitlines() if " | 70 | " in line]) == 2 * 3
-
-
 def test_dense_targets_make_up_for_a_part_of_the_error(tmp_path: Path) -> None:
     dense, pruned = save_model(tmp_path / "dense"), tmp_path / "pruned"
     text = str(save_text(tmp_path / "text.txt"))

@@ -25,7 +25,7 @@ config = LlamaConfig(
     num_key_value_heads=4, vocab_size=64, max_position_embeddings=512,
 )
 options = dict(batch_size={batch}, max_seq_length={length}, num_calibration_samples={samples})
-recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", true_sequential={turns}, **options)
+recipe = Recipe(sparsity=0.5, objective="sink", selector="{selector}", **options)
 methods = build(recipe)
 with torch.device("meta"):
     skeleton = LlamaForCausalLM(config)
@@ -39,7 +39,7 @@ def prune(layers):
     batches = list(torch.randint(0, 64, ({samples}, {length})).split({batch}))
     streams = capture(model, found.stacks[0], batches)
     before, memory = psutil.Process().memory_info().rss, PeakMemory(torch.device("cpu"))
-    job = Job(methods, found.patterns, torch.device("cpu"), recipe.damping, 0.04, true_sequential={turns})
+    job = Job(methods, found.patterns, torch.device("cpu"), recipe.damping, 0.04)
     job.prune(found.stacks[0], streams)
     return memory.peak() - before
 
@@ -47,8 +47,8 @@ prune(1)  # the first run also pays for the libraries' own buffers
 print(predicted, prune(2))
 """
 
-FEW = {"batch": 2, "length": 128, "samples": 4, "turns": False}
-MANY = {"batch": 16, "length": 512, "samples": 16, "turns": False}
+FEW = {"batch": 2, "length": 128, "samples": 4}
+MANY = {"batch": 16, "length": 512, "samples": 16}
 SIZES = {
     "solve-bound": {"hidden": 384, "intermediate": 1536, "selector": "wanda", **FEW},
     "sparsegpt": {"hidden": 512, "intermediate": 1408, "selector": "sparsegpt", **FEW},
@@ -57,9 +57,7 @@ SIZES = {
     "admm, wide": {"hidden": 256, "intermediate": 2048, "selector": "admm", **FEW},
     "thanos, wide": {"hidden": 256, "intermediate": 1408, "selector": "thanos", **FEW},
     "ria": {"hidden": 512, "intermediate": 1408, "selector": "ria", **FEW},
-    "gradient": {"hidden": 512, "intermediate": 1408, "selector": "gradient", **FEW},
     "activation-bound": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY},
-    "in turn": {"hidden": 256, "intermediate": 512, "selector": "wanda", **MANY, "samples": 32, "turns": True},
 }
 
 

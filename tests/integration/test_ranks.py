@@ -78,11 +78,9 @@ RECIPES = {
     "default": (),
     "tuned and shared out": ("--tuning-epochs", "1", "--allocation", "loss"),
     "sink": ("--objective", "sink", "--allocation", "owl", "--selector", "wanda"),
-    "gradient": ("--selector", "gradient", "--objective", "plain"),
-    "in turn": ("--selector", "wanda", "--objective", "sink", "--true-sequential"),
     "selects with weights": ("--selector", "sparsegpt", "--solver", "none"),
 }
-UNUSUAL = ("sink", "gradient", "in turn", "selects with weights")
+UNUSUAL = ("sink", "selects with weights")
 SLOW = pytest.mark.slow
 
 

@@ -468,7 +468,6 @@ class TestMethods:
         "options",
         [
             pytest.param(["--tuning-epochs", "2", "--sparsity", "0.7"], id="tuned"),
-            pytest.param(["--true-sequential"], id="in turn"),
             pytest.param(["--allocation", "owl"], id="owl", marks=SLOW),
             pytest.param(["--dump-layer", "mlp"], id="dump", marks=SLOW),
         ],

@@ -17,7 +17,7 @@ from optima.cli import main
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
 from optima.plan import make_plan
-from optima.selectors.gradient import Gradient
+from optima.selectors.ria import RIA
 
 
 @pytest.mark.parametrize(
@@ -113,10 +113,10 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 def test_the_settings_of_a_selector_object_are_told(root: Path) -> None:
     options = {"solver": "none", "max_seq_length": 16, "num_calibration_samples": 4, "device": "cpu"}
-    recipe = Recipe(selector=Gradient(alpha=1.0), dataset=["text.txt"], **options)
+    recipe = Recipe(selector=RIA(power=1.0), dataset=["text.txt"], **options)
     prune("model", recipe, output_dir="out", progress=False)
     assert load_report("out").run.selector_is_object
-    assert any("optima.selectors.gradient:Gradient(alpha=1.0" in note for note in load_report("out").run.notes)
+    assert any("optima.selectors.ria:RIA(power=1.0" in note for note in load_report("out").run.notes)
     assert "with the selector's settings from `report.json`" in Path("out/README.md").read_text()
 
 
@@ -133,9 +133,7 @@ def test_settings_reach_the_work() -> None:
     [
         ({"objective": "sink"}, 2, 5),
         ({"objective": "sink", "allocation": "owl"}, 3, 6),
-        ({"objective": "sink", "selector": "gradient"}, 5, 5),
         ({"objective": "sink", "tuning_epochs": 2}, 9, 5),
-        ({"objective": "sink", "tuning_epochs": 1, "true_sequential": True}, 6, 5),
         ({"objective": "loss", "allocation": "uniform", "tuning_epochs": 0}, 6, 7),
         ({"objective": "sink", "self_generated": 0.5}, 2, 2),  # the whole model is in memory
     ],

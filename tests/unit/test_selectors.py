@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from torch import Tensor
 from optima.errors import RecipeError
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.base import SELECTORS, load_foreign, make_selector, needs_of
-from optima.selectors.gradient import Gradient
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.ranking import count_error, top_scores
 from optima.selectors.ria import RIA
@@ -93,17 +91,6 @@ def test_ria(pattern: Pattern) -> None:
     assert selection.weight_OD is None
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_gradient(pattern: Pattern) -> None:
-    weight_OD, inputs_TD = make_layer(dead=(3,))
-    layer = layer_of(weight_OD, inputs_TD)
-    assert layer.gradient_OD is not None
-    score_OD = (100 * layer.gradient_OD.double() + inputs_TD.square().mean(0).sqrt()) * weight_OD.abs()
-    assert torch.equal(Gradient().select(layer, pattern).keep_OD, plain_keep(score_OD, pattern))
-    with pytest.raises(RecipeError, match="needs the gradient of linear"):
-        Gradient().select(replace(layer, gradient_OD=None), pattern)
-
-
 def test_groups_that_reach_over_the_end_of_a_row_are_refused() -> None:
     score_OD = torch.arange(12.0).reshape(2, 6)
     with pytest.raises(RecipeError, match="2:4 does not divide 6 inputs"):
@@ -114,7 +101,6 @@ def test_groups_that_reach_over_the_end_of_a_row_are_refused() -> None:
 
 def test_what_selectors_need() -> None:
     assert {name: needs_of(make_selector(name)) for name in SELECTORS if needs_of(make_selector(name))} == {
-        "gradient": {"gradient"},
         "optima": {"coupling"},
     }
 
@@ -173,7 +159,7 @@ def test_published_settings() -> None:
     assert SparseGPT() == SparseGPT(blocksize=128)
     scopes = {name: make_selector(name).published_scope for name in SELECTORS}
     assert scopes == {
-        "magnitude": "layer", "wanda": "row", "ria": "layer", "gradient": "row", "sparsegpt": "group",
+        "magnitude": "layer", "wanda": "row", "ria": "layer", "sparsegpt": "group",
         "thanos": "layer", "admm": "layer", "alps": "layer", "optima": "layer",
     }  # fmt: skip
 
@@ -245,14 +231,14 @@ class TestOwnSelector:
 
     def test_a_need_that_nothing_meets_is_refused(self) -> None:
         class Curious(Wanda):
-            needs = frozenset({"gradient", "fisher"})
+            needs = frozenset({"coupling", "fisher"})
 
         class One(Curious):
             needs = "fisher"  # type: ignore[assignment]
 
-        with pytest.raises(RecipeError, match="Curious needs fisher: known needs are coupling, gradient"):
+        with pytest.raises(RecipeError, match="Curious needs fisher: known needs are coupling"):
             needs_of(Curious())
-        with pytest.raises(RecipeError, match="One needs fisher: known needs are coupling, gradient"):
+        with pytest.raises(RecipeError, match="One needs fisher: known needs are coupling"):
             needs_of(One())
 
 

@@ -16,7 +16,6 @@ from optima.build import build
 from optima.options import SELECTOR_NAMES
 from optima.patterns import Pattern
 from optima.selectors.base import Selector
-from optima.selectors.gradient import Gradient
 
 PAGE = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding="utf-8")
 
@@ -56,16 +55,6 @@ def test_it_prunes_a_model() -> None:
     for block in blocks_of(model):
         for linear in block.linears:
             assert ((linear.read() != 0).reshape(-1, 4).sum(dim=1) == 2).all()
-
-
-def test_settings_of_a_built_in_selector() -> None:
-    assert loaded("settings:gentle") == Gradient(alpha=1)
-    recipes = [
-        Recipe(selector=name, max_seq_length=16, trust_remote_code=True) for name in ("settings:gentle", "gradient")
-    ]
-    own, published = [prune(make_llama(), recipe, calibration=make_tokens()) for recipe in recipes]
-    assert own.sparsity == pytest.approx(0.5, abs=1e-3)
-    assert own.error_geomean != published.error_geomean
 
 
 def test_the_table_names_every_selector() -> None:

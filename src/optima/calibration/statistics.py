@@ -24,16 +24,15 @@ from optima.calibration.accumulator import SAMPLE, Accumulator, Found, sampled
 from optima.calibration.expert_statistics import TokenWeights, observe_experts
 from optima.calibration.fisher import FisherWeights
 from optima.calibration.halving import Once, rows_of
-from optima.calibration.passes import Passes
 from optima.calibration.probe import Given
 from optima.calibration.reduction import reduce_statistics
 from optima.calibration.routed import Recorded, recorders
 from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
-from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
+from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.linalg.statistics import sampling_step
 from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block, has_experts
+from optima.models.stacks import Block
 
 
 def observe(
@@ -96,61 +95,6 @@ def observe(
     for recorded in watch.recorders:
         told = TokenWeights(block, streams, sink_weight, weights)
         yield from observe_experts(recorded, told, damping, stopwatch)
-
-
-def observe_in_turn(
-    block: Block,
-    streams: Streams,
-    sink_weight: float,
-    damping: float,
-    stopwatch: Stopwatch | None = None,
-    weights: FisherWeights | None = None,
-    onward: bool = False,
-) -> Iterator[Found]:
-    """As ``observe``, but each linear sees what the pruned linears before it hand on, not what the dense ones would.
-
-    Whoever is given a group must have pruned it, in all processes, before asking for the next. The forward pass goes on
-    from there, so that ``onward`` one pass does the work of two. Meanwhile what all sequences need inside the block is
-    held on the device. GPTQ's code calls this true sequential (Frantar et al., arXiv 2210.17323).
-
-    Args: see ``observe``. ``why_not_in_turn`` must be empty.
-
-    Raises:
-        CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
-        ModelError: if sequences call the linears in different orders.
-    """
-    stopwatch = stopwatch or Stopwatch(streams.device)
-    sums = _Sums(streams, block, sink_weight, stopwatch, weights)
-    ranks, left = streams.ranks, {group[0].name: group for group in sums.groups}
-    with Passes(block, streams, sums.groups, sums.add) as passes:
-        while left:
-            with stopwatch("forward"), full_precision():
-                waiting = set().union(*ranks.gather(passes.go_on()))
-            if len(waiting) > 1:
-                raise ModelError(
-                    f"sequences reach {' and '.join(sorted(waiting))} in different orders: leave out true_sequential"
-                )
-            reached = sorted(waiting) or list(left)  # at the end: those that no token reached
-            groups = [left.pop(name) for name in reached]
-            with stopwatch("reduce") if ranks.size > 1 else nullcontext():
-                own = {name: sums.accumulators[name] for name in reached}
-                owners = reduce_statistics(own, sums.untold, groups, streams)
-            for name, group in zip(reached, groups, strict=True):
-                # Held by whoever is given it alone, and let go before the pass goes on.
-                yield Found(sums.accumulators.pop(name).finish(damping), group, name not in sums.untold, owners[name])
-                passes.let_through(name)
-        if onward:
-            with stopwatch("forward"), full_precision():
-                passes.finish()
-        sums.check_groups(passes.given)
-
-
-def why_not_in_turn(block: Block, streams: Streams) -> str:
-    """Why linears of the block must be calibrated at once, by a pass of their own; empty if they need not."""
-    if has_experts(block.linears):  # a batch may not reach some
-        return "experts are calibrated together"
-    repeated = [linear.name for linear in block.linears if linear.name in streams.probe.repeated]
-    return f"{repeated[0]} is called several times in a forward pass" if repeated else ""
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from optima.calibration.attention import AttentionOnCPU
 from optima.calibration.halving import Halving
 from optima.calibration.probe import Probe, hidden_of
 from optima.calibration.store import Store
@@ -161,8 +160,7 @@ class Streams:
 
     def in_parts(self, block: Block, batch: int, work: Callable[[slice], Result]) -> list[Result]:
         """What ``work`` returns for the parts of a batch that the device has memory for, see ``Halving.over``."""
-        with AttentionOnCPU():
-            return self.halving.over(self.sizes[batch][0], work, self.inseparable(block, batch))
+        return self.halving.over(self.sizes[batch][0], work, self.inseparable(block, batch))
 
     @torch.inference_mode(False)
     @torch.no_grad()

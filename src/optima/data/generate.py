@@ -9,14 +9,12 @@ Shapes: N sequences, L tokens in each, B sequences of a batch, C tokens of a pro
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from optima.calibration.attention import AttentionOnCPU
 from optima.calibration.halving import Halving
 from optima.calibration.lm_head import exponentials, sampled_tokens
 from optima.device import evaluating, memory_explained
@@ -92,13 +90,12 @@ def generate_tokens(
         prompt_BC, sample = prompt_NC[rows].to(device), _Sample(uniform_NL[rows].to(device), step)
         # The model's own settings (temperature, top-k, end-of-text) would fill in what is left open here.
         settings = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
-        with AttentionOnCPU() if device.type == "cpu" else nullcontext():
-            tokens_BL = model.generate(  # type: ignore[operator]
-                prompt_BC,
-                attention_mask=torch.ones_like(prompt_BC),
-                generation_config=settings,
-                logits_processor=LogitsProcessorList([sample]),
-            )
+        tokens_BL = model.generate(  # type: ignore[operator]
+            prompt_BC,
+            attention_mask=torch.ones_like(prompt_BC),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList([sample]),
+        )
         if not bool(sample.sum_B1.isfinite().all()):
             raise CalibrationError(f"the logits of {type(model).__name__} have NaN or Inf: {OTHER_DTYPE}")
         assert isinstance(tokens_BL, Tensor)

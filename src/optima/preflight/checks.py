@@ -28,7 +28,7 @@ from optima.models.reading import check_length, is_encoder_decoder
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
 from optima.patterns import Pattern, Unstructured
-from optima.preflight.settling import settle_in_turn, settle_self_generated, settle_tuning
+from optima.preflight.settling import settle_self_generated, settle_tuning
 from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
 from optima.selectors.external import External
@@ -240,6 +240,5 @@ def sized(
         recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length, batch_size=calibration.largest)
     recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
     recipe, untuned = settle_tuning(model, found.blocks, recipe, dtype)
-    in_turn, note = settle_in_turn(model, found.blocks, recipe, dtype)
-    notes = (*found.notes, *filter(None, (all_read, untuned, note)))
-    return replace(recipe, true_sequential=in_turn), replace(found, notes=notes)
+    notes = (*found.notes, *filter(None, (all_read, untuned)))
+    return recipe, replace(found, notes=notes)

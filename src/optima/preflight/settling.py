@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from optima.data.generate import can_continue
@@ -17,39 +16,14 @@ from optima.device import card_memory, is_there, named_device
 from optima.main_memory import total_memory
 from optima.memory import (
     GIB,
-    HELD_SHARE,
-    attention_numbers,
-    held_bytes,
     on_cpu,
-    streamed_parameters,
     tuning_bytes,
 )
 from optima.models.stacks import Block, count_parameters
-from optima.patterns import SCOPES, Unstructured
 from optima.recipe import Recipe
 
-# By ``auto`` main memory holds at most so many times the weights that are there at a time: a run's memory stays low.
-# At most this share of weights may go, and not by n:m: behind such linears others do better on dense ones' outputs.
-AUTO_WEIGHTS, AUTO_SPARSITY = 2, 0.5
 # Shares of the main and the device memory that the whole model may take while it generates.
 MAIN_SHARE, CARD_SHARE = 0.5, 0.8
-
-
-def settle_in_turn(
-    model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe, dtype: torch.dtype
-) -> tuple[bool, str]:
-    """What becomes of the recipe's ``true_sequential``, and a note if there is no room for it."""
-    attention = attention_numbers(model, recipe.max_seq_length)
-    held = max((held_bytes(block, recipe, dtype, attention) for block in blocks), default=0)
-    if recipe.true_sequential == "auto" and not _auto_in_turn(model, blocks, recipe, held / dtype.itemsize):
-        return False, ""
-    room = _memory_at_work(recipe, recipe.memory_budget)
-    if room is None or held <= int(HELD_SHARE * room):
-        return bool(recipe.true_sequential), ""
-    return False, (
-        "true_sequential was left out, and a block takes two forward passes: what all sequences need inside one, "
-        f"{held / GIB:.1f} GiB, is more than {HELD_SHARE:.0%} of the memory"
-    )
 
 
 def _memory_at_work(recipe: Recipe, budget: int | None) -> int | None:
@@ -112,11 +86,3 @@ def settle_self_generated(
     else:
         return recipe, ""
     return replace(recipe, self_generated=0.0), f"no calibration data is self-generated: {reason}"
-
-
-def _auto_in_turn(model: nn.Module, blocks: Sequence[Block], recipe: Recipe, held: float) -> bool:
-    """Whether ``auto`` means yes, if so many numbers are held."""
-    patterns = recipe.table(SCOPES[0]).patterns
-    gentle = all(isinstance(each, Unstructured) and each.sparsity <= AUTO_SPARSITY for each in patterns)
-    few = not on_cpu(recipe) or held <= AUTO_WEIGHTS * streamed_parameters(model, blocks)
-    return held > 0 and few and bool(patterns) and gentle and not recipe.tuning_epochs  # which saves no pass

@@ -89,9 +89,7 @@ class BlockRecord(Record):
 
     index: Int  # of the block in the model
     name: str  # full module name
-    seconds: dict[
-        str, float
-    ]  # by stage: read, forward, hessian, reduce, gradient, select, solve, round, share, tune, write
+    seconds: dict[str, float]  # by stage: read, forward, hessian, reduce, select, solve, round, share, tune, write
     tuning: tuple[float, ...] = ()  # error on held-out sequences before tuning and after each epoch
     tuning_epoch: Int = 0  # the epoch whose weights were kept; 0: those before tuning
     on_logits: bool = False  # that error is the KL divergence of the logits from the dense model's, in nats per token

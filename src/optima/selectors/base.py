@@ -26,8 +26,6 @@ class LinearTask:
         name: full name of the linear, for messages and for masks that are looked up by name.
         weight_OD: the dense weight, float32 or float64, on the Hessian's device; the selector must not change it.
         statistics: of the linear's inputs.
-        gradient_OD: root mean square over calibration samples of the gradient of the block output's l2 norm, by the
-            root of the sample's tokens as in H; for selectors that need it.
         row_weight_O: what the model's loss feels of each row, positive, of any scale; None if rows count alike. What a
             selector gets from ``prune_linear`` is scaled by its root already.
         coupling_OO: how rows go together in the loss, see ``calibration.correlation``; for selectors that need it, and
@@ -37,7 +35,6 @@ class LinearTask:
     name: str
     weight_OD: Tensor
     statistics: Statistics
-    gradient_OD: Tensor | None = None
     row_weight_O: Tensor | None = None
     coupling_OO: Tensor | None = None
 
@@ -80,7 +77,7 @@ class Selector(Protocol):
 def needs_of(selector: Selector) -> frozenset[str]:
     """What calibration must find for ``selector`` beyond the statistics.
 
-    ``gradient`` for ``gradient_OD``, ``coupling`` for ``coupling_OO``, which there is by objective loss alone.
+    ``coupling`` for ``coupling_OO``, which there is by objective loss alone.
 
     Raises:
         RecipeError: if it asks for what nothing can give.
@@ -95,12 +92,11 @@ def needs_of(selector: Selector) -> frozenset[str]:
     return needs
 
 
-NEEDS = frozenset({"gradient", "coupling"})
+NEEDS = frozenset({"coupling"})
 SELECTORS = {
     "magnitude": "magnitude:Magnitude",
     "wanda": "wanda:Wanda",
     "ria": "ria:RIA",
-    "gradient": "gradient:Gradient",
     "sparsegpt": "sparsegpt:SparseGPT",
     "thanos": "thanos:Thanos",
     "admm": "admm:ADMM",
