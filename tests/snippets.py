@@ -18,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import LINES, SPECIAL, load_weights, make_llama, make_tokenizer, save_model
+from torch import Tensor
 from transformers import GenerationConfig
 
 import optima
 from optima.cli import main
-from optima.evaluation.settings import EvaluationSettings
+from optima.evaluation.perplexity import evaluation_windows
 from optima.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -64,6 +66,11 @@ def snippets(page: Path) -> list[Snippet]:
     ]
 
 
+def short_windows(documents: Iterable[str], tokenizer: Any, length: int, *options: Any) -> Tensor:
+    """Windows of at most ``WINDOW`` tokens."""
+    return evaluation_windows(documents, tokenizer, min(length, WINDOW), *options)
+
+
 class World:
     """The reader's machine: the current directory, where what a page names comes to be."""
 
@@ -71,7 +78,7 @@ class World:
         self.monkeypatch, self.dense, self.pruned = monkeypatch, dense, pruned
         self._cap(Recipe, "num_calibration_samples", SAMPLES)
         self._cap(Recipe, "max_seq_length", LENGTH)
-        self._cap(EvaluationSettings, "max_seq_length", WINDOW)
+        monkeypatch.setattr("optima.evaluation.evaluate.evaluation_windows", short_windows)
         monkeypatch.setattr("optima.data.records.load_dataset_builder", lambda *_, **__: Builder())
         monkeypatch.syspath_prepend(str(Path.cwd()))
         self._namespace: dict[str, Any] | None = None

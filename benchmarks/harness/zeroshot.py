@@ -7,8 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.evaluation.tasks import load_tasks
-from optima.evaluation.zeroshot import zero_shot
+from optima.evaluation.tasks import load_tasks, zero_shot
 
 
 def accuracies(

@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import optima
 from optima.errors import IdleError, OptimaError
-from optima.evaluation.settings import ABOUT, CHOICES, PROTOCOLS, SUITES, WINDOWS
 from optima.options import DEMO_MODELS, DTYPES, GROUPS
 from optima.recipe import Recipe, recipe_from_dict
 from optima.recipe_files import read_recipe, recipe_in
@@ -29,6 +28,10 @@ EXAMPLES = """To begin with, for a MODEL of the hub or a directory:
   optima eval MODEL DIR --dataset held-out.txt
 optima COMMAND --help lists the options of a command."""
 
+EVAL = (
+    "Perplexity of text in non-overlapping windows, and accuracy on tasks by lm-eval (pip install '.[eval]'). Each "
+    "model is compared with the first on the same windows and items."
+)
 LOG_FORMATS = ("text", "json")
 
 CHANNELS = {
@@ -142,7 +145,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--channels", nargs="+", choices=CHANNELS, metavar="NAME", help=text)
     _add_recipe(commands["order"], of_order)
 
-    _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", ABOUT))
+    _add_eval(add("eval", "measure and compare models", "MODEL [MODEL ...] [options]", EVAL))
 
     option = add(
         "report", "print the report of a pruned checkpoint, or compare several", "PATH [PATH ...] [--html FILE]"
@@ -181,35 +184,31 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
 def _add_eval(option: Callable[..., Any]) -> None:
     option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, the reference first")
-    text = "commit, tag or branch of the first model, if it is on the hub (default: its newest)"
-    option("--revision", metavar="NAME", help=text)
-    text = "text for perplexity: local files (.txt, .jsonl, .json, .parquet) or hub ids (NAME:CONFIG@REVISION)"
-    option("--dataset", nargs="+", metavar="TEXT", help=text)
+    option(
+        "--dataset",
+        nargs="+",
+        metavar="TEXT",
+        help="text for perplexity: local files or hub ids (NAME:CONFIG@REVISION)",
+    )
     option("--split", metavar="NAME", help="split of a hub dataset (default: test)")
-    option("--protocol", metavar="NAME", help=f"{_named(PROTOCOLS)} (default: {next(iter(PROTOCOLS))})")
+    text = "where BOS stands: windows: in every window; sparsegpt: once, before the text (default: windows)"
+    option("--protocol", choices=("windows", "sparsegpt"), metavar="NAME", help=text)
     option("--max-seq-length", type=int, metavar="N", help="tokens in a window (default: 2048)")
     option("--max-windows", type=int, metavar="N", help="use the first windows only (default: all)")
-    text = "KL divergence from the first model, and share of equal top-1 predictions; two models are in memory at once"
+    text = "KL divergence from the first model, which stays in memory"
     option("--divergence", action="store_true", help=text)
     option("--tasks", nargs="+", metavar="TASK", help="multiple-choice tasks of lm-eval, such as piqa,arc_easy")
-    suites = "; ".join(f"{name}: {', '.join(tasks)}" for name, tasks in SUITES.items())
-    option("--suite", metavar="NAME", help=f"several tasks by one name; {suites}")
-    text = "read items from DIR/TASK_SPLIT.jsonl (or .json, .parquet) instead of the hub"
+    text = "directory with the items: TASK_SPLIT.jsonl, .json or .parquet (default: the hub)"
     option("--task-data", metavar="DIR", help=text)
     option("--task-limit", type=int, metavar="N", help="use the first items of each task only (default: all)")
-    text = f"windows, or choices, in one forward pass (default: {WINDOWS} window, {CHOICES} choices)"
+    text = "windows, or choices, in one forward pass (default: 1 window, 8 choices)"
     option("--batch-size", type=int, metavar="N", help=text)
-    option("--seed", type=int, metavar="N", help="seed of the bootstrap (default: 0)")
+    option("--revision", metavar="NAME", help="commit, tag or branch of the first model (default: newest)")
     option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     option("--dtype", choices=DTYPES, metavar="NAME", help=f"load in this: {', '.join(DTYPES)} (default: auto)")
     option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
-    option(
-        "--save",
-        action="store_true",
-        help="write the results to evaluation.json and the card of each MODEL that OPTIMA made",
-    )
-    option("--output", metavar="FILE", help="write the results as JSON to this file")
-    option("--overwrite", action="store_true", help="replace results that were written before")
+    option("--output", metavar="FILE", help="write the results as JSON")
+    option("--overwrite", action="store_true", help="replace earlier results in that file")
 
 
 def _named(about: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import sys
@@ -17,9 +18,8 @@ from rich.text import Text
 
 import optima
 from optima.arguments import parse, recipe_of, wants_json
-from optima.console import OwnConsole, printable
+from optima.console import OwnConsole, printable, say
 from optima.errors import OptimaError, RankError
-from optima.evaluation.settings import EvaluationSettings
 
 if TYPE_CHECKING:
     from optima.reporting.callbacks import Callback
@@ -174,34 +174,29 @@ def _order(
     _say(f"the same model, its channels ordered: {output_dir} (ordering.json); prune it next")
 
 
-def _eval(save: bool = False, output: str | None = None, overwrite: bool = False, **given: Any) -> None:
-    if "tasks" in given:
-        given["tasks"] = tuple(task for text in given["tasks"] for task in text.split(",") if task)
-    settings = EvaluationSettings(**given)
+def _eval(models: Sequence[str], output: str | None = None, overwrite: bool = False, **options: Any) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OptimaError("models are evaluated by one process: start optima eval without torchrun")
-    from optima.evaluation.saving import Saving
+        raise OptimaError("optima eval runs in one process: start it without torchrun")
+    from optima.evaluation.record import check_output
 
-    saving = Saving(settings.models, save, output, overwrite)
-    console = _quiet_console()
+    if output is not None:
+        check_output(output, overwrite)
+    _quiet_console()
     from optima.evaluation.evaluate import evaluate
-    from optima.evaluation.table import print_tables
-    from optima.evaluation.watch import Watch
+    from optima.evaluation.table import render_evaluation
 
-    found = evaluate(settings, Watch(OwnConsole(stderr=True)), saving.keep)
-    try:
-        files, told = saving.save(found)
-    finally:
-        print_tables(found, console)  # hours of work, whatever becomes of the files
-    if files:
-        console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
-    if told:
-        raise OptimaError("; ".join(told))
+    options["tasks"] = [task for text in options.pop("tasks", ()) for task in text.split(",") if task]
+    console = OwnConsole(stderr=True)
+    if output is not None:
+        options["save"] = lambda found: found.save(output)
+    _say(render_evaluation(evaluate(models, **options, log=lambda line: say(console, line))))
+    if output is not None:
+        _say(f"written: {output}")
 
 
 def _report(paths: Sequence[str], html: str | None = None) -> None:
     from optima.evaluation.record import EVALUATION_NAME, load_evaluation
-    from optima.evaluation.table import headlines, render_evaluation
+    from optima.evaluation.table import headline, render_evaluation
     from optima.models.files import usable_path
     from optima.reporting.markdown import render_markdown
 
@@ -210,11 +205,8 @@ def _report(paths: Sequence[str], html: str | None = None) -> None:
     places = [Path(path) if Path(path).is_dir() else Path(path).parent for path in paths]
     found = {place: load_evaluation(place) for place in places if (place / EVALUATION_NAME).is_file()}
     if html is not None:
-        dense = {place: reports[path].run.model_fingerprint for path, place in zip(paths, places, strict=True)}
-        figures = headlines(found, dense)
-        _write_page(
-            reports, usable_path(html, "--html", "name another file"), [figures.get(place, []) for place in places]
-        )
+        figures = [headline(found[place], place) if place in found else [] for place in places]
+        _write_page(reports, usable_path(html, "--html", "name another file"), figures)
     elif len(paths) > 1:
         raise OptimaError("several reports are compared on a page: name its file by --html FILE")
     else:
@@ -302,6 +294,7 @@ def _quiet_console(downloads: bool = True) -> Console:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     downloads &= sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0" and not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # which are the hub's too
     if downloads:

@@ -90,7 +90,10 @@ def find_device(name: str) -> torch.device:
     Raises:
         RecipeError: if the device is not there.
     """
-    device = named_device(name)
+    try:
+        device = named_device(name)
+    except RuntimeError as error:
+        raise RecipeError(f"device {name!r}: {error}") from error
     if not is_there(device):
         count = torch.cuda.device_count()
         raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")

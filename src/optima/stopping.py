@@ -1,4 +1,4 @@
-"""Signals that would end a process: it clears up as at Ctrl-C, and is not stopped while it does."""
+"""Signals that end a process: they raise an exception, so that the process can clean up."""
 
 from __future__ import annotations
 
@@ -8,34 +8,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-TERMINATING = (signal.SIGTERM, signal.SIGHUP)
-_asked: list[int] = []  # signals that asked this process to stop
-_replaced: dict[int, Any] = {}  # handlers that ``interruptible`` took the place of
+DEFAULTS = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,
+}
+_asked: list[int] = []  # signals received
+_replaced: dict[int, Any] = {}  # signal -> handler before ``interruptible``
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGHUP, raised where Ctrl-C would raise ``KeyboardInterrupt``; ``exit_code`` is 128 + its number."""
+    """SIGINT, SIGTERM or SIGHUP; ``exit_code`` is 128 + the number of the signal."""
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}")
+        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Raise ``Interrupted`` at SIGTERM and SIGHUP. Handlers that others set stay, as does nohup's.
+    """Raise ``Interrupted`` at SIGINT, SIGTERM and SIGHUP, except where another handler than the default is set.
 
-    A second signal is ignored, so that it does not interrupt the cleaning up. Does nothing outside the main thread.
+    Later signals are ignored, so that they do not interrupt the cleanup. Does nothing outside of the main thread.
     """
     own: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        free = [number for number in TERMINATING if signal.getsignal(number) == signal.SIG_DFL]
+        free = [number for number, default in DEFAULTS.items() if signal.getsignal(number) == default]
         own = {number: signal.signal(number, _stop) for number in free}
         _replaced.update(own)
     try:
         yield
     finally:
-        _asked.clear()
+        if own:
+            _asked.clear()
         for number, handler in own.items():
             del _replaced[number]
             if signal.getsignal(number) in (_stop, signal.SIG_IGN):
@@ -43,7 +48,7 @@ def interruptible() -> Iterator[None]:
 
 
 def unstoppable() -> None:
-    """Let signals do nothing until the ``interruptible`` context ends. What has a handler of others is left to it."""
+    """Ignore the signals that ``interruptible`` handles until its context ends."""
     if threading.current_thread() is threading.main_thread():
         for number in _replaced:
             signal.signal(number, signal.SIG_IGN)
@@ -56,20 +61,20 @@ def _stop(number: int, frame: object) -> None:
 
 
 def stop_if_asked() -> None:
-    """Raise ``Interrupted`` once more: in a finalizer Python swallows what a signal raises."""
+    """Raise ``Interrupted`` again if a signal was received: Python drops exceptions that are raised in a finalizer."""
     if _asked:
         raise Interrupted(_asked[0])
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that would end the process do nothing inside: to clear up is short. For the main thread."""
+    """Ignore signals inside, for a short cleanup in the main thread."""
     known: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
-        known = {each: signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, *TERMINATING)}
+        known = {each: signal.signal(each, signal.SIG_IGN) for each in DEFAULTS}
     try:
         yield
     finally:
         for number, handler in known.items():
-            if handler is not None:  # one that is not Python's cannot be put back by it
+            if handler is not None:  # None: not installed from Python, so it cannot be restored
                 signal.signal(number, handler)

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
-from families import T5
 from safetensors.torch import load_file, save_file
 from tiny import (
     POSITIONS,
@@ -34,8 +33,6 @@ from tiny import (
 from optima import Callback, Recipe, hold_zeros, load_report, prune
 from optima.cli import main
 from optima.errors import CalibrationError, ModelError, OptimaError, RecipeError
-from optima.evaluation.evaluate import evaluate
-from optima.evaluation.settings import EvaluationSettings
 from optima.patterns import NM
 from optima.reporting.record import BlockDone
 
@@ -318,7 +315,6 @@ class TestOptions:
                 "MODEL: put it first, before options that take several values\nsee",
             ),
             (["unpack"], "the following arguments are required: DIR\nsee optima unpack --help"),
-            (["eval", "model"], "nothing to measure: name a text with --dataset, or --tasks, or a --suite"),
             (["prun", "model"], "invalid choice: 'prun'"),
         ],
         ids=str,
@@ -450,96 +446,9 @@ class TestOtherCommands:
         options = ["--max-seq-length", "16", "--targets", "nothing"]
         assert "no linear matches" in cheap(arguments=["plan", "model", *options])
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            (["./missing"], "there is no directory ./missing"),
-            (["model", "--dataset", "missing.txt"], "dataset 'missing.txt'"),
-            (["model", "--max-seq-length", "5000"], "but one window of 5000 tokens needs 4999"),
-            (["model", "--max-windows", "0"], "max_windows must be a whole number of at least 1, got 0"),
-            (["model", "--device", "gpu"], "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
-            (["model", "--dataset", ""], "dataset must be a list of names, none of them empty"),
-            (["model", "--split", "train"], "--split is for a dataset of the hub"),
-            (["model", "--output", "model"], "--output model is a directory: name a file"),
-            (["model/config.json"], "model/config.json is a file: give the directory that it is in, model"),
-            (["model", "--seed", "1"], "--seed (of the bootstrap) are for tasks"),
-            (["model", "--overwrite"], "--overwrite is for what --save or --output writes"),
-            (["model", "--revision", "v1"], "model is a local model and has no revision 'v1'"),
-            (["model", "./missing"], "there is no directory ./missing"),
-            (["model", "missing-dir"], "no directory here has that name"),
-            (["model", "--protocol", "sparsgpt"], "unknown protocol 'sparsgpt' (did you mean sparsegpt?)"),
-            (["model", "--suite", "papers"], "unknown suite 'papers' (did you mean paper?)"),
-            (["model", "--divergence"], "--divergence compares models on a text: name two models or more"),
-            (["model", "--task-data", "."], "--task-data, --task-limit and --seed (of the bootstrap) are for tasks"),
-            (["model", "--tasks", "piqa", "--task-data", "."], "task piqa has no file in ."),
-            (["model", "--tasks", "piqa"], "the tokenizer of model names neither a bos_token nor an eos_token"),
-            (["model", "--save"], "--save: none of model is an output of optima prune"),
-            (["model", "--output", "missing/file.json"], "missing is no directory"),
-            (["model", "--output", "text.txt"], "text.txt exists: replace it with --overwrite"),
-            (["model", "--output", "text.txt", "--overwrite"], "text.txt is not JSON"),
-        ],
-        ids=lambda item: " ".join(item) if isinstance(item, list) else "",
-    )
-    def test_eval(self, cheap: Refused, options: list[str], message: str) -> None:
-        arguments = ["eval", options[0], "--dataset", "text.txt", "--max-seq-length", "16", *options[1:]]
-        if options[1:] in (["./missing"], ["missing-dir"]):
-            arguments = ["eval", *options, "--dataset", "text.txt"]
-        assert message in cheap(arguments=arguments)
-
-    def test_eval_of_garbage(self, cheap: Refused) -> None:
-        arguments = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16"]
-        assert "the weights of model cannot be read" in cheap(arguments=arguments)
-
-    def test_eval_of_more_than_main_memory(self, cheap: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("optima.evaluation.evaluate.available_memory", lambda: 2**16)
-        arguments = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16"]
-        assert "model takes 0.0 GiB of main memory, and 0.0 are free: take --device cuda" in cheap(arguments=arguments)
-
-    def test_eval_of_an_encoder(self, late: Refused, root: Path) -> None:
-        save_model(root / "bert", make_bert(), "bert")
-        arguments = ["eval", "bert", "--dataset", "text.txt", "--max-seq-length", "16"]
-        assert "BertModel is no causal language model" in late(arguments=arguments)
-
-    @pytest.mark.parametrize(
-        ("other", "message"),
-        [
-            (lambda: make_llama(max_position_embeddings=15), "sequences of 16 tokens exceed the 15 positions"),
-            (lambda: make_llama(vocab_size=VOCAB // 2), f"has a vocabulary of {VOCAB // 2}"),
-            (lambda: make_llama(vocab_size=VOCAB + 4), f"vocabularies of {VOCAB} and {VOCAB + 4} tokens"),
-            (
-                lambda: hf.T5ForConditionalGeneration(hf.T5Config(**T5 | {"vocab_size": VOCAB})),
-                "no causal language model",
-            ),
-            (lambda: make_llama(num_hidden_layers=1), "lacks weights of LlamaForCausalLM"),
-        ],
-        ids=["positions", "vocabulary", "logits", "encoder-decoder", "weights"],
-    )
-    def test_eval_of_a_second_model(
-        self, cheap: Refused, root: Path, other: Callable[[], hf.PreTrainedModel], message: str
-    ) -> None:
-        """The first has garbage for weights: it is not read before the second is checked."""
-        save_model(root / "other", other())
-        if "lacks" in message:
-            file = root / "other" / "config.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"num_hidden_layers": 2}))
-        arguments = ["eval", "model", "other", "--dataset", "text.txt", "--max-seq-length", "16", "--divergence"]
-        assert message in cheap(arguments=arguments)
-
     def test_report(self, cheap: Refused) -> None:
         assert "cannot read the report model/report.json" in cheap(arguments=["report", "model"])
         assert "is not JSON" in cheap(arguments=["report", "text.txt"])
-
-
-def test_with_a_divergence_two_models_need_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        save_model(Path(name))
-    save_text(Path("text.txt"))
-    size = sum(parameter.nbytes for parameter in make_llama().parameters())
-    monkeypatch.setattr("optima.evaluation.evaluate.available_memory", lambda: 3 * size // 2)
-    asked = {"models": ("a", "b"), "dataset": ("text.txt",), "max_seq_length": 16, "max_windows": 1, "device": "cpu"}
-    with pytest.raises(ModelError, match=r"b takes 0\.0 GiB of main memory"):
-        evaluate(EvaluationSettings(**asked, divergence=True))
 
 
 @pytest.mark.parametrize("content", ["revision: 2024-13-01", "seed: 0x_", "sparsity: !!float abc"])
@@ -568,17 +477,6 @@ def test_a_loop_of_links_as_text(cheap: Refused, root: Path) -> None:
 )
 def test_numbers_that_nothing_can_hold(cheap: Refused, options: tuple[str, ...], message: str) -> None:
     assert message in cheap(*options)
-
-
-def test_evaluations_that_have_nowhere_to_go(root: Path, late: Refused) -> None:
-    evaluation = ["eval", "model", "--dataset", "text.txt", "--max-seq-length", "16", "--output"]
-    assert "--output is empty: name a file" in late(arguments=[*evaluation, ""])
-    assert "--output '~nobody-here/x' cannot be used" in late(arguments=[*evaluation, "~nobody-here/x"])
-    of_nobody = ["eval", "~nobody-here/x", "--dataset", "text.txt", "--save"]
-    assert "the model '~nobody-here/x' cannot be used" in late(arguments=of_nobody)
-    message = late(arguments=[*evaluation, "text.txt", "--overwrite"])
-    assert "text.txt is no earlier evaluation" in message
-    assert "is not replaced: choose another place, or remove it" in message
 
 
 def test_arguments_of_other_types() -> None:

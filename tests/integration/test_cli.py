@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import on_call, raising
 from safetensors.torch import load_file
 from tiny import (
     LINES,
@@ -34,9 +33,6 @@ import optima
 from optima import Recipe, load_recipe, load_report
 from optima.build import build, default_scope
 from optima.cli import main
-from optima.evaluation.evaluate import evaluate
-from optima.evaluation.record import load_evaluation
-from optima.models.source import load_model
 from optima.options import GROUPS
 from optima.reporting.summary import render_summary
 
@@ -422,179 +418,6 @@ class TestReport:
         assert subprocess.run(["bash", "-c", command], capture_output=True).returncode == 2
 
 
-class TestEval:
-    def test_what_was_measured_is_kept_where_a_later_model_fails(
-        self, root: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        text = ["--dataset", "text.txt", "--max-seq-length", "16"]
-        shutil.copytree("model", "other")
-        failing = on_call(2, load_model, raising(MemoryError()))
-        monkeypatch.setattr("optima.evaluation.evaluate.load_model", failing)
-        with pytest.raises(MemoryError):
-            main(["eval", "model", "other", *text, "--output", "found.json"])
-        assert [record.model for record in load_evaluation("found.json.partial").models] == ["model"]
-
-    def test_neither_partial_results_nor_other_files_are_overwritten(
-        self, root: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        text = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]
-        Path("found.json.partial").write_text("mine")
-        assert main(["eval", "model", *text, "--output", "found.json"]) == 2
-        assert "found.json.partial holds what an unfinished evaluation found" in capsys.readouterr().err
-        assert main(["eval", "model", *text, "--output", "found.json", "--overwrite"]) == 2, "it is no evaluation"
-        assert Path("found.json.partial").read_text() == "mine"
-        Path("found.json.partial").unlink()
-        Path("found.json.partial").mkdir()
-        assert main(["eval", "model", *text, "--output", "found.json"]) == 2
-        assert "is a directory, and results wait there" in capsys.readouterr().err
-
-    def test_text_is_kept_where_tasks_fail(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in (("load_tasks", object()), ("check_tokenizer", None), ("version", "0")):
-            monkeypatch.setattr(f"optima.evaluation.evaluate.{name}", lambda *_, value=value: value)
-        monkeypatch.setattr("optima.evaluation.evaluate.zero_shot", raising(MemoryError()))
-        text = ["--dataset", "text.txt", "--max-seq-length", "16"]
-        with pytest.raises(MemoryError):
-            main(["eval", "model", *text, "--tasks", "piqa", "--output", "found.json"])
-        (record,) = load_evaluation("found.json.partial").models
-        assert record.perplexity is not None
-        assert record.tasks == ()
-
-    @pytest.mark.parametrize("content", [b"---\nfoo: [unclosed\n---\n", b"\xff\xfe"])
-    def test_a_card_that_cannot_be_read_is_named_before_the_work(
-        self, root: Path, content: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        prune()
-        Path("out/README.md").write_bytes(content)
-        monkeypatch.setattr("optima.evaluation.evaluate.load_model", raising(AssertionError()))
-        assert main(["eval", "out", "--dataset", "text.txt", "--max-seq-length", "16", "--save"]) == 2
-        assert "out/README.md cannot be read" in capsys.readouterr().err
-
-    def test_shards_without_an_index_are_named_before_the_work(
-        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        shutil.copytree("model", "other")
-        Path("other/model.safetensors").rename("other/model-00001-of-00002.safetensors")
-        monkeypatch.setattr("optima.evaluation.evaluate.load_model", raising(AssertionError()))
-        assert main(["eval", "model", "other", "--dataset", "text.txt", "--max-seq-length", "16"]) == 2
-        assert "other has neither model.safetensors nor model.safetensors.index.json" in capsys.readouterr().err
-
-    def test_models_of_one_name_are_told_apart_in_a_card(self, root: Path) -> None:
-        prune()
-        Path("same").mkdir()
-        Path("out").rename("same/model")
-        text = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]
-        assert main(["eval", "model", "same/model", *text, "--save"]) == 0
-        card = Path("same/model/README.md").read_text()
-        assert "model (model 1)" in card
-        assert "model (model 2)" in card
-        assert "same/model" not in card
-
-    def test_names_are_no_markup(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (root / "model").rename("v[bold]2")
-        arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "2"]
-        assert main(["eval", "v[bold]2", *arguments]) == 0
-        assert main(["plan", "v[bold]2", "--max-seq-length", "16"]) == 0
-        assert capsys.readouterr().out.count("v[bold]2") == 2
-
-    def test_one_table_for_all_models(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("COLUMNS", "120")
-        prune()
-        capfd.readouterr()
-        arguments = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "7", "--batch-size", "3"]
-        assert main(["eval", "model", "out", *arguments]) == 0
-        output, message = capfd.readouterr()
-        assert re.fullmatch(
-            r"measuring model \(1 of 2\)\nmodel: perplexity [\d.]+\nmeasuring out \(2 of 2\)\n", message
-        )
-        rows = [line.split() for line in output.splitlines() if line.split()[:1] in (["model"], ["out"])][1:]
-        assert [row[0] for row in rows] == ["model", "out"]
-        assert all(200 < float(row[1]) < 500 for row in rows), "random weights: about the vocabulary's size"
-        assert (
-            "protocol windows (the tokenizer's special tokens (BOS) in every window), 7 windows of 16 tokens" in output
-        )
-
-    @pytest.mark.slow
-    def test_a_reader_that_leaves_is_no_error(self) -> None:
-        command = f"{sys.executable} -m optima eval model --dataset text.txt --max-seq-length 16 --max-windows 1 | true"
-        result = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
-        assert result.stderr == "measuring model (1 of 1)\n"
-        assert result.returncode in (0, 141), "0 where the pipe held it all"
-
-    def test_save_and_report(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("COLUMNS", "200")
-        prune()
-        arguments = ["eval", "model", "out", "--dataset", "text.txt", "--max-seq-length", "16", "--divergence"]
-        assert main([*arguments, "--save", "--output", "all.json"]) == 0
-        found = load_evaluation("out")
-        assert found == load_evaluation("all.json")
-        assert not Path("model/evaluation.json").exists(), "that is no output of ours"
-        first, second = found.models
-        assert first.divergence is None
-        assert second.divergence is not None
-        assert second.divergence.kl.value > 0
-        assert first.perplexity is not None
-        assert second.perplexity is not None
-        (comparison,) = found.comparisons
-        assert comparison.loss_difference is not None
-        difference = second.perplexity.loss.value - first.perplexity.loss.value
-        assert comparison.loss_difference.value == pytest.approx(difference)
-        assert found.settings["divergence"] is True
-
-        capsys.readouterr()
-        for path in ("out", "out/report.json"):
-            assert main(["report", path]) == 0
-            section = capsys.readouterr().out.partition("## Evaluation\n")[2].partition("\n## ")[0]
-            assert f"{second.perplexity.perplexity:.3f}" in section
-            assert f"{second.divergence.kl.value:.4f} ± " in section
-        assert main([*arguments, "--save"]) == 2
-        assert "out/evaluation.json exists: replace it with --overwrite" in capsys.readouterr().err
-        assert main([*arguments[:-1], "--save", "--overwrite", "--protocol", "sparsegpt"]) == 0
-        assert load_evaluation("out").models[1].divergence is None
-        assert "protocol sparsegpt" in capsys.readouterr().out
-        assert not list(Path("out").glob(".*"))
-
-    def test_a_model_that_was_replaced_is_not_told_the_results_of_another(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def replaced(*args: object) -> object:
-            found = evaluate(*args)  # type: ignore[arg-type]
-            prune("--overwrite")
-            return found
-
-        prune()
-        monkeypatch.setattr("optima.evaluation.evaluate.evaluate", replaced)
-        arguments = ["eval", "out", "--dataset", "text.txt", "--max-seq-length", "16", "--save", "--output", "all.json"]
-        assert main(arguments) == 2
-        output, error = capsys.readouterr()
-        assert "out was replaced while it was measured" in error
-        assert "written: all.json" in output
-        assert not Path("out/evaluation.json").exists()
-        assert "Not evaluated yet" in Path("out/README.md").read_text()
-
-    def test_what_another_evaluation_wrote_meanwhile_is_not_replaced(
-        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def overtaken(*args: object) -> object:
-            found = evaluate(*args)  # type: ignore[arg-type]
-            Path("out/evaluation.json").write_bytes(other)
-            return found
-
-        prune()
-        arguments = ["eval", "out", "--dataset", "text.txt", "--save", "--max-seq-length"]
-        assert main([*arguments, "32"]) == 0
-        other, card = Path("out/evaluation.json").read_bytes(), Path("out/README.md").read_bytes()
-        Path("out/evaluation.json").unlink()
-        monkeypatch.setattr("optima.evaluation.evaluate.evaluate", overtaken)
-        assert main([*arguments, "16"]) == 2
-        assert "its results are in out/evaluation-2.json" in capsys.readouterr().err
-        assert Path("out/evaluation.json").read_bytes() == other
-        assert Path("out/README.md").read_bytes() == card
-        assert load_evaluation("out/evaluation-2.json").settings["max_seq_length"] == 16
-        assert main([*arguments, "16", "--overwrite", "--output", "out/evaluation.json"]) == 0
-        assert load_evaluation("out").settings["max_seq_length"] == 16
-        assert not Path("out/evaluation-3.json").exists()
-
-
 class TestDemo:
     def test_replaces_nothing_but_its_own_output(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (root / "demo-output" / "gemma-3-270m-50").mkdir(parents=True)
@@ -650,9 +473,6 @@ class TestHelp:
             assert words.replace("- ", "-").count(option.metadata["help"].replace("- ", "-")) == 1
         for group, about in GROUPS.items():
             assert f"\n{group} ({about}):\n" in text
-
-    def test_eval_states_its_protocol(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "non-overlapping windows" in " ".join(self.help(capsys, "eval").split()).replace("- ", "-")
 
     def test_no_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as stopped:

@@ -67,12 +67,12 @@ def test_one_whole_and_one_sliced_model() -> None:
 
 def test_other_vocabulary() -> None:
     larger = llama().config.to_dict() | {"vocab_size": V + 3}
-    with pytest.raises(ModelError, match=rf"vocabularies of {V} and {V + 3} tokens have no divergence"):
+    with pytest.raises(ModelError, match=rf"{V} and {V + 3} tokens"):
         divergence(build(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**larger))), llama(), windows())
 
 
 def test_nan_names_the_window() -> None:
     model = llama()
     model.lm_head.weight.data.fill_(torch.nan)
-    with pytest.raises(NumericalError, match=r"of window 0 is nan"):
+    with pytest.raises(NumericalError, match="window 0"):
         divergence(model, llama(), windows())

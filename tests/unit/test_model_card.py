@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 from records import RUN, linear, report
 
-from optima.errors import ModelError
-from optima.evaluation.card import update_card
-from optima.evaluation.record import (
-    ComparisonRecord,
-    Estimate,
-    Evaluation,
-    ModelRecord,
-    PerplexityRecord,
-    TaskRecord,
-)
-from optima.reporting.model_card import BEGIN, CARD_NAME, NOT_YET, write_card
+from optima.reporting.model_card import CARD_NAME, NOT_YET, write_card
 
 HEAD = "---\nlicense: gemma\nlicense_name: terms\nlanguage: en\ntags: [chat]\nbase_model: a/base\n---\n"
 
 
 def card_of(directory: Path) -> ModelCard:
     return ModelCard((directory / CARD_NAME).read_text(encoding="utf-8"))
-
-
-def evaluation(*models: str, perplexity: float = 20.0, dataset: str = "wikitext") -> Evaluation:
-    text = PerplexityRecord(perplexity, Estimate(3.0, 0.1), "windows", 8, 16, "hash")
-    task = TaskRecord("piqa", 10, {"acc": Estimate(0.7, 0.1), "acc_norm": Estimate(0.6, 0.1)}, {"acc": "1" * 10}, "h")
-    records = tuple(ModelRecord(name, None, "print", "bfloat16", 1.0, text, tasks=(task,)) for name in models)
-    settings = {"dataset": [dataset], "dataset_config": "raw", "split": "test"}
-    comparisons = tuple(ComparisonRecord(name, None, ()) for name in models[1:])
-    return Evaluation(settings, {}, "cpu", "2025-01-01", records, comparisons)
 
 
 class TestHead:
@@ -116,46 +96,3 @@ class TestBody:
         text = card_of(tmp_path).text
         assert f"import AutoTokenizer, {loader}\n" in text
         assert text.count(", trust_remote_code=True)") == (2 if "auto_map" in config else 0)
-
-
-class TestResults:
-    def test_in_head_and_text_and_replaced_by_later_ones(self, tmp_path: Path) -> None:
-        out = tmp_path / "out"
-        out.mkdir()
-        write_card(out, report(), None)
-        assert update_card(out, evaluation("owner/dense", str(out)), str(out))
-        assert update_card(out, evaluation("owner/dense", str(out), perplexity=19.5), str(out))
-        card = card_of(out)
-        found = {(each.dataset_type, each.metric_type): each.metric_value for each in card.data.eval_results}
-        assert found == {("wikitext", "perplexity"): 19.5, ("piqa", "acc"): 0.7, ("piqa", "acc_norm"): 0.6}
-        assert card.data.model_name == "out"
-        assert NOT_YET not in card.text
-        assert card.text.count("19.500") == 2, "two models, one table"
-        assert str(tmp_path) not in card.content
-        update_card(out, evaluation(str(out), dataset="c4"), str(out))
-        assert {each.dataset_type for each in card_of(out).data.eval_results} == {"wikitext", "c4", "piqa"}
-
-    def test_the_text_of_whoever_took_the_marks_away_stays(self, tmp_path: Path) -> None:
-        write_card(tmp_path, report(), None)
-        file = tmp_path / CARD_NAME
-        file.write_text(file.read_text().replace(BEGIN, "my own words"))
-        text = card_of(tmp_path).text
-        assert update_card(tmp_path, evaluation("model"), "model")
-        assert card_of(tmp_path).text == text
-        assert card_of(tmp_path).data.eval_results
-
-    def test_no_card(self, tmp_path: Path) -> None:
-        assert not update_card(tmp_path, evaluation("model"), "model")
-
-    @pytest.mark.parametrize("head", ["- a", "license: [mit"])
-    def test_a_head_that_cannot_be_read(self, head: str, tmp_path: Path) -> None:
-        (tmp_path / CARD_NAME).write_text(f"---\n{head}\n---\n")
-        with pytest.raises(ModelError, match="cannot be read"):
-            update_card(tmp_path, evaluation("model"), "model")
-
-    def test_only_text(self, tmp_path: Path) -> None:
-        write_card(tmp_path, report(), None)
-        found = evaluation("model")
-        found = replace(found, models=(replace(found.models[0], perplexity=None),))
-        assert update_card(tmp_path, found, "model")
-        assert {each.dataset_type for each in card_of(tmp_path).data.eval_results} == {"piqa"}

@@ -1,1 +1,1 @@
-"""What a pruned model can still do."""
+"""Perplexity, KL divergence and task accuracy of models, with paired comparisons."""

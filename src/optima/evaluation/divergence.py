@@ -1,8 +1,4 @@
-"""How far a pruned model's predictions are from the dense one's, token by token, on held-out text.
-
-KL(p || q) = sum_v p_v (log p_v - log q_v), p the reference's distribution of the next token and q the model's, and how
-often both find the same token likeliest. Both notice changes that leave a perplexity or an accuracy as it was (Dutta et
-al., "Accuracy is not all you need", arXiv 2407.09141).
+"""KL divergence of a model's predictions from a reference model's, token by token (Dutta et al., arXiv 2407.09141).
 
 Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positions (a slice of L), V vocabulary.
 """
@@ -10,27 +6,26 @@ Shapes: N windows, B windows in a batch, L tokens in each, C consecutive positio
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
+from optima.device import evaluating
 from optima.errors import ModelError
-from optima.evaluation.logits import batches, reading
+from optima.evaluation.logits import batches, check_causal, sliced_logits, slices
 from optima.evaluation.perplexity import check_finite, next_token_losses
-from optima.evaluation.watch import silent
 
 
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(NamedTuple):
     """Means over the tokens of each window that have a next one, float64 on the CPU.
 
     Attributes:
         loss_N: negative log-likelihood under the model, as ``window_losses``.
         kl_N: KL(reference || model), in nats.
-        top1_N: share of tokens for which both find the same next token likeliest.
+        top1_N: fraction of tokens for which both models predict the same next token.
     """
 
     loss_N: Tensor
@@ -44,40 +39,32 @@ def divergence(
     tokens_NL: Tensor,
     *,
     batch_size: int = 1,
-    tell: Callable[[int, int], None] = silent,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Divergence:
-    """Compare the predictions of two models on the same tokens, in one pass of each.
-
-    Both models are on one device at once. Of their logits only some positions are (see ``window_losses``).
+    """Compare the predictions of two models on one device, with arguments and errors as ``window_losses``.
 
     Raises:
-        ModelError: if the two have vocabularies of different sizes; also as ``window_losses``.
-        CalibrationError, NumericalError, RecipeError: as ``window_losses``.
+        ModelError: also if the vocabularies differ in size.
     """
-    sums = [torch.zeros(len(tokens_NL), dtype=torch.float64, device="cpu") for _ in range(3)]
-    loss_N, kl_N, top1_N = sums
-    with reading(reference, tokens_NL) as first, reading(model, tokens_NL) as second:
-        check_vocabularies(first.vocabulary, second.vocabulary)
-        for rows, batch_BL in batches(tokens_NL, batch_size, first, second):
-            with first.read(batch_BL) as wanted, second.read(batch_BL) as found:
-                for start, stop in first.slices(batch_BL):
-                    p_BCV, q_BCV = wanted(start, stop), found(start, stop)
-                    top1_N[rows] += (p_BCV.argmax(-1) == q_BCV.argmax(-1)).sum(dim=1).cpu()
-                    loss_N[rows] += next_token_losses(q_BCV, batch_BL[:, start + 1 : stop + 1])
-                    kl_N[rows] += _kl(p_BCV, q_BCV)
-            check_finite(loss_N[rows], "loss", rows.start)
-            check_finite(kl_N[rows], "divergence", rows.start)
-            tell(min(rows.stop, len(tokens_NL)), len(tokens_NL))
-    return Divergence(*(values_N / (tokens_NL.shape[1] - 1) for values_N in sums))
-
-
-def check_vocabularies(first: int, second: int) -> None:
-    """Raise ``ModelError`` if distributions over so many tokens cannot be compared."""
-    if first != second:
-        raise ModelError(
-            f"vocabularies of {first} and {second} tokens have no divergence: leave --divergence out, or compare "
-            "models with the same vocabulary"
-        )
+    sums_3N = torch.zeros(3, len(tokens_NL), dtype=torch.float64, device="cpu")
+    with torch.no_grad(), evaluating(reference), evaluating(model):
+        vocabulary, other = check_causal(reference, tokens_NL), check_causal(model, tokens_NL)
+        if vocabulary != other:
+            raise ModelError(
+                f"KL divergence needs one vocabulary, and these have {vocabulary} and {other} tokens: leave "
+                "--divergence out"
+            )
+        for rows, batch_BL in batches(tokens_NL, batch_size, model.device):
+            with sliced_logits(reference, batch_BL) as p_of, sliced_logits(model, batch_BL) as q_of:
+                for start, stop in slices(batch_BL, vocabulary):
+                    p_BCV, q_BCV = p_of(start, stop), q_of(start, stop)
+                    same_BC = p_BCV.argmax(-1) == q_BCV.argmax(-1)
+                    sums_3N[0, rows] += next_token_losses(q_BCV, batch_BL[:, start + 1 : stop + 1])
+                    sums_3N[1, rows] += _kl(p_BCV, q_BCV)
+                    sums_3N[2, rows] += same_BC.sum(dim=1).cpu()
+            check_finite(sums_3N[:, rows].sum(dim=0), rows.start)
+            progress(rows.stop, len(tokens_NL))
+    return Divergence(*(sums_3N / (tokens_NL.shape[1] - 1)))
 
 
 def _kl(p_BCV: Tensor, q_BCV: Tensor) -> Tensor:

@@ -1,257 +1,188 @@
-"""Evaluate models on the same text and items, and compare each with the first: every check first, then model by model.
-
-Shapes: N windows, L tokens in each.
-"""
+"""Evaluate models on the same text and tasks, and compare each with the first. Shapes: N windows, L tokens in each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.data.datasets import Documents, load_documents
+from optima.console import pace
+from optima.data.datasets import load_documents
 from optima.data.text import data_hash
 from optima.device import describe_device, dtype_name, find_device, memory_explained
-from optima.errors import ModelError
-from optima.evaluation.comparison import compare, estimate
-from optima.evaluation.divergence import check_vocabularies, divergence
-from optima.evaluation.logits import check_kind, check_text
-from optima.evaluation.perplexity import evaluation_windows, exponential, window_losses
-from optima.evaluation.record import (
-    ComparisonRecord,
-    DivergenceRecord,
-    Evaluation,
-    ModelRecord,
-    PerplexityRecord,
-)
-from optima.evaluation.settings import CHOICES, WINDOWS, EvaluationSettings
-from optima.evaluation.tasks import Tasks, find_files, load_tasks
-from optima.evaluation.watch import Watch
-from optima.evaluation.zeroshot import check_tokenizer, zero_shot
-from optima.main_memory import available_memory
-from optima.memory import GIB
-from optima.models.checkpoint import UnstreamableError, open_checkpoint
-from optima.models.fingerprint import commit_of, fingerprint
-from optima.models.reading import head_of
-from optima.models.skeleton import dtype_as_read, skeleton
-from optima.models.source import Source, find_source, load_model, load_tokenizer, pinned
-from optima.models.stacks import count_parameters
+from optima.errors import ModelError, RecipeError
+from optima.evaluation.compare import compare, estimate
+from optima.evaluation.divergence import divergence as kl_divergence
+from optima.evaluation.perplexity import PROTOCOLS, evaluation_windows, window_losses
+from optima.evaluation.record import ComparisonRecord, DivergenceRecord, Evaluation, ModelRecord, PerplexityRecord
+from optima.evaluation.tasks import BATCH_SIZE, find_items, load_tasks, zero_shot
+from optima.models.fingerprint import commit_of
+from optima.models.source import Source, find_source, load_config, load_model, load_tokenizer, pinned
 from optima.reporting.record import library_versions
+from optima.stopping import interruptible, stop_if_asked
 
-SMALLEST_ITEM = 2  # bytes of a weight
-# A whole model is on the device, and with a divergence two.
-REMEDY = "lower --batch-size, leave --divergence out, which keeps two models there, or take --device cpu"
-
-
-_Measured = tuple[ModelRecord, Tensor | None]  # and the loss on each window
+REMEDY = "lower --batch-size, leave --divergence out (it keeps two models in memory), or use --device cpu"
+PROGRESS_SECONDS = 30.0
+NO_TEXT = torch.zeros(0, 0, dtype=torch.int64)
 
 
-@dataclass(frozen=True)
-class _Subject:
-    """A model that is to be measured, its skeleton at first; ``tokens_NL`` is None where no text is."""
+class _Subject(NamedTuple):
+    """A model to measure, and its windows of text."""
 
     source: Source
-    structure: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    tokens_NL: Tensor | None
-    text: Documents | None
+    tokens_NL: Tensor
+    dataset_revision: str | None
 
 
 def evaluate(
-    settings: EvaluationSettings, watch: Watch | None = None, keep: Callable[[Evaluation], object] = lambda found: None
+    models: str | Sequence[str],
+    *,
+    dataset: str | Sequence[str] = (),
+    split: str = "test",
+    protocol: str = "windows",
+    max_seq_length: int = 2048,
+    max_windows: int | None = None,
+    divergence: bool = False,
+    tasks: str | Sequence[str] = (),
+    task_data: str | None = None,
+    task_limit: int | None = None,
+    batch_size: int | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    log: Callable[[str], object] = lambda line: None,
+    save: Callable[[Evaluation], object] = lambda found: None,
 ) -> Evaluation:
-    """Measure every model.
-
-    One model is in memory at a time; with ``settings.divergence`` the first one stays.
+    """Measure each model, one after the other, and compare it with the first.
 
     Args:
-        settings: what is measured, and how.
-        watch: told how far it is.
-        keep: given what was found so far, once each model is measured, and before its tasks: what is next may fail.
+        models: hub ids, local directories or GGUF files.
+        dataset: text for perplexity: hub ids or local files; empty for none.
+        split: of hub datasets.
+        protocol: windows or sparsegpt, see ``evaluation_windows``.
+        max_seq_length: tokens in a window.
+        max_windows: use the first windows only.
+        divergence: measure the KL divergence of each model from the first, which stays in memory.
+        tasks: tasks, groups or tags of lm-eval.
+        task_data: directory with a file of items for each task, see ``load_tasks``; None uses the hub.
+        task_limit: use the first items of each task only.
+        batch_size: windows (default 1) or choices of a task (default 8) in one forward pass.
+        revision: commit, tag or branch of the first model on the hub.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: load the models in this; auto keeps the checkpoint's.
+        trust_remote_code: run code that comes with a checkpoint.
+        log: called with lines of progress.
+        save: called after each model with the results so far.
 
     Raises:
-        OptimaError: for what cannot be done; before any weights are loaded wherever that can be known.
+        OptimaError: for bad input.
     """
-    device = find_device(settings.device)
-    subjects = _subjects(settings)
-    tasks = _tasks(settings, subjects)
-    _check_models(settings, subjects)
-    if device.type == "cpu":
-        _check_room(settings, subjects)
-    measured = list[_Measured]()
-    reference, watch = None, watch or Watch()
-    versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
-
-    def found_so_far() -> Evaluation:
-        return Evaluation(
-            settings=settings.to_dict(),
-            versions=versions,
-            device=describe_device(device),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            models=tuple(record for record, _ in measured),
-            comparisons=tuple(_comparison(measured[0], each, settings.seed) for each in measured[1:]),
-        )
-
-    for place, subject in enumerate(subjects, 1):
-        watch.model(subject.source.name, place, len(subjects), settings.task_names)
-        with memory_explained(device, REMEDY):
-            model = load_model(subject.source, settings.dtype, device)
-            watch.loaded()
-            measured.append(_measure(model, reference, subject, settings, watch))
-            if tasks is not None:
-                if subject.tokens_NL is not None:
-                    keep(found_so_far())
-                measured[-1] = _with_tasks(model, subject, measured[-1], tasks, settings)
-        if place < len(subjects):  # else the caller has it right away
-            watch.measured(measured[-1][0])
-            keep(found_so_far())
-        if settings.divergence and reference is None:
-            reference = model
-        del model
-    return found_so_far()
-
-
-def _subjects(settings: EvaluationSettings) -> list[_Subject]:
-    revisions = [settings.revision, *[None] * (len(settings.models) - 1)]  # the first is what others were made of
-    sources = [
-        find_source(m, settings.trust_remote_code, each) for m, each in zip(settings.models, revisions, strict=True)
-    ]
-    subjects = []
-    structures = [skeleton(source) for source in sources]
-    for source, (structure, config) in zip(sources, structures, strict=True):
-        source = pinned(source, config)
+    settings = {name: value for name, value in locals().items() if name not in ("log", "save")}
+    models, dataset, tasks = ([each] if isinstance(each, str) else list(each) for each in (models, dataset, tasks))
+    settings |= {"models": models, "dataset": dataset, "tasks": tasks}
+    _check(settings)
+    place = find_device(device)
+    subjects = list[_Subject]()
+    for name in models:
+        source = find_source(name, trust_remote_code, None if subjects else revision)
+        source = pinned(source, load_config(source))
         tokenizer = load_tokenizer(source)
-        tokens_NL, documents = None, None
-        if settings.dataset:
-            documents = load_documents(settings.dataset, tokenizer, split=settings.split)
-            size = settings.max_seq_length, settings.max_windows
-            tokens_NL = evaluation_windows(documents, tokenizer, *size, settings.protocol)
-        subjects.append(_Subject(source, structure, tokenizer, tokens_NL, documents))
-    if settings.divergence:
-        first = subjects[0]
-        for other in subjects[1:]:
-            assert first.tokens_NL is not None
-            assert other.tokens_NL is not None
-            if not torch.equal(first.tokens_NL, other.tokens_NL):
-                raise ModelError(
-                    f"{other.source.name} and {first.source.name} read the text as different tokens: leave "
-                    "--divergence out, or compare models with the same tokenizer"
-                )
-    return subjects
-
-
-def _check_models(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> None:
-    """What can be known without weights: a model that cannot be measured must not cost what was found of others."""
-    for subject in subjects:
-        check_kind(subject.structure)
-        if subject.tokens_NL is not None:
-            check_text(subject.structure, subject.tokens_NL)
-    if settings.divergence:
-        heads = [head_of(subject.structure) for subject in subjects]
-        sizes = [head.out_features for head in heads if isinstance(head, nn.Linear)]
-        for size in sizes[1:]:
-            check_vocabularies(sizes[0], size)
-    for subject in subjects[1:]:  # the first is read next
-        with suppress(UnstreamableError):
-            open_checkpoint(subject.source, subject.structure, settings.dtype)
-
-
-def _itemsize(structure: PreTrainedModel, dtype: str) -> int:
-    """Bytes a weight takes at least; an old configuration may not tell the dtype of its weights."""
-    known = dtype != "auto" or structure.config.dtype is not None
-    return dtype_as_read(structure.config, dtype).itemsize if known else SMALLEST_ITEM
-
-
-def _check_room(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> None:
-    """Of main memory: whoever takes more than there is would be killed, without a word."""
-    sizes = [count_parameters(each.structure) * _itemsize(each.structure, settings.dtype) for each in subjects]
-    kept = sizes[0] if settings.divergence else 0  # beside each of the others
-    for size, subject in zip(sizes, subjects, strict=True):
-        need, free = size + (kept if subject is not subjects[0] else 0), available_memory()
-        if need > free:
-            raise ModelError(
-                f"{subject.source.name} takes {need / GIB:.1f} GiB of main memory, and {free / GIB:.1f} are free: take "
-                "--device cuda, --dtype bfloat16 if its weights are float32, or a larger machine; prune and pack need "
-                "no more than a block"
+        tokens_NL, commit = NO_TEXT, None
+        if dataset:
+            documents = load_documents(dataset, tokenizer, split=split)
+            tokens_NL = evaluation_windows(documents, tokenizer, max_seq_length, max_windows, protocol)
+            commit = documents.revision
+        subjects.append(_Subject(source, tokenizer, tokens_NL, commit))
+        if divergence and not torch.equal(tokens_NL, subjects[0].tokens_NL):
+            raise ModelError(f"{name} and {models[0]} tokenize the text differently: leave --divergence out")
+    items = find_items(tasks, task_data) if task_data else dict.fromkeys(tasks)
+    choices = partial(zero_shot, tasks=load_tasks(items), limit=task_limit, batch_size=batch_size or BATCH_SIZE)
+    versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
+    measured: list[tuple[ModelRecord, Tensor]] = []
+    reference = None
+    with interruptible():
+        for subject in subjects:
+            log(f"evaluating {subject.source.name} ({len(measured) + 1} of {len(subjects)})")
+            with memory_explained(place, REMEDY):
+                model = load_model(subject.source, dtype, place)
+                model.register_forward_pre_hook(lambda *_: stop_if_asked())
+                started = time.perf_counter()
+                record, loss_N = _measure_text(model, reference, subject, protocol, batch_size or 1, log)
+                answers = choices(model, subject.tokenizer) if tasks else ()
+            measured.append((replace(record, tasks=answers, seconds=time.perf_counter() - started), loss_N))
+            reference = model if divergence and reference is None else reference
+            del model
+            found = Evaluation(
+                settings=settings,
+                versions=versions,
+                device=describe_device(place),
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                models=tuple(record for record, _ in measured),
+                comparisons=tuple(_compare(measured[0], other) for other in measured[1:]),
             )
+            save(found)
+    return found
 
 
-def _tasks(settings: EvaluationSettings, subjects: Sequence[_Subject]) -> Tasks | None:
-    names = settings.task_names
-    if not names:
-        return None
-    files = dict.fromkeys(names) if settings.task_data is None else find_files(names, settings.task_data)
-    for subject in subjects:
-        check_tokenizer(subject.tokenizer, subject.source.name)
-    return load_tasks(files)
+def _check(settings: Mapping[str, Any]) -> None:
+    models, dataset = settings["models"], settings["dataset"]
+    if not (models and (dataset or settings["tasks"])):
+        raise RecipeError("nothing to evaluate: name models, and a text with --dataset or tasks with --tasks")
+    if settings["divergence"] and not (dataset and len(models) > 1):
+        raise RecipeError("--divergence compares models on a text: name two models or more, and a --dataset")
+    if settings["protocol"] not in PROTOCOLS:
+        raise RecipeError(f"unknown protocol {settings['protocol']!r}: use one of {', '.join(PROTOCOLS)}")
+    for name in ("max_windows", "task_limit", "batch_size"):
+        if settings[name] is not None and settings[name] < 1:
+            raise RecipeError(f"{name} must be at least 1, got {settings[name]}")
 
 
-def _measure(
+def _measure_text(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     subject: _Subject,
-    settings: EvaluationSettings,
-    watch: Watch,
-) -> _Measured:
-    """The record of one model without tasks, and its loss on each window."""
-    source = subject.source
-    revision, hashed = commit_of(source), fingerprint(source)
-    started = time.perf_counter()
-    tokens_NL, loss_N, found = subject.tokens_NL, None, None
-    if tokens_NL is not None:
-        batch_size, tell = settings.batch_size or WINDOWS, watch.windows
-        if reference is None:
-            loss_N = window_losses(model, tokens_NL, batch_size=batch_size, tell=tell)
-        else:
-            apart = divergence(model, reference, tokens_NL, batch_size=batch_size, tell=tell)
-            loss_N, found = apart.loss_N, DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N))
-    record = ModelRecord(
-        model=source.name,
-        revision=revision,
-        fingerprint=hashed,
-        dtype=dtype_name(model.dtype),
-        seconds=time.perf_counter() - started,
-        perplexity=None if loss_N is None else _perplexity(subject, loss_N, settings.protocol),
-        divergence=found,
-    )
-    return record, loss_N
+    protocol: str,
+    batch_size: int,
+    log: Callable[[str], object],
+) -> tuple[ModelRecord, Tensor]:
+    """The record of a model without tasks, and its loss on each window."""
+    started = last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= PROGRESS_SECONDS:
+            last = now
+            log(f"window {done}/{total}  {pace(now - started, (now - started) / done * (total - done))}")
+
+    source, tokens_NL = subject.source, subject.tokens_NL
+    record = ModelRecord(source.name, commit_of(source), dtype_name(model.dtype), 0.0)
+    if not len(tokens_NL):
+        return record, torch.zeros(0)
+    if reference is None:
+        loss_N = window_losses(model, tokens_NL, batch_size=batch_size, progress=progress)
+    else:
+        apart = kl_divergence(model, reference, tokens_NL, batch_size=batch_size, progress=progress)
+        loss_N = apart.loss_N
+        record = replace(record, divergence=DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N)))
+    (num_windows, length), mean = tokens_NL.shape, loss_N.mean().exp().item()
+    text = (num_windows, length, data_hash(tokens_NL), subject.dataset_revision)
+    return replace(record, perplexity=PerplexityRecord(mean, estimate(loss_N), protocol, *text)), loss_N
 
 
-def _with_tasks(
-    model: PreTrainedModel, subject: _Subject, measured: _Measured, tasks: Tasks, settings: EvaluationSettings
-) -> _Measured:
-    record, loss_N = measured
-    started = time.perf_counter()
-    size = settings.batch_size or CHOICES
-    answers = zero_shot(model, subject.tokenizer, tasks, limit=settings.task_limit, batch_size=size)
-    return replace(record, tasks=answers, seconds=record.seconds + time.perf_counter() - started), loss_N
-
-
-def _perplexity(subject: _Subject, loss_N: Tensor, protocol: str) -> PerplexityRecord:
-    assert subject.tokens_NL is not None
-    assert subject.text is not None
-    loss, (num_windows, length) = estimate(loss_N), subject.tokens_NL.shape
-    text = data_hash(subject.tokens_NL), subject.text.revision
-    return PerplexityRecord(exponential(loss.value), loss, protocol, num_windows, length, *text)
-
-
-def _comparison(reference: _Measured, subject: _Measured, seed: int) -> ComparisonRecord:
-    """Of a model with the first one."""
-    (first, first_N), (other, other_N) = reference, subject
-    difference = None
-    if first_N is not None and other_N is not None and _text(first) == _text(other):
-        difference = estimate(other_N - first_N)
-    pairs = zip(first.tasks, other.tasks, strict=False)  # those of the other may not be measured yet
-    paired = tuple(record for one, two in pairs for record in compare(one, two, seed))
-    return ComparisonRecord(other.model, difference, paired)
-
-
-def _text(record: ModelRecord) -> str | None:
-    return None if record.perplexity is None else record.perplexity.data_hash
+def _compare(first: tuple[ModelRecord, Tensor], other: tuple[ModelRecord, Tensor]) -> ComparisonRecord:
+    (one, one_N), (two, two_N) = first, other
+    texts = [None if each.perplexity is None else each.perplexity.data_hash for each in (one, two)]
+    difference = estimate(two_N - one_N) if len(one_N) and texts[0] == texts[1] else None
+    paired = (each for a, b in zip(one.tasks, two.tasks, strict=True) for each in compare(a, b))
+    return ComparisonRecord(two.model, difference, tuple(paired))

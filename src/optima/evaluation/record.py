@@ -1,23 +1,22 @@
-"""The typed record of an evaluation, and its file ``evaluation.json``: standard JSON, as ``report.json`` is.
+"""The record of an evaluation, and its JSON file.
 
-A number that JSON cannot hold is written as the string ``"Infinity"``, ``"-Infinity"`` or ``"NaN"``. ``null`` means
-that something was not measured, or that a standard error has too few values to be known.
+Infinite and undefined numbers are written as the strings ``"Infinity"`` and ``"NaN"``. ``null`` is what was not
+measured, or a standard error of a single value.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic_core import to_json
 
-from optima.errors import ModelError, OptimaError
+from optima.errors import ModelError
 from optima.models.files import explain_write_errors, write_whole
 from optima.reporting.record import Int, Record, load_record
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EVALUATION_NAME = "evaluation.json"
 
 
@@ -26,7 +25,7 @@ class Estimate(Record):
     """A mean and its standard error."""
 
     value: float
-    stderr: float | None  # None where there is but one value
+    stderr: float | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class PerplexityRecord(Record):
 
     perplexity: float  # exp(loss)
     loss: Estimate  # mean negative log-likelihood of a next token, in nats; the standard error is over windows
-    protocol: str  # one of ``PROTOCOLS``
+    protocol: str
     windows: Int
     length: Int  # tokens in a window
     data_hash: str  # SHA-256 of the tokens
@@ -49,50 +48,48 @@ class PerplexityRecord(Record):
 
 @dataclass(frozen=True)
 class DivergenceRecord(Record):
-    """How far a model's predictions are from the reference's, on the windows of the perplexity."""
+    """Difference of a model's predictions from the reference's, on the windows of the perplexity."""
 
     kl: Estimate  # mean over tokens of KL(reference || model), in nats; the standard error is over windows
-    top1: Estimate  # share of tokens for which both find the same next token likeliest; likewise
+    top1: Estimate  # fraction of tokens for which both predict the same next token; likewise
 
 
 @dataclass(frozen=True)
 class TaskRecord(Record):
-    """Zero-shot accuracy on one task of lm-eval, or on a group of them."""
+    """Accuracy on one task of lm-eval, or on a group of tasks."""
 
     task: str
     items: Int
-    metrics: dict[str, Estimate]  # acc, acc_norm: shares of items, with lm-eval's standard errors
-    correct: dict[str, str]  # metric whose items are right or wrong -> a character an item in their order, 1: right
+    metrics: dict[str, Estimate]  # acc, acc_norm, with lm-eval's standard errors
+    correct: dict[str, str]  # metric -> "1" or "0" for each item in order, where the metric is a mean of those
     data_hash: str  # SHA-256 of lm-eval's hashes of the items
-    cut: Int = 0  # choices behind a prompt that lost its beginning, for the model reads no more
 
 
 @dataclass(frozen=True)
 class ModelRecord(Record):
     """What was measured of one model."""
 
-    model: str  # as given
-    revision: str | None  # commit of a hub model; None if unknown
-    fingerprint: str  # hash of its weights, as in a report
-    dtype: str  # that it ran in
-    seconds: float  # of measuring, loading left out
+    model: str
+    revision: str | None  # commit of a hub model
+    dtype: str
+    seconds: float  # without loading
     perplexity: PerplexityRecord | None = None
-    divergence: DivergenceRecord | None = None  # from the reference; the reference itself has none
+    divergence: DivergenceRecord | None = None  # from the first model
     tasks: tuple[TaskRecord, ...] = ()
 
 
 @dataclass(frozen=True)
 class PairedRecord(Record):
-    """Two models on the same items: accuracy of the model minus that of the reference."""
+    """Accuracy of a model minus that of the reference, on the same items."""
 
     task: str
     metric: str
     difference: float
-    low: float  # of the bootstrap's 95% interval of the difference, over items
+    low: float  # of the 95% bootstrap interval of the difference
     high: float
-    only_reference: Int  # items that only the reference has right
-    only_model: Int  # items that only the model has right
-    p_value: float  # McNemar's exact test, two-sided: that these two counts differ by chance
+    only_reference: Int  # items that only the reference answers correctly
+    only_model: Int  # items that only the model answers correctly
+    p_value: float  # McNemar's exact test, two-sided
 
 
 @dataclass(frozen=True)
@@ -100,55 +97,39 @@ class ComparisonRecord(Record):
     """One model compared with the reference."""
 
     model: str
-    loss_difference: Estimate | None  # loss minus the reference's loss, paired by window; None on other tokens
+    loss_difference: Estimate | None  # loss minus the reference's, paired by window; None on other tokens
     tasks: tuple[PairedRecord, ...]
 
 
 @dataclass(frozen=True)
 class Evaluation(Record):
-    """The record of an evaluation of one or several models; the first is the reference."""
+    """An evaluation of one or several models; the first is the reference."""
 
-    settings: dict[str, Any]  # of ``EvaluationSettings``, as plain values
-    versions: dict[str, str]  # library name -> version; lm_eval among them where there are tasks
+    settings: dict[str, Any]  # arguments of ``evaluate``
+    versions: dict[str, str]  # library name -> version
     device: str
     created: str  # ISO 8601 in UTC
     models: tuple[ModelRecord, ...]
-    comparisons: tuple[ComparisonRecord, ...] = ()  # of each model but the first, in their order
+    comparisons: tuple[ComparisonRecord, ...] = ()  # of each model but the first
     schema_version: Int = SCHEMA_VERSION
 
     def save(self, path: str | Path) -> Path:
-        """Write the record, whole or not at all, and return its file: ``path``, or ``evaluation.json`` in it.
-
-        Raises:
-            ModelError: if it cannot be written.
-        """
-        file = record_file(Path(path).expanduser())
-        with explain_write_errors(file, "free some space, or choose another place"):
+        """Write the record to a file, atomically."""
+        file = Path(path)
+        with explain_write_errors(file, "free some space, or choose another --output"):
             write_whole(file, to_json(self, indent=2, inf_nan_mode="strings") + b"\n")
         return file
 
 
-def record_file(path: Path) -> Path:
-    """A record's file: ``path``, or ``evaluation.json`` in it."""
-    return path / EVALUATION_NAME if path.is_dir() else path
-
-
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raise ``ModelError`` if a record cannot be written to ``path``, its file or the directory of that."""
-    file = record_file(path)
-    if file.exists() and not overwrite:
-        raise ModelError(f"{file} exists: replace it with --overwrite, or choose another place")
+def check_output(path: str | Path, overwrite: bool) -> None:
+    """Raise ``OptimaError`` if ``path`` cannot be written; ``overwrite`` replaces nothing but an evaluation."""
+    file = Path(path)
+    if file.is_dir() or not file.parent.is_dir():
+        raise ModelError(f"--output {file} must name a file in a directory that exists")
     if file.exists():
-        try:
-            load_evaluation(file)
-        except OptimaError as error:
-            raise ModelError(
-                f"{file} is no earlier evaluation ({error}), and is not replaced: choose another place, or remove it"
-            ) from error
-    if not file.parent.is_dir():
-        raise ModelError(f"{file.parent} is no directory: make it, or choose another place for {file.name}")
-    if not os.access(file.parent, os.W_OK):
-        raise ModelError(f"{file.parent} cannot be written to: choose another place for {file.name}")
+        if not overwrite:
+            raise ModelError(f"{file} exists: replace it with --overwrite, or choose another --output")
+        load_evaluation(file)
 
 
 def load_evaluation(path: str | Path) -> Evaluation:

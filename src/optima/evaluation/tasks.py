@@ -1,227 +1,162 @@
-"""lm-eval's multiple-choice tasks with their items: of the hub, or of local files, which are looked at whole.
-
-Prompts, choices and metrics are those of lm-eval's own definition of a task; a local file only replaces its data, and
-must have the columns of the task's published dataset.
-"""
+"""Accuracy on tasks of lm-evaluation-harness, with its own prompts, metrics and model class."""
 
 from __future__ import annotations
 
-import difflib
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import copy
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import yaml
 from datasets.exceptions import DatasetsError
 from jinja2 import UndefinedError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.errors import CalibrationError, OptimaError, RecipeError
-from optima.models.failures import HUB_FAILURES
-from optima.models.files import usable_path
-from optima.values import shown
-
-READ_ERRORS: tuple[type[Exception], ...] = (*HUB_FAILURES, ValueError, TypeError, RuntimeError, ImportError)
+from optima.device import evaluating
+from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
+from optima.evaluation.logits import PROBE_LENGTH, check_causal
+from optima.evaluation.record import Estimate, TaskRecord
 
 METRICS = ("acc", "acc_norm")
 READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-SPLIT = "test"
-# What its templates raise of a damaged one.
-BAD_ITEM = (KeyError, TypeError, ValueError, IndexError, AttributeError, UndefinedError)
+BATCH_SIZE = 8  # choices in one forward pass
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """Tasks that are loaded, items and all.
-
-    Attributes:
-        names: as asked for, with the tasks that each stands for: itself, or those of a group.
-        loaded: as lm-eval's evaluator takes them.
-    """
-
-    names: dict[str, tuple[str, ...]]
-    loaded: dict[str, Any]
-
-
-def find_files(names: Sequence[str], directory: str | Path) -> dict[str, Path]:
-    """The file of items of each task: ``piqa.jsonl``, ``piqa_validation.jsonl``, ``piqa-test.parquet``, ...
+def find_items(names: Sequence[str], directory: str | Path) -> dict[str, Path]:
+    """The file of items of each task: ``piqa.jsonl``, ``piqa_validation.jsonl``, ``piqa_test.parquet``, ...
 
     Raises:
-        CalibrationError: if a task has no file there, or more than one.
+        CalibrationError: if the directory does not have exactly one file for a task.
     """
-    place = usable_path(directory, "--task-data", "name the directory that holds the tasks' items")
-    if not place.is_dir():
-        raise CalibrationError(f"--task-data {place} is no directory: name the one that holds the tasks' items")
-    files: dict[str, Path] = {}
+    place, files = Path(directory).expanduser(), {}
     for name in names:
-        starts = (f"{name}_", f"{name}-", f"{name}.")
-        found = sorted(p for p in place.iterdir() if p.suffix in READERS and f"{p.stem}.".startswith(starts))
-        # arc_easy_test is no file of a task arc, where arc_easy is asked for too
-        longer = tuple(other for other in names if other != name and other.startswith(name))
-        found = [file for file in found if not (longer and file.stem.startswith(longer))]
+        own = re.compile(rf"{re.escape(name)}([_-](validation|dev|test))?")
+        listed = place.iterdir() if place.is_dir() else ()
+        found = sorted(file for file in listed if file.suffix in READERS and own.fullmatch(file.stem))
         if len(found) != 1:
-            what = ", ".join(file.name for file in found) or "no file"
-            raise CalibrationError(
-                f"task {name} has {what} in {place}: keep one file of its items there, called {name}_SPLIT.jsonl "
-                f"(or {', '.join(list(READERS)[1:])}), or name the tasks of a group"
-            )
+            has = ", ".join(file.name for file in found) or "no file"
+            raise CalibrationError(f"--task-data {place} must have one file {name}_SPLIT.jsonl, and has {has}")
         files[name] = found[0]
     return files
 
 
-def load_tasks(tasks: Mapping[str, str | Path | None]) -> Tasks:
-    """Load lm-eval's tasks with their items; a check before long work.
+def load_tasks(tasks: Mapping[str, Path | None]) -> dict[str, list[Any]]:
+    """Load tasks of lm-eval with their items.
 
     Args:
-        tasks: lm-eval's name of a task or a group (``piqa``, ``mmlu``) -> file of its items; None reads the hub.
+        tasks: task, group or tag of lm-eval, or path of a YAML file -> file of its items, with the columns of the
+            task's published dataset; None reads the hub.
+
+    Returns:
+        For each name, the tasks or the group to evaluate.
 
     Raises:
         OptimaError: if lm-eval is not installed.
-        RecipeError: if lm-eval has no such task, or one that is not multiple choice.
-        CalibrationError: if a file cannot be read, or has an item that is none of its task; if the hub cannot be read.
+        RecipeError: if lm-eval cannot load a task.
     """
-    _check_installed()
-    with quiet_lm_eval():
-        manager = _manager()
-        for name in tasks:
-            _check_known(manager, name)
-        parts = {
-            name: _from_hub(manager, name) if file is None else manager.load([_on_file(manager, name, Path(file))])
-            for name, file in tasks.items()
-        }
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
-    for name, part in parts.items():
-        _check_choices(name, part)
-        if (file := tasks[name]) is not None:
-            _check_items(name, part, Path(file))
-        for key, members in part.items():
-            loaded[key] |= members
-    return Tasks({name: tuple(part["tasks"]) for name, part in parts.items()}, loaded)
+    found = {}
+    for name, file in tasks.items():
+        try:
+            part = _manager().load([name]) if file is None else _load_local(name, file)
+        except (DatasetsError, UndefinedError, KeyError, OSError, StopIteration, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RecipeError(f"lm-eval cannot load task {name} from {file or 'the hub'}: {reason}") from error
+        found[name] = [*part["groups"].values()][:1] or [*part["tasks"].values()]
+    return found
+
+
+def zero_shot(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Mapping[str, Sequence[Any]],
+    *,
+    limit: int | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> tuple[TaskRecord, ...]:
+    """Accuracy on tasks by ``lm_eval.simple_evaluate``, with the number of examples that each task defines (mostly 0).
+
+    Args:
+        model: a causal language model; it runs where it is, in its own dtype.
+        tokenizer: the model's.
+        tasks: from ``load_tasks``.
+        limit: use the first items of each task only.
+        batch_size: choices in one forward pass.
+
+    Raises:
+        ModelError: if the model is not causal, or the tokenizer has neither BOS nor EOS, one of which lm-eval needs.
+        NumericalError: if a likelihood is NaN.
+        RecipeError: if a task has no accuracy.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has neither bos_token nor eos_token: set one in tokenizer_config.json")
+    records = []
+    with torch.no_grad(), evaluating(model):
+        check_causal(model, torch.arange(PROBE_LENGTH)[None])
+        tokenizer = copy.deepcopy(tokenizer)  # lm-eval sets its padding token
+        # Float32, since the likelihoods of long choices tie in bfloat16.
+        lm = HFLM(model, backend="causal", tokenizer=tokenizer, batch_size=batch_size, softmax_dtype="float32")
+        for name, parts in tasks.items():
+            found = simple_evaluate(model=lm, tasks=list(parts), task_manager=_manager(), limit=limit)
+            results, samples = found["results"], found["samples"]
+            if name in results:
+                records.append(_record(name, results[name], [item for each in samples.values() for item in each]))
+            else:  # a tag or a file
+                records += [_record(task, results[task], items) for task, items in samples.items()]
+    return tuple(records)
+
+
+def _record(task: str, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -> TaskRecord:
+    if any(isinstance(r, tuple) and math.isnan(r[0]) for sample in samples for r in sample["filtered_resps"]):
+        raise NumericalError(f"a likelihood in task {task} is NaN: {OTHER_DTYPE}")
+    metrics, correct = {}, {}
+    for metric in METRICS:
+        if (value := results.get(f"{metric},none")) is None:
+            continue
+        stderr = results.get(f"{metric}_stderr,none")  # "N/A" for a single item
+        metrics[metric] = Estimate(float(value), float(stderr) if isinstance(stderr, float) else None)
+        answers = [sample[metric] for sample in samples]
+        # Some tasks score fractions, and some groups average tasks of different size: neither can be paired.
+        if set(answers) <= {0, 1} and math.isclose(sum(answers), value * len(answers), abs_tol=1e-6):
+            correct[metric] = "".join(str(int(answer)) for answer in answers)
+    if not metrics:
+        raise RecipeError(f"task {task} has neither of {', '.join(METRICS)}: use lm-eval itself")
+    digest = hashlib.sha256("".join(sample["doc_hash"] for sample in samples).encode())
+    return TaskRecord(task, len(samples), metrics, correct, digest.hexdigest())
 
 
 @cache
 def _manager() -> Any:
-    """lm-eval's index of its tasks, which takes seconds to make."""
-    from lm_eval.tasks import TaskManager
-
+    """lm-eval's index of tasks, which takes seconds to build."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise OptimaError(f"tasks need lm-eval ({error}): pip install 'lm-eval>=0.4.13,<0.5'") from error
     return TaskManager()
 
 
-def _check_known(manager: Any, name: str) -> None:
-    known = [*manager.all_subtasks, *manager.all_groups]
-    if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise RecipeError(f"lm-eval has no task {name}{meant}: list them with lm-eval ls tasks")
-
-
-def _check_choices(name: str, part: Mapping[str, Any]) -> None:
-    for task in part["tasks"].values():
-        if task.OUTPUT_TYPE != "multiple_choice":
-            raise RecipeError(
-                f"task {name} is no multiple choice but {task.OUTPUT_TYPE}: only choices can be compared here"
-            )
-    if name in part["groups"]:
-        known = {each.metric for each in part["groups"][name].aggregate_metric_list or []}
-    else:
-        known = {each["metric"] for task in part["tasks"].values() for each in task.config.metric_list or []}
-    if not known & set(METRICS):
-        has = ", ".join(sorted(known)) or "nothing"
-        raise RecipeError(f"lm-eval measures {has} of {name}, and no accuracy: choose another, or name its tasks")
-
-
-def _from_hub(manager: Any, name: str) -> Any:
-    try:
-        part = manager.load([name])
-    except READ_ERRORS as error:
-        otherwise = "" if name in manager.all_groups else ", or give them as a file in --task-data"
-        raise CalibrationError(
-            f"the items of task {name} cannot be read from the hub ({error}): check the network{otherwise}"
-        ) from error
-    for task in part["tasks"].values():
-        task.set_config("num_fewshot", 0)
-    return part
-
-
-def _on_file(manager: Any, name: str, file: Path) -> Any:
-    """The task as lm-eval defines it, but for where its items come from."""
-    definition = manager.task_index[name].yaml_path
-    if name in manager.all_groups:
-        raise RecipeError(f"{name} is a group of tasks, and {file} can only hold the items of one: name its tasks")
-    if definition is None:
-        raise RecipeError(f"task {name} is defined by code in lm-eval, which reads its own data: choose another")
-    overrides = {
-        "include": str(definition),
+def _load_local(name: str, file: Path) -> Any:
+    """A task as lm-eval defines it, with the items of a file."""
+    if name not in _manager().all_subtasks:
+        raise ValueError("items of a file need a single task")
+    definition = {
+        "include": str(_manager().task_index[name].yaml_path),
         "task": name,
         "dataset_path": READERS[file.suffix],
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {SPLIT: str(file.resolve())}},
-        "training_split": None,
-        "validation_split": None,
-        "test_split": SPLIT,
-        "fewshot_split": None,
-        "num_fewshot": 0,
+        "dataset_kwargs": {"data_files": {"test": str(file.resolve())}},
+        "test_split": "test",
+        **dict.fromkeys(("training_split", "validation_split", "fewshot_split")),
     }
-    try:
-        with TemporaryDirectory() as directory:
-            changed = Path(directory) / f"{name}.yaml"
-            changed.write_text(yaml.safe_dump(overrides), encoding="utf-8")
-            (task,) = manager.load([str(changed)])["tasks"].values()
-    # lm-eval renders its templates on the first item while it loads a task.
-    except (DatasetsError, StopIteration, OSError) as error:
-        text = " ".join(str(error).split()) or "it is empty"
-        raise CalibrationError(f"the items of task {name} in {file} cannot be read ({text}): copy it anew") from error
-    except (*BAD_ITEM, ImportError) as error:
-        raise CalibrationError(
-            f"{file} does not hold items of {name} with the columns of its published dataset "
-            f"({type(error).__name__}: {error})"
-        ) from error
-    return task
-
-
-def _check_items(name: str, part: Mapping[str, Any], file: Path) -> None:
-    """What lm-eval would make of each item: one that is damaged must not cost the work on all others."""
-    for task in part["tasks"].values():
-        if callable(task.config.process_results):
-            continue  # which finds the right answer in its own way
-        for number, item in enumerate(task.eval_docs, 1):
-            try:
-                prompt, choices, right = task.doc_to_text(item), task.doc_to_choice(item), task.doc_to_target(item)
-            except BAD_ITEM as error:
-                told = f"{type(error).__name__}: {error}"
-            else:
-                told = _wrong(choices, prompt if task.multiple_input else right)
-            if told:
-                raise CalibrationError(f"item {number} of {file} is none of task {name} ({told}): correct or remove it")
-
-
-def _wrong(choices: Sequence[str], right: object) -> str:
-    """Why no choice is right; empty if one is, or some are."""
-    answers = right if isinstance(right, list) else [right]
-    known = [answer in choices if isinstance(answer, str) else answer in range(len(choices)) for answer in answers]
-    return "" if known and all(known) else f"its answer is {shown(right)}, of {len(choices)} choices"
-
-
-def _check_installed() -> None:
-    try:
-        import lm_eval.models.huggingface  # noqa: F401
-    except ImportError as error:
-        raise OptimaError(
-            f"tasks need lm-eval, which cannot be imported ({error}): pip install 'lm-eval>=0.4.13,<0.5'"
-        ) from error
-
-
-@contextmanager
-def quiet_lm_eval() -> Iterator[None]:
-    """It warns of every choice that is made here on purpose."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with TemporaryDirectory() as place:
+        changed = Path(place) / f"{name}.yaml"
+        changed.write_text(yaml.safe_dump(definition), encoding="utf-8")
+        return _manager().load([str(changed)])

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from optima.console import printable
-from optima.errors import ModelError
-from optima.models.files import TOKENIZERS, explain_write_errors, write_whole
+from optima.models.files import TOKENIZERS
 from optima.models.own_code import auto_class
 from optima.patterns import parse_nm
 from optima.reporting.markdown import table
@@ -26,10 +23,9 @@ from optima.reporting.record import Report
 from optima.reporting.summary import bullets, code, names_of, summary
 
 CARD_NAME = "README.md"
-BEGIN, END = "<!-- optima:results -->", "<!-- /optima:results -->"  # what eval --save replaces
 TAGS = ("pruning", "sparse", "optima")
 HIDDEN = ("dataset", "device", "batch_size", "trust_remote_code", "revision", "dtype", "targets", "ignore", "layers")
-NOT_YET = "Not evaluated yet: `optima eval DENSE THIS --save` writes its results here."
+NOT_YET = "Measure it with `optima eval DENSE THIS`; `evaluation.json`, if it is here, has results."
 BODY = """
 # {title}
 
@@ -54,9 +50,7 @@ from transformers import {classes}
 
 ## Results
 
-{begin}
 {results}
-{end}
 
 ## Limits
 
@@ -88,55 +82,6 @@ def write_card(directory: Path, report: Report, base_model: str | None) -> None:
         head["base_model_relation"] = "finetune"  # the hub has no relation for pruned models
     card = ModelCard(f"---\n{ModelCardData(**head).to_yaml()}\n---\n{_body(directory, report)}")
     file.write_text(f"{str(card).rstrip()}\n", encoding="utf-8")
-
-
-def add_results(directory: Path, name: str, results: Sequence[EvalResult], text: str) -> bool:
-    """Put results into a card's metadata and its section on results; False if there is no card.
-
-    Args:
-        directory: of the checkpoint.
-        name: of the model, for the metadata.
-        results: for the metadata; earlier ones of other data sets stay.
-        text: Markdown for the section; a card without the two marks keeps its own text.
-
-    Raises:
-        ModelError: if the card's metadata cannot be read.
-    """
-    file = directory / CARD_NAME
-    if (card := check_card(directory)) is None:
-        return False
-    data = card.data
-    assert isinstance(data, ModelCardData)
-    new = {(each.dataset_type, each.dataset_config, each.dataset_split) for each in results}
-    earlier = [
-        each
-        for each in data.eval_results or []
-        if (each.dataset_type, each.dataset_config, each.dataset_split) not in new
-    ]
-    data.model_name = name
-    data.eval_results = [*earlier, *results]
-    begin, end = card.text.find(BEGIN), card.text.find(END)
-    if 0 <= begin < end:
-        card.text = f"{card.text[: begin + len(BEGIN)]}\n{text}\n{card.text[end:]}"
-    with explain_write_errors(file, "see that it may be written, and measure again"):
-        write_whole(file, f"{str(card).rstrip()}\n".encode())
-    return True
-
-
-def check_card(directory: Path) -> ModelCard | None:
-    """The card in ``directory``; None if there is none.
-
-    Raises:
-        ModelError: if its metadata cannot be read.
-    """
-    file = directory / CARD_NAME
-    if not file.is_file():
-        return None
-    try:
-        return ModelCard(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        text = " ".join(str(error).split())
-        raise ModelError(f"the metadata of {file} cannot be read ({text}): correct or remove the file") from error
 
 
 def short_name(model: str) -> str:
@@ -172,9 +117,7 @@ def _body(directory: Path, report: Report) -> str:
         summary=bullets(summary(report)),
         settings=table(["setting", "value"], [[key, printable(value)] for key, value in rows], num_left=2),
         again=" and".join(again),
-        begin=BEGIN,
         results=NOT_YET,
-        end=END,
         limits=bullets(LIMITS),
     )
 

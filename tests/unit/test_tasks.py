@@ -1,0 +1,127 @@
+"""Accuracy on tasks: real lm-eval runs, checked against likelihoods computed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import LINES, make_bert, make_llama, make_tokenizer
+from torch import Tensor
+
+from optima.errors import CalibrationError, ModelError, NumericalError, RecipeError
+from optima.evaluation.tasks import find_items, load_tasks, zero_shot
+
+pytest.importorskip("lm_eval.models.huggingface", reason="needs the eval extra", exc_type=ImportError)
+
+ENDS = {"bos_token": "<s>", "eos_token": "</s>"}
+ITEMS = [
+    {"goal": LINES[i % 2][: 10 + i], "sol1": LINES[0][i : i + 9], "sol2": LINES[1][2 * i : 2 * i + 4], "label": i % 2}
+    for i in range(12)
+]
+
+
+@pytest.fixture
+def piqa(tmp_path: Path) -> Path:
+    file = tmp_path / "piqa_validation.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    return file
+
+
+@torch.no_grad()
+def log_likelihood(model: torch.nn.Module, prompt: str, choice: str) -> float:
+    """Of the choice after the prompt, summed over its tokens."""
+    tokenizer = make_tokenizer(**ENDS)
+    before, both = (tokenizer(text)["input_ids"] for text in (prompt, prompt + choice))
+    logits_LV: Tensor = model(torch.tensor([both])).logits[0].double().log_softmax(-1)
+    return sum(logits_LV[i - 1, both[i]].item() for i in range(len(before), len(both)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_equals_the_definition_of_the_task(piqa: Path, batch_size: int) -> None:
+    model = make_llama(max_position_embeddings=128)
+    (found,) = zero_shot(model, make_tokenizer(**ENDS), load_tasks({"piqa": piqa}), batch_size=batch_size)
+    right = {"acc": "", "acc_norm": ""}
+    for item in ITEMS:
+        prompt, choices = f"Question: {item['goal']}\nAnswer:", [item["sol1"], item["sol2"]]
+        scores = [log_likelihood(model, prompt, f" {choice}") for choice in choices]
+        for metric, lengths in (("acc", [1, 1]), ("acc_norm", [len(choice) for choice in choices])):
+            best = max((0, 1), key=lambda i: scores[i] / lengths[i])
+            right[metric] += str(int(best == item["label"]))
+    assert found.task == "piqa"
+    assert found.items == len(ITEMS)
+    assert found.correct == right
+    for metric, answers in right.items():
+        share = answers.count("1") / len(ITEMS)
+        assert found.metrics[metric].value == pytest.approx(share)
+        assert found.metrics[metric].stderr == pytest.approx((share * (1 - share) / (len(ITEMS) - 1)) ** 0.5)
+
+
+def test_model_tokenizer_and_tasks_stay_as_they_were(piqa: Path) -> None:
+    model, tokenizer = make_llama(max_position_embeddings=128).train(), make_tokenizer(**ENDS)
+    tasks, before = load_tasks({"piqa": piqa}), {name: value.clone() for name, value in model.state_dict().items()}
+    few = zero_shot(model, tokenizer, tasks, limit=5)
+    assert few[0].items == 5
+    assert zero_shot(model, tokenizer, tasks, limit=5) == few
+    assert model.training
+    assert tokenizer.pad_token is None
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    (whole,) = zero_shot(model, tokenizer, tasks)
+    assert whole.correct["acc"].startswith(few[0].correct["acc"])
+    assert whole.data_hash != few[0].data_hash
+
+
+def test_group_is_its_tasks_together(piqa: Path, tmp_path: Path) -> None:
+    from lm_eval.api.group import Group
+    from lm_eval.config.group import AggMetricConfig
+
+    arc = tmp_path / "arc_easy.jsonl"
+    choices = {"text": ["dog", "fox", "jugs"], "label": ["A", "B", "C"]}
+    arc.write_text(json.dumps({"id": "0", "question": LINES[0], "choices": choices, "answerKey": "B"}) + "\n")
+    model, tokenizer = make_llama(max_position_embeddings=128), make_tokenizer(**ENDS)
+    tasks = load_tasks({"piqa": piqa, "arc_easy": arc})
+    first, second = zero_shot(model, tokenizer, tasks)
+    for by_size in (True, False):
+        metric = AggMetricConfig("acc", filter_list=["none"], weight_by_size=by_size)
+        group = Group("both", aggregate_metric_list=[metric])
+        for (task,) in tasks.values():
+            group.add(task)
+        (found,) = zero_shot(model, tokenizer, {"both": [group]})
+        assert (found.task, found.items) == ("both", len(ITEMS) + 1)
+        values, sizes = [each.metrics["acc"].value for each in (first, second)], [len(ITEMS), 1]
+        weights = sizes if by_size else [1, 1]
+        mean = sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+        assert found.metrics["acc"].value == pytest.approx(mean)
+        pooled = {"acc": first.correct["acc"] + second.correct["acc"]}
+        assert found.correct == (pooled if by_size else {}), "a mean over tasks is no mean over items"
+
+
+def test_bad_input_is_named(piqa: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(**ENDS)
+    for tasks in ({"arc_easy": piqa}, {"no_such_task": None}, {"mmlu": piqa}, {"piqa": tmp_path / "missing.jsonl"}):
+        with pytest.raises(RecipeError, match=next(iter(tasks))):
+            load_tasks(tasks)
+    with pytest.raises(ModelError, match="eos_token"):
+        zero_shot(make_llama(), make_tokenizer(), load_tasks({"piqa": piqa}))
+    with pytest.raises(ModelError, match="not a causal language model"):
+        zero_shot(make_bert(), tokenizer, load_tasks({"piqa": piqa}))
+    model = make_llama(max_position_embeddings=128)
+    model.model.norm.weight.data[3] = torch.nan
+    with pytest.raises(NumericalError, match="piqa"):
+        zero_shot(model, tokenizer, load_tasks({"piqa": piqa}))
+
+
+def test_file_name_says_which_task_it_is_for(tmp_path: Path) -> None:
+    for name in ("piqa_validation.jsonl", "arc_easy-test.parquet", "arc_challenge.json", "piqa.txt", "piqapiqa.jsonl"):
+        (tmp_path / name).touch()
+    found = find_items(["piqa", "arc_easy", "arc_challenge"], tmp_path)
+    assert [file.name for file in found.values()] == [
+        "piqa_validation.jsonl",
+        "arc_easy-test.parquet",
+        "arc_challenge.json",
+    ]
+    (tmp_path / "piqa_test.jsonl").touch()
+    for name, place in (("piqa", tmp_path), ("winogrande", tmp_path), ("piqa", tmp_path / "missing")):
+        with pytest.raises(CalibrationError, match=name):
+            find_items([name], place)
