@@ -278,11 +278,13 @@ def make_bench(options: argparse.Namespace) -> Bench:
         load_tasks(options.tasks)
     source = find_source(options.model)
     tokenizer = load_tokenizer(source)
-    documents: Iterable[str] = load_documents(options.calibration, seed=options.seed)
+    documents: Iterable[str]
     held_out_NL = None
     if options.held_out:
         documents, rest = split(options.calibration, options.held_out, options.seed)
         held_out_NL = evaluation_windows(rest, tokenizer, options.window, options.max_windows)
+    else:
+        documents = load_documents(options.calibration, seed=options.seed)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     model, hashed = load_model(source, options.dtype), fingerprint(source)
     if options.own_samples:

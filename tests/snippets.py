@@ -79,7 +79,7 @@ class World:
         self._cap(Recipe, "num_calibration_samples", SAMPLES)
         self._cap(Recipe, "max_seq_length", LENGTH)
         monkeypatch.setattr("optima.evaluation.evaluate.evaluation_windows", short_windows)
-        monkeypatch.setattr("optima.data.records.load_dataset_builder", lambda *_, **__: Builder())
+        monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: Builder())
         monkeypatch.syspath_prepend(str(Path.cwd()))
         self._namespace: dict[str, Any] | None = None
 

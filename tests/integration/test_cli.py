@@ -69,7 +69,8 @@ class TestPrune:
         output, message = capfd.readouterr()
         assert "50.00% of the weights of 14 linear layers pruned" in output
         assert "checkpoint and report: out (report.html, report.md, report.json)" in output
-        assert [line.split("  ")[0] for line in message.splitlines()[-2:]] == ["pruning: block 1/2", "pruning: block 2/2"]
+        shown = [line.split("  ")[0] for line in message.splitlines()[-2:]]
+        assert shown == ["pruning: block 1/2", "pruning: block 2/2"]
         after = snapshot(root)
         assert {name: content for name, content in after.items() if not name.startswith("out")} == before
 

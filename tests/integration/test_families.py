@@ -387,16 +387,6 @@ def test_routers_that_choose_too(family: str) -> None:
     assert all(linear.name.endswith("router") and linear.sparsity > 0.2 for linear in report.linears)
 
 
-def test_nothing_of_a_dense_router_is_tuned() -> None:
-    model = build("gemma4_moe")
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    report = prune(model, Recipe(tuning_epochs=2), calibration=make_ids())
-    assert any(linear.tuned for linear in report.linears)
-    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert any("norm" in name for name in moved)
-    assert not any("router" in name for name in moved)
-
-
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_a_model_made_inside_inference_mode(family: str) -> None:
     """Its weights change inside it alone, and views of them too."""
@@ -516,7 +506,7 @@ def test_a_plan_tells_why_a_run_holds_the_whole_model(lacks: str, why: str, tmp_
 def test_a_plan_shows_experts_in_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     build("mixtral").save_pretrained(tmp_path)
     plan = make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16))
-    print_plan(plan, None, "model", Console(width=120))
+    print_plan(plan, "model", Console(width=120))
     told = capsys.readouterr().out
     assert "*.mlp.experts.down_proj.* (4)" in told
     assert "*.self_attn.q_proj " in told

@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import build
 from safetensors.torch import load_file, save_file
-from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens, snapshot, weight_files
+from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens, save_text, snapshot, weight_files
 from transformers import PreTrainedModel
 
 import optima
@@ -362,7 +362,10 @@ def test_it_is_refused_before_text_is_generated(tmp_path: Path, monkeypatch: pyt
     make_llama().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(optima.preflight.opening, "generate_tokens", None)
     monkeypatch.setattr("optima.models.weights.load_whole", None)  # nor are weights read, which are held whole
-    recipe = optima.Recipe(memory_budget="1MiB", max_seq_length=16, self_generated=0.5)
+    text = str(save_text(tmp_path / "text.txt"))
+    recipe = optima.Recipe(
+        memory_budget="1MiB", max_seq_length=16, self_generated=0.5, dataset=[text], num_calibration_samples=4
+    )
     with pytest.raises(RecipeError, match="memory_budget"):
         optima.prune(tmp_path / "model", recipe, output_dir=tmp_path / "out", tokenizer=make_tokenizer())
 

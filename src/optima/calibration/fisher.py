@@ -543,9 +543,12 @@ class _GradientPass:
                 ends += [first_tokens(self.streams, hidden) for hidden in part.hidden]
                 gradients = self._at_the_head(part, batches_now, draws)
                 own = None if self.numbers is None else [self.numbers[batch] for batch in batches_now]
-                self._back(part, kept, gradients, found, own)
-                self.progress((number + 1) / len(parts))
+                self._back(part, kept, gradients, found, own, partial(self._done, number, len(parts)))
         return found, ends
+
+    def _done(self, part: int, parts: int, backward: float) -> None:
+        """Report progress: a forward pass is a quarter of the work, ``backward`` the fraction of the rest."""
+        self.progress((part + 0.25 + 0.75 * backward) / parts)
 
     @property
     def _has_head(self) -> bool:
@@ -587,15 +590,17 @@ class _GradientPass:
         gradients: list[Tensor],
         found: FisherWeights,
         numbers: Sequence[int] | None,
+        done: Callable[[float], None],
     ) -> None:
         """Through all blocks, the last first; ``numbers`` of the batches of ``part``."""
-        for block in reversed(self.stack.blocks):
+        for left, block in reversed(list(enumerate(self.stack.blocks))):
             part.hidden = kept.pop()
             if self.residual:
                 sum_EE = second_moment(gradients, part.device, found.residual.get(block.name))
                 found.residual[block.name] = self.streams.store.keep(sum_EE)
             with self.weights.on(block, part.device):
                 through(block, part, gradients, found, numbers)
+            done(1.0 - left / len(self.stack.blocks))
 
 
 def second_moment(gradients: Sequence[Tensor], device: torch.device, before_EE: Tensor | None = None) -> Tensor:

@@ -24,7 +24,18 @@ from optima.reporting.summary import bullets, code, names_of, summary
 
 CARD_NAME = "README.md"
 TAGS = ("pruning", "sparse", "optima")
-HIDDEN = ("dataset", "device", "batch_size", "trust_remote_code", "revision", "dtype", "targets", "ignore", "layers")
+HIDDEN = (
+    "dataset",
+    "device",
+    "batch_size",
+    "memory_budget",
+    "trust_remote_code",
+    "revision",
+    "dtype",
+    "targets",
+    "ignore",
+    "layers",
+)
 NOT_YET = "Measure it with `optima eval DENSE THIS`; `evaluation.json`, if it is here, has results."
 BODY = """
 # {title}
