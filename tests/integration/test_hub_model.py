@@ -114,4 +114,4 @@ def test_a_proxy_that_refuses_is_one_error(optima: Run, hub: StandInHub, tmp_pat
     found = optima(*arguments, HF_ENDPOINT="https://hub.invalid", HTTPS_PROXY=hub.url, https_proxy=hub.url)
     assert found.returncode == 2, found.stderr
     assert "dataset 'team/text'" in found.stderr
-    assert "and the network" in found.stderr
+    assert "cannot read dataset" in found.stderr
