@@ -19,7 +19,7 @@ from optima.memory import GIB, HostMemory, host_memory, work_bytes
 from optima.models.experts import split_on_disk
 from optima.models.skeleton import skeleton
 from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, count_by_place, count_parameters
+from optima.models.stacks import count_parameters
 from optima.models.weights import why_whole
 from optima.patterns import NM
 from optima.preflight.checks import Preflight
@@ -85,13 +85,6 @@ class Plan:
         sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in self.found.linears}
         pruned = sum(self.found.patterns[name].sparsity * size for name, size in sizes.items())
         return pruned / sum(sizes.values())
-
-    def held_bytes(self, block: Block | None = None) -> int:
-        """Of weights in main memory while a run works on a block, or outside of them."""
-        if not self.streamed:
-            return self.model_bytes
-        count = count_by_place(self.model, self.found.blocks)[1] if block is None else count_parameters(block.module)
-        return count * self.dtype.itemsize
 
 
 def make_plan(source: Source, recipe: Recipe) -> Plan:

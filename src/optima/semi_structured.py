@@ -40,7 +40,7 @@ class Accelerated:
 def accelerate(model: nn.Module) -> Accelerated:
     """Convert every linear that really is 2:4 to PyTorch's semi-structured format, in place, for inference.
 
-    Large batches and prompts gain; a single token does not, see ``runtimes.yaml``. The model cannot be saved or trained
+    Large batches and prompts gain; a single token does not. The model cannot be saved or trained
     afterwards: its weights are no ordinary tensors any more.
 
     Args:

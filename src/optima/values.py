@@ -8,7 +8,7 @@ import re
 import reprlib
 from collections.abc import Iterable
 from functools import cache
-from typing import Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ByteSize, Field, Strict, TypeAdapter, ValidationError
 
@@ -40,10 +40,8 @@ Texts = Annotated[list[str], BeforeValidator(_one_or_many), "a list of texts"]
 Name = Annotated[str, Field(min_length=1)]
 Place = Annotated[str, BeforeValidator(_as_text)]
 Names = Annotated[list[Name], BeforeValidator(_one_or_many), "a list of names, none of them empty"]
-FrozenNames = Annotated[tuple[Name, ...], BeforeValidator(_one_or_many), "a list of names, none of them empty"]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$"), "auto, cpu, cuda or cuda:N"]
 Flag = Annotated[bool, Strict(), "true or false"]
-FlagOrAuto = Annotated[Flag | Literal["auto"], "true, false or auto"]
 
 
 @cache
