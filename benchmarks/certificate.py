@@ -36,7 +36,7 @@ from optima.selectors.ranking import top_scores
 from optima.selectors.wanda import wanda_score
 
 # Those that ``auto`` takes, named: small problems would never meet one that is for large ones.
-SOLVERS = ("low-rank-cg", "shared-inverse-cg", "cholesky")
+SOLVERS = ("low-rank-cg", "cholesky")
 SPECTRA = ("white", "llm", "rank-deficient", "duplicated", "dead", "scaled", "ill-conditioned", "asymmetric")
 
 

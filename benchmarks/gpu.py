@@ -48,7 +48,7 @@ from optima.selectors.base import LinearTask, make_selector
 BLOCKS = 32
 SEQUENCES, LENGTH, SEQUENCES_PER_BATCH = 128, 2048, 4
 # Of an iteration, with a D x D matrix; thin ones, and those of other solvers, are not counted.
-PRODUCTS = {"shared-inverse-cg": 2, "low-rank-cg": 1}
+PRODUCTS = {"low-rank-cg": 1}
 HIDDEN, KEY_VALUE, INTERMEDIATE, HEADS = 4096, 1024, 14336, 32
 SHRINK = {"full": 1, "eighth": 8, "tiny": 64}
 GOAL_MINUTES, GOAL_GIB = 15.0, 10.0

@@ -34,7 +34,7 @@ from qp_peers.direct import Solve, cholesky_rows, osqp_solve, piqp_solve, row_by
 from rich.console import Console
 from torch import Tensor
 
-from optima.qp import Hessian, RowSolution, SharedInverseCG, certify, make_problem, solve_rows
+from optima.qp import Hessian, LowRankCG, RowSolution, certify, make_problem, solve_rows
 
 # Work spent on the float64 oracle of one case, in floating-point operations and rows: the rows it covers follow.
 ORACLE_FLOPS = 5e10
@@ -79,7 +79,7 @@ class Bench:
     def optimum_RD(self) -> Tensor:
         """v* of all rows: solved to 1e-10 in float64, and held against the oracle where there is one."""
         exact = make_problem(self.hessian, self.problem.target_RD.double(), self.problem.keep_RD)
-        solution = solve_rows(SharedInverseCG(1e-10), self.hessian, exact)
+        solution = solve_rows(LowRankCG(1e-10), self.hessian, exact)
         excess = solution.error_R[: len(self.optimal_R)] / self.optimal_R - 1.0
         assert float(excess.abs().max()) < 1e-8, "the reference solution disagrees with the float64 Cholesky"
         return solution.weight_RD

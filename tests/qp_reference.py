@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.linalg import cholesky, solve
-from scipy.optimize import lsq_linear
+from scipy.linalg import solve
 from torch import Tensor
 
 from optima.qp import Hessian, RowProblem, make_problem
@@ -48,22 +47,16 @@ class Reference:
         hessian_DD: with the damping on its diagonal.
         target_RD: dense weights.
         keep_RD: True = survives.
-        lower_RD: -inf where there is no bound.
-        upper_RD: inf where there is no bound.
     """
 
     hessian_DD: Array
     target_RD: Array
     keep_RD: NDArray[np.bool_]
-    lower_RD: Array
-    upper_RD: Array
 
     @property
     def energy_R(self) -> Array:
-        """1/2 sum_i H_ii w_i^2, of the larger of the target and its projection on the bounds."""
-        inside = np.where(self.keep_RD, np.clip(self.target_RD, self.lower_RD, self.upper_RD), 0.0)
-        largest = np.maximum(np.abs(self.target_RD), np.abs(inside))
-        energy: Array = 0.5 * largest**2 @ self.hessian_DD.diagonal()
+        """1/2 sum_i H_ii w_i^2."""
+        energy: Array = 0.5 * self.target_RD**2 @ self.hessian_DD.diagonal()
         return energy
 
     def loss(self, weight_RD: Tensor | Array) -> Array:
@@ -79,29 +72,13 @@ class Reference:
         return distance
 
     def optimum(self) -> Array:
-        """The minimiser of every row: the normal equations, or an active-set method where there are bounds."""
+        """The minimiser of every row, by the normal equations."""
         result = np.zeros_like(self.target_RD)
         for row, kept in enumerate(self.keep_RD):
             if kept.any():
-                result[row, kept] = self._solve(row, kept)
+                gradient = self.hessian_DD @ self.target_RD[row]
+                result[row, kept] = solve(self.hessian_DD[np.ix_(kept, kept)], gradient[kept], assume_a="pos")
         return result
-
-    def _solve(self, row: int, kept: NDArray[np.bool_]) -> Array:
-        lower, upper = self.lower_RD[row], self.upper_RD[row]
-        if np.isinf(lower[kept]).all() and np.isinf(upper[kept]).all():
-            gradient = self.hessian_DD @ self.target_RD[row]
-            free: Array = solve(self.hessian_DD[np.ix_(kept, kept)], gradient[kept], assume_a="pos")
-            return free
-        # E = 1/2 |L^T (v - w)|^2, least squares in the weights that the bounds leave any room.
-        fixed = np.where(kept & (lower == upper), lower, 0.0)
-        free_D = kept & (lower < upper)
-        root_DD = cholesky(self.hessian_DD, lower=False)
-        right = root_DD @ (self.target_RD[row] - fixed)
-        if free_D.any():
-            bounds = (lower[free_D], upper[free_D])
-            fixed[free_D] = lsq_linear(root_DD[:, free_D], right, bounds, method="bvls", tol=1e-15).x
-        answer: Array = np.clip(fixed, lower, upper)[kept]
-        return answer
 
     def allowance(self, gap: Array | float) -> Array:
         """The largest E that a row with this gap may have."""
@@ -116,11 +93,7 @@ def reference(matrix_DD: Tensor, damping: float, problem: RowProblem) -> Referen
     hessian_DD = hessian_DD + damping * hessian_DD.diagonal().mean() * np.eye(len(hessian_DD))
     target_RD = problem.target_RD.double().numpy()
 
-    def bound(tensor: Tensor | None, missing: float) -> Array:
-        return np.full_like(target_RD, missing) if tensor is None else tensor.double().numpy()
-
-    lower_RD, upper_RD = bound(problem.lower_RD, -np.inf), bound(problem.upper_RD, np.inf)
-    return Reference(hessian_DD, target_RD, problem.keep_RD.numpy(), lower_RD, upper_RD)
+    return Reference(hessian_DD, target_RD, problem.keep_RD.numpy())
 
 
 def make_layer(

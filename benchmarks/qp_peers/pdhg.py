@@ -18,14 +18,15 @@ Shapes: R rows in the batch, D inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from optima.linalg.directions import fixed_directions
 from optima.linalg.hessian import Hessian
+from optima.linalg.products import SharedMatrix
 from optima.qp.batch import RowBatch, unfinished
-from optima.qp.bounded import split, unit_spectrum
 from optima.qp.problem import RowProblem, RowSolution
 from optima.qp.restarts import Correction, Residuals, solve_with_restarts
 
@@ -33,6 +34,8 @@ MAX_ITERATIONS = 2000
 # Iterations between looks at the certified gap, each of which costs one more product.
 CHECK_EVERY = 16
 STEP = 0.99
+# Of the largest eigenvalue, which power iteration approaches from below.
+POWER_ITERATIONS, MARGIN = 30, 1.2
 # Restart when the optimality residual has fallen by the first factor since the last restart, or by the second and
 # rises again, or when the run has lasted this share of all iterations (PDLP, arXiv 2106.04756, section 4).
 SUFFICIENT, NECESSARY, ARTIFICIAL = 0.2, 0.8, 0.36
@@ -51,7 +54,6 @@ class RestartedPDHG:
     max_iterations: int = MAX_ITERATIONS
 
     name = "pdhg"
-    supports_bounds = True
 
     def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``."""
@@ -59,10 +61,8 @@ class RestartedPDHG:
         def inner(residuals: Residuals) -> Correction:
             batch = _Batch(hessian, residuals)
             (average_RD,) = batch.run(self.gap, self.max_iterations)
-            return Correction(batch.start_RD + average_RD, batch.iterations_R)
+            return Correction(average_RD, batch.iterations_R)
 
-        lower_RD, upper_RD = problem.box()
-        problem = replace(problem, lower_RD=lower_RD, upper_RD=upper_RD)
         return solve_with_restarts(hessian, problem, inner, self.gap)
 
 
@@ -70,7 +70,7 @@ class _Batch(RowBatch):
     """``point`` and ``average`` are x and x_avg as steps from the start, each with its residual g - H x on keep."""
 
     row_tensors = (
-        *("point", "residual", "average", "average_residual", "mask", "lower", "upper"),
+        *("point", "residual", "average", "average_residual", "mask"),
         *("count", "total", "anchor", "last", "error_start", "residual_start"),
     )
     results = ("average",)
@@ -79,23 +79,18 @@ class _Batch(RowBatch):
         super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
         self.check_every = CHECK_EVERY
         dtype = residuals.residual_RD.dtype
-        self.operator, self.check = hessian.operator(dtype), hessian.preconditioner(dtype)
-        diagonal_D, self.largest, _ = unit_spectrum(hessian)
-        self.diagonal_D = diagonal_D.to(dtype)
+        self.operator, self.whitener = hessian.operator(dtype), hessian.whitener(dtype)
+        self.diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
+        self.largest = hessian.memo((_largest, dtype), lambda: _largest(self.operator, self.diagonal_D.rsqrt()))
         self.mask, self.residual_start, self.error_start = residuals.mask_RD, residuals.residual_RD, residuals.error_R
-        assert residuals.box is not None
-        start, lower, upper = residuals.box
-        self.start_RD, self.lower, self.upper = start, lower - start, upper - start
         self.point, self.average = torch.zeros_like(self.mask), torch.zeros_like(self.mask)
         self.residual, self.average_residual = self.residual_start.clone(), self.residual_start.clone()
         self.count, self.total = self.mask.new_zeros(2, len(self.mask)).unbind()
-        self.anchor = self._optimality(self.point, self.residual)
+        self.anchor = self._optimality(self.residual)
         self.last = self.anchor
 
     def going(self, gap: float) -> Tensor:
-        free, wrong = split(self.average, self.lower, self.upper, self.average_residual)
-        unexplained = self.average_residual * free + wrong
-        bound = 0.5 * torch.linalg.vecdot(unexplained, self.check(unexplained)).double()
+        bound = 0.5 * self.whitener.squared_norm(self.average_residual)
         # E at x, from H x = g - r without another product.
         gained = 0.5 * torch.linalg.vecdot(self.average, self.residual_start + self.average_residual).double()
         return unfinished(bound, self.error_start - gained, gap)
@@ -104,7 +99,7 @@ class _Batch(RowBatch):
         momentum = (2.0 / (self.count + 2.0))[:, None]
         step = STEP * (self.count[:, None] + 2.0) / (2.0 * self.largest)
         slope = torch.lerp(self.average_residual, self.residual, momentum)
-        point = torch.clamp(self.point + step * slope / self.diagonal_D, self.lower, self.upper)
+        point = self.point + step * slope / self.diagonal_D
         self.residual = self.residual - self.operator(point - self.point) * self.mask
         self.point = point
         self.average = torch.lerp(self.average, self.point, momentum)
@@ -113,16 +108,15 @@ class _Batch(RowBatch):
         self._restart()
         return torch.ones_like(self.rows, dtype=torch.bool)
 
-    def _optimality(self, point: Tensor, residual: Tensor) -> Tensor:
-        """How far a projected gradient step would move: 0 at the optimum only."""
-        moved = torch.clamp(point + residual / self.diagonal_D, self.lower, self.upper) - point
-        norm: Tensor = torch.linalg.vecdot(moved, moved * self.diagonal_D).clamp_min(0.0).sqrt()
+    def _optimality(self, residual: Tensor) -> Tensor:
+        """How far a gradient step would move: 0 at the optimum only."""
+        norm: Tensor = torch.linalg.vecdot(residual, residual / self.diagonal_D).clamp_min(0.0).sqrt()
         return norm
 
     def _restart(self) -> None:
         """Rows that have made enough progress, or none for too long, start afresh from their better point."""
-        at_point = self._optimality(self.point, self.residual)
-        at_average = self._optimality(self.average, self.average_residual)
+        at_point = self._optimality(self.residual)
+        at_average = self._optimality(self.average_residual)
         candidate = torch.minimum(at_point, at_average)
         sufficient = candidate <= SUFFICIENT * self.anchor
         necessary = (candidate <= NECESSARY * self.anchor) & (candidate > self.last)
@@ -136,3 +130,13 @@ class _Batch(RowBatch):
             setattr(self, other, torch.where(restart[:, None], better, getattr(self, other)))
         self.anchor = torch.where(restart, candidate, self.anchor)
         self.count = torch.where(restart, 0.0, self.count)
+
+
+def _largest(operator: SharedMatrix, scale_D: Tensor) -> float:
+    """The largest eigenvalue of diag(scale) H diag(scale), estimated from above by power iteration."""
+    vector_1D = fixed_directions(1, scale_D)
+    norm = torch.linalg.vector_norm(vector_1D)
+    for _ in range(POWER_ITERATIONS):
+        vector_1D = operator(vector_1D / norm * scale_D) * scale_D
+        norm = torch.linalg.vector_norm(vector_1D)
+    return MARGIN * float(norm) if len(scale_D) else 1.0

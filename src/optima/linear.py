@@ -21,7 +21,7 @@ from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.options import SELECTOR_NAMES
 from optima.patterns import Pattern
-from optima.qp import RowProblem, RowSolution, RowSolver, Status, make_problem, solve_rows
+from optima.qp import RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.problem import concatenate
 from optima.qp.rounding import Rounded, round_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, chunk_rows
@@ -43,7 +43,6 @@ class Methods:
     Attributes:
         selector: chooses the mask.
         solver: re-solves the kept weights, or None to keep the selector's.
-        max_change: most a kept weight may move, in root mean squares of its row; None for no bound.
         rounding: ``hessian`` or ``nearest``, see ``optima.qp.rounding``.
         budget_bytes: work space of the solver for one chunk of rows.
         needs: what calibration finds for the selector, of what it asks for, see ``optima.selectors.base.needs_of``.
@@ -51,7 +50,6 @@ class Methods:
 
     selector: Selector
     solver: RowSolver | None = None
-    max_change: float | None = None
     rounding: Literal["hessian", "nearest"] = "hessian"
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     needs: frozenset[str] = frozenset()
@@ -161,7 +159,7 @@ def _work(
     solution = rounded = None
     if methods.solver is not None:
         with clock("solve"):
-            problem = _problem(task, selection, methods)
+            problem = make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD)
             solution = solve_rows(methods.solver, task.hessian, problem, methods.budget_bytes)
         with clock("round"):
             rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
@@ -261,15 +259,6 @@ def _kept(task: LinearTask, selection: Selection) -> Tensor:
     if selection.weight_OD is not None:
         return selection.weight_OD.to(task.weight_OD.dtype)
     return task.weight_OD * selection.keep_OD
-
-
-def _problem(task: LinearTask, selection: Selection, methods: Methods) -> RowProblem:
-    """The rows to re-solve, from the selector's weights where they are better."""
-    lower_OD = upper_OD = None
-    if methods.max_change is not None:
-        most_O1 = methods.max_change * task.weight_OD.square().mean(dim=1, keepdim=True).sqrt()
-        lower_OD, upper_OD = task.weight_OD - most_O1, task.weight_OD + most_O1
-    return make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD, lower_OD, upper_OD)
 
 
 def _measure(

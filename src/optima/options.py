@@ -13,8 +13,7 @@ SELECTOR_NAMES = (
     "magnitude", "wanda", "ria", "sparsegpt", "thanos", "admm", "alps", "optima", "external",
 )  # fmt: skip
 UNDAMPED = ("magnitude", "wanda", "ria", "admm", "external")  # they look at no inverse of a hessian
-SOLVER_NAMES = ("auto", "low-rank-cg", "shared-inverse-cg", "cholesky", "bounded", "none")
-BOUNDED_SOLVERS = ("auto", "bounded")
+SOLVER_NAMES = ("auto", "low-rank-cg", "cholesky", "none")
 ALLOCATION_NAMES = ("uniform", "owl", "loss")
 OBJECTIVES = ("loss", "sink", "plain")
 ROUNDINGS, DTYPES = ("hessian", "nearest"), ("auto", "float32", "bfloat16", "float16")

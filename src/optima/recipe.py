@@ -15,7 +15,6 @@ import yaml
 from optima.errors import IdleError, RecipeError
 from optima.options import (
     ALLOCATION_NAMES,
-    BOUNDED_SOLVERS,
     DEFAULT_SPARSITY,
     DTYPES,
     EPOCHS,
@@ -104,14 +103,12 @@ class Recipe:
     damping: Ridge = option("objective", 0.01, "ridge, relative to the mean diagonal of the hessian")
     solver: str = option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
     gap: Positive = option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")
-    max_change: Positive | None = option(
-        "solve", None, "most a surviving weight may move, in root mean squares of its row", shown="no bound")
     rounding: str = option(
         "solve", "hessian", "how weights are rounded: small ones make up for large ones, or to the nearest", ROUNDINGS)
     tuning_epochs: Seed | None = option(
         "tuning", None, "passes over calibration text in which each block is tuned towards the dense one; certificates "
         "speak of the weights before",
-        shown=f"{EPOCHS} with objective loss and a solver, without max_change, if there is room; else 0")
+        shown=f"{EPOCHS} with objective loss and a solver, if there is room; else 0")
     tuning_share: Share = option(
         "tuning", 0.4, "the share of the sequences that blocks are tuned on, of at least 32768 tokens")
     learning_rate: Positive = option(
@@ -157,11 +154,6 @@ class Recipe:
             what, other = ("allocation loss", "allocation uniform") if shared else ("keep_dense", "no keep_dense")
             if shared or self.keep_dense is not None:
                 raise RecipeError(f"{what} needs objective loss, not {named}: say objective loss, or {other}")
-        if self.max_change is not None and self.solver not in BOUNDED_SOLVERS:
-            holding = " or ".join(BOUNDED_SOLVERS)
-            raise RecipeError(f"max_change needs a solver that holds bounds: use solver {holding}, not {self.solver}")
-        if self.max_change is not None and self.tuning_epochs:
-            raise RecipeError("max_change does not bind tuning: set tuning_epochs to 0, or leave max_change out")
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
         check_regexes("targets", self.targets)
@@ -201,8 +193,7 @@ class Recipe:
         """Epochs of tuning, or what they are where the recipe names none: it tunes if solved in units of the loss."""
         if self.tuning_epochs is not None:
             return self.tuning_epochs
-        solved = self.solver != "none" and self.max_change is None
-        return EPOCHS if solved and self.applied_objective == "loss" else 0
+        return EPOCHS if self.solver != "none" and self.applied_objective == "loss" else 0
 
     @property
     def surveys(self) -> bool:

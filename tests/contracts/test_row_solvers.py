@@ -5,27 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from qp_peers.pdhg import RestartedPDHG
-from row_solver_contract import BoundedSolverContract, RowSolverContract
+from row_solver_contract import RowSolverContract
 
 from optima.qp import (
     SOLVERS,
     Auto,
     BatchedCholesky,
-    Bounded,
     LowRankCG,
     RowSolver,
-    SharedInverseCG,
     make_solver,
 )
-
-
-class TestSharedInverseCG(RowSolverContract):
-    def make(self, gap: float) -> RowSolver:
-        return SharedInverseCG(gap=gap)
-
-
-class TestSharedInverseCGTight(TestSharedInverseCG):
-    gap = 1e-6
 
 
 class TestLowRankCG(RowSolverContract):
@@ -51,16 +40,7 @@ class TestCholeskyFloat32(RowSolverContract):
         return BatchedCholesky(gap=gap, dtype=torch.float32)
 
 
-class TestBounded(BoundedSolverContract):
-    def make(self, gap: float) -> RowSolver:
-        return Bounded(gap=gap)
-
-
-class TestBoundedTight(TestBounded):
-    gap = 1e-6
-
-
-class TestPDHG(BoundedSolverContract):
+class TestPDHG(RowSolverContract):
     """The paper's method, a peer of the benchmarks behind the same protocol."""
 
     gap = 1e-2
@@ -69,7 +49,7 @@ class TestPDHG(BoundedSolverContract):
         return RestartedPDHG(gap=gap)
 
 
-class TestAuto(BoundedSolverContract):
+class TestAuto(RowSolverContract):
     def make(self, gap: float) -> RowSolver:
         return Auto(gap=gap)
 
@@ -81,5 +61,3 @@ def test_every_registered_solver_inherits_the_contract(name: str) -> None:
     contracts = [value for key, value in globals().items() if key.startswith("Test")]
     made = [contract().make(1e-3) for contract in contracts]
     assert any(type(solver) is type(other) for other in made)
-    bounded = [contract for contract, other in zip(contracts, made, strict=True) if type(solver) is type(other)]
-    assert all(issubclass(contract, BoundedSolverContract) == solver.supports_bounds for contract in bounded)

@@ -21,19 +21,16 @@ from optima.patterns import Unstructured
 from optima.qp import (
     Auto,
     BatchedCholesky,
-    Bounded,
     Hessian,
     LowRankCG,
     RowProblem,
     RowSolver,
-    SharedInverseCG,
     Status,
     certify,
     make_problem,
     solve_rows,
 )
 from optima.qp.batch import RowBatch
-from optima.qp.preconditioners import SharedInverse
 from optima.qp.rounding import round_rows
 from optima.selectors.base import LinearTask
 from optima.selectors.wanda import Wanda
@@ -42,14 +39,13 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="tests/gpu
 CUDA = torch.device("cuda")
 
 
-def layer(rows: int, num_inputs: int, bounds: bool = False) -> tuple[Hessian, RowProblem, Reference]:
+def layer(rows: int, num_inputs: int) -> tuple[Hessian, RowProblem, Reference]:
     """On the device; the reference is NumPy's."""
     matrix_DD = make_matrix(num_inputs, 2 * num_inputs, seed=1)
     weight_RD, keep_RD = make_rows(rows, num_inputs, seed=2)
-    box = (weight_RD - 0.1, weight_RD + 0.1) if bounds else (None, None)
-    truth = reference(matrix_DD, 0.01, make_problem(Hessian(matrix_DD), weight_RD, keep_RD, None, *box))
+    truth = reference(matrix_DD, 0.01, make_problem(Hessian(matrix_DD), weight_RD, keep_RD))
     hessian = Hessian(matrix_DD.to(CUDA))
-    return hessian, make_problem(hessian, weight_RD, keep_RD, None, *box), truth
+    return hessian, make_problem(hessian, weight_RD, keep_RD), truth
 
 
 def assert_certified(weight_RD: Tensor, gap_R: Tensor, truth: Reference) -> None:
@@ -58,7 +54,7 @@ def assert_certified(weight_RD: Tensor, gap_R: Tensor, truth: Reference) -> None
 
 
 @pytest.mark.parametrize("gap", [1e-2, 1e-4, 1e-6])
-@pytest.mark.parametrize("solver", [SharedInverseCG, LowRankCG, BatchedCholesky, Bounded, Auto])
+@pytest.mark.parametrize("solver", [LowRankCG, BatchedCholesky, Auto])
 def test_rows_reach_their_gap(solver: type[Auto], gap: float) -> None:
     hessian, problem, truth = layer(48, 640)
     solution = solve_rows(solver(gap), hessian, problem)
@@ -67,24 +63,9 @@ def test_rows_reach_their_gap(solver: type[Auto], gap: float) -> None:
     assert (solution.gap_R <= gap).all()
 
 
-def test_bounded_rows_reach_their_gap() -> None:
-    hessian, problem, truth = layer(24, 96, bounds=True)
-    solution = solve_rows(Auto(), hessian, problem)
-    assert_certified(solution.weight_RD, solution.gap_R, truth)
-    assert torch.equal(problem.clamp(solution.weight_RD), solution.weight_RD)
-
-
 def test_twice_the_same_bits() -> None:
     first, second = (solve_rows(Auto(), *layer(48, 640)[:2]) for _ in range(2))
     assert torch.equal(first.weight_RD, second.weight_RD)
-
-
-def test_the_preconditioner_multiplies_in_bfloat16_until_that_is_not_enough() -> None:
-    fast = torch.cuda.get_device_capability() >= (8, 0)
-    hessian, _, _ = layer(4, 96)
-    assert SharedInverse(hessian, torch.float32, exact=False).rounded == fast
-    assert not SharedInverse(hessian, torch.float32, exact=True).rounded
-    assert not SharedInverse(hessian, torch.float64, exact=False).rounded
 
 
 def test_a_batch_is_looked_at_every_fourth_iteration() -> None:
@@ -92,14 +73,14 @@ def test_a_batch_is_looked_at_every_fourth_iteration() -> None:
     assert RowBatch(3, CUDA).check_every == 4
 
 
-@pytest.mark.parametrize("solver", [SharedInverseCG(), BatchedCholesky()], ids=lambda solver: solver.name)
+@pytest.mark.parametrize("solver", [LowRankCG(), BatchedCholesky()], ids=lambda solver: solver.name)
 def test_small_blocks_change_nothing(solver: RowSolver, monkeypatch: pytest.MonkeyPatch) -> None:
     hessian, problem, truth = layer(40, 96)
-    whole = certify(hessian, problem, problem.clamp(problem.target_RD))
+    whole = certify(hessian, problem, problem.masked(problem.target_RD))
     monkeypatch.setattr("optima.qp.certificate.DEVICE_BLOCK_ENTRIES", 7 * 96)
     monkeypatch.setattr("optima.linalg.gather.DEVICE_BATCH_ENTRIES", 1)
     monkeypatch.setattr("optima.qp.rounding.DEVICE_CHUNK_ENTRIES", 7 * 96)
-    parts = certify(hessian, problem, problem.clamp(problem.target_RD))
+    parts = certify(hessian, problem, problem.masked(problem.target_RD))
     torch.testing.assert_close(parts.error_R, whole.error_R)
     torch.testing.assert_close(parts.bound_R, whole.bound_R, rtol=1e-3, atol=0.0)
     solution = solve_rows(solver, hessian, problem)
@@ -151,7 +132,7 @@ def test_out_of_memory_halves_the_chunk() -> None:
     """A buffer of all rows takes 32 MiB, and a solve more than six of them beside the problem's."""
     hessian = Hessian(make_matrix(128, 256, seed=5).to(CUDA))
     problem = make_problem(hessian, *make_rows(2**16, 128, seed=6))
-    solution = solve_rows(SharedInverseCG(), hessian, problem, budget_bytes=2**33)
+    solution = solve_rows(LowRankCG(), hessian, problem, budget_bytes=2**33)
     assert "out of memory" in solution.note
     assert (solution.status_R == Status.CONVERGED).all()
 

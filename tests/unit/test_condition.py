@@ -15,7 +15,7 @@ from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
-from optima.qp import Hessian, SharedInverseCG, certify, make_problem, make_solver, solve, solve_rows
+from optima.qp import Hessian, LowRankCG, certify, make_problem, make_solver, solve, solve_rows
 
 
 def wilkinson(size: int) -> Tensor:
@@ -54,7 +54,7 @@ def test_certificates_hold_where_no_pivot_shows_the_condition(size: int, dropped
     weight_RD = torch.randn(6, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64)
     keep_RD = (torch.arange(size) < size - dropped).expand(6, size)
     problem = make_problem(hessian, weight_RD, keep_RD)
-    point_RD = solve_rows(SharedInverseCG(1e-8), hessian, problem).weight_RD
+    point_RD = solve_rows(LowRankCG(1e-8), hessian, problem).weight_RD
     bound_R = certify(hessian, problem, point_RD).bound_R
     for row in range(6):
         excess = exact_excess(hessian.damped_DD, problem.target_RD[row], keep_RD[row], point_RD[row])
@@ -77,7 +77,7 @@ def test_a_bound_in_float32_near_its_limit_is_one() -> None:
     assert hessian.working_dtype == torch.float32
     weight_RD, keep_RD = make_rows(40, 300, seed=2)
     problem = make_problem(hessian, weight_RD, keep_RD)
-    for point_RD in (weight_RD * keep_RD, solve_rows(SharedInverseCG(), hessian, problem).weight_RD):
+    for point_RD in (weight_RD * keep_RD, solve_rows(LowRankCG(), hessian, problem).weight_RD):
         bound_R = certify(hessian, problem, point_RD).bound_R.numpy()
         matrix_DD, away_RD = hessian.damped_DD.numpy(), (weight_RD.double() - point_RD.double()).numpy()
         for row, keep_D in enumerate(keep_RD.numpy()):
@@ -117,7 +117,7 @@ def test_a_numerically_singular_hessian_is_damped_and_says_so() -> None:
     assert hessian.condition <= 1e13
 
 
-@pytest.mark.parametrize("solver", ["low-rank-cg", "shared-inverse-cg", "cholesky", "bounded"])
+@pytest.mark.parametrize("solver", ["low-rank-cg", "cholesky"])
 def test_rows_that_lose_next_to_nothing_are_certified(solver: str) -> None:
     """As of a sparse model whose zeros drifted: what must be lost is below the floor that a gap is relative to."""
     generator = torch.Generator().manual_seed(0)

@@ -23,13 +23,11 @@ from optima.errors import NumericalError, RecipeError
 from optima.qp import (
     Auto,
     BatchedCholesky,
-    Bounded,
     Hessian,
     LowRankCG,
     RowProblem,
     RowSolution,
     RowSolver,
-    SharedInverseCG,
     Status,
     make_problem,
     solve,
@@ -41,7 +39,7 @@ from optima.qp.restarts import Correction, Residuals, solve_with_restarts
 from optima.qp.rows import BYTES_PER_ENTRY
 
 SOLVERS: list[RowSolver] = [
-    *(SharedInverseCG(), LowRankCG(), BatchedCholesky(), Bounded(), RestartedPDHG(gap=1e-2), Auto()),
+    *(LowRankCG(), BatchedCholesky(), RestartedPDHG(gap=1e-2), Auto()),
 ]
 every_solver = pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
 
@@ -155,9 +153,7 @@ def test_one_massive_activation(solver: RowSolver) -> None:
     solved(solver, matrix_DD * scale_D * scale_D[:, None])
 
 
-@pytest.mark.parametrize(
-    "solver", [SharedInverseCG(), LowRankCG(), BatchedCholesky(), Bounded(), Auto()], ids=lambda each: each.name
-)
+@pytest.mark.parametrize("solver", [LowRankCG(), BatchedCholesky(), Auto()], ids=lambda each: each.name)
 def test_no_damping_where_the_hessian_is_singular(solver: RowSolver) -> None:
     """The damping that it took is recorded, and it is what the problem was solved with."""
     hessian, _ = solved(solver, make_matrix(20, 5, seed=9).double(), damping=0.0, dtype=torch.float64)
@@ -171,7 +167,7 @@ def test_float32_weights_where_the_hessian_is_singular() -> None:
     matrix_DD = make_matrix(20, 5, seed=9).double()
     hessian = Hessian(matrix_DD, damping=0.0)
     problem = make_problem(hessian, *make_rows(6, 20, seed=1))
-    solution = solve_rows(SharedInverseCG(), hessian, problem)
+    solution = solve_rows(LowRankCG(), hessian, problem)
     truth = reference(matrix_DD, hessian.damping, problem)
     assert (truth.loss(solution.weight_RD) <= truth.loss(truth.optimum()) + 1e-10 * truth.energy_R).all()
     unproven = solution.gap_R > 1e-4
@@ -201,14 +197,14 @@ def test_auto_solves_directly_what_iterations_leave_open() -> None:
 
 
 def test_no_damping_where_none_is_needed() -> None:
-    hessian, _ = solved(SharedInverseCG(), make_matrix(20, 200, seed=10), damping=0.0)
+    hessian, _ = solved(LowRankCG(), make_matrix(20, 200, seed=10), damping=0.0)
     assert hessian.damping == 0.0
 
 
 def test_float32_rounding_of_a_singular_matrix_is_not_indefinite() -> None:
     matrix_DD = make_matrix(64, 10, seed=11)
     assert torch.linalg.eigvalsh(matrix_DD.double())[0] < 0
-    hessian, _ = solved(SharedInverseCG(), matrix_DD, damping=0.0, dtype=torch.float64)
+    hessian, _ = solved(LowRankCG(), matrix_DD, damping=0.0, dtype=torch.float64)
     assert 0.0 < hessian.damping <= 1e-4
 
 
@@ -267,19 +263,6 @@ class TestRefusals:
         with pytest.raises(NumericalError, match="start contains NaN or Inf"):
             solve(make_matrix(8, 16, seed=18), weight_RD, keep_RD, start=weight_RD / 0.0)
 
-    def test_bounds(self) -> None:
-        hessian, problem, _ = make_layer(4, 8)
-        args = (hessian, problem.target_RD, problem.keep_RD, None)
-        one_RD = torch.ones(4, 8)
-        with pytest.raises(RecipeError, match="lower bound exceeds"):
-            make_problem(*args, one_RD, -one_RD)
-        with pytest.raises(NumericalError, match="lower contains NaN"):
-            make_problem(*args, one_RD * torch.nan, None)
-        with pytest.raises(RecipeError, match=r"lower bound is \+inf"):
-            make_problem(*args, one_RD * torch.inf, None)
-        with pytest.raises(RecipeError, match="upper bound -inf"):
-            make_problem(*args, None, -one_RD * torch.inf)
-
     def test_shapes_and_dtypes(self) -> None:
         matrix_DD = make_matrix(8, 16, seed=19)
         weight_RD, keep_RD = make_rows(4, 8, seed=20)
@@ -303,9 +286,8 @@ class TestRefusals:
         weight, keep = problem.target_RD, problem.keep_RD
         with pytest.raises(RecipeError, match="keep must be boolean"):
             solve(hessian, weight, keep.int())
-        for given in ({"keep": keep.tolist()}, {"keep": keep, "lower": 0.0}):
-            with pytest.raises(RecipeError, match=r"must be a tensor, got (list|float)"):
-                solve(hessian, weight, **given)  # type: ignore[arg-type]
+        with pytest.raises(RecipeError, match="must be a tensor, got list"):
+            solve(hessian, weight, keep.tolist())  # type: ignore[arg-type]
         with pytest.raises(RecipeError, match="solver must be an object such as"):
             solve(hessian, weight, keep, solver="auto")  # type: ignore[arg-type]
         with pytest.raises(RecipeError, match="gap must be positive"):
@@ -342,39 +324,15 @@ def test_rows_of_zeros(solver: RowSolver) -> None:
     assert (solution.status_R == Status.CONVERGED).all()
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("every_round", [False, True])
-def test_an_extension_that_is_not_finite_is_dropped(value: float, every_round: bool) -> None:
-    """It is a guess: without it the row is certified by its residual alone, and its neighbours do not notice."""
-    hessian, problem, truth = make_layer(6, 24, seed=27)
-
-    def inner(residuals: Residuals) -> Correction:
-        step_RD = solve_kept(hessian, residuals.residual_RD, residuals.mask_RD)
-        iterations_R = torch.ones(len(step_RD), dtype=torch.int32)
-        extension_RD = torch.zeros_like(step_RD)
-        if every_round or not residuals.repeated:
-            # The first round stops short, so that another follows for the rows that are not certified.
-            step_RD *= 1.0 if residuals.repeated else 0.9
-            extension_RD[::2] = torch.where(residuals.mask_RD[::2] > 0, 0.0, value)
-        return Correction(step_RD, iterations_R, extension_RD)
-
-    solution = solve_with_restarts(hessian, problem, inner, 1e-4)
-    assert solution.gap_R.isfinite().all()
-    assert solution.error_R.isfinite().all()
-    assert (solution.status_R == Status.CONVERGED).all()
-    assert (truth.loss(solution.weight_RD) <= truth.allowance(solution.gap_R.numpy())).all()
-
-
 @dataclass(frozen=True)
 class SmallDevice:
     """Stands in for a device with room for ``room`` rows: the real boundary cannot run everywhere."""
 
     room: int
-    inner: RowSolver = SharedInverseCG()
+    inner: RowSolver = LowRankCG()
     tries: list[int] = field(default_factory=list)
 
     name = "small device"
-    supports_bounds = False
 
     def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         self.tries.append(len(problem.target_RD))
@@ -386,7 +344,7 @@ class SmallDevice:
 @pytest.mark.parametrize(("room", "halvings"), [(40, 0), (39, 1), (20, 1), (7, 3), (1, 6)])
 def test_out_of_memory_halves_the_chunk(room: int, halvings: int) -> None:
     hessian, problem, truth = make_layer(40, 32, seed=26)
-    whole = solve_rows(SharedInverseCG(), hessian, problem)
+    whole = solve_rows(LowRankCG(), hessian, problem)
     device = SmallDevice(room)
     solution = solve_rows(device, hessian, problem)
     assert sum(rows > room for rows in device.tries) == halvings
@@ -417,7 +375,7 @@ def test_out_of_memory_in_factorising_is_not_hidden(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.linalg, "cholesky_ex", full)
     hessian, problem, _ = make_layer(4, 8)
     with pytest.raises(torch.OutOfMemoryError):
-        solve_rows(SharedInverseCG(), hessian, problem)
+        solve_rows(LowRankCG(), hessian, problem)
     assert tries == [8]
 
 
@@ -445,7 +403,7 @@ SMALL = 16 * 2**20
 
 @pytest.mark.parametrize(
     "solver",
-    [SharedInverseCG(), LowRankCG(), BatchedCholesky(dtype=torch.float32), Bounded()],
+    [LowRankCG(), BatchedCholesky(dtype=torch.float32)],
     ids=lambda solver: solver.name,
 )
 @pytest.mark.parametrize("size", [(512, 8192), (1024, 256)])
@@ -457,11 +415,10 @@ def test_working_set(solver: RowSolver, size: tuple[int, int], tmp_path: Path) -
     inputs_TD = torch.randn(2 * num_inputs, num_inputs, generator=torch.Generator().manual_seed(0))
     hessian = Hessian(inputs_TD.mT @ inputs_TD / len(inputs_TD))
     weight_RD, keep_RD = make_rows(rows, num_inputs, seed=1)
-    box = (weight_RD - 0.05, weight_RD + 0.05) if solver.supports_bounds else (None, None)
-    problem = make_problem(hessian, weight_RD, keep_RD, None, *box)
+    problem = make_problem(hessian, weight_RD, keep_RD)
     # The profiler's clock and the library's lazy parts start here.
     solve_rows(solver, *make_layer(8, 96)[:2])
-    del weight_RD, keep_RD, box
+    del weight_RD, keep_RD
     held = peak_bytes(lambda: solve_rows(solver, hessian, problem, 2**33), tmp_path)
     factors = rows * FACTORS**2 if solver.name == "low-rank-cg" else 0
     assert held <= 8 * 4 * num_inputs**2 + 4 * (7 * rows * num_inputs + factors) + SMALL

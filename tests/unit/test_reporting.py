@@ -98,7 +98,7 @@ class TestSummary:
         text = render_summary(report(linear(), linear(block=1)))
         for part in (
             "50.00%",
-            "wanda + shared-inverse-cg",
+            "wanda + low-rank-cg",
             "0.1000 in the result (50.0% lower",
             "all 16 rows",
             "5.0e-05",

@@ -127,7 +127,6 @@ def test_few_tokens_are_all_taken() -> None:
         ({"objective": "sink"}, 0),
         ({"solver": "none"}, 0),
         ({"solver": "none", "objective": "loss"}, 0),
-        ({"max_change": 0.5}, 0),
         ({"tuning_epochs": 0}, 0),
         ({"tuning_epochs": 3, "objective": "plain"}, 3),
     ],

@@ -281,19 +281,9 @@ class Hessian:
             ("operator", dtype), lambda: SharedMatrix(scaled(self.damped_DD, 1.0 / self.mean_diagonal, dtype))
         )
 
-    def preconditioner(self, dtype: torch.dtype) -> SharedMatrix:
-        """K in the same units, ready to multiply rows; made once. Below float64 only a few digits of it are right."""
-        return self.memo(("preconditioner", dtype), lambda: SharedMatrix(self._inverse(dtype)))
-
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to measure L^-1 r of rows; made once."""
         return self.memo(("whitener", dtype), lambda: SharedFactor(self.factor_DD, self.mean_diagonal**-0.5, dtype))
-
-    def _inverse(self, dtype: torch.dtype) -> Tensor:
-        """K in units of the mean diagonal. Not from float64 where that is at hand: digits must not hang on that."""
-        if dtype == torch.float64:
-            return scaled(self.inverse_DD, self.mean_diagonal, dtype)
-        return torch.cholesky_inverse(scaled(self.factor_DD, self.mean_diagonal**-0.5, torch.float32)).to(dtype)
 
 
 def _condition(damped_DD: Tensor, factor_DD: Tensor) -> float:

@@ -3,7 +3,7 @@
 ``solve`` does it for one batch of rows; of many,
 
     hessian = Hessian(matrix)               # factorised once, when first needed
-    solver = SharedInverseCG(gap=1e-4)
+    solver = LowRankCG(gap=1e-4)
     for weight, keep in batches:
         solution = solver.solve(hessian, make_problem(hessian, weight, keep))
 """
@@ -19,9 +19,8 @@ from optima.device import full_precision
 from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.qp.auto import Auto
-from optima.qp.bounded import Bounded
 from optima.qp.certificate import Certificate, certify
-from optima.qp.cg import LowRankCG, SharedInverseCG
+from optima.qp.cg import LowRankCG
 from optima.qp.cholesky import BatchedCholesky
 from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, make_problem, target_of
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, solve_rows
@@ -30,14 +29,12 @@ __all__ = [
     "SOLVERS",
     "Auto",
     "BatchedCholesky",
-    "Bounded",
     "Certificate",
     "Hessian",
     "LowRankCG",
     "RowProblem",
     "RowSolution",
     "RowSolver",
-    "SharedInverseCG",
     "Status",
     "certify",
     "make_problem",
@@ -52,9 +49,7 @@ __all__ = [
 SOLVERS: dict[str, Callable[[float], RowSolver]] = {
     "auto": Auto,
     "low-rank-cg": LowRankCG,
-    "shared-inverse-cg": SharedInverseCG,
     "cholesky": lambda gap: BatchedCholesky(gap, torch.float32),
-    "bounded": Bounded,
 }
 
 
@@ -79,16 +74,14 @@ def solve(
     keep: Tensor | None = None,
     *,
     linear_term: Tensor | None = None,
-    lower: Tensor | None = None,
-    upper: Tensor | None = None,
     start: Tensor | None = None,
     solver: RowSolver | None = None,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
 ) -> RowSolution:
     """Re-solve the kept weights of every row.
 
-    For each row: minimise 1/2 v^T H v - g^T v with v = 0 off keep and lower <= v <= upper, where g = H w for the dense
-    row w in ``weight``, which makes it 1/2 (v - w)^T H (v - w), or g is given as ``linear_term``.
+    For each row: minimise 1/2 v^T H v - g^T v with v = 0 off keep, where g = H w for the dense row w in ``weight``,
+    which makes it 1/2 (v - w)^T H (v - w), or g is given as ``linear_term``.
 
     Args:
         hessian: X^T X / T, shape (D, D), float32 or float64, or a ``Hessian``, which carries the damping (else 0.01).
@@ -96,8 +89,6 @@ def solve(
         keep: boolean, shape (R, D), True = the weight survives. Required.
         linear_term: g, shape (R, D), instead of ``weight``, float64 or float32. Gaps are then relative to the distance
             from the unconstrained optimum, f(v*) - min f. Damping changes H but not a linear term that is given.
-        lower: lower bounds on kept weights, shape (R, D); -inf where there is none.
-        upper: upper bounds likewise.
         start: a warm start, zero off keep; used row by row where it is better than the masked weight.
         solver: defaults to ``Auto(gap=1e-4)``.
         budget_bytes: work space for one chunk of rows.
@@ -116,5 +107,5 @@ def solve(
     if linear_term is not None:
         weight = target_of(hessian, linear_term)
     assert weight is not None
-    problem = make_problem(hessian, weight, keep, start, lower, upper)
+    problem = make_problem(hessian, weight, keep, start)
     return solve_rows(solver or Auto(), hessian, problem, budget_bytes)

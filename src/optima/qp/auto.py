@@ -4,10 +4,6 @@ Measured (float32, one core of a Zen 5 server, to a certified gap of 1e-4, Gemma
 
 * Cholesky is faster than CG up to about 12, 13, 64, 100 and 200 weights on the smaller of a row's two sets for 64, 128,
   640, 1024 and 2048 inputs: a tenth of them. Where all rows are solved by their kept set it also saves the inverse.
-* Low-rank CG takes half the products of shared-inverse CG per iteration, and at 50 % and more pruned no more iterations
-  (in attention outputs a tenth more). At 30 % it takes 1.1 to 1.6 times as many. For few inputs its systems of factors
-  cost more than it saves.
-
 Elsewhere than on a CPU nothing of this was timed. There a row is solved directly where that needs no timing: where its
 system has no more entries than the row itself.
 
@@ -18,14 +14,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from optima.linalg.hessian import Hessian
-from optima.qp.bounded import Bounded
-from optima.qp.cg import LowRankCG, SharedInverseCG
+from optima.qp.cg import LowRankCG
 from optima.qp.cholesky import BatchedCholesky
 from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, concatenate
 
@@ -34,13 +28,11 @@ from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, concat
 FACTOR, GATHER, INVERSE = 10.0 / 3.0, 1200.0, 2.0
 # Iterations for every digit of the gap.
 ITERATIONS_PER_DIGIT = 2.5
-# Low-rank CG from this many inputs and this share of pruned weights up.
-LOW_RANK_INPUTS, LOW_RANK_PRUNED = 512, 0.25
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Low-rank CG, shared-inverse CG or Cholesky, whichever costs a row least; with bounds, the bounded solver.
+    """Low-rank CG or Cholesky, whichever costs a row less.
 
     A row that iterations do not bring to the gap is solved by Cholesky in float64 as well.
 
@@ -51,28 +43,24 @@ class Auto:
     gap: float = 1e-4
 
     name = "auto"
-    supports_bounds = True
 
     def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``; ``solver`` of the solution names the choice."""
-        if problem.bounded:
-            return _solve(Bounded(self.gap), hessian, problem)
         # A sum of floats: torch adds booleans an order of magnitude slower.
         kept_R = problem.keep_RD.to(torch.float32).sum(dim=1).double()
-        most_kept = (1.0 - LOW_RANK_PRUNED) * problem.keep_RD.numel()
-        low_rank = hessian.num_inputs >= LOW_RANK_INPUTS and float(kept_R.sum()) <= most_kept
-        iterative: RowSolver = LowRankCG(self.gap) if low_rank else SharedInverseCG(self.gap)
-        direct_R = self._direct(hessian, kept_R, low_rank)
+        direct_R = self._direct(hessian, kept_R)
+        if not bool(direct_R.any()):
+            return self._iterated(hessian, problem)
+        direct = BatchedCholesky(self.gap, torch.float32)
+        if bool(direct_R.all()):
+            return _solve(direct, hessian, problem)
         rows = [(~direct_R).nonzero()[:, 0], direct_R.nonzero()[:, 0]]
-        ways = [partial(self._iterated, iterative), partial(_solve, BatchedCholesky(self.gap, torch.float32))]
-        for solve, own in zip(ways, rows, strict=True):
-            if len(own) == len(kept_R):
-                return solve(hessian, problem)
-        return _joined([solve(hessian, problem.rows(own)) for solve, own in zip(ways, rows, strict=True)], rows)
+        parts = [self._iterated(hessian, problem.rows(rows[0])), _solve(direct, hessian, problem.rows(rows[1]))]
+        return _joined(parts, rows)
 
-    def _iterated(self, solver: RowSolver, hessian: Hessian, problem: RowProblem) -> RowSolution:
+    def _iterated(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """Rows that iterations leave open are solved directly as well: damping is next to nothing, or none."""
-        found = _solve(solver, hessian, problem)
+        found = _solve(LowRankCG(self.gap), hessian, problem)
         open_R = found.status_R != Status.CONVERGED
         if not bool(open_R.any()):
             return found
@@ -82,26 +70,21 @@ class Auto:
         direct = replace(direct, iterations_R=begun.iterations_R, solver=f"{direct.solver}+{found.solver}")
         return _joined([found.rows(rows[0]), direct], rows)
 
-    def _direct(self, hessian: Hessian, kept_R: Tensor, low_rank: bool) -> Tensor:
-        """Which rows to solve directly, where others are given to low-rank CG or not."""
+    def _direct(self, hessian: Hessian, kept_R: Tensor) -> Tensor:
+        """Which rows to solve directly."""
         num_inputs = float(hessian.num_inputs)
         size_R = torch.minimum(kept_R, num_inputs - kept_R)
         dual_R = 2 * kept_R > num_inputs
         if hessian.device.type != "cpu":
-            return (size_R.square() <= num_inputs) & ~(dual_R & low_rank)  # which alone would have K made
+            return (size_R.square() <= num_inputs) & ~dual_R  # which alone would have K made
         direct_R = FACTOR * size_R**3 + GATHER * size_R**2 + torch.where(dual_R, 4 * num_inputs**2, 0.0)
         iterations = max(-ITERATIONS_PER_DIGIT * math.log10(self.gap), 1.0)
-        cost = iterations * (1 if low_rank else 2) * 2 * num_inputs**2
-        # Counted though K may be at hand: the choice must not hang on what was solved before.
-        inverse = 0.0 if low_rank else INVERSE * num_inputs**3
-        mixed = float(direct_R.clamp_max(cost).sum()) + inverse
-        if not bool(dual_R.any()) and float(direct_R.sum()) <= mixed:
-            return torch.ones_like(dual_R)
+        cost = iterations * 2 * num_inputs**2
         found_R = direct_R <= cost
-        if low_rank:  # others do without K, which rows that keep much must save first
-            saved = float((cost - direct_R)[found_R & dual_R].sum())
-            found_R &= ~dual_R if saved <= INVERSE * num_inputs**3 else torch.ones_like(dual_R)
-        return found_R
+        # Iterations do without K, which rows that keep much must save first. Counted though K may be at hand: the
+        # choice must not hang on what was solved before.
+        saved = float((cost - direct_R)[found_R & dual_R].sum())
+        return found_R & ~dual_R if saved <= INVERSE * num_inputs**3 else found_R
 
 
 def _joined(parts: list[RowSolution], rows: list[Tensor]) -> RowSolution:

@@ -1,13 +1,8 @@
 """The guarantee: how far each row can be from its optimum, recomputed from scratch in float64.
 
-For rows without bounds (docs/mathematics.md has the proofs), with r the negative gradient on the kept set S and r' any
-vector that agrees with r on S, whatever it is on the pruned set:
+With r the negative gradient on the kept set S, and zero on the pruned set (docs/mathematics.md has the proof):
 
-    E(v) - E(v*) = 1/2 r_S^T (H_SS)^-1 r_S = min over r' of 1/2 r'^T K r' <= 1/2 ||L^-1 r'||^2,     K = H^-1,  H = L L^T
-
-r' = 0 on the pruned set always serves; a solver that knows a better extension hands it over, and the guarantee holds
-for any. With bounds, split r = s + m where m carries the multipliers of the bounds; convexity gives
-E(v) - E(v*) <= 1/2 s'^T K s' + |m|^T slack, slack the distance to the bound that m pushes against.
+    E(v) - E(v*) = 1/2 r_S^T (H_SS)^-1 r_S <= 1/2 r^T K r = 1/2 ||L^-1 r||^2,     K = H^-1,  H = L L^T
 
 Shapes: R rows, D inputs, B rows certified together.
 """
@@ -64,13 +59,13 @@ def certify(hessian: Hessian, problem: RowProblem, weight_RD: Tensor) -> Certifi
     """Certify feasible ``weight_RD`` against ``problem`` with one float64 product and one triangular solve.
 
     Raises:
-        RecipeError: if a weight is not zero off keep, or outside its bounds: nothing is known of such rows.
+        RecipeError: if a weight is not zero off keep: nothing is known of such rows.
         NumericalError: if a weight is NaN or Inf.
     """
     if not all_finite(weight_RD):
         raise NumericalError("certify: weights contain NaN or Inf: nothing is known of such rows")
-    if not bool((problem.clamp(weight_RD) == weight_RD).all()):
-        raise RecipeError("certify: weights are not zero off keep, or outside their bounds: clamp them by the problem")
+    if not bool((problem.masked(weight_RD) == weight_RD).all()):
+        raise RecipeError("certify: weights are not zero off keep: multiply them by the mask")
     with full_precision(), torch.no_grad():
         verifier = Verifier(hessian, problem)
         found = verifier(weight_RD)
@@ -95,27 +90,17 @@ class Verifier:
     def __init__(self, hessian: Hessian, problem: RowProblem) -> None:
         self.hessian, self.problem = hessian, problem
         self.mask_RD = problem.keep_RD.to(hessian.working_dtype)
-        target_RD = problem.target_RD
-        if problem.bounded:
-            target_RD = torch.maximum(target_RD.abs(), problem.clamp(target_RD).abs())
         weight_D = hessian.damped_DD.diagonal().masked_fill(hessian.dead_D, 0.0)
-        self.energy_R = 0.5 * (target_RD.double().square() @ weight_D)
+        self.energy_R = 0.5 * (problem.target_RD.double().square() @ weight_D)
         size_R = (self.energy_R / hessian.mean_diagonal).sqrt().clamp_min(SMALLEST_SCALE)
         self.scale_R = size_R.log2().round().exp2()
-        room_RD = problem.keep_RD
-        if problem.bounded:
-            lower_RD, upper_RD = problem.box()
-            room_RD = room_RD & (lower_RD < upper_RD)
-        self.room_R = room_RD.any(dim=1)
+        self.room_R = problem.keep_RD.any(dim=1)
 
-    def __call__(
-        self, weight_RD: Tensor, extension_RD: Tensor | None = None, rows: slice | Tensor = ALL
-    ) -> Certificate:
+    def __call__(self, weight_RD: Tensor, rows: slice | Tensor = ALL) -> Certificate:
         """Certify feasible weights.
 
         Args:
-            weight_RD: the candidates, zero off keep and within the bounds.
-            extension_RD: what to assume for the residual off keep, zero on keep, in the units above; zero if None.
+            weight_RD: the candidates, zero off keep.
             rows: which rows of the problem they are for, a tensor of indices; ``ALL`` otherwise.
 
         Returns:
@@ -127,13 +112,12 @@ class Verifier:
         size = max(entries // max(self.hessian.num_inputs, 1), 1)
         for begin in range(0, len(weight_RD), size):
             block = slice(begin, begin + size)
-            extension_BD = None if extension_RD is None else extension_RD[block]
-            found = self._certify(weight_RD[block], extension_BD, block if isinstance(rows, slice) else rows[block])
+            found = self._certify(weight_RD[block], block if isinstance(rows, slice) else rows[block])
             residual_RD[block] = found.residual_RD
             facts[:, block] = torch.stack(found[:3])
         return Certificate(facts[0], facts[1], facts[2], residual_RD)
 
-    def _certify(self, weight_BD: Tensor, extension_BD: Tensor | None, rows: slice | Tensor) -> Certificate:
+    def _certify(self, weight_BD: Tensor, rows: slice | Tensor) -> Certificate:
         hessian, problem, scale_B = self.hessian, self.problem.rows(rows), self.scale_R[rows]
         difference_BD = problem.target_RD.double() - weight_BD
         gradient_BD = difference_BD @ hessian.damped_DD
@@ -144,12 +128,9 @@ class Verifier:
         gradient_BD *= (1.0 / (hessian.mean_diagonal * scale_B))[:, None]
         residual_BD = gradient_BD.to(self.mask_RD.dtype).mul_(self.mask_RD[rows])
         del gradient_BD
-        free_BD, cost_B = _split_multipliers(hessian, problem, weight_BD, residual_BD, scale_B)
-        if extension_BD is not None:
-            free_BD = free_BD + extension_BD
-        norm_B = hessian.whitener(free_BD.dtype).squared_norm(free_BD)
+        norm_B = hessian.whitener(residual_BD.dtype).squared_norm(residual_BD)
         norm_B = torch.where(self.room_R[rows] | (norm_B != 0), self._raised(norm_B, size_B), 0.0)
-        bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B + cost_B)
+        bound_B = hessian.mean_diagonal * scale_B.square() * (0.5 * norm_B)
         bound_B.nan_to_num_(math.inf, math.inf)
         # Relative to what the optimum must at least lose, or to the floor of what matters.
         gap_B = bound_B / torch.maximum(error_B - bound_B, ENERGY_FLOOR * self.energy_R[rows])
@@ -157,7 +138,7 @@ class Verifier:
         return Certificate(error_B, bound_B, gap_B, residual_BD)
 
     def _raised(self, norm_B: Tensor, size_B: Tensor) -> Tensor:
-        """||L^-1 r'||^2 raised by all that rounding can have hidden of it (docs/mathematics.md, section 6).
+        """||L^-1 r||^2 raised by all that rounding can have hidden of it (docs/mathematics.md, section 6).
 
         The factor and a substitution in float64 change its root by the first factor at most; the residual's own
         rounding, whitened, is at most the second term, with ``size_B`` the root of sum_i H_ii (w - v)_i^2. A norm
@@ -167,21 +148,3 @@ class Verifier:
         factor, term = (1.0 + rounding * condition) ** 2, rounding * (self.hessian.num_inputs * condition) ** 0.5
         proven_B = (factor * norm_B.sqrt() + term * size_B).square()
         return torch.maximum(WHITENING_MARGIN * norm_B, proven_B)
-
-
-def _split_multipliers(
-    hessian: Hessian, problem: RowProblem, weight_BD: Tensor, residual_BD: Tensor, scale_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Residual left after the bounds' multipliers, and what they cost (any split is valid)."""
-    if not problem.bounded:
-        return residual_BD, torch.zeros_like(scale_B)
-    weight_BD, residual_BD = weight_BD.double(), residual_BD.double()
-    lower_BD, upper_BD = problem.box()
-    slack_BD = torch.where(residual_BD > 0, upper_BD - weight_BD, weight_BD - lower_BD)
-    slack_BD = slack_BD.clamp_min_(0.0) / scale_B[:, None]
-    cost_BD = torch.where(residual_BD == 0, 0.0, residual_BD.abs() * slack_BD)
-    # Worth a multiplier where it costs less than the unconstrained bound would for this coordinate alone.
-    diagonal_D = hessian.damped_DD.diagonal() / hessian.mean_diagonal
-    blocked_BD = cost_BD <= 0.5 * residual_BD.square() / diagonal_D
-    cost_B = torch.where(blocked_BD, cost_BD, 0.0).sum(dim=1)
-    return residual_BD.masked_fill(blocked_BD, 0.0).to(hessian.working_dtype), cost_B

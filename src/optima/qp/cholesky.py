@@ -37,7 +37,6 @@ class BatchedCholesky:
     dtype: torch.dtype = torch.float64
 
     name = "cholesky"
-    supports_bounds = False
 
     def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """See ``RowSolver``."""

@@ -1,7 +1,7 @@
-"""Approximate inverses of every row's H_SS, for conjugate gradient (docs/mathematics.md, sections 2 and 8).
+"""An approximate inverse of every row's H_SS, for conjugate gradient (docs/mathematics.md, section 8).
 
-Both are an M with M_S near H_SS^-1 for every kept set S, in units of H's mean diagonal: ``restrict`` makes what
-``solve`` needs of each row's S, one entry a row, and ``solve`` is M_S residual_S, zero off S.
+It is near H_SS^-1 for every kept set S, in units of H's mean diagonal: ``restrict`` makes what ``solve`` needs of each
+row's S, one entry a row, and ``solve`` is the product with residual_S, zero off S.
 
 Shapes: R rows, D inputs, F factors, V vectors of the subspace iteration, Q = F (F + 1) / 2 pairs of factors.
 """
@@ -26,41 +26,6 @@ BLOCK_ROWS = 512
 SMALLEST_NOISE = 0.01
 
 
-class SharedInverse:
-    """K = H^-1, of which every row takes the block of its kept set.
-
-    Args:
-        hessian: the shared H.
-        dtype: of the rows.
-        exact: multiply in the precision of the rows; else in bfloat16 where that is an order of magnitude faster.
-
-    Attributes:
-        rounded: True if products are rounded beyond the precision of the rows: CG's beta is then the flexible one.
-    """
-
-    def __init__(self, hessian: Hessian, dtype: torch.dtype, exact: bool) -> None:
-        fast_dtype = dtype if exact else _fast_dtype(hessian.device, dtype)
-        self.rounded = fast_dtype != dtype
-        self._inverse = hessian.preconditioner(fast_dtype)
-
-    def restrict(self, mask_RD: Tensor) -> Tensor:
-        """Nothing."""
-        return mask_RD.new_empty(len(mask_RD), 0)
-
-    def solve(self, residual_RD: Tensor, mask_RD: Tensor, restricted_R: Tensor) -> Tensor:
-        """K_SS residual_S."""
-        return self._inverse(residual_RD * mask_RD).mul_(mask_RD)
-
-
-def _fast_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """bfloat16 where it multiplies an order of magnitude faster than float32, as on CUDA from 8.0 up.
-
-    On a CPU it is at best twice as fast, which its rounding takes back in iterations (up to a fifth more).
-    """
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if fast and dtype == torch.float32 else dtype
-
-
 class FactorModel:
     """H seen as a few factors that all inputs share, plus noise of each input's own.
 
@@ -73,8 +38,6 @@ class FactorModel:
         noise_D: the diagonal of Psi, in units of H's mean diagonal.
         factors_DF: U likewise.
     """
-
-    rounded = False
 
     def __init__(self, hessian: Hessian, dtype: torch.dtype) -> None:
         diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
@@ -114,9 +77,6 @@ class FactorModel:
         score_RF = (restricted_R * score_RF[:, None, :]).sum(dim=2)
         solution_RD = residual_RD / self.noise_D
         return solution_RD.addcmul_(multiply(score_RF, self._weighted_DF), mask_RD, value=-1.0)
-
-
-Preconditioner = SharedInverse | FactorModel
 
 
 def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from enum import IntEnum
-from math import inf
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from optima.errors import NumericalError, RecipeError
+from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 
 
@@ -27,7 +27,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True)
 class RowProblem:
-    """minimise 1/2 (v - w)^T H (v - w) over v with v = 0 off keep and, optionally, lower <= v <= upper.
+    """minimise 1/2 (v - w)^T H (v - w) over v with v = 0 off keep.
 
     This is the program of OPTIMA (arXiv 2512.13886) with the linear term written as g = H w: w is the
     unconstrained optimum, the dense row when the linear's outputs are to be reproduced.
@@ -36,37 +36,19 @@ class RowProblem:
         target_RD: w, float32 or float64.
         keep_RD: boolean, True = the weight survives.
         start_RD: where to start, zero off keep; the better of this and ``keep * target`` is used.
-        lower_RD: lower bounds on kept weights.
-        upper_RD: upper bounds on kept weights.
     """
 
     target_RD: Tensor
     keep_RD: Tensor
     start_RD: Tensor | None = None
-    lower_RD: Tensor | None = None
-    upper_RD: Tensor | None = None
-
-    @property
-    def bounded(self) -> bool:
-        """True if any bound was given."""
-        return self.lower_RD is not None or self.upper_RD is not None
 
     def rows(self, index: slice | Tensor) -> RowProblem:
         """The sub-problem of the rows that ``index`` selects."""
-        options = (self.start_RD, self.lower_RD, self.upper_RD)
-        picked = (None if tensor is None else tensor[index] for tensor in options)
-        return RowProblem(self.target_RD[index], self.keep_RD[index], *picked)
+        start_RD = None if self.start_RD is None else self.start_RD[index]
+        return RowProblem(self.target_RD[index], self.keep_RD[index], start_RD)
 
-    def box(self) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds of all weights: infinite where there is none, 0 where a weight is pruned."""
-        infinite_RD = torch.where(self.keep_RD, torch.inf, 0.0).to(self.target_RD.dtype)
-        lower_RD = -infinite_RD if self.lower_RD is None else self.lower_RD
-        return lower_RD, infinite_RD if self.upper_RD is None else self.upper_RD
-
-    def clamp(self, weight_RD: Tensor) -> Tensor:
-        """``weight_RD`` moved to the nearest feasible point."""
-        if self.bounded:
-            weight_RD = torch.clamp(weight_RD, self.lower_RD, self.upper_RD)
+    def masked(self, weight_RD: Tensor) -> Tensor:
+        """``weight_RD`` on keep, zero elsewhere."""
         # On a CPU torch multiplies by floats an order of magnitude faster than it fills by boolean masks.
         return weight_RD * self.keep_RD.to(weight_RD.dtype)
 
@@ -119,11 +101,9 @@ class RowSolver(Protocol):
 
     Attributes:
         name: what recipes and reports call it.
-        supports_bounds: True if it can hold weights between bounds.
     """
 
     name: str
-    supports_bounds: bool
 
     def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
         """Solve every row of ``problem``."""
@@ -149,8 +129,6 @@ def make_problem(
     target_RD: Tensor,
     keep_RD: Tensor,
     start_RD: Tensor | None = None,
-    lower_RD: Tensor | None = None,
-    upper_RD: Tensor | None = None,
 ) -> RowProblem:
     """Check and normalise the rows of one linear.
 
@@ -158,10 +136,10 @@ def make_problem(
     (its target becomes 0) and its kept weight stays as it is.
 
     Raises:
-        RecipeError: on wrong shapes, or bounds that leave nothing between them. Off keep start and bounds are zero.
+        RecipeError: on wrong shapes or dtypes.
         NumericalError: on NaN or Inf in the weights.
     """
-    given = {"weight": target_RD, "keep": keep_RD, "start": start_RD, "lower": lower_RD, "upper": upper_RD}
+    given = {"weight": target_RD, "keep": keep_RD, "start": start_RD}
     tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -172,22 +150,13 @@ def make_problem(
         _check_rows(name, tensor, (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs))
     dtype = torch.float64 if target_RD.dtype == torch.float64 else torch.float32
     keep_RD = keep_RD.to(hessian.device)
-
-    def bound(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().to(hessian.device, dtype).masked_fill(~keep_RD, 0.0)
-
-    lower_RD, upper_RD = bound(lower_RD), bound(upper_RD)
-    if lower_RD is not None and upper_RD is not None and bool((lower_RD > upper_RD).any()):
-        raise RecipeError("a lower bound exceeds its upper bound: swap them or widen the range")
-    if any(bound is not None and bool((bound == end).any()) for bound, end in ((lower_RD, inf), (upper_RD, -inf))):
-        raise RecipeError("a lower bound is +inf, or an upper bound -inf, which no weight can be: swap the two")
-    problem = RowProblem(target_RD.detach().to(hessian.device, dtype), keep_RD, None, lower_RD, upper_RD)
+    target_RD = target_RD.detach().to(hessian.device, dtype)
     if bool(hessian.dead_D.any()):
-        feasible_RD = problem.clamp(problem.target_RD)
-        problem = replace(problem, target_RD=torch.where(hessian.dead_D, feasible_RD, problem.target_RD))
+        target_RD = torch.where(hessian.dead_D, target_RD * keep_RD, target_RD)
+    problem = RowProblem(target_RD, keep_RD)
     if start_RD is not None:
-        start_RD = torch.where(hessian.dead_D, problem.target_RD, start_RD.detach().to(hessian.device, dtype))
-        problem = replace(problem, start_RD=problem.clamp(start_RD))
+        start_RD = torch.where(hessian.dead_D, target_RD, start_RD.detach().to(hessian.device, dtype))
+        problem = replace(problem, start_RD=problem.masked(start_RD))
     return problem
 
 
@@ -201,11 +170,8 @@ def _check_rows(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
         return
     if not tensor.is_floating_point():
         raise RecipeError(f"{name} must be a float tensor, got {tensor.dtype}")
-    lowest, highest = tensor.aminmax()
-    if name in ("weight", "start", "linear_term") and not (lowest.isfinite() and highest.isfinite()):
+    if not all_finite(tensor):
         raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint first")
-    if lowest.isnan():
-        raise NumericalError(f"{name} contains NaN: use an infinity where a weight has no bound")
 
 
 def target_of(hessian: Hessian, linear_term_RD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Shapes: R rows, D inputs, A rows still active.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -38,14 +38,12 @@ class Residuals:
         residual_RD: negative gradient on the kept weights, zero elsewhere, in the precision to work in.
         mask_RD: the mask as 0 and 1 of the same dtype.
         error_R: E at this point, float64, relative to the row's energy.
-        box: this point, its lower and its upper bounds (see ``RowProblem.box``); None if the problem has no bounds.
         repeated: True from the second round on, where what was fast has not been enough.
     """
 
     residual_RD: Tensor
     mask_RD: Tensor
     error_R: Tensor
-    box: tuple[Tensor, Tensor, Tensor] | None = None
     repeated: bool = False
 
     def aim(self, gap: float) -> float:
@@ -58,15 +56,12 @@ class Correction:
     """An inner solver's answer, in the same units.
 
     Attributes:
-        step_RD: add it to the weight; zero off keep. Of a bounded problem, the new weight itself, so that weights on
-            their bounds are there exactly.
+        step_RD: add it to the weight; zero off keep.
         iterations_R: iterations spent, int32.
-        extension_RD: residual to assume off keep in the certificate, zero on keep; None for zero.
     """
 
     step_RD: Tensor
     iterations_R: Tensor
-    extension_RD: Tensor | None = None
 
 
 # Approximately solves H_SS step_S = residual_S for each row, in the residuals' dtype.
@@ -106,7 +101,7 @@ class _Rounds:
         """Decide row by row between the masked target and the given start; the error and residual of the better one."""
         self.warm_R1: Tensor | None = None
         residual_RD, error_R = self._residual(self._start())
-        self.mask_error_R = None if self.problem.bounded else error_R * self.unit_R
+        self.mask_error_R = error_R * self.unit_R
         if self.problem.start_RD is not None:
             given_RD, given_R = self._residual(self.problem.start_RD)
             self.warm_R1 = (given_R < error_R)[:, None]
@@ -123,8 +118,6 @@ class _Rounds:
         """The masked target, and the start that was given if there is one."""
         problem = self.problem
         masked_RD = problem.target_RD[rows] * self.verifier.mask_RD[rows].to(problem.target_RD.dtype)
-        if problem.bounded:
-            masked_RD = problem.rows(rows).clamp(masked_RD)
         return [masked_RD] if problem.start_RD is None else [masked_RD, problem.start_RD[rows]]
 
     def _residual(self, weight_RD: Tensor) -> tuple[Tensor, Tensor]:
@@ -139,7 +132,7 @@ class _Rounds:
         """Rows that hardly gained: compare with both starts in float64, so that no row ever gets worse."""
         doubtful = (~(self.best.error_R < CLOSE * self.start_error_R)).nonzero()[:, 0]
         for start_AD in self._starts(doubtful) if len(doubtful) else []:
-            start = self.verifier(start_AD, rows=doubtful)
+            start = self.verifier(start_AD, doubtful)
             worse = self.best.error_R[doubtful] > start.error_R
             self._replace(doubtful[worse], start_AD[worse], start.rows(worse))
 
@@ -179,33 +172,18 @@ class _Rounds:
         self, residuals: Residuals, weight: Callable[[], Tensor], rows: slice | Tensor
     ) -> tuple[Tensor, Certificate, Tensor]:
         """One round from ``weight()``: the new weights, their certificate, and the iterations that they took."""
-        if self.problem.bounded:
-            residuals = self._boxed(residuals, weight(), rows)
         correction = self.inner(residuals)
         del residuals
         new_AD = self._apply(correction.step_RD, weight(), rows)
-        iterations_A, extension_AD = correction.iterations_R, correction.extension_RD
+        iterations_A = correction.iterations_R
         del correction
-        if extension_AD is not None:
-            # It is a guess, and any other is valid, but for what is no number.
-            extension_AD = extension_AD.to(self.dtype).nan_to_num_(0.0, 0.0, 0.0)
-        return new_AD, self.verifier(new_AD, extension_AD, rows), iterations_A
-
-    def _boxed(self, residuals: Residuals, weight_AD: Tensor, rows: slice | Tensor) -> Residuals:
-        """``residuals`` at ``weight_AD`` with what a solver needs to stay within the bounds, in its units."""
-        scale_A1, dtype = self.verifier.scale_R[rows, None].to(weight_AD.dtype), residuals.residual_RD.dtype
-        lower_AD, upper_AD = self.problem.rows(rows).box()
-        box = (weight_AD / scale_A1).to(dtype), (lower_AD / scale_A1).to(dtype), (upper_AD / scale_A1).to(dtype)
-        return replace(residuals, box=box)
+        return new_AD, self.verifier(new_AD, rows), iterations_A
 
     def _apply(self, step_AD: Tensor, weight_AD: Tensor, rows: slice | Tensor) -> Tensor:
         """The corrected weight in its own dtype, zero off the mask; a correction that is not finite is not taken."""
         scale_A1 = self.verifier.scale_R[rows, None].to(weight_AD.dtype)
         step_AD = step_AD.to(weight_AD.dtype)
-        if self.problem.bounded:
-            new_AD = self.problem.rows(rows).clamp(step_AD * scale_A1)
-        else:
-            # Whatever a solver returns: the certificate speaks of weights on the mask.
-            new_AD = torch.addcmul(weight_AD, step_AD, scale_A1).mul_(self.verifier.mask_RD[rows])
+        # Whatever a solver returns: the certificate speaks of weights on the mask.
+        new_AD = torch.addcmul(weight_AD, step_AD, scale_A1).mul_(self.verifier.mask_RD[rows])
         finite_A = new_AD.sum(dim=1).isfinite()
         return new_AD if bool(finite_A.all()) else torch.where(finite_A[:, None], new_AD, weight_AD)

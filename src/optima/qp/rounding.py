@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from optima.device import full_precision
-from optima.errors import RecipeError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import ROUND_ROWS
 from optima.qp.certificate import ENERGY_FLOOR, Verifier
 from optima.qp.cg import ConjugateGradient
-from optima.qp.preconditioners import FactorModel
 from optima.qp.problem import RowProblem, RowSolution
 from optima.qp.restarts import Residuals
 
@@ -55,7 +53,7 @@ class Rounded:
     """Rows as they are written.
 
     Attributes:
-        weight_RD: in the dtype asked for, zero off keep, within the bounds.
+        weight_RD: in the dtype asked for, zero off keep.
         error_R: upper bound on E(q), float64, above it by rounding errors only.
         gap_R: certified relative suboptimality of these weights, float64; see ``optima.qp.certificate``.
         least_R: what the gap is relative to, float64: E(v) - bound, which no weights on the mask fall below, or the
@@ -83,9 +81,6 @@ def round_rows(
         solution: what a solver returned for them. Where ``dtype`` holds all of its numbers, it stays as it is.
         dtype: of the checkpoint.
         method: ``hessian`` makes up for rounding errors, and is in no row worse than ``nearest``.
-
-    Raises:
-        RecipeError: if a weight's bounds have no number of ``dtype`` between them.
     """
     weight_RD = solution.weight_RD
     if not weight_RD.numel():
@@ -150,8 +145,6 @@ class _Rows:
     def _relate(self, problem: RowProblem, solution: RowSolution) -> None:
         """What the solution's certificate proved: E* is at least E(v) - bound."""
         target_RD, error_R, gap_R = problem.target_RD, solution.error_R, solution.gap_R
-        if problem.bounded:
-            target_RD = torch.maximum(target_RD.abs(), problem.clamp(target_RD).abs())
         self.unit_R = self.hessian.mean_diagonal * self.scale_R.square()
         energy_R = 0.5 * self._norm(target_RD.to(self.root_D) / self.scale_R1).square()
         self.bound_R, self.least_R = _proven(error_R, gap_R, ENERGY_FLOOR * energy_R * self.unit_R)
@@ -182,8 +175,7 @@ class _Rows:
         value_AD = trial.written_AD * self.scale_R1[rows]
         mask_AD *= (self.lower_RD[rows] < value_AD) & (value_AD < self.upper_RD[rows])
         slope_AD = (self.residual_RD[rows] - trial.image_AD).mul_(mask_AD)
-        model = FactorModel.of(self.hessian, mask_AD.dtype)
-        descent = ConjugateGradient(self.hessian, model, Residuals(slope_AD.clone(), mask_AD, trial.rise_A))
+        descent = ConjugateGradient(self.hessian, Residuals(slope_AD.clone(), mask_AD, trial.rise_A))
         for _ in range(ITERATIONS):
             descent.iterate_once()
         written_AD = self._rounded(trial.written_AD + descent.step, rows)
@@ -225,20 +217,6 @@ def _proven(error_R: Tensor, gap_R: Tensor, floor_R: Tensor) -> tuple[Tensor, Te
 
 
 def _range(problem: RowProblem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The least and the largest number of ``dtype`` that each weight may be; (R, 1) where there are no bounds."""
-    numbers = torch.finfo(dtype)
-    if not problem.bounded:
-        largest_R1 = problem.target_RD.new_full((len(problem.target_RD), 1), numbers.max)
-        return -largest_R1, largest_R1
-
-    def below(bound_RD: Tensor) -> Tensor:
-        bound_RD = bound_RD.clamp_max(numbers.max)
-        nearest_RD = bound_RD.to(dtype).to(bound_RD.dtype)
-        half_step_RD = 0.5 * numbers.eps * bound_RD.abs().clamp_min(numbers.tiny)
-        return torch.where(nearest_RD > bound_RD, (bound_RD - half_step_RD).to(dtype).to(bound_RD.dtype), nearest_RD)
-
-    lower_RD, upper_RD = problem.box()
-    lower_RD, upper_RD = -below(-lower_RD), below(upper_RD)
-    if bool((lower_RD > upper_RD).any()):
-        raise RecipeError(f"a weight's bounds have no {dtype} between them: widen the bounds or write float32")
-    return lower_RD, upper_RD
+    """The least and the largest number of ``dtype``, (R, 1)."""
+    largest_R1 = problem.target_RD.new_full((len(problem.target_RD), 1), torch.finfo(dtype).max)
+    return -largest_R1, largest_R1

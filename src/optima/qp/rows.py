@@ -30,14 +30,12 @@ def solve_rows(
     """Solve every row, chunk by chunk; halve the chunk when the device runs out of memory.
 
     Raises:
-        RecipeError: if the problem has bounds and the solver knows none.
+        RecipeError: if the solver is none, or its gap is not positive.
     """
     if isinstance(solver, str) or not callable(getattr(solver, "solve", None)):
         raise RecipeError(f"solver must be an object such as Auto(gap=1e-4), got {solver!r}")
     if not getattr(solver, "gap", 1.0) > 0:
         raise RecipeError(f"gap must be positive, got {solver}: for example 1e-4")
-    if problem.bounded and not solver.supports_bounds:
-        raise RecipeError(f"solver {solver.name} knows no bounds: choose auto or bounded")
     keep_freed_memory()
     with full_precision(), torch.no_grad():
         _ = hessian.factorisation  # every certificate needs it, and fewer rows would not help where it does not fit
