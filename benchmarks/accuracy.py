@@ -17,7 +17,7 @@ settings is not run.
 written, by which they are known). Results of other weights, texts or settings are not taken; those from before weights
 were told apart are, and a line says so.
 
-Recipes have their own scope, allocation, damping, rounding, gap and sink weight: the options for these are not theirs.
+Recipes have their own scope, allocation, damping, gap and sink weight: the options for these are not theirs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.options import ALLOCATION_NAMES, ROUNDINGS, UNDAMPED
+from optima.options import ALLOCATION_NAMES, UNDAMPED
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import recipe_from_dict
 from optima.recipe_files import read_recipe
@@ -101,7 +101,6 @@ class Bench:
             objective=objective,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             solver="auto" if solves else "none",
-            rounding=options.rounding,
             sink_weight=options.sink_weight if objective == "sink" else None,
             seed=options.seed,
             device=options.device,
@@ -133,7 +132,6 @@ class Bench:
         applied = pattern_table(recipe, methods.selector).default
         names = ["selector", "pattern", "allocation", "solver", "damping", "sink_weight", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
-        names += ["rounding"] if recipe.solver != "none" else []
         names += ["objective"] if recipe.objective == "loss" else []
         names += ["swept_share"] if recipe.objective == "loss" and recipe.swept_share < 1.0 else []
         names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
@@ -234,7 +232,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of selectors' sparsities")
     parser.add_argument("--damping", type=float, default=0.01)
     parser.add_argument("--sink-weight", type=float, help="of methods with +solve (default: the recipe's)")
-    parser.add_argument("--rounding", choices=ROUNDINGS, default="hessian", help="of solved weights to the dtype")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
     parser.add_argument("--own-samples", type=int, default=0, help="sequences more, which the model writes itself")

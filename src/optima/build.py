@@ -25,7 +25,6 @@ def build(recipe: Recipe) -> Methods:
     return Methods(
         selector=selector,
         solver=make_solver(recipe.solver, recipe.gap),
-        rounding="nearest" if recipe.rounding == "nearest" else "hessian",
         needs=needs_of(selector) - (set() if recipe.applied_objective == "loss" else {"coupling"}),
     )
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,14 +43,12 @@ class Methods:
     Attributes:
         selector: chooses the mask.
         solver: re-solves the kept weights, or None to keep the selector's.
-        rounding: ``hessian`` or ``nearest``, see ``optima.qp.rounding``.
         budget_bytes: work space of the solver for one chunk of rows.
         needs: what calibration finds for the selector, of what it asks for, see ``optima.selectors.base.needs_of``.
     """
 
     selector: Selector
     solver: RowSolver | None = None
-    rounding: Literal["hessian", "nearest"] = "hessian"
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     needs: frozenset[str] = frozenset()
 
@@ -63,12 +61,14 @@ class LinearResult:
         weight_OD: the weights as they are to be written, in the checkpoint's dtype, zero off keep.
         keep_OD: the mask, True = the weight survives.
         record: what was lost, for the report.
+        solution_OD: what the solver found, before it was rounded; None if rows were not solved.
         notes: what a reader of the report must know.
     """
 
     weight_OD: Tensor
     keep_OD: Tensor
     record: LinearRecord
+    solution_OD: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -125,7 +125,8 @@ def prune_linear(
         tokens=task.statistics.tokens,
         seconds=clock.total - before,
     )
-    return LinearResult(weight_OD, selection.keep_OD, record, _notes(task, solution))
+    solution_OD = None if solution is None else solution.weight_RD
+    return LinearResult(weight_OD, selection.keep_OD, record, solution_OD, _notes(task, solution))
 
 
 class _Rows(NamedTuple):
@@ -162,9 +163,7 @@ def _work(
             problem = make_problem(task.hessian, task.weight_OD, selection.keep_OD, selection.weight_OD)
             solution = solve_rows(methods.solver, task.hessian, problem, methods.budget_bytes)
         with clock("round"):
-            rounded = round_rows(task.hessian, problem, solution, dtype, methods.rounding)
-            # What else there was of a row's size has had its time.
-            solution = replace(solution, weight_RD=rounded.weight_RD, residual_RD=None, scale_R=None)
+            rounded = round_rows(task.hessian, problem, solution, dtype)
     return _Rows(selection, solution, rounded)
 
 

@@ -131,11 +131,11 @@ class Job:
                     self._replay(streams, block, BlockDone.from_dict(resumed[block.name]))
                 else:
                     # Tuning begins with what enters the block.
-                    keeps, tuned = self._prune(block, streams, clock), Tuned((), 0)
-                    if dense is not None and keeps:
+                    pruned, tuned = self._prune(block, streams, clock), Tuned((), 0)
+                    if dense is not None and pruned.keeps:
                         with clock("logits" if self.words is not None and self.words.read(block) else "tune"):
-                            tuned = self._tune(block, keeps, (streams, taken, dense.hidden), linears)
-                    del keeps
+                            tuned = self._tune(block, pruned, (streams, taken, dense.hidden), linears)
+                    del pruned
                 if self.loss is not None:
                     self.loss.forget([block.name, *(linear.name for linear in block.linears)])
                 if block is not blocks[-1]:
@@ -217,7 +217,7 @@ class Job:
     def _tune(
         self,
         block: Block,
-        keeps: Mapping[str, Tensor],
+        pruned: Pruned,
         given: tuple[Streams, Sequence[int], Sequence[Tensor]],
         first: int,
     ) -> Tuned:
@@ -229,7 +229,7 @@ class Job:
             known = None if self.loss is None else self.loss.of_tokens(block.name)
         weights = known and [known[batch] for batch in batches]
         own = streams.part(batches)
-        tuned = tune_block(block, keeps, own, targets, self.tuning, self.loss, weights, words)
+        tuned = tune_block(block, pruned.keeps, own, targets, self.tuning, self.loss, weights, words, pruned.solutions)
         self.notes += [text for text in (tuned.problem, tuned.note) if text and text not in self.notes]
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
@@ -291,12 +291,8 @@ class Job:
             yield found
             del found  # or it would be there while the pass goes on
 
-    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> dict[str, Tensor]:
-        """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards.
-
-        Returns:
-            keep_OD by the linear's full name; none if blocks are not tuned.
-        """
+    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> Pruned:
+        """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards."""
         ranks, pruned = streams.ranks, Pruned()
         for found in self.observe(block, streams, clock):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
@@ -314,12 +310,14 @@ class Job:
                     record = replace(result.record, block=self.earlier + block.index, tokens_effective=effective)
                     pruned.done[linear.name] = record, result.notes
                     self.progress.linear(record)
-                    if self.tuning is not None:  # a byte a weight, on the device
+                    if self.tuning is not None:  # five bytes a weight, on the device
                         pruned.keeps[linear.name] = result.keep_OD
+                        if result.solution_OD is not None:
+                            pruned.solutions[linear.name] = result.solution_OD
             del found  # or it would be there while the pass goes on
         self._share(pruned, block.linears, ranks, clock)
         self._tell(block, streams, pruned)
-        return pruned.keeps
+        return pruned
 
     def _share(self, pruned: Pruned, linears: Sequence[Linear], ranks: Ranks, clock: Stopwatch) -> None:
         if ranks.size > 1:

@@ -22,7 +22,6 @@ from optima.options import (
     LEARNING_RATE,
     LEAST_SAMPLES,
     OBJECTIVES,
-    ROUNDINGS,
     SELECTOR_NAMES,
     SINK_WEIGHT,
     SOLVER_NAMES,
@@ -103,8 +102,6 @@ class Recipe:
     damping: Ridge = option("objective", 0.01, "ridge, relative to the mean diagonal of the hessian")
     solver: str = option("solve", "auto", "row solver; none keeps the selector's weights", SOLVER_NAMES)
     gap: Positive = option("solve", 1e-4, "certified relative gap to the optimum at which a row stops")
-    rounding: str = option(
-        "solve", "hessian", "how weights are rounded: small ones make up for large ones, or to the nearest", ROUNDINGS)
     tuning_epochs: Seed | None = option(
         "tuning", None, "passes over calibration text in which each block is tuned towards the dense one; certificates "
         "speak of the weights before",
@@ -223,7 +220,7 @@ class Recipe:
             "sink_weight": SINK_WEIGHT if self.objective == "sink" else None,
         }
         values = {name: value for name, value in defaults.items() if getattr(self, name) is None}
-        return replace(self, **values, rounding="nearest" if self.solver == "none" else self.rounding)
+        return replace(self, **values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to YAML and to the report; a selector object is named by its class."""

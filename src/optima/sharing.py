@@ -32,11 +32,13 @@ class Pruned:
         owners: which process prunes each; None: all together, so that all have it.
         done: what is told of those that this process has.
         keeps: keep_OD of those of them that were pruned; none if blocks are not tuned.
+        solutions: what a solver found for them, before it was rounded; none if blocks are not tuned.
     """
 
     owners: dict[str, int | None] = field(default_factory=dict)
     done: dict[str, Done] = field(default_factory=dict)
     keeps: dict[str, Tensor] = field(default_factory=dict)
+    solutions: dict[str, Tensor] = field(default_factory=dict)
 
     def share(self, linears: Sequence[Linear], ranks: Ranks) -> None:
         """Bring some linears to all processes: their weights, which are written, their masks, and what is told."""
@@ -47,16 +49,21 @@ class Pruned:
         for owner in range(ranks.size):  # one after another: no process holds what it was given of all
             own = {linear.name: linear for linear in pruned if owners[linear.name] == owner}
             if own and owner == ranks.rank:
-                ranks.broadcast({name: (each.read(), self.keeps.get(name)) for name, each in own.items()}, owner)
+                ranks.broadcast({name: self._of(each) for name, each in own.items()}, owner)
             elif own:
                 self._receive(own, ranks, owner)
 
+    def _of(self, linear: Linear) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        return linear.read(), self.keeps.get(linear.name), self.solutions.get(linear.name)
+
     def _receive(self, linears: Mapping[str, Linear], ranks: Ranks, owner: int) -> None:
-        found: dict[str, tuple[Tensor, Tensor | None]] = ranks.broadcast(None, owner)
-        for name, (weight_OD, keep_OD) in found.items():
+        found: dict[str, tuple[Tensor, Tensor | None, Tensor | None]] = ranks.broadcast(None, owner)
+        for name, (weight_OD, keep_OD, solution_OD) in found.items():
             linears[name].write(weight_OD)
             if keep_OD is not None:
                 self.keeps[name] = keep_OD
+            if solution_OD is not None:
+                self.solutions[name] = solution_OD
 
 
 def share_owned(values: Mapping[str, T], owners: Mapping[str, int | None], ranks: Ranks) -> dict[str, T]:

@@ -172,6 +172,7 @@ def tune(
     targets: Sequence[Tensor],
     cost: Cost,
     tuning: Tuning,
+    solutions: dict[str, Tensor] | None = None,
 ) -> Tuned:
     """Tune a block in place. All ranks of ``streams`` call it, and end with the same weights.
 
@@ -182,6 +183,7 @@ def tune(
         targets: of each batch, the output of the dense block on dense inputs.
         cost: what is minimised.
         tuning: how.
+        solutions: weights of linears before rounding, where they were solved: masters start there. It is emptied.
 
     Raises:
         ModelError: if the block has no gradients.
@@ -195,7 +197,7 @@ def tune(
     held = [piece for number, piece in enumerate(pieces, first) if number in held_out]
     trained = [piece for number, piece in enumerate(pieces, first) if number not in held_out]
     with torch.inference_mode(False):
-        masters = _masters(block, keeps)
+        masters = _masters(block, keeps, solutions or {})
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
     cost = cost.on(streams.device)
@@ -315,11 +317,12 @@ def tune_block(
     loss: FisherWeights | None,
     weights: Sequence[Tensor] | None = None,
     words: LmHead | None = None,
+    solutions: dict[str, Tensor] | None = None,
 ) -> Tuned:
     """Tune a block by the metric that is known of it: KL of the logits, the Fisher metric, or energies of channels.
 
     Args:
-        block, keeps, streams, targets, tuning: see ``tune``.
+        block, keeps, streams, targets, tuning, solutions: see ``tune``.
         loss: the Fisher weights, with the metric at the block's outputs; None: channels count by their energy.
         weights: of the tokens of each batch, (T,), or None.
         words: the LM head, if it reads the output of the block.
@@ -341,7 +344,7 @@ def tune_block(
             else:
                 cost = nullcontext(BlockError.by_channel(targets, ranks))
         with full_precision(), one_memory_error(), cost as error:
-            tuned = tune(block, keeps, streams, targets, error, tuning)
+            tuned = tune(block, keeps, streams, targets, error, tuning, solutions)
     except torch.OutOfMemoryError:  # nothing of the block has changed yet
         return Tuned((), 0, OUT_OF_MEMORY)
     notes = filter(None, ranks.gather(place_note))
@@ -400,7 +403,7 @@ def _routers(block: Block, pruned: Collection[str]) -> list[str]:
     return found
 
 
-def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _masters(block: Block, keeps: Mapping[str, Tensor], solutions: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies of what is tuned, in float32 at least, by name."""
     pruned: defaultdict[int, list[Linear]] = defaultdict(list)  # one parameter may hold many experts
     for linear in block.linears:
@@ -415,6 +418,8 @@ def _masters(block: Block, keeps: Mapping[str, Tensor]) -> dict[str, Tensor]:
             keep_like = torch.zeros_like(master)  # a CPU multiplies by floats eight times as fast as by booleans
             for linear in linears:
                 linear.orient(keep_like).copy_(keeps[linear.name])
+                if linear.name in solutions:  # before it was rounded; its memory is needed next
+                    linear.orient(master.detach()).copy_(solutions.pop(linear.name))
             master.register_post_accumulate_grad_hook(partial(_mask_gradient, keep_like))
     return masters
 

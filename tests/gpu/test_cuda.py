@@ -79,7 +79,6 @@ def test_small_blocks_change_nothing(solver: RowSolver, monkeypatch: pytest.Monk
     whole = certify(hessian, problem, problem.masked(problem.target_RD))
     monkeypatch.setattr("optima.qp.certificate.DEVICE_BLOCK_ENTRIES", 7 * 96)
     monkeypatch.setattr("optima.linalg.gather.DEVICE_BATCH_ENTRIES", 1)
-    monkeypatch.setattr("optima.qp.rounding.DEVICE_CHUNK_ENTRIES", 7 * 96)
     parts = certify(hessian, problem, problem.masked(problem.target_RD))
     torch.testing.assert_close(parts.error_R, whole.error_R)
     torch.testing.assert_close(parts.bound_R, whole.bound_R, rtol=1e-3, atol=0.0)

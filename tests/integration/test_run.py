@@ -12,7 +12,6 @@ from families import build, make_ids
 from tiny import TEXT, make_llama, make_tokenizer, make_tokens, save_model, save_text
 
 from optima import Recipe, load_recipe, load_report, prune
-from optima.build import build as build_methods
 from optima.cli import main
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.source import find_source
@@ -123,7 +122,6 @@ def test_the_settings_of_a_selector_object_are_told(root: Path) -> None:
 def test_settings_reach_the_work() -> None:
     run = prune(make_llama(), Recipe(damping=0.1, objective="sink"), calibration=make_tokens())
     assert {linear.damping for linear in run.linears} == {0.1}
-    assert build_methods(Recipe(rounding="nearest")).rounding == "nearest"
     run = prune(build("mixtral"), Recipe(expert_tokens=10**6, objective="sink"), calibration=make_ids())
     assert any("fewer than 1000000 tokens" in note for note in run.run.notes)
 

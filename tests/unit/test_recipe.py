@@ -240,7 +240,6 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
     ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
     ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
-    ({"rounding": "up"}, "unknown rounding 'up': known roundings are hessian, nearest"),
     ({"scope": "row", "selector": "external", "mask_from": "m.safetensors"}, "scope needs to know the pattern"),
     ({"selector": "external"}, "selector external takes its masks from mask_from"),
     ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'optima'"),
@@ -336,11 +335,6 @@ class TestResolved:
         """The file may be published: who loads it has not looked at the code."""
         Recipe(trust_remote_code=True).save(tmp_path / "r.yaml")
         assert not load_recipe(tmp_path / "r.yaml").trust_remote_code
-
-    def test_what_no_solver_rounds_is_rounded_to_nearest(self) -> None:
-        """As is written then, whatever the default is."""
-        assert Recipe(solver="none").resolved(scope="row").rounding == "nearest"
-        assert Recipe().resolved(scope="row").rounding == "hessian"
 
     def test_wide_models_are_calibrated_on_more(self) -> None:
         assert Recipe().samples(2048) == 128

@@ -5,26 +5,23 @@ Shapes: D inputs, R rows.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 from qp_reference import Reference, make_layer, make_matrix, make_rows, reference
 from torch import Tensor
 
-from optima.errors import RecipeError
 from optima.linear import above_least
-from optima.qp import Auto, Bounded, Hessian, RowProblem, RowSolution, make_problem, solve_rows
+from optima.qp import Auto, Hessian, RowProblem, RowSolution, make_problem, solve_rows
 from optima.qp.rounding import Rounded, round_rows
 
 Layer = tuple[Hessian, RowProblem, Reference]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def layer(matrix_DD: Tensor, damping: float, weight_RD: Tensor, keep_RD: Tensor, **bounds: Tensor) -> Layer:
+def layer(matrix_DD: Tensor, damping: float, weight_RD: Tensor, keep_RD: Tensor) -> Layer:
     hessian = Hessian(matrix_DD, damping)
-    problem = make_problem(hessian, weight_RD, keep_RD, **bounds)
+    problem = make_problem(hessian, weight_RD, keep_RD)
     return hessian, problem, reference(matrix_DD, hessian.damping, problem)
 
 
@@ -51,24 +48,6 @@ def two_of_four() -> Layer:
     return layer(make_matrix(64, 128, seed=6), 0.01, weight_RD, keep_RD.flatten(1))
 
 
-def bounded() -> Layer:
-    weight_RD, keep_RD = make_rows(30, 32, seed=7)
-    wide_RD = 0.02 * weight_RD.abs() + 1e-3
-    return layer(
-        make_matrix(32, 64, seed=8),
-        0.01,
-        weight_RD,
-        keep_RD,
-        lower_RD=weight_RD - wide_RD,
-        upper_RD=weight_RD + wide_RD,
-    )
-
-
-def one_sided() -> Layer:
-    weight_RD, keep_RD = make_rows(30, 32, seed=9)
-    return layer(make_matrix(32, 64, seed=8), 0.01, weight_RD, keep_RD, upper_RD=torch.full_like(weight_RD, 0.3))
-
-
 def scaled(factor: float) -> Layer:
     weight_RD, keep_RD = make_rows(30, 32, seed=10)
     return layer(make_matrix(32, 64, seed=8) / factor, 0.01, factor * weight_RD, keep_RD)
@@ -88,8 +67,6 @@ LAYERS = {
     "collinear": lambda: collinear(0.01),
     "collinear-little-damping": lambda: collinear(1e-6),
     "2:4": two_of_four,
-    "bounded": bounded,
-    "one-sided": one_sided,
     "large": lambda: scaled(1e4),
     "small": lambda: scaled(1e-3),
 }
@@ -106,36 +83,21 @@ def representable(rounded: Rounded, problem: RowProblem, dtype: torch.dtype) -> 
     assert rounded.weight_RD.dtype == dtype
     assert rounded.weight_RD.isfinite().all()
     value_RD = rounded.weight_RD.double()
-    feasible = (value_RD[~problem.keep_RD] == 0).all()
-    if problem.lower_RD is not None:
-        feasible &= (value_RD >= problem.lower_RD.double()).all()
-    if problem.upper_RD is not None:
-        feasible &= (value_RD <= problem.upper_RD.double()).all()
-    return bool(feasible)
+    return bool((value_RD[~problem.keep_RD] == 0).all())
 
 
 @every_dtype
 @every_layer
 def test_the_gap_as_written_is_above_the_truth(name: str, dtype: torch.dtype) -> None:
-    """And so is the error; pruned weights stay zero, and bounds hold."""
+    """And the error is exact; pruned weights stay zero, kept ones are the nearest numbers."""
     hessian, problem, truth, solution = solved(name)
-    for method in ("hessian", "nearest"):
-        rounded = round_rows(hessian, problem, solution, dtype, method)
-        assert representable(rounded, problem, dtype)
-        loss_R = truth.loss(rounded.weight_RD.double())
-        assert (loss_R <= truth.allowance(rounded.gap_R.numpy())).all()
-        assert (loss_R <= rounded.error_R.numpy() + 1e-12 * truth.energy_R).all()
-
-
-@every_dtype
-@every_layer
-def test_no_row_is_worse_than_the_nearest_numbers(name: str, dtype: torch.dtype) -> None:
-    hessian, problem, truth, solution = solved(name)
-    losses = [
-        truth.loss(round_rows(hessian, problem, solution, dtype, method).weight_RD.double())
-        for method in ("hessian", "nearest")
-    ]
-    assert (losses[0] <= losses[1] + 1e-9 * losses[1] + 1e-13 * truth.energy_R).all()
+    rounded = round_rows(hessian, problem, solution, dtype)
+    assert representable(rounded, problem, dtype)
+    largest = torch.finfo(dtype).max
+    assert torch.equal(rounded.weight_RD, solution.weight_RD.clamp(-largest, largest).to(dtype))
+    loss_R = truth.loss(rounded.weight_RD.double())
+    assert (loss_R <= truth.allowance(rounded.gap_R.numpy())).all()
+    np.testing.assert_allclose(rounded.error_R, loss_R, rtol=1e-9, atol=1e-12 * truth.energy_R.max())
 
 
 def test_the_gap_as_written_is_not_far_above_the_truth() -> None:
@@ -144,18 +106,6 @@ def test_the_gap_as_written_is_not_far_above_the_truth() -> None:
     best_R = truth.loss(truth.optimum())
     gap_R = truth.loss(rounded.weight_RD.double()) / best_R - 1.0
     assert (rounded.gap_R.numpy() <= 1.01 * (gap_R + solution.gap_R.numpy()) + 1e-6).all()
-
-
-@pytest.mark.parametrize("name", ["factors", "little-pruned", "collinear", "collinear-little-damping"])
-def test_small_weights_make_up_for_the_errors_of_large_ones(name: str) -> None:
-    hessian, problem, truth, solution = solved(name)
-    best_R = truth.loss(truth.optimum())
-    gaps = [
-        truth.loss(round_rows(hessian, problem, solution, torch.bfloat16, method).weight_RD.double()) / best_R - 1.0
-        for method in ("hessian", "nearest")
-    ]
-    assert np.max(gaps[0]) < 0.5 * np.max(gaps[1])
-    assert np.sum(gaps[0] * best_R) < 0.7 * np.sum(gaps[1] * best_R)
 
 
 def test_a_dead_input_costs_nothing() -> None:
@@ -199,17 +149,6 @@ def test_weights_beyond_the_range_are_written_at_its_end_and_the_gap_says_so() -
     assert (truth.loss(rounded.weight_RD.double()) <= truth.allowance(rounded.gap_R.numpy())).all()
 
 
-def test_bounds_without_a_number_between_them_are_refused() -> None:
-    weight_RD = torch.full((1, 2), 1.0)
-    keep_RD = torch.ones_like(weight_RD, dtype=torch.bool)
-    hessian = Hessian(torch.eye(2))
-    problem = make_problem(hessian, weight_RD, keep_RD, None, weight_RD + 1e-3, weight_RD + 2e-3)
-    solution = solve_rows(Bounded(), hessian, problem)
-    with pytest.raises(RecipeError, match="bfloat16"):
-        round_rows(hessian, problem, solution, torch.bfloat16)
-    assert representable(round_rows(hessian, problem, solution, torch.float16), problem, torch.float16)
-
-
 def test_what_all_rows_lose_is_told_in_full_where_masks_lose_next_to_nothing() -> None:
     """Pruned weights are a millionth of the others: rounding loses far more than the mask."""
     weight_RD, keep_RD = make_rows(20, 48, seed=2)
@@ -236,7 +175,7 @@ def test_a_dead_weight_of_any_size_leaves_the_gap_as_it_is() -> None:
     assert torch.allclose(*gaps, rtol=1e-3)
 
 
-def test_more_rows_than_are_rounded_together() -> None:
+def test_more_rows_than_are_measured_together() -> None:
     """And the same bits every time."""
     hessian, problem, truth = make_layer(4800, 120)
     solution = solve_rows(Auto(), hessian, problem)
@@ -244,19 +183,7 @@ def test_more_rows_than_are_rounded_together() -> None:
     assert torch.equal(one.weight_RD, other.weight_RD)
     assert torch.equal(one.gap_R, other.gap_R)
     loss_R = truth.loss(one.weight_RD.double())
-    assert (loss_R <= one.error_R.numpy()).all()
-    assert (one.error_R.numpy() <= 1.001 * loss_R).all()
-
-
-@every_layer
-def test_the_solvers_residual_serves_as_well_as_its_own(name: str) -> None:
-    hessian, problem, _, solution = solved(name)
-    assert solution.residual_RD is not None
-    own = round_rows(hessian, problem, replace(solution, residual_RD=None, scale_R=None), torch.bfloat16, "nearest")
-    given = round_rows(hessian, problem, solution, torch.bfloat16, "nearest")
-    assert torch.equal(own.weight_RD, given.weight_RD)
-    tolerance = 1e-4 * own.error_R.abs() + 1e-2 * (own.error_R - solution.error_R).abs()
-    assert bool(((own.error_R - given.error_R).abs() <= tolerance).all())
+    np.testing.assert_allclose(one.error_R, loss_R, rtol=1e-9)
 
 
 def test_no_rows_are_no_trouble() -> None:

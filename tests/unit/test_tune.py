@@ -63,6 +63,20 @@ def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, bat
     return found
 
 
+def test_tuning_starts_from_the_solution_before_it_was_rounded() -> None:
+    first = []
+    for given in (True, False):
+        block, keeps, streams, targets = half_pruned(make_llama().bfloat16())
+        solutions = {linear.name: 1.5 * linear.read().float() for linear in block.linears}
+        for linear in block.linears if not given else ():
+            linear.write(solutions[linear.name].bfloat16())
+        options = (BlockError.by_channel(targets), Tuning(1, 1e-3), solutions if given else None)
+        with torch.no_grad():
+            first.append(tune(block, keeps, streams, targets, *options).held_out[0])
+        assert bool(solutions) != given, "what was used does not wait"
+    assert first[0] == first[1]
+
+
 @pytest.mark.parametrize("make", [make_llama, make_gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_comes_closer_to_the_dense_block(make: object, dtype: torch.dtype) -> None:
@@ -402,9 +416,9 @@ def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(mo
     monkeypatch.setattr("optima.calibration.fisher.LEAST_TUNED", 1)
     seen: list[Any] = []
 
-    def watched(block: Block, keeps: Any, streams: Streams, targets: Any, cost: Any, tuning: Tuning) -> Tuned:
+    def watched(block: Block, keeps: Any, streams: Streams, targets: Any, cost: Any, *more: Any) -> Tuned:
         seen.append(cost.weights if isinstance(cost, BlockError) else None)
-        return tune(block, keeps, streams, targets, cost, tuning)
+        return tune(block, keeps, streams, targets, cost, *more)
 
     monkeypatch.setattr("optima.tune.tune", watched)
     recipe = Recipe(seed=3, batch_size=2, tuning_epochs=1, tuning_share=0.5)

@@ -10,6 +10,7 @@ Shapes: R rows, D inputs, B rows certified together.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -106,16 +107,27 @@ class Verifier:
         Returns:
             The certificate, but with ``residual_RD`` in H's working dtype and the units above.
         """
-        entries = BLOCK_ENTRIES if weight_RD.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
         residual_RD = torch.empty_like(weight_RD, dtype=self.mask_RD.dtype)
         facts = torch.empty(3, len(weight_RD), dtype=torch.float64, device=weight_RD.device)
-        size = max(entries // max(self.hessian.num_inputs, 1), 1)
-        for begin in range(0, len(weight_RD), size):
-            block = slice(begin, begin + size)
+        for block in self._blocks(len(weight_RD)):
             found = self._certify(weight_RD[block], block if isinstance(rows, slice) else rows[block])
             residual_RD[block] = found.residual_RD
             facts[:, block] = torch.stack(found[:3])
         return Certificate(facts[0], facts[1], facts[2], residual_RD)
+
+    def error(self, weight_RD: Tensor) -> Tensor:
+        """E of weights that are zero off keep, but for what dead inputs of theirs are, float64."""
+        matrix_DD, error_R = self.hessian.damped_DD, torch.empty_like(self.energy_R)
+        for block in self._blocks(len(weight_RD)):
+            difference_BD = self.problem.target_RD[block].double() - weight_RD[block]
+            difference_BD *= ~self.hessian.dead_D
+            error_R[block] = 0.5 * torch.linalg.vecdot(difference_BD, difference_BD @ matrix_DD).clamp_min(0.0)
+        return error_R
+
+    def _blocks(self, count: int) -> Iterator[slice]:
+        entries = BLOCK_ENTRIES if self.mask_RD.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
+        size = max(entries // max(self.hessian.num_inputs, 1), 1)
+        return (slice(begin, begin + size) for begin in range(0, count, size))
 
     def _certify(self, weight_BD: Tensor, rows: slice | Tensor) -> Certificate:
         hessian, problem, scale_B = self.hessian, self.problem.rows(rows), self.scale_R[rows]

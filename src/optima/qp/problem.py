@@ -64,8 +64,6 @@ class RowSolution:
         status_R: ``Status`` values, int8.
         iterations_R: iterations spent on each row, int32 (0 for a direct solve).
         mask_error_R: the error of the target on keep, float64; None if that was not looked at.
-        residual_RD: H (w - v) on keep, in the precision of iterations and in units of H's mean diagonal and of the
-            rows' ``scale_R``, float64, in which it has room; both None if it is not known.
         solver: name of the solver that ran; of several, in alphabetical order, joined by a plus.
         note: what a reader of the report should know: where the precision was raised, what had to be halved; empty if
             nothing.
@@ -77,8 +75,6 @@ class RowSolution:
     status_R: Tensor
     iterations_R: Tensor
     mask_error_R: Tensor | None = None
-    residual_RD: Tensor | None = None
-    scale_R: Tensor | None = None
     _: KW_ONLY
     solver: str = ""
     note: str = ""

@@ -166,7 +166,7 @@ class _Rounds:
         self.status_R[self.active] = Status.ITERATION_LIMIT
         best = self.best
         facts = best.error_R, best.gap_R, self.status_R, self.iterations_R, self.mask_error_R
-        return RowSolution(self.weight_RD, *facts, best.residual_RD, self.verifier.scale_R, note=self.note)
+        return RowSolution(self.weight_RD, *facts, note=self.note)
 
     def _corrected(
         self, residuals: Residuals, weight: Callable[[], Tensor], rows: slice | Tensor
