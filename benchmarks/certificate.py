@@ -1,7 +1,7 @@
 """Is the certificate ever wrong? True gap <= certified gap on 100,000 rows and more, against a float64 Cholesky.
 
     python benchmarks/certificate.py                     # generated rows
-    python benchmarks/certificate.py --dump-dir DUMP     # and real layers, from `optima prune --dump-layer REGEX`
+    python benchmarks/certificate.py --dump-dir DUMP     # and real layers, written by dump.py
 
 Generated rows vary the size, the spectrum (well and badly conditioned, rank-deficient, duplicated, dead and massive
 inputs, a hessian asymmetric by rounding), the damping (1e-6 .. 1), the density (2 .. 98 %, N:M), the start, the gap

@@ -177,7 +177,7 @@ def _first(worst_N: Tensor, target: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layer-dir", type=Path, help="layers written by optima prune --dump-layer; else synthetic")
+    parser.add_argument("--layer-dir", type=Path, help="layers written by dump.py; else synthetic")
     parser.add_argument("--pattern", default="", help="regular expression that chooses layers by name")
     parser.add_argument("--rows", type=int, default=64, help="rows a layer")
     parser.add_argument("--sparsity", type=float, default=0.5)

@@ -1,7 +1,7 @@
 """How fast, and how far from the optimum: optima's row solver against other methods on the same rows.
 
     python benchmarks/qp.py                                  # synthetic layers, 2 threads
-    python benchmarks/qp.py --dump-dir DUMP                  # and real ones, from `optima prune --dump-layer REGEX`
+    python benchmarks/qp.py --dump-dir DUMP                  # and real ones, written by dump.py
     python benchmarks/qp.py --device cuda --synthetic 4096 14336 --output qp.md
 
 Methods: ours at several certified gaps; (a) the paper's solver, MPAX raPDHG, from its package; (b) diagonal CG as

@@ -6,7 +6,7 @@
 Rounds the linears of the model's blocks and back, weights only, and measures the perplexity of each model: int8 with
 one scale a row, int4 with one scale for each --group inputs, both symmetric (zero stands for zero), and int4 with an
 offset (zero is a number like any other). See docs/howto/quantise.md. With the hessians of every linear (``optima prune
---dump-layer .``) also int4 whose errors the other kept weights make up for. A pruned weight that was solved, and not
+dump.py``) also int4 whose errors the other kept weights make up for. A pruned weight that was solved, and not
 tuned, is the least of its error under its mask, so that rounding it under the same hessian is rounding and solving
 jointly.
 
@@ -106,9 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", help="hub ids, local directories or GGUF files")
     parser.add_argument("--evaluation", nargs="+", required=True, help="text to measure on")
     parser.add_argument("--group", type=int, default=32, help="inputs that share a scale in int4")
-    parser.add_argument(
-        "--dump-dir", type=Path, help="hessians of the linears, which optima prune --dump-layer . wrote"
-    )
+    parser.add_argument("--dump-dir", type=Path, help="hessians of the linears, written by dump.py")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--max-seq-length", type=int, default=512)
     parser.add_argument("--max-windows", type=int, default=5)

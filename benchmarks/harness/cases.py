@@ -1,4 +1,4 @@
-"""The rows to benchmark: real layers from ``optima prune --dump-layer``, and synthetic ones with LLM-like spectra.
+"""The rows to benchmark: real layers from dump.py, and synthetic ones with LLM-like spectra.
 
 A dump is one safetensors file per linear, named after it, with ``hessian`` (D, D), undamped X^T X / T, and
 ``weight`` (O, D).

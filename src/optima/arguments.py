@@ -121,7 +121,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--overwrite", action="store_true", help="replace an earlier output in that place")
     text = "go on with an unfinished run in that place; --no-resume: delete it and begin again"
     option("--resume", action=argparse.BooleanOptionalAction, help=text)
-    option("--dump-layer", metavar="REGEX", help="write hessian and weight of these linears to DIR/layers/")
     text = "upload the output to this hub repository; it is created before the run"
     option("--push-to-hub", metavar="REPO", help=text)
     option("--private", action="store_true", help="create that repository as private; fail if it exists and is public")

@@ -115,7 +115,7 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
     from optima.reporting.callbacks import JsonLog, Trackers
     from optima.reporting.summary import render_summary
 
-    options = {name: given.pop(name) for name in ("overwrite", "resume", "dump_layer") if name in given}
+    options = {name: given.pop(name) for name in ("overwrite", "resume") if name in given}
     repo, private = given.pop("push_to_hub", None), given.pop("private", None)
     callbacks: list[Callback] = [Trackers(report_to)] if report_to else []
     if log_format == "json":

@@ -32,9 +32,7 @@ from optima.selectors.base import Selector
 SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
-def identity(
-    recipe: Recipe, selector: Selector, device: torch.device, model: PreTrainedModel, dump_layer: str | None
-) -> dict[str, Any]:
+def identity(recipe: Recipe, selector: Selector, device: torch.device, model: PreTrainedModel) -> dict[str, Any]:
     """What is known before weights and text are read.
 
     Names of places are no part of it where the content is: the model's path is not here, ``contents`` has its weights.
@@ -47,7 +45,6 @@ def identity(
             set with its units for short numbers: sums in another order are other sums. Another card of the same kind
             may go on.
         model: its class and configuration count, and code that came with it; weights are not looked at.
-        dump_layer: regex of what is dumped.
     """
     values = recipe.to_dict()
     del values["device"], values["memory_budget"]
@@ -61,7 +58,6 @@ def identity(
         "code": _code(model),
         "class": type(model).__name__,
         "device": _kind(device),
-        "dump_layer": dump_layer,
         "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
         # No part of a configuration, and in another one sums have another order.
         "attention": _implementations(model, "_attn_implementation"),

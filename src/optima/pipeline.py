@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -34,7 +34,6 @@ from optima.selectors.base import LinearTask
 from optima.sharing import Pruned, share_owned
 from optima.tune import Tuned, Tuning, changed, tune_block
 
-Dump = Callable[[Linear, Statistics], None]
 # Mamba reads the weight of its dt_proj like this.
 UNCALLED = "its module was never called, which does not mean that the model does not use its weight"
 
@@ -54,7 +53,6 @@ class Job:
         weights: brings blocks to the device.
         store: keeps activations.
         writer: commits blocks to disk, and knows those that an earlier run did; None for a model that stays in memory.
-        dump: called with each linear and its statistics before it is pruned.
         loss: weights of tokens and rows by the model's loss, or None.
         tuning: of blocks, or None.
         words: who has the head that reads the stack, by which its last block is tuned; None: as the others are.
@@ -78,7 +76,6 @@ class Job:
     weights: Weights = field(default_factory=Resident)
     store: Store = field(default_factory=Store)
     writer: Writer | None = None
-    dump: Dump | None = None
     loss: FisherWeights | None = None
     tuning: Tuning | None = None
     words: LmHead | None = None
@@ -339,8 +336,6 @@ class Job:
         self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
 
     def _prune_linear(self, linear: Linear, statistics: Statistics, clock: Stopwatch, ranks: Ranks) -> LinearResult:
-        if self.dump is not None:
-            self.dump(linear, statistics)
         rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
         coupling_OO = None if self.loss is None else self.loss.coupling.get(linear.name)
         task = LinearTask(linear.name, self._dense(linear), statistics, rows_O, coupling_OO)

@@ -31,7 +31,6 @@ from optima.device import (
     unswitched,
 )
 from optima.distributed import Ranks, joined
-from optima.dumping import DUMP_DIRECTORY, dump_into
 from optima.errors import NumericalError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linalg.finite import all_finite
@@ -76,7 +75,6 @@ def prune(
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
     overwrite: bool = False,
-    dump_layer: str | None = None,
     resume: bool | None = None,
 ) -> Report:
     """Prune a model in one shot.
@@ -98,8 +96,6 @@ def prune(
         callbacks: told of each linear and block, see ``optima.Callback``.
         progress: draw a live line on stderr, or print a line a block where that is no terminal.
         overwrite: replace ``output_dir`` if it holds an earlier output.
-        dump_layer: regex; the hessian and dense weight of every linear whose name matches are written to
-            ``output_dir/layers``, for benchmarks and research.
         resume: what becomes of the blocks that an unfinished run into ``output_dir`` committed. True: go on behind the
             last of them, to the very bits of a run that was not interrupted, on CUDA as far as its kernels are
             reproducible; False: delete them; None: say that they are there. A model in memory must be given as it was
@@ -119,10 +115,10 @@ def prune(
             ranks = stack.enter_context(joined())
             stack.enter_context(unswitched())
             callbacks = _check_arguments(output_dir, resume, tokenizer, callbacks)
-            checked = check(model, recipe, output_dir, calibration, dump_layer, ranks)
+            checked = check(model, recipe, output_dir, calibration, ranks)
             recipe, source = checked.recipe, checked.source
             stack.enter_context(memory_explained(checked.device))
-            run = _identity(checked, dump_layer, ranks, output_dir is not None)
+            run = _identity(checked, ranks, output_dir is not None)
             destination = None
             if output_dir is not None:
                 told.enter_context(interruptible())
@@ -151,7 +147,7 @@ def prune(
                 run["tokens"] = text.hash
                 check_alike(run, ranks)
             if destination is not None:
-                _write_into(destination, job, network, checked, run, dump_layer)
+                _write_into(destination, job, network, checked, run)
             del tokenizer, reader  # of a large vocabulary: 0.2 GB that nothing needs from here on
             give_back_freed_memory()
             if ranks.first:
@@ -194,13 +190,13 @@ def _check_arguments(
     return tuple(each for each in found if isinstance(each, Callback))
 
 
-def _identity(checked: Checked, dump_layer: str | None, ranks: Ranks, written: bool) -> dict[str, Any]:
+def _identity(checked: Checked, ranks: Ranks, written: bool) -> dict[str, Any]:
     """What tells this run from others, the same in all processes, else they would not exchange the same.
 
     Nothing if nobody asks: of one process, unless something is ``written``.
     """
     named = checked.recipe if checked.scope_named else replace(checked.recipe, scope=None)
-    known = named, checked.methods.selector, checked.device, checked.structure, dump_layer
+    known = named, checked.methods.selector, checked.device, checked.structure
     run = identity(*known) if written or ranks.size > 1 else {}
     check_alike(run, ranks)
     return run
@@ -252,7 +248,6 @@ def _write_into(
     network: PreTrainedModel,
     checked: Checked,
     run: dict[str, Any],
-    dump_layer: str | None,
 ) -> None:
     """Have ``job`` write what becomes of the blocks, if it goes on with what is there."""
     job.notes.extend(_object_note(checked.recipe, run))
@@ -260,8 +255,6 @@ def _write_into(
     job.writer = open_writer(network, checked.found.blocks, destination, run, job.weights)
     destination.add_beside()
     job.notes.extend(destination.notes)
-    if dump_layer is not None:
-        job.dump = dump_into(destination.directory / DUMP_DIRECTORY, dump_layer)
 
 
 def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:

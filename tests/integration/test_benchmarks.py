@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dump import Dumping
 from runs import on_call, raising, run_script
 from safetensors.torch import save_file
 from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
@@ -18,6 +19,7 @@ from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 from optima import Recipe, prune
 from optima.linalg.hessian import Hessian
 from optima.models.writer import Writer
+from optima.selectors.base import make_selector
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FULL_SIZE_ONLY = "NOT RUN"
@@ -36,7 +38,7 @@ def read(script: str, *arguments: str) -> str:
 
 @pytest.fixture
 def dump(tmp_path: Path) -> Path:
-    """A layer as `optima prune --dump-layer` writes it."""
+    """A layer as dump.py writes it."""
     generator = torch.Generator().manual_seed(0)
     inputs_TD = torch.randn(256, 48, generator=generator)
     weight_OD = torch.randn(24, 48, generator=generator).bfloat16()
@@ -310,10 +312,11 @@ def test_dense_targets_make_up_for_a_part_of_the_error(tmp_path: Path) -> None:
 
 def test_quantise_counts_zeros_and_measures(tmp_path: Path) -> None:
     dense, text, model = save_model(tmp_path / "dense"), save_text(tmp_path / "text.txt"), tmp_path / "model"
-    recipe = Recipe(selector="wanda", solver="none", dataset=[str(text)], num_calibration_samples=8, max_seq_length=16)
-    prune(str(dense), recipe, output_dir=model, progress=False, dump_layer=".")
+    dumping = Dumping(tmp_path / "layers", inner=make_selector("wanda"))
+    recipe = Recipe(selector=dumping, solver="none", dataset=[str(text)], num_calibration_samples=8, max_seq_length=16)
+    prune(str(dense), recipe, output_dir=model, progress=False)
     size = ["--max-seq-length", "16", "--max-windows", "2", "--group", "16"]
-    output = run("quantise.py", str(model), "--evaluation", str(text), *size, "--dump-dir", str(model / "layers"))
+    output = run("quantise.py", str(model), "--evaluation", str(text), *size, "--dump-dir", str(tmp_path / "layers"))
     rows = [line.split("|") for line in output.splitlines() if line.startswith("| ")][1:]
     kept = {weights.strip(): zeros.strip() for _, _, weights, _, zeros, _ in rows if "int" in weights}
     assert int(kept.pop("int4 with an offset, for 16").removesuffix("%")) < 50

@@ -222,20 +222,6 @@ class TestPrune:
         weight = AutoModel.from_pretrained("out").encoder.layer[1].output.dense.weight
         assert ((weight == 0).sum(dim=1) == weight.shape[1] // 2).all()
 
-    def test_dump_layer(self) -> None:
-        source = load_file("model/model.safetensors")
-        prune("--dump-layer", r"layers\.1\.mlp\.(up|down)")
-        assert sorted(path.name for path in Path("out/layers").iterdir()) == [
-            "model.layers.1.mlp.down_proj.safetensors",
-            "model.layers.1.mlp.up_proj.safetensors",
-        ]
-        dump = load_file("out/layers/model.layers.1.mlp.down_proj.safetensors")
-        assert torch.equal(dump["weight"], source["model.layers.1.mlp.down_proj.weight"])
-        hessian_DD = dump["hessian"]
-        assert hessian_DD.shape == (48, 48)
-        assert torch.allclose(hessian_DD, hessian_DD.T)
-        assert torch.linalg.eigvalsh(hessian_DD.double())[0] > -1e-6 * hessian_DD.diagonal().max()
-
     def test_masks_of_another_run_with_a_recipe_of_its_own(self, caplog: pytest.LogCaptureFixture) -> None:
         first = prune("--selector", "magnitude", "--solver", "none", "--sparsity", "0.6")
         again = prune(

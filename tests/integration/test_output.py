@@ -100,7 +100,6 @@ class TestDiskFillsUp:
             ("shutil.copyfile", 1, 0),
             ("shutil.copyfile", 2, 0),  # the tokenizer's files
             ("transformers.PreTrainedModel.save_pretrained", 1, 0),  # the configuration
-            ("optima.dumping.save_file", 1, 0),  # --dump-layer
             ("transformers.PreTrainedModel.save_pretrained", 2, 0),
             ("transformers.PreTrainedModel.save_pretrained", 3, 1),
             ("transformers.PreTrainedModel.save_pretrained", 4, 2),  # outside the blocks
@@ -118,7 +117,7 @@ class TestDiskFillsUp:
         owner = pytest.importorskip(module) if module in MODULES else resolve(module)
         full = raising(OSError(errno.ENOSPC, "No space left on device"))
         monkeypatch.setattr(owner, name, on_call(call, getattr(owner, name), full))
-        assert main(prune_arguments("--output-dir", "a/out", "--dump-layer", "q_proj")) == 2
+        assert main(prune_arguments("--output-dir", "a/out")) == 2
         message = capsys.readouterr().err
         assert "optima: error: writing " in message
         assert "No space left on device" in message
@@ -177,7 +176,6 @@ class TestInterrupt:
         [
             "optima.run.load_tokenizer",
             "optima.preflight.opening.open_weights",
-            "optima.dumping.save_file",
             "optima.run.prepare",
         ],
     )
@@ -186,7 +184,7 @@ class TestInterrupt:
     ) -> None:
         before = snapshot(root)
         monkeypatch.setattr(target, raising(KeyboardInterrupt()))
-        assert main(prune_arguments("--output-dir", "a/out", "--dump-layer", "q_proj")) == 130
+        assert main(prune_arguments("--output-dir", "a/out")) == 130
         assert capsys.readouterr().err.splitlines()[-1].startswith("optima: interrupted")
         assert snapshot(root) == before
 
@@ -210,7 +208,7 @@ class TestInterrupt:
         save_text(root / "text.txt", TEXT * 100)
         before = snapshot(root)
         # Long enough to be interrupted between the first linear and the last.
-        options = ["--num-calibration-samples", "1000", "--batch-size", "1", "--dump-layer", r"0\.self_attn\.q"]
+        options = ["--num-calibration-samples", "1000", "--batch-size", "1"]
         options += ["--objective", "sink"]  # no long sweep before
         process = subprocess.Popen(
             [sys.executable, "-m", "optima", *prune_arguments(*options)],
@@ -220,7 +218,7 @@ class TestInterrupt:
             # A test run in the background ignores the signal, and its children would too.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
-        while not list(root.glob(".out.optima-partial/model/layers/*")):
+        while not list(root.glob(".out.optima-partial/model/*")):
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
         process.send_signal(number)

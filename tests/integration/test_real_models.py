@@ -12,6 +12,7 @@ from pydoc_data.topics import topics
 import numpy as np
 import pytest
 import torch
+from dump import Dumping
 from safetensors.torch import load_file
 from tiny import load_weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -22,6 +23,7 @@ from optima.demo import model_file
 from optima.models.source import find_source, load_model, load_tokenizer
 from optima.options import DEMO_MODELS
 from optima.qp import Hessian, certify, make_problem
+from optima.selectors.optima import Optima
 
 pytestmark = pytest.mark.slow
 
@@ -65,11 +67,18 @@ def other_prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pruned(model_name: str, dense: Path, prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("pruned") / f"{model_name}-50"
-    options = f"--sparsity 0.5 --gap {GAP} --num-calibration-samples 4 --max-seq-length 128 --tuning-epochs 0"
     blocks = f"layers.({'|'.join(map(str, BLOCKS[model_name]))})[.]"
-    options += f" --targets {blocks} --dump-layer {blocks}"
-    status = main(["prune", str(dense), "--output-dir", str(output), "--dataset", str(prose), *options.split()])
-    assert status == 0
+    recipe = Recipe(
+        selector=Dumping(output.parent / "layers", inner=Optima()),
+        sparsity=0.5,
+        gap=GAP,
+        dataset=[str(prose)],
+        num_calibration_samples=4,
+        max_seq_length=128,
+        tuning_epochs=0,
+        targets=[blocks],
+    )
+    prune(str(dense), recipe, output_dir=output)
     return output
 
 
@@ -86,22 +95,22 @@ def test_every_linear_is_certified_and_better_than_its_mask(pruned: Path) -> Non
     assert len({record.sparsity for record in report.linears}) > 10
 
 
-def test_certificate_holds_against_an_independent_oracle(pruned: Path) -> None:
+def test_certificate_holds_against_an_independent_oracle(dense: Path, pruned: Path) -> None:
     """True gap <= certified gap <= --gap on real layers; the oracle is numpy's float64 solve of each row."""
-    weights = load_weights(pruned)
+    weights, originals = load_weights(pruned), load_weights(dense)
     certified = {record.name: record.gap_max for record in load_report(pruned).linears}
-    files = sorted((pruned / "layers").glob("*.safetensors"))
+    files = sorted((pruned.parent / "layers").glob("*.safetensors"))
     assert len(files) == LINEARS
     for file in files:
-        dumped = load_file(file)
+        matrix = load_file(file)["hessian"]
         result = weights[f"{file.stem}.weight"]
         rows = torch.linspace(0, len(result) - 1, ROWS_CHECKED).long()
-        dense, sparse = dumped["weight"][rows], result[rows]
-        hessian = Hessian(dumped["hessian"], damping=0.01)
+        original, sparse = originals[f"{file.stem}.weight"][rows], result[rows]
+        hessian = Hessian(matrix, damping=0.01)
         keep = sparse != 0
-        certificate = certify(hessian, make_problem(hessian, dense, keep), sparse)
+        certificate = certify(hessian, make_problem(hessian, original, keep), sparse)
         for row in range(len(rows)):
-            best = oracle_error(dumped["hessian"], dense[row], keep[row])
+            best = oracle_error(matrix, original[row], keep[row])
             true_gap = float(certificate.error_R[row]) / best - 1.0
             # The run's own certificate, and the one that anybody can compute from the weights alone, which is looser.
             largest = certified[file.stem]

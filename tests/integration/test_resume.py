@@ -447,7 +447,6 @@ def put_back(file: str) -> Callable[[], object]:
 CHANGES: list[tuple[str, Callable[[], list[str] | None], Callable[[], object]]] = [
     ("recipe.damping", lambda: ["--damping", "0.1"], int),
     ("recipe.batch_size", lambda: ["--batch-size", "4"], int),
-    ("dump_layer", lambda: ["--dump-layer", "q_proj"], int),
     ("device", lambda: torch.set_num_threads(2), lambda: torch.set_num_threads(1)),
     ("weights", edit_weights, put_back("model/model.safetensors")),
     ("configuration", edit_config, put_back("model/config.json")),
@@ -469,7 +468,6 @@ class TestMethods:
         [
             pytest.param(["--tuning-epochs", "2", "--sparsity", "0.7"], id="tuned"),
             pytest.param(["--allocation", "owl"], id="owl", marks=SLOW),
-            pytest.param(["--dump-layer", "mlp"], id="dump", marks=SLOW),
         ],
     )
     def test_all_go_on(self, root: Path, options: list[str]) -> None:

@@ -78,7 +78,7 @@ def order(
             raise RecipeError("channels are ordered by one process: start it without torchrun")
         stack.enter_context(unswitched())
         counting = untuned(recipe) if isinstance(recipe, Recipe) else recipe  # no order takes the memory of tuning
-        checked = check(model, counting, output_dir, calibration, None, ranks)
+        checked = check(model, counting, output_dir, calibration, ranks)
         if known_orders(checked.source, checked.structure) is not None:
             name = "the model in memory" if checked.source is None else checked.source.name
             raise ModelError(f"the channels of {name} are in order already: order the model as it came")

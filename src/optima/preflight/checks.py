@@ -32,7 +32,6 @@ from optima.preflight.settling import settle_self_generated, settle_tuning
 from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
 from optima.selectors.external import External
-from optima.values import check_regexes
 
 
 @dataclass(frozen=True)
@@ -155,18 +154,6 @@ def check_shared(count: int | None, ranks: Ranks) -> None:
         raise RecipeError(
             f"{ranks.size} processes share {count} calibration sequences: start {count} at most, or raise "
             "--num-calibration-samples"
-        )
-
-
-def check_dump(regex: str, has_output: bool, linears: Sequence[Linear]) -> None:
-    """Raise ``RecipeError`` if there is nowhere to dump to, or nothing to dump."""
-    check_regexes("dump_layer", [regex])
-    if not has_output:
-        raise RecipeError("dump_layer needs an output_dir to write to")
-    if not any(re.search(regex, linear.name) for linear in linears):
-        raise RecipeError(
-            f"dump_layer {regex!r} matches none of the linears to prune: list them with optima plan, "
-            f"the first is {linears[0].name}"
         )
 
 

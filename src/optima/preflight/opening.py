@@ -31,7 +31,7 @@ from optima.models.source import Source, find_source, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
 from optima.patterns import Unstructured
-from optima.preflight.checks import check_dump, check_shared
+from optima.preflight.checks import check_shared
 from optima.preflight.fitting import Fitted, fit
 from optima.preflight.in_memory import check_in_memory
 from optima.recipe import Recipe
@@ -59,9 +59,7 @@ class Checked(Fitted):
         return self.recipe if own else replace(self.recipe, scope=None)
 
 
-def check(
-    model: object, recipe: object, output_dir: object, calibration: object, dump_layer: str | None, ranks: Ranks
-) -> Checked:
+def check(model: object, recipe: object, output_dir: object, calibration: object, ranks: Ranks) -> Checked:
     """Make every check that needs neither weights nor text; arguments as of ``optima.prune``."""
     recipe = Recipe() if recipe is None else recipe
     if not isinstance(recipe, Recipe):
@@ -80,10 +78,6 @@ def check(
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     fitted = fit(source, structure, recipe, calibration)
     check_shared(fitted.recipe.num_calibration_samples, ranks)
-    if dump_layer is not None:
-        if ranks.size > 1:
-            raise RecipeError("dump_layer works in one process: start the run without torchrun, or leave it out")
-        check_dump(dump_layer, output_dir is not None, fitted.found.linears)
     return Checked(**vars(fitted), device=device, source=source, scope_named=recipe.scope is not None)
 
 
