@@ -136,7 +136,6 @@ class Bench:
         names += ["swept_share"] if recipe.objective == "loss" and recipe.swept_share < 1.0 else []
         names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
         names += ["tuning_share"] if recipe.tuning_epochs and recipe.tuning_share < 1.0 else []
-        names += ["allocation_spread"] if recipe.allocation != "uniform" else []
         return {name: getattr(recipe, name) for name in names} | {
             # As applied: what a selector published may change.
             "scope": applied.scope if isinstance(applied, Unstructured) else None,

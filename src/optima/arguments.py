@@ -268,9 +268,6 @@ def recipe_of(given: dict[str, Any]) -> Recipe:
     _drop_patterns(values, given, path)
     if reason := _unshared(given, values):
         _drop_allocation(values, path, reason)
-    if values.get("keep_dense") is not None and (reason := _all_pruned(given, values)):
-        _logger.warning("recipe %s: its keep_dense is left out, for %s was given", path, reason)
-        del values["keep_dense"]
     _drop_other(values, given)
     while True:
         try:
@@ -286,12 +283,11 @@ def _drop_patterns(values: dict[str, Any], given: dict[str, Any], path: str) -> 
     if "pattern" in given:
         values.pop("sparsity", None)
         if all(":" in entry.rpartition("=")[2] for entry in given["pattern"]):
-            for name in ("scope", "group_size"):  # n:m has none
-                values.pop(name, None)
+            values.pop("scope", None)  # n:m has none
     if "sparsity" in given and values.pop("pattern", None):
         _logger.warning("recipe %s: its patterns are left out, for sparsity was given", path)
     if given.get("selector") == "external" and not {"sparsity", "pattern"} & given.keys():
-        for name in [name for name in ("sparsity", "pattern", "scope", "group_size") if name in values]:
+        for name in [name for name in ("sparsity", "pattern", "scope") if name in values]:
             del values[name]  # of masks that it did not choose
             _logger.warning("recipe %s: its %s is left out, for masks were given", path, name)
 
@@ -304,34 +300,18 @@ def _objective(values: dict[str, Any], given: dict[str, Any]) -> str:
 
 
 def _drop_other(values: dict[str, Any], given: dict[str, Any]) -> None:
-    """What the file says of a selector or an allocation goes where another was given."""
-    for option, method, own in (
-        ("selector", "external", "mask_from"),
-        ("allocation", values.get("allocation") or "loss", "allocation_spread"),
-    ):
-        if given.get(option, method) != method:
-            values.pop(own, None)
+    """What the file says of a selector goes where another was given."""
+    if given.get("selector", "external") != "external":
+        values.pop("mask_from", None)
 
 
 def _unshared(given: dict[str, Any], values: dict[str, Any]) -> str:
-    """Why the file's allocation ends, which shares one unstructured sparsity, OWL without the loss; else empty."""
+    """Why the file's allocation ends, which shares one unstructured sparsity by the loss; else empty."""
     if "allocation" in given:
         return ""
     pattern = given.get("pattern", ["0.5"])
     if len(pattern) > 1 or set(":=") & set(pattern[0]):
         return f"pattern {' '.join(pattern)}"
-    if given.get("selector") == "external":
-        return "selector external"
-    objective = _objective(values, given)
-    return "" if objective == "loss" or values.get("allocation") == "owl" else f"objective {objective}"
-
-
-def _all_pruned(given: dict[str, Any], values: dict[str, Any]) -> str:
-    """Why no linear stays dense by the file's choice, which is among those of patterns n:m by the loss; else empty."""
-    if "sparsity" in given:
-        return "sparsity"
-    if not all(":" in entry.rpartition("=")[2] for entry in given.get("pattern", ())):
-        return f"pattern {' '.join(given['pattern'])}"
     if given.get("selector") == "external":
         return "selector external"
     objective = _objective(values, given)
@@ -344,6 +324,3 @@ def _drop_allocation(values: dict[str, Any], path: str, reason: str) -> None:
     if named not in (None, "uniform"):
         _logger.warning("recipe %s: its allocation %s is left out, for %s was given", path, named, reason)
         del values["allocation"]
-    if named != "uniform":
-        for name in ("allocation_spread", "outlier_multiple"):
-            values.pop(name, None)

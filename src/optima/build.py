@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from optima.allocation import Allocation, ByLoss, KeepDense, Owl
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
-from optima.options import SPREADS
 from optima.patterns import SCOPES, PatternTable, Scope
 from optima.qp import make_solver
 from optima.recipe import Recipe
@@ -60,16 +58,8 @@ def build_tuning(recipe: Recipe) -> Tuning | None:
     return Tuning(epochs, recipe.learning_rate, recipe.tuning_share, recipe.seed) if epochs else None
 
 
-def build_allocation(recipe: Recipe) -> Allocation | None:
-    """What shares out the sparsity over the linears; None if all have the same."""
-    if recipe.keep_dense is not None:
-        return KeepDense(recipe.keep_dense)
-    allocation = recipe.applied_allocation
-    if allocation == "uniform":
-        return None
+def sparsity_of(recipe: Recipe) -> float:
+    """The one sparsity that an allocation shares out."""
     default = recipe.table(SCOPES[0]).default
     assert default is not None, "a recipe checks it"
-    spread = recipe.allocation_spread or SPREADS[allocation]
-    if allocation == "loss":
-        return ByLoss(default.sparsity, spread)
-    return Owl(default.sparsity, recipe.outlier_multiple, spread)
+    return default.sparsity

@@ -170,8 +170,7 @@ def host_memory(
         by_loss = max(by_loss, words_bytes(model, recipe) + tuning_bytes(model, blocks[-1], recipe, dtype))
     pruned = [sum(math.prod(linear.shape) for linear in block.linears) for block in blocks]
     masks = sum(pruned) // 8 if recipe.mask_from is not None else 0
-    scores = 4 * max(pruned, default=0) if recipe.allocation == "owl" else 0
-    return HostMemory(most * dtype.itemsize + masks + scores, work, by_loss)
+    return HostMemory(most * dtype.itemsize + masks, work, by_loss)
 
 
 def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, streamed: bool) -> int:

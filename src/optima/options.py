@@ -14,11 +14,10 @@ SELECTOR_NAMES = (
 )  # fmt: skip
 UNDAMPED = ("magnitude", "wanda", "ria", "admm", "external")  # they look at no inverse of a hessian
 SOLVER_NAMES = ("auto", "low-rank-cg", "cholesky", "none")
-ALLOCATION_NAMES = ("uniform", "owl", "loss")
+ALLOCATION_NAMES = ("uniform", "loss")
 OBJECTIVES = ("loss", "sink", "plain")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_SPARSITY = 0.5
-SPREADS = {"owl": 0.08, "loss": 0.1}  # of allocations
 LEARNING_RATE, EPOCHS = 4.5e-3, 2  # of tuning
 EXPERT_TOKENS = 256
 LEAST_SAMPLES = 128  # of calibration, as in the papers

@@ -139,13 +139,12 @@ class PatternTable:
         return assigned
 
 
-def parse_table(texts: Sequence[str], scope: Scope, group_size: int = GROUP_SIZE) -> PatternTable:
+def parse_table(texts: Sequence[str], scope: Scope) -> PatternTable:
     """Read entries of the form ``n:m``, ``0.6``, ``REGEX=n:m`` or ``REGEX=0.6``.
 
     Args:
         texts: the entries; those without a regex are the default, of which there may be one.
         scope: of the unstructured entries.
-        group_size: of the unstructured entries, for scope ``group``.
 
     Raises:
         RecipeError: naming the entry that cannot be read, its regex or its value.
@@ -155,7 +154,7 @@ def parse_table(texts: Sequence[str], scope: Scope, group_size: int = GROUP_SIZE
     for text in texts:
         # A regex may contain "=", a pattern cannot.
         regex, separator, value = text.rpartition("=")
-        pattern = _parse_pattern(value.strip(), text, scope, group_size)
+        pattern = _parse_pattern(value.strip(), text, scope)
         if not separator:
             if default is not None:
                 raise RecipeError(f"pattern has two entries for all linears, {default} and {pattern}: keep one of them")
@@ -186,7 +185,7 @@ def parse_nm(text: str) -> NM | None:
     return NM(int(match[1]), int(match[2])) if match else None
 
 
-def _parse_pattern(value: str, entry: str, scope: Scope, group_size: int) -> Pattern:
+def _parse_pattern(value: str, entry: str, scope: Scope) -> Pattern:
     if nm := parse_nm(value):
         return nm
     try:
@@ -195,7 +194,7 @@ def _parse_pattern(value: str, entry: str, scope: Scope, group_size: int) -> Pat
         raise RecipeError(
             f"pattern {entry!r} is not of the form n:m (2:4), a sparsity (0.6), or REGEX= and one of these (mlp=2:4)"
         ) from error
-    return Unstructured(sparsity, scope, group_size)
+    return Unstructured(sparsity, scope)
 
 
 def group_width(pattern: Pattern, num_inputs: int) -> int:

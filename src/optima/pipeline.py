@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from optima.allocation import Allocation
+from optima.allocate import allocate, saliency_quantiles
 from optima.calibration.accumulator import Found
 from optima.calibration.expert_statistics import routing_notes
 from optima.calibration.fisher import FisherWeights, tuned_batches
@@ -44,7 +44,6 @@ class Job:
 
     Attributes:
         methods: what is done to each linear.
-        patterns: the pattern of each linear by its full name.
         device: where blocks are calibrated and solved.
         damping: of the hessians, relative to their mean diagonal.
         expert_tokens: fewer tokens at an expert are noted.
@@ -61,14 +60,12 @@ class Job:
         resumed_seconds: what an earlier run spent on the blocks that it had done.
         resumed_peak: the most memory that it had taken by then, in bytes.
         notes: what was not done, or deviated from the recipe.
-        kept_dense: weights of each linear that ``keep_dense`` chose.
         halving: how many sequences run together.
         clock: of what happens outside the blocks.
         earlier: blocks of the stacks before: a report numbers the blocks of a model.
     """
 
     methods: Methods
-    patterns: Mapping[str, Pattern]
     device: torch.device
     damping: float
     sink_weight: float
@@ -82,7 +79,6 @@ class Job:
     linears: list[LinearRecord] = field(default_factory=list)
     blocks: list[BlockRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    kept_dense: dict[str, int] = field(default_factory=dict)
     memory: PeakMemory | None = None
     resumed_seconds: float = 0.0
     resumed_peak: int = 0
@@ -101,12 +97,13 @@ class Job:
         return dict(total)
 
     @torch.no_grad()
-    def prune(self, stack: Stack, streams: Streams, runs_again: bool = False) -> None:
+    def prune(self, stack: Stack, streams: Streams, patterns: Mapping[str, Pattern], runs_again: bool = False) -> None:
         """Prune the linears of ``stack``.
 
         Args:
             stack: with the linears to prune.
             streams: the inputs of its first block.
+            patterns: the pattern of each linear by its full name.
             runs_again: whether the model will run these blocks for a later stack.
         """
         blocks = stack.blocks[: stack.needed]
@@ -128,7 +125,7 @@ class Job:
                     self._replay(streams, block, BlockDone.from_dict(resumed[block.name]))
                 else:
                     # Tuning begins with what enters the block.
-                    pruned, tuned = self._prune(block, streams, clock), Tuned((), 0)
+                    pruned, tuned = self._prune(block, streams, patterns, clock), Tuned((), 0)
                     if dense is not None and pruned.keeps:
                         with clock("logits" if self.words is not None and self.words.read(block) else "tune"):
                             tuned = self._tune(block, pruned, (streams, taken, dense.hidden), linears)
@@ -238,41 +235,40 @@ class Job:
         return tuned
 
     @torch.no_grad()
-    def survey(
-        self, stack: Stack, streams: Streams, allocation: Allocation, batches: Sequence[int]
-    ) -> dict[str, float]:
+    def survey(self, stack: Stack, streams: Streams, sparsity: float, batches: Sequence[int]) -> dict[str, float]:
         """Each linear's share of one sparsity, from a pass of some ``batches`` over the dense blocks."""
+        quantiles: dict[str, Tensor] = {}
+        sizes = {linear.name: math.prod(linear.shape) for block in stack.blocks for linear in block.linears}
         whole, streams = self.loss, streams.part(batches).counted()
         self.loss = None if whole is None else whole.part(batches)
         blocks = stack.blocks[: stack.needed]
         self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
-                self._survey(block, streams, allocation, onward=block is not blocks[-1])
+                quantiles |= self._survey(block, streams, onward=block is not blocks[-1])
             streams.forget(block)
             self.progress.block(block.name)
         self.loss = whole
-        return allocation.allocate()
+        return allocate(sparsity, quantiles, sizes)
 
-    def _survey(self, block: Block, streams: Streams, allocation: Allocation, onward: bool) -> None:
+    def _survey(self, block: Block, streams: Streams, onward: bool) -> dict[str, Tensor]:
         measured: dict[str, Tensor | None] = {}
         owners: dict[str, int | None] = {}
         for found in self.observe(block, streams, self.clock, onward=onward):
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
-                measured[linear.name] = self._measure(linear, found.statistics, allocation)
+                measured[linear.name] = self._measure(linear, found.statistics)
             del found  # or it would be there while the pass goes on
         measured = share_owned(measured, owners, streams.ranks)
-        for linear in (linear for group in streams.groups(block) for linear in group):
-            if (own := measured[linear.name]) is not None:
-                allocation.note(block.index, linear.name, math.prod(linear.shape), own)
+        names = [linear.name for group in streams.groups(block) for linear in group]
+        return {name: own for name in names if (own := measured[name]) is not None}
 
-    def _measure(self, linear: Linear, statistics: Statistics | None, allocation: Allocation) -> Tensor | None:
+    def _measure(self, linear: Linear, statistics: Statistics | None) -> Tensor | None:
         if statistics is None:
             return None
         rows = None if self.loss is None else self.loss.compared(linear.name, linear.shape[0])
         task = LinearTask(linear.name, self._dense(linear), statistics, row_weight_O=rows)
-        return allocation.measure(task, self.patterns[linear.name])
+        return saliency_quantiles(task)
 
     def observe(self, block: Block, streams: Streams, clock: Stopwatch, *, onward: bool = False) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once."""
@@ -288,21 +284,20 @@ class Job:
             yield found
             del found  # or it would be there while the pass goes on
 
-    def _prune(self, block: Block, streams: Streams, clock: Stopwatch) -> Pruned:
+    def _prune(self, block: Block, streams: Streams, patterns: Mapping[str, Pattern], clock: Stopwatch) -> Pruned:
         """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards."""
         ranks, pruned = streams.ranks, Pruned()
         for found in self.observe(block, streams, clock):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():
-                if linear.name not in self.patterns:
-                    pruned.done[linear.name] = None, ()  # the survey keeps it dense
-                elif found.statistics is None:
+                if found.statistics is None:
                     why = "no calibration token reached it" if is_expert(linear) else UNCALLED
                     pruned.done[linear.name] = None, (f"{linear.name} was not pruned: {why}",)
                 else:
                     together = ranks if found.owner is None else ALONE
-                    result = self._prune_linear(linear, found.statistics, clock, together)
+                    pattern = patterns[linear.name]
+                    result = self._prune_linear(linear, found.statistics, pattern, clock, together)
                     linear.write(result.weight_OD)
                     record = replace(result.record, block=self.earlier + block.index, tokens_effective=effective)
                     pruned.done[linear.name] = record, result.notes
@@ -335,11 +330,13 @@ class Job:
                     self.progress.linear(told)
         self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
 
-    def _prune_linear(self, linear: Linear, statistics: Statistics, clock: Stopwatch, ranks: Ranks) -> LinearResult:
+    def _prune_linear(
+        self, linear: Linear, statistics: Statistics, pattern: Pattern, clock: Stopwatch, ranks: Ranks
+    ) -> LinearResult:
         rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
         coupling_OO = None if self.loss is None else self.loss.coupling.get(linear.name)
         task = LinearTask(linear.name, self._dense(linear), statistics, rows_O, coupling_OO)
-        return prune_linear(task, self.patterns[linear.name], self.methods, linear.read().dtype, clock, ranks)
+        return prune_linear(task, pattern, self.methods, linear.read().dtype, clock, ranks)
 
     def _dense(self, linear: Linear) -> Tensor:
         """A copy of the weight, (O, D), in float32, or float64 if it is."""

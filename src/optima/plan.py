@@ -27,7 +27,7 @@ from optima.preflight.fitting import fit
 from optima.recipe import Recipe
 
 ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
-SURVEY_NOTE = "{} takes each linear's sparsity from calibration: the same for all is shown"
+SURVEY_NOTE = "allocation loss takes each linear's sparsity from calibration: the same for all is shown"
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
     if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
         notes.append(ORDER_NOTE)
     if kept.shares.surveyed:
-        notes.append(
-            SURVEY_NOTE.format("keep_dense" if recipe.keep_dense else f"allocation {recipe.applied_allocation}")
-        )
+        notes.append(SURVEY_NOTE)
     if note := memory.note(recipe.memory_budget):
         notes.append(note)
     if recipe.self_generated:

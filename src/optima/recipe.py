@@ -25,12 +25,11 @@ from optima.options import (
     SELECTOR_NAMES,
     SINK_WEIGHT,
     SOLVER_NAMES,
-    SPREADS,
     TOKENS_PER_INPUT,
     UNDAMPED,
     option,
 )
-from optima.patterns import GROUP_SIZE, NM, SCOPES, PatternTable, Unstructured, parse_table, pattern_texts
+from optima.patterns import NM, SCOPES, PatternTable, Unstructured, parse_table, pattern_texts
 from optima.values import (
     Count,
     Device,
@@ -72,19 +71,9 @@ class Recipe:
     scope: str | None = option(
         "mask", None, "what an unstructured sparsity is ranked over", SCOPES,
         "the selector's published one, but layer instead of row with objective loss; for optima row without")
-    group_size: Count = option("mask", GROUP_SIZE, "inputs in a group, for scope group")
     allocation: str | None = option(
-        "mask", None, "how linears share one unstructured sparsity: all have the same, by their outliers (OWL), or by "
+        "mask", None, "how linears share one unstructured sparsity: all have the same, or by "
         "what the model's loss feels of them", ALLOCATION_NAMES, "loss with objective loss, else uniform")
-    allocation_spread: Fraction | None = option(
-        "mask", None, "how far a linear's sparsity may depart from the global one, before all move by one constant; of "
-        "owl: half of the range",
-        shown=", ".join(f"{spread} for {name}" for name, spread in SPREADS.items()))
-    keep_dense: Fraction | None = option(
-        "mask", None, "for patterns n:m: at most this share of the weights stays dense, in the linears where the loss "
-        "feels their pruning most", shown="none")
-    outlier_multiple: Positive = option(
-        "mask", 5.0, "owl counts as outliers the saliencies above this many times their mean")
     selector: Any = option(
         "mask", "optima", "mask selector, or your own as package.module:Class with --trust-remote-code", SELECTOR_NAMES)
     mask_from: Place | None = option(
@@ -147,10 +136,10 @@ class Recipe:
         self._check_idle()
         if self.applied_objective != "loss":
             named = self.objective or "plain, as with solver none unless it is named"
-            shared = self.allocation == "loss"
-            what, other = ("allocation loss", "allocation uniform") if shared else ("keep_dense", "no keep_dense")
-            if shared or self.keep_dense is not None:
-                raise RecipeError(f"{what} needs objective loss, not {named}: say objective loss, or {other}")
+            if self.allocation == "loss":
+                raise RecipeError(
+                    f"allocation loss needs objective loss, not {named}: say objective loss, or allocation uniform"
+                )
         if not self.dataset:
             raise RecipeError("dataset is empty: name a hub id or a local text file")
         check_regexes("targets", self.targets)
@@ -161,7 +150,7 @@ class Recipe:
         if self.as_given:
             return PatternTable()
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-        return parse_table(self.pattern or [str(sparsity)], scope, self.group_size)  # type: ignore[arg-type]
+        return parse_table(self.pattern or [str(sparsity)], scope)  # type: ignore[arg-type]
 
     @property
     def as_given(self) -> bool:
@@ -194,8 +183,8 @@ class Recipe:
 
     @property
     def surveys(self) -> bool:
-        """True if the dense model is surveyed first: for a linear's sparsity, or whether it is pruned at all."""
-        return self.applied_allocation != "uniform" or self.keep_dense is not None
+        """True if a sensitivity pass over the dense model decides on each linear's sparsity."""
+        return self.applied_allocation == "loss"
 
     def samples(self, inputs: int) -> int:
         """Calibration sequences, for a model whose widest linear has so many ``inputs``."""
@@ -215,7 +204,6 @@ class Recipe:
             "sparsity": None if self.pattern or self.as_given else DEFAULT_SPARSITY,
             "scope": scope if unstructured else None,
             "allocation": self.applied_allocation,
-            "allocation_spread": SPREADS.get(self.applied_allocation),
             "objective": self.applied_objective,
             "sink_weight": SINK_WEIGHT if self.objective == "sink" else None,
         }
@@ -265,13 +253,6 @@ class Recipe:
             raise RecipeError("scope needs to know the pattern of the external masks: name their sparsity or pattern")
         if self.scope is not None and all(isinstance(pattern, NM) for pattern in table.patterns):
             raise RecipeError("scope is for unstructured sparsity: an n:m pattern has none")
-        if self.keep_dense is not None and (
-            self._external() or not all(isinstance(pattern, NM) for pattern in table.patterns)
-        ):
-            raise RecipeError(
-                "keep_dense is for patterns n:m that a selector fills: unstructured sparsity is shared out by "
-                "allocation loss"
-            )
         if self.allocation in (None, "uniform"):
             return
         if self._external():
@@ -300,15 +281,10 @@ class Recipe:
 
     def _idle(self) -> dict[str, str]:
         """Options that do nothing, and what they are for."""
-        published = self.selector == "sparsegpt" or self.selector not in SELECTOR_NAMES  # one's own may be by groups
-        ranked = any(isinstance(each, Unstructured) for each in self.table(SCOPES[0]).patterns)
         damped = self.solver != "none" or self.surveys or self.selector not in UNDAMPED
         used = {
             "sink_weight": ("objective sink", self.objective == "sink"),
             "swept_share": ("objective loss", self.applied_objective == "loss"),
-            "allocation_spread": ("allocation owl or loss", self.applied_allocation != "uniform"),
-            "outlier_multiple": ("allocation owl", self.allocation == "owl"),
-            "group_size": ("scope group", self.scope == "group" or (self.scope is None and published and ranked)),
             **dict.fromkeys(("learning_rate", "tuning_share"), ("tuning_epochs above 0", self.applied_epochs > 0)),
             "gap": ("a solver", self.solver != "none"),
             "damping": ("a solver, or a selector that looks at inverses", damped),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -15,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.build import build_allocation, build_tuning
+from optima.allocate import with_shares
+from optima.build import build_tuning, sparsity_of
 from optima.calibration.capture import capture
 from optima.calibration.fisher import sensitivity_batches
 from optima.calibration.lm_head import embedding_device
@@ -41,6 +41,7 @@ from optima.models.source import load_tokenizer, note_of_dtype
 from optima.models.stacks import Stack, has_experts
 from optima.models.weights import Streamed, Weights
 from optima.models.writer import Writer, open_writer, prepare
+from optima.patterns import Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks
 from optima.preflight.opening import (
@@ -157,14 +158,15 @@ def prune(
             job.progress.notes(job.notes)
             job.store = store_of(checked, weights, destination, ranks)
             warn_of_disk(checked, job.store, ranks)
-            _prune_stacks(network, checked, batches, job, ranks)
+            patterns = _prune_stacks(network, checked, batches, job, ranks)
+            applied = checked.as_applied(patterns)
             job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
             seconds = time.perf_counter() - started + job.resumed_seconds
             most = max(*ranks.gather(job.memory.peak()), job.resumed_peak)
-            report = ranks.on_rank0(lambda: _report(network, origin, checked, text, job, most, seconds))
+            report = ranks.on_rank0(lambda: _report(network, origin, checked, applied, text, job, most, seconds))
             if job.writer is not None:
                 base = source.path if source is not None and source.local is None else None
-                job.writer.publish(lambda directory: _write_reports(checked.as_applied, report, directory, base))
+                job.writer.publish(lambda directory: _write_reports(applied, report, directory, base))
         job.progress.end(report)
     return report
 
@@ -225,7 +227,6 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
     recipe, found = checked.recipe, checked.found
     job = Job(
         checked.methods,
-        found.patterns,
         checked.device,
         recipe.damping,
         recipe.sink_weight or 0.0,
@@ -295,7 +296,11 @@ def _outside(network: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
     ]
 
 
-def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks) -> None:
+def _prune_stacks(
+    network: PreTrainedModel, checked: Checked, batches: Sequence[Batch], job: Job, ranks: Ranks
+) -> dict[str, Pattern]:
+    """Prune all stacks; the patterns as applied."""
+    patterns = checked.found.patterns
     stacks = chosen_stacks(network, checked.recipe)
     by_loss = checked.recipe.objective == "loss"
     with evaluating(network):
@@ -311,22 +316,18 @@ def _prune_stacks(network: PreTrainedModel, checked: Checked, batches: Sequence[
             if by_loss:
                 told = sweep(job, network, stack, streams, checked.recipe)
                 if job.loss is None:
-                    told += rank_without_loss(
-                        stack, checked.found.patterns, checked.recipe, job.methods.selector, checked.scope_named
+                    patterns, note = rank_without_loss(
+                        stack, patterns, checked.recipe, job.methods.selector, checked.scope_named
                     )
+                    told += note
                 job.notes.extend(dict.fromkeys(filter(None, ranks.gather(told))))
-            unknown = checked.recipe.allocation == "loss" and job.loss is None
-            if (allocation := None if unknown else build_allocation(checked.recipe)) is not None:
-                # Those that the sweep went by, whose tokens' own weights are known, tell linears from each other well.
-                share = 1.0 if job.loss is None else checked.recipe.swept_share
+            if checked.recipe.allocation == "loss" and job.loss is not None:
                 experts = any(has_experts(block.linears) for block in stack.blocks)
-                shares = job.survey(stack, streams, allocation, sensitivity_batches(streams, share, experts))
-                checked.found.share(shares)
-                if dense := [linear for linear in checked.found.linears if shares.get(linear.name) == 0.0]:
-                    job.kept_dense |= {linear.name: math.prod(linear.shape) for linear in dense}
-                    named = ", ".join(linear.name for linear in dense)
-                    job.notes.append(f"kept dense, for the loss feels their pruning most: {named}")
-            job.prune(stack, streams, runs_again=stack is not needed[-1])
+                # Those of the gradient pass, whose tokens' own weights are known, tell linears from each other well.
+                taken = sensitivity_batches(streams, checked.recipe.swept_share, experts)
+                patterns = with_shares(patterns, job.survey(stack, streams, sparsity_of(checked.recipe), taken))
+            job.prune(stack, streams, patterns, runs_again=stack is not needed[-1])
+    return patterns
 
 
 def _start(checked: Checked, model: str, output_dir: str | Path | None) -> RunStart:
@@ -348,6 +349,7 @@ def _report(
     network: PreTrainedModel,
     origin: dict[str, Any],
     checked: Checked,
+    applied: Recipe,
     text: Calibration,
     job: Job,
     peak_bytes: int,
@@ -357,13 +359,12 @@ def _report(
     note = None if source is None else note_of_dtype(source, network.dtype)
     run = RunRecord(
         **origin,
-        recipe=checked.as_applied.to_dict(),
+        recipe=applied.to_dict(),
         versions=library_versions(),
         seed=recipe.seed,
         data_hash=text.hash,
         num_tokens=text.num_tokens,
         dataset_revision=text.revision,
-        kept_dense=job.kept_dense,
         calibration_given=checked.calibration is not None,
         selector_is_object=not isinstance(recipe.selector, str),
         weights_left_out=job.weights.left_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from optima.calibration.fisher import LOGITS, fisher_weights
 from optima.calibration.lm_head import LmHead
 from optima.calibration.streams import Streams
 from optima.device import full_precision
-from optima.errors import NotDifferentiableError, RecipeError
+from optima.errors import NotDifferentiableError
 from optima.models.stacks import Stack
 from optima.options import SINK_WEIGHT
 from optima.patterns import Pattern, Unstructured
@@ -60,25 +61,17 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
 
 
 def rank_without_loss(
-    stack: Stack, patterns: dict[str, Pattern], recipe: Recipe, selector: Selector, scope_named: bool
-) -> str:
-    """Let weights of ``stack`` compete as by ``objective: sink``, and return what a report must tell of it.
+    stack: Stack, patterns: Mapping[str, Pattern], recipe: Recipe, selector: Selector, scope_named: bool
+) -> tuple[dict[str, Pattern], str]:
+    """Patterns for which weights of ``stack`` compete as by ``objective: sink``, and what a report must tell of it.
 
     By the loss rows compete, each worth what the loss feels of it. Without, rows of little energy would be starved:
     unless the scope was named, its ``patterns``, by names of linears, get that of objective sink.
-
-    Raises:
-        RecipeError: if ``keep_dense`` is to choose linears by the loss.
     """
-    if recipe.keep_dense is not None:
-        raise RecipeError(
-            "keep_dense chooses linears by the model's loss, and this model has no gradients: leave it out, and add "
-            "objective sink"
-        )
-    text, scope = "", default_scope("sink", selector)
+    found, text, scope = dict(patterns), "", default_scope("sink", selector)
     if not scope_named and recipe.scope not in (None, scope):  # None: masks from elsewhere, taken as they are
         names = [linear.name for block in stack.blocks for linear in block.linears]
         ranked = {name: each for name in names if isinstance(each := patterns.get(name), Unstructured)}
-        patterns.update({name: replace(pattern, scope=scope) for name, pattern in ranked.items()})
+        found |= {name: replace(pattern, scope=scope) for name, pattern in ranked.items()}
         text += f"; weights are ranked by {scope}" if ranked else ""
-    return text + ("; all linears have the same sparsity" if recipe.allocation == "loss" else "")
+    return found, text + ("; all linears have the same sparsity" if recipe.allocation == "loss" else "")

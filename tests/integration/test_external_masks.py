@@ -195,7 +195,7 @@ class TestRefused:
             (["--pattern", "2:4"], "is not 2:4: 1 groups keep another number, first 3 in row 5, group 2"),
             (["--sparsity", "0.5"], "is not 0.5 per layer: columns 0 to 32 prune 767 weights, not 768"),
             (["--sparsity", "0.5", "--scope", "row"], "is not 0.5 per row: row 5 prunes 15, not 16"),
-            (["--sparsity", "0.5", "--scope", "group", "--group-size", "8"], "columns 8 to 16 prune 191 weights, not"),
+            (["--sparsity", "0.5", "--scope", "group"], "columns 0 to 32 prune 767 weights, not 768"),
         ],
         ids=str,
     )
@@ -245,7 +245,7 @@ class TestRefused:
     def test_options_that_contradict(self, cheap: Refused) -> None:
         assert "takes its masks from mask_from" in cheap("--selector", "external")
         assert "mask_from is for selector external, not 'optima'" in cheap("--mask-from", "masks.safetensors")
-        assert "have their own sparsities" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "owl")
+        assert "have their own sparsities" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "loss")
         assert "scope needs to know the pattern of the external masks" in cheap(
             *EXTERNAL, "masks.safetensors", "--scope", "row"
         )
@@ -270,7 +270,7 @@ def test_masks_of_a_model_with_its_channels_in_another_order(
         model.config.name_or_path = str(root / "owner" / name)
         given: Any = model if where == "memory" else f"owner/{name}"
         with nullcontext() if fits else pytest.raises(RecipeError, match="have their channels in different orders"):
-            check(given, recipe, "out", make_tokens(), None, ALONE)
+            check(given, recipe, "out", make_tokens(), ALONE)
 
 
 def on_hub(directory: Path, name: str) -> Path:

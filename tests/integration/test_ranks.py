@@ -77,7 +77,7 @@ def same_but_for_time(first: str, second: str) -> None:
 RECIPES = {
     "default": (),
     "tuned and shared out": ("--tuning-epochs", "1", "--allocation", "loss"),
-    "sink": ("--objective", "sink", "--allocation", "owl", "--selector", "wanda"),
+    "sink": ("--objective", "sink", "--selector", "wanda"),
     "selects with weights": ("--selector", "sparsegpt", "--solver", "none"),
 }
 UNUSUAL = ("sink", "selects with weights")

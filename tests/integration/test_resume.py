@@ -467,7 +467,6 @@ class TestMethods:
         "options",
         [
             pytest.param(["--tuning-epochs", "2", "--sparsity", "0.7"], id="tuned"),
-            pytest.param(["--allocation", "owl"], id="owl", marks=SLOW),
         ],
     )
     def test_all_go_on(self, root: Path, options: list[str]) -> None:

@@ -130,7 +130,6 @@ def test_settings_reach_the_work() -> None:
     ("options", "passes", "reads"),
     [
         ({"objective": "sink"}, 2, 5),
-        ({"objective": "sink", "allocation": "owl"}, 3, 6),
         ({"objective": "sink", "tuning_epochs": 2}, 9, 5),
         ({"objective": "loss", "allocation": "uniform", "tuning_epochs": 0}, 6, 7),
         ({"objective": "sink", "self_generated": 0.5}, 2, 2),  # the whole model is in memory

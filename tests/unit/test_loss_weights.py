@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from tiny import VOCAB, NoBackward, make_bert, make_llama, make_tokens
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
-from optima.allocation import ByLoss
+from optima.allocate import saliency_quantiles
 from optima.calibration import fisher as loss_weights_module
 from optima.calibration.capture import capture
 from optima.calibration.fisher import (
@@ -30,7 +29,6 @@ from optima.calibration.lm_head import label_gradient, sampled_tokens
 from optima.calibration.statistics import observe
 from optima.calibration.store import Store
 from optima.distributed import ALONE
-from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import Pattern, Unstructured
@@ -246,13 +244,12 @@ def test_an_expert_that_no_token_reached_takes_nothing_from_others() -> None:
         for name, router_ED in model.named_parameters():
             if name.endswith("gate.weight"):  # two of the first four are always before the last
                 router_ED.copy_(torch.tensor([1.0, 0.9, -1.0, -0.9, 0.0])[:, None] * router_ED[0])
-    for kept in ({"allocation": "loss"}, {"pattern": ["2:4"], "keep_dense": 0.2}):
-        report = prune(copy.deepcopy(model), Recipe(batch_size=4, **kept), calibration=make_ids(16))
-        experts = [linear for linear in report.linears if ".experts." in linear.name]
-        unreached = [linear for linear in experts if not linear.tokens]
-        assert unreached
-        # Rounding to whole weights of a row moves a sparsity by as much.
-        assert min(each.sparsity for each in unreached) > max(each.sparsity for each in experts) - 1e-3
+    report = prune(copy.deepcopy(model), Recipe(batch_size=4, allocation="loss"), calibration=make_ids(16))
+    experts = [linear for linear in report.linears if ".experts." in linear.name]
+    unreached = [linear for linear in experts if not linear.tokens]
+    assert unreached
+    # Rounding to whole weights of a row moves a sparsity by as much.
+    assert min(each.sparsity for each in unreached) > max(each.sparsity for each in experts) - 1e-3
 
 
 def test_labels_of_the_batches_are_not_the_heads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,11 +262,9 @@ def test_labels_of_the_batches_are_not_the_heads(monkeypatch: pytest.MonkeyPatch
 def test_without_gradients_what_is_shared_out_by_the_loss_is_not() -> None:
     named = {"scope": "layer", "allocation": "loss"}
     with torch.inference_mode():
-        model, sink, other = make_llama(), make_llama(), make_llama()
+        model, sink = make_llama(), make_llama()
         report = prune(model, Recipe(**named), calibration=make_tokens())
         prune(sink, Recipe(objective="sink", scope="layer"), calibration=make_tokens())
-        with pytest.raises(RecipeError, match="keep_dense chooses linears by the model's loss"):
-            prune(other, Recipe(pattern=["2:4"], keep_dense=0.3), calibration=make_tokens())
     assert any(note.endswith("; all linears have the same sparsity") for note in report.run.notes)
     assert {linear.pattern for linear in report.linears} == {"0.5 per layer"}
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
@@ -433,14 +428,13 @@ def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: p
     found.shared = {name: moments._replace(inputs=0) for name, moments in found.shared.items()}
     seen = {}
 
-    class Spy(ByLoss):
-        def measure(self, task: LinearTask, pattern: Any) -> torch.Tensor:
-            seen[task.name] = task.hessian.matrix_DD
-            return super().measure(task, pattern)
+    def spy(task: LinearTask) -> torch.Tensor:
+        seen[task.name] = task.hessian.matrix_DD
+        return saliency_quantiles(task)
 
-    patterns = {linear.name: Unstructured(0.5) for block in stack.blocks for linear in block.linears}
-    job = Job(Methods(Magnitude()), patterns, torch.device("cpu"), 0.01, 0.0, loss=found)
-    job.survey(stack, streams, Spy(0.5), taken)
+    monkeypatch.setattr("optima.pipeline.saliency_quantiles", spy)
+    job = Job(Methods(Magnitude()), torch.device("cpu"), 0.01, 0.0, loss=found)
+    job.survey(stack, streams, 0.5, taken)
     assert job.loss is found
     for each in observe(stack.blocks[0], streams.part(taken), 0.0, 0.01, None, found.part(taken)):
         assert each.statistics is not None

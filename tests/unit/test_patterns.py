@@ -205,10 +205,10 @@ def table(*entries: str) -> PatternTable:
 
 class TestTable:
     def test_reads_every_form(self) -> None:
-        read = parse_table(["mlp.*=2:4", "self_attn = 0.5", "0.6"], "group", 64)
-        assert read.entries == (("mlp.*", NM(2, 4)), ("self_attn ", Unstructured(0.5, "group", 64)))
-        assert read.default == Unstructured(0.6, "group", 64)
-        assert read.patterns == [NM(2, 4), Unstructured(0.5, "group", 64), Unstructured(0.6, "group", 64)]
+        read = parse_table(["mlp.*=2:4", "self_attn = 0.5", "0.6"], "group")
+        assert read.entries == (("mlp.*", NM(2, 4)), ("self_attn ", Unstructured(0.5, "group")))
+        assert read.default == Unstructured(0.6, "group")
+        assert read.patterns == [NM(2, 4), Unstructured(0.5, "group"), Unstructured(0.6, "group")]
 
     def test_a_regex_may_hold_what_separates(self) -> None:
         assert table("(?=x)a:b=1:4").entries == (("(?=x)a:b", NM(1, 4)),)

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optima import Recipe, load_recipe
-from optima.allocation import Owl
-from optima.build import build, build_allocation, pattern_table
+from optima.build import build, pattern_table
 from optima.errors import RecipeError
-from optima.options import GROUPS, SELECTOR_NAMES, SINK_WEIGHT, SOLVER_NAMES, SPREADS
+from optima.options import GROUPS, SELECTOR_NAMES, SINK_WEIGHT, SOLVER_NAMES
 from optima.patterns import NM, PatternTable, Unstructured
 from optima.qp import SOLVERS, Auto, BatchedCholesky
 from optima.recipe import recipe_from_dict
@@ -61,7 +60,7 @@ class TestYaml:
         recipe = Recipe(pattern=["mlp=2:4", "0.5"], targets=[r"layers\.\d+", "#x"], ignore=[])
         recipe.save(tmp_path / "r.yaml")
         assert load_recipe(tmp_path / "r.yaml") == recipe
-        idle = {"group_size", "allocation_spread", "outlier_multiple", "sink_weight", "trust_remote_code"}
+        idle = {"sink_weight", "trust_remote_code"}
         assert list(yaml.safe_load((tmp_path / "r.yaml").read_text())) == [name for name in FIELDS if name not in idle]
 
     def test_a_file_does_not_name_what_does_nothing(self, tmp_path: Path) -> None:
@@ -190,7 +189,6 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"pattern": ["0.5", "(=2:4"]}, "pattern '(=2:4': '(' is not a regular expression"),
     ({"pattern": ["0.5", "0.6"]}, "pattern has two entries for all linears"),
     ({"scope": "column"}, "unknown scope 'column': known scopes are row, layer, group"),
-    ({"group_size": 0}, "group_size must be a whole number of at least 1, such as 128, got 0"),
     (
         {"selector": "wonda"},
         "unknown selector 'wonda' (did you mean wanda?): known selectors are magnitude, wanda, ria",
@@ -216,9 +214,6 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
         "swept_share is for objective loss: add that, or leave swept_share out",
     ),
     ({"swept_share": 0.5, "solver": "none"}, "swept_share is for objective loss"),
-    ({"outlier_multiple": 3.0, "allocation": "loss"}, "outlier_multiple is for allocation owl"),
-    ({"group_size": 64}, "group_size is for scope group"),
-    ({"group_size": 64, "selector": "sparsegpt", "scope": "row"}, "group_size is for scope group"),
     ({"learning_rate": 1e-3, "tuning_epochs": 0}, "learning_rate is for tuning_epochs above 0"),
     ({"tuning_share": 0.25, "objective": "sink"}, "tuning_share is for tuning_epochs above 0"),
     ({"tuning_share": 0, "tuning_epochs": 1}, "tuning_share must be a number above 0 and at most 1"),
@@ -236,16 +231,14 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"dataset": ["a.txt", ""]}, "dataset must be a list of names, none of them empty"),
     ({"device": "mps"}, "device must be auto, cpu, cuda or cuda:N, got 'mps'"),
     ({"self_generated": 1.0}, "self_generated must be 0, or a number below 1"),
-    ({"selector": "sparsegpt", "pattern": "2:4", "group_size": 64}, "group_size is for scope group"),
     ({"targets": ["("]}, "targets: '(' is not a regular expression"),
     ({"ignore": ["ok", "*"]}, "ignore: '*' is not a regular expression"),
     ({"batch_size": 2.5}, "batch_size must be a whole number of at least 1, got 2.5"),
     ({"scope": "row", "selector": "external", "mask_from": "m.safetensors"}, "scope needs to know the pattern"),
     ({"selector": "external"}, "selector external takes its masks from mask_from"),
     ({"mask_from": "m.safetensors"}, "mask_from is for selector external, not 'optima'"),
-    ({"allocation": "error"}, "unknown allocation 'error': known allocations are uniform, owl"),
-    ({"allocation_spread": 0.1, "objective": "sink"}, "allocation_spread is for allocation owl"),
-    ({"allocation": "owl", "pattern": "2:4"}, "shares out one unstructured sparsity, not pattern 2:4"),
+    ({"allocation": "error"}, "unknown allocation 'error': known allocations are uniform, loss"),
+    ({"allocation": "loss", "pattern": "2:4"}, "shares out one unstructured sparsity, not pattern 2:4"),
     ({"selector": "somewhere:Mine"}, "selector somewhere:Mine loads and runs code: if you trust it, add --trust-"),
 ]
 
@@ -269,11 +262,7 @@ class TestValues:
         """As files do that are written for other values to be overridden."""
         for solver in ("auto", "none"):
             values = Recipe(solver=solver).resolved(scope="layer").to_dict()
-            assert recipe_from_dict(values | {"group_size": 128, "learning_rate": "4.5e-3"}).solver == solver
-
-    @pytest.mark.parametrize("selector", ["sparsegpt", Wanda()], ids=["published by groups", "one's own"])
-    def test_groups_of_a_selector(self, selector: object) -> None:
-        assert Recipe(selector=selector, group_size=64).group_size == 64
+            assert recipe_from_dict(values | {"learning_rate": "4.5e-3"}).solver == solver
 
     def test_is_frozen_and_shares_no_list(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):
@@ -287,7 +276,6 @@ class TestValues:
     def test_names_are_those_of_the_registries(self) -> None:
         assert (*SELECTORS, "external") == SELECTOR_NAMES
         assert (*SOLVERS, "none") == SOLVER_NAMES
-        assert Owl.spread == SPREADS["owl"]
 
     def test_nothing_is_imported_to_check_a_selector_of_ones_own(self, tmp_path: Path) -> None:
         """As a pickle would, its module can do anything."""
@@ -316,15 +304,13 @@ class TestResolved:
     def test_open_defaults_are_filled_in_as_applied(self) -> None:
         values = Recipe().resolved(scope="row").to_dict()
         assert (values["sparsity"], values["scope"], values["objective"]) == (0.5, "row", "loss")
-        owl = Recipe(allocation="owl", scope="layer", dataset="a.txt").resolved(scope="row")  # type: ignore[arg-type]
-        assert (owl.scope, owl.allocation_spread) == ("layer", SPREADS["owl"])
 
     @pytest.mark.parametrize("values", [{"pattern": "2:4"}, {"selector": "external", "mask_from": "m.safetensors"}])
     def test_what_does_not_apply_stays_open(self, values: dict[str, Any]) -> None:
         recipe = Recipe(**values).resolved(scope="row")
-        assert (recipe.sparsity, recipe.scope, recipe.allocation_spread) == (None, None, None)
+        assert (recipe.sparsity, recipe.scope) == (None, None)
 
-    @pytest.mark.parametrize("values", [{}, {"pattern": "2:4"}, {"pattern": ["a=2:4", "0.3"]}, {"allocation": "owl"}])
+    @pytest.mark.parametrize("values", [{}, {"pattern": "2:4"}, {"pattern": ["a=2:4", "0.3"]}, {"allocation": "loss"}])
     def test_twice_is_once_and_it_can_be_loaded(self, tmp_path: Path, values: dict[str, Any]) -> None:
         recipe = Recipe(**values).resolved(scope="row")
         assert recipe.resolved(scope="layer") == recipe
@@ -365,7 +351,7 @@ class TestMaking:
             ({"selector": "magnitude", "objective": "sink"}, Unstructured(0.5, "layer")),
             ({"selector": "magnitude"}, Unstructured(0.5, "layer")),
             ({"selector": "sparsegpt"}, Unstructured(0.5, "group", 128)),
-            ({"scope": "group", "group_size": 64}, Unstructured(0.5, "group", 64)),
+            ({"scope": "group"}, Unstructured(0.5, "group")),
             ({"selector": "sparsegpt", "scope": "row"}, Unstructured(0.5, "row")),
             ({"scope": "layer"}, Unstructured(0.5, "layer")),
             ({"pattern": "2:4"}, NM(2, 4)),
@@ -382,10 +368,6 @@ class TestMaking:
         table = pattern_table(recipe, build(recipe).selector)
         up, q = table.assign({"layers.0.mlp.up_proj": 8, "layers.0.self_attn.q_proj": 8}).values()
         assert (up, q) == (NM(2, 4), Unstructured(0.6, "group"))
-
-    def test_allocation(self) -> None:
-        assert build_allocation(Recipe(pattern="2:4")) is None
-        assert build_allocation(Recipe(allocation="owl", pattern="0.6")) == Owl(0.6, 5.0, SPREADS["owl"])
 
     def test_solver(self) -> None:
         assert build(Recipe(solver="none")).solver is None

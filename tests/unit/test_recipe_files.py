@@ -145,20 +145,10 @@ class TestPatternOverAllocation:
         recipe = recipe_of({"recipe": "best", "pattern": ["2:4"]})
         assert (recipe.pattern, recipe.applied_allocation, recipe.tuning_epochs) == (["2:4"], "uniform", 4)
         assert "its allocation loss is left out" in caplog.text
-        assert recipe_of({"recipe": "owl-70", "pattern": ["mlp=2:4", "0.5"]}).allocation_spread is None
 
     def test_one_sparsity_keeps_it(self, caplog: pytest.LogCaptureFixture) -> None:
         assert recipe_of({"recipe": "best", "pattern": ["0.6"]}).allocation == "loss"
         assert not caplog.text
-
-    def test_its_spread_goes_with_another_allocation_only(self, tmp_path: Path) -> None:
-        file = tmp_path / "mine.yaml"
-        file.write_text("sparsity: 0.5\nallocation: loss\nallocation_spread: 0.03\n")
-        spreads = [
-            recipe_of({"recipe": str(file), **given}).allocation_spread
-            for given in ({}, {"allocation": "loss"}, {"allocation": "owl"})
-        ]
-        assert spreads == [0.03, 0.03, None]
 
     @pytest.mark.parametrize(
         ("given", "reason"),
@@ -173,17 +163,8 @@ class TestPatternOverAllocation:
     ) -> None:
         Recipe().resolved(scope="layer").save(tmp_path / "recipe.yaml")
         recipe = recipe_of({"recipe": str(tmp_path / "recipe.yaml"), **given})
-        assert (recipe.applied_allocation, recipe.allocation_spread) == ("uniform", None)
+        assert recipe.applied_allocation == "uniform"
         assert f"its allocation loss is left out, for {reason} was given" in caplog.text
-
-    def test_a_spread_alone_is_of_the_default(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-        (tmp_path / "mine.yaml").write_text("allocation_spread: 0.05")
-        spreads = [
-            recipe_of({"recipe": str(tmp_path / "mine.yaml"), **given}).allocation_spread
-            for given in ({}, {"allocation": "loss"}, {"pattern": ["2:4"]}, {"objective": "sink"})
-        ]
-        assert spreads == [0.05, 0.05, None, None]
-        assert not caplog.text
 
     def test_an_allocation_that_is_given_too_is_refused(self) -> None:
         with pytest.raises(ValueError, match="shares out one unstructured sparsity"):
@@ -194,11 +175,6 @@ class TestPatternOverAllocation:
     ("file", "given"),
     [
         ("objective: loss\nswept_share: 0.5", {"objective": "sink"}),
-        ("allocation: owl\noutlier_multiple: 3", {"allocation": "loss"}),
-        ("allocation: owl\noutlier_multiple: 3", {"pattern": ["2:4"]}),
-        ("scope: group\ngroup_size: 64", {"scope": "row"}),
-        ("scope: group\ngroup_size: 64", {"pattern": ["2:4"]}),
-        ("selector: sparsegpt\ngroup_size: 64", {"selector": "wanda"}),
         ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "0"}),
         ("tuning_epochs: 2\nlearning_rate: 1e-3", {"tuning_epochs": "00"}),
     ],
@@ -212,6 +188,6 @@ def test_what_belongs_to_a_choice_goes_with_it(tmp_path: Path, file: str, given:
 
 
 def test_what_is_given_and_does_nothing_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text("solver: none\ngroup_size: 128")
+    (tmp_path / "mine.yaml").write_text("solver: none")
     with pytest.raises(RecipeError, match=r"gap is for a solver: add that, or leave gap out"):
         recipe_of({"recipe": str(tmp_path / "mine.yaml"), "gap": "1e-5"})

@@ -6,7 +6,6 @@ import gc
 import os
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ import psutil
 import pytest
 import torch
 from families import build
-from tiny import make_llama
 
 from optima import Recipe
 from optima.calibration.store import SMALLEST_MAPPED, Store
@@ -147,16 +145,6 @@ def test_an_encoders_sweep_holds_the_decoder() -> None:
     streamed, whole = (host_memory(model, *asked, streamed=each).by_loss for each in (True, False))
     assert streamed - whole == 4 * sum(parameter.numel() for parameter in model.decoder.block.parameters())
     assert whole > logits_bytes(model, batch_tokens(found.recipe)), "what autograd keeps of the decoder"
-
-
-def test_scores_of_owl_wait_for_those_of_their_block() -> None:
-    model = make_llama()
-    found = fit(None, model, Recipe(max_seq_length=16, allocation="owl", sparsity=0.5))
-    asked = model, found.found.blocks
-    owl = host_memory(*asked, found.recipe, found.methods, torch.float32, streamed=True).weights
-    uniform = replace(found.recipe, allocation="uniform", allocation_spread=None)
-    block = sum(linear.read().numel() for linear in found.found.blocks[0].linears)
-    assert owl - host_memory(*asked, uniform, found.methods, torch.float32, streamed=True).weights == 4 * block
 
 
 def test_each_of_two_stacks_reads_enough_tokens_for_its_widest_linear() -> None:

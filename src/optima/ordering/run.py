@@ -124,7 +124,7 @@ class Run:
             streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
         methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
         sink = recipe.sink_weight or 0.0
-        job = Job(methods, self.patterns, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
+        job = Job(methods, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
         if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
             self.notes.append(told)
         every = self._hidden(stack, streams, hidden)

@@ -27,7 +27,7 @@ from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.models.reading import check_length, is_encoder_decoder
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
-from optima.patterns import Pattern, Unstructured
+from optima.patterns import Pattern
 from optima.preflight.settling import settle_self_generated, settle_tuning
 from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
@@ -57,15 +57,6 @@ class Preflight:
     def linears(self) -> list[Linear]:
         """To prune, in order."""
         return [linear for block in self.blocks for linear in block.linears]
-
-    def share(self, shares: dict[str, float]) -> None:
-        """Give each linear the sparsity that an allocation found for it; one that stays dense has no pattern."""
-        for name, sparsity in shares.items():
-            pattern = self.patterns[name]
-            if not sparsity:
-                del self.patterns[name]
-            elif isinstance(pattern, Unstructured):
-                self.patterns[name] = replace(pattern, sparsity=sparsity)
 
 
 def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from optima.models.skeleton import skeleton
 from optima.models.source import Source, find_source, pinned
 from optima.models.stacks import count_parameters
 from optima.models.weights import Resident, Streamed, Weights, open_weights
-from optima.patterns import Unstructured
+from optima.patterns import Pattern, Unstructured
 from optima.preflight.checks import check_shared
 from optima.preflight.fitting import Fitted, fit
 from optima.preflight.in_memory import check_in_memory
@@ -51,10 +51,9 @@ class Checked(Fitted):
     source: Source | None
     scope_named: bool  # by the user
 
-    @property
-    def as_applied(self) -> Recipe:
+    def as_applied(self, patterns: Mapping[str, Pattern]) -> Recipe:
         """The recipe that gives the same run again: an open scope stays open if the loss turned out to say nothing."""
-        ranked = {each.scope for each in self.found.patterns.values() if isinstance(each, Unstructured)}
+        ranked = {each.scope for each in patterns.values() if isinstance(each, Unstructured)}
         own = self.scope_named or self.recipe.scope is None or ranked <= {self.recipe.scope}
         return self.recipe if own else replace(self.recipe, scope=None)
 

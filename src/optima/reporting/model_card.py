@@ -120,7 +120,7 @@ def _body(directory: Path, report: Report) -> str:
         title=f"{printable(name).replace('<', '&lt;')}, {report.sparsity:.0%} sparse",
         name=code(name),
         sparsity=f"{report.sparsity:.1%}",
-        count=len(report.linears) + len(run.kept_dense),
+        count=len(report.linears),
         without=left_out if run.weights_left_out else "",
         classes=classes,
         load="\n".join(load),

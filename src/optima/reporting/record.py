@@ -140,7 +140,6 @@ class RunRecord(Record):
     calibration_given: bool = False  # the caller passed the calibration data; the recipe's dataset was not read
     selector_is_object: bool = False  # the caller passed a selector object; recipe.yaml has its class alone
     weights_left_out: tuple[str, ...] = ()  # tensors of the source that the model's class has no place for
-    kept_dense: dict[str, Int] = field(default_factory=dict)  # linears that ``keep_dense`` chose, and their weights
 
 
 @dataclass(frozen=True)
@@ -154,8 +153,8 @@ class Report(Record):
 
     @property
     def num_weights(self) -> int:
-        """Of the pruned linears, and of those that ``keep_dense`` chose among them."""
-        return sum(linear.size for linear in self.linears) + sum(self.run.kept_dense.values())
+        """Of the pruned linears."""
+        return sum(linear.size for linear in self.linears)
 
     @property
     def sparsity(self) -> float:

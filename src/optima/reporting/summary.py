@@ -49,9 +49,8 @@ def summary(report: Report) -> list[str]:
     if len(patterns) > NUM_NAMED:
         asked = [linear.sparsity_asked for linear in linears]
         pattern = f"layer-wise sparsity from {min(asked):.1%} to {max(asked):.1%}"
-    share = f"{report.sparsity:.2%} of the weights of {len(linears) + len(run.kept_dense)} linear layers pruned"
-    dense = f"; {len(run.kept_dense)} of them stay dense" if run.kept_dense else ""
-    headline = f"**{share}** ({pattern}{dense}) with **{method}**."
+    share = f"{report.sparsity:.2%} of the weights of {len(linears)} linear layers pruned"
+    headline = f"**{share}** ({pattern}) with **{method}**."
     note = runtime_note(linear.pattern for linear in linears)
     return [headline, _errors(linears), *_certificate(report), *_tuning(report), note, *_warnings(report)]
 
