@@ -19,8 +19,7 @@ from optima.build import build_tuning, sparsity_of
 from optima.calibration.capture import capture
 from optima.calibration.fisher import sensitivity_batches
 from optima.calibration.lm_head import embedding_device
-from optima.data.batches import Batch, Calibration
-from optima.data.given import Batches
+from optima.data.batches import Batch, Batches, Calibration
 from optima.device import (
     PeakMemory,
     describe_device,

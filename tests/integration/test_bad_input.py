@@ -475,7 +475,7 @@ def test_arguments_of_other_types() -> None:
     refused("tokenizer must be one of transformers, got int", tokenizer=5)
     refused("output_dir must be a path, got int", output_dir=5)
     refused("calibration must be token ids", calibration=make_tokens() > 100)
-    refused("token ids are whole", calibration=[make_tokens() > 100])
+    refused("whole numbers", calibration=[make_tokens() > 100])
     with pytest.raises(ModelError, match="has zeros to hold"):
         hold_zeros(make_llama(), {})
     with pytest.raises(RecipeError, match="is a ndarray: give a tensor"):

@@ -9,9 +9,10 @@ Shapes: N sequences, B sequences in a batch, L tokens in a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,11 @@ from optima.models.reading import arguments_of, check_vocabulary, is_encoder_dec
 from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
-LABELS, DECODER_IDS = "labels", "decoder_input_ids"
+# A DataLoader is one; its batches are tensors, or what a tokenizer or a collator returns.
+Batches: TypeAlias = Iterable[Tensor | Mapping[str, Any] | Sequence[Any]]
+IDS, MASK, LABELS, DECODER_IDS = "input_ids", "attention_mask", "labels", "decoder_input_ids"
+PADDED = (MASK, "decoder_attention_mask")  # arguments that are zero where there is padding
+TEXT_ALONE = {IDS, MASK, "token_type_ids", LABELS}  # what a batch of nothing but text may hold
 # Arguments that hold the words of a batch, in the order in which they are looked for.
 WORDS_OF = {"decoder": (DECODER_IDS, LABELS), "encoder": ("input_ids",), "whole": ("input_ids",)}
 
@@ -92,12 +97,190 @@ class Calibration:
             check_vocabulary(model, self.tokens_NL)
         known = arguments_of(model)
         for number, batch in enumerate(self.inputs):
+            if IDS in batch and not any(tensor.is_floating_point() for tensor in batch.values()):
+                check_vocabulary(model, batch[IDS])  # with images, models may have ids of their own
             unknown = [name for name in batch if name not in known]
             if unknown:
                 raise CalibrationError(
                     f"calibration batch {number} has {', '.join(unknown)}, which {type(model).__name__} does not read: "
                     f"give what its forward pass takes ({', '.join(known[:8])} ...)"
                 )
+
+
+def read_calibration(model: nn.Module, calibration: Any, most: Callable[[int], int]) -> Any:
+    """Calibration data of the caller in one of four forms: None, documents, token ids, batches of model arguments.
+
+    Args:
+        model: that reads it, or its skeleton.
+        calibration: None; a tensor of token ids; a dict; or an iterable, such as a ``DataLoader``, of texts, tensors or
+            dicts.
+        most: how many sequences of so many tokens are used of an iterable.
+
+    Returns:
+        None, an iterable of texts, a tensor (N, L), or a ``Calibration``.
+
+    Raises:
+        CalibrationError: if it is anything else; or batches are padded, differ in length or hold no token ids.
+    """
+    if calibration is None:
+        return None
+    if isinstance(calibration, Tensor):
+        return _token_ids("calibration", calibration)
+    if isinstance(calibration, Mapping):
+        calibration = [calibration]
+    if isinstance(calibration, str) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration must be token ids, a list of documents or batches by name, got {type(calibration).__name__}"
+        )
+    batches = iter(calibration)
+    first = next(batches, None)
+    everything = chain([] if first is None else [first], batches)
+    text_alone = TEXT_ALONE - {LABELS} if is_encoder_decoder(model) else TEXT_ALONE  # its decoder reads labels
+    if isinstance(first, Mapping) and not set(first) <= text_alone and not _is_record(first):
+        if not hasattr(calibration, "__len__"):
+            raise CalibrationError(
+                f"calibration batches with {', '.join(map(str, first))} must be a list, or a DataLoader with a length"
+            )
+        pairs = set(first) <= TEXT_ALONE
+        return _arguments(model, list(_enough(map(_batched, everything), most) if pairs else everything), text_alone)
+    if isinstance(first, Mapping) and {IDS, LABELS} <= set(first) and LABELS not in text_alone:
+        raise CalibrationError(f"calibration has {LABELS} that are no tensors: give batches as a collator returns them")
+    if isinstance(first, Tensor | Mapping) or _of_one_tensor(first):
+        return _sequences(everything, most)
+    if isinstance(first, list | tuple) and first and all(isinstance(text, str) for text in first):
+        return chain.from_iterable(everything)
+    return everything if batches is calibration else calibration
+
+
+def _of_one_tensor(batch: Any) -> bool:
+    """Whether it is a batch of a ``TensorDataset`` of one tensor."""
+    return isinstance(batch, list | tuple) and len(batch) == 1 and isinstance(batch[0], Tensor)
+
+
+def _is_record(first: Mapping[str, Any]) -> bool:
+    """Whether it is a record of a dataset, rather than what a processor returns."""
+    texts = any(isinstance(value, str) for value in first.values())
+    return texts or (IDS in first and not any(isinstance(value, Tensor) for value in first.values()))
+
+
+def _sequences(batches: Iterable[Any], most: Callable[[int], int]) -> Tensor:
+    found: list[Tensor] = []
+    for batch in batches:
+        tokens_BL = _batch_tokens(batch)
+        if found and tokens_BL.shape[1] != found[0].shape[1]:
+            raise CalibrationError(
+                f"calibration batches differ in length, {found[0].shape[1]} and {tokens_BL.shape[1]} tokens: pack the "
+                "text into sequences of one length, or give the documents themselves"
+            )
+        found.append(tokens_BL)
+        if sum(map(len, found)) >= most(tokens_BL.shape[1]):
+            break
+    return torch.cat(found)[: most(found[0].shape[1])]
+
+
+def _batch_tokens(batch: Any) -> Tensor:
+    """The token ids of a batch, (B, L)."""
+    if not isinstance(batch, Mapping):
+        return _token_ids("a calibration batch", batch[0] if _of_one_tensor(batch) else batch)
+    if IDS not in batch:
+        raise CalibrationError(
+            f"a calibration batch holds {', '.join(map(str, batch)) or 'nothing'}, but no {IDS}: give token ids, "
+            "or the texts as a list, such as calibration=dataset['text']"
+        )
+    tokens_BL, mask = _token_ids(IDS, batch[IDS]), batch.get(MASK)
+    if mask is not None and not torch.as_tensor(mask).bool().all():
+        raise CalibrationError(
+            "a calibration batch is padded, and padding would count as text: pack the text into sequences of one "
+            "length, or give the documents themselves"
+        )
+    return tokens_BL
+
+
+def _token_ids(name: str, ids: Any) -> Tensor:
+    """Token ids as int64 on the CPU, (B, L)."""
+    try:
+        tensor = torch.as_tensor(ids)
+    except (ValueError, TypeError) as error:
+        raise CalibrationError(
+            f"{name} are no tensor ({error}): pack the text into sequences of one length, and let a dataset return "
+            "tensors (dataset.set_format('torch'))"
+        ) from error
+    _check_values(name, tensor)
+    tokens = tensor[None] if tensor.ndim == 1 and name != "calibration" else tensor
+    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise CalibrationError(
+            f"{name} must be token ids, whole numbers of shape (samples, length), got {tuple(tensor.shape)} "
+            f"{tensor.dtype}"
+        )
+    return tokens.long().cpu()
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta or tensor.layout != torch.strided or not tensor.numel():
+        kind = "on the meta device" if tensor.is_meta else "empty" if tensor.layout == torch.strided else "sparse"
+        raise CalibrationError(f"{name} is {kind}, {tuple(tensor.shape)}: give a dense tensor with values")
+
+
+def _arguments(model: nn.Module, batches: Sequence[Any], text_alone: Collection[str]) -> Calibration:
+    """Batches of the arguments of a forward pass."""
+    for number, batch in enumerate(batches):
+        values = {"batch": batch} if not isinstance(batch, Mapping) or not batch else batch
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise CalibrationError(
+                    f"calibration batch {number}: {name} is a {type(value).__name__}, not a tensor: give what the "
+                    "model's processor returns with return_tensors='pt'"
+                )
+            _check_values(f"calibration batch {number}: {name}", value)
+            if name == LABELS and LABELS not in text_alone and value.ndim < 2:
+                raise CalibrationError(
+                    f"calibration batch {number}: {LABELS} of shape {tuple(value.shape)} are no tokens for the "
+                    "decoder: leave them out"
+                )
+    return Calibration(None, tuple(dict(batch) for batch in batches), notes=_padding_note(model, batches))
+
+
+def _enough(batches: Iterable[Any], most: Callable[[int], int]) -> Iterator[Any]:
+    """As many batches of pairs as have the sequences that are used, and a part of the last one."""
+    count = 0
+    for batch in batches:
+        tokens = words_of(batch, WORDS_OF["decoder"]) if _of_tensors(batch) else None
+        if tokens is None or tokens.ndim != 2:  # refused later
+            yield batch
+            continue
+        wanted, samples = most(tokens.shape[1]) - count, len(tokens)
+        if samples >= wanted:
+            yield batch if inseparable(batch, samples) else some_of(batch, slice(0, wanted), samples)
+            return
+        yield batch
+        count += samples
+
+
+def _of_tensors(batch: Any) -> bool:
+    return isinstance(batch, Mapping) and all(isinstance(value, Tensor) for value in batch.values())
+
+
+def _batched(pair: Any) -> Any:
+    """A pair of texts, as a record of a dataset holds it, is a batch of one."""
+    if not (_of_tensors(pair) and all(value.ndim == 1 for value in pair.values())):
+        return pair
+    return {name: value[None] for name, value in pair.items()}
+
+
+def _padding_note(model: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> tuple[str, ...]:
+    """A note on padding in batches with images or sounds; elsewhere padding is refused."""
+    masks = [batch[name].bool() for batch in batches for name in PADDED if name in batch]
+    if is_encoder_decoder(model):  # whose decoder reads them
+        masks += [batch[LABELS] >= 0 for batch in batches if LABELS in batch]
+    padded = sum(int((~mask).sum()) for mask in masks)
+    if not padded:
+        return ()
+    if not any(tensor.is_floating_point() for batch in batches for tensor in batch.values()):
+        raise CalibrationError(
+            "calibration batches are padded, and padding would count as text: give batches of sequences of one length, "
+            "or of one sequence each"
+        )
+    return (f"padding counts as text: {padded / sum(mask.numel() for mask in masks):.0%} of the positions are padded",)
 
 
 def arguments(model: nn.Module, batch: Batch) -> dict[str, Tensor]:

@@ -14,17 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.build import pattern_table
-from optima.data.batches import Calibration
-from optima.data.given import given_batches, given_text
+from optima.data.batches import Calibration, read_calibration
 from optima.distributed import Ranks
-from optima.errors import CalibrationError, NumericalError, RecipeError
+from optima.errors import NumericalError, RecipeError
 from optima.linalg.finite import all_finite
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
 from optima.models.left_dense import dense_notes, outside_notes
 from optima.models.masks import MaskFiles
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
-from optima.models.reading import check_length, is_encoder_decoder
+from optima.models.reading import check_length
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
 from optima.patterns import Pattern
@@ -154,9 +153,7 @@ def taken(model: nn.Module, calibration: object, recipe: Recipe, found: Prefligh
     Raises:
         CalibrationError: if batches hold something else, or do not fit each other.
     """
-    most = partial(_samples, recipe, found)
-    batches = given_batches(model, calibration, most)
-    return given_text(calibration, most, is_encoder_decoder(model)) if batches is None else batches
+    return read_calibration(model, calibration, partial(_samples, recipe, found))
 
 
 def _samples(recipe: Recipe, found: Preflight, length: int) -> int:
@@ -169,30 +166,13 @@ def sequence_length(model: nn.Module, recipe: Recipe, calibration: object) -> in
     """Tokens in a calibration sequence; None if batches of a processor's outputs are given instead.
 
     Raises:
-        CalibrationError: if what was given is none of token ids of shape (samples, length), documents and batches.
         ModelError: if the model does not read token sequences as long as these.
     """
     if isinstance(calibration, Calibration):
         return None
-    length = _length(recipe, calibration)
+    length = calibration.shape[1] if isinstance(calibration, Tensor) else recipe.max_seq_length
     check_length(model, length)
     return length
-
-
-def _length(recipe: Recipe, calibration: object) -> int:
-    if calibration is None or (isinstance(calibration, Iterable) and not isinstance(calibration, (Tensor, str))):
-        return recipe.max_seq_length
-    if not isinstance(calibration, Tensor):
-        raise CalibrationError(
-            f"calibration must be token ids, a list of documents or batches by name, got {type(calibration).__name__}"
-        )
-    integers = not (calibration.is_floating_point() or calibration.is_complex() or calibration.dtype == torch.bool)
-    if calibration.ndim != 2 or not integers or not calibration.numel():
-        raise CalibrationError(
-            f"calibration must be token ids of shape (samples, length), got {tuple(calibration.shape)} "
-            f"{calibration.dtype}"
-        )
-    return calibration.shape[1]
 
 
 def sized(

@@ -12,11 +12,11 @@ from tiny import make_llama, make_tokens
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from optima.data.batches import arguments
-from optima.data.given import given_text
+from optima.data.batches import arguments, read_calibration
 from optima.errors import CalibrationError
 
 TOKENS = make_tokens()
+MODEL = make_llama()
 TEXTS = ["one", "two", "three"]
 FORMS = {
     "tensor": TOKENS,
@@ -36,19 +36,21 @@ def at_most(count: int) -> Callable[[int], int]:
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_tokens(form: Any) -> None:
-    assert torch.equal(given_text(form, at_most(5)), TOKENS)
+    assert torch.equal(read_calibration(MODEL, form, at_most(5)), TOKENS)
 
 
 @pytest.mark.parametrize(
     "form", [TEXTS, iter(TEXTS), DataLoader(TEXTS, batch_size=2)], ids=["list", "iterator", "loader"]
 )
 def test_texts(form: Any) -> None:
-    assert list(given_text(form, at_most(1))) == TEXTS
+    assert list(read_calibration(MODEL, form, at_most(1))) == TEXTS
 
 
-@pytest.mark.parametrize("other", [None, "text", 7, [[1, 2]], []], ids=str)
-def test_anything_else_is_for_others_to_judge(other: Any) -> None:
-    assert given_text(other, at_most(5)) is other
+@pytest.mark.parametrize("other", ["text", 7], ids=str)
+def test_what_is_no_calibration_data(other: Any) -> None:
+    with pytest.raises(CalibrationError, match="must be token ids, a list of documents or batches"):
+        read_calibration(MODEL, other, at_most(5))
+    assert read_calibration(MODEL, None, at_most(5)) is None
 
 
 def test_no_more_is_read_than_asked_for() -> None:
@@ -56,8 +58,8 @@ def test_no_more_is_read_than_asked_for() -> None:
         while True:
             yield TOKENS
 
-    assert torch.equal(given_text(endless(), at_most(3)), TOKENS[:3])
-    assert len(given_text(endless(), lambda length: 2 * length)) == 2 * TOKENS.shape[1]
+    assert torch.equal(read_calibration(MODEL, endless(), at_most(3)), TOKENS[:3])
+    assert len(read_calibration(MODEL, endless(), lambda length: 2 * length)) == 2 * TOKENS.shape[1]
 
 
 @pytest.mark.parametrize(
@@ -67,8 +69,12 @@ def test_no_more_is_read_than_asked_for() -> None:
         ([{"input_ids": TOKENS, "attention_mask": torch.eye(5, 16)}], "is padded"),
         ([{"text": "a"}], r"holds text, but no input_ids.*dataset\['text'\]"),
         ([{}], "holds nothing"),
-        (iter([{"input_ids": TOKENS, "pixel_values": torch.ones(5, 3, 8, 8)}]), "holds pixel_values, which is no text"),
-        ([torch.ones(2, 16)], "float32: token ids are whole"),
+        (iter([{"input_ids": TOKENS, "pixel_values": torch.ones(5, 3, 8, 8)}]), "pixel_values must be a list"),
+        ([torch.ones(2, 16)], "whole numbers of shape"),
+        (TOKENS.to("meta"), "calibration is on the meta device"),
+        (TOKENS.to_sparse(), "calibration is sparse"),
+        (TOKENS[:0], "calibration is empty"),
+        ([{"input_ids": TOKENS, "pixel_values": torch.ones(2, 2).to_sparse()}], "batch 0: pixel_values is sparse"),
         ([{"input_ids": [[1, 2], [3]]}], "are no tensor .*pack the text"),
         ([{"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]}], "are no tensor .*pack the text"),
         ([{"input_ids": [torch.ones(2), torch.ones(2)], "attention_mask": []}], "are no tensor .*set_format"),
@@ -76,7 +82,7 @@ def test_no_more_is_read_than_asked_for() -> None:
 )
 def test_what_does_not_fit_is_refused(calibration: Any, message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        given_text(calibration, at_most(5))
+        read_calibration(MODEL, calibration, at_most(5))
 
 
 def test_a_decoder_begins_with_the_token_that_starts_it() -> None:
