@@ -56,7 +56,7 @@ def _process_peak() -> int:
 def give_back_freed_memory() -> None:
     """Return main memory that was freed to the system. glibc keeps what it may soon need again (malloc_trim(3)).
 
-    After the sweep for the loss that is over a gigabyte of block inputs, beside which linears would be worked on.
+    After the gradient pass that is over a gigabyte of block inputs.
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
@@ -68,7 +68,7 @@ def named_device(name: str) -> torch.device:
 
 
 def units_of_cpu() -> list[str]:
-    """Those for short numbers, which torch's name of an instruction set does not tell: their sums are other sums."""
+    """Those for short numbers, which torch's name of an instruction set leaves out: their sums are other sums."""
     return [unit for unit in UNITS if getattr(torch.cpu, f"_is_{unit}_supported", bool)()]
 
 

@@ -39,7 +39,7 @@ from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
-WORDS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is the words of the model: they are overfitted sooner
+LOGITS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is KL of the logits, which overfits sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
 SMALLEST_ENERGY = 1e-12
 SEEDS = 2**20  # blocks of a run have generators of their own
@@ -316,7 +316,7 @@ def tune_block(
     tuning: Tuning,
     loss: FisherWeights | None,
     weights: Sequence[Tensor] | None = None,
-    words: LmHead | None = None,
+    lm_head: LmHead | None = None,
     solutions: dict[str, Tensor] | None = None,
 ) -> Tuned:
     """Tune a block by the metric that is known of it: KL of the logits, the Fisher metric, or energies of channels.
@@ -325,20 +325,20 @@ def tune_block(
         block, keeps, streams, targets, tuning, solutions: see ``tune``.
         loss: the Fisher weights, with the metric at the block's outputs; None: channels count by their energy.
         weights: of the tokens of each batch, (T,), or None.
-        words: the LM head, if it reads the output of the block.
+        lm_head: the LM head, if it reads the output of the block.
     """
     ranks, place_note = streams.ranks, ""
-    if words is not None:
-        tuning = replace(tuning, learning_rate=WORDS_RATE * tuning.learning_rate)
-        streams = words.given(streams)
+    if lm_head is not None:
+        tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
+        streams = lm_head.given(streams)
     try:
         # Gradients are taken through the metric.
         with torch.inference_mode(False), full_precision(), _memory_of_all(ranks):
             cost: AbstractContextManager[Cost]
-            if words is not None:
+            if lm_head is not None:
                 beside = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
-                place, place_note = words.place(streams, beside)
-                cost = words.error(streams, place)
+                place, place_note = lm_head.place(streams, beside)
+                cost = lm_head.error(streams, place)
             elif loss is not None:
                 cost = nullcontext(BlockError.by_loss(loss.residual[block.name], weights))
             else:
@@ -348,7 +348,7 @@ def tune_block(
     except torch.OutOfMemoryError:  # nothing of the block has changed yet
         return Tuned((), 0, OUT_OF_MEMORY)
     notes = filter(None, ranks.gather(place_note))
-    return replace(tuned, on_logits=words is not None and bool(tuned.held_out), note=next(notes, ""))
+    return replace(tuned, on_logits=lm_head is not None and bool(tuned.held_out), note=next(notes, ""))
 
 
 @torch.no_grad()
@@ -378,7 +378,7 @@ def changed(block: Block, pruned: Collection[str], tuned: bool = True) -> dict[s
     """What a run changes in a block, by its name there: ``pruned`` linears, and if it is ``tuned`` norms and biases.
 
     But for those of other blocks too, whose dense outputs would change as well, for biases of what is left dense, and
-    for what else is in a router that is: no gradient tells how it would choose then.
+    for what else is in a router that is: its choice has no gradient.
     """
     routing = tuple(f"{root}." for root in _routers(block, pruned))
     weights = {id(linear.parameter) for linear in block.linears if linear.name in pruned}

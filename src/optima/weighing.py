@@ -22,7 +22,7 @@ from optima.selectors.base import Selector
 
 
 def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, recipe: Recipe) -> str:
-    """Give ``job`` what the loss feels of each token and row, or the sink weight where there are no gradients.
+    """Give ``job`` the Fisher weights, or the sink weight where there are no gradients.
 
     Args:
         job: of the run.
@@ -32,7 +32,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
         recipe: as resolved.
 
     Returns:
-        What a report must tell of it.
+        A note for the report.
     """
     job.progress.start(len(stack.blocks), 1, stage="sweep")
     try:
@@ -63,9 +63,9 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
 def rank_without_loss(
     stack: Stack, patterns: Mapping[str, Pattern], recipe: Recipe, selector: Selector, scope_named: bool
 ) -> tuple[dict[str, Pattern], str]:
-    """Patterns for which weights of ``stack`` compete as by ``objective: sink``, and what a report must tell of it.
+    """Patterns by which weights of ``stack`` compete as with ``objective: sink``, and a note for the report.
 
-    By the loss rows compete, each worth what the loss feels of it. Without, rows of little energy would be starved:
+    By the loss rows compete, each by its Fisher weight. Without, rows of little energy would be starved:
     unless the scope was named, its ``patterns``, by names of linears, get that of objective sink.
     """
     found, text, scope = dict(patterns), "", default_scope("sink", selector)

@@ -22,7 +22,7 @@ from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.models.stacks import Block, Linear, is_expert
 
 # Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.
-BELIEVED = 0.9
+SHRINKAGE = 0.9
 # Matrices of more rows, one for each linear, would take more memory than all else that waits.
 MOST_ROWS = 4096
 
@@ -38,7 +38,7 @@ def couples(linear: Linear) -> bool:
 
 
 def coupling_bytes(blocks: Sequence[Block], needs: Collection[str]) -> int:
-    """Of the coupling in a sweep: a float32 O x O matrix a linear. Half of it stays until the linear is pruned."""
+    """Bytes of the row correlations: a float32 O x O matrix a linear, half of which stays until it is pruned."""
     if "coupling" not in needs:
         return 0
     return sum(4 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))
@@ -52,7 +52,7 @@ class Halves:
     Args:
         block: whose linears they are.
         sizes: (B, L) of each batch.
-        numbers: of each batch's first sequence, see ``swept.fisher_numbers``; None: nothing is summed.
+        numbers: of each batch's first sequence, see ``fisher.fisher_numbers``; None: nothing is summed.
         before: sums over earlier batches, ``packed``: batches are added one after the other, however they are parted.
     """
 
@@ -123,7 +123,7 @@ def coupling(halves: Tensor) -> Tensor:
     first_OO, second_OO = map(_correlations, halves)
     size = float(first_OO.norm() * second_OO.norm())
     agreement = min(max(float(torch.sum(first_OO * second_OO)) / size, 0.0), 1.0) if size > 0.0 else 0.0
-    coupling_OO = _correlations(halves.sum(dim=0)).mul_(BELIEVED * 2.0 * agreement / (1.0 + agreement))
+    coupling_OO = _correlations(halves.sum(dim=0)).mul_(SHRINKAGE * 2.0 * agreement / (1.0 + agreement))
     coupling_OO.diagonal().fill_(1.0)
     return coupling_OO
 

@@ -113,7 +113,7 @@ class Moments(NamedTuple):
 
     @property
     def effective(self) -> float:
-        """As so many tokens of equal weight tell, once the weights are drawn towards their mean."""
+        """Effective sample size (Kish) once the weights are shrunk towards their mean."""
         return self.tokens / (1.0 + self.kept**2 * (self.tokens * self.squares / self.total**2 - 1.0))
 
     def weights(self, square_T: Tensor, start_T: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def rows_of_sums(sum_2O: Tensor) -> Tensor:
 
 
 def row_weights(square_O: Tensor, tokens: float = math.inf) -> Tensor:
-    """Of a linear's rows, (O,), with the mean of their squares; drawn towards it where so few ``tokens`` tell them."""
+    """Of a linear's rows, (O,), with the mean of their squares; shrunk towards it where ``tokens`` are few."""
     tempered_O = square_O.pow(POWER)
     weight_O = tempered_O * (square_O.mean() / tempered_O.mean())
     return weight_O if tokens == math.inf else torch.lerp(weight_O.mean(), weight_O, tokens / (tokens + FEW_TOKENS))
@@ -229,7 +229,7 @@ class FisherWeights:
         return weight_T
 
     def effective_tokens(self, name: str) -> float | None:
-        """(sum s)^2 / sum s^2 of the weights: so many equal tokens would tell as much."""
+        """(sum s)^2 / sum s^2 of the weights (Kish): the effective sample size."""
         moments = self.moments(name)
         return moments.effective if moments.total else None
 
@@ -305,7 +305,7 @@ def _spread(streams: Streams, share: float) -> list[int]:
     size, first, chosen = _batch_size(streams), streams.before[0], []
     for batch, (samples, _) in enumerate(streams.sizes):
         place = first // size
-        # Where tokens are counted before sequences they are not told by their place.
+        # Where tokens are counted before sequences positions are not known.
         if _taken(place + 1, share) > _taken(place, share) or streams.probe.sequence_first:
             chosen.append(batch)
         first += samples
@@ -330,7 +330,7 @@ def at_a_time(streams: Streams, blocks: int, used: Sequence[int]) -> list[Sequen
 
 
 def first_tokens(streams: Streams, hidden: Tensor) -> Tensor:
-    """What hidden states have of each sequence's first token, (B, E); nothing where tokens are not told by place."""
+    """What hidden states have of each sequence's first token, (B, E); nothing where positions are not known."""
     if streams.probe.sequence_first:
         return hidden.new_empty(0, 0)
     # Gemma 3n has several versions of them. A copy: a view would hold all tokens.
@@ -449,12 +449,14 @@ def fisher_weights(
     ends: list[Tensor] = []
     parts = at_a_time(streams, len(stack.blocks), used)
     try:
-        # Where tokens are counted before sequences, halves of these cannot be told.
+        # Where tokens are counted before sequences, sequences cannot be split into halves.
         numbers = fisher_numbers(streams, share) if coupled and not streams.probe.sequence_first else None
         most = max((math.prod(streams.sizes[batch]) for batch in used), default=0)
         place, place_note = head_device(model, stack, streams.device, most)
-        sweep = _GradientPass(model, stack, streams, weights or Resident(model), progress, place, residual, numbers)
-        found, ends = sweep.run(parts, seed)
+        gradient_pass = _GradientPass(
+            model, stack, streams, weights or Resident(model), progress, place, residual, numbers
+        )
+        found, ends = gradient_pass.run(parts, seed)
     except NotDifferentiableError as error:
         problem = str(error)
     if problem := next(filter(None, streams.ranks.gather(problem)), ""):

@@ -76,7 +76,7 @@ def embedding_device(model: PreTrainedModel, device: torch.device, batches: Sequ
     """Where the model runs while the inputs of its blocks are captured, if these run on ``device``.
 
     There, for kernels of some models run nowhere else. But in main memory if the weights outside the blocks are more
-    than half of a card, or batches are not of words alone: to look at the model is to hold the inputs of all linears.
+    than half of a card, or batches are not of token ids alone: the probe holds the inputs of all linears.
     It is the same in all processes, and when a run goes on.
     """
     first = next(model.parameters())
@@ -151,7 +151,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
 
 @contextmanager
 def head_alone(model: PreTrainedModel, stack: Stack, streams: Streams, leaf: Tensor) -> Iterator[list[_Replayed]]:
-    """No block runs inside, and the last one returns ``leaf``; what lies beside them is replayed."""
+    """No block runs inside, and the last one returns ``leaf``; modules outside the blocks are replayed."""
     beside = {module: _Replayed(module.forward) for module in _beside(model, stack)}
     with ExitStack() as replaced:
         for block in stack.blocks:

@@ -12,7 +12,7 @@ from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.correlation import BELIEVED, couples, coupling, finished, packed, unpacked
+from optima.calibration.correlation import SHRINKAGE, couples, coupling, finished, packed, unpacked
 from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient
 from optima.linalg.shifted_inverse import (
@@ -55,7 +55,7 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     assert torch.allclose(found.coupling[name].double(), coupling(halves), rtol=1e-2, atol=1e-3)
     off_OO = correlations(halves.sum(dim=0)).fill_diagonal_(0.0)
     share = float(found.coupling[name].double().fill_diagonal_(0.0).norm() / off_OO.norm())
-    assert 0.0 < share < BELIEVED
+    assert 0.0 < share < SHRINKAGE
 
 
 def test_two_symmetric_matrices_wait_in_the_memory_of_one() -> None:
@@ -189,7 +189,7 @@ def test_belief_is_that_of_spearman_and_brown() -> None:
     first_OO, second_OO = torch.eye(3), torch.eye(3)
     first_OO[0, 1] = first_OO[1, 0] = second_OO[0, 1] = second_OO[1, 0] = second_OO[0, 2] = second_OO[2, 0] = 0.5
     agreement = 0.5**0.5
-    believed, found_OO = BELIEVED * 2 * agreement / (1 + agreement), coupling(torch.stack([first_OO, second_OO]))
+    believed, found_OO = SHRINKAGE * 2 * agreement / (1 + agreement), coupling(torch.stack([first_OO, second_OO]))
     assert found_OO[0].tolist() == pytest.approx([1.0, 0.5 * believed, 0.25 * believed])
 
 
