@@ -110,7 +110,8 @@ class Job:
         ranks = streams.ranks
         resumed = ranks.on_rank0(lambda: {} if self.writer is None else self.writer.done)
         done = sum(block.name in resumed for block in blocks)
-        self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done)
+        last = self._last_tuning(blocks[-1], streams)
+        self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done, last_tuning=last)
         taken = [] if self.tuning is None else tuned_batches(streams, self.tuning.share)
         dense = None if self.tuning is None else streams.part(taken)
         for block in blocks:
@@ -157,6 +158,12 @@ class Job:
             self.progress.notes(self.notes)
             self.progress.block(block.name, self.blocks[-1], self.linears[linears:] if again else None)
         self.earlier += len(stack.blocks)
+
+    def _last_tuning(self, block: Block, streams: Streams) -> float:
+        """Cost of tuning the last block relative to another, for the estimate of the time left."""
+        if self.tuning is None or self.words is None or not self.words.read(block):
+            return 1.0
+        return self.words.tuning_cost(max((length for _, length in streams.sizes), default=1))
 
     def _reader(self, ranks: Ranks, block: Block) -> Read:
         """Gives what pruning made of a block, which is on the device."""

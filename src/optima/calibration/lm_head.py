@@ -302,6 +302,13 @@ class LmHead:
         """Whether ``block`` is what the head reads."""
         return block is self.stack.blocks[-1]
 
+    def tuning_cost(self, length: int) -> float:
+        """Cost of tuning the last block relative to another block, by the weights that ``length`` tokens meet."""
+        module = head_of(self.model)
+        head = 0 if module is None else sum(each.numel() for each in module.parameters())
+        block = sum(each.numel() for each in self.stack.blocks[-1].module.parameters())
+        return 1.0 + head * looked_at(self.model, length) / (max(block, 1) * length)
+
     def given(self, streams: Streams) -> Streams:
         """The same, with token ids as the model's only input: no vision tower runs for the head."""
         return replace(streams, batches=[words_alone(self.model, batch) for batch in streams.batches])
