@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,8 @@ from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.options import ALLOCATION_NAMES, UNDAMPED
 from optima.patterns import SCOPES, Unstructured
-from optima.recipe import recipe_from_dict
-from optima.recipe_files import read_recipe
+from optima.recipe import FISHER_FRACTION, SINK_WEIGHT, load_recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
 
@@ -86,12 +84,9 @@ class Bench:
         name, *steps = method.split("+")
         options = self.options
         if name in PRESETS:
-            values = read_recipe(name) | {"seed": options.seed, "device": options.device, "pattern": [pattern]}
-            values = {key: value for key, value in values.items() if key != "sparsity"}
-            return recipe_from_dict(values | ({"allocation": "uniform"} if ":" in pattern else {}))
+            return load_recipe(name, seed=options.seed, device=options.device, pattern=[pattern])
         solves = ("solve" in steps or "loss" in steps) and "unsolved" not in steps
         allocation = "uniform" if ":" in pattern else "loss" if "shared" in steps else options.allocation
-        inverts = solves or allocation != "uniform" or name not in UNDAMPED
         objective = "loss" if "loss" in steps else "sink" if "solve" in steps else "plain"
         return Recipe(
             selector=name,
@@ -101,13 +96,12 @@ class Bench:
             objective=objective,
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             solver="auto" if solves else "none",
-            sink_weight=options.sink_weight if objective == "sink" else None,
             seed=options.seed,
             device=options.device,
-            **({"gap": options.gap} if solves else {}),
-            **({"damping": options.damping} if inverts else {}),
-            **({"swept_share": options.swept_share} if objective == "loss" else {}),
-            **({"learning_rate": options.learning_rate, "tuning_share": 1.0} if "tune" in steps else {}),
+            gap=options.gap,
+            damping=options.damping,
+            learning_rate=options.learning_rate,
+            tuning_fraction=1.0,
         )
 
     def settings(self, method: str, pattern: str) -> dict[str, Any]:
@@ -127,32 +121,34 @@ class Bench:
             return evaluation
         recipe = self.recipe(method, pattern)
         methods = build(recipe)
-        recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
-        recipe = replace(recipe, tuning_epochs=recipe.applied_epochs)
+        recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
         applied = pattern_table(recipe, methods.selector).default
-        names = ["selector", "pattern", "allocation", "solver", "damping", "sink_weight", "seed"]
+        names = ["selector", "pattern", "allocation", "solver", "damping", "seed"]
         names += ["gap"] if recipe.solver != "none" else []
         names += ["objective"] if recipe.objective == "loss" else []
-        names += ["swept_share"] if recipe.objective == "loss" and recipe.swept_share < 1.0 else []
         names += ["tuning_epochs", "learning_rate"] if recipe.tuning_epochs else []
-        names += ["tuning_share"] if recipe.tuning_epochs and recipe.tuning_share < 1.0 else []
-        return {name: getattr(recipe, name) for name in names} | {
-            # As applied: what a selector published may change.
-            "scope": applied.scope if isinstance(applied, Unstructured) else None,
-            "calibration_hash": data_hash(self.tokens_NL),
-            "calibration": list(self.tokens_NL.shape),
-            **({"own_samples": options.own_samples} if options.own_samples else {}),
-            # Earlier results lack these.
-            **({"coupling": True} if "coupling" in methods.needs else {}),
-            **({"tempered_rows": True} if recipe.objective == "loss" and isinstance(applied, Unstructured) else {}),
-            **({"words": True} if recipe.objective == "loss" and recipe.tuning_epochs else {}),
-            **(
-                {"sensitivity_share": recipe.swept_share}
-                if recipe.allocation == "loss" and recipe.swept_share < 1.0
-                else {}
-            ),
-            **evaluation,
-        }
+        swept = {"swept_share": FISHER_FRACTION} if recipe.objective == "loss" else {}
+        tuned = {"tuning_share": recipe.tuning_fraction} if recipe.tuning_epochs and recipe.tuning_fraction < 1 else {}
+        weight = {"sink_weight": SINK_WEIGHT if recipe.objective == "sink" else None}
+        return (
+            {name: getattr(recipe, name) for name in names}
+            | swept
+            | tuned
+            | weight
+            | {
+                # As applied: what a selector published may change.
+                "scope": applied.scope if isinstance(applied, Unstructured) else None,
+                "calibration_hash": data_hash(self.tokens_NL),
+                "calibration": list(self.tokens_NL.shape),
+                **({"own_samples": options.own_samples} if options.own_samples else {}),
+                # Earlier results lack these.
+                **({"coupling": True} if "coupling" in methods.needs else {}),
+                **({"tempered_rows": True} if recipe.objective == "loss" and isinstance(applied, Unstructured) else {}),
+                **({"words": True} if recipe.objective == "loss" and recipe.tuning_epochs else {}),
+                **({"sensitivity_share": FISHER_FRACTION} if recipe.allocation == "loss" else {}),
+                **evaluation,
+            }
+        )
 
     def run(self, method: str, pattern: str) -> dict[str, Any]:
         """Prune a copy of the model and measure it."""
@@ -224,13 +220,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patterns", nargs="+", default=PATTERNS, help="sparsities and n:m patterns")
     parser.add_argument("--methods", nargs="+", default=METHODS, type=method, metavar="METHOD", help="see above")
     parser.add_argument("--held-out", type=float, metavar="SHARE", help="of the calibration text, to measure on too")
-    parser.add_argument("--swept-share", type=float, default=1.0, help="of methods with +loss")
     parser.add_argument("--tuning-epochs", type=int, default=4, help="of methods with +tune")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of methods with +tune")
     parser.add_argument("--scope", choices=SCOPES, help="of selectors' sparsities (default: as published)")
-    parser.add_argument("--allocation", choices=ALLOCATION_NAMES, default="uniform", help="of selectors' sparsities")
+    parser.add_argument("--allocation", choices=("uniform", "loss"), default="uniform", help="of selectors' sparsities")
     parser.add_argument("--damping", type=float, default=0.01)
-    parser.add_argument("--sink-weight", type=float, help="of methods with +solve (default: the recipe's)")
     parser.add_argument("--gap", type=float, default=1e-4, help="of the solves")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
     parser.add_argument("--own-samples", type=int, default=0, help="sequences more, which the model writes itself")

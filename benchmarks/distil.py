@@ -101,7 +101,7 @@ def main() -> None:
         write_orders(untreated.dense, Path(place))
         same_mask = replace(
             untreated.recipe, selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
-            tuning_epochs=options.epochs, tuning_share=1.0, learning_rate=RATE,
+            tuning_epochs=options.epochs, tuning_fraction=1.0, learning_rate=RATE,
         )  # fmt: skip
         name = f"solved and tuned by blocks, {options.epochs} epochs, rate {same_mask.learning_rate:g}"
         bench.row(name, lambda: untreated.pruned(same_mask))

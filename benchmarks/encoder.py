@@ -28,7 +28,7 @@ METHODS = {
     "wanda, re-solved": Recipe(selector="wanda", objective="sink", tuning_epochs=0),
     "objective loss": Recipe(tuning_epochs=0),
     "the default recipe": Recipe(),
-    "objective loss, tuned": Recipe(tuning_epochs=4, learning_rate=3e-3, tuning_share=1.0),
+    "objective loss, tuned": Recipe(tuning_epochs=4, learning_rate=3e-3, tuning_fraction=1.0),
 }
 
 

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.fingerprint import fingerprint
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.recipe_files import load_recipe
+from optima.recipe import load_recipe
 
 PEER = "SparseGPT, llm-compressor"
 PEER_SCRIPT = Path(__file__).parent / "whole_run_peers" / "llm_compressor.py"
@@ -146,7 +146,7 @@ def run_own(options: argparse.Namespace) -> None:
     """What a user would do, on the tokens that all contenders share."""
     torch.set_num_threads(options.threads)
     recipe = Recipe() if options.run == DEFAULT else load_recipe("fast")
-    recipe = replace(recipe, sparsity=options.sparsity, device="cpu")  # where the peer runs
+    recipe = recipe.replace(sparsity=options.sparsity, device="cpu")  # where the peer runs
     prune(options.model, recipe, output_dir=options.output, calibration=load_file(options.tokens)["tokens"])
 
 

@@ -27,6 +27,7 @@ from optima.calibration.streams import Streams
 from optima.data.text import calibration_tokens
 from optima.models.stacks import Block, Stack
 from optima.preflight.checks import chosen_stacks
+from optima.recipe import FISHER_FRACTION
 from optima.reporting.markdown import table
 from optima.tune import BlockError, Tuning, tune
 
@@ -78,7 +79,7 @@ def main() -> None:
     )
     models, stacks = (dense, pruned), (stack, chosen_stacks(pruned, recipe)[-1])
     own, other = (Text.of(models, stacks, tokens) for tokens in (untreated.tokens_NL, other_NL))
-    loss = fisher_weights(dense, stack, own.dense, seed=0, residual=True, share=recipe.swept_share)
+    loss = fisher_weights(dense, stack, own.dense, seed=0, residual=True, share=FISHER_FRACTION)
     rows = []
     for blocks in zip(*(stack.blocks for stack in stacks), strict=True):
         if blocks[0].index in options.blocks:

@@ -16,7 +16,7 @@ from optima.calibration.fisher import fisher_share
 from optima.calibration.reduction import share_out
 from optima.distributed import STRIP_BYTES
 from optima.qp.rows import chunk_rows
-from optima.recipe import Recipe
+from optima.recipe import FISHER_FRACTION
 from optima.selectors.optima import Optima
 
 SAMPLE = 512  # inputs that go to the owner beside a hessian
@@ -167,7 +167,7 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
     one = model.forward_flops(tokens, length)
     last = 2.0 * tokens * sum(group.copies * group.share * group.weights for group in model.groups[-1:])
     head = 2.0 * tokens * model.vocabulary * model.hidden
-    swept = fisher_share(Recipe().swept_share, math.prod(tokens_of))
+    swept = fisher_share(FISHER_FRACTION, math.prod(tokens_of))
     coupling = 2.0 * tokens * sum(outputs**2 for group in model.groups for outputs in group.coupled(counts))
     gram = sum(2.0 * group.copies * group.share * tokens * group.inputs**2 for group in model.groups)
     each = [group for group in model.groups for _ in range(group.copies)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from optima.data.datasets import load_documents
+from optima.data.datasets import is_file, load_documents
 from optima.errors import OptimaError
-from optima.options import is_file
 
 
 def split(names: Sequence[str], held_out: float, seed: int) -> tuple[list[str], list[str]]:

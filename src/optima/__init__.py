@@ -11,8 +11,7 @@ if TYPE_CHECKING:
     from optima.ordering.record import Ordering
     from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
-    from optima.recipe import Recipe
-    from optima.recipe_files import load_recipe
+    from optima.recipe import Recipe, load_recipe
     from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
     from optima.reporting.record import Report, load_report
     from optima.run import prune
@@ -56,7 +55,7 @@ _HOMES = {
     "Unstructured": "patterns",
     "accelerate": "semi_structured",
     "hold_zeros": "holding",
-    "load_recipe": "recipe_files",
+    "load_recipe": "recipe",
     "load_report": "reporting.record",
     "order": "ordering.order",
     "pack": "packing",

@@ -13,7 +13,7 @@ from optima.calibration.fisher import fisher_share, kept_bytes, sensitivity_shar
 from optima.models.experts import ExpertLinear
 from optima.models.reading import is_encoder_decoder, stream_numbers
 from optima.models.stacks import Block, has_experts
-from optima.recipe import Recipe
+from optima.recipe import FISHER_FRACTION, Recipe
 
 # Bytes of each of the E x E numbers that tell what a change of a block's outputs costs.
 METRIC_BYTES = 4
@@ -57,9 +57,11 @@ def activations(
     tokens = recipe.num_calibration_samples * recipe.max_seq_length
     linears = [linear for block in blocks for linear in block.linears]
     own = tokens // 2 if is_encoder_decoder(model) else tokens  # of a stack
-    swept = fisher_share(recipe.swept_share, own) if recipe.applied_objective == "loss" else 0.0
-    surveyed = recipe.surveys * (sensitivity_share(recipe.swept_share, own, has_experts(linears)) if swept else 1.0)
-    tuned = tuned_share(recipe.tuning_share, own) if recipe.tuning_epochs else 0.0
+    swept = fisher_share(FISHER_FRACTION, own) if recipe.objective == "loss" else 0.0
+    surveyed = (recipe.allocation == "loss") * (
+        sensitivity_share(FISHER_FRACTION, own, has_experts(linears)) if swept else 1.0
+    )
+    tuned = tuned_share(recipe.tuning_fraction, own) if recipe.tuning_epochs else 0.0
     inputs = tokens * (hidden or 0) * dtype.itemsize
     coupled = coupling_bytes(blocks, needs)
     width = (getattr(text, "hidden_size", None) or 0) * (getattr(text, "hc_count", None) or 1)  # of what counts as one

@@ -23,7 +23,7 @@ def build(recipe: Recipe) -> Methods:
     return Methods(
         selector=selector,
         solver=make_solver(recipe.solver, recipe.gap),
-        needs=needs_of(selector) - (set() if recipe.applied_objective == "loss" else {"coupling"}),
+        needs=needs_of(selector) - (set() if recipe.resolved_objective == "loss" else {"coupling"}),
     )
 
 
@@ -49,13 +49,13 @@ def default_scope(objective: str, selector: Selector) -> Scope:
 
 def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
     """The patterns; unstructured ones take the default scope unless the recipe names one."""
-    return recipe.table(recipe.scope or default_scope(recipe.applied_objective, selector))
+    return recipe.table(recipe.scope or default_scope(recipe.resolved_objective, selector))
 
 
 def build_tuning(recipe: Recipe) -> Tuning | None:
     """How blocks are tuned; None if they are not."""
     epochs = recipe.tuning_epochs
-    return Tuning(epochs, recipe.learning_rate, recipe.tuning_share, recipe.seed) if epochs else None
+    return Tuning(epochs, recipe.learning_rate, recipe.tuning_fraction, recipe.seed) if epochs else None
 
 
 def sparsity_of(recipe: Recipe) -> float:

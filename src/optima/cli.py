@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import difflib
 import json
 import logging
 import os
@@ -10,22 +12,188 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
 import optima
-from optima.arguments import parse, recipe_of, wants_json
 from optima.console import OwnConsole, printable, say
 from optima.errors import OptimaError, RankError
+from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES, Recipe, load_recipe, recipe_text
 
 if TYPE_CHECKING:
     from optima.reporting.callbacks import Callback
     from optima.reporting.record import Report
 
-Command = Callable[..., None]
+EXAMPLES = """examples, for a MODEL of the hub or a directory:
+  optima plan MODEL
+  optima prune MODEL --output-dir DIR --sparsity 0.5
+  optima eval MODEL DIR --dataset held-out.txt
+optima COMMAND --help lists the options of a command."""
+SELECTORS = f"""selectors: {", ".join(SELECTOR_NAMES)};
+or your own as package.module:Class with --trust-remote-code"""
+DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+CHANNELS = ("mlp", "heads", "hidden")
+MODEL = "hub id (NAME@REVISION), directory, GGUF file"
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help with an option a line."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        """``REGEX ...`` for one and more, where argparse repeats the name."""
+        return f"{action.metavar} ..." if action.nargs in ("+", "*") else super()._format_args(action, default_metavar)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One spelling of every option, no guessed abbreviations, errors of one line; absent options leave no value."""
+
+    def __init__(self, **options: Any) -> None:
+        options |= {"argument_default": argparse.SUPPRESS, "formatter_class": _Formatter}
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        if "are required: MODEL" in message:
+            message += ": put it first, before options that take several values"
+        raise OptimaError(f"{message}\nsee {self.prog} --help")
+
+
+def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The command and the values of its options."""
+    parser, commands = _parsers()
+    known, extra = parser.parse_known_args(argv)
+    values = vars(known)
+    name = values.pop("command", None)
+    if name is None:
+        parser.print_help(sys.stderr)
+        raise SystemExit(2)
+    command = commands[name]
+    if extra:
+        flag = next((text for text in extra if text.startswith("-")), extra[0]).partition("=")[0]
+        close = difflib.get_close_matches(flag.replace("_", "-"), command._option_string_actions, 1)
+        command.error(f"unknown argument {flag}" + (f" (did you mean {close[0]}?)" if close else ""))
+    return name, values
+
+
+def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser of the command line and that of each command."""
+    parser = _Parser(prog="optima", description="One-shot pruning of transformers.", epilog=EXAMPLES)
+    parser.add_argument("--version", action="version", version=f"optima {optima.__version__}")
+    found = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands: dict[str, _Parser] = {}
+
+    def add(name: str, text: str, usage: str, **more: Any) -> Callable[..., Any]:
+        commands[name] = found.add_parser(
+            name, help=text, usage=f"optima {name} {usage}", description=f"{text[0].upper()}{text[1:]}.", **more
+        )
+        return commands[name].add_argument
+
+    overwrite: dict[str, Any] = {"action": "store_true", "help": "replace an earlier output in that place"}
+    option = add("prune", "prune a model in one shot", "MODEL --output-dir DIR [options]", epilog=SELECTORS)
+    option("model", metavar="MODEL", help=MODEL)
+    option("--output-dir", metavar="DIR", required=True, help="for the pruned checkpoint and its report")
+    option("--overwrite", **overwrite)
+    option("--resume", action="store_true", help="continue an unfinished run in that place")
+    option("--no-resume", dest="resume", action="store_false", help="delete an unfinished run in that place")
+    option("--push-to-hub", metavar="REPO", help="upload the output to this hub repository")
+    option("--private", action="store_true", help="create that repository as private")
+    option("--log-format", choices=("text", "json"), metavar="NAME", help="of stderr: text, json (text)")
+    option("--report-to", nargs="+", metavar="NAME", help="trackers of accelerate: tensorboard, wandb")
+    _add_recipe(commands["prune"])
+
+    option = add("plan", "show what would be pruned, and its peak memory", "MODEL [options]", epilog=SELECTORS)
+    option("model", metavar="MODEL", help=MODEL)
+    _add_recipe(commands["plan"])
+
+    option = add("order", "order channels so that n:m loses less", "MODEL --output-dir DIR --pattern 2:4 [options]")
+    option("model", metavar="MODEL", help=MODEL)
+    option("--output-dir", metavar="DIR", required=True, help="for the same model, to be pruned then")
+    option("--overwrite", **overwrite)
+    option("--channels", nargs="+", choices=CHANNELS, metavar="NAME", help=f"{', '.join(CHANNELS)} (all)")
+    _add_recipe(commands["order"])
+
+    option = add("eval", "measure and compare models", "MODEL [MODEL ...] [options]")
+    option("models", nargs="+", metavar="MODEL", help="hub ids, directories or GGUF files, reference first")
+    option("--dataset", nargs="+", metavar="TEXT", help="for perplexity: files or NAME:CONFIG@REVISION")
+    option("--split", metavar="NAME", help="split of a hub dataset (test)")
+    text = "BOS in every window: windows; once: sparsegpt (windows)"
+    option("--protocol", choices=("windows", "sparsegpt"), metavar="NAME", help=text)
+    option("--max-seq-length", type=int, metavar="N", help="tokens in a window (2048)")
+    option("--max-windows", type=int, metavar="N", help="use the first windows only (all)")
+    option("--divergence", action="store_true", help="KL divergence from the first model")
+    option("--tasks", nargs="+", metavar="TASK", help="of lm-eval, such as piqa,arc_easy")
+    option("--task-data", metavar="DIR", help="local items: TASK_SPLIT.jsonl, .json, .parquet (hub)")
+    option("--task-limit", type=int, metavar="N", help="use the first items of each task only (all)")
+    option("--batch-size", type=int, metavar="N", help="of a forward pass (1 window, 8 choices)")
+    option("--revision", metavar="NAME", help="commit, tag or branch of the first model (newest)")
+    option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
+    option("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (auto)")
+    option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+    option("--output", metavar="FILE", help="write the results as JSON")
+    option("--overwrite", action="store_true", help="replace earlier results in that file")
+
+    option = add("report", "print or compare reports", "PATH [PATH ...] [--html FILE]")
+    option("paths", nargs="+", metavar="PATH", help="a checkpoint's directory, or its report.json")
+    option("--html", metavar="FILE", help="write one page of all, each compared with the first")
+
+    for name, text, suffix in (
+        ("pack", "store a pruned checkpoint without its zeros", "packed"),
+        ("unpack", "restore a packed checkpoint, bit for bit", "unpacked"),
+    ):
+        option = add(name, text, "DIR [--output-dir DIR]")
+        option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
+        option("--output-dir", metavar="DIR", help=f"where it goes (the name with -{suffix} appended)")
+        option("--overwrite", **overwrite)
+        if name == "pack":
+            option("--code-exponents", action="store_true", help="code bfloat16 exponents too: smaller, slower")
+
+    option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
+    option("directory", metavar="DIR", help="what optima prune or optima pack wrote")
+    option("repo", metavar="REPO", help="name, or owner/name; created if it does not exist")
+    option("--private", action="store_true", help="create it as private; fail if it exists and is public")
+    option("--message", metavar="TEXT", help="commit message")
+
+    option = add("recipe", "list, show and check recipes", "list | show NAME | validate FILE | schema")
+    option("action", choices=("list", "show", "validate", "schema"), metavar="ACTION", help="what to do")
+    option("name", nargs="?", metavar="NAME", help="for show and validate: a preset, or a file")
+
+    option = add("demo", "prune a small real model and compare", "[--model NAME]")
+    text = f"{' or '.join(DEMO_MODELS)} ({DEMO_MODELS[0]})"
+    option("--model", choices=DEMO_MODELS, default=DEMO_MODELS[0], metavar="NAME", help=text)
+    option("--output-dir", default="demo-output", metavar="DIR", help="for the checkpoint and report (demo-output)")
+    text = "sequences of 512 tokens; 32 take 15 minutes (8)"
+    option("--num-calibration-samples", type=int, default=8, metavar="N", help=text)
+    return parser, commands
+
+
+def _add_recipe(parser: _Parser) -> None:
+    """An option for each field of a recipe, by group, and those of the run."""
+    parser.add_argument("--recipe", metavar="NAME", help="YAML file, or a preset of optima recipe list")
+    groups = {name: parser.add_argument_group(f"{name} ({text})") for name, text in GROUPS.items()}
+    for name, field in Recipe.model_fields.items():
+        extra: Any = field.json_schema_extra
+        flag, many = f"--{name.replace('_', '-')}", isinstance(field.default, list)
+        if field.default is False:
+            groups[extra["group"]].add_argument(flag, action="store_true", help=field.description)
+            continue
+        default = extra["shown"] or (" ".join(field.default) if many else field.default)
+        options: dict[str, Any] = {"nargs": "*" if name == "ignore" else "+"} if many else {}
+        text = f"{field.description} ({default})".replace("%", "%%")
+        groups[extra["group"]].add_argument(flag, metavar=extra["metavar"], help=text, **options)
+
+
+def _recipe_of(options: dict[str, Any]) -> Recipe:
+    """The recipe file or preset, if one is named, with the recipe's options removed from ``options`` over it."""
+    flags = {name: options.pop(name) for name in Recipe.model_fields.keys() & options.keys()}
+    name = options.pop("recipe", None)
+    return Recipe(**flags) if name is None else load_recipe(name, **flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,7 +231,7 @@ def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) 
     if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, RankError):
         return status
     try:
-        if wants_json(argv):
+        if "--log-format=json" in argv or ("--log-format", "json") in pairwise(argv):
             from optima.reporting.callbacks import JsonLog
 
             text = str(error) or "interrupted"
@@ -120,7 +288,7 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
     callbacks: list[Callback] = [Trackers(report_to)] if report_to else []
     if log_format == "json":
         callbacks.append(JsonLog(sys.stderr))
-    recipe = recipe_of(given)
+    recipe = _recipe_of(given)
     _quiet_console(downloads=log_format == "text")
     if repo is not None:
         from optima.hub import open_repo
@@ -148,7 +316,7 @@ def _push(directory: str, repo: str, **given: Any) -> None:
 
 
 def _plan(model: str, **given: Any) -> None:
-    recipe = recipe_of(given)
+    recipe = _recipe_of(given)
     console = _quiet_console()
     from optima import plan
     from optima.models.source import find_source
@@ -162,7 +330,7 @@ def _plan(model: str, **given: Any) -> None:
 def _order(
     model: str, output_dir: str, overwrite: bool = False, channels: Sequence[str] | None = None, **given: Any
 ) -> None:
-    recipe = recipe_of(given)
+    recipe = _recipe_of(given)
     options: dict[str, Any] = {} if channels is None else {"channels": channels}
     _quiet_console()
     found = optima.order(model, recipe, output_dir=output_dir, overwrite=overwrite, **options)
@@ -242,24 +410,18 @@ def _unpack(directory: str, output_dir: str | None = None, **given: Any) -> None
 
 
 def _recipe(action: str, name: str | None = None) -> None:
-    from optima.recipe_files import describe_shipped, load_recipe, recipe_schema, recipe_text
-
-    if name is None and action in ("show", "validate"):
-        raise OptimaError(f"optima recipe {action} needs a name: one of optima recipe list, or a file")
-    if name is not None and action in ("list", "schema"):
-        raise OptimaError(f"optima recipe {action} takes no name, got {name}")
+    if (name is None) == (action in ("show", "validate")):
+        raise OptimaError(f"optima recipe {action} takes {'no name' if name else 'a name: a preset, or a file'}")
     if action == "list":
-        found = describe_shipped()
-        width = max(map(len, found))
-        _say("\n".join(f"{shipped:{width}}  {text}" for shipped, text in found.items()))
+        width = max(map(len, PRESETS))
+        _say("\n".join(f"{preset:{width}}  {recipe_text(preset).splitlines()[0][2:]}" for preset in PRESETS))
     elif action == "show":
         _say(recipe_text(str(name)).rstrip())
     elif action == "schema":
-        _say(json.dumps(recipe_schema(), indent=2))
+        _say(json.dumps(Recipe.model_json_schema(), indent=2))
     else:
-        # No file says that for itself.
-        trust = " --trust-remote-code" if load_recipe(str(name)).trust_remote_code else ""
-        _say(f"{name} is a valid recipe; what depends on the model, optima plan MODEL --recipe {name}{trust} checks")
+        load_recipe(str(name))
+        _say(f"{name} is a valid recipe; optima plan MODEL --recipe {name} checks it for a model")
 
 
 def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:
@@ -269,7 +431,7 @@ def _demo(model: str, output_dir: str, num_calibration_samples: int) -> None:
     run_demo(model, Path(output_dir), num_calibration_samples, console)
 
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "prune": _prune,
     "plan": _plan,
     "order": _order,

@@ -20,8 +20,7 @@ from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.files import explain_write_errors
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.recipe import Recipe
-from optima.recipe_files import load_recipe
+from optima.recipe import Recipe, load_recipe
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.run import prune
@@ -56,7 +55,7 @@ def run_demo(name: str, output_dir: Path, num_samples: int, console: Console) ->
     size: dict[str, Any] = {"num_calibration_samples": num_samples, "max_seq_length": LENGTH}
     recipes = {
         "Wanda": (Recipe(selector="wanda", solver="none", objective="plain", tuning_epochs=0, **size), "20 s"),
-        "OPTIMA, fast": (replace(load_recipe("fast"), **size), "1 min"),
+        "OPTIMA, fast": (load_recipe("fast", **size), "1 min"),
         "OPTIMA": (Recipe(**size), "3 min"),
     }
     say(f"loading {name} from its Python package (30 s); then dense perplexity, Wanda, fast, and the default recipe")

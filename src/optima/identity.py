@@ -23,8 +23,7 @@ from optima.models.fingerprint import bytes_of, fingerprint_files, hash_tensors
 from optima.models.journal import differences, shown
 from optima.models.masks import MaskFiles
 from optima.models.own_code import imported_files
-from optima.options import SELECTOR_NAMES
-from optima.recipe import Recipe
+from optima.recipe import SELECTOR_NAMES, Recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import Selector
 
@@ -47,7 +46,7 @@ def identity(recipe: Recipe, selector: Selector, device: torch.device, model: Pr
         model: its class and configuration count, and code that came with it; weights are not looked at.
     """
     values = recipe.to_dict()
-    del values["device"], values["memory_budget"]
+    del values["device"]
     versions = library_versions()
     del versions["python"]
     config = {key: value for key, value in model.config.to_dict().items() if key not in SAVED}

@@ -19,12 +19,12 @@ from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
 from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
-from optima.options import SELECTOR_NAMES
 from optima.patterns import Pattern
 from optima.qp import RowSolution, RowSolver, Status, make_problem, solve_rows
 from optima.qp.problem import concatenate
 from optima.qp.rounding import Rounded, round_rows
 from optima.qp.rows import DEFAULT_BUDGET_BYTES, chunk_rows
+from optima.recipe import SELECTOR_NAMES
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector
 from optima.selectors.ranking import count_error

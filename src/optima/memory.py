@@ -16,7 +16,6 @@ from optima.calibration.correlation import coupling_bytes
 from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.lm_head import KL_COPIES, logits_bytes, looked_at
 from optima.device import REMEDY, named_device
-from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear
@@ -93,27 +92,15 @@ class HostMemory:
         """An upper bound: the logits are gone before linears are worked on."""
         return self.least + max(self.work, self.by_loss)
 
-    def left(self, budget: int | None, processes: int = 1, there: int = 0) -> int:
+    def left(self, processes: int = 1, there: int = 0) -> int:
         """What remains for the activations of a process; the rest of them waits in files.
 
         Args:
-            budget: bytes that the process keeps to; None: its part of half of what is free, or of what the rest of
-                the run leaves, whichever is less.
             processes: that share what is free.
             there: bytes of ``total`` that the process has taken by now.
-
-        Raises:
-            RecipeError: if the run takes more, activations aside.
         """
-        if budget is None:
-            free = available_memory() / processes
-            return int(max(min(free * FREE_SHARE, free - (self.total - there)), 0))
-        if budget < self.least:
-            raise RecipeError(
-                f"memory_budget {budget / GIB:.2f} GiB is less than the {self.least / GIB:.2f} GiB that libraries "
-                "and weights take at a time: raise it, or leave it out"
-            )
-        return max(budget - self.total, 0)
+        free = available_memory() / processes
+        return int(max(min(free * FREE_SHARE, free - (self.total - there)), 0))
 
     def shortage(self, processes: int = 1) -> str:
         """What to tell a user before the work if ``processes`` that take as much may end for want of memory, or empty.
@@ -129,16 +116,6 @@ class HostMemory:
             f"{free / GIB:.1f} GiB of main memory are free, and up to {more / GIB:.1f} GiB may be taken{each}, "
             f"{processes * self.weights / GIB:.1f} GiB of it by weights: "
             f"{REMEDY if fits else 'free some, or use another machine'}"
-        )
-
-    def note(self, budget: int | None) -> str:
-        """What a report must tell of a budget that work on the largest linear may pass; empty if it cannot."""
-        if budget is None or budget >= self.total:
-            return ""
-        return (
-            f"memory_budget {budget / GIB:.2f} GiB may be passed: up to {self.total / GIB:.2f} GiB are taken while the "
-            "largest linear, the logits, or a block's tuning are at work; --tuning-epochs 0, --ignore wide linears, or "
-            "raise it"
         )
 
 
@@ -164,7 +141,7 @@ def host_memory(
     most = streamed_parameters(model, blocks, words) if streamed else count_parameters(model)
     work = work_bytes(model, blocks, recipe, methods, dtype) if on_cpu(recipe) else 0
     by_loss = _through_decoder(model, recipe, dtype, streamed)
-    if recipe.applied_objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
+    if recipe.objective == "loss" and (on_cpu(recipe) or is_encoder_decoder(model)):
         by_loss += logits_bytes(model, batch_tokens(recipe))
     if words and on_cpu(recipe):
         by_loss = max(by_loss, words_bytes(model, recipe) + tuning_bytes(model, blocks[-1], recipe, dtype))
@@ -175,7 +152,7 @@ def host_memory(
 
 def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, streamed: bool) -> int:
     """Of an encoder's sweep, whose gradients come through the decoder: streamed weights, and a sample's autograd."""
-    if recipe.applied_objective != "loss" or not is_encoder_decoder(model):
+    if recipe.objective != "loss" or not is_encoder_decoder(model):
         return 0
     blocks = [block for stack in find_stacks(model) if stack.part == "decoder" for block in stack.blocks]
     weights = sum(count_parameters(block.module) for block in blocks) * dtype.itemsize if streamed else 0
@@ -185,7 +162,7 @@ def _through_decoder(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype,
 
 def by_words(model: PreTrainedModel, blocks: Sequence[Block], recipe: Recipe) -> str:
     """The name of the block that is tuned by the words of the model; empty if none is."""
-    by_loss = recipe.applied_objective == "loss" and head_of(model) is not None and not is_encoder_decoder(model)
+    by_loss = recipe.objective == "loss" and head_of(model) is not None and not is_encoder_decoder(model)
     return blocks[-1].name if recipe.tuning_epochs and by_loss and blocks[-1].linears else ""
 
 
@@ -224,7 +201,7 @@ def work_bytes(
         weights = sum(o * d for o, d in sizes)
         masks = weights if recipe.tuning_epochs else 0
         most = max(most, waiting + masks + max(linear, activations))
-        if recipe.applied_objective == "loss":
+        if recipe.objective == "loss":
             # What autograd keeps, and the coupling's sums with a batch's.
             most = max(most, GRADIENT_BUFFERS * activations + 4 * coupling_bytes([block], methods.needs))
         if recipe.tuning_epochs:
@@ -266,7 +243,7 @@ def host_room(recipe: Recipe, processes: int = 1) -> int:
     Not of what is free now: a run that goes on must do as it did, if there are as many processes on the machine. A
     budget is each process's own.
     """
-    return int(HELD_SHARE * (recipe.memory_budget or total_memory() / processes))
+    return int(HELD_SHARE * (total_memory() / processes))
 
 
 def _waiting_bytes(block: Block) -> int:

@@ -107,8 +107,6 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         notes.append(ORDER_NOTE)
     if kept.shares.surveyed:
         notes.append(SURVEY_NOTE)
-    if note := memory.note(recipe.memory_budget):
-        notes.append(note)
     if recipe.self_generated:
         size = f"{num_parameters * dtype.itemsize / GIB:.1f} GiB"
         notes.append(f"self_generated needs the whole model in memory, {size}, and its KV cache")
@@ -130,7 +128,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
         host=memory,
         shares=kept.shares,
-        left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little
+        left_bytes=memory.left(),
         passes=forward_passes(
             recipe,
             methods,
@@ -161,4 +159,4 @@ def forward_passes(recipe: Recipe, methods: Methods, shares: Shares) -> int:
 
 def _reads(recipe: Recipe, swept_bytes: float) -> int:
     """Fingerprint, two looks and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
-    return 5 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / kept_bytes())
+    return 5 + (recipe.allocation == "loss") + 2 * math.ceil(swept_bytes / kept_bytes())

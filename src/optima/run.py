@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from optima.models.destination import Destination
 from optima.models.reading import head_of
 from optima.models.source import load_tokenizer, note_of_dtype
 from optima.models.stacks import Stack, has_experts
-from optima.models.weights import Streamed, Weights
+from optima.models.weights import Weights
 from optima.models.writer import Writer, open_writer, prepare
 from optima.patterns import Pattern
 from optima.pipeline import Job
@@ -48,13 +47,12 @@ from optima.preflight.opening import (
     check,
     claim,
     generated,
-    memory_of,
     own_batches,
     read,
     store_of,
     warn_of_disk,
 )
-from optima.recipe import Recipe
+from optima.recipe import EXPERT_TOKENS, FISHER_FRACTION, SINK_WEIGHT, Recipe
 from optima.reporting.callbacks import Callback, Listeners, Progress, RunStart, make_progress
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
@@ -196,7 +194,7 @@ def _identity(checked: Checked, ranks: Ranks, written: bool) -> dict[str, Any]:
 
     Nothing if nobody asks: of one process, unless something is ``written``.
     """
-    named = checked.recipe if checked.scope_named else replace(checked.recipe, scope=None)
+    named = checked.recipe if checked.scope_named else checked.recipe.replace(scope=None)
     known = named, checked.methods.selector, checked.device, checked.structure
     run = identity(*known) if written or ranks.size > 1 else {}
     check_alike(run, ranks)
@@ -228,13 +226,12 @@ def _job(checked: Checked, network: PreTrainedModel, weights: Weights, given: bo
         checked.methods,
         checked.device,
         recipe.damping,
-        recipe.sink_weight or 0.0,
+        SINK_WEIGHT if recipe.objective == "sink" else 0.0,
         weights=weights,
         tuning=build_tuning(recipe),
-        expert_tokens=recipe.expert_tokens,
+        expert_tokens=EXPERT_TOKENS,
     )
-    budget = memory_of(checked, isinstance(weights, Streamed)).note(recipe.memory_budget)
-    job.notes.extend([*found.notes, *weights.notes, *filter(None, (budget,))])
+    job.notes.extend([*found.notes, *weights.notes])
     if given:
         job.notes.append("the caller passed the calibration data: the recipe's dataset was not read")
     if checked.source is None and recipe.dtype not in ("auto", dtype_name(network.dtype)):
@@ -323,7 +320,7 @@ def _prune_stacks(
             if checked.recipe.allocation == "loss" and job.loss is not None:
                 experts = any(has_experts(block.linears) for block in stack.blocks)
                 # Those of the gradient pass, whose tokens' own weights are known, tell linears from each other well.
-                taken = sensitivity_batches(streams, checked.recipe.swept_share, experts)
+                taken = sensitivity_batches(streams, FISHER_FRACTION, experts)
                 patterns = with_shares(patterns, job.survey(stack, streams, sparsity_of(checked.recipe), taken))
             job.prune(stack, streams, patterns, runs_again=stack is not needed[-1])
     return patterns

@@ -14,10 +14,9 @@ from optima.calibration.streams import Streams
 from optima.device import full_precision
 from optima.errors import NotDifferentiableError
 from optima.models.stacks import Stack
-from optima.options import SINK_WEIGHT
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
-from optima.recipe import Recipe
+from optima.recipe import FISHER_FRACTION, SINK_WEIGHT, Recipe
 from optima.selectors.base import Selector
 
 
@@ -44,7 +43,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
                 recipe.seed,
                 residual=job.tuning is not None,
                 weights=job.weights,
-                share=recipe.swept_share,
+                share=FISHER_FRACTION,
                 progress=job.progress.share,
                 coupled="coupling" in job.methods.needs,
             )

@@ -284,17 +284,6 @@ def test_accuracy_asks_tasks(accuracy: list[str], tmp_path: Path) -> None:
     assert output.read_text() == before
 
 
-def test_sinks_are_kept_better_the_more_they_weigh(accuracy: list[str]) -> None:
-    arguments = accuracy[: accuracy.index("--num-calibration-samples")]
-    size = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--max-windows", "2"]
-    printed = run("sinks.py", *arguments, *size, "--pattern", "0.5", "--sink-weights", "0", "10")
-    rows = [line.split("|") for line in printed.splitlines() if line.startswith("| ") and "_proj" in line]
-    assert len(rows) == 7
-    for _, _, _, _, first, others, first_weighed, others_weighed, _ in rows:
-        assert float(first_weighed) < float(first)
-        assert float(others_weighed) > float(others)
-
-
 def test_dense_targets_make_up_for_a_part_of_the_error(tmp_path: Path) -> None:
     dense, pruned = save_model(tmp_path / "dense"), tmp_path / "pruned"
     text = str(save_text(tmp_path / "text.txt"))

@@ -11,7 +11,6 @@ import re
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ class TestCallbacks:
         monkeypatch.chdir(tmp_path)
         diary = Diary()
         Path("text.txt").write_text("the quick brown fox jumps over the lazy dog " * 99)
-        recipe = replace(RECIPE, dataset=["text.txt"], self_generated=0.5, num_calibration_samples=36)
+        recipe = RECIPE.replace(dataset=["text.txt"], self_generated=0.5, num_calibration_samples=36)
         report = prune(make_llama(), recipe, tokenizer=make_tokenizer(), callbacks=[diary])
         assert [kind for kind, _ in diary.calls[:2]] == ["start", "stage"], "before text is written"
         assert diary.of("stage")[0] == ("write", 18, 1, 0)
@@ -156,7 +155,7 @@ class TestCallbacks:
         found: list[Report] = []
         options = {"callbacks": [Upload()], "calibration": make_tokens(), "overwrite": True}
         (root / "out").mkdir()
-        reports = [prune("model", replace(RECIPE, sparsity=s), output_dir="out", **options) for s in (0.5, 0.25)]
+        reports = [prune("model", RECIPE.replace(sparsity=s), output_dir="out", **options) for s in (0.5, 0.25)]
         assert found == reports
 
     def test_progress_can_be_left_out(self, capfd: pytest.CaptureFixture[str]) -> None:

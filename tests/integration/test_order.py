@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 import stat
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, build, make_ids, sweep
+from optima.arguments import CHANNELS
 from safetensors.torch import save_file
 from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import optima
 from optima import Ordering, Recipe
-from optima.arguments import CHANNELS
 from optima.cli import main
 from optima.data.batches import arguments
 from optima.errors import ModelError, NumericalError, RecipeError
@@ -224,7 +223,7 @@ def test_a_model_that_was_ordered_in_memory_tells_it(root: Path) -> None:
     recipe = Recipe(selector="external", mask_from="of-ordered")
     optima.prune(model, recipe, calibration=make_ids(), progress=False)
     with pytest.raises(RecipeError, match="have their channels in different orders"):
-        optima.prune(model, replace(recipe, mask_from="of-plain"), calibration=make_ids(), progress=False)
+        optima.prune(model, recipe.replace(mask_from="of-plain"), calibration=make_ids(), progress=False)
 
 
 def test_the_help_knows_every_kind_of_channels() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -18,10 +17,9 @@ from tiny import load_weights
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from optima import Recipe, load_report, prune
-from optima.cli import main
+from optima.cli import DEMO_MODELS, main
 from optima.demo import model_file
 from optima.models.source import find_source, load_model, load_tokenizer
-from optima.options import DEMO_MODELS
 from optima.qp import Hessian, certify, make_problem
 from optima.selectors.optima import Optima
 
@@ -208,7 +206,7 @@ def test_sentence_encoder(tmp_path: Path, prose: Path, other_prose: Path) -> Non
     lines = [line.strip() for line in other_prose.read_text().splitlines() if len(line) > 60][:100:4]
     read = tokenizer(lines, return_tensors="pt", padding=True, truncation=True)
     for selector in ("magnitude", "wanda"):
-        published = replace(recipe, selector=selector, solver="none", objective="plain", tuning_epochs=0)
+        published = recipe.replace(selector=selector, solver="none", objective="plain", tuning_epochs=0)
         prune(source.name, published, output_dir=tmp_path / selector)
     outputs = (tmp_path / "magnitude", tmp_path / "wanda", output)
     found = [embeddings(AutoModel.from_pretrained(each), read) * embeddings(dense, read) for each in outputs]

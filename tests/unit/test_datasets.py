@@ -14,9 +14,8 @@ import pytest
 from tiny import make_tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from optima.data.datasets import load_documents
+from optima.data.datasets import load_documents, parse_hub_id
 from optima.errors import CalibrationError
-from optima.options import parse_hub_id
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 

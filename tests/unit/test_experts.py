@@ -171,7 +171,7 @@ def test_an_expert_without_tokens_is_pruned_and_named() -> None:
             layer.mlp.gate.weight[1] = -layer.mlp.gate.weight[0]
             layer.mlp.gate.weight[2:] = 0.0
             layer.mlp.gate.top_k = 1  # so that the others are never chosen
-    report = prune(model, Recipe(batch_size=2, expert_tokens=1, allocation="uniform"), calibration=make_ids())
+    report = prune(model, Recipe(batch_size=2, allocation="uniform"), calibration=make_ids())
     tokens = {record.name: record.tokens for record in report.linears if ".experts." in record.name}
     unreached = [name for name, count in tokens.items() if not count]
     assert len(unreached) == 3 * 2 * 2
@@ -270,7 +270,7 @@ def test_token_weights_reach_the_hessian_of_all_tokens(family: str, monkeypatch:
 
 @pytest.mark.parametrize("family", ["switch", "mixtral"])
 def test_experts_of_few_tokens_are_named_whatever_form_they_have(family: str) -> None:
-    report = prune(build(family), Recipe(batch_size=2, expert_tokens=10**6, tuning_epochs=0), calibration=make_ids())
+    report = prune(build(family), Recipe(batch_size=2, tuning_epochs=0), calibration=make_ids())
     assert any("tokens were routed to" in note for note in report.run.notes)
 
 

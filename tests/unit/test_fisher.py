@@ -15,7 +15,6 @@ from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
 from optima.allocate import saliency_quantiles
-from optima.calibration import fisher as loss_weights_module
 from optima.calibration.capture import capture
 from optima.calibration.fisher import (
     Draws,
@@ -33,7 +32,6 @@ from optima.linear import Methods, prune_linear
 from optima.models.stacks import find_stacks, select_linears
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
-from optima.recipe import recipe_from_dict
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.wanda import Wanda
@@ -191,7 +189,7 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
     assert {linear.pattern for linear in report.linears} == {"0.5 per row"}
     assert report.run.recipe["scope"] is None  # that of the report gives the same run again
     with torch.inference_mode():
-        again = prune(make_llama(), recipe_from_dict(report.run.recipe), calibration=make_tokens())
+        again = prune(make_llama(), Recipe(**report.run.recipe), calibration=make_tokens())
         named = prune(make_llama(), Recipe(objective="loss", scope="layer"), calibration=make_tokens())
     assert [linear.pattern for linear in again.linears] == [linear.pattern for linear in report.linears]
     assert {linear.pattern for linear in named.linears} == {"0.5 per layer"}
@@ -456,11 +454,3 @@ def test_without_gradients_first_tokens_weigh_as_by_the_sink() -> None:
         prune(model, Recipe(objective="loss"), calibration=make_tokens(5, 64))
         prune(sink, Recipe(objective="sink"), calibration=make_tokens(5, 64))
     assert all(own.equal(other) for own, other in zip(model.parameters(), sink.parameters(), strict=True))
-
-
-def test_a_run_sweeps_the_share_that_its_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
-    head, swept = loss_weights_module.at_the_head, list[int]()
-    monkeypatch.setattr(loss_weights_module, "at_the_head", lambda *given: swept.append(given[3]) or head(*given))
-    prune(make_llama(), Recipe(swept_share=0.5, batch_size=2), calibration=make_tokens(8, 16))
-    assert len(swept) == 2

@@ -13,8 +13,8 @@ from tiny import blocks_of, make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.build import build
-from optima.options import SELECTOR_NAMES
 from optima.patterns import Pattern
+from optima.recipe import SELECTOR_NAMES
 from optima.selectors.base import Selector
 
 PAGE = (Path(__file__).parents[2] / "docs" / "selectors.md").read_text(encoding="utf-8")

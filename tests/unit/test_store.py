@@ -17,8 +17,8 @@ from families import build
 from optima import Recipe
 from optima.calibration.store import SMALLEST_MAPPED, Store
 from optima.calibration.streams import moved
-from optima.errors import ModelError, RecipeError
-from optima.memory import GIB, LIBRARIES_BYTES, HostMemory, batch_tokens, host_memory, logits_bytes
+from optima.errors import ModelError
+from optima.memory import GIB, batch_tokens, host_memory, logits_bytes
 from optima.preflight.fitting import fit
 
 
@@ -55,7 +55,7 @@ def test_small_tensors_and_stores_without_a_budget_keep_all(tmp_path: Path) -> N
 
 
 def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="free some space there, or raise --memory-budget"):
+    with pytest.raises(ModelError, match="free some space there, or take fewer samples"):
         Store(0, tmp_path / "missing").keep(torch.zeros(SMALLEST_MAPPED))
 
 
@@ -89,36 +89,6 @@ def test_files_without_a_disk_are_told_of(tmp_path: Path, monkeypatch: pytest.Mo
     assert re.search(r"up to 1\.0 GiB of files in .*, which is main memory itself: write to", store.shortage(3 * GIB))
 
 
-def test_without_a_budget_the_rest_of_the_run_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.memory.available_memory", lambda: 8 * GIB)
-    memory = HostMemory(weights=GIB, work=5 * GIB, by_loss=0)
-    assert memory.left(None) == 8 * GIB - memory.total
-    assert memory.left(None, there=memory.least) == 3 * GIB
-    assert memory.left(None, processes=2) == 0
-
-
-def test_what_is_left_for_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.memory.available_memory", lambda: 64 * GIB)
-    memory = HostMemory(weights=GIB, work=GIB, by_loss=2 * GIB)
-    assert memory.left(8 * GIB) == 5 * GIB - LIBRARIES_BYTES
-    assert memory.left(2 * GIB) == 0
-    assert memory.left(None) > 1.5 * memory.left(None, processes=2) > 0
-    with pytest.raises(RecipeError, match=r"memory_budget 1\.00 GiB is less than the 1\.50 GiB that libraries"):
-        memory.left(GIB)
-    assert memory.note(None) == memory.note(4 * GIB) == ""
-    assert "memory_budget 3.00 GiB may be passed: up to 3.50 GiB are taken" in memory.note(3 * GIB)
-
-
-def test_a_run_that_may_not_fit_is_told_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.memory.available_memory", lambda: 4 * GIB)
-    assert HostMemory(weights=GIB, work=3 * GIB, by_loss=0).shortage() == ""
-    memory = HostMemory(weights=3 * GIB, work=2 * GIB, by_loss=0)
-    assert memory.shortage().startswith(
-        "4.0 GiB of main memory are free, and up to 5.0 GiB may be taken, 3.0 GiB of it by weights: lower --batch-size"
-    )
-    assert "10.0 GiB may be taken by 2 processes, 6.0 GiB of it by weights: free some, or" in memory.shortage(2)
-
-
 def test_what_stands_there_once_for_all_samples_is_moved_once() -> None:
     mask = torch.ones(1, 1, 5, 5).expand(8, 1, 5, 5)
     assert moved(mask, torch.device("cpu")) is mask
@@ -128,14 +98,6 @@ def test_what_stands_there_once_for_all_samples_is_moved_once() -> None:
     assert there.untyped_storage().nbytes() == 25 * 4
     assert moved(torch.ones(2, 3).mT, torch.device("meta")).shape == (3, 2)
     assert moved(torch.ones(()), torch.device("meta")).shape == ()
-
-
-def test_activations_have_half_of_what_is_free_or_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-
-    monkeypatch.setattr("optima.memory.available_memory", lambda: 8 * GIB)
-    assert HostMemory(weights=GIB, work=0, by_loss=0).left(None) == 4 * GIB
-    assert HostMemory(weights=6 * GIB - LIBRARIES_BYTES, work=GIB, by_loss=0).left(None) == GIB
-    assert HostMemory(weights=6 * GIB - LIBRARIES_BYTES, work=GIB, by_loss=0).left(None, there=2 * GIB) == 3 * GIB
 
 
 def test_an_encoders_sweep_holds_the_decoder() -> None:

@@ -119,7 +119,7 @@ def test_a_share_of_the_sequences_is_taken(share: float, steps: int, monkeypatch
     monkeypatch.setattr("optima.calibration.fisher.LEAST_TUNED", 1)
     model, taken = make_llama(), []
     model.model.layers[1].register_forward_pre_hook(lambda *_: taken.append(torch.is_grad_enabled()))
-    recipe = Recipe(objective="plain", tuning_epochs=1, tuning_share=share, batch_size=4)
+    recipe = Recipe(objective="plain", tuning_epochs=1, tuning_fraction=share, batch_size=4)
     report = prune(model, recipe, calibration=make_tokens(16, 16))
     assert sum(taken) == steps
     assert report.blocks[1].tuning
@@ -127,7 +127,7 @@ def test_a_share_of_the_sequences_is_taken(share: float, steps: int, monkeypatch
 
 def test_few_tokens_are_all_taken() -> None:
     found = [
-        prune(make_llama(), Recipe(tuning_epochs=1, tuning_share=share), calibration=make_tokens(16, 16)).blocks
+        prune(make_llama(), Recipe(tuning_epochs=1, tuning_fraction=share), calibration=make_tokens(16, 16)).blocks
         for share in (0.25, 1.0)
     ]
     assert [block.tuning for block in found[0]] == [block.tuning for block in found[1]]
@@ -149,16 +149,6 @@ def test_what_is_solved_in_units_of_the_loss_is_tuned(options: dict[str, Any], e
     report = prune(make_llama(), Recipe(**options), calibration=make_tokens(16, 16))
     assert report.run.recipe["tuning_epochs"] == epochs
     assert [len(block.tuning) for block in report.blocks] == [epochs + 1 if epochs else 0] * 2
-
-
-def test_the_default_leaves_tuning_out_where_there_is_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.preflight.settling.total_memory", lambda: 2**16)
-    report = prune(make_llama(), Recipe(tuning_share=0.25), calibration=make_tokens(16, 16))
-    assert any(note.startswith("blocks are not tuned: one takes up to ") for note in report.run.notes)
-    assert report.run.recipe["tuning_epochs"] == 0
-    assert report.gap_written_max is not None  # so the file has the certified weights
-    named = prune(make_llama(), Recipe(tuning_epochs=1), calibration=make_tokens(16, 16))
-    assert all(block.tuning for block in named.blocks)
 
 
 def test_a_block_without_memory_for_it_keeps_its_certified_weights(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,7 +411,7 @@ def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(mo
         return tune(block, keeps, streams, targets, cost, *more)
 
     monkeypatch.setattr("optima.tune.tune", watched)
-    recipe = Recipe(seed=3, batch_size=2, tuning_epochs=1, tuning_share=0.5)
+    recipe = Recipe(seed=3, batch_size=2, tuning_epochs=1, tuning_fraction=0.5)
     prune(make_llama(), recipe, calibration=make_tokens(8, 16))
     found, _ = sweep(make_llama(), 2)
     assert seen.pop() is None, "the last block is tuned by words"

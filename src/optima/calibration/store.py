@@ -81,7 +81,7 @@ class Store:
             return ""
         return (
             f"activations may take up to {beyond / 2**30:.1f} GiB of files in {place}, which has "
-            f"{free / 2**30:.1f} GiB free: free some space there, raise --memory-budget, or take fewer samples"
+            f"{free / 2**30:.1f} GiB free: free some space there, or take fewer samples"
         )
 
     def _place(self) -> Path:
@@ -96,7 +96,7 @@ class Store:
 
     def _map(self, tensor: Tensor, size: int) -> Tensor:
         directory = self._place()
-        with explain_write_errors(directory, "free some space there, or raise --memory-budget"), _mapping(directory):
+        with explain_write_errors(directory, "free some space there, or take fewer samples"), _mapping(directory):
             handle, name = tempfile.mkstemp(prefix=ACTIVATIONS, dir=directory)
             try:
                 if hasattr(os, "posix_fallocate"):
@@ -124,5 +124,5 @@ def _mapping(directory: Path) -> Iterator[None]:
     except RuntimeError as error:
         raise ModelError(
             f"activations cannot wait in files in {directory} ({str(error).splitlines()[0]}): see that its file system "
-            "can map files, and that ulimit -v is unlimited, or raise --memory-budget"
+            "can map files, and that ulimit -v is unlimited, or take fewer samples"
         ) from error

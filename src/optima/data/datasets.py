@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -21,11 +21,11 @@ from transformers import PreTrainedTokenizerBase
 from optima.data.text import special_tokens
 from optima.errors import CalibrationError
 from optima.models.failures import HUB_FAILURES
-from optima.options import FILES, is_file, parse_hub_id
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled
 TEXT, CHAT = "text", "messages"  # columns
+CONFIGS = {"allenai/c4": "en"}  # of datasets with several configurations and no default
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _open(name: str, split: str) -> tuple[Any, str | None]:
             commit = str(builder.hash)  # for a dataset on the hub
             return builder.as_streaming_dataset(split=split), commit if re.fullmatch("[0-9a-f]{40}", commit) else None
         if path.suffix.lower() not in BUILDERS:
-            raise ValueError(f"its suffix is none of {', '.join(FILES)}")
+            raise ValueError(f"its suffix is none of {', '.join(BUILDERS)}")
         if not path.is_file() or not path.stat().st_size:
             raise ValueError("it is empty" if path.is_file() else "there is no such file")
         builder_name = BUILDERS[path.suffix.lower()]
@@ -163,3 +163,17 @@ def _explained(name: str, split: str | None = None) -> Iterator[None]:
         where = f" (split {split})" if split and not is_file(name) else ""
         reason = str(error).strip() or type(error).__name__
         raise CalibrationError(f"cannot read dataset {name!r}{where}: {reason}") from error
+
+
+def is_file(name: str) -> bool:
+    """Whether a dataset is a local file, by its name or because it is there."""
+    with suppress(OSError):  # a text in place of a name is too long for one
+        return Path(name).suffix.lower() in BUILDERS or Path(name).is_file()
+    return False
+
+
+def parse_hub_id(name: str) -> tuple[str, str | None, str | None]:
+    """The id, the configuration and the revision in ``owner/name:config@revision``; the last two may be missing."""
+    name, _, revision = name.partition("@")
+    name, _, config = name.partition(":")
+    return name, config or CONFIGS.get(name), revision or None

@@ -40,6 +40,7 @@ from optima.patterns import NM, Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks
 from optima.preflight.opening import Checked
+from optima.recipe import SINK_WEIGHT
 from optima.reporting.callbacks import Listeners
 from optima.weighing import sweep
 
@@ -123,7 +124,7 @@ class Run:
         with self.weights.outside(self.place):
             streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
         methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
-        sink = recipe.sink_weight or 0.0
+        sink = SINK_WEIGHT if recipe.objective == "sink" else 0.0
         job = Job(methods, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
         if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
             self.notes.append(told)

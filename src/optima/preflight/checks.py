@@ -27,7 +27,7 @@ from optima.models.reading import check_length
 from optima.models.source import Source, orders_of
 from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
 from optima.patterns import Pattern
-from optima.preflight.settling import settle_self_generated, settle_tuning
+from optima.preflight.settling import settle_self_generated
 from optima.recipe import Recipe
 from optima.selectors.alps import ALPS
 from optima.selectors.external import External
@@ -72,7 +72,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
     """
     stacks = chosen_stacks(model, recipe)
     found = Preflight(tuple(stacks), {}, (*dense_notes(stacks), *outside_notes(model, stacks), *_idle(recipe, stacks)))
-    if not recipe.as_given:
+    if not recipe.any_pattern:
         table = pattern_table(recipe, methods.selector)
         found.patterns.update(table.assign({linear.name: linear.shape[1] for linear in found.linears}))
     if isinstance(methods.selector, External):
@@ -159,7 +159,7 @@ def taken(model: nn.Module, calibration: object, recipe: Recipe, found: Prefligh
 def _samples(recipe: Recipe, found: Preflight, length: int) -> int:
     """How many calibration sequences of ``length`` tokens are wanted: of two stacks each reads a half."""
     inputs = max(linear.shape[1] for linear in found.linears)
-    return replace(recipe, max_seq_length=length).samples(len(found.stacks) * inputs)
+    return recipe.replace(max_seq_length=length).samples(len(found.stacks) * inputs)
 
 
 def sequence_length(model: nn.Module, recipe: Recipe, calibration: object) -> int | None:
@@ -192,11 +192,9 @@ def sized(
     """
     recipe, all_read = settle_self_generated(model, recipe, dtype, calibration is not None)
     if isinstance(calibration, Tensor):
-        recipe = replace(recipe, num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
+        recipe = recipe.replace(num_calibration_samples=len(calibration), max_seq_length=calibration.shape[1])
     if isinstance(calibration, Calibration):
         length, samples = calibration.longest or recipe.max_seq_length, calibration.size[0]
-        recipe = replace(recipe, num_calibration_samples=samples, max_seq_length=length, batch_size=calibration.largest)
-    recipe = replace(recipe, num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
-    recipe, untuned = settle_tuning(model, found.blocks, recipe, dtype)
-    notes = (*found.notes, *filter(None, (all_read, untuned)))
-    return recipe, replace(found, notes=notes)
+        recipe = recipe.replace(num_calibration_samples=samples, max_seq_length=length, batch_size=calibration.largest)
+    recipe = recipe.replace(num_calibration_samples=_samples(recipe, found, recipe.max_seq_length))
+    return recipe, replace(found, notes=(*found.notes, *filter(None, (all_read,))))

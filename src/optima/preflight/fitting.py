@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,12 +54,12 @@ def fit(source: Source | None, structure: PreTrainedModel, recipe: Recipe, calib
     """
     check_forward(structure)
     methods = build(recipe)
-    recipe = recipe.resolved(scope=default_scope(recipe.applied_objective, methods.selector))
+    recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
     check_order(source, structure, recipe)
     found = preflight(structure, recipe, methods)
     calibration = taken(structure, calibration, recipe, found)
     if (length := sequence_length(structure, recipe, calibration)) is not None:
-        recipe = replace(recipe, batch_size=batch_size(recipe, length))
+        recipe = recipe.replace(batch_size=batch_size(recipe, length))
     dtype = structure.dtype if source is None else dtype_as_read(structure.config, recipe.dtype)
     recipe, found = sized(structure, recipe, found, dtype, calibration)
     check_changeable(structure, found.linears, recipe)

@@ -45,7 +45,7 @@ def check_changeable(model: PreTrainedModel, linears: Iterable[Linear], recipe: 
                 f"the weight of {linear.name} is computed from other parameters: make it one of its own first, by "
                 "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"
             )
-    by_loss = recipe.applied_objective == "loss"  # which tells, and goes on without, where there are no gradients
+    by_loss = recipe.objective == "loss"  # which tells, and goes on without, where there are no gradients
     if recipe.tuning_epochs and not by_loss and any(parameter.is_inference() for parameter in model.parameters()):
         raise ModelError(
             "the model was made inside torch.inference_mode(), and has no gradients: make it outside, or leave out "

@@ -55,7 +55,7 @@ class Checked(Fitted):
         """The recipe that gives the same run again: an open scope stays open if the loss turned out to say nothing."""
         ranked = {each.scope for each in patterns.values() if isinstance(each, Unstructured)}
         own = self.scope_named or self.recipe.scope is None or ranked <= {self.recipe.scope}
-        return self.recipe if own else replace(self.recipe, scope=None)
+        return self.recipe if own else self.recipe.replace(scope=None)
 
 
 def check(model: object, recipe: object, output_dir: object, calibration: object, ranks: Ranks) -> Checked:
@@ -162,7 +162,6 @@ def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrai
 
     def fits(streamed: bool) -> None:
         memory = memory_of(checked, streamed)
-        memory.left(checked.recipe.memory_budget)  # refused now, if it is too little
         if said := memory.shortage(processes):
             short.append(said)
             if ranks.first:
@@ -217,7 +216,7 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
     streamed = isinstance(weights, Streamed)
     memory = memory_of(checked, streamed)
     there = memory.least - memory.weights * streamed
-    left = memory.left(checked.recipe.memory_budget, ranks.here(), there)
+    left = memory.left(ranks.here(), there)
     beside = ranks.on_rank0(lambda: None if destination is None else destination.journal.parent)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
 

@@ -28,7 +28,6 @@ HIDDEN = (
     "dataset",
     "device",
     "batch_size",
-    "memory_budget",
     "trust_remote_code",
     "revision",
     "dtype",
