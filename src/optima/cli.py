@@ -33,8 +33,8 @@ EXAMPLES = """examples, for a MODEL of the hub or a directory:
   optima prune MODEL --output-dir DIR --sparsity 0.5
   optima eval MODEL DIR --dataset held-out.txt
 optima COMMAND --help lists the options of a command."""
-SELECTORS = f"""selectors: {", ".join(SELECTOR_NAMES)};
-or your own as package.module:Class with --trust-remote-code"""
+SELECTORS = f"""selectors: {", ".join(SELECTOR_NAMES[:5])},
+{", ".join(SELECTOR_NAMES[5:])}; or package.module:Class with --trust-remote-code"""
 DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHANNELS = ("mlp", "heads", "hidden")
