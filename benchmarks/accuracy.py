@@ -54,7 +54,7 @@ from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import fingerprint
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.options import ALLOCATION_NAMES, UNDAMPED
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import recipe_from_dict

@@ -34,7 +34,7 @@ from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.models.fingerprint import fingerprint
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.recipe_files import load_recipe
 
 PEER = "SparseGPT, llm-compressor"

@@ -27,7 +27,7 @@ from torch import Tensor
 from optima.data.datasets import load_documents
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.linalg.hessian import Hessian
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.models.stacks import find_stacks
 from optima.reporting.markdown import table
 

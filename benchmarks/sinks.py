@@ -24,7 +24,7 @@ from optima import Recipe, prune
 from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.models.stacks import Linear, find_stacks
 
 # Sums over windows of energies at the first token and at all others, (measurements, 2) float64, by the linear's name.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from optima.calibration.correlation import coupling_bytes
 from optima.calibration.fisher import fisher_share, kept_bytes, sensitivity_share, tuned_share
 from optima.models.experts import ExpertLinear
-from optima.models.reading import is_encoder_decoder, stream_numbers
+from optima.models.inspect import is_encoder_decoder, stream_numbers
 from optima.models.stacks import Block, has_experts
 from optima.recipe import Recipe
 

@@ -20,7 +20,7 @@ from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
 from optima.models.experts import ExpertLinear
-from optima.models.reading import head_of, is_encoder_decoder, stream_numbers
+from optima.models.inspect import head_of, is_encoder_decoder, stream_numbers
 from optima.models.routers import routed_share
 from optima.models.stacks import (
     Block,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from optima.checkpointing import Destination
 from optima.errors import ModelError
-from optima.models.destination import Destination
-from optima.models.files import (
+from optima.files import (
     INDEX_ENDING,
     PACKED,
     PLAIN,

@@ -19,6 +19,7 @@ from optima.build import build_tuning, sparsity_of
 from optima.calibration.capture import capture
 from optima.calibration.fisher import sensitivity_batches
 from optima.calibration.lm_head import embedding_device
+from optima.checkpointing import Destination
 from optima.data.batches import Batch, Batches, Calibration
 from optima.device import (
     PeakMemory,
@@ -34,12 +35,11 @@ from optima.errors import NumericalError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linalg.finite import all_finite
 from optima.models.companions import copies_tokenizer, to_save
-from optima.models.destination import Destination
-from optima.models.reading import head_of
-from optima.models.source import load_tokenizer, note_of_dtype
+from optima.models.inspect import head_of
+from optima.models.load import load_tokenizer, note_of_dtype
+from optima.models.offload import Streamed, Weights
+from optima.models.save import Writer, open_writer, prepare
 from optima.models.stacks import Stack, has_experts
-from optima.models.weights import Streamed, Weights
-from optima.models.writer import Writer, open_writer, prepare
 from optima.patterns import Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks

@@ -18,7 +18,7 @@ from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 
 from optima import Recipe, prune
 from optima.linalg.hessian import Hessian
-from optima.models.writer import Writer
+from optima.models.save import Writer
 from optima.selectors.base import make_selector
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -33,7 +33,7 @@ import optima
 from optima.cli import main
 from optima.errors import ModelError
 from optima.models.journal import read_journal
-from optima.models.writer import Writer
+from optima.models.save import Writer
 
 MODULES = ("shutil", "optima.run", "optima.preflight.opening")  # that hold what is made to fail
 

@@ -32,7 +32,7 @@ from optima.device import PeakMemory
 from optima.errors import ModelError
 from optima.identity import identity, settings_of
 from optima.models.journal import Journal, read_journal
-from optima.models.writer import Writer
+from optima.models.save import Writer
 from optima.patterns import Pattern
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.optima import Optima

@@ -14,7 +14,7 @@ from tiny import TEXT, make_llama, make_tokenizer, make_tokens, save_model, save
 from optima import Recipe, load_recipe, load_report, prune
 from optima.cli import main
 from optima.errors import CalibrationError, ModelError, RecipeError
-from optima.models.source import find_source
+from optima.models.load import find_source
 from optima.plan import make_plan
 from optima.selectors.ria import RIA
 

@@ -21,9 +21,9 @@ import optima.preflight.opening
 from optima.calibration.routed import Recorded
 from optima.errors import ModelError, RecipeError
 from optima.models.checkpoint import Checkpoint
+from optima.models.load import find_source
+from optima.models.offload import Resident, Streamed, open_weights
 from optima.models.skeleton import skeleton
-from optima.models.source import find_source
-from optima.models.weights import Resident, Streamed, open_weights
 from optima.plan import make_plan
 
 REPORTS = ("report.json", "report.md", "report.html")
@@ -233,7 +233,7 @@ def test_the_second_copy_of_experts_is_asked_for_first(
     size = 4 * sum(parameter.numel() for parameter in model.parameters())
     fused = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
     free = SimpleNamespace(free=size + twice * fused - 1)
-    monkeypatch.setattr("optima.models.destination.shutil.disk_usage", lambda path: free)
+    monkeypatch.setattr("optima.checkpointing.shutil.disk_usage", lambda path: free)
     with pytest.raises(ModelError, match="GiB free and the checkpoint needs"):
         pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
     free.free += 1
@@ -361,7 +361,7 @@ def test_a_budget_counts_weights_in_the_dtype_that_they_are_read_in(tmp_path: Pa
 def test_it_is_refused_before_text_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_llama().save_pretrained(tmp_path / "model")
     monkeypatch.setattr(optima.preflight.opening, "generate_tokens", None)
-    monkeypatch.setattr("optima.models.weights.load_whole", None)  # nor are weights read, which are held whole
+    monkeypatch.setattr("optima.models.offload.load_whole", None)  # nor are weights read, which are held whole
     text = str(save_text(tmp_path / "text.txt"))
     recipe = optima.Recipe(
         memory_budget="1MiB", max_seq_length=16, self_generated=0.5, dataset=[text], num_calibration_samples=4

@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 from tiny import snapshot
 
+from optima.checkpointing import Destination, unfinished
 from optima.errors import ModelError
-from optima.models.destination import Destination, unfinished
 from optima.models.journal import Journal
 from optima.stopping import Interrupted, interruptible, stop_if_asked, unstoppable
 
@@ -295,7 +295,7 @@ class TestEnd:
             if (here / "out" / "new").exists():
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("optima.models.destination.sync", stop)
+        monkeypatch.setattr("optima.checkpointing.sync", stop)
         with pytest.raises(KeyboardInterrupt):
             run(overwrite=True)
         assert snapshot(here).keys() == {"out", "out/new", "out/report.json"}

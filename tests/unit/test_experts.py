@@ -25,8 +25,8 @@ from optima.calibration.streams import Streams
 from optima.errors import ModelError
 from optima.linalg.statistics import sampling_step
 from optima.models.experts import Call, ExpertLinear, FusedExperts, experts_of
+from optima.models.save import Writer
 from optima.models.stacks import Block, find_stacks, select_linears
-from optima.models.writer import Writer
 
 LOOPS = ["mixtral", "gpt_oss", "nemotron_h"]
 FORMS = [*LOOPS, "llama4"]

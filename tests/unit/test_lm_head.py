@@ -16,7 +16,7 @@ from optima.calibration import lm_head
 from optima.calibration.capture import capture
 from optima.calibration.lm_head import LmHead, LogitsError
 from optima.calibration.streams import Look, Streams
-from optima.models.weights import Resident
+from optima.models.offload import Resident
 from optima.reporting.html import render_html
 from optima.reporting.summary import render_summary
 

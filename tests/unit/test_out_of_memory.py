@@ -26,8 +26,8 @@ from optima.calibration.statistics import observe
 from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
 from optima.models.experts import FusedExperts
+from optima.models.save import Writer
 from optima.models.stacks import is_expert
-from optima.models.writer import Writer
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import optima
 from optima.cli import main
 from optima.errors import ModelError
-from optima.models.files import read_header, swap
+from optima.files import read_header, swap
 from optima.models.packed import pack_shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "packing.md"
@@ -294,6 +294,6 @@ def test_space_for_what_is_unpacked_is_asked_for_first(tmp_path: Path, monkeypat
     (tmp_path / "model").mkdir()
     save_file({"a": sparse(64, 64)}, tmp_path / "model" / "model.safetensors")
     optima.pack(tmp_path / "model")
-    monkeypatch.setattr("optima.models.destination.shutil.disk_usage", lambda path: SimpleNamespace(free=8000))
+    monkeypatch.setattr("optima.checkpointing.shutil.disk_usage", lambda path: SimpleNamespace(free=8000))
     with pytest.raises(ModelError, match="GiB free and the checkpoint needs"):
         optima.unpack(tmp_path / "model-packed")

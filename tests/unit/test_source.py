@@ -22,9 +22,7 @@ from transformers import LlamaForCausalLM
 import optima
 from optima.errors import ModelError
 from optima.models.fingerprint import commit_of, fingerprint
-from optima.models.masks import MaskFiles
-from optima.models.skeleton import dtype_as_read
-from optima.models.source import (
+from optima.models.load import (
     Source,
     explain_read_errors,
     find_source,
@@ -33,7 +31,9 @@ from optima.models.source import (
     load_tokenizer,
     note_of_dtype,
 )
-from optima.models.weights import open_weights
+from optima.models.masks import MaskFiles
+from optima.models.offload import open_weights
+from optima.models.skeleton import dtype_as_read
 from optima.plan import skeleton
 
 

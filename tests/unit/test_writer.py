@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 from optima.errors import ModelError
 from optima.models.companions import copies_tokenizer
 from optima.models.journal import Journal
-from optima.models.source import find_source
-from optima.models.writer import Writer, prepare
+from optima.models.load import find_source
+from optima.models.save import Writer, prepare
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 WIDE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -338,7 +338,7 @@ def test_large_tensors_outside_blocks_have_files_of_their_own(
     name: str, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more than one of them is in memory at a time; tied ones are one."""
-    monkeypatch.setattr("optima.models.writer.LARGE_BYTES", 1000)
+    monkeypatch.setattr("optima.models.save.LARGE_BYTES", 1000)
     model = build(name)
     model.save_pretrained(tmp_path / "whole")
     write(model, tmp_path)

@@ -41,9 +41,9 @@ from optima.distributed import Ranks
 from optima.errors import NotDifferentiableError
 from optima.main_memory import total_memory
 from optima.models.experts import ExpertLinear
-from optima.models.reading import head_of
+from optima.models.inspect import head_of
+from optima.models.offload import Resident, Weights
 from optima.models.stacks import Block, Stack
-from optima.models.weights import Resident, Weights
 
 Named = TypeVar("Named")
 LOGITS = "the cross-entropy of labels sampled from the model"

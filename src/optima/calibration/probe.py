@@ -22,8 +22,8 @@ from optima.data.batches import Batch, arguments, stack_size
 from optima.device import one_memory_error
 from optima.errors import ModelError
 from optima.models.experts import ExpertLinear
-from optima.models.reading import arguments_of
-from optima.models.source import some
+from optima.models.inspect import arguments_of
+from optima.models.load import some
 from optima.models.stacks import Linear, Stack
 from optima.names import NUMBER, kind
 

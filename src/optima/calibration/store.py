@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from optima.errors import ModelError
-from optima.models.files import ACTIVATIONS, explain_write_errors
+from optima.files import ACTIVATIONS, explain_write_errors
 
 # Smaller tensors stay in main memory: a page, a mapping and a file cost more.
 SMALLEST_MAPPED = 2**16

@@ -21,7 +21,7 @@ from optima.calibration.halving import rows_of
 from optima.data.text import data_hash
 from optima.errors import CalibrationError
 from optima.models.fingerprint import hash_tensors
-from optima.models.reading import arguments_of, check_vocabulary, is_encoder_decoder, needed_arguments
+from optima.models.inspect import arguments_of, check_vocabulary, is_encoder_decoder, needed_arguments
 from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]

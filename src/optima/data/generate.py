@@ -20,7 +20,7 @@ from optima.calibration.lm_head import exponentials, sampled_tokens
 from optima.device import evaluating, memory_explained
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
-from optima.models.reading import is_encoder_decoder
+from optima.models.inspect import is_encoder_decoder
 
 BATCH = 64  # sequences at a time, for any number of processes: others beside a sequence change its roundings
 PROMPT_SHARE = 1 / 8  # of a sequence

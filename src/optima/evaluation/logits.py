@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from optima.calibration.probe import agree
 from optima.device import forward_replaced, once
 from optima.errors import ModelError
-from optima.models.reading import check_length, check_vocabulary, in_slices, is_encoder_decoder
+from optima.models.inspect import check_length, check_vocabulary, in_slices, is_encoder_decoder
 
 LOGITS_BYTES = 64 * 2**20  # float32 logits in memory at once: 64 positions of a vocabulary of 262k
 PROBE_LENGTH = 8  # tokens

@@ -25,8 +25,8 @@ from transformers.utils import logging as transformers_logging
 
 from optima.device import dtype_name
 from optima.errors import ModelError
-from optima.models.files import shards
-from optima.models.source import (
+from optima.files import shards
+from optima.models.load import (
     INDEX,
     LOADING,
     WEIGHTS,
@@ -340,7 +340,7 @@ def _tie(checkpoint: Checkpoint) -> bool:
 def _get(model: nn.Module, name: str) -> Tensor:
     path, _, last = name.rpartition(".")
     module = model.get_submodule(path)
-    # Not as attributes: see ``optima.models.weights.Streamed``.
+    # Not as attributes: see ``optima.models.offload.Streamed``.
     found: Tensor | None = module._parameters.get(last)
     found = module._buffers[last] if found is None else found
     assert found is not None

@@ -15,8 +15,8 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from optima.models.files import digest
-from optima.models.source import Source, weight_files
+from optima.files import digest
+from optima.models.load import Source, weight_files
 
 
 def commit_of(source: Source) -> str | None:

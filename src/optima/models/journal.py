@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from optima.errors import ModelError
-from optima.models.files import sync
+from optima.files import sync
 
 FORMAT = 2
 START = (0, "")  # of a file without lines: where it ends, and the chain so far

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from optima.models.reading import head_of
+from optima.models.inspect import head_of
 from optima.models.stacks import Block, Stack
 from optima.names import kind
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from optima.errors import ModelError
-from optima.models.files import read_header
+from optima.files import read_header
 
 BITMAP, VALUES = ".bitmap", ".values"
 FRACTIONS, EXPONENTS = ".fractions", ".exponents"  # of bfloat16 values: sign and mantissa as they are, exponents coded

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from optima.models.source import Source, check_safetensors, explain_read_errors, load_config, model_class, pinned
+from optima.models.load import Source, check_safetensors, explain_read_errors, load_config, model_class, pinned
 
 
 def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from optima.models.experts import ExpertLinear, FusedExperts, experts_of
-from optima.models.reading import head_of
+from optima.models.inspect import head_of
 from optima.models.stacks import Block, Linear, ModuleLinear, Stack, linears_of
 from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 

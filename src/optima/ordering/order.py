@@ -19,9 +19,9 @@ from optima.device import evaluating, memory_explained, unswitched
 from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
 from optima.models.companions import to_save
+from optima.models.load import load_tokenizer
 from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
-from optima.models.source import load_tokenizer
-from optima.models.writer import open_writer, prepare
+from optima.models.save import open_writer, prepare
 from optima.ordering.channels import KINDS, Kind
 from optima.ordering.hidden import why_not_hidden
 from optima.ordering.record import Ordering

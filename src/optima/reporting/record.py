@@ -21,7 +21,7 @@ from pydantic_core import from_json, to_json
 
 from optima import __version__
 from optima.errors import OptimaError
-from optima.models.files import usable_path
+from optima.files import usable_path
 
 SCHEMA_VERSION = 3
 REPORT_NAME = "report.json"

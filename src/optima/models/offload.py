@@ -23,7 +23,7 @@ from optima.models.checkpoint import (
     places_of,
     recast,
 )
-from optima.models.source import Source, load_whole, some
+from optima.models.load import Source, load_whole, some
 from optima.models.stacks import Block, find_stacks
 
 Read = Callable[[], Mapping[str, Tensor]]

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from optima.errors import ModelError
-from optima.models.files import (
+from optima.files import (
     ACTIVATIONS,
     PACKED,
     delete,

@@ -31,8 +31,8 @@ from transformers.utils.hub import has_file
 
 from optima.device import dtype_name
 from optima.errors import ModelError
+from optima.files import PACKED, shards, usable_path
 from optima.models.failures import BAD_INPUT
-from optima.models.files import PACKED, shards, usable_path
 from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.own_code import auto_class
 
