@@ -27,8 +27,8 @@ from torch import Tensor
 from optima.data.datasets import load_documents
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.linalg.hessian import Hessian
+from optima.models.blocks import find_stacks
 from optima.models.load import find_source, load_model, load_tokenizer
-from optima.models.stacks import find_stacks
 from optima.reporting.markdown import table
 
 Way = Callable[[Tensor, str], Tensor]  # a weight and the name of its linear

@@ -24,8 +24,8 @@ from optima import Recipe, prune
 from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows
+from optima.models.blocks import Linear, find_stacks
 from optima.models.load import find_source, load_model, load_tokenizer
-from optima.models.stacks import Linear, find_stacks
 
 # Sums over windows of energies at the first token and at all others, (measurements, 2) float64, by the linear's name.
 Energies = dict[str, Tensor]

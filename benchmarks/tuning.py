@@ -25,7 +25,7 @@ from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.calibration.streams import Streams
 from optima.data.text import calibration_tokens
-from optima.models.stacks import Block, Stack
+from optima.models.blocks import Block, Stack
 from optima.preflight.checks import chosen_stacks
 from optima.reporting.markdown import table
 from optima.tune import BlockError, Tuning, tune

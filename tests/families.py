@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
-from optima.models.stacks import Stack, find_stacks, select_linears
+from optima.models.blocks import Stack, find_stacks, select_linears
 
 VOCAB = 101
 V = {"vocab_size": VOCAB}

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from optima.calibration.correlation import coupling_bytes
 from optima.calibration.fisher import fisher_share, kept_bytes, sensitivity_share, tuned_share
-from optima.models.experts import ExpertLinear
+from optima.models.blocks import Block, has_experts
 from optima.models.inspect import is_encoder_decoder, stream_numbers
-from optima.models.stacks import Block, has_experts
+from optima.models.moe import ExpertLinear
 from optima.recipe import Recipe
 
 # Bytes of each of the E x E numbers that tell what a change of a block's outputs costs.

@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from optima.errors import ModelError, RecipeError
-from optima.models.experts import ExpertLinear
-from optima.models.stacks import Linear, ModuleLinear, linears_of
+from optima.models.blocks import Linear, ModuleLinear, linears_of
+from optima.models.moe import ExpertLinear
 
 _Place = tuple[int, str]  # a module's id, and the name of one of its parameters
 

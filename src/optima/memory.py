@@ -19,16 +19,16 @@ from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
-from optima.models.experts import ExpertLinear
-from optima.models.inspect import head_of, is_encoder_decoder, stream_numbers
-from optima.models.routers import routed_share
-from optima.models.stacks import (
+from optima.models.blocks import (
     Block,
     Linear,
     count_by_place,
     count_parameters,
     find_stacks,
 )
+from optima.models.inspect import head_of, is_encoder_decoder, stream_numbers
+from optima.models.moe import ExpertLinear
+from optima.models.routers import routed_share
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.tune import BYTES_PER_TUNED

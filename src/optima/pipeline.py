@@ -24,9 +24,9 @@ from optima.device import PeakMemory, Stopwatch, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
 from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
+from optima.models.blocks import Block, Linear, Stack, is_expert
 from optima.models.offload import Read, Resident, Weights
 from optima.models.save import Writer
-from optima.models.stacks import Block, Linear, Stack, is_expert
 from optima.patterns import Pattern
 from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord

@@ -34,12 +34,12 @@ from optima.distributed import Ranks, joined
 from optima.errors import NumericalError, RecipeError
 from optima.identity import check_alike, contents, identity
 from optima.linalg.finite import all_finite
+from optima.models.blocks import Stack, has_experts
 from optima.models.companions import copies_tokenizer, to_save
 from optima.models.inspect import head_of
 from optima.models.load import load_tokenizer, note_of_dtype
 from optima.models.offload import Streamed, Weights
 from optima.models.save import Writer, open_writer, prepare
-from optima.models.stacks import Stack, has_experts
 from optima.patterns import Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.sparse import to_sparse_semi_structured
 
 from optima.errors import ModelError
-from optima.models.stacks import linears_of
+from optima.models.blocks import linears_of
 
 DTYPES = (torch.float16, torch.bfloat16)
 # Multiples that both of PyTorch's backends (CUTLASS, cuSPARSELt) take in these types.

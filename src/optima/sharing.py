@@ -14,8 +14,8 @@ from torch import Tensor
 
 from optima.device import dtype_name
 from optima.distributed import Ranks
+from optima.models.blocks import Linear
 from optima.models.save import Writer
-from optima.models.stacks import Linear
 from optima.reporting.record import LinearRecord
 
 T = TypeVar("T")

@@ -34,8 +34,8 @@ from optima.device import GRADIENT, backward_explained, differentiable, full_pre
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.linalg.finite import all_finite
+from optima.models.blocks import Block, Linear
 from optima.models.routers import module_around
-from optima.models.stacks import Block, Linear
 
 HELD_OUT = 8  # one sequence of so many is held out
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse

@@ -13,7 +13,7 @@ from optima.calibration.lm_head import LmHead
 from optima.calibration.streams import Streams
 from optima.device import full_precision
 from optima.errors import NotDifferentiableError
-from optima.models.stacks import Stack
+from optima.models.blocks import Stack
 from optima.options import SINK_WEIGHT
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job

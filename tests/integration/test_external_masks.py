@@ -22,10 +22,10 @@ from optima.cli import main
 from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.holding import hold_zeros
+from optima.models.blocks import ModuleLinear
 from optima.models.load import find_source
 from optima.models.masks import MaskFiles
 from optima.models.skeleton import skeleton
-from optima.models.stacks import ModuleLinear
 from optima.preflight.opening import check
 from optima.selectors.external import External
 

@@ -26,11 +26,11 @@ from optima.calibration.store import Store
 from optima.data.batches import Batch, arguments
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import attention_numbers, work_bytes
-from optima.models.experts import ExpertLinear
+from optima.models.blocks import Linear, Stack, find_stacks, select_linears
 from optima.models.inspect import check_length, head_of
 from optima.models.load import find_source
+from optima.models.moe import ExpertLinear
 from optima.models.routers import routed_share
-from optima.models.stacks import Linear, Stack, find_stacks, select_linears
 from optima.names import kind
 from optima.plan import make_plan
 from optima.plan_table import print_plan

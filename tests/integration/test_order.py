@@ -24,8 +24,8 @@ from optima.cli import main
 from optima.data.batches import arguments
 from optima.errors import ModelError, NumericalError, RecipeError
 from optima.linalg.hessian import Hessian
+from optima.models.blocks import find_stacks, select_linears
 from optima.models.journal import Journal
-from optima.models.stacks import find_stacks, select_linears
 from optima.names import kind
 from optima.ordering.channels import KINDS
 from optima.patterns import NM, Pattern

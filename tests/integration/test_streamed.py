@@ -173,7 +173,7 @@ def test_a_tied_weight_is_read_once_and_given_up_for_good(tmp_path: Path, monkey
 
 def test_a_block_that_was_replaced_is_read_as_it_is_now(tmp_path: Path) -> None:
     model, weights = streamed(make_llama(), tmp_path)
-    (block, *_) = optima.models.stacks.find_stacks(model)[0].blocks
+    (block, *_) = optima.models.blocks.find_stacks(model)[0].blocks
     name = block.linears[0].name + ".weight"
     weights.replaced(block, lambda: {name: torch.zeros_like(block.linears[0].parameter, device="cpu")})
     for context in (weights.on(block, torch.device("cpu")), weights.state([name])):
@@ -184,7 +184,7 @@ def test_a_block_that_was_replaced_is_read_as_it_is_now(tmp_path: Path) -> None:
 
 def test_gradients_are_taken_where_the_model_wants_them(tmp_path: Path) -> None:
     model, weights = streamed(make_llama(), tmp_path)
-    (block, *_) = optima.models.stacks.find_stacks(model)[0].blocks
+    (block, *_) = optima.models.blocks.find_stacks(model)[0].blocks
     model.requires_grad_(False)
     with weights.on(block, torch.device("cpu")):
         assert not any(parameter.requires_grad for parameter in block.module.parameters())

@@ -16,8 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
 from optima.memory import guess_groups
-from optima.models.left_dense import dense_notes, uncovered
-from optima.models.stacks import (
+from optima.models.blocks import (
     Block,
     Linear,
     ModuleLinear,
@@ -27,6 +26,7 @@ from optima.models.stacks import (
     is_expert,
     select_linears,
 )
+from optima.models.left_dense import dense_notes, uncovered
 from optima.names import kind
 
 LLAMA_LINEARS = [

@@ -23,7 +23,7 @@ from optima.calibration.reduction import reduce_statistics, share_out
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.identity import check_alike
-from optima.models.stacks import ModuleLinear, find_stacks
+from optima.models.blocks import ModuleLinear, find_stacks
 from optima.qp import rows as qp_rows
 
 SIZE = 3

@@ -24,9 +24,9 @@ from optima.calibration.statistics import observe
 from optima.calibration.streams import Streams
 from optima.errors import ModelError
 from optima.linalg.statistics import sampling_step
-from optima.models.experts import Call, ExpertLinear, FusedExperts, experts_of
+from optima.models.blocks import Block, find_stacks, select_linears
+from optima.models.moe import Call, ExpertLinear, FusedExperts, experts_of
 from optima.models.save import Writer
-from optima.models.stacks import Block, find_stacks, select_linears
 
 LOOPS = ["mixtral", "gpt_oss", "nemotron_h"]
 FORMS = [*LOOPS, "llama4"]

@@ -30,7 +30,7 @@ from optima.calibration.statistics import observe
 from optima.calibration.store import Store
 from optima.distributed import ALONE
 from optima.linear import Methods, prune_linear
-from optima.models.stacks import find_stacks, select_linears
+from optima.models.blocks import find_stacks, select_linears
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
 from optima.recipe import recipe_from_dict

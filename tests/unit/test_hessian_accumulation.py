@@ -18,7 +18,7 @@ from optima.calibration.fisher import FisherWeights
 from optima.calibration.statistics import observe
 from optima.calibration.streams import Streams
 from optima.errors import CalibrationError
-from optima.models.stacks import Block, Linear, find_stacks, select_linears
+from optima.models.blocks import Block, Linear, find_stacks, select_linears
 
 GROUPS = [
     ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],

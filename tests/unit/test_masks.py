@@ -11,9 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import RecipeError
-from optima.models.experts import ExpertLinear, FusedExperts
+from optima.models.blocks import ModuleLinear
 from optima.models.masks import MaskFiles
-from optima.models.stacks import ModuleLinear
+from optima.models.moe import ExpertLinear, FusedExperts
 
 KEEP_OD = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5  # square, and no whole number of bytes
 

@@ -25,9 +25,9 @@ from optima.calibration.halving import Halving, Once, rows_of
 from optima.calibration.statistics import observe
 from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
-from optima.models.experts import FusedExperts
+from optima.models.blocks import is_expert
+from optima.models.moe import FusedExperts
 from optima.models.save import Writer
-from optima.models.stacks import is_expert
 
 
 @contextmanager

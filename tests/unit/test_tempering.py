@@ -8,7 +8,7 @@ from tiny import make_bert, make_llama, make_tokens
 from optima.calibration import fisher as swept
 from optima.calibration.capture import capture
 from optima.calibration.fisher import EFFECTIVE, FisherWeights, Moments, fisher_weights, row_weights
-from optima.models.stacks import find_stacks
+from optima.models.blocks import find_stacks
 
 
 def heavy_tailed(tokens: int, seed: int = 0) -> torch.Tensor:

@@ -22,7 +22,7 @@ from optima.calibration.streams import Look, Streams
 from optima.device import GRADIENT
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.models.stacks import Block
+from optima.models.blocks import Block
 from optima.reporting.summary import render_summary
 from optima.tune import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, tune
 

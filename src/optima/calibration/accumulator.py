@@ -16,7 +16,7 @@ from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import add_gram, mirror
 from optima.linalg.statistics import Statistics
-from optima.models.stacks import Linear
+from optima.models.blocks import Linear
 
 # Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
 SAMPLE = 512

@@ -23,7 +23,7 @@ from optima.device import forward_replaced, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.linalg.products import keep_freed_memory
-from optima.models.stacks import Block, Stack
+from optima.models.blocks import Block, Stack
 
 
 class _AllCaptured(Exception):  # noqa: N818 - not an error

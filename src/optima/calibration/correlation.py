@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from optima.device import bfloat16_products
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
-from optima.models.stacks import Block, Linear, is_expert
+from optima.models.blocks import Block, Linear, is_expert
 
 # Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.
 SHRINKAGE = 0.9

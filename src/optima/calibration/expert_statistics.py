@@ -38,8 +38,8 @@ from optima.errors import OTHER_DTYPE, CalibrationError, ModelError
 from optima.linalg.hessian import Hessian
 from optima.linalg.products import ROUND_ROWS, mirror
 from optima.linalg.statistics import Statistics, sampling_step
-from optima.models.experts import Call, ExpertLinear, hidden_of_call
-from optima.models.stacks import Block
+from optima.models.blocks import Block
+from optima.models.moe import Call, ExpertLinear, hidden_of_call
 
 # Of the hessians of experts that are gathered at a time, in float64.
 EXPERT_BYTES = 4 * 2**30

@@ -40,10 +40,10 @@ from optima.device import backward_explained, differentiable, give_back_freed_me
 from optima.distributed import Ranks
 from optima.errors import NotDifferentiableError
 from optima.main_memory import total_memory
-from optima.models.experts import ExpertLinear
+from optima.models.blocks import Block, Stack
 from optima.models.inspect import head_of
+from optima.models.moe import ExpertLinear
 from optima.models.offload import Resident, Weights
-from optima.models.stacks import Block, Stack
 
 Named = TypeVar("Named")
 LOGITS = "the cross-entropy of labels sampled from the model"

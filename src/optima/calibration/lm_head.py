@@ -26,9 +26,9 @@ from optima.calibration.streams import Look, Streams
 from optima.data.batches import DECODER_IDS, LABELS, Batch, inseparable, some_of, words_alone
 from optima.device import backward_explained, card_memory, describe_memory, differentiable, forward_replaced
 from optima.errors import NotDifferentiableError
+from optima.models.blocks import Block, Stack, count_by_place, find_stacks
 from optima.models.inspect import head_of, in_slices, is_encoder_decoder
 from optima.models.offload import MAIN, Weights
-from optima.models.stacks import Block, Stack, count_by_place, find_stacks
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
 LOGITS_BYTES = 256 * 2**20

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from optima.data.batches import Batch, arguments, stack_size
 from optima.device import one_memory_error
 from optima.errors import ModelError
-from optima.models.experts import ExpertLinear
+from optima.models.blocks import Linear, Stack
 from optima.models.inspect import arguments_of
 from optima.models.load import some
-from optima.models.stacks import Linear, Stack
+from optima.models.moe import ExpertLinear
 from optima.names import NUMBER, kind
 
 PROBE_LENGTH = 8  # tokens on which a model is looked at before the long work

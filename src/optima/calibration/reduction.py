@@ -14,7 +14,7 @@ from torch import Tensor
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Streams
 from optima.distributed import Ranks
-from optima.models.stacks import Linear
+from optima.models.blocks import Linear
 from optima.qp.rows import chunk_rows
 
 # A linear's products of O x D x D, forward and back, for select, solve and rounding; its hessian costs a few of D^3.

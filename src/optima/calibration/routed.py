@@ -11,8 +11,8 @@ from torch import Tensor
 from optima.calibration.halving import rows_of
 from optima.calibration.streams import Streams, Watched, map_tensors
 from optima.errors import ModelError
-from optima.models.experts import ExpertLinear, FusedExperts
-from optima.models.stacks import Block, Linear
+from optima.models.blocks import Block, Linear
+from optima.models.moe import ExpertLinear, FusedExperts
 
 Group = tuple[Linear, ...]
 

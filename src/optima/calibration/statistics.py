@@ -31,8 +31,8 @@ from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.linalg.statistics import sampling_step
-from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block
+from optima.models.blocks import Block
+from optima.models.moe import ExpertLinear
 
 
 def observe(

@@ -22,7 +22,7 @@ from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.models.stacks import Block, Linear
+from optima.models.blocks import Block, Linear
 
 # Everything a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by name or not.
 Call = tuple[tuple[Any, ...], dict[str, Any]]

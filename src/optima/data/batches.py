@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from optima.calibration.halving import rows_of
 from optima.data.text import data_hash
 from optima.errors import CalibrationError
+from optima.models.blocks import Stack
 from optima.models.fingerprint import hash_tensors
 from optima.models.inspect import arguments_of, check_vocabulary, is_encoder_decoder, needed_arguments
-from optima.models.stacks import Stack
 
 Batch = Tensor | Mapping[str, Tensor]
 # A DataLoader is one; its batches are tensors, or what a tokenizer or a collator returns.

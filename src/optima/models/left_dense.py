@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from optima.models.blocks import Block, Stack
 from optima.models.inspect import head_of
-from optima.models.stacks import Block, Stack
 from optima.names import kind
 
 

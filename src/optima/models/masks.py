@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from optima.errors import ModelError, RecipeError
 from optima.files import PACKED, usable_path
+from optima.models.blocks import Linear
 from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
-from optima.models.experts import ExpertLinear
 from optima.models.load import find_source, some, weight_files
+from optima.models.moe import ExpertLinear
 from optima.models.skeleton import skeleton
-from optima.models.stacks import Linear
 
 # Names listed in a message.
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from optima.device import Stopwatch, forward_replaced, on_device
 from optima.errors import ModelError
+from optima.models.blocks import Block, find_stacks
 from optima.models.checkpoint import (
     Checkpoint,
     UnstreamableError,
@@ -24,7 +25,6 @@ from optima.models.checkpoint import (
     recast,
 )
 from optima.models.load import Source, load_whole, some
-from optima.models.stacks import Block, find_stacks
 
 Read = Callable[[], Mapping[str, Tensor]]
 MAIN = torch.device("cpu")

@@ -23,6 +23,7 @@ from optima.checkpointing import Destination
 from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.files import digest, explain_write_errors, read_header, sync
+from optima.models.blocks import Block
 from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions
 from optima.models.fingerprint import bytes_of
@@ -31,7 +32,6 @@ from optima.models.load import INDEX, WEIGHTS, Source
 from optima.models.offload import Resident, Weights
 from optima.models.ordered import write_orders
 from optima.models.own_code import forget_missing_code
-from optima.models.stacks import Block
 from optima.stopping import stop_if_asked
 
 ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one

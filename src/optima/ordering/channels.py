@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from optima.models.experts import FusedExperts, experts_of
-from optima.models.stacks import Block, ModuleLinear, linears_of
+from optima.models.blocks import Block, ModuleLinear, linears_of
+from optima.models.moe import FusedExperts, experts_of
 
 Kind = Literal["mlp", "heads", "hidden"]
 KINDS: tuple[Kind, ...] = ("mlp", "heads", "hidden")

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.models.experts import ExpertLinear, FusedExperts, experts_of
+from optima.models.blocks import Block, Linear, ModuleLinear, Stack, linears_of
 from optima.models.inspect import head_of
-from optima.models.stacks import Block, Linear, ModuleLinear, Stack, linears_of
+from optima.models.moe import ExpertLinear, FusedExperts, experts_of
 from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 
 # Norms inside an attention, whose channels are those of its heads even if there are as many.

@@ -25,10 +25,10 @@ from optima.errors import ModelError, NumericalError
 from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.linalg.scaling import saliency_unit, scaled_weight
+from optima.models.blocks import Block, Stack
 from optima.models.fingerprint import hash_tensors
 from optima.models.inspect import head_of
 from optima.models.offload import Weights
-from optima.models.stacks import Block, Stack
 from optima.names import kind
 from optima.ordering.channels import Channels, Kind, inner_channels, reorder
 from optima.ordering.hidden import hidden_channels, why_not_hidden

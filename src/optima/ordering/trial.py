@@ -17,7 +17,7 @@ from torch.func import functional_call
 from optima.calibration.probe import hidden_of
 from optima.calibration.streams import Streams, is_state, map_tensors
 from optima.device import full_precision
-from optima.models.stacks import Block
+from optima.models.blocks import Block
 from optima.ordering.channels import Channels, reorder
 
 # Most that the change which a block makes of its inputs may differ, relative to itself, a root mean square. It was at

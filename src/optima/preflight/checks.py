@@ -20,12 +20,12 @@ from optima.errors import NumericalError, RecipeError
 from optima.linalg.finite import all_finite
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
+from optima.models.blocks import Block, Linear, Stack, find_stacks, select_linears
 from optima.models.inspect import check_length
 from optima.models.left_dense import dense_notes, outside_notes
 from optima.models.load import Source, orders_of
 from optima.models.masks import MaskFiles
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
-from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
 from optima.patterns import Pattern
 from optima.preflight.settling import settle_self_generated, settle_tuning
 from optima.recipe import Recipe

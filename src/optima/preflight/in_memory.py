@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from optima.errors import ModelError
-from optima.models.stacks import Linear, ModuleLinear
+from optima.models.blocks import Linear, ModuleLinear
 from optima.recipe import Recipe
 
 NUMBERED = re.compile(r"\.\d+\.")  # in the names of what is in a list, as blocks are

@@ -24,12 +24,12 @@ from optima.data.text import calibration_tokens, special_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import HostMemory, host_memory, host_room
-from optima.models.experts import split_on_disk
+from optima.models.blocks import count_parameters
 from optima.models.fingerprint import commit_of, fingerprint
 from optima.models.load import Source, find_source, pinned
+from optima.models.moe import split_on_disk
 from optima.models.offload import Resident, Streamed, Weights, open_weights
 from optima.models.skeleton import skeleton
-from optima.models.stacks import count_parameters
 from optima.patterns import Pattern, Unstructured
 from optima.preflight.checks import check_shared
 from optima.preflight.fitting import Fitted, fit

@@ -19,7 +19,7 @@ from optima.memory import (
     on_cpu,
     tuning_bytes,
 )
-from optima.models.stacks import Block, count_parameters
+from optima.models.blocks import Block, count_parameters
 from optima.recipe import Recipe
 
 # Shares of the main and the device memory that the whole model may take while it generates.

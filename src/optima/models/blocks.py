@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError, RecipeError
-from optima.models.experts import ExpertLinear, Stored, experts_of
+from optima.models.moe import ExpertLinear, Stored, experts_of
 from optima.models.routers import expert_counts, module_around, own_output, routers_of
 from optima.names import kind
 

@@ -249,7 +249,7 @@ def _is_list(index: Any) -> bool:
 
 
 class Stored:
-    """What every kind of ``Linear`` in ``optima.models.stacks`` shares: its weight is a view of a parameter."""
+    """What every kind of ``Linear`` in ``optima.models.blocks`` shares: its weight is a view of a parameter."""
 
     @property
     def parameter(self) -> Tensor:
@@ -273,7 +273,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class ExpertLinear(Stored):
-    """One expert of a fused parameter: see ``Linear`` in ``optima.models.stacks``.
+    """One expert of a fused parameter: see ``Linear`` in ``optima.models.blocks``.
 
     Attributes:
         experts: the module's.
