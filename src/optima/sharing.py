@@ -108,4 +108,4 @@ def describe(
             f"their batches are not those of one process, which moves activations by roundings of {name}, {size:.0e}"
         )
     text += "; where saliencies are as near to each other, masks differ, and what follows from them"
-    return text + ("; a step of block tuning has a sequence of each process" if tuned else "")
+    return text

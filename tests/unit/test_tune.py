@@ -24,7 +24,7 @@ from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block
 from optima.reporting.summary import render_summary
-from optima.tune import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, tune
+from optima.tune import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, steps_of, tune
 
 
 def make_gpt2() -> GPT2LMHeadModel:
@@ -262,19 +262,19 @@ def test_large_hidden_states_do_not_stop_it(size: float) -> None:
     assert gains[1] == pytest.approx(gains[0], rel=0.02)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "batch_size", "sequences"), [(2, 1, 13), (4, 1, 10), (2, 3, 20)])
 def test_data_parallel_tuning_is_that_of_one_process(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, batch_size: int, sequences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rank trains on one sequence, so a step of ``size`` sequences is the same; the last is held out."""
+    """A step has the same sequences, whichever rank has them."""
     monkeypatch.chdir(tmp_path)
 
     def work(ranks: Ranks = ALONE) -> None:
         model = make_llama().eval()
-        block, keeps, streams, targets = half_pruned(model, size + 1, 1, ranks)
+        block, keeps, streams, targets = half_pruned(model, sequences, batch_size, ranks)
         cost = BlockError.by_channel(targets, ranks)
         with torch.no_grad():
-            found = tune(block, keeps, streams, targets, cost, Tuning(4, 1e-2, batch_size=size))
+            found = tune(block, keeps, streams, targets, cost, Tuning(4, 1e-2))
         torch.save((found.held_out, found.best, model.state_dict()), f"{ranks.size}-{ranks.rank}.pt")
 
     work()
@@ -288,6 +288,16 @@ def test_data_parallel_tuning_is_that_of_one_process(
         for name, tensor in state.items():
             torch.testing.assert_close(other_state[name], tensor, rtol=1e-3, atol=1e-5)
             assert other_state[name].equal(others[0][2][name])
+
+
+def test_a_step_has_a_sequence_of_each_quarter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = steps_of(range(18), [1] * 18, 4, generator)
+    assert sorted(number for step in steps for number in step) == [*range(18)]
+    assert [len(step) for step in steps] == [4, 4, 4, 4, 2]
+    assert all(sum(number < 9 for number in step) == 2 for step in steps[:4])
+    assert steps != steps_of(range(18), [1] * 18, 4, generator)
+    assert [len(step) for step in steps_of(range(6), [3] * 6, 4, generator)] == [2, 2, 2]  # of sequences: six
 
 
 def test_one_rank_without_memory_for_it_ends_tuning_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,7 +454,8 @@ def test_weights_of_tokens_are_those_of_their_sequence() -> None:
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
-def test_the_rate_falls_to_zero_along_one_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 42), (4, 12)])
+def test_the_rate_falls_to_zero_along_one_cosine(batch_size: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rates, step = [], torch.optim.Adam.step
 
     def noted(self: torch.optim.Adam, *args: Any) -> Any:
@@ -454,6 +465,7 @@ def test_the_rate_falls_to_zero_along_one_cosine(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.optim.Adam, "step", noted)
     block, keeps, streams, targets = half_pruned(make_llama().eval(), 16)
     with torch.no_grad():
-        found = tune(block, keeps, streams, targets, BlockError.by_channel(targets), Tuning(3, 1e-3))
+        tuning = Tuning(3, 1e-3, batch_size=batch_size, step_rate=2.0)
+        found = tune(block, keeps, streams, targets, BlockError.by_channel(targets), tuning)
     assert found.best == 3, "no epoch is undone"
-    assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * place / 42)) for place in range(42)])
+    assert rates == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * place / steps)) for place in range(steps)])
