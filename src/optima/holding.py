@@ -18,8 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback
 
 from optima.errors import ModelError, RecipeError
-from optima.models.blocks import Linear, ModuleLinear, linears_of
-from optima.models.moe import ExpertLinear
+from optima.models.blocks import Linear, linears_of
 
 _Place = tuple[int, str]  # a module's id, and the name of one of its parameters
 
@@ -93,9 +92,8 @@ class _Zeros:
 
 def _home(linear: Linear) -> tuple[nn.Module, str]:
     """The module that has its weights, and their name there."""
-    if isinstance(linear, ExpertLinear):
-        return linear.experts.module, linear.within
-    assert isinstance(linear, ModuleLinear)
+    if linear.expert is not None:
+        return linear.expert.experts.module, linear.expert.parameter
     return linear.module, "weight"
 
 

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optima.calibration.correlation import coupling_bytes
-from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.lm_head import KL_COPIES, logits_bytes, looked_at
+from optima.calibration.statistics import EXPERT_BYTES
 from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own
@@ -27,7 +27,6 @@ from optima.models.blocks import (
     find_stacks,
 )
 from optima.models.inspect import head_of, is_encoder_decoder, stream_numbers
-from optima.models.moe import ExpertLinear
 from optima.models.routers import routed_share
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
@@ -250,7 +249,7 @@ def tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: to
 
 def _is_sent_some(linear: Linear) -> bool:
     """Whether a linear is given some tokens alone."""
-    return isinstance(linear, ExpertLinear) and linear.experts.are_sent_tokens
+    return linear.expert is not None and linear.expert.experts.routed
 
 
 def attention_numbers(model: PreTrainedModel, length: int) -> int:
@@ -274,7 +273,7 @@ def _waiting_bytes(block: Block) -> int:
     everywhere: list[int] = []
     experts: list[int] = []
     for group in guess_groups(block):
-        into = experts if isinstance(group[0], ExpertLinear) else everywhere
+        into = experts if group[0].expert is not None else everywhere
         into.append(8 * group[0].shape[1] ** 2)
     return sum(everywhere) + min(sum(experts), EXPERT_BYTES + max(experts, default=0)) + 2 * max(experts, default=0)
 

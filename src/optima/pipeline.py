@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from optima.allocate import allocate, saliency_quantiles
-from optima.calibration.accumulator import Found
-from optima.calibration.expert_statistics import routing_notes
 from optima.calibration.fisher import FisherWeights, tuned_batches
 from optima.calibration.halving import Halving
 from optima.calibration.lm_head import LmHead
-from optima.calibration.statistics import observe
+from optima.calibration.statistics import Found, observe, routing_notes
 from optima.calibration.store import Store
 from optima.calibration.streams import Streams
 from optima.device import PeakMemory, Stopwatch, give_back_freed_memory
@@ -280,7 +278,7 @@ class Job:
     def observe(self, block: Block, streams: Streams, clock: Stopwatch, *, onward: bool = False) -> Iterator[Found]:
         """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once."""
         for found in observe(block, streams, self.sink_weight, self.damping, clock, self.loss, onward):
-            if not found.told:
+            if not found.weighted:
                 names = ", ".join(linear.name for linear in found.linears)
                 what, why = "sink_weight does not count", "not given one input for each token"
                 if self.loss is not None:

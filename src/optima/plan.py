@@ -127,7 +127,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         block_bytes=max(block.placed_parameters for block in found.blocks) * dtype.itemsize,
         inputs_bytes=kept.stored,
         model_bytes=num_parameters * dtype.itemsize,
-        beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
+        beside_bytes=split_on_disk(model, [each.module for each in found.linears]) * dtype.itemsize,
         host=memory,
         shares=kept.shares,
         left_bytes=memory.left(recipe.memory_budget),  # refused, if it is too little

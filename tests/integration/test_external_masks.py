@@ -22,7 +22,7 @@ from optima.cli import main
 from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.holding import hold_zeros
-from optima.models.blocks import ModuleLinear
+from optima.models.blocks import Linear
 from optima.models.load import find_source
 from optima.models.masks import MaskFiles
 from optima.models.skeleton import skeleton
@@ -298,7 +298,7 @@ def test_two_masks_for_one_linear(root: Path) -> None:
     mask = masks.pop(UP)
     masks |= {"layers.0.mlp.up_proj": mask, f"text.{UP}": mask.clone(), "mlp.up_proj": mask.clone()}
     with pytest.raises(RecipeError, match=f"more than one mask for {UP}"):
-        MaskFiles(saved(masks)).keep_OD(ModuleLinear(UP, make_llama().get_submodule(UP)))
+        MaskFiles(saved(masks)).keep_OD(Linear(UP, make_llama().get_submodule(UP)))
 
 
 def test_masks_of_an_object_are_taken_as_they_are() -> None:

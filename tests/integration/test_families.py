@@ -29,7 +29,6 @@ from optima.memory import attention_numbers, work_bytes
 from optima.models.blocks import Linear, Stack, find_stacks, select_linears
 from optima.models.inspect import check_length, head_of
 from optima.models.load import find_source
-from optima.models.moe import ExpertLinear
 from optima.models.routers import routed_share
 from optima.names import kind
 from optima.plan import make_plan
@@ -70,7 +69,7 @@ def test_prune_save_reload(family: str, tmp_path: Path) -> None:
 
     reloaded = type(model).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(outputs(reloaded), outputs(model))
-    owners = pruned | {name.rpartition(".")[0] for name in pruned if isinstance(linears[name], ExpertLinear)}
+    owners = pruned | {name.rpartition(".")[0] for name in pruned if linears[name].expert}
     vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}  # which tuning changes too
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in owners and name not in vectors:
@@ -433,8 +432,8 @@ def test_a_mixture_is_planned_for_the_experts_that_a_token_takes() -> None:
     share, config.index_topk = routed_share(config), 2048
     assert routed_share(config) == share < 1.0, "that of an index of tokens is none of experts"
     for family, sent in (("mixtral", True), ("gpt_oss", True), ("llama4", False)):
-        found = [linear for linear in linears_to_prune(build(family)).values() if isinstance(linear, ExpertLinear)]
-        assert {linear.experts.are_sent_tokens for linear in found} == {sent}, family
+        found = [linear for linear in linears_to_prune(build(family)).values() if linear.expert]
+        assert {linear.expert.experts.routed for linear in found} == {sent}, family
 
 
 def test_streams_of_a_token_are_planned_for() -> None:

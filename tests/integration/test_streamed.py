@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 import optima
 import optima.preflight.opening
-from optima.calibration.routed import Recorded
 from optima.errors import ModelError, RecipeError
 from optima.models.checkpoint import Checkpoint
 from optima.models.load import find_source
@@ -310,16 +309,7 @@ def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
     build(family).bfloat16().save_pretrained(tmp_path / "model")
     expected = pruned(tmp_path / "model", tmp_path / "free", **options)
     monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
-    kept: list[Any] = []
-    note = Recorded.note
-
-    def noted(self: Recorded, *given: Any) -> None:
-        note(self, *given)
-        kept.append(self.streams.store.budget)
-
-    monkeypatch.setattr(Recorded, "note", noted)
     found = pruned(tmp_path / "model", tmp_path / "kept", memory_budget="512.5MiB", **options)
-    assert set(kept) == ({0} if family == "mixtral" else set()), "what experts are given is in the budget too"
     assert [name for name in found if found[name] != expected[name]] == ["recipe.yaml"]
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations beyond the main memory left for them waited in files") for note in notes)

@@ -19,7 +19,6 @@ from optima.memory import guess_groups
 from optima.models.blocks import (
     Block,
     Linear,
-    ModuleLinear,
     count_by_place,
     count_parameters,
     find_stacks,
@@ -128,7 +127,7 @@ class TestLinear:
     def test_write_casts_and_stays_in_place(self, module: nn.Module, dtype: torch.dtype) -> None:
         module.to(dtype)
         parameter = module.weight
-        linear: Linear = ModuleLinear("x", module)
+        linear: Linear = Linear("x", module)
         assert linear.shape == (5, 3)
         new_OD = torch.rand(5, 3, dtype=torch.float64)
         linear.write(new_OD)
@@ -139,7 +138,7 @@ class TestLinear:
             assert torch.allclose(module(inputs) - module.bias, new_OD.to(dtype).mT, atol=1e-2)
 
     def test_weight_needs_no_gradient(self) -> None:
-        assert not ModuleLinear("x", nn.Linear(3, 5)).read().requires_grad
+        assert not Linear("x", nn.Linear(3, 5)).read().requires_grad
 
 
 class TestSelectLinears:

@@ -23,7 +23,7 @@ from optima.calibration.reduction import reduce_statistics, share_out
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.identity import check_alike
-from optima.models.blocks import ModuleLinear, find_stacks
+from optima.models.blocks import Linear, find_stacks
 from optima.qp import rows as qp_rows
 
 SIZE = 3
@@ -88,9 +88,7 @@ def inputs_of(rank: int) -> Tensor:
 def reduce(ranks: Ranks) -> None:
     """The last process was given no token of one group; all solve another together."""
     qp_rows.CACHE_ENTRIES, qp_rows.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
-    linears = [
-        ModuleLinear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))
-    ]
+    linears = [Linear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))]
     accumulators = {linear.name: Accumulator() for linear in linears}
     for name, accumulator in accumulators.items():
         if name != "d" and not (name == "a" and ranks.rank == 2):

@@ -12,10 +12,10 @@ from tiny import blocks_of, make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima import Recipe, prune
-from optima.calibration.accumulator import Accumulator, Found
+from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights
-from optima.calibration.statistics import observe
+from optima.calibration.statistics import Found, observe
 from optima.calibration.streams import Streams
 from optima.errors import CalibrationError
 from optima.models.blocks import Block, Linear, find_stacks, select_linears
@@ -152,7 +152,7 @@ def test_first_tokens_are_found_by_the_shape_of_a_call() -> None:
     plain, flat, heads, expert, unused = collected
     assert torch.equal(hessian_DD(plain), hessian_DD(flat))
     assert torch.equal(hessian_DD(plain), hessian_DD(heads))
-    assert [found.told for found in collected[:4]] == [True, True, True, False]
+    assert [found.weighted for found in collected[:4]] == [True, True, True, False]
     assert unused.statistics is None
     inputs_TD = TABLE_VD[IDS].flatten(0, 1).double()
     torch.testing.assert_close(hessian_DD(expert), inputs_TD.mT @ inputs_TD / len(inputs_TD), rtol=1e-5, atol=1e-6)
@@ -268,18 +268,8 @@ def test_experts_that_the_probe_does_not_reach_are_grouped_as_their_siblings() -
     assert [group.statistics is None for group in found] == [False] * 4 + [True] * 2
 
 
-def test_inputs_that_are_shared_over_a_few_tokens_only_are_refused() -> None:
-    def forward(block: Calls, hidden: Tensor) -> None:
-        block.one(hidden)
-        block.other(hidden if hidden.shape[1] <= 8 else hidden.clone())
-
-    model = Host(Calls(forward, one=nn.Linear(4, 2), other=nn.Linear(4, 2)), TABLE_VD)
-    with pytest.raises(CalibrationError, match=r"blocks\.0\.one and blocks\.0\.other share .* a few tokens, but not"):
-        collect(model, IDS.split(2))
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)
-@pytest.mark.parametrize("sample", [0, 3, 4])
+@pytest.mark.parametrize("sample", [0, 4])
 def test_bad_input_is_named(bad: float, sample: int) -> None:
     """1e30 is finite, but its square is not, in float32."""
     table_VD, ids = TABLE_VD.clone(), IDS[:5].clone()
@@ -287,20 +277,8 @@ def test_bad_input_is_named(bad: float, sample: int) -> None:
     ids[ids == 39] = 0
     ids[sample, 9] = 39
     model = Host(Calls(lambda block, hidden: block.linear(hidden), linear=nn.Linear(4, 2)), table_VD)
-    match = rf"inputs of blocks\.0\.linear .* \(first in calibration sample {sample}\)"
-    with pytest.raises(CalibrationError, match=match):
+    with pytest.raises(CalibrationError, match=r"inputs of blocks\.0\.linear contain NaN or Inf"):
         collect(model, ids.split(2))
-
-
-def test_bad_input_of_a_routed_linear_names_the_samples_of_its_batch() -> None:
-    """An expert is given some tokens of the batch; which sample they came from is not known any more."""
-    table_VD, ids = TABLE_VD.clone(), IDS[:4].clone()
-    table_VD[39] = torch.nan
-    ids[ids == 39] = 0
-    ids[3, 9] = 39
-    block = Calls(lambda block, hidden: block.linear(hidden[:, 1:].flatten(0, 1)), linear=nn.Linear(4, 2))
-    with pytest.raises(CalibrationError, match=r"inputs of blocks\.0\.linear .* in calibration samples 2 to 3"):
-        collect(Host(block, table_VD), ids.split(2))
 
 
 def test_low_precision_inputs_are_accumulated_in_more() -> None:

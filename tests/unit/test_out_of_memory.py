@@ -17,16 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima import Recipe, Report, prune
-from optima.calibration import expert_statistics
-from optima.calibration.accumulator import Found
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.calibration.halving import Halving, Once, rows_of
-from optima.calibration.statistics import observe
+from optima.calibration.statistics import Found, observe
 from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
-from optima.models.blocks import is_expert
-from optima.models.moe import FusedExperts
 from optima.models.save import Writer
 
 
@@ -277,29 +273,6 @@ def test_a_run_by_the_loss_with_tuning() -> None:
         assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.01, name
 
 
-@pytest.mark.parametrize("objective", ["sink", "loss"])
-def test_experts_run_again_in_parts(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is short only where the tokens of a module of experts go through it again."""
-    monkeypatch.setattr(expert_statistics, "COMMON_TOKENS", 32)
-    model, small = build("mixtral"), build("mixtral")
-    expected = pruned(small, 2, objective, selector="wanda")
-    again = FusedExperts.only_watched
-
-    @contextmanager
-    def short(experts: FusedExperts) -> Iterator[None]:
-        with again(experts), little_memory(experts.module, 2 * 16):
-            yield
-
-    monkeypatch.setattr(FusedExperts, "only_watched", short)
-    report = pruned(model, 8, objective, selector="wanda")
-    (note,) = out_of_memory(report)
-    assert "from here on 2 ran at a time" in note
-    for one, other in zip(report.linears, expected.linears, strict=True):
-        assert (one.name, one.tokens) == (other.name, other.tokens)
-    for name, parameter in small.named_parameters():
-        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.02, name
-
-
 def test_batches_that_cannot_be_taken_apart() -> None:
     model = build("gemma4")
     with little_memory(model.model.layers[0].mlp, 3), pytest.raises(DeviceMemoryError) as caught:
@@ -321,29 +294,6 @@ def test_elsewhere_it_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("optima.pipeline.prune_linear", refuse)
     with pytest.raises(DeviceMemoryError, match=r"^cpu \(.* GiB\) is out of memory: .* Lower --batch-size"):
         pruned(make_llama(), 4, "sink")
-
-
-def test_weights_of_tokens_at_experts_that_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("mixtral")
-    stack, again, found = stack_of(model), FusedExperts.only_watched, []
-    square_T = torch.rand(128, generator=torch.Generator().manual_seed(0)) ** 8
-    experts = [linear.name for linear in stack.blocks[0].linears if is_expert(linear)]
-    loss = FisherWeights("a loss", routed={name: [(torch.arange(128), square_T)] for name in experts})
-    for most in (8, 2):
-
-        @contextmanager
-        def short(experts: FusedExperts, most: int = most) -> Iterator[None]:
-            with again(experts), little_memory(experts.module, most * 16):
-                yield
-
-        monkeypatch.setattr(FusedExperts, "only_watched", short)
-        monkeypatch.setattr("optima.calibration.expert_statistics.COMMON_TOKENS", 32)
-        halving = Halving()
-        streams = capture(model, stack, [make_ids(8, 16)], whole=True, halving=halving)
-        found.append([each.statistics for each in observe(stack.blocks[0], streams, 0.0, 0.01, None, loss)])
-        assert (halving.most == 2) == (most == 2)
-    for whole, parts in zip(*found, strict=True):
-        torch.testing.assert_close(parts.hessian.matrix_DD, whole.hessian.matrix_DD, rtol=1e-4, atol=1e-6)
 
 
 def test_a_sweep_in_parts_finds_the_tokens_of_experts() -> None:
@@ -388,17 +338,3 @@ def test_a_run_that_goes_on_where_there_is_more_memory_ends_with_the_same_bits(
     again = run(8, "out", resume=True)
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
-
-
-def test_experts_that_are_given_all_tokens_in_turn_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Halves of such a call would be those of the experts, not of the sequences."""
-    again = FusedExperts.only_watched
-
-    @contextmanager
-    def short(experts: FusedExperts) -> Iterator[None]:
-        with again(experts), little_memory(experts.module, experts.count * 8 * 16 - 1):
-            yield
-
-    monkeypatch.setattr(FusedExperts, "only_watched", short)
-    with pytest.raises(DeviceMemoryError, match="called with what cannot be taken apart into samples"):
-        pruned(build("llama4"), 8, "sink", selector="wanda")

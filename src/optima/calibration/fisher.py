@@ -42,7 +42,6 @@ from optima.errors import NotDifferentiableError
 from optima.main_memory import total_memory
 from optima.models.blocks import Block, Stack
 from optima.models.inspect import head_of
-from optima.models.moe import ExpertLinear
 from optima.models.offload import Resident, Weights
 
 Named = TypeVar("Named")
@@ -646,12 +645,11 @@ class _Notes:
         with ExitStack() as hooks:
             for linear in self._block.linears:
                 see = partial(note, linear.name)
-                if isinstance(linear, ExpertLinear):
+                if linear.expert is not None:
                     nowhere = torch.zeros(0, dtype=torch.int32), torch.zeros(0)
                     self._routed.setdefault(linear.name, [nowhere for _ in self._sizes])
-                    hooks.callback(linear.watch_tokens(see).remove)
-                else:
-                    hooks.callback(linear.watch(see).remove)
+                hooks.callback(linear.watch(see).remove)
+            hooks.enter_context(self._block.linearized())
             yield
         for each in noted:
             each()

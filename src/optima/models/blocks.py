@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from os.path import commonpath
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError, RecipeError
-from optima.models.moe import ExpertLinear, Stored, experts_of
+from optima.models.moe import ExpertLinear, experts_of, linearized
 from optima.models.routers import expert_counts, module_around, own_output, routers_of
 from optima.names import kind
 
@@ -27,81 +28,78 @@ from optima.names import kind
 EXPERT = re.compile(r"(?<!shared_)experts?[._]\w*?\d")
 
 
-class Linear(Protocol):
-    """Something prunable inside a block, whatever holds its weight."""
-
-    @property
-    def name(self) -> str:
-        """Full name in the model."""
-
-    @property
-    def parameter(self) -> Tensor:
-        """The parameter that holds the weight, as the model stores it."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(O, D)."""
-
-    def orient(self, stored: Tensor) -> Tensor:
-        """This linear's part of a tensor like ``parameter`` (a mask, a gradient) as outputs x inputs: a view."""
-
-    def read(self) -> Tensor:
-        """weight_OD: a view of the parameter, or a copy of it, without gradient."""
-
-    def write(self, weight_OD: Tensor) -> None:
-        """Replace the weight, cast to the parameter's dtype and device."""
-
-    def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Show ``see`` the inputs of every call, (..., D), before it is computed, until the handle's ``remove()``."""
-
-    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """Show ``see`` the gradient at the outputs of every call, (..., O), until the handle's ``remove()``."""
-
-
 @dataclass(frozen=True)
-class ModuleLinear(Stored):
-    """A linear that is a module of its own: see ``Linear``.
+class Linear:
+    """Something prunable inside a block.
 
     Attributes:
-        name: full name of the module in the model.
-        module: ``nn.Linear``, or GPT-2's ``Conv1D``, which stores its weight as inputs x outputs.
+        name: full name of the module in the model; of an expert that of the fused parameter, and the expert's number.
+        module: ``nn.Linear``, GPT-2's ``Conv1D``, which stores its weight as inputs x outputs, or an ``ExpertLinear``.
     """
 
     name: str
     module: nn.Module
 
     @property
+    def expert(self) -> ExpertLinear | None:
+        """The module, if the weight is part of a fused parameter."""
+        return self.module if isinstance(self.module, ExpertLinear) else None
+
+    @property
     def parameter(self) -> Tensor:
-        """See ``Linear``."""
+        """The parameter that holds the weight, as the model stores it; of an expert that of all experts."""
+        expert = self.expert
+        if expert is not None:
+            return expert.experts.parameter(expert.parameter)
         weight = self.module.weight
         assert isinstance(weight, Tensor)
         return weight
 
     @property
     def shape(self) -> tuple[int, int]:
-        """See ``Linear``."""
+        """(O, D)."""
         outputs, inputs = self.read().shape
         return int(outputs), int(inputs)
 
     def orient(self, stored: Tensor) -> Tensor:
-        """See ``Linear``."""
+        """This linear's part of a tensor like ``parameter`` (a mask, a gradient) as outputs x inputs: a view."""
+        expert = self.expert
+        if expert is not None:
+            return expert.experts.orient(expert.parameter, expert.expert, stored)
         return stored.mT if isinstance(self.module, Conv1D) else stored
 
+    def read(self) -> Tensor:
+        """weight_OD: a view of the parameter, without gradient."""
+        return self.orient(self.parameter.detach())
+
+    def write(self, weight_OD: Tensor) -> None:
+        """Replace the weight, cast to the parameter's dtype and device."""
+        # A tensor made in inference mode changes in inference mode alone.
+        with torch.inference_mode(self.parameter.is_inference()), torch.no_grad():
+            self.read().copy_(weight_OD)
+
     def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """See ``Linear``."""
+        """Call ``see`` with the inputs of every call, (..., D), before it is computed, until the handle's ``remove()``.
+
+        Experts are called inside ``linearized`` alone.
+        """
         return self.module.register_forward_pre_hook(lambda module, args: see(args[0]))
 
-    def watch(self, see: Callable[[Tensor], None]) -> RemovableHandle:
-        """See ``Linear``."""
+    def watch(self, see: Callable[[Tensor, Tensor | None], None]) -> RemovableHandle:
+        """Call ``see`` with the gradient at the outputs of every call, (..., O), until the handle's ``remove()``.
+
+        And with the tokens, (T,), that an expert's call read; None for other linears.
+        """
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], returned: Any) -> Tensor | None:
+            tokens_T = getattr(module, "tokens_T", None)
             output = own_output(module, args[0], returned)
             if output is not None and output.requires_grad:
-                output.register_hook(see)
+                output.register_hook(lambda gradient: see(gradient, tokens_T))
             elif output is returned and torch.is_grad_enabled():
                 # Positions, or another stack's output: it does not depend on this one's hidden states.
                 leaf: Tensor = output.detach().requires_grad_(True)
-                leaf.register_hook(see)
+                leaf.register_hook(lambda gradient: see(gradient, tokens_T))
                 return leaf.clone()
             return None
 
@@ -134,6 +132,10 @@ class Block:
     shared: Mapping[str, str] = field(default_factory=dict)
     common: frozenset[str] = frozenset()
     unplaced: frozenset[str] = frozenset()
+
+    def linearized(self, only_hooked: bool = False) -> AbstractContextManager[None]:
+        """See ``moe.linearized``: for all mixtures whose experts are among ``linears``."""
+        return linearized((each.expert.experts for each in self.linears if each.expert is not None), only_hooked)
 
     @property
     def placed_parameters(self) -> int:
@@ -258,14 +260,18 @@ def _memory(parameter: Tensor) -> int:
 
 
 def linears_of(module: nn.Module, prefix: str) -> list[Linear]:
-    """Every linear inside ``module``, whose full name is ``prefix``; behind them the experts of fused parameters."""
-    modules: list[Linear] = [
-        ModuleLinear(f"{prefix}.{name}".strip("."), child)
+    """Every linear inside ``module``, whose full name is ``prefix``; after them the experts of fused parameters."""
+    modules = [
+        Linear(f"{prefix}.{name}".strip("."), child)
         for name, child in module.named_modules()
         if isinstance(child, (nn.Linear, Conv1D))
-        and not hasattr(child, "n_groups")  # DeepSeek-V4: rows that read a slice of the inputs each share no hessian
+        and not hasattr(child, "n_groups")  # DeepSeek-V4: rows that read a slice of the inputs each share no Hessian
     ]
-    return modules + [linear for experts in experts_of(module, prefix) for linear in experts.linears()]
+    return modules + [
+        Linear(f"{experts.name}.{linear.parameter}.{linear.expert}", linear)
+        for experts in experts_of(module, prefix)
+        for linear in (*experts.up, *experts.down)
+    ]
 
 
 def has_experts(linears: Iterable[Linear]) -> bool:
@@ -275,7 +281,7 @@ def has_experts(linears: Iterable[Linear]) -> bool:
 
 def is_expert(linear: Linear) -> bool:
     """Whether a linear is an expert's, in a fused parameter or in a module of its own."""
-    return isinstance(linear, ExpertLinear) or EXPERT.search(linear.name) is not None
+    return linear.expert is not None or EXPERT.search(linear.name) is not None
 
 
 def _may_be_stack(members: nn.ModuleList) -> bool:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from optima.models.blocks import Block, ModuleLinear, linears_of
+from optima.models.blocks import Block, Linear, linears_of
 from optima.models.moe import FusedExperts, experts_of
 
 Kind = Literal["mlp", "heads", "hidden"]
@@ -128,7 +128,7 @@ def _halves(outputs: int, width: int) -> list[tuple[tuple[int, ...], int]]:
     return [((0,), 1)] if outputs == width else [((0, width), 1), ((0, 1), 2)]
 
 
-def outputs_dim(linear: ModuleLinear) -> int:
+def outputs_dim(linear: Linear) -> int:
     """Of its weight as it is stored."""
     return int(isinstance(linear.module, Conv1D))
 
@@ -147,7 +147,7 @@ class _Named:
         self.linears = {
             linear.name.removeprefix(f"{block.name}."): linear
             for linear in linears_of(block.module, block.name)
-            if isinstance(linear, ModuleLinear)
+            if linear.expert is None
         }
 
     def channels(self) -> Iterator[list[Channels]]:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.models.blocks import Block, Linear, ModuleLinear, Stack, linears_of
+from optima.models.blocks import Block, Linear, Stack, linears_of
 from optima.models.inspect import head_of
-from optima.models.moe import ExpertLinear, FusedExperts, experts_of
+from optima.models.moe import FusedExperts, experts_of
 from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 
 # Norms inside an attention, whose channels are those of its heads even if there are as many.
@@ -56,9 +56,8 @@ def hidden_channels(model: PreTrainedModel, stack: Stack, size: int) -> Channels
 
 def _parameters(linear: Linear) -> Iterable[Tensor]:
     """Weight and biases; of an expert those of all of them."""
-    if isinstance(linear, ExpertLinear):
-        return linear.experts.module.parameters(recurse=False)
-    assert isinstance(linear, ModuleLinear)
+    if linear.expert is not None:
+        return linear.expert.experts.module.parameters(recurse=False)
     return linear.module.parameters(recurse=False)
 
 
@@ -70,7 +69,7 @@ def _writes(name: str) -> bool:
 
 def _of_linears(block: Block, size: int) -> Iterator[Place]:
     for linear in linears_of(block.module, block.name):
-        if isinstance(linear, ModuleLinear):
+        if linear.expert is None:
             outputs, inputs = linear.shape
             if not _writes(linear.name):
                 if inputs == size:

@@ -207,7 +207,7 @@ def claim(
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     # What commits no block (a run that is not told of itself) keeps nothing beside.
-    beside = split_on_disk(checked.structure, checked.found.linears) if run else 0
+    beside = split_on_disk(checked.structure, [each.module for each in checked.found.linears]) if run else 0
     num_bytes = (count_parameters(checked.structure) + beside) * checked.dtype.itemsize
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
