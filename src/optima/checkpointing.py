@@ -1,14 +1,13 @@
-"""The output directory OUT: prepared beside its name, locked, and put under the name only when whole.
+"""The output directory OUT of a run and its journal: locked, staged in a sibling, resumed, published when it is whole.
 
     .OUT.optima-partial/       on the same file system as OUT
-        run.json               what the run is (pid, started, command, recipe); locked while the run lives
-        journal.jsonl          one line a committed block (see ``journal``)
-        own-text               calibration text that the model wrote, if it did
-        beside/                all of the result but weights, until it is known that this run may go on
-        model/                 what becomes OUT
+        run.json               which process writes here; locked while it lives
+        journal.jsonl          what the run is, then one line per committed block
+        model/                 becomes OUT
+        replaced/              the earlier output, between two renames
 
-A run that is killed leaves this directory. The next run into OUT goes on with it or deletes it, as it is told; what has
-neither a committed block nor text is deleted without asking.
+A run that is killed leaves this directory, from which ``--resume`` continues. OUT itself lists its files in
+``.optima.json``: ``--overwrite`` replaces these, and refuses a directory with any other file.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -30,104 +30,214 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from transformers import PreTrainedModel
+
+from optima.distributed import Ranks
 from optima.errors import ModelError
-from optima.files import (
-    ACTIVATIONS,
-    PACKED,
-    delete,
-    digest,
-    explain_write_errors,
-    swap,
-    sync,
-    usable_path,
-)
-from optima.models.journal import Lines, check_same, read_journal
-from optima.models.ordered import ORDERING_NAME
+from optima.files import ACTIVATIONS, delete, explain_write_errors, sync, usable_path
+from optima.models.fingerprint import hash_tensors
 from optima.stopping import uninterrupted
 
 _logger = logging.getLogger("optima")
 
+FORMAT = 3  # of the journal: raised when an earlier one can no longer be resumed
 SUFFIX = ".optima-partial"
-RUN, JOURNAL, MODEL, BESIDE = "run.json", "journal.jsonl", "model", "beside"
-RECORDS = {"report.json": {"schema_version", "run"}, ORDERING_NAME: {"schema_version", "channels"}}
+RUN, JOURNAL, MODEL, REPLACED = "run.json", "journal.jsonl", "model", "replaced"
+MANIFEST = ".optima.json"  # in an output: its files, so that no other is ever deleted
 NAME_BYTES = 255  # of one name, on every file system in use
+SHOWN = 60  # letters of a value in a message
+ENVIRONMENT = "environment"  # of a run: versions and device, which may change before it is resumed
+OWN = ("weights", "masks")  # each process may have its own copy of these files
+SAVED = ("_name_or_path", "architectures", "dtype", "transformers_version")  # of a configuration, no part of identity
 
 
-@dataclass(frozen=True)
-class Unfinished:
-    """What a run that did not end left in ``directory``: its run file (empty if torn), its journal, maybe its text."""
+def identity(
+    recipe: Mapping[str, Any],
+    selector: object,
+    model: PreTrainedModel,
+    weights: Mapping[str, Any] | None,
+    masks: Mapping[str, Any] | None,
+    environment: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What decides the result of a run, as JSON, without the calibration data.
 
-    directory: Path
-    run: dict[str, Any]
-    journal: Lines
+    Args:
+        recipe: its fields as resolved, without the device.
+        selector: an object of the user's own, told from others by its class and ``repr``; None for one of the package.
+        model: with its weights in memory if ``weights`` is None.
+        weights: what identifies those that are read: a commit, or names, sizes and times of files.
+        masks: the same of external masks.
+        environment: versions of libraries, and the device. Where they changed, a resumed run notes it and may round
+            differently.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key not in SAVED}
+    kind, text = type(selector), re.sub(r" at 0x[0-9a-f]+", "", repr(selector))  # addresses are no settings
+    return {
+        "recipe": dict(recipe),
+        "selector": None if selector is None else f"{kind.__module__}.{kind.__qualname__}: {text}",
+        "class": type(model).__name__,
+        "configuration": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest(),
+        "weights": hash_tensors(model.state_dict().items()) if weights is None else dict(weights),
+        "masks": None if masks is None else dict(masks),
+        ENVIRONMENT: dict(environment),
+    }
 
-    @classmethod
-    def of(cls, partial: Path) -> Unfinished:
-        """Read it."""
-        run: Any = {}
-        with suppress(OSError, ValueError):  # a run that was killed while it wrote the file
-            run = json.loads((partial / RUN).read_text(encoding="utf-8"))
-        journal = read_journal(partial / JOURNAL)
-        return cls(partial, run if isinstance(run, dict) else {}, journal)
+
+def check_alike(run: Mapping[str, Any], ranks: Ranks) -> None:
+    """Raise ``ModelError`` on all ranks if they are not in the same run."""
+    first, *others = ranks.gather(json.dumps({key: value for key, value in run.items() if key not in OWN}))
+    for rank, other in enumerate(others, 1):
+        for key, theirs, own in differences(json.loads(first), json.loads(other)):
+            raise ModelError(
+                f"process {rank} has another {key} than process 0 ({_shown(own)}, and {_shown(theirs)}): start all "
+                "processes with the same model, options, versions and kind of device"
+            )
+
+
+def differences(earlier: Any, now: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys with both values where these differ; at the top, only keys that both have."""
+    if isinstance(earlier, dict) and isinstance(now, dict):
+        for name in sorted({*earlier, *now} if key else earlier.keys() & now.keys()):
+            yield from differences(earlier.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif earlier != now:
+        yield key, earlier, now
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+class Journal:
+    """One JSON object per line, each on the disk when ``append`` returns.
+
+    {"journal": 3, "run": {...}, "command": ...}                      the first line
+    {"block": name, "file": {"name": ..., "sha256": ...}, ...}        a committed block, see ``optima.models.save``
+    {"note": text}                                                    for the report
+
+    Every line also has a hash of itself and all lines before it: one that is torn, edited, missing or out of order
+    ends what counts.
+
+    Attributes:
+        lines: those that count.
+        problem: why the others do not; None if there are none.
+        resumed: whether an earlier run wrote it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.resumed = file, False
+        self.lines: list[dict[str, Any]] = []
+        self.problem: str | None = None
+        self._marks = [(0, "")]  # where each line ends, and its hash
+        *whole, torn = (file.read_bytes() if file.exists() else b"").split(b"\n")
+        self._count = len(whole)
+        if torn:
+            self.problem = f"the last line of {file} was torn"
+        for text in whole:
+            end, chain = self._marks[-1]
+            line: Any = None
+            with suppress(ValueError, RecursionError):
+                line = json.loads(text)
+            if not isinstance(line, dict) or line.pop("chain", None) != _link(chain, line):
+                self.problem = f"line {len(self.lines) + 1} of {file} is damaged"
+                break
+            self.lines.append(line)
+            self._marks.append((end + len(text) + 1, _link(chain, line)))
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """The first line; empty if it is damaged."""
+        return self.lines[0] if self.lines else {}
+
+    @property
+    def blocks(self) -> list[dict[str, Any]]:
+        """The lines of committed blocks."""
+        return [line for line in self.lines if "block" in line]
 
     @property
     def holds_work(self) -> bool:
-        """Whether a block was committed."""
-        return self.journal.holds_work
+        """Whether a block was committed, or a line after the first is damaged, which may have been one."""
+        return bool(self.blocks) or self._count > max(len(self.lines), 1)
 
-    def __str__(self) -> str:
-        known = ", ".join(f"{key} {self.run[key]}" for key in ("command", "pid", "started") if key in self.run)
-        return f"{known or 'unknown'}; {len(self.journal.blocks)} blocks done"
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Write the first line, or check that the one that is there is of the same run.
 
-    def ended_as(self, out: Path) -> bool:
-        """Whether all that was committed has left for ``out``: nothing remained to be done but to clear up."""
-        files = [line["file"] for line in self.journal.blocks if line["file"]]
+        Raises:
+            ModelError: if it is of another run (the message names what differs) or another format.
+        """
+        self.resumed = self.holds_work
+        if not self.resumed:
+            self.keep(0)
+            self.append({"journal": FORMAT, "run": dict(run), "command": shlex.join(sys.argv)})
+            return
+        self.check(run)
+        self.keep(len(self.lines))
+        for key, old, new in differences({ENVIRONMENT: self.head["run"].get(ENVIRONMENT)}, _plain(run)):
+            self.append(
+                {"note": f"resumed with another {key.partition('.')[2]}: {_shown(old)} before, {_shown(new)} now"}
+            )
 
-        def whole(place: Path) -> bool:
-            return all(digest(place / file["name"]) == file["sha256"] for file in files)
+    def check(self, run: Mapping[str, Any]) -> None:
+        """Raise ``ModelError`` if the journal is of another run, as far as ``run`` is known."""
+        place = self.file.parent
+        if self.head.get("journal") != FORMAT:
+            raise ModelError(f"the first line of {self.file} is damaged or of another version: use --no-resume")
+        for key, old, new in differences(self.head["run"], _plain(run)):
+            if not key.startswith(ENVIRONMENT):
+                raise ModelError(
+                    f"{place} was left by another run ({self.head.get('command')}): its {key} was {_shown(old)}, and "
+                    f"is {_shown(new)} now; repeat that command with --resume, or delete its work with --no-resume"
+                )
 
-        return bool(files) and whole(out) and not whole(self.directory / MODEL)
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add a line and bring it to the disk."""
+        value = _plain(line)
+        end, chain = self._marks[-1]
+        chain = _link(chain, value)
+        data = (json.dumps({**value, "chain": chain}) + "\n").encode()
+        with self.file.open("ab") as opened:
+            opened.write(data)
+        sync(self.file, self.file.parent)
+        self.lines.append(value)
+        self._marks.append((end + len(data), chain))
+
+    def keep(self, number: int) -> None:
+        """Forget all lines but the first ``number``, on the disk too."""
+        del self.lines[number:], self._marks[number + 1 :]
+        if self.file.exists():
+            os.truncate(self.file, self._marks[-1][0])
+            sync(self.file)
 
 
-def unfinished(path: Path) -> Unfinished | None:
-    """What lies beside ``path``, from a run that is alive or dead; None if nothing does."""
-    partial = _beside(path, SUFFIX)
-    return None if not partial.is_dir() or partial.is_symlink() else Unfinished.of(partial)
+def _plain(value: Mapping[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(value))
+    return plain
+
+
+def _link(chain: str, line: Mapping[str, Any]) -> str:
+    return hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()
 
 
 @dataclass
 class Destination:
-    """The output directory of one run: ``path`` is OUT without links, ``partial`` holds everything until the end.
+    """The output directory of one run.
 
-    ``notes`` say what became of the leavings of an earlier run, and ``began`` which command began the run that goes on.
-    ``_finished`` is where the whole output is.
+    Attributes:
+        path: OUT without links.
+        partial: its sibling, which holds everything until the end.
+        journal: of this run, or of the one that it resumes.
+        notes: what became of an unfinished run, for the report.
     """
 
     path: Path
     partial: Path
+    journal: Journal
     notes: list[str] = field(default_factory=list)
-    began: str = ""
-    _finished: Path | None = None
 
     @property
     def directory(self) -> Path:
         """What becomes OUT."""
         return self.partial / MODEL
-
-    @property
-    def beside(self) -> Path:
-        """What goes beside the weights: tried before the long work, and added when the journal is this run's."""
-        return self.partial / BESIDE
-
-    def add_beside(self) -> None:
-        """Put what is in ``beside`` where it belongs."""
-        with explain_write_errors(self.directory):
-            shutil.copytree(self.beside, self.directory, dirs_exist_ok=True)
-
-    @property
-    def journal(self) -> Path:
-        """One line a committed block. A run that fails before the first, and wrote no text, leaves nothing."""
-        return self.partial / JOURNAL
 
     @classmethod
     @contextmanager
@@ -144,235 +254,189 @@ class Destination:
 
         Args:
             path: OUT, or a link to it; it and its parents need not exist.
-            overwrite: replace an earlier output. Never anything else, nor a directory that holds one of ``inputs``.
+            overwrite: replace an earlier output: nothing else, and no directory that holds one of ``inputs``.
             inputs: directories and files that the run reads.
             num_bytes: space that will be needed, checked now.
-            run: what decides the result, as far as it is known: told from what an unfinished run says of itself.
-            resume: what becomes of the committed blocks of an unfinished run: they stay, or are deleted; None refuses.
+            run: its ``identity``, compared with that of an unfinished run.
+            resume: whether the committed blocks of an unfinished run stay or are deleted; None refuses.
 
         Raises:
-            ModelError: now, if OUT cannot be had: it is in use, another run is writing it, it cannot be replaced, it is
-                half done and ``resume`` says nothing, or its disk is read-only or too full. At the end, if it cannot
-                take its place: the message says where the finished directory is.
+            ModelError: now, if another run is writing OUT, OUT cannot be replaced or is half done and ``resume`` is
+                None, or its disk is read-only or too full. At the end, if OUT cannot be replaced any more: the message
+                says where the finished directory is.
         """
         path = usable_path(path, "the output directory", "choose another --output-dir").resolve()
+        read = [Path(os.path.realpath(os.path.expanduser(each))) for each in inputs]
+        with explain_write_errors(path):
+            _check_replaceable(path, overwrite, read)
+        partial = _sibling(path, f".{path.name}", SUFFIX)
         new_parents = [parent for parent in path.parents if not parent.exists()]
         with ExitStack() as stack:
-            stack.callback(_remove_empty, new_parents)
+            stack.callback(_remove_empty, [partial, *new_parents])
             with explain_write_errors(path):
-                read = [Path(os.path.realpath(os.path.expanduser(each))) for each in inputs]  # loops are no error here
-                _check_replaceable(path, overwrite, read)
-                if path.exists() and not os.access(path, os.W_OK):  # which a rename to another parent asks for
-                    raise ModelError(f"{path} may not be changed, nor replaced: see its permissions, or choose another")
-                destination = cls(path, _beside(path, SUFFIX))
                 path.parent.mkdir(parents=True, exist_ok=True)
-                stack.callback(destination._remove_empty)
-                stack.enter_context(destination._claim(run or {}, resume))
-                # Shards, and beside them experts as they are in the model.
-                places = (destination.directory, destination.partial)
-                here = sum(file.stat().st_size for place in places for file in place.glob("*.safetensors"))
-                _check_space(path.parent, num_bytes - here)
-                sync(destination.partial, *(parent.parent for parent in (destination.partial, *new_parents)))
-            yield destination
-            destination._publish(overwrite, read)
-
-    @contextmanager
-    def _claim(self, run: Mapping[str, object], resume: bool | None) -> Iterator[None]:
-        """Hold the lock of the partial directory, which is removed at the end unless it holds committed blocks."""
-        with self._lock() as lock:
-            self._take(run, resume)
+                lock = stack.enter_context(_lock(partial, path))
+            destination, begun = cls(path, partial, Journal(partial / JOURNAL)), False
             try:
-                started = datetime.now(UTC).isoformat(timespec="seconds")
-                command = shlex.join(sys.argv)
-                self.began = self.began or command
-                process = {"command": command, "began": self.began, "pid": os.getpid(), "host": socket.gethostname()}
-                lock.truncate(0)
-                lock.write(json.dumps({**process, "started": started}) + "\n")
-                lock.flush()
-                self.directory.mkdir(exist_ok=True)
-                yield
+                with explain_write_errors(path):
+                    destination._take_over(run or {}, resume)
+                    here = sum(file.stat().st_size for file in partial.rglob("*.safetensors"))
+                    _check_space(path.parent, num_bytes - here)
+                    started = datetime.now(UTC).isoformat(timespec="seconds")
+                    process = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
+                    lock.truncate(0)
+                    lock.write(json.dumps(process | {"command": shlex.join(sys.argv)}) + "\n")
+                    lock.flush()
+                    destination.directory.mkdir(exist_ok=True)
+                    sync(partial, *(parent.parent for parent in (partial, *new_parents)))
+                begun = True
+                yield destination
+                destination._publish(overwrite, read)
             except BaseException:
                 with uninterrupted():
-                    if self._finished is not None:
-                        if not self._finished.is_relative_to(self.partial):
-                            self._discard()
-                    elif self.directory.exists() and Unfinished.of(self.partial).holds_work:
-                        _logger.warning("%s keeps what was done: what began it goes on with --resume", self.partial)
-                    else:
-                        self._discard()
+                    if not destination.directory.exists() or not Journal(partial / JOURNAL).holds_work:
+                        destination._discard()
+                    elif begun:
+                        _logger.warning("%s keeps the committed blocks: repeat the command with --resume", partial)
                 raise
-            self._discard()
+            destination._discard()
 
-    def _take(self, run: Mapping[str, object], resume: bool | None) -> None:
-        """Take over what an earlier run left, or delete it; raise ``ModelError`` if that is for the user to say."""
-        found = unfinished(self.path)
-        assert found is not None, "the lock made the directory"
-        keep = False
-        if not found.holds_work or found.ended_as(self.path):
-            if resume:
-                self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
-        elif resume is not False:
-            head = found.journal.sound[0].get("run") if found.journal.sound else None
-            self.began = str(found.run.get("began", found.run.get("command", "")))
-            check_same(head if isinstance(head, dict) else {}, run, self.partial, self.began)
+    def _take_over(self, run: Mapping[str, object], resume: bool | None) -> None:
+        """Keep what an unfinished run left, or delete it; raise ``ModelError`` if ``resume`` does not say which."""
+        self._restore()
+        journal = self.journal
+        left = journal.holds_work and self.directory.exists()  # without it, the output had its name already
+        if left and resume is not False:
+            journal.check(run)
             if resume is None:
                 raise ModelError(
-                    f"{self.partial} was left by a run into {self.path} that did not end ({found}): optima "
-                    "prune goes on with it by --resume, or deletes it by --no-resume; any other command needs another "
-                    "--output-dir"
+                    f"{self.partial} was left by an unfinished run ({journal.head.get('command')}; "
+                    f"{len(journal.blocks)} blocks done): resume it with --resume, or delete its work with --no-resume"
                 )
-            keep = True
-        if keep:
-            # Also activations: a kill between the making of their file and its deletion leaves it.
-            left = (child for child in self.partial.iterdir() if child.is_dir() or child.name.startswith(ACTIVATIONS))
-            delete(child for child in left if child != self.directory)
+            # A kill leaves temporary directories and files of activations.
+            delete(
+                each
+                for each in self.partial.iterdir()
+                if each != self.directory and (each.is_dir() or each.name.startswith(ACTIVATIONS))
+            )
             return
-        if found.run:
-            self.notes.append(f"what an unfinished run left beside {self.path} was deleted ({found})")
-        self.journal.unlink(missing_ok=True)  # first: what it tells of is then never half there
-        delete(child for child in self.partial.iterdir() if child.name != RUN)
+        if resume:
+            self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
+        elif left:
+            self.notes.append(f"the {len(journal.blocks)} blocks of an unfinished run into {self.path} were deleted")
+        journal.file.unlink(missing_ok=True)  # first: without it, nothing else counts
+        delete(each for each in self.partial.iterdir() if each.name != RUN)
+        self.journal = Journal(journal.file)
 
-    def _lock(self) -> IO[str]:
-        """The run file, in a partial directory made or found, locked until it is closed or the process ends."""
-        while True:
-            _make_or_recognise(self.partial)
-            with suppress(FileNotFoundError), ExitStack() as stack:
-                lock = stack.enter_context((self.partial / RUN).open("a+", encoding="utf-8"))
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    raise ModelError(
-                        f"another run is writing {self.path} ({unfinished(self.path)}): wait for it, or choose another "
-                        "--output-dir"
-                    ) from None
-                except OSError as error:
-                    if not os.fstat(lock.fileno()).st_size:  # made here
-                        (self.partial / RUN).unlink()
-                    raise ModelError(
-                        f"{self.path.parent} is on a file system that cannot lock files ({error.strerror}): two "
-                        "runs could write there at once: choose an --output-dir on another, such as a local disk"
-                    ) from error
-                # Otherwise a run that just ended has removed what was opened here.
-                if os.path.samestat(os.fstat(lock.fileno()), (self.partial / RUN).stat()):
-                    stack.pop_all()
-                    return lock
+    def _publish(self, overwrite: bool, inputs: list[Path]) -> None:
+        """Give the finished directory its name, or a free one, safe from the next run."""
+        with explain_write_errors(self.path):
+            files = sorted({MANIFEST, *(str(file.relative_to(self.directory)) for file in _files(self.directory))})
+            (self.directory / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+            sync(*self.directory.rglob("*"), self.directory)
+        try:
+            _check_replaceable(self.path, overwrite, inputs)
+            if os.path.lexists(self.path) and any(self.path.iterdir()):
+                self.path.rename(self.partial / REPLACED)
+            self.directory.rename(self.path)  # onto nothing or an empty directory: the system refuses all else
+        except (OSError, ModelError) as error:
+            self._restore()
+            names = (_sibling(self.path, self.path.name, f".{n}") for n in count(1))
+            free = next(name for name in names if not os.path.lexists(name))
+            with suppress(OSError):
+                self.directory.rename(free)
+                raise ModelError(f"{error}; the finished checkpoint is in {free}") from error
+            raise ModelError(f"{error}; {self.partial} keeps what was done") from error
+        sync(self.path.parent, self.partial)
+
+    def _restore(self) -> None:
+        """Undo the first of two renames."""
+        if (self.partial / REPLACED).exists() and not self.path.exists():
+            (self.partial / REPLACED).rename(self.path)
 
     def _discard(self) -> None:
         """Remove the partial directory, the lock last, or say that it stays."""
         try:
-            delete(child for child in self.partial.iterdir() if child.name != RUN)
+            self._restore()
+            delete(each for each in self.partial.iterdir() if each.name != RUN)
             (self.partial / RUN).unlink()
         except OSError as error:
             _logger.warning("%s cannot be deleted (%s): delete it by hand", self.partial, error.strerror)
 
-    def _remove_empty(self) -> None:
-        """Remove the partial directory if nothing is in it: behind the lock, for NFS keeps names of open files."""
-        with suppress(OSError):  # another run may have claimed it by now
-            self.partial.rmdir()
 
-    def _publish(self, overwrite: bool, inputs: list[Path]) -> None:
-        """Give the finished directory its name, or keep it under a free one, safe from the next run."""
-        with explain_write_errors(self.path):
-            sync(*self.directory.rglob("*"), self.directory)
-        names = (_beside(self.path, f".{n}", hidden=False) for n in count(1))
-        free = next(name for name in names if not os.path.lexists(name))
-        try:
-            _check_replaceable(self.path, overwrite, inputs)
-            if os.path.lexists(self.path) and any(self.path.iterdir()):
-                swap(self.directory, self.path, free)
-            else:
-                # Onto nothing or an empty directory: the system refuses all else.
-                self.directory.rename(self.path)
-            self._finished = self.path
-        except (OSError, ModelError) as error:
-            kept = self.directory
-            with suppress(OSError):
-                kept = kept.rename(free)
-            self._finished = kept
-            raise ModelError(f"{error}; the finished checkpoint is in {kept}") from error
-        # The name first: without the journal, what is not yet under it would count for nothing.
-        sync(self.path.parent, self.partial)
-        self.journal.unlink(missing_ok=True)
+def _lock(partial: Path, path: Path) -> IO[str]:
+    """The run file, in a partial directory made or found, locked until it is closed or the process ends."""
+    while True:
+        with suppress(FileExistsError):
+            partial.mkdir()
+        made = partial.is_dir() and not partial.is_symlink()
+        if not made or not ((partial / RUN).is_file() or not any(partial.iterdir())):
+            raise ModelError(f"{partial} is in the way, and no run of optima left it: move it away")
+        with suppress(FileNotFoundError), ExitStack() as stack:
+            lock = stack.enter_context((partial / RUN).open("a+", encoding="utf-8"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                known = (partial / RUN).read_text(encoding="utf-8").strip()
+                raise ModelError(
+                    f"another run is writing {path} ({known}): wait for it, or choose another --output-dir"
+                ) from None
+            except OSError as error:
+                if not os.fstat(lock.fileno()).st_size:
+                    (partial / RUN).unlink()
+                raise ModelError(
+                    f"{path.parent} is on a file system that cannot lock files ({error.strerror}): choose an "
+                    "--output-dir on another, such as a local disk"
+                ) from error
+            # Otherwise a run that just ended has removed what was opened here.
+            if os.path.samestat(os.fstat(lock.fileno()), (partial / RUN).stat()):
+                stack.pop_all()
+                return lock
 
 
-def _beside(path: Path, suffix: str, hidden: bool = True) -> Path:
-    """A sibling of ``path`` that is called like it, or like the hash of its name where that would be too long."""
-    name = f"{'.' * hidden}{path.name}{suffix}"
-    if len(os.fsencode(name)) > NAME_BYTES:
-        name = f"{'.' * hidden}{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{suffix}"
-    return path.with_name(name)
+def _sibling(path: Path, name: str, suffix: str) -> Path:
+    """A sibling of ``path``, called by a hash of ``name`` where that would be too long."""
+    if len(os.fsencode(name + suffix)) > NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}"
+    return path.with_name(name + suffix)
 
 
 def _check_replaceable(path: Path, overwrite: bool, inputs: Iterable[Path]) -> None:
     """Raise ``ModelError`` unless ``path`` is free, or an earlier output that ``overwrite`` allows to replace."""
+    here = Path(os.path.realpath("."))
+    if path.is_mount() or here.is_relative_to(path):
+        raise ModelError(f"{path} is a mount point or holds the current directory: choose a directory below it")
+    if not os.path.lexists(path) or (path.is_dir() and not any(path.iterdir())):
+        return
     remedy = "choose another --output-dir"
-    holds_here = False
-    with suppress(FileNotFoundError):  # the current directory has been deleted
-        holds_here = Path.cwd().is_relative_to(path)
-    if path.is_mount() or holds_here:
-        what = "holds the current directory" if holds_here else "is a mount point"
-        raise ModelError(f"{path} {what} and cannot be replaced: choose a directory below it")
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir():
-        raise ModelError(f"{path} exists and is no directory: {remedy}")
-    if not any(path.iterdir()):
-        return
+    if not path.is_dir() or not (path / MANIFEST).is_file():
+        raise ModelError(f"{path} exists and is not an output of OPTIMA (it has no {MANIFEST}): {remedy}")
     if not overwrite:
-        raise ModelError(
-            f"{path} exists, the output of a run that has ended: {remedy}, or replace it with --overwrite"
-            if _is_output(path)
-            else f"{path} exists: {remedy}"
-        )
+        raise ModelError(f"{path} exists: {remedy}, or replace it with --overwrite")
     for each in inputs:
         if any(above.exists() and above.samefile(path) for above in (each, *each.parents)):
-            raise ModelError(f"{path} is or holds {each}, which this run reads, and is not replaced: {remedy}")
-    if not _is_output(path):
+            raise ModelError(f"{path} is or holds {each}, which this run reads: {remedy}")
+    known: set[str] = set()
+    with suppress(ValueError, KeyError, TypeError):
+        known.update(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["files"])
+    if foreign := [file for file in _files(path) if str(file.relative_to(path)) not in known]:
         raise ModelError(
-            f"{path} is no output of an earlier run (it has none of {', '.join(RECORDS)} and packed files), and is not "
-            f"replaced: {remedy}"
+            f"{foreign[0]} was not written by OPTIMA, and --overwrite would delete it: move it, or {remedy}"
         )
-    if (inner := _output_inside(path)) is not None:
-        raise ModelError(f"{path} holds {inner}, an output or one in the making, and is not replaced: {remedy}")
+    if not os.access(path, os.W_OK):
+        raise ModelError(f"{path} cannot be replaced: see its permissions, or {remedy}")
 
 
-def _output_inside(path: Path) -> Path | None:
-    """An output below ``path``, or what a run that goes on writes there."""
-    below = (each for each in path.rglob("*") if each.is_dir())
-    return next((each for each in below if each.name.endswith(SUFFIX) or _is_output(each)), None)
-
-
-def _is_output(path: Path) -> bool:
-    if any(path.glob(f"*{PACKED}")):
-        return True
-    return any(_holds(path / name, keys) for name, keys in RECORDS.items())
-
-
-def _holds(file: Path, keys: set[str]) -> bool:
-    """Whether it is a JSON object that has them."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(content, dict) and keys <= content.keys()
-
-
-def _make_or_recognise(partial: Path) -> None:
-    """Make a partial directory, or find one that a run of ours made."""
-    try:
-        partial.mkdir()
-    except FileExistsError:
-        directory = partial.is_dir() and not partial.is_symlink()
-        if not directory or not ((partial / RUN).is_file() or not any(partial.iterdir())):
-            raise ModelError(f"{partial} is in the way, and no run of optima left it: move it away") from None
+def _files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.rglob("*") if file.is_symlink() or not file.is_dir())
 
 
 def _check_space(directory: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < num_bytes:
         raise ModelError(
-            f"{directory} has {free / 2**30:.1f} GiB free and the checkpoint needs {num_bytes / 2**30:.1f} GiB: "
-            "free some space or choose another --output-dir"
+            f"{directory} has {free / 2**20:,.0f} MiB free and the checkpoint needs {num_bytes / 2**20:,.0f} MiB: free "
+            "some space or choose another --output-dir"
         )
 
 

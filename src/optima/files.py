@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from optima.errors import ModelError
 
 CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)  # of a directory, as some mounts answer
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CHUNK = 2**20  # of a file, in bytes
 ACTIVATIONS = ".activations-"  # how files begin in which activations wait
 PLAIN, INDEX_ENDING = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
@@ -54,11 +55,12 @@ def usable_path(path: str | Path, what: str, remedy: str) -> Path:
 
 @contextmanager
 def explain_write_errors(path: Path, remedy: str = "free some space or choose another --output-dir") -> Iterator[None]:
-    """Turn a failure to write into an error that names the destination."""
+    """Turn a failure to write into an error that names the destination, and the ``remedy`` for a full disk."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"writing {path} failed ({error}): {remedy}") from error
+        full = isinstance(error, SafetensorError) or error.errno in DISK_FULL
+        raise ModelError(f"writing {path} failed ({error})" + (f": {remedy}" if full else "")) from error
 
 
 def stat_of(directory: Path) -> os.stat_result | None:
@@ -119,15 +121,9 @@ def digest(file: Path) -> str | None:
     return content.hexdigest()
 
 
-def swap(new: Path, old: Path, aside: Path) -> None:
-    """Exchange two directories by way of ``aside``, a free name; ``old`` keeps its name if that fails."""
-    old.rename(aside)
-    try:
-        new.rename(old)
-    except BaseException:
-        aside.rename(old)
-        raise
-    aside.rename(new)
+def stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of the last change of each file, by its name."""
+    return {file.name: [(found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(files)}
 
 
 def delete(paths: Iterable[Path]) -> None:

@@ -19,7 +19,7 @@ from optima.build import build_tuning, sparsity_of
 from optima.calibration.capture import capture
 from optima.calibration.fisher import sensitivity_batches
 from optima.calibration.lm_head import embedding_device
-from optima.checkpointing import Destination
+from optima.checkpointing import Destination, check_alike, identity
 from optima.data.batches import Batch, Batches, Calibration
 from optima.device import (
     PeakMemory,
@@ -32,12 +32,13 @@ from optima.device import (
 )
 from optima.distributed import Ranks, joined
 from optima.errors import NumericalError, RecipeError
-from optima.identity import check_alike, contents, identity
+from optima.files import stamps
 from optima.linalg.finite import all_finite
 from optima.models.blocks import Stack, has_experts
 from optima.models.companions import copies_tokenizer, to_save
 from optima.models.inspect import head_of
-from optima.models.load import load_tokenizer, note_of_dtype
+from optima.models.load import load_tokenizer, note_of_dtype, weights_of
+from optima.models.masks import MaskFiles
 from optima.models.offload import Streamed, Weights
 from optima.models.save import Writer, open_writer, prepare
 from optima.patterns import Pattern
@@ -137,9 +138,7 @@ def prune(
             job.memory = PeakMemory(checked.device)  # before the model generates text, whole on the device
             _check_finite(network, checked, job)
             if destination is not None:
-                prepare(network, to_save(source, tokenizer, reader), source, destination.beside)
-            if run:
-                run |= contents(recipe, network, origin.get("model_fingerprint"))
+                prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
             text = generated(checked, network, reader, text, ranks, job.progress)
             job.notes.extend(text.notes)
             batches, alike = own_batches(text, recipe.batch_size, ranks)
@@ -197,8 +196,18 @@ def _identity(checked: Checked, ranks: Ranks, written: bool) -> dict[str, Any]:
     Nothing if nobody asks: of one process, unless something is ``written``.
     """
     named = checked.recipe if checked.scope_named else replace(checked.recipe, scope=None)
-    known = named, checked.methods.selector, checked.device, checked.structure
-    run = identity(*known) if written or ranks.size > 1 else {}
+    if not written and ranks.size == 1:
+        return {}
+    fields = {name: value for name, value in named.to_dict().items() if name not in ("device", "memory_budget")}
+    selector, masks = checked.recipe.selector, checked.recipe.mask_from
+    run = identity(
+        fields,
+        None if isinstance(selector, str) else selector,
+        checked.structure,
+        None if checked.source is None else weights_of(checked.source),
+        None if masks is None else stamps({file for file, _ in MaskFiles(masks).files.values()}),
+        {"versions": library_versions(), "device": describe_device(checked.device)},
+    )
     check_alike(run, ranks)
     return run
 
@@ -251,9 +260,7 @@ def _write_into(
 ) -> None:
     """Have ``job`` write what becomes of the blocks, if it goes on with what is there."""
     job.notes.extend(_object_note(checked.recipe, run))
-    # The writer first: it refuses to go on with what another run left, where nothing may be written then.
     job.writer = open_writer(network, checked.found.blocks, destination, run, job.weights)
-    destination.add_beside()
     job.notes.extend(destination.notes)
 
 
@@ -261,9 +268,7 @@ def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """That a recipe's file does not hold the settings of a selector, and what they are."""
     if isinstance(recipe.selector, str):
         return []
-    selector = run["selector"]
-    settings = ", ".join(f"{name}={value!r}" for name, value in selector.items() if name not in ("class", "code"))
-    return [f"the selector is an object, and recipe.yaml has its class alone: {selector['class']}({settings})"]
+    return [f"the selector is an object, and recipe.yaml has its class alone: {run['selector']}"]
 
 
 def _check_finite(network: PreTrainedModel, checked: Checked, job: Job) -> None:

@@ -30,9 +30,9 @@ from tiny import (
 )
 
 import optima
+from optima.checkpointing import Journal
 from optima.cli import main
 from optima.errors import ModelError
-from optima.models.journal import read_journal
 from optima.models.save import Writer
 
 MODULES = ("shutil", "optima.run", "optima.preflight.opening")  # that hold what is made to fail
@@ -124,7 +124,7 @@ class TestDiskFillsUp:
         assert "free some space" in message
         partial = root / "a" / ".out.optima-partial"
         if blocks:
-            assert len(read_journal(partial / "journal.jsonl").blocks) == blocks
+            assert len(Journal(partial / "journal.jsonl").blocks) == blocks
             assert os.listdir(root / "a") == [partial.name]
         else:
             assert snapshot(root) == before

@@ -24,9 +24,9 @@ import optima
 from optima.calibration import fisher as swept
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.streams import Streams
+from optima.checkpointing import Journal
 from optima.data import generate as generation
 from optima.distributed import Ranks
-from optima.models.journal import read_journal
 from optima.qp import rows as qp_rows
 
 BLOCKS = 3
@@ -340,7 +340,7 @@ class TestDead:
         assert "--resume goes on" in alive
         if rank:
             assert "keeps what was done" in alive
-        assert read_journal(JOURNAL).blocks
+        assert Journal(JOURNAL).blocks
         if after == 1:
             assert finish(start("out", "--resume", *options)) == 0
         else:
@@ -395,6 +395,6 @@ def test_torchrun_ends_a_run_whose_process_dies() -> None:
     assert time.time() - Path("died").stat().st_mtime < 60
     # The launcher may stop the other process before that one waits for the dead one.
     assert re.search("another process of this run is no more|optima: stopped by SIGTERM", ended.stderr)
-    assert read_journal(JOURNAL).blocks
+    assert Journal(JOURNAL).blocks
     subprocess.run([*command, "-m", "optima", *arguments, "--resume"], check=True, timeout=300)
     assert optima.load_report("out").run.processes == 2

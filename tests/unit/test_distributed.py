@@ -20,9 +20,9 @@ from optima import distributed
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics, share_out
+from optima.checkpointing import check_alike
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
-from optima.identity import check_alike
 from optima.models.blocks import Linear, find_stacks
 from optima.qp import rows as qp_rows
 

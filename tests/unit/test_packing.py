@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import optima
 from optima.cli import main
 from optima.errors import ModelError
-from optima.files import read_header, swap
+from optima.files import read_header
 from optima.models.packed import pack_shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "packing.md"
@@ -257,7 +257,7 @@ def test_its_own_output_is_replaced_if_asked(model: Path, tmp_path: Path) -> Non
     optima.pack(model, overwrite=True, code_exponents=True)
     Path(tmp_path, "other").mkdir()
     Path(tmp_path, "other", "file").touch()
-    with pytest.raises(ModelError, match="is no output of an earlier run"):
+    with pytest.raises(ModelError, match="is not an output of OPTIMA"):
         optima.pack(model, tmp_path / "other", overwrite=True)
 
 
@@ -268,7 +268,8 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_packed(
     shutil.copytree(model, tmp_path / "other")
 
     def replace(*arguments: object) -> object:
-        swap(tmp_path / "other", model, tmp_path / "aside")
+        model.rename(tmp_path / "aside")
+        (tmp_path / "other").rename(model)
         return pack_shard(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("optima.packing.pack_shard", replace)
@@ -295,5 +296,5 @@ def test_space_for_what_is_unpacked_is_asked_for_first(tmp_path: Path, monkeypat
     save_file({"a": sparse(64, 64)}, tmp_path / "model" / "model.safetensors")
     optima.pack(tmp_path / "model")
     monkeypatch.setattr("optima.checkpointing.shutil.disk_usage", lambda path: SimpleNamespace(free=8000))
-    with pytest.raises(ModelError, match="GiB free and the checkpoint needs"):
+    with pytest.raises(ModelError, match="MiB free and the checkpoint needs"):
         optima.unpack(tmp_path / "model-packed")

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from tiny import blocks_of, load_weights, make_bert, make_llama, make_tokenizer, make_tokens, save_model
 from transformers import PreTrainedModel
 
+from optima.checkpointing import Journal
 from optima.errors import ModelError
 from optima.models.companions import copies_tokenizer
-from optima.models.journal import Journal
 from optima.models.load import find_source
 from optima.models.save import Writer, prepare
 
@@ -56,6 +56,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def begun(directory: Path) -> Journal:
+    journal = Journal(directory / "journal.jsonl")
+    journal.begin({})
+    return journal
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     return MODELS[name]().to(dtype).eval()
@@ -66,7 +72,7 @@ def write(model: PreTrainedModel, directory: Path, committed: int | None = None)
     (directory / "out").mkdir(parents=True)
     blocks = blocks_of(model)
     prepare(model, None, None, directory / "out")
-    journal = Journal(directory / "journal.jsonl", {})
+    journal = begun(directory)
     writer = Writer(model, [block.name for block in blocks], directory / "out", journal)
     for block in blocks[:committed][::-1]:
         writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), {"index": block.index})
@@ -111,7 +117,7 @@ def test_blocks_that_were_not_committed_are_written_at_the_end(tmp_path: Path) -
 
 def reopen(model: PreTrainedModel, directory: Path) -> Writer:
     names = [block.name for block in blocks_of(model)]
-    return Writer(model, names, directory / "out", Journal(directory / "journal.jsonl", {}))
+    return Writer(model, names, directory / "out", begun(directory))
 
 
 @pytest.mark.parametrize("damage", [b"", b"x"])
@@ -353,7 +359,7 @@ def test_a_block_is_not_taken_for_one_whose_name_begins_alike(tmp_path: Path) ->
     blocks = blocks_of(model)
     (tmp_path / "out").mkdir()
     prepare(model, None, None, tmp_path / "out")
-    journal = Journal(tmp_path / "journal.jsonl", {})
+    journal = begun(tmp_path)
     writer = Writer(model, [block.name for block in blocks], tmp_path / "out", journal)
     for block in blocks[2:]:
         writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), {})

@@ -31,7 +31,7 @@ from transformers.utils.hub import has_file
 
 from optima.device import dtype_name
 from optima.errors import ModelError
-from optima.files import PACKED, shards, usable_path
+from optima.files import PACKED, shards, stamps, usable_path
 from optima.models.failures import BAD_INPUT
 from optima.models.ordered import ORDERING_NAME, read_orders
 from optima.models.own_code import auto_class
@@ -200,6 +200,21 @@ def pinned(source: Source, config: PretrainedConfig) -> Source:
     """The same model at the commit of its configuration: a branch may move while the rest is fetched."""
     commit = getattr(config, "_commit_hash", None)
     return source if source.local or commit is None else replace(source, revision=commit)
+
+
+def commit_of(source: Source) -> str | None:
+    """The commit of a pinned model of the hub, or of a directory in the hub's cache; None for other directories."""
+    if source.local is None:
+        return source.revision
+    directory = Path(source.path).resolve()
+    return directory.name if directory.parent.name == "snapshots" else None
+
+
+def weights_of(source: Source) -> dict[str, Any]:
+    """What identifies the weights of a pinned source: the commit, or sizes and times of its files."""
+    if source.local is None:
+        return {"commit": source.revision}
+    return stamps([source.local] if source.gguf_file else weight_files(source.local))
 
 
 def model_class(config: PretrainedConfig, source: Source) -> Any:

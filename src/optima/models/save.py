@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.checkpointing import Destination
+from optima.checkpointing import Destination, Journal
 from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.files import digest, explain_write_errors, read_header, sync
@@ -27,7 +27,6 @@ from optima.models.blocks import Block
 from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions
 from optima.models.fingerprint import bytes_of
-from optima.models.journal import Journal
 from optima.models.load import INDEX, WEIGHTS, Source
 from optima.models.offload import Resident, Weights
 from optima.models.ordered import write_orders
@@ -81,9 +80,9 @@ def open_writer(
     model: PreTrainedModel, blocks: Sequence[Block], destination: Destination, run: dict[str, Any], weights: Weights
 ) -> Writer:
     """A writer into ``destination`` for ``blocks``; its journal goes on if it is that of this ``run``."""
-    with explain_write_errors(destination.journal):
-        journal = Journal(destination.journal, run, destination.began)
-    return Writer(model, [block.name for block in blocks], destination.directory, journal, weights)
+    with explain_write_errors(destination.journal.file):
+        destination.journal.begin(run)
+    return Writer(model, [block.name for block in blocks], destination.directory, destination.journal, weights)
 
 
 class Writer:

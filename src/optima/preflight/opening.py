@@ -25,8 +25,7 @@ from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import HostMemory, host_memory, host_room
 from optima.models.blocks import count_parameters
-from optima.models.fingerprint import commit_of, fingerprint
-from optima.models.load import Source, find_source, pinned
+from optima.models.load import Source, commit_of, find_source, pinned
 from optima.models.moe import split_on_disk
 from optima.models.offload import Resident, Streamed, Weights, open_weights
 from optima.models.skeleton import skeleton
@@ -170,9 +169,7 @@ def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrai
 
     network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
     weights.notes = (*weights.notes, *short)
-    revision, hashed = commit_of(source), fingerprint(source)
-    origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
-    return network, weights, origin
+    return network, weights, {"model": source.name, "model_revision": commit_of(source)}
 
 
 def own_batches(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Batch], bool]:
@@ -218,7 +215,7 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
     memory = memory_of(checked, streamed)
     there = memory.least - memory.weights * streamed
     left = memory.left(checked.recipe.memory_budget, ranks.here(), there)
-    beside = ranks.on_rank0(lambda: None if destination is None else destination.journal.parent)
+    beside = ranks.on_rank0(lambda: None if destination is None else destination.partial)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
 
 
