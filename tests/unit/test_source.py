@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import time
 from collections.abc import Callable
@@ -16,14 +15,14 @@ import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
-from tiny import WEIGHTS, make_llama, save_model
+from tiny import WEIGHTS, save_model
 from transformers import LlamaForCausalLM
 
 import optima
 from optima.errors import ModelError
-from optima.models.fingerprint import commit_of, fingerprint
 from optima.models.load import (
     Source,
+    commit_of,
     explain_read_errors,
     find_source,
     load_config,
@@ -251,40 +250,6 @@ class TestRevision:
     def test_of_a_hub_model_is_passed_on(self) -> None:
         assert find_source("a/b", revision="v1").arguments["revision"] == "v1"
         assert "revision" not in find_source("a/b").arguments
-
-
-class TestFingerprint:
-    def test_follows_the_weights_and_nothing_else(self, model: Path, tmp_path: Path) -> None:
-        first = fingerprint(find_source(str(model)))
-        edit(model, note="a note")
-        os.utime(model / WEIGHTS, (0, 0))
-        assert fingerprint(find_source(str(model))) == first
-        other = make_llama()
-        with torch.no_grad():
-            other.model.layers[1].mlp.up_proj.weight[3, 4] += 1
-        assert fingerprint(find_source(str(save_model(tmp_path / "other", other)))) != first
-
-    def test_files_that_are_not_read_do_not_count(self, model: Path) -> None:
-        before = fingerprint(find_source(str(model)))
-        (model / "consolidated.safetensors").write_bytes(b"for another program")
-        assert fingerprint(find_source(str(model))) == before
-
-    def test_follows_every_byte_of_a_large_file(self, model: Path) -> None:
-        found = set()
-        for place in (None, 10**6, 10**7 + 1, 3 * 10**7 - 1):
-            with (model / WEIGHTS).open("r+b") as file:
-                file.truncate(3 * 10**7)
-                if place is not None:
-                    file.seek(place)
-                    file.write(b"x")
-            found.add(fingerprint(find_source(str(model))))
-        assert len(found) == 4
-
-    def test_of_a_gguf_file(self, tmp_path: Path) -> None:
-        for name, content in (("a.gguf", WHOLE), ("b.gguf", WHOLE + b"x")):
-            (tmp_path / name).write_bytes(content)
-        prints = {fingerprint(find_source(str(tmp_path / name))) for name in ("a.gguf", "b.gguf")}
-        assert len(prints) == 2
 
 
 @pytest.mark.parametrize("error", HfHubHTTPError.__bases__)
