@@ -214,7 +214,8 @@ def weights_of(source: Source) -> dict[str, Any]:
     """What identifies the weights of a pinned source: the commit, or sizes and times of its files."""
     if source.local is None:
         return {"commit": source.revision}
-    return stamps([source.local] if source.gguf_file else weight_files(source.local))
+    with explain_read_errors(source, "weights"):
+        return stamps([source.local] if source.gguf_file else weight_files(source.local))
 
 
 def model_class(config: PretrainedConfig, source: Source) -> Any:
