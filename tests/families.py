@@ -291,7 +291,7 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
                 "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1, "adapter_rank": 4, "num_key_value_heads": 4,
             },
         ),
-        r"are one weight.*--ignore 'shared_transformer'",
+        r"are one weight.*--ignore 'shared_transformer",
     ),
     # Divides hidden states between blocks.
     "rwkv-rescaled": (

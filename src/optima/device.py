@@ -7,7 +7,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -181,21 +181,17 @@ def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[Non
 
 
 @contextmanager
-def on_device(
-    module: nn.Module, device: torch.device, comes_back: bool = True, unplaced: Iterable[str] = ()
-) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device, comes_back: bool = True) -> Iterator[None]:
     """The module lives on ``device`` inside this context and returns to where it was.
 
     Args:
         module: to move.
         device: where to.
         comes_back: False for parameters that are given up behind it: their way back would take as long as that there.
-        unplaced: names of parameters that stay where they are.
     """
     home = next((parameter.device for parameter in module.parameters()), device)
     try:
-        with _aside(module, unplaced):
-            module.to(device)  # where memory runs out on the way, what had arrived goes back too
+        module.to(device)  # where memory runs out on the way, what had arrived goes back too
         yield
     finally:
         if comes_back or home == device:
@@ -203,20 +199,6 @@ def on_device(
         else:
             for part in module.modules():
                 part._buffers.update({name: each.to(home) for name, each in part._buffers.items() if each is not None})
-
-
-@contextmanager
-def _aside(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Inside, these parameters are not the module's."""
-    owners = [(module.get_submodule(path), name) for path, _, name in (each.rpartition(".") for each in names)]
-    aside = [(owner._parameters, name, owner._parameters[name]) for owner, name in owners]
-    try:
-        for parameters, name, _ in aside:
-            parameters[name] = None
-        yield
-    finally:
-        for parameters, name, parameter in aside:
-            parameters[name] = parameter
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from optima.errors import RecipeError
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
 from optima.models.blocks import (
+    EXPERT_COUNT,
     Block,
     Linear,
     count_by_place,
@@ -27,11 +28,12 @@ from optima.models.blocks import (
     find_stacks,
 )
 from optima.models.inspect import head_of, is_encoder_decoder, stream_numbers
-from optima.models.routers import routed_share
 from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.tune import BYTES_PER_TUNED
 
+# What configurations call the number of experts of a token: num_experts_per_tok, moe_topk, moe_k ...
+EXPERTS_EACH = re.compile(r"(?!index_)((\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?|moe_k)")
 # Python and the libraries.
 LIBRARIES_BYTES = 512 * 2**20
 # Without a budget, the share of what is free that may hold activations.
@@ -235,7 +237,7 @@ def _activation_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, toke
     """Of a forward pass through a block on so many tokens."""
     share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
     mixed = STREAM_BUFFERS * stream_numbers(model.config.get_text_config())
-    linears = (*block.linears, *block.left)
+    linears = (*block.linears, *block.excluded)
     numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in linears]
     return BUFFERS * int(tokens * (sum(numbers) + attention + mixed)) * dtype.itemsize
 
@@ -245,6 +247,15 @@ def tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: to
     weights = sum(linear.shape[0] * linear.shape[1] for linear in block.linears)
     activations = _activation_bytes(model, block, recipe, recipe.max_seq_length, dtype)
     return GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights
+
+
+def routed_share(config: Any) -> float:
+    """Of the experts of a mixture, the share that a token is sent to; 1 where the configuration does not say."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int) and value > 0}
+    counts = [value for name, value in numbers.items() if EXPERT_COUNT.fullmatch(name) and value > 1]
+    each = [value for name, value in numbers.items() if EXPERTS_EACH.fullmatch(name)]
+    return min(max(each) / min(counts), 1.0) if each and counts else 1.0
 
 
 def _is_sent_some(linear: Linear) -> bool:

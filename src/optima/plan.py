@@ -124,7 +124,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
-        block_bytes=max(block.placed_parameters for block in found.blocks) * dtype.itemsize,
+        block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=kept.stored,
         model_bytes=num_parameters * dtype.itemsize,
         beside_bytes=split_on_disk(model, [each.module for each in found.linears]) * dtype.itemsize,

@@ -36,8 +36,7 @@ from optima.device import GRADIENT, backward_explained, differentiable, full_pre
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.linalg.finite import all_finite
-from optima.models.blocks import Block, Linear
-from optima.models.routers import module_around
+from optima.models.blocks import Block, Linear, module_around
 
 HELD_OUT = 8  # one sequence of so many is held out
 STEP = 4  # sequences of a step, over all ranks

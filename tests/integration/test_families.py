@@ -25,11 +25,10 @@ from optima.calibration.lm_head import head_device
 from optima.calibration.store import Store
 from optima.data.batches import Batch, arguments
 from optima.errors import CalibrationError, ModelError, RecipeError
-from optima.memory import attention_numbers, work_bytes
+from optima.memory import attention_numbers, routed_share, work_bytes
 from optima.models.blocks import Linear, Stack, find_stacks, select_linears
 from optima.models.inspect import check_length, head_of
 from optima.models.load import find_source
-from optima.models.routers import routed_share
 from optima.names import kind
 from optima.plan import make_plan
 from optima.plan_table import print_plan

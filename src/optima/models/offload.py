@@ -287,7 +287,7 @@ def _moved(
     with ExitStack() as stack:
         with clock("read"):
             stack.enter_context(read)
-            stack.enter_context(on_device(block.module, device, comes_back, block.unplaced))
+            stack.enter_context(on_device(block.module, device, comes_back))
         yield
         with clock("read"):
             stack.close()

@@ -42,7 +42,7 @@ def settle_tuning(
     if recipe.tuning_epochs is not None or not settled.tuning_epochs:
         return settled, ""
     room = _memory_at_work(recipe, None)  # work may pass a budget, and a run that goes on may have another
-    sizes = [block.placed_parameters * dtype.itemsize for block in blocks]
+    sizes = [count_parameters(block.module) * dtype.itemsize for block in blocks]
     taken = max(size + tuning_bytes(model, block, recipe, dtype) for size, block in zip(sizes, blocks, strict=True))
     if room is None or taken <= room:
         return settled, ""
