@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.activations import Shares, activations
-from optima.calibration.fisher import kept_bytes
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, host_memory, work_bytes
 from optima.models.blocks import count_parameters
@@ -136,7 +135,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             methods,
             kept.shares,
         ),
-        reads=_reads(recipe, len(found.blocks) * kept.inputs * kept.shares.swept) if streamed else 2,
+        reads=_reads(recipe, bool(kept.shares.swept)) if streamed else 2,
         dtype=dtype,
         streamed=streamed,
         seconds=time.perf_counter() - started,
@@ -159,6 +158,6 @@ def forward_passes(recipe: Recipe, methods: Methods, shares: Shares) -> int:
     return 2 + math.ceil(part)
 
 
-def _reads(recipe: Recipe, swept_bytes: float) -> int:
-    """Fingerprint, two looks and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
-    return 5 + bool(recipe.surveys) + 2 * math.ceil(swept_bytes / kept_bytes())
+def _reads(recipe: Recipe, swept: bool) -> int:
+    """Fingerprint, two looks and a check; the sensitivity pass; the gradient pass there and back; pruning."""
+    return 5 + bool(recipe.surveys) + 2 * swept

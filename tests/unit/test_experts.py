@@ -261,7 +261,6 @@ def test_an_expert_without_tokens_is_pruned_and_named() -> None:
 
 
 def test_gradients_are_those_of_each_expert() -> None:
-    """The sum over an expert's tokens of gradient times input is the gradient of its weight."""
     model: Any = build("mixtral")
     stack = stack_of(model)
     batches = list(make_ids(4, 16).split(2))
@@ -272,10 +271,7 @@ def test_gradients_are_those_of_each_expert() -> None:
     for number in range(4):
         name = f"model.layers.1.mlp.experts.down_proj.{number}"
         pairs = found.routed[name]
-        assert [len(tokens) == len(squares) for tokens, squares in pairs] == [True, True]
-        assert float(found.rows[name].sum()) * sum(sizes) == pytest.approx(
-            sum(float(squares.sum()) for _, squares in pairs), rel=1e-4
-        )
+        assert [len(tokens_T) == len(weight_T) for tokens_T, weight_T in pairs] == [True, True]
         weights = [found.of_routed(name, batch, size) for batch, size in enumerate(sizes)]
         chosen = torch.cat([weight_T[tokens_T] for weight_T, (tokens_T, _) in zip(weights, pairs, strict=True)])  # type: ignore[index]
         assert float(chosen.mean()) == pytest.approx(1.0, rel=1e-4)

@@ -379,7 +379,8 @@ def test_tokens_weigh_what_the_loss_feels_of_them() -> None:
     model, batches = make_llama(), make_tokens(5, 16).split(2)
     block, streams = streams_into(model, batches)
     square_T = torch.rand(80, generator=torch.Generator().manual_seed(4)) ** 4
-    loss = FisherWeights("", {group[0].name: list(square_T.split(32)) for group in streams.groups(block)})
+    weight_T = square_T.sqrt() / square_T.sqrt().mean()
+    loss = FisherWeights("", {group[0].name: list(weight_T.split(32)) for group in streams.groups(block)})
     collected = list(observe(block, streams, 0.0, 0.01, None, loss))
     assert names(collected) == GROUPS
     inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
