@@ -151,7 +151,7 @@ def prune(
             give_back_freed_memory()
             if ranks.first:
                 dtype = None if alike else network.dtype
-                shared = describe(ranks, dtype, job.tuning is not None, job.methods.needs, job.writer)
+                shared = describe(ranks, dtype, job.writer)
                 job.notes.extend(_shared(shared, job.writer))
             job.progress.notes(job.notes)
             job.store = store_of(checked, weights, destination, ranks)

@@ -356,14 +356,13 @@ def tune_block(
     ranks, place_note = streams.ranks, ""
     if lm_head is not None:
         tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
-        streams = lm_head.given(streams)
     try:
         # Gradients are taken through the metric.
         with torch.inference_mode(False), full_precision(), _memory_of_all(ranks):
             cost: AbstractContextManager[Cost]
             if lm_head is not None:
-                beside = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
-                place, place_note = lm_head.place(streams, beside)
+                others = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
+                place, place_note = lm_head.place(streams, others)
                 cost = lm_head.error(streams, place)
             elif loss is not None:
                 cost = nullcontext(BlockError.by_loss(loss.residual[block.name], weights))

@@ -59,6 +59,9 @@ def exchange(ranks: Ranks) -> None:
     for owner in range(SIZE):
         assert is_of(ranks.broadcast(value_of(owner) if ranks.rank == owner else None, owner), owner)
     assert ranks.broadcast("text" if ranks.rank == 1 else None, 1) == "text"
+    for dtype in (torch.bfloat16, torch.bool):
+        own = torch.full((2, 3), ranks.rank == 1).to(dtype)
+        assert torch.equal(ranks.broadcast_(own, 1), torch.ones(2, 3).to(dtype))
     assert ranks.on_rank0(lambda: [ranks.rank]) == [0]
     assert all(is_of(value, rank) for rank, value in enumerate(ranks.all_gather(value_of(ranks.rank))))
 
@@ -250,11 +253,13 @@ def test_a_device_is_for_each() -> None:
 def test_each_process_has_a_card(count: int, own: bool, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """``own``: each sees its own cards alone, as by ``srun --gpus-per-task``."""
 
-    everyone = distributed.everyone
+    new_group = distributed.dist.new_group
 
     def on(ranks: Ranks) -> None:
         monkeypatch.setenv("LOCAL_RANK", str(ranks.rank))
-        monkeypatch.setattr(distributed, "everyone", lambda backend: everyone(backend="gloo"))  # there is no nccl
+        monkeypatch.setattr(
+            distributed.dist, "new_group", lambda backend: new_group(backend="gloo")
+        )  # there is no nccl
         device = ranks.on("auto")
         assert device == torch.device("cuda", 0 if own else ranks.rank)
 

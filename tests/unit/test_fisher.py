@@ -273,7 +273,7 @@ def test_labels_of_an_encoder_do_not_depend_on_what_else_is_swept(monkeypatch: p
         assert torch.allclose(part.tokens[name][2] * scale, own[2], rtol=1e-3, atol=1e-12)
 
 
-def test_what_sees_runs_once_for_all_slices_of_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vision_tower_does_not_run_for_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gemma3_vision")
     ids = make_ids(2, 12).clamp_max(90)
     ids[:, 2:6] = model.config.image_token_index
@@ -284,10 +284,9 @@ def test_what_sees_runs_once_for_all_slices_of_the_head(monkeypatch: pytest.Monk
     (patches,) = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     patches.register_forward_hook(lambda *given: calls.append(1))
     whole = fisher_weights(model, stack, streams, seed=0)
-    assert len(calls) == 1
     monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * 101 * 2 * 3)  # three positions at a time
     sliced = fisher_weights(model, stack, streams, seed=0)
-    assert len(calls) == 2
+    assert not calls
     for name, row_O in whole.rows.items():
         torch.testing.assert_close(sliced.rows[name], row_O, rtol=1e-4, atol=1e-9)
 
