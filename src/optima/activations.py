@@ -63,14 +63,8 @@ def activations(
     coupled = coupling_bytes(blocks, needs)
     width = (getattr(text, "hidden_size", None) or 0) * (getattr(text, "hc_count", None) or 1)  # of what counts as one
     metrics = METRIC_BYTES * width**2 * len(blocks) if swept and tuned else 0
-<<<<<<< HEAD
-    kept = (inputs + min((len(blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0) + coupled + metrics
-    carried = int(inputs * (1 + max(surveyed, tuned))) + coupled // 2 + metrics
-=======
     kept = (inputs + (len(blocks) + 1) * inputs * swept if swept else 0) + coupled + metrics
-    routed = any(isinstance(linear, ExpertLinear) for linear in linears)  # what they are given is kept
-    carried = int(inputs * (1 + max(surveyed, tuned) + routed)) + coupled // 2 + metrics
->>>>>>> 9decae7 (Find Fisher weights block by block, in one pass there and back)
+    carried = int(inputs * (1 + max(surveyed, tuned))) + coupled // 2 + metrics
     stored = max(carried, int(kept)) + tokens * beside * dtype.itemsize
     return Activations(Shares(swept, surveyed, tuned), inputs, stored, hidden is not None)
 

@@ -90,13 +90,6 @@ def sensitivity_batches(streams: Streams, share: float, experts: bool) -> list[i
     return _spread(streams, sensitivity_share(share, streams.tokens, experts))
 
 
-def fisher_numbers(streams: Streams, share: float) -> list[int]:
-    """Of each batch, the number of its first sequence among those that are used, over all ranks."""
-    share, size = fisher_share(share, streams.tokens), _batch_size(streams)
-    firsts = accumulate((samples for samples, _ in streams.sizes), initial=streams.before[0])
-    return [_taken(first // size, share) * size + first % size for first in firsts]
-
-
 def _batch_size(streams: Streams) -> int:
     return max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
 
@@ -273,12 +266,9 @@ def fisher_weights(
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite, on any rank.
     """
-    used = fisher_batches(streams, share)
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
-        gradient_pass = _GradientPass(model, stack, streams, streams.part(used), used, weights or Resident(model))
-        # Where tokens are counted before sequences, sequences cannot be split into halves.
-        numbers = fisher_numbers(streams, share) if coupled and not streams.probe.sequence_first else []
-        found = gradient_pass.run(seed, residual, [numbers[batch] for batch in used] if numbers else None, progress)
+        gradient_pass = _GradientPass(model, stack, streams, weights or Resident(model), fisher_batches(streams, share))
+        found = gradient_pass.run(seed, residual, coupled, progress)
     give_back_freed_memory()
     return found
 
@@ -295,54 +285,54 @@ def _raised_on_all(ranks: Ranks) -> Iterator[None]:
         raise NotDifferentiableError(problem)
 
 
-@dataclass(frozen=True)
 class _GradientPass:
-    """Forward and backward through the dense model, with the inputs of all blocks kept.
+    """Forward and backward through the dense model, with the inputs of all blocks kept; see ``fisher_weights``.
 
-    Attributes:
-        model, stack, streams, weights: see ``fisher_weights``.
-        part: streams of the batches that are used.
-        used: their numbers.
+    ``used``: the numbers of the batches that gradients are taken of, in ``part``.
     """
 
-    model: PreTrainedModel
-    stack: Stack
-    streams: Streams
-    part: Streams
-    used: Sequence[int]
-    weights: Weights
+    def __init__(
+        self, model: PreTrainedModel, stack: Stack, streams: Streams, weights: Weights, used: Sequence[int]
+    ) -> None:
+        self.model, self.stack, self.streams, self.weights, self.used = model, stack, streams, weights, used
+        self.part, self.ranks, self.head = streams.part(used), streams.ranks, head_of(model) is not None
+        self.found, self.alike = FisherWeights(LOGITS if self.head else HIDDEN), False
+        sequences, tokens = sum(size for size, _ in self.part.sizes), sum(map(math.prod, self.part.sizes))
+        length, whole = max((length for _, length in streams.sizes), default=0), len(used) == len(streams.sizes)
+        every = self.ranks.gather((sequences, tokens, length, whole, streams.probe.routed))
+        sequence_counts, counts, lengths, wholes, unordered = zip(*every, strict=True)
+        self.first = sum(sequence_counts[: self.ranks.rank])  # number of this rank's first sequence that is used
+        self.count, self.length, self.whole = sum(counts), max(lengths), all(wholes)
+        self.unordered: frozenset[str] = frozenset().union(*unordered)  # linears that do not get every token
 
-    def run(
-        self, seed: int, residual: bool, numbers: Sequence[int] | None, progress: Callable[[float], None]
-    ) -> FisherWeights:
-        """See ``fisher_weights``; ``numbers``: of the first sequence of each batch that is used."""
-        part, blocks, ranks = self.part, self.stack.blocks, self.streams.ranks
-        found = FisherWeights(HIDDEN if head_of(self.model) is None else LOGITS)
-        draws = self._draws(seed)
-        inputs = []
-        with _raised_on_all(ranks):
+    def run(self, seed: int, residual: bool, coupled: bool, progress: Callable[[float], None]) -> FisherWeights:
+        """See ``fisher_weights``."""
+        part, blocks, draws, inputs = self.part, self.stack.blocks, self._draws(seed), list[list[Tensor]]()
+        with _raised_on_all(self.ranks):
             self._check()
-            most = max((math.prod(size) for size in part.sizes), default=0)
-            place, found.note = head_device(self.model, self.stack, part.device, most)
+            most = max(map(math.prod, part.sizes), default=0)
+            place, self.found.note = head_device(self.model, self.stack, part.device, most)
             for block in blocks:
                 inputs.append(list(part.hidden))
                 with self.weights.on(block, part.device):
                     part.advance(block)
             gradients = self._at_the_head(draws, place)
         progress(0.25)  # a forward pass is a quarter of the work
-        finish = _Finish(self.streams, self.used, start_alike(self.streams, part.hidden), found)
+        self.alike = start_alike(self.streams, part.hidden)
+        # Where tokens are counted before sequences, sequences cannot be split into halves.
+        numbers = list(accumulate((size for size, _ in part.sizes), initial=self.first))
+        halved = numbers if coupled and not part.probe.sequence_first else None
         for block in reversed(blocks):
             part.hidden = inputs.pop()
-            sums = _BlockSums(block, part, finish.unordered, numbers)
-            with _raised_on_all(ranks):
-                metric_EE = (
-                    second_moment(gradients, self.streams.hidden[0].shape[-1], part.device) if residual else None
-                )
+            sums = _BlockSums(block, part, self.unordered, halved)
+            with _raised_on_all(self.ranks):
+                size = self.streams.hidden[0].shape[-1]
+                metric_EE = second_moment(gradients, size, part.device) if residual else None
                 with self.weights.on(block, part.device):
                     squares = through(block, part, gradients, sums)
-            finish.block(block, squares, sums, metric_EE)
+            self._finish(block, squares, sums, metric_EE)
             progress(1.0 - 0.75 * len(inputs) / len(blocks))
-        return found
+        return self.found
 
     def _check(self) -> None:
         for block in self.stack.blocks:
@@ -361,42 +351,105 @@ class _GradientPass:
 
         A sequence has the same labels whichever rank it is on, and whichever other sequences are used.
         """
-        if head_of(self.model) is None:
-            counts = [hidden.numel() for hidden in self.streams.hidden]
-        else:
+        if self.head:
             counts = [math.prod(words_size(self.model, batch)) for batch in self.streams.batches]
-        lists = self.streams.ranks.gather(counts)
-        return _generators(
-            seed, [count for own in lists[: self.streams.ranks.rank] for count in own], counts, self.used
-        )
+        else:
+            counts = [hidden.numel() for hidden in self.streams.hidden]
+        lists, generator = self.ranks.gather(counts), torch.Generator().manual_seed(seed)
+
+        def draws() -> Iterator[torch.Generator]:
+            for count in (count for own in lists[: self.ranks.rank] for count in own):
+                torch.rand(count, generator=generator)
+            for batch, count in enumerate(counts):
+                if batch in self.used:
+                    yield generator  # from which so many numbers are drawn then
+                else:
+                    torch.rand(count, generator=generator)
+
+        return draws()
 
     def _at_the_head(self, draws: Iterator[torch.Generator], place: torch.device) -> list[Tensor]:
         """Gradients at the output of the last block."""
         gradients, part = [], self.part
         give_back_freed_memory()  # logits are large
         with self.weights.outside(place):
-            for batch, (hidden, generator) in enumerate(zip(part.hidden, draws, strict=True)):
-                if head_of(self.model) is None:
-                    gradient = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden)
-                else:
+            for batch, hidden in enumerate(part.hidden):
+                generator = next(draws)
+                if self.head:
                     drawn_BL = torch.rand(words_size(self.model, part.batches[batch]), generator=generator)
                     gradient = at_the_head(self.model, self.stack, part, batch, drawn_BL)
+                else:
+                    gradient = torch.randint(0, 2, hidden.shape, generator=generator).mul_(2).sub_(1).to(hidden)
                 gradients.append(part.store.keep(gradient))
         return gradients
 
+    def _finish(self, block: Block, squares: list[Tensor], sums: _BlockSums, metric_EE: Tensor | None) -> None:
+        """Make the weights of the tokens and rows of a block, over all ranks."""
+        found, keep = self.found, self.streams.store.keep
+        inputs = {linear.name: linear.shape[1] for linear in block.linears}
+        for name, own in {**sums.tokens, block.name: squares}.items():
+            placed = [(torch.arange(len(square_T)), square_T) for square_T in self._fill_in(own)]
+            if weights := self._weights(name, placed, inputs.get(name, 0)):
+                found.tokens[name] = [weight_T for _, weight_T in weights]
+        for name, routed in sums.routed.items():
+            by_batch = dict(zip(self.used, routed, strict=True))
+            every = [by_batch.get(batch, NOWHERE) for batch in range(len(self.streams.sizes))]
+            # An expert's tokens of sequences that were not used are to come, with the mean.
+            if weights := self._weights(name, every, inputs[name], self.streams.tokens / self.count):
+                found.routed[name] = weights
+        reached = _all_reduced(sums.reached, self.ranks)
+        for name, sum_2O in _all_reduced(sums.rows, self.ranks).items():
+            square, tempered = (sum_2O / self.count).sum(dim=1).tolist()
+            if tempered:
+                few = name in sums.routed or name in self.unordered
+                row_O = (sum_2O[1] / self.count * (square / tempered)).float()
+                found.rows[name] = row_weights(row_O, float(reached[name]) if few else math.inf)
+        if metric_EE is not None:
+            found.residual[block.name] = keep(self.ranks.all_reduce(metric_EE) / self.count)
+        for name, halves in sums.halves.items():
+            total = self.ranks.all_reduce(halves)
+            if bool(total.any()):
+                found.coupling[name] = keep(correlated_rows(total).half().cpu())
 
-def _generators(
-    seed: int, before: Sequence[int], counts: Sequence[int], used: Collection[int]
-) -> Iterator[torch.Generator]:
-    """The generator, once for each batch in ``used``, whose count of numbers is to be drawn from it then."""
-    generator = torch.Generator().manual_seed(seed)
-    for count in before:
-        torch.rand(count, generator=generator)
-    for batch, count in enumerate(counts):
-        if batch in used:
-            yield generator
-        else:
-            torch.rand(count, generator=generator)
+    def _weights(
+        self, name: str, squares: Sequence[tuple[Tensor, Tensor]], inputs: int, share: float | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Of the tokens of each batch, places and squares; none if no token matters. ``share``: of those to come."""
+        lengths = [length for _, length in self.streams.sizes]
+        starts = [
+            at_T % length == 0 if self.alike else torch.zeros(len(at_T), dtype=torch.bool)
+            for (at_T, _), length in zip(squares, lengths, strict=True)
+        ]
+        own = Moments.of([square_T[~start_T] for (_, square_T), start_T in zip(squares, starts, strict=True)])
+        total = _all_reduced({name: torch.tensor(own[:3], dtype=torch.float64)}, self.ranks)[name].tolist()
+        moments = Moments(total[0], total[1], total[2], inputs)
+        moments = moments if share is None else moments.among(moments.tokens * share)
+        if not moments.total:
+            return []
+        self.found.effective[name] = moments.effective
+        return [
+            (at_T, moments.weights(square_T, start_T))
+            for (at_T, square_T), start_T in zip(squares, starts, strict=True)
+        ]
+
+    def _fill_in(self, squares: Sequence[Tensor]) -> list[Tensor]:
+        """Squares of the tokens of every batch, (T,), from those of the batches that were used.
+
+        Other tokens have the mean of their position, of the roots that are used.
+        """
+        if self.whole:
+            return list(squares)
+        own, sizes = dict(zip(self.used, squares, strict=True)), self.streams.sizes
+        sum_2L = torch.zeros(2, self.length, dtype=torch.float64)
+        for batch, square_T in own.items():
+            root_BL = square_T.double().pow(POWER).reshape(-1, sizes[batch][1])
+            sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
+            sum_2L[1, : root_BL.shape[1]] += len(root_BL)
+        weight_L, count_L = self.ranks.all_reduce(sum_2L)
+        mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
+        square_L = mean_L.pow(1.0 / POWER).float()
+        filled = {size: square_L[: size[1]].repeat(size[0]) for size in set(sizes)}  # batches share them
+        return [own.get(batch, filled[size]) for batch, size in enumerate(sizes)]
 
 
 def first_tokens(streams: Streams, hidden: Tensor) -> Tensor:
@@ -448,12 +501,10 @@ class _BlockSums:
     """
 
     def __init__(self, block: Block, part: Streams, unordered: Collection[str], numbers: Sequence[int] | None) -> None:
-        self._block, self._sizes, self._unordered, self._numbers = block, part.sizes, unordered, numbers
+        self._block, self._sizes, self._unordered, self._numbers = block, part.sizes, unordered, numbers or []
         self._leaders = {linear.name: group[0].name for group in part.groups(block) for linear in group}
         self.rows = {each.name: torch.zeros(2, each.shape[0], dtype=torch.float64) for each in block.linears}
-        self.routed = {
-            each.name: [NOWHERE] * len(part.sizes) for each in block.linears if each.expert is not None
-        }
+        self.routed = {each.name: [NOWHERE] * len(part.sizes) for each in block.linears if each.expert is not None}
         ordered = [n for name, n in self._leaders.items() if name not in unordered and name not in self.routed]
         self.tokens = {name: [torch.zeros(math.prod(size)) for size in part.sizes] for name in dict.fromkeys(ordered)}
         self.reached = {name: torch.zeros((), dtype=torch.float64) for name in self.rows}
@@ -463,47 +514,29 @@ class _BlockSums:
     @contextmanager
     def watch(self, batch: int, part: slice) -> Iterator[None]:
         """Add the gradients of samples of a batch in a backward pass inside, if it gets to its end."""
-        noted: list[Callable[[], None]] = []
+        noted: list[tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]] = []
+
+        def see(name: str, gradient: Tensor, tokens_T: Tensor | None = None) -> None:
+            gradient_TO = gradient.detach().flatten(0, -2)
+            square_TO = gradient_TO.float().square()
+            sum_T, halves = square_TO.sum(dim=1), None
+            factor_T = sum_T.pow(POWER - 1.0).masked_fill_(sum_T == 0.0, 0.0)  # so that few tokens do not decide
+            sum_2O = torch.stack((square_TO.sum(dim=0), factor_T @ square_TO))
+            if name in self.halves and len(sum_T) == (part.stop - part.start) * self._sizes[batch][1]:
+                odd_B = torch.arange(self._numbers[batch] + part.start, self._numbers[batch] + part.stop) % 2
+                halves = products_of_halves(gradient_TO, factor_T, odd_B)
+            noted.append((name, sum_2O, sum_T.cpu(), tokens_T, halves))
+
         with ExitStack() as hooks:
             for linear in self._block.linears:
-                see = partial(self._see, noted, linear.name, batch, part)
-                hooks.callback(linear.watch(see).remove)
+                hooks.callback(linear.watch(partial(see, linear.name)).remove)
             hooks.enter_context(self._block.linearized())
             yield
         for each in noted:
-            each()
+            self._add(batch, part, each)
 
-    def _see(
-        self,
-        noted: list[Callable[[], None]],
-        name: str,
-        batch: int,
-        part: slice,
-        gradient: Tensor,
-        tokens_T: Tensor | None = None,
-    ) -> None:
-        gradient_TO = gradient.detach().flatten(0, -2)
-        square_TO = gradient_TO.float().square()
-        sum_T = square_TO.sum(dim=1)
-        factor_T = sum_T.pow(POWER - 1.0).masked_fill_(sum_T == 0.0, 0.0)  # so that few tokens do not decide
-        sum_2O = torch.stack((square_TO.sum(dim=0), factor_T @ square_TO))
-        halves, count = None, part.stop - part.start
-        if name in self.halves and len(sum_T) == count * self._sizes[batch][1]:
-            assert self._numbers is not None
-            odd_B = torch.arange(self._numbers[batch] + part.start, self._numbers[batch] + part.stop) % 2
-            halves = products_of_halves(gradient_TO, factor_T, odd_B)
-        noted.append(partial(self._add, name, batch, part, sum_2O, sum_T.cpu(), tokens_T, halves))
-
-    def _add(
-        self,
-        name: str,
-        batch: int,
-        part: slice,
-        sum_2O: Tensor,
-        sum_T: Tensor,
-        tokens_T: Tensor | None,
-        halves: Tensor | None,
-    ) -> None:
+    def _add(self, batch: int, part: slice, noted: tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]) -> None:
+        name, sum_2O, sum_T, tokens_T, halves = noted
         if not bool(sum_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
         length = self._sizes[batch][1]
@@ -554,100 +587,6 @@ def through(block: Block, part: Streams, gradients: list[Tensor], sums: _BlockSu
         squares.append(torch.cat(own))
         gradients[batch] = part.store.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
     return squares
-
-
-class _Finish:
-    """Makes weights of a block's sums over all ranks.
-
-    Args:
-        streams: of all batches of this rank.
-        used: the numbers of those that gradients were taken of.
-        alike: see ``start_alike``.
-        found: where weights go.
-
-    Attributes:
-        unordered: names of linears that do not get every token, on any rank.
-    """
-
-    def __init__(self, streams: Streams, used: Sequence[int], alike: bool, found: FisherWeights) -> None:
-        self._streams, self._used, self._alike, self._found, self._ranks = streams, used, alike, found, streams.ranks
-        sizes, count = streams.sizes, sum(math.prod(streams.sizes[batch]) for batch in used)
-        longest = max((length for _, length in sizes), default=0)
-        every = self._ranks.gather((count, len(used) == len(sizes), longest, streams.probe.routed))
-        counts, whole, lengths, unordered = zip(*every, strict=True)
-        self._count, self._whole, self._length = sum(counts), all(whole), max(lengths)
-        self.unordered: frozenset[str] = frozenset().union(*unordered)
-
-    def block(self, block: Block, squares: list[Tensor], sums: _BlockSums, metric_EE: Tensor | None) -> None:
-        """Weights of the tokens and rows of a block."""
-        found, keep, inputs = (
-            self._found,
-            self._streams.store.keep,
-            {each.name: each.shape[1] for each in block.linears},
-        )
-        for name, own in {**sums.tokens, block.name: squares}.items():
-            placed = [(torch.arange(len(square_T)), square_T) for square_T in self._fill_in(own)]
-            if weights := self._weights(name, placed, inputs.get(name, 0)):
-                found.tokens[name] = [weight_T for _, weight_T in weights]
-        for name, routed in sums.routed.items():
-            by_batch = dict(zip(self._used, routed, strict=True))
-            every = [by_batch.get(batch, NOWHERE) for batch in range(len(self._streams.sizes))]
-            # An expert's tokens of sequences that were not used are to come, with the mean.
-            if weights := self._weights(name, every, inputs[name], self._streams.tokens / self._count):
-                found.routed[name] = weights
-        reached = _all_reduced(sums.reached, self._ranks)
-        for name, sum_2O in _all_reduced(sums.rows, self._ranks).items():
-            square, tempered = (sum_2O / self._count).sum(dim=1).tolist()
-            if tempered:
-                few = name in sums.routed or name in self.unordered
-                row_O = (sum_2O[1] / self._count * (square / tempered)).float()
-                found.rows[name] = row_weights(row_O, float(reached[name]) if few else math.inf)
-        if metric_EE is not None:
-            found.residual[block.name] = keep(self._ranks.all_reduce(metric_EE) / self._count)
-        for name, halves in sums.halves.items():
-            total = self._ranks.all_reduce(halves)
-            if bool(total.any()):
-                found.coupling[name] = keep(correlated_rows(total).half().cpu())
-
-    def _weights(
-        self, name: str, squares: Sequence[tuple[Tensor, Tensor]], inputs: int, share: float | None = None
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Of the tokens of each batch, places and squares; none if no token matters. ``share``: of those to come."""
-        lengths = [length for _, length in self._streams.sizes]
-        starts = [
-            at_T % length == 0 if self._alike else torch.zeros(len(at_T), dtype=torch.bool)
-            for (at_T, _), length in zip(squares, lengths, strict=True)
-        ]
-        own = Moments.of([square_T[~start_T] for (_, square_T), start_T in zip(squares, starts, strict=True)])
-        total = _all_reduced({name: torch.tensor(own[:3], dtype=torch.float64)}, self._ranks)[name].tolist()
-        moments = Moments(total[0], total[1], total[2], inputs)
-        moments = moments if share is None else moments.among(moments.tokens * share)
-        if not moments.total:
-            return []
-        self._found.effective[name] = moments.effective
-        return [
-            (at_T, moments.weights(square_T, start_T))
-            for (at_T, square_T), start_T in zip(squares, starts, strict=True)
-        ]
-
-    def _fill_in(self, squares: Sequence[Tensor]) -> list[Tensor]:
-        """Squares of the tokens of every batch, (T,), from those of the batches that were used.
-
-        Other tokens have the mean of their position, of the roots that are used.
-        """
-        if self._whole:
-            return list(squares)
-        own, sizes = dict(zip(self._used, squares, strict=True)), self._streams.sizes
-        sum_2L = torch.zeros(2, self._length, dtype=torch.float64)
-        for batch, square_T in own.items():
-            root_BL = square_T.double().pow(POWER).reshape(-1, sizes[batch][1])
-            sum_2L[0, : root_BL.shape[1]] += root_BL.sum(dim=0)
-            sum_2L[1, : root_BL.shape[1]] += len(root_BL)
-        weight_L, count_L = self._ranks.all_reduce(sum_2L)
-        mean_L = torch.where(count_L > 0, weight_L / count_L.clamp_min(1), weight_L.sum() / count_L.sum())
-        square_L = mean_L.pow(1.0 / POWER).float()
-        filled = {size: square_L[: size[1]].repeat(size[0]) for size in set(sizes)}  # batches share them
-        return [own.get(batch, filled[size]) for batch, size in enumerate(sizes)]
 
 
 def _all_reduced(sums: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ Shapes: D inputs, O outputs, N tokens whose inputs are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,16 +18,6 @@ from optima.qp.rows import chunk_rows
 
 # A linear's products of O x D x D, forward and back, for select, solve and rounding; its hessian costs a few of D^3.
 PRODUCTS = 10
-
-
-class _Counts(NamedTuple):
-    """What one process holds of a group: D, tokens, their weight beyond one, how many rows of inputs it has kept."""
-
-    size: int
-    tokens: int
-    extra_weight: float
-    extra: int
-    sample: int
 
 
 def reduce_statistics(
@@ -82,10 +71,11 @@ def reduce_to(
     streams: Streams,
 ) -> None:
     """As ``reduce_statistics``, where the owners are known."""
-    found = streams.ranks.gather(({name: _counts(accumulators[name]) for name in owners}, frozenset(untold)))
+    own = {name: _counts(accumulators[name]) for name in owners}
+    found = streams.ranks.gather((own, frozenset(untold)))
     untold.update(*(theirs for _, theirs in found))
     for name, owner in owners.items():
-        _reduce(accumulators[name], [own[name] for own, _ in found], owner, streams)
+        _reduce(accumulators[name], [counts[name] for counts, _ in found], owner, streams)
 
 
 def cost(group: Sequence[Linear]) -> float:
@@ -100,24 +90,25 @@ def _chunks(linear: Linear, device: torch.device) -> int:
     return -(-outputs // chunk_rows(inputs, outputs, device))
 
 
-def _counts(accumulator: Accumulator) -> _Counts:
+def _counts(accumulator: Accumulator) -> tuple[int, int, float, int, int]:
+    """D, tokens, their weight beyond one, and the rows of inputs that are kept: of heavy tokens, and of a sample."""
     extra, sample = (sum(map(len, rows)) for rows in (accumulator.extra, accumulator.sample))
     size = 0 if accumulator.sum_DD is None else len(accumulator.sum_DD)
-    return _Counts(size, accumulator.tokens, accumulator.extra_weight, extra, sample)
+    return size, accumulator.tokens, accumulator.extra_weight, extra, sample
 
 
-def _reduce(accumulator: Accumulator, counts: Sequence[_Counts], owner: int | None, streams: Streams) -> None:
-    ranks = streams.ranks
-    accumulator.tokens = sum(count.tokens for count in counts)
-    accumulator.extra_weight = sum(count.extra_weight for count in counts)
+def _reduce(
+    accumulator: Accumulator, counts: Sequence[tuple[int, int, float, int, int]], owner: int | None, streams: Streams
+) -> None:
+    ranks, (sizes, tokens, weights, extras, samples) = streams.ranks, zip(*counts, strict=True)
+    accumulator.tokens, accumulator.extra_weight = sum(tokens), sum(weights)
     if not accumulator.tokens:
         return
     if accumulator.sum_DD is None:
-        size = max(count.size for count in counts)
-        accumulator.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=streams.device)
+        accumulator.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=streams.device)
     ranks.all_reduce_lower_(accumulator.sum_DD, owner)
-    extra_ND = _stacked(accumulator.extra, [count.extra for count in counts], accumulator.sum_DD, (ranks, owner))
-    sample_ND = _stacked(accumulator.sample, [count.sample for count in counts], accumulator.sum_DD, (ranks, owner))
+    extra_ND = _stacked(accumulator.extra, extras, accumulator.sum_DD, (ranks, owner))
+    sample_ND = _stacked(accumulator.sample, samples, accumulator.sum_DD, (ranks, owner))
     if owner in (None, ranks.rank):
         accumulator.extra, accumulator.sample = extra_ND, sample_ND
     else:
@@ -127,7 +118,7 @@ def _reduce(accumulator: Accumulator, counts: Sequence[_Counts], owner: int | No
 def _stacked(
     rows: Sequence[Tensor], counts: Sequence[int], like_DD: Tensor, to: tuple[Ranks, int | None]
 ) -> list[Tensor]:
-    """The rows of all processes, in the order of their sequences: added up, each process's in a place of its own."""
+    """The rows of all ranks, in the order of their sequences: added up, each rank's in a place of its own."""
     ranks, owner = to
     if not sum(counts):
         return []
