@@ -325,6 +325,6 @@ def sweep(model: nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[Fi
     """The weights by the loss of eight sequences, and these."""
     stack, tokens_NL = stack_of(model), make_tokens(8, 16)
     batches = list(tokens_NL.split(batch_size))
-    streams = capture(model, stack, batches, whole=True)
-    found = fisher_weights(model, stack, streams, seed=3, share=share)  # type: ignore[arg-type]
+    acts = capture(model, stack, batches, whole=True)
+    found = fisher_weights(model, stack, acts, seed=3, share=share)  # type: ignore[arg-type]
     return found, tokens_NL

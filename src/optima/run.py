@@ -315,10 +315,10 @@ def _prune_stacks(
                 continue
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside(embedding_device(network, checked.device, batches)):
-                streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)
+                acts = capture(network, stack, batches, by_loss, ranks, job.store, job.batch_size)
             job.loss, job.words, job.tuning = None, None, build_tuning(checked.recipe)
             if by_loss:
-                told = sweep(job, network, stack, streams, checked.recipe)
+                told = sweep(job, network, stack, acts, checked.recipe)
                 if job.loss is None:
                     patterns, note = rank_without_loss(
                         stack, patterns, checked.recipe, job.methods.selector, checked.scope_named
@@ -328,9 +328,9 @@ def _prune_stacks(
             if checked.recipe.allocation == "loss" and job.loss is not None:
                 experts = any(has_experts(block.linears) for block in stack.blocks)
                 # Those of the gradient pass, whose tokens' own weights are known, tell linears from each other well.
-                taken = sensitivity_batches(streams, checked.recipe.swept_share, experts)
-                patterns = with_shares(patterns, job.survey(stack, streams, sparsity_of(checked.recipe), taken))
-            job.prune(stack, streams, patterns, runs_again=stack is not needed[-1])
+                taken = sensitivity_batches(acts, checked.recipe.swept_share, experts)
+                patterns = with_shares(patterns, job.survey(stack, acts, sparsity_of(checked.recipe), taken))
+            job.prune(stack, acts, patterns, runs_again=stack is not needed[-1])
     return patterns
 
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from optima.calibration.activations import Activations, Look, Microbatch
+from optima.calibration.batch_size import rows_of
 from optima.calibration.fisher import FisherWeights
-from optima.calibration.halving import rows_of
 from optima.calibration.lm_head import LmHead
 from optima.calibration.probe import hidden_of
-from optima.calibration.streams import Look, Piece, Streams
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
@@ -172,18 +172,18 @@ class BlockError:
 def tune(
     block: Block,
     keeps: Mapping[str, Tensor],
-    streams: Streams,
+    acts: Activations,
     targets: Sequence[Tensor],
     cost: Cost,
     tuning: Tuning,
     solutions: dict[str, Tensor] | None = None,
 ) -> Tuned:
-    """Tune a block in place. All ranks of ``streams`` call it, and end with the same weights.
+    """Tune a block in place. All ranks of ``acts`` call it, and end with the same weights.
 
     Args:
-        block: pruned, on the device of ``streams``.
+        block: pruned, on the device of ``acts``.
         keeps: keep_OD of its pruned linears by their full names.
-        streams: inputs of the pruned block, for the sequences of this rank.
+        acts: inputs of the pruned block, for the sequences of this rank.
         targets: of each batch, the output of the dense block on dense inputs.
         cost: what is minimised.
         tuning: how.
@@ -192,7 +192,7 @@ def tune(
     Raises:
         ModelError: if the block has no gradients.
     """
-    ranks, pieces = streams.ranks, streams.pieces(block)
+    ranks, pieces = acts.ranks, acts.pieces(block)
     samples = ranks.gather([part.stop - part.start for _, part in pieces])
     sizes = [size for own in samples for size in own]  # microbatches are numbered over all ranks
     if len(sizes) < 2:
@@ -206,8 +206,8 @@ def tune(
         masters = _masters(block, keeps, solutions or {})
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
-    cost = cost.on(streams.device)
-    error = _Error(block, streams, targets, cost, masters)
+    cost = cost.on(acts.device)
+    error = _Error(block, acts, targets, cost, masters)
     rate = tuning.learning_rate * tuning.step_rate
     best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
@@ -215,7 +215,7 @@ def tune(
     epochs = [steps_of(trained, sizes, tuning.batch_size, generator) for _ in range(tuning.epochs)]
     steps, step = sum(map(len, epochs)), 0
     history = [_mean_error(error, held, ranks)]
-    tokens = max(ranks.gather(max((_tokens(streams, piece) for piece in rest), default=0)))
+    tokens = max(ranks.gather(max((_tokens(acts, piece) for piece in rest), default=0)))
     scale = cost.gradient_scale(history[0], tokens)
     for epoch, chosen in enumerate(epochs):
         for numbers in chosen:
@@ -270,22 +270,22 @@ class _Error:
     """The cost of the block's output on a microbatch, with the masters, rounded to their dtypes, as its weights."""
 
     block: Block
-    streams: Streams
+    acts: Activations
     targets: Sequence[Tensor]
     cost: Cost
     masters: Mapping[str, Tensor]
 
-    def __call__(self, piece: Piece, epoch: int = 0) -> Tensor:
+    def __call__(self, piece: Microbatch, epoch: int = 0) -> Tensor:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
         (batch, part), call = piece, partial(functional_call, module, rounded)
-        found = hidden_of(self.streams.run(self.block, batch, part, call, looks=True))
-        samples = self.streams.sizes[batch][0]
-        target = rows_of(self.targets[batch], part, samples).to(self.streams.device)
+        found = hidden_of(self.acts.run(self.block, batch, part, call, looks=True))
+        samples = self.acts.sizes[batch][0]
+        target = rows_of(self.targets[batch], part, samples).to(self.acts.device)
         return self.cost(found, target, Look(batch, part, samples, epoch))
 
 
-def _backward(error: _Error, pieces: Sequence[Piece], epoch: int, scale: float) -> None:
+def _backward(error: _Error, pieces: Sequence[Microbatch], epoch: int, scale: float) -> None:
     """Add the gradients of microbatches to the masters'."""
     block = error.block
     with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
@@ -300,7 +300,7 @@ def _backward(error: _Error, pieces: Sequence[Piece], epoch: int, scale: float) 
                 (lost * scale).backward()
 
 
-def _mean_error(error: _Error, pieces: Sequence[Piece], ranks: Ranks) -> float:
+def _mean_error(error: _Error, pieces: Sequence[Microbatch], ranks: Ranks) -> float:
     """Over the held-out microbatches of all ranks."""
     with torch.no_grad(), _memory_of_all(ranks):
         own = [float(error(piece)) for piece in pieces]
@@ -337,7 +337,7 @@ def _memory_of_all(ranks: Ranks) -> Iterator[None]:
 def tune_block(
     block: Block,
     keeps: Mapping[str, Tensor],
-    streams: Streams,
+    acts: Activations,
     targets: Sequence[Tensor],
     tuning: Tuning,
     loss: FisherWeights | None,
@@ -348,12 +348,12 @@ def tune_block(
     """Tune a block by the metric that is known of it: KL of the logits, the Fisher metric, or energies of channels.
 
     Args:
-        block, keeps, streams, targets, tuning, solutions: see ``tune``.
+        block, keeps, acts, targets, tuning, solutions: see ``tune``.
         loss: the Fisher weights, with the metric at the block's outputs; None: channels count by their energy.
         weights: of the tokens of each batch, (T,), or None.
         lm_head: the LM head, if it reads the output of the block.
     """
-    ranks, place_note = streams.ranks, ""
+    ranks, place_note = acts.ranks, ""
     if lm_head is not None:
         tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
     try:
@@ -362,14 +362,14 @@ def tune_block(
             cost: AbstractContextManager[Cost]
             if lm_head is not None:
                 others = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
-                place, place_note = lm_head.place(streams, others)
-                cost = lm_head.error(streams, place)
+                place, place_note = lm_head.place(acts, others)
+                cost = lm_head.error(acts, place)
             elif loss is not None:
                 cost = nullcontext(BlockError.by_loss(loss.residual[block.name], weights))
             else:
                 cost = nullcontext(BlockError.by_channel(targets, ranks))
         with full_precision(), one_memory_error(), cost as error:
-            tuned = tune(block, keeps, streams, targets, error, tuning, solutions)
+            tuned = tune(block, keeps, acts, targets, error, tuning, solutions)
     except torch.OutOfMemoryError:  # nothing of the block has changed yet
         return Tuned((), 0, OUT_OF_MEMORY)
     notes = filter(None, ranks.gather(place_note))
@@ -382,9 +382,9 @@ def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> No
         tensor.detach().copy_(source[name]).add_(0.0)  # what is rounded to -0 becomes 0, as pruned weights are
 
 
-def _tokens(streams: Streams, piece: Piece) -> int:
+def _tokens(acts: Activations, piece: Microbatch) -> int:
     batch, part = piece
-    return len(range(part.start, part.stop)) * streams.sizes[batch][1]
+    return len(range(part.start, part.stop)) * acts.sizes[batch][1]
 
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:

@@ -105,7 +105,7 @@ def check_chain(model: nn.Module) -> None:
 
 
 def check_chain_of(model: nn.Module, stack: Stack) -> None:
-    streams = capture(model, whole(stack), make_ids().split(2))
+    acts = capture(model, whole(stack), make_ids().split(2))
     expected: list[Tensor] = []
     handle = stack.blocks[-1].module.register_forward_hook(
         lambda module, args, output: expected.append(output[0] if isinstance(output, (tuple, list)) else output)
@@ -113,12 +113,12 @@ def check_chain_of(model: nn.Module, stack: Stack) -> None:
     # A cache copies keys, and some processors multiply a copy in another order: as in capture, there is none.
     without = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
     with torch.no_grad():
-        for batch in streams.batches:
+        for batch in acts.batches:
             model(**arguments(model, batch), **without)
     handle.remove()
     for block in stack.blocks:
-        streams.advance(block)
-    for hidden, want in zip(streams.hidden, expected, strict=True):
+        acts.forward(block)
+    for hidden, want in zip(acts.hidden, expected, strict=True):
         assert torch.equal(hidden, want)
 
 
@@ -130,7 +130,7 @@ def whole(stack: Stack) -> Stack:
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_pruned_is_refused_by_name_before_the_work(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.streams.Streams.groups", lambda *args: pytest.fail("work has begun"))
+    monkeypatch.setattr("optima.calibration.activations.Activations.groups", lambda *_: pytest.fail("has begun"))
     model = build(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ModelError, match=REFUSED[family][1]):

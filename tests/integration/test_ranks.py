@@ -23,7 +23,7 @@ from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, pru
 import optima
 from optima.calibration import fisher as swept
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.streams import Streams
+from optima.calibration.activations import Activations
 from optima.checkpointing import Journal
 from optima.data import generate as generation
 from optima.distributed import Ranks
@@ -305,18 +305,18 @@ class TestErrors:
 
 
 def dies(rank: int, block: int) -> Callable[[int], None]:
-    """For ``prepare``: the process ``rank`` is killed where the streams leave a block."""
+    """For ``prepare``: the process ``rank`` is killed where the acts leave a block."""
 
     def prepare(own: int) -> None:
-        advance = Streams.advance
+        forward = Activations.forward
 
-        def killed(self: Streams, at: object, *more: object) -> None:
+        def killed(self: Activations, at: object, *more: object) -> None:
             if at.index == block and self.ranks.size > 1:  # type: ignore[attr-defined]
                 os.kill(os.getpid(), signal.SIGKILL)
-            advance(self, at, *more)  # type: ignore[arg-type]
+            forward(self, at, *more)  # type: ignore[arg-type]
 
         if own == rank:
-            Streams.advance = killed  # type: ignore[assignment, method-assign]
+            Activations.forward = killed  # type: ignore[assignment, method-assign]
 
     return prepare
 
@@ -378,15 +378,15 @@ def test_torchrun_ends_a_run_whose_process_dies() -> None:
     script = Path("dying.py")
     script.write_text(
         "import os, signal, sys\n"
-        "from optima.calibration.streams import Streams\n"
+        "from optima.calibration.activations import Activations\n"
         "from optima.cli import main\n"
-        "advance = Streams.advance\n"
+        "forward = Activations.forward\n"
         "def killed(self, block, *more):\n"
         "    if os.environ['RANK'] == '1' and block.index == 1 and self.ranks.size > 1:\n"
         "        open('died', 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    advance(self, block, *more)\n"
-        "Streams.advance = killed\n"
+        "    forward(self, block, *more)\n"
+        "Activations.forward = killed\n"
         "sys.exit(main())\n"
     )
     arguments = prune_arguments("--objective", "plain")

@@ -35,8 +35,8 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     model = make_llama().eval()
     tokens_NL = make_tokens(8, 16)
     stack = stack_of(model)
-    streams = capture(model, stack, list(tokens_NL.split(4)), whole=True)
-    found = fisher_weights(model, stack, streams, seed=3, coupled=True)
+    acts = capture(model, stack, list(tokens_NL.split(4)), whole=True)
+    found = fisher_weights(model, stack, acts, seed=3, coupled=True)
     assert set(found.coupling) == {linear.name for block in stack.blocks for linear in block.linears if couples(linear)}
     name = "model.layers.1.mlp.down_proj"
     seen: list[torch.Tensor] = []
@@ -208,10 +208,8 @@ def test_halves_do_not_depend_on_batches_or_their_parts() -> None:
     for size, most in ((8, None), (1, None), (3, None), (8, 1)):
         model = make_llama().eval()
         stack = stack_of(model)
-        streams = capture(model, stack, list(make_tokens(8, 16).split(size)), whole=True)
-        streams.halving.most = most
-        found.append(
-            fisher_weights(model, stack, streams, seed=3, coupled=True).coupling["model.layers.1.mlp.down_proj"]
-        )
+        acts = capture(model, stack, list(make_tokens(8, 16).split(size)), whole=True)
+        acts.batch_size.most = most
+        found.append(fisher_weights(model, stack, acts, seed=3, coupled=True).coupling["model.layers.1.mlp.down_proj"])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-2, atol=2e-3)

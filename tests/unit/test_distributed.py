@@ -79,9 +79,9 @@ def add(ranks: Ranks) -> None:
 
 def capture_other_lengths(ranks: Ranks) -> None:
     model = make_llama()
-    streams = capture(model, find_stacks(model)[0], [make_tokens(2, 9 + ranks.rank)], ranks=ranks)
-    assert streams.tokens == 2 * (9 + 10 + 11)
-    assert streams.before == [(0, 0), (2, 18), (4, 38)][ranks.rank]
+    acts = capture(model, find_stacks(model)[0], [make_tokens(2, 9 + ranks.rank)], ranks=ranks)
+    assert acts.tokens == 2 * (9 + 10 + 11)
+    assert acts.before == [(0, 0), (2, 18), (4, 38)][ranks.rank]
 
 
 def inputs_of(rank: int) -> Tensor:
@@ -99,8 +99,8 @@ def reduce(ranks: Ranks) -> None:
             accumulator.sample.append(inputs_of(ranks.rank)[:1])
     untold = {"b"} if ranks.rank == 1 else set()
     model = make_llama()
-    streams = capture(model, find_stacks(model)[0], [make_tokens(2, 9)], ranks=ranks)
-    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], streams)
+    acts = capture(model, find_stacks(model)[0], [make_tokens(2, 9)], ranks=ranks)
+    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], acts)
     assert untold == {"b"}
     assert owners["c"] is None
     for name, accumulator in accumulators.items():

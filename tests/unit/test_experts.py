@@ -17,11 +17,11 @@ from torch.func import functional_call
 from optima import Recipe, prune
 from optima.calibration import statistics
 from optima.calibration.accumulator import Accumulator
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import BatchSize
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
-from optima.calibration.halving import Halving
 from optima.calibration.statistics import Found, observe, sampled, shrunk, thinned
-from optima.calibration.streams import Streams
 from optima.linalg.statistics import sampling_step
 from optima.models.blocks import Block, find_stacks, select_linears
 from optima.models.moe import FusedExperts, experts_of, linearized
@@ -38,20 +38,20 @@ FUSED = [
 # fmt: on
 
 
-def streams_of(model: nn.Module, batch_size: int = 2, halving: Halving | None = None) -> tuple[Block, Streams]:
+def acts_of(model: nn.Module, size: int = 2, batch_size: BatchSize | None = None) -> tuple[Block, Activations]:
     """The first block with experts, and what enters it."""
     stack = stack_of(model)
-    streams = capture(model, stack, list(make_ids(6, 16).split(batch_size)), whole=True, halving=halving)
+    acts = capture(model, stack, list(make_ids(6, 16).split(size)), whole=True, batch_size=batch_size)
     for block in stack.blocks:
         if any(linear.expert for linear in block.linears):
-            return block, streams
-        streams.advance(block)
+            return block, acts
+        acts.forward(block)
     raise AssertionError("no experts")
 
 
-def found_at(block: Block, streams: Streams, sink: float = 0.0, loss: FisherWeights | None = None) -> dict[str, Found]:
+def found_at(block: Block, acts: Activations, sink: float = 0.0, loss: FisherWeights | None = None) -> dict[str, Found]:
     """Of the experts, by their names."""
-    found = observe(block, streams, sink, 0.0, None, loss)
+    found = observe(block, acts, sink, 0.0, None, loss)
     return {each.linears[0].name: each for each in found if each.linears[0].expert}
 
 
@@ -78,12 +78,12 @@ def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
     handle.remove()
 
 
-def calls_in(block: Block, streams: Streams) -> tuple[FusedExperts, list[tuple[Tensor, ...]]]:
+def calls_in(block: Block, acts: Activations) -> tuple[FusedExperts, list[tuple[Tensor, ...]]]:
     """The mixture of a block, and what it is called with in every batch."""
     experts = next(linear.expert.experts for linear in block.linears if linear.expert)
     with calls_of(experts.module) as calls, torch.no_grad():
-        for batch in range(len(streams.hidden)):
-            streams.run(block, batch)
+        for batch in range(len(acts.hidden)):
+            acts.run(block, batch)
     return experts, calls
 
 
@@ -105,8 +105,8 @@ def test_linearized_experts_give_the_output_of_the_fused_module(family: str) -> 
 @pytest.mark.parametrize("family", FORMS)
 def test_the_fused_parameters_get_the_gradients_of_the_fused_module(family: str) -> None:
     """Also those that ``functional_call`` puts in their place, as block tuning does."""
-    block, streams = streams_of(build(family))
-    experts, (call, *_) = calls_in(block, streams)
+    block, acts = acts_of(build(family))
+    experts, (call, *_) = calls_in(block, acts)
     masters = {name: torch.randn_like(each).requires_grad_() for name, each in experts.module.named_parameters()}
 
     def gradients() -> tuple[Tensor, ...]:
@@ -151,8 +151,8 @@ def inner_of(experts: FusedExperts, number: int, inputs_TD: Tensor) -> Tensor:
 @pytest.mark.parametrize("family", FORMS)
 def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None:
     """X^T S X of their own tokens, and as many of all as there are inputs."""
-    block, streams = streams_of(build(family))
-    experts, calls = calls_in(block, streams)
+    block, acts = acts_of(build(family))
+    experts, calls = calls_in(block, acts)
     weight_T = torch.ones(2, 16, dtype=torch.float64)
     weight_T[:, 0] = max(1.0, sink * 16)
     weight_T = weight_T.flatten()
@@ -169,7 +169,7 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
         inputs_TD = (rows_TD if number is None else inner_of(experts, number, rows_TD)).double()
         return (weights_T[:, None] * inputs_TD).mT @ inputs_TD / weights_T.sum()
 
-    found = found_at(block, streams, sink)
+    found = found_at(block, acts, sink)
     assert len(found) == 2 * experts.count
     for name, each in found.items():
         _, parameter, expert = name.rsplit(".", 2)
@@ -187,15 +187,15 @@ def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])
 def test_groups_of_experts_in_passes_of_their_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each expert by itself, where memory is for no more; linears that are no experts come in the last pass."""
-    block, streams = streams_of(build(family))
-    whole, outputs = list(observe(block, streams, 0.5, 0.0)), streams.copy()
-    outputs.advance(block)
+    block, acts = acts_of(build(family))
+    whole, outputs = list(observe(block, acts, 0.5, 0.0)), acts.clone()
+    outputs.forward(block)
     monkeypatch.setattr(statistics, "EXPERT_BYTES", 1)
-    parts = list(observe(block, streams, 0.5, 0.0, onward=True))
+    parts = list(observe(block, acts, 0.5, 0.0, onward=True))
     assert [each.linears for each in parts] != [each.linears for each in whole]
     matrices = {each.linears: matrix_DD(each) for each in parts}
     assert all(torch.equal(matrices[each.linears], matrix_DD(each)) for each in whole)
-    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(streams.hidden, outputs.hidden, strict=True))
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(acts.hidden, outputs.hidden, strict=True))
 
 
 @pytest.mark.parametrize("by_loss", [False, True])
@@ -203,13 +203,13 @@ def test_groups_of_experts_in_passes_of_their_own(family: str, monkeypatch: pyte
 def test_batches_that_memory_takes_apart(family: str, by_loss: bool) -> None:
     """Whether the pass fails in front of the experts or inside them; weights of tokens go where tokens go."""
     model, loss = build(family), None
-    block, streams = streams_of(model, batch_size=6)
-    experts, _ = calls_in(block, streams)
+    block, acts = acts_of(model, size=6)
+    experts, _ = calls_in(block, acts)
     if by_loss:
         square_T = torch.rand(96, generator=torch.Generator().manual_seed(0)) ** 8
         names = [linear.name for linear in block.linears if linear.expert]
         loss = FisherWeights("a loss", routed={name: [(torch.arange(96), square_T)] for name in names})
-    whole = found_at(block, streams, 0.5, loss)
+    whole = found_at(block, acts, 0.5, loss)
     most = 2 * 16 if experts.routed else 2 * 16 * experts.count
 
     def refuse(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -218,12 +218,12 @@ def test_batches_that_memory_takes_apart(family: str, by_loss: bool) -> None:
 
     for place in (experts.module, block.module.get_submodule("post_attention_layernorm")):
         most = most if place is experts.module else 2
-        halving = Halving()
-        block, streams = streams_of(model, batch_size=6, halving=halving)
+        batch_size = BatchSize()
+        block, acts = acts_of(model, size=6, batch_size=batch_size)
         with ExitStack() as hooks:
             hooks.callback(place.register_forward_pre_hook(refuse).remove)
-            same(whole, found_at(block, streams, 0.5, loss))
-        assert halving.most == 2
+            same(whole, found_at(block, acts, 0.5, loss))
+        assert batch_size.most == 2
 
 
 def test_few_tokens_are_shrunk_towards_all() -> None:
@@ -264,9 +264,9 @@ def test_gradients_are_those_of_each_expert() -> None:
     model: Any = build("mixtral")
     stack = stack_of(model)
     batches = list(make_ids(4, 16).split(2))
-    streams = capture(model, stack, batches, whole=True)
-    found = fisher_weights(model, stack, streams, seed=0)
-    sizes = [size[0] * size[1] for size in streams.sizes]
+    acts = capture(model, stack, batches, whole=True)
+    found = fisher_weights(model, stack, acts, seed=0)
+    sizes = [size[0] * size[1] for size in acts.sizes]
     total = torch.zeros(sum(sizes))
     for number in range(4):
         name = f"model.layers.1.mlp.experts.down_proj.{number}"

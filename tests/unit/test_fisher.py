@@ -143,9 +143,9 @@ def test_what_tuning_needs_keeps_to_the_budget(tmp_path: Path) -> None:
     model = make_llama(hidden_size=128)
     stack = stack_of(model)
     store = Store(0, tmp_path)
-    streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True, store=store)
+    acts = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True, store=store)
     before = store.mapped
-    found = fisher_weights(model, stack, streams, seed=3, residual=True)
+    found = fisher_weights(model, stack, acts, seed=3, residual=True)
     assert store.mapped - before == sum(4 * metric_EE.numel() for metric_EE in found.residual.values()) > 0
 
 
@@ -280,12 +280,12 @@ def test_a_vision_tower_does_not_run_for_the_head(monkeypatch: pytest.MonkeyPatc
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "pixel_values": images, "token_type_ids": (ids == 99).long()}
     stack, calls = stack_of(model), list[int]()
-    streams = capture(model, stack, [batch], whole=True)
+    acts = capture(model, stack, [batch], whole=True)
     (patches,) = (module for module in model.modules() if isinstance(module, torch.nn.Conv2d))
     patches.register_forward_hook(lambda *given: calls.append(1))
-    whole = fisher_weights(model, stack, streams, seed=0)
+    whole = fisher_weights(model, stack, acts, seed=0)
     monkeypatch.setattr("optima.calibration.lm_head.LOGITS_BYTES", 4 * 101 * 2 * 3)  # three positions at a time
-    sliced = fisher_weights(model, stack, streams, seed=0)
+    sliced = fisher_weights(model, stack, acts, seed=0)
     assert not calls
     for name, row_O in whole.rows.items():
         torch.testing.assert_close(sliced.rows[name], row_O, rtol=1e-4, atol=1e-9)
@@ -295,11 +295,11 @@ def test_an_encoder_is_swept_sample_by_sample() -> None:
     """Autograd keeps the whole decoder of what is together."""
     model, batches = build("t5"), list(make_ids(4, 15).split(2))
     stack, _ = select_linears(find_stacks(model), [".*"], [])
-    streams, together = capture(model, stack, batches, whole=True), set[int]()
+    acts, together = capture(model, stack, batches, whole=True), set[int]()
     model.decoder.register_forward_pre_hook(
         lambda _, __, given: together.add(len(given["input_ids"])), with_kwargs=True
     )
-    found = fisher_weights(model, stack, streams, 3)
+    found = fisher_weights(model, stack, acts, 3)
     assert together == {1}
     assert all(len(each[0]) == 2 * 7 for each in found.tokens.values())
 
@@ -332,8 +332,8 @@ def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytes
     monkeypatch.setattr("optima.calibration.fisher.FEW_TOKENS", 1e12)
     model = build("mixtral")
     stack = stack_of(model)
-    streams = capture(model, stack, list(make_ids(8, 16).split(2)), whole=True)
-    found = fisher_weights(model, stack, streams, seed=0, share=0.5)
+    acts = capture(model, stack, list(make_ids(8, 16).split(2)), whole=True)
+    found = fisher_weights(model, stack, acts, seed=0, share=0.5)
     assert found.routed
     for name, pairs in found.routed.items():
         known_T = torch.cat([own_T for _, own_T in pairs])
@@ -364,8 +364,8 @@ def test_tokens_of_a_block_weigh_the_square_of_the_gradient_at_its_output() -> N
 def test_without_words_the_gradients_of_the_last_hidden_states_are_signs() -> None:
     model = make_bert().eval()
     stack = stack_of(model)
-    streams = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True)
-    product_EE = fisher_weights(model, stack, streams, seed=3, residual=True).residual[stack.blocks[-1].name]
+    acts = capture(model, stack, list(make_tokens(8, 16).split(4)), whole=True)
+    product_EE = fisher_weights(model, stack, acts, seed=3, residual=True).residual[stack.blocks[-1].name]
     assert torch.equal(product_EE.diagonal(), torch.ones(32))
     assert float((product_EE - torch.eye(32)).abs().max()) < 0.5, "each is either with the same probability"
 
@@ -381,11 +381,11 @@ def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: p
     monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
     model = make_llama()
     stack = stack_of(model)
-    streams = capture(model, stack, list(make_tokens(8, 16).split(2)), whole=True)
-    taken = sensitivity_batches(streams, 0.5, experts=False)
+    acts = capture(model, stack, list(make_tokens(8, 16).split(2)), whole=True)
+    taken = sensitivity_batches(acts, 0.5, experts=False)
     assert taken == [0, 2]
     monkeypatch.setattr("optima.calibration.fisher.EFFECTIVE", 0)  # so few tokens would weigh alike
-    found = fisher_weights(model, stack, streams, seed=3)
+    found = fisher_weights(model, stack, acts, seed=3)
     seen = {}
 
     def spy(task: LinearTask) -> torch.Tensor:
@@ -394,9 +394,9 @@ def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: p
 
     monkeypatch.setattr("optima.pipeline.saliency_quantiles", spy)
     job = Job(Methods(Magnitude()), torch.device("cpu"), 0.01, 0.0, loss=found)
-    job.survey(stack, streams, 0.5, taken)
+    job.survey(stack, acts, 0.5, taken)
     assert job.loss is found
-    for each in observe(stack.blocks[0], streams.part(taken), 0.0, 0.01, None, found.part(taken)):
+    for each in observe(stack.blocks[0], acts.part(taken), 0.0, 0.01, None, found.part(taken)):
         assert each.statistics is not None
         torch.testing.assert_close(seen[each.linears[0].name], each.statistics.hessian.matrix_DD)
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.accumulator import Accumulator
+from optima.calibration.activations import Activations
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights
 from optima.calibration.statistics import Found, observe
-from optima.calibration.streams import Streams
 from optima.errors import CalibrationError
 from optima.models.blocks import Block, Linear, find_stacks, select_linears
 
@@ -57,7 +57,7 @@ class Calls(nn.Module):
 
 def streams_into(
     model: nn.Module, batches: tuple[Tensor, ...], targets: tuple[str, ...] = (".*",)
-) -> tuple[Block, Streams]:
+) -> tuple[Block, Activations]:
     """The first block, and what enters it."""
     (stack,) = select_linears(find_stacks(model), targets, [])
     return stack.blocks[0], capture(model, stack, batches)
@@ -66,8 +66,8 @@ def streams_into(
 def collect(
     model: nn.Module, batches: tuple[Tensor, ...], sink_weight: float = 0.0, targets: tuple[str, ...] = (".*",)
 ) -> list[Found]:
-    block, streams = streams_into(model, batches, targets)
-    return list(observe(block, streams, sink_weight, damping=0.01))
+    block, acts = streams_into(model, batches, targets)
+    return list(observe(block, acts, sink_weight, damping=0.01))
 
 
 def names(found: list[Found]) -> list[list[str]]:
@@ -195,10 +195,10 @@ def test_hooks_are_gone_after_an_error() -> None:
 def test_the_product_of_the_last_linear_is_left_out() -> None:
     """Once a batch has shown that every linear is called once."""
     model = make_llama()
-    block, streams = streams_into(model, make_tokens(6).split(2))
+    block, acts = streams_into(model, make_tokens(6).split(2))
     products: list[int] = []
     block.module.mlp.down_proj.register_forward_hook(lambda *args: products.append(1))
-    found = list(observe(block, streams, 0.0, 0.01))
+    found = list(observe(block, acts, 0.0, 0.01))
     assert len(products) == 1
     assert [group.statistics.tokens for group in found if group.statistics is not None] == [6 * 16] * 4
 
@@ -206,14 +206,14 @@ def test_the_product_of_the_last_linear_is_left_out() -> None:
 def test_one_pass_observes_and_carries_on() -> None:
     """The same statistics and outputs as two passes."""
     model = make_llama()
-    block, streams = streams_into(model, make_tokens(6).split(2))
-    once, passes = streams.copy(), list[int]()
-    apart = list(observe(block, streams, 0.04, 0.01))
-    streams.advance(block)
+    block, acts = streams_into(model, make_tokens(6).split(2))
+    once, passes = acts.clone(), list[int]()
+    apart = list(observe(block, acts, 0.04, 0.01))
+    acts.forward(block)
     block.module.register_forward_hook(lambda *args: passes.append(1))
     together = list(observe(block, once, 0.04, 0.01, onward=True))
     assert len(passes) == len(once.hidden) == 3
-    for one, other in zip(once.hidden, streams.hidden, strict=True):
+    for one, other in zip(once.hidden, acts.hidden, strict=True):
         assert torch.equal(one, other)
     for one, other in zip(together, apart, strict=True):
         assert torch.equal(hessian_DD(one), hessian_DD(other))
@@ -377,11 +377,11 @@ def test_pipeline_says_where_the_weights_of_tokens_do_not_count(allocation: str 
 def test_tokens_weigh_what_the_loss_feels_of_them() -> None:
     """H = X^T S X / tr S, S the roots of the squares; the plain loss counts every token alike."""
     model, batches = make_llama(), make_tokens(5, 16).split(2)
-    block, streams = streams_into(model, batches)
+    block, acts = streams_into(model, batches)
     square_T = torch.rand(80, generator=torch.Generator().manual_seed(4)) ** 4
     weight_T = square_T.sqrt() / square_T.sqrt().mean()
-    loss = FisherWeights("", {group[0].name: list(weight_T.split(32)) for group in streams.groups(block)})
-    collected = list(observe(block, streams, 0.0, 0.01, None, loss))
+    loss = FisherWeights("", {group[0].name: list(weight_T.split(32)) for group in acts.groups(block)})
+    collected = list(observe(block, acts, 0.0, 0.01, None, loss))
     assert names(collected) == GROUPS
     inputs = captured_inputs(model, blocks_of(model)[0].linears, batches)
     root_T1 = square_T.double().sqrt()[:, None]

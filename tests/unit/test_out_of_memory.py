@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima import Recipe, Report, prune
+from optima.calibration.batch_size import BatchSize, Once, rows_of
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
-from optima.calibration.halving import Halving, Once, rows_of
 from optima.calibration.statistics import Found, observe
 from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
@@ -60,7 +60,7 @@ def out_of_memory(report: Report) -> list[str]:
     return [note for note in report.run.notes if "out of memory" in note]
 
 
-class TestHalving:
+class TestBatchSize:
     @pytest.mark.parametrize(
         "error",
         [
@@ -79,17 +79,17 @@ class TestHalving:
                 raise error
             return part.start
 
-        assert Halving().over(2, work) == [0, 1]
+        assert BatchSize().map(2, work) == [0, 1]
 
     def test_other_errors_are_what_they_are(self) -> None:
         def work(part: slice) -> None:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
-            Halving().over(2, work)
+            BatchSize().map(2, work)
 
     def test_parts_of_a_batch_cover_it_in_order(self) -> None:
-        halving, tried = Halving(), []
+        batch_size, tried = BatchSize(), []
 
         def work(part: slice) -> list[int]:
             tried.append(part.stop - part.start)
@@ -97,15 +97,15 @@ class TestHalving:
                 raise torch.OutOfMemoryError
             return list(range(part.start, part.stop))
 
-        assert list(chain(*halving.over(7, work))) == list(range(7))
-        assert (tried, halving.most) == ([7, 4, 2, 2, 2, 1], 2)
+        assert list(chain(*batch_size.map(7, work))) == list(range(7))
+        assert (tried, batch_size.most) == ([7, 4, 2, 2, 2, 1], 2)
         tried.clear()
-        assert list(chain(*halving.over(3, work))) == [0, 1, 2]
+        assert list(chain(*batch_size.map(3, work))) == [0, 1, 2]
         assert tried == [2, 1]  # it is remembered
 
     def test_a_part_that_fails_keeps_its_ends(self) -> None:
         """What it left half done lies inside the parts that follow it."""
-        halving, fail = Halving(), [slice(0, 8), slice(4, 8)]
+        batch_size, fail = BatchSize(), [slice(0, 8), slice(4, 8)]
         done: list[slice] = []
 
         def work(part: slice) -> None:
@@ -113,7 +113,7 @@ class TestHalving:
                 raise torch.OutOfMemoryError
             done.append(part)
 
-        halving.over(8, work)
+        batch_size.map(8, work)
         assert done == [slice(0, 4), slice(4, 6), slice(6, 8)]
 
     @pytest.mark.parametrize(
@@ -123,29 +123,29 @@ class TestHalving:
     def test_it_goes_on_as_an_earlier_run_did(
         self, earlier: tuple[int | None, ...], rank: int, most: int | None
     ) -> None:
-        halving = Halving()
-        halving.go_on(earlier, rank)
-        assert halving.most == most
-        assert not halving.note(), "the earlier run told of it"
-        again = Halving()
+        batch_size = BatchSize()
+        batch_size.resume(earlier, rank)
+        assert batch_size.most == most
+        assert not batch_size.note(), "the earlier run told of it"
+        again = BatchSize()
         again.most = most
-        again.go_on(earlier, rank)
+        again.resume(earlier, rank)
         assert not again.note(), "also where memory was as short before"
-        halving.most = 1
-        halving.go_on(earlier, rank)
-        assert halving.most == 1, "never more than there is memory for"
-        assert "from here on 1 ran" in halving.note(), "of which no earlier run told"
+        batch_size.most = 1
+        batch_size.resume(earlier, rank)
+        assert batch_size.most == 1, "never more than there is memory for"
+        assert "from here on 1 ran" in batch_size.note(), "of which no earlier run told"
 
     def test_it_is_told_once(self) -> None:
         def work(part: slice) -> None:
             if part.stop - part.start > 2:
                 raise torch.OutOfMemoryError
 
-        halving = Halving()
-        assert not halving.note()
-        halving.over(8, work)
-        assert "8 sequences together were too many" in halving.note()
-        assert not halving.note()
+        batch_size = BatchSize()
+        assert not batch_size.note()
+        batch_size.map(8, work)
+        assert "8 sequences together were too many" in batch_size.note()
+        assert not batch_size.note()
 
     def test_one_sequence_is_the_least(self) -> None:
         def work(part: slice) -> None:
@@ -154,9 +154,9 @@ class TestHalving:
         with pytest.raises(
             DeviceMemoryError, match=r"one sequence .* memory of cpu \(.* GiB\): lower --max-seq-length"
         ):
-            Halving().over(4, work)
+            BatchSize().map(4, work)
         with pytest.raises(DeviceMemoryError, match=r"4 sequences .*, and it is so: use --batch-size 1"):
-            Halving().over(4, work, "it is so")
+            BatchSize().map(4, work, "it is so")
 
     def test_what_was_seen_counts_once(self) -> None:
         once, seen = Once(), []
@@ -191,20 +191,20 @@ class TestHalving:
 def test_statistics_are_those_of_smaller_batches(place: str) -> None:
     """Whatever a pass had seen before it failed: sums, their tokens, heavier first tokens, samples."""
 
-    def found(model: PreTrainedModel, batch_size: int, halving: Halving) -> list[Found]:
+    def found(model: PreTrainedModel, size: int, batch_size: BatchSize) -> list[Found]:
         stack = stack_of(model)
-        streams = capture(model, stack, make_tokens(8, 16).split(batch_size), halving=halving)
+        acts = capture(model, stack, make_tokens(8, 16).split(size), batch_size=batch_size)
         every = []
         for block in stack.blocks:
-            every += list(observe(block, streams, 0.5, 0.01))
-            streams.advance(block)
+            every += list(observe(block, acts, 0.5, 0.01))
+            acts.forward(block)
         return every
 
-    model, halving = make_llama(), Halving()
+    model, batch_size = make_llama(), BatchSize()
     with little_memory(model.model.get_submodule(place), 2):
-        parts = found(model, 8, halving)
-    assert halving.most == 2
-    for part, whole, small in zip(parts, found(model, 8, Halving()), found(model, 2, Halving()), strict=True):
+        parts = found(model, 8, batch_size)
+    assert batch_size.most == 2
+    for part, whole, small in zip(parts, found(model, 8, BatchSize()), found(model, 2, BatchSize()), strict=True):
         for other, rtol in ((whole, 1e-5), (small, 0.0 if place == "embed_tokens" else 1e-5)):
             assert part.statistics is not None and other.statistics is not None  # noqa: PT018
             assert part.statistics.tokens == other.statistics.tokens == 128
@@ -216,16 +216,16 @@ def test_statistics_are_those_of_smaller_batches(place: str) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("place", ["model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "lm_head"])
 def test_the_sweep_finds_what_smaller_batches_find(place: str, backward: bool) -> None:
-    def found(batch_size: int, halving: Halving) -> FisherWeights:
+    def found(size: int, batch_size: BatchSize) -> FisherWeights:
         stack = stack_of(model)
-        streams = capture(model, stack, make_tokens(8, 16).split(batch_size), whole=True, halving=halving)
-        return fisher_weights(model, stack, streams, seed=3, residual=True)
+        acts = capture(model, stack, make_tokens(8, 16).split(size), whole=True, batch_size=batch_size)
+        return fisher_weights(model, stack, acts, seed=3, residual=True)
 
-    model, halving = make_llama(), Halving()
+    model, batch_size = make_llama(), BatchSize()
     with little_memory(model.get_submodule(place), 2, backward):
-        parts = found(8, halving)
-    assert halving.most == 2
-    whole = found(8, Halving())
+        parts = found(8, batch_size)
+    assert batch_size.most == 2
+    whole = found(8, BatchSize())
     for kind in ("tokens", "rows", "residual"):
         one, other = getattr(parts, kind), getattr(whole, kind)
         assert one.keys() == other.keys()
@@ -299,12 +299,12 @@ def test_elsewhere_it_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
 def test_a_sweep_in_parts_finds_the_tokens_of_experts() -> None:
     found = []
     for most in (8, 2):
-        model, halving = build("mixtral"), Halving()
+        model, batch_size = build("mixtral"), BatchSize()
         stack = stack_of(model)
-        streams = capture(model, stack, [make_ids(8, 16)], whole=True, halving=halving)
+        acts = capture(model, stack, [make_ids(8, 16)], whole=True, batch_size=batch_size)
         with little_memory(model.model.layers[1].self_attn.o_proj, most):
-            found.append(fisher_weights(model, stack, streams, seed=3))
-        assert (halving.most == 2) == (most == 2)
+            found.append(fisher_weights(model, stack, acts, seed=3))
+        assert (batch_size.most == 2) == (most == 2)
     whole, parts = found
     assert whole.routed.keys() == parts.routed.keys() != set()
     for name, ((own_T, own_square_T),) in whole.routed.items():

@@ -15,8 +15,8 @@ import torch
 from families import build
 
 from optima import Recipe
+from optima.calibration.activations import moved
 from optima.calibration.store import SMALLEST_MAPPED, Store
-from optima.calibration.streams import moved
 from optima.errors import ModelError, RecipeError
 from optima.memory import GIB, LIBRARIES_BYTES, HostMemory, batch_tokens, host_memory, logits_bytes
 from optima.preflight.fitting import fit

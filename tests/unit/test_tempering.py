@@ -7,9 +7,9 @@ from tiny import make_bert, make_llama, make_tokens
 from transformers import PreTrainedModel
 
 from optima.calibration import fisher as swept
+from optima.calibration.activations import Activations
 from optima.calibration.capture import capture
 from optima.calibration.fisher import EFFECTIVE, FisherWeights, Moments, fisher_weights, row_weights, start_alike
-from optima.calibration.streams import Streams
 from optima.models.blocks import find_stacks
 
 
@@ -83,11 +83,11 @@ def test_tokens_at_an_expert() -> None:
     assert found.of_routed("an expert", 0, 10).tolist() == [5, 1, 1, 0.5, 1, 1, 1, 1, 1.5, 1]  # type: ignore[union-attr]
 
 
-def starts_alike(model: PreTrainedModel, streams: Streams) -> bool:
-    outputs = streams.copy()
+def starts_alike(model: PreTrainedModel, acts: Activations) -> bool:
+    outputs = acts.clone()
     for block in find_stacks(model)[0].blocks:
-        outputs.advance(block)
-    return start_alike(streams, outputs.hidden)
+        outputs.forward(block)
+    return start_alike(acts, outputs.hidden)
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -98,8 +98,8 @@ def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
     if not alike:
         tokens_NL[5, 0] = 2
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
-    assert starts_alike(model, streams) == alike
+    acts = capture(model, stack, list(tokens_NL.split(3)), whole=True)
+    assert starts_alike(model, acts) == alike
 
 
 @pytest.mark.parametrize("share", [1.0, 0.125])
@@ -112,8 +112,8 @@ def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypat
         for name, parameter in model.named_parameters():
             parameter.mul_(10 if "query" in name or "key" in name or "value" in name else 1)
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
-    assert not starts_alike(model, streams.part(swept.fisher_batches(streams, share)))
+    acts = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
+    assert not starts_alike(model, acts.part(swept.fisher_batches(acts, share)))
 
 
 def test_versions_of_hidden_states_are_used_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,10 +122,10 @@ def test_versions_of_hidden_states_are_used_in_part(monkeypatch: pytest.MonkeyPa
     model, tokens_NL = families.build("deepseek_v4"), families.make_ids(8, 16)
     tokens_NL[:, 0] = 1
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
-    taken = [swept.fisher_batches(streams, share) for share in (0.25, 0.4, 0.6, 1.0)]
+    acts = capture(model, stack, list(tokens_NL.split(1)), whole=True)
+    taken = [swept.fisher_batches(acts, share) for share in (0.25, 0.4, 0.6, 1.0)]
     assert taken == [[0, 4], [0, 2, 5, 7], [0, 1, 3, 5, 6], list(range(8))]
-    found = fisher_weights(model, stack, streams, seed=0, share=0.25)
+    found = fisher_weights(model, stack, acts, seed=0, share=0.25)
     for name, batches in found.tokens.items():
         assert {len(square_T) for square_T in batches} == {16}, name
         assert batches[1].equal(batches[2])

@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import rows_of
 from optima.calibration.correlation import correlated_rows, couples, products_of_halves
-from optima.calibration.halving import rows_of
 from optima.calibration.lm_head import at_the_head, head_device
 from optima.calibration.probe import hidden_of
-from optima.calibration.streams import Streams
 from optima.data.batches import words_size
 from optima.device import backward_explained, differentiable, give_back_freed_memory
 from optima.distributed import Ranks
@@ -75,23 +75,23 @@ def sensitivity_share(share: float, tokens: int, experts: bool) -> float:
     return 1.0 if experts else fisher_share(share, tokens)
 
 
-def fisher_batches(streams: Streams, share: float) -> list[int]:
+def fisher_batches(acts: Activations, share: float) -> list[int]:
     """The batches of this rank that gradients are taken of."""
-    return _spread(streams, fisher_share(share, streams.tokens))
+    return _spread(acts, fisher_share(share, acts.tokens))
 
 
-def tuned_batches(streams: Streams, share: float) -> list[int]:
+def tuned_batches(acts: Activations, share: float) -> list[int]:
     """The batches of this rank that blocks are tuned on."""
-    return _spread(streams, tuned_share(share, streams.tokens))
+    return _spread(acts, tuned_share(share, acts.tokens))
 
 
-def sensitivity_batches(streams: Streams, share: float, experts: bool) -> list[int]:
+def sensitivity_batches(acts: Activations, share: float, experts: bool) -> list[int]:
     """The batches of this rank that the sensitivity pass takes."""
-    return _spread(streams, sensitivity_share(share, streams.tokens, experts))
+    return _spread(acts, sensitivity_share(share, acts.tokens, experts))
 
 
-def _batch_size(streams: Streams) -> int:
-    return max(streams.ranks.gather(max((samples for samples, _ in streams.sizes), default=1)))
+def _batch_size(acts: Activations) -> int:
+    return max(acts.ranks.gather(max((samples for samples, _ in acts.sizes), default=1)))
 
 
 def _taken(batches: int, share: float) -> int:
@@ -99,12 +99,12 @@ def _taken(batches: int, share: float) -> int:
     return math.ceil(batches * share - ROUNDING)
 
 
-def _spread(streams: Streams, share: float) -> list[int]:
+def _spread(acts: Activations, share: float) -> list[int]:
     """A share of the batches, evenly spread, counted over all ranks; all if positions of tokens are not known."""
-    size, first, chosen = _batch_size(streams), streams.before[0], []
-    for batch, (samples, _) in enumerate(streams.sizes):
+    size, first, chosen = _batch_size(acts), acts.before[0], []
+    for batch, (samples, _) in enumerate(acts.sizes):
         place = first // size
-        if _taken(place + 1, share) > _taken(place, share) or streams.probe.sequence_first:
+        if _taken(place + 1, share) > _taken(place, share) or acts.probe.sequence_first:
             chosen.append(batch)
         first += samples
     return chosen
@@ -201,7 +201,7 @@ class FisherWeights:
                 known.pop(name, None)
 
     def part(self, batches: Sequence[int]) -> FisherWeights:
-        """The weights of some batches, as ``Streams.part``."""
+        """The weights of some batches, as ``Activations.part``."""
         tokens = {name: [own[batch] for batch in batches] for name, own in self.tokens.items()}
         routed = {name: [own[batch] for batch in batches] for name, own in self.routed.items()}
         return replace(self, tokens=tokens, routed=routed)
@@ -239,7 +239,7 @@ class FisherWeights:
 def fisher_weights(
     model: PreTrainedModel,
     stack: Stack,
-    streams: Streams,
+    acts: Activations,
     seed: int,
     residual: bool = False,
     weights: Weights | None = None,
@@ -255,7 +255,7 @@ def fisher_weights(
     Args:
         model: the whole model, in evaluation mode.
         stack: the stack that its head reads.
-        streams: inputs of the first block, with the calls of all blocks; left as it is.
+        acts: inputs of the first block, with the calls of all blocks; left as it is.
         seed: of the labels.
         residual: find ``FisherWeights.residual`` too, at a product of E x E entries a token and block.
         weights: brings blocks to the device; None: they are all in main memory.
@@ -267,7 +267,7 @@ def fisher_weights(
         NotDifferentiableError: if there are no gradients, or they are not finite, on any rank.
     """
     with torch.inference_mode(False), torch.enable_grad(), differentiable(model):
-        gradient_pass = _GradientPass(model, stack, streams, weights or Resident(model), fisher_batches(streams, share))
+        gradient_pass = _GradientPass(model, stack, acts, weights or Resident(model), fisher_batches(acts, share))
         found = gradient_pass.run(seed, residual, coupled, progress)
     give_back_freed_memory()
     return found
@@ -292,14 +292,14 @@ class _GradientPass:
     """
 
     def __init__(
-        self, model: PreTrainedModel, stack: Stack, streams: Streams, weights: Weights, used: Sequence[int]
+        self, model: PreTrainedModel, stack: Stack, acts: Activations, weights: Weights, used: Sequence[int]
     ) -> None:
-        self.model, self.stack, self.streams, self.weights, self.used = model, stack, streams, weights, used
-        self.part, self.ranks, self.head = streams.part(used), streams.ranks, head_of(model) is not None
+        self.model, self.stack, self.acts, self.weights, self.used = model, stack, acts, weights, used
+        self.part, self.ranks, self.head = acts.part(used), acts.ranks, head_of(model) is not None
         self.found, self.alike = FisherWeights(LOGITS if self.head else HIDDEN), False
         sequences, tokens = sum(size for size, _ in self.part.sizes), sum(map(math.prod, self.part.sizes))
-        length, whole = max((length for _, length in streams.sizes), default=0), len(used) == len(streams.sizes)
-        every = self.ranks.gather((sequences, tokens, length, whole, streams.probe.routed))
+        length, whole = max((length for _, length in acts.sizes), default=0), len(used) == len(acts.sizes)
+        every = self.ranks.gather((sequences, tokens, length, whole, acts.probe.routed))
         sequence_counts, counts, lengths, wholes, unordered = zip(*every, strict=True)
         self.first = sum(sequence_counts[: self.ranks.rank])  # number of this rank's first sequence that is used
         self.count, self.length, self.whole = sum(counts), max(lengths), all(wholes)
@@ -315,10 +315,10 @@ class _GradientPass:
             for block in blocks:
                 inputs.append(list(part.hidden))
                 with self.weights.on(block, part.device):
-                    part.advance(block)
+                    part.forward(block)
             gradients = self._at_the_head(draws, place)
         progress(0.25)  # a forward pass is a quarter of the work
-        self.alike = start_alike(self.streams, part.hidden)
+        self.alike = start_alike(self.acts, part.hidden)
         # Where tokens are counted before sequences, sequences cannot be split into halves.
         numbers = list(accumulate((size for size, _ in part.sizes), initial=self.first))
         halved = numbers if coupled and not part.probe.sequence_first else None
@@ -326,7 +326,7 @@ class _GradientPass:
             part.hidden = inputs.pop()
             sums = _BlockSums(block, part, self.unordered, halved)
             with _raised_on_all(self.ranks):
-                size = self.streams.hidden[0].shape[-1]
+                size = self.acts.hidden[0].shape[-1]
                 metric_EE = second_moment(gradients, size, part.device) if residual else None
                 with self.weights.on(block, part.device):
                     squares = through(block, part, gradients, sums)
@@ -352,9 +352,9 @@ class _GradientPass:
         A sequence has the same labels whichever rank it is on, and whichever other sequences are used.
         """
         if self.head:
-            counts = [math.prod(words_size(self.model, batch)) for batch in self.streams.batches]
+            counts = [math.prod(words_size(self.model, batch)) for batch in self.acts.batches]
         else:
-            counts = [hidden.numel() for hidden in self.streams.hidden]
+            counts = [hidden.numel() for hidden in self.acts.hidden]
         lists, generator = self.ranks.gather(counts), torch.Generator().manual_seed(seed)
 
         def draws() -> Iterator[torch.Generator]:
@@ -385,7 +385,7 @@ class _GradientPass:
 
     def _finish(self, block: Block, squares: list[Tensor], sums: _BlockSums, metric_EE: Tensor | None) -> None:
         """Make the weights of the tokens and rows of a block, over all ranks."""
-        found, keep = self.found, self.streams.store.keep
+        found, keep = self.found, self.acts.store.keep
         inputs = {linear.name: linear.shape[1] for linear in block.linears}
         for name, own in {**sums.tokens, block.name: squares}.items():
             placed = [(torch.arange(len(square_T)), square_T) for square_T in self._fill_in(own)]
@@ -393,9 +393,9 @@ class _GradientPass:
                 found.tokens[name] = [weight_T for _, weight_T in weights]
         for name, routed in sums.routed.items():
             by_batch = dict(zip(self.used, routed, strict=True))
-            every = [by_batch.get(batch, NOWHERE) for batch in range(len(self.streams.sizes))]
+            every = [by_batch.get(batch, NOWHERE) for batch in range(len(self.acts.sizes))]
             # An expert's tokens of sequences that were not used are to come, with the mean.
-            if weights := self._weights(name, every, inputs[name], self.streams.tokens / self.count):
+            if weights := self._weights(name, every, inputs[name], self.acts.tokens / self.count):
                 found.routed[name] = weights
         reached = _all_reduced(sums.reached, self.ranks)
         for name, sum_2O in _all_reduced(sums.rows, self.ranks).items():
@@ -415,7 +415,7 @@ class _GradientPass:
         self, name: str, squares: Sequence[tuple[Tensor, Tensor]], inputs: int, share: float | None = None
     ) -> list[tuple[Tensor, Tensor]]:
         """Of the tokens of each batch, places and squares; none if no token matters. ``share``: of those to come."""
-        lengths = [length for _, length in self.streams.sizes]
+        lengths = [length for _, length in self.acts.sizes]
         starts = [
             at_T % length == 0 if self.alike else torch.zeros(len(at_T), dtype=torch.bool)
             for (at_T, _), length in zip(squares, lengths, strict=True)
@@ -439,7 +439,7 @@ class _GradientPass:
         """
         if self.whole:
             return list(squares)
-        own, sizes = dict(zip(self.used, squares, strict=True)), self.streams.sizes
+        own, sizes = dict(zip(self.used, squares, strict=True)), self.acts.sizes
         sum_2L = torch.zeros(2, self.length, dtype=torch.float64)
         for batch, square_T in own.items():
             root_BL = square_T.double().pow(POWER).reshape(-1, sizes[batch][1])
@@ -452,32 +452,32 @@ class _GradientPass:
         return [own.get(batch, filled[size]) for batch, size in enumerate(sizes)]
 
 
-def first_tokens(streams: Streams, hidden: Tensor) -> Tensor:
+def first_tokens(acts: Activations, hidden: Tensor) -> Tensor:
     """Hidden states of each sequence's first token, (B, E)."""
     # Gemma 3n has several versions of them. A copy: a view would hold all tokens.
-    return hidden.select(streams.probe.token_dims - 1, 0).movedim(streams.probe.sample_dim, 0).flatten(1).clone()
+    return hidden.select(acts.probe.token_dims - 1, 0).movedim(acts.probe.sample_dim, 0).flatten(1).clone()
 
 
-def start_alike(streams: Streams, outputs: Sequence[Tensor]) -> bool:
+def start_alike(acts: Activations, outputs: Sequence[Tensor]) -> bool:
     """Whether all sequences of all ranks start with one input, such as BOS, which is one in every block.
 
     It is not where a token sees later ones, or an encoder's output for another text.
 
     Args:
-        streams: inputs of the first block.
+        acts: inputs of the first block.
         outputs: of the last block, for the batches that were used.
     """
-    if streams.probe.sequence_first:
+    if acts.probe.sequence_first:
         return False
-    starts, ends = ([first_tokens(streams, hidden) for hidden in each] for each in (streams.hidden, outputs))
-    everyone = streams.ranks.all_gather((starts[0][:1] if starts else None, ends[0][:1] if ends else None))
+    starts, ends = ([first_tokens(acts, hidden) for hidden in each] for each in (acts.hidden, outputs))
+    everyone = acts.ranks.all_gather((starts[0][:1] if starts else None, ends[0][:1] if ends else None))
     start_1E = next((start for start, _ in everyone if start is not None), torch.empty(0))
     end_1E = next((end for _, end in everyone if end is not None), torch.empty(0)).float()
-    ended = sum(streams.ranks.gather(sum(map(len, ends))))  # one says nothing of others
+    ended = sum(acts.ranks.gather(sum(map(len, ends))))  # one says nothing of others
     alike = ended > 1 and all(bool((start_BE == start_1E).all()) for start_BE in starts)
     for end_BE in ends:  # rounded as their batches are
         alike = alike and bool(((end_BE.float() - end_1E).norm(dim=1) <= ALIKE * end_1E.norm(dim=1)).all())
-    return all(streams.ranks.gather(alike))
+    return all(acts.ranks.gather(alike))
 
 
 def second_moment(gradients: Sequence[Tensor], size: int, device: torch.device) -> Tensor:
@@ -500,7 +500,9 @@ class _BlockSums:
         halves: by linear: see ``correlation.products_of_halves``.
     """
 
-    def __init__(self, block: Block, part: Streams, unordered: Collection[str], numbers: Sequence[int] | None) -> None:
+    def __init__(
+        self, block: Block, part: Activations, unordered: Collection[str], numbers: Sequence[int] | None
+    ) -> None:
         self._block, self._sizes, self._unordered, self._numbers = block, part.sizes, unordered, numbers or []
         self._leaders = {linear.name: group[0].name for group in part.groups(block) for linear in group}
         self.rows = {each.name: torch.zeros(2, each.shape[0], dtype=torch.float64) for each in block.linears}
@@ -554,7 +556,7 @@ class _BlockSums:
             self.halves[name] += halves
 
 
-def through(block: Block, part: Streams, gradients: list[Tensor], sums: _BlockSums) -> list[Tensor]:
+def through(block: Block, part: Activations, gradients: list[Tensor], sums: _BlockSums) -> list[Tensor]:
     """Replace ``gradients`` at the block's outputs by those at its inputs, and add those at its linears to ``sums``.
 
     Returns:
@@ -583,7 +585,7 @@ def through(block: Block, part: Streams, gradients: list[Tensor], sums: _BlockSu
 
     squares = []
     for batch in range(len(gradients)):
-        own, parts = zip(*part.in_parts(block, batch, partial(back, batch)), strict=True)
+        own, parts = zip(*part.map_microbatches(block, batch, partial(back, batch)), strict=True)
         squares.append(torch.cat(own))
         gradients[batch] = part.store.keep(parts[0] if len(parts) == 1 else torch.cat(parts))
     return squares

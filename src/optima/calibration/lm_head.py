@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.calibration.halving import rows_of
+from optima.calibration.activations import Activations, Look
+from optima.calibration.batch_size import rows_of
 from optima.calibration.probe import forward, with_hidden
-from optima.calibration.streams import Look, Streams
-from optima.data.batches import Batch, inseparable, some_of, words_alone
+from optima.data.batches import Batch, indivisible, some_of, words_alone
 from optima.device import backward_explained, card_memory, describe_memory, differentiable, forward_replaced, once
 from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack, count_by_place, find_stacks
@@ -118,12 +118,12 @@ def _outside_bytes(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def head_alone(model: PreTrainedModel, stack: Stack, streams: Streams, leaf: Tensor) -> Iterator[None]:
+def head_alone(model: PreTrainedModel, stack: Stack, acts: Activations, leaf: Tensor) -> Iterator[None]:
     """No block runs inside, and the last one returns ``leaf``."""
     with ExitStack() as replaced:
         for block in stack.blocks:
             returned = leaf if block is stack.blocks[-1] else None
-            passed_on = partial(_pass_on, returned, streams.probe.outputs[block.index])
+            passed_on = partial(_pass_on, returned, acts.probe.outputs[block.index])
             replaced.enter_context(forward_replaced(block.module, passed_on))
         yield
 
@@ -143,34 +143,34 @@ def logits_of(returned: Any) -> Tensor:
     raise NotDifferentiableError("it returns no logits")
 
 
-def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
+def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: int, drawn_BL: Tensor) -> Tensor:
     """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers.
 
     Args:
         model: runs where its embedding is; of its own blocks none is called.
         stack: the one that its head reads.
-        streams: outputs of its last block.
+        acts: outputs of its last block.
         batch: number of the batch.
         drawn_BL: uniform in [0, 1), see ``label_gradient``.
 
     Returns:
-        In the layout of ``streams.hidden``, on the CPU.
+        In the layout of ``acts.hidden``, on the CPU.
 
     Raises:
         NotDifferentiableError: if its logits do not depend on what leaves that block.
     """
-    home, inputs = next(model.parameters()).device, streams.batches[batch]
+    home, inputs = next(model.parameters()).device, acts.batches[batch]
     samples, length = drawn_BL.shape
     if stack.part == "whole":  # no vision tower runs, nor are labels compared to a slice
         inputs = words_alone(model, inputs)
-    whole = inseparable(inputs, samples) or streams.inseparable(stack.blocks[-1], batch)
+    whole = indivisible(inputs, samples) or acts.indivisible(stack.blocks[-1], batch)
     most = 1 if stack.part == "encoder" and not whole else samples  # autograd keeps a whole decoder of each sample
 
     def back(part: slice) -> Tensor:
         rows = some_of(inputs, part, samples)
-        leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
+        leaf = rows_of(acts.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
         every_L = torch.arange(length)
-        with head_alone(model, stack, streams, leaf):
+        with head_alone(model, stack, acts, leaf):
             for at_C in positions_of_slices(model, every_L, most) if sliceable(model) else (every_L,):
                 options = {"logits_to_keep": at_C.to(home)} if sliceable(model) else {}
                 logits_TV = logits_of(forward(model, rows, **options)).flatten(0, -2)
@@ -182,7 +182,7 @@ def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: i
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
-    parts = streams.halving.over(samples, back, whole, most)
+    parts = acts.batch_size.map(samples, back, whole, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -250,18 +250,18 @@ class LmHead:
         block = sum(each.numel() for each in self.stack.blocks[-1].module.parameters())
         return 1.0 + head * looked_at(self.model, length) / (max(block, 1) * length)
 
-    def place(self, streams: Streams, others: int) -> tuple[torch.device, str]:
+    def place(self, acts: Activations, others: int) -> tuple[torch.device, str]:
         """Where the head runs, and a note for the report; ``others``: bytes that tuning takes on the device."""
-        tokens = max((samples * looked_at(self.model, length) for samples, length in streams.sizes), default=1)
-        return head_device(self.model, self.stack, streams.device, tokens, KL_COPIES, others)
+        tokens = max((samples * looked_at(self.model, length) for samples, length in acts.sizes), default=1)
+        return head_device(self.model, self.stack, acts.device, tokens, KL_COPIES, others)
 
     @contextmanager
-    def error(self, streams: Streams, place: torch.device) -> Iterator[LogitsError]:
+    def error(self, acts: Activations, place: torch.device) -> Iterator[LogitsError]:
         """The KL error of the last block, which is on its device; inside, the head is at ``place``."""
         block = self.stack.blocks[-1].module
         own = block.forward  # a block of another device would be brought there for each call
         with self.weights.outside(place), forward_replaced(block, own), differentiable(self.model):
-            yield LogitsError(self.model, self.stack, streams)
+            yield LogitsError(self.model, self.stack, acts)
 
 
 @dataclass(frozen=True)
@@ -270,7 +270,7 @@ class LogitsError:
 
     model: PreTrainedModel
     stack: Stack
-    streams: Streams
+    acts: Activations
 
     def on(self, device: torch.device) -> LogitsError:
         """See ``tune.Cost``: the head stays where it is."""
@@ -284,13 +284,13 @@ class LogitsError:
         """The mean over the positions of this epoch.
 
         Args:
-            found, target: outputs of the pruned and the dense block, in the layout of ``Streams.hidden``.
+            found, target: outputs of the pruned and the dense block, in the layout of ``Activations.hidden``.
             look: whose they are; another ``turn`` compares other positions.
         """
         home, fixed = next(self.model.parameters()).device, found.detach()
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens, gradient = 0.0, 0, torch.zeros_like(fixed, dtype=torch.float32)
-        rows = some_of(words_alone(self.model, self.streams.batches[look.batch]), look.part, look.samples)
+        rows = some_of(words_alone(self.model, self.acts.batches[look.batch]), look.part, look.samples)
         for options in self._slices(look, home):
             with torch.no_grad():
                 log_p_TV = self._log_probabilities(target, rows, options)
@@ -306,14 +306,14 @@ class LogitsError:
         """Options of the model for some positions at a time; for all, if it cannot slice its logits."""
         if not sliceable(self.model):
             return [{}]
-        samples, length = look.part.stop - look.part.start, self.streams.sizes[look.batch][1]
+        samples, length = look.part.stop - look.part.start, self.acts.sizes[look.batch][1]
         stride = -(-length // POSITIONS)
         every = torch.arange(look.turn % stride, length, stride, device=home)
         return [{"logits_to_keep": at} for at in positions_of_slices(self.model, every, samples)]
 
     def _log_probabilities(self, hidden: Tensor, rows: Batch, options: dict[str, Tensor]) -> Tensor:
         """Log-probabilities of the logits of ``hidden``, (T, V)."""
-        with head_alone(self.model, self.stack, self.streams, hidden):
+        with head_alone(self.model, self.stack, self.acts, hidden):
             logits = logits_of(forward(self.model, rows, **options))
         # A bias of -inf forbids tokens to both models: no difference, not infinity less infinity.
         return logits.flatten(0, -2).float().log_softmax(dim=-1).clamp_min(torch.finfo(torch.float32).min)

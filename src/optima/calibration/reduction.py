@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.streams import Streams
+from optima.calibration.activations import Activations
 from optima.distributed import Ranks
 from optima.models.blocks import Linear
 from optima.qp.rows import chunk_rows
@@ -24,7 +24,7 @@ def reduce_statistics(
     accumulators: Mapping[str, Accumulator],
     untold: set[str],
     groups: Sequence[Sequence[Linear]],
-    streams: Streams,
+    acts: Activations,
 ) -> dict[str, int | None]:
     """Bring the sums of all processes together: each group's at its owner, or at all if they solve it together.
 
@@ -34,17 +34,17 @@ def reduce_statistics(
         accumulators: of each group, by its first linear; changed in place.
         untold: names of groups whose tokens could not be told apart here; those of other processes are added.
         groups: of linears that share their input.
-        streams: of this process; the sums are on their device.
+        acts: of this process; the sums are on their device.
 
     Returns:
         The owner of each group, by its first linear; None: all processes.
     """
     names = [group[0].name for group in groups]
-    if streams.ranks.size == 1:
+    if acts.ranks.size == 1:
         return dict.fromkeys(names, 0)
-    divisible = [any(_chunks(linear, streams.device) > 1 for linear in group) for group in groups]
-    owners = dict(zip(names, share_out([cost(group) for group in groups], streams.ranks.size, divisible), strict=True))
-    reduce_to(owners, accumulators, untold, streams)
+    divisible = [any(_chunks(linear, acts.device) > 1 for linear in group) for group in groups]
+    owners = dict(zip(names, share_out([cost(group) for group in groups], acts.ranks.size, divisible), strict=True))
+    reduce_to(owners, accumulators, untold, acts)
     return owners
 
 
@@ -68,14 +68,14 @@ def reduce_to(
     owners: Mapping[str, int | None],
     accumulators: Mapping[str, Accumulator],
     untold: set[str],
-    streams: Streams,
+    acts: Activations,
 ) -> None:
     """As ``reduce_statistics``, where the owners are known."""
     own = {name: _counts(accumulators[name]) for name in owners}
-    found = streams.ranks.gather((own, frozenset(untold)))
+    found = acts.ranks.gather((own, frozenset(untold)))
     untold.update(*(theirs for _, theirs in found))
     for name, owner in owners.items():
-        _reduce(accumulators[name], [counts[name] for counts, _ in found], owner, streams)
+        _reduce(accumulators[name], [counts[name] for counts, _ in found], owner, acts)
 
 
 def cost(group: Sequence[Linear]) -> float:
@@ -98,14 +98,14 @@ def _counts(accumulator: Accumulator) -> tuple[int, int, float, int, int]:
 
 
 def _reduce(
-    accumulator: Accumulator, counts: Sequence[tuple[int, int, float, int, int]], owner: int | None, streams: Streams
+    accumulator: Accumulator, counts: Sequence[tuple[int, int, float, int, int]], owner: int | None, acts: Activations
 ) -> None:
-    ranks, (sizes, tokens, weights, extras, samples) = streams.ranks, zip(*counts, strict=True)
+    ranks, (sizes, tokens, weights, extras, samples) = acts.ranks, zip(*counts, strict=True)
     accumulator.tokens, accumulator.extra_weight = sum(tokens), sum(weights)
     if not accumulator.tokens:
         return
     if accumulator.sum_DD is None:
-        accumulator.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=streams.device)
+        accumulator.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=acts.device)
     ranks.all_reduce_lower_(accumulator.sum_DD, owner)
     extra_ND = _stacked(accumulator.extra, extras, accumulator.sum_DD, (ranks, owner))
     sample_ND = _stacked(accumulator.sample, samples, accumulator.sum_DD, (ranks, owner))

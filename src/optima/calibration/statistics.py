@@ -30,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from optima.calibration.accumulator import Accumulator
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import Once, rows_of
 from optima.calibration.fisher import FisherWeights
-from optima.calibration.halving import Once, rows_of
 from optima.calibration.reduction import reduce_statistics, reduce_to
-from optima.calibration.streams import Streams
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.linalg.hessian import Hessian
@@ -69,33 +69,33 @@ class Found:
 
 def observe(
     block: Block,
-    streams: Streams,
+    acts: Activations,
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
     weights: FisherWeights | None = None,
     onward: bool = False,
 ) -> Iterator[Found]:
-    """Run ``block`` over ``streams``, and yield the statistics of each group of its linears that share their input.
+    """Run ``block`` over ``acts``, and yield the statistics of each group of its linears that share their input.
 
     Every rank gets all groups; see ``Found.owner``. A linear may be pruned as soon as its group is there.
 
     Args:
-        block: on the device of ``streams``, with the linears to prune.
-        streams: what enters the block.
+        block: on the device of ``acts``, with the linears to prune.
+        acts: what enters the block.
         sink_weight: without ``weights``, of the first token of each sequence, relative to all tokens of the sequence
             together: it counts as ``max(1, sink_weight * L)`` tokens. 0: it counts as one.
         damping: of the Hessians.
         stopwatch: for the stages ``forward``, ``hessian`` and ``reduce``.
         weights: Fisher weights of the tokens.
-        onward: the last pass advances ``streams`` to the block's outputs. Else they stay as they are.
+        onward: the last pass advances ``acts`` to the block's outputs. Else they stay as they are.
 
     Raises:
         CalibrationError: on NaN or Inf, naming the linear.
     """
-    experts = [group for group in streams.groups(block) if group[0].expert is not None]
-    plain = [group for group in streams.groups(block) if group[0].expert is None]
-    hessians = _Hessians(block, streams, sink_weight, damping, stopwatch or Stopwatch(streams.device), weights)
+    experts = [group for group in acts.groups(block) if group[0].expert is not None]
+    plain = [group for group in acts.groups(block) if group[0].expert is None]
+    hessians = _Hessians(block, acts, sink_weight, damping, stopwatch or Stopwatch(acts.device), weights)
     *earlier, last = _portions(experts)
     for portion in earlier:
         hessians.accumulate(portion)
@@ -139,11 +139,11 @@ class _Common:
         self.samples: list[tuple[Tensor, Tensor]] = []
         self.sample_ND = self.weight_N = self.mean_DD = torch.zeros(0)
 
-    def finish(self, name: str, streams: Streams) -> None:
+    def finish(self, name: str, acts: Activations) -> None:
         """Bring the sums and samples of all ranks together."""
-        if streams.ranks.size > 1:
-            reduce_to({name: None}, {name: self.sum}, set(), streams)
-        every = [each for samples in streams.ranks.all_gather(self.samples) for each in samples]
+        if acts.ranks.size > 1:
+            reduce_to({name: None}, {name: self.sum}, set(), acts)
+        every = [each for samples in acts.ranks.all_gather(self.samples) for each in samples]
         self.samples = []
         if every:
             self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
@@ -156,13 +156,13 @@ class _Hessians:
     def __init__(
         self,
         block: Block,
-        streams: Streams,
+        acts: Activations,
         sink_weight: float,
         damping: float,
         stopwatch: Stopwatch,
         fisher: FisherWeights | None,
     ) -> None:
-        self.block, self.streams, self.stopwatch = block, streams, stopwatch
+        self.block, self.acts, self.stopwatch = block, acts, stopwatch
         self.sink_weight, self.damping, self.fisher = sink_weight, damping, fisher
         self.sums: dict[str, Accumulator] = {}
         self.common: dict[FusedExperts, _Common] = {}
@@ -190,20 +190,20 @@ class _Hessians:
             stack.enter_context(self.stopwatch("forward"))
             stack.enter_context(full_precision())
             if onward:
-                self.streams.advance(self.block, self._over)
-            for batch in range(0 if onward or not groups else len(self.streams.sizes)):
-                self.streams.in_parts(self.block, batch, partial(self._run, batch))
+                self.acts.forward(self.block, self._over)
+            for batch in range(0 if onward or not groups else len(self.acts.sizes)):
+                self.acts.map_microbatches(self.block, batch, partial(self._run, batch))
                 if not new and sorted(self._calls) == sorted(self.sums):
                     self._last = self._calls[-1]
         for name, each in (*self.sums.items(), *((experts.name, common.sum) for experts, common in new.items())):
             if not each.finite:
                 raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
         for experts, common in new.items():
-            common.finish(experts.name, self.streams)
+            common.finish(experts.name, self.acts)
 
     def _run(self, batch: int, part: slice) -> None:
         with self._over(batch, part), torch.no_grad(), suppress(_AllSeen):
-            self.streams.run(self.block, batch, part, looks=True)
+            self.acts.run(self.block, batch, part, looks=True)
 
     @contextmanager
     def _over(self, batch: int, part: slice) -> Iterator[None]:
@@ -226,7 +226,7 @@ class _Hessians:
             raise _AllSeen
 
     def _add(self, name: str, inputs: Tensor) -> None:
-        (samples, length), count = self.streams.sizes[self._batch], self._part.stop - self._part.start
+        (samples, length), count = self.acts.sizes[self._batch], self._part.stop - self._part.start
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
         weight_T, heavy_ND, sample_ND, more = None, None, None, self.sink_weight * length - 1.0
         if self.fisher is not None:
@@ -237,32 +237,30 @@ class _Hessians:
                 weight_T = rows_of(own[self._batch], self._part, samples).to(inputs_TD.device)
                 sample_ND = self._sampled(inputs_TD, SAMPLE)
         elif more > 0.0:
-            heavy_ND = self.streams.probe.first_tokens(inputs, name, count, length)
+            heavy_ND = self.acts.probe.first_tokens(inputs, name, count, length)
             if heavy_ND is None:
                 self.unweighted.add(name)
         self.sums[name].add(inputs_TD, weight_T, heavy_ND, 0.0 if heavy_ND is None else more, sample_ND)
 
     def _sampled(self, rows: Tensor, wanted: int) -> Tensor:
         """Of the rows of this pass, those of a sample of about ``wanted`` tokens of all passes and ranks."""
-        sizes = self.streams.sizes
-        before = self.streams.before[1] + sum(math.prod(size) for size in sizes[: self._batch])
-        return sampled(
-            rows, before + self._part.start * sizes[self._batch][1], sampling_step(self.streams.tokens, wanted)
-        )
+        sizes = self.acts.sizes
+        before = self.acts.before[1] + sum(math.prod(size) for size in sizes[: self._batch])
+        return sampled(rows, before + self._part.start * sizes[self._batch][1], sampling_step(self.acts.tokens, wanted))
 
     def _block_weights(self) -> Tensor | None:
         """Weights of all tokens of the batch, (T,), for its experts; None: all alike."""
-        samples, length = self.streams.sizes[self._batch]
+        samples, length = self.acts.sizes[self._batch]
         if self.fisher is not None:
             own = self._fisher_T[self.block.name]
             return None if own is None else own[self._batch]
         weight_T = torch.ones(samples * length)
-        weight_T[self.streams.probe.starts(samples, length)] = max(1.0, self.sink_weight * length)
+        weight_T[self.acts.probe.starts(samples, length)] = max(1.0, self.sink_weight * length)
         return weight_T if self.sink_weight else None
 
     def _add_routed(self, name: str, inputs_TD: Tensor, tokens_T: Tensor) -> None:
         """Inputs of an expert, and which tokens of the pass they are of."""
-        size, length = math.prod(self.streams.sizes[self._batch]), self.streams.sizes[self._batch][1]
+        size, length = math.prod(self.acts.sizes[self._batch]), self.acts.sizes[self._batch][1]
         if name.rpartition(".")[0].rpartition(".")[0] in self.unweighted:
             self.unweighted.add(name)
             weight_T = None
@@ -272,8 +270,8 @@ class _Hessians:
             weight_T = self._block_weights()
         if weight_T is not None:
             weight_T = weight_T[tokens_T.cpu() + self._part.start * length].to(inputs_TD.device)
-        wanted = -(-SAMPLE // (len(self.streams.sizes) * self.streams.ranks.size))
-        turn = self.streams.before[0] + self._batch + self._part.start  # each sequence begins with a sink
+        wanted = -(-SAMPLE // (len(self.acts.sizes) * self.acts.ranks.size))
+        turn = self.acts.before[0] + self._batch + self._part.start  # each sequence begins with a sink
         self.sums[name].add(inputs_TD, weight_T, sample_ND=thinned(inputs_TD, wanted, turn))
 
     def _see_all(self, experts: FusedExperts, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -283,14 +281,14 @@ class _Hessians:
                 return
             hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             hidden_TD, weight_T = hidden.flatten(0, -2), self._block_weights()
-            tokens = (self._part.stop - self._part.start) * self.streams.sizes[self._batch][1]
+            tokens = (self._part.stop - self._part.start) * self.acts.sizes[self._batch][1]
             if len(hidden_TD) % tokens:
                 weight_T = None
                 self.unweighted.add(experts.name)
             if weight_T is None:
                 weight_T = torch.ones(len(hidden_TD))
             else:
-                weight_T = rows_of(weight_T, self._part, self.streams.sizes[self._batch][0])
+                weight_T = rows_of(weight_T, self._part, self.acts.sizes[self._batch][0])
                 weight_T = weight_T.repeat(len(hidden_TD) // tokens)
             weight_T = weight_T.to(hidden_TD.device)
             if not experts.routed:  # zeros are routed elsewhere
@@ -303,20 +301,20 @@ class _Hessians:
 
     def of_plain(self, groups: Sequence[Group]) -> Iterator[Found]:
         """The statistics of linears that are not experts; those that all ranks solve together come first."""
-        ranks = self.streams.ranks
+        ranks = self.acts.ranks
         with self.stopwatch("reduce") if ranks.size > 1 else nullcontext():
-            owners = reduce_statistics(self.sums, self.unweighted, groups, self.streams)
+            owners = reduce_statistics(self.sums, self.unweighted, groups, self.acts)
         for group in sorted(groups, key=lambda group: owners[group[0].name] is not None):
             name = group[0].name
             yield Found(self.sums.pop(name).finish(self.damping), group, name not in self.unweighted, owners[name])
 
     def of_experts(self, groups: Sequence[Group]) -> Iterator[Found]:
         """The statistics of experts; those of an expert are complete when its first group is yielded."""
-        ranks, by_expert = self.streams.ranks, _by_expert(groups)
+        ranks, by_expert = self.acts.ranks, _by_expert(groups)
         owners = {key: place % ranks.size for place, key in enumerate(by_expert)}
         if ranks.size > 1:
             names = {group[0].name: owners[key] for key, own in by_expert.items() for group in own}
-            reduce_to(names, self.sums, self.unweighted, self.streams)
+            reduce_to(names, self.sums, self.unweighted, self.acts)
         for key, own in by_expert.items():
             mine = owners[key] == ranks.rank and self.common[key[0]].sum.tokens
             found = {group[0].name: self._shrunk(group[0]) for group in own} if mine else {}

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import BatchSize
 from optima.calibration.capture import capture
-from optima.calibration.halving import Halving
 from optima.calibration.lm_head import embedding_device
 from optima.calibration.probe import forward
 from optima.calibration.store import Store
-from optima.calibration.streams import Streams
 from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.errors import ModelError, NumericalError
@@ -121,22 +121,22 @@ class Run:
     def _stack(self, stack: Stack, batches: Sequence[Batch], hidden: str) -> None:
         recipe, device = self.checked.recipe, self.checked.device
         with self.weights.outside(self.place):
-            streams = capture(self.network, stack, batches, whole=True, store=self.store, halving=Halving(device))
+            acts = capture(self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(device))
         methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
         sink = recipe.sink_weight or 0.0
         job = Job(methods, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
-        if recipe.objective == "loss" and (told := sweep(job, self.network, stack, streams, recipe)):
+        if recipe.objective == "loss" and (told := sweep(job, self.network, stack, acts, recipe)):
             self.notes.append(told)
-        every = self._hidden(stack, streams, hidden)
+        every = self._hidden(stack, acts, hidden)
         read_by = self._deciding(every) if every is not None else set()
         rows: list[Tensor] = []
         turned: list[tuple[Channels, list[Part]]] = []
-        most = HIDDEN_BYTES // (4 * streams.hidden[0].shape[-1])
+        most = HIDDEN_BYTES // (4 * acts.hidden[0].shape[-1])
         self.shown.start(len(stack.blocks), 1, stage="order")
         for block in stack.blocks:
             with self.weights.on(block, device, job.clock):
-                inner = self._inner(block, streams)
-                saliencies, parts = self._observed(block, streams, job, inner, read_by)
+                inner = self._inner(block, acts)
+                saliencies, parts = self._observed(block, acts, job, inner, read_by)
                 felt = read_by if job.loss is None else {name for name in read_by if job.loss.of_rows(name) is not None}
                 for name in [name for name in saliencies if name in felt]:
                     rows.append(self._some(saliencies[name], most // len(read_by)).cpu())
@@ -175,22 +175,22 @@ class Run:
         """Names of the linears with a pattern n:m."""
         return {name for name, pattern in self.patterns.items() if isinstance(pattern, NM)}
 
-    def _hidden(self, stack: Stack, streams: Streams, reason: str) -> Channels | None:
+    def _hidden(self, stack: Stack, acts: Activations, reason: str) -> Channels | None:
         """The hidden channels, if they are to be ordered and every block computes the same with them elsewhere."""
         if "hidden" not in self.kinds:
             return None
-        size = streams.hidden[0].shape[-1]
+        size = acts.hidden[0].shape[-1]
         found = reason or hidden_channels(self.network, stack, size)
         if isinstance(found, Channels):
             if not self._deciding(found):
                 return None
-            trial = streams.part([0])
+            trial = acts.part([0])
             for block in stack.blocks:
                 with self.weights.on(block, self.checked.device):
                     if difference(block, [found], trial) > TOLERANCE:
                         found = f"{block.name} does not compute the same with them elsewhere"
                         break
-                    trial.advance(block)
+                    trial.forward(block)
         if isinstance(found, str):
             self.notes.append(f"{HIDDEN_STAY}: {found}")
             return None
@@ -201,7 +201,7 @@ class Run:
         own = {channels.writer, *channels.readers} if channels.kind == "heads" else set(channels.readers)
         return own & self._by_pattern()
 
-    def _inner(self, block: Block, streams: Streams) -> list[Channels]:
+    def _inner(self, block: Block, acts: Activations) -> list[Channels]:
         """Channels inside the block that are to be ordered or turned, and may be."""
         taken: set[str] = set()
         candidates = []
@@ -209,7 +209,7 @@ class Run:
             first = ways[0]
             if first.kind in self.kinds and self._deciding(first) and not taken & set(first.readers):
                 taken |= set(first.readers)
-                if reason := self._why_not(first, block, streams):
+                if reason := self._why_not(first, block, acts):
                     self.notes.append(CHANNELS_STAY.format(first.name, first.kind, reason))
                 else:
                     candidates.append(ways)
@@ -219,7 +219,7 @@ class Run:
         found: list[Channels] = []
         for own in together.values():
             tried = [list(each) for each in zip(*own, strict=False)]
-            differences = [difference(block, each, streams) for each in tried]
+            differences = [difference(block, each, acts) for each in tried]
             if (least := min(differences)) <= TOLERANCE:
                 found += tried[differences.index(least)]
                 continue
@@ -227,12 +227,12 @@ class Run:
             self.notes += [CHANNELS_STAY.format(first.name, first.kind, reason) for first, *_ in own]
         return found
 
-    def _why_not(self, channels: Channels, block: Block, streams: Streams) -> str:
+    def _why_not(self, channels: Channels, block: Block, acts: Activations) -> str:
         """Why channels inside a block must stay as they are; empty if they may be tried elsewhere."""
         pattern = self._pattern(channels)
         if any(place.name.removeprefix(f"{block.name}.") in block.common for place in channels.places):
             return "other blocks share weights of theirs"
-        if channels.kind == "heads" and streams.states(block, 0):
+        if channels.kind == "heads" and acts.states(block, 0):
             return "other blocks may read these values"
         if pattern is not None and channels.width % pattern.m:
             return f"{channels.width} of them make no groups of {pattern}"
@@ -244,9 +244,9 @@ class Run:
         return max(own, key=lambda pattern: (pattern.m, pattern.n), default=None)
 
     def _observed(
-        self, block: Block, streams: Streams, job: Job, inner: Iterable[Channels], read_by: Collection[str]
+        self, block: Block, acts: Activations, job: Job, inner: Iterable[Channels], read_by: Collection[str]
     ) -> tuple[dict[str, Tensor], dict[str, list[Part]]]:
-        """What decides about the channels; ``streams`` are behind the block then.
+        """What decides about the channels; ``acts`` are behind the block then.
 
         Returns:
             the saliencies, (R, D), of linears whose inputs change places, by name; and what linears are to values that
@@ -256,7 +256,7 @@ class Run:
         wanted = {*read_by, *(name for each in inner if each.kind != "heads" for name in each.readers)}
         saliencies: dict[str, Tensor] = {}
         parts: defaultdict[str, list[Part]] = defaultdict(list)
-        for each in job.observe(block, streams, job.clock, onward=True):
+        for each in job.observe(block, acts, job.clock, onward=True):
             if (statistics := each.statistics) is None:
                 continue
             for linear in each.linears:

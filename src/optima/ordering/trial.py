@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from optima.calibration.activations import Activations, is_state, map_tensors
 from optima.calibration.probe import hidden_of
-from optima.calibration.streams import Streams, is_state, map_tensors
 from optima.device import full_precision
 from optima.models.blocks import Block
 from optima.ordering.channels import Channels, reorder
@@ -28,15 +28,15 @@ ROUNDINGS = 4
 
 
 @torch.no_grad()
-def difference(block: Block, channels: Sequence[Channels], streams: Streams) -> float:
+def difference(block: Block, channels: Sequence[Channels], acts: Activations) -> float:
     """How far the block is from doing with all ``channels`` in a random order, or turned, what it does.
 
     To be compared with ``TOLERANCE``; of the hidden state that tells most. Infinite if it is not finite.
 
     Args:
-        block: on the device of ``streams``; it stays as it is.
+        block: on the device of ``acts``; it stays as it is.
         channels: of kinds other than ``hidden`` all inside the block; of ``hidden`` those of all blocks.
-        streams: what enters the block; its first sequence is tried.
+        acts: what enters the block; its first sequence is tried.
     """
     state = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
     dense = {name: _in_float32(tensor) for name, tensor in state.items()}
@@ -49,7 +49,7 @@ def difference(block: Block, channels: Sequence[Channels], streams: Streams) -> 
         inside = tuple(place for place in each.places if place.name in parameters)
         reorder(replace(each, places=inside), ways, parameters)
         if each.kind == "hidden":
-            order_E = ways[0].to(streams.device)
+            order_E = ways[0].to(acts.device)
     found: list[Tensor] = []
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -64,9 +64,9 @@ def difference(block: Block, channels: Sequence[Channels], streams: Streams) -> 
         found.extend(each.flatten(0, -2).double() for each in (output - expected, expected - entered, entered))
         return expected
 
-    part = None if streams.inseparable(block, 0) else slice(0, 1)
+    part = None if acts.indivisible(block, 0) else slice(0, 1)
     with full_precision():
-        streams.run(block, 0, part, call, looks=True)
+        acts.run(block, 0, part, call, looks=True)
     error_E, change_E, entered_E = (each.square().mean(dim=0).sqrt() for each in found)
     error_E = error_E - ROUNDINGS * torch.finfo(torch.float32).eps * entered_E
     # Channel by channel: a few of them are much larger than all others.

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from optima.calibration.halving import Halving
+from optima.calibration.batch_size import BatchSize
 from optima.calibration.probe import Probe, hidden_of
 from optima.calibration.store import Store
 from optima.data.batches import Batch
@@ -31,7 +31,7 @@ Called = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 # What is entered around the forward pass of samples of a batch.
 Watched = Callable[[int, slice], AbstractContextManager[None]]
 # A batch and some of its samples.
-Piece = tuple[int, slice]
+Microbatch = tuple[int, slice]
 Result = TypeVar("Result")
 
 
@@ -45,7 +45,7 @@ class Look(NamedTuple):
 
 
 @dataclass
-class Streams:
+class Activations:
     """The activation store of one stack.
 
     Attributes:
@@ -58,7 +58,7 @@ class Streams:
         ranks: the processes that sequences are split over: these are the ones of this process.
         parts: how many sequences, and tokens, each of them has; empty if there is one.
         batches: what the model is given for each batch.
-        halving: where blocks run, and how many sequences together; copies and parts share it.
+        batch_size: where blocks run, and how many sequences together; copies and parts share it.
         whole: why batches cannot be taken apart, as the look at the model showed; empty if they can.
         fixed: first dimensions of what blocks are called with for one sample, which do not count samples (heads).
     """
@@ -72,7 +72,7 @@ class Streams:
     ranks: Ranks = ALONE
     parts: tuple[tuple[int, int], ...] = ()
     batches: list[Batch] = field(default_factory=list)
-    halving: Halving = field(default_factory=Halving)
+    batch_size: BatchSize = field(default_factory=BatchSize)
     whole: str = ""
     fixed: frozenset[int] = frozenset()
 
@@ -94,21 +94,21 @@ class Streams:
     @property
     def device(self) -> torch.device:
         """Where blocks run."""
-        return self.halving.device
+        return self.batch_size.device
 
-    def copy(self) -> Streams:
-        """Streams that advance on their own; the tensors they hold are shared."""
+    def clone(self) -> Activations:
+        """Activations that go forward on their own; the tensors they hold are shared."""
         return replace(self.part(range(len(self.hidden))), parts=self.parts)
 
-    def part(self, batches: Sequence[int]) -> Streams:
-        """Streams of some batches that advance on their own, with states of their own; ``counted`` counts them."""
+    def part(self, batches: Sequence[int]) -> Activations:
+        """Of some batches, going forward on their own, with states of their own; ``counted`` counts them."""
         calls = _with_own_states([[called[batch] for batch in batches] for called in self.calls])
         sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
         carried, given = [dict(self.carried[batch]) for batch in batches], [self.batches[batch] for batch in batches]
         return replace(self, sizes=sizes, hidden=hidden, calls=calls, carried=carried, batches=given, parts=())
 
-    def counted(self) -> Streams:
-        """These streams, with how much of them each process has: they may be a part. All processes call it."""
+    def counted(self) -> Activations:
+        """These acts, with how much of them each process has: they may be a part. All processes call it."""
         if self.ranks.size == 1:
             return self
         own = sum(samples for samples, _ in self.sizes), sum(samples * length for samples, length in self.sizes)
@@ -118,7 +118,7 @@ class Streams:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    def inseparable(self, block: Block, batch: int, looks: bool = False) -> str:
+    def indivisible(self, block: Block, batch: int, looks: bool = False) -> str:
         """Why a batch cannot be taken apart into samples when it enters ``block``; empty if it can.
 
         What later blocks are to read of it can be read in parts, but not written: by a pass that only ``looks`` it can.
@@ -149,22 +149,22 @@ class Streams:
         """What the block is given that it can leave keys and values in, or read those of earlier blocks from."""
         return _states_in(*self.calls[block.index][batch])
 
-    def pieces(self, block: Block) -> list[Piece]:
+    def pieces(self, block: Block) -> list[Microbatch]:
         """The smallest parts that the block can look at: the samples of each batch, or the batch."""
         return [
             (batch, slice(first, first + step))
             for batch, (samples, _) in enumerate(self.sizes)
-            for step in [samples if self.inseparable(block, batch, looks=True) else 1]
+            for step in [samples if self.indivisible(block, batch, looks=True) else 1]
             for first in range(0, samples, step)
         ]
 
-    def in_parts(self, block: Block, batch: int, work: Callable[[slice], Result]) -> list[Result]:
-        """What ``work`` returns for the parts of a batch that the device has memory for, see ``Halving.over``."""
-        return self.halving.over(self.sizes[batch][0], work, self.inseparable(block, batch))
+    def map_microbatches(self, block: Block, batch: int, work: Callable[[slice], Result]) -> list[Result]:
+        """What ``work`` returns for the parts of a batch that the device has memory for, see ``BatchSize.map``."""
+        return self.batch_size.map(self.sizes[batch][0], work, self.indivisible(block, batch))
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def advance(self, block: Block, watched: Watched | None = None) -> None:
+    def forward(self, block: Block, watched: Watched | None = None) -> None:
         """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out.
 
         ``watched`` is entered around each forward pass, with the batch and the samples of it that run.
@@ -176,7 +176,7 @@ class Streams:
 
         with full_precision():
             for batch in range(len(self.sizes)):
-                self.receive(block, batch, self.in_parts(block, batch, partial(run, batch)))
+                self.receive(block, batch, self.map_microbatches(block, batch, partial(run, batch)))
 
     def outputs(self, block: Block, batch: int, part: slice) -> list[Tensor]:
         """What the block hands on for samples of a batch, on the CPU: hidden states, and what later blocks ask for."""
@@ -200,7 +200,7 @@ class Streams:
                 state[key] = map_tensors(value, lambda tensor: self.store.keep(tensor.cpu()))
 
     def forget(self, block: Block) -> None:
-        """Drop what no block behind this one is given, for streams that do not go back through the blocks."""
+        """Drop what no block behind this one is given, for acts that do not go back through the blocks."""
         later = {source for own in self.probe.carried[block.index + 1 :] for source in own.values()}
         self.carried[:] = [{at: each[at] for at in each if at in later} for each in self.carried]
 
@@ -235,7 +235,7 @@ class Streams:
             args = list(own)
         inputs = (self.hidden[batch], args, kwargs)
         if part is not None and part.stop - part.start < samples:
-            if problem := self.inseparable(block, batch, looks):
+            if problem := self.indivisible(block, batch, looks):
                 raise ModelError(f"{problem}: use --batch-size 1")
             given = partial(piece, part=part, samples=samples)
             inputs = map_tensors(inputs, given)

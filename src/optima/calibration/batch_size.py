@@ -28,7 +28,7 @@ def rows_of(tensor: Tensor, part: slice, samples: int) -> Tensor:
     return tensor[part.start * each : part.stop * each]
 
 
-class Halving:
+class BatchSize:
     """How many sequences of a batch run together: all, until the device is out of memory.
 
     Args:
@@ -44,7 +44,7 @@ class Halving:
         self._tried = 0
         self._told: int | None = None
 
-    def over(
+    def map(
         self, samples: int, work: Callable[[slice], Result], whole: str = "", most: int | None = None
     ) -> list[Result]:
         """What ``work`` returns for the parts of a batch, in order; usually there is one.
@@ -83,7 +83,7 @@ class Halving:
             waiting.append(part)
         return results
 
-    def go_on(self, earlier: Sequence[int | None], rank: int) -> None:
+    def resume(self, earlier: Sequence[int | None], rank: int) -> None:
         """As an earlier run did: sums over smaller batches are rounded differently. Its report has the note.
 
         Args:
