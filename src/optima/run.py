@@ -53,7 +53,6 @@ from optima.preflight.opening import (
     own_batches,
     read,
     store_of,
-    warn_of_disk,
 )
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callback, Listeners, Progress, RunStart, make_progress
@@ -155,7 +154,6 @@ def prune(
                 job.notes.extend(_shared(shared, job.writer))
             job.progress.notes(job.notes)
             job.store = store_of(checked, weights, destination, ranks)
-            warn_of_disk(checked, job.store, ranks)
             patterns = _prune_stacks(network, checked, batches, job, ranks)
             applied = checked.as_applied(patterns)
             job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))

@@ -312,7 +312,7 @@ def test_a_memory_budget_changes_where_activations_wait_and_nothing_else(
     found = pruned(tmp_path / "model", tmp_path / "kept", memory_budget="512.5MiB", **options)
     assert [name for name in found if found[name] != expected[name]] == ["recipe.yaml"]
     notes = optima.load_report(tmp_path / "kept").run.notes
-    assert any(note.startswith("activations beyond the main memory left for them waited in files") for note in notes)
+    assert any(note.startswith("activations exceeded main memory") for note in notes)
 
 
 def test_a_budget_below_what_weights_take_is_refused(tmp_path: Path) -> None:

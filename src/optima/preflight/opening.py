@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.activations import activations
 from optima.calibration.store import Store
 from optima.checkpointing import Destination
 from optima.data.batches import Batch, Calibration
@@ -217,14 +216,3 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
     left = memory.left(checked.recipe.memory_budget, ranks.here(), there)
     beside = ranks.on_rank0(lambda: None if destination is None else destination.partial)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
-
-
-def warn_of_disk(checked: Checked, store: Store, ranks: Ranks) -> None:
-    """Say so if the files of activations may not fit on the disk, where those of all processes here are."""
-    processes = ranks.here()
-    if checked.recipe.num_calibration_samples is None or not ranks.first:
-        return
-    needs, blocks = checked.methods.needs, checked.found.blocks
-    kept = activations(checked.structure, blocks, checked.recipe, needs, checked.dtype)
-    if said := store.shortage(kept.stored // ranks.size, processes):
-        _logger.warning("%s", said)
