@@ -135,7 +135,7 @@ class TestBeforeTheLongWork:
         first, second = model.model.layers
         second.mlp.up_proj.weight = first.mlp.up_proj.weight
         before = first.mlp.up_proj.weight.clone()
-        with pytest.raises(ModelError, match="are one weight, which two inputs would prune differently"):
+        with pytest.raises(ModelError, match="are one weight"):
             optima.prune(model, calibration=make_tokens())
         assert first.mlp.up_proj.weight.equal(before)
 
