@@ -23,6 +23,7 @@ from optima.errors import ModelError
 from optima.models.load import (
     Source,
     commit_of,
+    dtype_as_read,
     explain_read_errors,
     find_source,
     load_config,
@@ -32,7 +33,6 @@ from optima.models.load import (
 )
 from optima.models.masks import MaskFiles
 from optima.models.offload import open_weights
-from optima.models.skeleton import dtype_as_read
 from optima.plan import skeleton
 
 
