@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,8 +42,9 @@ _logger = logging.getLogger("optima")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What the client of the hub raises when it is refused, offline or cut off.
 HUB_FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-# Files that are missing, damaged or contradict each other. Other errors of the libraries are shown as they are.
+# Files that are missing, damaged, cut off or contradict each other. Other errors of libraries are shown as they are.
 UNREADABLE: tuple[type[Exception], ...] = (*HUB_FAILURES, ValueError, SafetensorError, StrictDataclassError)
+UNREADABLE += (struct.error,)  # of a GGUF file
 LANGUAGE_MODEL, LANGUAGE_MODELS = "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
@@ -141,6 +143,10 @@ def _check_directory(path: Path) -> None:
             f"{path} has no .safetensors weights: convert pickle files, which can run any code when opened, first "
             "(load with torch and save with model.save_pretrained)"
         )
+    try:
+        weight_files(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the weights of {path} cannot be read ({error}): copy its index anew") from error
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -238,8 +238,10 @@ class Streamed:
         self._device = MAIN  # of those
         self._inside, outside = _parts(checkpoint, blocks)
         model = checkpoint.model
-        ends = {id(each.weight) for each in (model.get_input_embeddings(), model.get_output_embeddings()) if each}
-        lazy = {name for name in outside if id(_get(model, name)) in ends}
+        rows = getattr(model.config.get_text_config(), "vocab_size", None)
+        kinds = {name: type(model.get_submodule(name.rpartition(".")[0])) for name in outside}
+        large = {name for name in outside if _get(model, name).ndim == 2 and len(_get(model, name)) == rows}
+        lazy = {name for name in large if issubclass(kinds[name], nn.Embedding | nn.Linear)}
         owners = [(model.get_submodule(name.rpartition(".")[0]), name) for name in sorted(lazy)]
         checkpoint.read([name for name in outside if name not in lazy])
         for module, name in owners:
