@@ -148,23 +148,23 @@ def check_shards(directory: Path) -> None:
     for index in sorted(directory.glob(f"*{PLAIN}{INDEX_ENDING}")):
         try:
             lost = [name for name in shards(index) if not (directory / name).is_file()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ModelError(
-                f"{index} is no index of weights ({type(error).__name__}: {error}): copy it anew"
-            ) from error
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{index} cannot be read: {error}") from error
         if lost:
-            raise ModelError(
-                f"{directory} is not complete: {index.name} names {lost[0]}, which is not there; copy it anew"
-            )
+            raise ModelError(f"{directory} is not complete: {index.name} names {lost[0]}, which is not there")
 
 
 def shards(index: Path) -> list[str]:
     """The files that an index names, in the order of their names.
 
     Raises:
-        ValueError: if one of them is not in the directory of the index.
+        ValueError: if it is no index, or names a file that is not in its directory.
     """
-    names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index.name} has no weight_map")
+    names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:
         raise ValueError(f"{index.name} names {outside[0]}, which is not in the directory of the index")
     return names

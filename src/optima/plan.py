@@ -16,10 +16,9 @@ from optima.activations import Shares, activations
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, host_memory, work_bytes
 from optima.models.blocks import count_parameters
-from optima.models.load import Source, orders_of
+from optima.models.load import Source, orders_of, skeleton
 from optima.models.moe import split_on_disk
 from optima.models.offload import why_whole
-from optima.models.skeleton import skeleton
 from optima.patterns import NM
 from optima.preflight.checks import Preflight
 from optima.preflight.fitting import fit

@@ -10,8 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.allocate import with_shares
@@ -31,19 +30,17 @@ from optima.device import (
     unswitched,
 )
 from optima.distributed import Ranks, joined
-from optima.errors import NumericalError, RecipeError
+from optima.errors import RecipeError
 from optima.files import stamps
-from optima.linalg.finite import all_finite
-from optima.models.blocks import Stack, has_experts
+from optima.models.blocks import has_experts
 from optima.models.companions import copies_tokenizer, to_save
-from optima.models.inspect import head_of
 from optima.models.load import load_tokenizer, note_of_dtype, weights_of
 from optima.models.masks import MaskFiles
 from optima.models.offload import Streamed, Weights
 from optima.models.save import Writer, open_writer, prepare
 from optima.patterns import Pattern
 from optima.pipeline import Job
-from optima.preflight.checks import check_finite, chosen_stacks
+from optima.preflight.checks import chosen_stacks
 from optima.preflight.opening import (
     Checked,
     check,
@@ -135,7 +132,6 @@ def prune(
                 job.progress = told.enter_context(Listeners([shown, *callbacks]))
                 job.progress.begin(_start(checked, origin["model"], output_dir))
             job.memory = PeakMemory(checked.device)  # before the model generates text, whole on the device
-            _check_finite(network, checked, job)
             if destination is not None:
                 prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
             text = generated(checked, network, reader, text, ranks, job.progress)
@@ -267,35 +263,6 @@ def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     if isinstance(recipe.selector, str):
         return []
     return [f"the selector is an object, and recipe.yaml has its class alone: {run['selector']}"]
-
-
-def _check_finite(network: PreTrainedModel, checked: Checked, job: Job) -> None:
-    stacks = chosen_stacks(network, checked.recipe)
-    for block in (block for stack in stacks for block in stack.blocks if block.linears):
-        with job.weights.on(block, torch.device("cpu"), job.clock):
-            check_finite(block.linears)
-    names = _outside(network, stacks)
-    with job.clock("read"), job.weights.state(names) as tensors:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not all_finite(tensor):
-                raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint, or download it again")
-
-
-def _outside(network: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
-    """Weights of the head, and of what lies beside the blocks, such as a norm.
-
-    Not of embeddings: a row may be of a word that no text has. Nor the head's bias, which may forbid words.
-    """
-    output = head_of(network)
-    head = set() if output is None else {id(each) for each in output.parameters() if each.ndim > 1}
-    inputs = (module for module in network.modules() if isinstance(module, nn.Embedding))
-    rows = {id(each) for module in inputs for each in module.parameters(recurse=False)}
-    beside = {stack.blocks[0].name.rsplit(".", 2)[0] for stack in stacks if stack.blocks[0].name.count(".") > 1}
-    return [
-        name
-        for name, each in network.named_parameters()
-        if id(each) in head or (id(each) not in rows and name.rsplit(".", 2)[0] in beside)
-    ]
 
 
 def _prune_stacks(

@@ -23,9 +23,8 @@ from optima.distributed import ALONE
 from optima.errors import RecipeError
 from optima.holding import hold_zeros
 from optima.models.blocks import Linear
-from optima.models.load import find_source
+from optima.models.load import find_source, skeleton
 from optima.models.masks import MaskFiles
-from optima.models.skeleton import skeleton
 from optima.preflight.opening import check
 from optima.selectors.external import External
 

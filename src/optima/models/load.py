@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import struct
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -15,7 +15,9 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, StrictDataclassError
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -27,18 +29,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
 from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.files import PACKED, shards, stamps, usable_path
-from optima.models.failures import BAD_INPUT
 from optima.models.ordered import ORDERING_NAME, read_orders
-from optima.models.own_code import auto_class
 
 _logger = logging.getLogger("optima")
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# What the client of the hub raises when it is refused, offline or cut off.
+HUB_FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
+# Files that are missing, damaged, cut off or contradict each other. Other errors of libraries are shown as they are.
+UNREADABLE: tuple[type[Exception], ...] = (*HUB_FAILURES, ValueError, SafetensorError, StrictDataclassError)
+UNREADABLE += (struct.error,)  # of a GGUF file
+LANGUAGE_MODEL, LANGUAGE_MODELS = "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
 HUB_REMEDY = (
@@ -128,28 +135,18 @@ def _check_directory(path: Path) -> None:
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"name the GGUF file itself ({ggufs[0]})" if ggufs else "it is not a Hugging Face model directory"
         raise ModelError(f"{path} has no config.json: {hint}")
-    weights = list(path.glob("*.safetensors"))
-    if any(not file.name.endswith(PACKED) for file in weights):
-        if not any((path / name).is_file() for name in (WEIGHTS, INDEX)) and not _names_weights(path):
-            other = "is packed in part: unpack it anew" if any(path.glob(f"*{PACKED}")) else "copy it anew, or save it"
-            raise ModelError(f"{path} has neither {WEIGHTS} nor {INDEX}, by which its weights are read: {other}")
-        return
-    if weights:
+    weights = [file.name for file in path.glob("*.safetensors")]
+    if weights and all(name.endswith(PACKED) for name in weights):
         raise ModelError(f"{path} is packed: unpack it with optima unpack {path}")
-    if any(path.glob("*.bin")) or any(path.glob("*.bin.index.json")):
+    if not weights:
         raise ModelError(
-            f"{path} holds its weights only as pickle files, which can run any code when opened: convert them to "
-            "safetensors first (load with torch and save with model.save_pretrained)"
+            f"{path} has no .safetensors weights: convert pickle files, which can run any code when opened, first "
+            "(load with torch and save with model.save_pretrained)"
         )
-    raise ModelError(f"{path} has a config.json but no .safetensors weights")
-
-
-def _names_weights(path: Path) -> bool:
-    """Whether a configuration names other files of weights; one that cannot be read is refused in a moment."""
     try:
-        return bool(json.loads((path / "config.json").read_text(encoding="utf-8")).get("transformers_weights"))
-    except (ValueError, AttributeError, RecursionError):
-        return True
+        weight_files(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"the weights of {path} cannot be read ({error}): copy its index anew") from error
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -169,6 +166,25 @@ def find_file(source: Source, name: str) -> Path | None:
         return Path(hf_hub_download(source.path, name, **source.of_hub))
     except EntryNotFoundError:
         return None
+
+
+def fetch_weights(source: Source) -> list[Path]:
+    """The safetensors files that transformers would read, downloaded if they are on the hub.
+
+    Raises:
+        OSError: if there are none, or one that the index names is missing.
+    """
+    if source.local and not (source.local / WEIGHTS).is_file() and not (source.local / INDEX).is_file():
+        return weight_files(source.local)  # by names of its configuration's own
+    if file := find_file(source, WEIGHTS):
+        return [file]
+    index = find_file(source, INDEX)
+    if index is None:
+        raise OSError(f"there is neither {WEIGHTS} nor {INDEX}")
+    found = {name: find_file(source, name) for name in shards(index)}
+    if missing := [name for name, path in found.items() if path is None]:
+        raise OSError(f"{missing[0]} is missing")
+    return [path for path in found.values() if path is not None]
 
 
 def orders_of(source: Source) -> Any:
@@ -218,6 +234,23 @@ def weights_of(source: Source) -> dict[str, Any]:
         return stamps([source.local] if source.gguf_file else weight_files(source.local))
 
 
+def auto_class(auto_map: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """The Auto class with which code registered the model that the checkpoint was saved from.
+
+    Args:
+        auto_map: of the configuration.
+        names: of the checkpoint's class, as ``architectures`` has them.
+    """
+    codes = {auto: code for auto, code in auto_map.items() if isinstance(code, str) and hasattr(transformers, auto)}
+    known = {auto: code.rpartition(".")[2] for auto, code in codes.items()}
+    for auto, name in known.items():
+        if name in names[:1]:
+            return auto
+    # The library's own head for another task is not that of the code.
+    other = any(hasattr(transformers, name) and not name.endswith(LANGUAGE_MODELS) for name in names[:1])
+    return LANGUAGE_MODEL if LANGUAGE_MODEL in known and not other else None
+
+
 def model_class(config: PretrainedConfig, source: Source) -> Any:
     """The class that the checkpoint was saved from, so that its heads are kept; an Auto class where none is named.
 
@@ -249,6 +282,35 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
             "newer release, or correct architectures in config.json"
         )
     return getattr(transformers, names[0])
+
+
+def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """The model's modules on the meta device, in evaluation mode: shapes and names, no weights.
+
+    Raises:
+        ModelError: if the configuration cannot be read or built, or no weights go with it.
+    """
+    config = load_config(source)
+    with explain_read_errors(source, "weights"):
+        check_safetensors(pinned(source, config), config)
+    cls = model_class(config, source)
+    with explain_read_errors(source, "configuration"), torch.device("meta"):
+        if hasattr(cls, "from_config"):  # an Auto class
+            model = cls.from_config(config, trust_remote_code=source.trust_remote_code)
+        else:
+            model = cls(config)
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()
+    return model.eval(), config
+
+
+def dtype_as_read(config: PretrainedConfig, dtype: str) -> torch.dtype:
+    """What weights are read in, and written in: ``dtype``, or of ``auto`` the configuration's, which may have none."""
+    own = config.dtype or config.get_text_config().dtype  # of models that see, the language part's may be the only one
+    found = own if dtype == "auto" else dtype
+    found = getattr(torch, found) if isinstance(found, str) else found or torch.float32
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def load_model(source: Source, dtype: str = "auto", device: torch.device | None = None) -> PreTrainedModel:
@@ -357,21 +419,28 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 @contextmanager
 def explain_read_errors(source: Source, what: str) -> Iterator[None]:
     """Turn a failure to read one of ``REMEDIES`` into a ``ModelError`` that names the source and the remedy."""
-    # A module asserts that the padding token is in the vocabulary.
-    errors: tuple[type[Exception], ...] = (*BAD_INPUT, AssertionError) if what == "configuration" else BAD_INPUT
     try:
         yield
-    except torch.OutOfMemoryError:  # of the card that weights are read to
-        raise
-    except errors as error:
-        kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__} "
-        detail = textwrap.shorten(kind + str(error), 300, placeholder=" ...") or type(error).__name__
-        remedy = REMEDIES[what] if source.local or what != "model" else HUB_REMEDY
-        if not source.local and what != "model":
-            remedy = f"check the network, the room on the disk and your login (hf auth login); else {remedy}"
+    except UNREADABLE as error:
+        remedy = REMEDIES[what] if source.local else HUB_REMEDY
         if "trust_remote_code" in str(error):
             remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
+        detail = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         raise ModelError(f"the {what} of {source.name} cannot be read ({detail}): {remedy}") from error
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without transformers' bars for what it reads and writes, with which it switches off the hub's."""
+    shown, downloads = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+        if downloads:
+            enable_progress_bars()
 
 
 def note_of_dtype(source: Source, dtype: torch.dtype) -> str | None:

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from optima.errors import ModelError, RecipeError
 from optima.files import PACKED, usable_path
 from optima.models.blocks import Linear
-from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
-from optima.models.load import find_source, some, weight_files
-from optima.models.skeleton import skeleton
+from optima.models.load import find_source, skeleton, some, weight_files
+from optima.models.offload import Checkpoint, UnstreamableError, open_checkpoint
 
 # Names listed in a message.
 

@@ -24,10 +24,9 @@ from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.files import digest, explain_write_errors, read_header, sync
 from optima.models.blocks import Block
-from optima.models.checkpoint import no_bars
 from optima.models.companions import copy_companions
 from optima.models.fingerprint import bytes_of
-from optima.models.load import INDEX, WEIGHTS, Source
+from optima.models.load import INDEX, WEIGHTS, Source, no_bars
 from optima.models.offload import Resident, Weights
 from optima.models.ordered import write_orders
 from optima.models.own_code import forget_missing_code

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 from optima.build import pattern_table
 from optima.data.batches import Calibration, read_calibration
 from optima.distributed import Ranks
-from optima.errors import NumericalError, RecipeError
-from optima.linalg.finite import all_finite
+from optima.errors import RecipeError
 from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
 from optima.models.blocks import Block, Linear, Stack, dense_notes, find_stacks, select_linears
@@ -125,16 +124,6 @@ def _idle(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
     default = Recipe().ignore
     asked = (regex for regex in recipe.ignore if regex not in default)
     return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
-
-
-def check_finite(linears: Sequence[Linear]) -> None:
-    """Raise ``NumericalError`` naming the first linear whose weight has NaN or Inf."""
-    for linear in linears:
-        if not all_finite(linear.read()):
-            raise NumericalError(
-                f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
-                f"with --ignore '{re.escape(linear.name)}'"
-            )
 
 
 def check_shared(count: int | None, ranks: Ranks) -> None:

@@ -24,10 +24,9 @@ from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import HostMemory, host_memory, host_room
 from optima.models.blocks import count_parameters
-from optima.models.load import Source, commit_of, find_source, pinned
+from optima.models.load import Source, commit_of, find_source, pinned, skeleton
 from optima.models.moe import split_on_disk
 from optima.models.offload import Resident, Streamed, Weights, open_weights
-from optima.models.skeleton import skeleton
 from optima.patterns import Pattern, Unstructured
 from optima.preflight.checks import check_shared
 from optima.preflight.fitting import Fitted, fit
