@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from optima.calibration.correlation import coupling_bytes
 from optima.calibration.lm_head import KL_COPIES, logits_bytes, looked_at
 from optima.calibration.statistics import EXPERT_BYTES
+from optima.core.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.device import REMEDY, named_device
 from optima.errors import RecipeError
 from optima.linear import Methods, is_own
@@ -28,7 +29,6 @@ from optima.models.blocks import (
     find_stacks,
 )
 from optima.models.inspect import head_of, is_encoder_decoder, stream_numbers
-from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.recipe import Recipe
 from optima.tune import BYTES_PER_TUNED
 

@@ -18,9 +18,9 @@ from optima.calibration.fisher import FisherWeights, tuned_batches
 from optima.calibration.lm_head import LmHead
 from optima.calibration.statistics import Found, observe, routing_notes
 from optima.calibration.store import Store
+from optima.core.statistics import Statistics
 from optima.device import PeakMemory, Stopwatch, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
-from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
 from optima.models.blocks import Block, Linear, Stack, is_expert
 from optima.models.offload import Read, Resident, Weights

@@ -22,9 +22,9 @@ from optima import Ordering, Recipe
 from optima.arguments import CHANNELS
 from optima.checkpointing import Journal
 from optima.cli import main
+from optima.core.hessian import Hessian
 from optima.data.batches import arguments
 from optima.errors import ModelError, NumericalError, RecipeError
-from optima.linalg.hessian import Hessian
 from optima.models.blocks import find_stacks, select_linears
 from optima.names import kind
 from optima.ordering.channels import KINDS

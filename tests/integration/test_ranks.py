@@ -25,9 +25,9 @@ from optima.calibration import fisher as swept
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.activations import Activations
 from optima.checkpointing import Journal
+from optima.core import rows as qp_rows
 from optima.data import generate as generation
 from optima.distributed import Ranks
-from optima.qp import rows as qp_rows
 
 BLOCKS = 3
 JOURNAL = Path(".out.optima-partial/journal.jsonl")

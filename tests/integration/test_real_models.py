@@ -19,10 +19,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from optima import Recipe, load_report, prune
 from optima.cli import main
+from optima.core import Hessian, certify, make_problem
 from optima.demo import model_file
 from optima.models.load import find_source, load_model, load_tokenizer
 from optima.options import DEMO_MODELS
-from optima.qp import Hessian, certify, make_problem
 from optima.selectors.optima import Optima
 
 pytestmark = pytest.mark.slow

@@ -15,7 +15,7 @@ from optima.calibration.capture import capture
 from optima.calibration.correlation import SHRINKAGE, correlated_rows, couples
 from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient
-from optima.linalg.shifted_inverse import (
+from optima.core.shifted import (
     CoupledInverse,
     FactoredInverse,
     ShiftedInverse,

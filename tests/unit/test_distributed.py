@@ -21,10 +21,10 @@ from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics, share_out
 from optima.checkpointing import check_alike
+from optima.core import rows as qp_rows
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.models.blocks import Linear, find_stacks
-from optima.qp import rows as qp_rows
 
 SIZE = 3
 

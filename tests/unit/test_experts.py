@@ -22,7 +22,7 @@ from optima.calibration.batch_size import BatchSize
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.calibration.statistics import Found, observe, sampled, shrunk, thinned
-from optima.linalg.statistics import sampling_step
+from optima.core.statistics import sampling_step
 from optima.models.blocks import Block, find_stacks, select_linears
 from optima.models.moe import FusedExperts, experts_of, linearized
 from optima.models.save import Writer

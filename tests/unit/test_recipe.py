@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from optima import Recipe, load_recipe
 from optima.build import build, pattern_table
+from optima.core import SOLVERS, Auto, BatchedCholesky
 from optima.errors import RecipeError
 from optima.options import GROUPS, SELECTOR_NAMES, SINK_WEIGHT, SOLVER_NAMES
 from optima.patterns import NM, PatternTable, Unstructured
-from optima.qp import SOLVERS, Auto, BatchedCholesky
 from optima.recipe import recipe_from_dict
 from optima.recipe_files import SHIPPED, recipe_text
 from optima.selectors.base import SELECTORS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
+from optima.core.hessian import Hessian
 from optima.ordering.channels import Channels, Place
 from optima.ordering.turns import Part, best_turn, part_of
 from optima.patterns import NM

@@ -10,11 +10,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from optima.core.finite import all_finite
+from optima.core.hessian import Hessian
+from optima.core.products import ROUND_ROWS, add_gram, mirror
+from optima.core.statistics import Statistics
 from optima.device import bfloat16_products
-from optima.linalg.finite import all_finite
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import ROUND_ROWS, add_gram, mirror
-from optima.linalg.statistics import Statistics
 
 
 class Accumulator:

@@ -18,11 +18,11 @@ from optima.calibration.activations import Activations, Call, map_tensors, share
 from optima.calibration.batch_size import BatchSize
 from optima.calibration.probe import PROBE_LENGTH, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.store import Store
+from optima.core.products import keep_freed_memory
 from optima.data.batches import Batch, first_of, indivisible, some_of, stack_size
 from optima.device import forward_replaced, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.linalg.products import keep_freed_memory
 from optima.models.blocks import Block, Stack
 
 

@@ -16,8 +16,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from optima.core.shifted import MOST_EIGENVALUES
 from optima.device import bfloat16_products
-from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.models.blocks import Block, Linear, is_expert
 
 # Correlations are scaled by this beyond their reliability, so that no eigenvalue falls below 0.1.

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.activations import Activations
+from optima.core.rows import chunk_rows
 from optima.distributed import Ranks
 from optima.models.blocks import Linear
-from optima.qp.rows import chunk_rows
 
 # A linear's products of O x D x D, forward and back, for select, solve and rounding; its hessian costs a few of D^3.
 PRODUCTS = 10

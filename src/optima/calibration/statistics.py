@@ -34,10 +34,10 @@ from optima.calibration.activations import Activations
 from optima.calibration.batch_size import Once, rows_of
 from optima.calibration.fisher import FisherWeights
 from optima.calibration.reduction import reduce_statistics, reduce_to
+from optima.core.hessian import Hessian
+from optima.core.statistics import Statistics, sampling_step
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
-from optima.linalg.hessian import Hessian
-from optima.linalg.statistics import Statistics, sampling_step
 from optima.models.blocks import Block, Linear
 from optima.models.moe import DOWN, FusedExperts
 

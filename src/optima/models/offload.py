@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from optima.core.finite import all_finite
 from optima.device import Stopwatch, dtype_name, forward_replaced, on_device
 from optima.errors import ModelError, NumericalError
-from optima.linalg.finite import all_finite
 from optima.models.blocks import Block, find_stacks
 from optima.models.conversion import fill_buffers, load_tensors, places_of, shape_of
 from optima.models.load import (

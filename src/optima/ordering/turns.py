@@ -18,8 +18,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import SMALLEST_DAMPING, Hessian
-from optima.linalg.scaling import scaled_weight
+from optima.core.hessian import SMALLEST_DAMPING, Hessian
+from optima.core.scaling import scaled_weight
 from optima.ordering.channels import Channels, Starts
 from optima.patterns import NM
 

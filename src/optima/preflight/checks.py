@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.build import pattern_table
+from optima.core.shifted import MOST_EIGENVALUES
 from optima.data.batches import Calibration, read_calibration
 from optima.distributed import Ranks
 from optima.errors import RecipeError
-from optima.linalg.shifted_inverse import MOST_EIGENVALUES
 from optima.linear import Methods
 from optima.models.blocks import Block, Linear, Stack, dense_notes, find_stacks, select_linears
 from optima.models.inspect import check_length

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
-from optima.qp.cg import LowRankCG
-from optima.qp.cholesky import BatchedCholesky
-from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, concatenate
+from optima.core.cg import LowRankCG
+from optima.core.cholesky import BatchedCholesky
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem, RowSolution, RowSolver, Status, concatenate
 
 # Costs on a CPU in operations of a dense float32 product, fitted to the above: small batched factorisations run at a
 # tenth of its speed, and a gathered number costs as much as a thousand operations.

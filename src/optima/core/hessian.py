@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from optima.core.directions import fixed_directions
+from optima.core.finite import all_finite
+from optima.core.products import SharedFactor, SharedMatrix, scaled
 from optima.errors import NumericalError, RecipeError
-from optima.linalg.directions import fixed_directions
-from optima.linalg.finite import all_finite
-from optima.linalg.products import SharedFactor, SharedMatrix, scaled
 
 # Damping tried after plain Cholesky fails with none at all; relative to the mean of the diagonal.
 SMALLEST_DAMPING = 1e-8

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optima.linalg.products import ROUND_ROWS
-from optima.qp.certificate import ENERGY_FLOOR
+from optima.core.certificate import ENERGY_FLOOR
+from optima.core.products import ROUND_ROWS
 
 # Aim a little below the gap that is asked, so that the certificate seldom asks for another round.
 AIM = 0.9

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.linalg.directions import fixed_directions
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import multiply, pack
+from optima.core.directions import fixed_directions
+from optima.core.hessian import Hessian
+from optima.core.products import multiply, pack
 
 # Factors: most of them, and fewer for few inputs, where the rows' systems weigh more than the iterations they save.
 FACTORS, INPUTS_PER_FACTOR = 32, 26

@@ -15,15 +15,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from optima.core.auto import Auto
+from optima.core.certificate import Certificate, certify
+from optima.core.cg import LowRankCG
+from optima.core.cholesky import BatchedCholesky
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem, RowSolution, RowSolver, Status, make_problem, target_of
+from optima.core.rows import DEFAULT_BUDGET_BYTES, solve_rows
 from optima.device import full_precision
 from optima.errors import RecipeError
-from optima.linalg.hessian import Hessian
-from optima.qp.auto import Auto
-from optima.qp.certificate import Certificate, certify
-from optima.qp.cg import LowRankCG
-from optima.qp.cholesky import BatchedCholesky
-from optima.qp.problem import RowProblem, RowSolution, RowSolver, Status, make_problem, target_of
-from optima.qp.rows import DEFAULT_BUDGET_BYTES, solve_rows
 
 __all__ = [
     "SOLVERS",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
+from optima.core.hessian import Hessian
 
 
 def sampling_step(count: int, wanted: int) -> int:

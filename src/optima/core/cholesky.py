@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.linalg.gather import solve_selected
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import scaled
-from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.restarts import Correction, Residuals, solve_with_restarts
+from optima.core.gather import solve_selected
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem, RowSolution
+from optima.core.products import scaled
+from optima.core.restarts import Correction, Residuals, solve_with_restarts
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from optima.core.finite import all_finite
+from optima.core.hessian import Hessian
 from optima.errors import NumericalError, RecipeError
-from optima.linalg.finite import all_finite
-from optima.linalg.hessian import Hessian
 
 
 class Status(IntEnum):
@@ -60,7 +60,7 @@ class RowSolution:
     Attributes:
         weight_RD: the solution, zero off keep, in the target's dtype.
         error_R: 1/2 (v - w)^T H (v - w), float64.
-        gap_R: certified bound on the relative suboptimality, float64; see ``optima.qp.certificate``.
+        gap_R: certified bound on the relative suboptimality, float64; see ``optima.core.certificate``.
         status_R: ``Status`` values, int8.
         iterations_R: iterations spent on each row, int32 (0 for a direct solve).
         mask_error_R: the error of the target on keep, float64; None if that was not looked at.
@@ -93,7 +93,7 @@ class RowSolver(Protocol):
     """Re-solves the kept weights of rows that share one Hessian.
 
     A solver never sees a model, a block or a file. What depends on the Hessian alone belongs in ``Hessian.memo``; the
-    work space of ``solve`` grows with the rows it is given, and ``optima.qp.rows.solve_rows`` chooses how many.
+    work space of ``solve`` grows with the rows it is given, and ``optima.core.rows.solve_rows`` chooses how many.
 
     Attributes:
         name: what recipes and reports call it.

@@ -17,11 +17,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
-from optima.qp.batch import COMPACT, RowBatch, unfinished
-from optima.qp.preconditioners import FactorModel
-from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.restarts import Correction, Residuals, solve_with_restarts
+from optima.core.batch import COMPACT, RowBatch, unfinished
+from optima.core.hessian import Hessian
+from optima.core.preconditioner import FactorModel
+from optima.core.problem import RowProblem, RowSolution
+from optima.core.restarts import Correction, Residuals, solve_with_restarts
 
 # What a row's bound is taken for, in units of 1/2 r^T z, until it has been measured.
 FIRST_RATIO = 2.0

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from optima.core.finite import all_finite
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem
 from optima.device import full_precision
 from optima.errors import NumericalError, RecipeError
-from optima.linalg.finite import all_finite
-from optima.linalg.hessian import Hessian
-from optima.qp.problem import RowProblem
 
 # A row whose optimum loses less than this share of its energy is exact for every purpose; the gap is
 # relative to the larger of the two so that float32 weights can reach it.

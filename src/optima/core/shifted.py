@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
-from optima.linalg.directions import fixed_directions
-from optima.linalg.products import SharedMatrix, multiply, pack
+from optima.core.directions import fixed_directions
+from optima.core.products import SharedMatrix, multiply, pack
 
 POWERS = 10  # of a matrix, for its largest eigenvalue
 MOST_EIGENVALUES = 32_766  # that LAPACK finds: the size of its work space is counted in 32 bits

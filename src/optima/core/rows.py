@@ -9,11 +9,11 @@ from dataclasses import replace
 
 import torch
 
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem, RowSolution, RowSolver, concatenate
+from optima.core.products import keep_freed_memory
 from optima.device import full_precision, one_memory_error
 from optima.errors import RecipeError
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import keep_freed_memory
-from optima.qp.problem import RowProblem, RowSolution, RowSolver, concatenate
 
 # Work space per row and input while solving: six buffers, of float64 where the condition number demands it, and masks.
 BYTES_PER_ENTRY = 6 * 8 + 8

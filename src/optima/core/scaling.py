@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
+from optima.core.hessian import Hessian
 
 
 def unit_diagonal(matrix_DD: Tensor, dead_D: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.core.certificate import ENERGY_FLOOR, Verifier
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem, RowSolution
 from optima.device import full_precision
-from optima.linalg.hessian import Hessian
-from optima.qp.certificate import ENERGY_FLOOR, Verifier
-from optima.qp.problem import RowProblem, RowSolution
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Rounded:
     Attributes:
         weight_RD: in the checkpoint's dtype, zero off keep.
         error_R: E(q), float64.
-        gap_R: certified relative suboptimality of these weights, float64; see ``optima.qp.certificate``.
+        gap_R: certified relative suboptimality of these weights, float64; see ``optima.core.certificate``.
         least_R: what the gap is relative to, float64: E(v) - bound, which no weights on the mask fall below, or the
             certificate's floor where that is more.
     """

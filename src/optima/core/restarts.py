@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from optima.core.certificate import ALL, Certificate, Verifier
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem, RowSolution, Status
 from optima.device import full_precision
-from optima.linalg.hessian import Hessian
-from optima.qp.certificate import ALL, Certificate, Verifier
-from optima.qp.problem import RowProblem, RowSolution, Status
 
 MAX_ROUNDS = 10
 # A round that does not shrink the bound by this factor has hit its precision.
