@@ -22,6 +22,12 @@ from optima.calibration.store import Store
 from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.errors import ModelError, NumericalError
+from optima.extras.channels import Channels, Kind, inner_channels, reorder
+from optima.extras.hidden import hidden_channels, why_not_hidden
+from optima.extras.permute import best_order, lost
+from optima.extras.record import Ordered
+from optima.extras.rotate import Part, best_turn, part_of
+from optima.extras.trial import TOLERANCE, difference
 from optima.linalg.finite import all_finite
 from optima.linalg.hessian import Hessian
 from optima.linalg.scaling import saliency_unit, scaled_weight
@@ -30,12 +36,6 @@ from optima.models.fingerprint import hash_tensors
 from optima.models.inspect import head_of
 from optima.models.offload import Weights
 from optima.names import kind
-from optima.ordering.channels import Channels, Kind, inner_channels, reorder
-from optima.ordering.hidden import hidden_channels, why_not_hidden
-from optima.ordering.record import Ordered
-from optima.ordering.search import best_order, lost
-from optima.ordering.trial import TOLERANCE, difference
-from optima.ordering.turns import Part, best_turn, part_of
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
 from optima.preflight.checks import check_finite, chosen_stacks

@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from optima.extras.channels import Channels, Starts
 from optima.linalg.hessian import SMALLEST_DAMPING, Hessian
 from optima.linalg.scaling import scaled_weight
-from optima.ordering.channels import Channels, Starts
 from optima.patterns import NM
 
 # Of Adam; the rate falls to zero, and is divided by the root of W, or by 10 if that is more.
