@@ -227,14 +227,14 @@ def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[
 
 
 def _pack(directory: str, output_dir: str | None = None, **given: Any) -> None:
-    from optima.packing import place_for
+    from optima.extras.compress import place_for
 
     size = optima.pack(directory, output_dir, **given)
     _say(f"{size}: {place_for(directory, output_dir, '-packed')}")
 
 
 def _unpack(directory: str, output_dir: str | None = None, **given: Any) -> None:
-    from optima.packing import place_for
+    from optima.extras.compress import place_for
 
     restored = optima.unpack(directory, output_dir, **given)
     place = place_for(directory, output_dir, "-unpacked")

@@ -21,7 +21,7 @@ from optima import Recipe, prune
 from optima.cli import main
 from optima.distributed import ALONE
 from optima.errors import RecipeError
-from optima.holding import hold_zeros
+from optima.extras.mask_preserving import hold_zeros
 from optima.models.blocks import Linear
 from optima.models.load import find_source, skeleton
 from optima.models.masks import MaskFiles

@@ -25,9 +25,9 @@ from optima.cli import main
 from optima.core.hessian import Hessian
 from optima.data.batches import arguments
 from optima.errors import ModelError, NumericalError, RecipeError
+from optima.extras.channels import KINDS
 from optima.models.blocks import find_stacks, select_linears
 from optima.names import kind
-from optima.ordering.channels import KINDS
 from optima.patterns import NM, Pattern
 
 # What stays where it is, by family: no channels of these kinds are known, or the model would compute something else.
@@ -382,7 +382,7 @@ def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.Mon
     def fail(*args: object) -> None:
         raise ModelError("no")
 
-    monkeypatch.setattr(f"optima.ordering.{part}", fail)
+    monkeypatch.setattr(f"optima.extras.{part}", fail)
     before = snapshot(root)
     assert main(["order", "model", "--output-dir", "a/out", *prune_arguments("--pattern", "2:4")[4:]]) == 2
     assert snapshot(root) == before
@@ -395,7 +395,7 @@ def test_channels_are_ordered_by_rows_in_units_of_the_loss(monkeypatch: pytest.M
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     model = make_llama()
     weights = [block.mlp.down_proj.weight.detach().clone() for block in model.model.layers]
     recipe = Recipe(pattern=["2:4"], objective="loss", seed=3, batch_size=4)
@@ -416,9 +416,9 @@ def test_rows_that_stand_for_all_weigh_as_many(monkeypatch: pytest.MonkeyPatch) 
         sums.append(saliency_RC.sum(dim=0))
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     for rows in (2**20, 5):
-        monkeypatch.setattr("optima.ordering.run.HIDDEN_BYTES", 4 * 32 * rows * 10)
+        monkeypatch.setattr("optima.extras.run.HIDDEN_BYTES", 4 * 32 * rows * 10)
         model = make_llama()
         with torch.no_grad():  # of each linear all rows are alike
             for block in model.model.layers:
@@ -440,7 +440,7 @@ def test_channels_are_ordered_by_columns_in_units_of_their_inputs(monkeypatch: p
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     model, tokens_NL = make_llama(), make_tokens(8, 16)
     down = model.model.layers[0].mlp.down_proj
     handle = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1).double()))
@@ -463,7 +463,7 @@ def test_the_largest_groups_order_the_hidden_channels(monkeypatch: pytest.Monkey
         seen.append(pattern)
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     recipe = Recipe(pattern=["q_proj=4:8", "2:4"], objective="plain", batch_size=2)
     optima.order(make_llama(), recipe, calibration=make_tokens(4, 16), channels=["hidden"], progress=False)
     assert seen == [NM(4, 8)]

@@ -25,20 +25,20 @@ from optima.core.scaling import saliency_unit, scaled_weight
 from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.errors import ModelError, NumericalError
+from optima.extras.channels import Channels, Kind, inner_channels, reorder
+from optima.extras.hidden import hidden_channels, why_not_hidden
+from optima.extras.permute import best_order, lost
+from optima.extras.record import Ordered
+from optima.extras.rotate import Part, best_turn, part_of
+from optima.extras.trial import TOLERANCE, difference
 from optima.models.blocks import Block, Stack
 from optima.models.fingerprint import hash_tensors
 from optima.models.inspect import head_of
 from optima.models.offload import Weights
 from optima.names import kind
-from optima.ordering.channels import Channels, Kind, inner_channels, reorder
-from optima.ordering.hidden import hidden_channels, why_not_hidden
-from optima.ordering.record import Ordered
-from optima.ordering.search import best_order, lost
-from optima.ordering.trial import TOLERANCE, difference
-from optima.ordering.turns import Part, best_turn, part_of
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
-from optima.preflight.checks import chosen_stacks
+from optima.preflight.checks import check_finite, chosen_stacks
 from optima.preflight.opening import Checked
 from optima.reporting.callbacks import Listeners
 from optima.weighing import sweep
@@ -82,6 +82,7 @@ class Run:
         """All stacks; the model computes the same afterwards, which is checked."""
         stacks = chosen_stacks(self.network, self.checked.recipe)
         for block in (block for stack in stacks for block in stack.blocks):
+            check_finite(block.linears)
             _check_dense(block)
         self.place = embedding_device(self.network, self.checked.device, batches)
         self.sample, self.outputs = batches[0], self._outputs(batches[0])

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 import optima
 from optima.cli import main
 from optima.errors import ModelError
+from optima.extras.bitmask import pack_shard
 from optima.files import read_header
-from optima.models.packed import pack_shard
 
 PAGE = Path(__file__).parents[2] / "docs" / "packing.md"
 both = pytest.mark.parametrize("code_exponents", [False, True], ids=["plain", "coded"])
@@ -274,7 +274,7 @@ def test_a_checkpoint_that_is_replaced_meanwhile_is_not_packed(
         (tmp_path / "other").rename(model)
         return pack_shard(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("optima.packing.pack_shard", replace)
+    monkeypatch.setattr("optima.extras.compress.pack_shard", replace)
     with pytest.raises(ModelError, match="model was replaced while it was read"):
         optima.pack(model, tmp_path / "packed")
     assert not (tmp_path / "packed").exists()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.ordering.channels import Channels, Place
-from optima.ordering.turns import Part, best_turn, part_of
+from optima.extras.channels import Channels, Place
+from optima.extras.rotate import Part, best_turn, part_of
 from optima.patterns import NM
 
 HEADS, COPIES, WIDTH, INPUTS, OUTPUTS = 2, 3, 8, 24, 20

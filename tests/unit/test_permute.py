@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optima.ordering.channels import Channels, Place, reorder
-from optima.ordering.search import TOGETHER, best_order, lost
+from optima.extras.channels import Channels, Place, reorder
+from optima.extras.permute import TOGETHER, best_order, lost
 from optima.patterns import NM
 
 PATTERNS = [NM(2, 4), NM(1, 4), NM(3, 4), NM(4, 8), NM(6, 8), NM(1, 2)]

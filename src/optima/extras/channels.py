@@ -3,7 +3,7 @@
 Those inside an MLP may, if all that writes and reads them agrees on their order; so may, with everything that reads and
 writes them in all blocks, the hidden ones. Those of a value head may be turned by any orthogonal matrix. What a model
 does with them in between is not known here: candidates are found by names and sizes, and tried
-(``optima.ordering.trial``).
+(``optima.extras.trial``).
 
 Shapes: O outputs, D inputs, E hidden size, H heads, W channels of a head (of channels without heads: H = 1).
 """

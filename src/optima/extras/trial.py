@@ -17,8 +17,8 @@ from torch.func import functional_call
 from optima.calibration.activations import Activations, is_state, map_tensors
 from optima.calibration.probe import hidden_of
 from optima.device import full_precision
+from optima.extras.channels import Channels, reorder
 from optima.models.blocks import Block
-from optima.ordering.channels import Channels, reorder
 
 # Most that the change which a block makes of its inputs may differ, relative to itself, a root mean square. It was at
 # most 6e-6 in tiny models of 19 families, where a wrong order of weights that matter little made 2e-3.

@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from optima.device import evaluating, memory_explained, unswitched
 from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
+from optima.extras.channels import KINDS, Kind
+from optima.extras.hidden import why_not_hidden
+from optima.extras.record import Ordering
+from optima.extras.run import HIDDEN_STAY, Run
 from optima.models.companions import to_save
 from optima.models.load import load_tokenizer
 from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
 from optima.models.save import open_writer, prepare
-from optima.ordering.channels import KINDS, Kind
-from optima.ordering.hidden import why_not_hidden
-from optima.ordering.record import Ordering
-from optima.ordering.run import HIDDEN_STAY, Run
 from optima.patterns import NM
 from optima.preflight.checks import known_orders
 from optima.preflight.opening import check, claim, generated, read, store_of

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from optima.checkpointing import Destination
 from optima.errors import ModelError
+from optima.extras.bitmask import Size, pack_shard, read_original, unpack_shard
 from optima.files import (
     INDEX_ENDING,
     PACKED,
@@ -20,7 +21,6 @@ from optima.files import (
     the_same,
     usable_path,
 )
-from optima.models.packed import Size, pack_shard, read_original, unpack_shard
 from optima.stopping import interruptible
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optima.extras.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 from optima.models.blocks import Block, Linear, Stack, linears_of
 from optima.models.inspect import head_of
 from optima.models.moe import FusedExperts, experts_of
-from optima.ordering.channels import DOWN, OUT, Channels, Place, bias_of, outputs_dim
 
 # Norms inside an attention, whose channels are those of its heads even if there are as many.
 OF_HEADS = re.compile(r"(.*\.)?(q|k|v|query|key|value)_?(layer)?_?norm\.(weight|bias)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from optima.ordering.channels import KINDS, Kind
+from optima.extras.channels import KINDS, Kind
 
 
 @dataclass(frozen=True)

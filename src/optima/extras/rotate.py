@@ -20,7 +20,7 @@ from torch import Tensor
 
 from optima.core.hessian import SMALLEST_DAMPING, Hessian
 from optima.core.scaling import scaled_weight
-from optima.ordering.channels import Channels, Starts
+from optima.extras.channels import Channels, Starts
 from optima.patterns import NM
 
 # Of Adam; the rate falls to zero, and is divided by the root of W, or by 10 if that is more.
