@@ -38,7 +38,7 @@ from optima.models.offload import Weights
 from optima.names import kind
 from optima.patterns import NM, Pattern
 from optima.pipeline import Job
-from optima.preflight.checks import check_finite, chosen_stacks
+from optima.preflight.checks import chosen_stacks
 from optima.preflight.opening import Checked
 from optima.reporting.callbacks import Listeners
 from optima.weighing import sweep
@@ -82,7 +82,6 @@ class Run:
         """All stacks; the model computes the same afterwards, which is checked."""
         stacks = chosen_stacks(self.network, self.checked.recipe)
         for block in (block for stack in stacks for block in stack.blocks):
-            check_finite(block.linears)
             _check_dense(block)
         self.place = embedding_device(self.network, self.checked.device, batches)
         self.sample, self.outputs = batches[0], self._outputs(batches[0])
