@@ -53,8 +53,8 @@ from optima.device import describe_device, find_device
 from optima.errors import OptimaError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.tasks import load_tasks
-from optima.models.fingerprint import fingerprint
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.fingerprint import hash_tensors
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
 from optima.recipe import FISHER_FRACTION, SINK_WEIGHT, load_recipe
 from optima.reporting.record import library_versions
@@ -276,7 +276,8 @@ def make_bench(options: argparse.Namespace) -> Bench:
     else:
         documents = load_documents(options.calibration, seed=options.seed)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
-    model, hashed = load_model(source, options.dtype), fingerprint(source)
+    model = load_model(source, options.dtype)
+    hashed = hash_tensors(model.state_dict().items())
     if options.own_samples:
         count, num_special = options.own_samples, len(special_tokens(tokenizer).before)
 

@@ -29,9 +29,9 @@ from qp_peers.direct import cholesky_rows
 from rich.table import Table
 from torch import Tensor
 
+from optima.core import Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
+from optima.core.certificate import ENERGY_FLOOR
 from optima.patterns import NM, Unstructured
-from optima.qp import Hessian, RowProblem, RowSolver, certify, make_problem, solve_rows
-from optima.qp.certificate import ENERGY_FLOOR
 from optima.selectors.ranking import top_scores
 from optima.selectors.wanda import wanda_score
 

@@ -24,9 +24,9 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from optima.qp import BatchedCholesky, Hessian, RowProblem, certify
-from optima.qp.certificate import ENERGY_FLOOR
-from optima.qp.preconditioners import FactorModel
+from optima.core import BatchedCholesky, Hessian, RowProblem, certify
+from optima.core.certificate import ENERGY_FLOOR
+from optima.core.preconditioner import FactorModel
 
 SHARED, LOW_RANK, JACOBI, CERTIFIED = "#0b5fa5", "#8a3ffc", "#d1701f", "#2a9d5c"
 LOWEST, HIGHEST = 1e-10, 30.0

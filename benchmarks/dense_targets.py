@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows
-from optima.models.source import find_source, load_model, load_tokenizer
-from optima.models.stacks import Linear, find_stacks
+from optima.models.blocks import Linear, find_stacks
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.reporting.markdown import table
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
 from optima.data.text import calibration_tokens
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.load import find_source, load_model, load_tokenizer
 
 METHODS = {
     "magnitude": Recipe(selector="magnitude", solver="none"),

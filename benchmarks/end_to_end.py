@@ -33,8 +33,8 @@ from optima import Recipe, prune
 from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
 from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.models.fingerprint import fingerprint
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.files import digest
+from optima.models.load import find_source, load_model, load_tokenizer, weight_files
 from optima.recipe import load_recipe
 
 PEER = "SparseGPT, llm-compressor"
@@ -59,7 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     torch.set_num_threads(options.threads)
     source = find_source(options.model)
-    fingerprint(source)  # which reads its files: from here on they are in memory for all
+    for file in weight_files(Path(source.path)):
+        digest(file)  # from here on the files are in memory for all
     tokenizer = load_tokenizer(source)
     text = list(load_documents(options.evaluation))
     windows_NL = evaluation_windows(text, tokenizer, options.window, options.max_windows)

@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from optima.calibration.accumulator import Accumulator
+from optima.core import SOLVERS, Hessian, RowSolver
+from optima.core.rows import DEFAULT_BUDGET_BYTES
+from optima.core.statistics import Statistics
 from optima.device import Stopwatch
-from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
-from optima.qp import SOLVERS, Hessian, RowSolver
-from optima.qp.rows import DEFAULT_BUDGET_BYTES
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, make_selector
 

@@ -34,7 +34,7 @@ from qp_peers.direct import Solve, cholesky_rows, osqp_solve, piqp_solve, row_by
 from rich.console import Console
 from torch import Tensor
 
-from optima.qp import Hessian, LowRankCG, RowSolution, certify, make_problem, solve_rows
+from optima.core import Hessian, LowRankCG, RowSolution, certify, make_problem, solve_rows
 
 # Work spent on the float64 oracle of one case, in floating-point operations and rows: the rows it covers follow.
 ORACLE_FLOPS = 5e10

@@ -24,11 +24,11 @@ from harness.rounding import compensated, descended, nearest, scales
 from safetensors.torch import load_file
 from torch import Tensor
 
+from optima.core.hessian import Hessian
 from optima.data.datasets import load_documents
 from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.linalg.hessian import Hessian
-from optima.models.source import find_source, load_model, load_tokenizer
-from optima.models.stacks import find_stacks
+from optima.models.blocks import find_stacks
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.reporting.markdown import table
 
 Way = Callable[[Tensor, str], Tensor]  # a weight and the name of its linear

@@ -31,7 +31,7 @@ from harness.timing import use_threads
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optima import Recipe, prune
-from optima.calibration.expert_statistics import EXPERT_BYTES
+from optima.calibration.statistics import EXPERT_BYTES
 from optima.pipeline import Job
 
 LENGTH = 128

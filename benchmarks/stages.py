@@ -19,7 +19,7 @@ from harness.timing import MatmulRate, profiled, use_threads
 from optima import Recipe, prune
 from optima.data.datasets import load_documents
 from optima.data.text import calibration_tokens
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.load import find_source, load_model, load_tokenizer
 
 
 def main(arguments: list[str] | None = None) -> None:

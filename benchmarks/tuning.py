@@ -21,11 +21,11 @@ from harness.treatment import heading, make_parser, read
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optima.calibration.activations import Activations
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
-from optima.calibration.streams import Streams
 from optima.data.text import calibration_tokens
-from optima.models.stacks import Block, Stack
+from optima.models.blocks import Block, Stack
 from optima.preflight.checks import chosen_stacks
 from optima.recipe import FISHER_FRACTION
 from optima.reporting.markdown import table
@@ -38,8 +38,8 @@ BATCH = 4  # sequences
 class Text:
     """What enters the next block of the dense model and of the pruned one, on one text."""
 
-    dense: Streams
-    pruned: Streams
+    dense: Activations
+    pruned: Activations
 
     @classmethod
     def of(
@@ -49,14 +49,14 @@ class Text:
         return cls(*(capture(model, stack, batches, whole=True) for model, stack in zip(models, stacks, strict=True)))
 
     def targets(self, dense: Block) -> list[Tensor]:
-        streams = self.dense.copy()
-        streams.advance(dense)
-        return streams.hidden
+        acts = self.dense.clone()
+        acts.forward(dense)
+        return acts.hidden
 
     def error(self, block: Block, targets: list[Tensor], cost: BlockError) -> float:
-        streams = self.pruned.copy()
-        streams.advance(block)
-        pairs = zip(streams.hidden, targets, strict=True)
+        acts = self.pruned.clone()
+        acts.forward(block)
+        pairs = zip(acts.hidden, targets, strict=True)
         return sum(float(cost(found, target)) for found, target in pairs) / len(targets)
 
 
@@ -87,8 +87,8 @@ def main() -> None:
         if blocks[0].index == max(options.blocks):
             break
         for text in (own, other):
-            text.dense.advance(blocks[0])
-            text.pruned.advance(blocks[1])
+            text.dense.forward(blocks[0])
+            text.pruned.forward(blocks[1])
     rates = [f"tuned, rate {rate:g}" for rate in options.learning_rates]
     print(table(["block", "dense block", *rates], rows))
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
-from optima.models.stacks import Stack, find_stacks, select_linears
+from optima.models.blocks import Stack, find_stacks, select_linears
 
 VOCAB = 101
 V = {"vocab_size": VOCAB}
@@ -291,7 +291,7 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
                 "mamba_ngroups": 1, "chunk_size": 8, "num_mem_blocks": 1, "adapter_rank": 4, "num_key_value_heads": 4,
             },
         ),
-        r"are one weight.*--ignore 'shared_transformer'",
+        r"are one weight.*--ignore 'shared_transformer",
     ),
     # Divides hidden states between blocks.
     "rwkv-rescaled": (
@@ -325,6 +325,6 @@ def sweep(model: nn.Module, batch_size: int = 4, share: float = 1.0) -> tuple[Fi
     """The weights by the loss of eight sequences, and these."""
     stack, tokens_NL = stack_of(model), make_tokens(8, 16)
     batches = list(tokens_NL.split(batch_size))
-    streams = capture(model, stack, batches, whole=True)
-    found = fisher_weights(model, stack, streams, seed=3, share=share)  # type: ignore[arg-type]
+    acts = capture(model, stack, batches, whole=True)
+    found = fisher_weights(model, stack, acts, seed=3, share=share)  # type: ignore[arg-type]
     return found, tokens_NL

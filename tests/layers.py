@@ -7,9 +7,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from optima.linalg.statistics import Statistics
+from optima.core import Hessian
+from optima.core.statistics import Statistics
 from optima.patterns import NM, Pattern, Unstructured
-from optima.qp import Hessian
 from optima.selectors.base import LinearTask
 
 DAMPING = 0.01

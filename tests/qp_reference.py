@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.linalg import solve
 from torch import Tensor
 
-from optima.qp import Hessian, RowProblem, make_problem
+from optima.core import Hessian, RowProblem, make_problem
 
 Array = NDArray[np.float64]
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from optima.models.stacks import Block, find_stacks
+from optima.models.blocks import Block, find_stacks
 
 LINES = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five dozen jugs.", "the fox\n\nthe dog"]
 TEMPLATES = {"none": None, "bos": "<s> $A", "bert": "[CLS] $A [SEP]", "eos": "$A </s>"}

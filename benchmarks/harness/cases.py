@@ -17,10 +17,10 @@ from qp_peers.pdhg import RestartedPDHG
 from safetensors.torch import load_file
 from torch import Tensor
 
+from optima.core import SOLVERS, Hessian, RowProblem, RowSolver, make_problem, make_solver
+from optima.core.statistics import Statistics
 from optima.errors import RecipeError
-from optima.linalg.statistics import Statistics
 from optima.patterns import Unstructured
-from optima.qp import SOLVERS, Hessian, RowProblem, RowSolver, make_problem, make_solver
 from optima.selectors.base import LinearTask, make_selector
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.linalg.products import multiply, pack
+from optima.core.products import multiply, pack
 
 
 class Packed:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
+from optima.core.hessian import Hessian
 
 BLOCK = 128  # columns whose change reaches the others in one product
 

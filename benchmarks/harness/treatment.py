@@ -15,7 +15,7 @@ from harness.table import machine
 from harness.text import split
 from optima import Recipe, prune
 from optima.data.text import calibration_tokens
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.models.load import find_source, load_model, load_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from optima.qp import Hessian, RowProblem
+from optima.core import Hessian, RowProblem
 from qp_peers.diagonal_cg import PeerSolution
 
 # More iterations than the rehearsal of ``diagonal_cg`` counted, where float32 alone is a little slower.

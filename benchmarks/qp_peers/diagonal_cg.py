@@ -4,7 +4,7 @@ Everything but the preconditioner follows optima's own solver: the same float32 
 that are done leave the batch, restarts from float64 residuals. Two stopping rules, both better than a fixed count:
 
 * certified: now and then one more product r K gives the bound 1/2 r^T K r that ours with the shared inverse gets for
-  free (K may be rounded, as in ours); the last word is ``optima.qp.certify``. It begins with a float64 certificate of
+  free (K may be rounded, as in ours); the last word is ``optima.core.certify``. It begins with a float64 certificate of
   all rows and makes the inverse, of which low-rank CG needs neither: what that costs counts as the peer's.
 * oracle: a rehearsal that knows the optimum counts the iterations each row needs, and the timed run does just those,
   with no check and no certificate. No real run can do this; it bounds what any stopping rule could achieve.
@@ -21,8 +21,8 @@ import torch
 from harness.products import Packed
 from torch import Tensor
 
-from optima.qp import Hessian, RowProblem, certify
-from optima.qp.batch import AIM
+from optima.core import Hessian, RowProblem, certify
+from optima.core.batch import AIM
 
 # As in optima's solver: rows leave when at most this share of the batch is open.
 COMPACT = 0.8

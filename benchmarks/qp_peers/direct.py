@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from optima.qp import Hessian, RowProblem
+from optima.core import Hessian, RowProblem
 
 # Gathered matrices of one batch: large enough for batched LAPACK and cuSOLVER, small beside a layer.
 BATCH_BYTES = 256 * 2**20

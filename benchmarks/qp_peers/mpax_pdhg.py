@@ -26,7 +26,7 @@ import torch
 from mpax import create_qp, raPDHG
 from torch import Tensor
 
-from optima.qp import Hessian, RowProblem
+from optima.core import Hessian, RowProblem
 
 Form = Literal["sparse", "dense", "repaired"]
 PAPER_SLACK = 1e-4

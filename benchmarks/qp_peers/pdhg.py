@@ -23,12 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.linalg.directions import fixed_directions
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import SharedMatrix
-from optima.qp.batch import RowBatch, unfinished
-from optima.qp.problem import RowProblem, RowSolution
-from optima.qp.restarts import Correction, Residuals, solve_with_restarts
+from optima.core.batch import RowBatch, unfinished
+from optima.core.directions import fixed_directions
+from optima.core.hessian import Hessian
+from optima.core.problem import RowProblem, RowSolution
+from optima.core.products import SharedMatrix
+from optima.core.restarts import Correction, Residuals, solve_with_restarts
 
 MAX_ITERATIONS = 2000
 # Iterations between looks at the certified gap, each of which costs one more product.

@@ -5,17 +5,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optima.errors import OptimaError
-    from optima.holding import HoldZeros, hold_zeros
+    from optima.extras.compress import pack, unpack
+    from optima.extras.mask_preserving import HoldZeros, hold_zeros
+    from optima.extras.order import order
+    from optima.extras.record import Ordering
+    from optima.extras.semi_structured import accelerate
     from optima.hub import push
-    from optima.ordering.order import order
-    from optima.ordering.record import Ordering
-    from optima.packing import pack, unpack
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe, load_recipe
     from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
     from optima.reporting.record import Report, load_report
     from optima.run import prune
-    from optima.semi_structured import accelerate
 
 __all__ = [
     "NM",
@@ -44,24 +44,24 @@ __version__ = "0.1.0"
 _HOMES = {
     "BlockEvent": "reporting.callbacks",
     "Callback": "reporting.callbacks",
-    "HoldZeros": "holding",
+    "HoldZeros": "extras.mask_preserving",
     "NM": "patterns",
     "OptimaError": "errors",
-    "Ordering": "ordering.record",
+    "Ordering": "extras.record",
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",
     "ShareEvent": "reporting.callbacks",
     "Unstructured": "patterns",
-    "accelerate": "semi_structured",
-    "hold_zeros": "holding",
+    "accelerate": "extras.semi_structured",
+    "hold_zeros": "extras.mask_preserving",
     "load_recipe": "recipe",
     "load_report": "reporting.record",
-    "order": "ordering.order",
-    "pack": "packing",
+    "order": "extras.order",
+    "pack": "extras.compress",
     "prune": "run",
     "push": "hub",
-    "unpack": "packing",
+    "unpack": "extras.compress",
 }
 
 

@@ -9,10 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.calibration.correlation import coupling_bytes
-from optima.calibration.fisher import fisher_share, kept_bytes, sensitivity_share, tuned_share
-from optima.models.experts import ExpertLinear
-from optima.models.reading import is_encoder_decoder, stream_numbers
-from optima.models.stacks import Block, has_experts
+from optima.calibration.fisher import fisher_share, sensitivity_share, tuned_share
+from optima.models.blocks import Block, has_experts
+from optima.models.inspect import is_encoder_decoder, stream_numbers
 from optima.recipe import FISHER_FRACTION, Recipe
 
 # Bytes of each of the E x E numbers that tell what a change of a block's outputs costs.
@@ -66,9 +65,8 @@ def activations(
     coupled = coupling_bytes(blocks, needs)
     width = (getattr(text, "hidden_size", None) or 0) * (getattr(text, "hc_count", None) or 1)  # of what counts as one
     metrics = METRIC_BYTES * width**2 * len(blocks) if swept and tuned else 0
-    kept = (inputs + min((len(blocks) + 1) * inputs * swept, kept_bytes()) if swept else 0) + coupled + metrics
-    routed = any(isinstance(linear, ExpertLinear) for linear in linears)  # what they are given is kept
-    carried = int(inputs * (1 + max(surveyed, tuned) + routed)) + coupled // 2 + metrics
+    kept = (inputs + (len(blocks) + 1) * inputs * swept if swept else 0) + coupled + metrics
+    carried = int(inputs * (1 + max(surveyed, tuned))) + coupled // 2 + metrics
     stored = max(carried, int(kept)) + tokens * beside * dtype.itemsize
     return Activations(Shares(swept, surveyed, tuned), inputs, stored, hidden is not None)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from optima.core import make_solver
 from optima.linear import Methods
 from optima.models.masks import MaskFiles
 from optima.patterns import SCOPES, PatternTable, Scope
-from optima.qp import make_solver
 from optima.recipe import Recipe
 from optima.selectors.base import Selector, load_foreign, make_selector, needs_of
 from optima.selectors.external import External

@@ -319,7 +319,7 @@ def _plan(model: str, **given: Any) -> None:
     recipe = _recipe_of(given)
     console = _quiet_console()
     from optima import plan
-    from optima.models.source import find_source
+    from optima.models.load import find_source
     from optima.plan_table import print_plan
 
     source = find_source(model, recipe.trust_remote_code, recipe.revision)
@@ -365,7 +365,7 @@ def _eval(models: Sequence[str], output: str | None = None, overwrite: bool = Fa
 def _report(paths: Sequence[str], html: str | None = None) -> None:
     from optima.evaluation.record import EVALUATION_NAME, load_evaluation
     from optima.evaluation.table import headline, render_evaluation
-    from optima.models.files import usable_path
+    from optima.files import usable_path
     from optima.reporting.markdown import render_markdown
 
     paths = list(dict.fromkeys(paths))
@@ -382,7 +382,7 @@ def _report(paths: Sequence[str], html: str | None = None) -> None:
 
 
 def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[tuple[str, str, str]]]) -> None:
-    from optima.models.files import explain_write_errors, write_whole
+    from optima.files import explain_write_errors, write_whole
     from optima.reporting.html import render_html
 
     if os.path.lexists(file):
@@ -395,14 +395,14 @@ def _write_page(reports: dict[str, Report], file: Path, more: Sequence[Sequence[
 
 
 def _pack(directory: str, output_dir: str | None = None, **given: Any) -> None:
-    from optima.packing import place_for
+    from optima.extras.compress import place_for
 
     size = optima.pack(directory, output_dir, **given)
     _say(f"{size}: {place_for(directory, output_dir, '-packed')}")
 
 
 def _unpack(directory: str, output_dir: str | None = None, **given: Any) -> None:
-    from optima.packing import place_for
+    from optima.extras.compress import place_for
 
     restored = optima.unpack(directory, output_dir, **given)
     place = place_for(directory, output_dir, "-unpacked")

@@ -18,8 +18,8 @@ from optima.data.text import calibration_tokens
 from optima.device import find_device, multiplies_bfloat16
 from optima.errors import ModelError
 from optima.evaluation.perplexity import evaluation_windows, perplexity
-from optima.models.files import explain_write_errors
-from optima.models.source import find_source, load_model, load_tokenizer
+from optima.files import explain_write_errors
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.recipe import Recipe, load_recipe
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ class PeakMemory:
             torch.cuda.init()  # which counting does not
             torch.cuda.reset_peak_memory_stats(device)
         else:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 _CLEAR_REFS.write_text("5")
 
     def peak(self) -> int:
@@ -181,21 +180,17 @@ def memory_explained(device: torch.device, remedy: str = REMEDY) -> Iterator[Non
 
 
 @contextmanager
-def on_device(
-    module: nn.Module, device: torch.device, comes_back: bool = True, unplaced: Iterable[str] = ()
-) -> Iterator[None]:
+def on_device(module: nn.Module, device: torch.device, comes_back: bool = True) -> Iterator[None]:
     """The module lives on ``device`` inside this context and returns to where it was.
 
     Args:
         module: to move.
         device: where to.
-        comes_back: False for parameters that are given up behind it: their way back would take as long as that there.
-        unplaced: names of parameters that stay where they are.
+        comes_back: False for parameters that are not needed afterwards; buffers return all the same.
     """
     home = next((parameter.device for parameter in module.parameters()), device)
     try:
-        with _aside(module, unplaced):
-            module.to(device)  # where memory runs out on the way, what had arrived goes back too
+        module.to(device)  # where memory runs out on the way, what had arrived goes back too
         yield
     finally:
         if comes_back or home == device:
@@ -203,20 +198,6 @@ def on_device(
         else:
             for part in module.modules():
                 part._buffers.update({name: each.to(home) for name, each in part._buffers.items() if each is not None})
-
-
-@contextmanager
-def _aside(module: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Inside, these parameters are not the module's."""
-    owners = [(module.get_submodule(path), name) for path, _, name in (each.rpartition(".") for each in names)]
-    aside = [(owner._parameters, name, owner._parameters[name]) for owner, name in owners]
-    try:
-        for parameters, name, _ in aside:
-            parameters[name] = None
-        yield
-    finally:
-        for parameters, name, parameter in aside:
-            parameters[name] = parameter
 
 
 @contextmanager
@@ -280,8 +261,7 @@ def once(forward: Callable[..., Any]) -> Callable[..., Any]:
 @contextmanager
 def unswitched() -> Iterator[None]:
     """No autocast, compiler or defaults of the caller's inside: they change what is computed, in what, and where."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_by_default())
+    with _by_default(), ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # a compiled module would compile hooks and recorders too
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
@@ -289,7 +269,7 @@ def unswitched() -> Iterator[None]:
 
 @contextmanager
 def _by_default() -> Iterator[None]:
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         for kind in ("cpu", "cuda"):
@@ -299,38 +279,34 @@ def _by_default() -> Iterator[None]:
         yield
 
 
-# The fewest digits of float32 matrices that a backend of torch will multiply and that hold a bfloat16.
-BFLOAT16_DIGITS = {"cuda": "tf32", "mkldnn": "bf16"}
-
-
 @contextmanager
-def _settings_kept() -> Iterator[dict[str, Any]]:
-    """Where torch says, of each backend, how it multiplies float32 matrices; afterwards that is as it was."""
-    found: dict[str, Any] = {name: getattr(getattr(torch.backends, name), "matmul", None) for name in BFLOAT16_DIGITS}
-    settings = {name: setting for name, setting in found.items() if hasattr(setting, "fp32_precision")}
-    before = {name: setting.fp32_precision for name, setting in settings.items()}
+def _matmul_precision(cuda: str, mkldnn: str, overall: str) -> Iterator[None]:
+    """Products of float32 matrices have this precision inside: of each backend, or overall before torch 2.9."""
+    backends = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)
+    if not all(hasattr(backend, "fp32_precision") for backend in backends):
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(overall)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    settings: Any = list(zip(backends, (cuda, mkldnn), strict=True))
+    known = [backend.fp32_precision for backend, _ in settings]
     try:
-        yield settings
+        for backend, precision in settings:
+            backend.fp32_precision = precision
+        yield
     finally:
-        for name, setting in settings.items():
-            setting.fp32_precision = before[name]
+        for (backend, _), precision in zip(settings, known, strict=True):
+            backend.fp32_precision = precision
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products of float32 matrices are float32 inside: no TF32 or bfloat16 by a global switch or autocast."""
-    with _settings_kept():
-        try:
-            overall = torch.get_float32_matmul_precision()
-        except RuntimeError:  # the backends were set one by one, and torch has no single answer
-            overall = None
-        torch.set_float32_matmul_precision("highest")
-        try:
-            with _by_default():
-                yield
-        finally:
-            if overall is not None:
-                torch.set_float32_matmul_precision(overall)
+    with _matmul_precision("ieee", "ieee", "highest"), _by_default():
+        yield
 
 
 @contextmanager
@@ -339,35 +315,36 @@ def bfloat16_products() -> Iterator[None]:
 
     Such products are exact in float32, and sums are float32 all the same: TF32 on CUDA, bfloat16 on a CPU with AMX.
     """
-    with _settings_kept() as settings:
-        for name, setting in settings.items():
-            setting.fp32_precision = BFLOAT16_DIGITS[name]
-        overall = None if settings else torch.get_float32_matmul_precision()
-        if overall is not None:  # before torch 2.9 there is one switch for all, whose "high" is TF32
-            torch.set_float32_matmul_precision("high")
-        try:
-            yield
-        finally:
-            if overall is not None:
-                torch.set_float32_matmul_precision(overall)
+    with _matmul_precision("tf32", "bf16", "high"):
+        yield
 
 
 class Stopwatch:
     """Seconds spent in each stage of a run. A stage inside another pauses it, so that no second counts twice.
 
-    Args:
-        device: waited for at both ends of a stage, or its work would count for whoever comes next.
-        begins: called with the name of each stage as it begins.
+    On CUDA the times are of events in the current stream, which stops nothing: they are read with ``seconds``.
 
-    Attributes:
-        seconds: of each stage so far.
+    Args:
+        device: whose time it is.
+        begins: called with the name of each stage as it begins.
     """
 
     def __init__(self, device: torch.device, begins: Callable[[str], object] = str) -> None:
         self._device, self._begins = device, begins
         self._running: list[str] = []
-        self._since = 0.0
-        self.seconds: dict[str, float] = {}
+        self._since: Any = None
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: dict[str, float] = {}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage so far. On CUDA this waits for the device."""
+        if self._events:
+            torch.cuda.synchronize(self._device)
+        for stage, begin, end in self._events:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + begin.elapsed_time(end) / 1000.0
+        self._events.clear()
+        return self._seconds
 
     @property
     def total(self) -> float:
@@ -388,9 +365,13 @@ class Stopwatch:
 
     def _switch(self) -> None:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        if self._running:
-            stage = self._running[-1]
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._since
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record(torch.cuda.current_stream(self._device))
+            if self._running:
+                self._events.append((self._running[-1], self._since, now))
+        else:
+            now = time.perf_counter()
+            if self._running:
+                stage = self._running[-1]
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + now - self._since
         self._since = now

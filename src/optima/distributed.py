@@ -38,12 +38,19 @@ _logger = logging.getLogger("optima")
 
 
 class Ranks:
-    """The processes of a run, of which this is ``rank`` of ``size``. This class: a single process.
+    """The processes of a run, of which this is ``rank`` of ``size``.
 
     All ranks must call the methods that exchange something, in one order.
+
+    Args:
+        control: a gloo group of all processes; None: there is this one alone.
     """
 
-    rank, size = 0, 1
+    def __init__(self, control: Any = None) -> None:
+        self.rank, self.size = (0, 1) if control is None else (dist.get_rank(), dist.get_world_size())
+        self._control = self._data = control
+        self._device = torch.device("cpu")
+        self._over = False  # all know that the run has failed
 
     @property
     def first(self) -> bool:
@@ -60,61 +67,14 @@ class Ranks:
         return hosts.count(hosts[self.rank])
 
     def on(self, name: str) -> torch.device:
-        """The device of this rank, where ``name`` is a recipe's.
+        """The device of this rank, where ``name`` is a recipe's: a CUDA device for each rank of a machine.
 
         Raises:
             RecipeError: if there is no such device, or none for each rank.
         """
-        return find_device(name)
-
-    def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank: small, without tensors."""
-        return [value]
-
-    def all_gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank, with the tensors inside it; CUDA tensors arrive on the rank's device."""
-        return [value]
-
-    def broadcast(self, value: T | None, owner: int) -> T:
-        """The owner's value on every rank, with the tensors inside it, as ``all_gather``."""
-        assert value is not None
-        return value
-
-    def on_rank0(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on rank 0, the only one that calls it, on every rank."""
-        return make()
-
-    def all_reduce_(self, tensor: Tensor, owner: int | None = None) -> Tensor:
-        """The sum of every rank's contiguous tensor, in place; with an ``owner``, there alone, undefined elsewhere."""
-        return tensor
-
-    def all_reduce_lower_(self, matrix_DD: Tensor, owner: int | None = None) -> None:
-        """``all_reduce_`` of the lower triangle of a matrix; what is above it is undefined then."""
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's tensor, added in float64, in a new tensor of the same dtype and device."""
-        return tensor
-
-
-ALONE = Ranks()
-
-
-class Group(Ranks):
-    """This process and others, in torch's default process group.
-
-    Args:
-        control: a gloo group of all of them.
-    """
-
-    def __init__(self, control: dist.ProcessGroup) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._control = self._data = control
-        self._device = torch.device("cpu")
-        self._over = False  # all know that the run has failed
-
-    def on(self, name: str) -> torch.device:
-        """See ``Ranks``: the first CUDA device belongs to the first process of its machine, and so on."""
         device, card = find_device(name), ""
+        if self.size == 1:
+            return device
         if device.type == "cuda":
             if device.index is not None:
                 raise RecipeError(f"device {name} is one for all processes: leave it out, and each takes its own")
@@ -132,17 +92,17 @@ class Group(Ranks):
             raise RecipeError(f"{shared}: start one process for each, with its LOCAL_RANK")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # as nccl expects
-            self._data, self._device = everyone(backend="nccl"), device
+            self._data, self._device = dist.new_group(backend="nccl"), device
         return device
 
     def gather(self, value: T) -> list[T]:
-        """See ``Ranks``.
+        """Every rank's value, on every rank: small, tensors in it on the CPU.
 
         Raises:
             RankError: if a process has died.
             OptimaError: that another process raised.
         """
-        return self._exchange(None, value)
+        return [value] if self.size == 1 else self._exchange(None, value)
 
     def _exchange(self, error: OptimaError | None, value: T) -> list[T]:
         own = None if error is None else (type(error), str(error))
@@ -155,6 +115,67 @@ class Group(Ranks):
             rank, (kind, text) = next(iter(failed.items()))
             raise error or kind(f"{text} (rank {rank} of {self.size})")
         return [value for _, value in found]
+
+    def all_gather(self, value: T) -> list[T]:
+        """As ``gather``; CUDA tensors arrive on the rank's device."""
+        if self.size == 1:
+            return [value]
+
+        def place(storage: Any, location: str) -> Any:
+            return storage if location == "cpu" else storage.to(device=self._device)
+
+        torch.save(value, file := io.BytesIO())
+        every = self.gather(file.getvalue())
+        return [torch.load(io.BytesIO(data), map_location=place, weights_only=False) for data in every]
+
+    def broadcast(self, value: T | None, owner: int) -> T:
+        """The owner's value on every rank; tensors in it are on the CPU."""
+        data: list[Any] = [value]
+        if self.size > 1:
+            self.gather(None)
+            with self._watched():
+                dist.broadcast_object_list(data, owner, group=self._control)
+        found: T = data[0]
+        return found
+
+    def on_rank0(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns on rank 0, the only one that calls it, on every rank."""
+        return self.broadcast(make() if self.first else None, 0)
+
+    def broadcast_(self, tensor: Tensor, owner: int) -> Tensor:
+        """The owner's tensor in the place of every rank's, which is contiguous and on its device."""
+        if self.size > 1:
+            self.gather(None)
+            with self._watched():
+                dist.broadcast(tensor, owner, group=self._group(tensor))
+        return tensor
+
+    def all_reduce_(self, tensor: Tensor, owner: int | None = None) -> Tensor:
+        """The sum of every rank's contiguous tensor, in place; with an ``owner``, there alone, undefined elsewhere."""
+        if self.size > 1:
+            self.gather(None)
+            with self._watched():
+                if owner is None:
+                    dist.all_reduce(tensor, group=self._group(tensor))
+                else:
+                    dist.reduce(tensor, owner, group=self._group(tensor))
+        return tensor
+
+    def all_reduce_lower_(self, matrix_DD: Tensor, owner: int | None = None) -> None:
+        """``all_reduce_`` of the lower triangle of a matrix, in strips of rows; what is above it is undefined then."""
+        rows = max(STRIP_BYTES // (len(matrix_DD) * matrix_DD.element_size()), 1)
+        for begin in range(0, len(matrix_DD) if self.size > 1 else 0, rows):
+            strip = matrix_DD[begin : begin + rows, : begin + rows]
+            strip.copy_(self.all_reduce_(strip.contiguous(), owner))
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The sum of every rank's tensor, added in float64, in a new tensor of the same dtype and device."""
+        if self.size == 1:
+            return tensor
+        return self.all_reduce_(tensor.to(self._device, torch.float64, copy=True).contiguous()).to(tensor)
+
+    def _group(self, tensor: Tensor) -> Any:
+        return self._data if tensor.is_cuda else self._control
 
     def fail(self, error: OptimaError) -> bool:
         """Raise ``error`` on the other ranks at their next ``gather``. Returns whether all ranks know of it."""
@@ -174,7 +195,7 @@ class Group(Ranks):
         """
         self._over = True
         dist.destroy_process_group(self._control)
-        del self._control, self._data
+        self._control = self._data = None
         cause: BaseException | None = error
         while cause is not None:
             for frame, _ in traceback.walk_tb(cause.__traceback__):
@@ -188,50 +209,7 @@ class Group(Ranks):
         if self._data is not self._control:
             dist.destroy_process_group(self._data)
         dist.destroy_process_group(self._control)
-        del self._control, self._data
-
-    def all_gather(self, value: T) -> list[T]:
-        """See ``Ranks``."""
-        return [self._read(data) for data in self.gather(_write(value))]
-
-    def broadcast(self, value: T | None, owner: int) -> T:
-        """See ``Ranks``."""
-        data = [_write(value) if self.rank == owner else b""]
-        self.gather(None)
-        with self._watched():
-            dist.broadcast_object_list(data, owner, group=self._control)
-        return value if self.rank == owner else self._read(data[0])  # type: ignore[return-value]
-
-    def on_rank0(self, make: Callable[[], T]) -> T:
-        """See ``Ranks``."""
-        return self.broadcast(make() if self.first else None, 0)
-
-    def _read(self, data: bytes) -> Any:
-        def place(storage: Any, location: str) -> Any:
-            return storage if location == "cpu" else storage.to(device=self._device)
-
-        return torch.load(io.BytesIO(data), map_location=place, weights_only=False)
-
-    def all_reduce_(self, tensor: Tensor, owner: int | None = None) -> Tensor:
-        """See ``Ranks``."""
-        self.gather(None)
-        with self._watched():
-            if owner is None:
-                dist.all_reduce(tensor, group=self._data)
-            else:
-                dist.reduce(tensor, owner, group=self._data)
-        return tensor
-
-    def all_reduce_lower_(self, matrix_DD: Tensor, owner: int | None = None) -> None:
-        """See ``Ranks``: in strips of rows, half of the bytes of the matrix."""
-        rows = max(STRIP_BYTES // (len(matrix_DD) * matrix_DD.element_size()), 1)
-        for begin in range(0, len(matrix_DD), rows):
-            strip = matrix_DD[begin : begin + rows, : begin + rows]
-            strip.copy_(self.all_reduce_(strip.contiguous(), owner))
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """See ``Ranks``."""
-        return self.all_reduce_(tensor.to(self._device, torch.float64, copy=True).contiguous()).to(tensor)
+        self._control = self._data = None
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -250,6 +228,9 @@ class Group(Ranks):
             ) from error
 
 
+ALONE = Ranks()
+
+
 @contextmanager
 def joined() -> Iterator[Ranks]:
     """All processes that a launcher such as torchrun started with this one, or that the caller's own group has.
@@ -266,10 +247,15 @@ def joined() -> Iterator[Ranks]:
             dist.init_process_group("gloo")
         except RuntimeError as error:  # of the rendezvous, in many forms
             raise RankError(f"the processes of this run do not find each other ({error}): see the launcher") from error
-    ranks = Group(everyone(backend="gloo", timeout=PATIENCE))
+    ranks = Ranks(dist.new_group(backend="gloo", timeout=PATIENCE))
     try:
         yield ranks
-        _all_at_the_end(ranks)
+        try:  # nobody leaves before all have come to the end
+            ranks.gather(None)
+        except RankError as error:
+            if not ranks.first:
+                raise
+            _logger.warning("the run is complete, although %s", error)  # the first process writes all there is
     except BaseException as error:
         # A process that is no more, a bug, or Ctrl-C: this one may live on, and the others must not wait for it.
         if not isinstance(error, OptimaError) or not ranks.fail(error):
@@ -280,29 +266,7 @@ def joined() -> Iterator[Ranks]:
         atexit.register(_give_up_group)
 
 
-def _all_at_the_end(ranks: Ranks) -> None:
-    try:
-        ranks.gather(None)
-    except RankError as error:
-        if not ranks.first:
-            raise
-        _logger.warning("the run is complete, although %s", error)  # the first process writes all there is
-
-
 def _give_up_group() -> None:
     """Unless the script has done it itself."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _write(value: object) -> bytes:
-    file = io.BytesIO()
-    torch.save(value, file)
-    return file.getvalue()
-
-
-def everyone(**options: Any) -> dist.ProcessGroup:
-    """A new group of all processes."""
-    group: Any = dist.new_group(**options)
-    assert isinstance(group, dist.ProcessGroup)
-    return group

@@ -7,8 +7,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from optima.errors import ModelError
-from optima.models.failures import HUB_FAILURES
-from optima.models.files import check_shards, usable_path
+from optima.files import check_shards, usable_path
+from optima.models.load import HUB_FAILURES
 from optima.reporting.record import REPORT_NAME
 
 STALE = ("*.safetensors", "*.safetensors.index.json")  # weights of an earlier upload

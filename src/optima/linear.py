@@ -14,16 +14,16 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from optima.core import RowSolution, RowSolver, Status, make_problem, solve_rows
+from optima.core.finite import all_finite
+from optima.core.hessian import Hessian
+from optima.core.problem import concatenate
+from optima.core.rounding import Rounded, round_rows
+from optima.core.rows import DEFAULT_BUDGET_BYTES, chunk_rows
 from optima.device import Stopwatch, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import RecipeError
-from optima.linalg.finite import all_finite
-from optima.linalg.hessian import Hessian
 from optima.patterns import Pattern
-from optima.qp import RowSolution, RowSolver, Status, make_problem, solve_rows
-from optima.qp.problem import concatenate
-from optima.qp.rounding import Rounded, round_rows
-from optima.qp.rows import DEFAULT_BUDGET_BYTES, chunk_rows
 from optima.recipe import SELECTOR_NAMES
 from optima.reporting.record import LinearRecord
 from optima.selectors.base import LinearTask, Selection, Selector

@@ -13,25 +13,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from optima.calibration.correlation import coupling_bytes
-from optima.calibration.expert_statistics import EXPERT_BYTES
 from optima.calibration.lm_head import KL_COPIES, logits_bytes, looked_at
+from optima.calibration.statistics import EXPERT_BYTES
+from optima.core.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
 from optima.device import REMEDY, named_device
 from optima.linear import Methods, is_own
 from optima.main_memory import available_memory, total_memory
-from optima.models.experts import ExpertLinear
-from optima.models.reading import head_of, is_encoder_decoder, stream_numbers
-from optima.models.routers import routed_share
-from optima.models.stacks import (
+from optima.models.blocks import (
+    EXPERT_COUNT,
     Block,
     Linear,
     count_by_place,
     count_parameters,
     find_stacks,
 )
-from optima.qp.rows import BYTES_PER_ENTRY, DEFAULT_BUDGET_BYTES
+from optima.models.inspect import head_of, is_encoder_decoder, stream_numbers
 from optima.recipe import Recipe
 from optima.tune import BYTES_PER_TUNED
 
+# What configurations call the number of experts of a token: num_experts_per_tok, moe_topk, moe_k ...
+EXPERTS_EACH = re.compile(r"(?!index_)((\w*_)?experts_per_tok(en)?|(\w*_)?top_?k(_experts)?|moe_k)")
 # Python and the libraries.
 LIBRARIES_BYTES = 512 * 2**20
 # Without a budget, the share of what is free that may hold activations.
@@ -213,7 +214,7 @@ def _activation_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, toke
     """Of a forward pass through a block on so many tokens."""
     share, attention = routed_share(model.config), attention_numbers(model, recipe.max_seq_length)
     mixed = STREAM_BUFFERS * stream_numbers(model.config.get_text_config())
-    linears = (*block.linears, *block.left)
+    linears = (*block.linears, *block.excluded)
     numbers = [sum(linear.shape) * (share if _is_sent_some(linear) else 1) for linear in linears]
     return BUFFERS * int(tokens * (sum(numbers) + attention + mixed)) * dtype.itemsize
 
@@ -225,9 +226,18 @@ def tuning_bytes(model: PreTrainedModel, block: Block, recipe: Recipe, dtype: to
     return GRADIENT_BUFFERS * activations + BYTES_PER_TUNED * weights
 
 
+def routed_share(config: Any) -> float:
+    """Of the experts of a mixture, the share that a token is sent to; 1 where the configuration does not say."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    numbers = {name: value for name, value in vars(config).items() if isinstance(value, int) and value > 0}
+    counts = [value for name, value in numbers.items() if EXPERT_COUNT.fullmatch(name) and value > 1]
+    each = [value for name, value in numbers.items() if EXPERTS_EACH.fullmatch(name)]
+    return min(max(each) / min(counts), 1.0) if each and counts else 1.0
+
+
 def _is_sent_some(linear: Linear) -> bool:
     """Whether a linear is given some tokens alone."""
-    return isinstance(linear, ExpertLinear) and linear.experts.are_sent_tokens
+    return linear.expert is not None and linear.expert.experts.routed
 
 
 def attention_numbers(model: PreTrainedModel, length: int) -> int:
@@ -251,7 +261,7 @@ def _waiting_bytes(block: Block) -> int:
     everywhere: list[int] = []
     experts: list[int] = []
     for group in guess_groups(block):
-        into = experts if isinstance(group[0], ExpertLinear) else everywhere
+        into = experts if group[0].expert is not None else everywhere
         into.append(8 * group[0].shape[1] ** 2)
     return sum(everywhere) + min(sum(experts), EXPERT_BYTES + max(experts, default=0)) + 2 * max(experts, default=0)
 

@@ -12,21 +12,19 @@ import torch
 from torch import Tensor
 
 from optima.allocate import allocate, saliency_quantiles
-from optima.calibration.accumulator import Found
-from optima.calibration.expert_statistics import routing_notes
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import BatchSize
 from optima.calibration.fisher import FisherWeights, tuned_batches
-from optima.calibration.halving import Halving
 from optima.calibration.lm_head import LmHead
-from optima.calibration.statistics import observe
+from optima.calibration.statistics import Found, observe, routing_notes
 from optima.calibration.store import Store
-from optima.calibration.streams import Streams
+from optima.core.statistics import Statistics
 from optima.device import PeakMemory, Stopwatch, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
-from optima.linalg.statistics import Statistics
 from optima.linear import LinearResult, Methods, prune_linear
-from optima.models.stacks import Block, Linear, Stack, is_expert
-from optima.models.weights import Read, Resident, Weights
-from optima.models.writer import Writer
+from optima.models.blocks import Block, Linear, Stack, is_expert
+from optima.models.offload import Read, Resident, Weights
+from optima.models.save import Writer
 from optima.patterns import Pattern
 from optima.reporting.callbacks import Listeners
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
@@ -60,7 +58,7 @@ class Job:
         resumed_seconds: what an earlier run spent on the blocks that it had done.
         resumed_peak: the most memory that it had taken by then, in bytes.
         notes: what was not done, or deviated from the recipe.
-        halving: how many sequences run together.
+        batch_size: how many sequences run together.
         clock: of what happens outside the blocks.
         earlier: blocks of the stacks before: a report numbers the blocks of a model.
     """
@@ -85,7 +83,7 @@ class Job:
     expert_tokens: int = 0
 
     def __post_init__(self) -> None:
-        self.halving = Halving(self.device)
+        self.batch_size = BatchSize(self.device)
         self.clock = Stopwatch(self.device)
         self.earlier = 0
 
@@ -97,23 +95,23 @@ class Job:
         return dict(total)
 
     @torch.no_grad()
-    def prune(self, stack: Stack, streams: Streams, patterns: Mapping[str, Pattern], runs_again: bool = False) -> None:
+    def prune(self, stack: Stack, acts: Activations, patterns: Mapping[str, Pattern], runs_again: bool = False) -> None:
         """Prune the linears of ``stack``.
 
         Args:
             stack: with the linears to prune.
-            streams: the inputs of its first block.
+            acts: the inputs of its first block.
             patterns: the pattern of each linear by its full name.
             runs_again: whether the model will run these blocks for a later stack.
         """
         blocks = stack.blocks[: stack.needed]
-        ranks = streams.ranks
+        ranks = acts.ranks
         resumed = ranks.on_rank0(lambda: {} if self.writer is None else self.writer.done)
         done = sum(block.name in resumed for block in blocks)
-        last = self._last_tuning(blocks[-1], streams)
+        last = self._last_tuning(blocks[-1], acts)
         self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done, last_tuning=last)
-        taken = [] if self.tuning is None else tuned_batches(streams, self.tuning.share)
-        dense = None if self.tuning is None else streams.part(taken)
+        taken = [] if self.tuning is None else tuned_batches(acts, self.tuning.share)
+        dense = None if self.tuning is None else acts.part(taken)
         for block in blocks:
             again = block.name in resumed
             clock = self.clock if again else Stopwatch(self.device, self.progress.step)
@@ -121,27 +119,27 @@ class Job:
             with self.weights.on(block, self.device, clock):
                 if dense is not None:
                     with clock("forward"):
-                        dense.advance(block)
+                        dense.forward(block)
                 if again:
-                    self._replay(streams, block, BlockDone.from_dict(resumed[block.name]))
+                    self._replay(acts, block, BlockDone.from_dict(resumed[block.name]))
                 else:
                     # Tuning begins with what enters the block.
-                    pruned, tuned = self._prune(block, streams, patterns, clock), Tuned((), 0)
+                    pruned, tuned = self._prune(block, acts, patterns, clock), Tuned((), 0)
                     if dense is not None and pruned.keeps:
                         with clock("logits" if self.words is not None and self.words.read(block) else "tune"):
-                            tuned = self._tune(block, pruned, (streams, taken, dense.hidden), linears)
+                            tuned = self._tune(block, pruned, (acts, taken, dense.hidden), linears)
                     del pruned
                 if self.loss is not None:
                     self.loss.forget([block.name, *(linear.name for linear in block.linears)])
                 if block is not blocks[-1]:
                     with clock("forward"):
-                        streams.advance(block)
-                for each in [streams] if dense is None else [streams, dense]:
+                        acts.forward(block)
+                for each in [acts] if dense is None else [acts, dense]:
                     each.forget(block)
                 # In the journal with the block: a run that goes on from here tells of it too.
                 peak = 0 if self.memory is None else self.memory.peak()
                 told, halved, peaks = zip(
-                    *ranks.gather((streams.halving.note(), streams.halving.most, peak)), strict=True
+                    *ranks.gather((acts.batch_size.note(), acts.batch_size.most, peak)), strict=True
                 )
                 self.notes.extend(dict.fromkeys(filter(None, told)))
                 if not again:
@@ -159,11 +157,11 @@ class Job:
             self.progress.block(block.name, self.blocks[-1], self.linears[linears:] if again else None)
         self.earlier += len(stack.blocks)
 
-    def _last_tuning(self, block: Block, streams: Streams) -> float:
+    def _last_tuning(self, block: Block, acts: Activations) -> float:
         """Cost of tuning the last block relative to another, for the estimate of the time left."""
         if self.tuning is None or self.words is None or not self.words.read(block):
             return 1.0
-        return self.words.tuning_cost(max((length for _, length in streams.sizes), default=1))
+        return self.words.tuning_cost(max((length for _, length in acts.sizes), default=1))
 
     def _reader(self, ranks: Ranks, block: Block) -> Read:
         """Gives what pruning made of a block, which is on the device."""
@@ -191,17 +189,17 @@ class Job:
 
         return ranks.on_rank0(read)
 
-    def _replay(self, streams: Streams, block: Block, found: BlockDone) -> None:
+    def _replay(self, acts: Activations, block: Block, found: BlockDone) -> None:
         """Give a block that an earlier run committed its weights, and the report what it told of it."""
         with self.clock("read"):
-            written = self._written(streams.ranks, block)
+            written = self._written(acts.ranks, block)
             tensors = {name.removeprefix(f"{block.name}."): tensor for name, tensor in written.items()}
             unknown = block.module.load_state_dict(tensors, strict=False).unexpected_keys
             assert not unknown, f"{block.name} has no {unknown}"
         self.blocks.append(found.block)
         self.linears.extend(found.linears)
         self.notes.extend(found.notes)
-        streams.halving.go_on(found.halved, streams.ranks.rank)
+        acts.batch_size.resume(found.halved, acts.ranks.rank)
         before = self.clock.seconds.get("write", 0.0)
         self.clock.seconds["write"] = max(before, found.write_seconds)
         self.resumed_seconds += sum(found.block.seconds.values()) + max(0.0, found.write_seconds - before)
@@ -219,17 +217,17 @@ class Job:
         self,
         block: Block,
         pruned: Pruned,
-        given: tuple[Streams, Sequence[int], Sequence[Tensor]],
+        given: tuple[Activations, Sequence[int], Sequence[Tensor]],
         first: int,
     ) -> Tuned:
         """Tune a pruned block; the records from number ``first`` on tell what is no longer certified."""
         assert self.tuning is not None
         words = self.words if self.words is not None and self.words.read(block) else None
-        streams, batches, targets = given
+        acts, batches, targets = given
         with torch.inference_mode(False):  # gradients are taken through what is made of them
             known = None if self.loss is None else self.loss.of_tokens(block.name)
         weights = known and [known[batch] for batch in batches]
-        own = streams.part(batches)
+        own = acts.part(batches)
         tuned = tune_block(block, pruned.keeps, own, targets, self.tuning, self.loss, weights, words, pruned.solutions)
         self.notes += [text for text in (tuned.problem, tuned.note) if text and text not in self.notes]
         written = {linear.name: linear for linear in block.linears}
@@ -242,32 +240,32 @@ class Job:
         return tuned
 
     @torch.no_grad()
-    def survey(self, stack: Stack, streams: Streams, sparsity: float, batches: Sequence[int]) -> dict[str, float]:
+    def survey(self, stack: Stack, acts: Activations, sparsity: float, batches: Sequence[int]) -> dict[str, float]:
         """Each linear's share of one sparsity, from a pass of some ``batches`` over the dense blocks."""
         quantiles: dict[str, Tensor] = {}
         sizes = {linear.name: math.prod(linear.shape) for block in stack.blocks for linear in block.linears}
-        whole, streams = self.loss, streams.part(batches).counted()
+        whole, acts = self.loss, acts.part(batches).counted()
         self.loss = None if whole is None else whole.part(batches)
         blocks = stack.blocks[: stack.needed]
         self.progress.start(len(blocks), 1, stage="survey")
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
-                quantiles |= self._survey(block, streams, onward=block is not blocks[-1])
-            streams.forget(block)
+                quantiles |= self._survey(block, acts, onward=block is not blocks[-1])
+            acts.forget(block)
             self.progress.block(block.name)
         self.loss = whole
         return allocate(sparsity, quantiles, sizes)
 
-    def _survey(self, block: Block, streams: Streams, onward: bool) -> dict[str, Tensor]:
+    def _survey(self, block: Block, acts: Activations, onward: bool) -> dict[str, Tensor]:
         measured: dict[str, Tensor | None] = {}
         owners: dict[str, int | None] = {}
-        for found in self.observe(block, streams, self.clock, onward=onward):
+        for found in self.observe(block, acts, self.clock, onward=onward):
             owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
-            for linear in found.linears if found.owner in (None, streams.ranks.rank) else ():
+            for linear in found.linears if found.owner in (None, acts.ranks.rank) else ():
                 measured[linear.name] = self._measure(linear, found.statistics)
             del found  # or it would be there while the pass goes on
-        measured = share_owned(measured, owners, streams.ranks)
-        names = [linear.name for group in streams.groups(block) for linear in group]
+        measured = share_owned(measured, owners, acts.ranks)
+        names = [linear.name for group in acts.groups(block) for linear in group]
         return {name: own for name in names if (own := measured[name]) is not None}
 
     def _measure(self, linear: Linear, statistics: Statistics | None) -> Tensor | None:
@@ -277,10 +275,10 @@ class Job:
         task = LinearTask(linear.name, self._dense(linear), statistics, row_weight_O=rows)
         return saliency_quantiles(task)
 
-    def observe(self, block: Block, streams: Streams, clock: Stopwatch, *, onward: bool = False) -> Iterator[Found]:
-        """The statistics of each distinct input; all have been gathered, and ``streams`` gone ``onward``, at once."""
-        for found in observe(block, streams, self.sink_weight, self.damping, clock, self.loss, onward):
-            if not found.told:
+    def observe(self, block: Block, acts: Activations, clock: Stopwatch, *, onward: bool = False) -> Iterator[Found]:
+        """The statistics of each distinct input; all have been gathered, and ``acts`` gone ``onward``, at once."""
+        for found in observe(block, acts, self.sink_weight, self.damping, clock, self.loss, onward):
+            if not found.weighted:
                 names = ", ".join(linear.name for linear in found.linears)
                 what, why = "sink_weight does not count", "not given one input for each token"
                 if self.loss is not None:
@@ -291,10 +289,10 @@ class Job:
             yield found
             del found  # or it would be there while the pass goes on
 
-    def _prune(self, block: Block, streams: Streams, patterns: Mapping[str, Pattern], clock: Stopwatch) -> Pruned:
+    def _prune(self, block: Block, acts: Activations, patterns: Mapping[str, Pattern], clock: Stopwatch) -> Pruned:
         """Prune the block's linears, each in the process that has its statistics; all have all weights afterwards."""
-        ranks, pruned = streams.ranks, Pruned()
-        for found in self.observe(block, streams, clock):
+        ranks, pruned = acts.ranks, Pruned()
+        for found in self.observe(block, acts, clock):
             effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
             pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():
@@ -315,7 +313,7 @@ class Job:
                             pruned.solutions[linear.name] = result.solution_OD
             del found  # or it would be there while the pass goes on
         self._share(pruned, block.linears, ranks, clock)
-        self._tell(block, streams, pruned)
+        self._tell(block, acts, pruned)
         return pruned
 
     def _share(self, pruned: Pruned, linears: Sequence[Linear], ranks: Ranks, clock: Stopwatch) -> None:
@@ -323,17 +321,17 @@ class Job:
             with clock("share"):
                 pruned.share(linears, ranks)
 
-    def _tell(self, block: Block, streams: Streams, pruned: Pruned) -> None:
+    def _tell(self, block: Block, acts: Activations, pruned: Pruned) -> None:
         """Let the report know of the block's linears, in the order of their groups."""
         routed = {}
-        for linear in (linear for group in streams.groups(block) for linear in group):
+        for linear in (linear for group in acts.groups(block) for linear in group):
             told, notes = pruned.done[linear.name]
             self.notes.extend(notes)
             if told is not None:
                 self.linears.append(told)
                 if is_expert(linear):
                     routed[linear.name] = told.tokens
-                if pruned.owners[linear.name] not in (None, streams.ranks.rank):
+                if pruned.owners[linear.name] not in (None, acts.ranks.rank):
                     self.progress.linear(told)
         self.notes.extend(routing_notes(block.name, routed, self.expert_tokens))
 

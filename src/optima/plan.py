@@ -13,14 +13,12 @@ import torch
 from transformers import PreTrainedModel
 
 from optima.activations import Shares, activations
-from optima.calibration.fisher import kept_bytes
 from optima.linear import Methods
 from optima.memory import GIB, HostMemory, host_memory, work_bytes
-from optima.models.experts import split_on_disk
-from optima.models.skeleton import skeleton
-from optima.models.source import Source, orders_of
-from optima.models.stacks import count_parameters
-from optima.models.weights import why_whole
+from optima.models.blocks import count_parameters
+from optima.models.load import Source, orders_of, skeleton
+from optima.models.moe import split_on_disk
+from optima.models.offload import why_whole
 from optima.patterns import NM
 from optima.preflight.checks import Preflight
 from optima.preflight.fitting import fit
@@ -122,10 +120,10 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
         num_parameters=num_parameters,
         pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
         work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
-        block_bytes=max(block.placed_parameters for block in found.blocks) * dtype.itemsize,
+        block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
         inputs_bytes=kept.stored,
         model_bytes=num_parameters * dtype.itemsize,
-        beside_bytes=split_on_disk(model, found.linears) * dtype.itemsize,
+        beside_bytes=split_on_disk(model, [each.module for each in found.linears]) * dtype.itemsize,
         host=memory,
         shares=kept.shares,
         left_bytes=memory.left(),
@@ -134,7 +132,7 @@ def make_plan(source: Source, recipe: Recipe) -> Plan:
             methods,
             kept.shares,
         ),
-        reads=_reads(recipe, len(found.blocks) * kept.inputs * kept.shares.swept) if streamed else 2,
+        reads=_reads(recipe, bool(kept.shares.swept)) if streamed else 2,
         dtype=dtype,
         streamed=streamed,
         seconds=time.perf_counter() - started,
@@ -157,6 +155,6 @@ def forward_passes(recipe: Recipe, methods: Methods, shares: Shares) -> int:
     return 2 + math.ceil(part)
 
 
-def _reads(recipe: Recipe, swept_bytes: float) -> int:
-    """Fingerprint, two looks and a check; a survey; a sweep there and back, a part of the text at a time; pruning."""
-    return 5 + (recipe.allocation == "loss") + 2 * math.ceil(swept_bytes / kept_bytes())
+def _reads(recipe: Recipe, swept: bool) -> int:
+    """Two looks; the sensitivity pass; the gradient pass there and back; pruning."""
+    return 3 + (recipe.allocation == "loss") + 2 * swept

@@ -10,7 +10,7 @@ from rich.table import Column, Table
 
 from optima.device import REMEDY, is_there
 from optima.memory import on_cpu
-from optima.models.stacks import Block
+from optima.models.blocks import Block
 from optima.names import kind
 from optima.patterns import Pattern
 from optima.plan import Plan

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.allocate import with_shares
@@ -18,6 +17,7 @@ from optima.build import build_tuning, sparsity_of
 from optima.calibration.capture import capture
 from optima.calibration.fisher import sensitivity_batches
 from optima.calibration.lm_head import embedding_device
+from optima.checkpointing import Destination, check_alike, identity
 from optima.data.batches import Batch, Batches, Calibration
 from optima.device import (
     PeakMemory,
@@ -29,19 +29,17 @@ from optima.device import (
     unswitched,
 )
 from optima.distributed import Ranks, joined
-from optima.errors import NumericalError, RecipeError
-from optima.identity import check_alike, contents, identity
-from optima.linalg.finite import all_finite
+from optima.errors import RecipeError
+from optima.files import stamps
+from optima.models.blocks import has_experts
 from optima.models.companions import copies_tokenizer, to_save
-from optima.models.destination import Destination
-from optima.models.reading import head_of
-from optima.models.source import load_tokenizer, note_of_dtype
-from optima.models.stacks import Stack, has_experts
-from optima.models.weights import Weights
-from optima.models.writer import Writer, open_writer, prepare
+from optima.models.load import load_tokenizer, note_of_dtype, weights_of
+from optima.models.masks import MaskFiles
+from optima.models.offload import Weights
+from optima.models.save import Writer, open_writer, prepare
 from optima.patterns import Pattern
 from optima.pipeline import Job
-from optima.preflight.checks import check_finite, chosen_stacks
+from optima.preflight.checks import chosen_stacks
 from optima.preflight.opening import (
     Checked,
     check,
@@ -50,7 +48,6 @@ from optima.preflight.opening import (
     own_batches,
     read,
     store_of,
-    warn_of_disk,
 )
 from optima.recipe import EXPERT_TOKENS, FISHER_FRACTION, SINK_WEIGHT, Recipe
 from optima.reporting.callbacks import Callback, Listeners, Progress, RunStart, make_progress
@@ -133,11 +130,8 @@ def prune(
                 job.progress = told.enter_context(Listeners([shown, *callbacks]))
                 job.progress.begin(_start(checked, origin["model"], output_dir))
             job.memory = PeakMemory(checked.device)  # before the model generates text, whole on the device
-            _check_finite(network, checked, job)
             if destination is not None:
-                prepare(network, to_save(source, tokenizer, reader), source, destination.beside)
-            if run:
-                run |= contents(recipe, network, origin.get("model_fingerprint"))
+                prepare(network, to_save(source, tokenizer, reader), source, destination.directory)
             text = generated(checked, network, reader, text, ranks, job.progress)
             job.notes.extend(text.notes)
             batches, alike = own_batches(text, recipe.batch_size, ranks)
@@ -150,11 +144,10 @@ def prune(
             give_back_freed_memory()
             if ranks.first:
                 dtype = None if alike else network.dtype
-                shared = describe(ranks, dtype, job.tuning is not None, job.methods.needs, job.writer)
+                shared = describe(ranks, dtype, job.writer)
                 job.notes.extend(_shared(shared, job.writer))
             job.progress.notes(job.notes)
             job.store = store_of(checked, weights, destination, ranks)
-            warn_of_disk(checked, job.store, ranks)
             patterns = _prune_stacks(network, checked, batches, job, ranks)
             applied = checked.as_applied(patterns)
             job.notes.extend(dict.fromkeys(note for notes in ranks.gather(job.store.notes) for note in notes))
@@ -195,8 +188,18 @@ def _identity(checked: Checked, ranks: Ranks, written: bool) -> dict[str, Any]:
     Nothing if nobody asks: of one process, unless something is ``written``.
     """
     named = checked.recipe if checked.scope_named else checked.recipe.replace(scope=None)
-    known = named, checked.methods.selector, checked.device, checked.structure
-    run = identity(*known) if written or ranks.size > 1 else {}
+    if not written and ranks.size == 1:
+        return {}
+    fields = {name: value for name, value in named.to_dict().items() if name != "device"}
+    selector, masks = checked.recipe.selector, checked.recipe.mask_from
+    run = identity(
+        fields,
+        None if isinstance(selector, str) else selector,
+        checked.structure,
+        None if checked.source is None else weights_of(checked.source),
+        None if masks is None else stamps({file for file, _ in MaskFiles(masks).files.values()}),
+        {"versions": library_versions(), "device": describe_device(checked.device)},
+    )
     check_alike(run, ranks)
     return run
 
@@ -248,9 +251,7 @@ def _write_into(
 ) -> None:
     """Have ``job`` write what becomes of the blocks, if it goes on with what is there."""
     job.notes.extend(_object_note(checked.recipe, run))
-    # The writer first: it refuses to go on with what another run left, where nothing may be written then.
     job.writer = open_writer(network, checked.found.blocks, destination, run, job.weights)
-    destination.add_beside()
     job.notes.extend(destination.notes)
 
 
@@ -258,38 +259,7 @@ def _object_note(recipe: Recipe, run: dict[str, Any]) -> list[str]:
     """That a recipe's file does not hold the settings of a selector, and what they are."""
     if isinstance(recipe.selector, str):
         return []
-    selector = run["selector"]
-    settings = ", ".join(f"{name}={value!r}" for name, value in selector.items() if name not in ("class", "code"))
-    return [f"the selector is an object, and recipe.yaml has its class alone: {selector['class']}({settings})"]
-
-
-def _check_finite(network: PreTrainedModel, checked: Checked, job: Job) -> None:
-    stacks = chosen_stacks(network, checked.recipe)
-    for block in (block for stack in stacks for block in stack.blocks if block.linears):
-        with job.weights.on(block, torch.device("cpu"), job.clock):
-            check_finite(block.linears)
-    names = _outside(network, stacks)
-    with job.clock("read"), job.weights.state(names) as tensors:
-        for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not all_finite(tensor):
-                raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint, or download it again")
-
-
-def _outside(network: PreTrainedModel, stacks: Sequence[Stack]) -> list[str]:
-    """Weights of the head, and of what lies beside the blocks, such as a norm.
-
-    Not of embeddings: a row may be of a word that no text has. Nor the head's bias, which may forbid words.
-    """
-    output = head_of(network)
-    head = set() if output is None else {id(each) for each in output.parameters() if each.ndim > 1}
-    inputs = (module for module in network.modules() if isinstance(module, nn.Embedding))
-    rows = {id(each) for module in inputs for each in module.parameters(recurse=False)}
-    beside = {stack.blocks[0].name.rsplit(".", 2)[0] for stack in stacks if stack.blocks[0].name.count(".") > 1}
-    return [
-        name
-        for name, each in network.named_parameters()
-        if id(each) in head or (id(each) not in rows and name.rsplit(".", 2)[0] in beside)
-    ]
+    return [f"the selector is an object, and recipe.yaml has its class alone: {run['selector']}"]
 
 
 def _prune_stacks(
@@ -307,10 +277,10 @@ def _prune_stacks(
                 continue
             # The decoder's when its turn comes: it reads what the pruned encoder made.
             with job.clock("forward"), job.weights.outside(embedding_device(network, checked.device, batches)):
-                streams = capture(network, stack, batches, by_loss, ranks, job.store, job.halving)
+                acts = capture(network, stack, batches, by_loss, ranks, job.store, job.batch_size)
             job.loss, job.words, job.tuning = None, None, build_tuning(checked.recipe)
             if by_loss:
-                told = sweep(job, network, stack, streams, checked.recipe)
+                told = sweep(job, network, stack, acts, checked.recipe)
                 if job.loss is None:
                     patterns, note = rank_without_loss(
                         stack, patterns, checked.recipe, job.methods.selector, checked.scope_named
@@ -320,9 +290,9 @@ def _prune_stacks(
             if checked.recipe.allocation == "loss" and job.loss is not None:
                 experts = any(has_experts(block.linears) for block in stack.blocks)
                 # Those of the gradient pass, whose tokens' own weights are known, tell linears from each other well.
-                taken = sensitivity_batches(streams, FISHER_FRACTION, experts)
-                patterns = with_shares(patterns, job.survey(stack, streams, sparsity_of(checked.recipe), taken))
-            job.prune(stack, streams, patterns, runs_again=stack is not needed[-1])
+                taken = sensitivity_batches(acts, FISHER_FRACTION, experts)
+                patterns = with_shares(patterns, job.survey(stack, acts, sparsity_of(checked.recipe), taken))
+            job.prune(stack, acts, patterns, runs_again=stack is not needed[-1])
     return patterns
 
 

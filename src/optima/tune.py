@@ -5,8 +5,9 @@ rounds them to the checkpoint's dtype, so the weights that are tuned are the wei
 masters are zero off keep, and their gradients are masked. One sequence of eight is held out, and the weights of the
 epoch with the least held-out error are kept: the initial ones, if no epoch improves on them.
 
-Tuning is data-parallel. Each rank runs its own sequences; gradients and held-out errors are all-reduced, and every rank
-takes the same step.
+Tuning is data-parallel. The sequences of a step depend on the seed alone. Each rank runs those of them that it has;
+gradients and held-out errors are all-reduced, and every rank takes the same step. So any number of ranks takes the same
+steps up to rounding. With more than ``STEP`` ranks some are idle in each step.
 
 Shapes: L tokens in a sequence, T tokens, E hidden size.
 """
@@ -19,25 +20,27 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise, zip_longest
 from typing import Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from optima.calibration.activations import Activations, Look, Microbatch
+from optima.calibration.batch_size import rows_of
 from optima.calibration.fisher import FisherWeights
-from optima.calibration.halving import rows_of
 from optima.calibration.lm_head import LmHead
 from optima.calibration.probe import hidden_of
-from optima.calibration.streams import Look, Piece, Streams
+from optima.core.finite import all_finite
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.linalg.finite import all_finite
-from optima.models.routers import module_around
-from optima.models.stacks import Block, Linear
+from optima.models.blocks import Block, Linear, module_around
 
 HELD_OUT = 8  # one sequence of so many is held out
+STEP = 4  # sequences of a step, over all ranks
+STEP_RATE = math.sqrt(STEP)  # learning rate of such a step, relative to one of a single sequence (arXiv 2205.10287)
 BACKTRACK = 0.25  # what is left of the learning rate after an epoch that made it worse
 LOGITS_RATE = 1.0 / 6.0  # of the learning rate, where the cost is KL of the logits, which overfits sooner
 ALIKE = 0.1  # by which the metric's diagonal is raised: what the sampled gradients did not show is not free
@@ -61,15 +64,16 @@ class Tuning:
             cosine. An epoch that increases the held-out error is undone, and the rate is cut to a quarter.
         share: of the sequences that are used, see ``tuned_batches``.
         seed: of the order of the microbatches, with the index of the block.
-        batch_size: sequences of a step, over all ranks. Each rank has one at least: with more ranks than that a step is
-            larger, and the learning rate grows with the root of its size (Malladi et al., arXiv 2205.10287).
+        batch_size: sequences of a step, over all ranks; more where the model runs larger microbatches only.
+        step_rate: learning rate of such a step, relative to ``learning_rate``.
     """
 
     epochs: int
     learning_rate: float
     share: float = 1.0
     seed: int = 0
-    batch_size: int = 1
+    batch_size: int = STEP
+    step_rate: float = STEP_RATE
 
 
 @dataclass(frozen=True)
@@ -168,18 +172,18 @@ class BlockError:
 def tune(
     block: Block,
     keeps: Mapping[str, Tensor],
-    streams: Streams,
+    acts: Activations,
     targets: Sequence[Tensor],
     cost: Cost,
     tuning: Tuning,
     solutions: dict[str, Tensor] | None = None,
 ) -> Tuned:
-    """Tune a block in place. All ranks of ``streams`` call it, and end with the same weights.
+    """Tune a block in place. All ranks of ``acts`` call it, and end with the same weights.
 
     Args:
-        block: pruned, on the device of ``streams``.
+        block: pruned, on the device of ``acts``.
         keeps: keep_OD of its pruned linears by their full names.
-        streams: inputs of the pruned block, for the sequences of this rank.
+        acts: inputs of the pruned block, for the sequences of this rank.
         targets: of each batch, the output of the dense block on dense inputs.
         cost: what is minimised.
         tuning: how.
@@ -188,42 +192,38 @@ def tune(
     Raises:
         ModelError: if the block has no gradients.
     """
-    ranks, pieces = streams.ranks, streams.pieces(block)
-    counts = ranks.gather(len(pieces))
-    if sum(counts) < 2:
+    ranks, pieces = acts.ranks, acts.pieces(block)
+    samples = ranks.gather([part.stop - part.start for _, part in pieces])
+    sizes = [size for own in samples for size in own]  # microbatches are numbered over all ranks
+    if len(sizes) < 2:
         return Tuned((), 0, ONE_PIECE)
-    held_out = [*range(HELD_OUT - 1, sum(counts), HELD_OUT)] or [sum(counts) - 1]  # numbered over all ranks
-    first = sum(counts[: ranks.rank])
-    held = [piece for number, piece in enumerate(pieces, first) if number in held_out]
-    trained = [piece for number, piece in enumerate(pieces, first) if number not in held_out]
+    held_out = [*range(HELD_OUT - 1, len(sizes), HELD_OUT)] or [len(sizes) - 1]
+    trained = [number for number in range(len(sizes)) if number not in held_out]
+    first = sum(map(len, samples[: ranks.rank]))
+    own = dict(enumerate(pieces, first))
+    held, rest = ([own[number] for number in numbers if number in own] for numbers in (held_out, trained))
     with torch.inference_mode(False):
         masters = _masters(block, keeps, solutions or {})
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
-    cost = cost.on(streams.device)
-    error = _Error(block, streams, targets, cost, masters)
-    microbatches = -(-tuning.batch_size // ranks.size)  # of each rank, in a step
-    trained_counts = ranks.gather(len(trained))
-    steps_per_epoch = -(-max(trained_counts) // microbatches)
-    rate = tuning.learning_rate * math.sqrt(microbatches * ranks.size / tuning.batch_size)
+    cost = cost.on(acts.device)
+    error = _Error(block, acts, targets, cost, masters)
+    rate = tuning.learning_rate * tuning.step_rate
     best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
     optimizer = _adam(masters)
-    steps, step = tuning.epochs * steps_per_epoch, 0
     generator = torch.Generator().manual_seed(tuning.seed * SEEDS + block.index)
+    epochs = [steps_of(trained, sizes, tuning.batch_size, generator) for _ in range(tuning.epochs)]
+    steps, step = sum(map(len, epochs)), 0
     history = [_mean_error(error, held, ranks)]
-    tokens = max(ranks.gather(max((_tokens(streams, piece) for piece in trained), default=0)))
+    tokens = max(ranks.gather(max((_tokens(acts, piece) for piece in rest), default=0)))
     scale = cost.gradient_scale(history[0], tokens)
-    for epoch in range(tuning.epochs):
-        orders = [torch.randperm(count, generator=generator).tolist() for count in trained_counts]
-        for start in range(0, steps_per_epoch * microbatches, microbatches):
+    for epoch, chosen in enumerate(epochs):
+        for numbers in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = group["size"] * rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
-            chosen = [order[start : start + microbatches] for order in orders]
-            own = [trained[index] for index in chosen[ranks.rank]]
             with _memory_of_all(ranks):
-                for piece in own:
-                    _backward(error, piece, epoch, scale)
-            _all_reduce_gradients(masters, sum(map(len, chosen)), ranks)
+                _backward(error, [own[number] for number in numbers if number in own], epoch, scale)
+            _all_reduce_gradients(masters, len(numbers), ranks)
             if all_finite(*(master.grad for master in masters.values() if master.grad is not None)):
                 optimizer.step()  # without one that overflowed, which would spoil Adam's moments
             optimizer.zero_grad()
@@ -240,41 +240,67 @@ def tune(
     return Tuned(tuple(history), best)
 
 
+def steps_of(
+    microbatches: Sequence[int], sizes: Sequence[int], batch_size: int, generator: torch.Generator
+) -> list[list[int]]:
+    """The microbatches of each step of an epoch, in random order.
+
+    The list is split into ``batch_size`` contiguous parts, and a step has one of each, if all have one sequence: so two
+    or four ranks, which have contiguous parts of it too, share each step evenly.
+
+    Args:
+        microbatches: their numbers.
+        sizes: sequences of every number.
+        batch_size: sequences of a step, at least; the last step may have fewer.
+        generator: of the order.
+    """
+    count = len(microbatches)
+    bounds = [part * count // batch_size for part in range(batch_size + 1)]
+    parts = [(start + torch.randperm(stop - start, generator=generator)).tolist() for start, stop in pairwise(bounds)]
+    steps: list[list[int]] = [[]]
+    for place in (place for places in zip_longest(*parts) for place in places if place is not None):
+        if sum(sizes[number] for number in steps[-1]) >= batch_size:
+            steps.append([])
+        steps[-1].append(microbatches[place])
+    return steps
+
+
 @dataclass(frozen=True)
 class _Error:
     """The cost of the block's output on a microbatch, with the masters, rounded to their dtypes, as its weights."""
 
     block: Block
-    streams: Streams
+    acts: Activations
     targets: Sequence[Tensor]
     cost: Cost
     masters: Mapping[str, Tensor]
 
-    def __call__(self, piece: Piece, epoch: int = 0) -> Tensor:
+    def __call__(self, piece: Microbatch, epoch: int = 0) -> Tensor:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
         (batch, part), call = piece, partial(functional_call, module, rounded)
-        found = hidden_of(self.streams.run(self.block, batch, part, call, looks=True))
-        samples = self.streams.sizes[batch][0]
-        target = rows_of(self.targets[batch], part, samples).to(self.streams.device)
+        found = hidden_of(self.acts.run(self.block, batch, part, call, looks=True))
+        samples = self.acts.sizes[batch][0]
+        target = rows_of(self.targets[batch], part, samples).to(self.acts.device)
         return self.cost(found, target, Look(batch, part, samples, epoch))
 
 
-def _backward(error: _Error, piece: Piece, epoch: int, scale: float) -> None:
-    """Add the gradient of a microbatch to the masters'."""
+def _backward(error: _Error, pieces: Sequence[Microbatch], epoch: int, scale: float) -> None:
+    """Add the gradients of microbatches to the masters'."""
     block = error.block
     with torch.inference_mode(False), torch.enable_grad(), differentiable(block.module):
-        lost = error(piece, epoch)
-        if not lost.requires_grad:
-            raise ModelError(
-                f"{block.name} cannot be tuned: its output does not depend on its weights by a gradient. "
-                "Set --tuning-epochs to 0"
-            )
-        with backward_explained(block.name):
-            (lost * scale).backward()
+        for piece in pieces:
+            lost = error(piece, epoch)
+            if not lost.requires_grad:
+                raise ModelError(
+                    f"{block.name} cannot be tuned: its output does not depend on its weights by a gradient. "
+                    "Set --tuning-epochs to 0"
+                )
+            with backward_explained(block.name):
+                (lost * scale).backward()
 
 
-def _mean_error(error: _Error, pieces: Sequence[Piece], ranks: Ranks) -> float:
+def _mean_error(error: _Error, pieces: Sequence[Microbatch], ranks: Ranks) -> float:
     """Over the held-out microbatches of all ranks."""
     with torch.no_grad(), _memory_of_all(ranks):
         own = [float(error(piece)) for piece in pieces]
@@ -311,7 +337,7 @@ def _memory_of_all(ranks: Ranks) -> Iterator[None]:
 def tune_block(
     block: Block,
     keeps: Mapping[str, Tensor],
-    streams: Streams,
+    acts: Activations,
     targets: Sequence[Tensor],
     tuning: Tuning,
     loss: FisherWeights | None,
@@ -322,29 +348,28 @@ def tune_block(
     """Tune a block by the metric that is known of it: KL of the logits, the Fisher metric, or energies of channels.
 
     Args:
-        block, keeps, streams, targets, tuning, solutions: see ``tune``.
+        block, keeps, acts, targets, tuning, solutions: see ``tune``.
         loss: the Fisher weights, with the metric at the block's outputs; None: channels count by their energy.
         weights: of the tokens of each batch, (T,), or None.
         lm_head: the LM head, if it reads the output of the block.
     """
-    ranks, place_note = streams.ranks, ""
+    ranks, place_note = acts.ranks, ""
     if lm_head is not None:
         tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
-        streams = lm_head.given(streams)
     try:
         # Gradients are taken through the metric.
         with torch.inference_mode(False), full_precision(), _memory_of_all(ranks):
             cost: AbstractContextManager[Cost]
             if lm_head is not None:
-                beside = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
-                place, place_note = lm_head.place(streams, beside)
-                cost = lm_head.error(streams, place)
+                others = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
+                place, place_note = lm_head.place(acts, others)
+                cost = lm_head.error(acts, place)
             elif loss is not None:
                 cost = nullcontext(BlockError.by_loss(loss.residual[block.name], weights))
             else:
                 cost = nullcontext(BlockError.by_channel(targets, ranks))
         with full_precision(), one_memory_error(), cost as error:
-            tuned = tune(block, keeps, streams, targets, error, tuning, solutions)
+            tuned = tune(block, keeps, acts, targets, error, tuning, solutions)
     except torch.OutOfMemoryError:  # nothing of the block has changed yet
         return Tuned((), 0, OUT_OF_MEMORY)
     notes = filter(None, ranks.gather(place_note))
@@ -357,9 +382,9 @@ def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> No
         tensor.detach().copy_(source[name]).add_(0.0)  # what is rounded to -0 becomes 0, as pruned weights are
 
 
-def _tokens(streams: Streams, piece: Piece) -> int:
+def _tokens(acts: Activations, piece: Microbatch) -> int:
     batch, part = piece
-    return len(range(part.start, part.stop)) * streams.sizes[batch][1]
+    return len(range(part.start, part.stop)) * acts.sizes[batch][1]
 
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:

@@ -8,26 +8,26 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from optima.build import default_scope
+from optima.calibration.activations import Activations
 from optima.calibration.fisher import LOGITS, fisher_weights
 from optima.calibration.lm_head import LmHead
-from optima.calibration.streams import Streams
 from optima.device import full_precision
 from optima.errors import NotDifferentiableError
-from optima.models.stacks import Stack
+from optima.models.blocks import Stack
 from optima.patterns import Pattern, Unstructured
 from optima.pipeline import Job
 from optima.recipe import FISHER_FRACTION, SINK_WEIGHT, Recipe
 from optima.selectors.base import Selector
 
 
-def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, recipe: Recipe) -> str:
+def sweep(job: Job, network: PreTrainedModel, stack: Stack, acts: Activations, recipe: Recipe) -> str:
     """Give ``job`` the Fisher weights, or the sink weight where there are no gradients.
 
     Args:
         job: of the run.
         network: has ``stack``.
         stack: with the linears to prune.
-        streams: what enters its first block.
+        acts: what enters its first block.
         recipe: as resolved.
 
     Returns:
@@ -39,7 +39,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, streams: Streams, re
             job.loss = fisher_weights(
                 network,
                 stack,
-                streams,
+                acts,
                 recipe.seed,
                 residual=job.tuning is not None,
                 weights=job.weights,

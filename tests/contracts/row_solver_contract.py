@@ -11,8 +11,8 @@ import torch
 from qp_reference import Reference, make_layer, make_matrix, make_rows, reference
 from torch import Tensor
 
-from optima.qp import Hessian, RowProblem, RowSolution, RowSolver, Status, certify, make_problem, solve_rows
-from optima.qp.restarts import MAX_ROUNDS
+from optima.core import Hessian, RowProblem, RowSolution, RowSolver, Status, certify, make_problem, solve_rows
+from optima.core.restarts import MAX_ROUNDS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INPUTS = (1, 2, 23, 96)

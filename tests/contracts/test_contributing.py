@@ -6,7 +6,7 @@ from typing import Any
 
 from row_solver_contract import RowSolverContract
 
-from optima.qp import RowSolver
+from optima.core import RowSolver
 
 PAGE = Path(__file__).parents[2] / "CONTRIBUTING.md"
 

@@ -10,8 +10,8 @@ import torch
 from layers import PATTERNS, check_counts, layer_of, make_layer
 from torch import Tensor
 
+from optima.core import BatchedCholesky, Hessian, solve
 from optima.patterns import NM, Pattern, Unstructured
-from optima.qp import BatchedCholesky, Hessian, solve
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
 from optima.selectors.base import SELECTORS as REGISTRY

@@ -7,7 +7,7 @@ import torch
 from qp_peers.pdhg import RestartedPDHG
 from row_solver_contract import RowSolverContract
 
-from optima.qp import (
+from optima.core import (
     SOLVERS,
     Auto,
     BatchedCholesky,

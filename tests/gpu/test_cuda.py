@@ -15,10 +15,7 @@ from torch import Tensor
 
 import optima
 from optima.calibration.accumulator import Accumulator
-from optima.linalg.statistics import Statistics
-from optima.linear import Methods, prune_linear
-from optima.patterns import Unstructured
-from optima.qp import (
+from optima.core import (
     Auto,
     BatchedCholesky,
     Hessian,
@@ -30,8 +27,11 @@ from optima.qp import (
     make_problem,
     solve_rows,
 )
-from optima.qp.batch import RowBatch
-from optima.qp.rounding import round_rows
+from optima.core.batch import RowBatch
+from optima.core.rounding import round_rows
+from optima.core.statistics import Statistics
+from optima.linear import Methods, prune_linear
+from optima.patterns import Unstructured
 from optima.selectors.base import LinearTask
 from optima.selectors.wanda import Wanda
 
@@ -77,8 +77,8 @@ def test_a_batch_is_looked_at_every_fourth_iteration() -> None:
 def test_small_blocks_change_nothing(solver: RowSolver, monkeypatch: pytest.MonkeyPatch) -> None:
     hessian, problem, truth = layer(40, 96)
     whole = certify(hessian, problem, problem.masked(problem.target_RD))
-    monkeypatch.setattr("optima.qp.certificate.DEVICE_BLOCK_ENTRIES", 7 * 96)
-    monkeypatch.setattr("optima.linalg.gather.DEVICE_BATCH_ENTRIES", 1)
+    monkeypatch.setattr("optima.core.certificate.DEVICE_BLOCK_ENTRIES", 7 * 96)
+    monkeypatch.setattr("optima.core.gather.DEVICE_BATCH_ENTRIES", 1)
     parts = certify(hessian, problem, problem.masked(problem.target_RD))
     torch.testing.assert_close(parts.error_R, whole.error_R)
     torch.testing.assert_close(parts.bound_R, whole.bound_R, rtol=1e-3, atol=0.0)

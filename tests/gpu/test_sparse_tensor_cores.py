@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optima.semi_structured import CAPABILITY, accelerate
+from optima.extras.semi_structured import CAPABILITY, accelerate
 
 able = torch.cuda.is_available() and torch.cuda.get_device_capability() >= CAPABILITY
 pytestmark = pytest.mark.skipif(not able, reason="needs a CUDA device with sparse tensor cores")

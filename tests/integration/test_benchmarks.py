@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from tiny import LINES, make_bert, make_tokenizer, save_model, save_text
 
 from optima import Recipe, prune
-from optima.linalg.hessian import Hessian
-from optima.models.writer import Writer
+from optima.core.hessian import Hessian
+from optima.models.save import Writer
 from optima.selectors.base import make_selector
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

@@ -352,14 +352,6 @@ class TestReport:
 
 
 class TestDemo:
-    def test_replaces_nothing_but_its_own_output(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        (root / "demo-output" / "gemma-3-270m-50").mkdir(parents=True)
-        (root / "demo-output" / "gemma-3-270m-50" / "thesis.tex").touch()
-        before = snapshot(root)
-        assert main(["demo"]) == 2
-        assert "is no earlier output: remove it, or choose another --output-dir" in capsys.readouterr().err
-        assert snapshot(root) == before
-
     def test_a_model_that_is_not_installed(
         self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -20,7 +20,7 @@ from optima.evaluation.compare import compare
 from optima.evaluation.evaluate import evaluate
 from optima.evaluation.perplexity import evaluation_windows, perplexity
 from optima.evaluation.record import load_evaluation
-from optima.models.source import load_model
+from optima.models.load import load_model
 from optima.stopping import Interrupted
 
 TEXT = ["--dataset", "text.txt", "--max-seq-length", "16", "--max-windows", "7"]

@@ -21,11 +21,10 @@ from optima import Recipe, prune
 from optima.cli import main
 from optima.distributed import ALONE
 from optima.errors import RecipeError
-from optima.holding import hold_zeros
+from optima.extras.mask_preserving import hold_zeros
+from optima.models.blocks import Linear
+from optima.models.load import find_source, skeleton
 from optima.models.masks import MaskFiles
-from optima.models.skeleton import skeleton
-from optima.models.source import find_source
-from optima.models.stacks import ModuleLinear
 from optima.preflight.opening import check
 from optima.selectors.external import External
 
@@ -256,7 +255,7 @@ def test_masks_of_a_model_with_its_channels_in_another_order(
     where: str, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever the model is: a directory is not all that can be pruned."""
-    monkeypatch.setattr("optima.models.source.hf_hub_download", lambda path, name, **_: str(on_hub(root / path, name)))
+    monkeypatch.setattr("optima.models.load.hf_hub_download", lambda path, name, **_: str(on_hub(root / path, name)))
     monkeypatch.setattr("optima.preflight.opening.skeleton", lambda source: skeleton(find_source(str(root / "model"))))
     (root / "owner/plain").mkdir(parents=True)
     for name in ("owner/ordered", "masks"):
@@ -298,7 +297,7 @@ def test_two_masks_for_one_linear(root: Path) -> None:
     mask = masks.pop(UP)
     masks |= {"layers.0.mlp.up_proj": mask, f"text.{UP}": mask.clone(), "mlp.up_proj": mask.clone()}
     with pytest.raises(RecipeError, match=f"more than one mask for {UP}"):
-        MaskFiles(saved(masks)).keep_OD(ModuleLinear(UP, make_llama().get_submodule(UP)))
+        MaskFiles(saved(masks)).keep_OD(Linear(UP, make_llama().get_submodule(UP)))
 
 
 def test_masks_of_an_object_are_taken_as_they_are() -> None:

@@ -25,12 +25,10 @@ from optima.calibration.lm_head import head_device
 from optima.calibration.store import Store
 from optima.data.batches import Batch, arguments
 from optima.errors import CalibrationError, ModelError, RecipeError
-from optima.memory import attention_numbers, work_bytes
-from optima.models.experts import ExpertLinear
-from optima.models.reading import check_length, head_of
-from optima.models.routers import routed_share
-from optima.models.source import find_source
-from optima.models.stacks import Linear, Stack, find_stacks, select_linears
+from optima.memory import attention_numbers, routed_share, work_bytes
+from optima.models.blocks import Linear, Stack, find_stacks, select_linears
+from optima.models.inspect import check_length, head_of
+from optima.models.load import find_source
 from optima.names import kind
 from optima.plan import make_plan
 from optima.plan_table import print_plan
@@ -70,7 +68,7 @@ def test_prune_save_reload(family: str, tmp_path: Path) -> None:
 
     reloaded = type(model).from_pretrained(tmp_path / "out").eval()
     assert torch.equal(outputs(reloaded), outputs(model))
-    owners = pruned | {name.rpartition(".")[0] for name in pruned if isinstance(linears[name], ExpertLinear)}
+    owners = pruned | {name.rpartition(".")[0] for name in pruned if linears[name].expert}
     vectors = {name for name, parameter in model.named_parameters() if parameter.ndim == 1}  # which tuning changes too
     for name, tensor in model.state_dict().items():
         if name.removesuffix(".weight") not in owners and name not in vectors:
@@ -107,7 +105,7 @@ def check_chain(model: nn.Module) -> None:
 
 
 def check_chain_of(model: nn.Module, stack: Stack) -> None:
-    streams = capture(model, whole(stack), make_ids().split(2))
+    acts = capture(model, whole(stack), make_ids().split(2))
     expected: list[Tensor] = []
     handle = stack.blocks[-1].module.register_forward_hook(
         lambda module, args, output: expected.append(output[0] if isinstance(output, (tuple, list)) else output)
@@ -115,12 +113,12 @@ def check_chain_of(model: nn.Module, stack: Stack) -> None:
     # A cache copies keys, and some processors multiply a copy in another order: as in capture, there is none.
     without = {"use_cache": False} if getattr(model.config, "use_cache", None) is not None else {}
     with torch.no_grad():
-        for batch in streams.batches:
+        for batch in acts.batches:
             model(**arguments(model, batch), **without)
     handle.remove()
     for block in stack.blocks:
-        streams.advance(block)
-    for hidden, want in zip(streams.hidden, expected, strict=True):
+        acts.forward(block)
+    for hidden, want in zip(acts.hidden, expected, strict=True):
         assert torch.equal(hidden, want)
 
 
@@ -132,7 +130,7 @@ def whole(stack: Stack) -> Stack:
 
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_be_pruned_is_refused_by_name_before_the_work(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.streams.Streams.groups", lambda *args: pytest.fail("work has begun"))
+    monkeypatch.setattr("optima.calibration.activations.Activations.groups", lambda *_: pytest.fail("has begun"))
     model = build(family)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(ModelError, match=REFUSED[family][1]):
@@ -433,8 +431,8 @@ def test_a_mixture_is_planned_for_the_experts_that_a_token_takes() -> None:
     share, config.index_topk = routed_share(config), 2048
     assert routed_share(config) == share < 1.0, "that of an index of tokens is none of experts"
     for family, sent in (("mixtral", True), ("gpt_oss", True), ("llama4", False)):
-        found = [linear for linear in linears_to_prune(build(family)).values() if isinstance(linear, ExpertLinear)]
-        assert {linear.experts.are_sent_tokens for linear in found} == {sent}, family
+        found = [linear for linear in linears_to_prune(build(family)).values() if linear.expert]
+        assert {linear.expert.experts.routed for linear in found} == {sent}, family
 
 
 def test_streams_of_a_token_are_planned_for() -> None:

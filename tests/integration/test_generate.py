@@ -18,7 +18,7 @@ from optima.cli import main
 from optima.data.generate import generate_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
-from optima.models.source import find_source
+from optima.models.load import find_source
 from optima.plan import make_plan
 from optima.preflight.settling import settle_self_generated
 

@@ -51,9 +51,8 @@ def test_a_model_is_pruned_again_and_measured(optima: Run, tmp_path: Path) -> No
     for output in ("first", "second"):
         found = optima(*prune_arguments(*WANDA, "--output-dir", output, model=MODEL))
         assert found.returncode == 0, found.stderr
-    first, second = (load_report(tmp_path / output).run for output in ("first", "second"))
+    first = load_report(tmp_path / "first").run
     assert first.model_revision == COMMIT
-    assert first.model_fingerprint == second.model_fingerprint
     assert (tmp_path / "first" / "LICENSE").read_bytes() == b"terms"
     found = optima("eval", MODEL, "second", "--dataset", "text.txt", "--max-seq-length", "16", HF_HUB_OFFLINE="1")
     assert found.returncode == 0, found.stderr

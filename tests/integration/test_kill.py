@@ -100,7 +100,7 @@ def test_a_term_after_it_leaves_a_named_partial_that_the_next_run_deletes_if_tol
 ) -> None:
     before = set(os.listdir(root))
     with monkeypatch.context() as patch:
-        stop_in(patch, "optima.models.writer.Writer.publish")
+        stop_in(patch, "optima.models.save.Writer.publish")
         assert finish(start("out")) == 128 + signal.SIGTERM
     assert set(os.listdir(root)) == {*before, ".out.optima-partial"}
     assert len(Path(".out.optima-partial/journal.jsonl").read_text().splitlines()) == 1 + BLOCKS

@@ -37,10 +37,10 @@ def prune(layers):
     model = LlamaForCausalLM(config).eval()
     found = preflight(model, recipe, methods)
     batches = list(torch.randint(0, 64, ({samples}, {length})).split({batch}))
-    streams = capture(model, found.stacks[0], batches)
+    acts = capture(model, found.stacks[0], batches)
     before, memory = psutil.Process().memory_info().rss, PeakMemory(torch.device("cpu"))
-    job = Job(methods, found.patterns, torch.device("cpu"), recipe.damping, 0.04)
-    job.prune(found.stacks[0], streams)
+    job = Job(methods, torch.device("cpu"), recipe.damping, 0.04)
+    job.prune(found.stacks[0], acts, found.patterns)
     return memory.peak() - before
 
 prune(1)  # the first run also pays for the libraries' own buffers

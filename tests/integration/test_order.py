@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, build, make_ids, sweep
-from optima.arguments import CHANNELS
 from safetensors.torch import save_file
 from tiny import Refused, load_weights, make_llama, make_tokens, prune_arguments, save_model, snapshot
 from torch import Tensor, nn
@@ -19,14 +18,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import optima
 from optima import Ordering, Recipe
-from optima.cli import main
+from optima.checkpointing import Journal
+from optima.cli import CHANNELS, main
+from optima.core.hessian import Hessian
 from optima.data.batches import arguments
 from optima.errors import ModelError, NumericalError, RecipeError
-from optima.linalg.hessian import Hessian
-from optima.models.journal import Journal
-from optima.models.stacks import find_stacks, select_linears
+from optima.extras.channels import KINDS
+from optima.models.blocks import find_stacks, select_linears
 from optima.names import kind
-from optima.ordering.channels import KINDS
 from optima.patterns import NM, Pattern
 
 # What stays where it is, by family: no channels of these kinds are known, or the model would compute something else.
@@ -350,11 +349,12 @@ def test_nothing_is_written_if_nothing_has_another_order(root: Path, capsys: pyt
 def test_an_unfinished_run_of_prune_is_not_deleted(root: Path, late: Refused, command: str) -> None:
     (root / ".out.optima-partial" / "model").mkdir(parents=True)
     (root / ".out.optima-partial" / "run.json").write_text("{}")
-    journal = Journal(root / ".out.optima-partial" / "journal.jsonl", {"recipe": {}})
+    journal = Journal(root / ".out.optima-partial" / "journal.jsonl")
+    journal.begin({"recipe": {}})
     journal.append({"block": "model.layers.0", "file": None})
     options = prune_arguments("--pattern", "2:4")[4:] if command == "order" else []
     message = late(arguments=[command, "model", "--output-dir", "out", *options])
-    assert "optima prune goes on with it by --resume, or deletes it by --no-resume; any other command" in message
+    assert "--no-resume" in message
 
 
 def test_outputs_that_are_no_numbers_are_named_before_anything_moves() -> None:
@@ -380,7 +380,7 @@ def test_nothing_is_left_of_a_run_that_fails(root: Path, monkeypatch: pytest.Mon
     def fail(*args: object) -> None:
         raise ModelError("no")
 
-    monkeypatch.setattr(f"optima.ordering.{part}", fail)
+    monkeypatch.setattr(f"optima.extras.{part}", fail)
     before = snapshot(root)
     assert main(["order", "model", "--output-dir", "a/out", *prune_arguments("--pattern", "2:4")[4:]]) == 2
     assert snapshot(root) == before
@@ -393,7 +393,7 @@ def test_channels_are_ordered_by_rows_in_units_of_the_loss(monkeypatch: pytest.M
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     model = make_llama()
     weights = [block.mlp.down_proj.weight.detach().clone() for block in model.model.layers]
     recipe = Recipe(pattern=["2:4"], objective="loss", seed=3, batch_size=4)
@@ -414,9 +414,9 @@ def test_rows_that_stand_for_all_weigh_as_many(monkeypatch: pytest.MonkeyPatch) 
         sums.append(saliency_RC.sum(dim=0))
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     for rows in (2**20, 5):
-        monkeypatch.setattr("optima.ordering.run.HIDDEN_BYTES", 4 * 32 * rows * 10)
+        monkeypatch.setattr("optima.extras.run.HIDDEN_BYTES", 4 * 32 * rows * 10)
         model = make_llama()
         with torch.no_grad():  # of each linear all rows are alike
             for block in model.model.layers:
@@ -438,7 +438,7 @@ def test_channels_are_ordered_by_columns_in_units_of_their_inputs(monkeypatch: p
         seen.append(saliency_RC.clone())
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     model, tokens_NL = make_llama(), make_tokens(8, 16)
     down = model.model.layers[0].mlp.down_proj
     handle = down.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach().flatten(0, 1).double()))
@@ -461,7 +461,7 @@ def test_the_largest_groups_order_the_hidden_channels(monkeypatch: pytest.Monkey
         seen.append(pattern)
         return torch.arange(saliency_RC.shape[1])
 
-    monkeypatch.setattr("optima.ordering.run.best_order", stay)
+    monkeypatch.setattr("optima.extras.run.best_order", stay)
     recipe = Recipe(pattern=["q_proj=4:8", "2:4"], objective="plain", batch_size=2)
     optima.order(make_llama(), recipe, calibration=make_tokens(4, 16), channels=["hidden"], progress=False)
     assert seen == [NM(4, 8)]

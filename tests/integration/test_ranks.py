@@ -23,11 +23,11 @@ from tiny import VOCAB, load_weights, make_bert, make_llama, make_tokenizer, pru
 import optima
 from optima.calibration import fisher as swept
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.streams import Streams
+from optima.calibration.activations import Activations
+from optima.checkpointing import Journal
+from optima.core import rows as qp_rows
 from optima.data import generate as generation
 from optima.distributed import Ranks
-from optima.models.journal import read_journal
-from optima.qp import rows as qp_rows
 
 BLOCKS = 3
 JOURNAL = Path(".out.optima-partial/journal.jsonl")
@@ -36,6 +36,8 @@ SOON = 30.0  # seconds until all have ended when one dies
 # other one (which, depends on the processor), or routes a token elsewhere; all that lies behind it follows, and a small
 # text makes much of it. A process that loses one of four sequences moves 8% to 14%, from the first block on.
 AT_FIRST, BEHIND = 0.01, 0.1
+# Rows that stop at a looser gap end an iteration earlier or later for a last digit, and tiny models amplify that.
+EXACT = ("--gap", "1e-9")
 
 
 @pytest.fixture(autouse=True)
@@ -91,13 +93,8 @@ SLOW = pytest.mark.slow
 def test_two_end_as_one(options: tuple[str, ...]) -> None:
     assert finish(start("one", *options)) == 0
     prune_ranks(2, "two", *options)
-    tuned = any(block.tuning for block in optima.load_report("one").blocks)
-    if tuned:  # in steps of two sequences, after which inputs of later blocks differ
-        assert differing("one", "two", within="layers.0.")[0] <= 1e-3
-        assert differing("one", "two")[0] <= BEHIND
-    else:
-        assert max(differing("one", "two")) <= 1e-3
-        same_but_for_time("one", "two")
+    assert max(differing("one", "two")) <= 1e-3
+    same_but_for_time("one", "two")
     run = optima.load_report("two").run
     assert run.processes == 2
     assert any("2 processes shared the work" in note and "1e-16" in note for note in run.notes)
@@ -125,7 +122,7 @@ def test_the_same_sequences_are_swept() -> None:
     options = ("--batch-size", "1", "--tuning-epochs", "1")
     assert finish(start("one", *options, prepare=sweep_a_quarter)) == 0
     assert finish_ranks(start_ranks(2, "two", *options, prepare=sweep_a_quarter)) == [0, 0], said(2)
-    assert differing("one", "two", within="layers.0.")[0] <= 1e-3
+    assert differing("one", "two")[0] <= 1e-3
     one, two = (optima.load_report(name).linears for name in ("one", "two"))
     assert [a.sparsity_asked for a in one] == pytest.approx([b.sparsity_asked for b in two], abs=1e-3)
 
@@ -158,7 +155,7 @@ def test_they_share_the_writing_of_text() -> None:
     options = (*options, "--self-generated", "0.75")
     assert finish(start("one", *options, prepare=write_one_at_a_time)) == 0
     assert finish_ranks(start_ranks(2, "two", *options, prepare=write_one_at_a_time)) == [0, 0], said(2)
-    assert differing("one", "two", within="layers.0.")[0] <= 1e-3
+    assert differing("one", "two")[0] <= 1e-3
     one, two = optima.load_report("one").run, optima.load_report("two").run
     assert one.data_hash == two.data_hash
     assert [len(Path(f"wrote{rank}.txt").read_text().splitlines()) for rank in (0, 1)] == [8 + 4, 4], "one, then two"
@@ -205,7 +202,7 @@ def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
     torch.manual_seed(0)
     model = getattr(hf, kind)(getattr(hf, config)(**arguments | {"vocab_size": VOCAB}))
     save_model(Path("model"), model)
-    options = ("--batch-size", "1") if size > 2 else ()  # a batch for every process
+    options = (*EXACT, *(("--batch-size", "1") if size > 2 else ()))  # a batch for every process
     assert finish(start("one", *options)) == 0
     prune_ranks(size, "two", *options)
     assert differing("one", "two", within=block)[0] <= AT_FIRST
@@ -214,8 +211,7 @@ def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
     assert [linear.name for linear in one.linears] == [linear.name for linear in two.linears]
     for a, b in zip(one.linears, two.linears, strict=True):
         assert abs(a.tokens - b.tokens) <= 3
-        # A second stack's share of the sparsity is surveyed on what the first one, pruned and tuned, hands it.
-        assert a.sparsity == pytest.approx(b.sparsity, abs=0.0 if block in a.name else 0.02)
+        assert a.sparsity == pytest.approx(b.sparsity, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +228,7 @@ def test_experts_and_two_stacks(family: str, block: str, size: int) -> None:
 )
 def test_families(family: str, block: str, tuning: int, size: int) -> None:
     """Experts, position biases and keys that blocks hand on, transposed weights, tokens counted before sequences."""
-    recipe = optima.Recipe(pattern=["0.5"], batch_size=1, tuning_epochs=tuning)
+    recipe = optima.Recipe(pattern=["0.5"], batch_size=1, tuning_epochs=tuning, gap=1e-9)
 
     def work(ranks: Ranks | None = None) -> None:
         model = families.build(family)
@@ -309,18 +305,18 @@ class TestErrors:
 
 
 def dies(rank: int, block: int) -> Callable[[int], None]:
-    """For ``prepare``: the process ``rank`` is killed where the streams leave a block."""
+    """For ``prepare``: the process ``rank`` is killed where the acts leave a block."""
 
     def prepare(own: int) -> None:
-        advance = Streams.advance
+        forward = Activations.forward
 
-        def killed(self: Streams, at: object, *more: object) -> None:
+        def killed(self: Activations, at: object, *more: object) -> None:
             if at.index == block and self.ranks.size > 1:  # type: ignore[attr-defined]
                 os.kill(os.getpid(), signal.SIGKILL)
-            advance(self, at, *more)  # type: ignore[arg-type]
+            forward(self, at, *more)  # type: ignore[arg-type]
 
         if own == rank:
-            Streams.advance = killed  # type: ignore[assignment, method-assign]
+            Activations.forward = killed  # type: ignore[assignment, method-assign]
 
     return prepare
 
@@ -344,7 +340,7 @@ class TestDead:
         assert "--resume goes on" in alive
         if rank:
             assert "keeps what was done" in alive
-        assert read_journal(JOURNAL).blocks
+        assert Journal(JOURNAL).blocks
         if after == 1:
             assert finish(start("out", "--resume", *options)) == 0
         else:
@@ -382,15 +378,15 @@ def test_torchrun_ends_a_run_whose_process_dies() -> None:
     script = Path("dying.py")
     script.write_text(
         "import os, signal, sys\n"
-        "from optima.calibration.streams import Streams\n"
+        "from optima.calibration.activations import Activations\n"
         "from optima.cli import main\n"
-        "advance = Streams.advance\n"
+        "forward = Activations.forward\n"
         "def killed(self, block, *more):\n"
         "    if os.environ['RANK'] == '1' and block.index == 1 and self.ranks.size > 1:\n"
         "        open('died', 'w').close()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    advance(self, block, *more)\n"
-        "Streams.advance = killed\n"
+        "    forward(self, block, *more)\n"
+        "Activations.forward = killed\n"
         "sys.exit(main())\n"
     )
     arguments = prune_arguments("--objective", "plain")
@@ -399,6 +395,6 @@ def test_torchrun_ends_a_run_whose_process_dies() -> None:
     assert time.time() - Path("died").stat().st_mtime < 60
     # The launcher may stop the other process before that one waits for the dead one.
     assert re.search("another process of this run is no more|optima: stopped by SIGTERM", ended.stderr)
-    assert read_journal(JOURNAL).blocks
+    assert Journal(JOURNAL).blocks
     subprocess.run([*command, "-m", "optima", *arguments, "--resume"], check=True, timeout=300)
     assert optima.load_report("out").run.processes == 2

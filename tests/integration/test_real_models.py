@@ -18,9 +18,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrai
 
 from optima import Recipe, load_report, prune
 from optima.cli import DEMO_MODELS, main
+from optima.core import Hessian, certify, make_problem
 from optima.demo import model_file
-from optima.models.source import find_source, load_model, load_tokenizer
-from optima.qp import Hessian, certify, make_problem
+from optima.models.load import find_source, load_model, load_tokenizer
 from optima.selectors.optima import Optima
 
 pytestmark = pytest.mark.slow

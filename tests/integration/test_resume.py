@@ -5,21 +5,15 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import logging
 import os
 import random
 import resource
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from runs import MESSAGES, Disk, finish, on_call, raising, start, stop_at_sync
@@ -27,15 +21,13 @@ from safetensors.torch import load_file, save_file
 from tiny import make_llama, make_tokens, prune_arguments, save_model, save_text, snapshot, weight_files
 
 import optima
+from optima.checkpointing import Journal
 from optima.cli import main
 from optima.device import PeakMemory
 from optima.errors import ModelError
-from optima.identity import identity, settings_of
-from optima.models.journal import Journal, read_journal
-from optima.models.writer import Writer
+from optima.models.save import Writer
 from optima.patterns import Pattern
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.optima import Optima
 from optima.selectors.ranking import top_scores
 
 BLOCKS = 3
@@ -80,7 +72,7 @@ def files(out: Path) -> dict[str, bytes | None]:
 def untimed(out: Path) -> optima.Report:
     """The report without what differs from run to run."""
     report = optima.load_report(out)
-    notes = tuple(note for note in report.run.notes if "resume" not in note and "unfinished run" not in note)
+    notes = tuple(note for note in report.run.notes if "resume" not in note and "unfinished" not in note)
     run = dataclasses.replace(report.run, peak_memory_bytes=0, seconds=0, created="", stages={}, notes=notes)
     linears = tuple(dataclasses.replace(linear, seconds=0) for linear in report.linears)
     blocks = tuple(dataclasses.replace(block, seconds={}) for block in report.blocks)
@@ -139,7 +131,7 @@ def stopped(blocks: int = 2, *options: str) -> None:
         Writer.commit = counted  # type: ignore[assignment, method-assign]
 
     assert finish(start("out", *options, prepare=prepare)) == -signal.SIGKILL
-    assert len(read_journal(JOURNAL).blocks) == blocks
+    assert len(Journal(JOURNAL).blocks) == blocks
 
 
 class TestStopped:
@@ -148,16 +140,19 @@ class TestStopped:
         stopped(blocks)
         assert f"resumed after model.layers.{blocks - 1}" in check_goes_on(whole)
 
-    def test_seconds_of_all_runs_are_told(self) -> None:
+    def test_seconds_and_peak_memory_are_of_all_runs(self) -> None:
         def slow() -> None:
             clock = time.perf_counter
             time.perf_counter = lambda: 1e6 * clock()
+            PeakMemory.peak = lambda self: 10**15  # type: ignore[method-assign]
             stop_at_sync(13)()
 
         assert finish(start("out", prepare=slow)) == -signal.SIGKILL
-        assert read_journal(JOURNAL).blocks
+        assert Journal(JOURNAL).blocks
         assert finish(start("out", "--resume")) == 0, said()
-        assert optima.load_report("out").run.seconds > 1e4
+        run = optima.load_report("out").run
+        assert run.seconds > 1e4
+        assert run.peak_memory_bytes == 10**15
 
     def test_again_and_again(self, whole: Path) -> None:
         stopped(1)
@@ -175,28 +170,13 @@ class TestStopped:
         notes = [note for note in optima.load_report("out").run.notes if "resumed" not in note]
         assert notes == list(optima.load_report("undisturbed").run.notes)
 
-    def test_the_most_memory_of_all_runs_is_told(self) -> None:
-        def large() -> None:
-            PeakMemory.peak = lambda self: 10**15  # type: ignore[method-assign]
-            stop_at_sync(13)()
-
-        assert finish(start("out", prepare=large)) == -signal.SIGKILL
-        assert read_journal(JOURNAL).blocks
-        assert finish(start("out", "--resume")) == 0, said()
-        assert optima.load_report("out").run.peak_memory_bytes == 10**15
-
     def test_by_a_signal_that_says_how_to_go_on(self, whole: Path) -> None:
         assert finish(start("out", prepare=stop_at_sync(13, signal.SIGTERM))) == 128 + signal.SIGTERM
-        assert "keeps what was done: what began it goes on with --resume" in said()
+        assert "--resume" in said()
         check_goes_on(whole)
 
     def test_by_a_loss_of_power(self, whole: Path) -> None:
         lost_power_at(whole, [10, 11], names=True)
-
-    @pytest.mark.slow
-    def test_at_every_other_write(self, whole: Path) -> None:
-        """A loss of power, which is worse, is tried at all of them."""
-        stopped_at(whole, range(1, count_syncs() + 1, 2))
 
     @pytest.mark.slow
     def test_at_every_other_write_over_an_earlier_output(self, whole: Path) -> None:
@@ -254,7 +234,7 @@ class TestFullDisk:
         assert finish(start("out", prepare=prepare)) == 2
         assert "free some space" in said()
         assert "--resume" in said()
-        assert len(read_journal(JOURNAL).blocks) == BLOCKS
+        assert len(Journal(JOURNAL).blocks) == BLOCKS
         check_goes_on(whole)
 
     def test_in_the_middle_of_a_line(self, whole: Path) -> None:
@@ -276,26 +256,6 @@ class TestFullDisk:
         assert "resumed after model.layers.1: the last line of" in notes
         assert "was torn" in notes
 
-    @pytest.fixture
-    def small(self, root: Path) -> Iterator[Path]:
-        place = root / "small"
-        place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(place)]
-        if subprocess.run(command, capture_output=True, check=False).returncode:
-            pytest.skip("no file system can be mounted here")
-        yield place
-        subprocess.run(["umount", str(place)], check=True)
-
-    def test_a_small_one(self, whole: Path, small: Path) -> None:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**40))
-            assert finish(start("small/out")) == 2
-        assert "No space left on device" in said()
-        assert read_journal(small / PARTIAL / "journal.jsonl").blocks
-        subprocess.run(["mount", "-o", "remount,size=10m", str(small)], check=True)
-        assert finish(start("small/out", "--resume")) == 0, said()
-        assert files(small / "out") == files(whole)
-
 
 class TestDamage:
     @pytest.mark.parametrize("size", [pytest.param(0, marks=SLOW), 100, pytest.param(None, marks=SLOW)])
@@ -303,9 +263,7 @@ class TestDamage:
         stopped(3)
         (shard,) = PARTIAL.glob("model/model-00002-*")
         shard.unlink() if size is None else os.truncate(shard, size)
-        assert f"resumed after model.layers.0: {shard.resolve()} is missing or not what was written" in check_goes_on(
-            whole
-        )
+        assert f"resumed after model.layers.0: {shard.resolve()}" in check_goes_on(whole)
 
     @pytest.mark.parametrize(
         "edit",
@@ -315,8 +273,6 @@ class TestDamage:
             ),
             pytest.param(lambda lines: [lines[0], *lines[2:]], id="missing"),
             pytest.param(lambda lines: [lines[0], lines[1][1:], *lines[2:]], id="no json", marks=SLOW),
-            pytest.param(lambda lines: [lines[0], lines[2], lines[1], lines[3]], id="order", marks=SLOW),
-            pytest.param(lambda lines: [lines[0], "\0" * 50, *lines[2:]], id="zeros", marks=SLOW),
         ],
     )
     def test_a_line_is_done_again_with_all_after_it(self, whole: Path, edit: Callable[[list[str]], list[str]]) -> None:
@@ -337,44 +293,40 @@ class TestDamage:
         JOURNAL.write_text(text)
         check_goes_on(whole)
 
-    def test_a_torn_line_is_dropped(self, whole: Path) -> None:
-        stopped(3)
-        text = JOURNAL.read_text()
-        JOURNAL.write_text(text[:-20])
-        assert "resumed after model.layers.1: the last line" in check_goes_on(whole)
-
 
 class TestOtherRuns:
     def test_a_fresh_one_must_say_what_becomes_of_it(self, whole: Path) -> None:
         stopped()
-        before = snapshot(Path.cwd())
-        for options, message in [
-            ([], "prune goes on with it by --resume, or deletes it by --no-resume"),
-            (["--sparsity", "0.6"], "left by another run: its recipe.sparsity was 0.5, and this one has 0.6"),
-        ]:
-            assert finish(start("out", *options)) == 2
-            assert message in said()
-            assert "2 blocks done" in said() or options
-            Path(MESSAGES).unlink()
-            assert snapshot(Path.cwd()) == {name: content for name, content in before.items() if name != MESSAGES}
+        before = snapshot(PARTIAL)
+        assert finish(start("out")) == 2
+        assert "--no-resume" in said()
+        assert snapshot(PARTIAL) == before
         assert finish(start("out", "--no-resume")) == 0
         check_same(whole)
-        assert any("was deleted" in note for note in optima.load_report("out").run.notes)
+        assert any("unfinished" in note for note in optima.load_report("out").run.notes)
 
     def test_another_one_is_refused_by_what_differs(self, whole: Path) -> None:
         stopped()
         for key, change, undo in CHANGES:
-            before, options = snapshot(PARTIAL), change() or []
+            before, options = snapshot(PARTIAL / "model"), change() or []
             assert finish(start("out", "--resume", *options)) == 2
-            assert f"its {key} " in said()
-            # Told by what is read first, or later: then the run file knows the process that was refused.
-            late = {"run.json"} if key in ("weights", "tokens") else set()
-            after = snapshot(PARTIAL)
-            assert after.keys() == before.keys()
-            assert {name for name, content in after.items() if content != before[name]} <= late
+            assert f"its {key}" in said()
+            assert snapshot(PARTIAL / "model") == before
             undo()
         assert finish(start("out", "--resume", "--device", "cpu")) == 0, said()
         assert weight_files(Path("out")) == weight_files(whole)
+
+    def test_another_version_or_number_of_threads_is_noted(self, whole: Path) -> None:
+        stopped()
+
+        def newer() -> None:
+            torch.set_num_threads(2)
+            optima.run.library_versions = lambda: {"torch": "99.0"}  # type: ignore[attr-defined]
+
+        assert finish(start("out", "--resume", prepare=newer)) == 0, said()
+        notes = "; ".join(optima.load_report("out").run.notes)
+        assert "versions.torch" in notes
+        assert "device" in notes
 
     def test_one_at_the_same_time_is_refused(self, whole: Path) -> None:
         stopped()
@@ -407,7 +359,7 @@ class TestOtherRuns:
 def edit_weights() -> None:
     weights = load_file("model/model.safetensors")
     weights["lm_head.weight"][0, 0] += 1
-    shutil.copy("model/model.safetensors", "kept")
+    os.replace("model/model.safetensors", "kept")
     save_file(weights, "model/model.safetensors", {"format": "pt"})
 
 
@@ -415,23 +367,6 @@ def edit_config() -> None:
     shutil.copy("model/config.json", "kept")
     config = json.loads(Path("model/config.json").read_text())
     Path("model/config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-
-
-def edit_class() -> None:
-    shutil.copy("model/config.json", "kept")
-    config = json.loads(Path("model/config.json").read_text())
-    Path("model/config.json").write_text(json.dumps(config | {"architectures": ["LlamaForSequenceClassification"]}))
-
-
-OWN = optima.identity.__file__
-
-
-def edit_code() -> None:
-    """What this process has loaded stays; children take its package to be another."""
-    shutil.copytree(Path(OWN).parent, "package/optima", dirs_exist_ok=True)
-    with Path("package/optima/pipeline.py").open("a") as file:
-        file.write("# another line\n")
-    optima.identity.__file__ = str(Path("package/optima/identity.py").resolve())
 
 
 def edit_text() -> None:
@@ -447,11 +382,8 @@ def put_back(file: str) -> Callable[[], object]:
 CHANGES: list[tuple[str, Callable[[], list[str] | None], Callable[[], object]]] = [
     ("recipe.damping", lambda: ["--damping", "0.1"], int),
     ("recipe.batch_size", lambda: ["--batch-size", "4"], int),
-    ("device", lambda: torch.set_num_threads(2), lambda: torch.set_num_threads(1)),
     ("weights", edit_weights, put_back("model/model.safetensors")),
     ("configuration", edit_config, put_back("model/config.json")),
-    ("class", edit_class, put_back("model/config.json")),
-    ("code", edit_code, lambda: setattr(optima.identity, "__file__", OWN)),
     (
         "tokens",
         edit_text,
@@ -463,13 +395,8 @@ CHANGES: list[tuple[str, Callable[[], list[str] | None], Callable[[], object]]] 
 class TestMethods:
     """What looks at more than one block, or keeps something between blocks."""
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            pytest.param(["--tuning-epochs", "2", "--sparsity", "0.7"], id="tuned"),
-        ],
-    )
-    def test_all_go_on(self, root: Path, options: list[str]) -> None:
+    def test_a_tuned_run_goes_on(self, root: Path) -> None:
+        options = ["--tuning-epochs", "2", "--sparsity", "0.7"]
         assert finish(start("whole", *options)) == 0
         shutil.move("whole", root.parent / f"whole-{root.name}")
         stopped(2, *options)
@@ -503,7 +430,7 @@ class TestModelInMemory:
 
     def test_does_not_if_it_is_half_pruned(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = self.interrupted(monkeypatch)
-        with pytest.raises(ModelError, match="its weights are those of another model"):
+        with pytest.raises(ModelError, match="its weights was"):
             optima.prune(model, output_dir="out", calibration=make_tokens(), resume=True)
 
     def test_only_with_the_selector_that_it_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -519,71 +446,6 @@ class TestModelInMemory:
             run(Lot(2), resume=True)
         run(Lot(1), resume=True)
 
-    def test_only_with_the_code_that_its_selector_had(
-        self, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        code = (
-            "from optima.selectors.base import Selection\nfrom optima.selectors.ranking import top_scores\n"
-            "class Last:\n    published_scope = 'row'\n    def select(self, task, pattern):\n"
-            "        return Selection(top_scores(POWER * task.weight_OD.abs(), pattern))\n"
-        )
-        (root / "surgeon.py").write_text(f"POWER = 1\n{code}")
-        arguments = prune_arguments("--selector", "surgeon:Last", "--trust-remote-code")
-        with monkeypatch.context() as patch:
-            patch.setattr(Writer, "commit", on_call(2, Writer.commit, raising(KeyboardInterrupt())))
-            assert main(arguments) == 130
-        (root / "surgeon.py").write_text(f"POWER = -1\n{code}")
-        assert main([*arguments, "--resume"]) == 2
-        assert "selector" in capsys.readouterr().err
-        (root / "surgeon.py").write_text(f"POWER = 1\n{code}")
-        assert main([*arguments, "--resume"]) == 0
-
-    def test_settings_of_any_kind_of_selector_are_told_apart(self) -> None:
-        @dataclass(slots=True)
-        class Slots:
-            path: Path
-            scores: object = None
-            published_scope = "row"
-
-        class Steps(NamedTuple):
-            count: int = 1
-
-        class Old(Lot):
-            steps = 3
-
-        class New(Lot):
-            steps = 4
-
-        pairs: list[tuple[object, object]] = [
-            (Slots(Path("a")), Slots(Path("b"))),
-            (Slots(Path("a"), np.zeros(2)), Slots(Path("a"), np.ones(2))),
-            (Slots(Path("a"), np.float32(1)), Slots(Path("a"), np.float32(2))),
-            (Slots(Path("a"), torch.float32), Slots(Path("a"), torch.float64)),
-            (Steps(), Steps(2)),
-            (Old(1), New(1)),
-        ]
-        for first, second in pairs:
-            found = [settings_of(each) | {"class": ""} for each in (first, second)]
-            assert found[0] != found[1]
-            assert json.loads(json.dumps(found)) == found
-
-    def test_only_with_the_attention_that_it_had(self) -> None:
-        model = make_llama()
-        found, recipe = [], optima.Recipe().resolved(scope="row")
-        for attention in ("eager", "sdpa"):
-            model.set_attn_implementation(attention)
-            found.append(identity(recipe, Optima(), torch.device("cpu"), model, None))
-        assert {key for key in found[0] if found[0][key] != found[1][key]} == {"attention"}
-
-    @pytest.mark.parametrize("unit", ["avx512_bf16", "amx_tile"])
-    def test_only_with_the_units_that_it_had(self, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        """torch calls a CPU AVX512 with and without them."""
-        found, recipe = [], optima.Recipe().resolved(scope="row")
-        for there in (False, True):
-            monkeypatch.setattr(f"torch.cpu._is_{unit}_supported", lambda there=there: there)
-            found.append(identity(recipe, Optima(), torch.device("cpu"), make_llama(), None))
-        assert {key for key in found[0] if found[0][key] != found[1][key]} == {"device"}
-
 
 def test_a_run_without_a_place_has_nothing_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*prune_arguments(), "--resume=yes"]) == 2
@@ -597,10 +459,9 @@ class Lot:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.log = logging.getLogger("lot")  # which knows all others, and they their parents
 
-    def __call__(self) -> None:
-        """What can be called is a selector all the same."""
+    def __repr__(self) -> str:
+        return f"Lot({self.seed})"
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         generator = torch.Generator().manual_seed(self.seed)

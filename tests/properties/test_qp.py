@@ -16,7 +16,7 @@ from qp_peers.pdhg import RestartedPDHG
 from qp_reference import ROUNDING, Array, Reference, make_layer, make_matrix, make_rows, reference
 from torch import Tensor
 
-from optima.qp import (
+from optima.core import (
     Auto,
     BatchedCholesky,
     Hessian,

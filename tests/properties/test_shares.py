@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from optima.allocation import DENSEST, SPARSEST, with_mean
+from optima.allocate import DENSEST, SPARSEST, with_mean
 from optima.patterns import SCOPES, Unstructured
 from optima.selectors.ranking import top_scores
 

@@ -7,9 +7,9 @@ import torch
 from layers import hessian_of, layer_of, make_layer
 
 from optima.allocate import SPREAD, allocate, quantile_places, saliency, saliency_quantiles, with_shares
-from optima.linalg.statistics import Statistics
+from optima.core import Hessian
+from optima.core.statistics import Statistics
 from optima.patterns import NM, Unstructured
-from optima.qp import Hessian
 from optima.selectors.base import LinearTask
 
 

@@ -14,8 +14,8 @@ import torch
 from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
+from optima.core import Hessian, LowRankCG, certify, make_problem, make_solver, solve, solve_rows
 from optima.errors import NumericalError, RecipeError
-from optima.qp import Hessian, LowRankCG, certify, make_problem, make_solver, solve, solve_rows
 
 
 def wilkinson(size: int) -> Tensor:

@@ -12,10 +12,10 @@ from tiny import make_llama, make_tokens
 
 from optima import Recipe, prune
 from optima.calibration.capture import capture
-from optima.calibration.correlation import SHRINKAGE, couples, coupling, finished, packed, unpacked
+from optima.calibration.correlation import SHRINKAGE, correlated_rows, couples
 from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient
-from optima.linalg.shifted_inverse import (
+from optima.core.shifted import (
     CoupledInverse,
     FactoredInverse,
     ShiftedInverse,
@@ -35,8 +35,8 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
     model = make_llama().eval()
     tokens_NL = make_tokens(8, 16)
     stack = stack_of(model)
-    streams = capture(model, stack, list(tokens_NL.split(4)), whole=True)
-    found = fisher_weights(model, stack, streams, seed=3, coupled=True)
+    acts = capture(model, stack, list(tokens_NL.split(4)), whole=True)
+    found = fisher_weights(model, stack, acts, seed=3, coupled=True)
     assert set(found.coupling) == {linear.name for block in stack.blocks for linear in block.linears if couples(linear)}
     name = "model.layers.1.mlp.down_proj"
     seen: list[torch.Tensor] = []
@@ -52,24 +52,17 @@ def test_they_are_those_of_the_gradients_of_the_whole_model() -> None:
         for number, gradient_LO in enumerate(seen[-1].grad.double(), begin):
             tempered_LO = gradient_LO / gradient_LO.norm(dim=1, keepdim=True).sqrt()
             halves[number % 2] += tempered_LO.mT @ tempered_LO
-    assert torch.allclose(found.coupling[name].double(), coupling(halves), rtol=1e-2, atol=1e-3)
+    assert torch.allclose(found.coupling[name].double(), correlated_rows(halves), rtol=1e-2, atol=1e-3)
     off_OO = correlations(halves.sum(dim=0)).fill_diagonal_(0.0)
     share = float(found.coupling[name].double().fill_diagonal_(0.0).norm() / off_OO.norm())
     assert 0.0 < share < SHRINKAGE
-
-
-def test_two_symmetric_matrices_wait_in_the_memory_of_one() -> None:
-    number = torch.arange(50.0).reshape(2, 5, 5)
-    halves = number + number.mT
-    assert torch.equal(unpacked(packed(halves)), halves)
-    assert packed(halves).shape == (5, 6)
 
 
 def test_rounding_leaves_it_positive_definite() -> None:
     """Of gradients that hardly differ in direction, with many rows: the hardest case."""
     rows_RO = torch.randn(2, 2048, generator=torch.Generator().manual_seed(0))
     halves = (rows_RO.mT @ rows_RO).expand(2, -1, -1)
-    assert float(torch.linalg.eigvalsh(finished(packed(halves)).float())[0]) > 0.05
+    assert float(torch.linalg.eigvalsh(correlated_rows(halves).half().float())[0]) > 0.05
 
 
 def test_what_halves_do_not_agree_on_is_not_believed() -> None:
@@ -80,7 +73,7 @@ def test_what_halves_do_not_agree_on_is_not_believed() -> None:
     for tokens in (30, 3000):
         gradients = torch.randn(2, tokens, 24) @ mixing_OO.mT
         halves = gradients.mT @ gradients
-        found_OO = coupling(halves)
+        found_OO = correlated_rows(halves)
         assert float(torch.linalg.eigvalsh(found_OO)[0]) > 0.0
         left.append(float((found_OO - truth_OO).norm()))
         off.append(float((correlations(halves.sum(dim=0)) - truth_OO).norm()))
@@ -90,11 +83,11 @@ def test_what_halves_do_not_agree_on_is_not_believed() -> None:
         torch.manual_seed(seed)
         few = torch.randn(2, 5, 2)
         few_OO = torch.nn.functional.pad(few.mT @ few, (0, seed % 3, 0, seed % 3))
-        assert float(torch.linalg.eigvalsh(coupling(few_OO))[0]) > 0.05
+        assert float(torch.linalg.eigvalsh(correlated_rows(few_OO))[0]) > 0.05
     alone = torch.stack([torch.eye(3), torch.eye(3)])
-    assert torch.equal(coupling(alone), torch.eye(3))
+    assert torch.equal(correlated_rows(alone), torch.eye(3))
     nothing = torch.zeros(2, 3, 3)
-    assert torch.equal(coupling(nothing), torch.eye(3)), "rows that the loss does not feel"
+    assert torch.equal(correlated_rows(nothing), torch.eye(3)), "rows that the loss does not feel"
 
 
 @pytest.mark.parametrize("outputs", [4, 40])  # the matrix is formed for many rows alone
@@ -189,7 +182,8 @@ def test_belief_is_that_of_spearman_and_brown() -> None:
     first_OO, second_OO = torch.eye(3), torch.eye(3)
     first_OO[0, 1] = first_OO[1, 0] = second_OO[0, 1] = second_OO[1, 0] = second_OO[0, 2] = second_OO[2, 0] = 0.5
     agreement = 0.5**0.5
-    believed, found_OO = SHRINKAGE * 2 * agreement / (1 + agreement), coupling(torch.stack([first_OO, second_OO]))
+    believed = SHRINKAGE * 2 * agreement / (1 + agreement)
+    found_OO = correlated_rows(torch.stack([first_OO, second_OO]))
     assert found_OO[0].tolist() == pytest.approx([1.0, 0.5 * believed, 0.25 * believed])
 
 
@@ -214,10 +208,8 @@ def test_halves_do_not_depend_on_batches_or_their_parts() -> None:
     for size, most in ((8, None), (1, None), (3, None), (8, 1)):
         model = make_llama().eval()
         stack = stack_of(model)
-        streams = capture(model, stack, list(make_tokens(8, 16).split(size)), whole=True)
-        streams.halving.most = most
-        found.append(
-            fisher_weights(model, stack, streams, seed=3, coupled=True).coupling["model.layers.1.mlp.down_proj"]
-        )
+        acts = capture(model, stack, list(make_tokens(8, 16).split(size)), whole=True)
+        acts.batch_size.most = most
+        found.append(fisher_weights(model, stack, acts, seed=3, coupled=True).coupling["model.layers.1.mlp.down_proj"])
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], rtol=1e-2, atol=2e-3)

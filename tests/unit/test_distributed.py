@@ -20,11 +20,11 @@ from optima import distributed
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics, share_out
+from optima.checkpointing import check_alike
+from optima.core import rows as qp_rows
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
-from optima.identity import check_alike
-from optima.models.stacks import ModuleLinear, find_stacks
-from optima.qp import rows as qp_rows
+from optima.models.blocks import Linear, find_stacks
 
 SIZE = 3
 
@@ -59,6 +59,9 @@ def exchange(ranks: Ranks) -> None:
     for owner in range(SIZE):
         assert is_of(ranks.broadcast(value_of(owner) if ranks.rank == owner else None, owner), owner)
     assert ranks.broadcast("text" if ranks.rank == 1 else None, 1) == "text"
+    for dtype in (torch.bfloat16, torch.bool):
+        own = torch.full((2, 3), ranks.rank == 1).to(dtype)
+        assert torch.equal(ranks.broadcast_(own, 1), torch.ones(2, 3).to(dtype))
     assert ranks.on_rank0(lambda: [ranks.rank]) == [0]
     assert all(is_of(value, rank) for rank, value in enumerate(ranks.all_gather(value_of(ranks.rank))))
 
@@ -76,9 +79,9 @@ def add(ranks: Ranks) -> None:
 
 def capture_other_lengths(ranks: Ranks) -> None:
     model = make_llama()
-    streams = capture(model, find_stacks(model)[0], [make_tokens(2, 9 + ranks.rank)], ranks=ranks)
-    assert streams.tokens == 2 * (9 + 10 + 11)
-    assert streams.before == [(0, 0), (2, 18), (4, 38)][ranks.rank]
+    acts = capture(model, find_stacks(model)[0], [make_tokens(2, 9 + ranks.rank)], ranks=ranks)
+    assert acts.tokens == 2 * (9 + 10 + 11)
+    assert acts.before == [(0, 0), (2, 18), (4, 38)][ranks.rank]
 
 
 def inputs_of(rank: int) -> Tensor:
@@ -88,9 +91,7 @@ def inputs_of(rank: int) -> Tensor:
 def reduce(ranks: Ranks) -> None:
     """The last process was given no token of one group; all solve another together."""
     qp_rows.CACHE_ENTRIES, qp_rows.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
-    linears = [
-        ModuleLinear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))
-    ]
+    linears = [Linear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))]
     accumulators = {linear.name: Accumulator() for linear in linears}
     for name, accumulator in accumulators.items():
         if name != "d" and not (name == "a" and ranks.rank == 2):
@@ -98,8 +99,8 @@ def reduce(ranks: Ranks) -> None:
             accumulator.sample.append(inputs_of(ranks.rank)[:1])
     untold = {"b"} if ranks.rank == 1 else set()
     model = make_llama()
-    streams = capture(model, find_stacks(model)[0], [make_tokens(2, 9)], ranks=ranks)
-    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], streams)
+    acts = capture(model, find_stacks(model)[0], [make_tokens(2, 9)], ranks=ranks)
+    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], acts)
     assert untold == {"b"}
     assert owners["c"] is None
     for name, accumulator in accumulators.items():
@@ -252,11 +253,13 @@ def test_a_device_is_for_each() -> None:
 def test_each_process_has_a_card(count: int, own: bool, codes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """``own``: each sees its own cards alone, as by ``srun --gpus-per-task``."""
 
-    everyone = distributed.everyone
+    new_group = distributed.dist.new_group
 
     def on(ranks: Ranks) -> None:
         monkeypatch.setenv("LOCAL_RANK", str(ranks.rank))
-        monkeypatch.setattr(distributed, "everyone", lambda backend: everyone(backend="gloo"))  # there is no nccl
+        monkeypatch.setattr(
+            distributed.dist, "new_group", lambda backend: new_group(backend="gloo")
+        )  # there is no nccl
         device = ranks.on("auto")
         assert device == torch.device("cuda", 0 if own else ranks.rank)
 

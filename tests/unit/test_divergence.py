@@ -9,8 +9,8 @@ from test_perplexity import CAUSAL, V, build, llama, plain_perplexity, windows
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from optima.calibration import lm_head
 from optima.errors import ModelError, NumericalError
-from optima.evaluation import logits as logits_module
 from optima.evaluation.divergence import divergence
 
 
@@ -34,7 +34,7 @@ def plain(model: PreTrainedModel, reference: PreTrainedModel, tokens_NL: Tensor)
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcapping", "gpt2"])
 @pytest.mark.parametrize("positions", [3, 1000])
 def test_equals_the_plain_definition(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logits_module, "LOGITS_BYTES", 4 * V * positions)
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * positions)
     reference = build(CAUSAL[name])
     model = changed(reference)
     found = divergence(model, reference, windows(), batch_size=2)

@@ -1,9 +1,9 @@
-"""Experts of fused parameters: what each is given, how few tokens are made up for, and what their gradients are."""
+"""Experts of fused parameters: they run as linears, and their Hessians are of the tokens routed to them."""
 
 from __future__ import annotations
 
-import gc
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,156 +12,237 @@ import torch
 from families import build, make_ids, stack_of
 from tiny import weight_files
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from optima import Recipe, prune
-from optima.calibration import expert_statistics
-from optima.calibration.accumulator import Accumulator, Found, sampled
+from optima.calibration import statistics
+from optima.calibration.accumulator import Accumulator
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import BatchSize
 from optima.calibration.capture import capture
-from optima.calibration.expert_statistics import Common, mixed, routing_notes, thinned
 from optima.calibration.fisher import FisherWeights, fisher_weights
-from optima.calibration.routed import Recorded, recorders
-from optima.calibration.statistics import observe
-from optima.calibration.streams import Streams
-from optima.errors import ModelError
-from optima.linalg.statistics import sampling_step
-from optima.models.experts import Call, ExpertLinear, FusedExperts, experts_of
-from optima.models.stacks import Block, find_stacks, select_linears
-from optima.models.writer import Writer
+from optima.calibration.statistics import Found, observe, sampled, shrunk, thinned
+from optima.core.statistics import sampling_step
+from optima.models.blocks import Block, find_stacks, select_linears
+from optima.models.moe import FusedExperts, experts_of, linearized
+from optima.models.save import Writer
 
-LOOPS = ["mixtral", "gpt_oss", "nemotron_h"]
-FORMS = [*LOOPS, "llama4"]
+# One of each form: gates, transposed with biases, no gate, all tokens for each expert.
+FORMS = ["mixtral", "gpt_oss", "nemotron_h", "llama4"]
+# fmt: off
+FUSED = [
+    "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "llama4", "phimoe", "hunyuan_moe",
+    "afmoe", "glm_moe_dsa", "zaya", "deepseek_v4", "hy_v4", "qwen4_exp", "gpt_oss", "granite_moe", "gemma4_moe",
+    "jamba", "qwen3_next", "nemotron_h", "minimax", "mistral_large4", "nemotron_h_omni", "glm5_next",
+]
+# fmt: on
 
 
-def streams_of(model: nn.Module) -> tuple[Block, Streams]:
-    """A block with experts, and what enters it."""
+def acts_of(model: nn.Module, size: int = 2, batch_size: BatchSize | None = None) -> tuple[Block, Activations]:
+    """The first block with experts, and what enters it."""
     stack = stack_of(model)
-    streams = capture(model, stack, list(make_ids(6, 16).split(2)), whole=True)
+    acts = capture(model, stack, list(make_ids(6, 16).split(size)), whole=True, batch_size=batch_size)
     for block in stack.blocks:
-        if any(isinstance(linear, ExpertLinear) for linear in block.linears):
-            return block, streams
-        streams.advance(block)
+        if any(linear.expert for linear in block.linears):
+            return block, acts
+        acts.forward(block)
     raise AssertionError("no experts")
 
 
-def found_at(block: Block, streams: Streams, sink: float = 0.0, loss: FisherWeights | None = None) -> dict[str, Found]:
-    found = observe(block, streams, sink, 0.0, None, loss)
-    return {each.linears[0].name: each for each in found if isinstance(each.linears[0], ExpertLinear)}
+def found_at(block: Block, acts: Activations, sink: float = 0.0, loss: FisherWeights | None = None) -> dict[str, Found]:
+    """Of the experts, by their names."""
+    found = observe(block, acts, sink, 0.0, None, loss)
+    return {each.linears[0].name: each for each in found if each.linears[0].expert}
 
 
-def given(block: Block, streams: Streams) -> dict[str, list[Tensor]]:
-    """The inputs of every expert by the definition: all tokens through each, of which its own are picked."""
-    inputs: dict[str, list[Tensor]] = {}
-    experts = next(linear.experts for linear in block.linears if isinstance(linear, ExpertLinear))
-    module: Any = experts.module
-    first, last = (list(experts.transposed)[place] for place in (0, -1))
-    handle = module.register_forward_pre_hook(lambda module, args: calls.append(args))
+def matrix_DD(found: Found) -> Tensor:
+    assert found.statistics is not None
+    return found.statistics.hessian.matrix_DD.double()
+
+
+def same(one: dict[str, Found], other: dict[str, Found], rtol: float = 1e-4) -> None:
+    assert one.keys() == other.keys() != set()
+    for name, each in one.items():
+        torch.testing.assert_close(matrix_DD(each), matrix_DD(other[name]), rtol=rtol, atol=rtol * 1e-2)
+
+
+@contextmanager
+def calls_of(module: nn.Module) -> Iterator[list[tuple[Tensor, ...]]]:
     calls: list[tuple[Tensor, ...]] = []
-    with torch.no_grad():
-        for batch in range(len(streams.hidden)):
-            streams.run(block, batch)
+
+    def keep(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        calls.append(tuple(each.detach().clone() for each in (*args, *kwargs.values())))
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    yield calls
     handle.remove()
-    for args in calls:
-        for number in range(experts.count):
-            if len(args) == 1:
-                own = args[0].reshape(experts.count, -1, args[0].shape[-1])[number]
-                own = own[own.ne(0).any(dim=1)]
-            else:
-                own = args[0][(args[1] == number).any(dim=1)]
-            up = own @ experts.orient(first, number, experts.parameter(first)).mT
-            up = up + getattr(module, "gate_up_proj_bias", torch.zeros(experts.count, 1))[number]
-            if hasattr(module, "_apply_gate") and first != "up_proj":
-                inner = module._apply_gate(up)
-            elif first == "up_proj":
-                inner = module.act_fn(up)
-            else:
-                gate, up = up.chunk(2, dim=-1)
-                inner = module.act_fn(gate) * up
-            for within, rows in ((first, own), (last, inner)):
-                inputs.setdefault(f"{experts.name}.{within}.{number}", []).append(rows.detach())
-    return inputs
+
+
+def calls_in(block: Block, acts: Activations) -> tuple[FusedExperts, list[tuple[Tensor, ...]]]:
+    """The mixture of a block, and what it is called with in every batch."""
+    experts = next(linear.expert.experts for linear in block.linears if linear.expert)
+    with calls_of(experts.module) as calls, torch.no_grad():
+        for batch in range(len(acts.hidden)):
+            acts.run(block, batch)
+    return experts, calls
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_linearized_experts_give_the_output_of_the_fused_module(family: str) -> None:
+    model = build(family)
+    (experts, *_), ids = experts_of(model, ""), make_ids(2, 16)
+    own = vars(experts.module).get("forward")
+    with torch.no_grad(), calls_of(experts.module) as calls:
+        model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+    with torch.no_grad():
+        expected = experts.module(*calls[0])
+        with linearized([experts]):
+            found = experts.module(*calls[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert vars(experts.module).get("forward") is own
 
 
 @pytest.mark.parametrize("family", FORMS)
-def test_hessians_are_of_the_tokens_that_are_routed(family: str) -> None:
-    block, streams = streams_of(build(family))
-    found, inputs = found_at(block, streams), given(block, streams)
-    assert found.keys() == inputs.keys()
-    for name, rows in inputs.items():
-        rows_TD = torch.cat(rows).double()
-        statistics = found[name].statistics
-        assert statistics is not None
-        assert statistics.tokens == len(rows_TD)
-        size = rows_TD.shape[1]
-        # What is left of the hessian when the share of all tokens is taken off.
-        common_DD = (len(rows_TD) + size) * statistics.hessian.matrix_DD.double() - rows_TD.mT @ rows_TD
-        assert torch.linalg.eigvalsh(common_DD).min() > -1e-4 * common_DD.diagonal().mean()
-        assert statistics.sample_ND is None, "no token is weighed"
+def test_the_fused_parameters_get_the_gradients_of_the_fused_module(family: str) -> None:
+    """Also those that ``functional_call`` puts in their place, as block tuning does."""
+    block, acts = acts_of(build(family))
+    experts, (call, *_) = calls_in(block, acts)
+    masters = {name: torch.randn_like(each).requires_grad_() for name, each in experts.module.named_parameters()}
+
+    def gradients() -> tuple[Tensor, ...]:
+        output = functional_call(experts.module, masters, call)
+        return torch.autograd.grad(output.square().sum(), list(masters.values()))
+
+    expected = gradients()
+    with linearized([experts]):
+        found = gradients()
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
 
 
+def inputs_of(experts: FusedExperts, call: tuple[Tensor, ...], number: int) -> tuple[Tensor, Tensor]:
+    """The tokens routed to an expert, by the router's choice, and its inputs."""
+    if len(call) == 1:
+        own_TD = call[0].reshape(experts.count, -1, call[0].shape[-1])[number]
+        tokens_T = own_TD.ne(0).any(dim=1).nonzero()[:, 0]
+        return tokens_T, own_TD[tokens_T]
+    tokens_T = (call[1] == number).any(dim=1).nonzero()[:, 0]
+    return tokens_T, call[0][tokens_T]
+
+
+def inner_of(experts: FusedExperts, number: int, inputs_TD: Tensor) -> Tensor:
+    """What an expert's second linear reads, written out."""
+    module: Any = experts.module
+    name = next(iter(experts.transposed))
+    fused = getattr(module, name).detach()[number]
+    up_TO = inputs_TD @ (fused if experts.transposed[name] else fused.mT)
+    if hasattr(module, f"{name}_bias"):
+        up_TO = up_TO + getattr(module, f"{name}_bias").detach()[number]
+    if name == "up_proj":
+        return module.act_fn(up_TO)
+    if type(module).__name__ == "GptOssExperts":
+        gate, up = up_TO[:, ::2].clamp(max=module.limit), up_TO[:, 1::2].clamp(-module.limit, module.limit)
+        return (up + 1) * gate * torch.sigmoid(gate * module.alpha)
+    gate, up = up_TO.chunk(2, dim=-1)
+    return module.act_fn(gate) * up
+
+
+@pytest.mark.parametrize("sink", [0.0, 0.5])
 @pytest.mark.parametrize("family", FORMS)
-def test_common_tokens_go_through_the_expert_itself(family: str) -> None:
-    """Where all tokens are routed to an expert, its own hessian and the common one are the same."""
-    block, streams = streams_of(build(family))
-    recorded = record(block, streams)
-    hidden_ND = torch.randn(24, recorded.groups[0][0].shape[1])
-    seen: dict[str, Tensor] = {}
-    last = list(recorded.experts.transposed)[-1]
-    handle = recorded.experts.add((last, 1), lambda call: seen.update(inner=call.inputs_TD))
-    with torch.no_grad():
-        recorded.run_all(hidden_ND, 1)
-    handle.remove()
-    assert seen["inner"].shape == (24, recorded.experts.orient(last, 1, recorded.experts.parameter(last)).shape[1])
-    assert "forward" not in vars(recorded.experts.module)
+def test_hessians_of_experts_by_the_definition(family: str, sink: float) -> None:
+    """X^T S X of their own tokens, and as many of all as there are inputs."""
+    block, acts = acts_of(build(family))
+    experts, calls = calls_in(block, acts)
+    weight_T = torch.ones(2, 16, dtype=torch.float64)
+    weight_T[:, 0] = max(1.0, sink * 16)
+    weight_T = weight_T.flatten()
+    own: dict[int, list[tuple[Tensor, Tensor]]] = {number: [] for number in range(experts.count)}
+    every: list[tuple[Tensor, Tensor]] = []
+    for call in calls:
+        for number, parts in own.items():
+            tokens_T, inputs_TD = inputs_of(experts, call, number)
+            parts.append((weight_T[tokens_T], inputs_TD))
+        every += [parts[-1] for parts in own.values()] if len(call) == 1 else [(weight_T, call[0])]
 
+    def mean_DD(parts: list[tuple[Tensor, Tensor]], number: int | None) -> Tensor:
+        weights_T, rows_TD = (torch.cat(each) for each in zip(*parts, strict=True))
+        inputs_TD = (rows_TD if number is None else inner_of(experts, number, rows_TD)).double()
+        return (weights_T[:, None] * inputs_TD).mT @ inputs_TD / weights_T.sum()
 
-def record(block: Block, streams: Streams) -> Recorded:
-    (recorded,) = recorders(block, streams)
-    for batch, (samples, _) in enumerate(streams.sizes):
-        note = partial(recorded.note, batch, slice(samples))
-        handle = recorded.experts.module.register_forward_pre_hook(
-            lambda module, args, kwargs, note=note: note(args, kwargs), with_kwargs=True
-        )
-        with torch.no_grad():
-            streams.run(block, batch)
-        handle.remove()
-    return recorded
+    found = found_at(block, acts, sink)
+    assert len(found) == 2 * experts.count
+    for name, each in found.items():
+        _, parameter, expert = name.rsplit(".", 2)
+        number = int(expert)
+        inner = number if parameter == "down_proj" else None
+        all_DD, count = mean_DD(every, inner), sum(len(rows) for _, rows in own[number])
+        expected_DD = (count * mean_DD(own[number], inner) + len(all_DD) * all_DD) / (count + len(all_DD))
+        assert each.statistics is not None
+        assert each.statistics.tokens == count
+        assert each.weighted
+        assert (each.statistics.sample_ND is None) == (sink == 0.0)
+        torch.testing.assert_close(matrix_DD(each), expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max()))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "llama4"])
-def test_portions_do_not_matter(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, streams = streams_of(build(family))
-    whole = found_at(block, streams)
-    monkeypatch.setattr(expert_statistics, "EXPERT_BYTES", 1)
-    parts = found_at(block, streams)
-    assert whole.keys() == parts.keys()
-    for name, each in whole.items():
-        assert each.statistics is not None and parts[name].statistics is not None  # noqa: PT018
-        assert torch.equal(each.statistics.hessian.matrix_DD, parts[name].statistics.hessian.matrix_DD)  # type: ignore[union-attr]
+def test_groups_of_experts_in_passes_of_their_own(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each expert by itself, where memory is for no more; linears that are no experts come in the last pass."""
+    block, acts = acts_of(build(family))
+    whole, outputs = list(observe(block, acts, 0.5, 0.0)), acts.clone()
+    outputs.forward(block)
+    monkeypatch.setattr(statistics, "EXPERT_BYTES", 1)
+    parts = list(observe(block, acts, 0.5, 0.0, onward=True))
+    assert [each.linears for each in parts] != [each.linears for each in whole]
+    matrices = {each.linears: matrix_DD(each) for each in parts}
+    assert all(torch.equal(matrices[each.linears], matrix_DD(each)) for each in whole)
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(acts.hidden, outputs.hidden, strict=True))
 
 
-def test_few_tokens_are_mixed_with_all() -> None:
+@pytest.mark.parametrize("by_loss", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_batches_that_memory_takes_apart(family: str, by_loss: bool) -> None:
+    """Whether the pass fails in front of the experts or inside them; weights of tokens go where tokens go."""
+    model, loss = build(family), None
+    block, acts = acts_of(model, size=6)
+    experts, _ = calls_in(block, acts)
+    if by_loss:
+        square_T = torch.rand(96, generator=torch.Generator().manual_seed(0)) ** 8
+        names = [linear.name for linear in block.linears if linear.expert]
+        loss = FisherWeights("a loss", routed={name: [(torch.arange(96), square_T)] for name in names})
+    whole = found_at(block, acts, 0.5, loss)
+    most = 2 * 16 if experts.routed else 2 * 16 * experts.count
+
+    def refuse(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if len(args[0]) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for place in (experts.module, block.module.get_submodule("post_attention_layernorm")):
+        most = most if place is experts.module else 2
+        batch_size = BatchSize()
+        block, acts = acts_of(model, size=6, batch_size=batch_size)
+        with ExitStack() as hooks:
+            hooks.callback(place.register_forward_pre_hook(refuse).remove)
+            same(whole, found_at(block, acts, 0.5, loss))
+        assert batch_size.most == 2
+
+
+def test_few_tokens_are_shrunk_towards_all() -> None:
     torch.manual_seed(0)
-    rows_TD, common_DD = torch.randn(6, 8), torch.eye(8, dtype=torch.float64)
-    own = Accumulator()
-    own.sample.append(rows_TD)
-    own.add(rows_TD)
-    statistics = mixed(own, Common(common_DD, rows_TD), 0.0)
-    expected_DD = (rows_TD.double().mT @ rows_TD.double() + 8 * common_DD) / 14
-    assert torch.allclose(statistics.hessian.matrix_DD.double(), expected_DD, rtol=1e-5, atol=1e-6)
-    assert statistics.tokens == 6
-    assert statistics.sample_ND is not None
-    assert mixed(own, Common(common_DD, rows_TD), 0.0, weighed=False).sample_ND is None
-    alone = mixed(Accumulator(), Common(common_DD, rows_TD), 0.0)
+    rows_TD, mean_DD = torch.randn(6, 8), torch.eye(8, dtype=torch.float64)
+
+    def own() -> Accumulator:
+        sums = Accumulator()
+        sums.add(rows_TD, sample_ND=rows_TD)
+        return sums
+
+    found = shrunk(own(), mean_DD, rows_TD, 0.0)
+    expected_DD = (rows_TD.double().mT @ rows_TD.double() + 8 * mean_DD) / 14
+    assert torch.allclose(found.hessian.matrix_DD.double(), expected_DD, rtol=1e-5, atol=1e-6)
+    assert (found.tokens, found.sample_ND is None) == (6, False)
+    assert shrunk(own(), mean_DD, None, 0.0).sample_ND is None
+    alone = shrunk(Accumulator(), mean_DD, rows_TD, 0.0)
     assert alone.tokens == 0
-    assert torch.equal(alone.hessian.matrix_DD.double(), common_DD)
-
-
-def test_notes_of_few_tokens() -> None:
-    tokens = {"e.up.0": 0, "e.up.1": 3, "e.up.2": 90}
-    none, few = routing_notes("b", tokens, 10)
-    assert "no token was routed to 1 (e.up.0) of 3" in none
-    assert "fewer than 10 tokens were routed to 1 (e.up.1) of 3" in few
-    assert routing_notes("b", {"e.up.2": 90}, 10) == []
+    assert torch.equal(alone.hessian.matrix_DD.double(), mean_DD)
 
 
 def test_an_expert_without_tokens_is_pruned_and_named() -> None:
@@ -180,21 +261,17 @@ def test_an_expert_without_tokens_is_pruned_and_named() -> None:
 
 
 def test_gradients_are_those_of_each_expert() -> None:
-    """The sum over an expert's tokens of gradient times input is the gradient of its weight."""
     model: Any = build("mixtral")
     stack = stack_of(model)
     batches = list(make_ids(4, 16).split(2))
-    streams = capture(model, stack, batches, whole=True)
-    found = fisher_weights(model, stack, streams, seed=0)
-    sizes = [size[0] * size[1] for size in streams.sizes]
+    acts = capture(model, stack, batches, whole=True)
+    found = fisher_weights(model, stack, acts, seed=0)
+    sizes = [size[0] * size[1] for size in acts.sizes]
     total = torch.zeros(sum(sizes))
     for number in range(4):
         name = f"model.layers.1.mlp.experts.down_proj.{number}"
         pairs = found.routed[name]
-        assert [len(tokens) == len(squares) for tokens, squares in pairs] == [True, True]
-        assert float(found.rows[name].sum()) * sum(sizes) == pytest.approx(
-            sum(float(squares.sum()) for _, squares in pairs), rel=1e-4
-        )
+        assert [len(tokens_T) == len(weight_T) for tokens_T, weight_T in pairs] == [True, True]
         weights = [found.of_routed(name, batch, size) for batch, size in enumerate(sizes)]
         chosen = torch.cat([weight_T[tokens_T] for weight_T, (tokens_T, _) in zip(weights, pairs, strict=True)])  # type: ignore[index]
         assert float(chosen.mean()) == pytest.approx(1.0, rel=1e-4)
@@ -205,105 +282,10 @@ def test_gradients_are_those_of_each_expert() -> None:
     assert bool((total == 2).all())  # each token went to two experts
 
 
-def test_samples_have_no_more_first_tokens_than_the_text() -> None:
-    tokens, length = 128 * 2048, 2048
-    step = sampling_step(tokens, 2048)
-    for place_N in (
-        torch.cat([sampled(torch.arange(length), length * before, step) for before in range(128)]),
-        torch.cat([thinned(torch.arange(length), 16, turn) for turn in range(128)]),
-    ):
-        assert len(place_N) == pytest.approx(2048, rel=0.02)
-        assert int((place_N == 0).sum()) <= 2
-        assert int((place_N < length // 2).sum()) == pytest.approx(len(place_N) / 2, rel=0.02)
-    whole_N = sampled(torch.arange(tokens), 0, step)
-    parts = [sampled(part, int(part[0]), step) for part in torch.arange(tokens).split(3000)]
-    assert torch.cat(parts).equal(whole_N), "it does not depend on batches"
-
-
-@pytest.mark.parametrize("family", FORMS)
-def test_a_sweep_holds_no_product_of_an_expert_when_it_is_over(family: str) -> None:
-    model = build(family)
-    stack = stack_of(model)
-    fisher_weights(model, stack, capture(model, stack, list(make_ids(4).split(2)), whole=True), seed=0)
-    gc.collect()
-    assert not [each for each in gc.get_objects() if type(each) is Call]
-
-
-@pytest.mark.parametrize("family", ["mixtral", "llama4"])
-def test_common_tokens_are_as_many_as_asked_for(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama 4 gives all experts every token: zeros where it is routed to another."""
-    block, streams = streams_of(build(family))
-    sizes, run_all = set(), Recorded.run_all
-    monkeypatch.setattr(expert_statistics, "COMMON_TOKENS", 24)
-    monkeypatch.setattr(Recorded, "run_all", lambda *args: (sizes.add(len(args[1])), run_all(*args))[1])
-    found_at(block, streams)
-    (size,) = sizes
-    assert 18 <= size <= 24
-
-
-def test_token_weights_reach_the_experts() -> None:
-    block, streams = streams_of(build("mixtral"))
-    plain, sink = found_at(block, streams), found_at(block, streams, sink=0.5)
-    assert all(found.told for found in sink.values())
-    assert any(
-        not torch.equal(plain[name].statistics.hessian.matrix_DD, sink[name].statistics.hessian.matrix_DD)  # type: ignore[union-attr]
-        for name in plain
-    )
-
-
-@pytest.mark.parametrize("family", ["mixtral", "llama4"])
-def test_token_weights_reach_the_hessian_of_all_tokens(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Llama 4 gives each expert all tokens, zeros for those that go elsewhere."""
-    means: list[Tensor] = []
-
-    def keep(mean_DD: Tensor, sample_ND: Tensor) -> Common:
-        means.append(mean_DD)
-        return Common(mean_DD, sample_ND)
-
-    monkeypatch.setattr(expert_statistics, "Common", keep)
-    block, streams = streams_of(build(family))
-    for sink in (0.0, 0.9):
-        found_at(block, streams, sink=sink)
-    plain_DD, sink_DD = means[0], means[len(means) // 2]
-    assert float((plain_DD - sink_DD).norm() / plain_DD.norm()) > 0.1
-
-
 @pytest.mark.parametrize("family", ["switch", "mixtral"])
 def test_experts_of_few_tokens_are_named_whatever_form_they_have(family: str) -> None:
     report = prune(build(family), Recipe(batch_size=2, tuning_epochs=0), calibration=make_ids())
     assert any("tokens were routed to" in note for note in report.run.notes)
-
-
-def test_a_watch_leaves_nothing_behind() -> None:
-    module: Any = build("mixtral").model.layers[0].mlp.experts  # type: ignore[union-attr]
-    own = module.forward
-    module.forward = own  # as accelerate does
-    (experts,) = experts_of(module, "experts")
-    handles = [experts.add(("down_proj", number), lambda call: None) for number in range(2)]
-    assert module.forward != own
-    for handle in handles:
-        handle.remove()
-    assert module.forward == own
-
-
-def test_a_layout_is_told_by_shapes_or_not_at_all() -> None:
-    class Experts(nn.Module):
-        def __init__(self, up: tuple[int, ...], down: tuple[int, ...]) -> None:
-            super().__init__()
-            self.up, self.down = nn.Parameter(torch.zeros(up)), nn.Parameter(torch.zeros(down))
-
-    (straight,) = experts_of(Experts((2, 12, 4), (2, 4, 6)), "m")
-    assert straight.transposed == {"up": False, "down": False}
-    (turned,) = experts_of(Experts((2, 4, 12), (2, 6, 4)), "m")
-    assert turned.transposed == {"up": True, "down": True}
-    assert turned.linears()[0].shape == (12, 4)
-    assert experts_of(Experts((2, 4, 4), (2, 4, 4)), "m") == []  # either way round
-
-
-def test_products_that_cannot_be_watched_are_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FusedExperts, "find", lambda *args: None)
-    with pytest.raises(ModelError, match=r"mlp\.experts was not called, or does not show .* --ignore 'mlp"):
-        prune(build("mixtral"), Recipe(), calibration=make_ids())
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "t5"])
@@ -343,55 +325,30 @@ def test_tuned_experts_keep_their_masks(family: str) -> None:
         assert bool(((linear.read() == 0).reshape(-1, 4).sum(dim=1) == 2).all())
 
 
-def test_hessians_of_experts_by_the_definition() -> None:
-    """Their own tokens, and as many of all as there are inputs, each times what it weighs."""
-    block, streams = streams_of(build("mixtral"))
-    module: Any = block.module.mlp.experts  # type: ignore[union-attr]
-    calls: list[Any] = []
-    handle = module.register_forward_pre_hook(lambda module, args: calls.append(args))
-    with torch.no_grad():
-        for batch in range(len(streams.hidden)):
-            streams.run(block, batch)
-    handle.remove()
-    hidden_TD, chosen_TK = (torch.cat([call[place] for call in calls]) for place in (0, 1))
-    weight_T = torch.ones(6, 16).index_fill(1, torch.tensor([0]), 8.0).flatten().double()
-
-    def mean_DD(inputs_TD: torch.Tensor, weight_T: torch.Tensor) -> torch.Tensor:
-        inputs_TD = inputs_TD.double()
-        return (weight_T[:, None] * inputs_TD).mT @ inputs_TD / weight_T.sum()
-
-    for found in observe(block, streams, 0.5, 0.0):
-        name, _, number = found.linears[0].name.rpartition(".")
-        if not name.startswith(f"{block.name}.mlp.experts"):
-            continue
-        gate_TI, up_TI = (hidden_TD @ module.gate_up_proj[int(number)].mT).chunk(2, dim=-1)
-        inputs_TD = hidden_TD if name.endswith("gate_up_proj") else (module.act_fn(gate_TI) * up_TI).detach()
-        own_T = (chosen_TK == int(number)).any(dim=1)
-        count, size = int(own_T.sum()), inputs_TD.shape[1]
-        parts = count * mean_DD(inputs_TD[own_T], weight_T[own_T]) + size * mean_DD(inputs_TD, weight_T)
-        assert found.statistics is not None
-        expected_DD = parts / (count + size)
-        torch.testing.assert_close(
-            found.statistics.hessian.matrix_DD, expected_DD, rtol=1e-4, atol=1e-5 * float(expected_DD.max())
-        )
+def test_samples_have_no_more_first_tokens_than_the_text() -> None:
+    tokens, length = 128 * 2048, 2048
+    step = sampling_step(tokens, 2048)
+    for place_N in (
+        torch.cat([sampled(torch.arange(length), length * before, step) for before in range(128)]),
+        torch.cat([thinned(torch.arange(length), 16, turn) for turn in range(128)]),
+    ):
+        assert len(place_N) == pytest.approx(2048, rel=0.02)
+        assert int((place_N == 0).sum()) <= 2
+        assert int((place_N < length // 2).sum()) == pytest.approx(len(place_N) / 2, rel=0.02)
+    whole_N = sampled(torch.arange(tokens), 0, step)
+    parts = [sampled(part, int(part[0]), step) for part in torch.arange(tokens).split(3000)]
+    assert torch.cat(parts).equal(whole_N), "it does not depend on batches"
 
 
-def test_tokens_given_to_all_experts_in_turn_keep_their_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, streams = streams_of(build("llama4"))
-    module = next(each.experts.module for each in block.linears if isinstance(each, ExpertLinear))
-    calls: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda module, args: calls.append(args[0].detach()))
-    with torch.no_grad():
-        for batch in range(len(streams.hidden)):
-            streams.run(block, batch)
-    handle.remove()
-    weight_T = torch.ones(2, 16, dtype=torch.float64).index_fill(1, torch.tensor([0]), 0.9 * 16).flatten()
-    sum_DD, total = torch.zeros(calls[0].shape[-1], calls[0].shape[-1], dtype=torch.float64), 0.0
-    for inputs in calls:
-        for hidden_TD in inputs.double().reshape(-1, len(weight_T), inputs.shape[-1]):  # of each expert
-            sum_DD += (weight_T[:, None] * hidden_TD).mT @ hidden_TD
-            total += float(weight_T[hidden_TD.ne(0).any(dim=1)].sum())
-    means: list[Tensor] = []
-    monkeypatch.setattr(expert_statistics, "Common", lambda *given: means.append(given[0]) or Common(*given))
-    found_at(block, streams, sink=0.9)
-    torch.testing.assert_close(means[0].double(), sum_DD / total, rtol=1e-4, atol=1e-5 * float((sum_DD / total).max()))
+def test_layouts_are_known_by_shapes_or_not_at_all() -> None:
+    class Experts(nn.Module):
+        def __init__(self, up: tuple[int, ...], down: tuple[int, ...]) -> None:
+            super().__init__()
+            self.up_proj, self.down_proj = nn.Parameter(torch.zeros(up)), nn.Parameter(torch.zeros(down))
+
+    (straight,) = experts_of(Experts((2, 12, 4), (2, 4, 6)), "m")
+    assert straight.transposed == {"up_proj": False, "down_proj": False}
+    (transposed,) = experts_of(Experts((2, 4, 12), (2, 6, 4)), "m")
+    assert transposed.transposed == {"up_proj": True, "down_proj": True}
+    assert transposed.up[0].weight.shape == (12, 4)
+    assert experts_of(Experts((2, 4, 4), (2, 4, 4)), "m") == []  # either way round

@@ -9,13 +9,13 @@ import torch
 from layers import layer_of, make_layer
 from torch import Tensor
 
+from optima.core import Auto
+from optima.core.hessian import Hessian
+from optima.core.statistics import Statistics
 from optima.device import Stopwatch
 from optima.errors import RecipeError
-from optima.linalg.hessian import Hessian
-from optima.linalg.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.patterns import NM, Pattern, Unstructured
-from optima.qp import Auto
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.wanda import Wanda

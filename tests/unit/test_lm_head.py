@@ -13,25 +13,25 @@ from transformers import PreTrainedModel
 
 from optima import Recipe, prune, tune
 from optima.calibration import lm_head
+from optima.calibration.activations import Activations, Look
 from optima.calibration.capture import capture
 from optima.calibration.lm_head import LmHead, LogitsError
-from optima.calibration.streams import Look, Streams
-from optima.models.weights import Resident
+from optima.models.offload import Resident
 from optima.reporting.html import render_html
 from optima.reporting.summary import render_summary
 
 SAMPLES, LENGTH = 4, 16
 
 
-def at_the_end(model: PreTrainedModel) -> tuple[Streams, list[torch.Tensor]]:
+def at_the_end(model: PreTrainedModel) -> tuple[Activations, list[torch.Tensor]]:
     """What enters the last block, in one batch, and what it makes of that."""
     stack = stack_of(model)
-    streams = capture(model, stack, [make_ids(SAMPLES, LENGTH)], whole=True)
+    acts = capture(model, stack, [make_ids(SAMPLES, LENGTH)], whole=True)
     for block in stack.blocks[:-1]:
-        streams.advance(block)
-    ends = streams.copy()
-    ends.advance(stack.blocks[-1])
-    return streams, ends.hidden
+        acts.forward(block)
+    ends = acts.clone()
+    ends.forward(stack.blocks[-1])
+    return acts, ends.hidden
 
 
 def divergence(model: PreTrainedModel, pruned: PreTrainedModel) -> torch.Tensor:
@@ -55,11 +55,11 @@ def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: 
         pruned = copy.deepcopy(model)
         for linear in stack_of(pruned).blocks[-1].linears:
             linear.write(linear.read() * (torch.rand_like(linear.read()) > 0.5))
-    (streams, targets), (_, found) = at_the_end(model), at_the_end(pruned)
-    samples = streams.sizes[0][0]
+    (acts, targets), (_, found) = at_the_end(model), at_the_end(pruned)
+    samples = acts.sizes[0][0]
     part = slice(1, 3) if samples > 1 else slice(0, 1)  # XLNet comes in single sequences
     inputs = [hidden[0][part] if samples > 1 else hidden[0] for hidden in (found, targets)]
-    with LmHead(model, stack_of(model), Resident(model)).error(streams, torch.device("cpu")) as error:
+    with LmHead(model, stack_of(model), Resident(model)).error(acts, torch.device("cpu")) as error:
         value = error(*inputs, Look(0, part, samples, turn))
     every = divergence(model, pruned)[part]
     sliced = family != "roberta"  # which tells no slices
@@ -70,8 +70,8 @@ def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: 
 
 def test_its_gradient_is_that_of_its_value() -> None:
     model = make_llama().double().eval()
-    streams, (target,) = at_the_end(model)
-    error = LogitsError(model, stack_of(model), streams)
+    acts, (target,) = at_the_end(model)
+    error = LogitsError(model, stack_of(model), acts)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(target.shape, generator=generator, dtype=target.dtype)
     found = (target + 0.1 * direction).requires_grad_(True)

@@ -10,8 +10,8 @@ import torch
 from qp_reference import make_matrix, make_rows
 from torch import Tensor
 
-from optima.qp import Hessian, make_problem, solve_rows
-from optima.qp.auto import Auto
+from optima.core import Hessian, make_problem, solve_rows
+from optima.core.auto import Auto
 
 
 def solved(matrix_DD: Tensor, damping: float, dtype: torch.dtype) -> tuple[Hessian, Tensor]:

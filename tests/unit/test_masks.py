@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import RecipeError
-from optima.models.experts import ExpertLinear, FusedExperts
+from optima.models.blocks import Linear
 from optima.models.masks import MaskFiles
-from optima.models.stacks import ModuleLinear
+from optima.models.moe import experts_of
 
 KEEP_OD = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5  # square, and no whole number of bytes
 
@@ -23,7 +24,7 @@ def test_a_mask_is_stored_as_the_weight_is(module: nn.Module, tmp_path: Path) ->
     stored = KEEP_OD.mT.contiguous() if isinstance(module, Conv1D) else KEEP_OD
     save_file({"x": stored}, tmp_path / "masks.safetensors")
     masks = MaskFiles(str(tmp_path / "masks.safetensors"))
-    assert torch.equal(masks.keep_OD(ModuleLinear("x", module)), KEEP_OD)
+    assert torch.equal(masks.keep_OD(Linear("x", module)), KEEP_OD)
 
 
 def test_each_mask_is_read_once(tmp_path: Path) -> None:
@@ -31,7 +32,7 @@ def test_each_mask_is_read_once(tmp_path: Path) -> None:
     masks_OD = {name: torch.roll(KEEP_OD, shift, 0) for shift, name in enumerate("abc")}
     save_file(masks_OD, file)
     masks = MaskFiles(str(file))
-    linears = [ModuleLinear(name, nn.Linear(5, 5)) for name in masks_OD]
+    linears = [Linear(name, nn.Linear(5, 5)) for name in masks_OD]
     first = [masks.keep_OD(linear) for linear in linears]
     save_file({name: ~keep_OD for name, keep_OD in masks_OD.items()}, file)
     assert all(torch.equal(masks.keep_OD(linear), keep) for linear, keep in zip(linears, first, strict=True))
@@ -40,15 +41,16 @@ def test_each_mask_is_read_once(tmp_path: Path) -> None:
 def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_file({"x": KEEP_OD[:4]}, tmp_path / "masks.safetensors")
     with pytest.raises(RecipeError, match=r"mask of x has shape \(4, 5\), but the model stores its weight as \(5, 5\)"):
-        MaskFiles(str(tmp_path / "masks.safetensors")).keep_OD(ModuleLinear("x", nn.Linear(5, 5)))
+        MaskFiles(str(tmp_path / "masks.safetensors")).keep_OD(Linear("x", nn.Linear(5, 5)))
 
 
 def test_mask_of_an_expert_that_fills_no_whole_bytes(tmp_path: Path) -> None:
 
     keep = torch.rand(3, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
-    module = nn.Module()
-    module.up = nn.Parameter(torch.zeros(3, 3, 5))
-    save_file({"experts.up": keep}, tmp_path / "masks.safetensors")
-    masks, experts = MaskFiles(str(tmp_path / "masks.safetensors")), FusedExperts("experts", module, {"up": False})
+    module: Any = nn.Module()
+    module.is_transposed = False
+    module.up_proj, module.down_proj = nn.Parameter(torch.zeros(3, 3, 5)), nn.Parameter(torch.zeros(3, 5, 3))
+    save_file({"experts.up_proj": keep}, tmp_path / "masks.safetensors")
+    masks, (experts,) = MaskFiles(str(tmp_path / "masks.safetensors")), experts_of(module, "experts")
     for number in range(3):
-        assert torch.equal(masks.keep_OD(ExpertLinear(experts, "up", number)), keep[number])
+        assert torch.equal(masks.keep_OD(Linear(f"experts.up_proj.{number}", experts.up[number])), keep[number])

@@ -24,9 +24,9 @@ from layers import (
 )
 from torch import Tensor
 
-from optima.linalg.statistics import Statistics
+from optima.core import BatchedCholesky, Hessian, solve
+from optima.core.statistics import Statistics
 from optima.patterns import NM, Pattern, Unstructured
-from optima.qp import BatchedCholesky, Hessian, solve
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
 from optima.selectors.base import LinearTask

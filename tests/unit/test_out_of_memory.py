@@ -17,17 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima import Recipe, Report, prune
-from optima.calibration import expert_statistics
-from optima.calibration.accumulator import Found
+from optima.calibration.batch_size import BatchSize, Once, rows_of
 from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
-from optima.calibration.halving import Halving, Once, rows_of
-from optima.calibration.statistics import observe
+from optima.calibration.statistics import Found, observe
 from optima.device import memory_explained
 from optima.errors import DeviceMemoryError
-from optima.models.experts import FusedExperts
-from optima.models.stacks import is_expert
-from optima.models.writer import Writer
+from optima.models.save import Writer
 
 
 @contextmanager
@@ -64,7 +60,7 @@ def out_of_memory(report: Report) -> list[str]:
     return [note for note in report.run.notes if "out of memory" in note]
 
 
-class TestHalving:
+class TestBatchSize:
     @pytest.mark.parametrize(
         "error",
         [
@@ -83,17 +79,17 @@ class TestHalving:
                 raise error
             return part.start
 
-        assert Halving().over(2, work) == [0, 1]
+        assert BatchSize().map(2, work) == [0, 1]
 
     def test_other_errors_are_what_they_are(self) -> None:
         def work(part: slice) -> None:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
         with pytest.raises(RuntimeError, match="mat1 and mat2"):
-            Halving().over(2, work)
+            BatchSize().map(2, work)
 
     def test_parts_of_a_batch_cover_it_in_order(self) -> None:
-        halving, tried = Halving(), []
+        batch_size, tried = BatchSize(), []
 
         def work(part: slice) -> list[int]:
             tried.append(part.stop - part.start)
@@ -101,15 +97,15 @@ class TestHalving:
                 raise torch.OutOfMemoryError
             return list(range(part.start, part.stop))
 
-        assert list(chain(*halving.over(7, work))) == list(range(7))
-        assert (tried, halving.most) == ([7, 4, 2, 2, 2, 1], 2)
+        assert list(chain(*batch_size.map(7, work))) == list(range(7))
+        assert (tried, batch_size.most) == ([7, 4, 2, 2, 2, 1], 2)
         tried.clear()
-        assert list(chain(*halving.over(3, work))) == [0, 1, 2]
+        assert list(chain(*batch_size.map(3, work))) == [0, 1, 2]
         assert tried == [2, 1]  # it is remembered
 
     def test_a_part_that_fails_keeps_its_ends(self) -> None:
         """What it left half done lies inside the parts that follow it."""
-        halving, fail = Halving(), [slice(0, 8), slice(4, 8)]
+        batch_size, fail = BatchSize(), [slice(0, 8), slice(4, 8)]
         done: list[slice] = []
 
         def work(part: slice) -> None:
@@ -117,7 +113,7 @@ class TestHalving:
                 raise torch.OutOfMemoryError
             done.append(part)
 
-        halving.over(8, work)
+        batch_size.map(8, work)
         assert done == [slice(0, 4), slice(4, 6), slice(6, 8)]
 
     @pytest.mark.parametrize(
@@ -127,29 +123,29 @@ class TestHalving:
     def test_it_goes_on_as_an_earlier_run_did(
         self, earlier: tuple[int | None, ...], rank: int, most: int | None
     ) -> None:
-        halving = Halving()
-        halving.go_on(earlier, rank)
-        assert halving.most == most
-        assert not halving.note(), "the earlier run told of it"
-        again = Halving()
+        batch_size = BatchSize()
+        batch_size.resume(earlier, rank)
+        assert batch_size.most == most
+        assert not batch_size.note(), "the earlier run told of it"
+        again = BatchSize()
         again.most = most
-        again.go_on(earlier, rank)
+        again.resume(earlier, rank)
         assert not again.note(), "also where memory was as short before"
-        halving.most = 1
-        halving.go_on(earlier, rank)
-        assert halving.most == 1, "never more than there is memory for"
-        assert "from here on 1 ran" in halving.note(), "of which no earlier run told"
+        batch_size.most = 1
+        batch_size.resume(earlier, rank)
+        assert batch_size.most == 1, "never more than there is memory for"
+        assert "from here on 1 ran" in batch_size.note(), "of which no earlier run told"
 
     def test_it_is_told_once(self) -> None:
         def work(part: slice) -> None:
             if part.stop - part.start > 2:
                 raise torch.OutOfMemoryError
 
-        halving = Halving()
-        assert not halving.note()
-        halving.over(8, work)
-        assert "8 sequences together were too many" in halving.note()
-        assert not halving.note()
+        batch_size = BatchSize()
+        assert not batch_size.note()
+        batch_size.map(8, work)
+        assert "8 sequences together were too many" in batch_size.note()
+        assert not batch_size.note()
 
     def test_one_sequence_is_the_least(self) -> None:
         def work(part: slice) -> None:
@@ -158,9 +154,9 @@ class TestHalving:
         with pytest.raises(
             DeviceMemoryError, match=r"one sequence .* memory of cpu \(.* GiB\): lower --max-seq-length"
         ):
-            Halving().over(4, work)
+            BatchSize().map(4, work)
         with pytest.raises(DeviceMemoryError, match=r"4 sequences .*, and it is so: use --batch-size 1"):
-            Halving().over(4, work, "it is so")
+            BatchSize().map(4, work, "it is so")
 
     def test_what_was_seen_counts_once(self) -> None:
         once, seen = Once(), []
@@ -195,20 +191,20 @@ class TestHalving:
 def test_statistics_are_those_of_smaller_batches(place: str) -> None:
     """Whatever a pass had seen before it failed: sums, their tokens, heavier first tokens, samples."""
 
-    def found(model: PreTrainedModel, batch_size: int, halving: Halving) -> list[Found]:
+    def found(model: PreTrainedModel, size: int, batch_size: BatchSize) -> list[Found]:
         stack = stack_of(model)
-        streams = capture(model, stack, make_tokens(8, 16).split(batch_size), halving=halving)
+        acts = capture(model, stack, make_tokens(8, 16).split(size), batch_size=batch_size)
         every = []
         for block in stack.blocks:
-            every += list(observe(block, streams, 0.5, 0.01))
-            streams.advance(block)
+            every += list(observe(block, acts, 0.5, 0.01))
+            acts.forward(block)
         return every
 
-    model, halving = make_llama(), Halving()
+    model, batch_size = make_llama(), BatchSize()
     with little_memory(model.model.get_submodule(place), 2):
-        parts = found(model, 8, halving)
-    assert halving.most == 2
-    for part, whole, small in zip(parts, found(model, 8, Halving()), found(model, 2, Halving()), strict=True):
+        parts = found(model, 8, batch_size)
+    assert batch_size.most == 2
+    for part, whole, small in zip(parts, found(model, 8, BatchSize()), found(model, 2, BatchSize()), strict=True):
         for other, rtol in ((whole, 1e-5), (small, 0.0 if place == "embed_tokens" else 1e-5)):
             assert part.statistics is not None and other.statistics is not None  # noqa: PT018
             assert part.statistics.tokens == other.statistics.tokens == 128
@@ -220,16 +216,16 @@ def test_statistics_are_those_of_smaller_batches(place: str) -> None:
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("place", ["model.layers.0.mlp", "model.layers.1.self_attn.o_proj", "lm_head"])
 def test_the_sweep_finds_what_smaller_batches_find(place: str, backward: bool) -> None:
-    def found(batch_size: int, halving: Halving) -> FisherWeights:
+    def found(size: int, batch_size: BatchSize) -> FisherWeights:
         stack = stack_of(model)
-        streams = capture(model, stack, make_tokens(8, 16).split(batch_size), whole=True, halving=halving)
-        return fisher_weights(model, stack, streams, seed=3, residual=True)
+        acts = capture(model, stack, make_tokens(8, 16).split(size), whole=True, batch_size=batch_size)
+        return fisher_weights(model, stack, acts, seed=3, residual=True)
 
-    model, halving = make_llama(), Halving()
+    model, batch_size = make_llama(), BatchSize()
     with little_memory(model.get_submodule(place), 2, backward):
-        parts = found(8, halving)
-    assert halving.most == 2
-    whole = found(8, Halving())
+        parts = found(8, batch_size)
+    assert batch_size.most == 2
+    whole = found(8, BatchSize())
     for kind in ("tokens", "rows", "residual"):
         one, other = getattr(parts, kind), getattr(whole, kind)
         assert one.keys() == other.keys()
@@ -277,29 +273,6 @@ def test_a_run_by_the_loss_with_tuning() -> None:
         assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.01, name
 
 
-@pytest.mark.parametrize("objective", ["sink", "loss"])
-def test_experts_run_again_in_parts(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is short only where the tokens of a module of experts go through it again."""
-    monkeypatch.setattr(expert_statistics, "COMMON_TOKENS", 32)
-    model, small = build("mixtral"), build("mixtral")
-    expected = pruned(small, 2, objective, selector="wanda")
-    again = FusedExperts.only_watched
-
-    @contextmanager
-    def short(experts: FusedExperts) -> Iterator[None]:
-        with again(experts), little_memory(experts.module, 2 * 16):
-            yield
-
-    monkeypatch.setattr(FusedExperts, "only_watched", short)
-    report = pruned(model, 8, objective, selector="wanda")
-    (note,) = out_of_memory(report)
-    assert "from here on 2 ran at a time" in note
-    for one, other in zip(report.linears, expected.linears, strict=True):
-        assert (one.name, one.tokens) == (other.name, other.tokens)
-    for name, parameter in small.named_parameters():
-        assert ((parameter == 0) != (model.get_parameter(name) == 0)).float().mean() < 0.02, name
-
-
 def test_batches_that_cannot_be_taken_apart() -> None:
     model = build("gemma4")
     with little_memory(model.model.layers[0].mlp, 3), pytest.raises(DeviceMemoryError) as caught:
@@ -323,38 +296,15 @@ def test_elsewhere_it_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
         pruned(make_llama(), 4, "sink")
 
 
-def test_weights_of_tokens_at_experts_that_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("mixtral")
-    stack, again, found = stack_of(model), FusedExperts.only_watched, []
-    square_T = torch.rand(128, generator=torch.Generator().manual_seed(0)) ** 8
-    experts = [linear.name for linear in stack.blocks[0].linears if is_expert(linear)]
-    loss = FisherWeights("a loss", routed={name: [(torch.arange(128), square_T)] for name in experts})
-    for most in (8, 2):
-
-        @contextmanager
-        def short(experts: FusedExperts, most: int = most) -> Iterator[None]:
-            with again(experts), little_memory(experts.module, most * 16):
-                yield
-
-        monkeypatch.setattr(FusedExperts, "only_watched", short)
-        monkeypatch.setattr("optima.calibration.expert_statistics.COMMON_TOKENS", 32)
-        halving = Halving()
-        streams = capture(model, stack, [make_ids(8, 16)], whole=True, halving=halving)
-        found.append([each.statistics for each in observe(stack.blocks[0], streams, 0.0, 0.01, None, loss)])
-        assert (halving.most == 2) == (most == 2)
-    for whole, parts in zip(*found, strict=True):
-        torch.testing.assert_close(parts.hessian.matrix_DD, whole.hessian.matrix_DD, rtol=1e-4, atol=1e-6)
-
-
 def test_a_sweep_in_parts_finds_the_tokens_of_experts() -> None:
     found = []
     for most in (8, 2):
-        model, halving = build("mixtral"), Halving()
+        model, batch_size = build("mixtral"), BatchSize()
         stack = stack_of(model)
-        streams = capture(model, stack, [make_ids(8, 16)], whole=True, halving=halving)
+        acts = capture(model, stack, [make_ids(8, 16)], whole=True, batch_size=batch_size)
         with little_memory(model.model.layers[1].self_attn.o_proj, most):
-            found.append(fisher_weights(model, stack, streams, seed=3))
-        assert (halving.most == 2) == (most == 2)
+            found.append(fisher_weights(model, stack, acts, seed=3))
+        assert (batch_size.most == 2) == (most == 2)
     whole, parts = found
     assert whole.routed.keys() == parts.routed.keys() != set()
     for name, ((own_T, own_square_T),) in whole.routed.items():
@@ -388,17 +338,3 @@ def test_a_run_that_goes_on_where_there_is_more_memory_ends_with_the_same_bits(
     again = run(8, "out", resume=True)
     for name, tensor in whole.items():
         assert torch.equal(tensor, again[name]), name
-
-
-def test_experts_that_are_given_all_tokens_in_turn_stay_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Halves of such a call would be those of the experts, not of the sequences."""
-    again = FusedExperts.only_watched
-
-    @contextmanager
-    def short(experts: FusedExperts) -> Iterator[None]:
-        with again(experts), little_memory(experts.module, experts.count * 8 * 16 - 1):
-            yield
-
-    monkeypatch.setattr(FusedExperts, "only_watched", short)
-    with pytest.raises(DeviceMemoryError, match="called with what cannot be taken apart into samples"):
-        pruned(build("llama4"), 8, "sink", selector="wanda")

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from optima.calibration import lm_head
 from optima.errors import CalibrationError, ModelError, NumericalError
-from optima.evaluation import logits as logits_module
+from optima.evaluation.logits import PROBE_LENGTH
 from optima.evaluation.perplexity import PROTOCOLS, evaluation_windows, perplexity, window_losses
 
 V = 61
@@ -82,7 +83,7 @@ class TestValue:
     @pytest.mark.parametrize("name", list(CAUSAL))
     @pytest.mark.parametrize("positions", [3, 1000])
     def test_equals_the_plain_definition(self, name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(logits_module, "LOGITS_BYTES", 4 * V * positions)
+        monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * positions)
         model = build(CAUSAL[name])
         expected = plain_perplexity(model, windows())
         assert perplexity(model, windows(), batch_size=2) == pytest.approx(expected, rel=1e-5)
@@ -118,13 +119,13 @@ class TestValue:
 
 class TestMemory:
     def test_body_runs_once_a_batch_and_logits_stay_in_the_budget(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(logits_module, "LOGITS_BYTES", 4 * V * 6)
+        monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 6)
         model = llama()
         bodies, logits = [], []
         model.model.layers[0].register_forward_hook(lambda module, args, output: bodies.append(args[0].shape[:2]))
         model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.shape[:2]))
         perplexity(model, windows(), batch_size=2)
-        whole = [shape for shape in bodies if shape[1] > logits_module.PROBE_LENGTH]
+        whole = [shape for shape in bodies if shape[1] > PROBE_LENGTH]
         assert whole == [(2, 23), (2, 23), (1, 23)]
         assert max(batch * positions for batch, positions in logits if batch > 1) <= 6
 

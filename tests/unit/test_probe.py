@@ -7,19 +7,19 @@ import weakref
 import torch
 from families import build, make_ids, stack_of
 
+from optima.calibration.activations import map_tensors
 from optima.calibration.capture import capture
 from optima.calibration.probe import Given, agree
-from optima.calibration.streams import map_tensors
 
 
 def test_values_that_were_compared_are_let_go() -> None:
     model = build("glm_moe_dsa")  # whose blocks return more than hidden states
-    streams = capture(model, stack_of(model), [make_ids(4)])
+    acts = capture(model, stack_of(model), [make_ids(4)])
     held: list[int] = []
-    map_tensors(streams.probe.outputs, lambda tensor: held.append(tensor.untyped_storage().nbytes()))
+    map_tensors(acts.probe.outputs, lambda tensor: held.append(tensor.untyped_storage().nbytes()))
     assert held
     assert max(held) <= 4
-    assert streams.probe.outputs[0][0].shape[-1] == 32
+    assert acts.probe.outputs[0][0].shape[-1] == 32
 
 
 def test_inputs_are_held_until_their_block_is_done() -> None:

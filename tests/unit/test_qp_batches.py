@@ -13,10 +13,10 @@ import torch
 from qp_reference import make_layer, make_matrix, make_rows
 from torch import Tensor
 
-from optima.linalg.products import ROUND_ROWS, SharedFactor
-from optima.qp import Auto, Hessian, LowRankCG, make_problem, solve_rows
-from optima.qp.batch import RowBatch
-from optima.qp.problem import Status, concatenate
+from optima.core import Auto, Hessian, LowRankCG, make_problem, solve_rows
+from optima.core.batch import RowBatch
+from optima.core.problem import Status, concatenate
+from optima.core.products import ROUND_ROWS, SharedFactor
 
 
 class Countdown(RowBatch):

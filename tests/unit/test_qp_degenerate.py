@@ -19,8 +19,7 @@ from qp_reference import make_layer, make_matrix, make_rows, reference
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from optima.errors import NumericalError, RecipeError
-from optima.qp import (
+from optima.core import (
     Auto,
     BatchedCholesky,
     Hessian,
@@ -33,10 +32,11 @@ from optima.qp import (
     solve,
     solve_rows,
 )
-from optima.qp.cholesky import solve_kept
-from optima.qp.preconditioners import FACTORS
-from optima.qp.restarts import Correction, Residuals, solve_with_restarts
-from optima.qp.rows import BYTES_PER_ENTRY
+from optima.core.cholesky import solve_kept
+from optima.core.preconditioner import FACTORS
+from optima.core.restarts import Correction, Residuals, solve_with_restarts
+from optima.core.rows import BYTES_PER_ENTRY
+from optima.errors import NumericalError, RecipeError
 
 SOLVERS: list[RowSolver] = [
     *(LowRankCG(), BatchedCholesky(), RestartedPDHG(gap=1e-2), Auto()),

@@ -12,8 +12,7 @@ import torch
 from numpy.typing import NDArray
 from qp_reference import Reference, make_layer, make_matrix, make_rows, reference
 
-from optima.linalg.hessian import COLUMNS
-from optima.qp import (
+from optima.core import (
     Auto,
     BatchedCholesky,
     Hessian,
@@ -24,6 +23,7 @@ from optima.qp import (
     solve,
     solve_rows,
 )
+from optima.core.hessian import COLUMNS
 
 GAP = 1e-9
 Array = NDArray[np.float64]

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from optima import NM, Recipe, load_recipe
 from optima.build import build, pattern_table
 from optima.cli import main
+from optima.core import SOLVERS, Auto, BatchedCholesky
 from optima.errors import RecipeError
 from optima.patterns import PatternTable, Unstructured
-from optima.qp import SOLVERS, Auto, BatchedCholesky
 from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda

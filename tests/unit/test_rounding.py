@@ -11,9 +11,9 @@ import torch
 from qp_reference import Reference, make_layer, make_matrix, make_rows, reference
 from torch import Tensor
 
+from optima.core import Auto, Hessian, RowProblem, RowSolution, make_problem, solve_rows
+from optima.core.rounding import Rounded, round_rows
 from optima.linear import above_least
-from optima.qp import Auto, Hessian, RowProblem, RowSolution, make_problem, solve_rows
-from optima.qp.rounding import Rounded, round_rows
 
 Layer = tuple[Hessian, RowProblem, Reference]
 DTYPES = [torch.bfloat16, torch.float16]

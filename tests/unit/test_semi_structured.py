@@ -10,7 +10,7 @@ from torch import nn
 
 import optima
 from optima.errors import ModelError
-from optima.semi_structured import accelerate, is_two_of_four, why_not
+from optima.extras.semi_structured import accelerate, is_two_of_four, why_not
 
 
 def two_of_four(outputs: int = 32, inputs: int = 64, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -65,13 +65,13 @@ class TestWithoutTheDevice:
             accelerate(_OnCuda(nn.Linear(64, 32)))
 
     def test_no_linear_fits(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)
+        monkeypatch.setattr("optima.extras.semi_structured.check_device", lambda parameter: None)
         with pytest.raises(ModelError, match=r"no linear of this LlamaForCausalLM can run .* is torch.float32"):
             accelerate(make_llama())
 
     def test_experts_in_one_parameter_are_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)
-        monkeypatch.setattr("optima.semi_structured.to_sparse_semi_structured", lambda weight_OD: -weight_OD)
+        monkeypatch.setattr("optima.extras.semi_structured.check_device", lambda parameter: None)
+        monkeypatch.setattr("optima.extras.semi_structured.to_sparse_semi_structured", lambda weight_OD: -weight_OD)
         model = families.build("qwen3_moe").bfloat16()
         with pytest.raises(ModelError, match=r"the kernels take multiples .*experts.* is no nn.Linear"):
             accelerate(model)
@@ -81,8 +81,8 @@ class TestWithoutTheDevice:
         assert sum("experts" in name for name in done.skipped) > 2
 
     def test_only_what_fits_is_converted(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("optima.semi_structured.check_device", lambda parameter: None)
-        monkeypatch.setattr("optima.semi_structured.to_sparse_semi_structured", lambda weight_OD: -weight_OD)
+        monkeypatch.setattr("optima.extras.semi_structured.check_device", lambda parameter: None)
+        monkeypatch.setattr("optima.extras.semi_structured.to_sparse_semi_structured", lambda weight_OD: -weight_OD)
         model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(64, 64)).bfloat16()
         model[0].weight = nn.Parameter(two_of_four())
         done = accelerate(model)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import re
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 from families import build
 
 from optima import Recipe
+from optima.calibration.activations import moved
 from optima.calibration.store import SMALLEST_MAPPED, Store
-from optima.calibration.streams import moved
 from optima.errors import ModelError
-from optima.memory import GIB, batch_tokens, host_memory, logits_bytes
+from optima.memory import batch_tokens, host_memory, logits_bytes
 from optima.preflight.fitting import fit
 
 
@@ -54,9 +52,16 @@ def test_small_tensors_and_stores_without_a_budget_keep_all(tmp_path: Path) -> N
     assert Store().keep(large) is large
 
 
-def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="free some space there, or take fewer samples"):
+def test_a_disk_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelError, match=re.escape(str(tmp_path / "missing"))):
         Store(0, tmp_path / "missing").keep(torch.zeros(SMALLEST_MAPPED))
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ModelError, match="free some space there, or take fewer samples"):
+        Store(0, tmp_path).keep(torch.zeros(SMALLEST_MAPPED))
 
 
 def test_files_that_cannot_be_mapped_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,29 +69,9 @@ def test_files_that_cannot_be_mapped_are_explained(tmp_path: Path, monkeypatch: 
         raise RuntimeError("unable to mmap 65536 bytes from file <x>: Cannot allocate memory (12)")
 
     monkeypatch.setattr(torch, "from_file", fail)
-    with pytest.raises(ModelError, match=r"cannot wait in files in .*Cannot allocate memory.*ulimit -v"):
+    with pytest.raises(ModelError, match=r"cannot be kept in files in .*Cannot allocate memory.*ulimit -v"):
         Store(0, tmp_path).keep(torch.zeros(SMALLEST_MAPPED))
     assert not list(tmp_path.iterdir())
-
-
-def test_a_disk_that_may_not_hold_the_rest_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=GIB))
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: [SimpleNamespace(mountpoint="/", fstype="ext4")])
-    assert not Store(None, tmp_path).shortage(8 * GIB)
-    store = Store(2 * GIB, tmp_path)
-    assert not store.shortage(3 * GIB)
-    assert store.shortage(3 * GIB, 2)
-    assert re.search(r"up to 2\.0 GiB of files in .*, which has 1\.0 GiB free", store.shortage(4 * GIB))
-
-
-def test_files_without_a_disk_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where /tmp is main memory, what waits there is held all the same."""
-    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"), SimpleNamespace(mountpoint=str(tmp_path), fstype="tmpfs")]
-    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
-    (tmp_path / "a/b").mkdir(parents=True)
-    store = Store(2 * GIB, tmp_path / "a/b")
-    assert not store.shortage(2 * GIB)
-    assert re.search(r"up to 1\.0 GiB of files in .*, which is main memory itself: write to", store.shortage(3 * GIB))
 
 
 def test_what_stands_there_once_for_all_samples_is_moved_once() -> None:

@@ -4,11 +4,13 @@ import families
 import pytest
 import torch
 from tiny import make_bert, make_llama, make_tokens
+from transformers import PreTrainedModel
 
 from optima.calibration import fisher as swept
+from optima.calibration.activations import Activations
 from optima.calibration.capture import capture
-from optima.calibration.fisher import EFFECTIVE, FisherWeights, Moments, fisher_weights, row_weights
-from optima.models.stacks import find_stacks
+from optima.calibration.fisher import EFFECTIVE, FisherWeights, Moments, fisher_weights, row_weights, start_alike
+from optima.models.blocks import find_stacks
 
 
 def heavy_tailed(tokens: int, seed: int = 0) -> torch.Tensor:
@@ -20,12 +22,12 @@ def effective(weight_T: torch.Tensor) -> float:
     return float(weight_T.sum() ** 2 / weight_T.square().sum())
 
 
-def weights_of(batches: list[torch.Tensor], inputs: int) -> tuple[FisherWeights, torch.Tensor]:
-    found = FisherWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs})
-    weights = found.of_tokens("a linear")
-    assert weights is not None
-    assert list(map(len, weights)) == list(map(len, batches))
-    return found, torch.cat(weights)
+def weights_of(
+    square_T: torch.Tensor, inputs: int, start_T: torch.Tensor | None = None
+) -> tuple[Moments, torch.Tensor]:
+    start_T = torch.zeros(len(square_T), dtype=torch.bool) if start_T is None else start_T
+    moments = Moments.of(list(square_T[~start_T].split(300)), inputs)
+    return moments, moments.weights(square_T, start_T)
 
 
 @pytest.mark.parametrize("inputs", [0, 1, 10, 40, 124, 125, 1000])
@@ -33,10 +35,10 @@ def test_effective_tokens_for_each_input(inputs: int) -> None:
     square_T = heavy_tailed(1000)
     rooted = effective(square_T.sqrt())
     assert EFFECTIVE < rooted < 40 * EFFECTIVE, "some of the cases are bound by it"
-    found, weight_T = weights_of(list(square_T.split(300)), inputs)
+    moments, weight_T = weights_of(square_T, inputs)
     assert float(weight_T.mean()) == pytest.approx(1.0, rel=1e-4)
     assert effective(weight_T) == pytest.approx(max(rooted, min(EFFECTIVE * inputs, 1000)), rel=1e-3)
-    assert found.effective_tokens("a linear") == pytest.approx(effective(weight_T), rel=1e-3)
+    assert moments.effective == pytest.approx(effective(weight_T), rel=1e-3)
     if rooted < EFFECTIVE * inputs < 1000:
         order = square_T.argsort()
         assert bool((weight_T[order].diff() >= 0).all()), "who matters more goes on mattering more"
@@ -45,7 +47,7 @@ def test_effective_tokens_for_each_input(inputs: int) -> None:
 
 
 def test_tokens_that_matter_alike() -> None:
-    _, weight_T = weights_of([torch.full((64,), 0.25)], inputs=64)
+    _, weight_T = weights_of(torch.full((64,), 0.25), inputs=64)
     assert torch.equal(weight_T, torch.ones(64))
 
 
@@ -62,31 +64,30 @@ def test_tokens_that_were_not_swept_have_the_mean() -> None:
         )
 
 
-def test_parts_are_put_together() -> None:
-    square_T = heavy_tailed(600)
-    parts = Moments.over([Moments.of([part_T], 20) for part_T in square_T.split(250)])
-    assert parts == pytest.approx(Moments.of([square_T], 20), rel=1e-5)
-
-
 def test_a_start_that_all_sequences_share_is_not_counted_and_keeps_its_weight() -> None:
     length, inputs = 25, 60
     square_T = heavy_tailed(1000)
     start_T = torch.arange(1000) % length == 0
     square_T[start_T] *= 1e6
-    batches = list(square_T.split(250))
-    found = FisherWeights("a loss", {"a linear": batches}, inputs={"a linear": inputs}, lengths=[length] * len(batches))
-    weight_T = torch.cat(found.of_tokens("a linear") or [])
+    moments, weight_T = weights_of(square_T, inputs, start_T)
     root_T = square_T.sqrt()
     assert torch.allclose(weight_T[start_T], root_T[start_T] / root_T[~start_T].mean())
     assert float(weight_T[~start_T].mean()) == pytest.approx(1.0, rel=1e-4)
     assert effective(root_T[~start_T]) < EFFECTIVE * inputs == pytest.approx(effective(weight_T[~start_T]), rel=1e-3)
-    assert found.effective_tokens("a linear") == pytest.approx(EFFECTIVE * inputs, rel=1e-3)
+    assert moments.effective == pytest.approx(EFFECTIVE * inputs, rel=1e-3)
 
 
-def test_a_shared_start_at_an_expert() -> None:
-    at_T, square_T = torch.tensor([0, 3, 8, 9]), torch.tensor([100.0, 1.0, 100.0, 9.0])
-    found = FisherWeights("a loss", routed={"an expert": [(at_T, square_T)]}, lengths=[8])
-    assert found.of_routed("an expert", 0, 11) == pytest.approx([5, 1, 1, 0.5, 1, 1, 1, 1, 5, 1.5, 1])
+def test_tokens_at_an_expert() -> None:
+    at_T, weight_T = torch.tensor([0, 3, 8]), torch.tensor([5.0, 0.5, 1.5])
+    found = FisherWeights("a loss", routed={"an expert": [(at_T, weight_T)]})
+    assert found.of_routed("an expert", 0, 10).tolist() == [5, 1, 1, 0.5, 1, 1, 1, 1, 1.5, 1]  # type: ignore[union-attr]
+
+
+def starts_alike(model: PreTrainedModel, acts: Activations) -> bool:
+    outputs = acts.clone()
+    for block in find_stacks(model)[0].blocks:
+        outputs.forward(block)
+    return start_alike(acts, outputs.hidden)
 
 
 @pytest.mark.parametrize("alike", [True, False])
@@ -97,9 +98,8 @@ def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
     if not alike:
         tokens_NL[5, 0] = 2
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, list(tokens_NL.split(3)), whole=True)
-    found = fisher_weights(model, stack, streams, seed=0)
-    assert found.lengths == ([16] * 3 if alike else [])
+    acts = capture(model, stack, list(tokens_NL.split(3)), whole=True)
+    assert starts_alike(model, acts) == alike
 
 
 @pytest.mark.parametrize("share", [1.0, 0.125])
@@ -112,28 +112,22 @@ def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypat
         for name, parameter in model.named_parameters():
             parameter.mul_(10 if "query" in name or "key" in name or "value" in name else 1)
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
-    assert not fisher_weights(model, stack, streams, seed=0, share=share).lengths
+    acts = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
+    assert not starts_alike(model, acts.part(swept.fisher_batches(acts, share)))
 
 
-@pytest.mark.parametrize(("family", "each"), [("deepseek_v4", 1)])
-def test_versions_of_hidden_states_are_swept_in_part_and_start_alike(
-    family: str, each: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_versions_of_hidden_states_are_used_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek-V4 has (B, L, 3, E); linears do not."""
     monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
-    model, tokens_NL = families.build(family), families.make_ids(8, 16)
+    model, tokens_NL = families.build("deepseek_v4"), families.make_ids(8, 16)
     tokens_NL[:, 0] = 1
     (stack,) = find_stacks(model)
-    streams = capture(model, stack, list(tokens_NL.split(1)), whole=True)
-    taken = [swept.fisher_batches(streams, share) for share in (0.25, 0.4, 0.6, 1.0)]
+    acts = capture(model, stack, list(tokens_NL.split(1)), whole=True)
+    taken = [swept.fisher_batches(acts, share) for share in (0.25, 0.4, 0.6, 1.0)]
     assert taken == [[0, 4], [0, 2, 5, 7], [0, 1, 3, 5, 6], list(range(8))]
-    assert swept.fisher_numbers(streams, 0.6) == [0, 1, 2, 2, 3, 3, 4, 5, 5]
-    found = fisher_weights(model, stack, streams, seed=0, share=0.25)
-    assert found.lengths == [16] * 8
+    found = fisher_weights(model, stack, acts, seed=0, share=0.25)
     for name, batches in found.tokens.items():
-        versions = each if name in {block.name for block in stack.blocks} else 1
-        assert {len(square_T) for square_T in batches} == {16 * versions}, name
+        assert {len(square_T) for square_T in batches} == {16}, name
         assert batches[1].equal(batches[2])
 
 
@@ -151,10 +145,7 @@ def test_rows_weigh_at_a_root_with_the_mean_of_their_squares() -> None:
 
 
 def test_weights_of_some_batches() -> None:
-    squares = [heavy_tailed(30, seed) for seed in range(3)]
-    found = FisherWeights("a loss", {"a linear": squares}, lengths=[10, 10, 5], inputs={"a linear": 4})
-    found.shared["a linear"] = found.moments("a linear")
-    whole, part = found.of_tokens("a linear"), found.part([2, 0]).of_tokens("a linear")
-    assert whole is not None
+    weights = [heavy_tailed(30, seed) for seed in range(3)]
+    part = FisherWeights("a loss", {"a linear": weights}).part([2, 0]).of_tokens("a linear")
     assert part is not None
-    assert [own.equal(whole[batch]) for own, batch in zip(part, (2, 0), strict=True)] == [True, True]
+    assert [own.equal(weights[batch]) for own, batch in zip(part, (2, 0), strict=True)] == [True, True]

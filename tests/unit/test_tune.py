@@ -17,14 +17,14 @@ from tiny import POSITIONS, VOCAB, make_llama, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
+from optima.calibration.activations import Activations, Look
 from optima.calibration.capture import capture
-from optima.calibration.streams import Look, Streams
 from optima.device import GRADIENT
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.models.stacks import Block
+from optima.models.blocks import Block
 from optima.reporting.summary import render_summary
-from optima.tune import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, tune
+from optima.tune import ONE_PIECE, OUT_OF_MEMORY, BlockError, Tuned, Tuning, steps_of, tune
 
 
 def make_gpt2() -> GPT2LMHeadModel:
@@ -35,29 +35,29 @@ def make_gpt2() -> GPT2LMHeadModel:
 
 def half_pruned(
     model: torch.nn.Module, sequences: int = 64, batch_size: int = 4, ranks: Ranks = ALONE
-) -> tuple[Block, dict[str, torch.Tensor], Streams, list[torch.Tensor]]:
+) -> tuple[Block, dict[str, torch.Tensor], Activations, list[torch.Tensor]]:
     """The first block, half of it pruned by magnitude; its masks, what enters it, and what it made of that before."""
     stack = stack_of(model)
     block = stack.blocks[0]
     tokens = make_tokens(sequences, 16)
     tokens[-1] = tokens[0]  # held out
     own = tokens[ranks.part(sequences)]
-    streams = capture(model, stack, list(own.split(batch_size)), ranks=ranks)
-    dense = streams.copy()
-    dense.advance(block)
+    acts = capture(model, stack, list(own.split(batch_size)), ranks=ranks)
+    dense = acts.clone()
+    dense.forward(block)
     keeps = {}
     for linear in block.linears:
         weight_OD = linear.read().clone()
         keeps[linear.name] = weight_OD.abs() > weight_OD.abs().median()
         linear.write(weight_OD * keeps[linear.name])
-    return block, keeps, streams, dense.hidden
+    return block, keeps, acts, dense.hidden
 
 
 def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, batch_size: int = 4) -> Tuned:
     """Prune half of the first block by magnitude and tune it towards what it was."""
-    block, keeps, streams, targets = half_pruned(model, sequences, batch_size)
+    block, keeps, acts, targets = half_pruned(model, sequences, batch_size)
     with torch.no_grad():
-        found = tune(block, keeps, streams, targets, BlockError.by_channel(targets), Tuning(3, learning_rate))
+        found = tune(block, keeps, acts, targets, BlockError.by_channel(targets), Tuning(3, learning_rate))
     for linear in block.linears:
         assert bool((linear.read()[~keeps[linear.name]] == 0).all())
     return found
@@ -66,13 +66,13 @@ def tuned(model: torch.nn.Module, learning_rate: float, sequences: int = 64, bat
 def test_tuning_starts_from_the_solution_before_it_was_rounded() -> None:
     first = []
     for given in (True, False):
-        block, keeps, streams, targets = half_pruned(make_llama().bfloat16())
+        block, keeps, acts, targets = half_pruned(make_llama().bfloat16())
         solutions = {linear.name: 1.5 * linear.read().float() for linear in block.linears}
         for linear in block.linears if not given else ():
             linear.write(solutions[linear.name].bfloat16())
         options = (BlockError.by_channel(targets), Tuning(1, 1e-3), solutions if given else None)
         with torch.no_grad():
-            first.append(tune(block, keeps, streams, targets, *options).held_out[0])
+            first.append(tune(block, keeps, acts, targets, *options).held_out[0])
         assert bool(solutions) != given, "what was used does not wait"
     assert first[0] == first[1]
 
@@ -167,11 +167,11 @@ def test_a_block_without_memory_for_it_keeps_its_certified_weights(monkeypatch: 
 def test_what_a_block_was_tuned_on_does_not_wait_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     waiting: list[weakref.ref[torch.Tensor]] = []
 
-    def watched(block: Block, keeps: Any, streams: Streams, targets: Any, *more: Any) -> Tuned:
+    def watched(block: Block, keeps: Any, acts: Activations, targets: Any, *more: Any) -> Tuned:
         gc.collect()
         assert not any(each() is not None for each in waiting)
-        waiting.extend(map(weakref.ref, (*streams.hidden, *targets)))
-        return tune(block, keeps, streams, targets, *more)
+        waiting.extend(map(weakref.ref, (*acts.hidden, *targets)))
+        return tune(block, keeps, acts, targets, *more)
 
     by_loss = BlockError.by_loss
 
@@ -190,9 +190,9 @@ def test_what_a_block_was_tuned_on_does_not_wait_for_the_next(monkeypatch: pytes
 
 def test_a_sequence_whose_gradients_overflow_is_left_out() -> None:
     model = make_llama().eval()
-    block, keeps, streams, targets = half_pruned(model)
+    block, keeps, acts, targets = half_pruned(model)
     targets[0] = targets[0].index_fill(0, torch.tensor(0), math.inf)
-    found = tune(block, keeps, streams, targets, BlockError(torch.eye(targets[0].shape[-1])), Tuning(1, 2e-3))
+    found = tune(block, keeps, acts, targets, BlockError(torch.eye(targets[0].shape[-1])), Tuning(1, 2e-3))
     assert found.best == 1
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
@@ -252,19 +252,19 @@ def test_large_hidden_states_do_not_stop_it(size: float) -> None:
     assert gains[1] == pytest.approx(gains[0], rel=0.02)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize(("size", "batch_size", "sequences"), [(2, 1, 13), (4, 1, 10), (2, 3, 20)])
 def test_data_parallel_tuning_is_that_of_one_process(
-    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, batch_size: int, sequences: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every rank trains on one sequence, so a step of ``size`` sequences is the same; the last is held out."""
+    """A step has the same sequences, whichever rank has them."""
     monkeypatch.chdir(tmp_path)
 
     def work(ranks: Ranks = ALONE) -> None:
         model = make_llama().eval()
-        block, keeps, streams, targets = half_pruned(model, size + 1, 1, ranks)
+        block, keeps, acts, targets = half_pruned(model, sequences, batch_size, ranks)
         cost = BlockError.by_channel(targets, ranks)
         with torch.no_grad():
-            found = tune(block, keeps, streams, targets, cost, Tuning(4, 1e-2, batch_size=size))
+            found = tune(block, keeps, acts, targets, cost, Tuning(4, 1e-2))
         torch.save((found.held_out, found.best, model.state_dict()), f"{ranks.size}-{ranks.rank}.pt")
 
     work()
@@ -280,6 +280,16 @@ def test_data_parallel_tuning_is_that_of_one_process(
             assert other_state[name].equal(others[0][2][name])
 
 
+def test_a_step_has_a_sequence_of_each_quarter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    steps = steps_of(range(18), [1] * 18, 4, generator)
+    assert sorted(number for step in steps for number in step) == [*range(18)]
+    assert [len(step) for step in steps] == [4, 4, 4, 4, 2]
+    assert all(sum(number < 9 for number in step) == 2 for step in steps[:4])
+    assert steps != steps_of(range(18), [1] * 18, 4, generator)
+    assert [len(step) for step in steps_of(range(6), [3] * 6, 4, generator)] == [2, 2, 2]  # of sequences: six
+
+
 def test_one_rank_without_memory_for_it_ends_tuning_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
@@ -289,10 +299,10 @@ def test_one_rank_without_memory_for_it_ends_tuning_on_all(tmp_path: Path, monke
 
     def work(ranks: Ranks) -> None:
         model = make_llama().eval()
-        block, keeps, streams, targets = half_pruned(model, 8, 1, ranks)
+        block, keeps, acts, targets = half_pruned(model, 8, 1, ranks)
         cost = BlockError.by_channel(targets, ranks)
         with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
-            tune(block, keeps, streams, targets, FullError(cost.metric_EE) if ranks.rank else cost, Tuning(1, 1e-2))
+            tune(block, keeps, acts, targets, FullError(cost.metric_EE) if ranks.rank else cost, Tuning(1, 1e-2))
 
     assert in_processes(2, work) == [0, 0]
 
@@ -300,10 +310,10 @@ def test_one_rank_without_memory_for_it_ends_tuning_on_all(tmp_path: Path, monke
 def test_the_seed_orders_the_microbatches() -> None:
     found = []
     for seed in (0, 0, 1):
-        block, keeps, streams, targets = half_pruned(make_llama().eval())
+        block, keeps, acts, targets = half_pruned(make_llama().eval())
         with torch.no_grad():
             cost = BlockError.by_channel(targets)
-            found.append(tune(block, keeps, streams, targets, cost, Tuning(1, 1e-2, seed=seed)).held_out)
+            found.append(tune(block, keeps, acts, targets, cost, Tuning(1, 1e-2, seed=seed)).held_out)
     assert found[0] == found[1] != found[2]
 
 
@@ -406,9 +416,9 @@ def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(mo
     monkeypatch.setattr("optima.calibration.fisher.LEAST_TUNED", 1)
     seen: list[Any] = []
 
-    def watched(block: Block, keeps: Any, streams: Streams, targets: Any, cost: Any, *more: Any) -> Tuned:
+    def watched(block: Block, keeps: Any, acts: Activations, targets: Any, cost: Any, *more: Any) -> Tuned:
         seen.append(cost.weights if isinstance(cost, BlockError) else None)
-        return tune(block, keeps, streams, targets, cost, *more)
+        return tune(block, keeps, acts, targets, cost, *more)
 
     monkeypatch.setattr("optima.tune.tune", watched)
     recipe = Recipe(seed=3, batch_size=2, tuning_epochs=1, tuning_fraction=0.5)
@@ -427,14 +437,15 @@ def test_weights_of_tokens_are_those_of_their_sequence() -> None:
     weight_T = torch.rand(16 * 16, generator=torch.Generator().manual_seed(0)) ** 4
     found = []
     for size in (1, 4):
-        block, keeps, streams, targets = half_pruned(make_llama().eval(), 16, size)
+        block, keeps, acts, targets = half_pruned(make_llama().eval(), 16, size)
         cost = BlockError(torch.eye(32), list(weight_T.split(16 * size)))
         with torch.no_grad():
-            found.append(tune(block, keeps, streams, targets, cost, Tuning(1, 1e-2)).held_out)
+            found.append(tune(block, keeps, acts, targets, cost, Tuning(1, 1e-2)).held_out)
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
-def test_the_rate_falls_to_zero_along_one_cosine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("batch_size", "steps"), [(1, 42), (4, 12)])
+def test_the_rate_falls_to_zero_along_one_cosine(batch_size: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rates, step = [], torch.optim.Adam.step
 
     def noted(self: torch.optim.Adam, *args: Any) -> Any:
@@ -442,8 +453,9 @@ def test_the_rate_falls_to_zero_along_one_cosine(monkeypatch: pytest.MonkeyPatch
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.Adam, "step", noted)
-    block, keeps, streams, targets = half_pruned(make_llama().eval(), 16)
+    block, keeps, acts, targets = half_pruned(make_llama().eval(), 16)
     with torch.no_grad():
-        found = tune(block, keeps, streams, targets, BlockError.by_channel(targets), Tuning(3, 1e-3))
+        tuning = Tuning(3, 1e-3, batch_size=batch_size, step_rate=2.0)
+        found = tune(block, keeps, acts, targets, BlockError.by_channel(targets), tuning)
     assert found.best == 3, "no epoch is undone"
-    assert rates == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * place / 42)) for place in range(42)])
+    assert rates == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * place / steps)) for place in range(steps)])

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from tiny import blocks_of, load_weights, make_bert, make_llama, make_tokenizer, make_tokens, save_model
 from transformers import PreTrainedModel
 
+from optima.checkpointing import Journal
 from optima.errors import ModelError
 from optima.models.companions import copies_tokenizer
-from optima.models.journal import Journal
-from optima.models.source import find_source
-from optima.models.writer import Writer, prepare
+from optima.models.load import find_source
+from optima.models.save import Writer, prepare
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 WIDE = SMALL | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -56,6 +56,12 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
+def begun(directory: Path) -> Journal:
+    journal = Journal(directory / "journal.jsonl")
+    journal.begin({})
+    return journal
+
+
 def build(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     torch.manual_seed(0)
     return MODELS[name]().to(dtype).eval()
@@ -66,7 +72,7 @@ def write(model: PreTrainedModel, directory: Path, committed: int | None = None)
     (directory / "out").mkdir(parents=True)
     blocks = blocks_of(model)
     prepare(model, None, None, directory / "out")
-    journal = Journal(directory / "journal.jsonl", {})
+    journal = begun(directory)
     writer = Writer(model, [block.name for block in blocks], directory / "out", journal)
     for block in blocks[:committed][::-1]:
         writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), {"index": block.index})
@@ -111,7 +117,7 @@ def test_blocks_that_were_not_committed_are_written_at_the_end(tmp_path: Path) -
 
 def reopen(model: PreTrainedModel, directory: Path) -> Writer:
     names = [block.name for block in blocks_of(model)]
-    return Writer(model, names, directory / "out", Journal(directory / "journal.jsonl", {}))
+    return Writer(model, names, directory / "out", begun(directory))
 
 
 @pytest.mark.parametrize("damage", [b"", b"x"])
@@ -338,7 +344,7 @@ def test_large_tensors_outside_blocks_have_files_of_their_own(
     name: str, files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more than one of them is in memory at a time; tied ones are one."""
-    monkeypatch.setattr("optima.models.writer.LARGE_BYTES", 1000)
+    monkeypatch.setattr("optima.models.save.LARGE_BYTES", 1000)
     model = build(name)
     model.save_pretrained(tmp_path / "whole")
     write(model, tmp_path)
@@ -353,7 +359,7 @@ def test_a_block_is_not_taken_for_one_whose_name_begins_alike(tmp_path: Path) ->
     blocks = blocks_of(model)
     (tmp_path / "out").mkdir()
     prepare(model, None, None, tmp_path / "out")
-    journal = Journal(tmp_path / "journal.jsonl", {})
+    journal = begun(tmp_path)
     writer = Writer(model, [block.name for block in blocks], tmp_path / "out", journal)
     for block in blocks[2:]:
         writer.commit(block.name, block.module.state_dict(prefix=f"{block.name}."), {})

@@ -1,4 +1,4 @@
-"""The sums that calibration keeps for linears that share their input, and what it hands on of them.
+"""The sum X^T S X of linears that share their input.
 
 Shapes: T tokens, D inputs, N tokens that weigh more than one, or whose inputs are kept.
 """
@@ -6,37 +6,15 @@ Shapes: T tokens, D inputs, N tokens that weigh more than one, or whose inputs a
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from optima.core.finite import all_finite
+from optima.core.hessian import Hessian
+from optima.core.products import ROUND_ROWS, add_gram, mirror
+from optima.core.statistics import Statistics
 from optima.device import bfloat16_products
-from optima.linalg.finite import all_finite
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import add_gram, mirror
-from optima.linalg.statistics import Statistics
-from optima.models.stacks import Linear
-
-# Tokens whose inputs are kept, where tokens have weights, to say what is lost with every token alike.
-SAMPLE = 512
-
-
-@dataclass(frozen=True)
-class Found:
-    """What calibration found for linears that share their input.
-
-    Attributes:
-        statistics: of the input; None if no token reached the linears.
-        linears: the linears.
-        told: False if tokens could not be told from each other, as in the experts of a mixture: they weigh alike then.
-        owner: number of the process that prunes them; None: all processes together. Others have no statistics.
-    """
-
-    statistics: Statistics | None
-    linears: tuple[Linear, ...]
-    told: bool = True
-    owner: int | None = 0
 
 
 class Accumulator:
@@ -80,7 +58,6 @@ class Accumulator:
         heavy_ND: Tensor | None = None,
         weight: float = 0.0,
         sample_ND: Tensor | None = None,
-        padding: int = 0,
     ) -> None:
         """Add tokens that weigh 1 each, or ``weight_T``. Out of memory, it adds nothing at all.
 
@@ -90,9 +67,8 @@ class Accumulator:
             heavy_ND: those of them that weigh more, each by ``weight``.
             weight: see there.
             sample_ND: those of them to keep.
-            padding: so many at the end are none; their inputs and weights are zeros.
         """
-        tokens, waiting = len(inputs_TD) - padding, self._waiting
+        tokens, waiting = len(inputs_TD), self._waiting
         extra = [] if heavy_ND is None else [heavy_ND.float() * weight**0.5]
         # A copy: as a view it would hold the whole batch.
         sample = [] if sample_ND is None else [sample_ND.to(torch.float32, copy=True)]
@@ -105,6 +81,9 @@ class Accumulator:
             weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
             # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
             inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
+        # oneDNN compiles a product for each number of tokens: zeros make the numbers at experts repeat.
+        if missing := -tokens % ROUND_ROWS:
+            inputs_TD = nn.functional.pad(inputs_TD, (0, 0, 0, missing))
         with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
             add_gram(self.sum_DD, inputs_TD)
         self.tokens += tokens
@@ -118,14 +97,15 @@ class Accumulator:
         if self.sum_DD is None:
             return None
         extra_ND = torch.cat(self.extra) if self.extra else None
-        mirror(self.sum_DD)
-        if extra_ND is not None:
-            self.sum_DD.addmm_(extra_ND.double().mT, extra_ND.double())
-        hessian = Hessian(self.sum_DD.div_(self.tokens + self.extra_weight), damping)
+        hessian = Hessian(self.mean(), damping)
         sample_ND = torch.cat(self.sample) if self.sample else None
         return Statistics(hessian, self.tokens, extra_ND, self.extra_weight, sample_ND)
 
-
-def sampled(rows: Tensor, before: int, step: int) -> Tensor:
-    """Every ``step``-th row, counted over all batches, of which there were ``before`` in earlier ones."""
-    return rows[-before % step :: step]
+    def mean(self) -> Tensor:
+        """X^T S X / tr S, (D, D), float64. The sum is used up."""
+        assert self.sum_DD is not None
+        sum_DD, self.sum_DD = mirror(self.sum_DD), None
+        if self.extra:
+            extra_ND = torch.cat(self.extra).double()
+            sum_DD.addmm_(extra_ND.mT, extra_ND)
+        return sum_DD.div_(self.tokens + self.extra_weight)

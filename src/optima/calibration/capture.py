@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.halving import Halving
+from optima.calibration.activations import Activations, Call, map_tensors, share
+from optima.calibration.batch_size import BatchSize
 from optima.calibration.probe import PROBE_LENGTH, agree, forward, hidden_of, look, with_hidden
 from optima.calibration.store import Store
-from optima.calibration.streams import Call, Streams, map_tensors, share
-from optima.data.batches import Batch, first_of, inseparable, some_of, stack_size
+from optima.core.products import keep_freed_memory
+from optima.data.batches import Batch, first_of, indivisible, some_of, stack_size
 from optima.device import forward_replaced, full_precision
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.linalg.products import keep_freed_memory
-from optima.models.stacks import Block, Stack
+from optima.models.blocks import Block, Stack
 
 
 class _AllCaptured(Exception):  # noqa: N818 - not an error
@@ -40,9 +40,9 @@ def capture(
     whole: bool = False,
     ranks: Ranks = ALONE,
     store: Store | None = None,
-    halving: Halving | None = None,
-) -> Streams:
-    """The streams that enter ``stack``, after a look at the model and a check of the chain of its blocks.
+    batch_size: BatchSize | None = None,
+) -> Activations:
+    """The acts that enter ``stack``, after a look at the model and a check of the chain of its blocks.
 
     The whole model runs on ``PROBE_LENGTH`` tokens, then its blocks one by one; the outputs must agree. On the batches
     only the embedding and what surrounds the blocks is computed. All this happens where the model's weights are, or are
@@ -55,8 +55,8 @@ def capture(
         whole: no block is left out.
         ranks: the processes that each have batches of their own, of sequences that are equally long.
         store: keeps the hidden states; None: main memory does.
-        halving: of the device where blocks will run; takes apart the batches that it has no memory for, and those of
-            the streams are smaller then. None: of the CPU.
+        batch_size: of the device where blocks will run; takes apart the batches that it has no memory for, and those of
+            the acts are smaller then. None: of the CPU.
 
     Raises:
         ModelError: if the model does not call its blocks once each, in order, on hidden states, or hands them more
@@ -75,12 +75,12 @@ def capture(
         first = ranks.on_rank0(lambda: batches[0])
         probe, apart = look(model, stack, first), "a batch of this model cannot be taken apart into its samples"
     blocks = stack.blocks if whole else stack.blocks[: stack.needed]
-    halving = halving or Halving()
-    home = Halving(next(model.parameters()).device)  # blocks come to where the embedding is, see ``Weights.outside``
-    trial = Streams(probe, [], [], [[] for _ in blocks], [], halving=home, whole=apart)
+    batch_size = batch_size or BatchSize()
+    home = BatchSize(next(model.parameters()).device)  # blocks come to where the embedding is, see ``Weights.outside``
+    trial = Activations(probe, [], [], [[] for _ in blocks], [], batch_size=home, whole=apart)
     _record(model, stack, [first], trial)
     for block in blocks:
-        trial.advance(block)
+        trial.forward(block)
         if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index]), next(model.parameters()).dtype):
             raise ModelError(
                 f"{type(model).__name__} hands its blocks more than is known here: run on its own, {block.name} does "
@@ -90,27 +90,28 @@ def capture(
     shapes = map_tensors(probe.outputs, lambda tensor: tensor.new_zeros(()).expand(tensor.shape))
     probe = replace(probe, outputs=shapes)
     none: list[list[Call]] = [[] for _ in blocks]
-    empty = Streams(probe, [], [], none, [], store or Store(), halving=halving, whole=apart, fixed=_fixed(trial))
-    streams = _recorded(model, stack, batches[0], empty)
+    fixed = _fixed(trial)
+    empty = Activations(probe, [], [], none, [], store or Store(), batch_size=batch_size, whole=apart, fixed=fixed)
+    acts = _recorded(model, stack, batches[0], empty)
     words = [batch for batch in batches if isinstance(batch, Tensor)]
-    if words and any(streams.inseparable(block, 0, looks=True) for block in blocks):
+    if words and any(acts.indivisible(block, 0, looks=True) for block in blocks):
         # Not later, then now: tuning goes by sequences, and memory may be short.
         batches = [one for batch in words for one in batch.split(1)]
-        del streams
-        streams = _recorded(model, stack, batches[0], empty)
-    _record(model, stack, batches[1:], streams)
-    return replace(streams, ranks=ranks).counted()
+        del acts
+        acts = _recorded(model, stack, batches[0], empty)
+    _record(model, stack, batches[1:], acts)
+    return replace(acts, ranks=ranks).counted()
 
 
-def _recorded(model: nn.Module, stack: Stack, batch: Batch, empty: Streams) -> Streams:
-    """Streams as ``empty``, with what enters the blocks of ``stack``."""
+def _recorded(model: nn.Module, stack: Stack, batch: Batch, empty: Activations) -> Activations:
+    """Activations as ``empty``, with what enters the blocks of ``stack``."""
     calls: list[list[Call]] = [[] for _ in empty.calls]
-    streams = replace(empty, sizes=[], hidden=[], calls=calls, carried=[], batches=[])
-    _record(model, stack, [batch], streams)
-    return streams
+    acts = replace(empty, sizes=[], hidden=[], calls=calls, carried=[], batches=[])
+    _record(model, stack, [batch], acts)
+    return acts
 
 
-def _fixed(trial: Streams) -> frozenset[int]:
+def _fixed(trial: Activations) -> frozenset[int]:
     """Lengths of what a block is called with for a single sample, which are no number of samples."""
     fixed: set[int] = set()
     if trial.sizes[0][0] == 1:
@@ -118,46 +119,46 @@ def _fixed(trial: Streams) -> frozenset[int]:
     return frozenset(fixed)
 
 
-def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], streams: Streams) -> None:
-    """Run the model's forward pass with the first blocks, as many as ``streams`` have, replaced by recorders."""
-    blocks = stack.blocks[: len(streams.calls)]
+def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], acts: Activations) -> None:
+    """Run the model's forward pass with the first blocks, as many as ``acts`` have, replaced by recorders."""
+    blocks = stack.blocks[: len(acts.calls)]
 
     def record(batch: Batch, samples: int, part: slice) -> None:
-        given, done = some_of(batch, part, samples), len(streams.sizes)
-        del streams.hidden[done:]  # what a pass left that ran out of memory
-        for calls in streams.calls:
+        given, done = some_of(batch, part, samples), len(acts.sizes)
+        del acts.hidden[done:]  # what a pass left that ran out of memory
+        for calls in acts.calls:
             del calls[done:]
         try:
             forward(model, given)
         except _AllCaptured:
             count, length = stack_size(model, stack, given)
-            hidden = streams.hidden[-1]
-            streams.sizes.append((count, hidden.shape[streams.probe.sample_dim + 1] if length is None else length))
-            streams.batches.append(given)
-            streams.carried.append({})
+            hidden = acts.hidden[-1]
+            acts.sizes.append((count, hidden.shape[acts.probe.sample_dim + 1] if length is None else length))
+            acts.batches.append(given)
+            acts.carried.append({})
             return
         raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
 
     with ExitStack() as replaced:
         for block in blocks:
-            replaced.enter_context(forward_replaced(block.module, _recorder(streams, block, block is blocks[-1])))
+            replaced.enter_context(forward_replaced(block.module, _recorder(acts, block, block is blocks[-1])))
         for batch in batches:
             samples = stack_size(model, stack, batch)[0]
-            whole = streams.whole or inseparable(batch, samples)
-            streams.halving.over(samples, partial(record, batch, samples), whole)
+            whole = acts.whole or indivisible(batch, samples)
+            acts.batch_size.map(samples, partial(record, batch, samples), whole)
 
 
-def _recorder(streams: Streams, block: Block, last: bool) -> Callable[..., Any]:
-    index, output = block.index, streams.probe.outputs[block.index]
+def _recorder(acts: Activations, block: Block, last: bool) -> Callable[..., Any]:
+    index, output = block.index, acts.probe.outputs[block.index]
 
     def record(*args: Any, **kwargs: Any) -> Any:
         hidden, args = (args[0], args[1:]) if args else (kwargs.pop("hidden_states", None), args)
         if not isinstance(hidden, Tensor):
             raise ModelError(f"{block.name} is not called with hidden states as its first argument")
         if index == 0:
-            streams.hidden.append(streams.store.keep(hidden.detach().cpu()))
-        earlier = [*streams.calls[index][-1:], *(streams.calls[index - 1][-1:] if index else [])]
-        streams.calls[index].append(share((args, kwargs), earlier, streams.store.keep))
+            acts.hidden.append(acts.store.keep(hidden.detach().cpu()))
+        earlier = [*acts.calls[index][-1:], *(acts.calls[index - 1][-1:] if index else [])]
+        acts.calls[index].append(share((args, kwargs), earlier, acts.store.keep))
         if last:
             raise _AllCaptured
         return with_hidden(output, hidden)

@@ -1,7 +1,8 @@
 """The LM head: where it runs, its logits in slices of positions, and the KL divergence of two models' logits.
 
-Vocabularies have up to 262k tokens, so logits are computed for some positions at a time. The last block is tuned by
-logit distillation, KL(p || q) (Hinton et al., arXiv 1503.02531), p of the dense model and q of the pruned one.
+Vocabularies have up to 262k tokens, so logits are computed for some positions at a time: for the gradient pass
+(``at_the_head``), for tuning the last block by logit distillation (``LogitsError``: KL(p || q), p of the dense model
+and q of the pruned one; Hinton et al., arXiv 1503.02531), and for evaluation (``sliced_logits``).
 
 Shapes: B sequences in a batch, L tokens in a sequence, T tokens, V vocabulary, E hidden size, C positions of a slice or
 tokens of a chunk, K chunks.
@@ -9,10 +10,11 @@ tokens of a chunk, K chunks.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,32 +22,53 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.calibration.halving import rows_of
+from optima.calibration.activations import Activations, Look
+from optima.calibration.batch_size import rows_of
 from optima.calibration.probe import forward, with_hidden
-from optima.calibration.streams import Look, Streams
-from optima.data.batches import DECODER_IDS, LABELS, Batch, inseparable, some_of, words_alone
-from optima.device import backward_explained, card_memory, describe_memory, differentiable, forward_replaced
+from optima.data.batches import Batch, indivisible, some_of, words_alone
+from optima.device import backward_explained, card_memory, describe_memory, differentiable, forward_replaced, once
 from optima.errors import NotDifferentiableError
-from optima.models.reading import head_of, in_slices, is_encoder_decoder
-from optima.models.stacks import Block, Stack, count_by_place, find_stacks
-from optima.models.weights import MAIN, Weights
+from optima.models.blocks import Block, Stack, count_by_place, find_stacks
+from optima.models.inspect import head_of, in_slices, is_encoder_decoder
+from optima.models.offload import MAIN, Weights
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
 LOGITS_BYTES = 256 * 2**20
-# Copies of them at a time: logits, their softmax, the gradient, the model's own dtype.
-LOGITS_COPIES = 4
+# Copies of them at a time: logits, their softmax, the gradient, the model's own dtype; and in tuning: both models',
+# their logarithms, what autograd keeps.
+LOGITS_COPIES, KL_COPIES = 4, 6
+# Of each sequence so many positions are compared in an epoch, others in the next: a vocabulary is often larger than a
+# block.
+POSITIONS = 128
+# Tokens whose probabilities are added up before a label is drawn among them.
+CHUNK = 512
+
+
+def sliceable(model: nn.Module) -> bool:
+    """Whether the model can be asked for the logits of some positions, and runs no encoder for each slice."""
+    return in_slices(model) and not is_encoder_decoder(model)
 
 
 def logits_bytes(model: PreTrainedModel, tokens: int, copies: int = LOGITS_COPIES) -> int:
-    """Most of the logits that are there at a time, and their copies, of batches of so many tokens."""
-    if in_slices(model) or head_of(model) is None:
+    """Most bytes of the logits at a time, and their copies, of batches of so many tokens."""
+    if sliceable(model) or head_of(model) is None:
         return copies * LOGITS_BYTES
-    return copies * max(4 * int(model.config.get_text_config().vocab_size) * tokens, LOGITS_BYTES)
+    return copies * max(4 * _vocabulary(model) * tokens, LOGITS_BYTES)
 
 
-def positions_at_once(model: PreTrainedModel, samples: int) -> int:
-    """Positions of so many sequences whose logits a slice has, at least one."""
-    return max(LOGITS_BYTES // (4 * int(model.config.get_text_config().vocab_size) * samples), 1)
+def positions_of_slices(model: nn.Module, at_L: Tensor, samples: int) -> Sequence[Tensor]:
+    """Positions of ``samples`` sequences, split so that float32 logits of a slice take ``LOGITS_BYTES`` at most."""
+    slices: Sequence[Tensor] = at_L.split(max(LOGITS_BYTES // (4 * _vocabulary(model) * samples), 1))
+    return slices
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def looked_at(model: nn.Module, length: int) -> int:
+    """Positions of a sequence whose logits an epoch compares; all, if the model cannot slice its logits."""
+    return min(length, POSITIONS) if sliceable(model) else length
 
 
 def head_device(
@@ -54,11 +77,11 @@ def head_device(
     device: torch.device,
     tokens: int,
     copies: int = LOGITS_COPIES,
-    beside: int = 0,
+    others: int = 0,
 ) -> tuple[torch.device, str]:
     """Where the head runs, if blocks run on ``device``, and a note for the report; see ``Weights.outside``.
 
-    ``tokens``: in the largest batch. ``copies``: of their logits. ``beside``: bytes of what else will be there.
+    ``tokens``: in the largest batch. ``copies``: of their logits. ``others``: bytes of what else will be on the device.
     """
     there = device.type in ("cpu", next(model.parameters()).device.type)  # a model in memory may live on the device
     if there or head_of(model) is None:
@@ -67,7 +90,7 @@ def head_device(
         return MAIN, "the encoder's gradients ran through its decoder on the CPU, with all its weights in memory"
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    if _outside_bytes(model) + logits_bytes(model, tokens, copies) + beside <= free:
+    if _outside_bytes(model) + logits_bytes(model, tokens, copies) + others <= free:
         return device, ""
     return MAIN, f"the head ran on the CPU: {describe_memory(device)} had no room for the weights outside the blocks"
 
@@ -77,7 +100,7 @@ def embedding_device(model: PreTrainedModel, device: torch.device, batches: Sequ
 
     There, for kernels of some models run nowhere else. But in main memory if the weights outside the blocks are more
     than half of a card, or batches are not of token ids alone: the probe holds the inputs of all linears.
-    It is the same in all processes, and when a run goes on.
+    It is the same on all ranks, and for a run that is resumed.
     """
     first = next(model.parameters())
     inside = {id(each) for stack in find_stacks(model) for block in stack.blocks for each in block.module.parameters()}
@@ -94,111 +117,22 @@ def _outside_bytes(model: PreTrainedModel) -> int:
     return count_by_place(model, blocks)[1] * model.dtype.itemsize
 
 
-# Tokens whose probabilities are added up before a label is drawn among them.
-CHUNK = 512
-
-
-def at_the_head(model: PreTrainedModel, stack: Stack, streams: Streams, batch: int, drawn_BL: Tensor) -> Tensor:
-    """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers.
-
-    Args:
-        model: runs where its embedding is; of its own blocks none is called.
-        stack: the one that its head reads.
-        streams: what leaves its last block.
-        batch: number of the batch.
-        drawn_BL: uniform in [0, 1), see ``label_gradient``.
-
-    Returns:
-        In the layout of ``streams.hidden``, on the CPU.
-
-    Raises:
-        NotDifferentiableError: if its logits do not depend on what leaves that block.
-    """
-    home, given = next(model.parameters()).device, streams.batches[batch]
-    samples, length = drawn_BL.shape
-    step = length
-    options: dict[str, Any] = {}
-    sliceable = in_slices_of(model, given)
-    sliced = sliceable is not None
-    given = given if sliceable is None else sliceable
-    whole = inseparable(given, samples) or streams.inseparable(stack.blocks[-1], batch)
-    most = 1 if stack.part == "encoder" and not whole else samples  # autograd keeps a whole decoder of each sample
-    if sliced:
-        step = positions_at_once(model, most)
-
-    def back(part: slice) -> Tensor:
-        rows = some_of(given, part, samples)
-        leaf = rows_of(streams.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
-        with head_alone(model, stack, streams, leaf) as beside:
-            for start in range(0, length, step):
-                for replayed in beside:
-                    replayed.rewind()
-                drawn_BC = drawn_BL[part, start : start + step]
-                if sliced:
-                    options["logits_to_keep"] = torch.arange(start, start + drawn_BC.shape[1], device=home)
-                logits_TV = logits_of(forward(model, rows, **options)).flatten(0, -2)
-                if not logits_TV.requires_grad:
-                    raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
-                gradient_TV = label_gradient(logits_TV.detach(), drawn_BC.flatten().to(home))
-                with backward_explained("its head"):
-                    logits_TV.backward(gradient_TV)
-        assert leaf.grad is not None
-        return leaf.grad.cpu()
-
-    parts = streams.halving.over(samples, back, whole, most)
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 @contextmanager
-def head_alone(model: PreTrainedModel, stack: Stack, streams: Streams, leaf: Tensor) -> Iterator[list[_Replayed]]:
-    """No block runs inside, and the last one returns ``leaf``; modules outside the blocks are replayed."""
-    beside = {module: _Replayed(module.forward) for module in _beside(model, stack)}
+def head_alone(model: PreTrainedModel, stack: Stack, acts: Activations, leaf: Tensor) -> Iterator[None]:
+    """No block runs inside, and the last one returns ``leaf``."""
     with ExitStack() as replaced:
         for block in stack.blocks:
             returned = leaf if block is stack.blocks[-1] else None
-            like = streams.probe.outputs[block.index]
-            replaced.enter_context(forward_replaced(block.module, partial(_hand_on, returned, like)))
-        for module, replayed in beside.items():
-            replaced.enter_context(forward_replaced(module, replayed))
-        yield [*beside.values()]
+            passed_on = partial(_pass_on, returned, acts.probe.outputs[block.index])
+            replaced.enter_context(forward_replaced(block.module, passed_on))
+        yield
 
 
-def _beside(model: PreTrainedModel, stack: Stack) -> list[PreTrainedModel]:
-    """The largest models inside without a block of ``stack``, such as an encoder, or what sees."""
-    blocks, inside, found = {block.module for block in stack.blocks}, set[nn.Module](), []
-    for module in model.modules():  # what holds others comes before them
-        if isinstance(module, PreTrainedModel) and module not in inside:
-            parts = set(module.modules())
-            if not parts & blocks:
-                found.append(module)
-                inside |= parts
-    return found
-
-
-class _Replayed:
-    """A forward pass that later rounds get call by call as the first did, but for what the gradient goes through."""
-
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self._forward, self._known, self._calls = forward, list[Any](), 0
-
-    def rewind(self) -> None:
-        """A round begins."""
-        self._calls = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._calls += 1
-        found = self._known[self._calls - 1] if self._calls <= len(self._known) else None
-        if found is None:
-            found = self._forward(*args, **kwargs)
-            self._known[self._calls - 1 : self._calls] = [None if _has_gradient(found) else found]
-        return found
-
-
-def _has_gradient(returned: Any) -> bool:
-    if isinstance(returned, Tensor):
-        return returned.requires_grad
-    values = [*returned.values()] if isinstance(returned, Mapping) else returned
-    return isinstance(values, (tuple, list)) and any(map(_has_gradient, values))
+def _pass_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> Any:
+    """A block's forward that returns ``returned``, or its input, in the form of ``like``."""
+    if returned is None:
+        returned = args[0] if args else kwargs["hidden_states"]
+    return with_hidden(like, returned)
 
 
 def logits_of(returned: Any) -> Tensor:
@@ -209,21 +143,47 @@ def logits_of(returned: Any) -> Tensor:
     raise NotDifferentiableError("it returns no logits")
 
 
-def in_slices_of(model: PreTrainedModel, given: Batch) -> Batch | None:
-    """What the model is given for the logits of some positions alone; None if it cannot be asked for them.
+def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: int, drawn_BL: Tensor) -> Tensor:
+    """The gradient of -log p(label) at the last block's output, labels drawn from p by uniform numbers.
 
-    That is the batch without its labels, against all of which the model would hold a slice; None, too, if its inputs
-    are nowhere else.
+    Args:
+        model: runs where its embedding is; of its own blocks none is called.
+        stack: the one that its head reads.
+        acts: outputs of its last block.
+        batch: number of the batch.
+        drawn_BL: uniform in [0, 1), see ``label_gradient``.
+
+    Returns:
+        In the layout of ``acts.hidden``, on the CPU.
+
+    Raises:
+        NotDifferentiableError: if its logits do not depend on what leaves that block.
     """
-    if not in_slices(model):
-        return None
-    if isinstance(given, Tensor) or LABELS not in given:
-        return given
-    others = {name: tensor for name, tensor in given.items() if name != LABELS}
-    if not is_encoder_decoder(model) or DECODER_IDS in given:
-        return others
-    shifted: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    return None if shifted is None else others | {DECODER_IDS: shifted(labels=given[LABELS])}
+    home, inputs = next(model.parameters()).device, acts.batches[batch]
+    samples, length = drawn_BL.shape
+    if stack.part == "whole":  # no vision tower runs, nor are labels compared to a slice
+        inputs = words_alone(model, inputs)
+    whole = indivisible(inputs, samples) or acts.indivisible(stack.blocks[-1], batch)
+    most = 1 if stack.part == "encoder" and not whole else samples  # autograd keeps a whole decoder of each sample
+
+    def back(part: slice) -> Tensor:
+        rows = some_of(inputs, part, samples)
+        leaf = rows_of(acts.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
+        every_L = torch.arange(length)
+        with head_alone(model, stack, acts, leaf):
+            for at_C in positions_of_slices(model, every_L, most) if sliceable(model) else (every_L,):
+                options = {"logits_to_keep": at_C.to(home)} if sliceable(model) else {}
+                logits_TV = logits_of(forward(model, rows, **options)).flatten(0, -2)
+                if not logits_TV.requires_grad:
+                    raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
+                gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[part][:, at_C].flatten().to(home))
+                with backward_explained("its head"):
+                    logits_TV.backward(gradient_TV)
+        assert leaf.grad is not None
+        return leaf.grad.cpu()
+
+    parts = acts.batch_size.map(samples, back, whole, most)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
@@ -265,25 +225,6 @@ def sampled_tokens(weight_TV: Tensor, drawn_T: Tensor) -> tuple[Tensor, Tensor]:
     return (chunk_T1 * CHUNK + inner_T1).clamp_max(weight_TV.shape[1] - 1), above_TK[:, -1:]
 
 
-def _hand_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward that returns ``returned``, or what it is given, in the form of ``like``."""
-    if returned is None:
-        returned = args[0] if args else kwargs["hidden_states"]
-    return with_hidden(like, returned)
-
-
-# Of each sequence so many positions are looked at in an epoch, others in the next: a vocabulary is often larger than a
-# block.
-POSITIONS = 128
-# Copies of float32 logits in a step: both models', their logarithms, what autograd keeps.
-KL_COPIES = 6
-
-
-def looked_at(model: nn.Module, length: int) -> int:
-    """Positions of a sequence whose logits an epoch compares; all, if the model cannot slice its logits."""
-    return min(length, POSITIONS) if in_slices(model) else length
-
-
 @dataclass(frozen=True)
 class LmHead:
     """The LM head that reads a stack.
@@ -309,22 +250,18 @@ class LmHead:
         block = sum(each.numel() for each in self.stack.blocks[-1].module.parameters())
         return 1.0 + head * looked_at(self.model, length) / (max(block, 1) * length)
 
-    def given(self, streams: Streams) -> Streams:
-        """The same, with token ids as the model's only input: no vision tower runs for the head."""
-        return replace(streams, batches=[words_alone(self.model, batch) for batch in streams.batches])
-
-    def place(self, streams: Streams, beside: int) -> tuple[torch.device, str]:
-        """Where the head runs, and a note for the report; ``beside``: bytes that tuning takes on the device."""
-        tokens = max((samples * looked_at(self.model, length) for samples, length in streams.sizes), default=1)
-        return head_device(self.model, self.stack, streams.device, tokens, KL_COPIES, beside)
+    def place(self, acts: Activations, others: int) -> tuple[torch.device, str]:
+        """Where the head runs, and a note for the report; ``others``: bytes that tuning takes on the device."""
+        tokens = max((samples * looked_at(self.model, length) for samples, length in acts.sizes), default=1)
+        return head_device(self.model, self.stack, acts.device, tokens, KL_COPIES, others)
 
     @contextmanager
-    def error(self, streams: Streams, place: torch.device) -> Iterator[LogitsError]:
+    def error(self, acts: Activations, place: torch.device) -> Iterator[LogitsError]:
         """The KL error of the last block, which is on its device; inside, the head is at ``place``."""
         block = self.stack.blocks[-1].module
         own = block.forward  # a block of another device would be brought there for each call
         with self.weights.outside(place), forward_replaced(block, own), differentiable(self.model):
-            yield LogitsError(self.model, self.stack, streams)
+            yield LogitsError(self.model, self.stack, acts)
 
 
 @dataclass(frozen=True)
@@ -333,54 +270,74 @@ class LogitsError:
 
     model: PreTrainedModel
     stack: Stack
-    streams: Streams
+    acts: Activations
 
     def on(self, device: torch.device) -> LogitsError:
-        """See ``tuning.Cost``: the head stays where it is."""
+        """See ``tune.Cost``: the head stays where it is."""
         return self
 
     def gradient_scale(self, cost: float, tokens: int) -> float:
-        """See ``tuning.Cost``: the gradient at a token's logits is then near one, or more, as not all are looked at."""
+        """See ``tune.Cost``: the gradient at a token's logits is then near one, or more, as not all are compared."""
         return 2.0 ** round(math.log2(tokens))
 
     def __call__(self, found: Tensor, target: Tensor, look: Look) -> Tensor:
-        """The mean over the positions that are looked at, of what the pruned and the dense block make of a piece.
+        """The mean over the positions of this epoch.
 
         Args:
-            found, target: hidden states, in the layout of ``Streams.hidden``.
-            look: whose they are; another ``turn`` looks at other positions.
+            found, target: outputs of the pruned and the dense block, in the layout of ``Activations.hidden``.
+            look: whose they are; another ``turn`` compares other positions.
         """
         home, fixed = next(self.model.parameters()).device, found.detach()
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens, gradient = 0.0, 0, torch.zeros_like(fixed, dtype=torch.float32)
-        given = some_of(self.streams.batches[look.batch], look.part, look.samples)
-        for batch, options in self._slices(given, look):
+        rows = some_of(words_alone(self.model, self.acts.batches[look.batch]), look.part, look.samples)
+        for options in self._slices(look, home):
             with torch.no_grad():
-                log_p_TV = self._log_probabilities(target, batch, options)
-            log_q_TV = self._log_probabilities(leaf, batch, options)
-            lost = torch.nn.functional.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)
+                log_p_TV = self._log_probabilities(target, rows, options)
+            log_q_TV = self._log_probabilities(leaf, rows, options)
+            lost = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)
             if found.requires_grad:
                 gradient += torch.autograd.grad(lost, leaf)[0].to(gradient)
             total, tokens = total + float(lost.detach()), tokens + len(log_q_TV)
         # A number of this gradient: the head's own graph is gone by then, slice by slice. Equal logits round below 0.
         return max(total, 0.0) / tokens + ((found - fixed).float() * gradient).sum() / tokens
 
-    def _slices(self, given: Batch, look: Look) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        """What the model is given for some positions at a time; for all, if it cannot slice its logits."""
-        if not in_slices(self.model):
-            yield given, {}
-            return
-        samples, length = look.part.stop - look.part.start, self.streams.sizes[look.batch][1]
+    def _slices(self, look: Look, home: torch.device) -> list[dict[str, Tensor]]:
+        """Options of the model for some positions at a time; for all, if it cannot slice its logits."""
+        if not sliceable(self.model):
+            return [{}]
+        samples, length = look.part.stop - look.part.start, self.acts.sizes[look.batch][1]
         stride = -(-length // POSITIONS)
-        every = torch.arange(look.turn % stride, length, stride)
-        for at in every.split(positions_at_once(self.model, samples)):
-            yield given, {"logits_to_keep": at}
+        every = torch.arange(look.turn % stride, length, stride, device=home)
+        return [{"logits_to_keep": at} for at in positions_of_slices(self.model, every, samples)]
 
-    def _log_probabilities(self, hidden: Tensor, given: Batch, options: dict[str, Tensor]) -> Tensor:
+    def _log_probabilities(self, hidden: Tensor, rows: Batch, options: dict[str, Tensor]) -> Tensor:
         """Log-probabilities of the logits of ``hidden``, (T, V)."""
-        home = hidden.device
-        options = {name: at.to(home) for name, at in options.items()}
-        with head_alone(self.model, self.stack, self.streams, hidden):
-            logits = logits_of(forward(self.model, given, **options))
+        with head_alone(self.model, self.stack, self.acts, hidden):
+            logits = logits_of(forward(self.model, rows, **options))
         # A bias of -inf forbids tokens to both models: no difference, not infinity less infinity.
         return logits.flatten(0, -2).float().log_softmax(dim=-1).clamp_min(torch.finfo(torch.float32).min)
+
+
+@contextmanager
+def sliced_logits(model: PreTrainedModel, tokens_BL: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
+    """A function inside the context: positions (C,) -> logits_BCV of a causal model.
+
+    The model's own forward runs for every slice, so that scaling and softcapping of logits are its own. Its decoder
+    runs in the first of these passes, and the others reuse its output. A model without ``logits_to_keep`` computes all
+    logits at once.
+    """
+    decoder: Any = model.get_decoder()
+    if not sliceable(model) or decoder is model:
+        logits_BLV: Tensor = plain_forward(model, tokens_BL).logits
+        yield lambda at_C: logits_BLV[:, at_C]
+        return
+    with forward_replaced(decoder, once(decoder.forward)):
+        yield lambda at_C: plain_forward(model, tokens_BL, logits_to_keep=at_C).logits
+
+
+def plain_forward(model: PreTrainedModel, tokens_BL: Tensor, **options: Any) -> Any:
+    """The model's outputs, without a cache of keys and values."""
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        options["use_cache"] = False
+    return model(tokens_BL, **options)

@@ -5,7 +5,6 @@ Shapes: L tokens, D inputs, E hidden size.
 
 from __future__ import annotations
 
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,10 +20,9 @@ from torch import Tensor, nn
 from optima.data.batches import Batch, arguments, stack_size
 from optima.device import one_memory_error
 from optima.errors import ModelError
-from optima.models.experts import ExpertLinear
-from optima.models.reading import arguments_of
-from optima.models.source import some
-from optima.models.stacks import Linear, Stack
+from optima.models.blocks import Linear, Stack
+from optima.models.inspect import arguments_of
+from optima.models.load import some
 from optima.names import NUMBER, kind
 
 PROBE_LENGTH = 8  # tokens on which a model is looked at before the long work
@@ -191,6 +189,7 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
         for block in stack.blocks:
             handle = block.module.register_forward_hook(partial(note, block.index), with_kwargs=True)
             hooks.callback(handle.remove)
+            hooks.enter_context(block.linearized())
             for linear in block.linears:
                 hooks.callback(linear.observe(partial(given.add, linear.name)).remove)
         try:
@@ -208,7 +207,6 @@ def look(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
             ) from error
     _check_calls(model, stack, [index for index, *_ in calls], isinstance(batch, Tensor))
     _check_chain(model, stack, calls)
-    _check_experts(stack, given)
     outputs = [output for *_, output in calls]
     samples, length = stack_size(model, stack, batch)
     sample_dim, sequence_first, length = _layout(model, hidden_of(outputs[0]), samples, length)
@@ -258,19 +256,6 @@ def _same(entering: Tensor, left: Tensor) -> bool:
         return True
     alike = (entering.shape, entering.dtype, entering.device) == (left.shape, left.dtype, left.device)
     return alike and torch.allclose(entering, left, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _check_experts(stack: Stack, given: Given) -> None:
-    """Fused parameters whose products are made in a way that shows nobody what an expert is given."""
-    linears = [linear for block in stack.blocks for linear in block.linears if isinstance(linear, ExpertLinear)]
-    seen = {(linear.experts.name, linear.within) for linear in linears if given.tokens[linear.name]}
-    for linear in linears:
-        if (linear.experts.name, linear.within) not in seen:
-            last = re.escape(".".join(linear.experts.name.split(".")[-2:]))
-            raise ModelError(
-                f"{linear.experts.name} was not called, or does not show which tokens its experts are given, which "
-                f"pruning needs: leave them out with --ignore '{last}'"
-            )
 
 
 def hidden_of(output: Any) -> Tensor:

@@ -6,36 +6,25 @@ Shapes: D inputs, O outputs, N tokens whose inputs are kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.streams import Streams
+from optima.calibration.activations import Activations
+from optima.core.rows import chunk_rows
 from optima.distributed import Ranks
-from optima.models.stacks import Linear
-from optima.qp.rows import chunk_rows
+from optima.models.blocks import Linear
 
 # A linear's products of O x D x D, forward and back, for select, solve and rounding; its hessian costs a few of D^3.
 PRODUCTS = 10
-
-
-class _Counts(NamedTuple):
-    """What one process holds of a group: D, tokens, their weight beyond one, how many rows of inputs it has kept."""
-
-    size: int
-    tokens: int
-    extra_weight: float
-    extra: int
-    sample: int
 
 
 def reduce_statistics(
     accumulators: Mapping[str, Accumulator],
     untold: set[str],
     groups: Sequence[Sequence[Linear]],
-    streams: Streams,
+    acts: Activations,
 ) -> dict[str, int | None]:
     """Bring the sums of all processes together: each group's at its owner, or at all if they solve it together.
 
@@ -45,17 +34,17 @@ def reduce_statistics(
         accumulators: of each group, by its first linear; changed in place.
         untold: names of groups whose tokens could not be told apart here; those of other processes are added.
         groups: of linears that share their input.
-        streams: of this process; the sums are on their device.
+        acts: of this process; the sums are on their device.
 
     Returns:
         The owner of each group, by its first linear; None: all processes.
     """
     names = [group[0].name for group in groups]
-    if streams.ranks.size == 1:
+    if acts.ranks.size == 1:
         return dict.fromkeys(names, 0)
-    divisible = [any(_chunks(linear, streams.device) > 1 for linear in group) for group in groups]
-    owners = dict(zip(names, share_out([cost(group) for group in groups], streams.ranks.size, divisible), strict=True))
-    reduce_to(owners, accumulators, untold, streams)
+    divisible = [any(_chunks(linear, acts.device) > 1 for linear in group) for group in groups]
+    owners = dict(zip(names, share_out([cost(group) for group in groups], acts.ranks.size, divisible), strict=True))
+    reduce_to(owners, accumulators, untold, acts)
     return owners
 
 
@@ -79,13 +68,14 @@ def reduce_to(
     owners: Mapping[str, int | None],
     accumulators: Mapping[str, Accumulator],
     untold: set[str],
-    streams: Streams,
+    acts: Activations,
 ) -> None:
     """As ``reduce_statistics``, where the owners are known."""
-    found = streams.ranks.gather(({name: _counts(accumulators[name]) for name in owners}, frozenset(untold)))
+    own = {name: _counts(accumulators[name]) for name in owners}
+    found = acts.ranks.gather((own, frozenset(untold)))
     untold.update(*(theirs for _, theirs in found))
     for name, owner in owners.items():
-        _reduce(accumulators[name], [own[name] for own, _ in found], owner, streams)
+        _reduce(accumulators[name], [counts[name] for counts, _ in found], owner, acts)
 
 
 def cost(group: Sequence[Linear]) -> float:
@@ -100,24 +90,25 @@ def _chunks(linear: Linear, device: torch.device) -> int:
     return -(-outputs // chunk_rows(inputs, outputs, device))
 
 
-def _counts(accumulator: Accumulator) -> _Counts:
+def _counts(accumulator: Accumulator) -> tuple[int, int, float, int, int]:
+    """D, tokens, their weight beyond one, and the rows of inputs that are kept: of heavy tokens, and of a sample."""
     extra, sample = (sum(map(len, rows)) for rows in (accumulator.extra, accumulator.sample))
     size = 0 if accumulator.sum_DD is None else len(accumulator.sum_DD)
-    return _Counts(size, accumulator.tokens, accumulator.extra_weight, extra, sample)
+    return size, accumulator.tokens, accumulator.extra_weight, extra, sample
 
 
-def _reduce(accumulator: Accumulator, counts: Sequence[_Counts], owner: int | None, streams: Streams) -> None:
-    ranks = streams.ranks
-    accumulator.tokens = sum(count.tokens for count in counts)
-    accumulator.extra_weight = sum(count.extra_weight for count in counts)
+def _reduce(
+    accumulator: Accumulator, counts: Sequence[tuple[int, int, float, int, int]], owner: int | None, acts: Activations
+) -> None:
+    ranks, (sizes, tokens, weights, extras, samples) = acts.ranks, zip(*counts, strict=True)
+    accumulator.tokens, accumulator.extra_weight = sum(tokens), sum(weights)
     if not accumulator.tokens:
         return
     if accumulator.sum_DD is None:
-        size = max(count.size for count in counts)
-        accumulator.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=streams.device)
+        accumulator.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=acts.device)
     ranks.all_reduce_lower_(accumulator.sum_DD, owner)
-    extra_ND = _stacked(accumulator.extra, [count.extra for count in counts], accumulator.sum_DD, (ranks, owner))
-    sample_ND = _stacked(accumulator.sample, [count.sample for count in counts], accumulator.sum_DD, (ranks, owner))
+    extra_ND = _stacked(accumulator.extra, extras, accumulator.sum_DD, (ranks, owner))
+    sample_ND = _stacked(accumulator.sample, samples, accumulator.sum_DD, (ranks, owner))
     if owner in (None, ranks.rank):
         accumulator.extra, accumulator.sample = extra_ND, sample_ND
     else:
@@ -127,7 +118,7 @@ def _reduce(accumulator: Accumulator, counts: Sequence[_Counts], owner: int | No
 def _stacked(
     rows: Sequence[Tensor], counts: Sequence[int], like_DD: Tensor, to: tuple[Ranks, int | None]
 ) -> list[Tensor]:
-    """The rows of all processes, in the order of their sequences: added up, each process's in a place of its own."""
+    """The rows of all ranks, in the order of their sequences: added up, each rank's in a place of its own."""
     ranks, owner = to
     if not sum(counts):
         return []

@@ -1,4 +1,4 @@
-"""Accumulate the statistics of each distinct input of a block's linears, while the block runs forward.
+"""Hessians of a block's linears, from hooks on one forward pass of the block.
 
 *Attention sinks.* Most heads of most language models attend to the first token of a sequence when they have nothing
 better to attend to (Xiao et al., arXiv 2309.17453), whatever that token is, and blocks treat it as no other (massive
@@ -6,232 +6,392 @@ activations: Sun et al., arXiv 2402.17762). An error there reaches every later t
 token (cf. IntactKV, arXiv 2403.01241: it leaves the keys and values of such tokens unquantised). Where every sequence
 begins with BOS, its input is one vector: to keep the outputs that belong to it takes one of the free weights of a row.
 
-Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens that weigh more than one.
+*Experts.* The Hessian of an expert of a fused parameter is that of the tokens routed to it. Of n tokens in D dimensions
+it is off by about sqrt(D/n), relative to its norm, as any sample covariance (Ledoit and Wolf, J. Multivariate Anal.
+2004). So it is shrunk towards that of all tokens of the block, as though D more had been drawn from those:
+H = (n H_expert + D H_all) / (n + D). At an expert's second linear, H_all is of a sample of all tokens that runs through
+the expert's first one. All Hessians of a block may be far more than fit (114 GB in DeepSeek-V3): the block runs once
+for each group of experts whose Hessians do, and once for the rest.
+
+Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens of a sample.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.accumulator import SAMPLE, Accumulator, Found, sampled
-from optima.calibration.expert_statistics import TokenWeights, observe_experts
+from optima.calibration.accumulator import Accumulator
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import Once, rows_of
 from optima.calibration.fisher import FisherWeights
-from optima.calibration.halving import Once, rows_of
-from optima.calibration.probe import Given
-from optima.calibration.reduction import reduce_statistics
-from optima.calibration.routed import Recorded, recorders
-from optima.calibration.streams import Streams
+from optima.calibration.reduction import reduce_statistics, reduce_to
+from optima.core.hessian import Hessian
+from optima.core.statistics import Statistics, sampling_step
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
-from optima.linalg.statistics import sampling_step
-from optima.models.experts import ExpertLinear
-from optima.models.stacks import Block
+from optima.models.blocks import Block, Linear
+from optima.models.moe import DOWN, FusedExperts
+
+Group = tuple[Linear, ...]
+# Tokens whose inputs are kept, where tokens have weights, to tell the loss with every token alike.
+SAMPLE = 512
+# Tokens of a block that stand for all of them at an expert's second linear.
+COMMON_TOKENS = 2048
+# Hessians of experts that are accumulated in one pass, in float64.
+EXPERT_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Found:
+    """The statistics of linears that share their input.
+
+    Attributes:
+        statistics: of the input; None if no token reached the linears, or on other ranks than the owner.
+        linears: the linears.
+        weighted: False if the weights of tokens do not count, since it is not known which tokens reached the linears.
+        owner: the rank that prunes them; None: all ranks together.
+    """
+
+    statistics: Statistics | None
+    linears: Group
+    weighted: bool = True
+    owner: int | None = 0
 
 
 def observe(
     block: Block,
-    streams: Streams,
+    acts: Activations,
     sink_weight: float,
     damping: float,
     stopwatch: Stopwatch | None = None,
     weights: FisherWeights | None = None,
     onward: bool = False,
 ) -> Iterator[Found]:
-    """Run ``block`` over ``streams``, and give the statistics of each group of its linears that share their input.
+    """Run ``block`` over ``acts``, and yield the statistics of each group of its linears that share their input.
 
-    Of several processes each is given all groups; see ``Found.owner``. Experts come last: each is dense until its own
-    statistics are given, see ``calibration.expert_statistics``.
+    Every rank gets all groups; see ``Found.owner``. A linear may be pruned as soon as its group is there.
 
     Args:
-        block: on the device of ``streams``, with the linears to prune.
-        streams: what enters the block.
+        block: on the device of ``acts``, with the linears to prune.
+        acts: what enters the block.
         sink_weight: without ``weights``, of the first token of each sequence, relative to all tokens of the sequence
-            together: it counts as ``max(1, sink_weight * L)`` tokens, in units of the others. 0: it counts as one.
-        damping: of the hessians.
-        stopwatch: told of the stages ``forward``, ``hessian`` and ``reduce``.
-        weights: of the tokens, by the model's loss.
-        onward: the same pass carries ``streams`` on to the block's outputs. Else they stay as they are, and a pass over
-            a batch ends with the input of the last linear: its product is for nobody.
+            together: it counts as ``max(1, sink_weight * L)`` tokens. 0: it counts as one.
+        damping: of the Hessians.
+        stopwatch: for the stages ``forward``, ``hessian`` and ``reduce``.
+        weights: Fisher weights of the tokens.
+        onward: the last pass advances ``acts`` to the block's outputs. Else they stay as they are.
 
     Raises:
-        CalibrationError: on NaN or Inf, naming the linear and the first bad sample.
+        CalibrationError: on NaN or Inf, naming the linear.
     """
-    stopwatch = stopwatch or Stopwatch(streams.device)
-    if not block.linears:
-        if onward:
-            with stopwatch("forward"):
-                streams.advance(block)
-        return
-    watch = _Watch(streams, block, sink_weight, stopwatch, weights, onward)
+    experts = [group for group in acts.groups(block) if group[0].expert is not None]
+    plain = [group for group in acts.groups(block) if group[0].expert is None]
+    hessians = _Hessians(block, acts, sink_weight, damping, stopwatch or Stopwatch(acts.device), weights)
+    *earlier, last = _portions(experts)
+    for portion in earlier:
+        hessians.accumulate(portion)
+        yield from hessians.of_experts(portion)
+    hessians.accumulate([*plain, *last], whole=True, onward=onward)
+    yield from hessians.of_plain(plain)
+    yield from hessians.of_experts(last)
 
-    @contextmanager
-    def watched(batch: int, part: slice) -> Iterator[None]:
-        with watch.over(batch, part), torch.no_grad():
-            yield
 
-    def run(batch: int, part: slice) -> None:
-        with watched(batch, part), suppress(_AllSeen):
-            streams.run(block, batch, part, looks=True)
+def _by_expert(groups: Sequence[Group]) -> dict[tuple[FusedExperts, int], list[Group]]:
+    found: defaultdict[tuple[FusedExperts, int], list[Group]] = defaultdict(list)
+    for group in groups:
+        assert group[0].expert is not None
+        found[group[0].expert.experts, group[0].expert.expert].append(group)
+    return found
 
-    with stopwatch("forward"), full_precision():
-        if onward:
-            streams.advance(block, watched)
-        else:
-            for batch in range(len(streams.hidden)):
-                streams.in_parts(block, batch, partial(run, batch))
-    with stopwatch("reduce") if streams.ranks.size > 1 else nullcontext():
-        owners = reduce_statistics(watch.accumulators, watch.untold, watch.groups, streams)
-    # What all do together comes first: nobody waits in it for one who works alone.
-    for group in sorted(watch.groups, key=lambda group: owners[group[0].name] is not None):
-        name = group[0].name
-        yield Found(watch.accumulators.pop(name).finish(damping), group, name not in watch.untold, owners[name])
-    for recorded in watch.recorders:
-        told = TokenWeights(block, streams, sink_weight, weights)
-        yield from observe_experts(recorded, told, damping, stopwatch)
+
+def _portions(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups of experts whose Hessians are accumulated in one pass; without experts one empty list."""
+    portions: list[list[Group]] = [[]]
+    size = 0
+    for own in _by_expert(groups).values():
+        more = sum(8 * group[0].shape[1] ** 2 for group in own)
+        if size and size + more > EXPERT_BYTES:
+            portions.append([])
+            size = 0
+        portions[-1] += own
+        size += more
+    return portions
 
 
 class _AllSeen(Exception):  # noqa: N818 - not an error
-    """Stops a block's forward pass before the product of its last linear."""
+    """Stops a block's forward pass before the product of its last linear, which nobody needs."""
 
 
-class _Sums:
-    """What a block's linears were given, accumulated for each group of those that share their input."""
+class _Common:
+    """The Hessian of all tokens at the input of a mixture, and a sample of them; of all ranks once it is finished."""
 
-    def __init__(
-        self, streams: Streams, block: Block, sink_weight: float, stopwatch: Stopwatch, weights: FisherWeights | None
-    ) -> None:
-        self._streams, self._sink_weight, self._stopwatch = streams, sink_weight, stopwatch
-        self.groups = [group for group in streams.groups(block) if not isinstance(group[0], ExpertLinear)]
-        self._leader = {linear.name: group[0].name for group in self.groups for linear in group}
-        self.accumulators = {group[0].name: Accumulator() for group in self.groups}
-        self._by_loss = None if weights is None else {name: weights.of_tokens(name) for name in self.accumulators}
-        self.untold: set[str] = set()
-        self._step = sampling_step(streams.tokens, SAMPLE)
+    def __init__(self) -> None:
+        self.sum = Accumulator()
+        self.samples: list[tuple[Tensor, Tensor]] = []
+        self.sample_ND = self.weight_N = self.mean_DD = torch.zeros(0)
 
-    def add(self, name: str, inputs: Tensor, batch: int, part: slice) -> None:
-        """Add the inputs that samples of a batch give the group of ``name``, its first linear."""
-        with self._stopwatch("hessian"):
-            self._add(name, inputs, batch, part)
-
-    def _add(self, name: str, inputs: Tensor, batch: int, part: slice) -> None:
-        (every, length), samples = self._streams.sizes[batch], part.stop - part.start
-        inputs_TD = inputs.reshape(-1, inputs.shape[-1])
-        before = self._streams.before[1] + sum(math.prod(size) for size in self._streams.sizes[:batch])
-        weight_T, heavy_ND, sample_ND, extra = None, None, None, 0.0
-        if self._by_loss is not None:
-            weights = self._by_loss[name]
-            if weights is None or len(inputs_TD) != samples * length:
-                self.untold.add(name)
-            else:
-                weight_T = rows_of(weights[batch], part, every).to(inputs_TD.device)
-                sample_ND = sampled(inputs_TD, before + part.start * length, self._step)
-        elif (more := self._sink_weight * length - 1.0) > 0.0:
-            heavy_ND = self._streams.probe.first_tokens(inputs, name, samples, length)
-            if heavy_ND is None:
-                self.untold.add(name)
-            else:
-                extra = more
-        self.accumulators[name].add(inputs_TD, weight_T, heavy_ND, extra, sample_ND)
-        if not self.accumulators[name].finite:
-            raise CalibrationError(self._describe_bad(name, inputs_TD, batch, part))
-
-    def check_groups(self, given: Given) -> None:
-        """A few tokens told which linears share their input: on a whole batch, if they were reached, it must be so."""
-        for name, leader in self._leader.items():
-            if name in given.inputs and given.inputs[name] != given.inputs[leader]:
-                raise CalibrationError(
-                    f"{leader} and {name} share their input over a few tokens, but not over a whole calibration "
-                    "sequence: leave one of them out with --ignore"
-                )
-
-    def _describe_bad(self, name: str, inputs_TD: Tensor, batch: int, part: slice) -> str:
-        length, samples = self._streams.sizes[batch][1], part.stop - part.start
-        first = self._streams.before[0] + sum(count for count, _ in self._streams.sizes[:batch]) + part.start
-        if len(inputs_TD) != samples * length or self._streams.probe.sequence_first:
-            place = f"calibration samples {first} to {first + samples - 1}"
-            return f"the inputs of {name} contain NaN or Inf in {place}: {OTHER_DTYPE}"
-        by_sample = inputs_TD.reshape(samples, -1).float()
-        # Finite inputs can still overflow float32 when squared.
-        good = (by_sample.isfinite() & (by_sample.abs() < 1e18)).all(dim=1)
-        place = f"first in calibration sample {first + int(good.to(torch.int8).argmin())}"
-        return f"the inputs of {name} contain NaN or Inf ({place}): {OTHER_DTYPE}"
+    def finish(self, name: str, acts: Activations) -> None:
+        """Bring the sums and samples of all ranks together."""
+        if acts.ranks.size > 1:
+            reduce_to({name: None}, {name: self.sum}, set(), acts)
+        every = [each for samples in acts.ranks.all_gather(self.samples) for each in samples]
+        self.samples = []
+        if every:
+            self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
+            self.mean_DD = self.sum.mean()
 
 
-class _Watch(_Sums):
-    """Hooks on a block's linears that accumulate the inputs of each group's first."""
+class _Hessians:
+    """Accumulates the inputs of a block's linears; arguments as of ``observe``."""
 
     def __init__(
         self,
-        streams: Streams,
         block: Block,
+        acts: Activations,
         sink_weight: float,
+        damping: float,
         stopwatch: Stopwatch,
-        weights: FisherWeights | None,
-        onward: bool,
+        fisher: FisherWeights | None,
     ) -> None:
-        super().__init__(streams, block, sink_weight, stopwatch, weights)
-        self._onward = onward
-        self.recorders = recorders(block, streams)
-        self._expected = {*self._leader, *(recorded.experts.name for recorded in self.recorders)}
-        self._batch, self._part = 0, slice(0)
-        self._called: list[str] = []  # in this pass
-        self._last: str | None = None  # where a pass can end, known after the first
-        self._given: Given | None = None  # of the first pass
-        self._checked = False
-        self._once = Once()
+        self.block, self.acts, self.stopwatch = block, acts, stopwatch
+        self.sink_weight, self.damping, self.fisher = sink_weight, damping, fisher
+        self.sums: dict[str, Accumulator] = {}
+        self.common: dict[FusedExperts, _Common] = {}
+        self.unweighted: set[str] = set()
+        self._fisher_T: dict[str, list[Tensor] | None] = {}
+        self._batch, self._part, self._once = 0, slice(0), Once()
+        self._calls: list[str] = []  # in this pass over a batch
+        self._last = ""  # where such a pass may end
+
+    def accumulate(self, groups: Sequence[Group], whole: bool = False, onward: bool = False) -> None:
+        """Sum over all tokens at ``groups``. The other experts run if the ``whole`` block does."""
+        self.sums = {group[0].name: Accumulator() for group in groups}
+        self._once, self._last = Once(), ""
+        new = {}
+        if self.fisher is not None:
+            self._fisher_T = {name: self.fisher.of_tokens(name) for name in (self.block.name, *self.sums)}
+        with ExitStack() as stack:
+            for group in groups:
+                stack.callback(group[0].observe(partial(self._see, group[0])).remove)
+                if group[0].expert is not None and (experts := group[0].expert.experts) not in self.common:
+                    new[experts] = self.common[experts] = _Common()
+                    hook = partial(self._see_all, experts)
+                    stack.callback(experts.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.enter_context(self.block.linearized(only_hooked=not whole))
+            stack.enter_context(self.stopwatch("forward"))
+            stack.enter_context(full_precision())
+            if onward:
+                self.acts.forward(self.block, self._over)
+            for batch in range(0 if onward or not groups else len(self.acts.sizes)):
+                self.acts.map_microbatches(self.block, batch, partial(self._run, batch))
+                if not new and sorted(self._calls) == sorted(self.sums):
+                    self._last = self._calls[-1]
+        for name, each in (*self.sums.items(), *((experts.name, common.sum) for experts, common in new.items())):
+            if not each.finite:
+                raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
+        for experts, common in new.items():
+            common.finish(experts.name, self.acts)
+
+    def _run(self, batch: int, part: slice) -> None:
+        with self._over(batch, part), torch.no_grad(), suppress(_AllSeen):
+            self.acts.run(self.block, batch, part, looks=True)
 
     @contextmanager
-    def over(self, batch: int, part: slice) -> Iterator[None]:
-        """Watch one forward pass inside this context; what one left half done is not done again."""
+    def _over(self, batch: int, part: slice) -> Iterator[None]:
+        """Inside, samples of a batch run."""
         self._batch, self._part = batch, part
-        self._called.clear()
+        self._calls.clear()
         self._once.start(batch, part)
-        given = self._given = None if self._checked else Given()
-        with ExitStack() as hooks:
-            hooks.callback(self._forget)
-            for group in self.groups:
-                for linear in group:
-                    hooks.callback(linear.observe(self._see(linear.name)).remove)
-            for recorded in self.recorders:
-                hook = partial(self._record, recorded)
-                handle = recorded.experts.module.register_forward_pre_hook(hook, with_kwargs=True)
-                hooks.callback(handle.remove)
-            yield
-        if given is not None:
-            self.check_groups(given)
-            self._checked = True
-            if not self._onward and sorted(self._called) == sorted(self._expected):
-                self._last = self._called[-1]
+        yield
 
-    def _forget(self) -> None:
-        self._given = None  # it holds memory
-
-    def _see(self, name: str) -> Callable[[Tensor], None]:
-        def see(inputs: Tensor) -> None:
-            self._called.append(name)
-            if self._given is not None:
-                self._given.add(name, inputs)
-            with self._once(name) as new:
-                if new and inputs.numel() and self._leader[name] == name:
-                    self.add(name, inputs, self._batch, self._part)
-            self._end(name)
-
-        return see
-
-    def _record(self, recorded: Recorded, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._called.append(recorded.experts.name)
-        with self._once(recorded.experts.name) as new:
-            if new:
-                recorded.note(self._batch, self._part, args, kwargs)
-        self._end(recorded.experts.name)
-
-    def _end(self, name: str) -> None:
-        if name == self._last and len(set(self._called)) == len(self._expected):
+    def _see(self, linear: Linear, inputs: Tensor) -> None:
+        name = linear.name
+        self._calls.append(name)
+        with self._once(name) as new:
+            if new and inputs.numel() and linear.expert is not None:
+                self._add_routed(name, inputs, linear.expert.tokens_T)
+            elif new and inputs.numel():
+                with self.stopwatch("hessian"):
+                    self._add(name, inputs)
+        if name == self._last and len(self._calls) == len(self.sums):
             raise _AllSeen
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        (samples, length), count = self.acts.sizes[self._batch], self._part.stop - self._part.start
+        inputs_TD = inputs.reshape(-1, inputs.shape[-1])
+        weight_T, heavy_ND, sample_ND, more = None, None, None, self.sink_weight * length - 1.0
+        if self.fisher is not None:
+            own = self._fisher_T[name]
+            if own is None or len(inputs_TD) != count * length:
+                self.unweighted.add(name)
+            else:
+                weight_T = rows_of(own[self._batch], self._part, samples).to(inputs_TD.device)
+                sample_ND = self._sampled(inputs_TD, SAMPLE)
+        elif more > 0.0:
+            heavy_ND = self.acts.probe.first_tokens(inputs, name, count, length)
+            if heavy_ND is None:
+                self.unweighted.add(name)
+        self.sums[name].add(inputs_TD, weight_T, heavy_ND, 0.0 if heavy_ND is None else more, sample_ND)
+
+    def _sampled(self, rows: Tensor, wanted: int) -> Tensor:
+        """Of the rows of this pass, those of a sample of about ``wanted`` tokens of all passes and ranks."""
+        sizes = self.acts.sizes
+        before = self.acts.before[1] + sum(math.prod(size) for size in sizes[: self._batch])
+        return sampled(rows, before + self._part.start * sizes[self._batch][1], sampling_step(self.acts.tokens, wanted))
+
+    def _block_weights(self) -> Tensor | None:
+        """Weights of all tokens of the batch, (T,), for its experts; None: all alike."""
+        samples, length = self.acts.sizes[self._batch]
+        if self.fisher is not None:
+            own = self._fisher_T[self.block.name]
+            return None if own is None else own[self._batch]
+        weight_T = torch.ones(samples * length)
+        weight_T[self.acts.probe.starts(samples, length)] = max(1.0, self.sink_weight * length)
+        return weight_T if self.sink_weight else None
+
+    def _add_routed(self, name: str, inputs_TD: Tensor, tokens_T: Tensor) -> None:
+        """Inputs of an expert, and which tokens of the pass they are of."""
+        size, length = math.prod(self.acts.sizes[self._batch]), self.acts.sizes[self._batch][1]
+        if name.rpartition(".")[0].rpartition(".")[0] in self.unweighted:
+            self.unweighted.add(name)
+            weight_T = None
+        elif self.fisher is not None:
+            weight_T = self.fisher.of_routed(name, self._batch, size)
+        else:
+            weight_T = self._block_weights()
+        if weight_T is not None:
+            weight_T = weight_T[tokens_T.cpu() + self._part.start * length].to(inputs_TD.device)
+        wanted = -(-SAMPLE // (len(self.acts.sizes) * self.acts.ranks.size))
+        turn = self.acts.before[0] + self._batch + self._part.start  # each sequence begins with a sink
+        self.sums[name].add(inputs_TD, weight_T, sample_ND=thinned(inputs_TD, wanted, turn))
+
+    def _see_all(self, experts: FusedExperts, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Add all tokens at the input of a mixture, whatever they are routed to."""
+        with self._once(experts.name) as new:
+            if not new:
+                return
+            hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            hidden_TD, weight_T = hidden.flatten(0, -2), self._block_weights()
+            tokens = (self._part.stop - self._part.start) * self.acts.sizes[self._batch][1]
+            if len(hidden_TD) % tokens:
+                weight_T = None
+                self.unweighted.add(experts.name)
+            if weight_T is None:
+                weight_T = torch.ones(len(hidden_TD))
+            else:
+                weight_T = rows_of(weight_T, self._part, self.acts.sizes[self._batch][0])
+                weight_T = weight_T.repeat(len(hidden_TD) // tokens)
+            weight_T = weight_T.to(hidden_TD.device)
+            if not experts.routed:  # zeros are routed elsewhere
+                used_T = hidden_TD.ne(0).any(dim=1)
+                hidden_TD, weight_T = hidden_TD[used_T], weight_T[used_T]
+            common = self.common[experts]
+            common.sum.add(hidden_TD, weight_T)
+            pair = self._sampled(hidden_TD, COMMON_TOKENS).clone(), self._sampled(weight_T, COMMON_TOKENS).clone()
+            common.samples.append(pair)
+
+    def of_plain(self, groups: Sequence[Group]) -> Iterator[Found]:
+        """The statistics of linears that are not experts; those that all ranks solve together come first."""
+        ranks = self.acts.ranks
+        with self.stopwatch("reduce") if ranks.size > 1 else nullcontext():
+            owners = reduce_statistics(self.sums, self.unweighted, groups, self.acts)
+        for group in sorted(groups, key=lambda group: owners[group[0].name] is not None):
+            name = group[0].name
+            yield Found(self.sums.pop(name).finish(self.damping), group, name not in self.unweighted, owners[name])
+
+    def of_experts(self, groups: Sequence[Group]) -> Iterator[Found]:
+        """The statistics of experts; those of an expert are complete when its first group is yielded."""
+        ranks, by_expert = self.acts.ranks, _by_expert(groups)
+        owners = {key: place % ranks.size for place, key in enumerate(by_expert)}
+        if ranks.size > 1:
+            names = {group[0].name: owners[key] for key, own in by_expert.items() for group in own}
+            reduce_to(names, self.sums, self.unweighted, self.acts)
+        for key, own in by_expert.items():
+            mine = owners[key] == ranks.rank and self.common[key[0]].sum.tokens
+            found = {group[0].name: self._shrunk(group[0]) for group in own} if mine else {}
+            for group in own:
+                name = group[0].name
+                yield Found(found.pop(name, None), group, name not in self.unweighted, owners[key])
+
+    def _shrunk(self, linear: Linear) -> Statistics:
+        """The statistics of an expert's linear, whose first linear is still dense."""
+        assert linear.expert is not None
+        common, experts = self.common[linear.expert.experts], linear.expert.experts
+        rows_ND, mean_DD = common.sample_ND, common.mean_DD
+        if linear.expert.parameter == DOWN:
+            with torch.no_grad(), full_precision():
+                rows_ND = experts.hidden(linear.expert.expert, rows_ND)
+            inner = Accumulator()
+            inner.add(rows_ND, common.weight_N)
+            if not inner.finite:
+                raise CalibrationError(f"the inputs of {linear.name} contain NaN or Inf: {OTHER_DTYPE}")
+            mean_DD = inner.mean()
+        weighted = self.fisher is not None or self.sink_weight > 0.0
+        sample_ND = thinned(rows_ND, SAMPLE).float() if weighted else None
+        return shrunk(self.sums.pop(linear.name), mean_DD, sample_ND, self.damping)
+
+
+def shrunk(own: Accumulator, mean_DD: Tensor, sample_ND: Tensor | None, damping: float) -> Statistics:
+    """An expert's statistics, as though D tokens had been drawn from all of the block besides its own.
+
+    Args:
+        own: of the tokens routed to it, if there are any; used up.
+        mean_DD: the Hessian of all tokens.
+        sample_ND: some of these; None: all tokens weigh alike, and no sample is needed.
+        damping: of the Hessian.
+    """
+    tokens = own.tokens
+    if not tokens:
+        return Statistics(Hessian(mean_DD.clone(), damping), sample_ND=sample_ND)
+    share = tokens / (tokens + len(mean_DD))
+    hessian_DD = own.mean().mul_(share).add_(mean_DD, alpha=1.0 - share)
+    return Statistics(
+        Hessian(hessian_DD, damping), tokens, sample_ND=None if sample_ND is None else torch.cat(own.sample)
+    )
+
+
+def sampled(rows: Tensor, before: int, step: int) -> Tensor:
+    """Every ``step``-th row, counted over all batches, of which there were ``before`` in earlier ones."""
+    return rows[-before % step :: step]
+
+
+def thinned(rows: Tensor, count: int, turn: int = 0) -> Tensor:
+    """At most ``count`` of the rows, evenly spaced, starting ``turn`` rows later."""
+    step = max(-(-len(rows) // count), 1)
+    return rows[turn % step :: step]
+
+
+def routing_notes(block: str, tokens: Mapping[str, int], least: int) -> list[str]:
+    """Notes of the report on experts of a block that few tokens were routed to.
+
+    Args:
+        block: its name.
+        tokens: of each expert's linears, by their names.
+        least: fewer than this are too few.
+    """
+    notes, none = [], [name for name, count in tokens.items() if not count]
+    few = [name for name, count in tokens.items() if 0 < count < least]
+    if none:
+        notes.append(
+            f"{block}: no token was routed to {_some(none)} of {len(tokens)} linears of experts: they were pruned by "
+            "the Hessian of all tokens of the block"
+        )
+    if few:
+        notes.append(
+            f"{block}: fewer than {least} tokens were routed to {_some(few)} of {len(tokens)} linears of experts (the "
+            f"fewest: {min(tokens[name] for name in few)}): use more calibration data"
+        )
+    return notes
+
+
+def _some(names: list[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"

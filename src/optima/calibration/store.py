@@ -1,21 +1,19 @@
-"""Activations that wait for their turn: in main memory up to a budget, beyond it in memory-mapped files."""
+"""Activations between blocks: in main memory up to a budget, beyond it in memory-mapped files."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
 from optima.errors import ModelError
-from optima.models.files import ACTIVATIONS, explain_write_errors
+from optima.files import ACTIVATIONS, explain_write_errors
 
 # Smaller tensors stay in main memory: a page, a mapping and a file cost more.
 SMALLEST_MAPPED = 2**16
@@ -63,29 +61,9 @@ class Store:
 
     @property
     def notes(self) -> list[str]:
-        """For a report: what waited in files, if anything did."""
-        text = f"activations beyond the main memory left for them waited in files: {self.most_mapped:,} bytes at most"
+        """For the report."""
+        text = f"activations exceeded main memory: up to {self.most_mapped:,} bytes were in temporary files"
         return [text] if self.most_mapped else []
-
-    def shortage(self, size: int, processes: int = 1) -> str:
-        """What to tell of ``size`` bytes at most that each of some ``processes`` here will keep; empty: they fit."""
-        beyond, place = processes * (size - (size if self.budget is None else self.budget)), self._place()
-        if beyond <= 0:
-            return ""
-        if _is_memory(place):
-            return (
-                f"activations may take up to {beyond / 2**30:.1f} GiB of files in {place}, which is main memory "
-                "itself: write to a disk, or let TMPDIR name a directory on one"
-            )
-        if (free := shutil.disk_usage(place).free) >= beyond:
-            return ""
-        return (
-            f"activations may take up to {beyond / 2**30:.1f} GiB of files in {place}, which has "
-            f"{free / 2**30:.1f} GiB free: free some space there, or take fewer samples"
-        )
-
-    def _place(self) -> Path:
-        return self.directory or Path(tempfile.gettempdir())
 
     def _forget(self, key: int) -> None:
         size, is_mapped = self._known.pop(key)
@@ -95,7 +73,7 @@ class Store:
             self.held -= size
 
     def _map(self, tensor: Tensor, size: int) -> Tensor:
-        directory = self._place()
+        directory = self.directory or Path(tempfile.gettempdir())
         with explain_write_errors(directory, "free some space there, or take fewer samples"), _mapping(directory):
             handle, name = tempfile.mkstemp(prefix=ACTIVATIONS, dir=directory)
             try:
@@ -109,13 +87,6 @@ class Store:
         return mapped.view(tensor.shape).copy_(tensor)
 
 
-def _is_memory(directory: Path) -> bool:
-    """Whether its file system has no disk, as /tmp often has none."""
-    kinds = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
-    here = directory.resolve()
-    return next((kinds[above] for above in (here, *here.parents) if above in kinds), "") in ("tmpfs", "ramfs")
-
-
 @contextmanager
 def _mapping(directory: Path) -> Iterator[None]:
     """Raise ``ModelError`` for a file that cannot be mapped: torch has no type of its own for that."""
@@ -123,6 +94,6 @@ def _mapping(directory: Path) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise ModelError(
-            f"activations cannot wait in files in {directory} ({str(error).splitlines()[0]}): see that its file system "
-            "can map files, and that ulimit -v is unlimited, or take fewer samples"
+            f"activations cannot be kept in files in {directory} ({str(error).splitlines()[0]}): check that its file "
+            "system can map files and that ulimit -v is unlimited, or take fewer samples"
         ) from error

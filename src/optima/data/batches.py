@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.halving import rows_of
+from optima.calibration.batch_size import rows_of
 from optima.data.text import data_hash
 from optima.errors import CalibrationError
+from optima.models.blocks import Stack
 from optima.models.fingerprint import hash_tensors
-from optima.models.reading import arguments_of, check_vocabulary, is_encoder_decoder, needed_arguments
-from optima.models.stacks import Stack
+from optima.models.inspect import arguments_of, check_vocabulary, is_encoder_decoder, needed_arguments
 
 Batch = Tensor | Mapping[str, Tensor]
 # A DataLoader is one; its batches are tensors, or what a tokenizer or a collator returns.
@@ -250,7 +250,7 @@ def _enough(batches: Iterable[Any], most: Callable[[int], int]) -> Iterator[Any]
             continue
         wanted, samples = most(tokens.shape[1]) - count, len(tokens)
         if samples >= wanted:
-            yield batch if inseparable(batch, samples) else some_of(batch, slice(0, wanted), samples)
+            yield batch if indivisible(batch, samples) else some_of(batch, slice(0, wanted), samples)
             return
         yield batch
         count += samples
@@ -335,10 +335,10 @@ def first_of(model: nn.Module, batch: Batch, length: int) -> Batch:
     if isinstance(batch, Tensor):
         return batch[:1, : length * (1 + is_encoder_decoder(model))]
     samples = len(next(iter(batch.values())))
-    return batch if inseparable(batch, samples) else some_of(batch, slice(0, 1), samples)
+    return batch if indivisible(batch, samples) else some_of(batch, slice(0, 1), samples)
 
 
-def inseparable(batch: Batch, samples: int) -> str:
+def indivisible(batch: Batch, samples: int) -> str:
     """Why a batch cannot be taken apart into samples; empty if it can."""
     tensors = {} if isinstance(batch, Tensor) else batch
     odd = next((name for name, tensor in tensors.items() if tensor.shape[:1] != (samples,)), None)
@@ -346,7 +346,7 @@ def inseparable(batch: Batch, samples: int) -> str:
 
 
 def some_of(batch: Batch, part: slice, samples: int) -> Batch:
-    """Some samples of a batch, which is not ``inseparable``, or all of them."""
+    """Some samples of a batch, which is not ``indivisible``, or all of them."""
     if isinstance(batch, Tensor):
         return rows_of(batch, part, samples)
     return {name: rows_of(tensor, part, samples) for name, tensor in batch.items()}

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optima.data.text import special_tokens
 from optima.errors import CalibrationError
-from optima.models.failures import HUB_FAILURES
+from optima.models.load import HUB_FAILURES
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from optima.calibration.halving import Halving
+from optima.calibration.batch_size import BatchSize
 from optima.calibration.lm_head import exponentials, sampled_tokens
 from optima.device import evaluating, memory_explained
 from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
-from optima.models.reading import is_encoder_decoder
+from optima.models.inspect import is_encoder_decoder
 
 BATCH = 64  # sequences at a time, for any number of processes: others beside a sequence change its roundings
 PROMPT_SHARE = 1 / 8  # of a sequence
@@ -77,7 +77,7 @@ def generate_tokens(
     uniform_NL = torch.rand(count, new, generator=torch.Generator().manual_seed(seed))
     batches = list(range(0, count, BATCH))
     own = batches[ranks.part(len(batches))]
-    steps, done, reducing = max(len(own) * new, 1), 0, Halving(device)
+    steps, done, batch_size = max(len(own) * new, 1), 0, BatchSize(device)
 
     def step() -> None:
         nonlocal done
@@ -110,7 +110,7 @@ def generate_tokens(
             most = None if memory is None else max(memory // max(_cache_bytes(model, prompt_NC, length), 1), 1)
             parts: list[Tensor] = []
             for first in own:
-                parts += reducing.over(min(BATCH, count - first), partial(generate, first), most=most)
+                parts += batch_size.map(min(BATCH, count - first), partial(generate, first), most=most)
         finally:
             model.generation_config = own_settings
             nn.Module.to(model, home)

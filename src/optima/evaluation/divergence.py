@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
+from optima.calibration.lm_head import sliced_logits
 from optima.device import evaluating
 from optima.errors import ModelError
-from optima.evaluation.logits import batches, check_causal, sliced_logits, slices
+from optima.evaluation.logits import batches, check_causal, predicting
 from optima.evaluation.perplexity import check_finite, next_token_losses
 
 
@@ -56,10 +57,10 @@ def divergence(
             )
         for rows, batch_BL in batches(tokens_NL, batch_size, model.device):
             with sliced_logits(reference, batch_BL) as p_of, sliced_logits(model, batch_BL) as q_of:
-                for start, stop in slices(batch_BL, vocabulary):
-                    p_BCV, q_BCV = p_of(start, stop), q_of(start, stop)
+                for at_C in predicting(model, batch_BL):
+                    p_BCV, q_BCV = p_of(at_C), q_of(at_C)
                     same_BC = p_BCV.argmax(-1) == q_BCV.argmax(-1)
-                    sums_3N[0, rows] += next_token_losses(q_BCV, batch_BL[:, start + 1 : stop + 1])
+                    sums_3N[0, rows] += next_token_losses(q_BCV, batch_BL[:, at_C + 1])
                     sums_3N[1, rows] += _kl(p_BCV, q_BCV)
                     sums_3N[2, rows] += same_BC.sum(dim=1).cpu()
             check_finite(sums_3N[:, rows].sum(dim=0), rows.start)

@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.lm_head import sliced_logits
 from optima.data.text import SEPARATOR, SpecialTokens, pack, pieces, special_tokens, text_length, token_ids
 from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, NumericalError
-from optima.evaluation.logits import batches, check_causal, sliced_logits, slices
+from optima.evaluation.logits import batches, check_causal, predicting
 
 PROTOCOLS = ("windows", "sparsegpt")
 FIRST_DOCUMENTS = 64  # read first where the number of windows is limited, and doubled until they are enough
@@ -99,11 +100,11 @@ def window_losses(
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
     with torch.no_grad(), evaluating(model):
-        vocabulary = check_causal(model, tokens_NL)
+        check_causal(model, tokens_NL)
         for rows, batch_BL in batches(tokens_NL, batch_size, model.device):
             with sliced_logits(model, batch_BL) as logits_of:
-                for start, stop in slices(batch_BL, vocabulary):
-                    loss_N[rows] += next_token_losses(logits_of(start, stop), batch_BL[:, start + 1 : stop + 1])
+                for at_C in predicting(model, batch_BL):
+                    loss_N[rows] += next_token_losses(logits_of(at_C), batch_BL[:, at_C + 1])
             check_finite(loss_N[rows], rows.start)
             progress(rows.stop, len(tokens_NL))
     return loss_N / (tokens_NL.shape[1] - 1)

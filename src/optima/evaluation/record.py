@@ -13,7 +13,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from optima.errors import ModelError
-from optima.models.files import explain_write_errors, write_whole
+from optima.files import explain_write_errors, write_whole
 from optima.reporting.record import Int, Record, load_record
 
 SCHEMA_VERSION = 2

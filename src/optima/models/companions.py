@@ -20,10 +20,10 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedTokenizerBase
 
-from optima.models.files import TEMPLATES, TOKENIZERS, explain_write_errors
+from optima.files import TEMPLATES, TOKENIZERS, explain_write_errors
+from optima.models.load import Source, explain_read_errors, find_file
 from optima.models.ordered import ORDERING_NAME
 from optima.models.own_code import code_files, names_code
-from optima.models.source import Source, explain_read_errors, find_file
 
 _logger = logging.getLogger("optima")
 

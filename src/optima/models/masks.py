@@ -13,12 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from optima.errors import ModelError, RecipeError
-from optima.models.checkpoint import Checkpoint, UnstreamableError, open_checkpoint
-from optima.models.experts import ExpertLinear
-from optima.models.files import PACKED, usable_path
-from optima.models.skeleton import skeleton
-from optima.models.source import find_source, some, weight_files
-from optima.models.stacks import Linear
+from optima.files import PACKED, usable_path
+from optima.models.blocks import Linear
+from optima.models.load import find_source, skeleton, some, weight_files
+from optima.models.offload import Checkpoint, UnstreamableError, open_checkpoint
 
 # Names listed in a message.
 
@@ -101,15 +99,15 @@ class MaskFiles:
             RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
         key = self._find(linear.name)
-        alone = isinstance(linear, ExpertLinear) and _same(key, linear.name)  # else one mask of all experts
+        alone = linear.expert is not None and _same(key, linear.name)  # else one mask of all experts
         shape = torch.Size(linear.shape) if alone else linear.parameter.shape
         if key not in self._packed:
             self._packed[key] = _pack(self._read(linear, key, shape))
         if alone:
             return _unpack(self._packed[key], shape)
-        if not isinstance(linear, ExpertLinear):
+        if linear.expert is None:
             return linear.orient(_unpack(self._packed[key], shape))
-        own = _unpack(self._packed[key], shape[1:], linear.expert)
+        own = _unpack(self._packed[key], shape[1:], linear.expert.expert)
         return linear.orient(own.expand(shape))
 
     def _read(self, linear: Linear, name: str, shape: torch.Size) -> Tensor:

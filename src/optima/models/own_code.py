@@ -4,36 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import transformers
 from transformers.dynamic_module_utils import get_relative_imports
 
 _logger = logging.getLogger("optima")
 
 CONFIGURATIONS = "*config.json"
 MAP = "auto_map"
-LANGUAGE_MODEL, LANGUAGE_MODELS = "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")
-
-
-def auto_class(auto_map: Mapping[str, Any], names: Sequence[str]) -> str | None:
-    """The Auto class with which code registered the model that the checkpoint was saved from.
-
-    Args:
-        auto_map: of the configuration.
-        names: of the checkpoint's class, as ``architectures`` has them.
-    """
-    codes = {auto: code for auto, code in auto_map.items() if isinstance(code, str) and hasattr(transformers, auto)}
-    known = {auto: code.rpartition(".")[2] for auto, code in codes.items()}
-    for auto, name in known.items():
-        if name in names[:1]:
-            return auto
-    # The library's own head for another task is not that of the code.
-    other = any(hasattr(transformers, name) and not name.endswith(LANGUAGE_MODELS) for name in names[:1])
-    return LANGUAGE_MODEL if LANGUAGE_MODEL in known and not other else None
 
 
 def code_files(directory: Path) -> list[Path]:

@@ -14,18 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from optima.build import pattern_table
+from optima.core.shifted import MOST_EIGENVALUES
 from optima.data.batches import Calibration, read_calibration
 from optima.distributed import Ranks
-from optima.errors import NumericalError, RecipeError
-from optima.linalg.finite import all_finite
-from optima.linalg.shifted_inverse import MOST_EIGENVALUES
+from optima.errors import RecipeError
 from optima.linear import Methods
-from optima.models.left_dense import dense_notes, outside_notes
+from optima.models.blocks import Block, Linear, Stack, dense_notes, find_stacks, select_linears
+from optima.models.inspect import check_length
+from optima.models.load import Source, orders_of
 from optima.models.masks import MaskFiles
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
-from optima.models.reading import check_length
-from optima.models.source import Source, orders_of
-from optima.models.stacks import Block, Linear, Stack, find_stacks, select_linears
 from optima.patterns import Pattern
 from optima.preflight.settling import settle_self_generated
 from optima.recipe import Recipe
@@ -71,7 +69,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
         RecipeError: if a linear has no pattern, one that does not divide its inputs, or no external mask that fits.
     """
     stacks = chosen_stacks(model, recipe)
-    found = Preflight(tuple(stacks), {}, (*dense_notes(stacks), *outside_notes(model, stacks), *_idle(recipe, stacks)))
+    found = Preflight(tuple(stacks), {}, (*dense_notes(model, stacks), *_idle(recipe, stacks)))
     if not recipe.any_pattern:
         table = pattern_table(recipe, methods.selector)
         found.patterns.update(table.assign({linear.name: linear.shape[1] for linear in found.linears}))
@@ -80,7 +78,7 @@ def preflight(model: nn.Module, recipe: Recipe, methods: Methods) -> Preflight:
             known = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
             known += [name for name, module in model.named_modules() if hasattr(module, "weight")]
             masks.check_names(
-                [*known, *(each.name for block in found.blocks for each in (*block.linears, *block.left))]
+                [*known, *(each.name for block in found.blocks for each in (*block.linears, *block.excluded))]
             )
         found.patterns.update(methods.selector.check(found.linears, found.patterns, recipe.ignore))
     if isinstance(methods.selector, ALPS):
@@ -122,20 +120,10 @@ def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
 
 def _idle(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
     """A note for each regex of ``ignore`` that was asked for and leaves nothing alone: it may be misspelt."""
-    names = [linear.name for stack in stacks for block in stack.blocks for linear in (*block.linears, *block.left)]
+    names = [linear.name for stack in stacks for block in stack.blocks for linear in (*block.linears, *block.excluded)]
     default = Recipe().ignore
     asked = (regex for regex in recipe.ignore if regex not in default)
     return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
-
-
-def check_finite(linears: Sequence[Linear]) -> None:
-    """Raise ``NumericalError`` naming the first linear whose weight has NaN or Inf."""
-    for linear in linears:
-        if not all_finite(linear.read()):
-            raise NumericalError(
-                f"the weight of {linear.name} contains NaN or Inf: repair the checkpoint, or leave the linear out "
-                f"with --ignore '{re.escape(linear.name)}'"
-            )
 
 
 def check_shared(count: int | None, ranks: Ranks) -> None:

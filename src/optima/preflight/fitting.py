@@ -11,9 +11,8 @@ from transformers import PreTrainedModel
 from optima.build import build, default_scope
 from optima.linear import Methods
 from optima.memory import batch_size
-from optima.models.reading import check_forward
-from optima.models.skeleton import dtype_as_read
-from optima.models.source import Source
+from optima.models.inspect import check_forward
+from optima.models.load import Source, dtype_as_read
 from optima.preflight.checks import Preflight, check_order, preflight, sequence_length, sized, taken
 from optima.preflight.in_memory import check_changeable
 from optima.recipe import Recipe

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from optima.errors import ModelError
-from optima.models.stacks import Linear, ModuleLinear
+from optima.models.blocks import Linear
 from optima.recipe import Recipe
 
 NUMBERED = re.compile(r"\.\d+\.")  # in the names of what is in a list, as blocks are
@@ -40,7 +40,7 @@ def check_in_memory(model: PreTrainedModel, written: bool) -> None:
 def check_changeable(model: PreTrainedModel, linears: Iterable[Linear], recipe: Recipe) -> None:
     """Raise ``ModelError`` if what is written into ``linears`` would not last, or blocks cannot be tuned as asked."""
     for linear in linears:
-        if isinstance(linear, ModuleLinear) and "weight" not in linear.module._parameters:
+        if linear.expert is None and "weight" not in linear.module._parameters:
             raise ModelError(
                 f"the weight of {linear.name} is computed from other parameters: make it one of its own first, by "
                 "torch.nn.utils.prune.remove or torch.nn.utils.parametrize.remove_parametrizations"

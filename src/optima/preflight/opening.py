@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from optima.activations import activations
 from optima.calibration.store import Store
+from optima.checkpointing import Destination
 from optima.data.batches import Batch, Calibration
 from optima.data.datasets import Documents, load_documents
 from optima.data.generate import generate_tokens
@@ -23,13 +23,10 @@ from optima.data.text import calibration_tokens, special_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.memory import HostMemory, host_memory, host_room
-from optima.models.destination import Destination
-from optima.models.experts import split_on_disk
-from optima.models.fingerprint import commit_of, fingerprint
-from optima.models.skeleton import skeleton
-from optima.models.source import Source, find_source, pinned
-from optima.models.stacks import count_parameters
-from optima.models.weights import Resident, Streamed, Weights, open_weights
+from optima.models.blocks import count_parameters
+from optima.models.load import Source, commit_of, find_source, pinned, skeleton
+from optima.models.moe import split_on_disk
+from optima.models.offload import Resident, Streamed, Weights, open_weights
 from optima.patterns import Pattern, Unstructured
 from optima.preflight.checks import check_shared
 from optima.preflight.fitting import Fitted, fit
@@ -169,9 +166,7 @@ def _network(checked: Checked, whole: str | None, ranks: Ranks) -> tuple[PreTrai
 
     network, weights = open_weights(source, model, checked.recipe.dtype, fits, whole)
     weights.notes = (*weights.notes, *short)
-    revision, hashed = commit_of(source), fingerprint(source)
-    origin = {"model": source.name, "model_revision": revision, "model_fingerprint": hashed}
-    return network, weights, origin
+    return network, weights, {"model": source.name, "model_revision": commit_of(source)}
 
 
 def own_batches(text: Calibration, batch_size: int, ranks: Ranks) -> tuple[Sequence[Batch], bool]:
@@ -206,7 +201,7 @@ def claim(
     named = [checked.source and checked.source.local, checked.recipe.mask_from, *checked.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
     # What commits no block (a run that is not told of itself) keeps nothing beside.
-    beside = split_on_disk(checked.structure, checked.found.linears) if run else 0
+    beside = split_on_disk(checked.structure, [each.module for each in checked.found.linears]) if run else 0
     num_bytes = (count_parameters(checked.structure) + beside) * checked.dtype.itemsize
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
@@ -217,16 +212,5 @@ def store_of(checked: Checked, weights: Weights, destination: Destination | None
     memory = memory_of(checked, streamed)
     there = memory.least - memory.weights * streamed
     left = memory.left(ranks.here(), there)
-    beside = ranks.on_rank0(lambda: None if destination is None else destination.journal.parent)
+    beside = ranks.on_rank0(lambda: None if destination is None else destination.partial)
     return Store(left, beside if beside is not None and beside.is_dir() else None)
-
-
-def warn_of_disk(checked: Checked, store: Store, ranks: Ranks) -> None:
-    """Say so if the files of activations may not fit on the disk, where those of all processes here are."""
-    processes = ranks.here()
-    if checked.recipe.num_calibration_samples is None or not ranks.first:
-        return
-    needs, blocks = checked.methods.needs, checked.found.blocks
-    kept = activations(checked.structure, blocks, checked.recipe, needs, checked.dtype)
-    if said := store.shortage(kept.stored // ranks.size, processes):
-        _logger.warning("%s", said)

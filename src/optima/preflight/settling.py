@@ -12,7 +12,7 @@ from optima.data.generate import can_continue
 from optima.device import card_memory, is_there, named_device
 from optima.main_memory import total_memory
 from optima.memory import GIB
-from optima.models.stacks import count_parameters
+from optima.models.blocks import count_parameters
 from optima.recipe import Recipe
 
 # Shares of the main and the device memory that the whole model may take while it generates.

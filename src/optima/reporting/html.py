@@ -72,7 +72,7 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     for run, found in zip(runs, more or [()] * len(runs), strict=True):
         run["figures"][1:1] = found
     several = len(runs) > 1
-    dense = {report.run.model_fingerprint or report.run.model for report in reports.values()}
+    dense = {(report.run.model, report.run.model_revision) for report in reports.values()}
     data = to_json([run["data"] for run in runs], inf_nan_mode="strings").decode()
     return pages.get_template("report.html").render(
         runs=runs,

@@ -15,8 +15,8 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
 
 from optima.console import printable
-from optima.models.files import TOKENIZERS
-from optima.models.own_code import auto_class
+from optima.files import TOKENIZERS
+from optima.models.load import auto_class
 from optima.patterns import parse_nm
 from optima.reporting.markdown import table
 from optima.reporting.record import Report

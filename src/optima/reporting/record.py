@@ -21,7 +21,7 @@ from pydantic_core import from_json, to_json
 
 from optima import __version__
 from optima.errors import OptimaError
-from optima.models.files import usable_path
+from optima.files import usable_path
 
 SCHEMA_VERSION = 3
 REPORT_NAME = "report.json"
@@ -134,7 +134,6 @@ class RunRecord(Record):
     notes: tuple[str, ...]  # what was not done, or not as requested: escalated damping, skipped modules
     stages: dict[str, float] = field(default_factory=dict)  # seconds of the whole run, blocks included, by stage
     model_revision: str | None = None  # commit of a hub model; None if unknown
-    model_fingerprint: str | None = None  # hash of the source's weights; None if unknown
     dataset_revision: str | None = None  # commit of a hub dataset; None if unknown
     processes: Int = 1  # that shared the work
     calibration_given: bool = False  # the caller passed the calibration data; the recipe's dataset was not read

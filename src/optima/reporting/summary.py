@@ -202,7 +202,7 @@ def figures(report: Report) -> list[Figure]:
 def run_facts(report: Report) -> list[tuple[str, str]]:
     """What a run worked on and what it took, a title and a text each."""
     run, total = report.run, report.num_weights
-    source = [f"revision {run.model_revision}" if run.model_revision else None, run.model_fingerprint]
+    source = [f"revision {run.model_revision}"] if run.model_revision else []
     text = [f"{run.num_tokens:,} tokens", f"seed {run.seed}", f"hash {run.data_hash[:16]}"]
     text += [f"revision {run.dataset_revision}"] if run.dataset_revision else []
     device = run.device if run.processes == 1 else f"{run.processes} processes, the first on {run.device}"

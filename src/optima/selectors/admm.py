@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import SharedMatrix
-from optima.linalg.scaling import scaled_weight, unit_diagonal
+from optima.core.hessian import Hessian
+from optima.core.products import SharedMatrix
+from optima.core.scaling import scaled_weight, unit_diagonal
 from optima.patterns import Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores

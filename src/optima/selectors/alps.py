@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import SharedMatrix
-from optima.linalg.scaling import scaled_weight, unit_diagonal
-from optima.linalg.shifted_inverse import Eigen, ShiftedInverse, eigendecomposition
+from optima.core.hessian import Hessian
+from optima.core.products import SharedMatrix
+from optima.core.scaling import scaled_weight, unit_diagonal
+from optima.core.shifted import Eigen, ShiftedInverse, eigendecomposition
 from optima.patterns import Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores

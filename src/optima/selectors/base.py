@@ -12,9 +12,9 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from optima.core.hessian import Hessian
+from optima.core.statistics import Statistics
 from optima.errors import RecipeError
-from optima.linalg.hessian import Hessian
-from optima.linalg.statistics import Statistics
 from optima.patterns import Pattern, Scope
 
 

@@ -29,11 +29,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
-from optima.linalg.products import scaled
-from optima.linalg.scaling import saliency_unit, scaled_weight
-from optima.linalg.shifted_inverse import CoupledInverse, Eigen, FactoredInverse, eigendecomposition, largest_eigenvalue
-from optima.linalg.statistics import sampling_step
+from optima.core.hessian import Hessian
+from optima.core.products import scaled
+from optima.core.scaling import saliency_unit, scaled_weight
+from optima.core.shifted import CoupledInverse, Eigen, FactoredInverse, eigendecomposition, largest_eigenvalue
+from optima.core.statistics import sampling_step
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import MOST_COMPARED, kth_lowest, top_scores

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from optima.linalg.hessian import Hessian
+from optima.core.hessian import Hessian
 from optima.patterns import Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores

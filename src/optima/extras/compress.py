@@ -1,0 +1,126 @@
+"""A checkpoint packed and unpacked: its safetensors files one by one, everything else as it is. See docs/packing.md."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from optima.checkpointing import Destination
+from optima.errors import ModelError
+from optima.extras.bitmask import Size, pack_shard, read_original, unpack_shard
+from optima.files import (
+    INDEX_ENDING,
+    PACKED,
+    PLAIN,
+    check_shards,
+    explain_write_errors,
+    stat_of,
+    the_same,
+    usable_path,
+)
+from optima.stopping import interruptible
+
+
+def pack(
+    directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False, code_exponents: bool = False
+) -> Size:
+    """Write a checkpoint anew, its safetensors files packed and all other files as they are.
+
+    Args:
+        directory: a local checkpoint in safetensors format; it is left as it is.
+        output_dir: the new directory, by default called like ``directory`` with ``-packed`` behind.
+        overwrite: replace an earlier output.
+        code_exponents: Huffman-code the exponents of bfloat16 tensors too, of dense ones as well.
+
+    Raises:
+        ModelError: if ``directory`` holds no safetensors files, damaged or packed ones, or lacks some, or the output
+            cannot be written.
+    """
+    source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
+    before = stat_of(source)
+    if packed := _shards(source, PACKED):
+        raise ModelError(f"{packed[0]} is packed already: unpack it with optima unpack {source}")
+    if not (shards := _shards(source, PLAIN)):
+        raise ModelError(f"{source} holds no {PLAIN} files: name the local directory of a checkpoint in this format")
+    check_shards(source)
+    with _beside(source, "-packed", output_dir, overwrite) as new, the_same(source, before):
+        _copy_rest(source, new, PLAIN, PACKED)
+        sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED), code_exponents) for shard in shards]
+    return sum(sizes, Size())
+
+
+def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False) -> int:
+    """Restore what ``pack`` was given, bit for bit; returns the bytes of the shards.
+
+    Args:
+        directory: what ``pack`` wrote; it is left as it is.
+        output_dir: the new directory, by default called like ``directory`` with ``-unpacked`` behind.
+        overwrite: replace an earlier output.
+
+    Raises:
+        ModelError: if ``directory`` holds no packed files, or damaged ones (the tensor is named), or lacks some, or
+            the output cannot be written.
+    """
+    source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
+    before = stat_of(source)
+    if not (shards := _shards(source, PACKED)):
+        raise ModelError(f"{source} holds no {PACKED} files: name a directory that optima pack wrote")
+    check_shards(source)
+    originals = [read_original(shard) for shard in shards]
+    num_bytes = sum(original.num_bytes for original in originals)
+    with _beside(source, "-unpacked", output_dir, overwrite, num_bytes) as new, the_same(source, before):
+        _copy_rest(source, new, PACKED, PLAIN)
+        for shard, original in zip(shards, originals, strict=True):
+            unpack_shard(shard, new / _renamed(shard.name, PACKED, PLAIN), original)
+    return num_bytes
+
+
+def _shards(directory: Path, ending: str) -> list[Path]:
+    found = (file for file in sorted(directory.glob(f"*{ending}")) if file.is_file())
+    return [file for file in found if ending == PACKED or not file.name.endswith(PACKED)]
+
+
+def _renamed(name: str, old: str, new: str) -> str:
+    return name.removesuffix(old) + new
+
+
+def place_for(directory: str | Path, output_dir: str | Path | None, suffix: str) -> Path:
+    """Where it goes: ``output_dir``, or beside ``directory``, called like that, link or not, with ``suffix`` behind."""
+    if output_dir is not None:
+        return Path(output_dir)
+    here = Path(os.path.abspath(os.path.expanduser(directory)))
+    return here.with_name(here.name + suffix)
+
+
+@contextmanager
+def _beside(
+    source: Path, suffix: str, output: str | Path | None, overwrite: bool, num_bytes: int = 0
+) -> Iterator[Path]:
+    """The directory that takes the output's name when the context ends without an error."""
+    path, source = place_for(source, output, suffix), source.resolve()
+    if bad := next((path for path in sorted(source.rglob("*")) if not os.access(path, os.R_OK)), None):
+        raise ModelError(f"{bad} cannot be read: see its permissions, or where its link leads")
+    with interruptible(), Destination.open(path, overwrite, [source], num_bytes) as destination:
+        if destination.path.is_relative_to(source):
+            raise ModelError(f"{destination.path} is inside {source}, which is read: choose another --output-dir")
+        with explain_write_errors(destination.path):
+            yield destination.directory
+
+
+def _copy_rest(source: Path, target: Path, old: str, new: str) -> None:
+    """Everything but the shards; an index with the new names of its files."""
+    shards = set(_shards(source, old))
+    for path in sorted(source.iterdir()):
+        if path in shards:
+            continue
+        if path.name.endswith(old + INDEX_ENDING):
+            # As text, so that unpacking restores its bytes.
+            text = path.read_bytes().replace(f'{old}"'.encode(), f'{new}"'.encode())
+            (target / _renamed(path.name, old + INDEX_ENDING, new + INDEX_ENDING)).write_bytes(text)
+        elif path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)

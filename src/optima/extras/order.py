@@ -1,0 +1,130 @@
+"""One run from a checkpoint to the same model with its channels in another order: an ordinary checkpoint too.
+
+Shapes: O outputs, D inputs, R rows, H heads, W channels of a head, E hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optima.device import evaluating, memory_explained, unswitched
+from optima.distributed import joined
+from optima.errors import ModelError, RecipeError
+from optima.extras.channels import KINDS, Kind
+from optima.extras.hidden import why_not_hidden
+from optima.extras.record import Ordering
+from optima.extras.run import HIDDEN_STAY, Run
+from optima.models.companions import to_save
+from optima.models.load import load_tokenizer
+from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
+from optima.models.save import open_writer, prepare
+from optima.patterns import NM
+from optima.preflight.checks import known_orders
+from optima.preflight.opening import check, claim, generated, read, store_of
+from optima.preflight.settling import untuned
+from optima.recipe import Recipe
+from optima.reporting.callbacks import Listeners, Progress, make_progress
+from optima.stopping import interruptible
+
+REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
+
+
+def order(
+    model: str | Path | PreTrainedModel,
+    recipe: Recipe | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: Tensor | Iterable[str] | None = None,
+    channels: Collection[Kind] = KINDS,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Ordering:
+    """Write a model with its channels where patterns n:m lose less: the same function, to be pruned afterwards.
+
+    Weights of the linears with a pattern n:m count by what the loss feels of their removal, as far as a diagonal tells
+    (``optima.core.scaling.saliency_unit``), on inputs of the dense model. The values of heads are turned by
+    orthogonal matrices, other channels change places. Every block is tried at random first, and the model as a whole
+    in the end.
+
+    Args:
+        model: a hub id, a local directory, a GGUF file, all of which is read into memory; or a model in memory, which
+            is changed in place.
+        recipe: its patterns, calibration and objective count.
+        output_dir: where the checkpoint and ``ordering.json`` are written; may be None for a model in memory.
+        tokenizer: for a model in memory; a path brings its own.
+        calibration: instead of the recipe's dataset: documents, or token ids of shape (samples, length).
+        channels: the kinds to order or turn: those inside an MLP, of value heads, and the hidden ones.
+        overwrite: replace an earlier output.
+        progress: tell of each block.
+
+    Raises:
+        OptimaError: for anything that cannot be done, or if there is nothing to write in another order. Nothing is left
+            half-written. A model in memory may compute something else then: load it anew.
+    """
+    started = time.perf_counter()
+    _check_channels(channels)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(joined())
+        if ranks.size > 1:
+            raise RecipeError("channels are ordered by one process: start it without torchrun")
+        stack.enter_context(unswitched())
+        counting = untuned(recipe) if isinstance(recipe, Recipe) else recipe  # no order takes the memory of tuning
+        checked = check(model, counting, output_dir, calibration, ranks)
+        if known_orders(checked.source, checked.structure) is not None:
+            name = "the model in memory" if checked.source is None else checked.source.name
+            raise ModelError(f"the channels of {name} are in order already: order the model as it came")
+        if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
+            raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
+        if set(channels) == {"hidden"} and (reason := why_not_hidden(checked.structure, checked.found.stacks)):
+            raise RecipeError(f"{HIDDEN_STAY}: {reason}: choose other --channels")
+        stack.enter_context(memory_explained(checked.device, REMEDY))
+        destination = None
+        if output_dir is not None:
+            stack.enter_context(interruptible())
+            destination = stack.enter_context(claim(checked, output_dir, overwrite, {}, None))
+        reader = load_tokenizer(checked.source) if checked.source is not None and tokenizer is None else tokenizer
+        shown = stack.enter_context(Listeners([make_progress() if progress else Progress()]))
+        network, weights, origin, text = read(checked, reader, ranks, "its channels change places")
+        if destination is not None:
+            saved = to_save(checked.source, tokenizer, reader)
+            prepare(network, saved, checked.source, destination.directory)
+        text = generated(checked, network, reader, text, ranks, shown)
+        recipe = checked.recipe
+        assert recipe.batch_size is not None
+        store = store_of(checked, weights, destination, ranks)
+        run = Run(checked, network, weights, shown, frozenset(channels), store)
+        with evaluating(network):
+            try:
+                run.order(text.batches(recipe.batch_size))
+            finally:
+                if run.done:
+                    mark_ordered(network, [asdict(each) for each in run.done])
+        seconds = time.perf_counter() - started
+        notes = (*weights.notes, *text.notes, *run.notes)
+        found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), notes, seconds)
+        if destination is not None:
+            if not run.done:
+                raise ModelError(f"nothing has another order, so nothing is written: {'; '.join(run.notes)}")
+            content = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(found)})
+            writer = open_writer(network, checked.found.blocks, destination, {}, weights)
+            writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
+    return found
+
+
+def _check_channels(channels: Collection[Kind]) -> None:
+    known = ", ".join(KINDS)
+    if isinstance(channels, str):
+        raise RecipeError(f"channels must be a list of kinds, got {channels!r}: for example {KINDS[:1]}")
+    if not channels:
+        raise RecipeError(f"channels is empty, and nothing would be ordered: choose among {known}")
+    if unknown := sorted(set(channels) - set(KINDS)):
+        raise RecipeError(f"there are no channels {unknown[0]!r}: choose among {known}")

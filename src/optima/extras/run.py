@@ -1,0 +1,330 @@
+"""The channels of a model in memory are ordered, and the values of its heads turned, block by block.
+
+Shapes: O outputs, D inputs, R rows, H heads, W channels of a head, E hidden size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from optima.calibration.activations import Activations
+from optima.calibration.batch_size import BatchSize
+from optima.calibration.capture import capture
+from optima.calibration.lm_head import embedding_device
+from optima.calibration.probe import forward
+from optima.calibration.store import Store
+from optima.core.finite import all_finite
+from optima.core.hessian import Hessian
+from optima.core.scaling import saliency_unit, scaled_weight
+from optima.data.batches import Batch
+from optima.device import full_precision
+from optima.errors import ModelError, NumericalError
+from optima.extras.channels import Channels, Kind, inner_channels, reorder
+from optima.extras.hidden import hidden_channels, why_not_hidden
+from optima.extras.permute import best_order, lost
+from optima.extras.record import Ordered
+from optima.extras.rotate import Part, best_turn, part_of
+from optima.extras.trial import TOLERANCE, difference
+from optima.models.blocks import Block, Stack
+from optima.models.fingerprint import hash_tensors
+from optima.models.inspect import head_of
+from optima.models.offload import Weights
+from optima.names import kind
+from optima.patterns import NM, Pattern
+from optima.pipeline import Job
+from optima.preflight.checks import chosen_stacks
+from optima.preflight.opening import Checked
+from optima.recipe import SINK_WEIGHT
+from optima.reporting.callbacks import Listeners
+from optima.weighing import sweep
+
+MOST_ZEROS = 0.1  # of a linear that nobody pruned
+HIDDEN_STAY = "hidden channels stay where they are"
+CHANNELS_STAY = "{}: its {} channels stay where they are: {}"
+UNREACHED = "{}: no calibration token reached it: its channels stay"
+# Of the rows of all linears that order the hidden channels: evenly chosen rows, if they are larger.
+HIDDEN_BYTES = 2**29
+# Rows of one linear that order the channels inside a block.
+INNER_ROWS = 2**12
+# Most that the model's outputs may change, relative to them, in units of rounding to its dtype; and what many blocks
+# make of the roundings of float32.
+ROUNDINGS, DEEP = 8, 1e-3
+CHECKED_TOKENS = 128
+# A logit below it is of a token that the model rules out: some models give these the least number there is.
+RULED_OUT = -3e4
+
+
+@dataclass
+class Run:
+    """Orders the channels of a model in memory."""
+
+    checked: Checked
+    network: PreTrainedModel
+    weights: Weights
+    shown: Listeners
+    kinds: frozenset[Kind]
+    store: Store
+    done: list[Ordered] = field(default_factory=list)
+    read: list[Channels] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.checked.recipe.seed)
+        self.patterns: dict[str, Pattern] = self.checked.found.patterns
+        self.parameters: dict[str, Tensor] = dict(self.network.named_parameters())
+
+    def order(self, batches: Sequence[Batch]) -> None:
+        """All stacks; the model computes the same afterwards, which is checked."""
+        stacks = chosen_stacks(self.network, self.checked.recipe)
+        for block in (block for stack in stacks for block in stack.blocks):
+            _check_dense(block)
+        self.place = embedding_device(self.network, self.checked.device, batches)
+        self.sample, self.outputs = batches[0], self._outputs(batches[0])
+        if not all_finite(self.outputs):
+            raise NumericalError(
+                f"{type(self.network).__name__} computes NaN or Inf of the calibration text as it is, with channels in "
+                "any order: repair the checkpoint"
+            )
+        hidden = why_not_hidden(self.network, stacks)
+        for stack in (stack for stack in stacks if stack.needed):
+            self._stack(stack, batches, hidden)
+        covered = {name for each in self.read for name in each.readers}
+        left = Counter(kind(name) for name in sorted(self._by_pattern() - covered))
+        if left:
+            names = ", ".join(f"{name} ({count})" for name, count in left.items())
+            self.notes.append(f"the inputs of these linears are where they were: {names}")
+        self.notes = list(dict.fromkeys(self.notes))  # experts have one name
+
+    @torch.no_grad()
+    def _outputs(self, batch: Batch) -> Tensor:
+        """Of the beginning of one sequence: logits, whose mean no softmax sees, or what the model returns first."""
+        given = batch[:1, :CHECKED_TOKENS] if isinstance(batch, Tensor) else batch
+        with self.weights.outside(self.place), full_precision():
+            found: Tensor = forward(self.network, given)[0].float()
+        if head_of(self.network) is None:
+            return found
+        ruled_out = found <= RULED_OUT
+        mean = found.masked_fill(ruled_out, 0.0).sum(-1, keepdim=True) / (~ruled_out).sum(-1, keepdim=True)
+        return (found - mean).masked_fill(ruled_out, 0.0)
+
+    def _changed(self) -> float:
+        """How far the model is from computing the same, relative to the most that rounding explains."""
+        change = (self._outputs(self.sample) - self.outputs).norm() / self.outputs.norm()
+        return float(change) / max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP)
+
+    def _stack(self, stack: Stack, batches: Sequence[Batch], hidden: str) -> None:
+        recipe, device = self.checked.recipe, self.checked.device
+        with self.weights.outside(self.place):
+            acts = capture(self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(device))
+        methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
+        sink = SINK_WEIGHT if recipe.objective == "sink" else 0.0
+        job = Job(methods, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
+        if recipe.objective == "loss" and (told := sweep(job, self.network, stack, acts, recipe)):
+            self.notes.append(told)
+        every = self._hidden(stack, acts, hidden)
+        read_by = self._deciding(every) if every is not None else set()
+        rows: list[Tensor] = []
+        turned: list[tuple[Channels, list[Part]]] = []
+        most = HIDDEN_BYTES // (4 * acts.hidden[0].shape[-1])
+        self.shown.start(len(stack.blocks), 1, stage="order")
+        for block in stack.blocks:
+            with self.weights.on(block, device, job.clock):
+                inner = self._inner(block, acts)
+                saliencies, parts = self._observed(block, acts, job, inner, read_by)
+                felt = read_by if job.loss is None else {name for name in read_by if job.loss.of_rows(name) is not None}
+                for name in [name for name in saliencies if name in felt]:
+                    rows.append(self._some(saliencies[name], most // len(read_by)).cpu())
+                for each in inner:
+                    if each.kind == "heads" and every is not None and each.writer in every.readers:
+                        turned.append((each, [part.to(torch.device("cpu")) for part in parts[each.name]]))
+                    elif each.kind == "heads":
+                        self._turn(each, parts[each.name])
+                    else:
+                        own = [saliencies[name] for name in each.readers if name in saliencies]
+                        self._reorder(each, own, INNER_ROWS)
+            self.shown.block(block.name)
+        self._refuse_changed()
+        order_E = self._reorder(every, rows) if every is not None and rows else None
+        if every is not None and order_E is not None and not self._changed() <= 1.0:
+            reorder(every, order_E.argsort()[None], self.parameters)
+            order_E = None
+            del self.done[-1], self.read[-1]
+            self.notes.append(f"{HIDDEN_STAY}: outside its blocks the model does not compute the same then")
+        if turned:
+            self.shown.start(len(turned), 1, stage="turn")
+            for channels, waiting in turned:  # until it was known which inputs of what writes the values make a group
+                self._turn(channels, [part.to(device, order_E) for part in waiting])
+                self.shown.block(channels.name)
+            self._refuse_changed()
+        self.notes += job.notes
+
+    def _refuse_changed(self) -> None:
+        if not self._changed() <= 1.0:
+            raise ModelError(
+                f"with its channels in another order {type(self.network).__name__} computes something else: leave "
+                "some as they are, for example by --channels mlp"
+            )
+
+    def _by_pattern(self) -> set[str]:
+        """Names of the linears with a pattern n:m."""
+        return {name for name, pattern in self.patterns.items() if isinstance(pattern, NM)}
+
+    def _hidden(self, stack: Stack, acts: Activations, reason: str) -> Channels | None:
+        """The hidden channels, if they are to be ordered and every block computes the same with them elsewhere."""
+        if "hidden" not in self.kinds:
+            return None
+        size = acts.hidden[0].shape[-1]
+        found = reason or hidden_channels(self.network, stack, size)
+        if isinstance(found, Channels):
+            if not self._deciding(found):
+                return None
+            trial = acts.part([0])
+            for block in stack.blocks:
+                with self.weights.on(block, self.checked.device):
+                    if difference(block, [found], trial) > TOLERANCE:
+                        found = f"{block.name} does not compute the same with them elsewhere"
+                        break
+                    trial.forward(block)
+        if isinstance(found, str):
+            self.notes.append(f"{HIDDEN_STAY}: {found}")
+            return None
+        return found
+
+    def _deciding(self, channels: Channels) -> set[str]:
+        """Names of the linears by whose patterns it is decided where the channels go."""
+        own = {channels.writer, *channels.readers} if channels.kind == "heads" else set(channels.readers)
+        return own & self._by_pattern()
+
+    def _inner(self, block: Block, acts: Activations) -> list[Channels]:
+        """Channels inside the block that are to be ordered or turned, and may be."""
+        taken: set[str] = set()
+        candidates = []
+        for ways in inner_channels(block, self.network.config.get_text_config()):
+            first = ways[0]
+            if first.kind in self.kinds and self._deciding(first) and not taken & set(first.readers):
+                taken |= set(first.readers)
+                if reason := self._why_not(first, block, acts):
+                    self.notes.append(CHANNELS_STAY.format(first.name, first.kind, reason))
+                else:
+                    candidates.append(ways)
+        together: defaultdict[tuple[Kind, str], list[list[Channels]]] = defaultdict(list)
+        for ways in candidates:
+            together[ways[0].kind, kind(ways[0].name)].append(ways)  # experts are many
+        found: list[Channels] = []
+        for own in together.values():
+            tried = [list(each) for each in zip(*own, strict=False)]
+            differences = [difference(block, each, acts) for each in tried]
+            if (least := min(differences)) <= TOLERANCE:
+                found += tried[differences.index(least)]
+                continue
+            reason = "the block does not compute the same with them elsewhere"
+            self.notes += [CHANNELS_STAY.format(first.name, first.kind, reason) for first, *_ in own]
+        return found
+
+    def _why_not(self, channels: Channels, block: Block, acts: Activations) -> str:
+        """Why channels inside a block must stay as they are; empty if they may be tried elsewhere."""
+        pattern = self._pattern(channels)
+        if any(place.name.removeprefix(f"{block.name}.") in block.common for place in channels.places):
+            return "other blocks share weights of theirs"
+        if channels.kind == "heads" and acts.states(block, 0):
+            return "other blocks may read these values"
+        if pattern is not None and channels.width % pattern.m:
+            return f"{channels.width} of them make no groups of {pattern}"
+        return ""
+
+    def _pattern(self, channels: Channels) -> NM | None:
+        """Of the readers: that of the largest groups; None if none is n:m."""
+        own = [pattern for name in channels.readers if isinstance(pattern := self.patterns.get(name), NM)]
+        return max(own, key=lambda pattern: (pattern.m, pattern.n), default=None)
+
+    def _observed(
+        self, block: Block, acts: Activations, job: Job, inner: Iterable[Channels], read_by: Collection[str]
+    ) -> tuple[dict[str, Tensor], dict[str, list[Part]]]:
+        """What decides about the channels; ``acts`` are behind the block then.
+
+        Returns:
+            the saliencies, (R, D), of linears whose inputs change places, by name; and what linears are to values that
+            are turned, by the name of the attention.
+        """
+        turned = {name: each for each in inner if each.kind == "heads" for name in self._deciding(each)}
+        wanted = {*read_by, *(name for each in inner if each.kind != "heads" for name in each.readers)}
+        saliencies: dict[str, Tensor] = {}
+        parts: defaultdict[str, list[Part]] = defaultdict(list)
+        for each in job.observe(block, acts, job.clock, onward=True):
+            if (statistics := each.statistics) is None:
+                continue
+            for linear in each.linears:
+                if linear.name not in wanted and linear.name not in turned:
+                    continue
+                weight_OD, hessian = linear.read().to(self.checked.device, torch.float32), statistics.hessian
+                row_O = None if job.loss is None else job.loss.of_rows(linear.name)
+                if linear.name in wanted:
+                    saliencies[linear.name] = _saliency(weight_OD, hessian, row_O)
+                if (channels := turned.get(linear.name)) is not None:
+                    pattern = self.patterns[linear.name]
+                    assert isinstance(pattern, NM)
+                    parts[channels.name].append(part_of(channels, linear.name, weight_OD, hessian, row_O, pattern))
+        return saliencies, parts
+
+    def _some(self, saliency_OD: Tensor, count: int) -> Tensor:
+        """At most ``count`` rows, which stand for all."""
+        outputs = len(saliency_OD)
+        if outputs <= count:
+            return saliency_OD
+        chosen_R = torch.randperm(outputs, generator=self.generator)[: max(count, 1)].sort().values
+        return saliency_OD[chosen_R.to(saliency_OD.device)] * (outputs / len(chosen_R))
+
+    def _reorder(self, channels: Channels, saliencies: list[Tensor], most: int = 0) -> Tensor | None:
+        """Give channels the order in which their readers lose least, which is returned; None if nothing is known.
+
+        ``most`` rows decide; 0: all.
+        """
+        if not saliencies:
+            self.notes.append(UNREACHED.format(channels.name))
+            return None
+        pattern = self._pattern(channels)
+        assert pattern is not None
+        whole_RD = torch.cat(saliencies).to(self.checked.device)
+        order_D = best_order(self._some(whole_RD, most or len(whole_RD)), pattern, self.generator)
+        reorder(channels, order_D[None], self.parameters)
+        before, after = lost(whole_RD, pattern), lost(whole_RD[:, order_D.to(whole_RD.device)], pattern)
+        share = after / before if before else 1.0
+        self.done.append(Ordered(channels.kind, channels.name, share, order_D.tolist()))
+        self.read.append(channels)
+        return order_D
+
+    def _turn(self, channels: Channels, parts: Sequence[Part]) -> None:
+        """Turn the values of heads as it costs what writes and what reads them least."""
+        if not parts:
+            self.notes.append(UNREACHED.format(channels.name))
+            return
+        begin_HWW = torch.randn(channels.heads, channels.width, channels.width, generator=self.generator)
+        turn_HWW, share = best_turn(parts, begin_HWW.to(self.checked.device))
+        reorder(channels, turn_HWW, self.parameters)
+        told = hash_tensors([("turn", turn_HWW)])
+        self.done.append(Ordered(channels.kind, channels.name, share, turn=told))
+        self.read.append(channels)
+
+
+def _check_dense(block: Block) -> None:
+    """Raise ``ModelError`` if a linear was pruned: a turn would fill its zeros, and no order would keep groups."""
+    for linear in block.linears:
+        weight_OD = linear.read()
+        zeros = 1.0 - int(weight_OD.count_nonzero()) / max(weight_OD.numel(), 1)
+        if MOST_ZEROS < zeros < 1.0:
+            raise ModelError(
+                f"{zeros:.0%} of {linear.name} are zeros: this model was pruned, and its zeros would be lost. Order "
+                "the dense model, then prune"
+            )
+
+
+def _saliency(weight_OD: Tensor, hessian: Hessian, row_O: Tensor | None) -> Tensor:
+    """Of each weight, squared and in units of the loss where ``row_O`` tells them, (O, D)."""
+    saliency_OD = scaled_weight(weight_OD, hessian, saliency_unit(hessian)).square()
+    return saliency_OD if row_O is None else saliency_OD.mul_(row_O[:, None].to(saliency_OD))

@@ -1,0 +1,170 @@
+"""Files: their names and hashes, headers and indices; swapped at one instant, made to outlast a loss of power."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from optima.errors import ModelError
+
+CANNOT_SYNC = (errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF)  # of a directory, as some mounts answer
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+CHUNK = 2**20  # of a file, in bytes
+ACTIVATIONS = ".activations-"  # how files begin in which activations wait
+PLAIN, INDEX_ENDING = ".safetensors", ".index.json"  # how files of weights end, and behind that those which name them
+PACKED = ".packed.safetensors"  # how the files end that optima pack writes
+TOKENIZERS = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*_vocab.json", "*.spm", "bpe.codes", "*.model", "*.tiktoken", "tekken.json", "normalizer.json"),
+    *("chat_template*", "*.jinja"),
+)
+TEMPLATES = "additional_chat_templates"  # of a tokenizer, in a directory of their own
+
+
+def usable_path(path: str | Path, what: str, remedy: str) -> Path:
+    """``path`` with its home directory put in, which can be looked at; whether something is there is another matter.
+
+    Raises:
+        ModelError: if no path can be so called, or it may not be looked at. It names ``what`` and the ``remedy``.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise ModelError(f"{what} is {path!r}, not a path: {remedy}")
+    text = os.fspath(path)
+    try:
+        text.encode("utf-8")
+        expanded = Path(text).expanduser()
+        expanded.resolve()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            expanded.stat()
+    except (OSError, ValueError, RuntimeError) as error:
+        # NUL bytes and undecodable ones are ValueErrors; loops of links and unknown homes RuntimeErrors.
+        reason = error.strerror if isinstance(error, OSError) else error
+        shown = ascii(text) if len(text) < 100 else f"{text[:100]!a}..."
+        raise ModelError(f"{what} {shown} cannot be used ({reason}): {remedy}") from None
+    return expanded
+
+
+@contextmanager
+def explain_write_errors(path: Path, remedy: str = "free some space or choose another --output-dir") -> Iterator[None]:
+    """Turn a failure to write into an error that names the destination, and the ``remedy`` for a full disk."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        full = isinstance(error, SafetensorError) or error.errno in DISK_FULL
+        raise ModelError(f"writing {path} failed ({error})" + (f": {remedy}" if full else "")) from error
+
+
+def stat_of(directory: Path) -> os.stat_result | None:
+    """What tells a directory from another of its name; None if there is none."""
+    with suppress(OSError):
+        return directory.stat()
+    return None
+
+
+def is_same(directory: Path, before: os.stat_result | None) -> bool:
+    """Whether the directory of that name is the one of which ``stat_of`` told ``before``."""
+    after = stat_of(directory)
+    return before is not None and after is not None and os.path.samestat(before, after)
+
+
+@contextmanager
+def the_same(directory: Path, before: os.stat_result | None) -> Iterator[None]:
+    """A ``ModelError`` if another directory bears the name in the end: what was read is then of both."""
+    yield
+    if not is_same(directory, before):
+        raise ModelError(f"{directory} was replaced while it was read: try again")
+
+
+def sync(*paths: Path) -> None:
+    """Make files and directories outlast a loss of power; directories where the file system can."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in CANNOT_SYNC or not path.is_dir():
+                raise
+        finally:
+            os.close(handle)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file under another name and give it its own at one instant, so that no half of it is ever seen."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        sync(partial)
+        partial.replace(file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(file.parent)
+
+
+def digest(file: Path) -> str | None:
+    """SHA-256 of a file's content, in hex; None if it is empty, or no file."""
+    if not file.is_file() or not file.stat().st_size:
+        return None
+    content = hashlib.sha256()
+    with file.open("rb", buffering=0) as opened:
+        while chunk := opened.read(CHUNK):
+            content.update(chunk)
+    return content.hexdigest()
+
+
+def stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of the last change of each file, by its name."""
+    return {file.name: [(found := file.stat()).st_size, found.st_mtime_ns] for file in sorted(files)}
+
+
+def delete(paths: Iterable[Path]) -> None:
+    """Remove files and directories; a link, not what it points at."""
+    for path in list(paths):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, and the bytes before its first tensor."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header: dict[str, Any] = json.loads(opened.read(length))
+    return header, 8 + length
+
+
+def check_shards(directory: Path) -> None:
+    """Raise ``ModelError`` if a file that an index of ``directory`` names is not there."""
+    for index in sorted(directory.glob(f"*{PLAIN}{INDEX_ENDING}")):
+        try:
+            lost = [name for name in shards(index) if not (directory / name).is_file()]
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{index} cannot be read: {error}") from error
+        if lost:
+            raise ModelError(f"{directory} is not complete: {index.name} names {lost[0]}, which is not there")
+
+
+def shards(index: Path) -> list[str]:
+    """The files that an index names, in the order of their names.
+
+    Raises:
+        ValueError: if it is no index, or names a file that is not in its directory.
+    """
+    content = json.loads(index.read_text(encoding="utf-8"))
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise ValueError(f"{index.name} has no weight_map")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:
+        raise ValueError(f"{index.name} names {outside[0]}, which is not in the directory of the index")
+    return names

@@ -1,1 +1,0 @@
-"""Linear algebra that every method shares: the hessian, its factor, products, scalings."""

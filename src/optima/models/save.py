@@ -1,0 +1,289 @@
+"""Write a checkpoint block by block, and read back what is written: one shard a block, the index last.
+
+transformers' own ``save_pretrained`` writes every tensor, so that names and forms on disk are its own (it renames,
+splits fused experts, and saves tied weights once).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from optima.checkpointing import Destination, Journal
+from optima.device import give_back_freed_memory
+from optima.errors import ModelError
+from optima.files import digest, explain_write_errors, read_header, sync
+from optima.models.blocks import Block
+from optima.models.companions import copy_companions
+from optima.models.fingerprint import bytes_of
+from optima.models.load import INDEX, WEIGHTS, Source, no_bars
+from optima.models.offload import Resident, Weights
+from optima.models.ordered import write_orders
+from optima.models.own_code import forget_missing_code
+from optima.stopping import stop_if_asked
+
+ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
+OUTSIDE = ""  # the group of what is in no block
+LARGE_BYTES = 2**30  # an embedding above this has a file of its own, so that no more is in memory at a time
+
+
+def prepare(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: Source | None, directory: Path
+) -> None:
+    """Write all of a checkpoint but its weights: what transformers refuses to save is refused before the long work.
+
+    Args:
+        model: its configuration, generation configuration and, if trusted, its own code are saved.
+        tokenizer: saved beside them.
+        source: its companion files are copied (see ``companions``); of a model in memory, None, the orders of its
+            channels alone.
+        directory: it exists; of what an earlier run left there, shards stay.
+
+    Raises:
+        ModelError: if something cannot be saved, or the disk fails.
+    """
+    # Elsewhere first: save_pretrained deletes the shards that it finds.
+    with explain_write_errors(directory), TemporaryDirectory(dir=directory.parent) as scratch, no_bars():
+        saved = Path(scratch, "saved")  # whose mode, unlike the scratch directory's, is anybody's to read
+        saved.mkdir()
+        if source is not None:
+            copy_companions(source, saved)
+        else:
+            write_orders(model, saved)
+        try:
+            model.save_pretrained(saved, state_dict={})
+            if tokenizer is not None:
+                tokenizer.save_pretrained(saved)
+        except ValueError as error:
+            # How transformers refuses a generation configuration that contradicts itself.
+            raise ModelError(
+                f"transformers cannot save the configuration or tokenizer of this {type(model).__name__} ({error}): "
+                "correct it (model.generation_config, for example) before pruning"
+            ) from error
+        (saved / WEIGHTS).unlink(missing_ok=True)
+        forget_missing_code(saved)
+        shutil.copytree(saved, directory, dirs_exist_ok=True)
+
+
+def open_writer(
+    model: PreTrainedModel, blocks: Sequence[Block], destination: Destination, run: dict[str, Any], weights: Weights
+) -> Writer:
+    """A writer into ``destination`` for ``blocks``; its journal goes on if it is that of this ``run``."""
+    with explain_write_errors(destination.journal.file):
+        destination.journal.begin(run)
+    return Writer(model, [block.name for block in blocks], destination.directory, destination.journal, weights)
+
+
+class Writer:
+    """The weights of a checkpoint, a file a block, each whole and on the disk before its line is in the journal.
+
+    Args:
+        model: as it will be when ``publish`` is called.
+        blocks: full names of all blocks, in order.
+        directory: where the shards go; ``prepare`` fills it.
+        journal: on the same disk but outside ``directory``. The blocks that it tells of are checked against their
+            files; from the first that is damaged on, all are forgotten, and done again.
+        weights: gives what is still to be written when all blocks are done; None: the model has it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: Sequence[str],
+        directory: Path,
+        journal: Journal,
+        weights: Weights | None = None,
+    ) -> None:
+        self.model, self.directory, self.journal = model, directory, journal
+        self.weights = weights or Resident(model)
+        groups = self._names = _groups(model, blocks)
+        self._files = {
+            group: f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number, group in enumerate(groups, 1)
+        }
+        self._beside = {block: self._scratch / f"block-{number:05d}.safetensors" for number, block in enumerate(blocks)}
+        self._lines: dict[str, dict[str, Any]] = {}
+        with explain_write_errors(journal.file):
+            self._resume()
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """The record of each committed block, by the block's name."""
+        return {block: line["record"] for block, line in self._lines.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """What this and earlier runs made of what was there, for the report."""
+        return list(dict.fromkeys(line["note"] for line in self.journal.lines if "note" in line))
+
+    def note(self, text: str) -> None:
+        """Remember a note for the report, also for that of a later run which goes on."""
+        with explain_write_errors(self.journal.file):
+            self.journal.append({"note": text})
+
+    @property
+    def _scratch(self) -> Path:
+        return self.journal.file.parent
+
+    def _resume(self) -> None:
+        """Find the blocks that count, and note what does not."""
+        if not self.journal.resumed:
+            return
+        problem = self.journal.problem
+        for number, line in enumerate(self.journal.lines):
+            if "block" not in line:
+                continue
+            damaged = [file for file, content in self._files_of(line) if digest(file) != content]
+            if damaged:
+                problem = f"{damaged[0]} is missing or not what was written"
+                self.journal.keep(number)
+                break
+            self._lines[line["block"]] = line
+        last = f"after {[*self._lines][-1]}" if self._lines else "from the first block on"
+        self.journal.append({"note": f"resumed {last}" + (f": {problem}" if problem else "")})
+
+    def _files_of(self, line: Mapping[str, Any]) -> list[tuple[Path, str]]:
+        pairs = [(self.directory, line["file"]), (self._scratch, line["beside"])]
+        return [(directory / file["name"], file["sha256"]) for directory, file in pairs if file]
+
+    def commit(
+        self, block: str, tensors: Mapping[str, Tensor], record: object, changed: Collection[str] | None = None
+    ) -> None:
+        """Write a block so that neither a kill nor a loss of power can take it back.
+
+        Args:
+            block: its full name.
+            tensors: its state by full names, as ``block.module.state_dict(prefix=f"{block.name}.")`` gives it.
+            record: what to remember of it, as JSON.
+            changed: names of the tensors that differ from the model's as it was read: what ``read`` will give. None:
+                all.
+
+        Raises:
+            ModelError: if the disk fails.
+        """
+        with explain_write_errors(self.directory):
+            file = self._write(self._files[block], tensors) if tensors else None
+            wanted = {name: tensors[name] for name in (tensors if changed is None else changed)}
+            places = {} if file is None else _places(file, wanted)
+            # What transformers writes in another form (split, fused, transposed) is kept as it is in the model, too.
+            rest = {name: tensor for name, tensor in wanted.items() if name not in places}
+            beside = self._keep_beside(block, rest) if rest else None
+            shards = {
+                key: path and {"name": path.name, "sha256": digest(path)}
+                for key, path in (("file", file), ("beside", beside))
+            }
+            line = {"block": block, **shards, "places": places, "record": record}
+            self.journal.append(line)
+        self._lines[block] = line
+        stop_if_asked()
+
+    def read(self, block: str) -> dict[str, Tensor]:
+        """The tensors of a committed block that had changed, by their names in the model, as they were written."""
+        line = self._lines[block]
+        found: dict[str, Tensor] = {}
+        if line["places"]:
+            with safe_open(self.directory / line["file"]["name"], framework="pt") as shard:
+                found |= {name: shard.get_tensor(place) for name, place in line["places"].items()}
+        if line["beside"]:
+            with safe_open(self._beside[block], framework="pt") as shard:
+                found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
+        return found
+
+    def _keep_beside(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
+        file = self._beside[block]
+        # Clones: what shares memory with another is refused.
+        copies = {
+            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+        }
+        save_file(copies, file)
+        sync(file, self._scratch)
+        return file
+
+    def publish(self, write_reports: Callable[[Path], object] | None = None) -> None:
+        """Write the blocks that were not committed and everything outside blocks, the reports, and last the index.
+
+        Args:
+            write_reports: is given the directory, to write what else belongs there.
+
+        Raises:
+            ModelError: if the disk fails.
+        """
+        give_back_freed_memory()  # embeddings are large, and copied as they are written
+        with explain_write_errors(self.directory):
+            for group, file in self._files.items():
+                if group not in self._lines and self._names[group]:
+                    with self.weights.state(self._names[group]) as tensors:
+                        self._write(file, tensors)
+            if write_reports is not None:
+                write_reports(self.directory)
+            self._write_index()
+
+    def _write(self, name: str, tensors: Mapping[str, Tensor]) -> Path:
+        """One shard, in a temporary directory first."""
+        with TemporaryDirectory(dir=self._scratch) as scratch, no_bars():
+            self.model.save_pretrained(scratch, state_dict=dict(tensors), max_shard_size=ONE_FILE)
+            shard = Path(scratch, WEIGHTS)
+            # safetensors gives its files to their owner alone.
+            shard.chmod(Path(scratch, "config.json").stat().st_mode)
+            sync(shard)
+            file = shard.rename(self.directory / name)
+        sync(self.directory)
+        return file
+
+    def _write_index(self) -> None:
+        weight_map: dict[str, str] = {}
+        size = 0
+        for file in (self.directory / self._files[group] for group, names in self._names.items() if names):
+            try:
+                header, header_bytes = read_header(file)
+                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+                if file.stat().st_size != header_bytes + max(ends, default=0):
+                    raise ValueError("another length than its header says")
+            except (FileNotFoundError, ValueError, OverflowError, MemoryError) as error:
+                raise ModelError(
+                    f"{file}, which this run wrote, is gone or damaged: start it again with --resume, which does that "
+                    "part anew"
+                ) from error
+            names = header.keys() - {"__metadata__"}
+            assert not names & weight_map.keys(), f"{file} repeats tensors of another shard"
+            weight_map |= dict.fromkeys(names, file.name)
+            size += file.stat().st_size - header_bytes
+        metadata = {"total_parameters": self.model.num_parameters(), "total_size": size}
+        text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
+        (self.directory / INDEX).write_text(text, encoding="utf-8")
+
+
+def _groups(model: PreTrainedModel, blocks: Sequence[str]) -> dict[str, list[str]]:
+    """The tensors of each file: of a block; of what is outside, in one file but for those that are large."""
+    groups: dict[str, list[str]] = {block: [] for block in [*blocks, OUTSIDE]}
+    large: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        owner = next((block for block in blocks if name.startswith(f"{block}.")), OUTSIDE)
+        if owner == OUTSIDE and tensor.nbytes > LARGE_BYTES:
+            owner = large.setdefault(id(tensor), name)  # tied weights go together
+        groups.setdefault(owner, []).append(name)
+    return groups
+
+
+def _places(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name in a safetensors file of each tensor that it holds bit for bit, under its own name or another."""
+    places: dict[str, str] = {}
+    with safe_open(file, framework="pt") as shard:
+        names = list(shard.keys())
+        for name, tensor in tensors.items():
+            bits = bytes_of(tensor)
+            likely = [name, *names] if name in names else names
+            alike = (place for place in likely if shard.get_slice(place).get_shape() == list(tensor.shape))
+            found = next((place for place in alike if torch.equal(bits, bytes_of(shard.get_tensor(place)))), None)
+            if found is not None:
+                places[name] = found
+    return places
