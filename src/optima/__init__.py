@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe
     from optima.recipe_files import load_recipe
-    from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
+    from optima.reporting.callbacks import BlockEvent, Callback, RunStart
     from optima.reporting.record import Report, load_report
     from optima.run import prune
     from optima.semi_structured import accelerate
@@ -28,7 +28,6 @@ __all__ = [
     "Recipe",
     "Report",
     "RunStart",
-    "ShareEvent",
     "Unstructured",
     "accelerate",
     "hold_zeros",
@@ -52,7 +51,6 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",
-    "ShareEvent": "reporting.callbacks",
     "Unstructured": "patterns",
     "accelerate": "semi_structured",
     "hold_zeros": "holding",

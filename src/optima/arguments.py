@@ -10,7 +10,6 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, NoReturn
 
 import optima
@@ -32,7 +31,6 @@ EVAL = (
     "Perplexity of text in non-overlapping windows, and accuracy on tasks by lm-eval (pip install '.[eval]'). Each "
     "model is compared with the first on the same windows and items."
 )
-LOG_FORMATS = ("text", "json")
 
 CHANNELS = {
     "mlp": "those inside an MLP",
@@ -98,11 +96,6 @@ def parse(argv: Sequence[str]) -> tuple[str, dict[str, Any]]:
     return name, given
 
 
-def wants_json(argv: Sequence[str]) -> bool:
-    """True if the log is asked for in JSON, whatever else may be wrong with the arguments."""
-    return "--log-format=json" in argv or ("--log-format", "json") in pairwise(argv)
-
-
 def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser of the command line and that of each command."""
     parser = _Parser(prog="optima", description=optima.__doc__, epilog=EXAMPLES)
@@ -124,8 +117,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     text = "upload the output to this hub repository; it is created before the run"
     option("--push-to-hub", metavar="REPO", help=text)
     option("--private", action="store_true", help="create that repository as private; fail if it exists and is public")
-    text = "what stderr gets: text (a live line, or a line a block) or json (an object a line) (default: text)"
-    option("--log-format", choices=LOG_FORMATS, metavar="NAME", help=text)
     text = "log errors, gaps and seconds of each block to trackers of accelerate: tensorboard, wandb, trackio ..."
     option("--report-to", nargs="+", metavar="NAME", help=text)
     _add_recipe(commands["prune"])
