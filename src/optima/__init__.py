@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from optima.hub import push
     from optima.patterns import NM, Unstructured
     from optima.recipe import Recipe, load_recipe
-    from optima.reporting.callbacks import BlockEvent, Callback, RunStart, ShareEvent
+    from optima.reporting.callbacks import BlockEvent, Callback, RunStart
     from optima.reporting.record import Report, load_report
     from optima.run import prune
 
@@ -27,7 +27,6 @@ __all__ = [
     "Recipe",
     "Report",
     "RunStart",
-    "ShareEvent",
     "Unstructured",
     "accelerate",
     "hold_zeros",
@@ -51,7 +50,6 @@ _HOMES = {
     "Recipe": "recipe",
     "Report": "reporting.record",
     "RunStart": "reporting.callbacks",
-    "ShareEvent": "reporting.callbacks",
     "Unstructured": "patterns",
     "accelerate": "extras.semi_structured",
     "hold_zeros": "extras.mask_preserving",

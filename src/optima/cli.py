@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
@@ -25,7 +24,6 @@ from optima.errors import OptimaError, RankError
 from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES, Recipe, load_recipe, recipe_text
 
 if TYPE_CHECKING:
-    from optima.reporting.callbacks import Callback
     from optima.reporting.record import Report
 
 EXAMPLES = """examples, for a MODEL of the hub or a directory:
@@ -104,7 +102,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--no-resume", dest="resume", action="store_false", help="delete an unfinished run in that place")
     option("--push-to-hub", metavar="REPO", help="upload the output to this hub repository")
     option("--private", action="store_true", help="create that repository as private")
-    option("--log-format", choices=("text", "json"), metavar="NAME", help="of stderr: text, json (text)")
     option("--report-to", nargs="+", metavar="NAME", help="trackers of accelerate: tensorboard, wandb")
     _add_recipe(commands["prune"])
 
@@ -216,28 +213,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptimaError as error:
         # A Text is printed as it is: no markup, no emoji.
         message = Text.assemble(("optima: error:", "bold red"), " ", printable(str(error)))
-        return _end(argv, 2, error, message)
+        return _end(2, error, message)
     except BrokenPipeError:
         _give_up(sys.stdout, sys.stderr)
         return 141
     except KeyboardInterrupt as error:
-        return _end(argv, getattr(error, "exit_code", 130), error, Text(f"optima: {str(error) or 'interrupted'}"))
+        return _end(getattr(error, "exit_code", 130), error, Text(f"optima: {str(error) or 'interrupted'}"))
     return 0
 
 
-def _end(argv: Sequence[str], status: int, error: BaseException, message: Text) -> int:
-    """Tell why a command ends, in the form in which the rest is told."""
+def _end(status: int, error: BaseException, message: Text) -> int:
+    """Print why a command ends; returns the exit status."""
     # Of torchrun's processes on a machine all have the same to say, but for those that are left when another has died.
     if os.environ.get("LOCAL_RANK", "0") != "0" and not isinstance(error, RankError):
         return status
     try:
-        if "--log-format=json" in argv or ("--log-format", "json") in pairwise(argv):
-            from optima.reporting.callbacks import JsonLog
-
-            text = str(error) or "interrupted"
-            JsonLog(sys.stderr).write("error", kind=type(error).__name__, message=text, exit_code=status)
-        else:
-            Console(stderr=True, soft_wrap=True).print(message)
+        Console(stderr=True, soft_wrap=True).print(message)
     except (OSError, OptimaError):  # a full disk: the status tells it too
         _give_up(sys.stderr)
     return status
@@ -279,17 +270,15 @@ def _say(text: str) -> None:
         print(printable(text))
 
 
-def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Sequence[str] = (), **given: Any) -> None:
-    from optima.reporting.callbacks import JsonLog, Trackers
+def _prune(model: str, output_dir: str, report_to: Sequence[str] = (), **given: Any) -> None:
+    from optima.reporting.callbacks import Trackers
     from optima.reporting.summary import render_summary
 
     options = {name: given.pop(name) for name in ("overwrite", "resume") if name in given}
     repo, private = given.pop("push_to_hub", None), given.pop("private", None)
-    callbacks: list[Callback] = [Trackers(report_to)] if report_to else []
-    if log_format == "json":
-        callbacks.append(JsonLog(sys.stderr))
+    callbacks = [Trackers(report_to)] if report_to else []
     recipe = _recipe_of(given)
-    _quiet_console(downloads=log_format == "text")
+    _quiet_console()
     if repo is not None:
         from optima.hub import open_repo
 
@@ -297,9 +286,7 @@ def _prune(model: str, output_dir: str, log_format: str = "text", report_to: Seq
     elif private:
         raise OptimaError("--private is for --push-to-hub REPO: add it, or leave this out")
     try:
-        report = optima.prune(
-            model, recipe, output_dir=output_dir, callbacks=callbacks, progress=log_format == "text", **options
-        )
+        report = optima.prune(model, recipe, output_dir=output_dir, callbacks=callbacks, **options)
     except RankError:  # the launcher stops this process too: not before it has said so
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise
@@ -445,10 +432,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _quiet_console(downloads: bool = True) -> Console:
+def _quiet_console() -> Console:
     """A console for our own output alone; the libraries' bars and advice would drown it.
 
-    Those of ``downloads`` stay in a terminal, of one process.
+    Those of downloads stay in a terminal, of one process.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported; some bars have no other switch
     import datasets
@@ -457,7 +444,7 @@ def _quiet_console(downloads: bool = True) -> Console:
 
     transformers_logging.set_verbosity_error()
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    downloads &= sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0" and not are_progress_bars_disabled()
+    downloads = sys.stderr.isatty() and os.environ.get("LOCAL_RANK", "0") == "0" and not are_progress_bars_disabled()
     transformers_logging.disable_progress_bar()  # which are the hub's too
     if downloads:
         enable_progress_bars()

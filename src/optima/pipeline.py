@@ -26,7 +26,7 @@ from optima.models.blocks import Block, Linear, Stack, is_expert
 from optima.models.offload import Read, Resident, Weights
 from optima.models.save import Writer
 from optima.patterns import Pattern
-from optima.reporting.callbacks import Listeners
+from optima.reporting.callbacks import Callbacks
 from optima.reporting.record import BlockDone, BlockRecord, LinearRecord
 from optima.selectors.base import LinearTask
 from optima.sharing import Pruned, share_owned
@@ -67,7 +67,7 @@ class Job:
     device: torch.device
     damping: float
     sink_weight: float
-    progress: Listeners = field(default_factory=Listeners)
+    progress: Callbacks = field(default_factory=Callbacks)
     weights: Weights = field(default_factory=Resident)
     store: Store = field(default_factory=Store)
     writer: Writer | None = None
@@ -109,7 +109,7 @@ class Job:
         resumed = ranks.on_rank0(lambda: {} if self.writer is None else self.writer.done)
         done = sum(block.name in resumed for block in blocks)
         last = self._last_tuning(blocks[-1], acts)
-        self.progress.start(len(blocks), max(len(block.linears) for block in blocks), done, last_tuning=last)
+        self.progress.stage("prune", len(blocks), max(len(block.linears) for block in blocks), done, last)
         taken = [] if self.tuning is None else tuned_batches(acts, self.tuning.share)
         dense = None if self.tuning is None else acts.part(taken)
         for block in blocks:
@@ -247,7 +247,7 @@ class Job:
         whole, acts = self.loss, acts.part(batches).counted()
         self.loss = None if whole is None else whole.part(batches)
         blocks = stack.blocks[: stack.needed]
-        self.progress.start(len(blocks), 1, stage="survey")
+        self.progress.stage("sensitivity", len(blocks))
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 quantiles |= self._survey(block, acts, onward=block is not blocks[-1])

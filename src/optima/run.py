@@ -50,7 +50,7 @@ from optima.preflight.opening import (
     store_of,
 )
 from optima.recipe import EXPERT_TOKENS, FISHER_FRACTION, SINK_WEIGHT, Recipe
-from optima.reporting.callbacks import Callback, Listeners, Progress, RunStart, make_progress
+from optima.reporting.callbacks import Callback, Callbacks, Progress, RunStart, make_progress
 from optima.reporting.html import render_html
 from optima.reporting.markdown import render_markdown
 from optima.reporting.model_card import write_card
@@ -127,8 +127,8 @@ def prune(
             origin["processes"] = ranks.size
             job = _job(checked, network, weights, calibration is not None)
             if ranks.first:
-                job.progress = told.enter_context(Listeners([shown, *callbacks]))
-                job.progress.begin(_start(checked, origin["model"], output_dir))
+                job.progress = told.enter_context(Callbacks([shown, *callbacks]))
+                job.progress.start(_start(checked, origin["model"], output_dir))
             job.memory = PeakMemory(checked.device)  # before the model generates text, whole on the device
             if destination is not None:
                 prepare(network, to_save(source, tokenizer, reader), source, destination.directory)

@@ -33,7 +33,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, acts: Activations, r
     Returns:
         A note for the report.
     """
-    job.progress.start(len(stack.blocks), 1, stage="sweep")
+    job.progress.stage("gradients", len(stack.blocks))
     try:
         with job.clock("sweep"), full_precision():
             job.loss = fisher_weights(
@@ -44,7 +44,7 @@ def sweep(job: Job, network: PreTrainedModel, stack: Stack, acts: Activations, r
                 residual=job.tuning is not None,
                 weights=job.weights,
                 share=FISHER_FRACTION,
-                progress=job.progress.share,
+                progress=job.progress.progress,
                 coupled="coupling" in job.methods.needs,
             )
     except NotDifferentiableError as error:

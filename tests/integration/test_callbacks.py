@@ -1,10 +1,9 @@
-"""Whoever listens to a run is told all of it: callbacks, the log in JSON, experiment trackers, exit codes."""
+"""Callbacks, experiment trackers and exit codes of a run."""
 
 from __future__ import annotations
 
 import asyncio
 import io
-import json
 import math
 import os
 import re
@@ -20,7 +19,7 @@ from tiny import Refused, make_bert, make_llama, make_tokenizer, make_tokens, pr
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import PreTrainedModel
 
-from optima import BlockEvent, Callback, OptimaError, Recipe, Report, RunStart, ShareEvent, load_report, prune
+from optima import BlockEvent, Callback, OptimaError, Recipe, Report, RunStart, load_report, prune
 from optima.cli import COMMANDS, main
 from optima.reporting.callbacks import Trackers
 from optima.reporting.record import LinearRecord
@@ -41,8 +40,9 @@ class Diary(Callback):
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
         self.calls.append(("stage", (stage, blocks, linears_per_block, done)))
 
-    def on_share(self, share: ShareEvent) -> None:
-        self.calls.append(("share", share))
+    def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
+        assert elapsed > 0 <= left
+        self.calls.append(("progress", fraction))
 
     def on_linear(self, linear: LinearRecord) -> None:
         self.calls.append(("linear", linear))
@@ -64,7 +64,7 @@ class Diary(Callback):
 
 
 class TestCallbacks:
-    def test_are_told_all_that_the_report_tells(self) -> None:
+    def test_get_all_that_the_report_has(self) -> None:
         diary = Diary()
         report = prune(make_llama(), RECIPE, calibration=make_tokens(), callbacks=[diary])
         kinds = [kind for kind, _ in diary.calls]
@@ -83,14 +83,14 @@ class TestCallbacks:
         assert (start.samples, start.length) == (5, 16)
         assert start.recipe == report.run.recipe
 
-    def test_walks_before_the_pruning_are_named(self) -> None:
+    def test_passes_before_the_pruning_are_named(self) -> None:
         diary = Diary()
         recipe = Recipe(allocation="loss", max_seq_length=16, device="cpu")
         prune(make_llama(), recipe, calibration=make_tokens(), callbacks=[diary])
-        assert [stage for stage, *_ in diary.of("stage")] == ["sweep", "survey", "prune"]
-        assert [block.stage for block in diary.of("block")] == ["survey"] * 2 + ["prune"] * 2
+        assert [stage for stage, *_ in diary.of("stage")] == ["gradients", "sensitivity", "prune"]
+        assert [block.stage for block in diary.of("block")] == ["sensitivity"] * 2 + ["prune"] * 2
 
-    def test_generation_is_a_walk(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_generation_is_a_stage(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """And the run has begun by then."""
         monkeypatch.chdir(tmp_path)
         diary = Diary()
@@ -98,26 +98,23 @@ class TestCallbacks:
         recipe = RECIPE.replace(dataset=["text.txt"], self_generated=0.5, num_calibration_samples=36)
         report = prune(make_llama(), recipe, tokenizer=make_tokenizer(), callbacks=[diary])
         assert [kind for kind, _ in diary.calls[:2]] == ["start", "stage"], "before text is written"
-        assert diary.of("stage")[0] == ("write", 18, 1, 0)
-        shares = [event.share for event in diary.of("share")]
-        assert shares == sorted(set(shares))
-        assert 0 < shares[0] < 1 == shares[-1]
-        assert {event.stage for event in diary.of("share")} == {"write"}
+        assert diary.of("stage")[0] == ("generate", 18, 1, 0)
+        fractions = diary.of("progress")
+        assert fractions == sorted(set(fractions))
+        assert 0 < fractions[0] < 1 == fractions[-1]
         (start,) = diary.of("start")
         assert (start.samples, start.length) == (36, 16)
         assert report.run.num_tokens == 36 * 16
 
     @pytest.mark.parametrize("make", [make_llama, make_bert])
     def test_the_gradient_pass_reports_progress(self, make: Callable[[], PreTrainedModel]) -> None:
-        """After each of the two blocks of the backward pass."""
+        """Its last event is at the end."""
         diary = Diary()
         recipe = Recipe(max_seq_length=16, device="cpu", batch_size=2)
         prune(make(), recipe, calibration=make_tokens() % 99, callbacks=[diary])
-        shares = [event.share for event in diary.of("share")]
-        assert len(shares) == 2
-        assert 0 < shares[0] < 1 == shares[-1]
-        assert shares == sorted(set(shares))
-        assert all(event.stage == "sweep" and event.elapsed > 0 <= event.left for event in diary.of("share"))
+        fractions = diary.of("progress")
+        assert 0 < fractions[0] < 1 == fractions[-1]
+        assert fractions == sorted(set(fractions))
 
     def test_an_error_of_one_ends_the_run_and_closes_all(self) -> None:
         class Full(Callback):
@@ -131,7 +128,7 @@ class TestCallbacks:
             assert str(diary.of("close")[0]) == "no more room"
             assert not diary.of("end")
 
-    def test_a_resumed_run_tells_of_the_blocks_that_were_done(self, root: Path) -> None:
+    def test_a_resumed_run_reports_the_blocks_that_were_done(self, root: Path) -> None:
         class Stop(Callback):
             def on_block(self, block: BlockEvent) -> None:
                 raise KeyboardInterrupt
@@ -200,34 +197,6 @@ def test_calibration_as_people_have_it() -> None:
         prune(make_llama(), RECIPE, calibration=[tokens[:2], tokens[:2, :8]])
 
 
-def log_of(capsys: pytest.CaptureFixture[str], *options: str, code: int = 0) -> list[dict[str, Any]]:
-    assert main(prune_arguments("--selector", "wanda", "--objective", "sink", "--log-format", "json", *options)) == code
-    return [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-
-
-class TestJsonLog:
-    def test_every_line_is_an_object(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        lines = log_of(capsys)
-        events = [line["event"] for line in lines]
-        assert events == ["start", "stage", *["linear"] * 7, "block", *["linear"] * 7, "block", "end"]
-        assert all(re.match(r"\d{4}-\d\d-\d\dT.*\+00:00$", line["time"]) for line in lines)
-        report = load_report("out")
-        assert lines[0]["log_version"] == 2
-        assert lines[0]["output_dir"] == "out"
-        assert [line["error"] for line in lines if line["event"] == "linear"] == [one.error for one in report.linears]
-        assert [line["done"] for line in lines if line["event"] == "block"] == [1, 2]
-        assert lines[-1]["gap_max"] == report.gap_max
-
-    @pytest.mark.parametrize("options", [["--sparsity", "2"], ["--unknown"]])
-    def test_errors_too(self, root: Path, capsys: pytest.CaptureFixture[str], options: list[str]) -> None:
-        (line,) = log_of(capsys, *options, code=2)
-        assert (line["event"], line["exit_code"]) == ("error", 2)
-        assert "sparsity" in line["message"] or "unknown" in line["message"]
-
-    def test_an_unknown_format_is_refused(self, late: Refused) -> None:
-        assert "--log-format" in late("--log-format", "xml")
-
-
 class TestTrackers:
     def test_tensorboard_can_read_what_is_written(self, root: Path) -> None:
         reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -268,10 +237,10 @@ class TestExitCodes:
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     def test_signals(self, root: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int) -> None:
-        def told(self: object, *_: object) -> None:
+        def stop(self: object, *_: object) -> None:
             os.kill(os.getpid(), number)
 
-        monkeypatch.setattr("optima.reporting.callbacks.Progress.on_block", told)
+        monkeypatch.setattr("optima.reporting.callbacks.Progress.on_block", stop)
         before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         try:
             assert main(prune_arguments()) == code

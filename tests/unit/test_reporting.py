@@ -15,7 +15,7 @@ from records import BLOCK, RUN, linear, report, unsolved
 from rich.console import Console
 
 from optima.errors import OptimaError
-from optima.reporting.callbacks import Listeners, Progress, RunStart, make_progress
+from optima.reporting.callbacks import Callbacks, Progress, RunStart, make_progress
 from optima.reporting.markdown import render_markdown
 from optima.reporting.record import SCHEMA_VERSION, BlockRecord, Report, geometric_mean, load_report, weighted_mean
 from optima.reporting.summary import duration, num_bytes, render_summary
@@ -70,7 +70,7 @@ class TestRecord:
     def test_other_files_are_refused(self, tmp_path: Path, text: bytes | None) -> None:
         if text is not None:
             (tmp_path / "report.json").write_bytes(text)
-        with pytest.raises(OptimaError, match=f"cannot read|is not JSON|reads {SCHEMA_VERSION}"):
+        with pytest.raises(OptimaError, match=f"cannot read|reads {SCHEMA_VERSION}"):
             load_report(tmp_path)
 
     @pytest.mark.parametrize(
@@ -79,9 +79,9 @@ class TestRecord:
             ("run.extra", lambda c: c["run"].update(extra=1)),
             ("run.seed", lambda c: c["run"].update(seed=True)),
             ("run", lambda c: c.update(run=None)),
-            ("linears[0].error", lambda c: c["linears"][0].update(error=-0.1)),
-            ("linears[0].error_mask", lambda c: c["linears"][0].update(error_mask="big")),
-            ("blocks[0].seconds.solve", lambda c: c["blocks"][0].update(seconds={"solve": None})),
+            ("linears.0.error", lambda c: c["linears"][0].update(error=-0.1)),
+            ("linears.0.error_mask", lambda c: c["linears"][0].update(error_mask="big")),
+            ("blocks.0.seconds.solve", lambda c: c["blocks"][0].update(seconds={"solve": None})),
         ],
     )
     def test_malformed_content_names_the_field(self, tmp_path: Path, place: str, change: object) -> None:
@@ -89,7 +89,7 @@ class TestRecord:
         content = json.loads(file.read_text())
         change(content)  # type: ignore[operator]
         file.write_text(json.dumps(content))
-        with pytest.raises(OptimaError, match=re.escape(f"report.{place}: ")):
+        with pytest.raises(OptimaError, match=re.escape(f": {place}: ")):
             load_report(tmp_path)
 
 
@@ -169,10 +169,10 @@ class TestSummary:
 
 class TestMarkdown:
     def test_columns_are_there_where_they_say_something(self) -> None:
-        plain = section(render_markdown(report()), "Every linear layer")[0]
+        plain = section(render_markdown(report()), "Largest errors")[0]
         assert not {"selector", "uniform", "pattern", "not converged"} & {cell.strip() for cell in plain.split("|")}
         other = linear("mlp.down_proj", pattern="1:4", error_selector=0.15, error_plain=0.3, rows_not_converged=1)
-        full = section(render_markdown(report(linear(), other)), "Every linear layer")[0]
+        full = section(render_markdown(report(linear(), other)), "Largest errors")[0]
         assert {"selector", "uniform", "pattern", "not converged"} <= {cell.strip() for cell in full.split("|")}
         assert "gap" not in section(render_markdown(report(unsolved())), "By kind of linear layer")[0]
 
@@ -195,33 +195,12 @@ class TestMarkdown:
         ]
         assert kinds == ["`query`", "`attention.output.dense`", "`output.dense`", "`up`"]
 
-    def test_tables_by_block(self) -> None:
-        changed = {"error": 0.4, "sparsity": 0.75, "pattern": "0.75 per layer"}
-        text = render_markdown(
-            report(linear(), linear(block=3, pattern="0.4 per layer"), linear("mlp.down_proj", 7, **changed))
-        )
-        lines = cells(section(text, "Error by block"))
-        assert lines[0] == ["block", "`up_proj`", "`down_proj`", "mean"]
-        assert lines[2:] == [
-            ["0", "0.1000", "", "0.1000"],
-            ["3", "0.1000", "", "0.1000"],
-            ["7", "", "0.4000", "0.4000"],
-        ]
-        assert cells(section(text, "Sparsity by block"))[-1] == ["7", "", "75.00%", "75.00%"]
-        assert "7.mlp.down_proj" in section(text, "Largest errors")[2]
-
     def test_tables_are_rectangular(self) -> None:
         text = render_markdown(report(linear(), linear("mlp.a|b", 12, rows_not_converged=1), unsolved(block=3)))
         tables = [block.splitlines() for block in text.split("\n\n") if block.startswith("|")]
-        assert len(tables) == 5
+        assert len(tables) == 3
         for lines in tables:
             assert len({(len(line), line.replace("\\|", "").count("|")) for line in lines}) == 1
-
-    def test_many_linears(self) -> None:
-        many = [linear(f"mlp.experts.{i}.up", error=0.1 + i) for i in range(600)]
-        text = render_markdown(report(*many))
-        assert len(section(text, "Every linear layer")) == 2 + 500 + 2
-        assert "Every linear layer" not in render_markdown(report(*many), full=False)
 
     def test_recipe_can_be_run_again(self) -> None:
         fenced = "\n".join(section(render_markdown(report()), "Recipe")).removeprefix("```yaml\n").removesuffix("```")
@@ -236,13 +215,13 @@ class TestMarkdown:
 
 
 def run_of(progress: Progress, blocks: int = 2) -> None:
-    with Listeners([progress]) as listeners:
-        listeners.begin(RunStart("tiny", None, "cpu", {}, blocks, 2 * blocks, samples=8, length=16))
-        listeners.start(blocks, 2)
+    with Callbacks([progress]) as callbacks:
+        callbacks.start(RunStart("tiny", None, "cpu", {}, blocks, 2 * blocks, samples=8, length=16))
+        callbacks.stage("prune", blocks, 2)
         for block in range(blocks):
-            listeners.step("hessian")
-            listeners.linear(linear(block=block))
-            listeners.block(f"block.{block}")
+            callbacks.step("hessian")
+            callbacks.linear(linear(block=block))
+            callbacks.block(f"block.{block}")
 
 
 def screen_of(width: int = 120) -> Console:
@@ -265,26 +244,26 @@ class TestProgress:
 
     def test_time_left_counts_the_blocks_of_this_run_and_the_last_one_s_tuning(self) -> None:
         now, screen = 100.0, io.StringIO()
-        listeners = Listeners([Progress(Console(file=screen, width=200))], lambda: now)
-        listeners.start(6, 1, done=2, last_tuning=9.0)
+        callbacks = Callbacks([Progress(Console(file=screen, width=200))], lambda: now)
+        callbacks.stage("prune", 6, done=2, last_tuning=9.0)
         for name in "ab":
             now += 1
-            listeners.block(name, resumed=[linear()] if name == "a" else [])
+            callbacks.block(name, resumed=[linear()] if name == "a" else [])
         now = 112.0
-        listeners.block("c", replace(BLOCK, seconds={"tune": 4.0}))
+        callbacks.block("c", replace(BLOCK, seconds={"tune": 4.0}))
         now = 122.0
-        listeners.block("d", replace(BLOCK, seconds={"tune": 4.0}))
+        callbacks.block("d", replace(BLOCK, seconds={"tune": 4.0}))
         text = screen.getvalue()
         assert "0:00:12 elapsed  0:01:02 left" in text, "3 blocks of 10 seconds, and 8 x 4 seconds for the last"
         assert "0:00:22 elapsed  0:00:52 left" in text
 
     def test_a_long_pass_reports_its_share(self) -> None:
         now, screen = 0.0, io.StringIO()
-        listeners = Listeners([Progress(Console(file=screen))], lambda: now)
-        listeners.start(2, 1, stage="sweep")
+        callbacks = Callbacks([Progress(Console(file=screen))], lambda: now)
+        callbacks.stage("gradients", 2)
         for second in range(20, 200, 20):
             now = float(second)
-            listeners.share(second / 200)
+            callbacks.progress(second / 200)
         lines = screen.getvalue().splitlines()
         assert lines[0] == "gradient pass: 2 blocks"
         assert lines[1:3] == [
@@ -304,8 +283,8 @@ class TestProgress:
 
     def test_display_does_not_go_back_where_blocks_are_replayed(self) -> None:
         console = screen_of()
-        with Listeners([Progress(console)]) as shown:
-            shown.start(4, 1, done=2)
+        with Callbacks([Progress(console)]) as shown:
+            shown.stage("prune", 4, done=2)
             shown.block("a", resumed=[])
             shown.block("b", resumed=[])
             shown.block("c")
@@ -315,8 +294,8 @@ class TestProgress:
         console = screen_of()
 
         def interrupted() -> None:
-            with Listeners([Progress(console)]) as listeners:
-                listeners.start(2, 1)
+            with Callbacks([Progress(console)]) as callbacks:
+                callbacks.start(2, 1)
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):

@@ -31,7 +31,7 @@ from optima.preflight.checks import known_orders
 from optima.preflight.opening import check, claim, generated, read, store_of
 from optima.preflight.settling import untuned
 from optima.recipe import Recipe
-from optima.reporting.callbacks import Listeners, Progress, make_progress
+from optima.reporting.callbacks import Callbacks, Progress, make_progress
 from optima.stopping import interruptible
 
 REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
@@ -92,7 +92,7 @@ def order(
             stack.enter_context(interruptible())
             destination = stack.enter_context(claim(checked, output_dir, overwrite, {}, None))
         reader = load_tokenizer(checked.source) if checked.source is not None and tokenizer is None else tokenizer
-        shown = stack.enter_context(Listeners([make_progress() if progress else Progress()]))
+        shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
         network, weights, origin, text = read(checked, reader, ranks, "its channels change places")
         if destination is not None:
             saved = to_save(checked.source, tokenizer, reader)

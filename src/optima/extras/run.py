@@ -41,7 +41,7 @@ from optima.pipeline import Job
 from optima.preflight.checks import chosen_stacks
 from optima.preflight.opening import Checked
 from optima.recipe import SINK_WEIGHT
-from optima.reporting.callbacks import Listeners
+from optima.reporting.callbacks import Callbacks
 from optima.weighing import sweep
 
 MOST_ZEROS = 0.1  # of a linear that nobody pruned
@@ -67,7 +67,7 @@ class Run:
     checked: Checked
     network: PreTrainedModel
     weights: Weights
-    shown: Listeners
+    shown: Callbacks
     kinds: frozenset[Kind]
     store: Store
     done: list[Ordered] = field(default_factory=list)
@@ -132,7 +132,7 @@ class Run:
         rows: list[Tensor] = []
         turned: list[tuple[Channels, list[Part]]] = []
         most = HIDDEN_BYTES // (4 * acts.hidden[0].shape[-1])
-        self.shown.start(len(stack.blocks), 1, stage="order")
+        self.shown.stage("permute", len(stack.blocks))
         for block in stack.blocks:
             with self.weights.on(block, device, job.clock):
                 inner = self._inner(block, acts)
@@ -157,7 +157,7 @@ class Run:
             del self.done[-1], self.read[-1]
             self.notes.append(f"{HIDDEN_STAY}: outside its blocks the model does not compute the same then")
         if turned:
-            self.shown.start(len(turned), 1, stage="turn")
+            self.shown.stage("rotate", len(turned))
             for channels, waiting in turned:  # until it was known which inputs of what writes the values make a group
                 self._turn(channels, [part.to(device, order_E) for part in waiting])
                 self.shown.block(channels.name)

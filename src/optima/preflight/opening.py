@@ -32,7 +32,7 @@ from optima.preflight.checks import check_shared
 from optima.preflight.fitting import Fitted, fit
 from optima.preflight.in_memory import check_in_memory
 from optima.recipe import Recipe
-from optima.reporting.callbacks import Listeners
+from optima.reporting.callbacks import Callbacks
 
 _logger = logging.getLogger("optima")
 
@@ -122,7 +122,7 @@ def generated(
     tokenizer: PreTrainedTokenizerBase | None,
     text: Calibration,
     ranks: Ranks,
-    progress: Listeners,
+    progress: Callbacks,
 ) -> Calibration:
     """``text`` and the sequences that the model generates, as many as the recipe's ``self_generated`` says."""
     recipe, read_NL = checked.recipe, text.tokens_NL
@@ -132,7 +132,7 @@ def generated(
     assert read_NL is not None
     assert recipe.num_calibration_samples is not None, "a run resolves it"
     count = recipe.num_calibration_samples - len(read_NL)
-    progress.start(count, 1, stage="write")
+    progress.stage("generate", count)
     tokens_NL = generate_tokens(
         network,
         read_NL,
@@ -142,7 +142,7 @@ def generated(
         device=checked.device,
         memory=host_room(recipe, ranks.here()) if checked.device.type == "cpu" else None,
         ranks=ranks,
-        progress=progress.share,
+        progress=progress.progress,
     )
     note = f"self-generated calibration data: {count} of {recipe.num_calibration_samples} sequences"
     return replace(text, tokens_NL=torch.cat([read_NL, tokens_NL]), notes=(*text.notes, note))

@@ -1,4 +1,4 @@
-"""What a run reports while it works: the callback interface, the progress display, a JSON log and trackers."""
+"""Events of a run: the callback interface, the progress display, and experiment trackers."""
 
 from __future__ import annotations
 
@@ -7,31 +7,25 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any, TextIO
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic_core import to_json
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Display
-from rich.table import Column
+from rich.live import Live
 from rich.text import Text
 
-from optima import __version__
 from optima.console import OwnConsole, pace, printable, say
-from optima.errors import OptimaError, RecipeError
+from optima.errors import RecipeError
 from optima.names import kind
-from optima.reporting.record import BlockRecord, LinearRecord, Report, geometric_mean, largest, name_in_block
+from optima.reporting.record import BlockRecord, LinearRecord, Report, geometric_mean, largest
 
-LOG_VERSION = 2
-SHARE_SECONDS = 30.0  # between two lines of a stage that reports shares, outside a terminal
+PROGRESS_SECONDS = 30.0  # at least, between two lines of progress within a stage, outside a terminal
 STAGES = {
-    "write": "generating calibration text",
-    "sweep": "gradient pass",
-    "survey": "sensitivity pass",
-    "order": "ordering channels",
-    "turn": "rotating value heads",
+    "generate": "generating calibration text",
+    "gradients": "gradient pass",
+    "sensitivity": "sensitivity pass",
+    "permute": "permuting channels",
+    "rotate": "rotating value heads",
     "prune": "pruning",
 }
 STEPS = {
@@ -59,20 +53,10 @@ class RunStart:
 
 
 @dataclass(frozen=True)
-class ShareEvent:
-    """Progress of a stage that does not finish one block after the other."""
-
-    stage: str  # write or sweep
-    share: float  # of the work that is done, 0 to 1
-    elapsed: float  # seconds since the stage began
-    left: float  # seconds that the rest takes at this pace
-
-
-@dataclass(frozen=True)
 class BlockEvent:
     """A block is done."""
 
-    stage: str  # survey, prune, order or turn
+    stage: str  # a key of ``STAGES``
     name: str  # of the block
     done: int  # blocks of this stage that are done, this one included
     total: int  # blocks of this stage
@@ -93,13 +77,13 @@ class Callback:
         """The settings are checked and the text is read."""
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """A stage begins: a key of ``STAGES``; ``done`` of its ``blocks`` were done by an earlier run."""
+        """A stage begins: a key of ``STAGES``; an earlier run did ``done`` of its ``blocks``."""
 
     def on_step(self, step: str) -> None:
         """Work inside a block changes: read, forward, hessian, select, solve, round, tune, logits, write."""
 
-    def on_share(self, share: ShareEvent) -> None:
-        """A stage that reports shares has progressed."""
+    def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
+        """``fraction`` (0 to 1) of a stage without blocks is done, after ``elapsed`` seconds; ``left`` is estimated."""
 
     def on_linear(self, linear: LinearRecord) -> None:
         """A linear is pruned; tuning may still change its weights."""
@@ -117,7 +101,7 @@ class Callback:
         """The run is over; ``error`` is what ended it, or None."""
 
 
-class Listeners:
+class Callbacks:
     """Calls all callbacks and estimates the time left. A context manager: leaving it closes them.
 
     Args:
@@ -133,12 +117,12 @@ class Listeners:
         for callback in self._callbacks:
             getattr(callback, method)(*event)
 
-    def begin(self, start: RunStart) -> None:
+    def start(self, start: RunStart) -> None:
         """The run begins."""
         self._call("on_start", start)
 
-    def start(
-        self, num_blocks: int, linears_per_block: int, done: int = 0, stage: str = "prune", last_tuning: float = 1.0
+    def stage(
+        self, stage: str, num_blocks: int, linears_per_block: int = 1, done: int = 0, last_tuning: float = 1.0
     ) -> None:
         """A stage begins; tuning its last block takes ``last_tuning`` times as long as tuning another."""
         self._stage, self._total, self._done, self._own = stage, num_blocks, 0, 0
@@ -152,11 +136,10 @@ class Listeners:
             self._step = step
             self._call("on_step", step)
 
-    def share(self, share: float) -> None:
-        """This share of the stage is done, 0 to 1."""
+    def progress(self, fraction: float) -> None:
+        """A fraction of the stage is done, 0 to 1."""
         elapsed = self._clock() - self._began
-        event = ShareEvent(self._stage, share, elapsed, elapsed / share * (1.0 - share))
-        self._call("on_share", event)
+        self._call("on_progress", fraction, elapsed, elapsed / fraction * (1.0 - fraction))
 
     def linear(self, record: LinearRecord) -> None:
         """A linear is pruned."""
@@ -182,7 +165,7 @@ class Listeners:
         self._call("on_block", event)
 
     def notes(self, notes: Sequence[str]) -> None:
-        """All notes so far; the new ones are passed on."""
+        """All notes so far; callbacks get the new ones."""
         new, self._notes = notes[self._notes :], len(notes)
         for note in new:
             self._call("on_note", note)
@@ -192,7 +175,7 @@ class Listeners:
         self.notes(report.run.notes)
         self._call("on_end", report)
 
-    def __enter__(self) -> Listeners:
+    def __enter__(self) -> Callbacks:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -206,11 +189,11 @@ class Progress(Callback):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console
-        self._display: Display | None = None
+        self._live: Live | None = None
         self._errors: list[float] = []
 
     def reading(self, model: str | None) -> None:
-        """The text is read, and the weights of ``model`` unless they are in memory."""
+        """The run reads the text, and the weights of ``model`` unless they are in memory."""
         say(self._console, f"reading {'' if model is None else f'{model} and '}the calibration text")
 
     def on_start(self, start: RunStart) -> None:
@@ -221,78 +204,57 @@ class Progress(Callback):
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
         """See ``Callback``."""
         self.close(None)
-        self._stage, self._per_block, self._shown, self._step = STAGES[stage], linears_per_block, 0.0, ""
-        unit = "sequences" if stage == "write" else "blocks"
+        self._stage, self._step, self._shown = STAGES[stage], "", 0.0
+        self._began, self._ends = time.monotonic(), math.nan
+        self._done = f"{done}/{blocks}"
         if self._console is not None and self._console.is_interactive:
-            self._display = _display(self._console)
-            self._display.add_task(self._stage, total=blocks, completed=done, step="", error="", ends=math.nan)
-            self._display.start()
+            self._live = Live(console=self._console, get_renderable=self._line)
+            self._live.start()
         else:
+            unit = "sequences" if stage == "generate" else "blocks"
             resumed = f", {done} of them done by an earlier run" if done else ""
             say(self._console, f"{self._stage}: {blocks} {unit}{resumed}")
+
+    def _line(self) -> Text:
+        """What the live line shows; a narrow terminal cuts its end."""
+        now = time.monotonic()
+        line = self._text(f"{self._stage} {self._done}", now - self._began, max(self._ends - now, 0.0), self._step)
+        return Text(printable(line), no_wrap=True, overflow="ellipsis")
+
+    def _text(self, done: str, elapsed: float, left: float, step: str = "") -> str:
+        error = f"mean error {geometric_mean(self._errors):.4f}" if self._errors else ""
+        return "  ".join(filter(None, [done, error, pace(elapsed, left), step]))
 
     def on_step(self, step: str) -> None:
         """See ``Callback``."""
         self._step = STEPS.get(step, step)
-        if step == "logits" and self._display is None:
+        if step == "logits" and self._live is None:
             say(self._console, "tuning the last block on the logits, which takes longer than another block")
-        self._update(step=self._step)
 
-    def on_share(self, share: ShareEvent) -> None:
+    def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
         """See ``Callback``."""
-        if self._display is not None:
-            total = self._display.tasks[0].total or 0
-            self._update(completed=share.share * total, ends=time.monotonic() + share.left)
-        elif share.elapsed >= self._shown + SHARE_SECONDS:
-            self._shown = share.elapsed
-            say(self._console, f"{self._stage}: {share.share:.0%}  {pace(share.elapsed, share.left)}")
+        self._done, self._ends = f"{fraction:.0%}", time.monotonic() + left
+        if self._live is None and elapsed >= self._shown + PROGRESS_SECONDS:
+            self._shown = elapsed
+            say(self._console, f"{self._stage}: {self._done}  {pace(elapsed, left)}")
 
     def on_linear(self, linear: LinearRecord) -> None:
         """See ``Callback``."""
         self._errors.append(linear.error)
-        step = printable(f"{self._step} {name_in_block(linear)}")
-        self._update(advance=1 / self._per_block, step=step, error=self._error())
+        self._step = f"{self._step.partition(' of ')[0]} of {linear.part}"
 
     def on_block(self, block: BlockEvent) -> None:
         """See ``Callback``."""
         self._errors.extend(linear.error for linear in block.linears)
-        if block.resumed:  # the display began with it counted
-            return
-        if self._display is not None:
-            self._update(completed=block.done, ends=time.monotonic() + block.left)
-        else:
-            done = f"{self._stage}: block {block.done}/{block.total}"
-            say(self._console, f"{done}  {self._error()}  {pace(block.elapsed, block.left)}".replace("    ", "  "))
-
-    def _update(self, **fields: Any) -> None:
-        if self._display is not None:
-            self._display.update(self._display.task_ids[0], **fields)
-
-    def _error(self) -> str:
-        return f"mean error {geometric_mean(self._errors):.4f}" if self._errors else ""
+        self._done, self._ends = f"{block.done}/{block.total}", time.monotonic() + block.left
+        if self._live is None and not block.resumed:
+            say(self._console, self._text(f"{self._stage}: block {self._done}", block.elapsed, block.left))
 
     def close(self, error: BaseException | None) -> None:
         """The live line ends."""
-        if self._display is not None:
-            self._display.stop()
-            self._display = None
-
-
-class _Left(ProgressColumn):
-    """The time until ``ends``, as estimated after the last block."""
-
-    def render(self, task: Task) -> Text:
-        left = task.fields["ends"] - time.monotonic()
-        return Text("" if math.isnan(left) else f"{timedelta(seconds=max(0, round(left)))} left")
-
-
-def _display(console: Console) -> Display:
-    def text(shown: str, **settings: Any) -> TextColumn:
-        return TextColumn(shown, markup=False, table_column=Column(no_wrap=True, **settings))
-
-    columns = [BarColumn(bar_width=16), text("{task.fields[error]}"), TimeElapsedColumn(), _Left()]
-    step = text("{task.fields[step]}", overflow="ellipsis")  # on a narrow terminal this is what gets cut
-    return Display(text("{task.description}"), MofNCompleteColumn(), *columns, step, console=console)
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def make_progress() -> Progress:
@@ -300,56 +262,10 @@ def make_progress() -> Progress:
     return Progress(OwnConsole(stderr=True, force_interactive=None if sys.stderr.isatty() else False))
 
 
-class JsonLog(Callback):
-    """Writes each event of a run to ``stream`` as one line of JSON, see ``docs/reference/log.md``."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def write(self, event: str, **values: Any) -> None:
-        """One line. Numbers that JSON cannot hold are the strings "Infinity", "-Infinity" and "NaN"."""
-        moment = datetime.now(UTC).isoformat(timespec="milliseconds")
-        try:
-            line = to_json({"event": event, "time": moment, **values}, inf_nan_mode="strings").decode()
-            print(line, file=self._stream, flush=True)
-        except OSError as error:
-            if isinstance(error, BrokenPipeError):
-                raise
-            raise OptimaError(f"cannot write to standard error: {error.strerror}") from error
-
-    def on_start(self, start: RunStart) -> None:
-        """See ``Callback``."""
-        self.write("start", log_version=LOG_VERSION, optima=__version__, **asdict(start))
-
-    def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """See ``Callback``."""
-        self.write("stage", stage=stage, blocks=blocks, done=done)
-
-    def on_share(self, share: ShareEvent) -> None:
-        """See ``Callback``."""
-        self.write("share", **asdict(share))
-
-    def on_linear(self, linear: LinearRecord) -> None:
-        """See ``Callback``."""
-        self.write("linear", **asdict(linear))
-
-    def on_block(self, block: BlockEvent) -> None:
-        """See ``Callback``."""
-        self.write("block", **{key: value for key, value in asdict(block).items() if key != "linears"})
-
-    def on_note(self, note: str) -> None:
-        """See ``Callback``."""
-        self.write("note", note=note)
-
-    def on_end(self, report: Report) -> None:
-        """See ``Callback``."""
-        names = ("sparsity", "sparsity_asked", "error_geomean", "gap_max", "gap_written_max", "rows_not_converged")
-        run, totals = report.run, {name: getattr(report, name) for name in names}
-        self.write("end", **totals, seconds=run.seconds, peak_memory_bytes=run.peak_memory_bytes, stages=run.stages)
-
-
 class Trackers(Callback):
     """Logs one point per block to experiment trackers of ``accelerate``: errors and gaps by kind of linear, tuning.
+
+    The project is ``optima``; files of TensorBoard go to ``runs/optima``.
 
     Args:
         names: as ``accelerate`` has them: tensorboard, wandb, trackio ...
@@ -372,15 +288,14 @@ class Trackers(Callback):
         self._step = 0
 
     def on_start(self, start: RunStart) -> None:
-        """The project is ``optima``; files of TensorBoard go to ``runs/optima``."""
+        """See ``Callback``."""
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState()  # which its log messages need
         config = {"model": start.model, "output_dir": start.output_dir, "device": start.device} | start.recipe
         plain = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
-        for name in self._names:
-            make = LOGGER_TYPE_TO_CLASS[name]
+        for make in map(LOGGER_TYPE_TO_CLASS.__getitem__, self._names):
             tracker = make("optima", *(["runs"] if make.requires_logging_directory else []))
             tracker.start()
             tracker.store_init_configuration(plain)
@@ -397,14 +312,12 @@ class Trackers(Callback):
         self._step += 1  # over all stacks: ``done`` begins anew with each
         if block.resumed:
             return
-        kinds: dict[str, list[LinearRecord]] = {}
-        for linear in self._linears:
-            kinds.setdefault(kind(name_in_block(linear)), []).append(linear)
         values = {"block/seconds": sum(block.record.seconds.values())}
-        for name, linears in kinds.items():
+        for name in dict.fromkeys(kind(linear.part) for linear in self._linears):
+            linears = [linear for linear in self._linears if kind(linear.part) == name]
             values[f"error/{name}"] = geometric_mean(linear.error for linear in linears)
-            gap = largest(linear.gap_max for linear in linears)
-            values |= {} if gap is None else {f"gap/{name}": gap}
+            if (gap := largest(linear.gap_max for linear in linears)) is not None:
+                values[f"gap/{name}"] = gap
         if block.record.tuning:
             values["tuning/before"] = block.record.tuning[0]
             values["tuning/kept"] = block.record.tuning[block.record.tuning_epoch]

@@ -16,18 +16,18 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json, to_jsonable_python
 
-from optima.reporting.record import Report, name_in_block
+from optima.reporting.record import Report
 from optima.reporting.summary import (
     NO_NOTES,
     Figure,
     by_kind,
     change,
-    duration,
     error,
     figures,
     mean,
+    num_tuned,
     run_facts,
     stage_times,
     summary,
@@ -35,7 +35,7 @@ from optima.reporting.summary import (
 )
 
 PAGE = Path(__file__).parent / "page"
-# A macro of sections.html and its title, in the page's order; what a macro leaves empty is left out.
+# A macro of sections.html and its title, in the page's order; a section without a body is left out.
 SECTIONS = {
     "outcome": "Summary",
     "differences": "Differences",
@@ -49,8 +49,8 @@ SECTIONS = {
 }
 # Fields of a linear that report.js reads.
 DRAWN = (
-    *("name", "block", "shape", "pattern", "sparsity", "error_mask", "error_selector", "error", "gap_max", "seconds"),
-    *("gap_written_max", "tuned", "iterations_mean", "iterations_max", "rows_not_converged"),
+    *("part", "name", "block", "shape", "pattern", "sparsity", "error_mask", "error_selector", "error", "gap_max"),
+    *("seconds", "gap_written_max", "tuned", "iterations_mean", "iterations_max", "rows_not_converged"),
 )
 View = dict[str, Any]  # what the templates show of a run
 
@@ -68,9 +68,10 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     pages.lstrip_blocks = True
     pages.filters["prose"] = _prose
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    runs = [_view(name, report, list(reports)) for name, report in reports.items()]
-    for run, found in zip(runs, more or [()] * len(runs), strict=True):
+    runs = [_view(name, report) for name, report in reports.items()]
+    for run, title, found in zip(runs, _short(list(reports)), more or [()] * len(runs), strict=True):
         run["figures"][1:1] = found
+        run["data"]["title"] = title
     several = len(runs) > 1
     dense = {(report.run.model, report.run.model_revision) for report in reports.values()}
     data = to_json([run["data"] for run in runs], inf_nan_mode="strings").decode()
@@ -87,29 +88,27 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     )
 
 
-def _view(name: str, report: Report, names: Sequence[str]) -> View:
-    recipe, linears = from_json(to_json(report.run.recipe, inf_nan_mode="strings")), report.linears
-    kinds = by_kind(linears)
+def _view(name: str, report: Report) -> View:
+    kinds = by_kind(report.linears)
+    recipe = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
     number = {linear: i for i, members in enumerate(kinds.values()) for linear in members}
-    rows = [[number[linear], name_in_block(linear), *(getattr(linear, key) for key in DRAWN)] for linear in linears]
     return {
         "name": name,
         "figures": figures(report),
         "certified": report.gap_max is not None,
-        "tuned": any(linear.tuned for linear in linears),
+        "tuned": num_tuned(report.linears) > 0,
         "summary": summary(report),
         "tuning": tuning_rows(report),
-        "stages": [(stage, duration(seconds), f"{share:.0%}") for stage, seconds, share in stage_times(report)],
+        "stages": stage_times(report),
         "errors": {kind: mean(members, "error") for kind, members in kinds.items()},
         "notes": report.run.notes or [NO_NOTES],
         "recipe": {key: _value(value) for key, value in recipe.items()},
         "facts": [*run_facts(report), *report.run.versions.items()],
         "data": {
-            "title": _short(name, names),
             "gap": report.run.recipe.get("gap"),
             "kinds": list(kinds),
-            "fields": ["kind", "part", *DRAWN],
-            "rows": rows,
+            "fields": ["kind", *DRAWN],
+            "rows": [[number[one], *(getattr(one, key) for key in DRAWN)] for one in report.linears],
         },
     }
 
@@ -142,11 +141,12 @@ def _differences(runs: Sequence[View]) -> dict[str, list[tuple[str, list[str]]]]
     }
 
 
-def _short(name: str, names: Sequence[str]) -> str:
-    """The name without the directories that all names share."""
-    directories = [each.split("/")[:-1] for each in names]
-    alike = (len(names) > 1 and len({*parts}) == 1 for parts in zip(*directories, strict=False))
-    return "/".join(name.split("/")[sum(takewhile(bool, alike)) :])
+def _short(names: list[str]) -> list[str]:
+    """The names without the directories that all of them share."""
+    directories = [name.split("/")[:-1] for name in names]
+    alike = (len(names) > 1 and len(set(parts)) == 1 for parts in zip(*directories, strict=False))
+    shared = sum(takewhile(bool, alike))
+    return ["/".join(name.split("/")[shared:]) for name in names]
 
 
 def _prose(markdown: str) -> Markup:

@@ -1,4 +1,4 @@
-"""The report as Markdown."""
+"""The report as Markdown, without what report.html and report.json have of every linear."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ import yaml
 from pydantic_core import to_jsonable_python
 
 from optima.console import printable
-from optima.reporting.record import LinearRecord, Report
+from optima.reporting.record import LinearRecord, Report, gap_written, largest, weighted_mean
 from optima.reporting.summary import (
-    COLUMNS,
     NO_NOTES,
     Linears,
     bullets,
     by_kind,
+    change,
     code,
-    duration,
     error,
     gap,
     mean,
+    num_tuned,
+    rows_solved,
     run_facts,
     stage_times,
     summary,
     tuning_rows,
+    weighted,
 )
 
-NUM_WORST = 5
-MOST_ROWS = 500  # of the table of every linear
+NUM_WORST = 10
 
 READING = """\
 Errors are relative reconstruction errors `||X (V - W)^T||^2 / ||X W^T||^2` on the calibration inputs, with the token
@@ -41,19 +42,43 @@ cast, *gap written* after it. Layers marked *tuned* were changed after the solve
 before tuning. `optima eval` measures the whole model on held-out text."""
 
 
-def render_markdown(report: Report, evaluation: str = "", full: bool = True) -> str:
+def _iterations(linears: Linears) -> str:
+    rows = rows_solved(linears)
+    total = sum(linear.iterations_mean * linear.rows for linear in linears if linear.solved)
+    return f"{total / rows:.1f} ({max(linear.iterations_max for linear in linears)})" if rows else ""
+
+
+def _selector(linears: Linears) -> str:
+    differs = any(linear.error_selector != linear.error_mask for linear in linears)
+    return error(mean(linears, "error_selector")) if differs else ""
+
+
+# Columns of the tables; each cell describes one linear or several. Empty columns are left out.
+COLUMNS: dict[str, Callable[[Linears], str]] = {
+    "sparsity": lambda ls: f"{weighted_mean(ls, 'sparsity'):.2%}",
+    "mask": lambda ls: error(mean(ls, "error_mask")),
+    "selector": _selector,
+    "result": lambda ls: error(mean(ls, "error")),
+    "uniform": lambda ls: error(mean(ls, "error_plain")) if weighted(ls) else "",
+    "change": lambda ls: change(mean(ls, "error_selector"), mean(ls, "error")) if rows_solved(ls) else "",
+    "gap": lambda ls: gap(largest(linear.gap_max for linear in ls)),
+    "gap written": lambda ls: "tuned" if num_tuned(ls) else gap(gap_written(ls)),
+    "iterations (max)": _iterations,
+    "not converged": lambda ls: str(sum(linear.rows_not_converged for linear in ls) or ""),
+    "seconds": lambda ls: f"{sum(linear.seconds for linear in ls):.2f}",
+}
+
+
+def render_markdown(report: Report, evaluation: str = "") -> str:
     """The report as a Markdown document, legible as plain text too.
 
     Args:
         report: of a run.
         evaluation: body of the section on evaluation.
-        full: with the tables of every block and linear, the recipe and the versions.
     """
     linears = report.linears
     worst = sorted(linears, key=lambda linear: math.inf if math.isnan(linear.error) else linear.error, reverse=True)
-    plain = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
-    recipe = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    times = [[name, duration(seconds), f"{share:.0%}"] for name, seconds, share in stage_times(report)]
+    recipe = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
     sections = {
         f"# Pruning report: {code(report.run.model)}": bullets(summary(report)),
         "": table(["run", " "], run_facts(report), num_left=2),
@@ -61,20 +86,11 @@ def render_markdown(report: Report, evaluation: str = "", full: bool = True) -> 
         "## By kind of linear layer": f"{_kind_table(linears)}\n\n{READING}" if linears else "",
         "## Largest errors": _records_table(worst[:NUM_WORST]),
         "## Notes": bullets(report.run.notes or [NO_NOTES]),
-        "## Time": table(["stage", "time", "share"], times),
-    }
-    shown, more = list(linears), ""
-    if len(linears) > MOST_ROWS:
-        shown = worst[:MOST_ROWS]
-        more = f"\n\nThe {MOST_ROWS} largest errors of {len(linears):,} linear layers; report.json has all."
-    sections |= {
+        "## Time": table(["stage", "time", "share"], stage_times(report)),
         "## Block tuning": table(["block", "held-out loss", "change"], tuning_rows(report), num_left=1),
-        "## Error by block": _block_table(linears, lambda here: error(mean(here, "error"))),
-        "## Sparsity by block": _block_table(linears, COLUMNS["sparsity"]) if _is_allocated(linears) else "",
-        "## Every linear layer": _records_table(shown) + more,
-        "## Recipe": f"```yaml\n{recipe}```",
+        "## Recipe": f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
         "## Versions": bullets(f"{name} {version}" for name, version in report.run.versions.items()),
-    } if full else {}  # fmt: skip
+    }
     text = "\n\n".join(f"{title}\n\n{body}".strip() for title, body in sections.items() if body)
     return printable(text) + "\n"
 
@@ -89,35 +105,15 @@ def _kind_table(linears: Linears) -> str:
 
 
 def _records_table(linears: Linears) -> str:
-    mixed = len({linear.solver for linear in linears}) > 1
-    several = len({linear.pattern for linear in linears}) > 1
+    patterns, solvers = ({getattr(linear, name) for linear in linears} for name in ("pattern", "solver"))
 
     def row(linear: LinearRecord) -> list[str]:
-        what = [code(linear.name), _shape(linear), linear.pattern if several else ""]
-        rest = [gap(linear.gap_median), f"{linear.damping:g}", linear.solver if mixed else ""]
+        what = [code(linear.name), _shape(linear), linear.pattern if len(patterns) > 1 else ""]
+        rest = [gap(linear.gap_median), f"{linear.damping:g}", linear.solver if len(solvers) > 1 else ""]
         return [*what, *_cells([linear]), *rest]
 
     header = ["linear", "shape", "pattern", *COLUMNS, "gap median", "damping", "solver"]
     return table(header, [row(linear) for linear in linears])
-
-
-def _is_allocated(linears: Linears) -> bool:
-    return len({linear.pattern for linear in linears}) > len(by_kind(linears))
-
-
-def _block_table(linears: Linears, text: Callable[[Linears], str]) -> str:
-    """Blocks down, kinds across."""
-    kinds = by_kind(linears)
-    here: dict[tuple[str, int], list[LinearRecord]] = {}
-    for name, members in {**kinds, "": linears}.items():
-        for linear in members:
-            here.setdefault((name, linear.block), []).append(linear)
-    blocks = sorted({linear.block for linear in linears})
-    rows = [
-        [f"{block}", *(text(here[key]) if (key := (name, block)) in here else "" for name in (*kinds, ""))]
-        for block in blocks
-    ]
-    return table(["block", *map(code, kinds), "mean"], rows, num_left=0)
 
 
 def _shape(linear: LinearRecord) -> str:
@@ -130,15 +126,11 @@ def _cells(linears: Linears) -> list[str]:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:
     """A Markdown table with aligned columns, the first ``num_left`` to the left; empty columns are left out."""
-    if not rows:
-        return ""
     columns = [[cell.replace("|", "\\|") for cell in column] for column in zip(header, *rows, strict=True)]
     aligned = []
     for i, (title, *cells) in enumerate(columns):
-        if not any(cells):
-            continue
-        width = max(3, *map(len, (title, *cells)))
-        left = i < num_left
-        rule = "-" * width if left else "-" * (width - 1) + ":"
-        aligned.append([cell.ljust(width) if left else cell.rjust(width) for cell in (title, rule, *cells)])
+        if any(cells):
+            width = max(3, *map(len, (title, *cells)))
+            rule = "-" * width if i < num_left else "-" * (width - 1) + ":"
+            aligned.append([f"{cell:{'<' if i < num_left else '>'}{width}}" for cell in (title, rule, *cells)])
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*aligned, strict=True))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import transformers
 from huggingface_hub import ModelCard, ModelCardData, metadata_load
@@ -24,22 +23,28 @@ from optima.reporting.summary import bullets, code, names_of, summary
 
 CARD_NAME = "README.md"
 TAGS = ("pruning", "sparse", "optima")
-HIDDEN = (
-    "dataset",
-    "device",
-    "batch_size",
-    "trust_remote_code",
-    "revision",
-    "dtype",
-    "targets",
-    "ignore",
-    "layers",
+# Settings that the card names: the method, not where and on what it ran.
+SHOWN = (
+    *(
+        "sparsity",
+        "pattern",
+        "selector",
+        "mask_from",
+        "objective",
+        "allocation",
+        "scope",
+        "solver",
+        "gap",
+        "damping",
+        "tuning_epochs",
+    ),
+    *("learning_rate", "self_generated", "num_calibration_samples", "max_seq_length", "seed"),
 )
-NOT_YET = "Measure it with `optima eval DENSE THIS`; `evaluation.json`, if it is here, has results."
+RESULTS = "Measure it with `optima eval DENSE THIS`; `evaluation.json`, if it is here, has results."
 BODY = """
 # {title}
 
-{name} with **{sparsity} of the weights** of {count} linear layers set to zero, pruned after training by OPTIMA.
+{name} with **{sparsity:.1%} of the weights** of {count} linear layers set to zero, pruned after training by OPTIMA.
 It is an ordinary checkpoint with the names and shapes of the dense model's weights{without}.
 
 ```python
@@ -64,13 +69,10 @@ from transformers import {classes}
 
 ## Limits
 
-{limits}
+- A certificate is about the error of a linear layer on the calibration text, not about tasks.
+- Embeddings, norms and the layers that the report names as excluded are not pruned.
+- The dense model's licence, intended use and biases apply to this model; read its card.
 """
-LIMITS = (
-    "A certificate is about the error of a linear layer on the calibration text, not about tasks.",
-    "Embeddings, norms and the layers that the report names as excluded are not pruned.",
-    "The dense model's licence, intended use and biases apply to this model; read its card.",
-)
 
 
 def write_card(directory: Path, report: Report, base_model: str | None) -> None:
@@ -100,43 +102,45 @@ def short_name(model: str) -> str:
 
 
 def _body(directory: Path, report: Report) -> str:
-    run, recipe = report.run, report.run.recipe
+    run = report.run
     name = short_name(run.model)
-    data = "passed by the caller" if run.calibration_given else ", ".join(map(short_name, recipe.get("dataset", [])))
-    known = ((key, value) for key, value in recipe.items() if value or value == 0)
-    rows = [[key, str(value)] for key, value in known if key not in HIDDEN and value is not False]
-    rows += [["calibration data", data], *([f"{library} version", found] for library, found in run.versions.items())]
+    sources = ["passed by the caller"] if run.calibration_given else map(short_name, run.recipe.get("dataset", []))
+    known = {key: run.recipe.get(key) for key in SHOWN}
+    rows = [[key, str(value)] for key, value in known.items() if value not in (None, "")]
+    rows += [
+        ["calibration data", ", ".join(sources)],
+        *([f"{library} version", found] for library, found in run.versions.items()),
+    ]
     again = [" on the same calibration data"] * run.calibration_given
     again += [" with the selector's settings from `report.json`"] * run.selector_is_object
-    config = json.loads(file.read_text()) if (file := directory / "config.json").is_file() else {}
-    loader, trust = _loader(config), ", trust_remote_code=True" if config.get("auto_map") else ""
-    load, classes = [f'model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto"{trust})'], loader
-    if tokenizer := any(any(directory.glob(each)) for each in TOKENIZERS):
-        load.append(f'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})')
-        classes = f"AutoTokenizer, {loader}"
+    classes, load = _loading(directory)
     left_out = f", without weights that transformers has no place for: {names_of(run.weights_left_out)}"
     return BODY.format(
         title=f"{printable(name).replace('<', '&lt;')}, {report.sparsity:.0%} sparse",
         name=code(name),
-        sparsity=f"{report.sparsity:.1%}",
+        sparsity=report.sparsity,
         count=len(report.linears),
         without=left_out if run.weights_left_out else "",
         classes=classes,
-        load="\n".join(load),
-        no_tokenizer="" if tokenizer else "\n\nThe tokenizer is not included: use the dense model's.",
+        load=load,
+        no_tokenizer="" if "tokenizer" in load else "\n\nThe tokenizer is not included: use the dense model's.",
         summary=bullets(summary(report)),
         settings=table(["setting", "value"], [[key, printable(value)] for key, value in rows], num_left=2),
         again=" and".join(again),
-        results=NOT_YET,
-        limits=bullets(LIMITS),
+        results=RESULTS,
     )
 
 
-def _loader(config: dict[str, Any]) -> str:
-    """The class of transformers that loads the checkpoint with its head, if it has one."""
-    names = config.get("architectures") or []
-    if (auto := auto_class(config.get("auto_map") or {}, names)) is not None:
-        return auto
-    if any(name.endswith("ForCausalLM") for name in names):
-        return "AutoModelForCausalLM"
-    return next((name for name in names if hasattr(transformers, name)), "AutoModel")
+def _loading(directory: Path) -> tuple[str, str]:
+    """The classes of transformers that load the checkpoint, with its head if it has one, and the lines that do."""
+    config = json.loads(file.read_text()) if (file := directory / "config.json").is_file() else {}
+    names, own = config.get("architectures") or [], config.get("auto_map") or {}
+    loader = auto_class(own, names)
+    if loader is None and any(name.endswith("ForCausalLM") for name in names):
+        loader = "AutoModelForCausalLM"
+    loader = loader or next((name for name in names if hasattr(transformers, name)), "AutoModel")
+    trust = ", trust_remote_code=True" if own else ""
+    load = f'model = {loader}.from_pretrained("PATH_OR_REPO", dtype="auto"{trust})'
+    if not any(any(directory.glob(each)) for each in TOKENIZERS):
+        return loader, load
+    return f"AutoTokenizer, {loader}", f'{load}\ntokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPO"{trust})'

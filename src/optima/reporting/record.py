@@ -21,7 +21,6 @@ from pydantic_core import from_json, to_json
 
 from optima import __version__
 from optima.errors import OptimaError
-from optima.files import usable_path
 
 SCHEMA_VERSION = 3
 REPORT_NAME = "report.json"
@@ -34,7 +33,7 @@ def _not_negative(value: float) -> float:
     return value
 
 
-Error = Annotated[float, AfterValidator(_not_negative)]
+Error = Annotated[float, AfterValidator(_not_negative)]  # may be NaN
 
 
 class Record:
@@ -79,8 +78,18 @@ class LinearRecord(Record):
 
     @property
     def size(self) -> int:
-        """Weights of the linear."""
+        """Number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def part(self) -> str:
+        """The name without the path of its block: ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
+        return re.split(r"(?:^|\.)\d+\.", self.name, maxsplit=1)[-1]
+
+    @property
+    def solved(self) -> bool:
+        """Whether a solver ran."""
+        return self.gap_max is not None
 
 
 @dataclass(frozen=True)
@@ -152,18 +161,18 @@ class Report(Record):
 
     @property
     def num_weights(self) -> int:
-        """Of the pruned linears."""
+        """Number of weights of the pruned linears."""
         return sum(linear.size for linear in self.linears)
 
     @property
     def sparsity(self) -> float:
         """Share of ``num_weights`` that is zero as written."""
-        return sum(linear.sparsity * linear.size for linear in self.linears) / max(self.num_weights, 1)
+        return weighted_mean(self.linears, "sparsity")
 
     @property
     def sparsity_asked(self) -> float:
         """Share of ``num_weights`` that patterns ask to prune."""
-        return sum(linear.sparsity_asked * linear.size for linear in self.linears) / max(self.num_weights, 1)
+        return weighted_mean(self.linears, "sparsity_asked")
 
     @property
     def error_geomean(self) -> float:
@@ -172,7 +181,7 @@ class Report(Record):
 
     @property
     def rows_not_converged(self) -> int:
-        """Rows whose certified gap is above the requested one."""
+        """Number of rows whose certified gap is above the requested one."""
         return sum(linear.rows_not_converged for linear in self.linears)
 
     @property
@@ -182,7 +191,7 @@ class Report(Record):
 
     @property
     def gap_written_max(self) -> float | None:
-        """See ``gap_written``."""
+        """Largest gap of any row as written; None when no solver ran, or if tuning changed a linear after its solve."""
         return gap_written(self.linears)
 
     def save(self, path: str | Path) -> Path:
@@ -215,41 +224,29 @@ def load_record(path: str | Path, kind: type[Kind], name: str, version: int) -> 
     Raises:
         OptimaError: as ``load_report``.
     """
-    what = name.partition(".")[0]
-    given = usable_path(path, f"the {what}", f"give {name} or the output directory of a run")
-    file = given / name if given.is_dir() else given
+    file = Path(path).expanduser()
+    file = file / name if file.is_dir() else file
     try:
         content = from_json(file.read_bytes())
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OptimaError(
-            f"cannot read the {what} {file} ({error.strerror}): give {name} or the output directory of a run"
+            f"cannot read {file} ({error}): pass the {name} of a run, or the output directory that has it"
         ) from error
-    except ValueError as error:
-        raise OptimaError(f"{file} is not JSON ({error}): give the {name} of a run, unedited") from error
     found = content.get("schema_version") if isinstance(content, dict) else None
     if found != version:
-        raise OptimaError(
-            f"{file} has schema_version {found!r} and this version of OPTIMA reads {version}: "
-            "read it with the version of OPTIMA that it names, or run again"
-        )
+        raise OptimaError(f"{file} has schema_version {found!r}, and this version of OPTIMA reads {version}: run again")
     try:
         return TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-        problem = f"{what}{place}: {first['msg']}, got {str(first['input'])[:80]!r}"
-        raise OptimaError(f"{file} is malformed: {problem}; give the {name} of a run, unedited") from error
+        field = ".".join(map(str, first["loc"]))
+        raise OptimaError(f"{file} is malformed: {field}: {first['msg']}, got {str(first['input'])[:80]!r}") from error
 
 
 def library_versions() -> dict[str, str]:
     """Versions of OPTIMA, Python and the libraries that decide the numbers."""
     libraries = {name: version(name) for name in ("torch", "transformers", "safetensors")}
     return {"optima": __version__, "python": platform.python_version(), **libraries}
-
-
-def name_in_block(linear: LinearRecord) -> str:
-    """The linear's name without the path of its block: ``mlp.up_proj`` of ``model.layers.3.mlp.up_proj``."""
-    return re.split(r"(?:^|\.)\d+\.", linear.name, maxsplit=1)[-1]
 
 
 def weighted_mean(linears: Iterable[LinearRecord], field: str) -> float:
