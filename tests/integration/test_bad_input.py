@@ -76,7 +76,7 @@ class TestModel:
 
     def test_no_weights(self, cheap: Refused, root: Path) -> None:
         (root / "model" / WEIGHTS).unlink()
-        assert cheap() == "model has a config.json but no .safetensors weights"
+        assert cheap().startswith("model has no .safetensors weights")
 
     @pytest.mark.parametrize("command", ["prune", "eval"])
     def test_packed(self, cheap: Refused, root: Path, command: str) -> None:
@@ -88,8 +88,7 @@ class TestModel:
     def test_pickle_only(self, cheap: Refused, root: Path, name: str) -> None:
         (root / "model" / WEIGHTS).rename(root / "model" / name)
         message = cheap()
-        assert "only as pickle files, which can run any code" in message
-        assert "safetensors first" in message
+        assert "no .safetensors weights: convert pickle files" in message
 
     def test_a_model_of_sounds(self, cheap: Refused, root: Path) -> None:
         tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
@@ -319,16 +318,14 @@ class TestOptions:
 
 class TestWeights:
     def test_garbage(self, cheap: Refused) -> None:
-        message = cheap()
-        assert message.startswith("the weights of model cannot be read")
-        assert "check that the checkpoint is complete" in message
+        assert cheap().startswith("model/model.safetensors cannot be opened")
 
     @pytest.mark.parametrize("kept", [4, 100, 0.5, 0.99])
     def test_truncated(self, late: Refused, root: Path, kept: float) -> None:
         content = (root / "model" / WEIGHTS).read_bytes()
         size = int(kept * len(content)) if kept < 1 else int(kept)
         (root / "model" / WEIGHTS).write_bytes(content[:size])
-        assert late().startswith("the weights of model cannot be read")
+        assert late().startswith("model/model.safetensors cannot be opened")
 
     def test_a_shard_is_missing(self, late: Refused, root: Path) -> None:
         make_llama().save_pretrained(root / "sharded", max_shard_size="20KB")
@@ -387,20 +384,18 @@ class TestWeights:
     def test_bad_weight_names_the_linear(self, late: Refused, root: Path, bad: float) -> None:
         name = "model.layers.1.mlp.up_proj"
         edit_weights(root, lambda tensors: tensors[f"{name}.weight"][3].fill_(bad))
-        message = late()
-        assert f"the weight of {name} contains NaN or Inf" in message
-        assert r"--ignore 'model\.layers\.1\.mlp\.up_proj'" in message
+        assert f"model/model.safetensors: tensor {name}.weight has NaN or Inf" in late()
 
     @pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight"])
     def test_bad_weight_outside_the_blocks(self, late: Refused, root: Path, name: str) -> None:
         edit_weights(root, lambda tensors: tensors[name][3].fill_(torch.nan))
-        assert f"{name} contains NaN or Inf: repair the checkpoint" in late()
+        assert f"model/model.safetensors: tensor {name} has NaN or Inf" in late()
 
-    def test_overflow_names_the_linear_and_the_first_sample(self, late: Refused, root: Path) -> None:
+    def test_overflow_names_the_linear(self, late: Refused, root: Path) -> None:
         edit_weights(root, lambda tensors: tensors["model.layers.0.mlp.up_proj.weight"].fill_(1e30))
-        assert "the inputs of model.layers.0.mlp.down_proj contain NaN or Inf (first in calibration sample 0)" in late()
+        assert "the inputs of model.layers.0.mlp.down_proj contain NaN or Inf" in late()
 
-    def test_bad_embedding_names_the_sample_that_has_the_token(self, late: Refused, root: Path) -> None:
+    def test_bad_embedding_names_the_linear_that_reads_it(self, late: Refused, root: Path) -> None:
         tokenizer = make_tokenizer()
         (bad,) = tokenizer("~", add_special_tokens=False)["input_ids"]
         (plain,) = tokenizer("Q", add_special_tokens=False)["input_ids"]
@@ -410,7 +405,6 @@ class TestWeights:
         edit_weights(root, lambda tensors: tensors["model.embed_tokens.weight"][bad].fill_(torch.nan))
         message = late("--num-calibration-samples", "5")
         assert "the inputs of model.layers.0.self_attn.q_proj contain NaN or Inf" in message
-        assert "(first in calibration sample 2)" in message
 
 
 def edit_weights(root: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -427,7 +421,7 @@ class TestOtherCommands:
         assert "no linear matches" in cheap(arguments=["plan", "model", *options])
 
     def test_report(self, cheap: Refused) -> None:
-        assert "cannot read the report model/report.json" in cheap(arguments=["report", "model"])
+        assert "cannot read model/report.json" in cheap(arguments=["report", "model"])
         assert "is not JSON" in cheap(arguments=["report", "text.txt"])
 
 

@@ -325,4 +325,4 @@ def test_blocks_behind_the_last_target_are_neither_run_nor_moved(monkeypatch: py
     # Recorded once, calibrated once; what it gives is for nobody.
     assert runs == [first] * 2
     assert set(moves) == {first}
-    assert any("left dense" in note and "q_proj (one place)" in note for note in report.run.notes)
+    assert any("excluded" in note and "q_proj (one place)" in note for note in report.run.notes)

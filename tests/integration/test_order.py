@@ -331,7 +331,7 @@ def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
     assert "--output-dir is missing" in cheap(arguments=["order", "model", "--pattern", "2:4"])
     assert "invalid choice: 'ffn'" in cheap(arguments=["order", "model", "--output-dir", "o", "--channels", "ffn"])
     into = ["order", "model", "--output-dir", str(root), "--overwrite", "--pattern", "2:4", *arguments]
-    assert "holds the current directory and cannot be replaced" in cheap(arguments=into)
+    assert "holds the current directory" in cheap(arguments=into)
     with pytest.raises(RecipeError, match="there are no channels 'ffn': choose among mlp, heads, hidden"):
         optima.order(make_llama(), Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["ffn"])  # type: ignore[list-item]
     with pytest.raises(RecipeError, match="hidden channels stay where they are: an encoder and a decoder share them"):
@@ -362,7 +362,7 @@ def test_outputs_that_are_no_numbers_are_named_before_anything_moves() -> None:
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(NumericalError, match="LlamaForCausalLM computes NaN or Inf of the calibration text as it is"):
+    with pytest.raises(NumericalError, match=r"lm_head\.weight has NaN"):
         order(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items() if "head" not in name)
 
@@ -371,7 +371,7 @@ def test_weights_that_are_no_numbers_are_named() -> None:
     model = make_llama()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj contains NaN"):
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj\.weight has NaN"):
         order(model)
 
 

@@ -47,7 +47,7 @@ class TestDestination:
             assert "choose" in cheap("--output-dir", out, "--overwrite")
 
     def test_new_parents_are_removed_again(self, cheap: Refused) -> None:
-        assert "the weights of model cannot be read" in cheap("--output-dir", "a/b/out")
+        assert "model/model.safetensors cannot be opened" in cheap("--output-dir", "a/b/out")
 
     def test_an_input_is_not_replaced(self, late: Refused, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(prune_arguments()) == 0

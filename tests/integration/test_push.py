@@ -46,7 +46,9 @@ def test_the_repository_holds_the_output_to_the_byte(hub: StandInHub, optima: Ru
     assert found.returncode == 0, found.stderr
     assert f"published: {hub.url}/{OWNER}/sparse" in found.stdout
     files = hub.repos[f"{OWNER}/sparse"]
-    written = {path.name: path.read_bytes() for path in (place / "out").iterdir() if path.is_file()}
+    written = {
+        path.name: path.read_bytes() for path in (place / "out").iterdir() if path.is_file() and path.name[0] != "."
+    }
     assert {name: content for name, content in files.items() if name != ".gitattributes"} == written
     assert {"README.md", "report.json", "recipe.yaml", "model.safetensors.index.json"} <= set(files)
     assert hub.private == {f"{OWNER}/sparse"}
