@@ -238,7 +238,7 @@ def test_a_checkpoint_that_lacks_a_shard_is_refused(model: Path, tmp_path: Path)
         with pytest.raises(ModelError, match=rf"is not complete: .*index\.json names {shard.name}, which is not there"):
             call(directory, tmp_path / "out")
     (model / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ModelError, match="index.json cannot be read"):
+    with pytest.raises(ModelError, match=r"index\.json cannot be read"):
         optima.pack(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
