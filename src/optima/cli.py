@@ -35,7 +35,7 @@ SELECTORS = f"""selectors: {", ".join(SELECTOR_NAMES[:5])},
 {", ".join(SELECTOR_NAMES[5:])}; or package.module:Class with --trust-remote-code"""
 DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CHANNELS = ("mlp", "heads", "hidden")
+CHANNELS = ("mlp", "heads")
 MODEL = "hub id (NAME@REVISION), directory, GGUF file"
 
 
@@ -148,8 +148,6 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         option("directory", metavar="DIR", help="the checkpoint, in safetensors format")
         option("--output-dir", metavar="DIR", help=f"where it goes (the name with -{suffix} appended)")
         option("--overwrite", **overwrite)
-        if name == "pack":
-            option("--code-exponents", action="store_true", help="code bfloat16 exponents too: smaller, slower")
 
     option = add("push", "publish a pruned checkpoint on the hub", "DIR REPO [options]")
     option("directory", metavar="DIR", help="what optima prune or optima pack wrote")

@@ -26,18 +26,8 @@ from optima.errors import ModelError, NumericalError, RecipeError
 from optima.extras.channels import KINDS
 from optima.models.blocks import find_stacks, select_linears
 from optima.names import kind
-from optima.patterns import NM, Pattern
 
 # What stays where it is, by family: no channels of these kinds are known, or the model would compute something else.
-HIDDEN_STAY = {
-    # without a head that predicts words; with a head that is no linear
-    *("bert", "distilbert", "modernbert", "electra", "deberta_v2", "t5_encoder", "roberta"),
-    *("xlnet", "rwkv", "recurrent_gemma", "lfm2", "minimax"),  # states inside blocks have as many channels
-    *("gemma3n", "gemma4"),  # and embeddings for each block
-    *("t5", "t5gemma", "switch", "bart"),  # more than words enter
-    *("gemma3_vision", "llava", "qwen2_vl", "mistral_large4", "nemotron_h_omni", "git"),
-    *("deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp"),  # several streams of them, weighed by matrices
-}
 HEADS_STAY = {
     "deberta_v2", "xlnet", "deepseek_v2", "deepseek_v3", "afmoe", "gemma4_moe", "qwen3_next", "rwkv", "gemma3n",
     "gemma4", "glm_moe_dsa", "mistral_large4", "zaya", "deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp",
@@ -87,11 +77,8 @@ def test_an_ordered_model_is_the_same_function_and_loses_less(family: str) -> No
     torch.testing.assert_close(outputs(model), before, rtol=1e-4, atol=1e-5 * float(before.abs().max()))
     told = {kind: lost for kind, _, lost in found.summary()}
     assert all(lost < 1.0 for lost in told.values()), told
-    assert ("hidden" in told) == (family not in HIDDEN_STAY), found.notes
     assert ("heads" in told) == (family not in HEADS_STAY), found.notes
     assert ("mlp" in told) == (family not in MLPS_STAY), found.notes
-    for name in HIDDEN_STAY & {family}:
-        assert any(note.startswith("hidden channels stay where they are: ") for note in found.notes), name
     # Every linear's inputs were ordered, or a note names its kind.
     left = " ".join(note for note in found.notes if note.startswith("the inputs of these linears"))
     stacks = select_linears(find_stacks(model), [".*"], ["lm_head", "embed"])
@@ -132,16 +119,13 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
     assert main(["order", "model", "--output-dir", "ordered", *options]) == 0
     content = json.loads(Path("ordered/ordering.json").read_text())
     channels = {(each["kind"], each["name"]): each for each in content["channels"]}
-    assert len(channels) == 5  # an MLP and an attention in each of two blocks, and the hidden ones
+    assert len(channels) == 4  # an MLP and an attention in each of two blocks
     old, new = load_weights(root / "model"), load_weights(root / "ordered")
-    hidden_E = channels["hidden", "hidden states"]["order"]
-    assert torch.equal(new["model.norm.weight"], old["model.norm.weight"][hidden_E])
-    assert torch.equal(new["model.embed_tokens.weight"], old["model.embed_tokens.weight"][:, hidden_E])
     inner_W = channels["mlp", "model.layers.1.mlp"]["order"]
     gate, down = "model.layers.1.mlp.gate_proj", "model.layers.1.mlp.down_proj"
-    assert torch.equal(new[f"{gate}.weight"], old[f"{gate}.weight"][inner_W][:, hidden_E])
+    assert torch.equal(new[f"{gate}.weight"], old[f"{gate}.weight"][inner_W])
     assert torch.equal(new[f"{gate}.bias"], old[f"{gate}.bias"][inner_W])
-    assert torch.equal(new[f"{down}.weight"], old[f"{down}.weight"][hidden_E][:, inner_W])
+    assert torch.equal(new[f"{down}.weight"], old[f"{down}.weight"][:, inner_W])
     # The values of each head are turned, and those of the queries that share it back: both tell by how much.
     attention = channels["heads", "model.layers.1.self_attn"]
     assert attention["order"] is None
@@ -149,7 +133,7 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
     width = model.config.head_dim
     for head in range(model.config.num_key_value_heads):
         own = slice(head * width, (head + 1) * width)
-        before, turned = old[f"{value}.weight"][own][:, hidden_E].double(), new[f"{value}.weight"][own].double()
+        before, turned = old[f"{value}.weight"][own].double(), new[f"{value}.weight"][own].double()
         turn_WW = torch.linalg.lstsq(before.mT, turned.mT).solution.mT
         torch.testing.assert_close(turn_WW @ turn_WW.mT, torch.eye(width).double(), rtol=0.0, atol=1e-4)
         bias = f"{value}.bias"
@@ -157,7 +141,7 @@ def test_the_record_tells_what_moved_where(root: Path) -> None:
         copies = model.config.num_attention_heads // model.config.num_key_value_heads
         for query in range(head * copies, (head + 1) * copies):
             read = slice(query * width, (query + 1) * width)
-            expected = old[f"{out}.weight"][hidden_E][:, read].double() @ turn_WW.mT
+            expected = old[f"{out}.weight"][:, read].double() @ turn_WW.mT
             torch.testing.assert_close(new[f"{out}.weight"][:, read].double(), expected, rtol=0.0, atol=1e-4)
     tokens = make_tokens()
     with torch.no_grad():
@@ -230,11 +214,10 @@ def test_the_help_knows_every_kind_of_channels() -> None:
 
 
 def test_only_channels_that_are_named_change_places(capsys: pytest.CaptureFixture[str], root: Path) -> None:
-    options = prune_arguments("--pattern", "down_proj=2:4", "0.5", "--channels", "mlp", "hidden")[4:]
+    options = prune_arguments("--pattern", "down_proj=2:4", "0.5", "--channels", "mlp")[4:]
     assert main(["order", "model", "--output-dir", "ordered", *options]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^mlp: 2 ordered; of their saliency the pattern prunes \d+\.\d% less$", said, re.MULTILINE)
-    assert "hidden" not in said  # nothing that reads them has a pattern n:m
     old, new = load_weights(root / "model"), load_weights(root / "ordered")
     changed = {name.split(".")[-2] for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"gate_proj", "up_proj", "down_proj"}
@@ -258,34 +241,6 @@ def test_values_are_turned_for_either_linear(pruned: str, root: Path) -> None:
             assert after.error_mask < 0.95 * before.error_mask, before.name
 
 
-def all_higher(logits: Tensor) -> Tensor:
-    return logits + 1e4
-
-
-def one_ruled_out(logits: Tensor) -> Tensor:
-    return logits.index_fill(-1, torch.tensor([5]), torch.finfo(logits.dtype).min)
-
-
-@pytest.mark.parametrize("head", [Tensor.clone, all_higher, one_ruled_out])
-def test_hidden_channels_stay_if_what_is_outside_the_blocks_tells_them_apart(head: Any) -> None:
-    model = make_llama()
-    model.model.norm.register_forward_hook(lambda module, args, output: output * torch.arange(32.0))
-    model.lm_head.register_forward_hook(lambda module, args, output: head(output))
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = optima.order(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["hidden"])
-    assert "hidden channels stay where they are: outside its blocks the model does not" in " ".join(found.notes)
-    assert not found.channels
-    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_hidden_channels_stay_if_a_table_beside_the_parameters_has_them() -> None:
-    model = make_llama()
-    model.model.register_buffer("positions", torch.randn(64, 32))
-    found = optima.order(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["hidden", "mlp"])
-    assert {each.kind for each in found.channels} == {"mlp"}
-    assert "hidden channels stay where they are: model.positions is a table of their number" in " ".join(found.notes)
-
-
 def test_experts_that_work_on_fewer_channels_than_the_hidden_ones() -> None:
     model = build("nemotron_h", moe_latent_size=16)
     before = outputs(model)
@@ -307,14 +262,6 @@ def test_channels_inside_a_block_stay_if_it_shares_weights_with_another(part: st
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-4)
 
 
-def test_hidden_channels_stay_if_blocks_share_weights_that_are_not_pruned() -> None:
-    model = make_llama()
-    first, second = (block.module for block in find_stacks(model)[0].blocks[:2])
-    second.mlp = first.mlp
-    found = optima.order(model, Recipe(pattern="2:4", ignore=["mlp", "lm_head"]), calibration=make_tokens())
-    assert any("hidden" in note and "blocks share some of their weights" in note for note in found.notes), found.notes
-
-
 def test_sums_in_another_order_are_no_other_function() -> None:
     """Sharp attention in many blocks makes much of how float32 rounds."""
     model = make_llama(num_hidden_layers=24)
@@ -322,7 +269,7 @@ def test_sums_in_another_order_are_no_other_function() -> None:
         for parameter in model.parameters():
             parameter.mul_(0.3 / parameter.std() if parameter.ndim == 2 else 1.0)
     found = optima.order(model, Recipe(pattern=["2:4"]), calibration=make_tokens(), progress=False)
-    assert {each.kind for each in found.channels} == {"mlp", "heads", "hidden"}
+    assert {each.kind for each in found.channels} == {"mlp", "heads"}
 
 
 def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
@@ -332,10 +279,8 @@ def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
     assert "invalid choice: 'ffn'" in cheap(arguments=["order", "model", "--output-dir", "o", "--channels", "ffn"])
     into = ["order", "model", "--output-dir", str(root), "--overwrite", "--pattern", "2:4", *arguments]
     assert "holds the current directory" in cheap(arguments=into)
-    with pytest.raises(RecipeError, match="there are no channels 'ffn': choose among mlp, heads, hidden"):
+    with pytest.raises(RecipeError, match="there are no channels 'ffn': choose among mlp, heads"):
         optima.order(make_llama(), Recipe(pattern=["2:4"]), calibration=make_tokens(), channels=["ffn"])  # type: ignore[list-item]
-    with pytest.raises(RecipeError, match="hidden channels stay where they are: an encoder and a decoder share them"):
-        order(build("t5"), channels=["hidden"])
 
 
 def test_nothing_is_written_if_nothing_has_another_order(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,29 +351,6 @@ def test_channels_are_ordered_by_rows_in_units_of_the_loss(monkeypatch: pytest.M
         torch.testing.assert_close(unit_OD[:, 0] / unit_OD[0, 0], row_O / row_O[0], rtol=1e-2, atol=0.0)
 
 
-def test_rows_that_stand_for_all_weigh_as_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linears of more rows count for more in the order of hidden channels, however few of them are taken."""
-    sums: list[torch.Tensor] = []
-
-    def stay(saliency_RC: torch.Tensor, *args: Any) -> torch.Tensor:
-        sums.append(saliency_RC.sum(dim=0))
-        return torch.arange(saliency_RC.shape[1])
-
-    monkeypatch.setattr("optima.extras.run.best_order", stay)
-    for rows in (2**20, 5):
-        monkeypatch.setattr("optima.extras.run.HIDDEN_BYTES", 4 * 32 * rows * 10)
-        model = make_llama()
-        with torch.no_grad():  # of each linear all rows are alike
-            for block in model.model.layers:
-                for linear in (*block.self_attn.children(), block.mlp.gate_proj, block.mlp.up_proj):
-                    if hasattr(linear, "weight"):
-                        linear.weight.copy_(linear.weight[:1].expand_as(linear.weight))
-        recipe = Recipe(pattern=["2:4"], objective="plain", batch_size=2)
-        optima.order(model, recipe, calibration=make_tokens(8, 16), channels=["hidden"], progress=False)
-    assert len(sums) == 2
-    torch.testing.assert_close(sums[0], sums[1], rtol=1e-3, atol=0.0)
-
-
 def test_channels_are_ordered_by_columns_in_units_of_their_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of half the logarithm of both saliencies: w^2 H_ii^(1/4) K_ii^(-3/4)."""
     seen: list[Tensor] = []
@@ -452,16 +374,3 @@ def test_channels_are_ordered_by_columns_in_units_of_their_inputs(monkeypatch: p
     unit_D = damped_DD.diagonal() ** 0.25 / torch.linalg.inv(damped_DD).diagonal() ** 0.75
     expected_OD = down.weight.detach().square() * unit_D.float()
     torch.testing.assert_close(seen[0], expected_OD, rtol=1e-2, atol=1e-3 * float(expected_OD.max()))
-
-
-def test_the_largest_groups_order_the_hidden_channels(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Pattern] = []
-
-    def stay(saliency_RC: Tensor, pattern: NM, generator: object) -> Tensor:
-        seen.append(pattern)
-        return torch.arange(saliency_RC.shape[1])
-
-    monkeypatch.setattr("optima.extras.run.best_order", stay)
-    recipe = Recipe(pattern=["q_proj=4:8", "2:4"], objective="plain", batch_size=2)
-    optima.order(make_llama(), recipe, calibration=make_tokens(4, 16), channels=["hidden"], progress=False)
-    assert seen == [NM(4, 8)]

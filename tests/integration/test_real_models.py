@@ -148,12 +148,11 @@ def test_only_targets_change(dense: Path, pruned: Path) -> None:
         assert name in targets or torch.equal(tensor, before[name]), name
 
 
-@pytest.mark.parametrize("options", [(), ("--code-exponents",)])
 def test_what_was_pruned_is_packed_and_restored(
-    pruned: Path, tmp_path: Path, options: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     packed, again = tmp_path / "packed", tmp_path / "again"
-    assert main(["pack", str(pruned), "--output-dir", str(packed), *options]) == 0
+    assert main(["pack", str(pruned), "--output-dir", str(packed)]) == 0
     printed = re.search(r"(\d+) of \d+ tensors got a bitmap: ", capsys.readouterr().out)
     assert printed is not None
     assert int(printed[1]) >= LINEARS, "the others have zeros from their 4-bit file"
@@ -162,7 +161,7 @@ def test_what_was_pruned_is_packed_and_restored(
         sum(tensor.nbytes for name, tensor in load_weights(place).items() if name.startswith(names))
         for place in (pruned, packed)
     )
-    assert after / before <= 0.533, "half of float32, and a bit for each; exponents are coded for bfloat16"
+    assert after / before <= 0.564, "half of the weights, and a bit for each"
     assert main(["unpack", str(packed), "--output-dir", str(again)]) == 0
     files = [str(file.relative_to(pruned)) for file in pruned.rglob("*") if file.is_file()]
     same, different, missing = filecmp.cmpfiles(pruned, again, files, shallow=False)

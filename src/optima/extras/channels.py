@@ -1,9 +1,8 @@
 """Which channels of a model may change places, and where they are counted.
 
-Those inside an MLP may, if all that writes and reads them agrees on their order; so may, with everything that reads and
-writes them in all blocks, the hidden ones. Those of a value head may be turned by any orthogonal matrix. What a model
-does with them in between is not known here: candidates are found by names and sizes, and tried
-(``optima.extras.trial``).
+Those inside an MLP may, if all that writes and reads them agrees on their order. Those of a value head may be rotated
+by any orthogonal matrix. What a model does with them in between is not known here: candidates are found by names and
+sizes, and tried (``optima.extras.trial``).
 
 Shapes: O outputs, D inputs, E hidden size, H heads, W channels of a head (of channels without heads: H = 1).
 """
@@ -22,8 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from optima.models.blocks import Block, Linear, linears_of
 from optima.models.moe import FusedExperts, experts_of
 
-Kind = Literal["mlp", "heads", "hidden"]
-KINDS: tuple[Kind, ...] = ("mlp", "heads", "hidden")
+Kind = Literal["mlp", "heads"]
+KINDS: tuple[Kind, ...] = ("mlp", "heads")
 
 # Linears of an MLP and of an attention, behind the module that they have in common.
 AT = r"(?P<at>(?:[^.]+\.)*?)"
@@ -83,7 +82,7 @@ class Channels:
 
     @property
     def writer(self) -> str:
-        """Full name of the linear whose outputs they are; of several, or none, what the first place is called."""
+        """Full name of the linear whose outputs they are; of several, what the first place is called."""
         return self.places[0].name.removesuffix(".weight")
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from optima.checkpointing import Destination
 from optima.errors import ModelError
-from optima.extras.bitmask import Size, pack_shard, read_original, unpack_shard
+from optima.extras.bitmask import Size, pack_shard, unpack_shard
 from optima.files import (
     INDEX_ENDING,
     PACKED,
@@ -24,16 +24,13 @@ from optima.files import (
 from optima.stopping import interruptible
 
 
-def pack(
-    directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False, code_exponents: bool = False
-) -> Size:
+def pack(directory: str | Path, output_dir: str | Path | None = None, overwrite: bool = False) -> Size:
     """Write a checkpoint anew, its safetensors files packed and all other files as they are.
 
     Args:
         directory: a local checkpoint in safetensors format; it is left as it is.
         output_dir: the new directory, by default called like ``directory`` with ``-packed`` behind.
         overwrite: replace an earlier output.
-        code_exponents: Huffman-code the exponents of bfloat16 tensors too, of dense ones as well.
 
     Raises:
         ModelError: if ``directory`` holds no safetensors files, damaged or packed ones, or lacks some, or the output
@@ -48,7 +45,7 @@ def pack(
     check_shards(source)
     with _beside(source, "-packed", output_dir, overwrite) as new, the_same(source, before):
         _copy_rest(source, new, PLAIN, PACKED)
-        sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED), code_exponents) for shard in shards]
+        sizes = [pack_shard(shard, new / _renamed(shard.name, PLAIN, PACKED)) for shard in shards]
     return sum(sizes, Size())
 
 
@@ -61,7 +58,7 @@ def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrit
         overwrite: replace an earlier output.
 
     Raises:
-        ModelError: if ``directory`` holds no packed files, or damaged ones (the tensor is named), or lacks some, or
+        ModelError: if ``directory`` holds no packed files, or damaged ones, or lacks some, or
             the output cannot be written.
     """
     source = usable_path(directory, "the checkpoint", "name a local directory that you may read")
@@ -69,13 +66,9 @@ def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrit
     if not (shards := _shards(source, PACKED)):
         raise ModelError(f"{source} holds no {PACKED} files: name a directory that optima pack wrote")
     check_shards(source)
-    originals = [read_original(shard) for shard in shards]
-    num_bytes = sum(original.num_bytes for original in originals)
-    with _beside(source, "-unpacked", output_dir, overwrite, num_bytes) as new, the_same(source, before):
+    with _beside(source, "-unpacked", output_dir, overwrite) as new, the_same(source, before):
         _copy_rest(source, new, PACKED, PLAIN)
-        for shard, original in zip(shards, originals, strict=True):
-            unpack_shard(shard, new / _renamed(shard.name, PACKED, PLAIN), original)
-    return num_bytes
+        return sum(unpack_shard(shard, new / _renamed(shard.name, PACKED, PLAIN)) for shard in shards)
 
 
 def _shards(directory: Path, ending: str) -> list[Path]:
@@ -96,14 +89,12 @@ def place_for(directory: str | Path, output_dir: str | Path | None, suffix: str)
 
 
 @contextmanager
-def _beside(
-    source: Path, suffix: str, output: str | Path | None, overwrite: bool, num_bytes: int = 0
-) -> Iterator[Path]:
+def _beside(source: Path, suffix: str, output: str | Path | None, overwrite: bool) -> Iterator[Path]:
     """The directory that takes the output's name when the context ends without an error."""
     path, source = place_for(source, output, suffix), source.resolve()
     if bad := next((path for path in sorted(source.rglob("*")) if not os.access(path, os.R_OK)), None):
         raise ModelError(f"{bad} cannot be read: see its permissions, or where its link leads")
-    with interruptible(), Destination.open(path, overwrite, [source], num_bytes) as destination:
+    with interruptible(), Destination.open(path, overwrite, [source]) as destination:
         if destination.path.is_relative_to(source):
             raise ModelError(f"{destination.path} is inside {source}, which is read: choose another --output-dir")
         with explain_write_errors(destination.path):

@@ -19,9 +19,8 @@ from optima.device import evaluating, memory_explained, unswitched
 from optima.distributed import joined
 from optima.errors import ModelError, RecipeError
 from optima.extras.channels import KINDS, Kind
-from optima.extras.hidden import why_not_hidden
 from optima.extras.record import Ordering
-from optima.extras.run import HIDDEN_STAY, Run
+from optima.extras.run import Run
 from optima.models.companions import to_save
 from optima.models.load import load_tokenizer
 from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
@@ -62,7 +61,7 @@ def order(
         output_dir: where the checkpoint and ``ordering.json`` are written; may be None for a model in memory.
         tokenizer: for a model in memory; a path brings its own.
         calibration: instead of the recipe's dataset: documents, or token ids of shape (samples, length).
-        channels: the kinds to order or turn: those inside an MLP, of value heads, and the hidden ones.
+        channels: the kinds to order or turn: those inside an MLP (permuted) and of value heads (rotated).
         overwrite: replace an earlier output.
         progress: tell of each block.
 
@@ -84,8 +83,6 @@ def order(
             raise ModelError(f"the channels of {name} are in order already: order the model as it came")
         if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
-        if set(channels) == {"hidden"} and (reason := why_not_hidden(checked.structure, checked.found.stacks)):
-            raise RecipeError(f"{HIDDEN_STAY}: {reason}: choose other --channels")
         stack.enter_context(memory_explained(checked.device, REMEDY))
         destination = None
         if output_dir is not None:

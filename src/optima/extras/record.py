@@ -14,8 +14,8 @@ class Ordered:
 
     Attributes:
         kind, name: see ``Channels``.
-        lost: what the pattern would prune of their readers' saliency, relative to before; of hidden channels on the
-            rows that decided; of heads the mean of that and the same of what writes their values.
+        lost: what the pattern would prune of their readers' saliency, relative to before; of heads the mean of
+            that and the same of what writes their values.
         order: for each place the number that its channel had there; None of heads, which are turned.
         turn: of heads the SHA-256 of the matrices that turn them. These follow from the weights of both models.
     """

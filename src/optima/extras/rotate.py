@@ -13,7 +13,7 @@ outputs of what reads them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,11 +36,6 @@ class Writer:
     value_HWD: Tensor
     pattern: NM
 
-    def to(self, device: torch.device, order_D: Tensor | None = None) -> Writer:
-        """The same elsewhere, and with its inputs in another order."""
-        value_HWD = self.value_HWD if order_D is None else self.value_HWD[..., order_D]
-        return replace(self, value_HWD=value_HWD.to(device))
-
     def saliency(self, turn_HWW: Tensor) -> Tensor:
         """Of each weight behind a turn, (H, W, D)."""
         return (turn_HWW @ self.value_HWD).square()
@@ -53,10 +48,6 @@ class Reader:
     out_HCOW: Tensor
     root_HCWW: Tensor
     pattern: NM
-
-    def to(self, device: torch.device, order_O: Tensor | None = None) -> Reader:
-        """The same elsewhere; the order of its outputs does not matter."""
-        return replace(self, out_HCOW=self.out_HCOW.to(device), root_HCWW=self.root_HCWW.to(device))
 
     def saliency(self, turn_HWW: Tensor) -> Tensor:
         """Of each weight behind a turn, (H, C, O, W)."""

@@ -6,7 +6,7 @@ Shapes: O outputs, D inputs, R rows, H heads, W channels of a head, E hidden siz
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -26,7 +26,6 @@ from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.errors import ModelError, NumericalError
 from optima.extras.channels import Channels, Kind, inner_channels, reorder
-from optima.extras.hidden import hidden_channels, why_not_hidden
 from optima.extras.permute import best_order, lost
 from optima.extras.record import Ordered
 from optima.extras.rotate import Part, best_turn, part_of
@@ -45,11 +44,8 @@ from optima.reporting.callbacks import Callbacks
 from optima.weighing import sweep
 
 MOST_ZEROS = 0.1  # of a linear that nobody pruned
-HIDDEN_STAY = "hidden channels stay where they are"
 CHANNELS_STAY = "{}: its {} channels stay where they are: {}"
 UNREACHED = "{}: no calibration token reached it: its channels stay"
-# Of the rows of all linears that order the hidden channels: evenly chosen rows, if they are larger.
-HIDDEN_BYTES = 2**29
 # Rows of one linear that order the channels inside a block.
 INNER_ROWS = 2**12
 # Most that the model's outputs may change, relative to them, in units of rounding to its dtype; and what many blocks
@@ -91,9 +87,8 @@ class Run:
                 f"{type(self.network).__name__} computes NaN or Inf of the calibration text as it is, with channels in "
                 "any order: repair the checkpoint"
             )
-        hidden = why_not_hidden(self.network, stacks)
         for stack in (stack for stack in stacks if stack.needed):
-            self._stack(stack, batches, hidden)
+            self._stack(stack, batches)
         covered = {name for each in self.read for name in each.readers}
         left = Counter(kind(name) for name in sorted(self._by_pattern() - covered))
         if left:
@@ -118,7 +113,7 @@ class Run:
         change = (self._outputs(self.sample) - self.outputs).norm() / self.outputs.norm()
         return float(change) / max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP)
 
-    def _stack(self, stack: Stack, batches: Sequence[Batch], hidden: str) -> None:
+    def _stack(self, stack: Stack, batches: Sequence[Batch]) -> None:
         recipe, device = self.checked.recipe, self.checked.device
         with self.weights.outside(self.place):
             acts = capture(self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(device))
@@ -127,74 +122,27 @@ class Run:
         job = Job(methods, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
         if recipe.objective == "loss" and (told := sweep(job, self.network, stack, acts, recipe)):
             self.notes.append(told)
-        every = self._hidden(stack, acts, hidden)
-        read_by = self._deciding(every) if every is not None else set()
-        rows: list[Tensor] = []
-        turned: list[tuple[Channels, list[Part]]] = []
-        most = HIDDEN_BYTES // (4 * acts.hidden[0].shape[-1])
         self.shown.stage("permute", len(stack.blocks))
         for block in stack.blocks:
             with self.weights.on(block, device, job.clock):
                 inner = self._inner(block, acts)
-                saliencies, parts = self._observed(block, acts, job, inner, read_by)
-                felt = read_by if job.loss is None else {name for name in read_by if job.loss.of_rows(name) is not None}
-                for name in [name for name in saliencies if name in felt]:
-                    rows.append(self._some(saliencies[name], most // len(read_by)).cpu())
+                saliencies, parts = self._observed(block, acts, job, inner)
                 for each in inner:
-                    if each.kind == "heads" and every is not None and each.writer in every.readers:
-                        turned.append((each, [part.to(torch.device("cpu")) for part in parts[each.name]]))
-                    elif each.kind == "heads":
+                    if each.kind == "heads":
                         self._turn(each, parts[each.name])
                     else:
-                        own = [saliencies[name] for name in each.readers if name in saliencies]
-                        self._reorder(each, own, INNER_ROWS)
+                        self._reorder(each, [saliencies[name] for name in each.readers if name in saliencies])
             self.shown.block(block.name)
-        self._refuse_changed()
-        order_E = self._reorder(every, rows) if every is not None and rows else None
-        if every is not None and order_E is not None and not self._changed() <= 1.0:
-            reorder(every, order_E.argsort()[None], self.parameters)
-            order_E = None
-            del self.done[-1], self.read[-1]
-            self.notes.append(f"{HIDDEN_STAY}: outside its blocks the model does not compute the same then")
-        if turned:
-            self.shown.stage("rotate", len(turned))
-            for channels, waiting in turned:  # until it was known which inputs of what writes the values make a group
-                self._turn(channels, [part.to(device, order_E) for part in waiting])
-                self.shown.block(channels.name)
-            self._refuse_changed()
-        self.notes += job.notes
-
-    def _refuse_changed(self) -> None:
         if not self._changed() <= 1.0:
             raise ModelError(
                 f"with its channels in another order {type(self.network).__name__} computes something else: leave "
                 "some as they are, for example by --channels mlp"
             )
+        self.notes += job.notes
 
     def _by_pattern(self) -> set[str]:
         """Names of the linears with a pattern n:m."""
         return {name for name, pattern in self.patterns.items() if isinstance(pattern, NM)}
-
-    def _hidden(self, stack: Stack, acts: Activations, reason: str) -> Channels | None:
-        """The hidden channels, if they are to be ordered and every block computes the same with them elsewhere."""
-        if "hidden" not in self.kinds:
-            return None
-        size = acts.hidden[0].shape[-1]
-        found = reason or hidden_channels(self.network, stack, size)
-        if isinstance(found, Channels):
-            if not self._deciding(found):
-                return None
-            trial = acts.part([0])
-            for block in stack.blocks:
-                with self.weights.on(block, self.checked.device):
-                    if difference(block, [found], trial) > TOLERANCE:
-                        found = f"{block.name} does not compute the same with them elsewhere"
-                        break
-                    trial.forward(block)
-        if isinstance(found, str):
-            self.notes.append(f"{HIDDEN_STAY}: {found}")
-            return None
-        return found
 
     def _deciding(self, channels: Channels) -> set[str]:
         """Names of the linears by whose patterns it is decided where the channels go."""
@@ -244,7 +192,7 @@ class Run:
         return max(own, key=lambda pattern: (pattern.m, pattern.n), default=None)
 
     def _observed(
-        self, block: Block, acts: Activations, job: Job, inner: Iterable[Channels], read_by: Collection[str]
+        self, block: Block, acts: Activations, job: Job, inner: Iterable[Channels]
     ) -> tuple[dict[str, Tensor], dict[str, list[Part]]]:
         """What decides about the channels; ``acts`` are behind the block then.
 
@@ -253,7 +201,7 @@ class Run:
             are turned, by the name of the attention.
         """
         turned = {name: each for each in inner if each.kind == "heads" for name in self._deciding(each)}
-        wanted = {*read_by, *(name for each in inner if each.kind != "heads" for name in each.readers)}
+        wanted = {name for each in inner if each.kind != "heads" for name in each.readers}
         saliencies: dict[str, Tensor] = {}
         parts: defaultdict[str, list[Part]] = defaultdict(list)
         for each in job.observe(block, acts, job.clock, onward=True):
@@ -280,24 +228,20 @@ class Run:
         chosen_R = torch.randperm(outputs, generator=self.generator)[: max(count, 1)].sort().values
         return saliency_OD[chosen_R.to(saliency_OD.device)] * (outputs / len(chosen_R))
 
-    def _reorder(self, channels: Channels, saliencies: list[Tensor], most: int = 0) -> Tensor | None:
-        """Give channels the order in which their readers lose least, which is returned; None if nothing is known.
-
-        ``most`` rows decide; 0: all.
-        """
+    def _reorder(self, channels: Channels, saliencies: list[Tensor]) -> None:
+        """Permute the channels such that their readers lose least."""
         if not saliencies:
             self.notes.append(UNREACHED.format(channels.name))
-            return None
+            return
         pattern = self._pattern(channels)
         assert pattern is not None
         whole_RD = torch.cat(saliencies).to(self.checked.device)
-        order_D = best_order(self._some(whole_RD, most or len(whole_RD)), pattern, self.generator)
+        order_D = best_order(self._some(whole_RD, INNER_ROWS), pattern, self.generator)
         reorder(channels, order_D[None], self.parameters)
         before, after = lost(whole_RD, pattern), lost(whole_RD[:, order_D.to(whole_RD.device)], pattern)
         share = after / before if before else 1.0
         self.done.append(Ordered(channels.kind, channels.name, share, order_D.tolist()))
         self.read.append(channels)
-        return order_D
 
     def _turn(self, channels: Channels, parts: Sequence[Part]) -> None:
         """Turn the values of heads as it costs what writes and what reads them least."""

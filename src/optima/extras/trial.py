@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def difference(block: Block, channels: Sequence[Channels], acts: Activations) ->
 
     Args:
         block: on the device of ``acts``; it stays as it is.
-        channels: of kinds other than ``hidden`` all inside the block; of ``hidden`` those of all blocks.
+        channels: inside the block.
         acts: what enters the block; its first sequence is tried.
     """
     state = {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}
@@ -43,13 +42,10 @@ def difference(block: Block, channels: Sequence[Channels], acts: Activations) ->
     moved = {place.name for each in channels for place in each.places}
     other = {name: tensor.clone() if f"{block.name}.{name}" in moved else tensor for name, tensor in dense.items()}
     parameters = {f"{block.name}.{name}": tensor for name, tensor in other.items()}
-    generator, order_E = torch.Generator().manual_seed(0), None
+    generator = torch.Generator().manual_seed(0)
     for each in channels:
         ways = torch.stack([_any_way(each, generator) for _ in range(each.heads)])
-        inside = tuple(place for place in each.places if place.name in parameters)
-        reorder(replace(each, places=inside), ways, parameters)
-        if each.kind == "hidden":
-            order_E = ways[0].to(acts.device)
+        reorder(each, ways, parameters)
     found: list[Tensor] = []
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -58,9 +54,7 @@ def difference(block: Block, channels: Sequence[Channels], acts: Activations) ->
             for key, value in state.items():
                 state[key] = map_tensors(value, _in_float32)
         expected = hidden_of(functional_call(block.module, dense, (entered, *args), kwargs))
-        given = entered if order_E is None else entered[..., order_E]
-        output = hidden_of(functional_call(block.module, other, (given, *args), kwargs))
-        expected, entered = (each if order_E is None else each[..., order_E] for each in (expected, entered))
+        output = hidden_of(functional_call(block.module, other, (entered, *args), kwargs))
         found.extend(each.flatten(0, -2).double() for each in (output - expected, expected - entered, entered))
         return expected
 
