@@ -275,7 +275,7 @@ def test_sums_in_another_order_are_no_other_function() -> None:
 def test_what_cannot_be_ordered_is_refused(cheap: Any, root: Path) -> None:
     arguments = prune_arguments()[4:]
     assert "add --pattern 2:4" in cheap(arguments=["order", "model", "--output-dir", "out", *arguments])
-    assert "--output-dir is missing" in cheap(arguments=["order", "model", "--pattern", "2:4"])
+    assert "--output-dir" in cheap(arguments=["order", "model", "--pattern", "2:4"])
     assert "invalid choice: 'ffn'" in cheap(arguments=["order", "model", "--output-dir", "o", "--channels", "ffn"])
     into = ["order", "model", "--output-dir", str(root), "--overwrite", "--pattern", "2:4", *arguments]
     assert "holds the current directory" in cheap(arguments=into)

@@ -215,6 +215,24 @@ def test_what_cannot_be_read_is_named(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_link_out_of_the_checkpoint_is_refused(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").touch()
+    (model / "notes").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match="notes is a link out of the checkpoint"):
+        optima.pack(model, tmp_path / "out")
+
+
+def test_exchanged_shards_are_refused(model: Path, tmp_path: Path) -> None:
+    optima.pack(model, tmp_path / "packed")
+    first, second, *_ = sorted((tmp_path / "packed").glob("*.packed.safetensors"))
+    (aside := tmp_path / "aside").write_bytes(first.read_bytes())
+    second.rename(first)
+    aside.rename(second)
+    with pytest.raises(ModelError, match="where the index has it"):
+        optima.unpack(tmp_path / "packed", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_its_own_output_is_replaced_if_asked(model: Path, tmp_path: Path) -> None:
     optima.pack(model)
     with pytest.raises(ModelError, match="exists"):

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from optima.errors import ModelError
-from optima.files import read_header
 
 BITMAP, VALUES = ".bitmap", ".values"
 FORMAT = "optima-packed-2"
@@ -127,7 +126,6 @@ def _original(header: bytes, parts: dict[str, Tensor]) -> bytes:
 
 def _load(file: Path) -> dict[str, Tensor]:
     try:
-        read_header(file)
         return load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"{file} is no whole safetensors file ({error}): fetch it again") from error

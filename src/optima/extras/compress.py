@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import safe_open
 
 from optima.checkpointing import Destination
 from optima.errors import ModelError
@@ -68,7 +71,13 @@ def unpack(directory: str | Path, output_dir: str | Path | None = None, overwrit
     check_shards(source)
     with _beside(source, "-unpacked", output_dir, overwrite) as new, the_same(source, before):
         _copy_rest(source, new, PACKED, PLAIN)
-        return sum(unpack_shard(shard, new / _renamed(shard.name, PACKED, PLAIN)) for shard in shards)
+        size = sum(unpack_shard(shard, new / _renamed(shard.name, PACKED, PLAIN)) for shard in shards)
+        for index in new.glob(f"*{PLAIN}{INDEX_ENDING}"):
+            for name, file in json.loads(index.read_bytes())["weight_map"].items():
+                with safe_open(new / file, framework="pt") as tensors:
+                    if name not in tensors.keys():  # noqa: SIM118
+                        raise ModelError(f"{source}: {name} is not in {file}, where the index has it: fetch it again")
+    return size
 
 
 def _shards(directory: Path, ending: str) -> list[Path]:
@@ -107,6 +116,8 @@ def _copy_rest(source: Path, target: Path, old: str, new: str) -> None:
     for path in sorted(source.iterdir()):
         if path in shards:
             continue
+        if path.is_symlink() and not {"blobs", source.name} & set(path.resolve().parts[:-1]):
+            raise ModelError(f"{path} is a link out of the checkpoint: replace it by the file itself, or remove it")
         if path.name.endswith(old + INDEX_ENDING):
             # As text, so that unpacking restores its bytes.
             text = path.read_bytes().replace(f'{old}"'.encode(), f'{new}"'.encode())
