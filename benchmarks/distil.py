@@ -15,7 +15,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -99,8 +99,8 @@ def main() -> None:
         # Saved, and no longer held: it would count in the memory of the rows behind it. Its zeros are the mask.
         bench.row("mask found, solved", lambda: untreated.pruned(untreated.recipe)).save_pretrained(place)
         write_orders(untreated.dense, Path(place))
-        same_mask = replace(
-            untreated.recipe, selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
+        same_mask = untreated.recipe.replace(
+            selector="external", mask_from=place, sparsity=None, pattern=[], allocation="uniform",
             tuning_epochs=options.epochs, tuning_fraction=1.0, learning_rate=RATE,
         )  # fmt: skip
         name = f"solved and tuned by blocks, {options.epochs} epochs, rate {same_mask.learning_rate:g}"

@@ -85,15 +85,14 @@ class World:
 
     def _cap(self, kind: type, name: str, most: int) -> None:
         """No value of a field is above ``most`` where a text is read, whoever asks for it."""
-        before = kind.__post_init__  # type: ignore[attr-defined]
+        before = kind.__init__  # type: ignore[misc]
 
-        def after(self: Any) -> None:
-            value = getattr(self, name)
-            if str(value).isdigit() and self.dataset:  # without a text its options are refused
-                object.__setattr__(self, name, min(int(value), most))
-            before(self)
+        def init(self: Any, **values: Any) -> None:
+            before(self, **values)
+            if (value := getattr(self, name)) is not None:
+                vars(self)[name] = min(value, most)
 
-        self.monkeypatch.setattr(kind, "__post_init__", after)
+        self.monkeypatch.setattr(kind, "__init__", init)
 
     def run(self, snippet: Snippet) -> None:
         """Run one block; what goes wrong fails the test."""

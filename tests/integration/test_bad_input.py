@@ -422,7 +422,7 @@ class TestOtherCommands:
 
     def test_report(self, cheap: Refused) -> None:
         assert "cannot read model/report.json" in cheap(arguments=["report", "model"])
-        assert "is not JSON" in cheap(arguments=["report", "text.txt"])
+        assert "cannot read text.txt" in cheap(arguments=["report", "text.txt"])
 
 
 def test_a_text_in_place_of_its_file(cheap: Refused) -> None:

@@ -242,7 +242,7 @@ class TestRefused:
         assert "text.txt is not a safetensors file" in cheap(*EXTERNAL, "text.txt")
 
     def test_options_that_contradict(self, cheap: Refused) -> None:
-        assert "takes its masks from mask_from" in cheap("--selector", "external")
+        assert "needs mask_from" in cheap("--selector", "external")
         assert "mask_from is for selector external, not 'optima'" in cheap("--mask-from", "masks.safetensors")
         assert "have their own sparsities" in cheap(*EXTERNAL, "masks.safetensors", "--allocation", "loss")
         assert "scope needs to know the pattern of the external masks" in cheap(

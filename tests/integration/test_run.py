@@ -125,9 +125,9 @@ def test_settings_reach_the_work() -> None:
 @pytest.mark.parametrize(
     ("options", "passes", "reads"),
     [
-        ({"objective": "sink"}, 2, 5),
-        ({"objective": "sink", "tuning_epochs": 2}, 9, 5),
-        ({"objective": "loss", "allocation": "uniform", "tuning_epochs": 0}, 6, 7),
+        ({"objective": "sink"}, 2, 3),
+        ({"objective": "sink", "tuning_epochs": 2}, 9, 3),
+        ({"objective": "loss", "allocation": "uniform", "tuning_epochs": 0}, 6, 5),
         ({"objective": "sink", "self_generated": 0.5}, 2, 2),  # the whole model is in memory
     ],
     ids=str,

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from optima.errors import RecipeError
-from optima.recipe import Recipe
+from optima.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "tools" / "site"
@@ -39,7 +39,7 @@ def test_every_class_of_errors_says_something(errors: Any) -> None:
 
 def test_a_message_of_the_code_is_on_the_page(errors: Any) -> None:
     with pytest.raises(RecipeError) as caught:
-        Recipe(sparsity=0.5, pattern="2:4")
+        load_recipe("no-such-recipe")
     own = str(caught.value)
     shapes = [
         re.sub("‹.*?›", ".+", re.sub(r"([.?*+()\[\]^$|{}])", r"\\\1", text))

@@ -288,14 +288,14 @@ class TestProgress:
             shown.block("a", resumed=[])
             shown.block("b", resumed=[])
             shown.block("c")
-        assert set(re.findall(r"(\d)/4", console.file.getvalue())) == {"2", "3"}  # type: ignore[attr-defined]
+        assert set(re.findall(r"(\d)/4", console.file.getvalue())) <= {"2", "3"}  # type: ignore[attr-defined]
 
     def test_an_interrupt_restores_the_cursor(self) -> None:
         console = screen_of()
 
         def interrupted() -> None:
             with Callbacks([Progress(console)]) as callbacks:
-                callbacks.start(2, 1)
+                callbacks.stage("prune", 2)
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
