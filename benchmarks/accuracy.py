@@ -45,7 +45,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima import Recipe, prune
-from optima.build import build, default_scope, pattern_table
 from optima.data.datasets import load_documents
 from optima.data.generate import generate_tokens
 from optima.data.text import calibration_tokens, data_hash, special_tokens
@@ -56,6 +55,7 @@ from optima.evaluation.tasks import load_tasks
 from optima.models.fingerprint import hash_tensors
 from optima.models.load import find_source, load_model, load_tokenizer
 from optima.patterns import SCOPES, Unstructured
+from optima.plan import default_scope, make_methods, pattern_table
 from optima.recipe import FISHER_FRACTION, SINK_WEIGHT, load_recipe
 from optima.reporting.record import library_versions
 from optima.selectors.base import SELECTORS
@@ -120,7 +120,7 @@ class Bench:
         if method == DENSE:
             return evaluation
         recipe = self.recipe(method, pattern)
-        methods = build(recipe)
+        methods = make_methods(recipe)
         recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
         applied = pattern_table(recipe, methods.selector).default
         names = ["selector", "pattern", "allocation", "solver", "damping", "seed"]

@@ -147,7 +147,7 @@ def run_own(options: argparse.Namespace) -> None:
     """What a user would do, on the tokens that all contenders share."""
     torch.set_num_threads(options.threads)
     recipe = Recipe() if options.run == DEFAULT else load_recipe("fast")
-    recipe = recipe.replace(sparsity=options.sparsity, device="cpu")  # where the peer runs
+    recipe = recipe.replace(sparsity=options.sparsity)  # where the peer runs
     prune(options.model, recipe, output_dir=options.output, calibration=load_file(options.tokens)["tokens"])
 
 

@@ -85,7 +85,7 @@ def prune(model: Path, out: Path, solver: str, limit: int | None) -> None:
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     tokens = torch.randint(VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(1))
-    recipe = optima.Recipe(selector="wanda", solver=solver, objective="sink", device="cpu")
+    recipe = optima.Recipe(selector="wanda", solver=solver, objective="sink")
     optima.prune(model, recipe, output_dir=out, tokenizer=tokenizer(), calibration=tokens)
 
 

@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from optima import Recipe, prune
 from optima.calibration.statistics import EXPERT_BYTES
-from optima.pipeline import Job
+from optima.prune import Job
 
 LENGTH = 128
 STAGES = {"sweep": ("sweep",), "forward": ("forward",), "hessian": ("hessian",), "solve": ("select", "solve", "round")}

@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     documents = load_documents(options.calibration, seed=0)
     samples, length = options.num_calibration_samples, options.max_seq_length
     tokens = calibration_tokens(documents, load_tokenizer(source), samples, length)
-    recipe = Recipe(selector=options.selector, objective=options.objective, pattern=[options.pattern], device="cpu")
+    recipe = Recipe(selector=options.selector, objective=options.objective, pattern=[options.pattern])
     report = prune(copy.deepcopy(model), recipe, calibration=tokens)
     print(f"{machine(device, options.threads)}\n{Path(options.model).name}, {samples} x {length} tokens")
     print("\n| stage | seconds | share |\n| --- | ---: | ---: |")

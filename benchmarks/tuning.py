@@ -26,7 +26,7 @@ from optima.calibration.capture import capture
 from optima.calibration.fisher import FisherWeights, fisher_weights
 from optima.data.text import calibration_tokens
 from optima.models.blocks import Block, Stack
-from optima.preflight.checks import chosen_stacks
+from optima.plan import chosen_stacks
 from optima.recipe import FISHER_FRACTION
 from optima.reporting.markdown import table
 from optima.tune import BlockError, Tuning, tune

@@ -116,7 +116,7 @@ class World:
         if self._namespace is None:
             self.model("model")
             self.text(Path("text.txt"))
-            recipe = Recipe(selector="wanda", objective="sink", device="cpu")
+            recipe = Recipe(selector="wanda", objective="sink")
             self._namespace = {
                 "__name__": "snippets",
                 "optima": optima,

@@ -52,7 +52,7 @@ def read(options: argparse.Namespace) -> Untreated:
     documents, held_out = split(options.calibration, held_out=0.2, seed=0)
     tokens_NL = calibration_tokens(documents, tokenizer, options.num_calibration_samples, options.max_seq_length)
     allocation = "uniform" if ":" in options.pattern else "loss"
-    recipe = Recipe(pattern=[options.pattern], allocation=allocation, tuning_epochs=0, device="cpu")
+    recipe = Recipe(pattern=[options.pattern], allocation=allocation, tuning_epochs=0)
     return Untreated(dense, tokenizer, tokens_NL, held_out, recipe)
 
 

@@ -36,6 +36,7 @@ SELECTORS = f"""selectors: {", ".join(SELECTOR_NAMES[:5])},
 DEMO_MODELS = ("gemma-3-270m", "smollm2-135m")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHANNELS = ("mlp", "heads")
+PLACE = ("device", "trust_remote_code")
 MODEL = "hub id (NAME@REVISION), directory, GGUF file"
 
 
@@ -93,6 +94,10 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
         )
         return commands[name].add_argument
 
+    def add_device(option: Callable[..., Any]) -> None:
+        option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
+        option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
+
     overwrite: dict[str, Any] = {"action": "store_true", "help": "replace an earlier output in that place"}
     option = add("prune", "prune a model in one shot", "MODEL --output-dir DIR [options]", epilog=SELECTORS)
     option("model", metavar="MODEL", help=MODEL)
@@ -100,6 +105,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--overwrite", **overwrite)
     option("--resume", action="store_true", help="continue an unfinished run in that place")
     option("--no-resume", dest="resume", action="store_false", help="delete an unfinished run in that place")
+    add_device(option)
     option("--push-to-hub", metavar="REPO", help="upload the output to this hub repository")
     option("--private", action="store_true", help="create that repository as private")
     option("--report-to", nargs="+", metavar="NAME", help="trackers of accelerate: tensorboard, wandb")
@@ -107,6 +113,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
 
     option = add("plan", "show what would be pruned, and its peak memory", "MODEL [options]", epilog=SELECTORS)
     option("model", metavar="MODEL", help=MODEL)
+    add_device(option)
     _add_recipe(commands["plan"])
 
     option = add("order", "order channels so that n:m loses less", "MODEL --output-dir DIR --pattern 2:4 [options]")
@@ -114,6 +121,7 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--output-dir", metavar="DIR", required=True, help="for the same model, to be pruned then")
     option("--overwrite", **overwrite)
     option("--channels", nargs="+", choices=CHANNELS, metavar="NAME", help=f"{', '.join(CHANNELS)} (all)")
+    add_device(option)
     _add_recipe(commands["order"])
 
     option = add("eval", "measure and compare models", "MODEL [MODEL ...] [options]")
@@ -129,10 +137,8 @@ def _parsers() -> tuple[_Parser, dict[str, _Parser]]:
     option("--task-data", metavar="DIR", help="local items: TASK_SPLIT.jsonl, .json, .parquet (hub)")
     option("--task-limit", type=int, metavar="N", help="use the first items of each task only (all)")
     option("--batch-size", type=int, metavar="N", help="of a forward pass (1 window, 8 choices)")
-    option("--revision", metavar="NAME", help="commit, tag or branch of the first model (newest)")
-    option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (auto)")
+    add_device(option)
     option("--dtype", choices=DTYPES, metavar="NAME", help=f"{', '.join(DTYPES)} (auto)")
-    option("--trust-remote-code", action="store_true", help="run the checkpoint's own code")
     option("--output", metavar="FILE", help="write the results as JSON")
     option("--overwrite", action="store_true", help="replace earlier results in that file")
 
@@ -272,7 +278,7 @@ def _prune(model: str, output_dir: str, report_to: Sequence[str] = (), **given: 
     from optima.reporting.callbacks import Trackers
     from optima.reporting.summary import render_summary
 
-    options = {name: given.pop(name) for name in ("overwrite", "resume") if name in given}
+    options = {name: given.pop(name) for name in ("overwrite", "resume", *PLACE) if name in given}
     repo, private = given.pop("push_to_hub", None), given.pop("private", None)
     callbacks = [Trackers(report_to)] if report_to else []
     recipe = _recipe_of(given)
@@ -303,13 +309,11 @@ def _push(directory: str, repo: str, **given: Any) -> None:
 def _plan(model: str, **given: Any) -> None:
     recipe = _recipe_of(given)
     console = _quiet_console()
-    from optima import plan
     from optima.models.load import find_source
-    from optima.plan_table import print_plan
+    from optima.plan import make_plan, print_plan
 
-    source = find_source(model, recipe.trust_remote_code, recipe.revision)
-    found = plan.make_plan(source, recipe)
-    print_plan(found, model, console)
+    plan = make_plan(find_source(model, given.get("trust_remote_code", False)), recipe, given.get("device", "auto"))
+    print_plan(plan, model, console)
 
 
 def _order(
@@ -317,6 +321,7 @@ def _order(
 ) -> None:
     recipe = _recipe_of(given)
     options: dict[str, Any] = {} if channels is None else {"channels": channels}
+    options |= {name: given.pop(name) for name in PLACE if name in given}
     _quiet_console()
     found = optima.order(model, recipe, output_dir=output_dir, overwrite=overwrite, **options)
     for kind, count, lost in found.summary():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import resource
 import sys
 import time
@@ -89,10 +90,9 @@ def find_device(name: str) -> torch.device:
     Raises:
         RecipeError: if the device is not there.
     """
-    try:
-        device = named_device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"device {name!r}: {error}") from error
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise RecipeError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    device = named_device(name)
     if not is_there(device):
         count = torch.cuda.device_count()
         raise RecipeError(f"device {name!r} is not there: {count} CUDA devices found; use auto or cpu")

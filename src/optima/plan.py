@@ -1,160 +1,396 @@
-"""What a run would prune and take, from the model's configuration alone: no weights are loaded.
-
-Memory is one stated upper bound.
-"""
+"""What a run does, resolved and checked before weights and text are read; ``optima plan`` prints it."""
 
 from __future__ import annotations
 
 import math
-import time
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
-from optima.activations import Shares, activations
+from optima.calibration.correlation import coupling_bytes
+from optima.calibration.statistics import EXPERT_BYTES
+from optima.core import make_solver
+from optima.core.rows import DEFAULT_BUDGET_BYTES
+from optima.core.shifted import MOST_EIGENVALUES
+from optima.data.batches import Calibration, read_calibration
+from optima.data.generate import can_continue
+from optima.device import card_memory, is_there, named_device
+from optima.errors import ModelError, RecipeError
 from optima.linear import Methods
-from optima.memory import GIB, HostMemory, host_memory, work_bytes
-from optima.models.blocks import count_parameters
-from optima.models.load import Source, orders_of, skeleton
-from optima.models.moe import split_on_disk
+from optima.main_memory import total_memory
+from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_notes, find_stacks, select_linears
+from optima.models.inspect import check_forward, check_length
+from optima.models.load import Source, dtype_as_read, orders_of, skeleton
+from optima.models.masks import MaskFiles
 from optima.models.offload import why_whole
-from optima.patterns import NM
-from optima.preflight.checks import Preflight
-from optima.preflight.fitting import fit
+from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
+from optima.names import kind
+from optima.patterns import NM, SCOPES, Pattern, PatternTable, Scope
 from optima.recipe import Recipe
+from optima.reporting.summary import runtime_note
+from optima.selectors.alps import ALPS
+from optima.selectors.base import Selector, load_foreign, make_selector, needs_of
+from optima.selectors.external import External
+from optima.selectors.optima import Optima
+from optima.tune import BYTES_PER_TUNED, Tuning
 
-ORDER_NOTE = "patterns n:m lose less with channels in another order: optima order writes the same model so"
-SURVEY_NOTE = "allocation loss takes each linear's sparsity from calibration: the same for all is shown"
+BATCH_SIZE, CPU_TOKENS = 8, 2048  # of a forward pass; larger activations leave the caches of a CPU
+# Shares of the main and the device memory that the whole model may take while it generates.
+MAIN_SHARE, DEVICE_SHARE = 0.5, 0.8
+LIBRARIES_BYTES = 2**29
+# Of a linear at work, for each entry of its Hessian and each weight: what thanos and alps take, the most.
+BYTES_PER_ENTRY, BYTES_PER_WEIGHT = 62, 56
+GRADIENTS = 6  # copies of a batch's activations in a block that autograd keeps
+GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be done.
+    """A recipe resolved for a model.
 
     Attributes:
-        model: its skeleton.
-        recipe: with its open settings filled in, as a run would.
-        found: stacks, linears and patterns (on the meta device), and what stays dense.
-        methods: as a run would build them, external masks read.
-        num_parameters: of the whole model.
-        pruned_parameters: weights in the linears to prune.
-        work_bytes: upper bound of the work space on the device: of hessians and a linear, a sweep, or tuning. An
-            accelerator also holds ``block_bytes``.
-        block_bytes: the largest block's weights, without those that stay in main memory.
-        inputs_bytes: stored block inputs: in main memory, as far as there is room, and in files.
-        model_bytes: the model's weights, on disk; so many are written again.
-        beside_bytes: of experts that are fused in the model and split on disk: a second copy of them is there until the
-            run ends.
-        host: main memory that a run takes beside block inputs.
-        left_bytes: main memory for block inputs.
-        passes: forward passes over the calibration text; a backward pass counts as two.
-        reads: how often the weights are read from disk.
-        dtype: of the weights.
-        streamed: whether weights stay on disk until they are wanted.
-        seconds: that it took to make, as it does at the start of a run.
-        notes: what will not be pruned, and what only calibration can tell.
+        model: with its weights, or its skeleton.
+        source: where the model is from; None if it is in memory.
+        recipe: with its open settings filled in.
+        methods: selector and solver.
+        stacks: with the linears to prune.
+        patterns: the pattern of each of these linears, by its full name.
+        dtype: of the weights as read: a skeleton is in float32.
+        device: where blocks are pruned.
+        calibration: of the caller: token ids (N, L), batches, or documents; None: the recipe's dataset is read.
+        scope_named: whether the user named the scope.
+        notes: which weights stay dense, and what was resolved otherwise than asked.
     """
 
     model: PreTrainedModel
+    source: Source | None
     recipe: Recipe
-    found: Preflight
     methods: Methods
-    num_parameters: int
-    pruned_parameters: int
-    work_bytes: int
-    block_bytes: int
-    inputs_bytes: int
-    model_bytes: int
-    beside_bytes: int
-    host: HostMemory
-    shares: Shares
-    left_bytes: int
-    passes: int
-    reads: int
+    stacks: tuple[Stack, ...]
+    patterns: dict[str, Pattern]
     dtype: torch.dtype
-    streamed: bool
-    seconds: float
+    device: torch.device
+    calibration: Any
+    scope_named: bool
     notes: tuple[str, ...]
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Of all stacks, in order."""
+        return [block for stack in self.stacks for block in stack.blocks]
+
+    @property
+    def linears(self) -> list[Linear]:
+        """To prune, in order."""
+        return [linear for block in self.blocks for linear in block.linears]
 
     @property
     def sparsity(self) -> float:
         """Share of the weights of all linears to prune that the patterns ask to prune."""
-        sizes = {linear.name: linear.shape[0] * linear.shape[1] for linear in self.found.linears}
-        pruned = sum(self.found.patterns[name].sparsity * size for name, size in sizes.items())
-        return pruned / sum(sizes.values())
+        sizes = {linear.name: math.prod(linear.shape) for linear in self.linears}
+        return sum(self.patterns[name].sparsity * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def make_plan(source: Source, recipe: Recipe) -> Plan:
+def make_plan(source: Source, recipe: Recipe, device: str = "auto") -> Plan:
     """Plan pruning ``source`` by ``recipe`` without loading weights.
 
     Raises:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
-    started = time.perf_counter()
-    model, _ = skeleton(source)
-    fitted = fit(source, model, recipe)
-    recipe, methods, found, dtype = fitted.recipe, fitted.methods, fitted.found, fitted.dtype
-    num_parameters = count_parameters(model)
-    kept = activations(model, found.blocks, recipe, methods.needs, dtype)
-    whole = "" if source.gguf_file or recipe.self_generated else why_whole(source, model, recipe.dtype)
-    streamed = not (source.gguf_file or recipe.self_generated or whole)
-    memory = host_memory(model, found.blocks, recipe, methods, dtype, streamed)
-    notes = list(found.notes)
-    if any(isinstance(pattern, NM) for pattern in found.patterns.values()) and orders_of(source) is None:
-        notes.append(ORDER_NOTE)
-    if kept.shares.surveyed:
-        notes.append(SURVEY_NOTE)
-    if recipe.self_generated:
-        size = f"{num_parameters * dtype.itemsize / GIB:.1f} GiB"
-        notes.append(f"self_generated needs the whole model in memory, {size}, and its KV cache")
-    if whole:
-        notes.append(f"the whole model is held in main memory: {whole}")
-    if not kept.known:
-        notes.append("the configuration names no hidden_size: the block inputs are not counted")
-    return Plan(
-        model=model,
-        recipe=recipe,
-        found=found,
-        methods=methods,
-        num_parameters=num_parameters,
-        pruned_parameters=sum(linear.shape[0] * linear.shape[1] for linear in found.linears),
-        work_bytes=work_bytes(model, found.blocks, recipe, methods, dtype),
-        block_bytes=max(count_parameters(block.module) for block in found.blocks) * dtype.itemsize,
-        inputs_bytes=kept.stored,
-        model_bytes=num_parameters * dtype.itemsize,
-        beside_bytes=split_on_disk(model, [each.module for each in found.linears]) * dtype.itemsize,
-        host=memory,
-        shares=kept.shares,
-        left_bytes=memory.left(),
-        passes=forward_passes(
-            recipe,
-            methods,
-            kept.shares,
-        ),
-        reads=_reads(recipe, bool(kept.shares.swept)) if streamed else 2,
-        dtype=dtype,
-        streamed=streamed,
-        seconds=time.perf_counter() - started,
-        notes=tuple(notes),
-    )
+    return resolve(skeleton(source)[0], recipe, named_device(device), source)
 
 
-def forward_passes(recipe: Recipe, methods: Methods, shares: Shares) -> int:
-    """Calibrate and carry on; a survey; the sweep; a selector's gradients; dense targets and epochs.
-
-    A backward pass counts as two.
+def resolve(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    device: torch.device,
+    source: Source | None = None,
+    calibration: object = None,
+    trust_remote_code: bool = False,
+) -> Plan:
+    """Fill in the open settings of ``recipe``, and make every check that needs neither weights nor text.
 
     Args:
-        recipe: as sized.
-        methods: as built from it.
-        shares: of the sequences.
+        model: with its weights, or its skeleton.
+        recipe: what to do.
+        device: where blocks are pruned.
+        source: where the model is from; None if it is in memory.
+        calibration: as of ``optima.prune``.
+        trust_remote_code: whether a selector of the user's own, or code of a checkpoint of masks, may run.
+
+    Raises:
+        OptimaError: for what cannot be done.
     """
-    swept, surveyed, tuned = shares
-    part = 4 * swept + surveyed + (3 * (recipe.tuning_epochs or 0) + 1) * tuned
-    return 2 + math.ceil(part)
+    check_forward(model)
+    methods = make_methods(recipe, trust_remote_code)
+    named = recipe.scope is not None
+    recipe = recipe.resolved(scope=default_scope(recipe.resolved_objective, methods.selector))
+    _check_order(source, model, recipe)
+    stacks = chosen_stacks(model, recipe)
+    linears = [linear for stack in stacks for block in stack.blocks for linear in block.linears]
+    patterns = _patterns(model, stacks, linears, recipe, methods)
+    _check_changeable(model, linears, recipe)
+    inputs = len(stacks) * max(linear.shape[1] for linear in linears)
+    asked = recipe
+    found: Any = read_calibration(
+        model, calibration, lambda length: asked.replace(max_seq_length=length).samples(inputs)
+    )
+    dtype = model.dtype if source is None else dtype_as_read(model.config, recipe.dtype)
+    recipe, note = _self_generated(model, recipe, dtype, device, found is not None)
+    if isinstance(found, Calibration):
+        sizes = {"num_calibration_samples": found.size[0], "batch_size": found.largest}
+        recipe = recipe.replace(**sizes, max_seq_length=found.longest or recipe.max_seq_length)
+    else:
+        if isinstance(found, Tensor):
+            recipe = recipe.replace(num_calibration_samples=len(found), max_seq_length=found.shape[1])
+        check_length(model, recipe.max_seq_length)
+        fits = max(CPU_TOKENS // recipe.max_seq_length, 1) if device.type == "cpu" else BATCH_SIZE
+        recipe = recipe.replace(batch_size=recipe.batch_size or fits)
+        recipe = recipe.replace(num_calibration_samples=recipe.samples(inputs))
+    notes = (*dense_notes(model, stacks), *_unmatched(recipe, stacks), *filter(None, [note]))
+    return Plan(model, source, recipe, methods, tuple(stacks), patterns, dtype, device, found, named, notes)
 
 
-def _reads(recipe: Recipe, swept: bool) -> int:
-    """Two looks; the sensitivity pass; the gradient pass there and back; pruning."""
-    return 3 + (recipe.allocation == "loss") + 2 * swept
+def make_methods(recipe: Recipe, trust_remote_code: bool = False) -> Methods:
+    """Selector and solver of ``recipe``.
+
+    Raises:
+        RecipeError: if a selector of the user's own cannot be loaded, or asks for what nothing can give.
+    """
+    name = recipe.selector
+    selector: Selector
+    if not isinstance(name, str):
+        selector = name
+    elif name == "external":
+        assert recipe.mask_from is not None, "a recipe checks it"
+        selector = External(MaskFiles(recipe.mask_from, trust_remote_code))
+    elif ":" in name and not trust_remote_code:
+        raise RecipeError(f"selector {name} runs code: if you trust it, add --trust-remote-code")
+    else:
+        selector = load_foreign(name) if ":" in name else make_selector(name)
+    needs = needs_of(selector) - (set() if recipe.resolved_objective == "loss" else {"coupling"})
+    return Methods(selector, make_solver(recipe.solver, recipe.gap), needs=needs)
+
+
+def make_tuning(recipe: Recipe) -> Tuning | None:
+    """How blocks are tuned; None if they are not."""
+    epochs = recipe.tuning_epochs
+    return Tuning(epochs, recipe.learning_rate, recipe.tuning_fraction, recipe.seed) if epochs else None
+
+
+def default_scope(objective: str, selector: Selector) -> Scope:
+    """The published scope; but rows compete where Fisher weights compare them, and those of ours only there."""
+    published = selector.published_scope
+    if objective == "loss":
+        return "layer" if published == "row" else published
+    return "row" if isinstance(selector, Optima) else published
+
+
+def pattern_table(recipe: Recipe, selector: Selector) -> PatternTable:
+    """The patterns; unstructured ones take the default scope unless the recipe names one."""
+    return recipe.table(recipe.scope or default_scope(recipe.resolved_objective, selector))
+
+
+def sparsity_of(recipe: Recipe) -> float:
+    """The one sparsity that an allocation distributes."""
+    default = recipe.table(SCOPES[0]).default
+    assert default is not None, "a recipe checks it"
+    return default.sparsity
+
+
+def chosen_stacks(model: nn.Module, recipe: Recipe) -> list[Stack]:
+    """The stacks of ``model`` with the linears that ``recipe`` prunes."""
+    return select_linears(find_stacks(model), recipe.targets, recipe.ignore)
+
+
+def known_orders(source: Source | None, model: PreTrainedModel) -> Any:
+    """The orders of the model's channels, read from disk or in memory; None if it has its own."""
+    return orders_of(source) if source is not None else orders_in_memory(model)
+
+
+def _patterns(
+    model: nn.Module, stacks: Sequence[Stack], linears: Sequence[Linear], recipe: Recipe, methods: Methods
+) -> dict[str, Pattern]:
+    selector, patterns = methods.selector, dict[str, Pattern]()
+    if not recipe.any_pattern:
+        table = pattern_table(recipe, selector)
+        patterns |= table.assign({linear.name: linear.shape[1] for linear in linears})
+    if isinstance(selector, External):
+        if isinstance(masks := selector.masks, MaskFiles):
+            excluded = [linear for stack in stacks for block in stack.blocks for linear in block.excluded]
+            known = [name for name, parameter in model.named_parameters() if parameter.ndim == 3]
+            known += [name for name, module in model.named_modules() if hasattr(module, "weight")]
+            masks.check_names([*known, *(linear.name for linear in (*linears, *excluded))])
+        patterns |= selector.check(linears, patterns, recipe.ignore)
+    if isinstance(selector, ALPS):
+        for linear in linears:
+            if linear.shape[1] > MOST_EIGENVALUES:
+                raise RecipeError(
+                    f"selector alps needs the eigenvalues of the Hessian of {linear.name}, whose {linear.shape[1]:,} "
+                    f"inputs are more than {MOST_EIGENVALUES:,}: use another selector, or --ignore it"
+                )
+    return patterns
+
+
+def _check_order(source: Source | None, model: PreTrainedModel, recipe: Recipe) -> None:
+    if recipe.mask_from is None:
+        return
+    masks = Path(recipe.mask_from).expanduser()
+    if read_orders(masks if masks.is_dir() else masks.parent) != known_orders(source, model):
+        name = "the model in memory" if source is None else source.name
+        raise RecipeError(
+            f"mask_from {recipe.mask_from} and {name} have their channels in different orders ({ORDERING_NAME}): prune "
+            "the model that the masks were made for"
+        )
+
+
+def check_in_memory(model: PreTrainedModel) -> None:
+    """Raise ``ModelError`` unless all weights of a model in memory are plain tensors under their own names."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("the model has weights that are not in memory (offloaded, or on meta): load it whole")
+    if len(places := {str(parameter.device) for parameter in model.parameters()}) > 1:
+        raise ModelError(f"the model is spread over {', '.join(sorted(places))}: load it on one device, or the CPU")
+    if getattr(model, "is_quantized", False) or any(parameter.itemsize < 2 for parameter in model.parameters()):
+        raise ModelError("the model is quantized: load it unquantized, prune it, then quantize the result")
+    for name, parameter in model.named_parameters():
+        if is_traceable_wrapper_subclass(parameter):
+            raise ModelError(f"{name} is a {type(parameter).__name__}, not a plain tensor: load the model as it is")
+        if {"base_layer", "_orig_mod"} & set(name.split(".")):
+            raise ModelError(f"the model is wrapped ({name}): merge adapters, and unwrap torch.compile, first")
+
+
+def _check_changeable(model: PreTrainedModel, linears: Iterable[Linear], recipe: Recipe) -> None:
+    for linear in linears:
+        if linear.expert is None and "weight" not in linear.module._parameters:
+            raise ModelError(
+                f"the weight of {linear.name} is computed from other parameters: remove its parametrization first"
+            )
+    if recipe.tuning_epochs and recipe.objective != "loss" and any(each.is_inference() for each in model.parameters()):
+        raise ModelError("the model was made inside torch.inference_mode(): make it outside, or --tuning-epochs 0")
+
+
+def _unmatched(recipe: Recipe, stacks: Sequence[Stack]) -> list[str]:
+    """A note for each regex of ``ignore`` that matches nothing: it may be misspelt."""
+    names = [linear.name for stack in stacks for block in stack.blocks for linear in (*block.linears, *block.excluded)]
+    asked = (regex for regex in recipe.ignore if regex not in Recipe().ignore)
+    return [f"ignore {each!r} matches no linear" for each in asked if not any(re.search(each, name) for name in names)]
+
+
+def _self_generated(
+    model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype, device: torch.device, given: bool
+) -> tuple[Recipe, str]:
+    """``recipe``, and a note if the model cannot generate calibration data.
+
+    It depends on the memory that there is, not on what is free: a resumed run must do as it did.
+    """
+    if not recipe.self_generated:
+        return recipe, ""
+    size = count_parameters(model) * dtype.itemsize
+    if given:
+        reason = "the caller passed the calibration data"
+    elif not can_continue(model):
+        reason = f"{type(model).__name__} does not generate text"
+    elif size > MAIN_SHARE * total_memory():
+        reason = f"its weights take {size / GIB:.1f} GiB, more than {MAIN_SHARE:.0%} of the main memory"
+    elif device.type == "cuda" and is_there(device) and size > DEVICE_SHARE * card_memory(device):
+        reason = f"its weights take {size / GIB:.1f} GiB, more than {DEVICE_SHARE:.0%} of the device memory"
+    else:
+        return recipe, ""
+    return recipe.replace(self_generated=0.0), f"no calibration data is self-generated: {reason}"
+
+
+def peak_bytes(plan: Plan, streamed: bool) -> tuple[int, int]:
+    """An upper bound of the memory for weights and work, and the size of stored activations, which may be in files."""
+    recipe, blocks = plan.recipe, plan.blocks
+    assert recipe.batch_size is not None
+    assert recipe.num_calibration_samples is not None
+    largest = max(count_parameters(block.module) for block in blocks)
+    inside = sum(count_parameters(block.module) for block in blocks)
+    whole = count_parameters(plan.model)
+    weights = (2 * largest + whole - inside if streamed else whole) * plan.dtype.itemsize
+    tokens = recipe.batch_size * recipe.max_seq_length
+    copies = GRADIENTS if recipe.objective == "loss" or recipe.tuning_epochs else 2
+    work = 0
+    for block in blocks:
+        shapes = [linear.shape for linear in block.linears]
+        plain = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is None)
+        experts = sum(8 * linear.shape[1] ** 2 for linear in block.linears if linear.expert is not None)
+        hessians = plain + min(experts, EXPERT_BYTES)
+        linear = max((BYTES_PER_ENTRY * d * d + BYTES_PER_WEIGHT * o * d for o, d in shapes), default=0)
+        passed = copies * tokens * sum(sum(shape) for shape in shapes) * plan.dtype.itemsize
+        tuned = BYTES_PER_TUNED * sum(o * d for o, d in shapes) if recipe.tuning_epochs else 0
+        work = max(work, hessians + max(linear + DEFAULT_BUDGET_BYTES, passed + tuned))
+    hidden = getattr(plan.model.config.get_text_config(), "hidden_size", None) or 0
+    inputs = recipe.num_calibration_samples * recipe.max_seq_length * hidden * plan.dtype.itemsize
+    kept = 1 + (1 if recipe.tuning_epochs or recipe.allocation == "loss" else 0)
+    gradients = len(blocks) / 4 if recipe.objective == "loss" else 0  # inputs of all blocks, of a quarter of the text
+    stored = int(inputs * max(kept, 1 + gradients)) + coupling_bytes(blocks, plan.methods.needs)
+    return LIBRARIES_BYTES + weights + work, stored
+
+
+def print_plan(plan: Plan, name: str, console: Console) -> None:
+    """Print ``plan`` as a table, with blocks alike in one group, and its memory."""
+    table = Table(title=f"{name}: what would be pruned", title_justify="left")
+    for heading in ("blocks", "linear", "outputs x inputs", "sparsity"):
+        table.add_column(heading)
+    for _, same in groupby(plan.blocks, key=lambda block: _rows(plan, block)):
+        blocks = list(same)
+        span = f"{blocks[0].index}" if len(blocks) == 1 else f"{blocks[0].index}-{blocks[-1].index}"
+        for (linear, *shown), count in _rows(plan, blocks[0]).items():
+            table.add_row(span, linear if count == 1 else f"{linear} ({count})", *shown)
+        table.add_section()
+    console.print(table)
+    pruned, whole = sum(math.prod(linear.shape) for linear in plan.linears), count_parameters(plan.model)
+    recipe, source = plan.recipe, plan.source
+    held = source is not None and (
+        source.gguf_file or recipe.self_generated or why_whole(source, plan.model, recipe.dtype)
+    )
+    memory, stored = peak_bytes(plan, not held)
+    lines = {
+        "weights in these linears": f"{pruned:,} of {whole:,} parameters ({pruned / whole:.0%})",
+        "sparsity of these linears": f"{plan.sparsity:.2%}",
+        "calibration": f"{recipe.num_calibration_samples} x {recipe.max_seq_length} tokens, batch size "
+        f"{recipe.batch_size}",
+        "method": f"selector {recipe.selector}, objective {recipe.objective}, allocation {recipe.allocation}, solver "
+        f"{recipe.solver}, {recipe.tuning_epochs} epochs of tuning",
+        "memory": f"at most about {memory / GIB:.2f} GiB for weights and work",
+        "activations": f"up to {stored / GIB:.2f} GiB, in files where main memory is short",
+        "disk": f"{whole * plan.dtype.itemsize / GIB:.2f} GiB for the result",
+    }
+    for key, value in lines.items():
+        console.print(f"{key}: {value}", highlight=False, markup=False)
+    for note in _plan_notes(plan, held):
+        console.print(f"note: {note}", highlight=False, markup=False)
+
+
+def _plan_notes(plan: Plan, held: object) -> list[str]:
+    notes = [*plan.notes]
+    if any(isinstance(each, NM) for each in plan.patterns.values()) and known_orders(plan.source, plan.model) is None:
+        notes.append("N:M patterns lose less after `optima order`, which writes the same model with permuted channels")
+    if plan.recipe.allocation == "loss":
+        notes.append("allocation loss finds each linear's sparsity during calibration: the table shows the mean")
+    if held:
+        why = held if isinstance(held, str) else "it generates calibration data, or is a GGUF file"
+        notes.append(f"the whole model is held in main memory: {why}")
+    notes.append(runtime_note(str(each) for each in plan.patterns.values()).replace("**", "").replace("`", ""))
+    return notes
+
+
+def _rows(plan: Plan, block: Block) -> dict[tuple[str, str, str], int]:
+    """A block's linears as a table shows them, and how many are alike, as experts are."""
+    rows: dict[tuple[str, str, str], int] = {}
+    for linear in block.linears:
+        name = kind(linear.name.removeprefix(f"{block.name}."))
+        row = (f"*.{name}", "{} x {}".format(*linear.shape), str(plan.patterns[linear.name]))
+        rows[row] = rows.get(row, 0) + 1
+    return rows

@@ -103,9 +103,6 @@ class Recipe(BaseModel):
     ignore: Texts = _option("model", ["lm_head", "embed"], "linears to leave dense", "REGEX")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
         "model", "auto", "auto, float32, bfloat16, float16", "NAME")
-    revision: str | None = _option("model", None, "commit, tag or branch of a hub model", "NAME", "newest")
-    trust_remote_code: bool = _option("model", False, "run code of the checkpoint", "NAME")
-    device: str = _option("model", "auto", "auto, cpu, cuda, cuda:N", "NAME", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")
     # fmt: on
 
     if not TYPE_CHECKING:  # types of the fields stay known to checkers
@@ -156,8 +153,6 @@ class Recipe(BaseModel):
             raise ValueError("selector external needs mask_from: name a checkpoint or a file of masks")
         if self.selector != "external" and self.mask_from is not None:
             raise ValueError("mask_from is for selector external: leave out one of them")
-        if isinstance(self.selector, str) and ":" in self.selector and not self.trust_remote_code:
-            raise ValueError(f"selector {self.selector} runs code: if you trust it, add --trust-remote-code")
         if self.allocation == "loss":
             if self._external or len(table.patterns) != 1 or not isinstance(table.default, Unstructured):
                 raise ValueError(
@@ -229,8 +224,7 @@ class Recipe(BaseModel):
 
     def save(self, path: Path, comment: str = "") -> None:
         """Write it as YAML, after a ``comment``."""
-        values = {name: value for name, value in self.to_dict().items() if name != "trust_remote_code"}
-        text = yaml.safe_dump(values, sort_keys=False)
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         path.write_text(f"# {comment}\n" * bool(comment) + text, encoding="utf-8")
 
 

@@ -24,7 +24,7 @@ from optima.cli import COMMANDS, main
 from optima.reporting.callbacks import Trackers
 from optima.reporting.record import LinearRecord
 
-RECIPE = Recipe(selector="wanda", objective="sink", max_seq_length=16, num_calibration_samples=5, device="cpu")
+RECIPE = Recipe(selector="wanda", objective="sink", max_seq_length=16, num_calibration_samples=5)
 EXIT_CODES = Path(__file__).parents[2] / "docs" / "reference" / "exit-codes.md"
 
 
@@ -85,7 +85,7 @@ class TestCallbacks:
 
     def test_passes_before_the_pruning_are_named(self) -> None:
         diary = Diary()
-        recipe = Recipe(allocation="loss", max_seq_length=16, device="cpu")
+        recipe = Recipe(allocation="loss", max_seq_length=16)
         prune(make_llama(), recipe, calibration=make_tokens(), callbacks=[diary])
         assert [stage for stage, *_ in diary.of("stage")] == ["gradients", "sensitivity", "prune"]
         assert [block.stage for block in diary.of("block")] == ["sensitivity"] * 2 + ["prune"] * 2
@@ -110,7 +110,7 @@ class TestCallbacks:
     def test_the_gradient_pass_reports_progress(self, make: Callable[[], PreTrainedModel]) -> None:
         """Its last event is at the end."""
         diary = Diary()
-        recipe = Recipe(max_seq_length=16, device="cpu", batch_size=2)
+        recipe = Recipe(max_seq_length=16, batch_size=2)
         prune(make(), recipe, calibration=make_tokens() % 99, callbacks=[diary])
         fractions = diary.of("progress")
         assert 0 < fractions[0] < 1 == fractions[-1]

@@ -30,8 +30,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import optima
 from optima import Recipe, load_recipe, load_report
-from optima.build import build, default_scope
 from optima.cli import main
+from optima.plan import default_scope, make_methods
 from optima.recipe import GROUPS
 
 SIZE = ["--num-calibration-samples", "4", "--max-seq-length", "16", "--batch-size", "3"]
@@ -235,7 +235,7 @@ class TestRecipeOnTheCommandLine:
         assert main(["prune", "model", "--output-dir", "out", "--recipe=run.yaml", *options]) == 0
         size = {"dataset": ["text.txt"], "num_calibration_samples": 4, "max_seq_length": 16, "batch_size": 2}
         recipe = Recipe(**size | expected)
-        applied = recipe.resolved(scope=default_scope(recipe.resolved_objective, build(recipe).selector))
+        applied = recipe.resolved(scope=default_scope(recipe.resolved_objective, make_methods(recipe).selector))
         assert load_recipe("out/recipe.yaml") == applied
 
 
@@ -277,7 +277,7 @@ class TestPlan:
         assert main(["plan", "model", "--max-seq-length", "16"]) == 0
         output = capsys.readouterr().out
         assert output.count("0.5 per layer") == 7
-        assert "note: allocation loss takes each linear's sparsity from calibration" in output
+        assert "note: allocation loss finds each linear's sparsity" in output
 
     def test_shows_each_linears_own_pattern(self, capsys: pytest.CaptureFixture[str]) -> None:
         options = ["--pattern", r"1\.mlp=1:4", "mlp=3:8", "0.5"]
@@ -289,7 +289,7 @@ class TestPlan:
         attention = [line for line in lines if "_proj" in line and "self_attn" in line]
         assert attention
         assert all("0.5 per layer" in line for line in attention)
-        assert any(line.startswith("sparsity of all of them") and "61.25%" in line for line in lines)
+        assert any(line.startswith("sparsity of these linears") and "61.25%" in line for line in lines)
 
 
 class TestReport:

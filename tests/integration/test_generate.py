@@ -19,8 +19,7 @@ from optima.data.generate import generate_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
 from optima.models.load import find_source
-from optima.plan import make_plan
-from optima.preflight.settling import settle_self_generated
+from optima.plan import make_plan, resolve
 
 CPU = torch.device("cpu")
 # BOS, then consecutive tokens: each sequence has its own.
@@ -142,14 +141,14 @@ def test_a_share_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_recipe_with_it_serves_every_model(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(dataset=["a.txt"], self_generated=0.5, num_calibration_samples=4, max_seq_length=16)
-    assert settle_self_generated(make_llama(), recipe, torch.float32, given=False) == (recipe, "")
-    settled, note = settle_self_generated(make_bert(), recipe, torch.float32, given=False)
-    assert settled.self_generated == 0.0
-    assert "does not generate" in note
-    monkeypatch.setattr("optima.preflight.settling.MAIN_SHARE", 1e-12)
-    settled, note = settle_self_generated(make_llama(), recipe, torch.float32, given=False)
-    assert settled.self_generated == 0.0
-    assert "of the main memory" in note
+    assert resolve(make_llama(), recipe, CPU).recipe.self_generated == 0.5
+    plan = resolve(make_bert(), recipe, CPU)
+    assert plan.recipe.self_generated == 0.0
+    assert "does not generate" in plan.notes[-1]
+    monkeypatch.setattr("optima.plan.MAIN_SHARE", 1e-12)
+    plan = resolve(make_llama(), recipe, CPU)
+    assert plan.recipe.self_generated == 0.0
+    assert "of the main memory" in plan.notes[-1]
     model = make_llama()
     monkeypatch.setattr(model, "generate", raising(AssertionError("it generates")))
     report = prune(model, recipe, calibration=families.make_ids(4, 16), tokenizer=make_tokenizer())

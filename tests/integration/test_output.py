@@ -34,7 +34,7 @@ from optima.cli import main
 from optima.errors import ModelError
 from optima.models.save import Writer
 
-MODULES = ("shutil", "optima.run", "optima.preflight.opening")  # that hold what is made to fail
+MODULES = ("shutil", "optima.run")  # that hold what is made to fail
 
 
 class TestDestination:
@@ -155,7 +155,7 @@ class TestInterrupt:
         "target",
         [
             "optima.run.load_tokenizer",
-            "optima.preflight.opening.open_weights",
+            "optima.run.open_weights",
             "optima.run.prepare",
         ],
     )

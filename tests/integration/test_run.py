@@ -52,7 +52,7 @@ def test_the_report_tells_what_was_run(tmp_path: Path) -> None:
     recipe = Recipe(dataset=[str(text)], num_calibration_samples=4, max_seq_length=16)
     prune(str(source), recipe, output_dir=tmp_path / "out")
     run = load_report(str(tmp_path / "out")).run
-    assert {"forward", "sweep", "hessian", "select", "solve", "round", "write"} <= run.stages.keys()
+    assert {"forward", "gradients", "hessian", "select", "solve", "round", "write"} <= run.stages.keys()
     assert sum(run.stages.values()) <= run.seconds
     saved = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert (saved.sparsity, saved.scope, saved.objective, saved.batch_size) == (0.5, "layer", "loss", 128)
@@ -72,14 +72,14 @@ def test_plan_of_fused_experts(family: str, tmp_path: Path) -> None:
     model.bfloat16().save_pretrained(tmp_path)
     plan = make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=32))
     report = prune(model, Recipe(), calibration=make_ids())
-    planned = {linear.name for linear in plan.found.linears}
+    planned = {linear.name for linear in plan.linears}
     assert {linear.name for linear in report.linears} == planned
     assert any("experts" in name for name in planned)
 
 
 def test_a_plan_for_a_device_that_is_elsewhere(tmp_path: Path) -> None:
     save_model(tmp_path)
-    assert make_plan(find_source(str(tmp_path)), Recipe(device="cuda:7", max_seq_length=16)).recipe.device == "cuda:7"
+    assert make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16), "cuda:7").device.index == 7
 
 
 @pytest.mark.parametrize("form", ["tensor", "batches", "documents"])
@@ -107,7 +107,7 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_settings_of_a_selector_object_are_told(root: Path) -> None:
-    options = {"solver": "none", "max_seq_length": 16, "num_calibration_samples": 4, "device": "cpu"}
+    options = {"solver": "none", "max_seq_length": 16, "num_calibration_samples": 4}
     recipe = Recipe(selector=RIA(power=1.0), dataset=["text.txt"], **options)
     prune("model", recipe, output_dir="out", progress=False)
     assert load_report("out").run.selector_is_object
@@ -120,18 +120,3 @@ def test_settings_reach_the_work() -> None:
     assert {linear.damping for linear in run.linears} == {0.1}
     run = prune(build("mixtral"), Recipe(objective="sink"), calibration=make_ids())
     assert any("fewer than 256 tokens" in note for note in run.run.notes)
-
-
-@pytest.mark.parametrize(
-    ("options", "passes", "reads"),
-    [
-        ({"objective": "sink"}, 2, 3),
-        ({"objective": "sink", "tuning_epochs": 2}, 9, 3),
-        ({"objective": "loss", "allocation": "uniform", "tuning_epochs": 0}, 6, 5),
-        ({"objective": "sink", "self_generated": 0.5}, 2, 2),  # the whole model is in memory
-    ],
-    ids=str,
-)
-def test_a_plan_counts_passes_and_reads(options: dict[str, Any], passes: int, reads: int, tmp_path: Path) -> None:
-    plan = make_plan(find_source(str(save_model(tmp_path / "model"))), Recipe(max_seq_length=16, **options))
-    assert (plan.passes, plan.reads) == (passes, reads)

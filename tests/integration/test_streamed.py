@@ -15,11 +15,10 @@ from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens,
 from transformers import PreTrainedModel
 
 import optima
-import optima.preflight.opening
+import optima.run
 from optima.errors import ModelError, NumericalError
 from optima.models.load import find_source, load_model, skeleton
 from optima.models.offload import Checkpoint, Resident, Streamed, open_weights
-from optima.plan import make_plan
 
 REPORTS = ("report.json", "report.md", "report.html")
 CHEAP = {"selector": "wanda", "objective": "sink"}
@@ -28,7 +27,7 @@ EVERYTHING = {"tuning_epochs": 1, "allocation": "loss"}
 
 def pruned(model: Path, out: Path, **options: Any) -> dict[str, bytes | None]:
     """Every file that a run writes but the reports, which tell its time."""
-    recipe = optima.Recipe(device="cpu", batch_size=2, **options)
+    recipe = optima.Recipe(batch_size=2, **options)
     tokens = make_tokens(4).clamp_max(100)
     optima.prune(model, recipe, output_dir=out, tokenizer=make_tokenizer(), calibration=tokens)
     return {name: content for name, content in snapshot(out).items() if name not in REPORTS}
@@ -37,7 +36,7 @@ def pruned(model: Path, out: Path, **options: Any) -> dict[str, bytes | None]:
 @pytest.fixture
 def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Runs hold the whole model in memory until this is undone."""
-    monkeypatch.setattr(optima.preflight.opening, "open_weights", lambda *given: open_weights(*given[:3], whole=""))
+    monkeypatch.setattr(optima.run, "open_weights", lambda *given: open_weights(*given[:3], whole=""))
     return monkeypatch
 
 
@@ -141,7 +140,7 @@ def test_a_block_that_was_replaced_is_read_as_it_is_now(tmp_path: Path) -> None:
     model, weights = streamed(make_llama(), tmp_path)
     (block, *_) = optima.models.blocks.find_stacks(model)[0].blocks
     name = block.linears[0].name + ".weight"
-    weights.replaced(block, lambda: {name: torch.zeros_like(block.linears[0].parameter, device="cpu")})
+    weights.replaced(block, lambda: {name: torch.zeros_like(block.linears[0].parameter)})
     for context in (weights.on(block, torch.device("cpu")), weights.state([name])):
         with context:
             assert not block.linears[0].read().any()
@@ -224,7 +223,7 @@ def test_what_a_checkpoint_lacks_its_output_lacks_too(work: str, tmp_path: Path)
     tensors = load_file(tmp_path / "model" / WEIGHTS)
     kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
     save_file(kept, tmp_path / "model" / WEIGHTS, {"format": "pt"})
-    recipe = optima.Recipe(device="cpu", pattern=["2:4"], selector="wanda", objective="plain")
+    recipe = optima.Recipe(pattern=["2:4"], selector="wanda", objective="plain")
     options: dict[str, Any] = {"tokenizer": make_tokenizer(), "calibration": make_tokens(4).clamp_max(100)}
     outputs = []
     for name in ("a", "b"):
@@ -244,21 +243,11 @@ def test_memory_left_changes_where_activations_wait_and_nothing_else(
     build(family).bfloat16().save_pretrained(tmp_path / "model")
     expected = pruned(tmp_path / "model", tmp_path / "free", **options)
     monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
-    monkeypatch.setattr("optima.memory.available_memory", lambda: 0)
+    monkeypatch.setattr("optima.run.available_memory", lambda: 0)
     found = pruned(tmp_path / "model", tmp_path / "kept", **options)
     assert found == expected
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations exceeded main memory") for note in notes)
-
-
-def test_a_plan_knows_what_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    model = make_llama(num_hidden_layers=6)
-    model.save_pretrained(tmp_path)
-    source = find_source(str(tmp_path))
-    plan = make_plan(source, optima.Recipe(max_seq_length=16))
-    # What is outside the blocks is there while the last one is tuned.
-    assert plan.host.weights == max(2 * plan.block_bytes, plan.model_bytes - 5 * plan.block_bytes)
-    assert make_plan(source, optima.Recipe(max_seq_length=16, self_generated=0.5)).host.weights == plan.model_bytes
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "lm_head.weight"])

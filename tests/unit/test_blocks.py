@@ -14,7 +14,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import ModelError
-from optima.memory import guess_groups
 from optima.models.blocks import (
     Block,
     Linear,
@@ -340,17 +339,3 @@ def test_what_options_leave_out_is_noted() -> None:
     (note,) = dense_notes(model, select_linears(find_stacks(model), [".*"], ["q_proj", r"layers\.1\.mlp"]))
     assert "model.layers.*.self_attn.q_proj (2 places), model.layers.*.mlp.gate_proj (one place)" in note
     assert dense_notes(model, select_linears(find_stacks(model), [".*"], [])) == []
-
-
-def test_groups_are_guessed_from_names() -> None:
-    def groups(model: nn.Module) -> list[list[str]]:
-        return [[linear.name.rpartition(".")[2] for linear in group] for group in guess_groups(blocks_of(model)[0])]
-
-    assert groups(make_llama()) == [
-        ["q_proj", "k_proj", "v_proj"],
-        ["o_proj"],
-        ["gate_proj", "up_proj"],
-        ["down_proj"],
-    ]
-    assert groups(make_bert()) == [["query", "key", "value"], ["dense"], ["dense"], ["dense"]]
-    assert groups(make_gpt2()) == [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]]

@@ -28,7 +28,7 @@ from optima.calibration.store import Store
 from optima.linear import Methods, prune_linear
 from optima.models.blocks import find_stacks, select_linears
 from optima.patterns import Pattern, Unstructured
-from optima.pipeline import Job
+from optima.prune import Job
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.magnitude import Magnitude
 from optima.selectors.wanda import Wanda

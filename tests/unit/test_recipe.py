@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from optima import NM, Recipe, load_recipe
-from optima.build import build, pattern_table
 from optima.cli import main
 from optima.core import SOLVERS, Auto, BatchedCholesky
 from optima.errors import RecipeError
 from optima.patterns import PatternTable, Unstructured
+from optima.plan import make_methods, pattern_table
 from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES
 from optima.selectors.base import SELECTORS
 from optima.selectors.wanda import Wanda
@@ -175,7 +175,7 @@ class TestValues:
 
     def test_a_selector_object_is_named_by_its_class(self) -> None:
         selector = Wanda()
-        assert build(Recipe(selector=selector)).selector is selector
+        assert make_methods(Recipe(selector=selector)).selector is selector
         assert Recipe(selector=selector).to_dict()["selector"] == "optima.selectors.wanda:Wanda"
 
 
@@ -227,18 +227,18 @@ class TestMaking:
     )
     def test_rows_compete_by_the_loss_or_as_published(self, values: dict[str, Any], pattern: Unstructured | NM) -> None:
         recipe = Recipe(**values)
-        assert pattern_table(recipe, build(recipe).selector) == PatternTable((), pattern)
+        assert pattern_table(recipe, make_methods(recipe).selector) == PatternTable((), pattern)
 
     def test_pattern_for_each_target(self) -> None:
         recipe = Recipe(pattern=["mlp=2:4", "0.6"], scope="group")
-        table = pattern_table(recipe, build(recipe).selector)
+        table = pattern_table(recipe, make_methods(recipe).selector)
         up, q = table.assign({"layers.0.mlp.up_proj": 8, "layers.0.self_attn.q_proj": 8}).values()
         assert (up, q) == (NM(2, 4), Unstructured(0.6, "group"))
 
     def test_solver(self) -> None:
-        assert build(Recipe(solver="none")).solver is None
-        assert isinstance(build(Recipe(solver="cholesky")).solver, BatchedCholesky)
-        solver = build(Recipe(gap=1e-6)).solver
+        assert make_methods(Recipe(solver="none")).solver is None
+        assert isinstance(make_methods(Recipe(solver="cholesky")).solver, BatchedCholesky)
+        solver = make_methods(Recipe(gap=1e-6)).solver
         assert isinstance(solver, Auto)
         assert solver.gap == 1e-6
 

@@ -12,8 +12,8 @@ from layers import PATTERNS, hessian_of, layer_of, make_layer, plain_keep
 from tiny import blocks_of, make_llama, make_tokens
 
 from optima import Recipe, prune
-from optima.build import build
 from optima.patterns import Pattern
+from optima.plan import make_methods
 from optima.recipe import SELECTOR_NAMES
 from optima.selectors.base import Selector
 
@@ -30,7 +30,7 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def loaded(path: str) -> Selector:
-    return build(Recipe(selector=path, trust_remote_code=True)).selector
+    return make_methods(Recipe(selector=path), trust_remote_code=True).selector
 
 
 def test_it_is_20_lines() -> None:
@@ -49,8 +49,8 @@ def test_your_own_selector(pattern: Pattern) -> None:
 
 def test_it_prunes_a_model() -> None:
     model = make_llama()
-    recipe = Recipe(selector="surgeon:Surgeon", pattern=["2:4"], max_seq_length=16, trust_remote_code=True)
-    report = prune(model, recipe, calibration=make_tokens())
+    recipe = Recipe(selector="surgeon:Surgeon", pattern=["2:4"], max_seq_length=16)
+    report = prune(model, recipe, calibration=make_tokens(), trust_remote_code=True)
     assert report.run.recipe["selector"] == "surgeon:Surgeon"
     for block in blocks_of(model):
         for linear in block.linears:

@@ -16,11 +16,9 @@ from optima.calibration.lm_head import label_gradient
 from optima.calibration.probe import forward, hidden_of
 from optima.data.batches import words_size
 from optima.errors import ModelError
-from optima.linear import Methods
 from optima.models.blocks import find_stacks, select_linears
-from optima.pipeline import Job
-from optima.preflight.checks import preflight
-from optima.selectors.magnitude import Magnitude
+from optima.plan import resolve
+from optima.prune import Job
 
 FAMILIES = ["gemma3n", "gemma4"]
 CHAIN = ["llama", "llama4", "nemotron_h_omni", "qwen4_exp", "t5", "xlnet", "rwkv"]
@@ -71,10 +69,9 @@ def test_gradients_are_those_of_the_whole_model(family: str) -> None:
 def test_what_the_next_block_alone_is_given_is_dropped(family: str) -> None:
     model = build(family)
     recipe = Recipe(objective="plain", selector="magnitude")
-    methods = Methods(Magnitude())
-    found = preflight(model, recipe, methods)
+    found = resolve(model, recipe, torch.device("cpu"))
     acts = capture(model, found.stacks[0], [make_ids(4)])
-    Job(methods, acts.device, 0.01, 0.0).prune(found.stacks[0], acts, found.patterns)
+    Job(found.methods, acts.device, 0.01, 0.0).prune(found.stacks[0], acts, found.patterns)
     assert acts.carried == [{}]
 
 

@@ -55,7 +55,6 @@ def evaluate(
     task_data: str | None = None,
     task_limit: int | None = None,
     batch_size: int | None = None,
-    revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
@@ -76,7 +75,6 @@ def evaluate(
         task_data: directory with a file of items for each task, see ``load_tasks``; None uses the hub.
         task_limit: use the first items of each task only.
         batch_size: windows (default 1) or choices of a task (default 8) in one forward pass.
-        revision: commit, tag or branch of the first model on the hub.
         device: auto, cpu, cuda or cuda:N.
         dtype: load the models in this; auto keeps the checkpoint's.
         trust_remote_code: run code that comes with a checkpoint.
@@ -93,7 +91,7 @@ def evaluate(
     place = find_device(device)
     subjects = list[_Subject]()
     for name in models:
-        source = find_source(name, trust_remote_code, None if subjects else revision)
+        source = find_source(name, trust_remote_code)
         source = pinned(source, load_config(source))
         tokenizer = load_tokenizer(source)
         tokens_NL, commit = NO_TEXT, None

@@ -26,11 +26,10 @@ from optima.models.load import load_tokenizer
 from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
 from optima.models.save import open_writer, prepare
 from optima.patterns import NM
-from optima.preflight.checks import known_orders
-from optima.preflight.opening import check, claim, generated, read, store_of
-from optima.preflight.settling import untuned
+from optima.plan import known_orders
 from optima.recipe import Recipe
 from optima.reporting.callbacks import Callbacks, Progress, make_progress
+from optima.run import claim, generated, make_run_plan, make_store, read
 from optima.stopping import interruptible
 
 REMEDY = "lower --batch-size, then --max-seq-length; --objective sink needs no gradients"
@@ -43,6 +42,8 @@ def order(
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     calibration: Tensor | Iterable[str] | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
     channels: Collection[Kind] = KINDS,
     overwrite: bool = False,
     progress: bool = True,
@@ -61,6 +62,8 @@ def order(
         output_dir: where the checkpoint and ``ordering.json`` are written; may be None for a model in memory.
         tokenizer: for a model in memory; a path brings its own.
         calibration: instead of the recipe's dataset: documents, or token ids of shape (samples, length).
+        device: auto, cpu, cuda or cuda:N.
+        trust_remote_code: run code that comes with the checkpoint.
         channels: the kinds to order or turn: those inside an MLP (permuted) and of value heads (rotated).
         overwrite: replace an earlier output.
         progress: tell of each block.
@@ -76,29 +79,30 @@ def order(
         if ranks.size > 1:
             raise RecipeError("channels are ordered by one process: start it without torchrun")
         stack.enter_context(unswitched())
-        counting = untuned(recipe) if isinstance(recipe, Recipe) else recipe  # no order takes the memory of tuning
-        checked = check(model, counting, output_dir, calibration, ranks)
-        if known_orders(checked.source, checked.structure) is not None:
-            name = "the model in memory" if checked.source is None else checked.source.name
+        if isinstance(recipe, Recipe):
+            recipe = recipe.replace(tuning_epochs=0)
+        plan = make_run_plan(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
+        if known_orders(plan.source, plan.model) is not None:
+            name = "the model in memory" if plan.source is None else plan.source.name
             raise ModelError(f"the channels of {name} are in order already: order the model as it came")
-        if not any(isinstance(pattern, NM) for pattern in checked.found.patterns.values()):
+        if not any(isinstance(pattern, NM) for pattern in plan.patterns.values()):
             raise RecipeError("the order of channels matters to patterns n:m alone: add --pattern 2:4, for example")
-        stack.enter_context(memory_explained(checked.device, REMEDY))
+        stack.enter_context(memory_explained(plan.device, REMEDY))
         destination = None
         if output_dir is not None:
             stack.enter_context(interruptible())
-            destination = stack.enter_context(claim(checked, output_dir, overwrite, {}, None))
-        reader = load_tokenizer(checked.source) if checked.source is not None and tokenizer is None else tokenizer
+            destination = stack.enter_context(claim(plan, output_dir, overwrite, {}, None))
+        reader = load_tokenizer(plan.source) if plan.source is not None and tokenizer is None else tokenizer
         shown = stack.enter_context(Callbacks([make_progress() if progress else Progress()]))
-        network, weights, origin, text = read(checked, reader, ranks, "its channels change places")
+        network, weights, text = read(plan, reader, ranks, "its channels change places")
         if destination is not None:
-            saved = to_save(checked.source, tokenizer, reader)
-            prepare(network, saved, checked.source, destination.directory)
-        text = generated(checked, network, reader, text, ranks, shown)
-        recipe = checked.recipe
+            saved = to_save(plan.source, tokenizer, reader)
+            prepare(network, saved, plan.source, destination.directory)
+        text = generated(plan, network, reader, text, ranks, shown)
+        recipe = plan.recipe
         assert recipe.batch_size is not None
-        store = store_of(checked, weights, destination, ranks)
-        run = Run(checked, network, weights, shown, frozenset(channels), store)
+        store = make_store(destination, ranks)
+        run = Run(plan, network, weights, shown, frozenset(channels), store)
         with evaluating(network):
             try:
                 run.order(text.batches(recipe.batch_size))
@@ -107,12 +111,13 @@ def order(
                     mark_ordered(network, [asdict(each) for each in run.done])
         seconds = time.perf_counter() - started
         notes = (*weights.notes, *text.notes, *run.notes)
-        found = Ordering(origin["model"], recipe.to_dict(), tuple(run.done), notes, seconds)
+        name = type(network).__name__ if plan.source is None else plan.source.name
+        found = Ordering(name, recipe.to_dict(), tuple(run.done), notes, seconds)
         if destination is not None:
             if not run.done:
                 raise ModelError(f"nothing has another order, so nothing is written: {'; '.join(run.notes)}")
             content = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(found)})
-            writer = open_writer(network, checked.found.blocks, destination, {}, weights)
+            writer = open_writer(network, plan.blocks, destination, {}, weights)
             writer.publish(lambda directory: (directory / ORDERING_NAME).write_text(content, encoding="utf-8"))
     return found
 

@@ -36,12 +36,11 @@ from optima.models.inspect import head_of
 from optima.models.offload import Weights
 from optima.names import kind
 from optima.patterns import NM, Pattern
-from optima.pipeline import Job
-from optima.preflight.checks import chosen_stacks
-from optima.preflight.opening import Checked
+from optima.plan import Plan, chosen_stacks
+from optima.prune import Job
 from optima.recipe import SINK_WEIGHT
 from optima.reporting.callbacks import Callbacks
-from optima.weighing import sweep
+from optima.run import find_fisher_weights
 
 MOST_ZEROS = 0.1  # of a linear that nobody pruned
 CHANNELS_STAY = "{}: its {} channels stay where they are: {}"
@@ -60,7 +59,7 @@ RULED_OUT = -3e4
 class Run:
     """Orders the channels of a model in memory."""
 
-    checked: Checked
+    plan: Plan
     network: PreTrainedModel
     weights: Weights
     shown: Callbacks
@@ -71,16 +70,16 @@ class Run:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.checked.recipe.seed)
-        self.patterns: dict[str, Pattern] = self.checked.found.patterns
+        self.generator = torch.Generator().manual_seed(self.plan.recipe.seed)
+        self.patterns: dict[str, Pattern] = self.plan.patterns
         self.parameters: dict[str, Tensor] = dict(self.network.named_parameters())
 
     def order(self, batches: Sequence[Batch]) -> None:
         """All stacks; the model computes the same afterwards, which is checked."""
-        stacks = chosen_stacks(self.network, self.checked.recipe)
+        stacks = chosen_stacks(self.network, self.plan.recipe)
         for block in (block for stack in stacks for block in stack.blocks):
             _check_dense(block)
-        self.place = embedding_device(self.network, self.checked.device, batches)
+        self.place = embedding_device(self.network, self.plan.device, batches)
         self.sample, self.outputs = batches[0], self._outputs(batches[0])
         if not all_finite(self.outputs):
             raise NumericalError(
@@ -114,14 +113,14 @@ class Run:
         return float(change) / max(ROUNDINGS * torch.finfo(self.network.dtype).eps, DEEP)
 
     def _stack(self, stack: Stack, batches: Sequence[Batch]) -> None:
-        recipe, device = self.checked.recipe, self.checked.device
+        recipe, device = self.plan.recipe, self.plan.device
         with self.weights.outside(self.place):
             acts = capture(self.network, stack, batches, whole=True, store=self.store, batch_size=BatchSize(device))
-        methods = replace(self.checked.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
+        methods = replace(self.plan.methods, needs=frozenset())  # saliencies ask for none of what a selector needs
         sink = SINK_WEIGHT if recipe.objective == "sink" else 0.0
         job = Job(methods, device, recipe.damping, sink, progress=self.shown, weights=self.weights)
-        if recipe.objective == "loss" and (told := sweep(job, self.network, stack, acts, recipe)):
-            self.notes.append(told)
+        if recipe.objective == "loss" and (note := find_fisher_weights(job, self.network, stack, acts, recipe)):
+            self.notes.append(note)
         self.shown.stage("permute", len(stack.blocks))
         for block in stack.blocks:
             with self.weights.on(block, device, job.clock):
@@ -210,7 +209,7 @@ class Run:
             for linear in each.linears:
                 if linear.name not in wanted and linear.name not in turned:
                     continue
-                weight_OD, hessian = linear.read().to(self.checked.device, torch.float32), statistics.hessian
+                weight_OD, hessian = linear.read().to(self.plan.device, torch.float32), statistics.hessian
                 row_O = None if job.loss is None else job.loss.of_rows(linear.name)
                 if linear.name in wanted:
                     saliencies[linear.name] = _saliency(weight_OD, hessian, row_O)
@@ -235,7 +234,7 @@ class Run:
             return
         pattern = self._pattern(channels)
         assert pattern is not None
-        whole_RD = torch.cat(saliencies).to(self.checked.device)
+        whole_RD = torch.cat(saliencies).to(self.plan.device)
         order_D = best_order(self._some(whole_RD, INNER_ROWS), pattern, self.generator)
         reorder(channels, order_D[None], self.parameters)
         before, after = lost(whole_RD, pattern), lost(whole_RD[:, order_D.to(whole_RD.device)], pattern)
@@ -249,7 +248,7 @@ class Run:
             self.notes.append(UNREACHED.format(channels.name))
             return
         begin_HWW = torch.randn(channels.heads, channels.width, channels.width, generator=self.generator)
-        turn_HWW, share = best_turn(parts, begin_HWW.to(self.checked.device))
+        turn_HWW, share = best_turn(parts, begin_HWW.to(self.plan.device))
         reorder(channels, turn_HWW, self.parameters)
         told = hash_tensors([("turn", turn_HWW)])
         self.done.append(Ordered(channels.kind, channels.name, share, turn=told))

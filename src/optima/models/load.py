@@ -97,14 +97,18 @@ class Source:
         return {"trust_remote_code": self.trust_remote_code, **self.of_hub, **of_gguf}
 
 
-def find_source(name: str, trust_remote_code: bool = False, revision: str | None = None) -> Source:
-    """Understand what the user typed.
+def find_source(name: str, trust_remote_code: bool = False) -> Source:
+    """The model that the user named: a local directory, a GGUF file, or a hub id, as ``NAME`` or ``NAME@REVISION``.
 
     Raises:
-        ModelError: if a local path does not hold a safetensors or GGUF checkpoint, or has a revision.
+        ModelError: if a local path does not hold a safetensors or GGUF checkpoint.
     """
     path = usable_path(name, "the model", "give a hub id, a local model directory or a GGUF file")
-    source = Source(name, name, None, trust_remote_code, revision)
+    revision = None
+    if "@" in name and not path.exists():
+        name, _, revision = name.partition("@")
+        path = Path(name)
+    source = Source(name, name, None, trust_remote_code, revision or None)
     if name.endswith(".gguf"):
         if find_spec("gguf") is None:
             raise ModelError(f"{name} is read with the package gguf, which is not installed: pip install gguf")
@@ -126,7 +130,7 @@ def find_source(name: str, trust_remote_code: bool = False, revision: str | None
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"there is no directory {name}: give a hub id, a local model directory or a GGUF file")
     if revision is not None and source.local:
-        raise ModelError(f"{name} is a local model and has no revision {revision!r}: leave --revision out")
+        raise ModelError(f"{name} is a local model and has no revision {revision!r}: leave out @{revision}")
     return source
 
 

@@ -510,7 +510,6 @@ def open_weights(
     source: Source,
     structure: PreTrainedModel,
     dtype: str,
-    check: Callable[[bool], None] = lambda streamed: None,
     whole: str | None = None,
 ) -> tuple[PreTrainedModel, Weights]:
     """The model of ``source``, and what gives it its weights: from disk where possible.
@@ -519,7 +518,6 @@ def open_weights(
         source: where it is from.
         structure: its skeleton.
         dtype: of the weights; ``auto`` keeps the checkpoint's own.
-        check: called before they are read, with whether they stay on disk; it may refuse.
         whole: why the model must be in main memory, if it must.
 
     Raises:
@@ -537,10 +535,8 @@ def open_weights(
             raise UnstreamableError(whole)
         checkpoint = open_checkpoint(source, structure, dtype)
         model = checkpoint.model
-        check(True)
         weights = Streamed(checkpoint, [block for stack in find_stacks(model) for block in stack.blocks])
     except UnstreamableError as error:
-        check(False)
         model, absent = load_whole(source, dtype)
         notes.append(f"the whole model was held in main memory: {error}")
         if absent:

@@ -1,1 +1,0 @@
-"""What is done before the long work: every check, then weights and text are read."""
