@@ -63,7 +63,7 @@ def identity(
 
     Args:
         recipe: its fields as resolved, without the device.
-        selector: an object of the user's own, told from others by its class and ``repr``; None for one of the package.
+        selector: an object of the user's own, identified by its class and ``repr``; None for one of the package.
         model: with its weights in memory if ``weights`` is None.
         weights: what identifies those that are read: a commit, or names, sizes and times of files.
         masks: the same of external masks.
@@ -321,7 +321,7 @@ class Destination:
             )
             return
         if resume:
-            self.notes.append(f"nothing was left to resume beside {self.path}: the run began at the first block")
+            self.notes.append(f"no unfinished run of {self.path} was found: the run began at the first block")
         elif left:
             self.notes.append(f"the {len(journal.blocks)} blocks of an unfinished run into {self.path} were deleted")
         journal.file.unlink(missing_ok=True)  # first: without it, nothing else counts

@@ -13,7 +13,7 @@ class RecipeError(OptimaError, ValueError):
 
 
 class IdleError(RecipeError):
-    """An option, of this ``name``, that does nothing beside the others."""
+    """An option, of this ``name``, that has no effect with the others."""
 
     def __init__(self, name: str, message: str) -> None:
         super().__init__(message)

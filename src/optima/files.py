@@ -71,7 +71,7 @@ def stat_of(directory: Path) -> os.stat_result | None:
 
 
 def is_same(directory: Path, before: os.stat_result | None) -> bool:
-    """Whether the directory of that name is the one of which ``stat_of`` told ``before``."""
+    """Whether the directory of that name is the one of ``stat_of`` ``before``."""
     after = stat_of(directory)
     return before is not None and after is not None and os.path.samestat(before, after)
 

@@ -88,7 +88,7 @@ def prune_linear(
         pattern: what to keep.
         methods: how.
         dtype: of the checkpoint: weights are rounded to it, and the record speaks of the rounded ones.
-        clock: is told the seconds of the stages ``select``, ``solve``, ``round`` and ``share``.
+        clock: measures the stages ``select``, ``solve``, ``round`` and ``share``.
         together: processes that were all given this linear: each has some of its rows, all have the result.
 
     Raises:

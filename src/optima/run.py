@@ -40,8 +40,8 @@ from optima.distributed import Ranks, joined
 from optima.errors import CalibrationError, ModelError, NotDifferentiableError, RecipeError
 from optima.files import stamps
 from optima.main_memory import available_memory, total_memory
+from optima.models.auxiliary import copies_tokenizer, to_save
 from optima.models.blocks import Stack, count_parameters, has_experts
-from optima.models.companions import copies_tokenizer, to_save
 from optima.models.load import commit_of, find_source, load_tokenizer, note_of_dtype, pinned, skeleton, weights_of
 from optima.models.masks import MaskFiles
 from optima.models.moe import split_on_disk

@@ -232,7 +232,7 @@ class TestOptions:
                 ["--max-seq-length", "65"],
                 f"exceed the {POSITIONS} positions of LlamaForCausalLM: use --max-seq-length {POSITIONS}",
             ),
-            (["--max-seq-length", "1"], "no room for text beside the tokenizer's special tokens (1)"),
+            (["--max-seq-length", "1"], "no room for text besides the tokenizer's special tokens (1)"),
             (["--recipe", "missing.yaml"], "recipe missing.yaml cannot be read"),
         ],
         ids=lambda item: " ".join(item) if isinstance(item, list) else "",

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from optima.checkpointing import Journal
 from optima.errors import ModelError
-from optima.models.companions import copies_tokenizer
+from optima.models.auxiliary import copies_tokenizer
 from optima.models.load import find_source
 from optima.models.save import Writer, prepare
 
@@ -237,7 +237,7 @@ class TestCompanions:
             calls.append((name, allow_patterns, options))
             return str(source)
 
-        monkeypatch.setattr("optima.models.companions.snapshot_download", download)
+        monkeypatch.setattr("optima.models.auxiliary.snapshot_download", download)
         out = source.parent / "out"
         out.mkdir()
         prepare(build("llama"), None, find_source("owner/name", revision="v1"), out)

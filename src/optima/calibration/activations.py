@@ -254,13 +254,13 @@ def _lent(states: Sequence[MutableMapping[Any, Any]], device: torch.device) -> I
         for state in states
         for key, value in state.items()
     ]
-    for state, key, _, lent in held:
-        state[key] = lent
+    for state, key, _, copied in held:
+        state[key] = copied
     try:
         yield
     finally:
-        for state, key, value, lent in held:
-            if state.get(key) is lent:
+        for state, key, value, copied in held:
+            if state.get(key) is copied:
                 state[key] = value
 
 

@@ -95,7 +95,7 @@ class BatchSize:
             self.most = self._told = least
 
     def note(self) -> str:
-        """What a report must tell that it was not told before; may be empty."""
+        """For the report, once; may be empty."""
         if self.most == self._told:
             return ""
         self._told = self.most

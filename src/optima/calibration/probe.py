@@ -67,8 +67,8 @@ class Probe:
         order = (length, samples) if self.sequence_first else (samples, length)
         flat = len(counts) == 1 and counts[0] == samples * length and name not in self.routed
         # Dimensions of one do not matter: one for all heads, a batch of one sequence.
-        told = len(counts) > 1 and [count for count in counts if count != 1] == [n for n in order if n != 1]
-        if not (flat or told):
+        one_block = len(counts) > 1 and [count for count in counts if count != 1] == [n for n in order if n != 1]
+        if not (flat or one_block):
             return None
         return inputs.reshape(-1, inputs.shape[-1])[self.starts(samples, length)]
 
@@ -78,7 +78,7 @@ class Probe:
 
 
 class Given:
-    """What linears were given, told apart by ``identity``.
+    """The inputs of linears, distinguished by ``identity``.
 
     Tensors are held until their block is done, so that no address is used again meanwhile.
 
@@ -101,7 +101,7 @@ class Given:
             self.tokens[name] += inputs.numel() // inputs.shape[-1]
 
     def release(self) -> None:
-        """A block is done: what comes is told apart from all that was."""
+        """A block is done: later tensors differ from all earlier ones."""
         self._held.clear()
         self._done += 1
 
@@ -141,7 +141,7 @@ def _plainly(model: nn.Module) -> dict[str, bool]:
     if any(getattr(config, "use_cache", None) is not None for config in configs):
         options["use_cache"] = False  # what one block keeps would be handed to the others
     if "output_router_logits" in arguments_of(model):
-        options["output_router_logits"] = False  # a loss of its own would be made of them, which blocks in turn lack
+        options["output_router_logits"] = False  # a loss of its own would be made of them, which single blocks lack
     if getattr(model.config, "return_dict", True) is False:
         options["return_dict"] = True  # or logits have no name
     return options

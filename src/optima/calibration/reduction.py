@@ -22,7 +22,7 @@ PRODUCTS = 10
 
 def reduce_statistics(
     accumulators: Mapping[str, Accumulator],
-    untold: set[str],
+    unweighted: set[str],
     groups: Sequence[Sequence[Linear]],
     acts: Activations,
 ) -> dict[str, int | None]:
@@ -32,7 +32,7 @@ def reduce_statistics(
 
     Args:
         accumulators: of each group, by its first linear; changed in place.
-        untold: names of groups whose tokens could not be told apart here; those of other processes are added.
+        unweighted: names of groups whose tokens are not known here; those of other ranks are added.
         groups: of linears that share their input.
         acts: of this process; the sums are on their device.
 
@@ -44,7 +44,7 @@ def reduce_statistics(
         return dict.fromkeys(names, 0)
     divisible = [any(_chunks(linear, acts.device) > 1 for linear in group) for group in groups]
     owners = dict(zip(names, share_out([cost(group) for group in groups], acts.ranks.size, divisible), strict=True))
-    reduce_to(owners, accumulators, untold, acts)
+    reduce_to(owners, accumulators, unweighted, acts)
     return owners
 
 
@@ -67,13 +67,13 @@ def share_out(costs: Sequence[float], size: int, divisible: Sequence[bool] = ())
 def reduce_to(
     owners: Mapping[str, int | None],
     accumulators: Mapping[str, Accumulator],
-    untold: set[str],
+    unweighted: set[str],
     acts: Activations,
 ) -> None:
     """As ``reduce_statistics``, where the owners are known."""
     own = {name: _counts(accumulators[name]) for name in owners}
-    found = acts.ranks.gather((own, frozenset(untold)))
-    untold.update(*(theirs for _, theirs in found))
+    found = acts.ranks.gather((own, frozenset(unweighted)))
+    unweighted.update(*(theirs for _, theirs in found))
     for name, owner in owners.items():
         _reduce(accumulators[name], [counts[name] for counts, _ in found], owner, acts)
 

@@ -102,7 +102,7 @@ class Hessian:
         if bool((beside_ND := self._matrix_DD[self.dead_D]).any()):
             if bool((beside_ND.abs() > UNDERFLOW * self.diagonal_D.sqrt()).any()):
                 raise NumericalError(
-                    "the hessian has a zero on its diagonal and other entries beside it, so it is not X^T X of real "
+                    "the hessian has a zero on its diagonal and other entries in its row, so it is not X^T X of real "
                     f"inputs: {REMEDY}"
                 )
             # An input so small that its square is zero in float32, and its products with others are not.

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor, nn
 
-# Diagonal block of a triangular solve: small beside D, wide enough for products at full speed.
+# Diagonal block of a triangular solve: small compared with D, wide enough for products at full speed.
 BLOCK = 256
 # Below this size oneDNN saves nothing.
 SMALLEST_PACKED = 64

@@ -64,7 +64,7 @@ def solve_rows(
 def chunk_rows(num_inputs: int, total: int, device: torch.device, budget_bytes: int = DEFAULT_BUDGET_BYTES) -> int:
     """Rows to solve together: what fits the budget and, on a CPU, its cache, in chunks of equal size.
 
-    The last digits of a row depend on those beside it in its chunk, and on no others.
+    The last digits of a row depend on the other rows of its chunk, and on no others.
     """
     num_inputs = max(num_inputs, 1)
     chunk = max(budget_bytes // (BYTES_PER_ENTRY * num_inputs), 1)

@@ -330,7 +330,7 @@ def stack_size(model: nn.Module, stack: Stack, batch: Batch) -> tuple[int, int |
 def first_of(model: nn.Module, batch: Batch, length: int) -> Batch:
     """Enough of a batch to look at a model with: ``length`` tokens of a stack, or a sample of a processor's outputs.
 
-    Where samples cannot be told apart, all of them.
+    Where samples cannot be distinguished, all of them.
     """
     if isinstance(batch, Tensor):
         return batch[:1, : length * (1 + is_encoder_decoder(model))]
@@ -359,7 +359,9 @@ def words_alone(model: nn.Module, batch: Batch) -> Batch:
     """
     if isinstance(batch, Tensor):
         return batch
-    words = next(name for name in (*WORDS_OF["whole"], "inputs_embeds") if name in batch)  # or the sweep had raised
+    words = next(
+        name for name in (*WORDS_OF["whole"], "inputs_embeds") if name in batch
+    )  # or the gradient pass had raised
     needed = {words, *needed_arguments(model)}
     return {name: tensor for name, tensor in batch.items() if name in needed}
 

@@ -82,7 +82,7 @@ def load_documents(
         if not is_file(name):
             shuffled = records.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
             streams.append(_texts(name, _values(name, shuffled), tokenizer))
-    return Documents((text for turn in zip_longest(*streams) for text in turn if text is not None), revision)
+    return Documents((text for texts in zip_longest(*streams) for text in texts if text is not None), revision)
 
 
 def _open(name: str, split: str) -> tuple[Any, str | None]:

@@ -22,7 +22,7 @@ from optima.distributed import ALONE, Ranks
 from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.models.inspect import is_encoder_decoder
 
-BATCH = 64  # sequences at a time, for any number of processes: others beside a sequence change its roundings
+BATCH = 64  # sequences at a time, for any number of processes: the other sequences of a batch change its rounding
 PROMPT_SHARE = 1 / 8  # of a sequence
 
 

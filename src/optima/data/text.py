@@ -103,7 +103,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     """The tokens that ``tokenizer`` adds around a text, found by tokenising one with and without them.
 
     Raises:
-        CalibrationError: if the text's own tokens cannot be told from the added ones.
+        CalibrationError: if the text's own tokens cannot be distinguished from the added ones.
     """
     probe = "The quick brown fox"
     (full,), (plain,) = tokenizer([probe])["input_ids"], token_ids([probe], tokenizer)
@@ -124,7 +124,7 @@ def token_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def text_length(special: SpecialTokens, max_seq_length: int) -> int:
-    """Tokens of text that fit in one window beside the special tokens.
+    """Tokens of text that fit in one window with the special tokens.
 
     Raises:
         CalibrationError: if none fit.
@@ -132,7 +132,7 @@ def text_length(special: SpecialTokens, max_seq_length: int) -> int:
     num_special = len(special.before) + len(special.after)
     if max_seq_length <= num_special:
         raise CalibrationError(
-            f"a sequence of {max_seq_length} tokens has no room for text beside the tokenizer's special tokens "
+            f"a sequence of {max_seq_length} tokens has no room for text besides the tokenizer's special tokens "
             f"({num_special}): raise --max-seq-length"
         )
     return max_seq_length - num_special

@@ -90,7 +90,7 @@ def _renamed(name: str, old: str, new: str) -> str:
 
 
 def place_for(directory: str | Path, output_dir: str | Path | None, suffix: str) -> Path:
-    """Where it goes: ``output_dir``, or beside ``directory``, called like that, link or not, with ``suffix`` behind."""
+    """Where it goes: ``output_dir``, or next to ``directory``, with ``suffix`` appended to its name."""
     if output_dir is not None:
         return Path(output_dir)
     here = Path(os.path.abspath(os.path.expanduser(directory)))

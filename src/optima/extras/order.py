@@ -21,7 +21,7 @@ from optima.errors import ModelError, RecipeError
 from optima.extras.channels import KINDS, Kind
 from optima.extras.record import Ordering
 from optima.extras.run import Run
-from optima.models.companions import to_save
+from optima.models.auxiliary import to_save
 from optima.models.load import load_tokenizer
 from optima.models.ordered import ORDERING_NAME, SCHEMA_VERSION, mark_ordered
 from optima.models.save import open_writer, prepare

@@ -57,7 +57,7 @@ def best_order(saliency_RC: Tensor, pattern: NM, generator: torch.Generator) -> 
 def _costs(saliency_RC: Tensor, channel_GM: Tensor, pattern: NM) -> Tensor:
     """What each group would lose with the first channel of each, (G groups, G channels), on the CPU.
 
-    With a channel x beside others in ascending order s, the k smallest sum to s_1 + .. + s_(k-1) + min(x, s_k).
+    With a channel x and others in ascending order s, the k smallest sum to s_1 + .. + s_(k-1) + min(x, s_k).
     """
     pruned, channel_GM = pattern.m - pattern.n, channel_GM.to(saliency_RC.device)
     other_RGM = saliency_RC[:, channel_GM[:, 1:]].sort(dim=-1).values

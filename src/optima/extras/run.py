@@ -250,8 +250,8 @@ class Run:
         begin_HWW = torch.randn(channels.heads, channels.width, channels.width, generator=self.generator)
         turn_HWW, share = best_turn(parts, begin_HWW.to(self.plan.device))
         reorder(channels, turn_HWW, self.parameters)
-        told = hash_tensors([("turn", turn_HWW)])
-        self.done.append(Ordered(channels.kind, channels.name, share, turn=told))
+        digest = hash_tensors([("turn", turn_HWW)])
+        self.done.append(Ordered(channels.kind, channels.name, share, turn=digest))
         self.read.append(channels)
 
 

@@ -56,8 +56,8 @@ def accelerate(model: nn.Module) -> Accelerated:
     skipped |= {linear.name: NO_MODULE for linear in linears_of(model, "") if linear.name not in linears}
     if not fitting:
         kinds = {reason: f"{name} {reason}" for name, reason in reversed(skipped.items())}  # the first of each
-        told = "; ".join(reversed(kinds.values())) or "it has none"
-        raise ModelError(f"no linear of this {type(model).__name__} can run on sparse tensor cores: {told}")
+        reasons = "; ".join(reversed(kinds.values())) or "it has none"
+        raise ModelError(f"no linear of this {type(model).__name__} can run on sparse tensor cores: {reasons}")
     for name in fitting:  # one at a time: the dense weight is freed before the next
         weight_OD = linears[name].weight.detach().contiguous()
         linears[name].weight = nn.Parameter(to_sparse_semi_structured(weight_OD), requires_grad=False)

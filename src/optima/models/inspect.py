@@ -67,7 +67,7 @@ def check_length(model: nn.Module, length: int) -> None:
     if "input_ids" not in (arguments := arguments_of(model)):
         what = f"{getattr(model, 'main_input_name', next(iter(arguments), 'nothing'))}, not text"
     elif hasattr(model, "get_text_features"):  # CLIP and those after it: a tower for each of what they compare
-        what = "text beside images or sounds, not alone"
+        what = "text with images or sounds, not text alone"
     if what:
         raise ModelError(
             f"{type(model).__name__} reads {what}: from Python, give prune(..., calibration=...) batches of its "

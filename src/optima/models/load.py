@@ -52,13 +52,13 @@ HUB_REMEDY = (
     "no directory here has that name; for a model of the hub check the spelling, the network and, if it is private or "
     "gated, your login (hf auth login)"
 )
-# What the library leaves out, or makes up, is told and not raised: it names no weight otherwise.
+# What the library leaves out, or makes up, is logged and not raised: it names no weight otherwise.
 LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 REMEDIES = {
     "model": "check that it is complete, and that its config.json is that of a model",
     "configuration": "check config.json, and whether a newer release of transformers knows the model",
     "weights": "check that the checkpoint is complete and in safetensors or GGUF format",
-    "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
+    "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) to the weights",
 }
 
 
@@ -154,7 +154,7 @@ def _check_directory(path: Path) -> None:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """Its safetensors files that are the model's: others may lie beside them, which other programs read or fetched."""
+    """Its safetensors files that are the model's: there may be others, of other programs."""
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
     if (index := directory / INDEX).is_file():
@@ -402,7 +402,7 @@ def some(names: Iterable[str]) -> str:
 
 
 def _dequantize_arguments() -> dict[str, Any]:
-    """Newer releases keep GGUF weights packed unless told otherwise; older ones always unpack."""
+    """Newer releases keep GGUF weights packed by default; older ones always unpack."""
     config = getattr(transformers, "GgufConfig", None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
@@ -416,7 +416,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     with explain_read_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source.path, **source.arguments)
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not len(tokenizer):
-        raise ModelError(f"{source.name} has no tokenizer: copy its tokenizer files beside the weights")
+        raise ModelError(f"{source.name} has no tokenizer: copy its tokenizer files to its directory")
     return tokenizer
 
 

@@ -128,7 +128,7 @@ class FusedExperts:
         return output_TD
 
     def _scaled(self, hidden_TD: Tensor, wanted: Collection[int]) -> Tensor:
-        """Of all tokens for each expert in turn, scaled by the router; zeros are routed elsewhere."""
+        """Of all tokens for one expert after another, scaled by the router; zeros are routed elsewhere."""
         found = []
         for expert, own_TD in enumerate(hidden_TD.view(self.count, -1, hidden_TD.shape[-1])):
             output_TD = torch.zeros_like(own_TD)

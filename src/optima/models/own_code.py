@@ -18,14 +18,14 @@ MAP = "auto_map"
 
 
 def code_files(directory: Path) -> list[Path]:
-    """What the configurations of a model name, and what that imports from beside it."""
+    """What the configurations of a model name, and what it imports from the same directory."""
     named = {code for _, content in _configurations(directory) for each in content[MAP].values() for code in _of(each)}
     names = [code.partition(".")[0] for code in sorted(named) if "--" not in code]
     return imported_files(*(directory / f"{name}.py" for name in names))
 
 
 def imported_files(*files: Path) -> list[Path]:
-    """Some files of code, and those beside them that they import, in turn."""
+    """Some files of code, and those of the same directory that they import."""
     found, waiting = list[Path](), list(files)
     while waiting:
         file = waiting.pop(0)

@@ -23,8 +23,8 @@ from optima.checkpointing import Destination, Journal
 from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.files import digest, explain_write_errors, read_header, sync
+from optima.models.auxiliary import copy_auxiliary_files
 from optima.models.blocks import Block
-from optima.models.companions import copy_companions
 from optima.models.fingerprint import bytes_of
 from optima.models.load import INDEX, WEIGHTS, Source, no_bars
 from optima.models.offload import Resident, Weights
@@ -44,8 +44,8 @@ def prepare(
 
     Args:
         model: its configuration, generation configuration and, if trusted, its own code are saved.
-        tokenizer: saved beside them.
-        source: its companion files are copied (see ``companions``); of a model in memory, None, the orders of its
+        tokenizer: saved with them.
+        source: its auxiliary files are copied (see ``auxiliary``); of a model in memory, None, the orders of its
             channels alone.
         directory: it exists; of what an earlier run left there, shards stay.
 
@@ -57,7 +57,7 @@ def prepare(
         saved = Path(scratch, "saved")  # whose mode, unlike the scratch directory's, is anybody's to read
         saved.mkdir()
         if source is not None:
-            copy_companions(source, saved)
+            copy_auxiliary_files(source, saved)
         else:
             write_orders(model, saved)
         try:
@@ -152,7 +152,7 @@ class Writer:
         self.journal.append({"note": f"resumed {last}" + (f": {problem}" if problem else "")})
 
     def _files_of(self, line: Mapping[str, Any]) -> list[tuple[Path, str]]:
-        pairs = [(self.directory, line["file"]), (self._scratch, line["beside"])]
+        pairs = [(self.directory, line["file"]), (self._scratch, line["split"])]
         return [(directory / file["name"], file["sha256"]) for directory, file in pairs if file]
 
     def commit(
@@ -176,10 +176,10 @@ class Writer:
             places = {} if file is None else _places(file, wanted)
             # What transformers writes in another form (split, fused, transposed) is kept as it is in the model, too.
             rest = {name: tensor for name, tensor in wanted.items() if name not in places}
-            beside = self._keep_beside(block, rest) if rest else None
+            split = self._keep_split(block, rest) if rest else None
             shards = {
                 key: path and {"name": path.name, "sha256": digest(path)}
-                for key, path in (("file", file), ("beside", beside))
+                for key, path in (("file", file), ("split", split))
             }
             line = {"block": block, **shards, "places": places, "record": record}
             self.journal.append(line)
@@ -193,12 +193,12 @@ class Writer:
         if line["places"]:
             with safe_open(self.directory / line["file"]["name"], framework="pt") as shard:
                 found |= {name: shard.get_tensor(place) for name, place in line["places"].items()}
-        if line["beside"]:
+        if line["split"]:
             with safe_open(self._beside[block], framework="pt") as shard:
                 found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
         return found
 
-    def _keep_beside(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
+    def _keep_split(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
         file = self._beside[block]
         # Clones: what shares memory with another is refused.
         copies = {

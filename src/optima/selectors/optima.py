@@ -38,8 +38,8 @@ from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import MOST_COMPARED, kth_lowest, top_scores
 
-# What is made of H is off by the precision times its largest eigenvalue (59 to 1,349 in Gemma 3 270M). Beside rho that
-# must be little, or it is made in float64, which takes half as much memory again.
+# What is made of H is off by the precision times its largest eigenvalue (59 to 1,349 in Gemma 3 270M). Compared
+# with rho that must be little, or it is made in float64, which takes half as much memory again.
 ROUNDING = 0.01
 # Scores of a linear from which a threshold is taken while the mask is still moving.
 SAMPLE = 2**15

@@ -23,7 +23,7 @@ class SparseGPT:
     """Mask and update as published: the mask of a block of columns is chosen from the already updated weights.
 
     Unstructured sparsity is reached in every block of columns: over all its rows (scope ``group``, as published) or
-    within each row (scope ``row``). A sweep that never looks back cannot rank the columns of different blocks, so that
+    within each row (scope ``row``). A pass that never looks back cannot rank the columns of different blocks, so that
     scope ``layer`` ranks groups of ``blocksize``. N:M masks are chosen every m columns.
 
     Args:

@@ -1,4 +1,4 @@
-"""The small files beside the weights that transformers, sentence-transformers and the hub know by name.
+"""The auxiliary files of a model that transformers, sentence-transformers and the hub know by name.
 
 Nothing else is copied, no other directories, and nothing through a link that leaves the model: what is copied may be
 published. Code is copied only if it was trusted.
@@ -47,8 +47,8 @@ CARD_KEYS = (
 )
 
 
-def copy_companions(source: Source, directory: Path) -> None:
-    """Copy the companion files of ``source`` into ``directory``, and ``CARD_KEYS`` of its README; a GGUF file has none.
+def copy_auxiliary_files(source: Source, directory: Path) -> None:
+    """Copy the auxiliary files of ``source`` into ``directory``, and ``CARD_KEYS`` of its README; a GGUF file has none.
 
     Raises:
         ModelError: if one cannot be copied.
@@ -77,7 +77,7 @@ def copy_companions(source: Source, directory: Path) -> None:
 
 
 def copies_tokenizer(source: Source) -> bool:
-    """Whether ``copy_companions`` copies all of a tokenizer: one file that needs no code, beside what configures it."""
+    """Whether ``copy_auxiliary_files`` copies the whole tokenizer: a file without code, and its configuration."""
     if source.gguf_file is not None:
         return False
     with explain_read_errors(source, "tokenizer"):
@@ -109,7 +109,7 @@ def _fetch_known(source: Source, patterns: list[str]) -> Path:
     except LocalEntryNotFoundError as error:  # newer releases of the library say where the part is that they have
         if not (found := getattr(error, "snapshot_path", None)):
             raise
-        _logger.warning("some files beside the weights of %s are not copied: %s", source.name, error)
+        _logger.warning("some auxiliary files of %s are not copied: %s", source.name, error)
         return Path(found)
 
 
