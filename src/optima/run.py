@@ -235,10 +235,10 @@ def make_run_plan(
         plan = resolve(model, recipe, where, None, calibration, trust_remote_code)
     elif isinstance(model, str | Path):
         source = find_source(str(model), trust_remote_code)
-        structure, config = skeleton(source)
+        structure, _ = skeleton(source)
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
-        plan = resolve(structure, recipe, where, pinned(source, config), calibration, trust_remote_code)
+        plan = resolve(structure, recipe, where, pinned(source), calibration, trust_remote_code)
     else:
         raise ModelError(f"model must be a path, a hub id or a model of transformers, got {type(model).__name__}")
     check_shared(plan.recipe.num_calibration_samples, ranks)

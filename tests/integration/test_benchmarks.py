@@ -354,7 +354,7 @@ def test_scaling_compares_its_account_with_a_run() -> None:
     moved = [line.split("|") for line in printed.splitlines() if ", MB |" in line]
     assert len(moved) == 2
     for _, _, _, predicted, measured, _, _ in moved:
-        assert float(predicted) == pytest.approx(float(measured), rel=0.25, abs=0.02)
+        assert float(predicted) == pytest.approx(float(measured), rel=0.35, abs=0.02)
 
 
 @pytest.mark.slow
@@ -382,4 +382,4 @@ def test_sentences_of_an_encoder(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_model_larger_than_the_memory() -> None:
     printed = read("larger_than_memory.py", "--gigabytes", "0.002", "--width", "128", "--solver", "none")
-    assert "12 files compared, 0 different" in printed
+    assert "13 files compared, 0 different" in printed

@@ -210,10 +210,10 @@ class TestRevision:
     def test_of_a_local_model(self, model: Path) -> None:
         assert commit_of(find_source(str(model))) is None
         with pytest.raises(ModelError, match="is a local model and has no revision 'main'"):
-            find_source(str(model), revision="main")
+            find_source(f"{model}@main")
 
     def test_of_a_hub_model_is_passed_on(self) -> None:
-        assert find_source("a/b", revision="v1").arguments["revision"] == "v1"
+        assert find_source("a/b@v1").arguments["revision"] == "v1"
         assert "revision" not in find_source("a/b").arguments
 
 

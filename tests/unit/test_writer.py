@@ -240,7 +240,7 @@ class TestCompanions:
         monkeypatch.setattr("optima.models.auxiliary.snapshot_download", download)
         out = source.parent / "out"
         out.mkdir()
-        prepare(build("llama"), None, find_source("owner/name", revision="v1"), out)
+        prepare(build("llama"), None, find_source("owner/name@v1"), out)
         assert (out / "1_Pooling" / "config.json").exists()
         assert [(name, options) for name, _, options in calls] == [("owner/name", {"revision": "v1"})] * 2
         patterns = [pattern for _, some, _ in calls for pattern in some]

@@ -24,7 +24,7 @@ from optima.evaluation.divergence import divergence as kl_divergence
 from optima.evaluation.perplexity import PROTOCOLS, evaluation_windows, window_losses
 from optima.evaluation.record import ComparisonRecord, DivergenceRecord, Evaluation, ModelRecord, PerplexityRecord
 from optima.evaluation.tasks import BATCH_SIZE, find_items, load_tasks, zero_shot
-from optima.models.load import Source, commit_of, find_source, load_config, load_model, load_tokenizer, pinned
+from optima.models.load import Source, commit_of, find_source, load_model, load_tokenizer, pinned
 from optima.reporting.record import library_versions
 from optima.stopping import interruptible, stop_if_asked
 
@@ -92,7 +92,7 @@ def evaluate(
     subjects = list[_Subject]()
     for name in models:
         source = find_source(name, trust_remote_code)
-        source = pinned(source, load_config(source))
+        source = pinned(source)
         tokenizer = load_tokenizer(source)
         tokens_NL, commit = NO_TEXT, None
         if dataset:

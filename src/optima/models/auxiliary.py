@@ -106,11 +106,12 @@ def _fetch_known(source: Source, patterns: list[str]) -> Path:
     """As far as the cache has them, if the hub cannot be reached: of such files few models have all."""
     try:
         return _fetch(source, patterns)
-    except LocalEntryNotFoundError as error:  # newer releases of the library say where the part is that they have
-        if not (found := getattr(error, "snapshot_path", None)):
+    except LocalEntryNotFoundError as error:
+        config = find_file(source, "config.json")
+        if config is None:
             raise
         _logger.warning("some auxiliary files of %s are not copied: %s", source.name, error)
-        return Path(found)
+        return config.parent
 
 
 def _copy(origin: Path, below: str, patterns: Iterable[str], directory: Path) -> None:

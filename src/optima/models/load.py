@@ -107,7 +107,7 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
     revision = None
     if "@" in name and not path.exists():
         name, _, revision = name.partition("@")
-        path = Path(name)
+        path = Path(name).expanduser()
     source = Source(name, name, None, trust_remote_code, revision or None)
     if name.endswith(".gguf"):
         if find_spec("gguf") is None:
@@ -216,18 +216,25 @@ def load_config(source: Source) -> PretrainedConfig:
     return config
 
 
-def pinned(source: Source, config: PretrainedConfig) -> Source:
-    """The same model at the commit of its configuration: a branch may move while the rest is fetched."""
-    commit = getattr(config, "_commit_hash", None)
-    return source if source.local or commit is None else replace(source, revision=commit)
+def pinned(source: Source) -> Source:
+    """The same model at the commit of its configuration in the cache: a branch may move while the rest is fetched."""
+    file = None if source.local else find_file(source, source.gguf_file or "config.json")
+    return source if file is None else replace(source, revision=_commit(file.parent) or source.revision)
+
+
+def _commit(directory: Path) -> str | None:
+    """The commit of a directory in the hub's cache."""
+    for folder in (directory, *directory.parents):
+        if folder.parent.name == "snapshots":
+            return folder.name
+    return None
 
 
 def commit_of(source: Source) -> str | None:
     """The commit of a pinned model of the hub, or of a directory in the hub's cache; None for other directories."""
     if source.local is None:
         return source.revision
-    directory = Path(source.path).resolve()
-    return directory.name if directory.parent.name == "snapshots" else None
+    return _commit(Path(source.path).resolve())
 
 
 def weights_of(source: Source) -> dict[str, Any]:
@@ -296,7 +303,7 @@ def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
     """
     config = load_config(source)
     with explain_read_errors(source, "weights"):
-        check_safetensors(pinned(source, config), config)
+        check_safetensors(pinned(source), config)
     cls = model_class(config, source)
     with explain_read_errors(source, "configuration"), torch.device("meta"):
         if hasattr(cls, "from_config"):  # an Auto class
