@@ -84,7 +84,7 @@ class Bench:
         name, *steps = method.split("+")
         options = self.options
         if name in PRESETS:
-            return load_recipe(name, seed=options.seed, device=options.device, pattern=[pattern])
+            return load_recipe(name, seed=options.seed, pattern=[pattern])
         solves = ("solve" in steps or "loss" in steps) and "unsolved" not in steps
         allocation = "uniform" if ":" in pattern else "loss" if "shared" in steps else options.allocation
         objective = "loss" if "loss" in steps else "sink" if "solve" in steps else "plain"
@@ -97,7 +97,6 @@ class Bench:
             tuning_epochs=options.tuning_epochs if "tune" in steps else 0,
             solver="auto" if solves else "none",
             seed=options.seed,
-            device=options.device,
             gap=options.gap,
             damping=options.damping,
             learning_rate=options.learning_rate,
@@ -159,7 +158,8 @@ class Bench:
         if method != DENSE:
             sparse = copy.deepcopy(self.model)
             goes_on: dict[str, Any] = {"output_dir": kept, "resume": True, "overwrite": True} if kept else {}
-            report = prune(sparse, self.recipe(method, pattern), calibration=self.tokens_NL, **goes_on)
+            goes_on |= {"device": self.options.device, "calibration": self.tokens_NL}
+            report = prune(sparse, self.recipe(method, pattern), **goes_on)
             linears, done = report.linears, report.run.recipe
             for name in {"objective", "tuning_epochs"} & asked.keys():
                 if done[name] != asked[name]:

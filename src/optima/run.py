@@ -117,7 +117,8 @@ def prune(
         with ExitStack() as stack:
             ranks = stack.enter_context(joined())
             stack.enter_context(unswitched())
-            callbacks = _check_arguments(output_dir, resume, tokenizer, callbacks)
+            callbacks = tuple(callbacks) if isinstance(callbacks, Iterable) else callbacks
+            _check_arguments(output_dir, resume, tokenizer, callbacks)
             plan = make_run_plan(model, recipe, output_dir, calibration, ranks, device, trust_remote_code)
             recipe, source = plan.recipe, plan.source
             stack.enter_context(memory_explained(plan.device))
@@ -171,18 +172,16 @@ def _check_arguments(
     output_dir: str | Path | None,
     resume: bool | None,
     tokenizer: PreTrainedTokenizerBase | None,
-    callbacks: Iterable[Callback],
-) -> tuple[Callback, ...]:
+    callbacks: object,
+) -> None:
     if output_dir is None and resume:
         raise RecipeError("resume needs the output_dir of the unfinished run")
     if output_dir is not None and not isinstance(output_dir, str | Path):
         raise RecipeError(f"output_dir must be a path, got {type(output_dir).__name__}")
     if tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise RecipeError(f"tokenizer must be one of transformers, got {type(tokenizer).__name__}")
-    found: tuple[object, ...] = tuple(callbacks) if isinstance(callbacks, Iterable) else (callbacks,)
-    if not all(isinstance(each, Callback) for each in found):
+    if not isinstance(callbacks, Iterable) or not all(isinstance(each, Callback) for each in callbacks):
         raise RecipeError("callbacks must be a list of optima.Callback objects")
-    return tuple(each for each in found if isinstance(each, Callback))
 
 
 def _tokenizer(plan: Plan, given: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase | None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, REFUSED, VOCAB, build, make_ids
-from optima.plan_table import print_plan
 from rich.console import Console
 from runs import raising
 from safetensors.torch import load_file, save_file
@@ -27,7 +26,7 @@ from optima.models.blocks import Linear, Stack, find_stacks, select_linears
 from optima.models.inspect import check_length, head_of
 from optima.models.load import find_source
 from optima.names import kind
-from optima.plan import make_plan
+from optima.plan import make_plan, print_plan
 from optima.reporting.record import Report
 
 UNREACHED = ("dt_proj",)  # Jamba and Mamba read its weight without calling it

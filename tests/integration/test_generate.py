@@ -133,7 +133,6 @@ def test_a_share_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert weight_files(Path("half")) == weight_files(Path("again"))
     recipe = Recipe(dataset=["some.txt"], self_generated=0.5, max_seq_length=24, num_calibration_samples=7)
     plan = make_plan(find_source("model"), recipe)
-    assert not plan.streamed
     assert any("self_generated needs the whole model" in note for note in plan.notes)
     many = ["--num-calibration-samples", "60", "--self-generated", "0.5", "--output-dir", "many"]
     assert main(["prune", "model", *size[:4], *many]) == 2

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import build, make_ids
-from tiny import blocks_of, make_bert, make_llama, make_tokens
+from tiny import blocks_of, make_llama, make_tokens
 from torch import nn
 from torch.nn.utils.prune import random_unstructured
 
@@ -130,7 +130,7 @@ def test_the_callers_switches_change_no_bit(switch: Any) -> None:
 def test_what_a_recipe_asks_of_a_file_is_not_passed_over_in_silence() -> None:
     recipe = Recipe(dtype="bfloat16")
     notes = prune(make_llama(), recipe, calibration=make_tokens()).run.notes
-    told = "the model was given in float32, and is not bfloat16 as asked"
+    told = "the model is in float32, not bfloat16 as asked"
     assert told in notes
     assert told not in prune(make_llama().bfloat16(), recipe, calibration=make_tokens()).run.notes
 
@@ -165,7 +165,7 @@ def test_a_quantized_one() -> None:
     flagged = make_llama()  # as transformers marks it: codes may be in modules of other kinds
     flagged.is_quantized = True
     for each in (model, flagged):
-        with pytest.raises(ModelError, match="is quantized, and its weights are codes: load it unquantized"):
+        with pytest.raises(ModelError, match="is quantized: load it unquantized"):
             prune(each, Recipe(), calibration=make_tokens())
 
 
@@ -175,7 +175,7 @@ def test_one_with_adapters() -> None:
     mlp = model.model.layers[0].mlp
     adapted = nn.ModuleDict({"base_layer": mlp.up_proj, "lora_A": nn.ModuleDict({"default": nn.Linear(32, 4)})})
     mlp.up_proj = adapted
-    with pytest.raises(ModelError, match="has adapters, which are not written: merge them"):
+    with pytest.raises(ModelError, match=r"is wrapped .*base_layer"):
         prune(model, Recipe(), calibration=make_tokens())
 
 
@@ -217,15 +217,6 @@ def test_weights_that_are_made_of_others() -> None:
         prune(embedded, Recipe(), calibration=make_tokens())
 
 
-def test_a_forward_pass_in_mixed_precision() -> None:
-    """As accelerate leaves it behind a training with bf16."""
-    model = make_llama()
-    model._original_forward = model.forward
-    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    with pytest.raises(ModelError, match=r"unwrap_model\(model, keep_fp32_wrapper=False\)"):
-        prune(model, Recipe(), calibration=make_tokens())
-
-
 def test_a_forward_that_does_not_say_what_it_takes() -> None:
     expected, model = make_llama(), make_llama()
     own = model.forward
@@ -254,18 +245,12 @@ def test_linears_that_stay_dense_may_be_made_of_anything() -> None:
     assert prune(model, recipe, calibration=make_tokens()).sparsity == pytest.approx(0.5, abs=1e-2)
 
 
-def test_what_could_not_be_loaded_again_is_not_written(tmp_path: Path) -> None:
-    wrapped, cut = make_llama(), make_llama()
-    wrapped.model.layers[0] = torch.compile(wrapped.model.layers[0], backend="eager")
-    cut.model.layers = cut.model.layers[:1]
-    for model, which in ((wrapped, r"has model\.layers\.0\._orig_mod"), (cut, r"lacks model\.layers\.1")):
-        with pytest.raises(ModelError, match=f"could not be loaded: the model {which}"):
-            prune(model, Recipe(), calibration=make_tokens(), output_dir=tmp_path / "out")
+def test_a_wrapped_block_is_refused(tmp_path: Path) -> None:
+    model = make_llama()
+    model.model.layers[0] = torch.compile(model.model.layers[0], backend="eager")
+    with pytest.raises(ModelError, match=r"is wrapped .*_orig_mod"):
+        prune(model, Recipe(), calibration=make_tokens(), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    unpooled = make_bert()  # a part that its class can do without, by an argument
-    unpooled.pooler = None
-    prune(unpooled, Recipe(), calibration=make_tokens(), output_dir=tmp_path / "bert")
-    assert prune(cut, Recipe(), calibration=make_tokens()).sparsity == pytest.approx(0.5, abs=1e-3)
 
 
 def test_no_gradients_to_tune_by() -> None:
@@ -279,13 +264,13 @@ def test_no_gradients_to_tune_by() -> None:
 
 
 def test_nothing_to_resume() -> None:
-    with pytest.raises(RecipeError, match="resume goes on with what a run left beside its output_dir"):
+    with pytest.raises(RecipeError, match="resume needs the output_dir"):
         prune(make_llama(), Recipe(), calibration=make_tokens(), resume=True)
     prune(make_llama(), Recipe(objective="sink"), calibration=make_tokens(), overwrite=True, resume=False)
 
 
 def test_a_tokenizer_by_its_name() -> None:
-    with pytest.raises(RecipeError, match=r"got 'model': AutoTokenizer\.from_pretrained reads it"):
+    with pytest.raises(RecipeError, match="tokenizer must be one of transformers"):
         prune(make_llama(), Recipe(), tokenizer="model", calibration=["a text"])  # type: ignore[arg-type]
 
 

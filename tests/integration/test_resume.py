@@ -10,6 +10,7 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -333,14 +334,17 @@ class TestOtherRuns:
         (wait, go), (told, end) = os.pipe(), os.pipe()
 
         def prepare() -> None:
-            prune = optima.pipeline.Job.prune
+            import optima.run  # noqa: F401
+
+            kind = sys.modules["optima.prune"].Job
+            prune = kind.prune
 
             def waits(self: object, *args: object, **options: object) -> None:
                 os.write(go, b"x")
                 os.read(told, 1)
                 prune(self, *args, **options)  # type: ignore[arg-type]
 
-            optima.pipeline.Job.prune = waits  # type: ignore[method-assign, assignment]
+            kind.prune = waits
 
         child = start("out", "--resume", prepare=prepare)
         os.close(go)
@@ -353,7 +357,7 @@ class TestOtherRuns:
         check_same(whole)
 
     def test_there_may_be_nothing_to_resume(self, whole: Path) -> None:
-        assert "nothing was left to resume" in check_goes_on(whole)
+        assert "no unfinished run of" in check_goes_on(whole)
 
 
 def edit_weights() -> None:

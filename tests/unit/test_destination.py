@@ -330,7 +330,7 @@ class TestFailure:
 
     def test_there_may_be_nothing_to_resume(self) -> None:
         with claim(resume=True) as destination:
-            assert "nothing was left to resume" in destination.notes[0]
+            assert "no unfinished run of" in destination.notes[0]
 
     def test_a_refused_run_leaves_the_unfinished_one(self, here: Path) -> None:
         with pytest.raises(KeyboardInterrupt):

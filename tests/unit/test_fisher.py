@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,9 +158,9 @@ def test_a_model_without_gradients_takes_the_sink_and_says_so() -> None:
         model, sink = make_llama(), make_llama()
         report = prune(model, Recipe(objective="loss"), calibration=make_tokens())
         prune(sink, Recipe(objective="sink"), calibration=make_tokens())
-    (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
+    (note,) = [note for note in report.run.notes if "objective sink replaces objective loss" in note]
     assert note.endswith("; weights are ranked by row; all linears have the same sparsity")
-    assert ", and blocks are not tuned, for there are no gradients: " in note
+    assert ", and blocks are not tuned, because there are no gradients: " in note
     assert {linear.pattern for linear in report.linears} == {"0.5 per row"}
     assert report.run.recipe["scope"] is None  # that of the report gives the same run again
     with torch.inference_mode():
@@ -178,7 +179,7 @@ def test_so_does_one_whose_kernels_have_no_backward_pass(place: str) -> None:
     forward = module.forward
     module.forward = lambda hidden, *args, **kwargs: forward(NoBackward.apply(hidden), *args, **kwargs)
     report = prune(model, Recipe(), calibration=make_tokens())
-    (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
+    (note,) = [note for note in report.run.notes if "objective sink replaces objective loss" in note]
     assert "has no backward pass (" in note
 
 
@@ -194,7 +195,7 @@ def test_a_block_that_is_done_is_forgotten() -> None:
 def test_what_ranks_nothing_is_told_of_no_scope() -> None:
     with torch.inference_mode():
         report = prune(make_llama(), Recipe(objective="loss", pattern=["2:4"]), calibration=make_tokens())
-    (note,) = [note for note in report.run.notes if "objective sink took the place of objective loss" in note]
+    (note,) = [note for note in report.run.notes if "objective sink replaces objective loss" in note]
     assert "ranked" not in note
 
 
@@ -205,7 +206,7 @@ def test_gradients_that_overflow_inside_the_first_block_are_told() -> None:
         model.lm_head.weight.mul_(300.0)
         model.model.layers[0].mlp.down_proj.weight.mul_(300.0)
     report = prune(model.half(), Recipe(batch_size=4), calibration=make_tokens(8, 16))
-    assert any("objective sink took the place of objective loss" in note for note in report.run.notes)
+    assert any("objective sink replaces objective loss" in note for note in report.run.notes)
 
 
 def test_an_expert_that_no_token_reached_takes_nothing_from_others() -> None:
@@ -390,9 +391,9 @@ def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: p
         seen[task.name] = task.hessian.matrix_DD
         return saliency_quantiles(task)
 
-    monkeypatch.setattr("optima.pipeline.saliency_quantiles", spy)
+    monkeypatch.setattr(sys.modules["optima.prune"], "saliency_quantiles", spy)
     job = Job(Methods(Magnitude()), torch.device("cpu"), 0.01, 0.0, loss=found)
-    job.survey(stack, acts, 0.5, taken)
+    job.sensitivity(stack, acts, 0.5, taken)
     assert job.loss is found
     for each in observe(stack.blocks[0], acts.part(taken), 0.0, 0.01, None, found.part(taken)):
         assert each.statistics is not None

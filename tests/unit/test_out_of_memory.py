@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -291,7 +292,7 @@ def test_elsewhere_it_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch)
     def refuse(*args: object, **kwargs: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr("optima.pipeline.prune_linear", refuse)
+    monkeypatch.setattr(sys.modules["optima.prune"], "prune_linear", refuse)
     with pytest.raises(DeviceMemoryError, match=r"^cpu \(.* GiB\) is out of memory: .* Lower --batch-size"):
         pruned(make_llama(), 4, "sink")
 
