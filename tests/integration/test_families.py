@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from families import FAMILIES, REFUSED, VOCAB, build, make_ids
 from rich.console import Console
 from runs import raising
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny import make_llama
 from torch import Tensor, nn
 
@@ -218,7 +217,7 @@ def test_biases_of_experts_are_no_matrices() -> None:
 
 def test_eigenvalues_that_nobody_finds_are_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.plan.MOST_EIGENVALUES", 31)
-    with pytest.raises(RecipeError, match=r"alps needs the eigenvalues .* 32 inputs are more than the 31"):
+    with pytest.raises(RecipeError, match=r"alps needs the eigenvalues .* 32 inputs are more than 31"):
         prune(make_llama(), Recipe(selector="alps"), calibration=make_ids())
     prune(make_llama(), Recipe(objective="sink"), calibration=make_ids())
 
@@ -447,23 +446,8 @@ def test_plan_needs_no_weights(family: str, tmp_path: Path) -> None:
     for file in tmp_path.glob("*.safetensors"):
         file.write_bytes(b"not weights")
     plan = make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16))
-    assert plan.num_parameters == sum(p.numel() for p in model.parameters())
     planned = {linear.name: linear.shape for linear in plan.linears}
     assert planned == {name: linear.shape for name, linear in linears_to_prune(model).items()}
-    assert sum(math.prod(shape) for shape in planned.values()) == plan.pruned_parameters
-
-
-@pytest.mark.parametrize(("lacks", "why"), [("pooler", "weights that it lacks (pooler.dense."), ("nothing", "")])
-def test_a_plan_tells_why_a_run_holds_the_whole_model(lacks: str, why: str, tmp_path: Path) -> None:
-    """A sentence encoder without the pooler of its class, for one."""
-    build("bert").save_pretrained(tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
-    tensors = {name: tensor for name, tensor in load_file(file).items() if lacks not in name}
-    save_file(tensors, file, {"format": "pt"})
-    plan = make_plan(find_source(str(tmp_path)), Recipe(max_seq_length=16))
-    assert plan.streamed == (not why)
-    told = [note for note in plan.notes if "the whole model is held in main memory" in note]
-    assert [why in note for note in told] == [True] * bool(why)
 
 
 def test_a_plan_shows_experts_in_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,7 @@ from optima.cli import main
 from optima.data.generate import generate_tokens
 from optima.distributed import Ranks
 from optima.errors import CalibrationError
-from optima.models.load import find_source
-from optima.plan import make_plan, resolve
+from optima.plan import resolve
 
 CPU = torch.device("cpu")
 # BOS, then consecutive tokens: each sequence has its own.
@@ -131,9 +130,6 @@ def test_a_share_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert report.run.num_tokens == 7 * 24
         assert f"self-generated calibration data: {count} of 7 sequences" in report.run.notes
     assert weight_files(Path("half")) == weight_files(Path("again"))
-    recipe = Recipe(dataset=["some.txt"], self_generated=0.5, max_seq_length=24, num_calibration_samples=7)
-    plan = make_plan(find_source("model"), recipe)
-    assert any("self_generated needs the whole model" in note for note in plan.notes)
     many = ["--num-calibration-samples", "60", "--self-generated", "0.5", "--output-dir", "many"]
     assert main(["prune", "model", *size[:4], *many]) == 2
 
