@@ -271,7 +271,7 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     "whisper": (WHISPER, "WhisperForConditionalGeneration reads input_features, not text: from Python, give prune"),
     "clip": (
         ("CLIPModel", "CLIPConfig", {"text_config": BERT, "vision_config": VISION, "projection_dim": 16}),
-        "CLIPModel reads text beside images or sounds, not alone: from Python, give prune",
+        "CLIPModel reads text with images or sounds, not text alone: from Python, give prune",
     ),
     "albert": (
         ("AlbertModel", "AlbertConfig", BERT | {"embedding_size": 16}), "AlbertModel does not call each of .* once",
