@@ -35,7 +35,7 @@ from optima.calibration.statistics import EXPERT_BYTES
 from optima.prune import Job
 
 LENGTH = 128
-STAGES = {"sweep": ("sweep",), "forward": ("forward",), "hessian": ("hessian",), "solve": ("select", "solve", "round")}
+STAGES = {"gradients": ("gradients",), "forward": ("forward",), "hessian": ("hessian",), "solve": ("select", "solve", "round")}
 FITTED = (
     {"hidden": 256, "heads": 256, "pair": 128, "middle": 512, "blocks": 4, "vocabulary": 512},
     {"hidden": 512, "heads": 512, "pair": 256, "middle": 1280, "blocks": 4, "vocabulary": 512},
@@ -217,7 +217,7 @@ def parts_of(model: Model, size: int, counts: Counts) -> dict[str, float]:
     weights = 2 * model.parameters
     carried = account.activations * model.blocks * (2 * (PASSES + 2) + portions)
     return {
-        "forward": (account.sweep + account.forward * (1.5 if portions else 1.0)) / BF16,
+        "forward": (account.gradients + account.forward * (1.5 if portions else 1.0)) / BF16,
         "hessian": account.hessian / TF32,
         "solve": account.solve / FP32,
         "eigenvalues": account.eigen * EIGEN / FP32,

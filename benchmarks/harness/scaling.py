@@ -139,7 +139,7 @@ class Work:
     """What the busiest process does in a whole run, and what the processes exchange.
 
     Attributes:
-        sweep: floating-point operations of the sweep for the loss.
+        gradients: floating-point operations of the gradient pass.
         forward: of the passes over the pruned blocks.
         hessian: of the products X^T X, both triangles.
         solve: of select, solve and rounding, but for
@@ -149,7 +149,7 @@ class Work:
         activations: bytes of a block's inputs in a process.
     """
 
-    sweep: float
+    gradients: float
     forward: float
     hessian: float
     solve: float
@@ -188,7 +188,7 @@ def work(model: Model, tokens_of: tuple[int, int], processes: int, itemsize: int
         shared += group.weights * (itemsize + (1 if owner is not None else 2))
     alone = processes == 1
     return Work(
-        sweep=(model.blocks * (3 * one + coupling) + 2 * head) * swept,
+        gradients=(model.blocks * (3 * one + coupling) + 2 * head) * swept,
         forward=model.blocks * (2 * one - last) - one,
         hessian=model.blocks * gram,
         solve=model.blocks * max(load),
