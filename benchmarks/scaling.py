@@ -35,7 +35,12 @@ from optima.calibration.statistics import EXPERT_BYTES
 from optima.prune import Job
 
 LENGTH = 128
-STAGES = {"gradients": ("gradients",), "forward": ("forward",), "hessian": ("hessian",), "solve": ("select", "solve", "round")}
+STAGES = {
+    "gradients": ("gradients",),
+    "forward": ("forward",),
+    "hessian": ("hessian",),
+    "solve": ("select", "solve", "round"),
+}
 FITTED = (
     {"hidden": 256, "heads": 256, "pair": 128, "middle": 512, "blocks": 4, "vocabulary": 512},
     {"hidden": 512, "heads": 512, "pair": 256, "middle": 1280, "blocks": 4, "vocabulary": 512},
