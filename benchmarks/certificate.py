@@ -33,7 +33,7 @@ from optima.core import Hessian, RowProblem, RowSolver, certify, make_problem, s
 from optima.core.certificate import ENERGY_FLOOR
 from optima.patterns import NM, Unstructured
 from optima.selectors.ranking import top_scores
-from optima.selectors.wanda import wanda_score
+from optima.selectors.scores import wanda_score
 
 # Those that ``auto`` takes, named: small problems would never meet one that is for large ones.
 SOLVERS = ("low-rank-cg", "cholesky")

@@ -37,7 +37,6 @@ from torch.nn import functional
 
 from optima.calibration.accumulator import Accumulator
 from optima.core import SOLVERS, Hessian, RowSolver
-from optima.core.rows import DEFAULT_BUDGET_BYTES
 from optima.core.statistics import Statistics
 from optima.device import Stopwatch
 from optima.linear import Methods, prune_linear
@@ -150,8 +149,7 @@ def prune(
     name: str, weight_OD: Tensor, hessian: Hessian, shape: Shape, solver: RowSolver
 ) -> tuple[LinearRecord, dict[str, float]]:
     """Prune one linear; returns its record and the seconds of each stage."""
-    budget = DEFAULT_BUDGET_BYTES // shape.shrink**2
-    methods = Methods(make_selector("wanda"), solver=solver, budget_bytes=budget)
+    methods = Methods(make_selector("wanda"), solver=solver)
     stopwatch = Stopwatch(weight_OD.device)
     task = LinearTask(name, weight_OD.float(), Statistics(hessian, shape.tokens))
     result = prune_linear(task, Unstructured(0.5), methods, weight_OD.dtype, stopwatch)

@@ -22,7 +22,7 @@ from harness.products import Packed
 from torch import Tensor
 
 from optima.core import Hessian, RowProblem, certify
-from optima.core.batch import AIM
+from optima.core.cg import AIM
 
 # As in optima's solver: rows leave when at most this share of the batch is open.
 COMPACT = 0.8

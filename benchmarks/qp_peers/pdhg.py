@@ -23,12 +23,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.core.batch import RowBatch, unfinished
-from optima.core.directions import fixed_directions
+from optima.core.cg import COMPACT, unfinished
 from optima.core.hessian import Hessian
 from optima.core.problem import RowProblem, RowSolution
-from optima.core.products import SharedMatrix
-from optima.core.restarts import Correction, Residuals, solve_with_restarts
+from optima.core.products import fixed_directions, multiply
+from optima.core.solvers import Correction, Residuals, solve_with_restarts
 
 MAX_ITERATIONS = 2000
 # Iterations between looks at the certified gap, each of which costs one more product.
@@ -60,24 +59,23 @@ class RestartedPDHG:
 
         def inner(residuals: Residuals) -> Correction:
             batch = _Batch(hessian, residuals)
-            (average_RD,) = batch.run(self.gap, self.max_iterations)
-            return Correction(average_RD, batch.iterations_R)
+            return batch.run(self.gap, self.max_iterations)
 
         return solve_with_restarts(hessian, problem, inner, self.gap)
 
 
-class _Batch(RowBatch):
-    """``point`` and ``average`` are x and x_avg as steps from the start, each with its residual g - H x on keep."""
+class _Batch:
+    """Rows that still iterate: ``point`` and ``average`` are steps from the start, each with its residual on keep."""
 
-    row_tensors = (
-        *("point", "residual", "average", "average_residual", "mask"),
+    TENSORS = (
+        *("rows", "iterations", "point", "residual", "average", "average_residual", "mask"),
         *("count", "total", "anchor", "last", "error_start", "residual_start"),
     )
-    results = ("average",)
 
     def __init__(self, hessian: Hessian, residuals: Residuals) -> None:
-        super().__init__(len(residuals.residual_RD), residuals.residual_RD.device)
-        self.check_every = CHECK_EVERY
+        self.rows = torch.arange(len(residuals.residual_RD), device=residuals.residual_RD.device)
+        self.iterations = torch.zeros_like(self.rows, dtype=torch.int32)
+        self.left: list[tuple[Tensor, ...]] = []
         dtype = residuals.residual_RD.dtype
         self.operator, self.whitener = hessian.operator(dtype), hessian.whitener(dtype)
         self.diagonal_D = (hessian.damped_DD.diagonal() / hessian.mean_diagonal).to(dtype)
@@ -89,24 +87,44 @@ class _Batch(RowBatch):
         self.anchor = self._optimality(self.residual)
         self.last = self.anchor
 
+    def run(self, gap: float, max_iterations: int) -> Correction:
+        """Iterate until no row is going; rows that are done leave when that pays."""
+        for iteration in range(max_iterations):
+            if iteration % CHECK_EVERY == 0:
+                going_R = self.going(gap)
+                if not bool(going_R.any()):
+                    break
+                if int(going_R.sum()) <= COMPACT * len(going_R):
+                    self.keep(going_R)
+            self.iterate_once()
+        self.keep(torch.zeros_like(self.rows, dtype=torch.bool))
+        rows, average_RD, iterations_R = (torch.cat(parts) for parts in zip(*self.left, strict=True))
+        back = rows.argsort()
+        return Correction(average_RD[back], iterations_R[back])
+
+    def keep(self, going_R: Tensor) -> None:
+        self.left.append((self.rows[~going_R], self.average[~going_R], self.iterations[~going_R]))
+        for name in self.TENSORS:
+            setattr(self, name, getattr(self, name)[going_R])
+
     def going(self, gap: float) -> Tensor:
         bound = 0.5 * self.whitener.squared_norm(self.average_residual)
         # E at x, from H x = g - r without another product.
         gained = 0.5 * torch.linalg.vecdot(self.average, self.residual_start + self.average_residual).double()
         return unfinished(bound, self.error_start - gained, gap)
 
-    def iterate_once(self) -> Tensor:
+    def iterate_once(self) -> None:
         momentum = (2.0 / (self.count + 2.0))[:, None]
         step = STEP * (self.count[:, None] + 2.0) / (2.0 * self.largest)
         slope = torch.lerp(self.average_residual, self.residual, momentum)
         point = self.point + step * slope / self.diagonal_D
-        self.residual = self.residual - self.operator(point - self.point) * self.mask
+        self.residual = self.residual - multiply(point - self.point, self.operator) * self.mask
         self.point = point
         self.average = torch.lerp(self.average, self.point, momentum)
         self.average_residual = torch.lerp(self.average_residual, self.residual, momentum)
         self.count, self.total = self.count + 1, self.total + 1
+        self.iterations += 1
         self._restart()
-        return torch.ones_like(self.rows, dtype=torch.bool)
 
     def _optimality(self, residual: Tensor) -> Tensor:
         """How far a gradient step would move: 0 at the optimum only."""
@@ -132,11 +150,11 @@ class _Batch(RowBatch):
         self.count = torch.where(restart, 0.0, self.count)
 
 
-def _largest(operator: SharedMatrix, scale_D: Tensor) -> float:
+def _largest(operator: Tensor, scale_D: Tensor) -> float:
     """The largest eigenvalue of diag(scale) H diag(scale), estimated from above by power iteration."""
     vector_1D = fixed_directions(1, scale_D)
     norm = torch.linalg.vector_norm(vector_1D)
     for _ in range(POWER_ITERATIONS):
-        vector_1D = operator(vector_1D / norm * scale_D) * scale_D
+        vector_1D = multiply(vector_1D / norm * scale_D, operator) * scale_D
         norm = torch.linalg.vector_norm(vector_1D)
     return MARGIN * float(norm) if len(scale_D) else 1.0

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from optima.calibration.correlation import coupling_bytes
 from optima.calibration.statistics import EXPERT_BYTES
 from optima.core import make_solver
-from optima.core.rows import DEFAULT_BUDGET_BYTES
 from optima.core.shifted import MOST_EIGENVALUES
+from optima.core.solvers import BUDGET_BYTES
 from optima.data.batches import Calibration, read_calibration
 from optima.data.generate import can_continue
 from optima.device import card_memory, is_there, named_device
@@ -329,7 +329,7 @@ def peak_bytes(plan: Plan, streamed: bool) -> tuple[int, int]:
         linear = max((BYTES_PER_ENTRY * d * d + BYTES_PER_WEIGHT * o * d for o, d in shapes), default=0)
         passed = copies * tokens * sum(sum(shape) for shape in shapes) * plan.dtype.itemsize
         tuned = BYTES_PER_TUNED * sum(o * d for o, d in shapes) if recipe.tuning_epochs else 0
-        work = max(work, hessians + max(linear + DEFAULT_BUDGET_BYTES, passed + tuned))
+        work = max(work, hessians + max(linear + BUDGET_BYTES, passed + tuned))
     hidden = getattr(plan.model.config.get_text_config(), "hidden_size", None) or 0
     inputs = recipe.num_calibration_samples * recipe.max_seq_length * hidden * plan.dtype.itemsize
     kept = 1 + (1 if recipe.tuning_epochs or recipe.allocation == "loss" else 0)

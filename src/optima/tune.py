@@ -32,7 +32,7 @@ from optima.calibration.batch_size import rows_of
 from optima.calibration.fisher import FisherWeights
 from optima.calibration.lm_head import LmHead
 from optima.calibration.probe import hidden_of
-from optima.core.finite import all_finite
+from optima.core.products import all_finite
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError

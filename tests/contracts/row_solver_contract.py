@@ -12,7 +12,7 @@ from qp_reference import Reference, make_layer, make_matrix, make_rows, referenc
 from torch import Tensor
 
 from optima.core import Hessian, RowProblem, RowSolution, RowSolver, Status, certify, make_problem, solve_rows
-from optima.core.restarts import MAX_ROUNDS
+from optima.core.solvers import MAX_ROUNDS
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 INPUTS = (1, 2, 23, 96)
@@ -56,8 +56,8 @@ class RowSolverContract:
     def make(self, gap: float) -> RowSolver:
         raise NotImplementedError
 
-    def solve(self, hessian: Hessian, problem: RowProblem, budget_bytes: int = 2**29) -> RowSolution:
-        return solve_rows(self.make(self.gap), hessian, problem, budget_bytes)
+    def solve(self, hessian: Hessian, problem: RowProblem) -> RowSolution:
+        return solve_rows(self.make(self.gap), hessian, problem)
 
     def test_it_has_a_name(self) -> None:
         solver = self.make(self.gap)
@@ -128,11 +128,12 @@ class RowSolverContract:
         assert solution.weight_RD.dtype == torch.float64
         assert (truth.loss(solution.weight_RD) <= truth.loss(start_RD) * (1 + 1e-12)).all()
 
-    def test_chunks_of_rows_change_nothing(self) -> None:
+    def test_chunks_of_rows_change_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         hessian, problem, truth = make_layer(13, 40, seed=7)
         whole = self.solve(hessian, problem)
         for budget_bytes in (1, 5 * 40 * 56):
-            parts = self.solve(hessian, problem, budget_bytes)
+            monkeypatch.setattr("optima.core.solvers.BUDGET_BYTES", budget_bytes)
+            parts = self.solve(hessian, problem)
             check(parts, problem, truth, self.gap)
             self.same_optimum(whole, parts, truth)
 

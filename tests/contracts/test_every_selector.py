@@ -16,12 +16,10 @@ from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
 from optima.selectors.base import SELECTORS as REGISTRY
 from optima.selectors.base import LinearTask, Selection, Selector
-from optima.selectors.magnitude import Magnitude
 from optima.selectors.optima import Optima
-from optima.selectors.ria import RIA
+from optima.selectors.scores import RIA, Magnitude, Wanda
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.thanos import Thanos
-from optima.selectors.wanda import Wanda
 
 
 class CoupledOptima(Optima):

@@ -27,13 +27,12 @@ from optima.core import (
     make_problem,
     solve_rows,
 )
-from optima.core.batch import RowBatch
 from optima.core.rounding import round_rows
 from optima.core.statistics import Statistics
 from optima.linear import Methods, prune_linear
 from optima.patterns import Unstructured
 from optima.selectors.base import LinearTask
-from optima.selectors.wanda import Wanda
+from optima.selectors.scores import Wanda
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="tests/gpu/test_cuda.py needs a CUDA device")
 CUDA = torch.device("cuda")
@@ -68,17 +67,12 @@ def test_twice_the_same_bits() -> None:
     assert torch.equal(first.weight_RD, second.weight_RD)
 
 
-def test_a_batch_is_looked_at_every_fourth_iteration() -> None:
-    """A look waits for the device."""
-    assert RowBatch(3, CUDA).check_every == 4
-
-
 @pytest.mark.parametrize("solver", [LowRankCG(), BatchedCholesky()], ids=lambda solver: solver.name)
 def test_small_blocks_change_nothing(solver: RowSolver, monkeypatch: pytest.MonkeyPatch) -> None:
     hessian, problem, truth = layer(40, 96)
     whole = certify(hessian, problem, problem.masked(problem.target_RD))
     monkeypatch.setattr("optima.core.certificate.DEVICE_BLOCK_ENTRIES", 7 * 96)
-    monkeypatch.setattr("optima.core.gather.DEVICE_BATCH_ENTRIES", 1)
+    monkeypatch.setattr("optima.core.cholesky.DEVICE_BATCH_ENTRIES", 1)
     parts = certify(hessian, problem, problem.masked(problem.target_RD))
     torch.testing.assert_close(parts.error_R, whole.error_R)
     torch.testing.assert_close(parts.bound_R, whole.bound_R, rtol=1e-3, atol=0.0)
@@ -127,11 +121,12 @@ def test_hessians_of_bfloat16_inputs_lose_nothing_by_tf32() -> None:
 
 
 @pytest.mark.usefixtures("little_memory")
-def test_out_of_memory_halves_the_chunk() -> None:
+def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer of all rows takes 32 MiB, and a solve more than six of them beside the problem's."""
     hessian = Hessian(make_matrix(128, 256, seed=5).to(CUDA))
     problem = make_problem(hessian, *make_rows(2**16, 128, seed=6))
-    solution = solve_rows(LowRankCG(), hessian, problem, budget_bytes=2**33)
+    monkeypatch.setattr("optima.core.solvers.BUDGET_BYTES", 2**33)
+    solution = solve_rows(LowRankCG(), hessian, problem)
     assert "out of memory" in solution.note
     assert (solution.status_R == Status.CONVERGED).all()
 

@@ -25,7 +25,7 @@ from optima.calibration import fisher as swept
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.activations import Activations
 from optima.checkpointing import Journal
-from optima.core import rows as qp_rows
+from optima.core import solvers
 from optima.data import generate as generation
 from optima.distributed import Ranks
 
@@ -102,7 +102,7 @@ def test_two_end_as_one(options: tuple[str, ...]) -> None:
 
 def small_chunks(rank: int = 0) -> None:
     """For ``prepare``: rows fall into chunks that several processes can share."""
-    qp_rows.CACHE_ENTRIES, qp_rows.SMALLEST_CACHED_CHUNK = 2**8, 8
+    solvers.CACHE_ENTRIES, solvers.SMALLEST_CACHED_CHUNK = 2**8, 8
 
 
 def test_shared_rows_are_those_of_one() -> None:

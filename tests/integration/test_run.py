@@ -16,7 +16,7 @@ from optima.cli import main
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.load import find_source
 from optima.plan import make_plan
-from optima.selectors.ria import RIA
+from optima.selectors.scores import RIA
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,10 @@ from optima.calibration.correlation import SHRINKAGE, correlated_rows, couples
 from optima.calibration.fisher import fisher_weights
 from optima.calibration.lm_head import label_gradient
 from optima.core.shifted import (
-    CoupledInverse,
-    FactoredInverse,
-    ShiftedInverse,
+    coupled_inverse,
+    eigen_inverse,
     eigendecomposition,
+    factored_inverse,
     largest_eigenvalue,
 )
 from optima.patterns import NM, Pattern, Unstructured
@@ -96,11 +96,11 @@ def test_a_factorisation_solves_as_an_eigendecomposition_does(outputs: int, dtyp
     torch.manual_seed(0)
     root_DD = torch.randn(60, 60, dtype=torch.float64)
     matrix_DD, rows_OD = root_DD @ root_DD.mT, torch.randn(outputs, 60)
-    factored = FactoredInverse(matrix_DD.to(dtype), rows_OD, products=3)
-    eigen = ShiftedInverse(eigendecomposition(matrix_DD, torch.float32), rows_OD, products=3)
+    factored = factored_inverse(matrix_DD.to(dtype), rows_OD, products=3)
+    eigen = eigen_inverse(eigendecomposition(matrix_DD, torch.float32), rows_OD, products=3)
     for penalty in (0.3, 2.0):
         exact_OD = torch.linalg.solve(matrix_DD + penalty * torch.eye(60), rows_OD.double().mT).mT
-        for found_OD in (factored.at(penalty)(rows_OD), eigen.at(penalty)(rows_OD)):
+        for found_OD in (factored(penalty)(rows_OD), eigen(penalty)(rows_OD)):
             assert found_OD.dtype == torch.float32
             assert torch.allclose(found_OD.double(), exact_OD, atol=1e-4)
 
@@ -119,9 +119,9 @@ def test_the_inverse_solves_its_equation() -> None:
     torch.manual_seed(0)
     rows_OO, inputs_DD = (a @ a.mT + torch.eye(len(a)) for a in (torch.randn(6, 6), torch.randn(9, 9)))
     right_OD = torch.randn(6, 9)
-    inverse = CoupledInverse(eigendecomposition(rows_OO, torch.float32), eigendecomposition(inputs_DD, torch.float32))
+    inverse = coupled_inverse(eigendecomposition(rows_OO, torch.float32), eigendecomposition(inputs_DD, torch.float32))
     for penalty in (0.3, 2.0):
-        found_OD = inverse.at(penalty)(right_OD)
+        found_OD = inverse(penalty)(right_OD)
         assert torch.allclose(rows_OO @ found_OD @ inputs_DD + penalty * found_OD, right_OD, atol=1e-3)
 
 

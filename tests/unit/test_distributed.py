@@ -21,7 +21,7 @@ from optima.calibration.accumulator import Accumulator
 from optima.calibration.capture import capture
 from optima.calibration.reduction import reduce_statistics, share_out
 from optima.checkpointing import check_alike
-from optima.core import rows as qp_rows
+from optima.core import solvers
 from optima.distributed import ALONE, Ranks, joined
 from optima.errors import CalibrationError, DeviceMemoryError, RankError, RecipeError
 from optima.models.blocks import Linear, find_stacks
@@ -90,7 +90,7 @@ def inputs_of(rank: int) -> Tensor:
 
 def reduce(ranks: Ranks) -> None:
     """The last process was given no token of one group; all solve another together."""
-    qp_rows.CACHE_ENTRIES, qp_rows.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
+    solvers.CACHE_ENTRIES, solvers.SMALLEST_CACHED_CHUNK = 6 * 64, 64  # rows fall into chunks of 64
     linears = [Linear(name, nn.Linear(6, outputs)) for name, outputs in (("a", 2), ("b", 2), ("c", 200), ("d", 2))]
     accumulators = {linear.name: Accumulator() for linear in linears}
     for name, accumulator in accumulators.items():

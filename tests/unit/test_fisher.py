@@ -31,8 +31,7 @@ from optima.models.blocks import find_stacks, select_linears
 from optima.patterns import Pattern, Unstructured
 from optima.prune import Job
 from optima.selectors.base import LinearTask, Selection
-from optima.selectors.magnitude import Magnitude
-from optima.selectors.wanda import Wanda
+from optima.selectors.scores import Magnitude, Wanda
 
 
 def test_they_are_the_gradients_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

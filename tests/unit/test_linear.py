@@ -17,8 +17,8 @@ from optima.errors import RecipeError
 from optima.linear import Methods, prune_linear
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.base import LinearTask, Selection
+from optima.selectors.scores import Wanda
 from optima.selectors.sparsegpt import SparseGPT
-from optima.selectors.wanda import Wanda
 
 HALF = Unstructured(0.5, "row")
 
@@ -127,7 +127,7 @@ def test_a_selector_may_work_in_place() -> None:
 
 
 def test_no_selection() -> None:
-    with pytest.raises(RecipeError, match="selector Answers returned NoneType, not a Selection"):
+    with pytest.raises(RecipeError, match="it returned NoneType, not a Selection"):
         prune_linear(layer_of(*make_layer(8, 64)), HALF, Methods(Answers(None)))  # type: ignore[arg-type]
 
 

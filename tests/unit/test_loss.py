@@ -11,7 +11,7 @@ from qp_reference import make_matrix, make_rows
 from torch import Tensor
 
 from optima.core import Hessian, make_problem, solve_rows
-from optima.core.auto import Auto
+from optima.core.solvers import Auto
 
 
 def solved(matrix_DD: Tensor, damping: float, dtype: torch.dtype) -> tuple[Hessian, Tensor]:

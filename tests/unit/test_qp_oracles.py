@@ -10,7 +10,7 @@ import pytest
 import scipy.linalg
 import torch
 from numpy.typing import NDArray
-from qp_reference import Reference, make_layer, make_matrix, make_rows, reference
+from qp_reference import Reference, make_layer, make_matrix
 
 from optima.core import (
     Auto,
@@ -20,7 +20,6 @@ from optima.core import (
     RowProblem,
     RowSolver,
     make_problem,
-    solve,
     solve_rows,
 )
 from optima.core.hessian import COLUMNS
@@ -64,20 +63,6 @@ def test_float64_cholesky_is_scipy_to_the_last_digits() -> None:
     solution = solve_rows(BatchedCholesky(1e-22), hessian, problem)
     theirs_RD = np.stack([scipy_row(truth, row) for row in range(8)])
     np.testing.assert_allclose(solution.weight_RD, theirs_RD, rtol=1e-9, atol=1e-10)
-
-
-def test_a_linear_term_against_scipy() -> None:
-    """The general program, of which the linear term belongs to no dense row that anyone has seen."""
-    matrix_DD = make_matrix(32, 64, seed=7).double()
-    linear_RD, keep_RD = make_rows(6, 32, seed=8)
-    linear_RD = linear_RD.double()
-    hessian = Hessian(matrix_DD)
-    ours_RD = solve(hessian, keep=keep_RD, linear_term=linear_RD, solver=LowRankCG(GAP)).weight_RD
-    target_RD = torch.linalg.solve(hessian.damped_DD, linear_RD.mT).mT
-    problem = make_problem(hessian, target_RD, keep_RD)
-    truth = reference(matrix_DD, 0.01, problem)
-    theirs_RD = np.stack([scipy_row(truth, row) for row in range(6)])
-    assert_agree(problem, truth, theirs_RD, ours_RD, GAP)
 
 
 @pytest.mark.parametrize("num_inputs", [0, 1, COLUMNS, COLUMNS + 44])

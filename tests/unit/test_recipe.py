@@ -20,7 +20,7 @@ from optima.patterns import PatternTable, Unstructured
 from optima.plan import make_methods, pattern_table
 from optima.recipe import GROUPS, PRESETS, SELECTOR_NAMES
 from optima.selectors.base import SELECTORS
-from optima.selectors.wanda import Wanda
+from optima.selectors.scores import Wanda
 
 
 def read(tmp_path: Path, text: str, **changes: Any) -> Recipe:
@@ -176,7 +176,7 @@ class TestValues:
     def test_a_selector_object_is_named_by_its_class(self) -> None:
         selector = Wanda()
         assert make_methods(Recipe(selector=selector)).selector is selector
-        assert Recipe(selector=selector).to_dict()["selector"] == "optima.selectors.wanda:Wanda"
+        assert Recipe(selector=selector).to_dict()["selector"] == "optima.selectors.scores:Wanda"
 
 
 class TestResolved:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from optima.core import Auto, Hessian, RowProblem, RowSolution, make_problem, solve_rows
 from optima.core.rounding import Rounded, round_rows
-from optima.linear import above_least
 
 Layer = tuple[Hessian, RowProblem, Reference]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -156,8 +155,8 @@ def test_what_all_rows_lose_is_told_in_full_where_masks_lose_next_to_nothing() -
     hessian, problem, truth = layer(make_matrix(48, 96, seed=1), 0.01, weight_RD, keep_RD)
     rounded = round_rows(hessian, problem, solve_rows(Auto(), hessian, problem), torch.bfloat16)
     above_R = truth.loss(rounded.weight_RD.double()) - truth.loss(torch.from_numpy(truth.optimum()))
-    assert above_least(rounded) * float(rounded.least_R.sum()) >= above_R.sum()
-    assert above_least(rounded) > 10.0
+    assert rounded.excess * float(rounded.least_R.sum()) >= above_R.sum()
+    assert rounded.excess > 10.0
 
 
 def test_a_dead_weight_of_any_size_leaves_the_gap_as_it_is() -> None:

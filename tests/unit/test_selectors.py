@@ -13,12 +13,10 @@ from torch import Tensor
 from optima.errors import RecipeError
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.base import SELECTORS, load_foreign, make_selector, needs_of
-from optima.selectors.magnitude import Magnitude
 from optima.selectors.ranking import count_error, top_scores
-from optima.selectors.ria import RIA
+from optima.selectors.scores import RIA, Magnitude, Wanda
 from optima.selectors.sparsegpt import SparseGPT
 from optima.selectors.thanos import Thanos
-from optima.selectors.wanda import Wanda
 
 
 def plain_sparsegpt(weight_OD: Tensor, inputs_TD: Tensor, pattern: Pattern, blocksize: int) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from optima.core.finite import all_finite
 from optima.core.hessian import Hessian
-from optima.core.products import ROUND_ROWS, add_gram, mirror
+from optima.core.products import ROUND_ROWS, add_gram, all_finite, mirror
 from optima.core.statistics import Statistics
 from optima.device import bfloat16_products
 

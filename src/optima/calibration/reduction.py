@@ -12,7 +12,7 @@ from torch import Tensor
 
 from optima.calibration.accumulator import Accumulator
 from optima.calibration.activations import Activations
-from optima.core.rows import chunk_rows
+from optima.core.solvers import chunk_rows
 from optima.distributed import Ranks
 from optima.models.blocks import Linear
 

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optima.core.finite import all_finite
 from optima.core.hessian import Hessian
 from optima.core.problem import RowProblem
+from optima.core.products import all_finite
 from optima.device import full_precision
 from optima.errors import NumericalError, RecipeError
 

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from optima.core.directions import fixed_directions
-from optima.core.finite import all_finite
-from optima.core.products import SharedFactor, SharedMatrix, scaled
+from optima.core.products import SharedFactor, all_finite, fixed_directions, multiply, pack, scaled
 from optima.errors import NumericalError, RecipeError
 
 # Damping tried after plain Cholesky fails with none at all; relative to the mean of the diagonal.
@@ -90,33 +88,36 @@ class Hessian:
         self.requested_damping = damping
         self._made: dict[Hashable, Any] = {}
         if matrix_DD.numel():
-            self._refuse_unusable()
+            self._check()
 
-    def _refuse_unusable(self) -> None:
+    def _check(self) -> None:
+        """Refuse what is no X^T X, and zero the products of inputs so small that their squares are zero in float32."""
         if not all_finite(self._matrix_DD):
             raise NumericalError("the hessian contains NaN or Inf: check the calibration activations")
+        dead_ND = self._matrix_DD[self.dead_D]
         if float(self.diagonal_D.min()) < 0.0:
-            raise NumericalError(
-                f"the hessian has a negative diagonal entry, so it is not X^T X of real inputs: {REMEDY}"
-            )
-        if bool((beside_ND := self._matrix_DD[self.dead_D]).any()):
-            if bool((beside_ND.abs() > UNDERFLOW * self.diagonal_D.sqrt()).any()):
-                raise NumericalError(
-                    "the hessian has a zero on its diagonal and other entries in its row, so it is not X^T X of real "
-                    f"inputs: {REMEDY}"
-                )
-            # An input so small that its square is zero in float32, and its products with others are not.
+            problem = "has a negative diagonal entry"
+        elif bool((dead_ND.abs() > UNDERFLOW * self.diagonal_D.sqrt()).any()):
+            problem = "has a zero on its diagonal and other entries in its row"
+        elif self._asymmetry() > ASYMMETRIC:
+            problem = "is not symmetric"
+        else:
+            problem = ""
+        if problem:
+            raise NumericalError(f"the hessian {problem}, so it is not X^T X of real inputs: {REMEDY}")
+        if bool(dead_ND.any()):
             self._matrix_DD = self._matrix_DD.clone()
             self._matrix_DD[self.dead_D] = 0.0
             self._matrix_DD[:, self.dead_D] = 0.0
-        # (H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries.
+
+    def _asymmetry(self) -> float:
+        """(H - H^T) applied to random signs, in units of the inputs: two thin products instead of D^2 temporaries."""
         signs_KD = fixed_directions(4, self._matrix_DD).sign()
         smallest = max(float(self.diagonal_D.max()) * 1e-30, 1e-60)
         scale_D = self.diagonal_D.clamp_min(smallest).rsqrt().to(signs_KD)
         signs_KD *= scale_D
         asymmetry_KD = (signs_KD @ self._matrix_DD - (self._matrix_DD @ signs_KD.mT).mT) * scale_D
-        if float(asymmetry_KD.abs().max()) > ASYMMETRIC:
-            raise NumericalError("the hessian is not symmetric: pass X^T X / T")
+        return float(asymmetry_KD.abs().max())
 
     @property
     def num_inputs(self) -> int:
@@ -240,8 +241,8 @@ class Hessian:
         if bool(self.dead_D.any()):
             change_OD = change_OD.masked_fill(self.dead_D, 0.0)
         for change_RD, damped_R in zip(change_OD.split(size), damped_O.split(size), strict=True):
-            change_RD = change_RD.to(operator.dtype)
-            damped_R.copy_(operator(change_RD).mul_(change_RD).sum(dim=1, dtype=torch.float64))
+            change_RD = change_RD.to(self.working_dtype)
+            damped_R.copy_(multiply(change_RD, operator).mul_(change_RD).sum(dim=1, dtype=torch.float64))
         return self.undamped(damped_O * self.mean_diagonal, change_OD)
 
     def undamped(self, damped_O: Tensor, change_OD: Tensor) -> Tensor:
@@ -275,11 +276,9 @@ class Hessian:
         made: Made = self._made[key]
         return made
 
-    def operator(self, dtype: torch.dtype) -> SharedMatrix:
-        """The damped H in units of its mean diagonal, ready to multiply rows in ``dtype``; made once."""
-        return self.memo(
-            ("operator", dtype), lambda: SharedMatrix(scaled(self.damped_DD, 1.0 / self.mean_diagonal, dtype))
-        )
+    def operator(self, dtype: torch.dtype) -> Tensor:
+        """The damped H in units of its mean diagonal, for ``products.multiply`` with rows in ``dtype``; made once."""
+        return self.memo(("operator", dtype), lambda: pack(scaled(self.damped_DD, 1.0 / self.mean_diagonal, dtype)))
 
     def whitener(self, dtype: torch.dtype) -> SharedFactor:
         """L in the same units, ready to measure L^-1 r of rows; made once."""

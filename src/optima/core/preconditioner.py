@@ -11,9 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from optima.core.directions import fixed_directions
 from optima.core.hessian import Hessian
-from optima.core.products import multiply, pack
+from optima.core.products import fixed_directions, multiply, pack
 
 # Factors: most of them, and fewer for few inputs, where the rows' systems weigh more than the iterations they save.
 FACTORS, INPUTS_PER_FACTOR = 32, 26
@@ -93,7 +92,7 @@ def _factor_analysis(hessian: Hessian, scale_D: Tensor, count: int) -> tuple[Ten
     noise_D = torch.ones_like(scale_D)
     for iteration in range(ITERATIONS):
         whitening_D = scale_D * noise_D.rsqrt()
-        basis_VD, value_V = _orthonormal(operator(basis_VD * whitening_D) * whitening_D)
+        basis_VD, value_V = _orthonormal(multiply(basis_VD * whitening_D, operator) * whitening_D)
         value_F = value_V[width - count :]
         rest = (noise_D.reciprocal().sum(dtype=torch.float64) - value_F.sum()) / max(size - count, 1)
         length_F = (value_F - rest).clamp_min(0.0).sqrt().to(basis_VD)

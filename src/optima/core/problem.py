@@ -1,20 +1,23 @@
-"""The rows to solve: many small quadratic programs that share one Hessian.
+"""The rows to solve, many small quadratic programs that share one Hessian, and what a solver returns of them.
 
 Shapes: R rows, D inputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from optima.core.finite import all_finite
 from optima.core.hessian import Hessian
+from optima.core.products import all_finite
 from optima.errors import NumericalError, RecipeError
+
+Rows = TypeVar("Rows", bound="PerRow")
 
 
 class Status(IntEnum):
@@ -54,7 +57,18 @@ class RowProblem:
 
 
 @dataclass(frozen=True)
-class RowSolution:
+class PerRow:
+    """A base of results whose tensors have an entry (or a row) per row."""
+
+    def rows(self: Rows, index: slice | Tensor) -> Rows:
+        """The results of the rows that ``index`` selects."""
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        chosen: dict[str, Any] = {name: value[index] for name, value in values if isinstance(value, Tensor)}
+        return replace(self, **chosen)
+
+
+@dataclass(frozen=True)
+class RowSolution(PerRow):
     """What a solver returns, with the certificate computed independently in float64.
 
     Attributes:
@@ -65,8 +79,7 @@ class RowSolution:
         iterations_R: iterations spent on each row, int32 (0 for a direct solve).
         mask_error_R: the error of the target on keep, float64; None if that was not looked at.
         solver: name of the solver that ran; of several, in alphabetical order, joined by a plus.
-        note: what a reader of the report should know: where the precision was raised, what had to be halved; empty if
-            nothing.
+        note: where the precision was raised or the number of rows reduced, for the report; empty if nowhere.
     """
 
     weight_RD: Tensor
@@ -79,21 +92,42 @@ class RowSolution:
     solver: str = ""
     note: str = ""
 
-    def rows(self, index: slice | Tensor) -> RowSolution:
-        """The solution of the rows that ``index`` selects."""
-        chosen: dict[str, Any] = {name: tensor[index] for name, tensor in self.tensors().items()}
-        return replace(self, **chosen)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All that has an entry (or a row) per row, by the name of its attribute."""
-        return {field.name: value for field in fields(self) if isinstance(value := getattr(self, field.name), Tensor)}
+@dataclass(frozen=True)
+class Residuals:
+    """Where an inner solver starts, in the units of ``optima.core.certificate.Verifier``.
+
+    Attributes:
+        residual_RD: negative gradient on the kept weights, zero elsewhere, in the precision to work in.
+        mask_RD: the mask as 0 and 1 of the same dtype.
+        error_R: E at this point, float64, relative to the row's energy.
+        repeated: True from the second round on, where a solve to the gap itself was not enough.
+    """
+
+    residual_RD: Tensor
+    mask_RD: Tensor
+    error_R: Tensor
+    repeated: bool = False
+
+
+@dataclass(frozen=True)
+class Correction:
+    """An inner solver's answer, in the same units.
+
+    Attributes:
+        step_RD: add it to the weight; zero off keep.
+        iterations_R: iterations spent, int32.
+    """
+
+    step_RD: Tensor
+    iterations_R: Tensor
 
 
 class RowSolver(Protocol):
     """Re-solves the kept weights of rows that share one Hessian.
 
-    A solver never sees a model, a block or a file. What depends on the Hessian alone belongs in ``Hessian.memo``; the
-    work space of ``solve`` grows with the rows it is given, and ``optima.core.rows.solve_rows`` chooses how many.
+    What depends on the Hessian alone belongs in ``Hessian.memo``; the work space of ``solve`` grows with the rows, and
+    ``optima.core.solve_rows`` chooses how many.
 
     Attributes:
         name: what recipes and reports call it.
@@ -106,26 +140,25 @@ class RowSolver(Protocol):
         ...
 
 
-def concatenate(parts: list[RowSolution]) -> RowSolution:
-    """One solution of the rows of all ``parts``, in order; at least one part."""
+def concatenate(parts: Sequence[Rows]) -> Rows:
+    """One result of the rows of all ``parts``, in order; at least one part. Names and notes of all are joined."""
     if len(parts) == 1:
         return parts[0]
-    solvers = sorted({name for part in parts for name in part.solver.split("+")})
-    notes = dict.fromkeys(part.note for part in parts if part.note)
-    every = [part.tensors() for part in parts]
-    joined: dict[str, Any] = {
-        name: torch.cat([own[name] for own in every]) if all(name in own for own in every) else None
-        for name in every[0]
-    }
-    return replace(parts[0], **joined, solver="+".join(solvers), note="; ".join(notes))
+    joined: dict[str, Any] = {}
+    for field in fields(parts[0]):
+        values = [getattr(part, field.name) for part in parts]
+        if all(isinstance(value, Tensor) for value in values):
+            joined[field.name] = torch.cat(values)
+        elif field.name == "solver":
+            joined["solver"] = "+".join(sorted({name for value in values for name in value.split("+")}))
+        elif field.name == "note":
+            joined["note"] = "; ".join(dict.fromkeys(filter(None, values)))
+        else:
+            joined[field.name] = None
+    return replace(parts[0], **joined)
 
 
-def make_problem(
-    hessian: Hessian,
-    target_RD: Tensor,
-    keep_RD: Tensor,
-    start_RD: Tensor | None = None,
-) -> RowProblem:
+def make_problem(hessian: Hessian, target_RD: Tensor, keep_RD: Tensor, start_RD: Tensor | None = None) -> RowProblem:
     """Check and normalise the rows of one linear.
 
     Low-precision weights become float32. A dead input has no influence, so its pruned weight costs nothing
@@ -135,15 +168,22 @@ def make_problem(
         RecipeError: on wrong shapes or dtypes.
         NumericalError: on NaN or Inf in the weights.
     """
-    given = {"weight": target_RD, "keep": keep_RD, "start": start_RD}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise RecipeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if keep_RD.dtype != torch.bool:
-        raise RecipeError(f"keep must be boolean (True = the weight survives), got {keep_RD.dtype}")
-    for name, tensor in tensors.items():
-        _check_rows(name, tensor, (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs))
+    shape = (len(target_RD) if target_RD.ndim else 0, hessian.num_inputs)
+    for name, tensor in (("weight", target_RD), ("keep", keep_RD), ("start", start_RD)):
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            raise RecipeError(
+                f"{name} has shape {tuple(tensor.shape)} but the weight has {shape[0]} rows and the hessian "
+                f"{shape[1]} inputs"
+            )
+        if name == "keep":
+            if tensor.dtype != torch.bool:
+                raise RecipeError(f"keep must be boolean (True = the weight survives), got {tensor.dtype}")
+        elif not tensor.is_floating_point():
+            raise RecipeError(f"{name} must be a float tensor, got {tensor.dtype}")
+        elif not all_finite(tensor):
+            raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint first")
     dtype = torch.float64 if target_RD.dtype == torch.float64 else torch.float32
     keep_RD = keep_RD.to(hessian.device)
     target_RD = target_RD.detach().to(hessian.device, dtype)
@@ -154,31 +194,3 @@ def make_problem(
         start_RD = torch.where(hessian.dead_D, target_RD, start_RD.detach().to(hessian.device, dtype))
         problem = replace(problem, start_RD=problem.masked(start_RD))
     return problem
-
-
-def _check_rows(name: str, tensor: Tensor, shape: tuple[int, int]) -> None:
-    if tensor.ndim != 2 or tensor.shape != shape:
-        raise RecipeError(
-            f"{name} has shape {tuple(tensor.shape)} but the weight has {shape[0]} rows and the hessian "
-            f"{shape[1]} inputs"
-        )
-    if tensor.dtype == torch.bool or not tensor.numel():
-        return
-    if not tensor.is_floating_point():
-        raise RecipeError(f"{name} must be a float tensor, got {tensor.dtype}")
-    if not all_finite(tensor):
-        raise NumericalError(f"{name} contains NaN or Inf: repair the checkpoint first")
-
-
-def target_of(hessian: Hessian, linear_term_RD: Tensor) -> Tensor:
-    """The unconstrained optimum w = K g of 1/2 v^T H v - g^T v, float64: what ``make_problem`` wants for a given g.
-
-    Raises:
-        RecipeError: on wrong shapes, or where g pulls on a dead input, for then nothing bounds the weight.
-        NumericalError: on NaN or Inf.
-    """
-    _check_rows("linear_term", linear_term_RD, (len(linear_term_RD) if linear_term_RD.ndim else 0, hessian.num_inputs))
-    linear_term_RD = linear_term_RD.detach().to(hessian.device, torch.float64)
-    if bool((linear_term_RD[:, hessian.dead_D] != 0).any()):
-        raise RecipeError("linear_term is not zero at a dead input (H_ii = 0), where it has no minimum: set it to zero")
-    return torch.cholesky_solve(linear_term_RD.mT, hessian.factor_DD).mT.contiguous()

@@ -1,14 +1,13 @@
 """Products of many rows with one shared matrix, at the speed that the device allows.
 
 Measured on two cores of a Zen 5 server, D = 640..2048: a float32 product runs at 230 GFLOP/s through ``torch.mm`` (MKL)
-and at 490 through oneDNN, to the same accuracy. Every float32 product on a CPU goes through oneDNN where torch has it.
+and at 490 through oneDNN, to the same accuracy. Every float32 product on a CPU goes through oneDNN where torch has it:
+``torch.ops.mkldnn`` is private to torch, and used in this file alone.
 
-Shapes: R rows, D inputs, B inputs of one diagonal block of a triangular factor.
+Shapes: R rows, D inputs, B inputs of one diagonal block of a triangular factor, T tokens.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 from torch import Tensor, nn
@@ -23,33 +22,69 @@ ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_li
 TYPICAL_ROWS = 512
 # Units of a CPU for bfloat16.
 AMX: bool = getattr(torch.cpu, "_is_amx_tile_supported", bool)()
-# Tokens whose products are added in float32 elsewhere: tensor cores cut sums off, where a CPU rounds them (Ootomo and
+# Tokens whose products are added in float32 on a GPU: tensor cores cut sums off, where a CPU rounds them (Ootomo and
 # Yokota, arXiv 2203.03341), and the more of them the more is lost.
 SLICE = 4096
 # Panels of a Gram matrix: 8 leave 9/16 of the products. Thinner ones than the second number are short of full speed.
 PANELS, THINNEST = 8, 192 if AMX else 128
 # oneDNN compiles a product for every number of rows: numbers should repeat.
 ROUND_ROWS = 64
-# torch (ideep) keeps a thousand of them, oneDNN itself as many: 8 MB a block of SmolLM2, which needs some dozens.
-# Read when the first product of a process is made.
-os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
-class SharedMatrix:
-    """A symmetric D x D matrix that multiplies rows from the right.
+def all_finite(*tensors: Tensor) -> bool:
+    """Whether float tensors of one device have neither NaN nor Inf: their extremes tell, for either would be one.
 
-    Args:
-        matrix_DD: the matrix, in the precision of the products: float64, float32 or bfloat16.
+    On a CPU this takes a twentieth of the time of ``isfinite``, and a GPU is waited for once.
     """
+    extremes = [extreme for tensor in tensors if tensor.numel() for extreme in tensor.detach().aminmax()]
+    return not extremes or bool(torch.stack(extremes).isfinite().all())
 
-    def __init__(self, matrix_DD: Tensor) -> None:
-        self.dtype = matrix_DD.dtype
-        self._matrix_DD = pack(matrix_DD)
 
-    def __call__(self, rows_RD: Tensor) -> Tensor:
-        """``rows_RD @ matrix_DD`` in the dtype of the rows."""
-        return multiply(rows_RD.to(self.dtype), self._matrix_DD).to(rows_RD.dtype)
+def fixed_directions(count: int, like: Tensor) -> Tensor:
+    """The same normally distributed numbers in every run and on every device, (count, D), of the dtype of ``like``."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, len(like), generator=generator, dtype=torch.float64, device="cpu").to(like)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what torch frees: page faults took an eighth of a forward pass, and a third of a small linear.
+
+    Freeing one untouched block just below glibc's largest limit (32 MiB) raises its thresholds for mapping and trimming
+    to it (mallopt(3), M_MMAP_THRESHOLD). Elsewhere it does nothing.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+def _packs(matrix: Tensor) -> bool:
+    large = matrix.numel() >= SMALLEST_PACKED**2
+    return ONEDNN and large and matrix.device.type == "cpu" and matrix.dtype == torch.float32
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """``matrix`` in the layout in which ``multiply`` is fastest."""
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, TYPICAL_ROWS) if _packs(matrix) else matrix
+
+
+def multiply(rows_RD: Tensor, matrix: Tensor) -> Tensor:
+    """``rows_RD @ matrix^T`` for a matrix of either layout and the dtype of the rows."""
+    if not matrix.is_mkldnn:
+        return rows_RD @ matrix.mT
+    if not len(rows_RD):
+        return rows_RD.new_empty(0, matrix.shape[0])
+    return _onednn(rows_RD, matrix)
+
+
+def _onednn(rows_RD: Tensor, matrix: Tensor) -> Tensor:
+    product_RD: Tensor = torch.ops.mkldnn._linear_pointwise(rows_RD, matrix, None, "none", [], "")
+    return product_RD
+
+
+def scaled(matrix: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """``factor * matrix`` in ``dtype``, contiguous, without a temporary of its size."""
+    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
+    for source, destination in zip(matrix.split(BLOCK), result.split(BLOCK), strict=True):
+        destination.copy_(source * factor)
+    return result
 
 
 class SharedFactor:
@@ -65,7 +100,6 @@ class SharedFactor:
     """
 
     def __init__(self, factor_DD: Tensor, unit: float, dtype: torch.dtype) -> None:
-        self.dtype = dtype
         self._factor_DD: Tensor | None = None
         self._blocks: list[tuple[int, Tensor, Tensor]] = []
         if not _packs(torch.empty_like(factor_DD, dtype=dtype)):
@@ -80,7 +114,6 @@ class SharedFactor:
 
     def squared_norm(self, rows_RD: Tensor) -> Tensor:
         """||L^-1 r||^2 of each row r, (R,); the sums over blocks of inputs are added up in float64."""
-        rows_RD = rows_RD.to(self.dtype)
         if self._factor_DD is not None:
             solved_RD = torch.linalg.solve_triangular(self._factor_DD.mT, rows_RD, upper=True, left=False).double()
             norm_R: Tensor = torch.linalg.vecdot(solved_RD, solved_RD)
@@ -96,25 +129,6 @@ class SharedFactor:
                 product_RD = multiply(solved_RB, below)
                 rows_RD = torch.sub(rows_RD[:, size:], product_RD, out=product_RD)
         return norm_R[:count]
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what torch frees: page faults took an eighth of a forward pass, and a third of a small linear.
-
-    Freeing one untouched block just below glibc's largest limit (32 MiB) raises its thresholds for mapping and trimming
-    to it (mallopt(3), M_MMAP_THRESHOLD). Elsewhere it does nothing.
-    """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
-
-
-def multiply(rows_RD: Tensor, matrix: Tensor) -> Tensor:
-    """``rows_RD @ matrix^T`` for a matrix of either layout."""
-    if not matrix.is_mkldnn:
-        return rows_RD @ matrix.mT
-    if not len(rows_RD):
-        return rows_RD.new_empty(0, matrix.shape[0])
-    product_RD: Tensor = torch.ops.mkldnn._linear_pointwise(rows_RD, matrix, None, "none", [], "")
-    return product_RD
 
 
 def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
@@ -133,11 +147,8 @@ def add_gram(sum_DD: Tensor, inputs_TD: Tensor) -> None:
     width = max(-(-len(inputs_DT) // PANELS), THINNEST)
     for begin in range(0, len(inputs_DT), width):
         panel, below = inputs_DT[begin : begin + width], inputs_DT[begin:]
-        if by_units or not _packs(inputs_DT):
-            product = below @ panel.mT
-        else:
-            product = torch.ops.mkldnn._linear_pointwise(below, panel, None, "none", [], "")
-        sum_DD[begin:, begin : begin + width] += product
+        by_torch = by_units or not _packs(inputs_DT)
+        sum_DD[begin:, begin : begin + width] += below @ panel.mT if by_torch else _onednn(below, panel)
 
 
 def mirror(matrix_DD: Tensor) -> Tensor:
@@ -148,21 +159,3 @@ def mirror(matrix_DD: Tensor) -> Tensor:
         own = matrix_DD[begin:end, begin:end]
         own.copy_(own.tril() + own.tril(-1).mT)
     return matrix_DD
-
-
-def scaled(matrix: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """``factor * matrix`` in ``dtype``, contiguous, without a temporary of its size."""
-    result = torch.empty(matrix.shape, dtype=dtype, device=matrix.device)
-    for source, destination in zip(matrix.split(BLOCK), result.split(BLOCK), strict=True):
-        destination.copy_(source * factor)
-    return result
-
-
-def _packs(matrix: Tensor) -> bool:
-    large = matrix.numel() >= SMALLEST_PACKED**2
-    return ONEDNN and large and matrix.device.type == "cpu" and matrix.dtype == torch.float32
-
-
-def pack(matrix: Tensor) -> Tensor:
-    """``matrix`` in the layout in which ``multiply`` is fastest."""
-    return torch.ops.mkldnn._reorder_linear_weight(matrix, TYPICAL_ROWS) if _packs(matrix) else matrix

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from optima.core.certificate import ENERGY_FLOOR, Verifier
 from optima.core.hessian import Hessian
-from optima.core.problem import RowProblem, RowSolution
+from optima.core.problem import PerRow, RowProblem, RowSolution
 from optima.device import full_precision
 
 
 @dataclass(frozen=True)
-class Rounded:
+class Rounded(PerRow):
     """Rows as they are written.
 
     Attributes:
@@ -35,6 +35,12 @@ class Rounded:
     error_R: Tensor
     gap_R: Tensor
     least_R: Tensor
+
+    @property
+    def excess(self) -> float:
+        """Loss of all rows above what their masks must lose by the certificates, relative to that."""
+        least = float(self.least_R.sum())
+        return float((self.gap_R * self.least_R).sum()) / least if least else 0.0
 
 
 def round_rows(hessian: Hessian, problem: RowProblem, solution: RowSolution, dtype: torch.dtype) -> Rounded:

@@ -51,7 +51,7 @@ def order(
     """Write a model with its channels where patterns n:m lose less: the same function, to be pruned afterwards.
 
     Weights of the linears with a pattern n:m count by what the loss feels of their removal, as far as a diagonal tells
-    (``optima.core.scaling.saliency_unit``), on inputs of the dense model. The values of heads are turned by
+    (``optima.core.shifted.saliency_unit``), on inputs of the dense model. The values of heads are turned by
     orthogonal matrices, other channels change places. Every block is tried at random first, and the model as a whole
     in the end.
 

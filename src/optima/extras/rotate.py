@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import SMALLEST_DAMPING, Hessian
-from optima.core.scaling import scaled_weight
+from optima.core.shifted import scaled_weight
 from optima.extras.channels import Channels, Starts
 from optima.patterns import NM
 

@@ -19,9 +19,9 @@ from optima.calibration.capture import capture
 from optima.calibration.lm_head import embedding_device
 from optima.calibration.probe import forward
 from optima.calibration.store import Store
-from optima.core.finite import all_finite
 from optima.core.hessian import Hessian
-from optima.core.scaling import saliency_unit, scaled_weight
+from optima.core.products import all_finite
+from optima.core.shifted import saliency_unit, scaled_weight
 from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.errors import ModelError, NumericalError

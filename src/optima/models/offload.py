@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from optima.core.finite import all_finite
+from optima.core.products import all_finite
 from optima.device import Stopwatch, dtype_name, forward_replaced, on_device
 from optima.errors import ModelError, NumericalError
 from optima.models.blocks import Block, find_stacks

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.core.products import SharedMatrix
-from optima.core.scaling import scaled_weight, unit_diagonal
+from optima.core.products import multiply, pack
+from optima.core.shifted import scaled_weight, unit_diagonal
 from optima.patterns import Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores
@@ -44,29 +44,29 @@ class ADMM:
     ridge: float = 0.1
     published_scope: Scope = "layer"
 
-    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, SharedMatrix, SharedMatrix]:
+    def _prepare(self, hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Units in which H has a unit diagonal, H and its shifted inverse in them, in the weights' dtype."""
         matrix_DD, norm_D = unit_diagonal(hessian.damped(0.0), hessian.dead_D)
         matrix_DD.diagonal().add_(self.ridge)
-        matrix = SharedMatrix(matrix_DD.to(dtype, copy=True))
+        matrix = pack(matrix_DD.to(dtype, copy=True))
         matrix_DD.diagonal().add_(self.penalty)
         inverse_DD = torch.cholesky_inverse(torch.linalg.cholesky(matrix_DD))
-        return norm_D.to(dtype), matrix, SharedMatrix(inverse_DD.to(dtype))
+        return norm_D.to(dtype), matrix, pack(inverse_DD.to(dtype))
 
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         hessian, dtype = task.hessian, task.weight_OD.dtype
-        norm_D, matrix, solve = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
+        norm_D, matrix, inverse = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
         # W + U; the dual U starts at zero, and after the projection it is what was cut off.
         sum_OD = scaled_weight(task.weight_OD, task.hessian, norm_D)
-        target_OD = matrix(sum_OD)
+        target_OD = multiply(sum_OD, matrix)
         for iteration in range(self.iterations):
             if iteration < self.gradual_iterations:
                 keep_OD = self._mask(sum_OD.abs(), pattern, iteration + 1)
             kept_OD = sum_OD * keep_OD
             # Z - U = 2 Z - (Z + U)
             right_OD = torch.add(target_OD, kept_OD, alpha=2.0 * self.penalty).sub_(sum_OD, alpha=self.penalty)
-            sum_OD = solve(right_OD).add_(sum_OD.sub_(kept_OD))
+            sum_OD = multiply(right_OD, inverse).add_(sum_OD.sub_(kept_OD))
         return Selection(keep_OD, sum_OD * keep_OD / norm_D)
 
     def _mask(self, score_OD: Tensor, pattern: Pattern, step: int) -> Tensor:

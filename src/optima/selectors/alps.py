@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 
 from optima.core.hessian import Hessian
-from optima.core.products import SharedMatrix
-from optima.core.scaling import scaled_weight, unit_diagonal
-from optima.core.shifted import Eigen, ShiftedInverse, eigendecomposition
+from optima.core.products import multiply, pack
+from optima.core.shifted import Eigen, Shifted, eigen_inverse, eigendecomposition, scaled_weight, unit_diagonal
 from optima.patterns import Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import top_scores
@@ -38,10 +37,10 @@ CHECK_EVERY = 3
 SETTLED_AFTER, SETTLED = 30, 3e-4
 
 
-def _system(hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, SharedMatrix, Eigen]:
+def _system(hessian: Hessian, dtype: torch.dtype) -> tuple[Tensor, Tensor, Eigen]:
     """Units in which the damped H has a unit diagonal, H in them, and its eigendecomposition (made in float64)."""
     matrix_DD, norm_D = unit_diagonal(hessian.damped_DD, hessian.dead_D)
-    return norm_D.to(dtype), SharedMatrix(matrix_DD.to(dtype)), eigendecomposition(matrix_DD, dtype)
+    return norm_D.to(dtype), pack(matrix_DD.to(dtype)), eigendecomposition(matrix_DD, dtype)
 
 
 @dataclass(frozen=True)
@@ -64,15 +63,15 @@ class ALPS:
         hessian, dtype = task.hessian, task.weight_OD.dtype
         norm_D, operator, eigen = hessian.memo((ALPS, dtype), lambda: _system(hessian, dtype))
         dense_OD = scaled_weight(task.weight_OD, hessian, norm_D)
-        target_OD = operator(dense_OD)
-        weight_OD = self._admm(ShiftedInverse(eigen, dense_OD, CHECK_EVERY), target_OD, dense_OD, pattern)
+        target_OD = multiply(dense_OD, operator)
+        weight_OD = self._admm(eigen_inverse(eigen, dense_OD, CHECK_EVERY), target_OD, dense_OD, pattern)
         keep_OD = top_scores(weight_OD.abs(), pattern)
         weight_OD = conjugate_gradient(operator, target_OD, weight_OD * keep_OD, keep_OD, self.cg_iterations)
         return Selection(keep_OD, weight_OD / norm_D)
 
-    def _admm(self, inverse: ShiftedInverse, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern) -> Tensor:
+    def _admm(self, inverse: Shifted, target_OD: Tensor, dense_OD: Tensor, pattern: Pattern) -> Tensor:
         """Algorithm 1 until the support settles; returns the last B."""
-        rho, grown, solve = self.penalty, False, inverse.at(self.penalty)
+        rho, grown, solve = self.penalty, False, inverse(self.penalty)
         checked_OD = start_OD = top_scores(dense_OD.abs(), pattern)
         projection_OD, dual_OD = dense_OD * start_OD, torch.zeros_like(dense_OD)
         for iteration in range(self.max_iterations):
@@ -99,20 +98,20 @@ class ALPS:
                     dual_OD.zero_()
             if iteration >= SETTLED_AFTER and fraction < SETTLED:
                 break
-            solve = inverse.at(rho)
+            solve = inverse(rho)
         return weight_OD
 
 
 def conjugate_gradient(
-    operator: SharedMatrix, target_OD: Tensor, start_OD: Tensor, keep_OD: Tensor, iterations: int
+    operator: Tensor, target_OD: Tensor, start_OD: Tensor, keep_OD: Tensor, iterations: int
 ) -> Tensor:
     """Each row's H_SS v_S = g_S from ``start_OD``, without preconditioner (algorithm 2)."""
     weight_OD = start_OD
-    residual_OD = (target_OD - operator(weight_OD)).mul_(keep_OD)
+    residual_OD = (target_OD - multiply(weight_OD, operator)).mul_(keep_OD)
     direction_OD = residual_OD.clone()
     energy_O = torch.linalg.vecdot(residual_OD, residual_OD)
     for _ in range(iterations):
-        image_OD = operator(direction_OD)
+        image_OD = multiply(direction_OD, operator)
         curvature_O = torch.linalg.vecdot(direction_OD, image_OD)
         step_O1 = torch.where(curvature_O > 0, energy_O / curvature_O, 0.0)[:, None]
         weight_OD = torch.addcmul(weight_OD, step_O1, direction_OD)

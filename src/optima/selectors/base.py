@@ -94,9 +94,9 @@ def needs_of(selector: Selector) -> frozenset[str]:
 
 NEEDS = frozenset({"coupling"})
 SELECTORS = {
-    "magnitude": "magnitude:Magnitude",
-    "wanda": "wanda:Wanda",
-    "ria": "ria:RIA",
+    "magnitude": "scores:Magnitude",
+    "wanda": "scores:Wanda",
+    "ria": "scores:RIA",
     "sparsegpt": "sparsegpt:SparseGPT",
     "thanos": "thanos:Thanos",
     "admm": "admm:ADMM",

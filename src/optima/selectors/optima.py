@@ -31,8 +31,16 @@ from torch import Tensor
 
 from optima.core.hessian import Hessian
 from optima.core.products import scaled
-from optima.core.scaling import saliency_unit, scaled_weight
-from optima.core.shifted import CoupledInverse, Eigen, FactoredInverse, eigendecomposition, largest_eigenvalue
+from optima.core.shifted import (
+    Eigen,
+    Shifted,
+    coupled_inverse,
+    eigendecomposition,
+    factored_inverse,
+    largest_eigenvalue,
+    saliency_unit,
+    scaled_weight,
+)
 from optima.core.statistics import sampling_step
 from optima.patterns import NM, Pattern, Scope, Unstructured
 from optima.selectors.base import LinearTask, Selection
@@ -90,17 +98,16 @@ class Optima:
     def select(self, task: LinearTask, pattern: Pattern) -> Selection:
         """See ``Selector``."""
         hessian, dtype = task.hessian, task.weight_OD.dtype
-        inverse: FactoredInverse | CoupledInverse
         if task.coupling_OO is None:
             unit_D, matrix_DD = hessian.memo((self, dtype), lambda: self._prepare(hessian, dtype))
             dense_OD = scaled_weight(task.weight_OD, hessian, unit_D)
-            inverse = FactoredInverse(matrix_DD, dense_OD, self.iterations)
+            inverse = factored_inverse(matrix_DD, dense_OD, self.iterations)
         else:
             unit_D, eigen = hessian.memo((self, dtype, "eigen"), lambda: self._prepare_coupled(hessian, dtype))
             dense_OD = scaled_weight(task.weight_OD, hessian, unit_D)
             unit_O1, matrix_OO = self._rows(task.coupling_OO.to(dense_OD))
             dense_OD *= unit_O1
-            inverse = CoupledInverse(eigendecomposition(matrix_OO, dtype), eigen)
+            inverse = coupled_inverse(eigendecomposition(matrix_OO, dtype), eigen)
         return Selection(self._split(inverse, dense_OD, pattern))
 
     def _rows(self, coupling_OO: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +116,7 @@ class Optima:
         unit_O1 = torch.linalg.inv(coupling_OO).diagonal().pow(-self.theta / 2.0)[:, None]
         return unit_O1, (coupling_OO / unit_O1).div_(unit_O1.mT)
 
-    def _split(self, inverse: FactoredInverse | CoupledInverse, dense_OD: Tensor, pattern: Pattern) -> Tensor:
+    def _split(self, inverse: Shifted, dense_OD: Tensor, pattern: Pattern) -> Tensor:
         projection_OD = dense_OD * top_scores(dense_OD.abs(), pattern)
         dual_OD = torch.zeros_like(dense_OD)
         stages = self.group_stages if isinstance(pattern, NM) else self.stages
@@ -117,7 +124,7 @@ class Optima:
         threshold = None
         for stage in range(stages):
             rho = self.first_penalty * ratio**stage
-            solve = inverse.at(rho)
+            solve = inverse(rho)
             # The multiplier is rho U: it does not jump when rho does.
             dual_OD /= ratio if stage else 1.0
             for iteration in range(self.iterations):

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optima.core.gather import solve_selected
+from optima.core.cholesky import solve_selected
 from optima.patterns import NM, Pattern, Scope
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.ranking import keep_all_but_lowest, pruned_in_rows, top_scores
