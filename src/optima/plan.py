@@ -32,7 +32,6 @@ from optima.models.blocks import Block, Linear, Stack, count_parameters, dense_n
 from optima.models.inspect import check_forward, check_length
 from optima.models.load import Source, dtype_as_read, orders_of, skeleton
 from optima.models.masks import MaskFiles
-from optima.models.offload import why_whole
 from optima.models.ordered import ORDERING_NAME, orders_in_memory, read_orders
 from optima.names import kind
 from optima.patterns import NM, SCOPES, Pattern, PatternTable, Scope
@@ -107,7 +106,7 @@ def make_plan(source: Source, recipe: Recipe, device: str = "auto") -> Plan:
     Raises:
         OptimaError: whatever a run would be refused for that its configuration shows.
     """
-    return resolve(skeleton(source)[0], recipe, named_device(device), source)
+    return resolve(skeleton(source), recipe, named_device(device), source)
 
 
 def resolve(
@@ -352,9 +351,7 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
     console.print(table)
     pruned, whole = sum(math.prod(linear.shape) for linear in plan.linears), count_parameters(plan.model)
     recipe, source = plan.recipe, plan.source
-    held = source is not None and (
-        source.gguf_file or recipe.self_generated or why_whole(source, plan.model, recipe.dtype)
-    )
+    held = source is not None and bool(source.gguf_file or recipe.self_generated)
     memory, stored = peak_bytes(plan, not held)
     lines = {
         "weights in these linears": f"{pruned:,} of {whole:,} parameters ({pruned / whole:.0%})",
@@ -373,15 +370,14 @@ def print_plan(plan: Plan, name: str, console: Console) -> None:
         console.print(f"note: {note}", highlight=False, markup=False)
 
 
-def _plan_notes(plan: Plan, held: object) -> list[str]:
+def _plan_notes(plan: Plan, held: bool) -> list[str]:
     notes = [*plan.notes]
     if any(isinstance(each, NM) for each in plan.patterns.values()) and known_orders(plan.source, plan.model) is None:
         notes.append("N:M patterns lose less after `optima order`, which writes the same model with permuted channels")
     if plan.recipe.allocation == "loss":
         notes.append("allocation loss finds each linear's sparsity during calibration: the table shows the mean")
     if held:
-        why = held if isinstance(held, str) else "it generates calibration data, or is a GGUF file"
-        notes.append(f"the whole model is held in main memory: {why}")
+        notes.append("the whole model is held in main memory: it generates calibration data, or is a GGUF file")
     notes.append(runtime_note(str(each) for each in plan.patterns.values()).replace("**", "").replace("`", ""))
     return notes
 

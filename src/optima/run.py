@@ -41,10 +41,9 @@ from optima.errors import CalibrationError, ModelError, NotDifferentiableError, 
 from optima.files import stamps
 from optima.main_memory import available_memory, total_memory
 from optima.models.auxiliary import copies_tokenizer, to_save
-from optima.models.blocks import Stack, count_parameters, has_experts
-from optima.models.load import commit_of, find_source, load_tokenizer, note_of_dtype, pinned, skeleton, weights_of
+from optima.models.blocks import Stack, count_parameters, is_expert
+from optima.models.load import commit_of, find_source, load_tokenizer, pinned, skeleton, weights_of
 from optima.models.masks import MaskFiles
-from optima.models.moe import split_on_disk
 from optima.models.offload import Resident, Weights, open_weights
 from optima.models.save import open_writer, prepare
 from optima.patterns import Pattern, Unstructured
@@ -234,7 +233,7 @@ def make_run_plan(
         plan = resolve(model, recipe, where, None, calibration, trust_remote_code)
     elif isinstance(model, str | Path):
         source = find_source(str(model), trust_remote_code)
-        structure, _ = skeleton(source)
+        structure = skeleton(source)
         if output_dir is None:
             raise RecipeError("output_dir is missing: a model that is read from disk must be written somewhere")
         plan = resolve(structure, recipe, where, pinned(source), calibration, trust_remote_code)
@@ -277,9 +276,7 @@ def claim(
     """The output's place; arguments as of ``Destination.open``."""
     named = [plan.source and plan.source.local, plan.recipe.mask_from, *plan.recipe.dataset]
     inputs = [path for path in named if path and os.path.lexists(os.path.expanduser(path))]
-    # A second copy of experts that are fused in the model and split on disk.
-    twice = split_on_disk(plan.model, [each.module for each in plan.linears]) if run else 0
-    num_bytes = (count_parameters(plan.model) + twice) * plan.dtype.itemsize
+    num_bytes = count_parameters(plan.model) * plan.dtype.itemsize
     return Destination.open(output_dir, overwrite, inputs, num_bytes, run, resume)
 
 
@@ -400,7 +397,7 @@ def _prune_stacks(
                     note += ranked
                 job.notes.extend(dict.fromkeys(filter(None, ranks.gather(note))))
             if recipe.allocation == "loss" and job.loss is not None:
-                experts = any(has_experts(block.linears) for block in stack.blocks)
+                experts = any(is_expert(linear) for block in stack.blocks for linear in block.linears)
                 # The sequences of the gradient pass, whose tokens have weights of their own.
                 batches_of_pass = sensitivity_batches(acts, FISHER_FRACTION, experts)
                 shares = job.sensitivity(stack, acts, sparsity_of(recipe), batches_of_pass)
@@ -486,7 +483,6 @@ def _report(
     seconds: float,
     ranks: Ranks,
 ) -> Report:
-    note = None if plan.source is None else note_of_dtype(plan.source, network.dtype)
     run = RunRecord(
         model=_name(plan),
         model_revision=None if plan.source is None else commit_of(plan.source),
@@ -506,7 +502,7 @@ def _report(
         seconds=seconds,
         stages=job.stages(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        notes=(*job.notes, *([note] if note else [])),
+        notes=tuple(job.notes),
     )
     return Report(run, tuple(job.linears), tuple(job.blocks))
 

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from families import build
 from safetensors.torch import load_file, save_file
-from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens, snapshot, weight_files
+from tiny import WEIGHTS, load_weights, make_llama, make_tokenizer, make_tokens, snapshot
 from transformers import PreTrainedModel
 
 import optima
 import optima.run
-from optima.errors import ModelError, NumericalError
+from optima.errors import NumericalError
 from optima.models.load import find_source, load_model, skeleton
-from optima.models.offload import Checkpoint, Resident, Streamed, open_weights
+from optima.models.offload import Checkpoint, Streamed, open_weights
 
 REPORTS = ("report.json", "report.md", "report.html")
 CHEAP = {"selector": "wanda", "objective": "sink"}
@@ -46,7 +45,7 @@ def resident(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ("llama", EVERYTHING),
         ("mixtral", CHEAP),
         ("gpt2", CHEAP),
-        ("bart", CHEAP),
+        pytest.param("bart", CHEAP, marks=pytest.mark.slow),
         pytest.param("gemma3", {}, marks=pytest.mark.slow),
         pytest.param("t5", {}, marks=pytest.mark.slow),
         pytest.param("gpt_oss", CHEAP, marks=pytest.mark.slow),
@@ -69,7 +68,7 @@ def test_equals_a_resident_run(
 def streamed(model: PreTrainedModel, directory: Path) -> tuple[PreTrainedModel, Streamed]:
     model.save_pretrained(directory)
     source = find_source(str(directory))
-    found, weights = open_weights(source, skeleton(source)[0], "auto")
+    found, weights = open_weights(source, skeleton(source), "auto")
     assert isinstance(weights, Streamed)
     return found, weights
 
@@ -94,18 +93,15 @@ def test_one_block_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_weights_that_were_saved_twice_are_tied_if_they_are_equal(same: bool, tmp_path: Path) -> None:
+def test_weights_that_were_saved_twice_stay_as_they_are(same: bool, tmp_path: Path) -> None:
     model = make_llama(tie_word_embeddings=True)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
+    model.save_pretrained(tmp_path / "model")
+    tensors = load_file(tmp_path / "model" / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if same else 1)
-    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
-    source = find_source(str(tmp_path))
-    found, weights = open_weights(source, skeleton(source)[0], "auto")
-    with weights.state(["lm_head.weight", "model.embed_tokens.weight"]) as state:
-        assert (state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()) == same
-        assert torch.equal(state["lm_head.weight"], tensors["lm_head.weight"])
-    assert (found.lm_head.weight is found.model.embed_tokens.weight) == same
+    save_file(tensors, tmp_path / "model" / WEIGHTS, {"format": "pt"})
+    pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
+    reloaded = type(model).from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(reloaded[name], tensors[name]) for name in ("lm_head.weight", "model.embed_tokens.weight"))
 
 
 def test_a_weight_is_read_when_it_is_asked_for_and_given_up_behind_the_phase(tmp_path: Path) -> None:
@@ -120,22 +116,6 @@ def test_a_weight_is_read_when_it_is_asked_for_and_given_up_behind_the_phase(tmp
     assert not model.model.norm.weight.is_meta
 
 
-def test_a_tied_weight_is_read_once_and_given_up_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, weights = streamed(make_llama(tie_word_embeddings=True), tmp_path)
-    read, asked = Checkpoint.read, []
-
-    def note(self: Checkpoint, names: list[str]) -> None:
-        asked.extend(names)
-        read(self, names)
-
-    monkeypatch.setattr(Checkpoint, "read", note)
-    tied = ["lm_head.weight", "model.embed_tokens.weight"]
-    with weights.state(tied) as state:
-        assert not any(tensor.is_meta for tensor in state.values())
-    assert asked == tied
-    assert dict(model.named_parameters())["model.embed_tokens.weight"].is_meta
-
-
 def test_a_block_that_was_replaced_is_read_as_it_is_now(tmp_path: Path) -> None:
     model, weights = streamed(make_llama(), tmp_path)
     (block, *_) = optima.models.blocks.find_stacks(model)[0].blocks
@@ -147,62 +127,18 @@ def test_a_block_that_was_replaced_is_read_as_it_is_now(tmp_path: Path) -> None:
             assert block.linears[1].read().any()
 
 
-def test_gradients_are_taken_where_the_model_wants_them(tmp_path: Path) -> None:
-    model, weights = streamed(make_llama(), tmp_path)
-    (block, *_) = optima.models.blocks.find_stacks(model)[0].blocks
-    model.requires_grad_(False)
-    with weights.on(block, torch.device("cpu")):
-        assert not any(parameter.requires_grad for parameter in block.module.parameters())
-
-
-def test_what_cannot_be_streamed_is_held_in_memory_and_noted(tmp_path: Path) -> None:
-    model = make_llama()
-    model.save_pretrained(tmp_path)
-    (tmp_path / WEIGHTS).rename(tmp_path / "other.safetensors")
-    (tmp_path / "config.json").write_text(
-        (tmp_path / "config.json").read_text().replace("{", '{"transformers_weights": "other.safetensors",', 1)
-    )
-    source = find_source(str(tmp_path))
-    _, weights = open_weights(source, skeleton(source)[0], "auto")
-    assert isinstance(weights, Resident)
-    assert weights.notes == (
-        "the whole model was held in main memory: its configuration names files of its own (other.safetensors)",
-    )
-
-
 EXTRA = {"mtp.fc.weight": torch.ones(32, 64), "mtp.layers.0.mlp.up_proj.weight": torch.ones(48, 32)}
 
 
-@pytest.mark.parametrize("whole", [None, "it generates calibration data"])
-@pytest.mark.parametrize("family", ["qwen3_next", "llama"])
-def test_what_the_model_has_no_place_for_is_noted(family: str, whole: str | None, tmp_path: Path) -> None:
+def test_what_the_model_has_no_place_for_is_noted(tmp_path: Path) -> None:
     """Of the block for multi-token prediction transformers says nothing, for the class of Qwen3-Next expects it."""
-    build(family).save_pretrained(tmp_path)
-    told = {}
-    # A mask that older releases saved is no weight.
-    for name, extra in {"none": {"mtp.mask": torch.ones(4, 4, dtype=torch.bool)}, "some": EXTRA}.items():
-        save_file(load_file(tmp_path / WEIGHTS) | extra, tmp_path / WEIGHTS, {"format": "pt"})
-        source = find_source(str(tmp_path))
-        told[name] = open_weights(source, skeleton(source)[0], "auto", whole=whole)[1].notes
-    (note,) = set(told["some"]) - set(told["none"])
-    assert "has no place for (mtp.fc.weight, mtp.layers.0.mlp.up_proj.weight): they are not in the output" in note
-
-
-@pytest.mark.parametrize(("family", "twice"), [("mixtral", True), ("gpt_oss", False)])
-def test_the_second_copy_of_experts_is_asked_for_first(
-    family: str, twice: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where they are split on disk, they are kept beside as they are in the model."""
-    model = build(family)
-    model.save_pretrained(tmp_path / "model")
-    size = 4 * sum(parameter.numel() for parameter in model.parameters())
-    fused = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 3)
-    free = SimpleNamespace(free=size + twice * fused - 1)
-    monkeypatch.setattr("optima.checkpointing.shutil.disk_usage", lambda path: free)
-    with pytest.raises(ModelError, match="MiB free and the checkpoint needs"):
-        pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
-    free.free += 1
-    pruned(tmp_path / "model", tmp_path / "out", **CHEAP)
+    build("qwen3_next").save_pretrained(tmp_path)
+    mask = {"mtp.mask": torch.ones(4, 4, dtype=torch.bool)}  # that older releases saved is no weight
+    save_file(load_file(tmp_path / WEIGHTS) | EXTRA | mask, tmp_path / WEIGHTS, {"format": "pt"})
+    source = find_source(str(tmp_path))
+    _, weights = open_weights(source, skeleton(source), "auto")
+    assert weights.left_out == tuple(EXTRA)
+    assert any("mtp.fc.weight, mtp.layers.0.mlp.up_proj.weight" in note for note in weights.notes)
 
 
 def test_weights_that_a_class_may_lack_are_made_anew(tmp_path: Path) -> None:
@@ -216,36 +152,26 @@ def test_weights_that_a_class_may_lack_are_made_anew(tmp_path: Path) -> None:
     assert any("final_logits_bias is not in the checkpoint" in note for note in notes)
 
 
-@pytest.mark.parametrize("work", ["prune", "order"])
-def test_what_a_checkpoint_lacks_its_output_lacks_too(work: str, tmp_path: Path) -> None:
+def test_what_a_checkpoint_lacks_its_output_lacks_too(tmp_path: Path) -> None:
     """A sentence encoder without the pooler of its class, which transformers fills with other numbers each time."""
     build("bert").save_pretrained(tmp_path / "model")
     tensors = load_file(tmp_path / "model" / WEIGHTS)
     kept = {name: tensor for name, tensor in tensors.items() if "pooler" not in name}
     save_file(kept, tmp_path / "model" / WEIGHTS, {"format": "pt"})
-    recipe = optima.Recipe(pattern=["2:4"], selector="wanda", objective="plain")
-    options: dict[str, Any] = {"tokenizer": make_tokenizer(), "calibration": make_tokens(4).clamp_max(100)}
-    outputs = []
-    for name in ("a", "b"):
-        made = getattr(optima, work)(tmp_path / "model", recipe, output_dir=tmp_path / name, **options)
-        outputs.append(weight_files(tmp_path / name))
-    assert load_weights(tmp_path / "a").keys() == kept.keys()
-    assert outputs[0] == outputs[1]
-    notes = made.run.notes if work == "prune" else made.notes
-    told = "lacks weights of BertModel (pooler.dense.bias, pooler.dense.weight): the output does too"
-    assert any(told in note for note in notes)
+    pruned(tmp_path / "model", tmp_path / "out", selector="wanda", objective="plain")
+    assert load_weights(tmp_path / "out").keys() == kept.keys()
+    notes = optima.load_report(tmp_path / "out").run.notes
+    assert any("(pooler.dense.bias, pooler.dense.weight): the output does too" in note for note in notes)
 
 
-@pytest.mark.parametrize(("family", "options"), [("llama", EVERYTHING), ("mixtral", CHEAP)])
 def test_memory_left_changes_where_activations_wait_and_nothing_else(
-    family: str, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(family).bfloat16().save_pretrained(tmp_path / "model")
-    expected = pruned(tmp_path / "model", tmp_path / "free", **options)
+    make_llama().bfloat16().save_pretrained(tmp_path / "model")
+    expected = pruned(tmp_path / "model", tmp_path / "free", **EVERYTHING)
     monkeypatch.setattr("optima.calibration.store.SMALLEST_MAPPED", 0)
     monkeypatch.setattr("optima.run.available_memory", lambda: 0)
-    found = pruned(tmp_path / "model", tmp_path / "kept", **options)
-    assert found == expected
+    assert pruned(tmp_path / "model", tmp_path / "kept", **EVERYTHING) == expected
     notes = optima.load_report(tmp_path / "kept").run.notes
     assert any(note.startswith("activations exceeded main memory") for note in notes)
 

@@ -12,9 +12,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from optima.errors import RecipeError
-from optima.models.blocks import Linear
+from optima.models.blocks import Linear, experts_of
 from optima.models.masks import MaskFiles
-from optima.models.moe import experts_of
 
 KEEP_OD = torch.rand(5, 5, generator=torch.Generator().manual_seed(0)) < 0.5  # square, and no whole number of bytes
 
@@ -27,24 +26,13 @@ def test_a_mask_is_stored_as_the_weight_is(module: nn.Module, tmp_path: Path) ->
     assert torch.equal(masks.keep_OD(Linear("x", module)), KEEP_OD)
 
 
-def test_each_mask_is_read_once(tmp_path: Path) -> None:
-    file = tmp_path / "masks.safetensors"
-    masks_OD = {name: torch.roll(KEEP_OD, shift, 0) for shift, name in enumerate("abc")}
-    save_file(masks_OD, file)
-    masks = MaskFiles(str(file))
-    linears = [Linear(name, nn.Linear(5, 5)) for name in masks_OD]
-    first = [masks.keep_OD(linear) for linear in linears]
-    save_file({name: ~keep_OD for name, keep_OD in masks_OD.items()}, file)
-    assert all(torch.equal(masks.keep_OD(linear), keep) for linear, keep in zip(linears, first, strict=True))
-
-
 def test_a_mask_of_another_shape_is_refused(tmp_path: Path) -> None:
     save_file({"x": KEEP_OD[:4]}, tmp_path / "masks.safetensors")
     with pytest.raises(RecipeError, match=r"mask of x has shape \(4, 5\), but the model stores its weight as \(5, 5\)"):
         MaskFiles(str(tmp_path / "masks.safetensors")).keep_OD(Linear("x", nn.Linear(5, 5)))
 
 
-def test_mask_of_an_expert_that_fills_no_whole_bytes(tmp_path: Path) -> None:
+def test_mask_of_an_expert(tmp_path: Path) -> None:
 
     keep = torch.rand(3, 3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
     module: Any = nn.Module()

@@ -28,7 +28,7 @@ from optima.calibration.probe import forward, with_hidden
 from optima.data.batches import Batch, indivisible, some_of, words_alone
 from optima.device import backward_explained, card_memory, describe_memory, differentiable, forward_replaced, once
 from optima.errors import NotDifferentiableError
-from optima.models.blocks import Block, Stack, count_by_place, find_stacks
+from optima.models.blocks import Block, Stack, count_outside, find_stacks
 from optima.models.inspect import head_of, in_slices, is_encoder_decoder
 from optima.models.offload import MAIN, Weights
 
@@ -114,7 +114,7 @@ def embedding_device(model: PreTrainedModel, device: torch.device, batches: Sequ
 
 def _outside_bytes(model: PreTrainedModel) -> int:
     blocks = [block for each in find_stacks(model) for block in each.blocks]
-    return count_by_place(model, blocks)[1] * model.dtype.itemsize
+    return count_outside(model, blocks) * model.dtype.itemsize
 
 
 @contextmanager

@@ -38,8 +38,7 @@ from optima.core.hessian import Hessian
 from optima.core.statistics import Statistics, sampling_step
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
-from optima.models.blocks import Block, Linear
-from optima.models.moe import DOWN, FusedExperts
+from optima.models.blocks import DOWN, Block, FusedExperts, Linear
 
 Group = tuple[Linear, ...]
 # Tokens whose inputs are kept, where tokens have weights, to tell the loss with every token alike.

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from optima.models.blocks import Block, Linear, linears_of
-from optima.models.moe import FusedExperts, experts_of
+from optima.models.blocks import Block, FusedExperts, Linear, experts_of, linears_of
 
 Kind = Literal["mlp", "heads"]
 KINDS: tuple[Kind, ...] = ("mlp", "heads")

@@ -1,15 +1,22 @@
-"""Stacks, blocks, linears and routers of any transformer of the library, found by structure, not by lists of names.
+"""Stacks, blocks, linears, routers and experts of any transformer of the library, found by structure.
 
-Shapes: O outputs, D inputs.
+transformers keeps the experts of a mixture in parameters of three dimensions, (experts, outputs, inputs), or (experts,
+inputs, outputs) where they are transposed, and multiplies all of them in one kernel. Inside ``Block.linearized`` the
+module calls an ``ExpertLinear`` for each expert instead, on the tokens routed to it, so that hooks see inputs, outputs
+and gradients as on any linear. Weights are views of the fused parameter, so that nothing has to be fused again.
+
+Shapes: O outputs, D inputs, T tokens of a module or of an expert, K experts of a token.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,17 +25,159 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from optima.device import forward_replaced
 from optima.errors import ModelError, RecipeError
 from optima.models.inspect import head_of
-from optima.models.moe import ExpertLinear, experts_of, linearized
 from optima.names import kind
 
 # Experts that are modules of their own, such as experts.3.up_proj or expert_3.wi; a shared expert is none.
 EXPERT = re.compile(r"(?<!shared_)experts?[._]\w*?\d")
-# What configurations call the number of experts: num_experts, n_routed_experts, num_local_experts, moe_num_experts ...
-EXPERT_COUNT = re.compile(r"(\w*_)?(num|n)_((routed|local)_)?experts")
 ROUTER, ROUTERS = "router", {"gate", "wg"}
 INDEXER = "indexer"  # holds linears that choose the tokens that attention sees (DeepSeek-V3.2, GLM-5)
+UPS, DOWN = ("gate_up_proj", "up_proj"), "down_proj"  # what transformers calls the fused parameters
+
+
+class ExpertLinear(nn.Module):
+    """One expert of a fused parameter, as a linear without parameters of its own.
+
+    Attributes:
+        experts: the mixture.
+        parameter: name of the fused parameter in its module.
+        expert: number of the expert.
+        tokens_T: the tokens of the module's input that the last call read.
+    """
+
+    def __init__(self, experts: FusedExperts, parameter: str, expert: int) -> None:
+        super().__init__()
+        self.experts, self.parameter, self.expert = experts, parameter, expert
+        self.tokens_T = torch.zeros(0, dtype=torch.int64)
+
+    def forward(self, inputs_TD: Tensor) -> Tensor:
+        """inputs_TD @ weight_OD^T, and the bias if there is one."""
+        weight_OD = self.experts.orient(self.parameter, self.expert, self.experts.parameter(self.parameter))
+        bias = getattr(self.experts.module, f"{self.parameter}_bias", None)
+        return nn.functional.linear(inputs_TD, weight_OD, None if bias is None else bias[self.expert])
+
+
+class FusedExperts:
+    """The experts of one module.
+
+    Args:
+        name: full name of the module in the model.
+        module: holds the fused parameters.
+        transposed: of each fused parameter by its name in the module, whether inputs come before outputs.
+
+    Attributes:
+        up, down: the linears of each expert.
+        routed: whether the module is called with each token's experts; else with all tokens for each expert (Llama 4).
+    """
+
+    def __init__(self, name: str, module: nn.Module, transposed: dict[str, bool]) -> None:
+        self.name, self.module, self.transposed = name, module, transposed
+        self.count = len(self.parameter(DOWN))
+        self.routed = len(inspect.signature(type(module).forward).parameters) > 2
+        self.up, self.down = (
+            [ExpertLinear(self, parameter, expert) for expert in range(self.count)] for parameter in transposed
+        )
+
+    def parameter(self, name: str) -> Tensor:
+        """A fused parameter."""
+        found: Tensor = getattr(self.module, name)
+        return found
+
+    def orient(self, name: str, expert: int, stored: Tensor) -> Tensor:
+        """An expert's part of a tensor like the parameter ``name``, outputs x inputs: a view."""
+        return stored[expert].mT if self.transposed[name] else stored[expert]
+
+    def hidden(self, expert: int, inputs_TD: Tensor) -> Tensor:
+        """The inputs of an expert's second linear, from those of its first."""
+        module: Any = self.module
+        found: Tensor = self.up[expert](inputs_TD)
+        if self.up[expert].parameter == "up_proj":
+            found = module.act_fn(found)
+        elif hasattr(module, "_apply_gate"):
+            found = module._apply_gate(found)
+        else:
+            gate, up = found.chunk(2, dim=-1)
+            found = module.act_fn(gate) * up
+        return found
+
+    def forward(self, wanted: Collection[int], *args: Any, **kwargs: Any) -> Tensor:
+        """The module's forward pass, expert by expert; experts that are not in ``wanted`` add nothing."""
+        bound = inspect.signature(type(self.module).forward).bind(self.module, *args, **kwargs)
+        _, hidden, *routing = bound.arguments.values()
+        return self._routed(hidden, routing[0], routing[1], wanted) if routing else self._scaled(hidden, wanted)
+
+    def _routed(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, wanted: Collection[int]) -> Tensor:
+        output_TD = torch.zeros_like(hidden_TD)
+        for expert in expert_TK.unique().tolist():
+            if expert in wanted:  # what is masked has the number after the last
+                place_T, tokens_T = (expert_TK.mT == expert).nonzero(as_tuple=True)
+                found_TD = self._run(expert, hidden_TD[tokens_T], tokens_T)
+                if getattr(self.module, "has_post_expert_norm", False):
+                    found_TD = self.module.post_expert_norm(found_TD)  # type: ignore[operator]
+                found_TD = found_TD * weight_TK[tokens_T, place_T, None]
+                output_TD.index_add_(0, tokens_T, found_TD.to(output_TD.dtype))
+        return output_TD
+
+    def _scaled(self, hidden_TD: Tensor, wanted: Collection[int]) -> Tensor:
+        """Of all tokens for one expert after another, scaled by the router; zeros are routed elsewhere."""
+        found = []
+        for expert, own_TD in enumerate(hidden_TD.view(self.count, -1, hidden_TD.shape[-1])):
+            output_TD = torch.zeros_like(own_TD)
+            tokens_T = own_TD.ne(0).any(dim=1).nonzero()[:, 0]
+            if expert in wanted and len(tokens_T):
+                output_TD = output_TD.index_copy(0, tokens_T, self._run(expert, own_TD[tokens_T], tokens_T))
+            found.append(output_TD)
+        return torch.cat(found)
+
+    def _run(self, expert: int, inputs_TD: Tensor, tokens_T: Tensor) -> Tensor:
+        up, down = self.up[expert], self.down[expert]
+        up.tokens_T = down.tokens_T = tokens_T
+        output: Tensor = down(self.hidden(expert, inputs_TD))
+        return output
+
+
+@contextmanager
+def linearized(experts: Iterable[FusedExperts], only_hooked: bool = False) -> Iterator[None]:
+    """Inside, the forward pass of these modules calls a linear for each expert that has tokens.
+
+    ``only_hooked``: experts without hooks on entry add nothing to the output, at no cost.
+    """
+    with ExitStack() as stack:
+        for each in set(experts):
+            hooked = {
+                linear.expert
+                for linear in (*each.up, *each.down)
+                if not only_hooked or linear._forward_pre_hooks or linear._forward_hooks
+            }
+            stack.enter_context(forward_replaced(each.module, partial(each.forward, hooked)))
+        yield
+
+
+def experts_of(module: nn.Module, prefix: str) -> list[FusedExperts]:
+    """The mixtures inside ``module``, whose full name is ``prefix``, that keep experts in fused parameters."""
+    return [
+        FusedExperts(f"{prefix}.{name}".strip("."), child, transposed)
+        for name, child in module.named_modules()
+        if (transposed := _layout(child))
+    ]
+
+
+def _layout(module: nn.Module) -> dict[str, bool]:
+    """Of both fused parameters whether inputs come first; empty if there are none, or their shapes do not say.
+
+    The first leads from the hidden size to another, the last one back; the same size stands at both ends.
+    """
+    fused = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+    first, last = next((fused[name] for name in UPS if name in fused), None), fused.get(DOWN)
+    if first is None or last is None or len(fused) != 2 or len(first) != len(last):
+        return {}
+    ways = [False] * (first.shape[2] == last.shape[1]) + [True] * (first.shape[1] == last.shape[2])
+    stated = getattr(module, "is_transposed", None)
+    if stated in ways:
+        ways = [bool(stated)]
+    return dict.fromkeys(fused, ways[0]) if len(ways) == 1 else {}
 
 
 @dataclass(frozen=True)
@@ -94,9 +243,9 @@ class Linear:
         And with the tokens, (T,), that an expert's call read; None for other linears.
         """
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Tensor | None:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             tokens_T = getattr(module, "tokens_T", None)
-            if not isinstance(output, Tensor) or not torch.is_grad_enabled():  # Llama 4's router returns a tuple
+            if not torch.is_grad_enabled():
                 return None
             # Positions, or another stack's output, do not depend on this stack's hidden states.
             seen = output if output.requires_grad else output.detach().requires_grad_(True)
@@ -131,7 +280,7 @@ class Block:
     common: frozenset[str] = frozenset()
 
     def linearized(self, only_hooked: bool = False) -> AbstractContextManager[None]:
-        """See ``moe.linearized``: for all mixtures whose experts are among ``linears``."""
+        """``linearized`` for all mixtures whose experts are among ``linears``."""
         return linearized((each.expert.experts for each in self.linears if each.expert is not None), only_hooked)
 
 
@@ -164,12 +313,7 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     """
     if not isinstance(model, PreTrainedModel):
         return [_stack(model, model, "whole")]
-    try:
-        multimodal = model.config.get_text_config() is not model.config
-    except ValueError as error:
-        raise ModelError(
-            f"the configuration of {type(model).__name__} holds several text models: load one of them alone"
-        ) from error
+    multimodal = model.config.get_text_config() is not model.config
     if model.config.is_encoder_decoder:
         encoder: Any = model.get_encoder()
         config: Any = getattr(encoder, "config", None)
@@ -182,32 +326,31 @@ def find_stacks(model: nn.Module) -> list[Stack]:
 def _stack(model: nn.Module, root: nn.Module, part: Literal["whole", "encoder", "decoder"]) -> Stack:
     """The largest list of blocks inside ``root``, a module of ``model``."""
     inside = set(root.modules())
-    named = [(name, module) for name, module in model.named_modules() if module in inside]
-    lists = [(name, module) for name, module in named if isinstance(module, nn.ModuleList)]
-    stacks = [(name, module) for name, module in lists if _may_be_stack(module)]
-    where = type(model).__name__ if part == "whole" else f"the {part} of {type(model).__name__}"
-    if not stacks or (part != "whole" and root is model):
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if module in inside and isinstance(module, nn.ModuleList) and _may_be_stack(module)
+    ]
+    if not lists or (part != "whole" and root is model):
+        where = type(model).__name__ if part == "whole" else f"the {part} of {type(model).__name__}"
         raise ModelError(
-            f"no stack of transformer blocks in {where}: its module lists, none of which has "
-            f"members that contain linears, are {[f'{name} ({len(module)})' for name, module in lists] or 'none'}, "
-            f"its children {[name for name, _ in model.named_children()]}"
+            f"no stack of transformer blocks in {where}: no module list has members that contain linears, and its "
+            f"children are {[name for name, _ in model.named_children()]}"
         )
-    own = [item for item in stacks if not _in_other_model(model, item[0])]
-    name, members = max(own or stacks, key=lambda item: count_parameters(item[1]))
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    numbers = [value for key, value in vars(config or object).items() if EXPERT_COUNT.fullmatch(key)]
-    counts = {value for value in numbers if isinstance(value, int) and value > 1}
+    own = [item for item in lists if not _in_other_model(model, item[0])]
+    name, members = max(own or lists, key=lambda item: count_parameters(item[1]))
     owners = defaultdict(list)
     for owner, parameter in model.named_parameters(remove_duplicate=False):
         owners[_memory(parameter)].append(owner.removesuffix(".weight"))
-    return Stack(tuple(_block(index, name, module, counts, owners) for index, module in enumerate(members)), part)
+    prefix = f"{name}." if name else ""
+    blocks = (_block(index, f"{prefix}{index}", module, owners) for index, module in enumerate(members))
+    return Stack(tuple(blocks), part)
 
 
 def _may_be_stack(members: nn.ModuleList) -> bool:
     # A list of bare linears (experts, heads) is not a stack of blocks.
-    bare = any(isinstance(module, (nn.Linear, Conv1D)) for module in members)
-    return not bare and any(isinstance(m, (nn.Linear, Conv1D)) for block in members for m in block.modules())
+    bare = any(isinstance(module, nn.Linear | Conv1D) for module in members)
+    return not bare and any(isinstance(m, nn.Linear | Conv1D) for block in members for m in block.modules())
 
 
 def _in_other_model(model: nn.Module, name: str) -> bool:
@@ -219,20 +362,19 @@ def _in_other_model(model: nn.Module, name: str) -> bool:
     return any(isinstance(module, PreTrainedModel) and type(module.config) not in known for module in around)
 
 
-def _block(index: int, stack: str, module: nn.Module, counts: set[int], owners: Mapping[int, list[str]]) -> Block:
+def _block(index: int, name: str, module: nn.Module, owners: Mapping[int, list[str]]) -> Block:
     """``owners``: the names of each parameter of the model."""
-    prefix = f"{stack}.{index}" if stack else str(index)
-    linears = tuple(linears_of(module, prefix))
-    routers = frozenset(f"{prefix}.{inner}" for inner in routers_of(module, counts))
+    linears = tuple(linears_of(module, name))
+    routers = frozenset(f"{name}.{inner}" for inner in routers_of(module))
     pairs = ((linear.name, other) for linear in linears for other in owners[_memory(linear.parameter)])
     # The parameter of an expert is named like that of all experts.
     shared = {linear: other for linear, other in pairs if other not in (linear, linear.rpartition(".")[0])}
     common = frozenset(
         inner
         for inner, parameter in module.named_parameters()
-        if not all(f"{other}.".startswith(f"{prefix}.") for other in owners[_memory(parameter)])
+        if not all(f"{other}.".startswith(f"{name}.") for other in owners[_memory(parameter)])
     )
-    return Block(index, prefix, module, linears, routers, (), shared, common)
+    return Block(index, name, module, linears, routers, (), shared, common)
 
 
 def _memory(parameter: Tensor) -> int:
@@ -260,16 +402,11 @@ def is_expert(linear: Linear) -> bool:
     return linear.expert is not None or EXPERT.search(linear.name) is not None
 
 
-def has_experts(linears: Iterable[Linear]) -> bool:
-    """Whether some of them are experts, which read the tokens routed to them alone."""
-    return any(map(is_expert, linears))
-
-
-def routers_of(block: nn.Module, counts: set[int]) -> Iterator[str]:
+def routers_of(block: nn.Module) -> Iterator[str]:
     """Names inside the block of the linears that route tokens to experts, or choose those that attention sees.
 
-    One output is a gate. Otherwise the name says so (router), or a neighbour holds experts and either the name (gate,
-    wg) or the number of outputs does. The gate of an ordinary MLP is called gate_proj, and has no experts near it.
+    One output is a gate. Otherwise the name says so: router, or gate and wg beside experts. The gate of an ordinary MLP
+    is called gate_proj, and has no experts near it.
     """
     modules = dict(block.named_modules())
     for name, module in modules.items():
@@ -277,19 +414,10 @@ def routers_of(block: nn.Module, counts: set[int]) -> Iterator[str]:
             continue
         parts = name.split(".")
         around = [modules[".".join(parts[:-up])] for up in (1, 2) if up <= len(parts)]
-        near = [
-            any("expert" in child for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
-            for up in around
-        ]
-        near_experts = any(near)
-        named = (
-            INDEXER in parts
-            or any(ROUTER in part for part in parts)
-            or (near_experts and bool(ROUTERS & set(parts[-2:])))
-        )
-        # A shared expert may have as many channels as there are experts, and so may attention, one module further away.
-        by_count = near[0] and module.out_features in counts and not any("expert" in part for part in parts[:-1])
-        if module.out_features == 1 or named or by_count:
+        near = (child for up in around for child, _ in (*up.named_children(), *up.named_parameters(recurse=False)))
+        beside_experts = any("expert" in child for child in near)
+        named = INDEXER in parts or any(ROUTER in part for part in parts)
+        if module.out_features == 1 or named or (beside_experts and ROUTERS & set(parts[-2:])):
             yield name
 
 
@@ -303,33 +431,32 @@ def module_around(router: str) -> str:
 def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequence[str]) -> list[Stack]:
     """The stacks with only the linears whose full name matches a target and no ignored regex (``re.search``).
 
-    A router is meant only by a target that does not match the module around it as well, as ``mlp`` and ``mlp.`` do.
+    Routers stay dense.
 
     Raises:
         ModelError: if nothing is left (the message lists what was there), or two linears are one weight.
         RecipeError: if a target matches no linear.
     """
-    names = [linear.name for stack in stacks for block in stack.blocks for linear in block.linears]
+    blocks = [block for stack in stacks for block in stack.blocks]
+    names = [linear.name for block in blocks for linear in block.linears if linear.name not in block.routers]
     present = f"the linears of the blocks are {', '.join(sorted(set(map(kind, names)))) or 'none'}"
 
-    def wanted(name: str, routes: bool) -> bool:
-        around = module_around(name)
-        meant = (regex for regex in targets if not (routes and re.search(regex, around)))
-        return any(re.search(regex, name) for regex in meant) and not any(re.search(regex, name) for regex in ignore)
+    def matches(name: str, regexes: Sequence[str]) -> bool:
+        return any(re.search(regex, name) for regex in regexes)
 
     def select(block: Block) -> Block:
-        linears = tuple(linear for linear in block.linears if wanted(linear.name, linear.name in block.routers))
-        chosen = {linear.name for linear in linears}
+        chosen = {
+            linear.name
+            for linear in block.linears
+            if linear.name not in block.routers and matches(linear.name, targets) and not matches(linear.name, ignore)
+        }
+        linears = tuple(linear for linear in block.linears if linear.name in chosen)
         excluded = tuple(linear for linear in block.linears if linear.name not in chosen)
         return replace(block, linears=linears, excluded=excluded)
 
     selected = [replace(stack, blocks=tuple(select(block) for block in stack.blocks)) for stack in stacks]
     if not any(stack.needed for stack in selected):
-        routers = sorted({kind(name) for stack in stacks for block in stack.blocks for name in block.routers})
-        which = f"; {', '.join(routers)} need a target that does not match the module around them" if routers else ""
-        raise ModelError(
-            f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: {present}{which}"
-        )
+        raise ModelError(f"no linear matches targets {list(targets)} without matching ignore {list(ignore)}: {present}")
     if idle := [regex for regex in targets if not any(re.search(regex, name) for name in names)]:
         raise RecipeError(f"targets has {idle[0]!r}, which matches no linear: {present}")
     _check_shared(selected)
@@ -338,14 +465,19 @@ def select_linears(stacks: Sequence[Stack], targets: Sequence[str], ignore: Sequ
 
 def _check_shared(stacks: Sequence[Stack]) -> None:
     """A weight in two places would be pruned twice, the second time for inputs of another place."""
-    blocks = [block for stack in stacks for block in stack.blocks]
-    shared = {linear.name: block for block in blocks for linear in block.linears if linear.name in block.shared}
-    if shared:
-        name, block = next(iter(shared.items()))
-        inner = dict.fromkeys(re.escape(each.removeprefix(f"{own.name}.")) for each, own in shared.items())
+    found = [
+        (linear.name, block)
+        for stack in stacks
+        for block in stack.blocks
+        for linear in block.linears
+        if linear.name in block.shared
+    ]
+    if found:
+        name, block = found[0]
+        regexes = dict.fromkeys(re.escape(each.removeprefix(f"{own.name}.")) for each, own in found)
         raise ModelError(
             f"{name} and {block.shared[name]} are one weight, which cannot be pruned for the inputs of both: "
-            "exclude it with --ignore " + " ".join(f"'{each}'" for each in inner)
+            "exclude it with --ignore " + " ".join(f"'{each}'" for each in regexes)
         )
 
 
@@ -354,34 +486,34 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def count_by_place(model: nn.Module, blocks: Sequence[Block]) -> tuple[list[int], int]:
-    """Parameters of each block of its stacks, and of all that is outside of them. Blocks may share theirs."""
-    own = {id(parameter) for block in blocks for parameter in block.module.parameters()}
-    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
-    return [count_parameters(block.module) for block in blocks], outside
+def count_outside(model: nn.Module, blocks: Sequence[Block]) -> int:
+    """Parameters of ``model`` that are in none of the blocks of its stacks."""
+    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
 
 
 def dense_notes(model: nn.Module, stacks: Sequence[Stack]) -> list[str]:
-    """What stays dense, one note a kind, so that nothing is excluded silently; embeddings and the head need none."""
+    """What stays dense, one note a reason; embeddings and the LM head need none."""
     blocks, head = [block for stack in stacks for block in stack.blocks], head_of(model)
-    other, outside = Counter[str](), Counter[str]()
-    covered = {id(linear.parameter) for block in blocks for linear in (*block.linears, *block.excluded)}
+    other, routers, excluded, outside = (Counter[str]() for _ in range(4))
+    known = {id(linear.parameter) for block in blocks for linear in (*block.linears, *block.excluded)}
     inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
-    named = (module for module in model.modules() if isinstance(module, nn.Embedding) or module is head)
-    covered |= {id(parameter) for module in named for parameter in module.parameters()} - inside
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            known |= {id(parameter) for parameter in module.parameters()} - inside
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in covered:  # gpt-oss has 2-D biases
+        if parameter.ndim >= 2 and not name.endswith("bias") and id(parameter) not in known:  # gpt-oss has 2-D biases
             (other if id(parameter) in inside else outside)[kind(name.removesuffix(".weight"))] += 1
-    excluded, routers, pruned = Counter[str](), Counter[str](), Counter[str]()
     for block in blocks:
         for linear in block.excluded:
             (routers if linear.name in block.routers else excluded)[kind(linear.name)] += 1
-        pruned.update(kind(linear.name) for linear in block.linears if linear.name in block.routers)
-    notes = [f"{_places(other)} is no plain linear and stays dense"] if other else []
-    notes += [f"{_places(routers)} routes tokens and stays dense"] if routers else []
-    notes += [f"{_places(pruned)} routes tokens, and is pruned as targets ask"] if pruned else []
-    notes += [f"excluded by targets and ignore: {_places(excluded)}"] if excluded else []
-    return notes + ([f"outside the blocks, and dense: {_places(outside)}"] if outside else [])
+    notes = {
+        "{} is no plain linear and stays dense": other,
+        "{} routes tokens and stays dense": routers,
+        "excluded by targets and ignore: {}": excluded,
+        "outside the blocks, and dense: {}": outside,
+    }
+    return [note.format(_places(counts)) for note, counts in notes.items() if counts]
 
 
 def _places(counts: Counter[str]) -> str:

@@ -6,7 +6,6 @@ Shapes: N sequences, L tokens in each, V vocabulary, E hidden size.
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -31,12 +30,6 @@ def head_of(model: nn.Module) -> nn.Module | None:
 def in_slices(model: nn.Module) -> bool:
     """Whether the model can be asked for the logits of some positions alone."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def stream_numbers(config: Any) -> int:
-    """Of each token, what its streams have together, where it has several (hyper-connections); else 0."""
-    streams = max(getattr(config, name, None) or 1 for name in ("hc_mult", "hc_count"))
-    return streams * (getattr(config, "hidden_size", None) or 0) if streams > 1 else 0
 
 
 def arguments_of(model: nn.Module) -> list[str]:

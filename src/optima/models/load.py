@@ -19,8 +19,6 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, StrictDat
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -32,7 +30,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import has_file
 
-from optima.device import dtype_name
 from optima.errors import ModelError
 from optima.files import PACKED, shards, stamps, usable_path
 from optima.models.ordered import ORDERING_NAME, read_orders
@@ -42,9 +39,14 @@ _logger = logging.getLogger("optima")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # What the client of the hub raises when it is refused, offline or cut off.
 HUB_FAILURES: tuple[type[Exception], ...] = (OSError, *HfHubHTTPError.__bases__)
-# Files that are missing, damaged, cut off or contradict each other. Other errors of libraries are shown as they are.
-UNREADABLE: tuple[type[Exception], ...] = (*HUB_FAILURES, ValueError, SafetensorError, StrictDataclassError)
-UNREADABLE += (struct.error,)  # of a GGUF file
+# Files that are missing, damaged, cut off or contradict each other. struct: of a GGUF file.
+UNREADABLE: tuple[type[Exception], ...] = (
+    *HUB_FAILURES,
+    ValueError,
+    SafetensorError,
+    StrictDataclassError,
+    struct.error,
+)
 LANGUAGE_MODEL, LANGUAGE_MODELS = "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")
 # Weights that published checkpoints may lack: sentence encoders are often saved without the pooler of their class.
 OPTIONAL_PARTS = ("pooler",)
@@ -54,12 +56,6 @@ HUB_REMEDY = (
 )
 # What the library leaves out, or makes up, is logged and not raised: it names no weight otherwise.
 LOADING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-REMEDIES = {
-    "model": "check that it is complete, and that its config.json is that of a model",
-    "configuration": "check config.json, and whether a newer release of transformers knows the model",
-    "weights": "check that the checkpoint is complete and in safetensors or GGUF format",
-    "tokenizer": "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) to the weights",
-}
 
 
 @dataclass(frozen=True)
@@ -108,33 +104,31 @@ def find_source(name: str, trust_remote_code: bool = False) -> Source:
     if "@" in name and not path.exists():
         name, _, revision = name.partition("@")
         path = Path(name).expanduser()
-    source = Source(name, name, None, trust_remote_code, revision or None)
-    if name.endswith(".gguf"):
-        if find_spec("gguf") is None:
-            raise ModelError(f"{name} is read with the package gguf, which is not installed: pip install gguf")
-        parts = name.split("/")
-        if path.is_file():
-            source = replace(source, path=str(path.parent), gguf_file=path.name)
-        elif path.is_absolute() or len(parts) < 3:
-            raise ModelError(
-                f"there is no file {name}: give a local GGUF file, or owner/repository/file.gguf on the hub"
-            )
-        else:
-            source = replace(source, path="/".join(parts[:2]), gguf_file="/".join(parts[2:]))
+    place: dict[str, str] = {"path": name}
+    parts = name.split("/")
+    if path.is_dir():
+        _check_directory(path)
+        place = {"path": str(path)}
+    elif path.is_file() and name.endswith(".gguf"):
+        place = {"path": str(path.parent), "gguf_file": path.name}
     elif path.is_file():
         raise ModelError(f"{name} is a file: give the directory that it is in, {path.parent}, or a GGUF file")
-    elif path.is_dir():
-        usable_path(path / "config.json", "the model's", "see the permissions of its directory")
-        _check_directory(path)
-        source = replace(source, path=str(path))
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+    elif name.endswith(".gguf") and len(parts) > 2 and not path.is_absolute() and parts[0] not in (".", "..", "~"):
+        place = {"path": "/".join(parts[:2]), "gguf_file": "/".join(parts[2:])}
+    elif name.endswith(".gguf"):
+        raise ModelError(f"there is no file {name}: give a local GGUF file, or owner/repository/file.gguf on the hub")
+    elif path.is_absolute() or name.startswith((".", "~")) or len(parts) > 2:
         raise ModelError(f"there is no directory {name}: give a hub id, a local model directory or a GGUF file")
-    if revision is not None and source.local:
+    source = Source(name, trust_remote_code=trust_remote_code, revision=revision or None, **place)
+    if source.revision is not None and source.local:
         raise ModelError(f"{name} is a local model and has no revision {revision!r}: leave out @{revision}")
+    if source.gguf_file and find_spec("gguf") is None:
+        raise ModelError(f"{name} is read with the package gguf, which is not installed: pip install gguf")
     return source
 
 
 def _check_directory(path: Path) -> None:
+    usable_path(path / "config.json", "the model's", "see the permissions of its directory")
     if not (path / "config.json").is_file():
         ggufs = sorted(p.name for p in path.glob("*.gguf"))
         hint = f"name the GGUF file itself ({ggufs[0]})" if ggufs else "it is not a Hugging Face model directory"
@@ -178,8 +172,8 @@ def fetch_weights(source: Source) -> list[Path]:
     Raises:
         OSError: if there are none, or one that the index names is missing.
     """
-    if source.local and not (source.local / WEIGHTS).is_file() and not (source.local / INDEX).is_file():
-        return weight_files(source.local)  # by names of its configuration's own
+    if source.local:
+        return weight_files(source.local)
     if file := find_file(source, WEIGHTS):
         return [file]
     index = find_file(source, INDEX)
@@ -282,20 +276,17 @@ def model_class(config: PretrainedConfig, source: Source) -> Any:
         )
     if own or not names:
         return AutoModel
-    if not hasattr(transformers, names[0]):
-        # Published under another spelling (PhiMoEForCausalLM): what an Auto class makes of it is that model.
-        for auto in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-            found: Any = auto.get(type(config), None)
-            if getattr(found, "__name__", "").lower() == names[0].lower():
-                return found
-        raise ModelError(
-            f"{source.name} is a {names[0]}, which transformers {transformers.__version__} does not have: install a "
-            "newer release, or correct architectures in config.json"
-        )
-    return getattr(transformers, names[0])
+    if hasattr(transformers, names[0]):
+        return getattr(transformers, names[0])
+    if names[0].endswith(LANGUAGE_MODELS):  # published under another spelling (PhiMoEForCausalLM)
+        return AutoModelForCausalLM
+    raise ModelError(
+        f"{source.name} is a {names[0]}, which transformers {transformers.__version__} does not have: install a newer "
+        "release, or correct architectures in config.json"
+    )
 
 
-def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
+def skeleton(source: Source) -> PreTrainedModel:
     """The model's modules on the meta device, in evaluation mode: shapes and names, no weights.
 
     Raises:
@@ -303,7 +294,7 @@ def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
     """
     config = load_config(source)
     with explain_read_errors(source, "weights"):
-        check_safetensors(pinned(source), config)
+        check_safetensors(pinned(source))
     cls = model_class(config, source)
     with explain_read_errors(source, "configuration"), torch.device("meta"):
         if hasattr(cls, "from_config"):  # an Auto class
@@ -312,7 +303,8 @@ def skeleton(source: Source) -> tuple[PreTrainedModel, PretrainedConfig]:
             model = cls(config)
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()
-    return model.eval(), config
+    model.eval()
+    return model
 
 
 def dtype_as_read(config: PretrainedConfig, dtype: str) -> torch.dtype:
@@ -343,27 +335,28 @@ def load_whole(
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """As ``load_model``; and names of its weights that the checkpoint may lack, and does: they are random numbers."""
     config = load_config(source)
-    arguments = source.arguments | (
-        _dequantize_arguments() if source.gguf_file else {"use_safetensors": True, "config": config}
-    )
+    arguments: dict[str, Any] = {"use_safetensors": True, "config": config}
+    if source.gguf_file:  # newer releases keep its weights packed by default
+        settings = getattr(transformers, "GgufConfig", None)
+        arguments = {} if settings is None else {"quantization_config": settings(dequantize=True)}
     if device is not None and device.type != "cpu":
         arguments["device_map"] = {"": device}
-    kind = model_class(config, source)
+    cls = model_class(config, source)
     with explain_read_errors(source, "weights"):
-        check_safetensors(source, config)
-        model, loading = kind.from_pretrained(source.path, dtype=dtype, **LOADING, **arguments)
+        check_safetensors(source)
+        model, loading = cls.from_pretrained(source.path, dtype=dtype, **LOADING, **source.arguments, **arguments)
     assert isinstance(model, PreTrainedModel)
     check_complete(source, model, loading)
     return model.eval(), frozenset(loading["missing_keys"])
 
 
-def check_safetensors(source: Source, config: PretrainedConfig) -> None:
+def check_safetensors(source: Source) -> None:
     """Of a hub model: transformers would load what others propose as a conversion of pickle files.
 
     Raises:
         ModelError: if it has no weights in safetensors format. None are downloaded.
     """
-    if source.local or source.gguf_file or getattr(config, "transformers_weights", None):
+    if source.local or source.gguf_file:
         return
     if not any(has_file(source.path, name, **source.of_hub) for name in (WEIGHTS, INDEX)):
         raise ModelError(
@@ -408,12 +401,6 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _dequantize_arguments() -> dict[str, Any]:
-    """Newer releases keep GGUF weights packed by default; older ones always unpack."""
-    config = getattr(transformers, "GgufConfig", None)
-    return {} if config is None else {"quantization_config": config(dequantize=True)}
-
-
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
@@ -429,11 +416,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def explain_read_errors(source: Source, what: str) -> Iterator[None]:
-    """Turn a failure to read one of ``REMEDIES`` into a ``ModelError`` that names the source and the remedy."""
+    """Turn a failure to read ``what`` into a ``ModelError`` that names the source."""
     try:
         yield
     except UNREADABLE as error:
-        remedy = REMEDIES[what] if source.local else HUB_REMEDY
+        remedy = "check that its files are complete and go together" if source.local else HUB_REMEDY
         if "trust_remote_code" in str(error):
             remedy = "if you trust the code that comes with it, run it with --trust-remote-code"
         detail = textwrap.shorten(str(error), 300, placeholder=" ...") or type(error).__name__
@@ -452,12 +439,3 @@ def no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
         if downloads:
             enable_progress_bars()
-
-
-def note_of_dtype(source: Source, dtype: torch.dtype) -> str | None:
-    """What a GGUF file becomes, for the report: it is unpacked, and written larger than it was."""
-    if source.gguf_file is None:
-        return None
-    name = dtype_name(dtype)
-    remedy = ": --dtype bfloat16 halves it" if dtype == torch.float32 else ""
-    return f"{source.name} is a GGUF file; its weights were unpacked and are written as {name}{remedy}"

@@ -1,4 +1,4 @@
-"""Masks that someone else made: the zeros of a checkpoint, or a safetensors file of masks, each read once."""
+"""External masks: the zeros of a checkpoint, or a safetensors file of masks."""
 
 from __future__ import annotations
 
@@ -10,15 +10,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from optima.errors import ModelError, RecipeError
 from optima.files import PACKED, usable_path
 from optima.models.blocks import Linear
 from optima.models.load import find_source, skeleton, some, weight_files
 from optima.models.offload import Checkpoint, UnstreamableError, open_checkpoint
-
-# Names listed in a message.
 
 
 class MaskFiles:
@@ -36,7 +34,7 @@ class MaskFiles:
     def __init__(self, path: str, trust_remote_code: bool = False) -> None:
         self._trusted = trust_remote_code
         self.path = usable_path(path, "mask_from", "name a pruned checkpoint or a safetensors file of masks")
-        self._packed: dict[str, Tensor] = {}  # eight weights in a byte
+        self._last: tuple[str, Tensor] | None = None  # experts of one parameter are asked for one after another
 
     @cached_property
     def files(self) -> dict[str, tuple[Path, str]]:
@@ -64,15 +62,10 @@ class MaskFiles:
         return found
 
     @cached_property
-    def checkpoint(self) -> Checkpoint:
-        """A directory as transformers reads it.
-
-        Raises:
-            ModelError: if it holds no model.
-            UnstreamableError: if it has to be read whole.
-        """
+    def _checkpoint(self) -> Checkpoint:
+        """A directory as transformers reads it."""
         source = find_source(str(self.path), self._trusted)
-        return open_checkpoint(source, skeleton(source)[0], "auto")
+        return open_checkpoint(source, skeleton(source), "auto")
 
     @cached_property
     def _stored_names(self) -> _Names:
@@ -80,7 +73,7 @@ class MaskFiles:
 
     @cached_property
     def _model_names(self) -> _Names:
-        return _Names(key.removesuffix(".weight") for key in self.checkpoint.names)
+        return _Names(key.removesuffix(".weight") for key in self._checkpoint.names)
 
     def check_names(self, known: Collection[str]) -> None:
         """Raise ``RecipeError`` if a file of masks has one for something that is not in ``known``."""
@@ -93,26 +86,34 @@ class MaskFiles:
                 )
 
     def keep_OD(self, linear: Linear) -> Tensor:
-        """A linear's mask, bool, outputs x inputs, True = the weight survives. It is read at the first call.
+        """A linear's mask, bool, outputs x inputs, True = the weight survives.
 
         Raises:
             RecipeError: if there is none, or it has another dtype or shape or other values than a mask.
         """
         key = self._find(linear.name)
+        if self._last is None or self._last[0] != key:
+            self._last = key, self._read(key)
+        keep = self._last[1]
         alone = linear.expert is not None and _same(key, linear.name)  # else one mask of all experts
         shape = torch.Size(linear.shape) if alone else linear.parameter.shape
-        if key not in self._packed:
-            self._packed[key] = _pack(self._read(linear, key, shape))
-        if alone:
-            return _unpack(self._packed[key], shape)
-        if linear.expert is None:
-            return linear.orient(_unpack(self._packed[key], shape))
-        own = _unpack(self._packed[key], shape[1:], linear.expert.expert)
-        return linear.orient(own.expand(shape))
+        if keep.shape != shape:
+            raise RecipeError(
+                f"the external mask of {linear.name} has shape {tuple(keep.shape)}, but the model stores its weight "
+                f"as {tuple(shape)}: use masks that were made for this model"
+            )
+        return keep if alone else linear.orient(keep)
 
-    def _read(self, linear: Linear, name: str, shape: torch.Size) -> Tensor:
-        """The mask called ``name``, of ``shape``."""
-        key, stored = self._stored(name)
+    def _read(self, name: str) -> Tensor:
+        if name in self.files:
+            file, key = self.files[name]
+            with safe_open(file, framework="pt") as tensors:
+                stored: Tensor = tensors.get_tensor(key)
+        else:
+            key = name if name in self._checkpoint.names else f"{name}.weight"
+            self._checkpoint.read([key])
+            stored = self._checkpoint.model.get_parameter(key).detach()
+            self._checkpoint.release([key])
         if not self.path.is_dir() and stored.dtype not in (torch.bool, torch.uint8):
             raise RecipeError(
                 f"mask_from {self.path}: {key} is {stored.dtype}, not bool or uint8: save masks as bool, or "
@@ -120,24 +121,7 @@ class MaskFiles:
             )
         if stored.dtype == torch.uint8 and bool((stored > 1).any()):
             raise RecipeError(f"mask_from {self.path}: {key} has values above 1: a mask is 0 (pruned) or 1 (kept)")
-        if stored.shape != shape:
-            raise RecipeError(
-                f"the external mask of {linear.name} has shape {tuple(stored.shape)}, but the model stores its weight "
-                f"as {tuple(shape)}: use masks that were made for this model"
-            )
         return stored != 0
-
-    def _stored(self, name: str) -> tuple[str, Tensor]:
-        """The full name and the tensor that ``_find`` called ``name``."""
-        if name in self.files:
-            file, key = self.files[name]
-            with safe_open(file, framework="pt") as tensors:
-                return key, tensors.get_tensor(key)
-        key = name if name in self.checkpoint.names else f"{name}.weight"
-        self.checkpoint.read([key])
-        tensor = self.checkpoint.model.get_parameter(key).detach()
-        self.checkpoint.release([key])
-        return key, tensor
 
     def _find(self, name: str) -> str:
         """The stored name of a linear, or else the one that it has in the model that a directory holds."""
@@ -155,25 +139,12 @@ class MaskFiles:
         return found[0]
 
 
-def _pack(keep: Tensor) -> Tensor:
-    bits = nn.functional.pad(keep.reshape(-1), (0, -keep.numel() % 8)).reshape(-1, 8)
-    return (bits.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(dim=1, dtype=torch.uint8)
-
-
-def _unpack(packed: Tensor, shape: torch.Size, part: int = 0) -> Tensor:
-    """A mask of ``shape``, or the one behind so many ``part``s of that shape."""
-    begin, end = part * shape.numel(), (part + 1) * shape.numel()
-    bits = (packed[begin // 8 : -(-end // 8), None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.bool().reshape(-1)[begin % 8 :][: shape.numel()].reshape(shape)
-
-
 class _Names:
     """Names of masks, or of linears, to be found among many."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self._names = set(names)
         self._by_tail: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self._names:
+        for name in names:
             self._by_tail[_tail(name)].append(name)
 
     def matches(self, linear: str) -> list[str]:
@@ -182,8 +153,9 @@ class _Names:
         Experts of one fused parameter share the mask that is called like it.
         """
         fused = linear.rpartition(".")[0]
-        found = [each for each in (linear, fused) if each in self._names][:1]
-        return found or sorted({*self.alike(linear), *self.alike(fused)})
+        found = sorted({*self.alike(linear), *self.alike(fused)})
+        exact = [each for each in (linear, fused) if each in found]
+        return exact[:1] or found
 
     def alike(self, name: str) -> list[str]:
         """Those that differ at most by the prefix."""
@@ -192,9 +164,9 @@ class _Names:
 
 def _tail(name: str) -> str:
     """What names that are ``_same`` share at least: from the first number on, or the last part."""
-    parts = name.split(".")
-    first = next((place for place, part in enumerate(parts) if re.search(r"\d", part)), -1)
-    return ".".join(parts[first:])
+    found = re.search(r"[^.]*\d.*|[^.]*$", name)
+    assert found is not None
+    return found[0]
 
 
 def _same(first: str, second: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,13 +23,12 @@ from optima.checkpointing import Destination, Journal
 from optima.device import give_back_freed_memory
 from optima.errors import ModelError
 from optima.files import digest, explain_write_errors, read_header, sync
-from optima.models.auxiliary import copy_auxiliary_files
+from optima.models.auxiliary import copy_auxiliary_files, forget_missing_code
 from optima.models.blocks import Block
 from optima.models.fingerprint import bytes_of
 from optima.models.load import INDEX, WEIGHTS, Source, no_bars
 from optima.models.offload import Resident, Weights
 from optima.models.ordered import write_orders
-from optima.models.own_code import forget_missing_code
 from optima.stopping import stop_if_asked
 
 ONE_FILE = 2**62  # bytes in a shard: whatever is given goes into one
@@ -91,8 +90,8 @@ class Writer:
         model: as it will be when ``publish`` is called.
         blocks: full names of all blocks, in order.
         directory: where the shards go; ``prepare`` fills it.
-        journal: on the same disk but outside ``directory``. The blocks that it tells of are checked against their
-            files; from the first that is damaged on, all are forgotten, and done again.
+        journal: on the same disk but outside ``directory``. The blocks in it are checked against their files; from the
+            first that is damaged on, all are forgotten, and done again.
         weights: gives what is still to be written when all blocks are done; None: the model has it.
     """
 
@@ -106,14 +105,17 @@ class Writer:
     ) -> None:
         self.model, self.directory, self.journal = model, directory, journal
         self.weights = weights or Resident(model)
-        groups = self._names = _groups(model, blocks)
+        self._scratch = journal.file.parent
+        self._names = _groups(model, blocks)
         self._files = {
-            group: f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number, group in enumerate(groups, 1)
+            group: f"model-{number:05d}-of-{len(self._names):05d}.safetensors"
+            for number, group in enumerate(self._names, 1)
         }
-        self._beside = {block: self._scratch / f"block-{number:05d}.safetensors" for number, block in enumerate(blocks)}
+        self._splits = {block: self._scratch / f"block-{number:05d}.safetensors" for number, block in enumerate(blocks)}
         self._lines: dict[str, dict[str, Any]] = {}
-        with explain_write_errors(journal.file):
-            self._resume()
+        if journal.resumed:
+            with explain_write_errors(journal.file):
+                self._resume()
 
     @property
     def done(self) -> dict[str, Any]:
@@ -130,30 +132,21 @@ class Writer:
         with explain_write_errors(self.journal.file):
             self.journal.append({"note": text})
 
-    @property
-    def _scratch(self) -> Path:
-        return self.journal.file.parent
-
     def _resume(self) -> None:
         """Find the blocks that count, and note what does not."""
-        if not self.journal.resumed:
-            return
         problem = self.journal.problem
         for number, line in enumerate(self.journal.lines):
             if "block" not in line:
                 continue
-            damaged = [file for file, content in self._files_of(line) if digest(file) != content]
-            if damaged:
+            places = (self.directory, line["file"]), (self._scratch, line["split"])
+            files = [(directory / file["name"], file["sha256"]) for directory, file in places if file]
+            if damaged := [file for file, sha256 in files if digest(file) != sha256]:
                 problem = f"{damaged[0]} is missing or not what was written"
                 self.journal.keep(number)
                 break
             self._lines[line["block"]] = line
         last = f"after {[*self._lines][-1]}" if self._lines else "from the first block on"
         self.journal.append({"note": f"resumed {last}" + (f": {problem}" if problem else "")})
-
-    def _files_of(self, line: Mapping[str, Any]) -> list[tuple[Path, str]]:
-        pairs = [(self.directory, line["file"]), (self._scratch, line["split"])]
-        return [(directory / file["name"], file["sha256"]) for directory, file in pairs if file]
 
     def commit(
         self, block: str, tensors: Mapping[str, Tensor], record: object, changed: Collection[str] | None = None
@@ -176,11 +169,8 @@ class Writer:
             places = {} if file is None else _places(file, wanted)
             # What transformers writes in another form (split, fused, transposed) is kept as it is in the model, too.
             rest = {name: tensor for name, tensor in wanted.items() if name not in places}
-            split = self._keep_split(block, rest) if rest else None
-            shards = {
-                key: path and {"name": path.name, "sha256": digest(path)}
-                for key, path in (("file", file), ("split", split))
-            }
+            files = {"file": file, "split": self._keep_split(block, rest) if rest else None}
+            shards = {key: path and {"name": path.name, "sha256": digest(path)} for key, path in files.items()}
             line = {"block": block, **shards, "places": places, "record": record}
             self.journal.append(line)
         self._lines[block] = line
@@ -193,18 +183,13 @@ class Writer:
         if line["places"]:
             with safe_open(self.directory / line["file"]["name"], framework="pt") as shard:
                 found |= {name: shard.get_tensor(place) for name, place in line["places"].items()}
-        if line["split"]:
-            with safe_open(self._beside[block], framework="pt") as shard:
-                found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
-        return found
+        return found | (load_file(self._splits[block]) if line["split"] else {})
 
     def _keep_split(self, block: str, tensors: Mapping[str, Tensor]) -> Path:
-        file = self._beside[block]
-        # Clones: what shares memory with another is refused.
-        copies = {
-            name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-        }
-        save_file(copies, file)
+        file = self._splits[block]
+        # Clones: safetensors refuses tensors that share memory.
+        clones = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+        save_file(clones, file)
         sync(file, self._scratch)
         return file
 
@@ -244,19 +229,17 @@ class Writer:
         size = 0
         for file in (self.directory / self._files[group] for group, names in self._names.items() if names):
             try:
-                header, header_bytes = read_header(file)
-                ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-                if file.stat().st_size != header_bytes + max(ends, default=0):
+                header, begin = read_header(file)
+                header.pop("__metadata__", None)
+                if file.stat().st_size != begin + max(entry["data_offsets"][1] for entry in header.values()):
                     raise ValueError("another length than its header says")
-            except (FileNotFoundError, ValueError, OverflowError, MemoryError) as error:
+            except (OSError, ValueError, MemoryError) as error:
                 raise ModelError(
                     f"{file}, which this run wrote, is gone or damaged: start it again with --resume, which does that "
                     "part anew"
                 ) from error
-            names = header.keys() - {"__metadata__"}
-            assert not names & weight_map.keys(), f"{file} repeats tensors of another shard"
-            weight_map |= dict.fromkeys(names, file.name)
-            size += file.stat().st_size - header_bytes
+            weight_map |= dict.fromkeys(header, file.name)
+            size += file.stat().st_size - begin
         metadata = {"total_parameters": self.model.num_parameters(), "total_size": size}
         text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
         (self.directory / INDEX).write_text(text, encoding="utf-8")
