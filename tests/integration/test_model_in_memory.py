@@ -146,6 +146,11 @@ def test_one_with_adapters() -> None:
 class Wrapped(torch.Tensor):
     """As quantization libraries keep weights, under a dtype that they are not of."""
 
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [], None
+
+    __tensor_unflatten__ = staticmethod(torch.empty)
+
 
 def test_weights_that_are_made_of_others() -> None:
     masked, normed, embedded = make_llama(), make_llama(), make_llama()
