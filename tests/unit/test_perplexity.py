@@ -1,5 +1,6 @@
-"""Perplexity against the plain definition, on tiny random models of several structures."""
+"""Perplexity and KL divergence against their plain definitions, on tiny random models of several structures."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 
@@ -8,7 +9,7 @@ import torch
 import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import LINES, make_llama, make_tokenizer, make_tokens
+from tiny import LINES, make_tokenizer
 from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -17,48 +18,51 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from optima.calibration import lm_head
 from optima.errors import CalibrationError, ModelError, NumericalError
-from optima.evaluation.logits import PROBE_LENGTH
-from optima.evaluation.perplexity import PROTOCOLS, evaluation_windows, perplexity, window_losses
+from optima.evaluation.perplexity import PROBE_LENGTH, evaluation_windows, measure_windows, perplexity
 
 V = 61
 SIZES = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 ROPE = {**SIZES, "num_key_value_heads": 1, "max_position_embeddings": 48}
 GPT2 = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 48}
+OPT = {"vocab_size": V, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 SEQ2SEQ = {"vocab_size": V, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 24}
+
+
+class MixesPositions(hf.LlamaForCausalLM):
+    """Its logits cannot be sliced."""
+
+    def forward(self, input_ids, **kwargs):
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits + output.logits.cumsum(1)
+        return output
+
 
 CAUSAL: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ROPE)),
     "gemma2-softcapping": lambda: hf.Gemma2ForCausalLM(
         hf.Gemma2Config(**ROPE, head_dim=8, sliding_window=4, final_logit_softcapping=0.5)
     ),
-    "cohere-logit-scale": lambda: hf.CohereForCausalLM(hf.CohereConfig(**ROPE, logit_scale=5.0)),
     "granite-logits-scaling": lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**ROPE, logits_scaling=0.2)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2)),
-    "opt-word-embed-proj": lambda: hf.OPTForCausalLM(
-        hf.OPTConfig(
-            vocab_size=V, hidden_size=16, word_embed_proj_dim=8, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2
-        )
-    ),
-    "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(vocab_size=V, hidden_size=16, n_layer=2, n_head=2)),
+    "opt-word-embed-proj": lambda: hf.OPTForCausalLM(hf.OPTConfig(**OPT, word_embed_proj_dim=8)),
     "mixtral-experts": lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**ROPE, num_local_experts=4)),
     "mamba-no-attention": lambda: hf.MambaForCausalLM(
         hf.MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4)
     ),
     "bert-decoder-head-transform": lambda: hf.BertLMHeadModel(hf.BertConfig(**SIZES, is_decoder=True)),
+    "not-sliceable": lambda: MixesPositions(hf.LlamaConfig(**ROPE)),
 }
 NOT_CAUSAL: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "headless": (lambda: hf.LlamaModel(hf.LlamaConfig(**ROPE)), "no logits"),
-    "encoder": (lambda: hf.BertModel(hf.BertConfig(**SIZES)), "no logits"),
     "classifier": (lambda: hf.BertForTokenClassification(hf.BertConfig(**SIZES)), "no logits over its vocabulary"),
     "masked": (lambda: hf.BertForMaskedLM(hf.BertConfig(**SIZES)), "later tokens"),
-    "encoder-as-causal": (lambda: hf.BertLMHeadModel(hf.BertConfig(**SIZES)), "later tokens"),
     "encoder-decoder": (lambda: hf.T5ForConditionalGeneration(hf.T5Config(**SEQ2SEQ)), "encoder-decoder"),
 }
 
 
-def build(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def build(make: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
     """A random model whose logits differ enough from uniform for an error to show."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = make().eval()
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -74,209 +78,173 @@ def windows(num_windows: int = 5, length: int = 23) -> Tensor:
 
 
 @torch.no_grad()
-def plain_perplexity(model: PreTrainedModel, tokens_NL: Tensor) -> float:
+def plain_losses(model: PreTrainedModel, tokens_NL: Tensor) -> Tensor:
+    """Mean of each window."""
     logits_NLV = model(tokens_NL).logits.double()
-    return cross_entropy(logits_NLV[:, :-1].flatten(0, 1), tokens_NL[:, 1:].flatten()).exp().item()
+    return cross_entropy(logits_NLV[:, :-1].transpose(1, 2), tokens_NL[:, 1:], reduction="none").mean(1)
 
 
-class TestValue:
-    @pytest.mark.parametrize("name", list(CAUSAL))
-    @pytest.mark.parametrize("positions", [3, 1000])
-    def test_equals_the_plain_definition(self, name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * positions)
-        model = build(CAUSAL[name])
-        expected = plain_perplexity(model, windows())
-        assert perplexity(model, windows(), batch_size=2) == pytest.approx(expected, rel=1e-5)
-
-    @torch.no_grad()
-    def test_losses_of_windows(self) -> None:
-        model = llama()
-        logits_NLV = model(windows()).logits.double()
-        loss_NL = cross_entropy(logits_NLV[:, :-1].transpose(1, 2), windows()[:, 1:], reduction="none")
-        torch.testing.assert_close(window_losses(model, windows(), batch_size=2), loss_NL.mean(1), rtol=1e-5, atol=0)
-
-    @settings(max_examples=25)
-    @given(num_windows=st.integers(1, 4), length=st.integers(2, 12), batch_size=st.integers(1, 5))
-    def test_any_shape(self, num_windows: int, length: int, batch_size: int) -> None:
-        model, tokens_NL = llama(torch.float64), windows(num_windows, length)
-        expected = plain_perplexity(model, tokens_NL)
-        assert perplexity(model, tokens_NL, batch_size=batch_size) == pytest.approx(expected, rel=1e-5)
-
-    def test_bfloat16_likelihoods_are_float32(self) -> None:
-        model = llama(torch.bfloat16)
-        assert perplexity(model, windows()) == pytest.approx(plain_perplexity(model, windows()), rel=1e-3)
-
-    def test_uniform_model_has_the_vocabulary_size(self) -> None:
-        model = llama()
-        model.get_output_embeddings().weight.data.zero_()
-        assert perplexity(model, windows()) == pytest.approx(V, rel=1e-6)
-
-    def test_overflow_is_infinite(self) -> None:
-        model = llama()
-        model.get_output_embeddings().weight.data *= 1e6
-        assert perplexity(model, windows()) == math.inf
+@pytest.mark.parametrize("name", list(CAUSAL))
+@pytest.mark.parametrize("positions", [3, 1000])
+def test_losses_equal_the_plain_definition(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * positions)
+    model = build(CAUSAL[name])
+    found = measure_windows(model, windows(), batch_size=2)
+    torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
+    assert perplexity(model, windows()) == pytest.approx(found.loss_N.mean().exp().item(), rel=1e-5)
 
 
-class TestMemory:
-    def test_body_runs_once_a_batch_and_logits_stay_in_the_budget(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 6)
-        model = llama()
-        bodies, logits = [], []
-        model.model.layers[0].register_forward_hook(lambda module, args, output: bodies.append(args[0].shape[:2]))
-        model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.shape[:2]))
-        perplexity(model, windows(), batch_size=2)
-        whole = [shape for shape in bodies if shape[1] > PROBE_LENGTH]
-        assert whole == [(2, 23), (2, 23), (1, 23)]
-        assert max(batch * positions for batch, positions in logits if batch > 1) <= 6
-
-    def test_model_that_cannot_slice(self) -> None:
-        class MixesPositions(hf.LlamaForCausalLM):
-            def forward(self, input_ids, **kwargs):
-                output = super().forward(input_ids, **kwargs)
-                output.logits = output.logits + output.logits.cumsum(1)
-                return output
-
-        model = build(lambda: MixesPositions(hf.LlamaConfig(**ROPE)))
-        expected = plain_perplexity(model, windows())
-        assert perplexity(model, windows(), batch_size=2) == pytest.approx(expected, rel=1e-5)
+@pytest.mark.parametrize("name", ["llama", "gemma2-softcapping", "gpt2", "not-sliceable"])
+@pytest.mark.parametrize("positions", [3, 1000])
+@torch.no_grad()
+def test_divergence_equals_the_plain_definition(name: str, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * positions)
+    model = build(CAUSAL[name])
+    reference = build(lambda: copy.deepcopy(model), seed=7) if name != "not-sliceable" else llama()
+    found = measure_windows(model, windows(), reference, batch_size=2)
+    p_NLV, q_NLV = (each(windows()).logits[:, :-1].double().softmax(-1) for each in (reference, model))
+    kl_N = (p_NLV * (p_NLV / q_NLV).log()).sum(-1).mean(1)
+    torch.testing.assert_close(found.kl_N, kl_N, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.top1_N, (p_NLV.argmax(-1) == q_NLV.argmax(-1)).double().mean(1))
+    assert found.kl_N.min() > 0.001
+    torch.testing.assert_close(found.loss_N, plain_losses(model, windows()), rtol=1e-5, atol=0.0)
 
 
-class TestModelIsLeftAsItWas:
-    def test_modes_forward_and_gradients(self) -> None:
-        model = llama().train()
-        model.lm_head.eval()
-        modes = [module.training for module in model.modules()]
-
-        def hooked(*args, **kwargs):  # as accelerate installs its hooks
-            return type(model.model).forward(model.model, *args, **kwargs)
-
-        model.model.forward = hooked
-        perplexity(model, windows())
-        assert [module.training for module in model.modules()] == modes
-        assert model.model.forward is hooked
-        assert model(windows()).logits.requires_grad
-
-    def test_after_an_error(self) -> None:
-        model = llama()
-        model.lm_head.weight.data.fill_(math.nan)
-        with pytest.raises(NumericalError):
-            perplexity(model, windows())
-        assert "forward" not in vars(model.model)
-
-    def test_dropout_is_off(self) -> None:
-        model = build(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, resid_pdrop=0.5)))
-        expected = perplexity(model, windows())
-        assert perplexity(model.train(), windows()) == expected
-
-
-def test_device() -> None:
-    assert perplexity(llama(), windows(), device="cpu") == perplexity(llama(), windows())
-
-
-class TestErrors:
-    @pytest.mark.parametrize("name", list(NOT_CAUSAL))
-    def test_model_that_is_not_causal(self, name: str) -> None:
-        make, reason = NOT_CAUSAL[name]
-        with pytest.raises(ModelError, match=reason):
-            perplexity(build(make), windows())
-
-    def test_nan_names_the_window(self) -> None:
-        model, tokens_NL = llama(), windows()
-        tokens_NL[tokens_NL == V - 1] = 0
-        tokens_NL[3, 11] = V - 1
-        model.model.embed_tokens.weight.data[V - 1] = math.nan
-        with pytest.raises(NumericalError, match="window 3"):
-            perplexity(model, tokens_NL, batch_size=2)
-
-    def test_window_beyond_the_positions(self) -> None:
-        with pytest.raises(ModelError, match="48"):
-            perplexity(llama(), windows(length=49))
-
-    def test_window_of_one_token(self) -> None:
-        with pytest.raises(ModelError, match="no next token"):
-            perplexity(llama(), windows(length=1))
-
-    def test_foreign_tokenizer(self) -> None:
-        with pytest.raises(CalibrationError, match=f"vocabulary of {V}"):
-            perplexity(llama(), torch.full((1, 4), V))
-
-
-class TestEvaluationWindows:
-    @staticmethod
-    def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
-        """Words "0" .. "99" are their own ids, a blank line is 200, BOS 201; "The quick brown fox" is known too."""
-        words = {str(i): i for i in range(100)} | {"\n\n": 200, "<s>": 201, "<unk>": 202}
-        words |= {word: 203 + i for i, word in enumerate(["The", "quick", "brown", "fox"])}
-        backend = Tokenizer(WordLevel(words, unk_token="<unk>"))
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n\n", "isolated")]
-        )
-        if template is not None:
-            backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 201)])
-        return PreTrainedTokenizerFast(tokenizer_object=backend)
-
-    def test_bos_in_every_window_and_every_token_once(self) -> None:
-        tokens_NL = evaluation_windows(["1 2 3", "4 5", "", "6 7 8"], self.tokenizer("<s> $A"), 4)
-        assert tokens_NL.tolist() == [[201, 1, 2, 3], [201, 200, 4, 5], [201, 200, 200, 6]]
-        assert tokens_NL.dtype == torch.int64
-
-    def test_without_special_tokens(self) -> None:
-        tokens_NL = evaluation_windows(["1 2 3", "4 5 6"], self.tokenizer(None), 3, max_windows=2)
-        assert tokens_NL.tolist() == [[1, 2, 3], [200, 4, 5]]
-
-    def test_max_windows_is_no_minimum(self) -> None:
-        assert evaluation_windows(["1 2 3 4 5"], self.tokenizer(None), 2, max_windows=9).shape == (2, 2)
-
-    def test_sparsegpt_has_bos_once(self) -> None:
-        """As its code does: ``tokenizer("\\n\\n".join(documents))``, cut into windows."""
-        tokenizer, documents = self.tokenizer("<s> $A"), ["1 2 3", "4 5", "6 7 8"]
-        ids = tokenizer("\n\n".join(documents))["input_ids"]
-        tokens_NL = evaluation_windows(documents, tokenizer, 4, protocol="sparsegpt")
-        assert tokens_NL.tolist() == [ids[0:4], ids[4:8]] == [[201, 1, 2, 3], [200, 4, 5, 200]]
-        assert len(ids) == 11
-
-    def test_without_special_tokens_the_protocols_are_the_same(self) -> None:
-        both = [evaluation_windows(["1 2 3", "4 5 6"], self.tokenizer(None), 3, None, name) for name in PROTOCOLS]
-        assert torch.equal(*both)
-
-    @pytest.mark.parametrize("documents", [[], ["1 2"]])
-    def test_too_short(self, documents: list[str]) -> None:
-        with pytest.raises(CalibrationError, match=r"has [02] tokens"):
-            evaluation_windows(documents, self.tokenizer("<s> $A"), 4)
-
-    def test_windows_of_a_part_of_the_text_are_those_of_the_whole(self) -> None:
-        """Where the next document would merge with the last word of those that were read."""
-        documents = ["1"] * 63 + ["1\n"] + ["2"] * 200  # 64 are read first: 127 tokens
-        part, whole = (evaluation_windows(documents, self.tokenizer(None), 127, max_windows=most) for most in (1, None))
-        assert torch.equal(part, whole[:1])
-
-
-def test_progress() -> None:
+@settings(max_examples=25)
+@given(num_windows=st.integers(1, 4), length=st.integers(2, 12), batch_size=st.integers(1, 5))
+def test_any_shape(num_windows: int, length: int, batch_size: int) -> None:
+    model, tokens_NL = llama(torch.float64), windows(num_windows, length)
     seen: list[tuple[int, int]] = []
-    window_losses(make_llama(), make_tokens()[:5], batch_size=2, progress=lambda *counts: seen.append(counts))
-    assert seen == [(2, 5), (4, 5), (5, 5)]
+    found = measure_windows(model, tokens_NL, batch_size=batch_size, progress=lambda *counts: seen.append(counts))
+    torch.testing.assert_close(found.loss_N, plain_losses(model, tokens_NL), rtol=1e-5, atol=0.0)
+    assert seen[-1] == (num_windows, num_windows)
 
 
-def test_windows_without_special_tokens_are_as_many_as_asked_for() -> None:
-    documents = (f"{LINES[number % len(LINES)]}" for number in range(4000))
-    assert len(evaluation_windows(documents, make_tokenizer("bos"), 4, 2000, "sparsegpt")) == 2000
+def test_bfloat16_likelihoods_are_float32() -> None:
+    model = llama(torch.bfloat16)
+    expected = plain_losses(model, windows()).mean().exp().item()
+    assert perplexity(model, windows()) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(0.0, V), (1e6, math.inf)])
+def test_uniform_and_overflowing_models(scale: float, expected: float) -> None:
+    model = llama()
+    model.get_output_embeddings().weight.data *= scale
+    assert perplexity(model, windows()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_body_runs_once_a_batch_and_logits_stay_in_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "LOGITS_BYTES", 4 * V * 6)
+    model = llama()
+    bodies, logits = [], []
+    model.model.layers[0].register_forward_hook(lambda module, args, output: bodies.append(args[0].shape[:2]))
+    model.lm_head.register_forward_hook(lambda module, args, output: logits.append(output.shape[:2]))
+    perplexity(model, windows(), batch_size=2)
+    assert [shape for shape in bodies if shape[1] > PROBE_LENGTH] == [(2, 23), (2, 23), (1, 23)]
+    assert max(batch * positions for batch, positions in logits if batch > 1) <= 6
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    """Also after an error; dropout is off meanwhile."""
+    model = build(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**GPT2, resid_pdrop=0.5)))
+    expected = perplexity(model, windows())
+    model.train().lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    assert perplexity(model, windows(), device="cpu") == expected
+    model.transformer.ln_f.weight.data.fill_(math.nan)
+    with pytest.raises(NumericalError):
+        perplexity(model, windows())
+    assert [module.training for module in model.modules()] == modes
+    assert "forward" not in vars(model.transformer)
+    assert model(windows()).logits.requires_grad
+
+
+@pytest.mark.parametrize("name", list(NOT_CAUSAL))
+def test_model_that_is_not_causal(name: str) -> None:
+    make, reason = NOT_CAUSAL[name]
+    with pytest.raises(ModelError, match=reason):
+        perplexity(build(make), windows())
+
+
+def test_nan_names_the_window() -> None:
+    model, tokens_NL = llama(), windows()
+    tokens_NL[tokens_NL == V - 1] = 0
+    tokens_NL[3, 11] = V - 1
+    model.model.embed_tokens.weight.data[V - 1] = math.nan
+    for reference in (None, llama()):
+        with pytest.raises(NumericalError, match="window 3"):
+            measure_windows(model, tokens_NL, reference, batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("tokens_NL", "error", "text"),
+    [
+        (windows(length=49), ModelError, "48"),
+        (windows(length=1), ModelError, "no next token"),
+        (torch.full((1, 4), V), CalibrationError, f"vocabulary of {V}"),
+    ],
+    ids=["too long", "one token", "foreign tokenizer"],
+)
+def test_windows_that_the_model_cannot_read(tokens_NL: Tensor, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        perplexity(llama(), tokens_NL)
+
+
+def tokenizer(template: str | None) -> PreTrainedTokenizerFast:
+    """Words "0" .. "99" are their own ids, a blank line is 200, BOS 201; "The quick brown fox" is known too."""
+    known = {str(i): i for i in range(100)} | {"\n\n": 200, "<s>": 201, "<unk>": 202}
+    known |= {word: 203 + i for i, word in enumerate(["The", "quick", "brown", "fox"])}
+    backend = Tokenizer(WordLevel(known, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n\n", "isolated")]
+    )
+    if template is not None:
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 201)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+@pytest.mark.parametrize("protocol", ["windows", "sparsegpt"])
+def test_windows_of_a_protocol(protocol: str) -> None:
+    """BOS in every window and every token once; or once, as in the code of SparseGPT."""
+    expected = {
+        "windows": [[201, 1, 2, 3], [201, 200, 4, 5], [201, 200, 200, 6]],
+        "sparsegpt": [[201, 1, 2, 3], [200, 4, 5, 200], [200, 6, 7, 8]],
+    }
+    documents = ["1 2 3", "4 5", "", "6 7 8"]
+    tokens_NL = evaluation_windows(documents, tokenizer("<s> $A"), 4, protocol=protocol)
+    assert tokens_NL.tolist() == expected[protocol]
+    assert tokens_NL.dtype == torch.int64
+    plain_NL = evaluation_windows(documents, tokenizer(None), 3, 2, protocol)
+    assert plain_NL.tolist() == [[1, 2, 3], [200, 4, 5]]
+
+
+@pytest.mark.parametrize("documents", [[], ["1 2"]])
+def test_too_little_text(documents: list[str]) -> None:
+    with pytest.raises(CalibrationError, match=r"has [02] tokens"):
+        evaluation_windows(documents, tokenizer("<s> $A"), 4)
+
+
+def test_windows_of_a_part_of_the_text_are_those_of_the_whole() -> None:
+    """Where the next document would merge with the last word of those that were read."""
+    documents = ["1"] * 63 + ["1\n"] + ["2"] * 200  # 64 are read first: 127 tokens
+    part, whole = (evaluation_windows(documents, tokenizer(None), 127, max_windows=most) for most in (1, None))
+    assert torch.equal(part, whole[:1])
 
 
 def test_no_more_text_is_read_than_the_windows_need() -> None:
-    tokenizer, read = make_tokenizer("bos"), []
+    read = []
 
     def documents() -> Iterator[str]:
         for number in range(20000):
             read.append(number)
             yield LINES[number % len(LINES)]
 
-    few = evaluation_windows(documents(), tokenizer, 16, 20)
+    few = evaluation_windows(documents(), make_tokenizer("bos"), 16, 20)
     assert len(read) < 2000
-    assert torch.equal(few, evaluation_windows(documents(), tokenizer, 16)[:20])
+    assert torch.equal(few, evaluation_windows(documents(), make_tokenizer("bos"), 16)[:20])
 
 
 def test_no_window_ends_with_a_token_that_ends_a_text() -> None:
-    tokenizer = make_tokenizer("eos")
     text = "the quick brown fox jumps over the lazy dog " * 9
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert evaluation_windows([text], tokenizer, 8).tolist()[:2] == [ids[:8], ids[8:16]]
+    ids = make_tokenizer("eos")(text, add_special_tokens=False)["input_ids"]
+    assert evaluation_windows([text], make_tokenizer("eos"), 8).tolist()[:2] == [ids[:8], ids[8:16]]

@@ -38,10 +38,9 @@ def log_likelihood(model: torch.nn.Module, prompt: str, choice: str) -> float:
     return sum(logits_LV[i - 1, both[i]].item() for i in range(len(before), len(both)))
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
-def test_equals_the_definition_of_the_task(piqa: Path, batch_size: int) -> None:
+def test_equals_the_definition_of_the_task(piqa: Path) -> None:
     model = make_llama(max_position_embeddings=128)
-    (found,) = zero_shot(model, make_tokenizer(**ENDS), load_tasks({"piqa": piqa}), batch_size=batch_size)
+    (found,) = zero_shot(model, make_tokenizer(**ENDS), load_tasks({"piqa": piqa}), batch_size=5)
     right = {"acc": "", "acc_norm": ""}
     for item in ITEMS:
         prompt, choices = f"Question: {item['goal']}\nAnswer:", [item["sol1"], item["sol2"]]

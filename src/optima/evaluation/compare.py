@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 from scipy.stats import binomtest, bootstrap
@@ -29,25 +28,21 @@ def compare(reference: TaskRecord, model: TaskRecord, seed: int = 0) -> Iterator
     """
     assert reference.data_hash == model.data_hash, "not the same items"
     for metric in reference.correct.keys() & model.correct.keys():
-        change = [int(b) - int(a) for a, b in zip(reference.correct[metric], model.correct[metric], strict=True)]
-        only_reference, only_model = change.count(-1), change.count(1)
-        difference = (only_model - only_reference) / len(change)
-        low, high = _interval(change, seed) if len(change) > 1 else (difference, difference)
+        pairs = zip(reference.correct[metric], model.correct[metric], strict=True)
+        change_N = np.array([int(b) - int(a) for a, b in pairs])
+        only_reference, only_model = int((change_N < 0).sum()), int((change_N > 0).sum())
+        difference = low = high = float(change_N.mean())
+        if len(change_N) > 1:
+            low, high = bootstrap(
+                (change_N,),
+                np.mean,
+                n_resamples=RESAMPLES,
+                batch=500,
+                method="percentile",
+                rng=np.random.default_rng(seed),
+            ).confidence_interval
         discordant = only_reference + only_model
+        p_value = float(binomtest(only_model, discordant).pvalue) if discordant else 1.0
         yield PairedRecord(
-            task=reference.task,
-            metric=metric,
-            difference=difference,
-            low=low,
-            high=high,
-            only_reference=only_reference,
-            only_model=only_model,
-            p_value=float(binomtest(only_model, discordant).pvalue) if discordant else 1.0,
+            reference.task, metric, difference, float(low), float(high), only_reference, only_model, p_value
         )
-
-
-def _interval(change: Sequence[int], seed: int) -> tuple[float, float]:
-    generator = np.random.default_rng(seed)
-    options: dict[str, Any] = {"n_resamples": RESAMPLES, "batch": 500, "method": "percentile", "rng": generator}
-    low, high = bootstrap((change,), np.mean, **options).confidence_interval
-    return float(low), float(high)

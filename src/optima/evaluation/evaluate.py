@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +19,7 @@ from optima.data.text import data_hash
 from optima.device import describe_device, dtype_name, find_device, memory_explained
 from optima.errors import ModelError, RecipeError
 from optima.evaluation.compare import compare, estimate
-from optima.evaluation.divergence import divergence as kl_divergence
-from optima.evaluation.perplexity import PROTOCOLS, evaluation_windows, window_losses
+from optima.evaluation.perplexity import PROTOCOLS, WindowMeans, evaluation_windows, measure_windows
 from optima.evaluation.record import ComparisonRecord, DivergenceRecord, Evaluation, ModelRecord, PerplexityRecord
 from optima.evaluation.tasks import BATCH_SIZE, find_items, load_tasks, zero_shot
 from optima.models.load import Source, commit_of, find_source, load_model, load_tokenizer, pinned
@@ -30,16 +28,6 @@ from optima.stopping import interruptible, stop_if_asked
 
 REMEDY = "lower --batch-size, leave --divergence out (it keeps two models in memory), or use --device cpu"
 PROGRESS_SECONDS = 30.0
-NO_TEXT = torch.zeros(0, 0, dtype=torch.int64)
-
-
-class _Subject(NamedTuple):
-    """A model to measure, and its windows of text."""
-
-    source: Source
-    tokenizer: PreTrainedTokenizerBase
-    tokens_NL: Tensor
-    dataset_revision: str | None
 
 
 def evaluate(
@@ -87,36 +75,46 @@ def evaluate(
     settings = {name: value for name, value in locals().items() if name not in ("log", "save")}
     models, dataset, tasks = ([each] if isinstance(each, str) else list(each) for each in (models, dataset, tasks))
     settings |= {"models": models, "dataset": dataset, "tasks": tasks}
-    _check(settings)
+    _check(**settings)
     place = find_device(device)
-    subjects = list[_Subject]()
+    subjects: list[tuple[Source, PreTrainedTokenizerBase, Tensor, str | None]] = []
     for name in models:
-        source = find_source(name, trust_remote_code)
-        source = pinned(source)
+        source = pinned(find_source(name, trust_remote_code))
         tokenizer = load_tokenizer(source)
-        tokens_NL, commit = NO_TEXT, None
+        tokens_NL, revision = torch.zeros(0, 0, dtype=torch.int64), None
         if dataset:
             documents = load_documents(dataset, tokenizer, split=split)
             tokens_NL = evaluation_windows(documents, tokenizer, max_seq_length, max_windows, protocol)
-            commit = documents.revision
-        subjects.append(_Subject(source, tokenizer, tokens_NL, commit))
-        if divergence and not torch.equal(tokens_NL, subjects[0].tokens_NL):
+            revision = documents.revision
+        subjects.append((source, tokenizer, tokens_NL, revision))
+        if divergence and not torch.equal(tokens_NL, subjects[0][2]):
             raise ModelError(f"{name} and {models[0]} tokenize the text differently: leave --divergence out")
-    items = find_items(tasks, task_data) if task_data else dict.fromkeys(tasks)
-    choices = partial(zero_shot, tasks=load_tasks(items), limit=task_limit, batch_size=batch_size or BATCH_SIZE)
+    loaded = load_tasks(find_items(tasks, task_data) if task_data else dict.fromkeys(tasks))
     versions = library_versions() | ({"lm_eval": version("lm_eval")} if tasks else {})
     measured: list[tuple[ModelRecord, Tensor]] = []
-    reference = None
+    reference: PreTrainedModel | None = None
     with interruptible():
-        for subject in subjects:
-            log(f"evaluating {subject.source.name} ({len(measured) + 1} of {len(subjects)})")
+        for source, tokenizer, tokens_NL, revision in subjects:
+            log(f"evaluating {source.name} ({len(measured) + 1} of {len(subjects)})")
             with memory_explained(place, REMEDY):
-                model = load_model(subject.source, dtype, place)
+                model = load_model(source, dtype, place)
                 model.register_forward_pre_hook(lambda *_: stop_if_asked())
-                started = time.perf_counter()
-                record, loss_N = _measure_text(model, reference, subject, protocol, batch_size or 1, log)
-                answers = choices(model, subject.tokenizer) if tasks else ()
-            measured.append((replace(record, tasks=answers, seconds=time.perf_counter() - started), loss_N))
+                started, loss_N = time.perf_counter(), torch.zeros(0)
+                record = ModelRecord(source.name, commit_of(source), dtype_name(model.dtype), 0.0)
+                if dataset:
+                    means = _measure(model, tokens_NL, reference, batch_size or 1, log)
+                    loss_N, (num_windows, length) = means.loss_N, tokens_NL.shape
+                    text = (protocol, num_windows, length, data_hash(tokens_NL), revision)
+                    record = replace(
+                        record, perplexity=PerplexityRecord(loss_N.mean().exp().item(), estimate(loss_N), *text)
+                    )
+                    if reference is not None:
+                        apart = DivergenceRecord(estimate(means.kl_N), estimate(means.top1_N))
+                        record = replace(record, divergence=apart)
+                if tasks:
+                    answers = zero_shot(model, tokenizer, loaded, limit=task_limit, batch_size=batch_size or BATCH_SIZE)
+                    record = replace(record, tasks=answers)
+            measured.append((replace(record, seconds=time.perf_counter() - started), loss_N))
             reference = model if divergence and reference is None else reference
             del model
             found = Evaluation(
@@ -131,28 +129,33 @@ def evaluate(
     return found
 
 
-def _check(settings: Mapping[str, Any]) -> None:
-    models, dataset = settings["models"], settings["dataset"]
-    if not (models and (dataset or settings["tasks"])):
-        raise RecipeError("nothing to evaluate: name models, and a text with --dataset or tasks with --tasks")
-    if settings["divergence"] and not (dataset and len(models) > 1):
-        raise RecipeError("--divergence compares models on a text: name two models or more, and a --dataset")
-    if settings["protocol"] not in PROTOCOLS:
-        raise RecipeError(f"unknown protocol {settings['protocol']!r}: use one of {', '.join(PROTOCOLS)}")
-    for name in ("max_windows", "task_limit", "batch_size"):
-        if settings[name] is not None and settings[name] < 1:
-            raise RecipeError(f"{name} must be at least 1, got {settings[name]}")
-
-
-def _measure_text(
-    model: PreTrainedModel,
-    reference: PreTrainedModel | None,
-    subject: _Subject,
+def _check(
+    models: Sequence[str],
+    dataset: Sequence[str],
+    tasks: Sequence[str],
+    divergence: bool,
     protocol: str,
+    **others: Any,
+) -> None:
+    if not (models and (dataset or tasks)):
+        raise RecipeError("nothing to evaluate: name models, and a text with --dataset or tasks with --tasks")
+    if divergence and not (dataset and len(models) > 1):
+        raise RecipeError("--divergence compares models on a text: name two models or more, and a --dataset")
+    if protocol not in PROTOCOLS:
+        raise RecipeError(f"unknown protocol {protocol!r}: use one of {', '.join(PROTOCOLS)}")
+    for name in ("max_windows", "task_limit", "batch_size"):
+        if others[name] is not None and others[name] < 1:
+            raise RecipeError(f"{name} must be at least 1, got {others[name]}")
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokens_NL: Tensor,
+    reference: PreTrainedModel | None,
     batch_size: int,
     log: Callable[[str], object],
-) -> tuple[ModelRecord, Tensor]:
-    """The record of a model without tasks, and its loss on each window."""
+) -> WindowMeans:
+    """Measure the windows with a line of progress from time to time."""
     started = last = time.monotonic()
 
     def progress(done: int, total: int) -> None:
@@ -162,24 +165,11 @@ def _measure_text(
             last = now
             log(f"window {done}/{total}  {pace(now - started, (now - started) / done * (total - done))}")
 
-    source, tokens_NL = subject.source, subject.tokens_NL
-    record = ModelRecord(source.name, commit_of(source), dtype_name(model.dtype), 0.0)
-    if not len(tokens_NL):
-        return record, torch.zeros(0)
-    if reference is None:
-        loss_N = window_losses(model, tokens_NL, batch_size=batch_size, progress=progress)
-    else:
-        apart = kl_divergence(model, reference, tokens_NL, batch_size=batch_size, progress=progress)
-        loss_N = apart.loss_N
-        record = replace(record, divergence=DivergenceRecord(estimate(apart.kl_N), estimate(apart.top1_N)))
-    (num_windows, length), mean = tokens_NL.shape, loss_N.mean().exp().item()
-    text = (num_windows, length, data_hash(tokens_NL), subject.dataset_revision)
-    return replace(record, perplexity=PerplexityRecord(mean, estimate(loss_N), protocol, *text)), loss_N
+    return measure_windows(model, tokens_NL, reference, batch_size=batch_size, progress=progress)
 
 
 def _compare(first: tuple[ModelRecord, Tensor], other: tuple[ModelRecord, Tensor]) -> ComparisonRecord:
     (one, one_N), (two, two_N) = first, other
-    texts = [None if each.perplexity is None else each.perplexity.data_hash for each in (one, two)]
-    difference = estimate(two_N - one_N) if len(one_N) and texts[0] == texts[1] else None
+    same = one.perplexity and two.perplexity and one.perplexity.data_hash == two.perplexity.data_hash
     paired = (each for a, b in zip(one.tasks, two.tasks, strict=True) for each in compare(a, b))
-    return ComparisonRecord(two.model, difference, tuple(paired))
+    return ComparisonRecord(two.model, estimate(two_N - one_N) if same else None, tuple(paired))

@@ -113,12 +113,10 @@ class Evaluation(Record):
     comparisons: tuple[ComparisonRecord, ...] = ()  # of each model but the first
     schema_version: Int = SCHEMA_VERSION
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path) -> None:
         """Write the record to a file, atomically."""
-        file = Path(path)
-        with explain_write_errors(file, "free some space, or choose another --output"):
-            write_whole(file, to_json(self, indent=2, inf_nan_mode="strings") + b"\n")
-        return file
+        with explain_write_errors(Path(path), "free some space, or choose another --output"):
+            write_whole(Path(path), to_json(self, indent=2, inf_nan_mode="strings") + b"\n")
 
 
 def check_output(path: str | Path, overwrite: bool) -> None:

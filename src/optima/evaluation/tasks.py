@@ -9,18 +9,16 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-import yaml
 from datasets.exceptions import DatasetsError
 from jinja2 import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError, OptimaError, RecipeError
-from optima.evaluation.logits import PROBE_LENGTH, check_causal
+from optima.evaluation.perplexity import PROBE_LENGTH, check_causal
 from optima.evaluation.record import Estimate, TaskRecord
 
 METRICS = ("acc", "acc_norm")
@@ -37,8 +35,7 @@ def find_items(names: Sequence[str], directory: str | Path) -> dict[str, Path]:
     place, files = Path(directory).expanduser(), {}
     for name in names:
         own = re.compile(rf"{re.escape(name)}([_-](validation|dev|test))?")
-        listed = place.iterdir() if place.is_dir() else ()
-        found = sorted(file for file in listed if file.suffix in READERS and own.fullmatch(file.stem))
+        found = sorted(file for file in place.glob("*") if file.suffix in READERS and own.fullmatch(file.stem))
         if len(found) != 1:
             has = ", ".join(file.name for file in found) or "no file"
             raise CalibrationError(f"--task-data {place} must have one file {name}_SPLIT.jsonl, and has {has}")
@@ -63,11 +60,12 @@ def load_tasks(tasks: Mapping[str, Path | None]) -> dict[str, list[Any]]:
     found = {}
     for name, file in tasks.items():
         try:
-            part = _manager().load([name]) if file is None else _load_local(name, file)
-        except (DatasetsError, UndefinedError, KeyError, OSError, StopIteration, TypeError, ValueError) as error:
+            part = _manager().load([name if file is None else _with_items(name, file)])
+        except (DatasetsError, UndefinedError, LookupError, OSError, StopIteration, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise RecipeError(f"lm-eval cannot load task {name} from {file or 'the hub'}: {reason}") from error
-        found[name] = [*part["groups"].values()][:1] or [*part["tasks"].values()]
+        groups = [] if file is not None else [*part["groups"].values()]
+        found[name] = groups[:1] or [*part["tasks"].values()]
     return found
 
 
@@ -108,9 +106,8 @@ def zero_shot(
             found = simple_evaluate(model=lm, tasks=list(parts), task_manager=_manager(), limit=limit)
             results, samples = found["results"], found["samples"]
             if name in results:
-                records.append(_record(name, results[name], [item for each in samples.values() for item in each]))
-            else:  # a tag or a file
-                records += [_record(task, results[task], items) for task, items in samples.items()]
+                samples = {name: [item for each in samples.values() for item in each]}  # a group's tasks together
+            records += [_record(task, results[task], items) for task, items in samples.items()]
     return tuple(records)
 
 
@@ -143,12 +140,11 @@ def _manager() -> Any:
     return TaskManager()
 
 
-def _load_local(name: str, file: Path) -> Any:
-    """A task as lm-eval defines it, with the items of a file."""
+def _with_items(name: str, file: Path) -> dict[str, Any]:
+    """A group of one task of lm-eval, which reads its items from a file."""
     if name not in _manager().all_subtasks:
         raise ValueError("items of a file need a single task")
-    definition = {
-        "include": str(_manager().task_index[name].yaml_path),
+    task = {
         "task": name,
         "dataset_path": READERS[file.suffix],
         "dataset_name": None,
@@ -156,7 +152,4 @@ def _load_local(name: str, file: Path) -> Any:
         "test_split": "test",
         **dict.fromkeys(("training_split", "validation_split", "fewshot_split")),
     }
-    with TemporaryDirectory() as place:
-        changed = Path(place) / f"{name}.yaml"
-        changed.write_text(yaml.safe_dump(definition), encoding="utf-8")
-        return _manager().load([str(changed)])
+    return {"group": "local", "task": [task]}
