@@ -21,9 +21,9 @@ from harness.treatment import heading, make_parser, read
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.activations import Activations
-from optima.calibration.capture import capture
-from optima.calibration.fisher import FisherWeights, fisher_weights
+from optima.calibration.activations import Activations, capture
+from optima.calibration.fisher import fisher_weights
+from optima.calibration.weights import FisherWeights
 from optima.data.text import calibration_tokens
 from optima.models.blocks import Block, Stack
 from optima.plan import chosen_stacks
@@ -49,12 +49,12 @@ class Text:
         return cls(*(capture(model, stack, batches, whole=True) for model, stack in zip(models, stacks, strict=True)))
 
     def targets(self, dense: Block) -> list[Tensor]:
-        acts = self.dense.clone()
+        acts = self.dense.part(range(len(self.dense.hidden)))
         acts.forward(dense)
         return acts.hidden
 
     def error(self, block: Block, targets: list[Tensor], cost: BlockError) -> float:
-        acts = self.pruned.clone()
+        acts = self.pruned.part(range(len(self.pruned.hidden)))
         acts.forward(block)
         pairs = zip(acts.hidden, targets, strict=True)
         return sum(float(cost(found, target)) for found, target in pairs) / len(targets)
@@ -98,7 +98,7 @@ def row(
 ) -> list[str]:
     """Of one block; its weights are as before afterwards."""
     dense, pruned = blocks
-    cost = BlockError.by_loss(loss.residual[dense.name], loss.of_tokens(dense.name))
+    cost = BlockError.by_loss(loss.residual[dense.name], loss.tokens.get(dense.name))
     targets = [text.targets(dense) for text in texts]
 
     def errors(block: Block) -> list[float]:

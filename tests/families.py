@@ -13,8 +13,9 @@ from tiny import make_tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.calibration.capture import capture
-from optima.calibration.fisher import FisherWeights, fisher_weights
+from optima.calibration.activations import capture
+from optima.calibration.fisher import fisher_weights
+from optima.calibration.weights import FisherWeights
 from optima.models.blocks import Stack, find_stacks, select_linears
 
 VOCAB = 101
@@ -281,7 +282,7 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
             "MllamaForCausalLM", "MllamaTextConfig",
             LLAMA | {"num_hidden_layers": 4, "cross_attention_layers": [1, 3]},
         ),
-        r"does not call model\.layers\.1, model\.layers\.3 on text alone: if they read images or sounds, give prune",
+        r"not called: model\.layers\.1, model\.layers\.3\)\. If some of them read images or sounds, give prune",
     ),
     "zamba2": (
         (
@@ -296,7 +297,7 @@ REFUSED: dict[str, tuple[tuple[str, str, dict[str, Any]], str]] = {
     # Divides hidden states between blocks.
     "rwkv-rescaled": (
         ("RwkvForCausalLM", "RwkvConfig", V | {"hidden_size": 32, "num_hidden_layers": 4, "rescale_every": 2}),
-        r"changes the hidden states between rwkv\.blocks\.1 and the next block",
+        r"rwkv\.blocks\.2 does not give what it gives inside RwkvForCausalLM",
     ),
 }
 # fmt: on

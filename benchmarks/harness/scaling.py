@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from optima.calibration.accumulator import share_out
 from optima.calibration.correlation import MOST_ROWS
 from optima.calibration.fisher import fisher_share
-from optima.calibration.reduction import share_out
 from optima.core.solvers import chunk_rows
 from optima.distributed import STRIP_BYTES
 from optima.recipe import FISHER_FRACTION
@@ -68,7 +68,7 @@ class Group:
 
     @property
     def cost(self) -> float:
-        """As ``optima.calibration.reduction.cost`` shares work out."""
+        """As ``optima.calibration.accumulator.cost`` shares work out."""
         return float(self.inputs**3 + 10 * self.weights * self.inputs)
 
     def coupled(self, counts: Counts) -> list[int]:

@@ -17,10 +17,11 @@ from torch import Tensor
 from optima.allocate import allocate, saliency_quantiles
 from optima.calibration.activations import Activations
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.fisher import FisherWeights, tuned_batches
+from optima.calibration.fisher import tuned_batches
 from optima.calibration.lm_head import LmHead
 from optima.calibration.statistics import Found, observe, routing_notes
 from optima.calibration.store import Store
+from optima.calibration.weights import FisherWeights
 from optima.core.statistics import Statistics
 from optima.device import PeakMemory, Stopwatch, give_back_freed_memory
 from optima.distributed import ALONE, Ranks
@@ -126,8 +127,6 @@ class Job:
                 if block is not blocks[-1]:
                     with clock("forward"):
                         acts.forward(block)
-                for each in [acts] if dense is None else [acts, dense]:
-                    each.forget(block)
                 self._finish(block, acts, tuned, clock, linears, notes, commits=not resumed)
                 if runs_again:
                     self.weights.replaced(block, self._reader(acts.ranks, block))
@@ -142,7 +141,7 @@ class Job:
         """Prune the block's linears, each on the rank with its statistics; afterwards all ranks have all weights."""
         ranks, pruned = acts.ranks, Pruned()
         for found in self.observe(block, acts, clock):
-            effective = None if self.loss is None else self.loss.effective_tokens(found.linears[0].name)
+            effective = None if self.loss is None else self.loss.effective.get(found.linears[0].name)
             pruned.owners |= dict.fromkeys((linear.name for linear in found.linears), found.owner)
             for linear in found.linears if found.owner in (None, ranks.rank) else ():
                 if found.statistics is None:
@@ -169,7 +168,7 @@ class Job:
     def _prune_linear(
         self, linear: Linear, statistics: Statistics, pattern: Pattern, clock: Stopwatch, ranks: Ranks
     ) -> LinearResult:
-        rows_O = None if self.loss is None else self.loss.of_rows(linear.name)
+        rows_O = None if self.loss is None else self.loss.rows.get(linear.name)
         coupling_OO = None if self.loss is None else self.loss.coupling.get(linear.name)
         task = LinearTask(linear.name, self._dense(linear), statistics, rows_O, coupling_OO)
         return prune_linear(task, pattern, self.methods, linear.read().dtype, clock, ranks)
@@ -200,13 +199,13 @@ class Job:
         """Tune a pruned block; the records from number ``first`` on lose their certificates."""
         assert self.tuning is not None
         with torch.inference_mode(False):  # gradients are taken through what is made of them
-            known = None if self.loss is None else self.loss.of_tokens(block.name)
+            known = None if self.loss is None else self.loss.tokens.get(block.name)
         weights = known and [known[batch] for batch in batches]
         lm_head = self.lm_head if self._on_logits(block) else None
         tuned = tune_block(
             block, pruned.keeps, acts, targets, self.tuning, self.loss, weights, lm_head, pruned.solutions
         )
-        self.notes += [text for text in (tuned.problem, tuned.note) if text and text not in self.notes]
+        self.notes += [tuned.problem] if tuned.problem and tuned.problem not in self.notes else []
         written = {linear.name: linear for linear in block.linears}
         for place in range(first, len(self.linears) if tuned.best else first):
             record = self.linears[place]
@@ -228,7 +227,6 @@ class Job:
         for block in blocks:
             with self.weights.on(block, self.device, self.clock):
                 quantiles |= self._quantiles(block, acts, onward=block is not blocks[-1])
-            acts.forget(block)
             self.progress.block(block.name)
         self.loss = whole
         return allocate(sparsity, quantiles, sizes)
@@ -288,6 +286,7 @@ class Job:
         found = acts.ranks.gather((acts.batch_size.note(), acts.batch_size.most, peak))
         batch_notes, most, peaks = zip(*found, strict=True)
         self.notes.extend(dict.fromkeys(filter(None, batch_notes)))
+        acts.batch_size.limit(most, noted=True)  # all ranks agree
         if not commits:
             return
         seconds = dict(clock.seconds)  # without the commit, which a resumed block would lack
@@ -312,7 +311,7 @@ class Job:
         self.blocks.append(found.block)
         self.linears.extend(found.linears)
         self.notes.extend(found.notes)
-        acts.batch_size.resume(found.halved, acts.ranks.rank)
+        acts.batch_size.limit(found.halved, noted=True)
         before = self.clock.seconds.get("write", 0.0)
         self.clock.seconds["write"] = max(before, found.write_seconds)
         self.resumed_seconds += sum(found.block.seconds.values()) + max(0.0, found.write_seconds - before)

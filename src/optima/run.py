@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from optima.allocate import with_shares
-from optima.calibration.capture import capture
-from optima.calibration.fisher import LOGITS, fisher_weights, sensitivity_batches
-from optima.calibration.lm_head import LmHead, embedding_device
+from optima.calibration.activations import capture
+from optima.calibration.fisher import LOGITS, fisher_batches, fisher_weights
+from optima.calibration.lm_head import LmHead, outside_device
 from optima.calibration.store import Store
 from optima.checkpointing import Destination, check_alike, identity
-from optima.data.batches import Batch, Batches, Calibration
+from optima.data.batches import Batches, Calibration
 from optima.data.datasets import Documents, load_documents
 from optima.data.generate import generate_tokens
 from optima.data.text import calibration_tokens, special_tokens
@@ -42,6 +42,7 @@ from optima.files import stamps
 from optima.main_memory import available_memory, total_memory
 from optima.models.auxiliary import copies_tokenizer, to_save
 from optima.models.blocks import Stack, count_parameters, is_expert
+from optima.models.inputs import Batch
 from optima.models.load import commit_of, find_source, load_tokenizer, pinned, skeleton, weights_of
 from optima.models.masks import MaskFiles
 from optima.models.offload import Resident, Weights, open_weights
@@ -387,7 +388,7 @@ def _prune_stacks(
                 job.earlier += len(stack.blocks)
                 continue
             # A decoder reads what the pruned encoder made.
-            with job.clock("forward"), job.weights.outside(embedding_device(network, plan.device, batches)):
+            with job.clock("forward"), job.weights.outside(outside_device(network, plan.device, batches)):
                 acts = capture(network, stack, batches, recipe.objective == "loss", ranks, job.store, job.batch_size)
             job.loss, job.lm_head, job.tuning = None, None, make_tuning(recipe)
             if recipe.objective == "loss":
@@ -399,7 +400,7 @@ def _prune_stacks(
             if recipe.allocation == "loss" and job.loss is not None:
                 experts = any(is_expert(linear) for block in stack.blocks for linear in block.linears)
                 # The sequences of the gradient pass, whose tokens have weights of their own.
-                batches_of_pass = sensitivity_batches(acts, FISHER_FRACTION, experts)
+                batches_of_pass = fisher_batches(acts, 1.0 if experts else FISHER_FRACTION)
                 shares = job.sensitivity(stack, acts, sparsity_of(recipe), batches_of_pass)
                 patterns = with_shares(patterns, shares)
             job.prune(stack, acts, patterns, runs_again=stack is not needed[-1])
@@ -430,7 +431,7 @@ def find_fisher_weights(job: Job, network: PreTrainedModel, stack: Stack, acts: 
     if job.loss.loss == LOGITS:
         # In an encoder-decoder a call of the LM head would run the other stack.
         job.lm_head = LmHead(network, stack, job.weights) if stack.part == "whole" else None
-        return job.loss.note
+        return ""
     return f"objective loss is {job.loss.loss}: the model has no LM head"
 
 

@@ -27,16 +27,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from optima.calibration.activations import Activations, Look, Microbatch
-from optima.calibration.batch_size import rows_of
-from optima.calibration.fisher import FisherWeights
+from optima.calibration.activations import Activations, Microbatch, hidden_of
 from optima.calibration.lm_head import LmHead
-from optima.calibration.probe import hidden_of
+from optima.calibration.weights import FisherWeights
 from optima.core.products import all_finite
 from optima.device import GRADIENT, backward_explained, differentiable, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
 from optima.models.blocks import Block, Linear, module_around
+from optima.models.inputs import rows_of
 
 HELD_OUT = 8  # one sequence of so many is held out
 STEP = 4  # sequences of a step, over all ranks
@@ -85,21 +84,19 @@ class Tuned:
         best: the epoch whose weights the block has; 0: those from before the first.
         problem: why the block was not tuned, for the report; empty if it was.
         on_logits: whether the error is the KL divergence of the model's logits.
-        note: what else the report mentions.
     """
 
     held_out: tuple[float, ...]
     best: int
     problem: str = ""
     on_logits: bool = False
-    note: str = ""
 
 
 class Cost(Protocol):
     """What it costs that a block's outputs are not those of the dense block."""
 
-    def __call__(self, found: Tensor, target: Tensor, look: Look) -> Tensor:
-        """The mean cost of what the block makes of a piece, where the dense block makes ``target`` of dense inputs."""
+    def __call__(self, found: Tensor, target: Tensor, microbatch: Microbatch, epoch: int = 0) -> Tensor:
+        """The mean cost of what the block makes of a microbatch, where the dense block's output is ``target``."""
 
     def on(self, device: torch.device) -> Self:
         """The same, for what is on ``device``."""
@@ -151,14 +148,20 @@ class BlockError:
         gradient = 2.0 * change * float(self.metric_EE.diagonal().mean()) / tokens
         return 2.0 ** round(math.log2(GRADIENT / gradient)) if 0.0 < gradient < math.inf else 1.0
 
-    def __call__(self, found: Tensor, target: Tensor, look: Look | None = None) -> Tensor:
+    def __call__(self, found: Tensor, target: Tensor, microbatch: Microbatch | None = None, epoch: int = 0) -> Tensor:
         """The mean cost over the tokens of ``found`` and ``target``, (..., E), each times its weight.
 
-        Of a token that has several streams it is their mean. ``look``: whose they are; None: they all weigh the same.
+        Of a token that has several hidden states it is their mean.
+
+        Args:
+            found: the block's outputs.
+            target: those of the dense block.
+            microbatch: whose they are; None: all tokens weigh the same.
+            epoch: unused.
         """
         weight_T = None
-        if look is not None and self.weights is not None:
-            weight_T = rows_of(self.weights[look.batch], look.part, look.samples)
+        if microbatch is not None and self.weights is not None:
+            weight_T = rows_of(self.weights[microbatch.batch], microbatch.rows, microbatch.samples)
         change_TE = (found.float() - target.float()).flatten(0, -2)
         fixed_TE = change_TE.detach()
         pull_TE = fixed_TE @ self.metric_EE.to(fixed_TE)
@@ -192,8 +195,8 @@ def tune(
     Raises:
         ModelError: if the block has no gradients.
     """
-    ranks, pieces = acts.ranks, acts.pieces(block)
-    samples = ranks.gather([part.stop - part.start for _, part in pieces])
+    ranks, pieces = acts.ranks, acts.microbatches()
+    samples = ranks.gather([rows.stop - rows.start for _, rows, _ in pieces])
     sizes = [size for own in samples for size in own]  # microbatches are numbered over all ranks
     if len(sizes) < 2:
         return Tuned((), 0, ONE_PIECE)
@@ -278,11 +281,10 @@ class _Error:
     def __call__(self, piece: Microbatch, epoch: int = 0) -> Tensor:
         module = self.block.module
         rounded = {name: master.to(module.get_parameter(name).dtype) for name, master in self.masters.items()}
-        (batch, part), call = piece, partial(functional_call, module, rounded)
-        found = hidden_of(self.acts.run(self.block, batch, part, call, looks=True))
-        samples = self.acts.sizes[batch][0]
-        target = rows_of(self.targets[batch], part, samples).to(self.acts.device)
-        return self.cost(found, target, Look(batch, part, samples, epoch))
+        (batch, rows, samples), call = piece, partial(functional_call, module, rounded)
+        found = hidden_of(self.acts.run(self.block, batch, rows, call))
+        target = rows_of(self.targets[batch], rows, samples).to(self.acts.device)
+        return self.cost(found, target, piece, epoch)
 
 
 def _backward(error: _Error, pieces: Sequence[Microbatch], epoch: int, scale: float) -> None:
@@ -353,7 +355,7 @@ def tune_block(
         weights: of the tokens of each batch, (T,), or None.
         lm_head: the LM head, if it reads the output of the block.
     """
-    ranks, place_note = acts.ranks, ""
+    ranks = acts.ranks
     if lm_head is not None:
         tuning = replace(tuning, learning_rate=LOGITS_RATE * tuning.learning_rate)
     try:
@@ -361,9 +363,7 @@ def tune_block(
         with torch.inference_mode(False), full_precision(), _memory_of_all(ranks):
             cost: AbstractContextManager[Cost]
             if lm_head is not None:
-                others = BYTES_PER_TUNED * sum(math.prod(linear.shape) for linear in block.linears)
-                place, place_note = lm_head.place(acts, others)
-                cost = lm_head.error(acts, place)
+                cost = lm_head.error(acts)
             elif loss is not None:
                 cost = nullcontext(BlockError.by_loss(loss.residual[block.name], weights))
             else:
@@ -372,8 +372,7 @@ def tune_block(
             tuned = tune(block, keeps, acts, targets, error, tuning, solutions)
     except torch.OutOfMemoryError:  # nothing of the block has changed yet
         return Tuned((), 0, OUT_OF_MEMORY)
-    notes = filter(None, ranks.gather(place_note))
-    return replace(tuned, on_logits=lm_head is not None and bool(tuned.held_out), note=next(notes, ""))
+    return replace(tuned, on_logits=lm_head is not None and bool(tuned.held_out))
 
 
 @torch.no_grad()
@@ -383,8 +382,7 @@ def _copy(source: Mapping[str, Tensor], destination: Mapping[str, Tensor]) -> No
 
 
 def _tokens(acts: Activations, piece: Microbatch) -> int:
-    batch, part = piece
-    return len(range(part.start, part.stop)) * acts.sizes[batch][1]
+    return int(piece.rows.stop - piece.rows.start) * acts.sizes[piece.batch][1]
 
 
 def _adam(masters: Mapping[str, Tensor]) -> torch.optim.Adam:

@@ -16,12 +16,10 @@ from tiny import make_llama
 from torch import Tensor, nn
 
 from optima import Recipe, order, prune
-from optima.calibration.capture import capture
-from optima.calibration.lm_head import head_device
-from optima.calibration.store import Store
-from optima.data.batches import Batch, arguments
+from optima.calibration.activations import capture
 from optima.errors import CalibrationError, ModelError, RecipeError
 from optima.models.blocks import Linear, Stack, find_stacks, select_linears
+from optima.models.inputs import Batch, arguments
 from optima.models.inspect import check_length, head_of
 from optima.models.load import find_source
 from optima.names import kind
@@ -303,11 +301,6 @@ def test_padding_of_pairs_is_refused() -> None:
             prune(build("t5"), Recipe(), calibration=pairs(**padded))
 
 
-def test_no_more_pairs_are_taken_than_asked_for() -> None:
-    few = Recipe(num_calibration_samples=2)
-    assert prune(build("t5"), few, calibration=pairs(labels=make_ids(2, 10))).run.num_tokens == 2 * 10
-
-
 def test_pairs_that_are_no_tensors_do_not_lose_their_labels() -> None:
     records = [{name: ids.tolist() for name, ids in batch.items()} for batch in pairs(labels=make_ids(2, 10))]
     for given in (records, iter(pairs(labels=make_ids(2, 10)))):
@@ -321,17 +314,6 @@ def test_labels_that_nobody_reads_are_no_padding() -> None:
     batch = {"input_ids": ids, "position_ids": torch.arange(10).expand(2, 10), "labels": ids.clone()}
     batch["labels"][:, :4] = -100
     assert not any("padding" in note for note in prune(make_llama(), Recipe(), calibration=[batch]).run.notes)
-
-
-def test_as_many_images_as_texts_but_not_one_each() -> None:
-    """Both images are the first prompt's, so that the first prompt with the first image is none."""
-    model = build("gemma3_vision")
-    ids = make_ids(2, 12).clamp_max(90)
-    ids[0, 2:10] = model.config.image_token_index
-    batch = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16), "token_type_ids": (ids == 99).long()}
-    report = prune(model, Recipe(objective="sink"), calibration=[batch])
-    assert report.run.num_tokens == 24
-    assert report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 def test_padding_beside_sounds_is_told() -> None:
@@ -385,11 +367,8 @@ def test_a_model_made_inside_inference_mode(family: str) -> None:
     assert order(model, Recipe(pattern="2:4", objective="sink"), calibration=make_ids()).channels
 
 
-@pytest.mark.parametrize("form", ["batches", "records"])
-def test_as_many_pairs_are_taken_as_are_asked_for(form: str) -> None:
+def test_as_many_pairs_are_taken_as_are_asked_for() -> None:
     pairs = [{"input_ids": make_ids(4, 16), "labels": make_ids(4, 12)} for _ in range(3)]
-    if form == "records":
-        pairs = [{name: each[number] for name, each in pair.items()} for pair in pairs for number in range(4)]
     report = prune(build("t5"), Recipe(num_calibration_samples=5, objective="sink"), calibration=pairs)
     assert report.run.recipe["num_calibration_samples"] == 5
     assert report.run.num_tokens == 5 * 12
@@ -412,23 +391,6 @@ def test_experts_that_see_all_tokens_are_known() -> None:
     for family, sent in (("mixtral", True), ("gpt_oss", True), ("llama4", False)):
         found = [linear for linear in linears_to_prune(build(family)).values() if linear.expert]
         assert {linear.expert.experts.routed for linear in found} == {sent}, family
-
-
-def test_what_blocks_are_called_with_waits_in_files_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gemma 4's inputs of each layer are larger than its hidden states."""
-    model, kept = build("gemma4"), list[Tensor]()
-    monkeypatch.setattr(Store, "keep", lambda self, tensor: kept.append(tensor) or tensor)
-    (stack,) = find_stacks(model)
-    capture(model, stack, [make_ids(2)])
-    beside = model.config.get_text_config().hidden_size_per_layer_input
-    assert sum(tensor.shape[-1] == beside and tensor.ndim == 3 for tensor in kept) >= len(stack.blocks)
-
-
-def test_an_encoder_on_a_card_says_where_its_head_runs() -> None:
-    encoder, _ = find_stacks(model := build("t5"))
-    place, told = head_device(model, encoder, torch.device("cuda"), 8)
-    assert place.type == "cpu"
-    assert "through its decoder on the CPU" in told
 
 
 @pytest.mark.parametrize("family", FAMILIES)

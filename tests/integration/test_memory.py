@@ -12,7 +12,7 @@ import psutil
 import torch
 torch.set_num_threads(1)
 from transformers import LlamaConfig, LlamaForCausalLM
-from optima.calibration.capture import capture
+from optima.calibration.activations import capture
 from optima.device import PeakMemory
 from optima.prune import Job
 from optima.plan import LIBRARIES_BYTES, peak_bytes, resolve

@@ -21,10 +21,10 @@ from optima import Ordering, Recipe
 from optima.checkpointing import Journal
 from optima.cli import CHANNELS, main
 from optima.core.hessian import Hessian
-from optima.data.batches import arguments
 from optima.errors import ModelError, NumericalError, RecipeError
 from optima.extras.channels import KINDS
 from optima.models.blocks import find_stacks, select_linears
+from optima.models.inputs import arguments
 from optima.names import kind
 
 # What stays where it is, by family: no channels of these kinds are known, or the model would compute something else.
@@ -347,7 +347,7 @@ def test_channels_are_ordered_by_rows_in_units_of_the_loss(monkeypatch: pytest.M
     optima.order(model, recipe, calibration=make_tokens(8, 16), channels=["mlp"], progress=False)
     found, _ = sweep(make_llama(), 4)
     for number, (saliency_OD, weight_OD) in enumerate(zip(seen, weights, strict=True)):
-        row_O = found.of_rows(f"model.layers.{number}.mlp.down_proj")
+        row_O = found.rows.get(f"model.layers.{number}.mlp.down_proj")
         assert row_O is not None
         unit_OD = saliency_OD / weight_OD.square()  # of the row times of the input
         torch.testing.assert_close(unit_OD[:, 0] / unit_OD[0, 0], row_O / row_O[0], rtol=1e-2, atol=0.0)

@@ -12,8 +12,9 @@ from tiny import make_llama, make_tokens
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from optima.data.batches import arguments, read_calibration
+from optima.data.batches import read_calibration
 from optima.errors import CalibrationError
+from optima.models.inputs import arguments
 
 TOKENS = make_tokens()
 MODEL = make_llama()

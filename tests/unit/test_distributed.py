@@ -17,9 +17,8 @@ from tiny import make_llama, make_tokens
 from torch import Tensor, nn
 
 from optima import distributed
-from optima.calibration.accumulator import Accumulator
-from optima.calibration.capture import capture
-from optima.calibration.reduction import reduce_statistics, share_out
+from optima.calibration.accumulator import Accumulator, owners_of, reduce_to, share_out
+from optima.calibration.activations import capture
 from optima.checkpointing import check_alike
 from optima.core import solvers
 from optima.distributed import ALONE, Ranks, joined
@@ -97,11 +96,10 @@ def reduce(ranks: Ranks) -> None:
         if name != "d" and not (name == "a" and ranks.rank == 2):
             accumulator.add(inputs_of(ranks.rank))
             accumulator.sample.append(inputs_of(ranks.rank)[:1])
-    untold = {"b"} if ranks.rank == 1 else set()
-    model = make_llama()
-    acts = capture(model, find_stacks(model)[0], [make_tokens(2, 9)], ranks=ranks)
-    owners = reduce_statistics(accumulators, untold, [[linear] for linear in linears], acts)
-    assert untold == {"b"}
+    unweighted = {"b"} if ranks.rank == 1 else set()
+    owners = owners_of([[linear] for linear in linears], ranks.size, torch.device("cpu"))
+    reduce_to(owners, accumulators, unweighted, ranks, torch.device("cpu"))
+    assert unweighted == {"b"}
     assert owners["c"] is None
     for name, accumulator in accumulators.items():
         found = accumulator.finish(0.01)

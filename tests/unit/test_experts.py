@@ -17,11 +17,11 @@ from torch.func import functional_call
 from optima import Recipe, prune
 from optima.calibration import statistics
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.activations import Activations
+from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.capture import capture
-from optima.calibration.fisher import FisherWeights, fisher_weights
+from optima.calibration.fisher import fisher_weights
 from optima.calibration.statistics import Found, observe, sampled, shrunk, thinned
+from optima.calibration.weights import FisherWeights
 from optima.core.statistics import sampling_step
 from optima.models.blocks import Block, FusedExperts, Linear, experts_of, find_stacks, linearized, select_linears
 from optima.models.save import Writer

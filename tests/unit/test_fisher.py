@@ -16,7 +16,7 @@ from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
 
 from optima import Recipe, prune
 from optima.allocate import saliency_quantiles
-from optima.calibration.capture import capture
+from optima.calibration.activations import capture
 from optima.calibration.fisher import (
     fisher_share,
     fisher_weights,
@@ -35,7 +35,7 @@ from optima.selectors.scores import Magnitude, Wanda
 
 
 def test_they_are_the_gradients_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optima.calibration.fisher.EFFECTIVE", 0)  # so few tokens would weigh alike
+    monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)  # so few tokens would weigh alike
     model = make_llama().eval()
     found, tokens_NL = sweep(model)
     name = "model.layers.1.mlp.up_proj"
@@ -247,7 +247,7 @@ def test_a_part_of_the_sequences_stands_for_all(
     make: Callable[[], torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
-    monkeypatch.setattr("optima.calibration.fisher.EFFECTIVE", 0)  # so few tokens would weigh alike
+    monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)  # so few tokens would weigh alike
     whole, _ = sweep(make().eval(), 2)
     part, _ = sweep(make().eval(), 2, share=0.5)
     for name, own in whole.tokens.items():
@@ -326,8 +326,8 @@ def test_a_run_hands_the_weights_of_rows_to_the_selector() -> None:
 
 def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
-    monkeypatch.setattr("optima.calibration.fisher.EFFECTIVE", 0)
-    monkeypatch.setattr("optima.calibration.fisher.FEW_TOKENS", 1e12)
+    monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)
+    monkeypatch.setattr("optima.calibration.weights.FEW_TOKENS", 1e12)
     model = build("mixtral")
     stack = stack_of(model)
     acts = capture(model, stack, list(make_ids(8, 16).split(2)), whole=True)
@@ -382,7 +382,7 @@ def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: p
     acts = capture(model, stack, list(make_tokens(8, 16).split(2)), whole=True)
     taken = sensitivity_batches(acts, 0.5, experts=False)
     assert taken == [0, 2]
-    monkeypatch.setattr("optima.calibration.fisher.EFFECTIVE", 0)  # so few tokens would weigh alike
+    monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)  # so few tokens would weigh alike
     found = fisher_weights(model, stack, acts, seed=3)
     seen = {}
 

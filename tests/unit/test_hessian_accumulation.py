@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from optima import Recipe, prune
 from optima.calibration.accumulator import Accumulator
-from optima.calibration.activations import Activations
-from optima.calibration.capture import capture
-from optima.calibration.fisher import FisherWeights
+from optima.calibration.activations import Activations, capture
 from optima.calibration.statistics import Found, observe
+from optima.calibration.weights import FisherWeights
 from optima.errors import CalibrationError
 from optima.models.blocks import Block, Linear, find_stacks, select_linears
 
@@ -244,28 +243,6 @@ def test_the_same_tensor_is_shared_and_an_equal_one_is_not() -> None:
     assert torch.equal(hessian_DD(first), hessian_DD(equal))
     torch.testing.assert_close(hessian_DD(first) * 9, hessian_DD(changed), rtol=1e-5, atol=1e-6)
     assert not torch.allclose(hessian_DD(first), hessian_DD(other))
-
-
-def test_experts_that_the_probe_does_not_reach_are_grouped_as_their_siblings() -> None:
-    class Expert(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w1, self.w2, self.w3 = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, hidden: Tensor) -> Tensor:
-            product: Tensor = self.w2(self.w1(hidden) * self.w3(hidden))
-            return product
-
-    def forward(block: Calls, hidden: Tensor) -> None:
-        reached = 2 if hidden.shape[1] > 8 else 1
-        for expert in block.experts[:reached]:
-            expert(hidden[:, 1:].flatten(0, 1))
-
-    block = Calls(forward, experts=nn.ModuleList([Expert(), Expert(), Expert()]))
-    found = collect(Host(block, TABLE_VD), IDS.split(2))
-    groups = [[f"experts.{n}.w1", f"experts.{n}.w3"] for n in range(3)]
-    assert names(found) == [group for n in range(3) for group in (groups[n], [f"experts.{n}.w2"])]
-    assert [group.statistics is None for group in found] == [False] * 4 + [True] * 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30], ids=str)

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 
 from optima import Recipe, prune, tune
 from optima.calibration import lm_head
-from optima.calibration.activations import Activations, Look
-from optima.calibration.capture import capture
+from optima.calibration.activations import Activations, Microbatch, capture
 from optima.calibration.lm_head import LmHead, LogitsError
 from optima.models.offload import Resident
 from optima.reporting.html import render_html
@@ -59,8 +58,8 @@ def test_it_is_the_divergence_of_the_words(family: str, turn: int, monkeypatch: 
     samples = acts.sizes[0][0]
     part = slice(1, 3) if samples > 1 else slice(0, 1)  # XLNet comes in single sequences
     inputs = [hidden[0][part] if samples > 1 else hidden[0] for hidden in (found, targets)]
-    with LmHead(model, stack_of(model), Resident(model)).error(acts, torch.device("cpu")) as error:
-        value = error(*inputs, Look(0, part, samples, turn))
+    with LmHead(model, stack_of(model), Resident(model)).error(acts) as error:
+        value = error(*inputs, Microbatch(0, part, samples), turn)
     every = divergence(model, pruned)[part]
     sliced = family != "roberta"  # which tells no slices
     expected = every[:, turn::4] if sliced else every
@@ -75,7 +74,7 @@ def test_its_gradient_is_that_of_its_value() -> None:
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(target.shape, generator=generator, dtype=target.dtype)
     found = (target + 0.1 * direction).requires_grad_(True)
-    look, step = Look(0, slice(0, SAMPLES), SAMPLES), 1e-3
+    look, step = Microbatch(0, slice(0, SAMPLES), SAMPLES), 1e-3
     error(found, target, look).backward()
     assert found.grad is not None
     above, below = (float(error(found.detach() + sign * step * direction, target, look)) for sign in (1, -1))
@@ -133,12 +132,6 @@ def test_words_that_the_head_forbids_cost_nothing() -> None:
     report = prune(model, Recipe(), calibration=make_ids(16).clamp_max(80), progress=False)
     assert report.blocks[-1].on_logits
     assert all(0.0 < error < 100.0 for error in report.blocks[-1].tuning)
-
-
-def test_a_head_without_room_on_the_device_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "head_device", lambda *given: (torch.device("cpu"), "the head ran on the CPU"))
-    report = prune(make_llama(), Recipe(), calibration=make_tokens(16, 16), progress=False)
-    assert "the head ran on the CPU" in report.run.notes
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ from tiny import make_bert, make_llama, make_tokens
 from transformers import PreTrainedModel
 
 from optima.calibration import fisher as swept
-from optima.calibration.activations import Activations
-from optima.calibration.capture import capture
-from optima.calibration.fisher import EFFECTIVE, FisherWeights, Moments, fisher_weights, row_weights, start_alike
+from optima.calibration.activations import Activations, capture
+from optima.calibration.fisher import fisher_weights, start_alike
+from optima.calibration.weights import EFFECTIVE, FisherWeights, Moments, row_weights
 from optima.models.blocks import find_stacks
 
 

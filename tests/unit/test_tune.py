@@ -17,8 +17,7 @@ from tiny import POSITIONS, VOCAB, make_llama, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from optima import Recipe, prune
-from optima.calibration.activations import Activations, Look
-from optima.calibration.capture import capture
+from optima.calibration.activations import Activations, Microbatch, capture
 from optima.device import GRADIENT
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
@@ -359,7 +358,7 @@ def test_a_change_costs_its_square_in_the_metric_times_its_tokens_weight() -> No
     raised_EE = residual_EE + 0.1 * residual_EE.diagonal().diag()
     pull_TE = change_TE @ (raised_EE / raised_EE.diagonal().mean())
     found_TE = change_TE.clone().requires_grad_()
-    error = cost(found_TE, torch.zeros_like(found_TE), Look(0, slice(0, 1), 1))
+    error = cost(found_TE, torch.zeros_like(found_TE), Microbatch(0, slice(0, 1), 1))
     error.backward()
     assert float(error) == pytest.approx(float(((pull_TE * change_TE).sum(dim=1) * weight_T).mean()), rel=1e-4)
     assert found_TE.grad is not None
@@ -370,7 +369,7 @@ def test_what_a_token_costs_is_the_mean_over_its_streams() -> None:
     """Hyper-connections: (B, L, streams, E), and a weight for each token."""
     torch.manual_seed(0)
     root_EE, found_BLSE, target_BLSE, weight_T = (torch.randn(size) for size in [(6, 6), *[(2, 5, 3, 6)] * 2, (10,)])
-    cost, look = BlockError.by_loss(root_EE @ root_EE.mT, [weight_T]), Look(0, slice(0, 2), 2)
+    cost, look = BlockError.by_loss(root_EE @ root_EE.mT, [weight_T]), Microbatch(0, slice(0, 2), 2)
     each = [cost(found_BLSE[:, :, one], target_BLSE[:, :, one], look) for one in range(3)]
     assert float(cost(found_BLSE, target_BLSE, look)) == pytest.approx(float(sum(each)) / 3, rel=1e-5)
 
@@ -426,7 +425,7 @@ def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(mo
     found, _ = sweep(make_llama(), 2)
     assert seen.pop() is None, "the last block is tuned by words"
     for number, weights in enumerate(seen):
-        expected = found.of_tokens(f"model.layers.{number}")
+        expected = found.tokens.get(f"model.layers.{number}")
         assert expected is not None
         assert len(weights) == 2
         for own_T, batch in zip(weights, (0, 2), strict=True):

@@ -1,10 +1,11 @@
-"""The sum X^T S X of linears that share their input.
+"""The sum X^T S X of linears that share their input, over batches and over ranks.
 
-Shapes: T tokens, D inputs, N tokens that weigh more than one, or whose inputs are kept.
+Shapes: T tokens, D inputs, O outputs, N tokens that weigh more than one, or whose inputs are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -12,8 +13,14 @@ from torch import Tensor, nn
 
 from optima.core.hessian import Hessian
 from optima.core.products import ROUND_ROWS, add_gram, all_finite, mirror
+from optima.core.solvers import chunk_rows
 from optima.core.statistics import Statistics
 from optima.device import bfloat16_products
+from optima.distributed import Ranks
+from optima.models.blocks import Linear
+
+# A linear's products of O x D x D, for select, solve and rounding; its Hessian costs a few of D^3.
+PRODUCTS = 10
 
 
 class Accumulator:
@@ -27,27 +34,16 @@ class Accumulator:
         self.tokens = 0
         self.extra: list[Tensor] = []
         self.sample: list[Tensor] = []
-        self._extra_weight = 0.0
-        self._waiting: Tensor | None = None  # more of it, on the device, which is not waited for until it is asked for
+        self._extra_weight: float | Tensor = 0.0  # a tensor stays on the device, and is not waited for
 
     @property
     def extra_weight(self) -> float:
         """Of all tokens, beyond one each."""
-        if self._waiting is not None:
-            self._extra_weight += float(self._waiting)
-            self._waiting = None
-        return self._extra_weight
-
-    @extra_weight.setter
-    def extra_weight(self, value: float) -> None:
-        self._extra_weight, self._waiting = value, None
+        return float(self._extra_weight)
 
     @property
     def finite(self) -> bool:
-        """False if the tokens, or their squares, have NaN or Inf: the sum is of no use then.
-
-        They show on the diagonal, wherever in a column they are.
-        """
+        """False if the tokens, or their squares, have NaN or Inf, which show on the diagonal."""
         return self.sum_DD is None or all_finite(self.sum_DD.diagonal())
 
     def add(
@@ -67,16 +63,14 @@ class Accumulator:
             weight: see there.
             sample_ND: those of them to keep.
         """
-        tokens, waiting = len(inputs_TD), self._waiting
+        tokens, extra_weight = len(inputs_TD), self._extra_weight
         extra = [] if heavy_ND is None else [heavy_ND.float() * weight**0.5]
-        # A copy: as a view it would hold the whole batch.
-        sample = [] if sample_ND is None else [sample_ND.to(torch.float32, copy=True)]
+        sample = [] if sample_ND is None else [sample_ND.to(torch.float32, copy=True)]  # a view would hold the batch
         if self.sum_DD is None:
             size = inputs_TD.shape[1]
             self.sum_DD = torch.zeros(size, size, dtype=torch.float64, device=inputs_TD.device)
         if weight_T is not None:
-            more = weight_T.sum(dtype=torch.float64) - tokens
-            waiting = more if waiting is None else waiting + more
+            extra_weight = (weight_T.sum(dtype=torch.float64) - tokens) + extra_weight
             weighted_TD = inputs_TD.float() * weight_T.sqrt()[:, None]
             # Rounded as the model rounds its inputs, for bfloat16 multiplies faster.
             inputs_TD = weighted_TD.bfloat16() if inputs_TD.dtype == torch.bfloat16 else weighted_TD
@@ -86,8 +80,7 @@ class Accumulator:
         with bfloat16_products() if inputs_TD.dtype == torch.bfloat16 else nullcontext():
             add_gram(self.sum_DD, inputs_TD)
         self.tokens += tokens
-        self._extra_weight += weight * sum(map(len, extra))
-        self._waiting = waiting
+        self._extra_weight = extra_weight + weight * sum(map(len, extra))
         self.extra += extra
         self.sample += sample
 
@@ -108,3 +101,96 @@ class Accumulator:
             extra_ND = torch.cat(self.extra).double()
             sum_DD.addmm_(extra_ND.mT, extra_ND)
         return sum_DD.div_(self.tokens + self.extra_weight)
+
+    def _counts(self) -> tuple[int, int, float, int, int]:
+        """D, tokens, their weight beyond one, and the rows of inputs that are kept."""
+        size = 0 if self.sum_DD is None else len(self.sum_DD)
+        return size, self.tokens, self.extra_weight, sum(map(len, self.extra)), sum(map(len, self.sample))
+
+    def _reduce(
+        self, counts: Sequence[tuple[int, int, float, int, int]], owner: int | None, ranks: Ranks, device: torch.device
+    ) -> None:
+        sizes, tokens, weights, extras, samples = zip(*counts, strict=True)
+        self.tokens, self._extra_weight = sum(tokens), sum(weights)
+        if not self.tokens:
+            return
+        if self.sum_DD is None:
+            self.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=device)
+        ranks.all_reduce_lower_(self.sum_DD, owner)
+        self.extra, self.sample = (
+            _stacked(rows, number, self.sum_DD, ranks, owner)
+            for rows, number in ((self.extra, extras), (self.sample, samples))
+        )
+        if owner not in (None, ranks.rank):
+            self.sum_DD, self.extra, self.sample = None, [], []
+
+
+def _stacked(
+    rows: Sequence[Tensor], counts: Sequence[int], like_DD: Tensor, ranks: Ranks, owner: int | None
+) -> list[Tensor]:
+    """The rows of all ranks, in the order of their sequences: each rank adds its own to zeros."""
+    if not sum(counts):
+        return []
+    all_ND = torch.zeros(sum(counts), len(like_DD), device=like_DD.device)
+    if rows:
+        begin = sum(counts[: ranks.rank])
+        all_ND[begin : begin + counts[ranks.rank]] = torch.cat(list(rows))
+    return [ranks.all_reduce_(all_ND, owner)]
+
+
+def reduce_to(
+    owners: Mapping[str, int | None],
+    sums: Mapping[str, Accumulator],
+    unweighted: set[str],
+    ranks: Ranks,
+    device: torch.device,
+) -> None:
+    """Bring the sums of all ranks together at their owners, or at all ranks where the owner is None.
+
+    Sums are float64, so that only their last digits depend on the order. On other ranks they are emptied.
+
+    Args:
+        owners: by the names of the sums.
+        sums: changed in place.
+        unweighted: names of sums whose tokens have no weights on this rank; those of other ranks are added.
+        ranks: all of them call this.
+        device: of the sums.
+    """
+    if ranks.size == 1:
+        return
+    found = ranks.gather(({name: sums[name]._counts() for name in owners}, frozenset(unweighted)))
+    unweighted.update(*(theirs for _, theirs in found))
+    for name, owner in owners.items():
+        sums[name]._reduce([counts[name] for counts, _ in found], owner, ranks, device)
+
+
+def owners_of(groups: Sequence[Sequence[Linear]], ranks: int, device: torch.device) -> dict[str, int | None]:
+    """The rank that prunes each group of linears, by its first linear; None: all ranks together."""
+    chunked = [
+        any(chunk_rows(linear.shape[1], linear.shape[0], device) < linear.shape[0] for linear in group)
+        for group in groups
+    ]
+    owners = share_out([cost(group) for group in groups], ranks, chunked) if ranks > 1 else [0] * len(groups)
+    return {group[0].name: owner for group, owner in zip(groups, owners, strict=True)}
+
+
+def share_out(costs: Sequence[float], ranks: int, divisible: Sequence[bool] = ()) -> list[int | None]:
+    """The owner of each task: the largest task first, each to the rank with the least work.
+
+    None, for a task above a fair share that is ``divisible`` (all are, if it is empty): all ranks do it together.
+    """
+    load, fair = [0.0] * ranks, sum(costs) / ranks
+    owners: list[int | None] = [None] * len(costs)
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        together = ranks > 1 and costs[index] > fair and (not divisible or divisible[index])
+        if not together:
+            least = min(range(ranks), key=load.__getitem__)
+            owners[index] = least
+            load[least] += costs[index]
+    return owners
+
+
+def cost(group: Sequence[Linear]) -> float:
+    """Of a group's linears and their Hessian, in multiplications."""
+    size = group[0].shape[1]
+    return float(size**3 + PRODUCTS * sum(linear.shape[0] for linear in group) * size**2)

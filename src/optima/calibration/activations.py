@@ -1,47 +1,84 @@
-"""The activations between blocks: each batch's hidden states, and what every block is called with besides.
+"""Activations between blocks: hidden states, and the other arguments (kwargs) that each block is called with.
 
-Shapes: B sequences in a batch, L tokens in a sequence, E hidden size.
+``capture`` runs the model's embedding once on every batch. From there blocks run one by one (``Activations.forward``).
+A probe of a few tokens checks that this gives what the model gives. Where a block is called with what earlier blocks
+computed (T5's position bias, shared keys and values, indices of sparse attention), the dense blocks run in ``capture``
+too, and later passes use these arguments of the dense model.
+
+Shapes: B sequences in a batch, L tokens in a sequence, D inputs, E hidden size.
 """
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.probe import Probe, hidden_of
 from optima.calibration.store import Store
-from optima.data.batches import Batch
-from optima.device import full_precision
+from optima.core.products import keep_freed_memory
+from optima.device import forward_replaced, full_precision, one_memory_error
 from optima.distributed import ALONE, Ranks
 from optima.errors import ModelError
-from optima.models.blocks import Block, Linear
+from optima.models.blocks import Block, Linear, Stack
+from optima.models.inputs import Batch, divisible, forward, some_of, stack_size
+from optima.models.inspect import is_encoder_decoder
+from optima.names import kind
 
-# Everything a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by name or not.
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-# Does the work of a block's forward pass, given its arguments by place and by name.
-Called = Callable[[tuple[Any, ...], dict[str, Any]], Any]
-# What is entered around the forward pass of samples of a batch.
-Watched = Callable[[int, slice], AbstractContextManager[None]]
-# A batch and some of its samples.
-Microbatch = tuple[int, slice]
+PROBE_LENGTH = 8
+# What a block is called with besides its hidden states (positions, masks, rotary embeddings ...), by place and by name.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+# A context entered around the forward pass of samples of a batch.
+Watch = Callable[[int, slice], AbstractContextManager[None]]
 Result = TypeVar("Result")
+CPU = torch.device("cpu")
 
 
-class Look(NamedTuple):
-    """Some of the ``samples`` of a batch, and how often all were looked at before."""
+class Microbatch(NamedTuple):
+    """The ``rows`` of the ``samples`` of a batch."""
 
     batch: int
-    part: slice
+    rows: slice
     samples: int
-    turn: int = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a forward pass over a few tokens shows of a stack.
+
+    Attributes:
+        groups: for each block, its linears by the input that they share.
+        outputs: what each block returned; of tensors the shapes alone.
+        batch_first: whether hidden states are (B, L, ...).
+        divisible: whether blocks can run on some samples of a batch.
+        dense_arguments: whether blocks are called with what earlier blocks computed.
+        shared_states: whether these are keys and values that blocks share.
+        routed: names of the linears that are not called with every token (experts).
+    """
+
+    groups: list[list[tuple[Linear, ...]]]
+    outputs: list[Any]
+    batch_first: bool
+    divisible: bool
+    dense_arguments: bool
+    shared_states: bool
+    routed: frozenset[str]
+
+    def first_tokens(self, inputs: Tensor, name: str, samples: int, length: int) -> Tensor | None:
+        """The inputs (B, D) of each sequence's first token among those of the linear ``name``; None if unknown."""
+        counts = [count for count in inputs.shape[:-1] if count != 1]
+        flat = counts == [samples * length] and name not in self.routed
+        if not flat and (inputs.ndim < 3 or counts != [count for count in (samples, length) if count != 1]):
+            return None
+        return inputs.reshape(-1, inputs.shape[-1])[::length]
 
 
 @dataclass
@@ -49,46 +86,36 @@ class Activations:
     """The activation store of one stack.
 
     Attributes:
-        probe: what the stack looks like when it runs.
+        probe: of the stack.
         sizes: (B, L) of each batch.
         hidden: each batch's hidden states, on the CPU, in the model's dtype; usually (B, L, E).
-        calls: ``calls[block][batch]``, of the blocks that are needed; equal tensors are stored once.
-        carried: for each batch, what blocks returned for later ones besides hidden states, by (block, place).
-        store: where hidden states and what is carried wait; copies and parts share it.
+        arguments: ``arguments[block][batch]``, of the blocks that are needed; equal tensors are stored once.
+        batches: what the model reads.
+        store: keeps tensors; copies and parts share it.
         ranks: the processes that sequences are split over: these are the ones of this process.
-        parts: how many sequences, and tokens, each of them has; empty if there is one.
-        batches: what the model is given for each batch.
         batch_size: where blocks run, and how many sequences together; copies and parts share it.
-        whole: why batches cannot be taken apart, as the look at the model showed; empty if they can.
-        fixed: first dimensions of what blocks are called with for one sample, which do not count samples (heads).
+        counts: sequences and tokens of each rank, if there are several.
     """
 
     probe: Probe
     sizes: list[tuple[int, int]]
     hidden: list[Tensor]
-    calls: list[list[Call]]
-    carried: list[dict[tuple[int, int], Tensor]]
+    arguments: list[list[Arguments]]
+    batches: list[Batch] = field(default_factory=list)
     store: Store = field(default_factory=Store)
     ranks: Ranks = ALONE
-    parts: tuple[tuple[int, int], ...] = ()
-    batches: list[Batch] = field(default_factory=list)
     batch_size: BatchSize = field(default_factory=BatchSize)
-    whole: str = ""
-    fixed: frozenset[int] = frozenset()
+    counts: tuple[tuple[int, int], ...] = ()
 
     @property
     def tokens(self) -> int:
-        """Of all processes."""
-        if self.ranks.size == 1:
-            return sum(samples * length for samples, length in self.sizes)
-        assert self.parts, "a part of the batches needs counted()"
-        return sum(tokens for _, tokens in self.parts)
+        """Of all ranks."""
+        return sum(tokens for _, tokens in self._counts())
 
     @property
     def before(self) -> tuple[int, int]:
-        """Sequences, and tokens, of processes of lower rank."""
-        assert self.ranks.size == 1 or self.parts, "a part of the batches needs counted()"
-        lower = self.parts[: self.ranks.rank]
+        """Sequences, and tokens, of lower ranks."""
+        lower = self._counts()[: self.ranks.rank]
         return sum(samples for samples, _ in lower), sum(tokens for _, tokens in lower)
 
     @property
@@ -96,178 +123,96 @@ class Activations:
         """Where blocks run."""
         return self.batch_size.device
 
-    def clone(self) -> Activations:
-        """Activations that go forward on their own; the tensors they hold are shared."""
-        return replace(self.part(range(len(self.hidden))), parts=self.parts)
-
-    def part(self, batches: Sequence[int]) -> Activations:
-        """Of some batches, going forward on their own, with states of their own; ``counted`` counts them."""
-        calls = _with_own_states([[called[batch] for batch in batches] for called in self.calls])
-        sizes, hidden = [self.sizes[batch] for batch in batches], [self.hidden[batch] for batch in batches]
-        carried, given = [dict(self.carried[batch]) for batch in batches], [self.batches[batch] for batch in batches]
-        return replace(self, sizes=sizes, hidden=hidden, calls=calls, carried=carried, batches=given, parts=())
+    def _counts(self) -> tuple[tuple[int, int], ...]:
+        if self.ranks.size > 1:
+            assert self.counts, "a part of the batches needs counted()"
+            return self.counts
+        return ((sum(samples for samples, _ in self.sizes), sum(samples * length for samples, length in self.sizes)),)
 
     def counted(self) -> Activations:
-        """These acts, with how much of them each process has: they may be a part. All processes call it."""
-        if self.ranks.size == 1:
-            return self
-        own = sum(samples for samples, _ in self.sizes), sum(samples * length for samples, length in self.sizes)
-        return replace(self, parts=tuple(self.ranks.gather(own)))
+        """With ``counts``. All ranks call it."""
+        own = replace(self, ranks=ALONE)._counts()[0]
+        return replace(self, counts=tuple(self.ranks.gather(own)))
+
+    def clone(self) -> Activations:
+        """Activations that advance on their own. The tensors are shared."""
+        return replace(self, hidden=list(self.hidden))
+
+    def part(self, batches: Sequence[int]) -> Activations:
+        """Of some batches, advancing on their own. The tensors are shared."""
+        return replace(
+            self,
+            sizes=[self.sizes[batch] for batch in batches],
+            hidden=[self.hidden[batch] for batch in batches],
+            arguments=[[own[batch] for batch in batches] for own in self.arguments],
+            batches=[self.batches[batch] for batch in batches],
+            counts=(),
+        )
 
     def groups(self, block: Block) -> list[tuple[Linear, ...]]:
         """The block's linears to prune, by the input that they share."""
         return self.probe.groups[block.index]
 
-    def indivisible(self, block: Block, batch: int, looks: bool = False) -> str:
-        """Why a batch cannot be taken apart into samples when it enters ``block``; empty if it can.
-
-        What later blocks are to read of it can be read in parts, but not written: by a pass that only ``looks`` it can.
-        """
-        samples = self.sizes[batch][0]
-        if samples == 1:
-            return ""
-        if self.whole:
-            return self.whole
-        if self.probe.sample_dim:
-            return "the hidden states of this model are not batch first"
-        given: list[Tensor] = []
-        states = [dict(state) for state in self.states(block, batch)]
-        if states and not looks:
-            return "the blocks of this model share keys and values, which cannot be taken apart into samples"
-        args, kwargs = self.calls[block.index][batch]
-        carried = [self.carried[batch].get(source) for source in self.probe.carried[block.index].values()]
-        map_tensors((args, kwargs, carried, states), given.append)
-        counts = (1, samples) if samples not in self.fixed else (1,)  # else nobody knows which of the two it is
-        for shape in (tensor.shape for tensor in given if tensor.ndim > 1 and tensor.shape[0] not in counts):
-            return (
-                f"a block of this model is called with a tensor of shape {tuple(shape)}, which cannot be taken apart "
-                f"into {samples} samples"
-            )
-        return ""
-
-    def states(self, block: Block, batch: int) -> list[MutableMapping[Any, Any]]:
-        """What the block is given that it can leave keys and values in, or read those of earlier blocks from."""
-        return _states_in(*self.calls[block.index][batch])
-
-    def pieces(self, block: Block) -> list[Microbatch]:
-        """The smallest parts that the block can look at: the samples of each batch, or the batch."""
+    def microbatches(self) -> list[Microbatch]:
+        """The smallest parts that blocks can run on: single samples, or whole batches."""
         return [
-            (batch, slice(first, first + step))
+            Microbatch(batch, slice(first, first + step), samples)
             for batch, (samples, _) in enumerate(self.sizes)
-            for step in [samples if self.indivisible(block, batch, looks=True) else 1]
+            for step in [1 if self.probe.divisible else samples]
             for first in range(0, samples, step)
         ]
 
-    def map_microbatches(self, block: Block, batch: int, work: Callable[[slice], Result]) -> list[Result]:
-        """What ``work`` returns for the parts of a batch that the device has memory for, see ``BatchSize.map``."""
-        return self.batch_size.map(self.sizes[batch][0], work, self.indivisible(block, batch))
+    def map_microbatches(self, batch: int, work: Callable[[slice], Result]) -> list[Result]:
+        """What ``work`` returns for the microbatches that the device has memory for, see ``BatchSize.map``."""
+        return self.batch_size.map(self.sizes[batch][0], work, self.probe.divisible)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self, block: Block, watched: Watched | None = None) -> None:
-        """Replace each batch's hidden states by the block's outputs. The last needed block may leave this out.
+    def forward(self, block: Block, watch: Watch | None = None) -> None:
+        """Replace each batch's hidden states by the block's outputs.
 
-        ``watched`` is entered around each forward pass, with the batch and the samples of it that run.
+        ``watch`` is entered around each forward pass, with the batch and the samples of it that run.
         """
 
-        def run(batch: int, part: slice) -> list[Tensor]:
-            with nullcontext() if watched is None else watched(batch, part):
-                return self.outputs(block, batch, part)
+        def run(batch: int, rows: slice) -> Tensor:
+            with nullcontext() if watch is None else watch(batch, rows):
+                return _queue_copy(hidden_of(self.run(block, batch, rows)))
 
         with full_precision():
+            queued: tuple[int, list[Tensor], torch.cuda.Event | None] | None = None
             for batch in range(len(self.sizes)):
-                self.receive(block, batch, self.map_microbatches(block, batch, partial(run, batch)))
+                outputs = self.map_microbatches(batch, partial(run, batch))
+                event = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+                self._receive(queued)  # while the device works on this batch
+                queued = batch, outputs, event
+            self._receive(queued)
 
-    def outputs(self, block: Block, batch: int, part: slice) -> list[Tensor]:
-        """What the block hands on for samples of a batch, on the CPU: hidden states, and what later blocks ask for."""
-        output = self.run(block, batch, part)
-        handed_on = (hidden_of(output), *(output[place] for place in self._wanted(block)))
-        return [tensor.detach().cpu() for tensor in handed_on]
+    def _receive(self, queued: tuple[int, list[Tensor], torch.cuda.Event | None] | None) -> None:
+        if queued is not None:
+            batch, outputs, event = queued
+            if event is not None:
+                event.synchronize()
+            copies = len(outputs) > 1 or event is not None  # pinned memory is used again
+            self.hidden[batch] = self.store.keep(torch.cat(outputs) if copies else outputs[0])
 
-    def receive(self, block: Block, batch: int, parts: Sequence[list[Tensor]]) -> None:
-        """Put ``outputs`` of all parts of a batch, in order, in the place of what entered the block."""
-        states, *more = zip(*parts, strict=True)
-        hidden, others = (
-            states[0] if len(states) == 1 else torch.cat(states),
-            [_joined(each, self.sizes[batch][0]) for each in more],
-        )
-        self.hidden[batch] = self.store.keep(hidden)
-        for place, tensor in zip(self._wanted(block), others, strict=True):
-            candidates = [self.carried[batch - 1].get((block.index, place))] if batch else []
-            self.carried[batch][block.index, place] = self.store.keep(share(tensor, candidates))
-        for state in self.states(block, batch):  # what the block wrote waits where hidden states do
-            for key, value in state.items():
-                state[key] = map_tensors(value, lambda tensor: self.store.keep(tensor.cpu()))
+    def run(self, block: Block, batch: int, rows: slice | None = None, call: Call | None = None) -> Any:
+        """What the block, which is on the device, returns for a batch, or for ``rows`` of it.
 
-    def forget(self, block: Block) -> None:
-        """Drop what no block behind this one is given, for acts that do not go back through the blocks."""
-        later = {source for own in self.probe.carried[block.index + 1 :] for source in own.values()}
-        self.carried[:] = [{at: each[at] for at in each if at in later} for each in self.carried]
-
-    def _wanted(self, block: Block) -> list[int]:
-        """Places in what the block returns that later blocks are given."""
-        later = {source for own in self.probe.carried for source in own.values()}
-        return sorted(place for source, place in later if source == block.index)
-
-    def run(
-        self,
-        block: Block,
-        batch: int,
-        part: slice | None = None,
-        call: Called | None = None,
-        looks: bool = False,
-    ) -> Any:
-        """What the block, which is on the device, returns for a batch, or the samples ``part`` of it.
-
-        ``call`` is given the arguments by place, and those by name, instead of the block. If it only ``looks``, what
-        the block leaves for later ones is not kept.
-
-        Raises:
-            ModelError: if the block is called with something that cannot be taken apart into samples.
+        ``call`` is called with the positional and the keyword arguments instead of the block.
         """
-        called_with, samples = self.calls[block.index][batch], self.sizes[batch][0]
-        args, kwargs = list(called_with[0]), dict(called_with[1])
-        for argument, source in self.probe.carried[block.index].items():
-            where: Any = args if isinstance(argument, int) else kwargs
-            where[argument] = self.carried[batch][source]
-        if looks:
-            (((own, kwargs),),) = _with_own_states([[(tuple(args), kwargs)]])
-            args = list(own)
-        inputs = (self.hidden[batch], args, kwargs)
-        if part is not None and part.stop - part.start < samples:
-            if problem := self.indivisible(block, batch, looks):
-                raise ModelError(f"{problem}: use --batch-size 1")
-            given = partial(piece, part=part, samples=samples)
-            inputs = map_tensors(inputs, given)
-            for state in _states_in(args, kwargs) if looks else []:  # copies
-                state.update({key: map_tensors(value, given) for key, value in state.items()})
+        samples, inputs = self.sizes[batch][0], (self.hidden[batch], *self.arguments[block.index][batch])
+        if rows is not None and rows.stop - rows.start < samples:
+            # What has one row, or none for a sample, serves all.
+            inputs = map_tensors(inputs, lambda each: each[rows] if each.ndim > 1 and len(each) > 1 else each)
         hidden, args, kwargs = map_tensors(inputs, lambda each: moved(_usable(each), self.device))
-        with _lent(_states_in(args, kwargs), self.device):
-            return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
+        return block.module(hidden, *args, **kwargs) if call is None else call((hidden, *args), kwargs)
 
 
-@contextmanager
-def _lent(states: Sequence[MutableMapping[Any, Any]], device: torch.device) -> Iterator[None]:
-    """What states hold is on ``device`` inside, and where it was behind; what is written meanwhile stays."""
-    held = [
-        (state, key, value, map_tensors(value, lambda tensor: tensor.to(device)))
-        for state in states
-        for key, value in state.items()
-    ]
-    for state, key, _, copied in held:
-        state[key] = copied
-    try:
-        yield
-    finally:
-        for state, key, value, copied in held:
-            if state.get(key) is copied:
-                state[key] = value
-
-
-def piece(tensor: Tensor, part: slice, samples: int) -> Tensor:
-    """What some samples of a batch are given of a tensor: what is there once, or has no samples, serves all."""
-    some = part.stop - part.start < samples and tensor.ndim > 1 and len(tensor) > 1
-    return tensor[part] if some else tensor
+def _queue_copy(tensor: Tensor) -> Tensor:
+    """The tensor on the CPU; from a CUDA device by way of pinned memory, where it is complete after an event."""
+    if not tensor.is_cuda:
+        return tensor.detach()
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor.detach(), non_blocking=True)
 
 
 def _usable(tensor: Tensor) -> Tensor:
@@ -275,51 +220,174 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _joined(parts: Sequence[Tensor], samples: int) -> Tensor:
-    """What a block returned for the parts of a batch; what is there once serves all of them."""
-    first = parts[0]
-    if len(parts) == 1 or ((first.ndim < 2 or len(first) == 1) and all(torch.equal(first, part) for part in parts)):
-        return first
-    if first.ndim < 2 or sum(map(len, parts)) != samples:
-        raise ModelError(
-            f"a block of this model returns a tensor of shape {tuple(first.shape)} for some of {samples} samples, "
-            "which cannot be put together: use --batch-size 1"
-        )
-    return torch.cat(list(parts))
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``. What is expanded over samples, as masks are, is copied once, and expanded there."""
+    if tensor.device == device:
+        return tensor
+    once = tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())] if 0 in tensor.stride() else tensor
+    if device.type == "cuda" and not once.is_cuda:
+        return once.pin_memory().to(device, non_blocking=True).expand(tensor.shape)
+    return once.to(device).expand(tensor.shape)
 
 
-def _states_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[MutableMapping[Any, Any]]:
-    return [value for value in (*args, *kwargs.values()) if is_state(value)]
+def map_tensors(value: Any, convert: Callable[[Tensor], object]) -> Any:
+    """A copy of ``value`` with every tensor converted, also inside mappings, tuples and lists."""
+    if isinstance(value, Tensor):
+        return convert(value)
+    if isinstance(value, MutableMapping):
+        copied = copy(value)
+        copied.update({key: map_tensors(item, convert) for key, item in value.items()})
+        return copied
+    if type(value) in (tuple, list):
+        return type(value)([map_tensors(item, convert) for item in value])
+    return value
 
 
-def is_state(value: Any) -> bool:
-    """Whether this is what ``map_tensors`` passes on as it is, so that blocks can write to it for later ones."""
-    return isinstance(value, MutableMapping) and type(value) is not dict
+def hidden_of(output: Any) -> Tensor:
+    """The hidden states that a block returned, bare or in front of others."""
+    hidden: Tensor = output[0] if isinstance(output, (tuple, list)) else output
+    return hidden
 
 
-def _with_own_states(calls: Sequence[Sequence[Call]]) -> list[list[Call]]:
-    """``calls[block][batch]``, where states are copies, which the blocks of a batch go on sharing."""
-    copies: dict[int, Any] = {}
-
-    def own(value: Any) -> Any:
-        return copies.setdefault(id(value), copy(value)) if is_state(value) else value
-
-    return [
-        [(tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()}) for args, kwargs in called]
-        for called in calls
-    ]
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """``output`` of a block, with its hidden states replaced."""
+    return type(output)([hidden, *output[1:]]) if isinstance(output, (tuple, list)) else hidden
 
 
-def share(value: Any, candidates: Any, keep: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Any:
-    """``value`` on the CPU, with every tensor that equals one inside ``candidates`` replaced by that one.
+def agree(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Equal but for the rounding of products of another shape; NaN equals NaN.
 
-    All others go through ``keep``.
+    ``dtype``: of the weights, which may be coarser than that of the hidden states.
     """
+    if found.shape != expected.shape:
+        return False
+    own, coarsest = expected.float().cpu(), max(torch.finfo(each).eps for each in (found.dtype, dtype))
+    tolerance = max(1e-4, 8 * coarsest) * own.nan_to_num(0, 0, 0).abs().max().item()
+    return torch.allclose(found.float().cpu(), own, rtol=0, atol=tolerance, equal_nan=True)
+
+
+class _AllCaptured(Exception):  # noqa: N818 - not an error
+    """Stops the model's forward pass at the last block that is needed."""
+
+
+@torch.inference_mode(False)  # gradients are taken through what is captured
+@torch.no_grad()
+@full_precision()
+def capture(
+    model: nn.Module,
+    stack: Stack,
+    batches: Sequence[Batch],
+    whole: bool = False,
+    ranks: Ranks = ALONE,
+    store: Store | None = None,
+    batch_size: BatchSize | None = None,
+) -> Activations:
+    """The activations that enter ``stack``.
+
+    The model runs where its weights are, or are brought when it runs (``Weights.outside``).
+
+    Args:
+        model: the whole model, in evaluation mode.
+        stack: one of its stacks, with the linears to prune; blocks behind the last of them are left out.
+        batches: token ids, (B, L) int64 each, or a processor's outputs.
+        whole: no block is left out.
+        ranks: the processes that each have batches of their own, of sequences that are equally long.
+        store: keeps the hidden states; None: in main memory.
+        batch_size: of the device where blocks will run; None: the CPU.
+
+    Raises:
+        ModelError: if its blocks, run one by one, do not give what the model gives.
+    """
+    keep_freed_memory()
+    blocks = stack.blocks if whole else stack.blocks[: stack.needed]
+    sample = ranks.on_rank0(lambda: _probe_batch(model, batches[0]))  # all ranks must find the same groups
+    probe = _probe(model, stack, sample)
+    home = BatchSize(next(model.parameters()).device)
+    trial = Activations(probe, [], [], [[] for _ in blocks], batch_size=home)
+    _record(model, stack, [sample], trial)
+    for block in blocks:
+        trial.forward(block)
+        if not agree(trial.hidden[0], hidden_of(probe.outputs[block.index]), next(model.parameters()).dtype):
+            raise ModelError(
+                f"run on its own, {block.name} does not give what it gives inside {type(model).__name__}, which calls "
+                "it with more than is known here: this model cannot be pruned"
+            )
+    rows = []
+    map_tensors(trial.arguments, lambda tensor: rows.append(len(tensor)) if tensor.ndim > 1 else None)
+    probe = replace(
+        probe,
+        outputs=map_tensors(probe.outputs, lambda tensor: tensor.new_zeros(()).expand(tensor.shape)),
+        divisible=probe.batch_first and set(rows) <= {1, trial.sizes[0][0]},
+    )
+    if not probe.divisible:
+        batches = [one for batch in batches for one in (batch.split(1) if isinstance(batch, Tensor) else [batch])]
+    acts = Activations(
+        probe, [], [], [[] for _ in blocks], store=store or Store(), ranks=ranks, batch_size=batch_size or BatchSize()
+    )
+    _record(model, stack, batches, acts)
+    return acts.counted()
+
+
+def _probe_batch(model: nn.Module, batch: Batch) -> Batch:
+    """Enough of a batch for a probe: a few tokens, or a sample of a processor's outputs."""
+    if isinstance(batch, Tensor):
+        return batch[:1, : PROBE_LENGTH * (1 + is_encoder_decoder(model))]
+    samples = len(next(iter(batch.values())))
+    return some_of(batch, slice(0, 1), samples) if divisible(batch, samples) else batch
+
+
+def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], acts: Activations) -> None:
+    """Run the model's forward pass, with the first blocks, as many as ``acts`` have, replaced by recorders."""
+    blocks = stack.blocks[: len(acts.arguments)]
+
+    def record(batch: Batch, samples: int, rows: slice) -> None:
+        given, done = some_of(batch, rows, samples), len(acts.sizes)
+        del acts.hidden[done:]  # of a pass that ran out of memory
+        for own in acts.arguments:
+            del own[done:]
+        try:
+            forward(model, given)
+        except _AllCaptured:
+            count, length = stack_size(model, stack.part, given)
+            acts.sizes.append((count, length or acts.hidden[-1].shape[1]))
+            acts.batches.append(given)
+            return
+        raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
+
+    with ExitStack() as replaced:
+        for block in blocks:
+            recorder = partial(_recorded, acts, block, block is blocks[-1], block.module.forward)
+            replaced.enter_context(forward_replaced(block.module, recorder))
+        for batch in batches:
+            samples = stack_size(model, stack.part, batch)[0]
+            acts.batch_size.map(samples, partial(record, batch, samples), divisible(batch, samples))
+
+
+def _recorded(
+    acts: Activations, block: Block, last: bool, original: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """The forward of a block that stores what it is called with."""
+    hidden, more = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
+    named = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
+    index = block.index
+    if index == 0:
+        acts.hidden.append(acts.store.keep(hidden.detach().cpu()))
+    earlier = [*acts.arguments[index][-1:], *(acts.arguments[index - 1][-1:] if index else [])]
+    acts.arguments[index].append(_shared((more, named), earlier, acts.store.keep))
+    if last:
+        raise _AllCaptured
+    if acts.probe.dense_arguments:
+        return original(*args, **kwargs)
+    return with_hidden(acts.probe.outputs[index], hidden)
+
+
+def _shared(value: Any, earlier: Any, keep: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` on the CPU, with every tensor that equals one inside ``earlier`` replaced by that one."""
     pool: list[Tensor] = []
-    map_tensors(candidates, pool.append)
+    map_tensors(earlier, pool.append)
 
     def convert(tensor: Tensor) -> Tensor:
-        tensor = moved(tensor.detach(), torch.device("cpu"))
+        tensor = moved(tensor.detach(), CPU)
         same = (t for t in pool if t.shape == tensor.shape and t.dtype == tensor.dtype and torch.equal(t, tensor))
         found = next(same, None)
         return keep(tensor) if found is None else found
@@ -327,20 +395,93 @@ def share(value: Any, candidates: Any, keep: Callable[[Tensor], Tensor] = lambda
     return map_tensors(value, convert)
 
 
-def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``. What stands there once for all samples, as masks do, goes once, and stays so."""
-    if tensor.device == device or 0 not in tensor.stride():
-        return tensor.to(device)
-    once = tensor[tuple(slice(None if stride else 1) for stride in tensor.stride())]
-    return once.to(device).expand(tensor.shape)
+class _Observed:
+    """What hooks note in the forward pass of a probe."""
+
+    def __init__(self) -> None:
+        self.called: list[int] = []
+        self.outputs: list[Any] = []
+        self.groups: dict[int, list[tuple[Linear, ...]]] = {}
+        self.tokens = Counter[str]()
+        self.passed_on = self.shared_states = False
+        self._returned: set[int] = set()
+        self._inputs: defaultdict[str, list[Tensor]] = defaultdict(list)  # kept, so that no address is used again
+
+    def inputs(self, linear: Linear, inputs: Tensor) -> None:
+        """A linear is called."""
+        if inputs.numel():
+            self._inputs[linear.name].append(inputs)
+        self.tokens[linear.name] += inputs.numel() // inputs.shape[-1]
+
+    def output(
+        self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """A block has run."""
+        groups: defaultdict[object, list[Linear]] = defaultdict(list)
+        for linear in block.linears:
+            groups[tuple(map(_identity, self._inputs[linear.name])) or linear.name].append(linear)
+        self._inputs.clear()
+        self.groups[block.index] = [tuple(group) for group in groups.values()]
+        self.called.append(block.index)
+        self.outputs.append(output)
+        for value in (*args, *kwargs.values()):
+            self.passed_on |= id(value) in self._returned
+            is_state = isinstance(value, MutableMapping) and type(value) is not dict
+            self.shared_states |= is_state and len(value) > 0
+        more = output[1:] if isinstance(output, (tuple, list)) else ()
+        self._returned |= {id(value) for value in more if isinstance(value, Tensor)}
 
 
-def map_tensors(value: Any, convert: Callable[[Tensor], object]) -> Any:
-    """``value`` with every tensor converted, also inside dicts, tuples and lists; other objects are passed on."""
-    if isinstance(value, Tensor):
-        return convert(value)
-    if type(value) is dict:
-        return {key: map_tensors(item, convert) for key, item in value.items()}
-    if type(value) in (tuple, list):
-        return type(value)([map_tensors(item, convert) for item in value])
-    return value
+def _identity(tensor: Tensor) -> object:
+    """Equal for the same numbers at the same place, unless they were changed in place since."""
+    version = 0 if tensor.is_inference() else tensor._version
+    return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
+
+
+@contextmanager
+def _observing(stack: Stack, observed: _Observed) -> Iterator[None]:
+    with ExitStack() as hooks:
+        for block in stack.blocks:
+            hook = partial(observed.output, block)
+            hooks.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)
+            hooks.enter_context(block.linearized())
+            for linear in block.linears:
+                hooks.callback(linear.observe(partial(observed.inputs, linear)).remove)
+        yield
+
+
+def _probe(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
+    """Run the whole model once on a small batch.
+
+    Raises:
+        ModelError: if it does not call its blocks once each, in order, on hidden states.
+    """
+    observed = _Observed()
+    with _observing(stack, observed), one_memory_error():
+        forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
+    names = [block.name for block in stack.blocks]
+    if observed.called != list(range(len(names))):
+        skipped = ", ".join(name for index, name in enumerate(names) if index not in observed.called)
+        raise ModelError(
+            f"{type(model).__name__} does not call each of {names[0]} .. {names[-1]} exactly once, in order, in a "
+            f"forward pass (not called: {skipped or 'none'}). If some of them read images or sounds, give prune(..., "
+            "calibration=...) batches of a processor's outputs. Shared blocks cannot be pruned"
+        )
+    samples, length = stack_size(model, stack.part, batch)
+    hidden = hidden_of(observed.outputs[0])
+    counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
+    length = counts[1] if length is None and len(counts) == 2 else length
+    batch_first = counts[:2] == (samples, length)
+    if not batch_first and counts != (length, samples) and counts[1:] != (samples, length):
+        raise ModelError(f"the blocks of {type(model).__name__} return {counts}, not hidden states of {length} tokens")
+    linears = [linear.name for block in stack.blocks for linear in block.linears]
+    routed = {kind(name) for name in linears if observed.tokens[name] != samples * (length or 0)}
+    return Probe(
+        groups=[observed.groups[index] for index in observed.called],
+        outputs=observed.outputs,
+        batch_first=batch_first,
+        divisible=batch_first,
+        dense_arguments=observed.passed_on or observed.shared_states,
+        shared_states=observed.shared_states,
+        routed=frozenset(name for name in linears if kind(name) in routed),
+    )

@@ -5,7 +5,7 @@ gradients g at its outputs (K-FAC: Martens and Grosse, arXiv 1503.05671). The di
 rest says how errors of two rows add up: masks are chosen by it (``selectors.optima``); rows are still solved one by
 one, with certificates.
 
-Shapes: B sequences in a batch, L tokens in a sequence, T tokens, O outputs.
+Shapes: B sequences in a batch, T tokens, O outputs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def couples(linear: Linear) -> bool:
     """Whether the correlations of a linear's rows are found.
 
     Not where outputs outnumber inputs, as in an MLP's first half: it costs more there, and gains less. Nor for experts,
-    most of which are given few tokens, nor for more inputs than an eigendecomposition can have.
+    most of which get few tokens, nor for more inputs than an eigendecomposition can have.
     """
     outputs, inputs = linear.shape
     return outputs <= min(inputs, MOST_ROWS) and inputs <= MOST_EIGENVALUES and not is_expert(linear)
@@ -38,16 +38,15 @@ def couples(linear: Linear) -> bool:
 
 def coupling_bytes(blocks: Sequence[Block], needs: Collection[str]) -> int:
     """Bytes of the row correlations: a float32 O x O matrix a linear, half of which stays until it is pruned."""
-    if "coupling" not in needs:
-        return 0
-    return sum(4 * linear.shape[0] ** 2 for block in blocks for linear in block.linears if couples(linear))
+    linears = [linear for block in blocks for linear in block.linears if "coupling" in needs and couples(linear)]
+    return sum(4 * linear.shape[0] ** 2 for linear in linears)
 
 
 def products_of_halves(gradient_TO: Tensor, factor_T: Tensor, odd_B: Tensor) -> Tensor:
     """Sums of g g^T over the tokens of each half of the sequences, (2, O, O).
 
     Args:
-        gradient_TO: of the tokens of whole sequences; few tokens have most of the squares.
+        gradient_TO: of the tokens of whole sequences.
         factor_T: by what to multiply each token's product: see ``calibration.fisher``.
         odd_B: the half of each sequence, 0 or 1.
     """

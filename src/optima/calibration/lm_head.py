@@ -22,21 +22,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optima.calibration.activations import Activations, Look
-from optima.calibration.batch_size import rows_of
-from optima.calibration.probe import forward, with_hidden
-from optima.data.batches import Batch, indivisible, some_of, words_alone
-from optima.device import backward_explained, card_memory, describe_memory, differentiable, forward_replaced, once
+from optima.calibration.activations import Activations, Microbatch, with_hidden
+from optima.device import backward_explained, card_memory, differentiable, forward_replaced, once
 from optima.errors import NotDifferentiableError
 from optima.models.blocks import Block, Stack, count_outside, find_stacks
+from optima.models.inputs import Batch, divisible, forward, head_inputs, rows_of, some_of
 from optima.models.inspect import head_of, in_slices, is_encoder_decoder
 from optima.models.offload import MAIN, Weights
 
 # Float32 logits of a slice in memory at once, of which a softmax makes copies.
 LOGITS_BYTES = 256 * 2**20
-# Copies of them at a time: logits, their softmax, the gradient, the model's own dtype; and in tuning: both models',
-# their logarithms, what autograd keeps.
-LOGITS_COPIES, KL_COPIES = 4, 6
 # Of each sequence so many positions are compared in an epoch, others in the next: a vocabulary is often larger than a
 # block.
 POSITIONS = 128
@@ -49,13 +44,6 @@ def sliceable(model: nn.Module) -> bool:
     return in_slices(model) and not is_encoder_decoder(model)
 
 
-def logits_bytes(model: PreTrainedModel, tokens: int, copies: int = LOGITS_COPIES) -> int:
-    """Most bytes of the logits at a time, and their copies, of batches of so many tokens."""
-    if sliceable(model) or head_of(model) is None:
-        return copies * LOGITS_BYTES
-    return copies * max(4 * _vocabulary(model) * tokens, LOGITS_BYTES)
-
-
 def positions_of_slices(model: nn.Module, at_L: Tensor, samples: int) -> Sequence[Tensor]:
     """Positions of ``samples`` sequences, split so that float32 logits of a slice take ``LOGITS_BYTES`` at most."""
     slices: Sequence[Tensor] = at_L.split(max(LOGITS_BYTES // (4 * _vocabulary(model) * samples), 1))
@@ -66,55 +54,20 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
-def looked_at(model: nn.Module, length: int) -> int:
-    """Positions of a sequence whose logits an epoch compares; all, if the model cannot slice its logits."""
-    return min(length, POSITIONS) if sliceable(model) else length
+def outside_device(model: PreTrainedModel, device: torch.device, batches: Sequence[Batch] = ()) -> torch.device:
+    """Where what is outside the blocks runs, if these run on ``device``; see ``Weights.outside``.
 
-
-def head_device(
-    model: PreTrainedModel,
-    stack: Stack,
-    device: torch.device,
-    tokens: int,
-    copies: int = LOGITS_COPIES,
-    others: int = 0,
-) -> tuple[torch.device, str]:
-    """Where the head runs, if blocks run on ``device``, and a note for the report; see ``Weights.outside``.
-
-    ``tokens``: in the largest batch. ``copies``: of their logits. ``others``: bytes of what else will be on the device.
-    """
-    there = device.type in ("cpu", next(model.parameters()).device.type)  # a model in memory may live on the device
-    if there or head_of(model) is None:
-        return MAIN, ""
-    if stack.part == "encoder":
-        return MAIN, "the encoder's gradients ran through its decoder on the CPU, with all its weights in memory"
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    if _outside_bytes(model) + logits_bytes(model, tokens, copies) + others <= free:
-        return device, ""
-    return MAIN, f"the head ran on the CPU: {describe_memory(device)} had no room for the weights outside the blocks"
-
-
-def embedding_device(model: PreTrainedModel, device: torch.device, batches: Sequence[Batch]) -> torch.device:
-    """Where the model runs while the inputs of its blocks are captured, if these run on ``device``.
-
-    There, for kernels of some models run nowhere else. But in main memory if the weights outside the blocks are more
-    than half of a card, or batches are not of token ids alone: the probe holds the inputs of all linears.
-    It is the same on all ranks, and for a run that is resumed.
+    There, unless it would take more than half of the card, or ``batches`` hold more than tokens: vision towers are
+    large. It is the same on all ranks, and for a run that is resumed.
     """
     first = next(model.parameters())
-    inside = {id(each) for stack in find_stacks(model) for block in stack.blocks for each in block.module.parameters()}
-    if device.type in ("cpu", first.device.type) or id(first) in inside:  # inputs go to where the first parameter is
+    blocks = [block for stack in find_stacks(model) for block in stack.blocks]
+    inside = {id(parameter) for block in blocks for parameter in block.module.parameters()}
+    home = device.type in ("cpu", first.device.type) or id(first) in inside  # inputs go to the first parameter
+    if home or not all(isinstance(batch, Tensor) for batch in batches):
         return MAIN
-    if not all(isinstance(batch, Tensor) for batch in batches):
-        return MAIN
-    fits = 2 * _outside_bytes(model) <= card_memory(device)
-    return device if fits else MAIN
-
-
-def _outside_bytes(model: PreTrainedModel) -> int:
-    blocks = [block for each in find_stacks(model) for block in each.blocks]
-    return count_outside(model, blocks) * model.dtype.itemsize
+    outside = count_outside(model, blocks) * model.dtype.itemsize
+    return device if 2 * outside <= card_memory(device) else MAIN
 
 
 @contextmanager
@@ -162,28 +115,35 @@ def at_the_head(model: PreTrainedModel, stack: Stack, acts: Activations, batch: 
     home, inputs = next(model.parameters()).device, acts.batches[batch]
     samples, length = drawn_BL.shape
     if stack.part == "whole":  # no vision tower runs, nor are labels compared to a slice
-        inputs = words_alone(model, inputs)
-    whole = indivisible(inputs, samples) or acts.indivisible(stack.blocks[-1], batch)
-    most = 1 if stack.part == "encoder" and not whole else samples  # autograd keeps a whole decoder of each sample
+        inputs = head_inputs(model, inputs)
+    splits = divisible(inputs, samples) and acts.probe.divisible
+    most = 1 if stack.part == "encoder" and splits else samples  # autograd keeps a whole decoder of each sample
 
-    def back(part: slice) -> Tensor:
-        rows = some_of(inputs, part, samples)
-        leaf = rows_of(acts.hidden[batch], part, samples).to(home, copy=True).requires_grad_(True)
-        every_L = torch.arange(length)
+    def backward(rows: slice) -> Tensor:
+        given = some_of(inputs, rows, samples)
+        leaf = rows_of(acts.hidden[batch], rows, samples).to(home, copy=True).requires_grad_(True)
         with head_alone(model, stack, acts, leaf):
-            for at_C in positions_of_slices(model, every_L, most) if sliceable(model) else (every_L,):
-                options = {"logits_to_keep": at_C.to(home)} if sliceable(model) else {}
-                logits_TV = logits_of(forward(model, rows, **options)).flatten(0, -2)
+            for at_C, options in _slices(model, torch.arange(length), most, home):
+                logits_TV = logits_of(forward(model, given, **options)).flatten(0, -2)
                 if not logits_TV.requires_grad:
                     raise NotDifferentiableError("its logits do not depend on its last block by a gradient")
-                gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[part][:, at_C].flatten().to(home))
+                gradient_TV = label_gradient(logits_TV.detach(), drawn_BL[rows][:, at_C].flatten().to(home))
                 with backward_explained("its head"):
                     logits_TV.backward(gradient_TV)
         assert leaf.grad is not None
         return leaf.grad.cpu()
 
-    parts = acts.batch_size.map(samples, back, whole, most)
+    parts = acts.batch_size.map(samples, backward, splits, most)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _slices(
+    model: nn.Module, at_L: Tensor, samples: int, device: torch.device
+) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    """Positions of a slice at a time, and options of the model for it; all positions, if it cannot slice its logits."""
+    if not sliceable(model):
+        return [(at_L, {})]
+    return [(at_C, {"logits_to_keep": at_C.to(device)}) for at_C in positions_of_slices(model, at_L, samples)]
 
 
 def label_gradient(logits_TV: Tensor, drawn_T: Tensor) -> Tensor:
@@ -248,18 +208,15 @@ class LmHead:
         module = head_of(self.model)
         head = 0 if module is None else sum(each.numel() for each in module.parameters())
         block = sum(each.numel() for each in self.stack.blocks[-1].module.parameters())
-        return 1.0 + head * looked_at(self.model, length) / (max(block, 1) * length)
-
-    def place(self, acts: Activations, others: int) -> tuple[torch.device, str]:
-        """Where the head runs, and a note for the report; ``others``: bytes that tuning takes on the device."""
-        tokens = max((samples * looked_at(self.model, length) for samples, length in acts.sizes), default=1)
-        return head_device(self.model, self.stack, acts.device, tokens, KL_COPIES, others)
+        compared = min(length, POSITIONS) if sliceable(self.model) else length
+        return 1.0 + head * compared / (max(block, 1) * length)
 
     @contextmanager
-    def error(self, acts: Activations, place: torch.device) -> Iterator[LogitsError]:
-        """The KL error of the last block, which is on its device; inside, the head is at ``place``."""
+    def error(self, acts: Activations) -> Iterator[LogitsError]:
+        """The KL error of the last block, which is on its device."""
         block = self.stack.blocks[-1].module
         own = block.forward  # a block of another device would be brought there for each call
+        place = outside_device(self.model, acts.device)
         with self.weights.outside(place), forward_replaced(block, own), differentiable(self.model):
             yield LogitsError(self.model, self.stack, acts)
 
@@ -280,21 +237,25 @@ class LogitsError:
         """See ``tune.Cost``: the gradient at a token's logits is then near one, or more, as not all are compared."""
         return 2.0 ** round(math.log2(tokens))
 
-    def __call__(self, found: Tensor, target: Tensor, look: Look) -> Tensor:
-        """The mean over the positions of this epoch.
+    def __call__(self, found: Tensor, target: Tensor, microbatch: Microbatch, epoch: int = 0) -> Tensor:
+        """The mean over some positions of each sequence; another ``epoch`` compares others.
 
         Args:
             found, target: outputs of the pruned and the dense block, in the layout of ``Activations.hidden``.
-            look: whose they are; another ``turn`` compares other positions.
+            microbatch: whose they are.
+            epoch: of the tuning.
         """
-        home, fixed = next(self.model.parameters()).device, found.detach()
+        home, fixed, (batch, rows, samples) = next(self.model.parameters()).device, found.detach(), microbatch
         leaf, target = fixed.to(home, copy=True).requires_grad_(found.requires_grad), target.to(home)
         total, tokens, gradient = 0.0, 0, torch.zeros_like(fixed, dtype=torch.float32)
-        rows = some_of(words_alone(self.model, self.acts.batches[look.batch]), look.part, look.samples)
-        for options in self._slices(look, home):
+        given = some_of(head_inputs(self.model, self.acts.batches[batch]), rows, samples)
+        length = self.acts.sizes[batch][1]
+        stride = -(-length // POSITIONS)
+        at_L = torch.arange(epoch % stride, length, stride)
+        for _, options in _slices(self.model, at_L, rows.stop - rows.start, home):
             with torch.no_grad():
-                log_p_TV = self._log_probabilities(target, rows, options)
-            log_q_TV = self._log_probabilities(leaf, rows, options)
+                log_p_TV = self._log_probabilities(target, given, options)
+            log_q_TV = self._log_probabilities(leaf, given, options)
             lost = nn.functional.kl_div(log_q_TV, log_p_TV, reduction="sum", log_target=True)
             if found.requires_grad:
                 gradient += torch.autograd.grad(lost, leaf)[0].to(gradient)
@@ -302,19 +263,10 @@ class LogitsError:
         # A number of this gradient: the head's own graph is gone by then, slice by slice. Equal logits round below 0.
         return max(total, 0.0) / tokens + ((found - fixed).float() * gradient).sum() / tokens
 
-    def _slices(self, look: Look, home: torch.device) -> list[dict[str, Tensor]]:
-        """Options of the model for some positions at a time; for all, if it cannot slice its logits."""
-        if not sliceable(self.model):
-            return [{}]
-        samples, length = look.part.stop - look.part.start, self.acts.sizes[look.batch][1]
-        stride = -(-length // POSITIONS)
-        every = torch.arange(look.turn % stride, length, stride, device=home)
-        return [{"logits_to_keep": at} for at in positions_of_slices(self.model, every, samples)]
-
-    def _log_probabilities(self, hidden: Tensor, rows: Batch, options: dict[str, Tensor]) -> Tensor:
+    def _log_probabilities(self, hidden: Tensor, given: Batch, options: dict[str, Tensor]) -> Tensor:
         """Log-probabilities of the logits of ``hidden``, (T, V)."""
         with head_alone(self.model, self.stack, self.acts, hidden):
-            logits = logits_of(forward(self.model, rows, **options))
+            logits = logits_of(forward(self.model, given, **options))
         # A bias of -inf forbids tokens to both models: no difference, not infinity less infinity.
         return logits.flatten(0, -2).float().log_softmax(dim=-1).clamp_min(torch.finfo(torch.float32).min)
 

@@ -3,8 +3,8 @@
 *Attention sinks.* Most heads of most language models attend to the first token of a sequence when they have nothing
 better to attend to (Xiao et al., arXiv 2309.17453), whatever that token is, and blocks treat it as no other (massive
 activations: Sun et al., arXiv 2402.17762). An error there reaches every later token, so it may count as more than one
-token (cf. IntactKV, arXiv 2403.01241: it leaves the keys and values of such tokens unquantised). Where every sequence
-begins with BOS, its input is one vector: to keep the outputs that belong to it takes one of the free weights of a row.
+token (cf. IntactKV, arXiv 2403.01241). Where every sequence begins with BOS, its input is one vector: to keep the
+outputs that belong to it takes one of the free weights of a row.
 
 *Experts.* The Hessian of an expert of a fused parameter is that of the tokens routed to it. Of n tokens in D dimensions
 it is off by about sqrt(D/n), relative to its norm, as any sample covariance (Ledoit and Wolf, J. Multivariate Anal.
@@ -22,26 +22,25 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optima.calibration.accumulator import Accumulator
-from optima.calibration.activations import Activations
-from optima.calibration.batch_size import Once, rows_of
-from optima.calibration.fisher import FisherWeights
-from optima.calibration.reduction import reduce_statistics, reduce_to
+from optima.calibration.accumulator import Accumulator, owners_of, reduce_to
+from optima.calibration.activations import Activations, moved
+from optima.calibration.weights import FisherWeights
 from optima.core.hessian import Hessian
 from optima.core.statistics import Statistics, sampling_step
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
 from optima.models.blocks import DOWN, Block, FusedExperts, Linear
+from optima.models.inputs import rows_of
 
 Group = tuple[Linear, ...]
-# Tokens whose inputs are kept, where tokens have weights, to tell the loss with every token alike.
+# Tokens whose inputs are kept, where tokens have weights, to report the error with uniform weights.
 SAMPLE = 512
 # Tokens of a block that stand for all of them at an expert's second linear.
 COMMON_TOKENS = 2048
@@ -130,54 +129,40 @@ class _AllSeen(Exception):  # noqa: N818 - not an error
     """Stops a block's forward pass before the product of its last linear, which nobody needs."""
 
 
+@dataclass
 class _Common:
-    """The Hessian of all tokens at the input of a mixture, and a sample of them; of all ranks once it is finished."""
+    """The Hessian of all tokens at the input of a mixture, and a sample of them; of all ranks once it is reduced."""
 
-    def __init__(self) -> None:
-        self.sum = Accumulator()
-        self.samples: list[tuple[Tensor, Tensor]] = []
-        self.sample_ND = self.weight_N = self.mean_DD = torch.zeros(0)
-
-    def finish(self, name: str, acts: Activations) -> None:
-        """Bring the sums and samples of all ranks together."""
-        if acts.ranks.size > 1:
-            reduce_to({name: None}, {name: self.sum}, set(), acts)
-        every = [each for samples in acts.ranks.all_gather(self.samples) for each in samples]
-        self.samples = []
-        if every:
-            self.sample_ND, self.weight_N = (torch.cat(parts) for parts in zip(*every, strict=True))
-            self.mean_DD = self.sum.mean()
+    sum: Accumulator = field(default_factory=Accumulator)
+    samples: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    mean_DD: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
+@dataclass
 class _Hessians:
     """Accumulates the inputs of a block's linears; arguments as of ``observe``."""
 
-    def __init__(
-        self,
-        block: Block,
-        acts: Activations,
-        sink_weight: float,
-        damping: float,
-        stopwatch: Stopwatch,
-        fisher: FisherWeights | None,
-    ) -> None:
-        self.block, self.acts, self.stopwatch = block, acts, stopwatch
-        self.sink_weight, self.damping, self.fisher = sink_weight, damping, fisher
+    block: Block
+    acts: Activations
+    sink_weight: float
+    damping: float
+    stopwatch: Stopwatch
+    fisher: FisherWeights | None
+
+    def __post_init__(self) -> None:
         self.sums: dict[str, Accumulator] = {}
         self.common: dict[FusedExperts, _Common] = {}
         self.unweighted: set[str] = set()
-        self._fisher_T: dict[str, list[Tensor] | None] = {}
-        self._batch, self._part, self._once = 0, slice(0), Once()
-        self._calls: list[str] = []  # in this pass over a batch
+        self._batch, self._rows = -1, slice(0)
+        self._calls: list[str] = []  # in this pass over a microbatch
+        # The samples of this batch that each call has added: a pass that ran out of memory runs again in parts.
+        self._added: dict[tuple[str, int], int] = {}
         self._last = ""  # where such a pass may end
 
     def accumulate(self, groups: Sequence[Group], whole: bool = False, onward: bool = False) -> None:
         """Sum over all tokens at ``groups``. The other experts run if the ``whole`` block does."""
-        self.sums = {group[0].name: Accumulator() for group in groups}
-        self._once, self._last = Once(), ""
+        self.sums, self._batch, self._last = {group[0].name: Accumulator() for group in groups}, -1, ""
         new = {}
-        if self.fisher is not None:
-            self._fisher_T = {name: self.fisher.of_tokens(name) for name in (self.block.name, *self.sums)}
         with ExitStack() as stack:
             for group in groups:
                 stack.callback(group[0].observe(partial(self._see, group[0])).remove)
@@ -189,33 +174,47 @@ class _Hessians:
             stack.enter_context(self.stopwatch("forward"))
             stack.enter_context(full_precision())
             if onward:
-                self.acts.forward(self.block, self._over)
+                self.acts.forward(self.block, self._watch)
             for batch in range(0 if onward or not groups else len(self.acts.sizes)):
-                self.acts.map_microbatches(self.block, batch, partial(self._run, batch))
+                self.acts.map_microbatches(batch, partial(self._run, batch))
                 if not new and sorted(self._calls) == sorted(self.sums):
                     self._last = self._calls[-1]
         for name, each in (*self.sums.items(), *((experts.name, common.sum) for experts, common in new.items())):
-            if not each.finite:
-                raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
+            self._check(name, each)
         for experts, common in new.items():
-            common.finish(experts.name, self.acts)
+            reduce_to({experts.name: None}, {experts.name: common.sum}, set(), self.acts.ranks, self.acts.device)
+            common.samples = [each for own in self.acts.ranks.all_gather(common.samples) for each in own]
+            if common.samples:
+                common.mean_DD = common.sum.mean()
 
-    def _run(self, batch: int, part: slice) -> None:
-        with self._over(batch, part), torch.no_grad(), suppress(_AllSeen):
-            self.acts.run(self.block, batch, part, looks=True)
+    def _check(self, name: str, sums: Accumulator) -> None:
+        if not sums.finite:
+            raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
+
+    def _run(self, batch: int, rows: slice) -> None:
+        with self._watch(batch, rows), torch.no_grad(), suppress(_AllSeen):
+            self.acts.run(self.block, batch, rows)
 
     @contextmanager
-    def _over(self, batch: int, part: slice) -> Iterator[None]:
+    def _watch(self, batch: int, rows: slice) -> Iterator[None]:
         """Inside, samples of a batch run."""
-        self._batch, self._part = batch, part
+        if batch != self._batch:
+            self._added.clear()
+        self._batch, self._rows = batch, rows
         self._calls.clear()
-        self._once.start(batch, part)
         yield
+
+    @contextmanager
+    def _call(self, name: str) -> Iterator[bool]:
+        """Whether this call of ``name`` is new; it counts if nothing is raised inside."""
+        key = name, self._calls.count(name)
+        self._calls.append(name)
+        yield self._added.get(key, 0) < self._rows.stop
+        self._added[key] = max(self._added.get(key, 0), self._rows.stop)
 
     def _see(self, linear: Linear, inputs: Tensor) -> None:
         name = linear.name
-        self._calls.append(name)
-        with self._once(name) as new:
+        with self._call(name) as new:
             if new and inputs.numel() and linear.expert is not None:
                 self._add_routed(name, inputs, linear.expert.tokens_T)
             elif new and inputs.numel():
@@ -225,15 +224,15 @@ class _Hessians:
             raise _AllSeen
 
     def _add(self, name: str, inputs: Tensor) -> None:
-        (samples, length), count = self.acts.sizes[self._batch], self._part.stop - self._part.start
+        (samples, length), count = self.acts.sizes[self._batch], self._rows.stop - self._rows.start
         inputs_TD = inputs.reshape(-1, inputs.shape[-1])
         weight_T, heavy_ND, sample_ND, more = None, None, None, self.sink_weight * length - 1.0
         if self.fisher is not None:
-            own = self._fisher_T[name]
+            own = self.fisher.tokens.get(name)
             if own is None or len(inputs_TD) != count * length:
                 self.unweighted.add(name)
             else:
-                weight_T = rows_of(own[self._batch], self._part, samples).to(inputs_TD.device)
+                weight_T = moved(rows_of(own[self._batch], self._rows, samples), inputs_TD.device)
                 sample_ND = self._sampled(inputs_TD, SAMPLE)
         elif more > 0.0:
             heavy_ND = self.acts.probe.first_tokens(inputs, name, count, length)
@@ -245,51 +244,52 @@ class _Hessians:
         """Of the rows of this pass, those of a sample of about ``wanted`` tokens of all passes and ranks."""
         sizes = self.acts.sizes
         before = self.acts.before[1] + sum(math.prod(size) for size in sizes[: self._batch])
-        return sampled(rows, before + self._part.start * sizes[self._batch][1], sampling_step(self.acts.tokens, wanted))
+        before += self._rows.start * sizes[self._batch][1]
+        return sampled(rows, before, sampling_step(self.acts.tokens, wanted))
 
     def _block_weights(self) -> Tensor | None:
         """Weights of all tokens of the batch, (T,), for its experts; None: all alike."""
         samples, length = self.acts.sizes[self._batch]
         if self.fisher is not None:
-            own = self._fisher_T[self.block.name]
+            own = self.fisher.tokens.get(self.block.name)
             return None if own is None else own[self._batch]
         weight_T = torch.ones(samples * length)
-        weight_T[self.acts.probe.starts(samples, length)] = max(1.0, self.sink_weight * length)
+        weight_T[::length] = max(1.0, self.sink_weight * length)
         return weight_T if self.sink_weight else None
 
     def _add_routed(self, name: str, inputs_TD: Tensor, tokens_T: Tensor) -> None:
         """Inputs of an expert, and which tokens of the pass they are of."""
         size, length = math.prod(self.acts.sizes[self._batch]), self.acts.sizes[self._batch][1]
+        weight_T = None
         if name.rpartition(".")[0].rpartition(".")[0] in self.unweighted:
             self.unweighted.add(name)
-            weight_T = None
         elif self.fisher is not None:
             weight_T = self.fisher.of_routed(name, self._batch, size)
         else:
             weight_T = self._block_weights()
         if weight_T is not None:
-            weight_T = weight_T[tokens_T.cpu() + self._part.start * length].to(inputs_TD.device)
+            weight_T = moved(weight_T, inputs_TD.device)[tokens_T + self._rows.start * length]
         wanted = -(-SAMPLE // (len(self.acts.sizes) * self.acts.ranks.size))
-        turn = self.acts.before[0] + self._batch + self._part.start  # each sequence begins with a sink
+        turn = self.acts.before[0] + self._batch + self._rows.start  # each sequence begins with a sink
         self.sums[name].add(inputs_TD, weight_T, sample_ND=thinned(inputs_TD, wanted, turn))
 
     def _see_all(self, experts: FusedExperts, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Add all tokens at the input of a mixture, whatever they are routed to."""
-        with self._once(experts.name) as new:
+        with self._call(experts.name) as new:
             if not new:
                 return
             hidden = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
             hidden_TD, weight_T = hidden.flatten(0, -2), self._block_weights()
-            tokens = (self._part.stop - self._part.start) * self.acts.sizes[self._batch][1]
+            tokens = (self._rows.stop - self._rows.start) * self.acts.sizes[self._batch][1]
             if len(hidden_TD) % tokens:
                 weight_T = None
                 self.unweighted.add(experts.name)
             if weight_T is None:
                 weight_T = torch.ones(len(hidden_TD))
             else:
-                weight_T = rows_of(weight_T, self._part, self.acts.sizes[self._batch][0])
+                weight_T = rows_of(weight_T, self._rows, self.acts.sizes[self._batch][0])
                 weight_T = weight_T.repeat(len(hidden_TD) // tokens)
-            weight_T = weight_T.to(hidden_TD.device)
+            weight_T = moved(weight_T, hidden_TD.device)
             if not experts.routed:  # zeros are routed elsewhere
                 used_T = hidden_TD.ne(0).any(dim=1)
                 hidden_TD, weight_T = hidden_TD[used_T], weight_T[used_T]
@@ -300,9 +300,10 @@ class _Hessians:
 
     def of_plain(self, groups: Sequence[Group]) -> Iterator[Found]:
         """The statistics of linears that are not experts; those that all ranks solve together come first."""
-        ranks = self.acts.ranks
+        ranks, device = self.acts.ranks, self.acts.device
+        owners = owners_of(groups, ranks.size, device)
         with self.stopwatch("reduce") if ranks.size > 1 else nullcontext():
-            owners = reduce_statistics(self.sums, self.unweighted, groups, self.acts)
+            reduce_to(owners, self.sums, self.unweighted, ranks, device)
         for group in sorted(groups, key=lambda group: owners[group[0].name] is not None):
             name = group[0].name
             yield Found(self.sums.pop(name).finish(self.damping), group, name not in self.unweighted, owners[name])
@@ -311,9 +312,8 @@ class _Hessians:
         """The statistics of experts; those of an expert are complete when its first group is yielded."""
         ranks, by_expert = self.acts.ranks, _by_expert(groups)
         owners = {key: place % ranks.size for place, key in enumerate(by_expert)}
-        if ranks.size > 1:
-            names = {group[0].name: owners[key] for key, own in by_expert.items() for group in own}
-            reduce_to(names, self.sums, self.unweighted, self.acts)
+        names = {group[0].name: owners[key] for key, own in by_expert.items() for group in own}
+        reduce_to(names, self.sums, self.unweighted, ranks, self.acts.device)
         for key, own in by_expert.items():
             mine = owners[key] == ranks.rank and self.common[key[0]].sum.tokens
             found = {group[0].name: self._shrunk(group[0]) for group in own} if mine else {}
@@ -324,15 +324,16 @@ class _Hessians:
     def _shrunk(self, linear: Linear) -> Statistics:
         """The statistics of an expert's linear, whose first linear is still dense."""
         assert linear.expert is not None
-        common, experts = self.common[linear.expert.experts], linear.expert.experts
-        rows_ND, mean_DD = common.sample_ND, common.mean_DD
+        experts = linear.expert.experts
+        common = self.common[experts]
+        rows_ND, weight_N = (torch.cat(parts) for parts in zip(*common.samples, strict=True))
+        mean_DD = common.mean_DD
         if linear.expert.parameter == DOWN:
             with torch.no_grad(), full_precision():
                 rows_ND = experts.hidden(linear.expert.expert, rows_ND)
             inner = Accumulator()
-            inner.add(rows_ND, common.weight_N)
-            if not inner.finite:
-                raise CalibrationError(f"the inputs of {linear.name} contain NaN or Inf: {OTHER_DTYPE}")
+            inner.add(rows_ND, weight_N)
+            self._check(linear.name, inner)
             mean_DD = inner.mean()
         weighted = self.fisher is not None or self.sink_weight > 0.0
         sample_ND = thinned(rows_ND, SAMPLE).float() if weighted else None

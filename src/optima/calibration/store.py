@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,16 +18,16 @@ SMALLEST_MAPPED = 2**16
 
 
 class Store:
-    """Keeps tensors on the CPU within a budget, in their own dtype; which of them are in files changes no number.
+    """Keeps tensors on the CPU within a budget; which of them are in files changes no number.
 
-    A file has no name from the moment on that it is mapped: the system removes it with the last tensor that needs it,
-    however the process ends.
+    A file loses its name once it is mapped: the system removes it with the last tensor that needs it.
 
     Args:
         budget: bytes of main memory; None: no limit.
         directory: where the files are; None: that for temporary files.
 
     Attributes:
+        held: bytes in main memory now.
         mapped: bytes in files now.
         most_mapped: the most that there were.
     """
@@ -74,26 +72,16 @@ class Store:
 
     def _map(self, tensor: Tensor, size: int) -> Tensor:
         directory = self.directory or Path(tempfile.gettempdir())
-        with explain_write_errors(directory, "free some space there, or take fewer samples"), _mapping(directory):
+        with explain_write_errors(directory, "free some space there, or take fewer samples"):
             handle, name = tempfile.mkstemp(prefix=ACTIVATIONS, dir=directory)
             try:
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(handle, 0, size)  # a full disk is an error here, not a signal later
                 # Shared, so that the pages are the file's and can be written back and dropped.
                 mapped = torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+            except RuntimeError as error:
+                raise ModelError(f"activations cannot be kept in files in {directory}: {error}") from error
             finally:
                 os.close(handle)
                 os.unlink(name)
         return mapped.view(tensor.shape).copy_(tensor)
-
-
-@contextmanager
-def _mapping(directory: Path) -> Iterator[None]:
-    """Raise ``ModelError`` for a file that cannot be mapped: torch has no type of its own for that."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise ModelError(
-            f"activations cannot be kept in files in {directory} ({str(error).splitlines()[0]}): check that its file "
-            "system can map files and that ulimit -v is unlimited, or take fewer samples"
-        ) from error

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from optima.calibration.activations import agree
 from optima.calibration.lm_head import plain_forward, positions_of_slices, sliced_logits
-from optima.calibration.probe import agree
 from optima.data.text import SEPARATOR, SpecialTokens, pack, pieces, special_tokens, text_length, token_ids
 from optima.device import evaluating
 from optima.errors import OTHER_DTYPE, CalibrationError, ModelError, NumericalError

@@ -13,16 +13,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from optima.calibration.activations import Activations
+from optima.calibration.activations import Activations, capture
 from optima.calibration.batch_size import BatchSize
-from optima.calibration.capture import capture
-from optima.calibration.lm_head import embedding_device
-from optima.calibration.probe import forward
+from optima.calibration.lm_head import outside_device
 from optima.calibration.store import Store
 from optima.core.hessian import Hessian
 from optima.core.products import all_finite
 from optima.core.shifted import saliency_unit, scaled_weight
-from optima.data.batches import Batch
 from optima.device import full_precision
 from optima.errors import ModelError, NumericalError
 from optima.extras.channels import Channels, Kind, inner_channels, reorder
@@ -32,6 +29,7 @@ from optima.extras.rotate import Part, best_turn, part_of
 from optima.extras.trial import TOLERANCE, difference
 from optima.models.blocks import Block, Stack
 from optima.models.fingerprint import hash_tensors
+from optima.models.inputs import Batch, forward
 from optima.models.inspect import head_of
 from optima.models.offload import Weights
 from optima.names import kind
@@ -79,7 +77,7 @@ class Run:
         stacks = chosen_stacks(self.network, self.plan.recipe)
         for block in (block for stack in stacks for block in stack.blocks):
             _check_dense(block)
-        self.place = embedding_device(self.network, self.plan.device, batches)
+        self.place = outside_device(self.network, self.plan.device, batches)
         self.sample, self.outputs = batches[0], self._outputs(batches[0])
         if not all_finite(self.outputs):
             raise NumericalError(
@@ -179,7 +177,7 @@ class Run:
         pattern = self._pattern(channels)
         if any(place.name.removeprefix(f"{block.name}.") in block.common for place in channels.places):
             return "other blocks share weights of theirs"
-        if channels.kind == "heads" and acts.states(block, 0):
+        if channels.kind == "heads" and acts.probe.shared_states:
             return "other blocks may read these values"
         if pattern is not None and channels.width % pattern.m:
             return f"{channels.width} of them make no groups of {pattern}"
@@ -210,7 +208,7 @@ class Run:
                 if linear.name not in wanted and linear.name not in turned:
                     continue
                 weight_OD, hessian = linear.read().to(self.plan.device, torch.float32), statistics.hessian
-                row_O = None if job.loss is None else job.loss.of_rows(linear.name)
+                row_O = None if job.loss is None else job.loss.rows.get(linear.name)
                 if linear.name in wanted:
                     saliencies[linear.name] = _saliency(weight_OD, hessian, row_O)
                 if (channels := turned.get(linear.name)) is not None:

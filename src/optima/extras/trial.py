@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from optima.calibration.activations import Activations, is_state, map_tensors
-from optima.calibration.probe import hidden_of
+from optima.calibration.activations import Activations, hidden_of, map_tensors
 from optima.device import full_precision
 from optima.extras.channels import Channels, reorder
 from optima.models.blocks import Block
@@ -50,17 +49,14 @@ def difference(block: Block, channels: Sequence[Channels], acts: Activations) ->
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         (entered, *args), kwargs = map_tensors((list(args), kwargs), _in_float32)
-        for state in filter(is_state, (*args, *kwargs.values())):
-            for key, value in state.items():
-                state[key] = map_tensors(value, _in_float32)
         expected = hidden_of(functional_call(block.module, dense, (entered, *args), kwargs))
         output = hidden_of(functional_call(block.module, other, (entered, *args), kwargs))
         found.extend(each.flatten(0, -2).double() for each in (output - expected, expected - entered, entered))
         return expected
 
-    part = None if acts.indivisible(block, 0) else slice(0, 1)
+    rows = slice(0, 1) if acts.probe.divisible else None
     with full_precision():
-        acts.run(block, 0, part, call, looks=True)
+        acts.run(block, 0, rows, call)
     error_E, change_E, entered_E = (each.square().mean(dim=0).sqrt() for each in found)
     error_E = error_E - ROUNDINGS * torch.finfo(torch.float32).eps * entered_E
     # Channel by channel: a few of them are much larger than all others.

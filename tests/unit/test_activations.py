@@ -1,0 +1,123 @@
+"""Blocks that run one by one give what the model gives, forward and backward."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from families import build, make_ids, stack_of
+from tiny import make_llama
+
+from optima import Recipe, prune
+from optima.calibration.activations import agree, capture, hidden_of, moved
+from optima.calibration.fisher import fisher_weights
+from optima.calibration.lm_head import label_gradient
+from optima.calibration.weights import row_weights
+from optima.models.blocks import find_stacks, select_linears
+from optima.models.inputs import forward, label_size
+
+CHAIN = ["llama", "llama4", "nemotron_h_omni", "qwen4_exp", "t5", "xlnet", "rwkv"]
+HYPER_CONNECTIONS = ["deepseek_v4", "hy_v4", "glm5_next"]
+
+
+@pytest.mark.parametrize("family", [*CHAIN, *HYPER_CONNECTIONS])
+def test_gradients_are_those_of_the_whole_model(family: str) -> None:
+    """The oracle: autograd through the model's own forward pass, with the same sampled labels."""
+    model, batches = build(family), list(make_ids(4).split(2))
+    stack = select_linears(find_stacks(model), [".*"], [])[-1]
+    acts = capture(model, stack, batches, whole=True)
+    found = fisher_weights(model, stack, acts, seed=3)
+    linears = [
+        linear
+        for block in stack.blocks
+        for linear in block.linears
+        if not (linear.expert or linear.name in acts.probe.routed)
+    ]
+    tokens = sum(math.prod(label_size(model, tokens_BL)) for tokens_BL in batches)
+    expected = {linear.name: torch.zeros(2, linear.shape[0]) for linear in linears}
+
+    def add(name: str, gradient: torch.Tensor, *_: object) -> None:
+        square_TO = gradient.square().flatten(0, -2)
+        expected[name][0] += square_TO.sum(dim=0) / tokens
+        expected[name][1] += (square_TO / square_TO.sum(dim=1, keepdim=True).sqrt()).nan_to_num().sum(dim=0) / tokens
+
+    handles = [linear.watch(partial(add, linear.name)) for linear in linears]
+    generator = torch.Generator().manual_seed(3)
+    for tokens_BL in batches:
+        drawn_T = torch.rand(label_size(model, tokens_BL), generator=generator).flatten()
+        logits_TV = forward(model, tokens_BL).logits.flatten(0, 1)
+        logits_TV.backward(label_gradient(logits_TV.detach(), drawn_T))
+    for handle in handles:
+        handle.remove()
+    for name, (square_O, tempered_O) in expected.items():
+        expected_O = row_weights(tempered_O * (square_O.sum() / tempered_O.sum()))
+        torch.testing.assert_close(
+            found.rows[name],
+            expected_O,
+            rtol=1e-3,
+            atol=1e-3 * float(expected_O.mean()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma4", "t5_encoder", "glm_moe_dsa"])
+def test_microbatches_give_what_the_batch_gives(family: str) -> None:
+    """Also where blocks are called with what earlier blocks computed."""
+    model = build(family)
+    stack = stack_of(model)
+    acts = capture(model, stack, [make_ids(4)], whole=True)
+    with torch.no_grad():
+        for block in stack.blocks:
+            parts = [hidden_of(acts.run(block, batch, rows)) for batch, rows, _ in acts.microbatches()]
+            assert len(parts) == 4
+            acts.forward(block)
+            torch.testing.assert_close(torch.cat(parts), acts.hidden[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4", "zaya"])
+def test_what_blocks_pass_on_is_that_of_the_dense_model(family: str) -> None:
+    """A later pass over dense inputs gives the dense outputs, although earlier blocks have been pruned."""
+    model, expected = build(family), list[torch.Tensor]()
+    stack = stack_of(model)
+    acts = capture(model, stack, [make_ids(2)], whole=True)
+    alone, dense = acts.clone(), acts.clone()
+    for block in stack.blocks:
+        alone.forward(block)
+        expected.append(alone.hidden[0])
+    for block, output in zip(stack.blocks, expected, strict=True):
+        dense.forward(block)
+        assert torch.equal(dense.hidden[0], output)
+        for linear in block.linears:
+            linear.write(linear.read() * 0.5)
+        acts.forward(block)
+        assert not torch.equal(acts.hidden[0], output)
+
+
+def test_blocks_that_share_keys_and_values_are_pruned_without_gradients() -> None:
+    report = prune(build("gemma4"), Recipe(), calibration=make_ids())
+    assert any("share keys and values" in note for note in report.run.notes)
+
+
+def test_outputs_agree_up_to_the_rounding_of_the_weights() -> None:
+    stream = torch.linspace(-4, 4, 64)
+    rounded = stream + 4 * torch.finfo(torch.bfloat16).eps
+    assert agree(rounded, stream, torch.bfloat16), "weights may be coarser than hidden states"
+    assert not agree(rounded, stream, torch.float32)
+
+
+def test_masks_that_are_expanded_over_samples_are_moved_once() -> None:
+    mask = torch.ones(1, 1, 5, 5).expand(8, 1, 5, 5)
+    there = moved(mask, torch.device("meta"))
+    assert there.shape == mask.shape
+    assert there.untyped_storage().nbytes() == 25 * 4
+    assert moved(torch.ones(2, 3).mT, torch.device("meta")).shape == (3, 2)
+
+
+def test_dense_blocks_do_not_run_while_inputs_are_captured() -> None:
+    """Beyond the probe, one call of a block a batch would cost a forward pass."""
+    model, calls = make_llama(), list[int]()
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    capture(model, stack_of(model), list(make_ids(6).split(2)))
+    assert len(calls) == 2, "in the model's own pass, and in the check of the chain"
