@@ -146,6 +146,5 @@ def test_rows_weigh_at_a_root_with_the_mean_of_their_squares() -> None:
 
 def test_weights_of_some_batches() -> None:
     weights = [heavy_tailed(30, seed) for seed in range(3)]
-    part = FisherWeights("a loss", {"a linear": weights}).part([2, 0]).of_tokens("a linear")
-    assert part is not None
+    part = FisherWeights("a loss", {"a linear": weights}).part([2, 0]).tokens["a linear"]
     assert [own.equal(weights[batch]) for own, batch in zip(part, (2, 0), strict=True)] == [True, True]

@@ -405,12 +405,14 @@ class _Observed:
         self.tokens = Counter[str]()
         self.passed_on = self.shared_states = False
         self._returned: set[int] = set()
-        self._inputs: defaultdict[str, list[Tensor]] = defaultdict(list)  # kept, so that no address is used again
+        self._inputs: defaultdict[str, list[object]] = defaultdict(list)
+        self._held: list[Tensor] = []  # until the block is done, so that no address is used again
 
     def inputs(self, linear: Linear, inputs: Tensor) -> None:
         """A linear is called."""
         if inputs.numel():
-            self._inputs[linear.name].append(inputs)
+            self._held.append(inputs)
+            self._inputs[linear.name].append(_identity(inputs))
         self.tokens[linear.name] += inputs.numel() // inputs.shape[-1]
 
     def output(
@@ -419,8 +421,9 @@ class _Observed:
         """A block has run."""
         groups: defaultdict[object, list[Linear]] = defaultdict(list)
         for linear in block.linears:
-            groups[tuple(map(_identity, self._inputs[linear.name])) or linear.name].append(linear)
+            groups[tuple(self._inputs[linear.name]) or linear.name].append(linear)
         self._inputs.clear()
+        self._held.clear()
         self.groups[block.index] = [tuple(group) for group in groups.values()]
         self.called.append(block.index)
         self.outputs.append(output)

@@ -142,8 +142,8 @@ def read_calibration(model: nn.Module, calibration: Any, most: Callable[[int], i
     text_alone = TEXT_ALONE - {LABELS} if is_encoder_decoder(model) else TEXT_ALONE  # its decoder reads labels
     if isinstance(first, Mapping) and any(isinstance(value, str) for value in first.values()):
         raise CalibrationError(
-            f"a calibration batch holds {', '.join(map(str, first))} as text, and no {IDS}: give the texts as a list, "
-            "such as calibration=dataset['text']"
+            f"a calibration batch holds {', '.join(map(str, first))}, but no {IDS}: give the texts as a list, such as "
+            "calibration=dataset['text']"
         )
     if isinstance(first, Mapping) and not set(first) <= text_alone:
         if not hasattr(calibration, "__len__"):
