@@ -10,7 +10,6 @@ import pytest
 import torch
 from families import FAMILIES, REFUSED, VOCAB, build, make_ids
 from rich.console import Console
-from runs import raising
 from safetensors.torch import load_file
 from tiny import make_llama
 from torch import Tensor, nn
@@ -175,28 +174,6 @@ def test_what_a_processor_returns_is_rounded_to_the_models_dtype() -> None:
     assert report.run.dtype == "bfloat16"
 
 
-def test_a_forward_pass_that_fails_is_named() -> None:
-    model = build("t5")
-    model.get_encoder().forward = lambda *args, **kwargs: model.nothing
-    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration itself fails in transformers .*AttributeError"):
-        prune(model, Recipe(), calibration=make_ids())
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("Expected x.is_cuda() to be true"),
-        ValueError("Pointer argument (at 0) cannot be accessed from Triton (cpu tensor?)"),
-    ],
-)
-def test_kernels_that_need_a_card_are_named(error: Exception) -> None:
-    """transformers takes them wherever a model runs, once their package is installed."""
-    model = build("falcon_h1")
-    model.model.layers[0].mamba.forward = raising(error)
-    with pytest.raises(ModelError, match=r"kernels that need a GPU .* take --device cuda and text alone, or uninstall"):
-        prune(model, Recipe(), calibration=make_ids())
-
-
 def test_a_weight_that_is_read_without_a_call_stays_dense_and_is_told() -> None:
     model = build("mamba")
     before = model.backbone.layers[0].mixer.dt_proj.weight.clone()
@@ -304,7 +281,7 @@ def test_padding_of_pairs_is_refused() -> None:
 def test_pairs_that_are_no_tensors_do_not_lose_their_labels() -> None:
     records = [{name: ids.tolist() for name, ids in batch.items()} for batch in pairs(labels=make_ids(2, 10))]
     for given in (records, iter(pairs(labels=make_ids(2, 10)))):
-        with pytest.raises(CalibrationError, match=r"calibration .*labels"):
+        with pytest.raises(CalibrationError, match=r"calibration .*(not a tensor|must be a list)"):
             prune(build("t5"), Recipe(), calibration=given)
 
 

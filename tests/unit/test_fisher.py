@@ -18,10 +18,10 @@ from optima import Recipe, prune
 from optima.allocate import saliency_quantiles
 from optima.calibration.activations import capture
 from optima.calibration.fisher import (
+    fisher_batches,
     fisher_share,
     fisher_weights,
     row_weights,
-    sensitivity_batches,
 )
 from optima.calibration.lm_head import label_gradient, sampled_tokens
 from optima.calibration.statistics import observe
@@ -380,7 +380,7 @@ def test_a_survey_of_some_batches_has_the_weights_of_their_tokens(monkeypatch: p
     model = make_llama()
     stack = stack_of(model)
     acts = capture(model, stack, list(make_tokens(8, 16).split(2)), whole=True)
-    taken = sensitivity_batches(acts, 0.5, experts=False)
+    taken = fisher_batches(acts, 0.5)
     assert taken == [0, 2]
     monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)  # so few tokens would weigh alike
     found = fisher_weights(model, stack, acts, seed=3)
