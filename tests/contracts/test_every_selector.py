@@ -10,7 +10,7 @@ import torch
 from layers import PATTERNS, check_counts, layer_of, make_layer
 from torch import Tensor
 
-from optima.core import BatchedCholesky, Hessian, solve
+from optima.core import BatchedCholesky, solve
 from optima.patterns import NM, Pattern, Unstructured
 from optima.selectors.admm import ADMM
 from optima.selectors.alps import ALPS
@@ -146,24 +146,16 @@ class TestEverySelector:
             check_same(single, double, tolerance=1e-4)
 
     @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-    def test_same_input_same_bits_and_nothing_changed(self, name: str, pattern: Pattern) -> None:
+    def test_the_same_bits_whatever_the_strides_and_nothing_changed(self, name: str, pattern: Pattern) -> None:
         weight_OD, inputs_TD = make_layer(dtype=torch.float32)
         task = layer_of(weight_OD.clone(), inputs_TD)
         first = SELECTORS[name]().select(task, pattern)
         assert torch.equal(task.weight_OD, weight_OD), "the weight is the caller's"
-        check_same(first, SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), pattern))
-
-    @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-    def test_strides_do_not_matter(self, name: str, pattern: Pattern) -> None:
-        weight_OD, inputs_TD = make_layer(dtype=torch.float32)
-        transposed_OD = weight_OD.T.contiguous().T
-        wide_OD = torch.zeros(20, 96)
-        wide_OD[:, ::2] = weight_OD
-        expected = SELECTORS[name]().select(layer_of(weight_OD, inputs_TD), pattern)
+        check_same(first, SELECTORS[name]().select(layer_of(weight_OD, inputs_TD, name="other"), pattern))
+        transposed_OD, wide_OD = weight_OD.T.contiguous().T, weight_OD.repeat_interleave(2, dim=1)
         for other_OD in (transposed_OD, wide_OD[:, ::2]):
-            assert not other_OD.is_contiguous()
             found = SELECTORS[name]().select(layer_of(other_OD, inputs_TD), pattern)
-            check_same(found, expected, tolerance=1e-5)
+            check_same(found, first, tolerance=1e-5)
 
     def test_numbers_on_another_scale(self, name: str) -> None:
         """Inputs a million times smaller: the same mask."""
@@ -172,18 +164,6 @@ class TestEverySelector:
             SELECTORS[name]().select(layer_of(weight_OD, scale * inputs_TD), NM(2, 4)) for scale in (1.0, 2.0**-20)
         )
         assert torch.equal(expected.keep_OD, found.keep_OD)
-
-    def test_the_name_is_of_no_matter(self, name: str) -> None:
-        weight_OD, inputs_TD = make_layer(dtype=torch.float32)
-        first, second = (
-            SELECTORS[name]().select(layer_of(weight_OD, inputs_TD, name=linear), NM(2, 4)) for linear in ("a", "b")
-        )
-        check_same(first, second)
-
-    def test_all_weights_equal_and_all_inputs_dead(self, name: str) -> None:
-        task = layer_of(torch.ones(4, 8), Hessian(torch.zeros(8, 8)))
-        for pattern in (Unstructured(0.5), NM(2, 4)):
-            check(SELECTORS[name]().select(task, pattern), task, pattern)
 
     def test_moved_weights_beat_the_mask_alone(self, name: str) -> None:
         weight_OD, inputs_TD = make_layer(40, 64)

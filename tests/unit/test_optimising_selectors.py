@@ -15,7 +15,6 @@ from layers import (
     PATTERNS,
     hessian_of,
     layer_of,
-    loss,
     lowest,
     make_layer,
     plain_keep,
@@ -217,18 +216,6 @@ def test_admm(pattern: Pattern, dead: tuple[int, ...]) -> None:
     torch.testing.assert_close(selection.weight_OD, expected_OD, rtol=1e-9, atol=1e-9)
 
 
-def test_admm_follows_its_schedule_to_another_mask() -> None:
-    weight_OD, inputs_TD = make_layer(40, 64)
-    pattern = Unstructured(0.6, "layer")
-    gradual, at_once = (
-        ADMM(gradual_iterations=count).select(layer_of(weight_OD, inputs_TD), pattern) for count in (15, 1)
-    )
-    assert not torch.equal(gradual.keep_OD, at_once.keep_OD)
-    assert gradual.weight_OD is not None
-    assert at_once.weight_OD is not None
-    assert loss(gradual.weight_OD, weight_OD, inputs_TD) < loss(at_once.weight_OD, weight_OD, inputs_TD)
-
-
 @pytest.mark.parametrize("dead", [(), DEAD], ids=["live", "dead"])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_alps(pattern: Pattern, dead: tuple[int, ...]) -> None:
@@ -334,13 +321,6 @@ def test_shared_preparation_is_dropped_with_its_hessian(selector: ADMM | ALPS | 
     hessian = weakref.ref(task.hessian)
     del task
     assert hessian() is None, "nothing that it holds refers to it"
-
-
-def test_admm_settings_of_one_hessian() -> None:
-    task = layer_of(*make_layer())
-    first, second = (ADMM(ridge=ridge).select(task, NM(2, 4)).weight_OD for ridge in (0.1, 1.0))
-    assert not torch.equal(first, second)
-    assert torch.equal(second, ADMM(ridge=1.0).select(layer_of(*make_layer()), NM(2, 4)).weight_OD)
 
 
 def test_alps_ends_where_few_weights_change(monkeypatch: pytest.MonkeyPatch) -> None:
