@@ -1,4 +1,4 @@
-"""Runs in a child process, which can be killed, lose power, or be refused space."""
+"""Runs in forked child processes, which can be killed, lose power, or be refused space."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+# A child shares what is imported before the fork: without these, each child would import them itself, for seconds.
+import datasets  # noqa: F401
+import scipy.optimize  # noqa: F401
 from tiny import prune_arguments
 
+import optima.evaluation.evaluate
+import optima.run  # noqa: F401
 from optima.cli import main
 
 MESSAGES = "messages.txt"
@@ -29,10 +34,7 @@ def start(
     messages: str = MESSAGES,
     model: str = "model",
 ) -> int:
-    """A run in a child that shares what is imported; its process id. ``prepare`` is called there first.
-
-    What it says on stderr is in the file ``messages``.
-    """
+    """Starts ``optima prune``; returns its process id. ``prepare`` runs there first; stderr goes to ``messages``."""
     child = os.fork()
     if child:
         return child
@@ -50,7 +52,7 @@ def start(
 
 
 def run_script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """What ``python path arguments`` does and says, in a child that shares what is imported: that takes seconds."""
+    """``python path arguments`` in a forked child."""
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         child = os.fork()
         if not child:
@@ -75,8 +77,8 @@ def run_script(path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
                     sys.stderr.flush()
                 os._exit(code if isinstance(code, int) else 1)
         code = finish(child)
-        said = [file.seek(0) or file.read() for file in (out, err)]
-    return subprocess.CompletedProcess([str(path), *arguments], code, *said)
+        printed = [file.seek(0) or file.read() for file in (out, err)]
+    return subprocess.CompletedProcess([str(path), *arguments], code, *printed)
 
 
 def finish(child: int) -> int:

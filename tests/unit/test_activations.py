@@ -18,8 +18,8 @@ from optima.calibration.weights import row_weights
 from optima.models.blocks import find_stacks, select_linears
 from optima.models.inputs import forward, label_size
 
-CHAIN = ["llama", "llama4", "nemotron_h_omni", "qwen4_exp", "t5", "xlnet", "rwkv"]
-HYPER_CONNECTIONS = ["deepseek_v4", "hy_v4", "glm5_next"]
+CHAIN = ["llama", "llama4", "nemotron_h", "t5", "xlnet"]
+HYPER_CONNECTIONS = ["deepseek_v4"]
 
 
 @pytest.mark.parametrize("family", [*CHAIN, *HYPER_CONNECTIONS])
@@ -76,7 +76,7 @@ def test_microbatches_give_what_the_batch_gives(family: str) -> None:
             torch.testing.assert_close(torch.cat(parts), acts.hidden[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["gemma3n", "gemma4", "zaya"])
+@pytest.mark.parametrize("family", ["gemma3n", "gemma4"])
 def test_what_blocks_pass_on_is_that_of_the_dense_model(family: str) -> None:
     """A later pass over dense inputs gives the dense outputs, although earlier blocks have been pruned."""
     model, expected = build(family), list[torch.Tensor]()

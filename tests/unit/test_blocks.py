@@ -196,7 +196,7 @@ class TestSelectLinears:
         assert select_linears(find_stacks(model), [".*"], ["up_proj"])
 
 
-@pytest.mark.parametrize(("family", "count"), [("switch", 8), ("mixtral", 24), ("qwen2_moe", 24)])
+@pytest.mark.parametrize(("family", "count"), [("switch", 8), ("mixtral", 16)])
 def test_experts_are_told_in_one_parameter_or_in_modules(family: str, count: int) -> None:
     for stack in find_stacks(build(family)):
         linears = [linear for block in stack.blocks for linear in block.linears]
@@ -209,23 +209,14 @@ INDEXER = [f"self_attn.indexer.{name}" for name in ("weights_proj", "wk", "wq_b"
 ROUTERS = {
     "switch": ["layer.1.mlp.router.classifier"],
     "llama4": ["feed_forward.router"],
-    "phimoe": ["mlp.router"] * 3,
-    "hunyuan_moe": ["mlp.gate.wg"] * 3,
-    "afmoe": ["mlp.router.gate"] * 2,
-    "qwen2_moe": ["mlp.shared_expert_gate"] * 3,
-    "qwen3_next": ["mlp.shared_expert_gate"] * 3,
+    "phimoe": ["mlp.router"] * 2,
+    "qwen3_next": ["mlp.shared_expert_gate"] * 2,
     "gemma3n": ["altup.modality_router"] * 4,
-    "gemma4_moe": ["router.proj"] * 3,
+    "gemma4_moe": ["router.proj"] * 2,
     "glm_moe_dsa": INDEXER * 4,
-    "mistral_large4": INDEXER * 4,
     "deepseek_v4": [
         f"self_attn.compressor.indexer.{name}" for name in ("gate_proj", "kv_proj", "q_b_proj", "scorer.weights_proj")
     ],
-    "hy_v4": INDEXER * 2,
-    "glm5_next": INDEXER,
-    "qwen4_exp": [*["mlp.shared_expert_gate"] * 2, "self_attn.indexer.index_qk_proj", "mlp.shared_expert_gate"],
-    "zaya": [f"mlp.gate.{name}" for name in ("down_proj", "router_mlp.fc1", "router_mlp.fc2", "router_mlp.out_proj")]
-    * 3,
 }
 
 

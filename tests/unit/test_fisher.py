@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, build, make_ids, stack_of, sweep
+from families import FAMILIES, build, fisher_of, make_ids, stack_of
 from layers import layer_of, make_layer
 from tiny import VOCAB, NoBackward, make_bert, make_llama, make_tokens
 from transformers import BertForPreTraining, MixtralConfig, MixtralForCausalLM
@@ -37,7 +37,7 @@ from optima.selectors.scores import Magnitude, Wanda
 def test_they_are_the_gradients_of_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)  # so few tokens would weigh alike
     model = make_llama().eval()
-    found, tokens_NL = sweep(model)
+    found, tokens_NL = fisher_of(model)
     name = "model.layers.1.mlp.up_proj"
     seen: list[torch.Tensor] = []
     model.get_submodule(name).register_forward_hook(
@@ -59,14 +59,14 @@ def test_they_are_the_gradients_of_the_whole_model(monkeypatch: pytest.MonkeyPat
 
 
 def test_batches_do_not_matter() -> None:
-    first, second = sweep(make_llama().eval(), 4)[0], sweep(make_llama().eval(), 8)[0]
+    first, second = fisher_of(make_llama().eval(), 4)[0], fisher_of(make_llama().eval(), 8)[0]
     assert first.rows.keys() == second.rows.keys() != set()
     for name in first.rows:
         assert torch.allclose(first.rows[name], second.rows[name], rtol=1e-4)
 
 
 def test_weights_of_tokens_have_mean_one() -> None:
-    found, _ = sweep(make_llama().eval())
+    found, _ = fisher_of(make_llama().eval())
     for own in found.tokens.values():
         assert float(torch.cat(own).mean()) == pytest.approx(1.0)
 
@@ -94,7 +94,7 @@ def test_a_run_by_the_loss() -> None:
 
 def test_the_metric_of_tuning_is_the_second_moment_of_the_gradients() -> None:
     model = make_llama().eval()
-    assert sweep(model)[0].residual == {}
+    assert fisher_of(model)[0].residual == {}
     tokens_NL = make_tokens(8, 16)
     stack = stack_of(model)
     batches = list(tokens_NL.split(4))
@@ -124,7 +124,7 @@ def test_labels_are_drawn_from_the_model() -> None:
 
 
 def test_an_encoder_is_weighed_by_its_hidden_states() -> None:
-    found, _ = sweep(make_bert().eval())
+    found, _ = fisher_of(make_bert().eval())
     assert found.loss == "the square of the change of the last hidden states"
     assert all(bool(row_O.any()) for row_O in found.rows.values())
 
@@ -183,7 +183,7 @@ def test_so_does_one_whose_kernels_have_no_backward_pass(place: str) -> None:
 
 
 def test_a_block_that_is_done_is_forgotten() -> None:
-    found, _ = sweep(make_llama())
+    found, _ = fisher_of(make_llama())
     left = {name for known in (found.tokens, found.rows) for name in known}
     found.forget([name for name in left if "layers.0" in name])
     assert {name for known in (found.tokens, found.rows) for name in known} == {
@@ -248,8 +248,8 @@ def test_a_part_of_the_sequences_stands_for_all(
 ) -> None:
     monkeypatch.setattr("optima.calibration.fisher.LEAST_TOKENS", 1)
     monkeypatch.setattr("optima.calibration.weights.EFFECTIVE", 0)  # so few tokens would weigh alike
-    whole, _ = sweep(make().eval(), 2)
-    part, _ = sweep(make().eval(), 2, share=0.5)
+    whole, _ = fisher_of(make().eval(), 2)
+    part, _ = fisher_of(make().eval(), 2, fraction=0.5)
     for name, own in whole.tokens.items():
         used_T, own_T = (torch.cat([each[batch] for batch in (0, 2)]) for each in (part.tokens[name], own))
         torch.testing.assert_close(used_T / used_T.mean(), own_T / own_T.mean(), rtol=1e-3, atol=1e-12)  # same labels
@@ -303,7 +303,7 @@ def test_an_encoder_is_swept_sample_by_sample() -> None:
 
 
 def test_few_tokens_are_all_swept() -> None:
-    whole, part = sweep(make_llama().eval(), 2)[0], sweep(make_llama().eval(), 2, share=0.25)[0]
+    whole, part = fisher_of(make_llama().eval(), 2)[0], fisher_of(make_llama().eval(), 2, fraction=0.25)[0]
     assert all(torch.equal(part.rows[name], row_O) for name, row_O in whole.rows.items())
     assert fisher_share(0.25, 64 * 512) == fisher_share(0.25, 2**20) == 0.25
     assert fisher_share(0.25, 32 * 512) == 0.5
@@ -318,7 +318,7 @@ def test_a_run_hands_the_weights_of_rows_to_the_selector() -> None:
             return super().select(task, pattern)
 
     prune(make_llama(), Recipe(selector=Spy(), seed=3, batch_size=4), calibration=make_tokens(8, 16))
-    found, _ = sweep(make_llama().eval(), 4)
+    found, _ = fisher_of(make_llama().eval(), 4)
     assert seen.keys() == found.rows.keys()
     for name in found.rows:
         torch.testing.assert_close(seen[name], found.of_rows(name), rtol=1e-4, atol=0.0)
@@ -343,7 +343,7 @@ def test_experts_of_few_tokens_and_of_a_part_of_the_sequences(monkeypatch: pytes
 
 def test_tokens_of_a_block_weigh_the_square_of_the_gradient_at_its_output() -> None:
     model = make_llama().eval()
-    found, tokens_NL = sweep(model)
+    found, tokens_NL = fisher_of(model)
     seen: list[torch.Tensor] = []
     model.model.layers[0].register_forward_hook(
         lambda module, args, output: seen.append(output) or output.retain_grad()

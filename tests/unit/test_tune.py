@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build, make_ids, stack_of, sweep
+from families import build, fisher_of, make_ids, stack_of
 from ranks import in_processes
 from tiny import POSITIONS, VOCAB, make_llama, make_tokens
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -196,9 +196,8 @@ def test_a_sequence_whose_gradients_overflow_is_left_out() -> None:
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen2"])
-def test_what_is_left_dense_keeps_its_biases(family: str) -> None:
-    model = build(family)
+def test_what_is_left_dense_keeps_its_biases() -> None:
+    model = build("gpt_oss")
     with torch.no_grad():  # zeros stay zeros in tuning
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -422,7 +421,7 @@ def test_a_block_is_tuned_by_what_the_loss_feels_of_the_tokens_that_are_taken(mo
     monkeypatch.setattr("optima.tune.tune", watched)
     recipe = Recipe(seed=3, batch_size=2, tuning_epochs=1, tuning_fraction=0.5)
     prune(make_llama(), recipe, calibration=make_tokens(8, 16))
-    found, _ = sweep(make_llama(), 2)
+    found, _ = fisher_of(make_llama(), 2)
     assert seen.pop() is None, "the last block is tuned by words"
     for number, weights in enumerate(seen):
         expected = found.tokens.get(f"model.layers.{number}")
