@@ -63,16 +63,16 @@ def main(arguments: list[str] | None = None) -> list[list[str]]:
 def by_hessian(options: argparse.Namespace) -> dict[str, Way]:
     """int4 as the symmetric one, errors made up for as they come, and then one weight of a row at a time."""
 
-    def rounded(weight_OD: Tensor, name: str, sweeps: int) -> Tensor:
+    def rounded(weight_OD: Tensor, name: str, passes: int) -> Tensor:
         hessian = Hessian(load_file(options.dump_dir / f"{name}.safetensors")["hessian"])
         scale_OD = scales(weight_OD, 4, options.group)
         found_OD = compensated(weight_OD, scale_OD, 4, hessian)
-        return descended(weight_OD, found_OD, scale_OD, 4, hessian, sweeps) if sweeps else found_OD
+        return descended(weight_OD, found_OD, scale_OD, 4, hessian, passes) if passes else found_OD
 
     ways = {"compensated": 0, "and descended": 3}
     return {
-        f"int4, {way}": lambda weight_OD, name, sweeps=sweeps: rounded(weight_OD, name, sweeps)
-        for way, sweeps in ways.items()
+        f"int4, {way}": lambda weight_OD, name, passes=passes: rounded(weight_OD, name, passes)
+        for way, passes in ways.items()
     }
 
 

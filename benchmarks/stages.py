@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("model", help="hub id, local directory or GGUF file")
     parser.add_argument("--calibration", nargs="+", required=True, help="text to calibrate on")
     parser.add_argument("--selector", default="wanda")
-    parser.add_argument("--objective", default="sink", help="loss: the sweep's stage comes too")
+    parser.add_argument("--objective", default="sink", help="loss: includes the gradient pass")
     parser.add_argument("--pattern", default="0.5")
     parser.add_argument("--num-calibration-samples", type=int, default=64)
     parser.add_argument("--max-seq-length", type=int, default=512)

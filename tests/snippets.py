@@ -1,13 +1,12 @@
-"""Runs the commands and the code of a page as a reader would, on stand-ins: tiny models, little text, no hub.
+"""Runs the commands and the code of a page as a reader would, on tiny models and short texts, without a hub.
 
-* ``optima`` runs in this process, on what the page names. A model, a text or an output that is not there is made first.
-* Recipes are cut to a few short sequences, evaluations to short windows.
-* ``pip`` and ``make`` are not called: what they name must exist. No environment is made, and nothing downloaded.
-  Everything else goes to bash.
-* Python runs in one namespace a page, which has a ``model``, its ``tokenizer``, a ``recipe`` and ``documents``. There
-  are a directory ``model`` and a file ``text.txt``.
+* ``optima`` runs in this process. What a command reads and does not exist is made first: models, texts, outputs.
+* Recipes are limited to a few short sequences, evaluations to short windows.
+* ``pip`` and ``make`` are not run: what they name must exist. Other commands go to bash.
+* Python runs in one namespace per page, which has a ``model``, its ``tokenizer``, a ``recipe`` and ``documents``, next
+  to a directory ``model`` and a file ``text.txt``.
 
-A comment in front of a block says otherwise: ``<!-- file: NAME -->`` (the block is a file), ``<!-- not run: why -->``.
+Before a block, ``<!-- file: NAME -->`` writes it to a file, and ``<!-- not run: why -->`` skips it.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,10 @@ from optima.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?:^<!-- (file|not run): (.*?) -->\n)?^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SAMPLES, LENGTH = 4, 32  # of calibration
+MOST = {"num_calibration_samples": 4, "max_seq_length": 32}
 WINDOW = 64  # tokens of an evaluation's window
 DOCUMENTS = [f"{LINES[i % 3]} {i} " * 20 for i in range(40)]
-UNCALLED = {("git", "clone"), ("python3", "-m"), ("hf", "download")}
+NOT_RUN = {("git", "clone"), ("python3", "-m"), ("hf", "download")}
 TEXTS = (".txt", ".jsonl", ".json", ".parquet")
 PACKED_MASKS = "mask_compressed.npz"
 
@@ -67,35 +67,29 @@ def snippets(page: Path) -> list[Snippet]:
 
 
 def short_windows(documents: Iterable[str], tokenizer: Any, length: int, *options: Any) -> Tensor:
-    """Windows of at most ``WINDOW`` tokens."""
     return evaluation_windows(documents, tokenizer, min(length, WINDOW), *options)
 
 
 class World:
-    """The reader's machine: the current directory, where what a page names comes to be."""
+    """The reader's machine: the current directory, in which the files that a page names are made."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, dense: Path, pruned: Path) -> None:
-        self.monkeypatch, self.dense, self.pruned = monkeypatch, dense, pruned
-        self._cap(Recipe, "num_calibration_samples", SAMPLES)
-        self._cap(Recipe, "max_seq_length", LENGTH)
+        self.dense, self.pruned = dense, pruned
+        before = Recipe.__init__
+
+        def init(recipe: Recipe, **values: Any) -> None:
+            before(recipe, **values)
+            for name, most in MOST.items():
+                if (value := getattr(recipe, name)) is not None:
+                    vars(recipe)[name] = min(value, most)
+
+        monkeypatch.setattr(Recipe, "__init__", init)
         monkeypatch.setattr("optima.evaluation.evaluate.evaluation_windows", short_windows)
         monkeypatch.setattr("datasets.load_dataset_builder", lambda *_, **__: Builder())
         monkeypatch.syspath_prepend(str(Path.cwd()))
-        self._namespace: dict[str, Any] | None = None
-
-    def _cap(self, kind: type, name: str, most: int) -> None:
-        """No value of a field is above ``most`` where a text is read, whoever asks for it."""
-        before = kind.__init__  # type: ignore[misc]
-
-        def init(self: Any, **values: Any) -> None:
-            before(self, **values)
-            if (value := getattr(self, name)) is not None:
-                vars(self)[name] = min(value, most)
-
-        self.monkeypatch.setattr(kind, "__init__", init)
 
     def run(self, snippet: Snippet) -> None:
-        """Run one block; what goes wrong fails the test."""
+        """Run one block; an error fails the test."""
         if snippet.mark == "not run":
             return
         if snippet.mark == "file":
@@ -103,33 +97,30 @@ class World:
             sys.modules.pop(Path(snippet.about).stem, None)
         elif snippet.language == "python":
             if PACKED_MASKS in snippet.text:
-                self._packed_masks()
+                self._write_packed_masks()
             exec(compile(snippet.text, f"line {snippet.line}", "exec"), self.namespace)
         else:
             for line in snippet.text.replace("\\\n", " ").splitlines():
                 if words := shlex.split(line, comments=True):
                     self.command(line, words)
 
-    @property
+    @cached_property
     def namespace(self) -> dict[str, Any]:
-        """What the Python of a page may use without saying where it is from."""
-        if self._namespace is None:
-            self.model("model")
-            self.text(Path("text.txt"))
-            recipe = Recipe(selector="wanda", objective="sink")
-            self._namespace = {
-                "__name__": "snippets",
-                "optima": optima,
-                "model": make_llama(max_position_embeddings=256),
-                "tokenizer": make_tokenizer(),
-                "recipe": recipe,
-                "documents": DOCUMENTS,
-            }
-        return self._namespace
+        """What the Python of a page may use without defining it."""
+        self._model("model")
+        write_text(Path("text.txt"))
+        return {
+            "__name__": "snippets",
+            "optima": optima,
+            "model": make_llama(max_position_embeddings=256),
+            "tokenizer": make_tokenizer(),
+            "recipe": Recipe(selector="wanda", objective="sink"),
+            "documents": DOCUMENTS,
+        }
 
     def command(self, line: str, words: list[str]) -> None:
         """Run one line of bash."""
-        if words[0] == "torchrun":  # one rank of it; tests of ranks start several
+        if words[0] == "torchrun":  # one process of it; tests of ranks start several
             words = words[words.index("optima") :]
         match words:
             case ["optima", command, *arguments]:
@@ -145,88 +136,72 @@ class World:
                 assert all("=" in target or re.search(rf"^{target}:", known, re.MULTILINE) for target in targets), line
             case ["pip", "install", *packages]:
                 known = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-                for package in packages:
-                    for extra in re.findall(r"\[(\w+)\]", package):
-                        assert f"\n{extra} = [" in known, line
-            case _ if tuple(words[:2]) in UNCALLED or words[0] in ("cd", ".", ".venv/bin/pre-commit"):
+                extras = [extra for package in packages for extra in re.findall(r"\[(\w+)\]", package)]
+                assert all(f"\n{extra} = [" in known for extra in extras), line
+            case _ if tuple(words[:2]) in NOT_RUN or words[0] in ("cd", ".", ".venv/bin/pre-commit"):
                 pass
             case ["python", script, *_] if (ROOT / script).exists():
-                pass  # a benchmark: run by hand
+                pass  # a benchmark: test_benchmarks.py runs it
             case _:
                 subprocess.run(["bash", "-c", line], check=True, capture_output=True)
 
     def _argument(self, option: str, value: str) -> str:
-        """Make a file that an argument names; a GPU is a CPU here."""
+        """Make the file that an argument names; a GPU is a CPU here."""
         if option == "--device":
             return "cpu"
+        file = Path(value)
         if option == "--task-data":
-            self._items(Path(value))
-        if value.endswith(TEXTS) and option not in ("--output",) and not Path(value).exists():
-            self.text(Path(value))
-        if value.endswith(".safetensors") and not Path(value).exists():
-            self._masks(Path(value))
-        if option == "--mask-from" and not Path(value).exists():
-            shutil.copytree(self.pruned, value)
+            write_items(file)
+        elif option == "--mask-from" and not file.exists() and file.suffix != ".safetensors":
+            shutil.copytree(self.pruned, file)
+        elif file.suffix == ".safetensors" and not file.exists():
+            save_file({name: weight != 0 for name, weight in self._pruned_weights().items()}, file)
+        elif file.suffix in TEXTS and option != "--output" and not file.exists():
+            write_text(file)
         return value
 
     def _models(self, command: str, arguments: list[str]) -> None:
-        """Make the models and outputs that a command reads."""
-        names = []
-        for argument in arguments:
-            if argument.startswith("-"):
-                break
-            names.append(argument)
-        if command == "unpack" or "--output-dir" in names:
-            return
-        for place, name in enumerate(names if command in ("eval", "report", "pack") else names[:1]):
-            if command in ("prune", "plan", "order", "eval", "report", "pack") and not name.endswith(TEXTS):
-                self.model(name, pruned=command in ("report", "pack") or (command == "eval" and place > 0))
+        """Make the models and outputs that a command reads: its arguments before the first option."""
+        end = next((place for place, each in enumerate(arguments) if each.startswith("-")), len(arguments))
+        for place, name in enumerate(arguments[:end]):
+            if command != "unpack" and not name.endswith(TEXTS):
+                self._model(name, pruned=command in ("report", "pack") or (command == "eval" and place > 0))
 
-    def model(self, name: str, pruned: bool = False) -> None:
-        """A tiny model, or one that was pruned, in a directory of that name."""
+    def _model(self, name: str, pruned: bool = False) -> None:
         if not Path(name).exists():
             shutil.copytree(self.pruned if pruned else self.dense, name)
 
-    def text(self, file: Path) -> None:
-        """A text of a few thousand tokens."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix == ".jsonl":
-            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS), encoding="utf-8")
-        else:
-            file.write_text("\n\n".join(DOCUMENTS), encoding="utf-8")
+    def _pruned_weights(self) -> dict[str, Tensor]:
+        return {name: weight for name, weight in load_weights(self.pruned).items() if "_proj" in name}
 
-    def _items(self, directory: Path) -> None:
-        """Items of the tasks whose files the pages name."""
-        directory.mkdir(exist_ok=True)
-        cuts = [slice(i, i + 8) for i in range(8)]
-        piqa = [
-            {"goal": LINES[2], "sol1": LINES[0][cut], "sol2": LINES[1][cut], "label": cut.start % 2} for cut in cuts
-        ]
-        arc = [
-            {
-                "id": str(cut.start),
-                "question": LINES[2],
-                "choices": {"text": [LINES[0][cut], LINES[1][cut]], "label": ["A", "B"]},
-                "answerKey": "AB"[cut.start % 2],
-            }
-            for cut in cuts
-        ]
-        for name, items in ("piqa_validation.jsonl", piqa), ("arc_easy_test.jsonl", arc):
-            (directory / name).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-
-    def _masks(self, file: Path) -> None:
-        weights = load_weights(self.pruned)
-        save_file({name: weight != 0 for name, weight in weights.items() if "_proj" in name}, file)
-
-    def _packed_masks(self) -> None:
+    def _write_packed_masks(self) -> None:
         """As MaskLLM publishes them."""
-        weights = load_weights(self.pruned)
-        bits = {f"{name}.mask": np.packbits(weight.numpy() != 0) for name, weight in weights.items() if "_proj" in name}
+        bits = {f"{name}.mask": np.packbits(weight.numpy() != 0) for name, weight in self._pruned_weights().items()}
         np.savez_compressed(PACKED_MASKS, **bits)
 
 
+def write_text(file: Path) -> None:
+    """A text of a few thousand tokens."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    records = "".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS)
+    file.write_text(records if file.suffix == ".jsonl" else "\n\n".join(DOCUMENTS), encoding="utf-8")
+
+
+def write_items(directory: Path) -> None:
+    """Items of the tasks that the pages name."""
+    directory.mkdir(exist_ok=True)
+    piqa, arc = [], []
+    for i in range(8):
+        choices = [line[i : i + 8] for line in LINES[:2]]
+        piqa.append({"goal": LINES[2], "sol1": choices[0], "sol2": choices[1], "label": i % 2})
+        labelled = {"text": choices, "label": ["A", "B"]}
+        arc.append({"id": str(i), "question": LINES[2], "choices": labelled, "answerKey": "AB"[i % 2]})
+    for name, items in ("piqa_validation.jsonl", piqa), ("arc_easy_test.jsonl", arc):
+        (directory / name).write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+
+
 class Builder:
-    """The hub's data sets, which are not to be had in a test."""
+    """Stands for a dataset of the hub."""
 
     hash = "0" * 40
 

@@ -45,7 +45,7 @@ def compensated(weight_OD: Tensor, scale_OD: Tensor, bits: int, hessian: Hessian
 
 
 def descended(
-    weight_OD: Tensor, start_OD: Tensor, scale_OD: Tensor, bits: int, hessian: Hessian, sweeps: int = 3
+    weight_OD: Tensor, start_OD: Tensor, scale_OD: Tensor, bits: int, hessian: Hessian, passes: int = 3
 ) -> Tensor:
     """One kept weight of every row at a time at its best multiple, the others held (QuantEase, arXiv 2309.01885).
 
@@ -55,7 +55,7 @@ def descended(
         scale_OD: of each weight.
         bits: of the multiples.
         hessian: of the linear's inputs.
-        sweeps: over all columns.
+        passes: over all columns.
 
     Returns:
         Weights of shape (O, D) whose error under the damped hessian is at most that of ``start_OD``.
@@ -63,7 +63,7 @@ def descended(
     damped_DD = hessian.damped_DD.float()
     keep_OD = weight_OD != 0
     found_OD = start_OD.clone()
-    for _ in range(sweeps):
+    for _ in range(passes):
         gradient_OD = (found_OD - weight_OD.float()) @ damped_DD  # anew, for rounding adds up
         for begin in range(0, found_OD.shape[1], BLOCK):
             block = slice(begin, begin + BLOCK)

@@ -1,6 +1,6 @@
 """The price of re-solving in a whole run: `optima prune` with Wanda alone and with Wanda + OPTIMA, as commands.
 
-All else is alike: without an objective the second run would sweep the model too.
+All else is alike: without an objective the second run would run the gradient pass too.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def test_dense_targets(accuracy: list[str], tmp_path: Path) -> None:
 def test_quantise(accuracy: list[str], tmp_path: Path) -> None:
     model, text = accuracy[0], accuracy[2]
     recipe = Recipe(
-        pattern=["2:4"], selector=Dumping(tmp_path / "layers", make_selector("wanda")), objective="sink",
+        pattern=["2:4"], selector=Dumping(tmp_path / "layers", inner=make_selector("wanda")), objective="sink",
         dataset=[text], num_calibration_samples=8, max_seq_length=16, tuning_epochs=0,
     )  # fmt: skip
     pruned = tmp_path / "pruned"

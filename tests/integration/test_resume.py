@@ -457,7 +457,7 @@ def test_a_run_without_a_place_has_nothing_to_resume(capsys: pytest.CaptureFixtu
 
 
 class Lot:
-    """A selector as docs/howto/your-own-selector.md makes one: no dataclass."""
+    """A selector as docs/howto/extend.md makes one: no dataclass."""
 
     published_scope = "row"
 
