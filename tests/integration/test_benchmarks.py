@@ -250,7 +250,7 @@ def test_quantise(accuracy: list[str], tmp_path: Path) -> None:
     prune(model, recipe, output_dir=pruned, progress=False)
     size = ["--max-seq-length", "16", "--max-windows", "2", "--group", "16"]
     output = run("quantise.py", str(pruned), "--evaluation", text, *size, "--dump-dir", str(tmp_path / "layers"))
-    kept = {weights: zeros for _, weights, _, zeros, _ in rows_of(output, "int")}
+    kept = {weights: zeros for _, weights, _, zeros in rows_of(output, "int")}
     assert int(kept.pop("int4 with an offset, for 16").removesuffix("%")) < 50
     ways = ["int8, a scale a row", "int4, a scale for 16 inputs", "int4, compensated", "int4, and descended"]
     assert kept == dict.fromkeys(ways, "100%")
