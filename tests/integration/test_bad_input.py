@@ -445,7 +445,7 @@ def test_arguments_of_other_types() -> None:
     refused("whole numbers", calibration=[make_tokens() > 100])
     with pytest.raises(ModelError, match="has zeros to hold"):
         hold_zeros(make_llama(), {})
-    with pytest.raises(RecipeError, match="is a ndarray: give a tensor"):
+    with pytest.raises(RecipeError, match="must be a bool tensor"):
         hold_zeros(make_llama(), {"model.layers.0.mlp.up_proj": torch.ones(48, 32, dtype=torch.bool).numpy()})  # type: ignore[dict-item]
 
 

@@ -81,11 +81,6 @@ def test_the_headline() -> None:
     assert "certified gap" not in page(report(unsolved())).shown
 
 
-def test_figures_from_elsewhere_join_the_headline() -> None:
-    shown = Page(render_html({"run": report()}, [[("perplexity", "30.8", "19.3 before")]])).shown
-    assert "perplexity 30.8 19.3 before" in shown
-
-
 def test_sections_are_there_where_they_have_something_to_say() -> None:
     full = page(report(notes=("a note",), stages={"solve": 31.0}))
     assert "Notes a note" in full.shown
@@ -96,12 +91,6 @@ def test_sections_are_there_where_they_have_something_to_say() -> None:
     assert "Nothing was pruned." in empty.shown
     for title in ("map", "spread", "linears", "times"):
         assert SECTIONS[title] not in empty.shown
-
-
-def test_warnings_stand_out() -> None:
-    warned = page(report(linear(rows_not_converged=3)))
-    assert ("li", {"class": "warning"}) in warned.elements
-    assert ("li", {"class": "warning"}) not in page(report()).elements
 
 
 def test_comparison_shows_how_recipes_and_errors_differ() -> None:
@@ -129,12 +118,6 @@ def test_a_run_that_was_not_evaluated_has_a_gap_in_the_headlines(evaluated: int)
     assert len(cells) == 2 * 6
     assert sorted(cell for cell in cells if cell in ("68.21", "–")) == ["68.21", "–"]
     assert found.shown.count("perplexity") == 1
-
-
-def test_values_of_a_recipe_are_written_as_people_write_them() -> None:
-    recipe = RUN.recipe | {"dataset": ["a.txt", "b.txt"], "max_change": None}
-    assert "dataset – a.txt, b.txt" in (text := page(report(), report(recipe=recipe)).shown)
-    assert "max_change" not in text.partition("Recipe and environment")[0], "unset, and unknown to an older record"
 
 
 def test_nothing_is_fetched_and_only_the_page_s_own_script_runs() -> None:
@@ -172,18 +155,6 @@ def test_numbers_that_json_cannot_hold() -> None:
     (row,) = records(found.data[0])
     assert (row["error"], row["gap_max"], row["error_mask"]) == ("NaN", "Infinity", "Infinity")
     assert "the error is not a finite number" in found.shown
-
-
-@pytest.mark.parametrize(
-    ("names", "kinds"),
-    [
-        (["attention.self.query", "attention.output.dense", "output.dense"], None),
-        (["mlp.experts.0.up", "mlp.experts.1.up", "mlp.gate"], ["up", "gate"]),
-    ],
-)
-def test_kinds_come_from_names(names: list[str], kinds: list[str] | None) -> None:
-    (run,) = page(report(*(linear(name, block) for block in (0, 1) for name in names))).data
-    assert run["kinds"] == (kinds or ["query", "attention.output.dense", "output.dense"])
 
 
 def test_two_thousand_linears_fit() -> None:

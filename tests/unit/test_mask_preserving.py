@@ -20,7 +20,6 @@ from optima.errors import ModelError, RecipeError
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1),
-    "sgd, nesterov": lambda p: torch.optim.SGD(p, lr=1e-1, momentum=0.9, weight_decay=0.1, nesterov=True),
     "rprop": lambda p: torch.optim.Rprop(p, lr=1e-2),
 }
 
@@ -66,16 +65,6 @@ def test_a_model_that_is_gone_is_held_no_more() -> None:
     before = weights(model)
     train(model, torch.optim.SGD(model.parameters(), lr=1e-1))
     check_held(before, weights(model))
-
-
-def test_parameters_that_others_replace_are_held() -> None:
-    model = sparse_llama()
-    before = weights(model)
-    optima.hold_zeros(model)
-    linear = model.get_submodule("model.layers.0.mlp.up_proj")
-    linear.weight = nn.Parameter(torch.ones_like(linear.weight))
-    train(model, torch.optim.SGD(model.parameters(), lr=1e-1), steps=1)
-    assert not linear.weight[before["model.layers.0.mlp.up_proj"] == 0].any()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -137,20 +126,6 @@ def test_trainer_callback_holds_to_the_end_and_lets_go(tmp_path: Path) -> None:
     assert any(bool((weights(model)[name][old == 0] != 0).any()) for name, old in before.items())
 
 
-def test_apply_restores_zeros_after_an_adapter_is_merged() -> None:
-    model = sparse_llama()
-    before = weights(model)
-    handle = optima.hold_zeros(model)
-    with torch.no_grad():
-        for block in blocks_of(model):
-            for linear in block.linears:
-                outputs, inputs = linear.shape
-                linear.read().add_(torch.ones(outputs, 2) @ torch.full((2, inputs), 0.01))
-    handle.apply()
-    check_held(before, weights(model))
-    handle.remove()
-
-
 def test_adapters_and_tied_embeddings_are_not_held() -> None:
     model = make_llama(tie_word_embeddings=True)
     with torch.no_grad():
@@ -178,7 +153,7 @@ def test_what_cannot_be_held_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"keep names nowhere, and the model has no such linear"):
         optima.hold_zeros(make_llama(), {"nowhere": torch.ones(2, 2, dtype=torch.bool)})
     name = "model.layers.0.mlp.up_proj"
-    with pytest.raises(RecipeError, match=rf"the mask of {name} is torch.float32 of shape \(48, 32\): give bool"):
+    with pytest.raises(RecipeError, match=rf"the mask of {name} must be a bool tensor of shape \(48, 32\)"):
         optima.hold_zeros(make_llama(), {name: torch.ones(48, 32)})
 
 
@@ -218,23 +193,14 @@ def test_gradients_of_held_zeros_are_zero_as_they_arrive() -> None:
     handle.remove()
 
 
-def test_the_callback_holds_zeros_of_optimizers_that_are_not_torchs() -> None:
+def test_changes_outside_of_torchs_optimizers() -> None:
+    """Such as the merge of an adapter, or another optimizer's step."""
     model, callback = sparse_llama(), HoldZeros()
     before = weights(model)
     callback.on_train_begin(None, None, None, model=model)
-    with torch.no_grad():  # as such an optimizer steps
+    with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1.0)
     callback.on_step_end(None, None, None, model=model)
     assert all(not weights(model)[name][old == 0].any() for name, old in before.items())
     callback.on_train_end(None, None, None, model=model)
-
-
-def test_masks_that_are_none_are_refused() -> None:
-    model = make_llama()
-    name, weight = next((name, each) for name, each in model.named_parameters() if "q_proj" in name)
-    kept = torch.ones_like(weight, dtype=torch.bool)
-    with pytest.raises(RecipeError, match=r"two masks of one linear, with and without \.weight: keep one"):
-        optima.hold_zeros(model, {name: kept, name.removesuffix(".weight"): ~kept})
-    with pytest.raises(RecipeError, match="keep is a list: give masks by the names"):
-        optima.hold_zeros(model, [kept])  # type: ignore[arg-type]

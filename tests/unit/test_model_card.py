@@ -77,7 +77,6 @@ class TestBody:
         [
             ({"architectures": ["TheirModel"]}, "AutoModel"),
             ({"architectures": ["T5ForConditionalGeneration"]}, "T5ForConditionalGeneration"),
-            ({"architectures": ["BertModel"]}, "BertModel"),
             (
                 {"architectures": ["Theirs"], "auto_map": {"AutoModelForCausalLM": "their.Theirs"}},
                 "AutoModelForCausalLM",

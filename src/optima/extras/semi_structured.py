@@ -23,12 +23,7 @@ NO_MODULE = "is no nn.Linear but part of another module: the kernels take none"
 
 @dataclass(frozen=True)
 class Accelerated:
-    """What ``accelerate`` did.
-
-    Attributes:
-        linears: names of those that run on sparse tensor cores now.
-        skipped: of every other linear the reason why it stays dense, by its name; experts in one parameter are linears.
-    """
+    """What ``accelerate`` did: the linears on sparse tensor cores, and of every other one why it stays dense."""
 
     linears: tuple[str, ...]
     skipped: dict[str, str]
@@ -40,8 +35,7 @@ class Accelerated:
 def accelerate(model: nn.Module) -> Accelerated:
     """Convert every linear that really is 2:4 to PyTorch's semi-structured format, in place, for inference.
 
-    Large batches and prompts gain; a single token does not. The model cannot be saved or trained
-    afterwards: its weights are no ordinary tensors any more.
+    Large batches and prompts gain; a single token does not. The model cannot be saved or trained afterwards.
 
     Args:
         model: on a CUDA device of compute capability 8.0 or later, in float16 or bfloat16.
@@ -49,19 +43,18 @@ def accelerate(model: nn.Module) -> Accelerated:
     Raises:
         ModelError: without such a device, or where no linear fits; nothing has been changed then.
     """
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     check_device(next(model.parameters(), None))
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     skipped = {name: reason for name, module in linears.items() if (reason := why_not(module.weight)) is not None}
     fitting = [name for name in linears if name not in skipped]
     skipped |= {linear.name: NO_MODULE for linear in linears_of(model, "") if linear.name not in linears}
     if not fitting:
-        kinds = {reason: f"{name} {reason}" for name, reason in reversed(skipped.items())}  # the first of each
-        reasons = "; ".join(reversed(kinds.values())) or "it has none"
+        first = {reason: f"{name} {reason}" for name, reason in reversed(skipped.items())}  # of each reason
+        reasons = "; ".join(reversed(first.values())) or "it has none"
         raise ModelError(f"no linear of this {type(model).__name__} can run on sparse tensor cores: {reasons}")
-    for name in fitting:  # one at a time: the dense weight is freed before the next
+    for name in fitting:
         weight_OD = linears[name].weight.detach().contiguous()
         linears[name].weight = nn.Parameter(to_sparse_semi_structured(weight_OD), requires_grad=False)
-        del weight_OD
     return Accelerated(tuple(fitting), skipped)
 
 

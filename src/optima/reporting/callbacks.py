@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -166,9 +167,9 @@ class Callbacks:
 
     def notes(self, notes: Sequence[str]) -> None:
         """All notes so far; callbacks get the new ones."""
-        new, self._notes = notes[self._notes :], len(notes)
-        for note in new:
+        for note in notes[self._notes :]:
             self._call("on_note", note)
+        self._notes = len(notes)
 
     def end(self, report: Report) -> None:
         """The run has succeeded."""
@@ -197,12 +198,10 @@ class Progress(Callback):
         say(self._console, f"reading {'' if model is None else f'{model} and '}the calibration text")
 
     def on_start(self, start: RunStart) -> None:
-        """See ``Callback``."""
         what = f"{start.linears} linears in {start.blocks} blocks on {start.device}"
         say(self._console, f"pruning {what}, calibrating on {start.samples} x {start.length} tokens")
 
     def on_stage(self, stage: str, blocks: int, linears_per_block: int, done: int) -> None:
-        """See ``Callback``."""
         self.close(None)
         self._stage, self._step, self._shown = STAGES[stage], "", 0.0
         self._began, self._ends = time.monotonic(), math.nan
@@ -216,7 +215,6 @@ class Progress(Callback):
             say(self._console, f"{self._stage}: {blocks} {unit}{resumed}")
 
     def _line(self) -> Text:
-        """What the live line shows; a narrow terminal cuts its end."""
         now = time.monotonic()
         line = self._text(f"{self._stage} {self._done}", now - self._began, max(self._ends - now, 0.0), self._step)
         return Text(printable(line), no_wrap=True, overflow="ellipsis")
@@ -226,32 +224,27 @@ class Progress(Callback):
         return "  ".join(filter(None, [done, error, pace(elapsed, left), step]))
 
     def on_step(self, step: str) -> None:
-        """See ``Callback``."""
         self._step = STEPS.get(step, step)
         if step == "logits" and self._live is None:
             say(self._console, "tuning the last block on the logits, which takes longer than another block")
 
     def on_progress(self, fraction: float, elapsed: float, left: float) -> None:
-        """See ``Callback``."""
         self._done, self._ends = f"{fraction:.0%}", time.monotonic() + left
         if self._live is None and elapsed >= self._shown + PROGRESS_SECONDS:
             self._shown = elapsed
             say(self._console, f"{self._stage}: {self._done}  {pace(elapsed, left)}")
 
     def on_linear(self, linear: LinearRecord) -> None:
-        """See ``Callback``."""
         self._errors.append(linear.error)
         self._step = f"{self._step.partition(' of ')[0]} of {linear.part}"
 
     def on_block(self, block: BlockEvent) -> None:
-        """See ``Callback``."""
         self._errors.extend(linear.error for linear in block.linears)
         self._done, self._ends = f"{block.done}/{block.total}", time.monotonic() + block.left
         if self._live is None and not block.resumed:
             say(self._console, self._text(f"{self._stage}: block {self._done}", block.elapsed, block.left))
 
     def close(self, error: BaseException | None) -> None:
-        """The live line ends."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -288,12 +281,11 @@ class Trackers(Callback):
         self._step = 0
 
     def on_start(self, start: RunStart) -> None:
-        """See ``Callback``."""
         from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         PartialState()  # which its log messages need
-        config = {"model": start.model, "output_dir": start.output_dir, "device": start.device} | start.recipe
+        config = {"model": start.model, "device": start.device} | start.recipe
         plain = {key: value if isinstance(value, int | float) else str(value) for key, value in config.items()}
         for make in map(LOGGER_TYPE_TO_CLASS.__getitem__, self._names):
             tracker = make("optima", *(["runs"] if make.requires_logging_directory else []))
@@ -302,19 +294,19 @@ class Trackers(Callback):
             self._trackers.append(tracker)
 
     def on_linear(self, linear: LinearRecord) -> None:
-        """See ``Callback``."""
         self._linears.append(linear)
 
     def on_block(self, block: BlockEvent) -> None:
-        """See ``Callback``."""
         if block.record is None:
             return
         self._step += 1  # over all stacks: ``done`` begins anew with each
         if block.resumed:
             return
         values = {"block/seconds": sum(block.record.seconds.values())}
-        for name in dict.fromkeys(kind(linear.part) for linear in self._linears):
-            linears = [linear for linear in self._linears if kind(linear.part) == name]
+        kinds = defaultdict(list)
+        for linear in self._linears:
+            kinds[kind(linear.part)].append(linear)
+        for name, linears in kinds.items():
             values[f"error/{name}"] = geometric_mean(linear.error for linear in linears)
             if (gap := largest(linear.gap_max for linear in linears)) is not None:
                 values[f"gap/{name}"] = gap
@@ -325,15 +317,13 @@ class Trackers(Callback):
         self._log(values)
 
     def on_end(self, report: Report) -> None:
-        """See ``Callback``."""
         totals = {"sparsity": report.sparsity, "error": report.error_geomean, "seconds": report.run.seconds}
         self._log({f"run/{name}": value for name, value in totals.items()})
 
-    def _log(self, values: Mapping[str, float]) -> None:
+    def _log(self, values: dict[str, float]) -> None:
         for tracker in self._trackers:
-            tracker.log(dict(values), step=self._step)
+            tracker.log(values, step=self._step)
 
     def close(self, error: BaseException | None) -> None:
-        """See ``Callback``."""
         for tracker in self._trackers:
             tracker.finish()

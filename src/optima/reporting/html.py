@@ -10,7 +10,7 @@ import re
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from itertools import takewhile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,14 @@ def render_html(reports: Mapping[str, Report], more: Sequence[Sequence[Figure]] 
     pages.filters["prose"] = _prose
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     runs = [_view(name, report) for name, report in reports.items()]
-    for run, title, found in zip(runs, _short(list(reports)), more or [()] * len(runs), strict=True):
-        run["figures"][1:1] = found
-        run["data"]["title"] = title
     several = len(runs) > 1
+    # Where there is little room, names lack the directories that all of them share.
+    paths = [name.split("/") for name in reports]
+    shared = next((i for i, parts in enumerate(zip_longest(*paths)) if len(set(parts)) > 1), 0) if several else 0
+    shared = min(shared, *(len(path) - 1 for path in paths))
+    for run, found in zip(runs, more or [()] * len(runs), strict=True):
+        run["figures"][1:1] = found
+        run["data"]["title"] = "/".join(run["name"].split("/")[shared:])
     dense = {(report.run.model, report.run.model_revision) for report in reports.values()}
     data = to_json([run["data"] for run in runs], inf_nan_mode="strings").decode()
     return pages.get_template("report.html").render(
@@ -139,14 +143,6 @@ def _differences(runs: Sequence[View]) -> dict[str, list[tuple[str, list[str]]]]
         "option": [(key, cells) for key, cells in values if len(set(cells)) > 1],
         "mean error of": [(kind, [cell(run, kind) for run in runs]) for kind in kinds],
     }
-
-
-def _short(names: list[str]) -> list[str]:
-    """The names without the directories that all of them share."""
-    directories = [name.split("/")[:-1] for name in names]
-    alike = (len(names) > 1 and len(set(parts)) == 1 for parts in zip(*directories, strict=False))
-    shared = sum(takewhile(bool, alike))
-    return ["/".join(name.split("/")[shared:]) for name in names]
 
 
 def _prose(markdown: str) -> Markup:

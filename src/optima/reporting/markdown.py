@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import yaml
 from pydantic_core import to_jsonable_python
 
 from optima.console import printable
-from optima.reporting.record import LinearRecord, Report, gap_written, largest, weighted_mean
+from optima.reporting.record import Report, largest, weighted_mean
 from optima.reporting.summary import (
     NO_NOTES,
     Linears,
@@ -42,6 +42,11 @@ cast, *gap written* after it. Layers marked *tuned* were changed after the solve
 before tuning. `optima eval` measures the whole model on held-out text."""
 
 
+def _shape(linears: Linears) -> str:
+    shapes = {"{} x {}".format(*linear.shape) for linear in linears}
+    return shapes.pop() if len(shapes) == 1 else ""
+
+
 def _iterations(linears: Linears) -> str:
     rows = rows_solved(linears)
     total = sum(linear.iterations_mean * linear.rows for linear in linears if linear.solved)
@@ -53,8 +58,14 @@ def _selector(linears: Linears) -> str:
     return error(mean(linears, "error_selector")) if differs else ""
 
 
+def _gap_written(linears: Linears) -> str:
+    return "tuned" if num_tuned(linears) else gap(largest(linear.gap_written_max for linear in linears))
+
+
 # Columns of the tables; each cell describes one linear or several. Empty columns are left out.
 COLUMNS: dict[str, Callable[[Linears], str]] = {
+    "shape": _shape,
+    "layers": lambda ls: str(len(ls)) if len(ls) > 1 else "",
     "sparsity": lambda ls: f"{weighted_mean(ls, 'sparsity'):.2%}",
     "mask": lambda ls: error(mean(ls, "error_mask")),
     "selector": _selector,
@@ -62,7 +73,7 @@ COLUMNS: dict[str, Callable[[Linears], str]] = {
     "uniform": lambda ls: error(mean(ls, "error_plain")) if weighted(ls) else "",
     "change": lambda ls: change(mean(ls, "error_selector"), mean(ls, "error")) if rows_solved(ls) else "",
     "gap": lambda ls: gap(largest(linear.gap_max for linear in ls)),
-    "gap written": lambda ls: "tuned" if num_tuned(ls) else gap(gap_written(ls)),
+    "gap written": _gap_written,
     "iterations (max)": _iterations,
     "not converged": lambda ls: str(sum(linear.rows_not_converged for linear in ls) or ""),
     "seconds": lambda ls: f"{sum(linear.seconds for linear in ls):.2f}",
@@ -77,17 +88,18 @@ def render_markdown(report: Report, evaluation: str = "") -> str:
         evaluation: body of the section on evaluation.
     """
     linears = report.linears
+    kinds = {code(name): members for name, members in by_kind(linears).items()} | {"**all**": linears}
     worst = sorted(linears, key=lambda linear: math.inf if math.isnan(linear.error) else linear.error, reverse=True)
     recipe = to_jsonable_python(report.run.recipe, inf_nan_mode="strings")
     sections = {
         f"# Pruning report: {code(report.run.model)}": bullets(summary(report)),
         "": table(["run", " "], run_facts(report), num_left=2),
         "## Evaluation": evaluation,
-        "## By kind of linear layer": f"{_kind_table(linears)}\n\n{READING}" if linears else "",
-        "## Largest errors": _records_table(worst[:NUM_WORST]),
+        "## By kind of linear layer": f"{_linears_table('kind', kinds)}\n\n{READING}" if linears else "",
+        "## Largest errors": _linears_table("linear", {code(one.name): [one] for one in worst[:NUM_WORST]}),
         "## Notes": bullets(report.run.notes or [NO_NOTES]),
         "## Time": table(["stage", "time", "share"], stage_times(report)),
-        "## Block tuning": table(["block", "held-out loss", "change"], tuning_rows(report), num_left=1),
+        "## Block tuning": table(["block", "held-out loss", "change"], tuning_rows(report)),
         "## Recipe": f"```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```",
         "## Versions": bullets(f"{name} {version}" for name, version in report.run.versions.items()),
     }
@@ -95,33 +107,8 @@ def render_markdown(report: Report, evaluation: str = "") -> str:
     return printable(text) + "\n"
 
 
-def _kind_table(linears: Linears) -> str:
-    def row(title: str, members: Linears) -> list[str]:
-        shapes = set(map(_shape, members))
-        return [title, shapes.pop() if len(shapes) == 1 else "", f"{len(members)}", *_cells(members)]
-
-    rows = [row(code(kind), members) for kind, members in by_kind(linears).items()]
-    return table(["kind", "shape", "layers", *COLUMNS], [*rows, row("**all**", linears)])
-
-
-def _records_table(linears: Linears) -> str:
-    patterns, solvers = ({getattr(linear, name) for linear in linears} for name in ("pattern", "solver"))
-
-    def row(linear: LinearRecord) -> list[str]:
-        what = [code(linear.name), _shape(linear), linear.pattern if len(patterns) > 1 else ""]
-        rest = [gap(linear.gap_median), f"{linear.damping:g}", linear.solver if len(solvers) > 1 else ""]
-        return [*what, *_cells([linear]), *rest]
-
-    header = ["linear", "shape", "pattern", *COLUMNS, "gap median", "damping", "solver"]
-    return table(header, [row(linear) for linear in linears])
-
-
-def _shape(linear: LinearRecord) -> str:
-    return "{} x {}".format(*linear.shape)
-
-
-def _cells(linears: Linears) -> list[str]:
-    return [column(linears) for column in COLUMNS.values()]
+def _linears_table(title: str, rows: Mapping[str, Linears]) -> str:
+    return table([title, *COLUMNS], [[name, *(cell(ls) for cell in COLUMNS.values())] for name, ls in rows.items()])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], num_left: int = 1) -> str:

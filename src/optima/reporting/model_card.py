@@ -25,22 +25,9 @@ CARD_NAME = "README.md"
 TAGS = ("pruning", "sparse", "optima")
 # Settings that the card names: the method, not where and on what it ran.
 SHOWN = (
-    *(
-        "sparsity",
-        "pattern",
-        "selector",
-        "mask_from",
-        "objective",
-        "allocation",
-        "scope",
-        "solver",
-        "gap",
-        "damping",
-        "tuning_epochs",
-    ),
-    *("learning_rate", "self_generated", "num_calibration_samples", "max_seq_length", "seed"),
+    *("sparsity", "pattern", "selector", "mask_from", "objective", "allocation", "scope", "solver", "gap", "damping"),
+    *("tuning_epochs", "learning_rate", "self_generated", "num_calibration_samples", "max_seq_length", "seed"),
 )
-RESULTS = "Measure it with `optima eval DENSE THIS`; `evaluation.json`, if it is here, has results."
 BODY = """
 # {title}
 
@@ -65,7 +52,7 @@ from transformers import {classes}
 
 ## Results
 
-{results}
+Measure it with `optima eval DENSE THIS`; `evaluation.json`, if it is here, has results.
 
 ## Limits
 
@@ -105,12 +92,9 @@ def _body(directory: Path, report: Report) -> str:
     run = report.run
     name = short_name(run.model)
     sources = ["passed by the caller"] if run.calibration_given else map(short_name, run.recipe.get("dataset", []))
-    known = {key: run.recipe.get(key) for key in SHOWN}
-    rows = [[key, str(value)] for key, value in known.items() if value not in (None, "")]
-    rows += [
-        ["calibration data", ", ".join(sources)],
-        *([f"{library} version", found] for library, found in run.versions.items()),
-    ]
+    known = {key: str(run.recipe[key]) for key in SHOWN if run.recipe.get(key) not in (None, "")}
+    known["calibration data"] = ", ".join(sources)
+    known |= {f"{library} version": found for library, found in run.versions.items()}
     again = [" on the same calibration data"] * run.calibration_given
     again += [" with the selector's settings from `report.json`"] * run.selector_is_object
     classes, load = _loading(directory)
@@ -125,9 +109,8 @@ def _body(directory: Path, report: Report) -> str:
         load=load,
         no_tokenizer="" if "tokenizer" in load else "\n\nThe tokenizer is not included: use the dense model's.",
         summary=bullets(summary(report)),
-        settings=table(["setting", "value"], [[key, printable(value)] for key, value in rows], num_left=2),
+        settings=table(["setting", "value"], [[key, printable(value)] for key, value in known.items()], num_left=2),
         again=" and".join(again),
-        results=RESULTS,
     )
 
 

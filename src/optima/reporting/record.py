@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, ConfigDict, Strict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Strict, TypeAdapter, ValidationError
 from pydantic_core import from_json, to_json
 
 from optima import __version__
@@ -25,15 +25,6 @@ from optima.errors import OptimaError
 SCHEMA_VERSION = 3
 REPORT_NAME = "report.json"
 Int = Annotated[int, Strict()]
-
-
-def _not_negative(value: float) -> float:
-    if value < 0:
-        raise ValueError("an error cannot be negative")
-    return value
-
-
-Error = Annotated[float, AfterValidator(_not_negative)]  # may be NaN
 
 
 class Record:
@@ -56,10 +47,10 @@ class LinearRecord(Record):
     pattern: str  # the sparsity pattern asked for, as text
     sparsity_asked: float  # share of the weights that the pattern prunes
     sparsity: float  # share of the weights that are zero as written
-    error_mask: Error  # of the mask alone, the surviving weights at their dense values
-    error_selector: Error  # of the selector's own weights, cast; ``error_mask`` when it only selects
-    error: Error  # of the result as written; before tuning if ``tuned``
-    error_plain: Error  # the same with uniform token weights
+    error_mask: float  # of the mask alone, the surviving weights at their dense values
+    error_selector: float  # of the selector's own weights, cast; ``error_mask`` when it only selects
+    error: float  # of the result as written; before tuning if ``tuned``
+    error_plain: float  # the same with uniform token weights
     solver: str  # the solver that ran, or ``none``
     gap_max: float | None  # largest certified gap of a row, before cast and tuning; None when no solver ran
     gap_median: float | None  # median of the rows' gaps
@@ -170,11 +161,6 @@ class Report(Record):
         return weighted_mean(self.linears, "sparsity")
 
     @property
-    def sparsity_asked(self) -> float:
-        """Share of ``num_weights`` that patterns ask to prune."""
-        return weighted_mean(self.linears, "sparsity_asked")
-
-    @property
     def error_geomean(self) -> float:
         """Geometric mean of ``error`` over the linears, see ``geometric_mean``."""
         return geometric_mean(linear.error for linear in self.linears)
@@ -192,7 +178,8 @@ class Report(Record):
     @property
     def gap_written_max(self) -> float | None:
         """Largest gap of any row as written; None when no solver ran, or if tuning changed a linear after its solve."""
-        return gap_written(self.linears)
+        tuned = any(linear.tuned for linear in self.linears)
+        return None if tuned else largest(linear.gap_written_max for linear in self.linears)
 
     def save(self, path: str | Path) -> Path:
         """Write the report and return its file: ``path`` itself if it ends in .json, else ``path/report.json``.
@@ -219,11 +206,7 @@ Kind = TypeVar("Kind", bound=Record)
 
 
 def load_record(path: str | Path, kind: type[Kind], name: str, version: int) -> Kind:
-    """Read the file of a record, or the one called ``name`` in a directory, checking every field.
-
-    Raises:
-        OptimaError: as ``load_report``.
-    """
+    """Read the file of a record, or the one called ``name`` in a directory; errors as of ``load_report``."""
     file = Path(path).expanduser()
     file = file / name if file.is_dir() else file
     try:
@@ -260,14 +243,6 @@ def largest(values: Iterable[float | None]) -> float | None:
     """The largest of the values that are known, NaN if one is; None for none."""
     known = [value for value in values if value is not None]
     return math.nan if any(map(math.isnan, known)) else max(known, default=None)
-
-
-def gap_written(linears: Iterable[LinearRecord]) -> float | None:
-    """Largest gap of any row as written; None when no solver ran, or if a linear was tuned after its solve."""
-    linears = list(linears)
-    if any(linear.tuned for linear in linears):
-        return None
-    return largest(linear.gap_written_max for linear in linears)
 
 
 def geometric_mean(errors: Iterable[float]) -> float:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from optima.console import printable
 from optima.names import kind
 from optima.patterns import NM, parse_nm
-from optima.reporting.record import LinearRecord, Report, geometric_mean, largest
+from optima.reporting.record import LinearRecord, Report, geometric_mean, largest, weighted_mean
 
 NUM_NAMED = 5
 # Casting to bfloat16 costs about 2^-18 / 3 of an output's energy; a result that is worse by more has another cause.
@@ -113,30 +113,29 @@ def tuning_rows(report: Report) -> list[tuple[str, str, str]]:
 
 def _tuning(report: Report) -> list[str]:
     tuned = [block for block in report.blocks if block.tuning]
-    hidden = [block for block in tuned if not block.on_logits]
     lines = []
-    if hidden:
+    if hidden := [block for block in tuned if not block.on_logits]:
         before = geometric_mean(block.tuning[0] for block in hidden)
         after = geometric_mean(block.tuning[block.tuning_epoch] for block in hidden)
-        changed = (
-            f"held-out loss {change(before, after)} on average" if before and math.isfinite(after) else "no change"
-        )
         kept = sum(block.tuning_epoch > 0 for block in hidden)
-        lines.append(f"Block tuning changed {kept} of {len(hidden)} blocks: {changed}.")
-    for block in tuned:
-        if block.on_logits:
-            lines.append(
-                f"The last block ({code(block.name)}) was tuned on the logits: KL to the dense model "
-                f"{block.tuning[block.tuning_epoch]:.3g} nats per token ({block.tuning[0]:.3g} before tuning)."
-            )
+        lines.append(
+            f"Block tuning changed {kept} of {len(hidden)} blocks: held-out loss {change(before, after)} on average."
+        )
+    lines += [
+        f"The last block ({code(block.name)}) was tuned on the logits: KL to the dense model "
+        f"{block.tuning[block.tuning_epoch]:.3g} nats per token ({block.tuning[0]:.3g} before tuning)."
+        for block in tuned
+        if block.on_logits
+    ]
     return lines
 
 
-def _warnings(report: Report) -> list[str]:
-    def off_target(linear: LinearRecord) -> bool:
-        off = abs(linear.sparsity - linear.sparsity_asked) * linear.size
-        return 0 < linear.sparsity < 1 and off > max(linear.rows, 1)  # counts are rounded in each row or group
+def _off_target(linear: LinearRecord) -> bool:
+    off = abs(linear.sparsity - linear.sparsity_asked) * linear.size
+    return 0 < linear.sparsity < 1 and off > max(linear.rows, 1)  # counts are rounded in each row or group
 
+
+def _warnings(report: Report) -> list[str]:
     tests: dict[str, Callable[[LinearRecord], bool]] = {
         f"{report.rows_not_converged:,} rows did not converge and keep the best weights found": (
             lambda linear: linear.rows_not_converged > 0
@@ -147,10 +146,7 @@ def _warnings(report: Report) -> list[str]:
         "the error is not a finite number": lambda linear: not math.isfinite(linear.error),
         "every weight is pruned": lambda linear: linear.sparsity == 1,
         "no weight is pruned": lambda linear: linear.sparsity == 0,
-        "the sparsity as written is not the requested one": off_target,
-        "the mask costs nothing because inputs or weights are zero": (
-            lambda linear: linear.error_mask == 0 and linear.sparsity > 0
-        ),
+        "the sparsity as written is not the requested one": _off_target,
         f"fewer than {MIN_TOKENS_PER_INPUT} calibration tokens per input; use more samples": (
             lambda linear: linear.tokens < MIN_TOKENS_PER_INPUT * linear.shape[1]
         ),
@@ -161,14 +157,11 @@ def _warnings(report: Report) -> list[str]:
 
 def figures(report: Report) -> list[Figure]:
     """The headline figures of the page."""
-    run, tuned = report.run, num_tuned(report.linears)
+    run, tuned = report.run, num_tuned(report.linears) > 0
+    label = "mean layer error" + (" before tuning" if tuned else "")
     rows: list[Figure] = [
-        ("sparsity", f"{report.sparsity:.2%}", f"requested {report.sparsity_asked:.2%}"),
-        (
-            "mean layer error" + (" before tuning" if tuned else ""),
-            error(report.error_geomean),
-            _versus_selector(report.linears),
-        ),
+        ("sparsity", f"{report.sparsity:.2%}", f"requested {_asked(report):.2%}"),
+        (label, error(report.error_geomean), _versus_selector(report.linears)),
     ]
     if tuned:
         rows.append(("certified gap before tuning", gap(report.gap_max) or "–", "tuned weights carry no certificate"))
@@ -186,7 +179,7 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
     device = run.device if run.processes == 1 else f"{run.processes} processes, the first on {run.device}"
     rows = [
         ("weights pruned", f"{round(report.sparsity * total):,} of {total:,} in the linear layers to prune"),
-        ("sparsity", f"{report.sparsity:.4%}, requested {report.sparsity_asked:.4%}"),
+        ("sparsity", f"{report.sparsity:.4%}, requested {_asked(report):.4%}"),
         ("revision", run.model_revision or ""),
         ("calibration", ", ".join(text)),
         ("device, dtype", f"{device}, {run.dtype}"),
@@ -195,6 +188,10 @@ def run_facts(report: Report) -> list[tuple[str, str]]:
         ("finished", run.created),
     ]
     return [row for row in rows if row[1]]
+
+
+def _asked(report: Report) -> float:
+    return weighted_mean(report.linears, "sparsity_asked")
 
 
 def stage_times(report: Report) -> list[tuple[str, str, str]]:
@@ -208,10 +205,10 @@ def stage_times(report: Report) -> list[tuple[str, str, str]]:
 
 def by_kind(linears: Linears) -> dict[str, list[LinearRecord]]:
     """Linears of the same role, in the model's order, named by the last part of their names if that is unambiguous."""
-    names = {linear: kind(linear.part) for linear in linears}
-    lasts = Counter(name.rpartition(".")[2] for name in set(names.values()))
+    names = [kind(linear.part) for linear in linears]
+    lasts = Counter(name.rpartition(".")[2] for name in set(names))
     kinds: dict[str, list[LinearRecord]] = {}
-    for linear, name in names.items():
+    for linear, name in zip(linears, names, strict=True):
         last = name.rpartition(".")[2]
         kinds.setdefault(last if lasts[last] == 1 else name, []).append(linear)
     return kinds
