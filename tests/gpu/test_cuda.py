@@ -112,7 +112,6 @@ def test_hessians_of_bfloat16_inputs_lose_nothing_by_tf32() -> None:
     inputs_TD = torch.randn(4096, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     accumulator = Accumulator()
     accumulator.add(inputs_TD.to(CUDA))
-    assert accumulator.finite
     found = accumulator.finish(0.01)
     assert found is not None
     expected_DD = inputs_TD.double().mT @ inputs_TD.double() / 4096

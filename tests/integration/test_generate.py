@@ -94,13 +94,6 @@ def test_any_number_of_processes_generates_the_same(tmp_path: Path, monkeypatch:
     assert in_processes(2, work) == [0, 0]
 
 
-def test_progress_ends_at_all() -> None:
-    shares: list[float] = []
-    generate(make_llama(), progress=shares.append)
-    assert shares == sorted(shares)
-    assert shares[-1] == 1.0
-
-
 @pytest.mark.parametrize(
     ("model", "length", "message"),
     [(make_bert(), 24, "does not generate"), (make_llama(), 2, "raise --max-seq-length")],

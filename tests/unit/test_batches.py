@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import families
 import pytest
 import torch
 from tiny import make_llama, make_tokens
-from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from optima.data.batches import read_calibration
@@ -52,15 +51,6 @@ def test_what_is_no_calibration_data(other: Any) -> None:
     with pytest.raises(CalibrationError, match="must be token ids, a list of documents or batches"):
         read_calibration(MODEL, other, at_most(5))
     assert read_calibration(MODEL, None, at_most(5)) is None
-
-
-def test_no_more_is_read_than_asked_for() -> None:
-    def endless() -> Iterator[Tensor]:
-        while True:
-            yield TOKENS
-
-    assert torch.equal(read_calibration(MODEL, endless(), at_most(3)), TOKENS[:3])
-    assert len(read_calibration(MODEL, endless(), lambda length: 2 * length)) == 2 * TOKENS.shape[1]
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,6 @@ def test_each_format(here: Path) -> None:
     assert sorted(path.name for path in here.iterdir()) == sorted(names), "no cache is written"
 
 
-def test_home_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shell expands ~, but nothing does so in a recipe's file."""
-    monkeypatch.setenv("HOME", str(here))
-    Path("a.txt").write_text("one")
-    assert list(load_documents(["~/a.txt"])) == ["one"]
-
-
 def test_seed_shuffles_all_local_files_together() -> None:
     texts = [str(number) for number in range(40)]
     names = [
@@ -88,7 +81,7 @@ def test_a_directory_is_read_as_the_hub_is() -> None:
     local = write_jsonl("local.jsonl", [{"text": text} for text in "abc"])
     both = list(load_documents(["data", local], seed=3))
     assert [text in "abc" for text in both[:6]] == [True, False] * 3, "they alternate"
-    with pytest.raises(CalibrationError, match=r"'data' \(split nope\).*Available splits: \['train', 'test'\]"):
+    with pytest.raises(CalibrationError, match=r"'data'.*Available splits: \['train', 'test'\]"):
         load_documents(["data"], split="nope")
 
 
@@ -153,14 +146,6 @@ def test_chats_are_read_by_the_models_template() -> None:
     only = make_tokenizer("none", bos_token="<s>")
     only.chat_template = template
     assert next(iter(load_documents(["a.jsonl"], only))) == "<s>[user] hi[assistant] ho"
-
-
-def test_keys_that_a_message_lacks_are_not_there() -> None:
-    """Arrow gives each message of a column all keys that any of them has."""
-    write_jsonl("a.jsonl", [{"messages": [{**CHAT[0], "tool_calls": None}]}])
-    count = "{% if 'tool_calls' in m %}{{ m.tool_calls|length }}{% endif %}"
-    tokenizer = templated(f"{{% for m in messages %}}{count}{{{{ m.content }}}}{{% endfor %}}")
-    assert list(load_documents(["a.jsonl"], tokenizer)) == ["hi"]
 
 
 def test_only_chats_that_are_used_are_rendered() -> None:

@@ -175,22 +175,6 @@ def test_first_tokens_of_a_model_that_is_not_batch_first() -> None:
     torch.testing.assert_close(hessian_DD(found[0]), hessian_DD(found[1]))
 
 
-def test_only_the_linears_asked_for_are_observed() -> None:
-    model = make_llama()
-    collected = collect(model, make_tokens().split(2), targets=("k_proj", "v_proj", "up_proj"))
-    assert names(collected) == [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.up_proj"]]
-    assert not any(module._forward_pre_hooks for module in model.modules()), "hooks are gone"
-
-
-def test_hooks_are_gone_after_an_error() -> None:
-    table_VD = TABLE_VD.clone()
-    table_VD[7] = torch.nan
-    model = Host(Calls(lambda block, hidden: block.linear(hidden), linear=nn.Linear(4, 2)), table_VD)
-    with pytest.raises(CalibrationError):
-        collect(model, (torch.full((1, 9), 7),))
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
-
-
 def test_the_product_of_the_last_linear_is_left_out() -> None:
     """Once a batch has shown that every linear is called once."""
     model = make_llama()
@@ -200,22 +184,6 @@ def test_the_product_of_the_last_linear_is_left_out() -> None:
     found = list(observe(block, acts, 0.0, 0.01))
     assert len(products) == 1
     assert [group.statistics.tokens for group in found if group.statistics is not None] == [6 * 16] * 4
-
-
-def test_one_pass_observes_and_carries_on() -> None:
-    """The same statistics and outputs as two passes."""
-    model = make_llama()
-    block, acts = streams_into(model, make_tokens(6).split(2))
-    once, passes = acts.clone(), list[int]()
-    apart = list(observe(block, acts, 0.04, 0.01))
-    acts.forward(block)
-    block.module.register_forward_hook(lambda *args: passes.append(1))
-    together = list(observe(block, once, 0.04, 0.01, onward=True))
-    assert len(passes) == len(once.hidden) == 3
-    for one, other in zip(once.hidden, acts.hidden, strict=True):
-        assert torch.equal(one, other)
-    for one, other in zip(together, apart, strict=True):
-        assert torch.equal(hessian_DD(one), hessian_DD(other))
 
 
 def test_a_linear_that_is_called_twice_sees_all_its_tokens() -> None:
@@ -256,15 +224,7 @@ def test_bad_input_is_named(bad: float, sample: int) -> None:
     model = Host(Calls(lambda block, hidden: block.linear(hidden), linear=nn.Linear(4, 2)), table_VD)
     with pytest.raises(CalibrationError, match=r"inputs of blocks\.0\.linear contain NaN or Inf"):
         collect(model, ids.split(2))
-
-
-def test_low_precision_inputs_are_accumulated_in_more() -> None:
-    """Ten thousand equal products: a bfloat16 sum would stop growing at 256."""
-    linear = nn.Linear(1, 2, bias=False, dtype=torch.bfloat16)
-    block = Calls(lambda block, hidden: block.linear(hidden), linear=linear)
-    model = Host(block, torch.ones(1, 1, dtype=torch.bfloat16))
-    (found,) = collect(model, torch.zeros(10, 1000, dtype=torch.int64).split(1))
-    assert hessian_DD(found).tolist() == [[1.0]]
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize(("weighted", "off"), [(False, 4e-6), (True, 1e-3)])  # float32 sums, in any order
@@ -277,7 +237,6 @@ def test_bfloat16_inputs_lose_nothing_by_fast_products(size: int, weighted: bool
     before = [getattr(setting, "fp32_precision", None) for setting in settings]
     accumulator = Accumulator()
     accumulator.add(inputs_TD, weight_T)
-    assert accumulator.finite
     assert [getattr(setting, "fp32_precision", None) for setting in settings] == before
     found = accumulator.finish(0.01)
     assert found is not None
@@ -285,26 +244,6 @@ def test_bfloat16_inputs_lose_nothing_by_fast_products(size: int, weighted: bool
     expected_DD = exact_TD.mT @ exact_TD / (2048 if weight_T is None else float(weight_T.double().sum()))
     scale_D = expected_DD.diagonal().sqrt()
     assert ((found.hessian.matrix_DD - expected_DD) / scale_D / scale_D[:, None]).abs().max() < off
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sample_does_not_hold_the_batch_that_it_is_from(dtype: torch.dtype) -> None:
-    inputs_TD, accumulator = torch.randn(512, 32).to(dtype), Accumulator()
-    accumulator.add(inputs_TD, torch.ones(512), sample_ND=inputs_TD[::100])
-    found = accumulator.sample[0]
-    assert found.equal(inputs_TD[::100].float())
-    assert found.untyped_storage().nbytes() == 4 * found.numel()
-
-
-def test_linears_that_are_given_no_token_have_none() -> None:
-    def forward(block: Calls, hidden: Tensor) -> None:
-        block.linear(hidden)
-        block.empty(hidden[:0])
-
-    linears = {name: nn.Linear(4, 2) for name in ("linear", "empty", "unused")}
-    _, empty, unused = collect(Host(Calls(forward, **linears), TABLE_VD), IDS.split(2))
-    assert empty.statistics is None
-    assert unused.statistics is None
 
 
 def test_inside_inference_mode_the_same_bits() -> None:
@@ -316,7 +255,7 @@ def test_inside_inference_mode_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "loss"])
-def test_pipeline_leaves_a_linear_that_is_never_called_and_says_so(allocation: str) -> None:
+def test_a_run_leaves_a_linear_that_is_never_called_and_says_so(allocation: str) -> None:
     model = make_llama()
     model.model.layers[1].adapter = nn.Linear(32, 8)
     before = model.model.layers[1].adapter.weight.detach().clone()
@@ -341,7 +280,7 @@ class Routed(nn.Module):
 @pytest.mark.parametrize(
     ("allocation", "objective"), [("uniform", "loss"), ("loss", "loss"), (None, "sink"), (None, "plain")]
 )
-def test_pipeline_says_where_the_weights_of_tokens_do_not_count(allocation: str | None, objective: str) -> None:
+def test_a_run_notes_where_the_weights_of_tokens_do_not_count(allocation: str | None, objective: str) -> None:
     model = make_llama()
     model.model.layers[1].mlp = Routed(model.model.layers[1].mlp)
     report = prune(model, Recipe(allocation=allocation, objective=objective), calibration=make_tokens(4, 64))
@@ -351,7 +290,7 @@ def test_pipeline_says_where_the_weights_of_tokens_do_not_count(allocation: str 
     assert "model.layers.1.mlp.expert" in {linear.name for linear in report.linears}
 
 
-def test_tokens_weigh_what_the_loss_feels_of_them() -> None:
+def test_tokens_weigh_the_roots_of_their_squares() -> None:
     """H = X^T S X / tr S, S the roots of the squares; the plain loss counts every token alike."""
     model, batches = make_llama(), make_tokens(5, 16).split(2)
     block, acts = streams_into(model, batches)

@@ -6,7 +6,7 @@ import torch
 from tiny import make_bert, make_llama, make_tokens
 from transformers import PreTrainedModel
 
-from optima.calibration import fisher as swept
+from optima.calibration import fisher
 from optima.calibration.activations import Activations, capture
 from optima.calibration.fisher import fisher_weights, start_alike
 from optima.calibration.weights import EFFECTIVE, FisherWeights, Moments, row_weights
@@ -46,12 +46,7 @@ def test_effective_tokens_for_each_input(inputs: int) -> None:
         assert torch.equal(weight_T, square_T.sqrt() * (1000 / sum(float(s.sqrt().sum()) for s in square_T.split(300))))
 
 
-def test_tokens_that_matter_alike() -> None:
-    _, weight_T = weights_of(torch.full((64,), 0.25), inputs=64)
-    assert torch.equal(weight_T, torch.ones(64))
-
-
-def test_tokens_that_were_not_swept_have_the_mean() -> None:
+def test_tokens_without_gradients_have_the_mean() -> None:
     square_T = heavy_tailed(500)
     root_T = square_T.sqrt()
     every_T = torch.cat([root_T, root_T.mean().expand(1500)])
@@ -104,8 +99,8 @@ def test_whether_all_sequences_start_alike_is_seen(alike: bool) -> None:
 
 @pytest.mark.parametrize("share", [1.0, 0.125])
 def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As [CLS] of BERT, whose state tells of the text; of one sequence that is swept it tells nothing of others."""
-    monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
+    """As [CLS] of BERT, whose state tells of the text; of one sequence it tells nothing of others."""
+    monkeypatch.setattr(fisher, "LEAST_TOKENS", 1)
     model, tokens_NL = make_bert().eval(), make_tokens(8, 16) % 99
     tokens_NL[:, 0] = 1
     with torch.no_grad():
@@ -113,17 +108,17 @@ def test_a_start_that_sees_later_tokens_is_not_one_input(share: float, monkeypat
             parameter.mul_(10 if "query" in name or "key" in name or "value" in name else 1)
     (stack,) = find_stacks(model)
     acts = capture(model, stack, list(tokens_NL.split(1 if share < 1.0 else 3)), whole=True)
-    assert not starts_alike(model, acts.part(swept.fisher_batches(acts, share)))
+    assert not starts_alike(model, acts.part(fisher.fisher_batches(acts, share)))
 
 
 def test_versions_of_hidden_states_are_used_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek-V4 has (B, L, 3, E); linears do not."""
-    monkeypatch.setattr(swept, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(fisher, "LEAST_TOKENS", 1)
     model, tokens_NL = families.build("deepseek_v4"), families.make_ids(8, 16)
     tokens_NL[:, 0] = 1
     (stack,) = find_stacks(model)
     acts = capture(model, stack, list(tokens_NL.split(1)), whole=True)
-    taken = [swept.fisher_batches(acts, share) for share in (0.25, 0.4, 0.6, 1.0)]
+    taken = [fisher.fisher_batches(acts, share) for share in (0.25, 0.4, 0.6, 1.0)]
     assert taken == [[0, 4], [0, 2, 5, 7], [0, 1, 3, 5, 6], list(range(8))]
     found = fisher_weights(model, stack, acts, seed=0, share=0.25)
     for name, batches in found.tokens.items():
@@ -131,20 +126,11 @@ def test_versions_of_hidden_states_are_used_in_part(monkeypatch: pytest.MonkeyPa
         assert batches[1].equal(batches[2])
 
 
-def test_rows_that_few_tokens_tell_are_drawn_towards_their_mean() -> None:
+def test_rows_of_few_tokens_are_shrunk_towards_their_mean() -> None:
     square_O = torch.tensor([1.0, 16.0, 81.0, 0.0])
     whole_O = row_weights(square_O)
+    assert whole_O.tolist() == pytest.approx([7.0, 28.0, 63.0, 0.0])
     for tokens in (0.0, 16.0, 1e6):
         found_O = row_weights(square_O, tokens)
         assert float(found_O.mean()) == pytest.approx(float(whole_O.mean()))
         assert torch.allclose(found_O, 24.5 + (whole_O - 24.5) * tokens / (tokens + 16), atol=1e-4)
-
-
-def test_rows_weigh_at_a_root_with_the_mean_of_their_squares() -> None:
-    assert row_weights(torch.tensor([1.0, 16.0, 81.0, 0.0])).tolist() == pytest.approx([7.0, 28.0, 63.0, 0.0])
-
-
-def test_weights_of_some_batches() -> None:
-    weights = [heavy_tailed(30, seed) for seed in range(3)]
-    part = FisherWeights("a loss", {"a linear": weights}).part([2, 0]).tokens["a linear"]
-    assert [own.equal(weights[batch]) for own, batch in zip(part, (2, 0), strict=True)] == [True, True]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from optima.core.hessian import Hessian
-from optima.core.products import ROUND_ROWS, add_gram, all_finite, mirror
+from optima.core.products import ROUND_ROWS, add_gram, mirror
 from optima.core.solvers import chunk_rows
 from optima.core.statistics import Statistics
 from optima.device import bfloat16_products
@@ -40,11 +40,6 @@ class Accumulator:
     def extra_weight(self) -> float:
         """Of all tokens, beyond one each."""
         return float(self._extra_weight)
-
-    @property
-    def finite(self) -> bool:
-        """False if the tokens, or their squares, have NaN or Inf, which show on the diagonal."""
-        return self.sum_DD is None or all_finite(self.sum_DD.diagonal())
 
     def add(
         self,
@@ -88,10 +83,8 @@ class Accumulator:
         """H = X^T S X / tr S and what it is made of; None if there were no tokens. The accumulator is used up."""
         if self.sum_DD is None:
             return None
-        extra_ND = torch.cat(self.extra) if self.extra else None
-        hessian = Hessian(self.mean(), damping)
-        sample_ND = torch.cat(self.sample) if self.sample else None
-        return Statistics(hessian, self.tokens, extra_ND, self.extra_weight, sample_ND)
+        extra_ND, sample_ND = (torch.cat(rows) if rows else None for rows in (self.extra, self.sample))
+        return Statistics(Hessian(self.mean(), damping), self.tokens, extra_ND, self.extra_weight, sample_ND)
 
     def mean(self) -> Tensor:
         """X^T S X / tr S, (D, D), float64. The sum is used up."""
@@ -102,14 +95,15 @@ class Accumulator:
             sum_DD.addmm_(extra_ND.mT, extra_ND)
         return sum_DD.div_(self.tokens + self.extra_weight)
 
-    def _counts(self) -> tuple[int, int, float, int, int]:
+    def counts(self) -> tuple[int, int, float, int, int]:
         """D, tokens, their weight beyond one, and the rows of inputs that are kept."""
         size = 0 if self.sum_DD is None else len(self.sum_DD)
         return size, self.tokens, self.extra_weight, sum(map(len, self.extra)), sum(map(len, self.sample))
 
-    def _reduce(
+    def reduce(
         self, counts: Sequence[tuple[int, int, float, int, int]], owner: int | None, ranks: Ranks, device: torch.device
     ) -> None:
+        """Add up the sums of all ranks at the ``owner``, or at all; they are empty elsewhere. ``counts``: of each."""
         sizes, tokens, weights, extras, samples = zip(*counts, strict=True)
         self.tokens, self._extra_weight = sum(tokens), sum(weights)
         if not self.tokens:
@@ -117,51 +111,25 @@ class Accumulator:
         if self.sum_DD is None:
             self.sum_DD = torch.zeros(max(sizes), max(sizes), dtype=torch.float64, device=device)
         ranks.all_reduce_lower_(self.sum_DD, owner)
-        self.extra, self.sample = (
-            _stacked(rows, number, self.sum_DD, ranks, owner)
-            for rows, number in ((self.extra, extras), (self.sample, samples))
-        )
+        for rows, numbers in ((self.extra, extras), (self.sample, samples)):
+            if sum(numbers):  # in the order of their sequences: each rank adds its own to zeros
+                all_ND = torch.zeros(sum(numbers), max(sizes), device=device)
+                if rows:
+                    begin = sum(numbers[: ranks.rank])
+                    all_ND[begin : begin + numbers[ranks.rank]] = torch.cat(rows)
+                rows[:] = [ranks.all_reduce_(all_ND, owner)]
         if owner not in (None, ranks.rank):
             self.sum_DD, self.extra, self.sample = None, [], []
 
 
-def _stacked(
-    rows: Sequence[Tensor], counts: Sequence[int], like_DD: Tensor, ranks: Ranks, owner: int | None
-) -> list[Tensor]:
-    """The rows of all ranks, in the order of their sequences: each rank adds its own to zeros."""
-    if not sum(counts):
-        return []
-    all_ND = torch.zeros(sum(counts), len(like_DD), device=like_DD.device)
-    if rows:
-        begin = sum(counts[: ranks.rank])
-        all_ND[begin : begin + counts[ranks.rank]] = torch.cat(list(rows))
-    return [ranks.all_reduce_(all_ND, owner)]
-
-
 def reduce_to(
-    owners: Mapping[str, int | None],
-    sums: Mapping[str, Accumulator],
-    unweighted: set[str],
-    ranks: Ranks,
-    device: torch.device,
+    owners: Mapping[str, int | None], sums: Mapping[str, Accumulator], ranks: Ranks, device: torch.device
 ) -> None:
-    """Bring the sums of all ranks together at their owners, or at all ranks where the owner is None.
-
-    Sums are float64, so that only their last digits depend on the order. On other ranks they are emptied.
-
-    Args:
-        owners: by the names of the sums.
-        sums: changed in place.
-        unweighted: names of sums whose tokens have no weights on this rank; those of other ranks are added.
-        ranks: all of them call this.
-        device: of the sums.
-    """
-    if ranks.size == 1:
-        return
-    found = ranks.gather(({name: sums[name]._counts() for name in owners}, frozenset(unweighted)))
-    unweighted.update(*(theirs for _, theirs in found))
-    for name, owner in owners.items():
-        sums[name]._reduce([counts[name] for counts, _ in found], owner, ranks, device)
+    """Add up the sums of all ranks at their owners, or at all ranks where the owner is None. All ranks call it."""
+    if ranks.size > 1:
+        found = ranks.gather({name: sums[name].counts() for name in owners})
+        for name, owner in owners.items():
+            sums[name].reduce([counts[name] for counts in found], owner, ranks, device)
 
 
 def owners_of(groups: Sequence[Sequence[Linear]], ranks: int, device: torch.device) -> dict[str, int | None]:

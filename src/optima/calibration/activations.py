@@ -10,9 +10,10 @@ Shapes: B sequences in a batch, L tokens in a sequence, D inputs, E hidden size.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, MutableMapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -123,15 +124,13 @@ class Activations:
         """Where blocks run."""
         return self.batch_size.device
 
-    def _counts(self) -> tuple[tuple[int, int], ...]:
-        if self.ranks.size > 1:
-            assert self.counts, "a part of the batches needs counted()"
-            return self.counts
-        return ((sum(samples for samples, _ in self.sizes), sum(samples * length for samples, length in self.sizes)),)
+    def _counts(self) -> Sequence[tuple[int, int]]:
+        assert self.counts or self.ranks.size == 1, "a part of the batches needs counted()"
+        return self.counts or [(sum(size for size, _ in self.sizes), sum(map(math.prod, self.sizes)))]
 
     def counted(self) -> Activations:
         """With ``counts``. All ranks call it."""
-        own = replace(self, ranks=ALONE)._counts()[0]
+        own = replace(self, ranks=ALONE, counts=())._counts()[0]
         return replace(self, counts=tuple(self.ranks.gather(own)))
 
     def clone(self) -> Activations:
@@ -341,44 +340,39 @@ def _record(model: nn.Module, stack: Stack, batches: Sequence[Batch], acts: Acti
     blocks = stack.blocks[: len(acts.arguments)]
 
     def record(batch: Batch, samples: int, rows: slice) -> None:
-        given, done = some_of(batch, rows, samples), len(acts.sizes)
+        batch, done = some_of(batch, rows, samples), len(acts.sizes)
         del acts.hidden[done:]  # of a pass that ran out of memory
         for own in acts.arguments:
             del own[done:]
         try:
-            forward(model, given)
+            forward(model, batch)
         except _AllCaptured:
-            count, length = stack_size(model, stack.part, given)
+            count, length = stack_size(model, stack.part, batch)
             acts.sizes.append((count, length or acts.hidden[-1].shape[1]))
-            acts.batches.append(given)
+            acts.batches.append(batch)
             return
         raise ModelError(f"{type(model).__name__} finished its forward pass without calling its last block")
 
+    def called(block: Block, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        index, hidden, more = block.index, args[0] if args else kwargs["hidden_states"], args[1:]
+        named = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
+        if index == 0:
+            acts.hidden.append(acts.store.keep(hidden.detach().cpu()))
+        earlier = [*acts.arguments[index][-1:], *(acts.arguments[index - 1][-1:] if index else [])]
+        acts.arguments[index].append(_shared((more, named), earlier, acts.store.keep))
+        if block is blocks[-1]:
+            raise _AllCaptured
+        if acts.probe.dense_arguments:
+            return original(*args, **kwargs)
+        return with_hidden(acts.probe.outputs[index], hidden)
+
     with ExitStack() as replaced:
         for block in blocks:
-            recorder = partial(_recorded, acts, block, block is blocks[-1], block.module.forward)
+            recorder = partial(called, block, block.module.forward)
             replaced.enter_context(forward_replaced(block.module, recorder))
         for batch in batches:
             samples = stack_size(model, stack.part, batch)[0]
             acts.batch_size.map(samples, partial(record, batch, samples), divisible(batch, samples))
-
-
-def _recorded(
-    acts: Activations, block: Block, last: bool, original: Callable[..., Any], *args: Any, **kwargs: Any
-) -> Any:
-    """The forward of a block that stores what it is called with."""
-    hidden, more = (args[0], args[1:]) if args else (kwargs["hidden_states"], ())
-    named = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
-    index = block.index
-    if index == 0:
-        acts.hidden.append(acts.store.keep(hidden.detach().cpu()))
-    earlier = [*acts.arguments[index][-1:], *(acts.arguments[index - 1][-1:] if index else [])]
-    acts.arguments[index].append(_shared((more, named), earlier, acts.store.keep))
-    if last:
-        raise _AllCaptured
-    if acts.probe.dense_arguments:
-        return original(*args, **kwargs)
-    return with_hidden(acts.probe.outputs[index], hidden)
 
 
 def _shared(value: Any, earlier: Any, keep: Callable[[Tensor], Tensor]) -> Any:
@@ -395,62 +389,10 @@ def _shared(value: Any, earlier: Any, keep: Callable[[Tensor], Tensor]) -> Any:
     return map_tensors(value, convert)
 
 
-class _Observed:
-    """What hooks note in the forward pass of a probe."""
-
-    def __init__(self) -> None:
-        self.called: list[int] = []
-        self.outputs: list[Any] = []
-        self.groups: dict[int, list[tuple[Linear, ...]]] = {}
-        self.tokens = Counter[str]()
-        self.passed_on = self.shared_states = False
-        self._returned: set[int] = set()
-        self._inputs: defaultdict[str, list[object]] = defaultdict(list)
-        self._held: list[Tensor] = []  # until the block is done, so that no address is used again
-
-    def inputs(self, linear: Linear, inputs: Tensor) -> None:
-        """A linear is called."""
-        if inputs.numel():
-            self._held.append(inputs)
-            self._inputs[linear.name].append(_identity(inputs))
-        self.tokens[linear.name] += inputs.numel() // inputs.shape[-1]
-
-    def output(
-        self, block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        """A block has run."""
-        groups: defaultdict[object, list[Linear]] = defaultdict(list)
-        for linear in block.linears:
-            groups[tuple(self._inputs[linear.name]) or linear.name].append(linear)
-        self._inputs.clear()
-        self._held.clear()
-        self.groups[block.index] = [tuple(group) for group in groups.values()]
-        self.called.append(block.index)
-        self.outputs.append(output)
-        for value in (*args, *kwargs.values()):
-            self.passed_on |= id(value) in self._returned
-            is_state = isinstance(value, MutableMapping) and type(value) is not dict
-            self.shared_states |= is_state and len(value) > 0
-        more = output[1:] if isinstance(output, (tuple, list)) else ()
-        self._returned |= {id(value) for value in more if isinstance(value, Tensor)}
-
-
 def _identity(tensor: Tensor) -> object:
     """Equal for the same numbers at the same place, unless they were changed in place since."""
     version = 0 if tensor.is_inference() else tensor._version
     return (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), version)
-
-
-@contextmanager
-def _observing(stack: Stack, observed: _Observed) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for block in stack.blocks:
-            hook = partial(observed.output, block)
-            hooks.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)
-            hooks.enter_context(block.linearized())
-            for linear in block.linears:
-                hooks.callback(linear.observe(partial(observed.inputs, linear)).remove)
-        yield
 
 
 def _probe(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
@@ -459,32 +401,58 @@ def _probe(model: nn.Module, stack: Stack, batch: Batch) -> Probe:
     Raises:
         ModelError: if it does not call its blocks once each, in order, on hidden states.
     """
-    observed = _Observed()
-    with _observing(stack, observed), one_memory_error():
+    called: list[int] = []
+    outputs: list[Any] = []
+    groups: list[list[tuple[Linear, ...]]] = []
+    inputs: defaultdict[str, list[object]] = defaultdict(list)
+    held: list[Tensor] = []  # until a block is done, so that no address is used again
+    tokens = Counter[str]()
+    passed_on = shared_states = False
+
+    def see(linear: Linear, tensor: Tensor) -> None:
+        if tensor.numel():
+            held.append(tensor)
+            inputs[linear.name].append(_identity(tensor))
+            tokens[linear.name] += tensor.numel() // tensor.shape[-1]
+
+    def leave(block: Block, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal passed_on, shared_states
+        found: defaultdict[object, list[Linear]] = defaultdict(list)
+        for linear in block.linears:
+            found[tuple(inputs[linear.name]) or linear.name].append(linear)
+        groups.append([tuple(group) for group in found.values()])
+        inputs.clear()
+        held.clear()
+        returned = {id(each) for other in outputs if isinstance(other, (tuple, list)) for each in other[1:]}
+        for value in (*args, *kwargs.values()):
+            passed_on |= isinstance(value, Tensor) and id(value) in returned
+            shared_states |= isinstance(value, MutableMapping) and type(value) is not dict and len(value) > 0
+        called.append(block.index)
+        outputs.append(output)
+
+    with ExitStack() as hooks, one_memory_error():
+        for block in stack.blocks:
+            hooks.callback(block.module.register_forward_hook(partial(leave, block), with_kwargs=True).remove)
+            hooks.enter_context(block.linearized())
+            for linear in block.linears:
+                hooks.callback(linear.observe(partial(see, linear)).remove)
         forward(model, batch.clone() if isinstance(batch, Tensor) else batch)
     names = [block.name for block in stack.blocks]
-    if observed.called != list(range(len(names))):
-        skipped = ", ".join(name for index, name in enumerate(names) if index not in observed.called)
+    if called != list(range(len(names))):
+        skipped = ", ".join(name for index, name in enumerate(names) if index not in called)
         raise ModelError(
             f"{type(model).__name__} does not call each of {names[0]} .. {names[-1]} exactly once, in order, in a "
             f"forward pass (not called: {skipped or 'none'}). If some of them read images or sounds, give prune(..., "
             "calibration=...) batches of a processor's outputs. Shared blocks cannot be pruned"
         )
     samples, length = stack_size(model, stack.part, batch)
-    hidden = hidden_of(observed.outputs[0])
+    hidden = hidden_of(outputs[0])
     counts = tuple(hidden.shape[:-1]) if isinstance(hidden, Tensor) else ()
     length = counts[1] if length is None and len(counts) == 2 else length
     batch_first = counts[:2] == (samples, length)
     if not batch_first and counts != (length, samples) and counts[1:] != (samples, length):
         raise ModelError(f"the blocks of {type(model).__name__} return {counts}, not hidden states of {length} tokens")
     linears = [linear.name for block in stack.blocks for linear in block.linears]
-    routed = {kind(name) for name in linears if observed.tokens[name] != samples * (length or 0)}
-    return Probe(
-        groups=[observed.groups[index] for index in observed.called],
-        outputs=observed.outputs,
-        batch_first=batch_first,
-        divisible=batch_first,
-        dense_arguments=observed.passed_on or observed.shared_states,
-        shared_states=observed.shared_states,
-        routed=frozenset(name for name in linears if kind(name) in routed),
-    )
+    routed = {kind(name) for name in linears if tokens[name] != samples * (length or 0)}
+    unordered = frozenset(name for name in linears if kind(name) in routed)
+    return Probe(groups, outputs, batch_first, batch_first, passed_on or shared_states, shared_states, unordered)

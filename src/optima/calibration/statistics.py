@@ -1,17 +1,14 @@
 """Hessians of a block's linears, from hooks on one forward pass of the block.
 
 *Attention sinks.* Most heads of most language models attend to the first token of a sequence when they have nothing
-better to attend to (Xiao et al., arXiv 2309.17453), whatever that token is, and blocks treat it as no other (massive
-activations: Sun et al., arXiv 2402.17762). An error there reaches every later token, so it may count as more than one
-token (cf. IntactKV, arXiv 2403.01241). Where every sequence begins with BOS, its input is one vector: to keep the
-outputs that belong to it takes one of the free weights of a row.
+better to attend to (Xiao et al., arXiv 2309.17453; massive activations: Sun et al., arXiv 2402.17762). An error there
+reaches every later token, so it may count as more than one token (cf. IntactKV, arXiv 2403.01241).
 
-*Experts.* The Hessian of an expert of a fused parameter is that of the tokens routed to it. Of n tokens in D dimensions
-it is off by about sqrt(D/n), relative to its norm, as any sample covariance (Ledoit and Wolf, J. Multivariate Anal.
-2004). So it is shrunk towards that of all tokens of the block, as though D more had been drawn from those:
-H = (n H_expert + D H_all) / (n + D). At an expert's second linear, H_all is of a sample of all tokens that runs through
-the expert's first one. All Hessians of a block may be far more than fit (114 GB in DeepSeek-V3): the block runs once
-for each group of experts whose Hessians do, and once for the rest.
+*Experts.* The Hessian of n tokens in D dimensions is off by about sqrt(D/n), relative to its norm, as any sample
+covariance (Ledoit and Wolf, J. Multivariate Anal. 2004). So that of the tokens routed to an expert is shrunk towards
+that of all tokens of the block, as though D more had been drawn from those: H = (n H_expert + D H_all) / (n + D). At an
+expert's second linear, H_all is of a sample of all tokens that runs through the expert's first one. All Hessians of a
+block may be far more than fit (114 GB in DeepSeek-V3): the block runs once for each group of experts whose Hessians do.
 
 Shapes: B sequences, L tokens in a sequence, T tokens, D inputs, N tokens of a sample.
 """
@@ -33,6 +30,7 @@ from optima.calibration.accumulator import Accumulator, owners_of, reduce_to
 from optima.calibration.activations import Activations, moved
 from optima.calibration.weights import FisherWeights
 from optima.core.hessian import Hessian
+from optima.core.products import all_finite
 from optima.core.statistics import Statistics, sampling_step
 from optima.device import Stopwatch, full_precision
 from optima.errors import OTHER_DTYPE, CalibrationError
@@ -179,17 +177,14 @@ class _Hessians:
                 self.acts.map_microbatches(batch, partial(self._run, batch))
                 if not new and sorted(self._calls) == sorted(self.sums):
                     self._last = self._calls[-1]
-        for name, each in (*self.sums.items(), *((experts.name, common.sum) for experts, common in new.items())):
-            self._check(name, each)
+        ranks, device = self.acts.ranks, self.acts.device
+        self.unweighted.update(*ranks.gather(self.unweighted))
+        _check({**self.sums, **{experts.name: common.sum for experts, common in new.items()}})
         for experts, common in new.items():
-            reduce_to({experts.name: None}, {experts.name: common.sum}, set(), self.acts.ranks, self.acts.device)
-            common.samples = [each for own in self.acts.ranks.all_gather(common.samples) for each in own]
+            reduce_to({experts.name: None}, {experts.name: common.sum}, ranks, device)
+            common.samples = [each for own in ranks.all_gather(common.samples) for each in own]
             if common.samples:
                 common.mean_DD = common.sum.mean()
-
-    def _check(self, name: str, sums: Accumulator) -> None:
-        if not sums.finite:
-            raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
 
     def _run(self, batch: int, rows: slice) -> None:
         with self._watch(batch, rows), torch.no_grad(), suppress(_AllSeen):
@@ -303,7 +298,7 @@ class _Hessians:
         ranks, device = self.acts.ranks, self.acts.device
         owners = owners_of(groups, ranks.size, device)
         with self.stopwatch("reduce") if ranks.size > 1 else nullcontext():
-            reduce_to(owners, self.sums, self.unweighted, ranks, device)
+            reduce_to(owners, self.sums, ranks, device)
         for group in sorted(groups, key=lambda group: owners[group[0].name] is not None):
             name = group[0].name
             yield Found(self.sums.pop(name).finish(self.damping), group, name not in self.unweighted, owners[name])
@@ -313,7 +308,7 @@ class _Hessians:
         ranks, by_expert = self.acts.ranks, _by_expert(groups)
         owners = {key: place % ranks.size for place, key in enumerate(by_expert)}
         names = {group[0].name: owners[key] for key, own in by_expert.items() for group in own}
-        reduce_to(names, self.sums, self.unweighted, ranks, self.acts.device)
+        reduce_to(names, self.sums, ranks, self.acts.device)
         for key, own in by_expert.items():
             mine = owners[key] == ranks.rank and self.common[key[0]].sum.tokens
             found = {group[0].name: self._shrunk(group[0]) for group in own} if mine else {}
@@ -333,11 +328,19 @@ class _Hessians:
                 rows_ND = experts.hidden(linear.expert.expert, rows_ND)
             inner = Accumulator()
             inner.add(rows_ND, weight_N)
-            self._check(linear.name, inner)
+            _check({linear.name: inner})
             mean_DD = inner.mean()
         weighted = self.fisher is not None or self.sink_weight > 0.0
         sample_ND = thinned(rows_ND, SAMPLE).float() if weighted else None
         return shrunk(self.sums.pop(linear.name), mean_DD, sample_ND, self.damping)
+
+
+def _check(sums: Mapping[str, Accumulator]) -> None:
+    """One look at the device for all sums. NaN and Inf show on the diagonal, wherever in a column they are."""
+    known = {name: each.sum_DD.diagonal() for name, each in sums.items() if each.sum_DD is not None}
+    if not all_finite(*known.values()):
+        name = next(name for name, diagonal_D in known.items() if not all_finite(diagonal_D))
+        raise CalibrationError(f"the inputs of {name} contain NaN or Inf: {OTHER_DTYPE}")
 
 
 def shrunk(own: Accumulator, mean_DD: Tensor, sample_ND: Tensor | None, damping: float) -> Statistics:
@@ -353,10 +356,8 @@ def shrunk(own: Accumulator, mean_DD: Tensor, sample_ND: Tensor | None, damping:
     if not tokens:
         return Statistics(Hessian(mean_DD.clone(), damping), sample_ND=sample_ND)
     share = tokens / (tokens + len(mean_DD))
-    hessian_DD = own.mean().mul_(share).add_(mean_DD, alpha=1.0 - share)
-    return Statistics(
-        Hessian(hessian_DD, damping), tokens, sample_ND=None if sample_ND is None else torch.cat(own.sample)
-    )
+    hessian = Hessian(own.mean().mul_(share).add_(mean_DD, alpha=1.0 - share), damping)
+    return Statistics(hessian, tokens, sample_ND=None if sample_ND is None else torch.cat(own.sample))
 
 
 def sampled(rows: Tensor, before: int, step: int) -> Tensor:
@@ -371,27 +372,13 @@ def thinned(rows: Tensor, count: int, turn: int = 0) -> Tensor:
 
 
 def routing_notes(block: str, tokens: Mapping[str, int], least: int) -> list[str]:
-    """Notes of the report on experts of a block that few tokens were routed to.
-
-    Args:
-        block: its name.
-        tokens: of each expert's linears, by their names.
-        least: fewer than this are too few.
-    """
-    notes, none = [], [name for name, count in tokens.items() if not count]
-    few = [name for name, count in tokens.items() if 0 < count < least]
-    if none:
-        notes.append(
-            f"{block}: no token was routed to {_some(none)} of {len(tokens)} linears of experts: they were pruned by "
-            "the Hessian of all tokens of the block"
-        )
-    if few:
-        notes.append(
-            f"{block}: fewer than {least} tokens were routed to {_some(few)} of {len(tokens)} linears of experts (the "
-            f"fewest: {min(tokens[name] for name in few)}): use more calibration data"
-        )
-    return notes
-
-
-def _some(names: list[str]) -> str:
-    return f"{len(names)} ({', '.join(names[:3])}{' ...' if len(names) > 3 else ''})"
+    """A note of the report, if fewer than ``least`` tokens were routed to some experts' linears, by their names."""
+    few = [name for name, count in tokens.items() if count < least]
+    if not few:
+        return []
+    unreached = sum(not tokens[name] for name in few)
+    return [
+        f"{block}: fewer than {least} tokens were routed to {len(few)} of {len(tokens)} linears of experts "
+        f"({', '.join(few[:3])}{' ...' if len(few) > 3 else ''}), and none to {unreached}, which were pruned by the "
+        "Hessian of all tokens of the block: use more calibration data"
+    ]

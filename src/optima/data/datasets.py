@@ -24,7 +24,6 @@ from optima.models.load import HUB_FAILURES
 
 BUILDERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 SHUFFLE_BUFFER = 10_000  # documents of a hub dataset in memory while it is shuffled
-TEXT, CHAT = "text", "messages"  # columns
 CONFIGS = {"allenai/c4": "en"}  # of datasets with several configurations and no default
 
 
@@ -70,26 +69,29 @@ def load_documents(
         CalibrationError: if a dataset cannot be read or has no text; while iterating, too.
     """
     opened = {name: _open(name, split) for name in names}
-    commits = [commit for _, commit in opened.values()]
-    revision = commits[0] if len(commits) == 1 else None
+    revision = next(iter(opened.values()))[1] if len(opened) == 1 else None
     if seed is None:
-        parts = (_texts(name, _values(name, records), tokenizer) for name, (records, _) in opened.items())
-        return Documents(chain.from_iterable(parts), revision)
+        return Documents(
+            chain.from_iterable(
+                _texts(name, _values(name, records), tokenizer) for name, (records, _) in opened.items()
+            ),
+            revision,
+        )
     local = [(name, value) for name in opened if is_file(name) for value in _values(name, opened[name][0])]
     Random(seed).shuffle(local)
-    streams: list[Iterator[str]] = [chain.from_iterable(_texts(name, [value], tokenizer) for name, value in local)]
+    parts: list[Iterator[str]] = [chain.from_iterable(_texts(name, [value], tokenizer) for name, value in local)]
     for name, (records, _) in opened.items():
         if not is_file(name):
             shuffled = records.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-            streams.append(_texts(name, _values(name, shuffled), tokenizer))
-    return Documents((text for texts in zip_longest(*streams) for text in texts if text is not None), revision)
+            parts.append(_texts(name, _values(name, shuffled), tokenizer))
+    return Documents((text for texts in zip_longest(*parts) for text in texts if text is not None), revision)
 
 
 def _open(name: str, split: str) -> tuple[Any, str | None]:
     """A streamed dataset, and its commit if it is on the hub."""
     from datasets import load_dataset, load_dataset_builder
 
-    with _explained(name, split):
+    with _explained(name):
         path = Path(name).expanduser()
         if not is_file(name):
             hub_id, config, revision = (str(path), None, None) if path.is_dir() else parse_hub_id(name)
@@ -111,16 +113,16 @@ def _values(name: str, records: Iterable[dict[str, Any]]) -> Iterator[Any]:
     with _explained(name):
         for record in records:
             columns = list(record)
-            if not {TEXT, CHAT} & record.keys():
+            if not {"text", "messages"} & record.keys():
                 break
-            value = record.get(TEXT)
-            value = record.get(CHAT) if value is None else value
+            value = record.get("text")
+            value = record.get("messages") if value is None else value
             if value is not None and value != []:
                 found = True
                 yield value
     if columns and not found:
         raise CalibrationError(
-            f"dataset {name!r} has no text in the column {TEXT!r} or {CHAT!r}. Its columns: {', '.join(columns)}. "
+            f"dataset {name!r} has no text in the column 'text' or 'messages'. Its columns: {', '.join(columns)}. "
             "Rename the column with the text."
         )
 
@@ -143,26 +145,23 @@ def _chat_text(name: str, messages: list[dict[str, Any]], tokenizer: PreTrainedT
     # Arrow gives every message all the keys that any message has.
     messages = [{key: v for key, v in message.items() if v is not None or key == "content"} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False))
     except (TemplateError, ValueError, TypeError) as error:
         raise CalibrationError(f"the chat template cannot render a chat of dataset {name!r}: {error}") from error
-    assert isinstance(text, str)
     # Sequences get their own BOS, unless only the template adds it.
     own_bos = tokenizer.bos_token_id in special_tokens(tokenizer).before
     return text.removeprefix(str(tokenizer.bos_token)) if own_bos else text
 
 
 @contextmanager
-def _explained(name: str, split: str | None = None) -> Iterator[None]:
+def _explained(name: str) -> Iterator[None]:
     """Name the dataset in what its readers raise."""
     from datasets.exceptions import DatasetsError
 
     try:
         yield
     except (OSError, ValueError, DatasetsError, pa.ArrowException, *HUB_FAILURES) as error:
-        where = f" (split {split})" if split and not is_file(name) else ""
-        reason = str(error).strip() or type(error).__name__
-        raise CalibrationError(f"cannot read dataset {name!r}{where}: {reason}") from error
+        raise CalibrationError(f"cannot read dataset {name!r}: {str(error) or type(error).__name__}") from error
 
 
 def is_file(name: str) -> bool:

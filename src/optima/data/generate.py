@@ -75,25 +75,22 @@ def generate_tokens(
     if new < 1:
         raise CalibrationError(f"sequences of {length} tokens are too short to generate: raise --max-seq-length")
     uniform_NL = torch.rand(count, new, generator=torch.Generator().manual_seed(seed))
-    batches = list(range(0, count, BATCH))
+    batches = range(0, count, BATCH)
     own = batches[ranks.part(len(batches))]
-    steps, done, batch_size = max(len(own) * new, 1), 0, BatchSize(device)
+    steps, done = max(len(own) * new, 1), 0
 
     def step() -> None:
         nonlocal done
         done = min(done + 1, steps)
-        if 100 * done // steps > 100 * (done - 1) // steps:
-            progress(done / steps)
+        progress(done / steps)
 
-    def generate(first: int, part: slice) -> Tensor:
-        rows = slice(first + part.start, first + part.stop)
-        prompt_BC, sample = prompt_NC[rows].to(device), _Sample(uniform_NL[rows].to(device), step)
-        # The model's own settings (temperature, top-k, end-of-text) would fill in what is left open here.
-        settings = GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0)
+    def generate(first: int, rows: slice) -> Tensor:
+        part = slice(first + rows.start, first + rows.stop)
+        prompt_BC, sample = prompt_NC[part].to(device), _Sample(uniform_NL[part].to(device), step)
         tokens_BL = model.generate(  # type: ignore[operator]
             prompt_BC,
             attention_mask=torch.ones_like(prompt_BC),
-            generation_config=settings,
+            generation_config=GenerationConfig(do_sample=False, max_new_tokens=new, pad_token_id=0),
             logits_processor=LogitsProcessorList([sample]),
         )
         if not bool(sample.sum_B1.isfinite().all()):
@@ -101,8 +98,9 @@ def generate_tokens(
         assert isinstance(tokens_BL, Tensor)
         return tokens_BL.cpu()
 
-    home, own_settings = next(model.parameters()).device, model.generation_config
+    home, own_settings, batch_size = next(model.parameters()).device, model.generation_config, BatchSize(device)
     with evaluating(model):
+        # The model's own settings (temperature, top-k, end-of-text) would fill in what is left open.
         model.generation_config = GenerationConfig()
         try:
             with memory_explained(device, "the whole model must fit to generate calibration data: --self-generated 0"):
@@ -118,7 +116,7 @@ def generate_tokens(
 
 
 def _prompts(read_NL: Tensor, count: int, num_special: int, seed: int) -> Tensor:
-    """The special tokens and a random piece of a sequence that was read, (count, C); all are used equally often."""
+    """The special tokens and a random piece of a calibration sequence, (count, C); all are used equally often."""
     length = read_NL.shape[1]
     piece = max(int(length * PROMPT_SHARE), 1)
     source_NL = read_NL[torch.arange(count) % len(read_NL)]
@@ -130,10 +128,8 @@ def _prompts(read_NL: Tensor, count: int, num_special: int, seed: int) -> Tensor
 def _cache_bytes(model: PreTrainedModel, prompt_NC: Tensor, length: int) -> int:
     """Bytes of the keys and values of one sequence, from those of a prompt; 0 for a model without attention."""
     cache = getattr(model(prompt_NC[:1].to(model.device), use_cache=True), "past_key_values", None)
-    layers = getattr(cache, "layers", ())
-    tensors = [getattr(layer, name, None) for layer in layers for name in ("keys", "values")]
-    held = sum(int(each.nbytes) for each in tensors if each is not None)
-    return held * length // prompt_NC.shape[1]
+    tensors = [getattr(layer, name, None) for layer in getattr(cache, "layers", ()) for name in ("keys", "values")]
+    return sum(int(each.nbytes) for each in tensors if each is not None) * length // prompt_NC.shape[1]
 
 
 class _Sample(LogitsProcessor):

@@ -29,10 +29,7 @@ class SpecialTokens(NamedTuple):
 
 
 def calibration_tokens(
-    documents: Iterable[str],
-    tokenizer: PreTrainedTokenizerBase,
-    num_samples: int,
-    max_seq_length: int,
+    documents: Iterable[str], tokenizer: PreTrainedTokenizerBase, num_samples: int, max_seq_length: int
 ) -> Tensor:
     """Pack documents into calibration sequences.
 
@@ -51,8 +48,7 @@ def calibration_tokens(
     special = special_tokens(tokenizer)
     needed = num_samples * text_length(special, max_seq_length)
     ids: list[int] = []
-    texts = (text for text in map(_text, documents) if text and not text.isspace())
-    for batch in _batches(texts):
+    for batch in _batches(documents):
         ids += chain.from_iterable(token_ids(batch, tokenizer))
         if len(ids) >= needed:
             break
@@ -64,11 +60,16 @@ def calibration_tokens(
     return pack(ids[:needed], special, max_seq_length)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts that are tokenised at once; one that is long is cut behind ends of lines, for tokens take memory."""
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Texts that are tokenised at once; one that is long is cut after ends of lines, for tokens take memory."""
     batch: list[str] = []
-    for text in texts:
-        for piece in pieces(text, SEPARATOR):
+    for text in documents:
+        if not isinstance(text, str):
+            raise CalibrationError(
+                f"documents must be texts, got {type(text).__name__}: give token ids as a tensor of shape (samples, "
+                "length)"
+            )
+        for piece in pieces(text, SEPARATOR) if text and not text.isspace() else ():
             batch.append(piece)
             if len(batch) == BATCH_DOCUMENTS or sum(map(len, batch)) >= MOST_AT_ONCE:
                 yield batch
@@ -77,26 +78,14 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def pieces(text: str, behind: str = "") -> Iterator[str]:
-    """The text, in pieces that end with a line if it is long: tokens at a cut may be others than in the whole.
-
-    ``behind`` the last one comes this: put to the whole, it would copy it.
-    """
+def pieces(text: str, suffix: str = "") -> Iterator[str]:
+    """The text and ``suffix``, in pieces that end with a line if it is long: tokens at a cut may be others."""
     begin = 0
     while len(text) - begin > MOST_AT_ONCE:
         end = text.rfind("\n", begin, begin + MOST_AT_ONCE) + 1 or begin + MOST_AT_ONCE
         yield text[begin:end]
         begin = end
-    yield text[begin:] + behind
-
-
-def _text(document: object) -> str:
-    if not isinstance(document, str):
-        raise CalibrationError(
-            f"documents must be texts, got {type(document).__name__}: give token ids as a tensor of shape (samples, "
-            "length)"
-        )
-    return document
+    yield text[begin:] + suffix
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
@@ -110,8 +99,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> SpecialTokens:
     places = [i for i in range(len(full) - len(plain) + 1) if full[i : i + len(plain)] == plain]
     if not plain or len(places) != 1:
         raise CalibrationError(
-            f"cannot tell which special tokens the tokenizer adds: it reads {probe!r} as {full}, and as {plain} "
-            "without special tokens; use the tokenizer that was published with the model"
+            f"cannot tell which special tokens the tokenizer adds: {probe!r} becomes {full}, and {plain} without "
+            "special tokens; use the tokenizer that was published with the model"
         )
     return SpecialTokens(full[: places[0]], full[places[0] + len(plain) :])
 
@@ -145,11 +134,9 @@ def pack(ids: Sequence[int], special: SpecialTokens, max_seq_length: int) -> Ten
         tokens_NL: int64; what is left over at the end is dropped.
     """
     length = text_length(special, max_seq_length)
-    num_windows = len(ids) // length
-    text = torch.tensor(ids[: num_windows * length], dtype=torch.int64).reshape(num_windows, length)
-    before = torch.tensor(special.before, dtype=torch.int64).expand(num_windows, -1)
-    after = torch.tensor(special.after, dtype=torch.int64).expand(num_windows, -1)
-    return torch.cat([before, text, after], dim=1)
+    text_NL = torch.tensor(ids, dtype=torch.int64)[: len(ids) // length * length].reshape(-1, length)
+    before, after = (torch.tensor(own, dtype=torch.int64).expand(len(text_NL), -1) for own in special)
+    return torch.cat([before, text_NL, after], dim=1)
 
 
 def data_hash(tokens: Tensor) -> str:
