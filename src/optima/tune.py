@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise, zip_longest
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -98,9 +98,6 @@ class Cost(Protocol):
     def __call__(self, found: Tensor, target: Tensor, microbatch: Microbatch, epoch: int = 0) -> Tensor:
         """The mean cost of what the block makes of a microbatch, where the dense block's output is ``target``."""
 
-    def on(self, device: torch.device) -> Self:
-        """The same, for what is on ``device``."""
-
     def gradient_scale(self, cost: float, tokens: int) -> float:
         """By what to multiply the cost of a piece of so many ``tokens``, about ``cost``, before its gradient is taken.
 
@@ -130,21 +127,20 @@ class BlockError:
         return cls(metric_EE / metric_EE.diagonal().mean(), weights)
 
     @classmethod
-    def by_channel(cls, targets: Sequence[Tensor], ranks: Ranks = ALONE) -> BlockError:
+    def by_channel(
+        cls, targets: Sequence[Tensor], ranks: Ranks = ALONE, device: torch.device | None = None
+    ) -> BlockError:
         """Each channel's change relative to its own energy, over the targets of all ranks."""
         energies = [target.float().square().flatten(0, -2).sum(dim=0) for target in targets]
         size = max(ranks.gather(max(map(len, energies), default=0)))
         energy_E = ranks.all_reduce(sum(energies, torch.zeros(size)))
         count = sum(ranks.gather(sum(target.numel() for target in targets))) / size
-        return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag())
-
-    def on(self, device: torch.device) -> BlockError:
-        """See ``Cost``."""
-        return replace(self, metric_EE=self.metric_EE.to(device))
+        return cls((count / len(energy_E) / energy_E.clamp_min(SMALLEST_ENERGY)).diag().to(device))
 
     def gradient_scale(self, cost: float, tokens: int) -> float:
         """See ``Cost``: the gradient at the outputs, which goes as 1 / ``tokens``, is near ``GRADIENT`` then."""
-        change = math.sqrt(cost / float(self.metric_EE.trace()))  # root mean square, were all channels alike
+        trace = float(self.metric_EE.trace())
+        change = math.sqrt(cost / trace) if cost > 0.0 < trace else 0.0  # root mean square, were all channels alike
         gradient = 2.0 * change * float(self.metric_EE.diagonal().mean()) / tokens
         return 2.0 ** round(math.log2(GRADIENT / gradient)) if 0.0 < gradient < math.inf else 1.0
 
@@ -209,7 +205,6 @@ def tune(
         masters = _masters(block, keeps, solutions or {})
     if any(other.is_inference() for name, other in block.module.named_parameters() if name not in masters):
         raise ModelError(f"{block.name} was made inside torch.inference_mode(), and has no gradients: make it outside")
-    cost = cost.on(acts.device)
     error = _Error(block, acts, targets, cost, masters)
     rate = tuning.learning_rate * tuning.step_rate
     best, kept = 0, {name: master.detach().clone() for name, master in masters.items()}
@@ -365,9 +360,9 @@ def tune_block(
             if lm_head is not None:
                 cost = lm_head.error(acts)
             elif loss is not None:
-                cost = nullcontext(BlockError.by_loss(loss.residual[block.name], weights))
+                cost = nullcontext(BlockError.by_loss(loss.residual[block.name].to(acts.device), weights))
             else:
-                cost = nullcontext(BlockError.by_channel(targets, ranks))
+                cost = nullcontext(BlockError.by_channel(targets, ranks, acts.device))
         with full_precision(), one_memory_error(), cost as error:
             tuned = tune(block, keeps, acts, targets, error, tuning, solutions)
     except torch.OutOfMemoryError:  # nothing of the block has changed yet

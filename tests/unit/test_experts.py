@@ -252,7 +252,7 @@ def test_an_expert_without_tokens_is_pruned_and_named() -> None:
     unreached = [name for name, count in tokens.items() if not count]
     assert len(unreached) == 2 * 2 * 2
     assert all(record.sparsity == pytest.approx(0.5, abs=0.01) for record in report.linears)
-    assert any("and none to" in note for note in report.run.notes)
+    assert any(", none to" in note for note in report.run.notes)
 
 
 def test_gradients_are_those_of_each_expert() -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,13 +94,13 @@ def fisher_weights(
     Args:
         model: the whole model, in evaluation mode.
         stack: the stack that its head reads.
-        acts: inputs of the first block, with the arguments of all blocks; left as it is.
+        acts: inputs of the first block, with the arguments of all blocks; not changed.
         seed: of the labels.
-        residual: find ``FisherWeights.residual`` too, at a product of E x E entries a token and block.
+        residual: find ``FisherWeights.residual`` too.
         weights: brings blocks to the device; None: they are all in main memory.
         share: of the sequences that are used, see ``fisher_share``.
-        progress: called with the fraction of the work that is done, 0 to 1.
-        coupled: find ``FisherWeights.coupling`` too, see ``calibration.correlation.couples``.
+        progress: called with the fraction of the work that is done.
+        coupled: find ``FisherWeights.coupling`` too.
 
     Raises:
         NotDifferentiableError: if there are no gradients, or they are not finite, on any rank.
@@ -303,14 +303,9 @@ def second_moment(gradients: Sequence[Tensor], size: int, device: torch.device) 
     return product_EE.cpu()
 
 
-class _Noted(NamedTuple):
-    """A linear's gradients in a backward pass, on the device: over tokens (2, O), over outputs (T,), whose, halves."""
-
-    name: str
-    sum_2O: Tensor
-    sum_T: Tensor
-    tokens_T: Tensor | None
-    halves: Tensor | None
+# Of a linear's gradients in a backward pass, on the device: its name, sums over tokens (2, O) and over outputs (T,),
+# the tokens of an expert, and the products of halves.
+_Noted = tuple[str, Tensor, Tensor, Tensor | None, Tensor | None]
 
 
 class _BlockSums:
@@ -396,25 +391,26 @@ class _BlockSums:
         if name in self.halves and len(sum_T) == (rows.stop - rows.start) * self._part.sizes[batch][1]:
             odd_B = torch.arange(self._numbers[batch] + rows.start, self._numbers[batch] + rows.stop) % 2
             halves = products_of_halves(gradient_TO, factor_T, odd_B)
-        noted.append(_Noted(name, sum_2O, sum_T, tokens_T, halves))
+        noted.append((name, sum_2O, sum_T, tokens_T, halves))
 
     def _add(self, batch: int, rows: slice, noted: _Noted) -> None:
-        name, sum_T = noted.name, noted.sum_T.cpu()
+        name, sum_2O, sum_T, tokens_T, halves = noted
+        sum_T = sum_T.cpu()
         if not bool(sum_T.isfinite().all()):
             raise NotDifferentiableError(f"gradients at the outputs of {name} are not finite")
         length = self._part.sizes[batch][1]
         begin, end = rows.start * length, rows.stop * length
-        self.rows[name] += noted.sum_2O.double().cpu()
+        self.rows[name] += sum_2O.double().cpu()
         self.reached[name] += len(sum_T)
         if name in self.routed:
-            if noted.tokens_T is not None:
+            if tokens_T is not None:
                 known_T, square_T = self.routed[name][batch]
-                own_T = (noted.tokens_T.cpu() + begin).int()
+                own_T = (tokens_T.cpu() + begin).int()
                 self.routed[name][batch] = torch.cat((known_T, own_T)), torch.cat((square_T, sum_T))
         elif name not in self._part.probe.routed and len(sum_T) == end - begin:
             self.tokens[self._leaders[name]][batch][begin:end] += sum_T
-        if noted.halves is not None:
-            self.halves[name] += noted.halves
+        if halves is not None:
+            self.halves[name] += halves
 
 
 def _all_reduced(sums: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:

@@ -72,20 +72,16 @@ def outside_device(model: PreTrainedModel, device: torch.device, batches: Sequen
 
 @contextmanager
 def head_alone(model: PreTrainedModel, stack: Stack, acts: Activations, leaf: Tensor) -> Iterator[None]:
-    """No block runs inside, and the last one returns ``leaf``."""
+    """No block runs inside: each returns ``leaf``."""
     with ExitStack() as replaced:
         for block in stack.blocks:
-            returned = leaf if block is stack.blocks[-1] else None
-            passed_on = partial(_pass_on, returned, acts.probe.outputs[block.index])
-            replaced.enter_context(forward_replaced(block.module, passed_on))
+            output = with_hidden(acts.probe.outputs[block.index], leaf)
+            replaced.enter_context(forward_replaced(block.module, partial(_returned, output)))
         yield
 
 
-def _pass_on(returned: Tensor | None, like: Any, *args: Any, **kwargs: Any) -> Any:
-    """A block's forward that returns ``returned``, or its input, in the form of ``like``."""
-    if returned is None:
-        returned = args[0] if args else kwargs["hidden_states"]
-    return with_hidden(like, returned)
+def _returned(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
 
 
 def logits_of(returned: Any) -> Tensor:
@@ -228,10 +224,6 @@ class LogitsError:
     model: PreTrainedModel
     stack: Stack
     acts: Activations
-
-    def on(self, device: torch.device) -> LogitsError:
-        """See ``tune.Cost``: the head stays where it is."""
-        return self
 
     def gradient_scale(self, cost: float, tokens: int) -> float:
         """See ``tune.Cost``: the gradient at a token's logits is then near one, or more, as not all are compared."""

@@ -377,8 +377,8 @@ def routing_notes(block: str, tokens: Mapping[str, int], least: int) -> list[str
     if not few:
         return []
     unreached = sum(not tokens[name] for name in few)
+    none = f", none to {unreached}, which were pruned by the Hessian of all tokens" if unreached else ""
     return [
         f"{block}: fewer than {least} tokens were routed to {len(few)} of {len(tokens)} linears of experts "
-        f"({', '.join(few[:3])}{' ...' if len(few) > 3 else ''}), and none to {unreached}, which were pruned by the "
-        "Hessian of all tokens of the block: use more calibration data"
+        f"({', '.join(few[:3])}{' ...' if len(few) > 3 else ''}){none}: use more calibration data"
     ]

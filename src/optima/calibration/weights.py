@@ -26,13 +26,9 @@ FEW_TOKENS = 16
 
 
 class Moments(NamedTuple):
-    """Of the tempered weights of a linear's tokens.
+    """Of the tempered weights of a linear's tokens: how many, the sums of the weights and of their squares.
 
-    Attributes:
-        tokens: so many.
-        total: sum of their weights.
-        squares: sum of the squares of their weights.
-        inputs: of the linear; 0: any number of effective tokens will do.
+    ``inputs``: of the linear; 0: any number of effective tokens will do.
     """
 
     tokens: float
@@ -89,13 +85,13 @@ class FisherWeights:
 
     Attributes:
         loss: whose gradients they are, for the report.
-        tokens: by the name of a group's first linear, or of a block: for each batch (T,), of mean 1. Without names
-            whose tokens do not matter, and groups that do not get every token, as experts.
-        routed: by the name of an expert's linear: for each batch the tokens that were routed to it, and their weights.
-        effective: by the names of both: effective sample size (Kish), (sum s)^2 / sum s^2, over all ranks.
-        rows: by the name of a linear: (O,), with the mean over tokens of g_to^2.
-        residual: by the name of a block: the mean over tokens of g g^T at its outputs, (E, E).
-        coupling: by the name of a linear: correlations of its rows, (O, O), see ``calibration.correlation``.
+        tokens: by the first linear of a group, or by block: for each batch (T,), of mean 1. Not where tokens do not
+            matter, nor for groups that do not get every token.
+        routed: by an expert's linear: for each batch the tokens that were routed to it, and their weights.
+        effective: by the names of both: effective sample size (Kish), over all ranks.
+        rows: by linear: (O,), with the mean over tokens of g_to^2.
+        residual: by block: the mean over tokens of g g^T at its outputs, (E, E).
+        coupling: by linear: correlations of its rows, (O, O), see ``calibration.correlation``.
     """
 
     loss: str
