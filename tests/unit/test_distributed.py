@@ -96,10 +96,8 @@ def reduce(ranks: Ranks) -> None:
         if name != "d" and not (name == "a" and ranks.rank == 2):
             accumulator.add(inputs_of(ranks.rank))
             accumulator.sample.append(inputs_of(ranks.rank)[:1])
-    unweighted = {"b"} if ranks.rank == 1 else set()
     owners = owners_of([[linear] for linear in linears], ranks.size, torch.device("cpu"))
-    reduce_to(owners, accumulators, unweighted, ranks, torch.device("cpu"))
-    assert unweighted == {"b"}
+    reduce_to(owners, accumulators, ranks, torch.device("cpu"))
     assert owners["c"] is None
     for name, accumulator in accumulators.items():
         found = accumulator.finish(0.01)

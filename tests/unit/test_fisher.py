@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from families import FAMILIES, build, fisher_of, make_ids, stack_of
+from layers import layer_of, make_layer
 from tiny import VOCAB, NoBackward, make_bert, make_llama, make_tokens
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -20,9 +22,9 @@ from optima.calibration.fisher import fisher_batches, fisher_share, fisher_weigh
 from optima.calibration.lm_head import label_gradient, sampled_tokens
 from optima.calibration.statistics import observe
 from optima.calibration.weights import row_weights
-from optima.linear import Methods
+from optima.linear import Methods, prune_linear
 from optima.models.blocks import find_stacks, select_linears
-from optima.patterns import Pattern
+from optima.patterns import Pattern, Unstructured
 from optima.prune import Job
 from optima.selectors.base import LinearTask, Selection
 from optima.selectors.scores import Magnitude, Wanda
@@ -97,6 +99,17 @@ def test_without_a_head_gradients_of_the_last_hidden_states_are_signs() -> None:
     product_EE = found.residual[stack.blocks[-1].name]
     assert torch.equal(product_EE.diagonal(), torch.ones(32))
     assert float((product_EE - torch.eye(32)).abs().max()) < 0.5, "each is either with the same probability"
+
+
+def test_rows_of_more_weight_keep_more() -> None:
+    weight_OD, inputs_TD = make_layer(8, 64, dtype=torch.float32)
+    task = layer_of(weight_OD / weight_OD.norm(dim=1, keepdim=True), inputs_TD)
+    rows_O = torch.ones(8)
+    rows_O[3] = 100.0
+    half, weighted = Unstructured(0.5, "layer"), replace(task, row_weight_O=rows_O)
+    plain, kept = (prune_linear(each, half, Methods(Magnitude())).keep_OD for each in (task, weighted))
+    assert int(kept[3].sum()) > int(plain[3].sum())
+    assert int(kept.sum()) == int(plain.sum())
 
 
 @pytest.mark.parametrize("pattern", ["0.5", "2:4"])
