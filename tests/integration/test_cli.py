@@ -344,6 +344,7 @@ class TestReport:
             "it elsewhere\n"
         )
 
+    @pytest.mark.slow
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
     def test_a_full_disk_behind_the_log_changes_no_status(self, root: Path) -> None:
         command = f"{sys.executable} -m optima prune nowhere --output-dir out 2> /dev/full"

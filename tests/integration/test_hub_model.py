@@ -67,6 +67,7 @@ def test_what_is_pruned_behind_another_step_names_its_base(optima: Run, tmp_path
     assert metadata_load(tmp_path / "sparse" / "README.md")["base_model"] == [MODEL]
 
 
+@pytest.mark.slow
 def test_a_node_without_network_has_what_was_fetched(optima: Run, hub: StandInHub, tmp_path: Path) -> None:
     """A cache filled by name lacks the licence: what is not there is not copied."""
     wanted = ["*.json", "*.safetensors"]

@@ -261,6 +261,7 @@ def test_channels_inside_a_block_stay_if_it_shares_weights_with_another(part: st
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_sums_in_another_order_are_no_other_function() -> None:
     """Sharp attention in many blocks makes much of how float32 rounds."""
     model = make_llama(num_hidden_layers=24)

@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from runs import on_call, raising
+from runs import finish, on_call, raising, start
 from safetensors import SafetensorError
 from tiny import (
     TEXT,
@@ -183,30 +182,24 @@ class TestInterrupt:
         (note,) = (note for note in optima.load_report(root / "out").run.notes if "unfinished" in note)
         assert "1 blocks" in note
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
     def test_signal(self, root: Path, number: signal.Signals) -> None:
         save_text(root / "text.txt", TEXT * 100)
-        before = snapshot(root)
+        before, messages = snapshot(root), root.parent / "messages.txt"
         # Long enough to be interrupted between the first linear and the last.
-        options = ["--num-calibration-samples", "1000", "--batch-size", "1"]
-        options += ["--objective", "sink"]  # no long sweep before
-        process = subprocess.Popen(
-            [sys.executable, "-m", "optima", *prune_arguments(*options)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            # A test run in the background ignores the signal, and its children would too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )
+        options = ["--num-calibration-samples", "1000", "--batch-size", "1", "--objective", "sink"]
+        # A test run in the background ignores SIGINT, and its children would too.
+        child = start(
+            "out", *options, messages=str(messages),
+            prepare=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )  # fmt: skip
         while not list(root.glob(".out.optima-partial/model/*")):
-            assert process.poll() is None, process.communicate()
+            assert os.waitpid(child, os.WNOHANG) == (0, 0), messages.read_text()
             time.sleep(0.01)
-        process.send_signal(number)
-        output, message = process.communicate(timeout=60)
-        assert process.returncode == 128 + number
-        assert output == ""
-        said = "optima: interrupted" if number == signal.SIGINT else "optima: stopped by SIGTERM"
-        assert message.splitlines()[-1].startswith(said)
+        os.kill(child, number)
+        assert finish(child) == 128 + number
+        stopped = "optima: interrupted" if number == signal.SIGINT else "optima: stopped by SIGTERM"
+        assert messages.read_text().splitlines()[-1].startswith(stopped)
         assert snapshot(root) == before
 
 

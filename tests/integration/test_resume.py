@@ -317,6 +317,7 @@ class TestOtherRuns:
         assert finish(start("out", "--resume", "--device", "cpu")) == 0, said()
         assert weight_files(Path("out")) == weight_files(whole)
 
+    @pytest.mark.slow
     def test_another_version_or_number_of_threads_is_noted(self, whole: Path) -> None:
         stopped()
 
